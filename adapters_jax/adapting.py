@@ -6,12 +6,12 @@ from typing import Any, overload
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.abstract import Inputs
 from adapters_jax.linen import Adapted
 from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.methods import Method
 from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.recipe import Recipe
+from adapters_jax.trace.inputs import Inputs
 
 
 @overload

@@ -1,9 +1,7 @@
 """Every public name of `adapters_jax`, which imports this module at the first use of one."""
 
-from adapters_jax import linen, losses, nnx
-from adapters_jax.abstract import inputs
+from adapters_jax import linen, nnx
 from adapters_jax.adapting import adapt
-from adapters_jax.attention.registry import register_attention
 from adapters_jax.auditing import Audit, audit
 from adapters_jax.distributed.devices import devices
 from adapters_jax.distributed.hosts import join_hosts
@@ -20,13 +18,12 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
-from adapters_jax.io.adapter import read_adapter, save_adapter
-from adapters_jax.io.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from adapters_jax.io.identity import BaseIdentity, base_identity
-from adapters_jax.io.loading import load_adapter
-from adapters_jax.io.model_card import model_card
+from adapters_jax.files.adapter import read_adapter, save_adapter
+from adapters_jax.files.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from adapters_jax.files.identity import BaseIdentity, base_identity
+from adapters_jax.files.loading import load_adapter
+from adapters_jax.files.model_card import model_card
 from adapters_jax.linen import init_adapters
-from adapters_jax.meshes import split_rows
 from adapters_jax.methods import (
     IA3,
     AttachmentPoint,
@@ -60,6 +57,9 @@ from adapters_jax.presets import (
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.suggesting import Suggestion, suggest
+from adapters_jax.trace.inputs import inputs
+from adapters_jax.trace.registry import register_attention
+from adapters_jax.training import losses
 from adapters_jax.training.optimizers import freeze_base, lora_plus
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step, make_train_step
@@ -70,6 +70,7 @@ from adapters_jax.transforms.merge import merge, unmerge
 from adapters_jax.transforms.quantize import dequantize, quantize
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
 from adapters_jax.trees import merge_trees, partition
+from adapters_jax.weights.meshes import split_rows
 
 __all__ = [
     "IA3",

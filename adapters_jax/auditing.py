@@ -11,15 +11,15 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.abstract import Inputs, explained
-from adapters_jax.counted import Shape, counted
-from adapters_jax.display import bytes_text, html_table
+from adapters_jax.errors import visible
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
 from adapters_jax.nnx import copy, recipe_of
+from adapters_jax.placement import Shape, counted
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
-from adapters_jax.texts import visible
+from adapters_jax.texts import bytes_text, html_table
+from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.training.state import in_full, refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten

@@ -1,16 +1,25 @@
-"""The errors that the library raises, and a comparison of two trees that names every difference."""
+"""The errors that the library raises, checks that raise them, and how a message shows a value."""
 
 import contextlib
+import importlib
 import json
+import math
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib import metadata
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
-from adapters_jax.texts import visible
+# Controls but for \t and \n, marks of direction, separators of lines, halves of characters.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 PLAIN = ("UserError", "UsageError", "StoppedError")  # their messages say all there is
 EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
@@ -138,6 +147,14 @@ def warn(text: str) -> None:
     warnings.warn(visible(text), AdapterWarning, stacklevel=level)
 
 
+def other_names() -> Any:
+    """The module `spelling`, which has the names of other libraries.
+
+    It is imported here, once something has failed, so that nothing that works depends on it.
+    """
+    return importlib.import_module("adapters_jax.spelling")
+
+
 @contextlib.contextmanager
 def file_errors(
     path: Path, verb: str = "read", error: type[UserError] = FileSystemError
@@ -223,3 +240,130 @@ def shortened(text: str, most: int = 300) -> str:
         'aaaaaa... (9 characters)'
     """
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def visible(text: str, lines: bool = True) -> str:
+    r"""The text with control characters and marks of direction written out.
+
+    They become `\uXXXX`, which JSON reads as the same character.
+
+    Args:
+        text: any text.
+        lines: whether tabs and ends of lines stay; otherwise they become `\t` and `\n`.
+
+    Example:
+        >>> print(visible("a\x1b[2Jb\u202ec"))
+        a\u001b[2Jb\u202ec
+    """
+    shown = HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return shown if lines else shown.replace("\t", "\\t").replace("\n", "\\n")
+
+
+LARGEST = 2**31  # longer than any axis can be
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which models compute
+SMALLEST_FLOAT = 2.0**-126  # above 0, since XLA takes smaller ones for 0
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    closed: bool = False,
+) -> None:
+    """Raises UserError unless `value` is of float32, and in (low, high), or [low, high)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    held = number and (value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT)
+    if not held or not (low < value < high or (closed and value == low)):
+        lower = "" if low == -math.inf else f" {'>=' if closed else '>'} {low:g}"
+        upper = f" and < {high:g}" if math.isfinite(high) else ""
+        kind = "finite number"
+        if number and not held and abs(value) < math.inf:
+            kind = "number that float32 can hold,"
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a {kind}{lower}{upper}")
+
+
+def check_size(owner: str, name: str, value: Any) -> None:
+    """Raises UserError unless `value` is a whole number of at least 1 that an axis can have."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
+        more = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
+        if isinstance(value, str | tuple | list) and "*" in shown(value):
+            more = f"; patterns are given by name, targets={shown(value)}"
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{more}")
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raises UserError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{owner}: {name}={shown(value)}, expected True or False")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{owner}: {name}={shown(value)}, expected one of {', '.join(choices)}")
+
+
+def check_settings(owner: str, settings: Any) -> None:
+    """Raises UserError if a field of a dataclass is not of its type, not finite or too large.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Shape:
+        ...     width: int = 4
+        >>> check_settings("Shape", Shape(2**40))
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: Shape: width=1099511627776, expected a whole number >= 0 ...
+    """
+    types = get_type_hints(type(settings))
+    problems = []
+    for name in (field.name for field in fields(settings)):
+        value, kind = getattr(settings, name), types[name]
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        if not any(_is_of(value, each) for each in kinds):
+            expected = " or ".join(map(_described, kinds))
+            problems.append(f"{name}={shown(value)}, expected {expected}")
+    if problems:
+        raise UserError(f"{owner}: {'; '.join(problems)}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, numbers finite and whole ones those of an axis."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, get_args(kind)[0]) for each in value)
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real)
+        low, high = (0, LARGEST - 1) if kind is int else (-LARGEST_FLOAT, LARGEST_FLOAT)
+        return number and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    """A type as a message names it."""
+    if get_origin(kind) is tuple:
+        return f"a list, each {_described(get_args(kind)[0])}"
+    names = {
+        int: f"a whole number >= 0 and < {LARGEST}",
+        float: "a finite number",
+        bool: "True or False",
+        str: "a text",
+        type(None): "None",
+    }
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def full_name(kind: type) -> str:
+    """A class's name with its module, since other libraries have classes of the same name."""
+    at = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{at}{kind.__qualname__}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message prints it, in one line."""
+    try:
+        text = repr(value)
+        return shortened(" ".join(text.split()) if "\n" in text else text)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deep to print"

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from adapters_jax.checks import check_choice, shown
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, check_choice, shown
 from adapters_jax.methods import (
     IA3,
     Bottleneck,

@@ -12,13 +12,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adapters_jax.checks import shown
-from adapters_jax.display import html_table
-from adapters_jax.errors import RecipeError, TargetError, UserError, shortened, warn
+from adapters_jax.errors import (
+    RecipeError,
+    TargetError,
+    UserError,
+    other_names,
+    shortened,
+    shown,
+    warn,
+)
 from adapters_jax.methods import METHODS, Method, method_named
-from adapters_jax.spelling import ALL_LINEAR, MODULES, patterns_here
-from adapters_jax.strict_json import check_nesting, loads
 from adapters_jax.targets import failures, is_expression, join, matches, selects
+from adapters_jax.texts import check_nesting, html_table, parse_json
 
 _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
@@ -191,7 +196,7 @@ class Recipe:
                 method that is not registered raises its subclass RecipeError.
         """
         try:
-            data = loads(text) if isinstance(text, str) else text
+            data = parse_json(text) if isinstance(text, str) else text
             check_nesting(data)
         except ValueError as error:
             raise UserError(f"recipe JSON: {error}") from None
@@ -239,7 +244,7 @@ def require_points(
     reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
     unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
     if problems and not unseen and not any(selects(wanted, path) for path in usable):
-        meant = ALL_LINEAR if "all-linear" in wanted else _meant(wanted, usable)
+        meant = other_names().ALL_LINEAR if "all-linear" in wanted else _meant(wanted, usable)
         problems = [] if meant else problems  # the nearest paths would be far from what is meant
         problems.append(
             f"{owner} with the targets {shortened(', '.join(map(repr, wanted)))} fits nothing in "
@@ -269,7 +274,7 @@ def _theirs(method: Method, usable: Sequence[str], paths: Sequence[str]) -> dict
     excluded = [pattern for pattern in method.targets if pattern.startswith("!")]
     found: dict[str, str] = {}
     for target in method.targets:
-        foreign = any(word in MODULES for word in re.findall(r"\w+", target))
+        foreign = any(word in other_names().MODULES for word in re.findall(r"\w+", target))
         if not foreign or target[0] == "!" or any(matches(target, path) for path in paths):
             continue
         here = _here(target, usable)
@@ -283,7 +288,7 @@ def _theirs(method: Method, usable: Sequence[str], paths: Sequence[str]) -> dict
 
 def _here(target: str, usable: Sequence[str]) -> str:
     """The pattern for a target in the notation of other libraries; nothing if it is a path."""
-    patterns = patterns_here(target)
+    patterns = other_names().patterns_here(target)
     if ("/" in target and patterns[0] == target) or is_expression(target):
         return ""
     return next((pattern for pattern in patterns if not failures("", (pattern,), usable)), "")

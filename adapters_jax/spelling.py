@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from adapters_jax.checks import shown
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, shown
 
 ALL = ("**", "!**/{embeddings|head}/**")  # PEFT's "all-linear" on the models of this library
 _ALL_NAMES = "embeddings and head stand for your model's embeddings and output layer"
@@ -156,12 +155,12 @@ _SENTENCES = {
     ),
     "write aj.quantize(model, dtype='nf4')": "prepare_model_for_kbit_training",
     "write aj.Unfreeze('head/**') beside the method in a recipe": "add_classification_head",
-    "write aj.load_adapter(directory, base); adapters_jax.interop.peft.load_peft reads PEFT's "
+    "write aj.load_adapter(directory, base); adapters_jax.files.peft.load_peft reads PEFT's "
     "files": (
         "PeftModel PeftModelForCausalLM PeftModelForSequenceClassification AutoPeftModel "
         "AutoPeftModelForCausalLM AutoAdapterModel from_pretrained load_adapter"
     ),
-    "write aj.save_adapter(directory, state); adapters_jax.interop.peft.save_peft writes PEFT's "
+    "write aj.save_adapter(directory, state); adapters_jax.files.peft.save_peft writes PEFT's "
     "files": "save_pretrained save_adapter",
     "write print(aj.audit(model)), in linen print(aj.audit(model, params))": (
         "print_trainable_parameters get_nb_trainable_parameters adapter_summary"
@@ -203,14 +202,14 @@ _SENTENCES = {
 NAMES = {name: text for text, names in _SENTENCES.items() for name in names.split()}
 # Names of this library that are not in the package itself, by where they are.
 _MODULES = {
-    "adapters_jax.interop.peft": "load_peft save_peft",
-    "adapters_jax.interop.adapterhub": "load_adapterhub save_adapterhub",
-    "adapters_jax.interop.gguf": "read_gguf",
-    "adapters_jax.inference": "load_predictor load_generator load_comparison",
-    "adapters_jax.models.generation": "generate",
-    "adapters_jax.models.decoder": "load_decoder save_decoder Decoder DecoderConfig",
-    "adapters_jax.models.bert": "load_bert BertClassifier BertConfig",
-    "adapters_jax.models.t5": "load_t5 save_t5",
+    "adapters_jax.files.peft": "load_peft save_peft",
+    "adapters_jax.files.adapterhub": "load_adapterhub save_adapterhub",
+    "adapters_jax.files.gguf": "read_gguf",
+    "adapters_jax.finetune.inference": "load_predictor load_generator load_comparison",
+    "adapters_jax.finetune.models.generation": "generate",
+    "adapters_jax.finetune.models.decoder": "load_decoder save_decoder Decoder DecoderConfig",
+    "adapters_jax.finetune.models.bert": "load_bert BertClassifier BertConfig",
+    "adapters_jax.finetune.models.t5": "load_t5 save_t5",
 }
 ELSEWHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 # Flags of other training scripts, and the fields of our commands; for settings there is `OURS`.
@@ -308,7 +307,7 @@ def instead_of(name: str) -> str:
 
     Example:
         >>> instead_of("load_peft")
-        '; write from adapters_jax.interop.peft import load_peft'
+        '; write from adapters_jax.files.peft import load_peft'
         >>> instead_of("get_peft_model")
         ', a name of another library; write aj.adapt(base, recipe) with a recipe such as aj.lora(8)'
         >>> instead_of("lorra")

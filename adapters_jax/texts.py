@@ -1,33 +1,93 @@
-"""Shows texts of unknown origin: on a terminal, in JSON and in Markdown, where they change nothing.
+"""Texts of others and for people: JSON read with bounds, texts shown without effect, tables.
 
 A terminal obeys control characters, and marks of the direction of writing reorder a line; Markdown
 and HTML have tags and links. Labels, file names and generated texts may hold all of these.
 """
 
+import json
+import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
 
-# Controls but for \t and \n, marks of direction, separators of lines, halves of characters.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-_MARKUP = re.compile(r"[\\`*_\[\]<>&|~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+from adapters_jax.errors import UserError, shortened, visible
+
+DEEPEST = 32  # nested lists and objects
+MOST_DIGITS = 40  # of an integer; transformers writes 10**30 for "no limit"
+_TOKEN = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
-def visible(text: str, lines: bool = True) -> str:
-    r"""The text with control characters and marks of direction written out.
+def parse_json(text: str) -> Any:
+    """Parses a JSON text.
 
-    They become `\uXXXX`, which JSON reads as the same character.
-
-    Args:
-        text: any text.
-        lines: whether tabs and ends of lines stay; otherwise they become `\t` and `\n`.
+    Raises:
+        ValueError: it is not JSON; or, as a UserError, it is nested more than 32 deep, or has a
+            duplicate key, a number that is not finite or an integer of over 40 digits; or it has
+            half a character.
 
     Example:
-        >>> print(visible("a\x1b[2Jb\u202ec"))
-        a\u001b[2Jb\u202ec
+        >>> parse_json('{"r": 4, "r": 8}')
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: duplicate key 'r'
     """
-    shown = HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return shown if lines else shown.replace("\t", "\\t").replace("\n", "\\n")
+    _check_depth(text)
+    values = json.loads(
+        text,
+        object_pairs_hook=_object,
+        parse_int=_int,
+        parse_float=_float,
+        parse_constant=_no_number,
+    )
+    if "\\u" in text:  # a lone surrogate is valid JSON, but not text
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    return values
+
+
+def check_nesting(value: Any) -> None:
+    """Raises UserError if lists and mappings are nested more than 32 deep, as `parse_json` does."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [x for x in level if isinstance(x, Mapping | list | tuple)]
+        level = [y for x in inner for y in (x.values() if isinstance(x, Mapping) else x)]
+        if not inner:
+            return
+    raise UserError(f"it is nested more than {DEEPEST} deep")
+
+
+def _check_depth(text: str) -> None:
+    """Raises UserError if lists and objects are nested too deep; brackets in texts do not count."""
+    if text.count("[") + text.count("{") <= DEEPEST:  # as in most rows of data
+        return
+    depth = 0
+    for found in _TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > DEEPEST:
+            raise UserError(f"its JSON is nested more than {DEEPEST} deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UserError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return values
+
+
+def _int(text: str) -> int:
+    return int(text) if len(text) <= MOST_DIGITS else _no_number(text)
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+def _no_number(text: str) -> Any:
+    raise UserError(f"{shortened(text, 30)} is not a finite number of at most {MOST_DIGITS} digits")
+
+
+_MARKUP = re.compile(r"[\\`*_\[\]<>&|~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def markdown(text: str) -> str:
@@ -63,3 +123,60 @@ def markdown_block(code: str, language: str = "") -> str:
 def _fence(text: str, least: int) -> str:
     """Backticks, more than there are in a row in a text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+# All colours are the page's own, so that a table is readable on light and dark pages.
+_TABLE = "border-collapse: collapse; color: inherit; background: none; margin: 0.5em 0"
+_CELL = "padding: 0.2em 0.7em; vertical-align: top; color: inherit; background: none"
+_LINE = "border-bottom: 1px solid rgba(128, 128, 128, 0.4)"
+
+
+def html_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, notes: Iterable[str] = ()
+) -> str:
+    """A table in HTML, for `_repr_html_`; it scrolls in itself where it is wider than the page.
+
+    The keyboard reaches it, so that it can be scrolled without a mouse.
+
+    Args:
+        header: the names of the columns.
+        rows: the cells, any texts: tags in them are shown, and so are control characters.
+        words: how many of the first columns are words; the others are numbers.
+        notes: lines below the table.
+
+    Example:
+        >>> table = html_table(["label", "n"], [["<img src=x>", "2"]], notes=["two rows"])
+        >>> "&lt;img src=x&gt;" in table, table.count("<td"), table.endswith("two rows</div></div>")
+        (True, 2, True)
+    """
+    page = ElementTree.Element("div", style="overflow-x: auto; max-width: 100%", tabindex="0")
+    table = ElementTree.SubElement(page, "table", style=_TABLE)
+    head = ElementTree.SubElement(ElementTree.SubElement(table, "thead"), "tr")
+    for i, name in enumerate(header):
+        _cell(head, "th", name, i < words)
+    body = ElementTree.SubElement(table, "tbody")
+    for row in rows:
+        line = ElementTree.SubElement(body, "tr")
+        for i, text in enumerate(row):
+            _cell(line, "td", text, i < words)
+    for note in notes:
+        ElementTree.SubElement(page, "div").text = visible(note)
+    return ElementTree.tostring(page, encoding="unicode", method="html")
+
+
+def _cell(row: ElementTree.Element, tag: str, text: str, is_word: bool) -> None:
+    where = "left" if is_word else "right; white-space: nowrap"
+    style = f"{_CELL}; {_LINE}; text-align: {where}"
+    ElementTree.SubElement(row, tag, style=style).text = visible(text)
+
+
+def bytes_text(n: float) -> str:
+    """A number of bytes with its unit, in powers of 1024.
+
+    Example:
+        >>> bytes_text(1536)
+        '1.5 KiB'
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
+    return f"{n / 1024**power:.1f} {units[power]}" if power else f"{n} B"

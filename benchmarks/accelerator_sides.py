@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import adapters_jax as aj
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape, find_shape
-from adapters_jax.losses import cross_entropy
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.shapes import adapted_shape, find_shape
+from adapters_jax.training.losses import cross_entropy
 from benchmarks.by_hand import NnxBert, Sizes, make_step, nnx_side
 from benchmarks.llama_by_hand import next_token_loss, step_of
 from benchmarks.tunix_llama import Size, loss_of

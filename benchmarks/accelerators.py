@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.planning import Job
 from adapters_jax.distributed.devices import devices, memory_of
 from adapters_jax.distributed.mesh import make_mesh
 from adapters_jax.distributed.program import Program, TooLarge, compile_program
 from adapters_jax.errors import MissingPackageError
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.planning import Job
 from benchmarks.accelerator_sides import SIDES
 from benchmarks.report import COSTS, LARGEST, WHOLE, Report, Row
 from benchmarks.shapes import agreement

@@ -16,7 +16,7 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.distributed.program import TooLarge, compile_program
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from benchmarks.report import Report
 
 DEVICES = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}  # and the package with the compiler

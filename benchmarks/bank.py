@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models import generation
-from adapters_jax.models.decoder import Decoder
+from adapters_jax.finetune.models import generation
+from adapters_jax.finetune.models.decoder import Decoder
 from adapters_jax.trees import Tree, merge_trees, partition
 from benchmarks import llama
 from benchmarks.harness import Spread, interleave, ratio

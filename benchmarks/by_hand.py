@@ -1,8 +1,8 @@
 """BERT with adapters in its code, in linen and in NNX, and its training step; no adapters_jax.
 
 This is what you write if you have the source of the model and need one method. Parameters have the
-paths of `adapters_jax.models.bert.BertClassifier`, so that all sides can start from the same
-weights; only LoRA's factors are called `lora_a` and `lora_b`.
+paths of `finetune.models.bert.BertClassifier`, so that all sides can start from the same weights;
+only LoRA's factors are called `lora_a` and `lora_b`.
 """
 
 import functools

@@ -16,8 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.app.compare.grid import read_candidate
-from adapters_jax.io.atomic import write_file
+from adapters_jax.files.atomic import write_file
+from adapters_jax.finetune.compare.grid import read_candidate
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
@@ -148,7 +148,7 @@ def read(path: Path) -> list[Row]:
 
 def compared(flags: list[str]) -> Any:
     """Runs `adapters-jax compare --json`, with its progress shown, and returns its result."""
-    command = [sys.executable, "-m", "adapters_jax.app.cli.main", "compare", *flags, "--json"]
+    command = [sys.executable, "-m", "adapters_jax.finetune.cli.main", "compare", *flags, "--json"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {ran.returncode}")

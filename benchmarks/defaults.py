@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.app.options.method import PRESETS
+from adapters_jax.finetune.options.method import PRESETS
 from benchmarks import tradeoff
 from benchmarks.cells import SETS, Cells, Store, read
 from benchmarks.readme import RESULTS

@@ -25,7 +25,7 @@ COMPILED = """
 import json, sys, jax, jax.numpy as jnp, optax
 from flax import nnx
 import adapters_jax as aj
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.distributed.plan import abstract_state
 from adapters_jax.distributed.program import Hlo
 

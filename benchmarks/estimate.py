@@ -8,11 +8,11 @@ import itertools
 
 import jax
 
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.planning import Job
 from adapters_jax.distributed.devices import devices
 from adapters_jax.distributed.mesh import make_mesh
 from adapters_jax.distributed.plan import Plan
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.planning import Job
 from benchmarks.report import Report
 
 DEVICE = "v5e:1x1"

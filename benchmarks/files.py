@@ -22,8 +22,8 @@ import optax
 import safetensors.flax
 
 import adapters_jax as aj
-from adapters_jax.io.adapter import read_adapter
-from adapters_jax.models.bert import BertClassifier, BertConfig
+from adapters_jax.files.adapter import read_adapter
+from adapters_jax.finetune.models.bert import BertClassifier, BertConfig
 from adapters_jax.trees import flatten
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report

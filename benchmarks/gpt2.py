@@ -1,6 +1,6 @@
 """GPT-2 in flax.linen: the model of which the claims about GPT-2 were measured.
 
-The package's own is `adapters_jax.models.decoder`, in NNX. Each block is pre-norm: `x +
+The package's own is `adapters_jax.finetune.models.decoder`, in NNX. Each block is pre-norm: `x +
 output(attention(norm(x)))`, then the same around the feed-forward; both are those of BERT. There is
 no dropout.
 """
@@ -12,9 +12,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.attention.masks import Mask
-from adapters_jax.models.parts.blocks import run_linen
-from adapters_jax.models.parts.layers import FeedForward, LayerNorm, SelfAttention, Sum, Typed
+from adapters_jax.finetune.models.parts.blocks import run_linen
+from adapters_jax.finetune.models.parts.layers import (
+    FeedForward,
+    LayerNorm,
+    SelfAttention,
+    Sum,
+    Typed,
+)
+from adapters_jax.trace.masks import Mask
 
 Hidden = Float[Array, "batch length d"]
 INIT = nn.initializers.normal(0.02)

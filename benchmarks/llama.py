@@ -16,9 +16,9 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models import generation as generation
-from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder
-from adapters_jax.pretrained.assets import cached
+from adapters_jax.finetune.models import generation as generation
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_decoder
+from adapters_jax.finetune.pretrained.assets import cached
 from adapters_jax.trees import flatten
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.llama_by_hand import next_token_loss, step_of

@@ -1,7 +1,7 @@
 """A Llama with one method in its code, as a function of arrays, and its step; no adapters_jax.
 
-Parameters have the paths of `adapters_jax.models.decoder.Decoder`, in one flat dictionary, so that
-both sides start from the same weights.
+Parameters have the paths of `finetune.models.decoder.Decoder`, in one flat dictionary, so that both
+sides start from the same weights.
 """
 
 from collections.abc import Callable, Mapping

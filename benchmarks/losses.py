@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import adapters_jax as aj
 from adapters_jax.distributed.program import TooLarge, compile_program
-from adapters_jax.losses import cross_entropy
+from adapters_jax.training.losses import cross_entropy
 from benchmarks.report import Report
 
 ROWS, LENGTH, WIDTH, VOCAB = 4, 4096, 2048, 128_256

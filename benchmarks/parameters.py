@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape
-from adapters_jax.models import FAMILIES
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.shapes import adapted_shape
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.trees import flatten, unflatten
 from benchmarks.report import Report

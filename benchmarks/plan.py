@@ -52,7 +52,7 @@ def planned(model: str) -> Any:
     command = [
         sys.executable,
         "-m",
-        "adapters_jax.app.cli.main",
+        "adapters_jax.finetune.cli.main",
         "plan",
         "--model",
         *flags,

@@ -12,7 +12,7 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.distributed.plan import abstract_state
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from benchmarks import devices
 from benchmarks.gpt2 import GPT2, GPT2Config
 from benchmarks.harness import Spread, interleave, ratio

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import Decoder
-from adapters_jax.models.generation import generate
-from adapters_jax.serving import BusyError, Engine, FullError, Request, Sizes
+from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.serving import BusyError, Engine, FullError, Request, Sizes
 from benchmarks import llama
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import adapters_jax as aj
-from adapters_jax.models.bert import BERT_BASE, BERT_LARGE, BertClassifier, BertConfig
+from adapters_jax.finetune.models.bert import BERT_BASE, BERT_LARGE, BertClassifier, BertConfig
 from adapters_jax.trees import Tree, flatten, unflatten
 from benchmarks.gpt2 import GPT2, GPT2_MEDIUM, GPT2Config
 from benchmarks.report import Verdict

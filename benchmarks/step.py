@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.bert import BERT_LARGE, BertClassifier, BertConfig
+from adapters_jax.finetune.models.bert import BERT_LARGE, BertClassifier, BertConfig
 from adapters_jax.trees import flatten, path_of, unflatten
 from benchmarks import by_hand, tunix_llama
 from benchmarks.by_hand import NnxBert, Sizes, cross_entropy

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.bert import BertClassifier, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.bert import BertClassifier, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report
 

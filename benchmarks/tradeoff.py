@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import scipy.stats
 
-from adapters_jax.app.compare.grid import read_candidate
-from adapters_jax.app.compare.tradeoff import draw_tradeoff
+from adapters_jax.finetune.compare.grid import read_candidate
+from adapters_jax.finetune.compare.tradeoff import draw_tradeoff
 from benchmarks.cells import Cells, Store
 from benchmarks.report import Report, Row, Verdict
 

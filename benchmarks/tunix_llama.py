@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.decoder.model import abstract_decoder
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder.model import abstract_decoder
 from adapters_jax.trees import path_of
 from benchmarks.by_hand import make_step
 from benchmarks.harness import Spread, interleave, ratio

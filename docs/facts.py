@@ -18,13 +18,13 @@ from docstring_parser import parse
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.app.cli.listing import ListMethods, ListTasks, Table
-from adapters_jax.app.options.method import PRESETS
-from adapters_jax.interop.base_model import BaseModel
-from adapters_jax.interop.formats.base import Adapter, stand_ins
-from adapters_jax.interop.formats.registry import FORMATS
+from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files.formats.base import Adapter, stand_ins
+from adapters_jax.files.formats.registry import FORMATS
+from adapters_jax.finetune.cli.listing import ListMethods, ListTasks, Table
+from adapters_jax.finetune.models import bert, decoder
+from adapters_jax.finetune.options.method import PRESETS
 from adapters_jax.methods import METHODS, Method
-from adapters_jax.models import bert, decoder
 from adapters_jax.trees import flatten
 
 README = Path(__file__).parents[1] / "README.md"

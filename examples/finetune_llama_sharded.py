@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_decoder
 
 TOY = DecoderConfig(
     vocab_size=256,

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from adapters_jax.data.splits import spread
-from adapters_jax.data.tables import read_rows
+from adapters_jax.finetune.data.splits import spread
+from adapters_jax.finetune.data.tables import read_rows
 
 
 def pairs_of(texts: list[tuple[str, str]], rows: int) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def no_signs_of_waiting():
     """Commands that take long, since the machine is busy, print no more than others."""
-    from adapters_jax.app import console
+    from adapters_jax.finetune import console
 
     console.WAIT_SECONDS = threading.TIMEOUT_MAX
 

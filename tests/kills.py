@@ -181,8 +181,8 @@ def change(url, answers, place):
 def answers_of(place):
     """What the base and the runs write without a server: the run as in its training, the adapters
     that are added later to the prompt as it is."""
-    from adapters_jax.inference import load_generator
-    from adapters_jax.pretrained.decoder import complete, load_pretrained_decoder
+    from adapters_jax.finetune.inference import load_generator
+    from adapters_jax.finetune.pretrained.decoder import complete, load_pretrained_decoder
 
     decoder = load_pretrained_decoder(str(place / "llama"))
     ids = [decoder.tokenizer.encode(PROMPT).ids]

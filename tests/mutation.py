@@ -1,7 +1,7 @@
 """Mutation tests: break one line of the package at a time, and see whether a test fails.
 
     python -m tests.mutation record                 # once: records which test runs which line
-    python -m tests.mutation run methods transforms training io interop --sample 40
+    python -m tests.mutation run methods transforms training files --sample 40
 
 cosmic-ray makes the mutants. Each mutant is tested in a child of a process that has imported jax.
 The child loads the mutated module from memory, so no file changes. It runs only the tests that run

@@ -20,10 +20,10 @@ from test_adapterhub import (
 )
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.inference import load_predictor
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.models.bert import BertClassifier, load_bert
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.models.bert import BertClassifier, load_bert
 from adapters_jax.trees import flatten
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"

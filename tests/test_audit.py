@@ -15,10 +15,10 @@ from helpers.errors import raises
 from rich.console import Console
 
 import adapters_jax as aj
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape
-from adapters_jax.display import bytes_text
-from adapters_jax.models import KNOWN
+from adapters_jax.finetune.models import KNOWN
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.shapes import adapted_shape
+from adapters_jax.texts import bytes_text
 from adapters_jax.trees import flatten, unflatten
 from adapters_jax.weights.quantized import bits_of
 

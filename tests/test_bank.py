@@ -11,10 +11,10 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models import generation
-from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.generation import generate
-from adapters_jax.models.t5 import T5, T5Config
+from adapters_jax.finetune.models import generation
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.testing.subjects import ids, shaken

@@ -6,9 +6,9 @@ from helpers.errors import raises
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.data.batches import Batches, Row, choose_buckets, encode
-from adapters_jax.data.movie_reviews import load_movie_reviews
-from adapters_jax.pretrained.assets import cached
+from adapters_jax.finetune.data.batches import Batches, Row, choose_buckets, encode
+from adapters_jax.finetune.data.movie_reviews import load_movie_reviews
+from adapters_jax.finetune.pretrained.assets import cached
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=101)
 

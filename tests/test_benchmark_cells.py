@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_jax.app.compare.grid import read_candidate
+from adapters_jax.finetune.compare.grid import read_candidate
 from benchmarks import baselines, cells, defaults, tradeoff
 from benchmarks.report import Report
 

@@ -15,8 +15,8 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.models import KNOWN
-from adapters_jax.models.bert import (
+from adapters_jax.finetune.models import KNOWN
+from adapters_jax.finetune.models.bert import (
     BERT_BASE,
     Bert,
     BertClassifier,
@@ -351,7 +351,7 @@ def embed(directory, sentences):
 def test_minilm_embeddings_agree_with_human_similarity():
     from scipy.stats import spearmanr
 
-    from adapters_jax.pretrained import assets
+    from adapters_jax.finetune.pretrained import assets
 
     with STSB.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -367,7 +367,7 @@ def test_minilm_embeddings_agree_with_human_similarity():
 
 
 def test_merged_is_unmerged_on_minilm():
-    from adapters_jax.pretrained.assets import cached
+    from adapters_jax.finetune.pretrained.assets import cached
 
     directory = cached("minilm")
     if directory is None:

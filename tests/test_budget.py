@@ -8,11 +8,11 @@ from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.app.runs.budget import Cost, fitted, measured, seconds_of
-from adapters_jax.app.runs.job import Job
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.runs.budget import Cost, fitted, measured, seconds_of
+from adapters_jax.finetune.runs.job import Job
 
 
 @pytest.fixture

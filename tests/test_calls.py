@@ -11,8 +11,8 @@ from helpers.errors import raises
 from test_styles import KEY, Raw, RawNnx, X, changed, straight_through
 
 import adapters_jax as aj
-from adapters_jax.abstract import Inputs
 from adapters_jax.linen import reads_of
+from adapters_jax.trace.inputs import Inputs
 from adapters_jax.trees import unflatten
 
 LORA = aj.LoRA("**", 2, 3.0)

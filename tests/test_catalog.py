@@ -11,19 +11,19 @@ from helpers.commands import command_raises
 from helpers.errors import raises
 
 from adapters_jax.adapting import adapt
-from adapters_jax.app.catalog import Entry, catalog
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.method import PRESETS, MethodOptions
-from adapters_jax.app.options.parsing import UsageError
-from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.errors import TargetError, UserError
-from adapters_jax.interop.adapterhub.architectures import ALIKE
-from adapters_jax.interop.adapterhub.blocks import find_blocks
-from adapters_jax.interop.huggingface import read_json
+from adapters_jax.files.adapterhub.architectures import ALIKE
+from adapters_jax.files.adapterhub.blocks import find_blocks
+from adapters_jax.finetune.base_files.huggingface import read_json
+from adapters_jax.finetune.catalog import Entry, catalog
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.models import FAMILIES, family_of
+from adapters_jax.finetune.options.method import PRESETS, MethodOptions
+from adapters_jax.finetune.options.parsing import UsageError
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.shapes import adapted_shape
 from adapters_jax.linen import init_adapters
-from adapters_jax.models import FAMILIES, family_of
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.pretrained.encoder import load_encoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

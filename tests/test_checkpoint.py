@@ -21,9 +21,9 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.io.checkpoint import CheckpointError, Checkpoints
-from adapters_jax.io.checksums import CHECKSUMS, write_checksums
-from adapters_jax.io.identity import tree_sha256
+from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
+from adapters_jax.files.checksums import CHECKSUMS, write_checksums
+from adapters_jax.files.identity import tree_sha256
 from adapters_jax.recipe import checked_before
 from adapters_jax.trees import flatten
 
@@ -359,7 +359,7 @@ def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monke
 
 
 def test_a_directory_is_of_one_process_at_a_time(tmp_path):
-    code = "import sys; from adapters_jax.io.checkpoint import Checkpoints;"
+    code = "import sys; from adapters_jax.files.checkpoint import Checkpoints;"
     code += "found = Checkpoints(sys.argv[1]); print(flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes)
@@ -402,7 +402,7 @@ def test_an_error_of_a_save_is_shown_by_its_first_line(tmp_path, monkeypatch, me
     def fail(root):
         raise ValueError(message)
 
-    monkeypatch.setattr("adapters_jax.io.checkpoint.write_checksums", fail)
+    monkeypatch.setattr("adapters_jax.files.checkpoint.write_checksums", fail)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, new_state("linen"))
     with raises(CheckpointError, "step 1", tmp_path, shown):
@@ -433,7 +433,7 @@ LAYOUTS = """
 import sys, jax, numpy as np, optax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_checkpoint import batch, new_state, new_step
-from adapters_jax.io.checkpoint import Checkpoints
+from adapters_jax.files.checkpoint import Checkpoints
 
 def laid(state, shape):
     mesh = Mesh(np.array(jax.devices()[:np.prod(shape)]).reshape(shape), ("data", "model"))

@@ -24,14 +24,6 @@ from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.app import console
-from adapters_jax.app.cli.convert import Convert
-from adapters_jax.app.cli.main import COMMANDS, _unraisable, command_of, main
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.flags import Format
-from adapters_jax.app.options.method import MethodName
-from adapters_jax.app.options.parsing import UsageError
-from adapters_jax.data.readers import DataError
 from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.errors import (
     EXPLAINED,
@@ -45,13 +37,21 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
-from adapters_jax.inference import load_predictor
-from adapters_jax.interop.formats import FORMATS
-from adapters_jax.interop.peft.servers import MAX_ERROR
-from adapters_jax.io.run_directory import Run, RunConfigError, RunError
+from adapters_jax.files.formats import FORMATS
+from adapters_jax.files.peft.servers import MAX_ERROR
+from adapters_jax.finetune import console
+from adapters_jax.finetune.cli.convert import Convert
+from adapters_jax.finetune.cli.main import COMMANDS, _unraisable, command_of, main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.options.flags import Format
+from adapters_jax.finetune.options.method import MethodName
+from adapters_jax.finetune.options.parsing import UsageError
+from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
+from adapters_jax.finetune.tasks import TASKS
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.methods.registry import every_method
-from adapters_jax.tasks import TASKS
-from adapters_jax.tasks.labelled_problem import LabelledProblem
 
 
 @pytest.fixture(scope="module")

@@ -21,27 +21,27 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import adapters_jax as aj
-from adapters_jax.app import pace as steps
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.compare import comparison as work
-from adapters_jax.app.compare.annotations import Label, place_labels
-from adapters_jax.app.compare.cells import CellConsole
-from adapters_jax.app.compare.comparison import _Pace, compiled_in
-from adapters_jax.app.compare.grid import Cell, Grid, read_candidate, spread
-from adapters_jax.app.compare.options import CompareOptions
-from adapters_jax.app.compare.tradeoff import draw_tradeoff
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.flags import portable, words
-from adapters_jax.app.options.parsing import UsageError, parse
-from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.options.stored import from_plain
-from adapters_jax.app.runs import job
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_predictor
-from adapters_jax.inference.comparison import comparison_table
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune import pace as steps
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.compare import comparison as work
+from adapters_jax.finetune.compare.annotations import Label, place_labels
+from adapters_jax.finetune.compare.cells import CellConsole
+from adapters_jax.finetune.compare.comparison import _Pace, compiled_in
+from adapters_jax.finetune.compare.grid import Cell, Grid, read_candidate, spread
+from adapters_jax.finetune.compare.options import CompareOptions
+from adapters_jax.finetune.compare.tradeoff import draw_tradeoff
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.inference.comparison import comparison_table
+from adapters_jax.finetune.options.flags import portable, words
+from adapters_jax.finetune.options.parsing import UsageError, parse
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.options.stored import from_plain
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs import job
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
 NORMS = "layer-norms"
 RECIPES = ("houlsby --bottleneck-dim 2 --learning-rates 1e-2 1e-3", NORMS)

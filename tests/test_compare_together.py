@@ -12,10 +12,10 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from safetensors.numpy import load_file
 from test_compare import compare
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.compare import together
-from adapters_jax.app.console import Console
-from adapters_jax.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.compare import together
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
 RECIPES = ("lora --rank 2 --learning-rates 1e-2 3e-3",)
 

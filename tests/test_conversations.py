@@ -11,18 +11,18 @@ from helpers.errors import raises
 from helpers.tiny import FOODS, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from adapters_jax.app.cli.generate import Generate
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.console import Console
-from adapters_jax.data.conversations import Conversation, Conversations, read_conversations
-from adapters_jax.data.files import DataError
-from adapters_jax.data.packing import Marked, sequence
 from adapters_jax.errors import UserError
-from adapters_jax.io.run_directory import Run
-from adapters_jax.models import FAMILIES
-from adapters_jax.pretrained.assets import cached
-from adapters_jax.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
-from adapters_jax.tasks.conversation_rows import ChatEncoder
+from adapters_jax.finetune.cli.generate import Generate
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.conversations import Conversation, Conversations, read_conversations
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.packing import Marked, sequence
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.pretrained.assets import cached
+from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ("<s>", "</s>", "<user>", "<bot>", "<system>", "<tool>")

@@ -3,8 +3,8 @@
 import pytest
 from test_conversations import CHAT, MARKED, SPECIAL, bytes_of, conversations, said
 
-from adapters_jax.data.conversations import Conversation
-from adapters_jax.tasks.conversation_rows import ChatEncoder
+from adapters_jax.finetune.data.conversations import Conversation
+from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 
 WHY = "needs transformers: pip install 'adapters-jax[interop-test]'"
 transformers = pytest.importorskip("transformers", reason=WHY)

@@ -15,13 +15,13 @@ from helpers.finished import SAMPLE, decoder_run, encoder_run
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.export import open_source
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
-from adapters_jax.interop.formats.native import Native
-from adapters_jax.io.adapter import STATE
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.files.adapter import STATE
+from adapters_jax.files.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
+from adapters_jax.files.formats.native import Native
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.export import open_source
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -416,7 +416,7 @@ def test_settings_of_a_number_and_of_prompts_become_notes(convert, capsys, tmp_p
 
 def test_nothing_is_left_of_a_conversion_that_breaks_off(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "adapters_jax.io.atomic._sync", lambda path: (_ for _ in ()).throw(OSError("full"))
+        "adapters_jax.files.atomic._sync", lambda path: (_ for _ in ()).throw(OSError("full"))
     )
     for to in ("peft", "adapterhub", "native"):
         line = convert("runs/reviews", to, status=2)
@@ -427,7 +427,7 @@ def test_nothing_is_left_of_a_conversion_that_breaks_off(convert, tmp_path, monk
 
 
 def test_a_wrong_tensor_is_found_when_it_is_read_again(convert, monkeypatch):
-    from adapters_jax.interop import directories
+    from adapters_jax.files import directories
 
     pair = directories.pair
 

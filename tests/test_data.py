@@ -9,13 +9,13 @@ import pytest
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.data.datasets import Dataset, load_labelled, make_dataset, split
-from adapters_jax.data.glue import GLUE, load_glue, read_glue
-from adapters_jax.data.movie_reviews import load_movie_reviews, movie_reviews
-from adapters_jax.data.readers import DataError
-from adapters_jax.data.splits import split_rows
-from adapters_jax.data.tables import Table, read_rows
-from adapters_jax.pretrained.assets import cached
+from adapters_jax.finetune.data.datasets import Dataset, load_labelled, make_dataset, split
+from adapters_jax.finetune.data.glue import GLUE, load_glue, read_glue
+from adapters_jax.finetune.data.movie_reviews import load_movie_reviews, movie_reviews
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.splits import split_rows
+from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.pretrained.assets import cached
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real_glue = pytest.mark.skipif(not SHARED.exists(), reason="no GLUE files beside the project")

@@ -9,15 +9,15 @@ from helpers.commands import command_raises
 from helpers.tiny import write_llama, write_meanings, write_model
 from test_conversations import TINY, said
 
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.parsing import parse
-from adapters_jax.data.files import DataError
-from adapters_jax.data.summary import Lengths, summarize
 from adapters_jax.errors import UserError
-from adapters_jax.pretrained.assets import cached
-from adapters_jax.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.summary import Lengths, summarize
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.pretrained.assets import cached
+from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

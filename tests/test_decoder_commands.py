@@ -10,9 +10,9 @@ from flax import nnx
 from helpers.arrays import read_arrays
 from helpers.tiny import write_llama, write_meanings
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.inference import load_generator
-from adapters_jax.models.decoder import ARCHITECTURES, DecoderConfig, load_decoder
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.models.decoder import ARCHITECTURES, DecoderConfig, load_decoder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 TRAIN = (

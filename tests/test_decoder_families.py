@@ -13,14 +13,14 @@ from flax import nnx
 from helpers.arrays import read_arrays
 
 from adapters_jax.errors import UserError
-from adapters_jax.models.decoder import (
+from adapters_jax.finetune.models.decoder import (
     ARCHITECTURES,
     Decoder,
     DecoderConfig,
     load_decoder,
     save_decoder,
 )
-from adapters_jax.models.decoder.model import abstract_decoder
+from adapters_jax.finetune.models.decoder.model import abstract_decoder
 
 # Fields whose value shows in no parameter's shape.
 ARITHMETIC = {

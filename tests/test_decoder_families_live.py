@@ -12,10 +12,10 @@ from flax import nnx
 from helpers.arrays import drawn_like
 
 import adapters_jax as aj
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.interop.adapterhub.architectures import ALIKE
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.decoder import (
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.files.adapterhub.architectures import ALIKE
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.models.decoder import (
     ARCHITECTURES,
     DecoderConfig,
     load_decoder,

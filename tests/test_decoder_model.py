@@ -14,9 +14,9 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.models import KNOWN
-from adapters_jax.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
-from adapters_jax.models.parts.rotary import RopeScaling, rotate, rotation
+from adapters_jax.finetune.models import KNOWN
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from adapters_jax.finetune.models.parts.rotary import RopeScaling, rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = DecoderConfig(

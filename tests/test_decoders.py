@@ -21,29 +21,29 @@ from test_generate import shaken
 from test_gguf import tensors_of, write
 
 import adapters_jax as aj
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.console import Console
-from adapters_jax.app.merging import write_checkpoint
-from adapters_jax.app.options.data import DataOptions
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.report.findings import read_findings
-from adapters_jax.data.batches import NOTHING, Batches
-from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.packing import Example, pack, sequence
-from adapters_jax.data.prompts import Prompts
-from adapters_jax.data.readers import DataError
-from adapters_jax.data.tables import Table
 from adapters_jax.errors import BaseFileError, RecipeError, TargetError, UserError
-from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run, RunConfigError, RunError
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.batches import NOTHING, Batches
+from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.packing import Example, pack, sequence
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.merging import write_checkpoint
+from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.report.findings import read_findings
+from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
+from adapters_jax.finetune.tasks import TASKS, completion, completion_problem
+from adapters_jax.finetune.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
+from adapters_jax.finetune.tasks.completion_rows import RowBuilder, build_batches
+from adapters_jax.finetune.tasks.prompts import encode_table
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.tasks import TASKS, completion, completion_problem
-from adapters_jax.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
-from adapters_jax.tasks.completion_rows import RowBuilder, build_batches
-from adapters_jax.tasks.prompts import encode_table
 
 LENGTH = 16
 EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2], [4, 1])]

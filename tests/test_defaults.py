@@ -11,15 +11,15 @@ from helpers.errors import raises
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax.app.compare.grid import read_candidate
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.data import DataOptions
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs.prepare import prepare_run, resume_run
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.tasks.base import TrainedHead, Untrained
+from adapters_jax.finetune.compare.grid import read_candidate
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.prepare import prepare_run, resume_run
+from adapters_jax.finetune.tasks.base import TrainedHead, Untrained
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterRecipeError
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.interop.names import Stored, from_tensors, to_tensors
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import FAMILIES, bert, decoder
-from adapters_jax.models.bert import classifier
-from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.generation import generate
-from adapters_jax.models.parts import blocks
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.files.names import Stored, from_tensors, to_tensors
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.models import FAMILIES, bert, decoder
+from adapters_jax.finetune.models.bert import classifier
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.parts import blocks
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, unflatten
 

@@ -18,15 +18,15 @@ from helpers.tiny import write_llama
 from jax.sharding import SingleDeviceSharding
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import count_parameters
 from adapters_jax.distributed import devices as described
 from adapters_jax.distributed.devices import GIB, GPUS, TPUS, memory_of
 from adapters_jax.distributed.mesh import ShardingError
 from adapters_jax.distributed.program import Hlo, Program, TooLarge, compile_program
 from adapters_jax.errors import MissingPackageError, UserError
-from adapters_jax.models.bert import Bert, BertConfig
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.shapes import count_parameters
 
 HAVE = described._installed("libtpu") is not None
 tpu = pytest.mark.skipif(not HAVE, reason="needs libtpu: pip install 'adapters-jax[tpu]'")

@@ -12,9 +12,9 @@ from helpers.errors import raises
 from helpers.reports import write_compared
 
 import adapters_jax as aj
-from adapters_jax.display import html_table
-from adapters_jax.inference import load_comparison
-from adapters_jax.io.run_directory import RunError
+from adapters_jax.finetune.inference import load_comparison
+from adapters_jax.finetune.run_directory import RunError
+from adapters_jax.texts import html_table
 
 HOSTILE = "</td><script>alert(1)</script>\x1b[2J\u202e&amp;"
 

@@ -25,9 +25,9 @@ from helpers import pages
 from helpers.pages import FENCE, PAGES, ROOT, blocks_of, check_printed, commands, params
 
 import adapters_jax as aj
-from adapters_jax.app.cli import main as command_line
+from adapters_jax.finetune.cli import main as command_line
+from adapters_jax.finetune.pretrained.assets import cached
 from adapters_jax.methods import METHODS
-from adapters_jax.pretrained.assets import cached
 from docs import facts
 
 INLINE = re.compile(r"(?<!`)`(aj\.[^`]+)`(?!`)")

@@ -10,15 +10,15 @@ from helpers import hub_server, pages
 from helpers.pages import commands, params
 from helpers.serving import serving
 
-from adapters_jax.app.cli.main import main
+from adapters_jax.finetune.cli.main import main
 
 pytestmark = pytest.mark.slow
 TRAIN = "finetune --model smollm2-135m --train devset.csv --prompt mr --completion ref --limit 16"
 TRAIN += " --held-out 8 --epochs 1 --method lora --rank 8 --exact-match 0 --name e2e"
-SERVE = f"""from adapters_jax.pretrained.assets import ASSETS
+SERVE = f"""from adapters_jax.finetune.pretrained.assets import ASSETS
 for name in {pages.STAND_INS}:
     del ASSETS[name]
-from adapters_jax.app.cli.main import main
+from adapters_jax.finetune.cli.main import main
 raise SystemExit(main())"""
 HUB = [each for each in params("sh", asks=True) if "localhost" not in each.values[0].text]
 

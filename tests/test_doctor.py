@@ -10,9 +10,9 @@ import optax
 import pytest
 from helpers.commands import command_raises
 
-from adapters_jax.app import doctor
-from adapters_jax.app.cli.main import main
 from adapters_jax.errors import UserError
+from adapters_jax.finetune import doctor
+from adapters_jax.finetune.cli.main import main
 
 
 def problems(findings):

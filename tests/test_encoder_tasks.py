@@ -16,22 +16,22 @@ from helpers.tiny import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.report.findings import read_findings
-from adapters_jax.data.annotated import Annotated, read_answers, read_choices
-from adapters_jax.data.batches import NOTHING, tokenize
-from adapters_jax.data.readers import DataError
-from adapters_jax.inference import load_predictor
-from adapters_jax.io.run_directory import Run
-from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.tasks import TASKS
-from adapters_jax.tasks.metrics import retrieval, set_scores, squad_scores
-from adapters_jax.tasks.multilabel import LabelSets
-from adapters_jax.tasks.multiple_choice import Choices
-from adapters_jax.tasks.question_answering import Answer, Spans
-from adapters_jax.tasks.readout import Inputs
-from adapters_jax.tasks.sentence_embedding import Embeddings
-from adapters_jax.tasks.token_classification import Tags, TokenClassification, first_pieces
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.annotated import Annotated, read_answers, read_choices
+from adapters_jax.finetune.data.batches import NOTHING, tokenize
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.report.findings import read_findings
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.tasks import TASKS
+from adapters_jax.finetune.tasks.metrics import retrieval, set_scores, squad_scores
+from adapters_jax.finetune.tasks.multilabel import LabelSets
+from adapters_jax.finetune.tasks.multiple_choice import Choices
+from adapters_jax.finetune.tasks.question_answering import Answer, Spans
+from adapters_jax.finetune.tasks.readout import Inputs
+from adapters_jax.finetune.tasks.sentence_embedding import Embeddings
+from adapters_jax.finetune.tasks.token_classification import Tags, TokenClassification, first_pieces
 
 NER, QA, CHOICE = "token-classification", "question-answering", "multiple-choice"
 # Of each task: its rows, flags, a text to predict, its prediction, and AdapterHub's kind of head.
@@ -181,9 +181,9 @@ def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_column_of_scores_may_have_the_name_label(tmp_path):
-    from adapters_jax.app.options.data import DataOptions
-    from adapters_jax.app.options.parsing import parse
-    from adapters_jax.app.runs.config import differences, read_options
+    from adapters_jax.finetune.options.data import DataOptions
+    from adapters_jax.finetune.options.parsing import parse
+    from adapters_jax.finetune.runs.config import differences, read_options
 
     rows = [{"sentence1": f"a {i}", "sentence2": "b", "label": i % 5} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

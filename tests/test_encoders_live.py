@@ -11,8 +11,8 @@ from helpers.trained import trained
 from test_encoders import FIXTURES, classifier, expected, loaded
 
 import adapters_jax as aj
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.interop.peft import load_peft, save_peft
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.files.peft import load_peft, save_peft
 
 WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
-from adapters_jax.models.decoder import Decoder, DecoderConfig
-from adapters_jax.models.generation import generate
-from adapters_jax.models.t5 import T5, T5Config
-from adapters_jax.serving import (
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.t5 import T5, T5Config
+from adapters_jax.finetune.serving import (
     BusyError,
     Choice,
     Engine,

@@ -15,14 +15,14 @@ from helpers.tiny import write_llama, write_meanings, write_model
 from safetensors.numpy import save_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.models import FAMILIES, KNOWN, family_of
-from adapters_jax.models.decoder import ARCHITECTURES, decoder_family
-from adapters_jax.models.generation import generate
-from adapters_jax.pretrained.base_model import load_base_model
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.pretrained.locate import find_family, is_decoder, sha256_of
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.models import FAMILIES, KNOWN, family_of
+from adapters_jax.finetune.models.decoder import ARCHITECTURES, decoder_family
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.pretrained.base_model import load_base_model
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.pretrained.locate import find_family, is_decoder, sha256_of
 from adapters_jax.trees import unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -28,10 +28,10 @@ from adapters_jax.errors import (
     AdapterRecipeError,
     FileSystemError,
 )
-from adapters_jax.io import atomic
-from adapters_jax.io.adapter import TENSORS, read_adapter
-from adapters_jax.io.manifest import CONFIG
-from adapters_jax.models.bert import BertClassifier, BertConfig
+from adapters_jax.files import atomic
+from adapters_jax.files.adapter import TENSORS, read_adapter
+from adapters_jax.files.manifest import CONFIG
+from adapters_jax.finetune.models.bert import BertClassifier, BertConfig
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
 

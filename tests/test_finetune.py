@@ -16,23 +16,23 @@ from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.data import DataOptions
-from adapters_jax.app.options.method import PRESETS, MethodName, MethodOptions
-from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.app.report.findings import read_findings
-from adapters_jax.app.runs.stopping import StoppedError
-from adapters_jax.data.datasets import load_labelled
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_predictor
-from adapters_jax.io.run_directory import Run, run_name
-from adapters_jax.tasks.base import in_row_order
-from adapters_jax.tasks.classification import Classes
-from adapters_jax.tasks.head import FeatureBatches, Head
-from adapters_jax.tasks.labelled_problem import LabelledProblem
-from adapters_jax.tasks.metrics import compute
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.datasets import load_labelled
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.method import PRESETS, MethodName, MethodOptions
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.report.findings import read_findings
+from adapters_jax.finetune.run_directory import Run, run_name
+from adapters_jax.finetune.runs.stopping import StoppedError
+from adapters_jax.finetune.tasks.base import in_row_order
+from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.head import FeatureBatches, Head
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune.tasks.metrics import compute
 from adapters_jax.trees import flatten
 
 

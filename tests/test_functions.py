@@ -8,9 +8,9 @@ from flax import linen as nn
 from flax import nnx
 from scipy.special import expit, ndtr
 
-from adapters_jax.models.decoder.layers import RMSNorm
-from adapters_jax.models.parts import functions
-from adapters_jax.models.parts.layers import LayerNorm
+from adapters_jax.finetune.models.decoder.layers import RMSNorm
+from adapters_jax.finetune.models.parts import functions
+from adapters_jax.finetune.models.parts.layers import LayerNorm
 
 X = np.linspace(-9, 9, 361)
 

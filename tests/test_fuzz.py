@@ -23,8 +23,8 @@ from helpers import hostile
 from helpers.hostile import X, linen_base, nnx_base
 
 import adapters_jax as aj
-from adapters_jax.io.adapter import TENSORS, read_adapter
-from adapters_jax.io.manifest import CONFIG
+from adapters_jax.files.adapter import TENSORS, read_adapter
+from adapters_jax.files.manifest import CONFIG
 from adapters_jax.trees import flatten
 
 USUAL, MANY = 1000, 5000

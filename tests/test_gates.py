@@ -28,7 +28,7 @@ from helpers.gates import (
 import adapters_jax as aj
 from adapters_jax import methods
 from adapters_jax.distributed import devices as described
-from adapters_jax.losses import cross_entropy
+from adapters_jax.training.losses import cross_entropy
 
 slow = pytest.mark.slow
 tpu = pytest.mark.skipif(

@@ -13,10 +13,10 @@ from helpers.errors import raises
 from test_decoder_model import TINY, build
 
 import adapters_jax as aj
-from adapters_jax.models import generation as module
-from adapters_jax.models.generation import generate, nucleus
-from adapters_jax.models.parts.cache import Cache
-from adapters_jax.models.parts.rotary import RopeScaling
+from adapters_jax.finetune.models import generation as module
+from adapters_jax.finetune.models.generation import generate, nucleus
+from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.finetune.models.parts.rotary import RopeScaling
 from adapters_jax.nnx import AdapterParam
 
 CONFIG = replace(TINY, num_hidden_layers=2)

@@ -15,11 +15,12 @@ from helpers.errors import raises
 from test_decoder_model import TINY, build
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
-from adapters_jax.interop import chat
-from adapters_jax.interop.gguf import find_gguf, read_gguf
-from adapters_jax.interop.gguf.tensors import half_split
-from adapters_jax.models.decoder import load_decoder
-from adapters_jax.pretrained.assets import cached
+from adapters_jax.files.gguf.header import find_gguf
+from adapters_jax.files.gguf.tensors import half_split
+from adapters_jax.finetune.base_files import chat
+from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.pretrained.assets import cached
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "test.txt"
 TOKENS = [

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from test_gguf_families import CARRIED, FIXTURES, NAMES, tensors_of, values_of
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
 from adapters_jax.errors import AdapterFileError, BaseFileError
-from adapters_jax.interop.formats import FORMATS, Adapter, changes
-from adapters_jax.interop.gguf.adapters import ADAPTER
-from adapters_jax.pretrained.base_model import load_base_model
+from adapters_jax.files.formats import FORMATS, Adapter, changes
+from adapters_jax.files.gguf.adapters import ADAPTER
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.pretrained.base_model import load_base_model
 
 
 def drawn(base, wanted=lambda path: True, rank=2):

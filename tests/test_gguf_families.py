@@ -14,10 +14,10 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 
 from adapters_jax.errors import BaseFileError, BaseMismatchError
-from adapters_jax.interop.gguf import read_gguf
-from adapters_jax.interop.gguf.architectures import ARCHITECTURES
-from adapters_jax.models.decoder import DecoderConfig, load_decoder
-from adapters_jax.models.registry import family_of
+from adapters_jax.files.gguf.architectures import ARCHITECTURES
+from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.models.decoder import DecoderConfig, load_decoder
+from adapters_jax.finetune.models.registry import family_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 CARRIED = {path.name for path in FIXTURES.iterdir()} - {"gpt2"}  # whose GGUF files are not read

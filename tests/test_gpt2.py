@@ -10,8 +10,8 @@ from helpers.errors import raises
 from safetensors.numpy import save_file
 
 import adapters_jax as aj
-from adapters_jax.models import FAMILIES
-from adapters_jax.models.decoder import DecoderConfig, load_decoder
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.models.decoder import DecoderConfig, load_decoder
 from adapters_jax.trees import flatten
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"

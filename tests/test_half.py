@@ -13,10 +13,10 @@ from flax.training.dynamic_scale import DynamicScale
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.app.runs.log import Log
-from adapters_jax.app.runs.loop import PATIENCE
-from adapters_jax.io.checkpoint import Checkpoints
-from adapters_jax.tasks.base import NotFiniteError
+from adapters_jax.files.checkpoint import Checkpoints
+from adapters_jax.finetune.runs.log import Log
+from adapters_jax.finetune.runs.loop import PATIENCE
+from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.trees import flatten
 
 X = jax.random.normal(jax.random.key(3), (32, 8))
@@ -151,7 +151,7 @@ def place(tmp_path_factory):
 
 
 def finetune(place, name, *more):
-    from adapters_jax.app.cli.main import main
+    from adapters_jax.finetune.cli.main import main
 
     flags = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
     flags += ["--max-length", 8, "--batch-size", 16, "--limit", 160, "--epochs", 3]
@@ -176,7 +176,7 @@ def test_a_run_in_float16_is_the_run_in_float32(place):
 
 
 def test_overflows_are_reported_and_too_many_stop_the_run(place, monkeypatch, capsys):
-    from adapters_jax.tasks.labelled_problem import LabelledProblem
+    from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
     rows, bad = LabelledProblem.batch, set()
 
@@ -202,7 +202,7 @@ def decoder(place, name, factor, *tensors):
     from helpers.tiny import write_llama, write_meanings
     from safetensors.numpy import load_file, save_file
 
-    from adapters_jax.app.cli.main import main
+    from adapters_jax.finetune.cli.main import main
 
     path = write_llama(place / name) / "model.safetensors"
     found = load_file(path)
@@ -247,7 +247,7 @@ def test_a_decoders_overflows_are_skipped_counted_and_shown(tmp_path, capsys):
 
 
 def test_a_decoder_whose_steps_are_not_finite_stops_with_the_cause(tmp_path, monkeypatch, capsys):
-    from adapters_jax.tasks.completion_problem import CompletionProblem
+    from adapters_jax.finetune.tasks.completion_problem import CompletionProblem
 
     rows, bad = CompletionProblem.batch, set(range(2, 2 + PATIENCE))
 

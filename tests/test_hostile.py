@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterMismatchError, AdapterRecipeError
-from adapters_jax.io.adapter import TENSORS, read_adapter
-from adapters_jax.io.manifest import CONFIG, Manifest
-from adapters_jax.io.tensors import open_tensors, read_tensors
-from adapters_jax.io.untrusted import read_json
+from adapters_jax.files.adapter import TENSORS, read_adapter
+from adapters_jax.files.manifest import CONFIG, Manifest
+from adapters_jax.files.tensors import open_tensors, read_tensors
+from adapters_jax.files.untrusted import read_json
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,15 @@ from helpers.errors import raises
 from helpers.tiny import write_llama, write_model
 from safetensors.numpy import save_file
 
-from adapters_jax.app.cli.main import main
 from adapters_jax.errors import BaseFileError, BaseMismatchError, UserError
-from adapters_jax.interop.huggingface import INDEX, read_json, read_tensors
-from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
-from adapters_jax.models.registry import family_of
-from adapters_jax.pretrained.base_model import load_base_model
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.pretrained.locate import read_tokenizer, sha256_of
+from adapters_jax.finetune.base_files.huggingface import INDEX, read_json, read_tensors
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
+from adapters_jax.finetune.models.registry import family_of
+from adapters_jax.finetune.pretrained.base_model import load_base_model
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.pretrained.locate import read_tokenizer, sha256_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BASES = [
@@ -356,7 +356,7 @@ LOAD = """
 import sys
 import jax
 from flax import nnx
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 
 def status(name):
     with open("/proc/self/status") as file:

@@ -10,8 +10,8 @@ from test_gguf import CONFIG as SHAPE
 from test_gguf import build, tensors_of, write
 
 from adapters_jax.errors import BaseFileError
-from adapters_jax.interop.gguf import read_gguf
-from adapters_jax.models.decoder import DecoderConfig
+from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.models.decoder import DecoderConfig
 
 U32, F32, BOOL, TEXT, LIST = 4, 6, 7, 8, 9
 

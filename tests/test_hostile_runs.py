@@ -14,18 +14,18 @@ from helpers.errors import raises
 from helpers.reports import CONFIG, write_compared, write_page
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.compare.cells import Cells
-from adapters_jax.app.compare.grid import Cell
-from adapters_jax.app.report.run import results_table
 from adapters_jax.errors import FileSystemError, UserError
-from adapters_jax.interop.directories import empty_directory
-from adapters_jax.io import atomic, hub
-from adapters_jax.io.atomic import write_file
-from adapters_jax.io.checksums import CHECKSUMS, damage
-from adapters_jax.io.run_directory import Run, RunConfigError, RunError
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
-from adapters_jax.tasks import read_run
+from adapters_jax.files import atomic, hub
+from adapters_jax.files.atomic import write_file
+from adapters_jax.files.checksums import CHECKSUMS, damage
+from adapters_jax.files.directories import empty_directory
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.compare.cells import Cells
+from adapters_jax.finetune.compare.grid import Cell
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.report.run import results_table
+from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
+from adapters_jax.finetune.tasks import read_run
 
 LONG = "x" * 5000
 WHOLE = {**CONFIG, "base_sha256": "0", "dtype": "float32", "max_length": 8, "pooling": "mean"}

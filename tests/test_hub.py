@@ -21,19 +21,19 @@ from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.adapterhub import load_adapterhub
-from adapters_jax.interop.peft import load_peft
-from adapters_jax.io import hub
-from adapters_jax.io.run_directory import Run
-from adapters_jax.models.bert import load_bert
-from adapters_jax.models.bert.classifier import NAMES
-from adapters_jax.models.bert.model import Bert
-from adapters_jax.models.decoder import load_decoder
-from adapters_jax.models.t5 import load_t5
-from adapters_jax.pretrained import locate as bases
+from adapters_jax.files import hub
+from adapters_jax.files.adapterhub import load_adapterhub
+from adapters_jax.files.peft import load_peft
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.models.bert import load_bert
+from adapters_jax.finetune.models.bert.classifier import NAMES
+from adapters_jax.finetune.models.bert.model import Bert
+from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.finetune.pretrained import locate as bases
+from adapters_jax.finetune.run_directory import Run
 from adapters_jax.trees import flatten
 
 hf = pytest.importorskip("huggingface_hub")

@@ -10,13 +10,13 @@ from helpers.errors import raises
 from helpers.hub_server import serving
 from helpers.tiny import write_model
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.data import DataOptions
-from adapters_jax.app.options.flags import words
-from adapters_jax.app.options.stored import from_plain, plain
-from adapters_jax.data.files import DataError
-from adapters_jax.data.hub_rows import HubData, choose_files
-from adapters_jax.data.readers import read_file, title_of
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.hub_rows import HubData, choose_files
+from adapters_jax.finetune.data.readers import read_file, title_of
+from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.flags import words
+from adapters_jax.finetune.options.stored import from_plain, plain
 
 pytest.importorskip("pyarrow.parquet")
 constants = pytest.importorskip("huggingface_hub.constants")

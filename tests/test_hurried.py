@@ -10,7 +10,7 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.io.checkpoint import Checkpoints
+from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.trees import flatten, unflatten
 
 X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from test_peft import base_of
 
 import adapters_jax as aj
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import count_parameters
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.interop.peft.config import is_target, number_at
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.files.peft.config import is_target, number_at
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.shapes import count_parameters
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, unflatten
 

@@ -11,7 +11,7 @@ from helpers.hostile import RECIPES, NnxNet, X, linen_base, nnx_base, save
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterMismatchError
-from adapters_jax.io.manifest import CONFIG, Manifest
+from adapters_jax.files.manifest import CONFIG, Manifest
 
 TINY = aj.base_identity(linen_base()[1])
 

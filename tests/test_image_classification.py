@@ -17,19 +17,25 @@ from helpers.errors import raises
 from PIL import Image
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.runs.stopping import InterruptedRunError
-from adapters_jax.data.pixels import ImageBatches, ImageRow, Preprocessing, checked, read_image
-from adapters_jax.data.readers import DataError
 from adapters_jax.errors import BaseFileError, MissingPackageError
-from adapters_jax.inference import load_predictor
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.models.vit import Vit
-from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.serving.labels import EncoderBase
-from adapters_jax.tasks import TASKS, image_classification
-from adapters_jax.tasks.image_classification import ImageClasses
-from adapters_jax.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.pixels import (
+    ImageBatches,
+    ImageRow,
+    Preprocessing,
+    checked,
+    read_image,
+)
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.models.vit import Vit
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.stopping import InterruptedRunError
+from adapters_jax.finetune.serving.labels import EncoderBase
+from adapters_jax.finetune.tasks import TASKS, image_classification
+from adapters_jax.finetune.tasks.image_classification import ImageClasses
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROCESSOR = {"size": {"height": 12, "width": 12}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import COMMANDS
-from adapters_jax.models.bert import BERT_BASE
+from adapters_jax.finetune.cli.main import COMMANDS
+from adapters_jax.finetune.models.bert import BERT_BASE
 
 EXTRAS = (
     *("matplotlib", "tokenizers", "grain", "sklearn", "huggingface_hub", "gguf", "qwix"),
@@ -24,7 +24,7 @@ WORK = {"jax", "flax", "numpy", "optax", "orbax"}
 WITHOUT = f"""
 import sys
 sys.modules |= dict.fromkeys({EXTRAS})  # importing them raises an error
-from adapters_jax.app.cli.main import main
+from adapters_jax.finetune.cli.main import main
 sys.exit(main())
 """
 
@@ -87,19 +87,19 @@ def test_help_and_completion_import_nothing_of_the_work():
     """Each command's help in turn: one that imports jax would leave it imported for the others."""
     helps = "".join(f"    assert main([{name!r}, '--help']) == 0\n" for name in COMMANDS)
     imported = imported_by(
-        "from adapters_jax.app.cli.main import main\n"
+        "from adapters_jax.finetune.cli.main import main\n"
         "with contextlib.redirect_stdout(printed):\n"
         "    assert main(['--help']) == main(['--version']) == 0\n"
         f"{helps}"
         "    assert main(['completion', 'bash']) == 0\n"
     )
-    assert "adapters_jax.app.cli.finetune" in imported
+    assert "adapters_jax.finetune.cli.finetune" in imported
     assert not imported & {*WORK, *EXTRAS}
 
 
 def test_a_wrong_flag_is_found_before_the_work_is_imported():
     for words in (["finetune", "--rnk", "3"], ["methods", "--json", "--markdown"], ["chat"]):
-        code = f"from adapters_jax.app.cli.main import main\nassert main({words}) == 2"
+        code = f"from adapters_jax.finetune.cli.main import main\nassert main({words}) == 2"
         assert not imported_by(code) & WORK
 
 
@@ -107,7 +107,8 @@ def test_what_files_hold_is_shown_without_jax(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0\n")
     words = ["data", str(tmp_path / "rows.csv")]
     code = (
-        "from adapters_jax.app.cli.main import main\nwith contextlib.redirect_stdout(printed), "
+        "from adapters_jax.finetune.cli.main import main\n"
+        "with contextlib.redirect_stdout(printed), "
         f"contextlib.redirect_stderr(printed):\n    assert main({words}) == 0\n"
         "assert 'importing' not in printed.getvalue(), printed.getvalue()"
     )
@@ -143,16 +144,18 @@ def test_the_core_imports_nothing_of_the_application():
     assert "adapters_jax.nnx" in imported
     assert not imported & {
         *APPLICATION,
-        "adapters_jax.app",
-        "adapters_jax.data",
-        "adapters_jax.inference",
-        "adapters_jax.models",
-        "adapters_jax.tasks",
+        "adapters_jax.finetune",
+        "adapters_jax.finetune.data",
+        "adapters_jax.finetune.inference",
+        "adapters_jax.finetune.models",
+        "adapters_jax.finetune.tasks",
     }
 
 
 def test_importing_the_commands_starts_no_backend():
-    code = "from adapters_jax.app.cli import compare, finetune, serve; import jax._src.xla_bridge"
+    code = (
+        "from adapters_jax.finetune.cli import compare, finetune, serve; import jax._src.xla_bridge"
+    )
     code += " as bridge; print(bridge._backends)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr

@@ -6,11 +6,11 @@ from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.shapes import find_shape
 from adapters_jax.errors import UserError
-from adapters_jax.models import FAMILIES
-from adapters_jax.models.known import find_known, near_known
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.models.known import find_known, near_known
+from adapters_jax.finetune.shapes import find_shape
 
 # Parameters of the Hub's checkpoints, by their safetensors' headers.
 PUBLISHED = {
@@ -155,7 +155,7 @@ def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, 
     def download(*args):
         raise AssertionError("nothing is looked up on the Hub")
 
-    monkeypatch.setattr("adapters_jax.app.shapes.read_config", download)
+    monkeypatch.setattr("adapters_jax.finetune.shapes.read_config", download)
     with raises(UserError, name, near, f"{name}@main"):
         find_shape(name)
 

@@ -14,16 +14,16 @@ from helpers.finished import decoder_run, encoder_run, finished_run
 from helpers.tiny import write_model, write_words
 from safetensors.numpy import load_file
 
-from adapters_jax.app.cli.main import COMMANDS, main
-from adapters_jax.app.cli.main import command_of as class_of
-from adapters_jax.app.leaving import MERGED
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_predictor
-from adapters_jax.interop.formats import FORMATS
-from adapters_jax.interop.names import from_tensors
-from adapters_jax.models import FAMILIES
-from adapters_jax.models.bert import Bert
-from adapters_jax.tasks.readout import Batching
+from adapters_jax.files.formats import FORMATS
+from adapters_jax.files.names import from_tensors
+from adapters_jax.finetune.cli.main import COMMANDS, main
+from adapters_jax.finetune.cli.main import command_of as class_of
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.leaving import MERGED
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.models.bert import Bert
+from adapters_jax.finetune.tasks.readout import Batching
 
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow

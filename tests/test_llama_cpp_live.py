@@ -17,9 +17,9 @@ from test_gguf_adapters import drawn, outside_experts
 from test_gguf_families import FIXTURES, values_of, written
 
 import adapters_jax as aj
-from adapters_jax.interop.formats import FORMATS, Adapter
-from adapters_jax.interop.gguf.adapters import ADAPTER
-from adapters_jax.pretrained.base_model import load_base_model
+from adapters_jax.files.formats import FORMATS, Adapter
+from adapters_jax.files.gguf.adapters import ADAPTER
+from adapters_jax.finetune.pretrained.base_model import load_base_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,8 +12,8 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
-from adapters_jax.losses import cross_entropy, sequence_log_probs
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.training.losses import cross_entropy, sequence_log_probs
 
 ROWS, LENGTH, D, WORDS = 3, 11, 6, 40
 CAP = 4.0

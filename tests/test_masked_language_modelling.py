@@ -20,22 +20,22 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.merging import write_encoder
-from adapters_jax.app.runs.stopping import InterruptedRunError
-from adapters_jax.data.batches import NOTHING
-from adapters_jax.data.readers import DataError, read_file
-from adapters_jax.inference import load_predictor
-from adapters_jax.interop.base_model import MASKED
-from adapters_jax.interop.names import to_tensors
-from adapters_jax.io.run_directory import Run
-from adapters_jax.models import FAMILIES
-from adapters_jax.pretrained.encoder import load_encoder
-from adapters_jax.serving.labels import EncoderBase
-from adapters_jax.tasks import TASKS
-from adapters_jax.tasks.labelled_problem import LabelledProblem
-from adapters_jax.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
-from adapters_jax.tasks.readout import Batching
+from adapters_jax.files.base_model import MASKED
+from adapters_jax.files.names import to_tensors
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.batches import NOTHING
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.merging import write_encoder
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.pretrained.encoder import load_encoder
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.runs.stopping import InterruptedRunError
+from adapters_jax.finetune.serving.labels import EncoderBase
+from adapters_jax.finetune.tasks import TASKS
+from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
+from adapters_jax.finetune.tasks.readout import Batching
 
 TASK = "masked-language-modelling"
 VOCAB = (*WORDS, "[MASK]")

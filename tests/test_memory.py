@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import ctypes, os, resource, sys, threading
-from adapters_jax.app.cli.malloc import keep_freed
+from adapters_jax.finetune.cli.malloc import keep_freed
 
 kept = keep_freed()
 libc, size, rounds = ctypes.CDLL(None), 100 << 20, 8

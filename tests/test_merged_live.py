@@ -11,9 +11,9 @@ from helpers.finished import finished_run
 from helpers.tiny import SPOKEN, write_llama, write_meanings
 from test_leaving import OTHERS, merged_encoder
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.data.batches import Batches
-from adapters_jax.inference import load_generator, load_predictor
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.batches import Batches
+from adapters_jax.finetune.inference import load_generator, load_predictor
 
 WHY = "needs torch and transformers: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -7,8 +7,15 @@ import pytest
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.tasks.classification import Classes
-from adapters_jax.tasks.metrics import METRICS, better, compute, load_metrics, perplexity, rouge
+from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.metrics import (
+    METRICS,
+    better,
+    compute,
+    load_metrics,
+    perplexity,
+    rouge,
+)
 
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 0, 1, 0, 0, 0, 0])

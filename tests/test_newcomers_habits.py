@@ -25,7 +25,7 @@ from test_newcomers import (
 )
 
 import adapters_jax as aj
-from adapters_jax.interop.peft import save_peft
+from adapters_jax.files.peft import save_peft
 from adapters_jax.spelling import NAMES
 
 

@@ -14,13 +14,13 @@ from helpers.trained import trained
 from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.interop.names import NameTable, ParameterRule, Rule, from_tensors
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.interop.peft.files import TENSORS
-from adapters_jax.models import decoder
-from adapters_jax.models.decoder import Decoder
+from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.files.peft.files import TENSORS
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.models import decoder
+from adapters_jax.finetune.models.decoder import Decoder
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models import decoder
-from adapters_jax.models.bert import BertClassifier, classifier, load_bert
-from adapters_jax.pretrained import assets
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.models import decoder
+from adapters_jax.finetune.models.bert import BertClassifier, classifier, load_bert
+from adapters_jax.finetune.pretrained import assets
 from adapters_jax.spelling import _IDLE, INSTEAD, NAMES, OURS
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"

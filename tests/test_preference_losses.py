@@ -7,7 +7,7 @@ import pytest
 from helpers.errors import raises
 
 from adapters_jax.errors import UserError
-from adapters_jax.losses import dpo_loss, ipo_loss, kto_divergence, kto_loss, orpo_loss
+from adapters_jax.training.losses import dpo_loss, ipo_loss, kto_divergence, kto_loss, orpo_loss
 
 RNG = np.random.default_rng(0)
 SUMS = -RNG.uniform(0.5, 30.0, (4, 6))  # of policy and reference, chosen and rejected

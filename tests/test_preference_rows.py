@@ -7,12 +7,12 @@ import pytest
 from helpers.errors import raises
 from helpers.tiny import write_llama
 
-from adapters_jax.data.files import DataError
-from adapters_jax.data.packing import Example
-from adapters_jax.data.preferences import Preference, read_preferences
-from adapters_jax.data.prompts import Prompts
-from adapters_jax.pretrained.decoder import load_decoder_tokenizer
-from adapters_jax.tasks.preference_rows import PreferenceEncoder, mismatched
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.packing import Example
+from adapters_jax.finetune.data.preferences import Preference, read_preferences
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder, mismatched
 from examples.preference_pairs import pairs_of
 
 TINY = "{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }} "

@@ -19,15 +19,15 @@ from safetensors.numpy import load_file, save_file
 from test_preference_rows import TINY, bot, user, write
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.runs.stopping import InterruptedRunError
-from adapters_jax.data.files import DataError
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_generator
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.tasks.base import Setup
-from adapters_jax.tasks.preference import PreferenceTask
-from adapters_jax.tasks.preference_problem import PreferenceProblem
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.stopping import InterruptedRunError
+from adapters_jax.finetune.tasks.base import Setup
+from adapters_jax.finetune.tasks.preference import PreferenceTask
+from adapters_jax.finetune.tasks.preference_problem import PreferenceProblem
 
 LOSSES = ("dpo", "ipo", "orpo", "kto")
 
@@ -350,7 +350,7 @@ def test_lists_of_messages_need_a_chat_template_and_take_no_other(capsys):
 
 
 def test_older_runs_have_loss_for_turns():
-    from adapters_jax.app.runs.config import differences, read_options
+    from adapters_jax.finetune.runs.config import differences, read_options
 
     run, options = Run(Path("run")), {"model": "tiny", "loss": "last"}
     assert read_options(run, {"options": options}).turns == "last"

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from adapters_jax.data.batches import Batches
-from adapters_jax.data.packing import Example, sequence
-from adapters_jax.models.decoder import load_decoder
-from adapters_jax.tasks.preference_problem import Objective, pair_log_probs
+from adapters_jax.finetune.data.batches import Batches
+from adapters_jax.finetune.data.packing import Example, sequence
+from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.tasks.preference_problem import Objective, pair_log_probs
 
 WHY = "needs trl: pip install 'adapters-jax[interop-test]'"
 trl = pytest.importorskip("trl", reason=WHY)

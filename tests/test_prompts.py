@@ -9,10 +9,10 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.attention import registry
+from adapters_jax.finetune.models.decoder import LLAMA_7B, Decoder, DecoderConfig
+from adapters_jax.finetune.models.parts.attention import attention_function
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.models.decoder import LLAMA_7B, Decoder, DecoderConfig
-from adapters_jax.models.parts.attention import attention_function
+from adapters_jax.trace import registry
 
 B, T, D, HEADS, WIDTH, K = 2, 5, 16, 4, 4, 3
 CAUSAL = np.tril(np.ones((T, T), bool))[None, None]

@@ -21,17 +21,17 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from jax.sharding import PartitionSpec as P
 
 import adapters_jax as aj
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.merge import Merge
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.data import DataOptions
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.shapes import adapted_shape
 from adapters_jax.distributed.plan import abstract_state, plan
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.models.decoder import load_decoder
-from adapters_jax.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.merge import Merge
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+from adapters_jax.finetune.shapes import adapted_shape
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import Quantized, _in_rows, _nf4_floats, is_quantized, once
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from helpers.errors import raises
 
-from adapters_jax.data import files, json_rows
-from adapters_jax.data.datasets import load_labelled, make_dataset
-from adapters_jax.data.files import DataError
-from adapters_jax.data.layouts import LAYOUTS, OF_DECODERS, layout_of
-from adapters_jax.data.readers import read_file
-from adapters_jax.data.tables import Table, read_rows
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.tasks import TASKS
+from adapters_jax.finetune.data import files, json_rows
+from adapters_jax.finetune.data.datasets import load_labelled, make_dataset
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.layouts import LAYOUTS, OF_DECODERS, layout_of
+from adapters_jax.finetune.data.readers import read_file
+from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.tasks import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="no data sets beside the project")
@@ -104,7 +104,7 @@ def test_parquet_that_is_none_or_too_large(monkeypatch):
     parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), "empty.parquet")
     with raises(DataError, "empty.parquet", "no rows"):
         read_file("empty.parquet")
-    monkeypatch.setattr("adapters_jax.data.columnar.MOST_MEMORY", 10**7)
+    monkeypatch.setattr("adapters_jax.finetune.data.columnar.MOST_MEMORY", 10**7)
     parquet.write_table(arrow.table({"text": ["x" * 10**5] * 1000}), "bomb.parquet")
     assert Path("bomb.parquet").stat().st_size < 10**5
     with raises(DataError, "bomb.parquet", 10**7):

@@ -22,16 +22,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adapters_jax as aj
 from adapters_jax import presets
-from adapters_jax.app import console, pace
-from adapters_jax.app.console import Console, duration
-from adapters_jax.app.options.method import PRESETS, MethodOptions
-from adapters_jax.app.report import pages
-from adapters_jax.app.report.papers import PAPERS, bibtex, papers_of
-from adapters_jax.app.report.pictures import curves, figure_of, smooth, svg
-from adapters_jax.app.report.run import results_table
+from adapters_jax.finetune import console, pace
+from adapters_jax.finetune.console import Console, duration
+from adapters_jax.finetune.options.method import PRESETS, MethodOptions
+from adapters_jax.finetune.report import pages
+from adapters_jax.finetune.report.papers import PAPERS, bibtex, papers_of
+from adapters_jax.finetune.report.pictures import curves, figure_of, smooth, svg
+from adapters_jax.finetune.report.run import results_table
+from adapters_jax.finetune.tasks import task_of
+from adapters_jax.finetune.tasks.metrics import show_metric
 from adapters_jax.methods import METHODS
-from adapters_jax.tasks import task_of
-from adapters_jax.tasks.metrics import show_metric
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_its_commands_run_as_they_are(page, tmp_path):
     assert (type(command).__name__, command.run, len(command.texts)) == ("Predict", "a run", 2)
     compile(program, "page", "exec")
     assert ast.literal_eval(ast.parse(program).body[1].value.args[0]) == "a run"
-    assert program.startswith("from adapters_jax.inference import load_predictor\n")
+    assert program.startswith("from adapters_jax.finetune.inference import load_predictor\n")
     (again,) = Page(page).sections["The same again"]
     words = ["adapters-jax", "finetune", "--train=machine.csv", f"--text={HOSTILE}"]
     assert shlex.split(again) == words

@@ -9,11 +9,11 @@ import pytest
 from helpers.commands import command_of, command_raises
 from helpers.reports import CONFIG, JUDGED, Page, write_compared, write_page
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.report import findings
-from adapters_jax.app.report.findings import read_findings, write_findings
-from adapters_jax.io.run_directory import Run, RunConfigError, RunError
-from adapters_jax.tasks.views import Judged
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.report import findings
+from adapters_jax.finetune.report.findings import read_findings, write_findings
+from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
+from adapters_jax.finetune.tasks.views import Judged
 
 NEEDED = {"base_sha256": "0", "dtype": "float32", "max_length": 8, "pooling": "mean"}
 

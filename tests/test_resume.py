@@ -16,15 +16,15 @@ from helpers.errors import raises
 from helpers.kills import Commands, kill_and_resume, whole
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.flags import words
-from adapters_jax.app.options.parsing import parse
-from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.options.stored import from_plain, plain
-from adapters_jax.app.runs.job import Job
-from adapters_jax.app.runs.stopping import InterruptedRunError, Interrupts
-from adapters_jax.io.run_directory import Run, RunError
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.options.flags import words
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.options.stored import from_plain, plain
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.job import Job
+from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path
 
 def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     run = Run(tmp_path)
-    code = "import sys, time, pathlib; from adapters_jax.io.run_directory import Run;"
+    code = "import sys, time, pathlib; from adapters_jax.finetune.run_directory import Run;"
     code += "lock = Run(pathlib.Path(sys.argv[1])).lock(); print(flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"\n"

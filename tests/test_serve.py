@@ -15,16 +15,16 @@ from helpers.finished import decoder_run
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
 from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
-from adapters_jax.inference import load_generator
-from adapters_jax.pretrained.decoder import complete
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.pretrained.decoder import complete
+from adapters_jax.finetune.serving import Engine, Sizes
+from adapters_jax.finetune.serving.adapters import DecoderBase, Read, covering
+from adapters_jax.finetune.serving.api import application
+from adapters_jax.finetune.serving.completions import TextApi
+from adapters_jax.finetune.serving.guard import Limits
 from adapters_jax.recipe import Recipe
-from adapters_jax.serving import Engine, Sizes
-from adapters_jax.serving.adapters import DecoderBase, Read, covering
-from adapters_jax.serving.api import application
-from adapters_jax.serving.completions import TextApi
-from adapters_jax.serving.guard import Limits
 from adapters_jax.transforms.bank import Bank
 
 HERE = "http://127.0.0.1"
@@ -412,7 +412,7 @@ def test_without_its_extra(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("starlette")]:
         monkeypatch.setitem(sys.modules, name, None)
     for name in (
-        "app.cli.serve",
+        "finetune.cli.serve",
         "serving.api",
         "serving.completions",
         "serving.guard",

@@ -13,12 +13,12 @@ from helpers.tiny import write_model
 from starlette.testclient import TestClient
 
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_predictor
-from adapters_jax.serving.adapters import covering
-from adapters_jax.serving.api import application
-from adapters_jax.serving.guard import Limits
-from adapters_jax.serving.labels import EncoderBase, LabelApi, Labeller
-from adapters_jax.serving.requests import BusyError
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.serving.adapters import covering
+from adapters_jax.finetune.serving.api import application
+from adapters_jax.finetune.serving.guard import Limits
+from adapters_jax.finetune.serving.labels import EncoderBase, LabelApi, Labeller
+from adapters_jax.finetune.serving.requests import BusyError
 
 HERE, LIMITS = "http://127.0.0.1", Limits()
 

@@ -11,13 +11,13 @@ from helpers.finished import decoder_run, encoder_run
 from safetensors.numpy import load_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.merging import check_checkpoint
 from adapters_jax.errors import BaseFileError
-from adapters_jax.inference import load_generator
-from adapters_jax.interop.peft import save_peft
-from adapters_jax.interop.peft.config import ROOT
-from adapters_jax.interop.peft.servers import SERVERS, Server, check_server, for_server
+from adapters_jax.files.peft import save_peft
+from adapters_jax.files.peft.config import ROOT
+from adapters_jax.files.peft.servers import SERVERS, Server, check_server, for_server
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.merging import check_checkpoint
 from adapters_jax.transforms.merge import merge
 from adapters_jax.trees import unflatten
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import adapters_jax as aj
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, shard_batch
 from adapters_jax.distributed.sharding import layout, shard
-from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "finetune_llama_sharded.py"
@@ -301,7 +301,7 @@ def free_port():
 
 LOADING = """
 import json, sys, threading, jax, numpy as np
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.distributed.mesh import make_mesh
 from flax import nnx
 
@@ -359,8 +359,8 @@ from dataclasses import replace
 from flax import nnx
 import adapters_jax as aj
 from adapters_jax.distributed.plan import abstract_state
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 
 ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
 sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,9 +9,9 @@ from helpers.tiny import write_llama
 from test_image_classification import write_digits, write_vit
 from test_masked_language_modelling import write_masked
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.io.run_directory import Run
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.run_directory import Run
 from benchmarks.baselines import CELLS, DATA, Cell
 
 SHORT = "--epochs 1 --evaluations 1 --limit 32 --batch-size 8 --method lora --rank 2"

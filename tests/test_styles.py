@@ -16,8 +16,8 @@ from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 
 import adapters_jax as aj
-from adapters_jax.abstract import Inputs
 from adapters_jax.linen import reads_of
+from adapters_jax.trace.inputs import Inputs
 from adapters_jax.trees import flatten, unflatten
 
 RANK, ALPHA = 2, 3.0

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 
 import adapters_jax as aj
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.suggesting.patterns import numbered, of_parameters, shortest
 from adapters_jax.suggesting.suggestion import PRESETS
 from adapters_jax.targets import selects

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
-from adapters_jax.models.generation import generate
-from adapters_jax.models.t5 import T5, T5Config, load_t5, save_t5
-from adapters_jax.models.t5.positions import relative_buckets
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.t5 import T5, T5Config, load_t5, save_t5
+from adapters_jax.finetune.models.t5.positions import relative_buckets
 
 FIXTURES = Path(__file__).parent / "fixtures" / "t5"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -290,7 +290,7 @@ import sys, jax, numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from adapters_jax.distributed.mesh import make_mesh
-from adapters_jax.models.t5 import load_t5, save_t5
+from adapters_jax.finetune.models.t5 import load_t5, save_t5
 
 base, out = sys.argv[1:]
 rules = {"**/{query,key,value}/kernel": P(None, "model"), "embeddings/embedding": P("model")}

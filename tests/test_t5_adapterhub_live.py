@@ -11,8 +11,8 @@ from flax import nnx
 from helpers.arrays import drawn_like
 
 import adapters_jax as aj
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.models.t5 import NAMES, load_t5
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.finetune.models.t5 import NAMES, load_t5
 from adapters_jax.nnx import AdapterParam
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"

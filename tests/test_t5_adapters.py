@@ -13,10 +13,10 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError
-from adapters_jax.interop.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.generation import generate
-from adapters_jax.models.t5 import NAMES, load_t5
+from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.t5 import NAMES, load_t5
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
 

@@ -11,14 +11,14 @@ from helpers.arrays import read_arrays
 from helpers.commands import command_raises
 from helpers.tiny import write_meanings
 
-from adapters_jax.app.cli.main import main
-from adapters_jax.data.batches import Batches
-from adapters_jax.data.packing import Example, pair
-from adapters_jax.data.readers import DataError
 from adapters_jax.errors import UserError
-from adapters_jax.inference import load_generator
-from adapters_jax.models.t5 import load_t5
-from adapters_jax.tasks.completion_problem import token_losses
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.batches import Batches
+from adapters_jax.finetune.data.packing import Example, pair
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.finetune.tasks.completion_problem import token_losses
 
 FIXTURES = Path(__file__).parent / "fixtures" / "t5"
 TRAIN = (

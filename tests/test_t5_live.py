@@ -15,10 +15,10 @@ from helpers.errors import raises
 from helpers.tiny import write_meanings
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.inference import load_generator
-from adapters_jax.interop.peft import load_peft, save_peft
-from adapters_jax.models.t5 import NAMES, load_t5, save_t5
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.models.t5 import NAMES, load_t5, save_t5
 from adapters_jax.nnx import AdapterParam
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"

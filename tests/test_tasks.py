@@ -17,21 +17,21 @@ from helpers.tagging import Tagging, TaggingProblem
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import main
-from adapters_jax.app.options.method import MethodOptions
-from adapters_jax.app.options.optimizer import OptimizerOptions
-from adapters_jax.app.options.settings import RunOptions
-from adapters_jax.app.runs import build
-from adapters_jax.app.runs.stopping import InterruptedRunError
-from adapters_jax.data.batches import NOTHING
-from adapters_jax.data.datasets import load_labelled
-from adapters_jax.data.readers import READERS, read_csv
-from adapters_jax.inference import load_generator, load_predictor
-from adapters_jax.io.run_directory import Run, RunError
-from adapters_jax.tasks import TASKS, read_run, task_of
-from adapters_jax.tasks.classification import Classes
-from adapters_jax.tasks.completion_problem import token_losses
-from adapters_jax.tasks.regression import Numbers
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.data.batches import NOTHING
+from adapters_jax.finetune.data.datasets import load_labelled
+from adapters_jax.finetune.data.readers import READERS, read_csv
+from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs import build
+from adapters_jax.finetune.runs.stopping import InterruptedRunError
+from adapters_jax.finetune.tasks import TASKS, read_run, task_of
+from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.completion_problem import token_losses
+from adapters_jax.finetune.tasks.regression import Numbers
 
 TAGS = {**dict.fromkeys(GOOD, "plus"), **dict.fromkeys(BAD, "minus")}
 

@@ -11,12 +11,12 @@ from PIL import Image
 from test_image_classification import FIXTURES, write_vit
 
 import adapters_jax as aj
-from adapters_jax.data.pixels import Preprocessing
-from adapters_jax.interop.adapterhub import save_adapterhub
-from adapters_jax.interop.base_model import MASKED
-from adapters_jax.interop.peft import save_peft
-from adapters_jax.models.registry import FAMILIES
-from adapters_jax.pretrained.encoder import load_encoder
+from adapters_jax.files.adapterhub import save_adapterhub
+from adapters_jax.files.base_model import MASKED
+from adapters_jax.files.peft import save_peft
+from adapters_jax.finetune.data.pixels import Preprocessing
+from adapters_jax.finetune.models.registry import FAMILIES
+from adapters_jax.finetune.pretrained.encoder import load_encoder
 
 WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

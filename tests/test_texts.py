@@ -10,14 +10,15 @@ import pytest
 from markdown_it import MarkdownIt
 
 import adapters_jax as aj
-from adapters_jax.app.cli.main import _say, main
-from adapters_jax.app.console import Console
-from adapters_jax.app.report import pages
-from adapters_jax.app.report.pictures import curves, figure_of
-from adapters_jax.io.model_card import model_card, table
-from adapters_jax.serving.guard import failure
-from adapters_jax.tasks.base import Usage
-from adapters_jax.texts import HIDDEN, markdown, markdown_block, markdown_code, visible
+from adapters_jax.errors import HIDDEN, visible
+from adapters_jax.files.model_card import model_card, table
+from adapters_jax.finetune.cli.main import _say, main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.report import pages
+from adapters_jax.finetune.report.pictures import curves, figure_of
+from adapters_jax.finetune.serving.guard import failure
+from adapters_jax.finetune.tasks.base import Usage
+from adapters_jax.texts import markdown, markdown_block, markdown_code
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m\rover \u202edesrever\u2069 \x00"
 HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

@@ -13,7 +13,7 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.io.adapter import read_adapter
+from adapters_jax.files.adapter import read_adapter
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, path_of
 

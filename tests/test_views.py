@@ -6,20 +6,20 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from adapters_jax.app.report.pictures import figure_of, histogram, scatter
-from adapters_jax.app.report.run import shown_view
-from adapters_jax.data.annotated import Annotated
-from adapters_jax.data.datasets import Dataset
-from adapters_jax.data.preferences import Preference
-from adapters_jax.tasks.classification import Classes
-from adapters_jax.tasks.multilabel import LabelSets
-from adapters_jax.tasks.multiple_choice import Choices
-from adapters_jax.tasks.preference import PreferenceTask, words
-from adapters_jax.tasks.question_answering import NO_ANSWER, Spans, Window
-from adapters_jax.tasks.regression import Numbers
-from adapters_jax.tasks.sentence_embedding import Embeddings
-from adapters_jax.tasks.token_classification import Tags
-from adapters_jax.tasks.views import (
+from adapters_jax.finetune.data.annotated import Annotated
+from adapters_jax.finetune.data.datasets import Dataset
+from adapters_jax.finetune.data.preferences import Preference
+from adapters_jax.finetune.report.pictures import figure_of, histogram, scatter
+from adapters_jax.finetune.report.run import shown_view
+from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.multilabel import LabelSets
+from adapters_jax.finetune.tasks.multiple_choice import Choices
+from adapters_jax.finetune.tasks.preference import PreferenceTask, words
+from adapters_jax.finetune.tasks.question_answering import NO_ANSWER, Spans, Window
+from adapters_jax.finetune.tasks.regression import Numbers
+from adapters_jax.finetune.tasks.sentence_embedding import Embeddings
+from adapters_jax.finetune.tasks.token_classification import Tags
+from adapters_jax.finetune.tasks.views import (
     CLASSES,
     OTHERS,
     TABLE,

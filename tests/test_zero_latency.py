@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 
 pytestmark = pytest.mark.usefixtures("optimized", "placeless")
 IDS = np.zeros((2, 8), np.int32)

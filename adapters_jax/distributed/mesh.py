@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adapters_jax.checks import shown
-from adapters_jax.errors import UserError
-from adapters_jax.meshes import BATCH
+from adapters_jax.errors import UserError, shown
 from adapters_jax.trees import Tree
+from adapters_jax.weights.meshes import BATCH
 
 AXES = ("data", "fsdp", "model")  # of `--mesh`; rules of one's own may name others
 

@@ -19,11 +19,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from adapters_jax.display import bytes_text, html_table
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.distributed.sharding import Rules, shard
 from adapters_jax.linen import Adapted
+from adapters_jax.texts import bytes_text, html_table
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import LossFn, make_eval_step, make_train_step
 from adapters_jax.trees import Tree

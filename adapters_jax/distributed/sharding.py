@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adapters_jax.attached import Attached, in_tree
-from adapters_jax.checks import shown
 from adapters_jax.distributed.mesh import ShardingError, check_mesh, place
+from adapters_jax.errors import shown
 from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.placement import Attached, in_tree
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState

@@ -12,9 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.abstract import Inputs, inputs_text, is_abstract
-from adapters_jax.attached import Attached
-from adapters_jax.errors import RecipeError, compare_trees
+from adapters_jax.errors import RecipeError, compare_trees, other_names
 from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
@@ -23,10 +21,11 @@ from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.mixed import Rows, by_rows, checked_rows, needs_rows
+from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
+from adapters_jax.placement import Attached
 from adapters_jax.recipe import Recipe
-from adapters_jax.spelling import instead_of
 from adapters_jax.targets import join
+from adapters_jax.trace.inputs import Inputs, inputs_text, is_abstract
 from adapters_jax.trees import (
     Tree,
     check_params,
@@ -85,8 +84,8 @@ class Adapted(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What the base's `setup` makes, and its private functions, of a bound model."""
         if name.startswith("__") or self.__dict__.get("scope") is None:
-            owner = type(self).__name__
-            raise AttributeError(f"{owner!r} object has no attribute {name!r}{instead_of(name)}")
+            owner, instead = type(self).__name__, other_names().instead_of(name)
+            raise AttributeError(f"{owner!r} object has no attribute {name!r}{instead}")
         self._try_setup()
         return getattr(Part(self, self.inner), name)
 

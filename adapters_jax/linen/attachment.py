@@ -7,10 +7,10 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array
 
-from adapters_jax.attached import Attached
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, Frozen, started
-from adapters_jax.weights.calls import Returned
+from adapters_jax.placement import Attached
+from adapters_jax.trace.calls import Returned
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 

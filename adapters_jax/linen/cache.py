@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import struct
 
-from adapters_jax.mixed import Grouped
+from adapters_jax.methods.mixed import Grouped
 from adapters_jax.trees import Tree
 
 

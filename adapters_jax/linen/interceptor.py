@@ -18,21 +18,20 @@ from flax import linen as nn
 from flax.nnx import bridge
 from jaxtyping import Array
 
-from adapters_jax.attached import taken
-from adapters_jax.attention import registry
-from adapters_jax.attention.heads import Inline
-from adapters_jax.attention.registry import Attention, AttentionFn
-from adapters_jax.attention.watch import check_names, looking, note_returned, watched
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.attachment import leaves_in, point_of, run_method, without_adapters
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.prompt import inserted
+from adapters_jax.placement import taken
 from adapters_jax.recipe import Recipe
+from adapters_jax.trace import calls, registry
+from adapters_jax.trace.heads import Inline
+from adapters_jax.trace.reach import named
+from adapters_jax.trace.registry import Attention, AttentionFn
+from adapters_jax.trace.watch import check_names, looking, note_returned, watched
 from adapters_jax.trees import flatten, join
-from adapters_jax.weights import calls
 from adapters_jax.weights.changes import without_dropout
-from adapters_jax.weights.reach import named
 
 # The arguments that switch flax modules to evaluation, each with the value that does so.
 _EVALUATION_FLAGS = {

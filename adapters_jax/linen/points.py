@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PRNGKeyArray
 
-from adapters_jax.abstract import MISFITS, Inputs, explained, is_array
-from adapters_jax.attached import (
+from adapters_jax.errors import RecipeError
+from adapters_jax.linen.interceptor import Interceptor
+from adapters_jax.linen.weights import leaf_methods, reads_of
+from adapters_jax.methods import Method
+from adapters_jax.placement import (
     Attached,
     check_nested,
     check_reached,
@@ -18,12 +21,10 @@ from adapters_jax.attached import (
     on_outputs,
     taken,
 )
-from adapters_jax.errors import RecipeError
-from adapters_jax.linen.interceptor import Interceptor
-from adapters_jax.linen.weights import leaf_methods, reads_of
-from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
+from adapters_jax.trace.inputs import MISFITS, Inputs, explained, is_array
+from adapters_jax.trace.reach import reaching
 from adapters_jax.trees import (
     Tree,
     flatten,
@@ -31,7 +32,6 @@ from adapters_jax.trees import (
     unflatten,
 )
 from adapters_jax.weights.lazy import Tracked
-from adapters_jax.weights.reach import reaching
 
 
 def points_of(

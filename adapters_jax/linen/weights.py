@@ -10,18 +10,18 @@ from flax import linen as nn
 from flax.core import DenyList
 from jaxtyping import PRNGKeyArray
 
-from adapters_jax.abstract import Inputs, is_array
-from adapters_jax.attached import in_tree
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import arrays
 from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.placement import in_tree
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
+from adapters_jax.trace.inputs import Inputs, is_array
+from adapters_jax.trace.reach import reaching
 from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Thin, Tracked, lazy, lowered, thin, watched
 from adapters_jax.weights.quantized import is_quantized, unboxed
-from adapters_jax.weights.reach import reaching
 
 
 def changed_weights(

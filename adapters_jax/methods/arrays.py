@@ -10,8 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.checks import shown
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, shown
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 

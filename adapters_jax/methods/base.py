@@ -12,14 +12,13 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.attention.heads import Inline
-from adapters_jax.attention.registry import Attention, AttentionFn
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.spelling import check_settings
 from adapters_jax.targets import as_patterns
+from adapters_jax.trace.calls import Returned
+from adapters_jax.trace.heads import Inline
+from adapters_jax.trace.registry import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
@@ -198,7 +197,8 @@ class Method:
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
-        check_settings(cls.__name__, cls.__dataclass_fields__, settings)
+        if not settings.keys() <= cls.__dataclass_fields__.keys():  # dataclasses report the rest
+            other_names().check_settings(cls.__name__, cls.__dataclass_fields__, settings)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -301,7 +301,7 @@ class Method:
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
             *args: arguments of `attention_fn`: query, key and value first.
-            **kwargs: further ones; a `mask` is an array or an `adapters_jax.attention.masks.Mask`.
+            **kwargs: further ones; a `mask` is an array or an `adapters_jax.trace.masks.Mask`.
         """
         return attention_fn(*args, **kwargs)
 

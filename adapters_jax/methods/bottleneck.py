@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax import checks
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import (
+    RecipeError,
+    UserError,
+    check_choice,
+    check_flag,
+    check_number,
+    check_size,
+)
 from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import (
     AttachmentPoint,
@@ -124,17 +130,17 @@ class Bottleneck(Method):
                 f"{self.reduction_factor}, expected exactly one of them, such as bottleneck_dim=64"
             )
         if self.bottleneck_dim is not None:
-            checks.check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
+            check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
         else:
-            checks.check_number("Bottleneck", "reduction_factor", self.reduction_factor)
-        checks.check_number("Bottleneck", "init_std", self.init_std, closed=True)
-        checks.check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
-        checks.check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
+            check_number("Bottleneck", "reduction_factor", self.reduction_factor)
+        check_number("Bottleneck", "init_std", self.init_std, closed=True)
+        check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
+        check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
         placements = ("sequential", "parallel", "norm")
-        checks.check_choice("Bottleneck", "placement", self.placement, placements)
-        checks.check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
+        check_choice("Bottleneck", "placement", self.placement, placements)
+        check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
         for name in _NORMS:
-            checks.check_flag("Bottleneck", name, getattr(self, name))
+            check_flag("Bottleneck", name, getattr(self, name))
         object.__setattr__(self, "output", outputs.as_path("Bottleneck", self.output))
 
     @property

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax import checks
+from adapters_jax.errors import check_choice, check_number, check_size
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
@@ -78,10 +78,10 @@ class LlamaAdapter(Prompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_size("LlamaAdapter", "prompt_length", self.prompt_length)
-        checks.check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
-        checks.check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
-        checks.check_number("LlamaAdapter", "init_std", self.init_std)
+        check_size("LlamaAdapter", "prompt_length", self.prompt_length)
+        check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
+        check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
+        check_number("LlamaAdapter", "init_std", self.init_std)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The prompt (K, d), and the gates, (heads,) or (1,).

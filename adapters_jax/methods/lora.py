@@ -14,8 +14,16 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax import checks
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import (
+    LARGEST,
+    RecipeError,
+    UserError,
+    check_choice,
+    check_flag,
+    check_number,
+    check_size,
+    shown,
+)
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
@@ -114,17 +122,17 @@ class LoRA(LeafMethod):
         for field in self.pattern_fields:
             object.__setattr__(self, field, pairs(field, getattr(self, field)))
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            checks.check_size(owner, "rank", rank)
+            check_size(owner, "rank", rank)
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if alpha is not None:
-                checks.check_number(owner, "alpha", alpha)
-        checks.check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
-        checks.check_choice(owner, "a_init", self.a_init, INITS)
-        checks.check_flag(owner, "rank_stabilized", self.rank_stabilized)
+                check_number(owner, "alpha", alpha)
+        check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
+        check_choice(owner, "a_init", self.a_init, INITS)
+        check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
             raise UserError(
-                f"{owner}: slices={checks.shown(self.slices)}, unsupported with a_init='pissa' and "
+                f"{owner}: slices={shown(self.slices)}, unsupported with a_init='pissa' and "
                 "with DoRA; write slices=(), which changes the whole weight"
             )
 
@@ -273,7 +281,7 @@ def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
     items = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
         raise UserError(
-            f"LoRA: {field}={checks.shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
+            f"LoRA: {field}={shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
         )
     for pattern, _ in items:
         as_patterns(pattern, f"LoRA {field}")
@@ -289,14 +297,14 @@ def ranges(value: Any) -> tuple[tuple[int, int], ...]:
         valid = ends == sorted(ends)
     if not valid:
         raise UserError(
-            f"LoRA: slices={checks.shown(value)}, expected ranges in order such as ((0, 768),)"
+            f"LoRA: slices={shown(value)}, expected ranges in order such as ((0, 768),)"
         )
     return tuple((start, stop) for start, stop in value)
 
 
 def _is_range(item: Any) -> bool:
     pair = isinstance(item, tuple | list) and len(item) == 2 and all(type(x) is int for x in item)
-    return pair and 0 <= item[0] < item[1] < checks.LARGEST
+    return pair and 0 <= item[0] < item[1] < LARGEST
 
 
 def _is_pair(item: Any) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint, Method
-from adapters_jax.weights.calls import Returned, part_of, with_part
+from adapters_jax.trace.calls import Returned, part_of, with_part
 
 Again = Callable[[Any], Any]
 Forward = Callable[[Again, Any, Array], Array]

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax import checks
-from adapters_jax.attention.masks import Mask, as_array
-from adapters_jax.attention.registry import AttentionFn
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, check_number, check_size
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Attended, Prompt, Tokens, counting, grouped
+from adapters_jax.trace.masks import Mask, as_array
+from adapters_jax.trace.registry import AttentionFn
 
 
 def prefix_parameters(length: int, kv_heads: int, head_dim: int) -> int:
@@ -74,8 +73,8 @@ class PrefixTuning(Prompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_size("PrefixTuning", "length", self.length)
-        checks.check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+        check_size("PrefixTuning", "length", self.length)
+        check_number("PrefixTuning", "init_std", self.init_std, closed=True)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from adapters_jax.attention.heads import Inline
-from adapters_jax.attention.registry import Attention, AttentionFn
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method, zeros_like
+from adapters_jax.trace.heads import Inline
+from adapters_jax.trace.registry import Attention, AttentionFn
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
 

@@ -5,8 +5,6 @@ from typing import Any
 from flax import nnx
 from flax.nnx import bridge
 
-from adapters_jax.abstract import Inputs, is_abstract
-from adapters_jax.attached import check_nested, check_reached, check_targets, taken
 from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import grow, module_at, refresh_all
@@ -14,7 +12,9 @@ from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
 from adapters_jax.nnx.held import AdapterParam, Held, holds, point_of, trained_class
 from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
+from adapters_jax.placement import check_nested, check_reached, check_targets, taken
 from adapters_jax.recipe import Recipe
+from adapters_jax.trace.inputs import Inputs, is_abstract
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:

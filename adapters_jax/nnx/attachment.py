@@ -5,7 +5,6 @@ from typing import Any
 
 from flax import nnx
 
-from adapters_jax.attached import Attached, taken
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, started
@@ -13,6 +12,7 @@ from adapters_jax.nnx.classes import refresh
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import modules_of
 from adapters_jax.nnx.held import AdapterParam, Held, holds, leaves_of
+from adapters_jax.placement import Attached, taken
 from adapters_jax.weights.quantized import is_quantized
 
 

@@ -17,12 +17,10 @@ from flax import nnx
 from flax.nnx import bridge
 from jaxtyping import Array
 
-from adapters_jax.attention import registry
-from adapters_jax.attention.registry import AttentionFn
-from adapters_jax.attention.watch import watched
+from adapters_jax.errors import other_names
 from adapters_jax.methods import outputs
+from adapters_jax.methods.mixed import Rows, by_rows, needs_rows
 from adapters_jax.methods.prompt import inserted
-from adapters_jax.mixed import Rows, by_rows, needs_rows
 from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
 from adapters_jax.nnx.graph import frozen_of, modules_of, own_params, params_of
 from adapters_jax.nnx.held import (
@@ -37,9 +35,10 @@ from adapters_jax.nnx.held import (
     point_of,
 )
 from adapters_jax.nnx.linen_inside import called
-from adapters_jax.spelling import instead_of
+from adapters_jax.trace import calls, registry
+from adapters_jax.trace.registry import AttentionFn
+from adapters_jax.trace.watch import watched
 from adapters_jax.trees import join
-from adapters_jax.weights import calls
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
 from adapters_jax.weights.quantized import is_quantized
@@ -90,7 +89,7 @@ def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
         try:
             return inherited(self, name)
         except AttributeError as error:
-            if instead := instead_of(name):
+            if instead := other_names().instead_of(name):
                 raise AttributeError(f"{error}{instead}") from None
             raise
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 from flax import nnx
 from jaxtyping import Array
 
-from adapters_jax.attention.registry import Attention
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import own_params
+from adapters_jax.trace.registry import Attention
 from adapters_jax.weights.axes import Axes
 
 STACKED = "adapters_stacked"  # the mark of a bank's model

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx
 
-from adapters_jax.abstract import Inputs, is_array
-from adapters_jax.attached import Attached, on_outputs
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen import Interceptor, seen
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.containers import PlainDict, names_of
 from adapters_jax.nnx.held import holds, leaves_of, original
+from adapters_jax.placement import Attached, on_outputs
 from adapters_jax.recipe import Recipe
+from adapters_jax.trace.inputs import Inputs, is_array
 from adapters_jax.trees import flatten, join, unflatten
 
 # The attribute of a `ToNNX` with its path and the recipe: flax's bridge takes all attributes for

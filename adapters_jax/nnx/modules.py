@@ -8,10 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.attached import Attached
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import children_of, grow
 from adapters_jax.nnx.held import key_of, read
+from adapters_jax.placement import Attached
 from adapters_jax.weights.axes import Axes
 
 

@@ -12,23 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import bridge
 
-from adapters_jax.abstract import Inputs, explained, is_array
-from adapters_jax.attached import Attached, chosen, on_outputs
-from adapters_jax.attention import registry
-from adapters_jax.attention.registry import Attention
-from adapters_jax.attention.watch import Found, check_names, looking, note_returned
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight, last_axis
 from adapters_jax.nnx.linen_inside import LinenCall, inside
+from adapters_jax.placement import Attached, chosen, on_outputs
 from adapters_jax.recipe import Recipe
+from adapters_jax.trace import calls, registry
+from adapters_jax.trace.calls import Returned
+from adapters_jax.trace.inputs import Inputs, explained, is_array
+from adapters_jax.trace.reach import named, reaching
+from adapters_jax.trace.registry import Attention
+from adapters_jax.trace.watch import Found, check_names, looking, note_returned
 from adapters_jax.trees import join, path_of
-from adapters_jax.weights import calls
 from adapters_jax.weights.axes import Axes, from_reads
-from adapters_jax.weights.calls import Returned
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Read, Tracked, lowered, thin, watched
-from adapters_jax.weights.reach import named, reaching
 
 Layers = tuple[int, ...]
 

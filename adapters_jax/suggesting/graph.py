@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from adapters_jax.weights.reach import operands_of_scan
+from adapters_jax.trace.reach import operands_of_scan
 
 Value = int | None  # None is a number written in the program
 # Operations whose outputs are their first input's numbers, moved or cast.

@@ -8,13 +8,12 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax import presets
-from adapters_jax.abstract import Inputs
-from adapters_jax.checks import check_choice
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, check_choice
 from adapters_jax.recipe import Recipe
 from adapters_jax.suggesting.patterns import numbered, of_parameters, shortest
 from adapters_jax.suggesting.roles import Roles, find_roles
 from adapters_jax.suggesting.trace import trace
+from adapters_jax.trace.inputs import Inputs
 
 # What a preset needs of each role, and what was looked for to find it.
 _NEEDED = {

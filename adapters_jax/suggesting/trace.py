@@ -16,10 +16,10 @@ from flax import linen as nn
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from adapters_jax.abstract import Inputs, explained, is_array
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.suggesting.graph import Graph
+from adapters_jax.trace.inputs import Inputs, explained, is_array
 from adapters_jax.trees import flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized
 

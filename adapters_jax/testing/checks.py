@@ -12,11 +12,11 @@ import optax
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
-from adapters_jax.attached import in_tree
 from adapters_jax.distributed.sharding import layout
 from adapters_jax.errors import AdapterWarning, RecipeError
-from adapters_jax.io.adapter import save_adapter
+from adapters_jax.files.adapter import save_adapter
 from adapters_jax.methods import Method
+from adapters_jax.placement import in_tree
 from adapters_jax.recipe import Recipe
 from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
 from adapters_jax.training.step import make_train_step

@@ -10,7 +10,7 @@ from flax import nnx
 
 from adapters_jax.adapting import adapt
 from adapters_jax.auditing import audit
-from adapters_jax.io.loading import load_adapter
+from adapters_jax.files.loading import load_adapter
 from adapters_jax.linen import init_adapters
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from adapters_jax.checks import check_number, shown
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import RecipeError, UserError, check_number, shown
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match

@@ -15,16 +15,23 @@ from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from adapters_jax.abstract import is_abstract
-from adapters_jax.checks import full_name, shown
-from adapters_jax.counted import counted, left_over, without_adapter
-from adapters_jax.display import bytes_text
-from adapters_jax.errors import MismatchError, RecipeError, UserError, shortened, warn
+from adapters_jax.errors import (
+    MismatchError,
+    RecipeError,
+    UserError,
+    full_name,
+    other_names,
+    shortened,
+    shown,
+    warn,
+)
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.placement import counted, left_over, without_adapter
 from adapters_jax.recipe import Recipe, checked_before, require_points
-from adapters_jax.spelling import instead_of
+from adapters_jax.texts import bytes_text
+from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
@@ -173,9 +180,8 @@ class TrainState:
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property that failed: its own error
             return object.__getattribute__(self, name)
-        raise AttributeError(
-            f"{type(self).__name__!r} object has no attribute {name!r}{instead_of(name)}"
-        )
+        instead = other_names().instead_of(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     @property
     def mesh(self) -> Mesh | None:

@@ -24,14 +24,13 @@ from flax.errors import (
 )
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from adapters_jax.checks import check_size
-from adapters_jax.errors import UserError, compare_trees, warn
+from adapters_jax.errors import UserError, check_size, compare_trees, warn
 from adapters_jax.linen import Adapted
-from adapters_jax.meshes import on_mesh
-from adapters_jax.mixed import mapping
+from adapters_jax.methods.mixed import mapping
 from adapters_jax.training.state import TrainState, check_state, checked_collections
 from adapters_jax.training.together import Optimizers, check_step, picked
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
+from adapters_jax.weights.meshes import on_mesh
 
 Batch = Any
 Metrics = dict[str, Array]

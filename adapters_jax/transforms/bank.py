@@ -11,13 +11,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
 
-from adapters_jax.checks import check_size, shown
-from adapters_jax.display import html_table
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, check_size, shown
 from adapters_jax.linen import Adapted
-from adapters_jax.mixed import Rows
+from adapters_jax.methods.mixed import Rows
 from adapters_jax.nnx import AdapterParam, copy, modules_of, recipe_of
 from adapters_jax.nnx.held import STACKED, holds
+from adapters_jax.texts import html_table
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.fitting import Fitted, fitted, is_prompt, neutral, owners_of
 from adapters_jax.trees import (

@@ -15,11 +15,10 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.attached import in_tree
-from adapters_jax.checks import check_choice, check_number, check_size
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import RecipeError, UserError, check_choice, check_number, check_size
 from adapters_jax.methods import LoRA, arrays
 from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.placement import in_tree
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, join, unflatten
 

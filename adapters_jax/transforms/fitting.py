@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adapters_jax.attached import in_tree
 from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import started
+from adapters_jax.placement import in_tree
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import join
 

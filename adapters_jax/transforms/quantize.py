@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.abstract import Inputs, explained
-from adapters_jax.checks import check_choice, check_size
-from adapters_jax.errors import UserError, compare_trees, shortened, warn
+from adapters_jax.errors import UserError, check_choice, check_size, compare_trees, shortened, warn
 from adapters_jax.linen import Adapted, reads_of, seen, shapes_of
 from adapters_jax.nnx import (
     AdapterParam,
@@ -32,6 +30,7 @@ from adapters_jax.nnx import (
 from adapters_jax.nnx.held import original
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, join, require_match, selects
+from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed

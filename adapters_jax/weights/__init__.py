@@ -4,9 +4,8 @@
 - `lazy`: the trace in which operations read changed weights without forming them; `rules`: how each
   operation does; `products`: products and convolutions of an input and a changed weight.
 - `axes`: which axes of a weight each factor has; it follows from the reads.
-- `reach`: what the outputs of a traced function depend on, and the operands of its scans.
-- `calls`: the input and the output of a module's call.
 - `quantized`: a frozen weight in few bits, and how it is read.
+- `meshes`: how what is traced lies over devices.
 """
 
 from adapters_jax.weights import rules as rules  # fills the table of `lazy`

@@ -16,8 +16,8 @@ from flax import struct
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.abstract import is_abstract
 from adapters_jax.errors import MissingPackageError
+from adapters_jax.trace.inputs import is_abstract
 
 NF4 = (  # Dettmers et al. 2023, appendix E; each is a float32
     -1.0,

@@ -13,6 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from adapters_jax.trace.reach import operands_of_scan
 from adapters_jax.weights.lazy import (
     RULES,
     Axes,
@@ -25,7 +26,6 @@ from adapters_jax.weights.lazy import (
     union,
 )
 from adapters_jax.weights.products import convolved, grouped, multiplied
-from adapters_jax.weights.reach import operands_of_scan
 
 
 def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:

@@ -15,13 +15,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import adapters_jax as aj
-from adapters_jax.interop.adapterhub import save_adapterhub
-from adapters_jax.interop.names import NameTable, to_tensors
-from adapters_jax.interop.peft import save_peft
-from adapters_jax.models import bert
-from adapters_jax.models.bert import BERT_BASE, BertClassifier, BertConfig, classifier
-from adapters_jax.models.decoder import NAMES as LLAMA_NAMES
-from adapters_jax.models.decoder import DecoderConfig, save_decoder
+from adapters_jax.files.adapterhub import save_adapterhub
+from adapters_jax.files.names import NameTable, to_tensors
+from adapters_jax.files.peft import save_peft
+from adapters_jax.finetune.models import bert
+from adapters_jax.finetune.models.bert import BERT_BASE, BertClassifier, BertConfig, classifier
+from adapters_jax.finetune.models.decoder import NAMES as LLAMA_NAMES
+from adapters_jax.finetune.models.decoder import DecoderConfig, save_decoder
 from adapters_jax.trees import flatten, unflatten
 from benchmarks import llama
 from benchmarks.sides.job import LABELS, Job

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adapters_jax.interop import huggingface
-from adapters_jax.interop.names import from_tensors
-from adapters_jax.io.adapter import read_adapter
-from adapters_jax.models.bert import BertClassifier, BertConfig, classifier
+from adapters_jax.files.adapter import read_adapter
+from adapters_jax.files.names import from_tensors
+from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.models.bert import BertClassifier, BertConfig, classifier
 from adapters_jax.trees import flatten
 from benchmarks.by_hand import Sizes
 from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import flatten
 from benchmarks import by_hand, llama_by_hand
 from benchmarks.sides import flax_common as common

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import flatten, path_of
 from benchmarks.by_hand import NnxBert, make_step, nnx_side
 from benchmarks.llama_by_hand import next_token_loss

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 from benchmarks.by_hand import cross_entropy
 from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common

@@ -6,7 +6,7 @@ import jax
 import qwix
 from flax import nnx, traverse_util
 
-from adapters_jax.models.decoder import load_decoder
+from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import path_of
 from benchmarks.by_hand import cross_entropy, make_step
 from benchmarks.llama_by_hand import next_token_loss

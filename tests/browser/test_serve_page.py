@@ -9,7 +9,7 @@ from helpers.finished import decoder_run
 from helpers.pictures import check_picture
 from helpers.serving import serving
 
-from adapters_jax.inference import load_generator
+from adapters_jax.finetune.inference import load_generator
 
 pytestmark = pytest.mark.slow
 PROMPT = "food food Thai"

@@ -19,8 +19,8 @@ from flax import nnx
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
-from adapters_jax.io.checkpoint import Checkpoints
-from adapters_jax.io.checksums import CHECKSUMS, write_checksums
+from adapters_jax.files.checkpoint import Checkpoints
+from adapters_jax.files.checksums import CHECKSUMS, write_checksums
 
 from .mutators import Fixed
 from .target import Files, files_of
@@ -65,7 +65,7 @@ def uploads(folder: Path) -> Mapping[str, Files]:
 
 
 def _peft(run: Path, directory: Path) -> Files:
-    from adapters_jax.app.cli.main import main
+    from adapters_jax.finetune.cli.main import main
 
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         assert main(["convert", str(run), str(directory), "--to", "peft"]) == 0

@@ -17,25 +17,25 @@ import numpy as np
 from helpers import hostile, tiny
 
 import adapters_jax as aj
-from adapters_jax.data.batches import encode
-from adapters_jax.data.conversations import read_conversations
-from adapters_jax.data.files import DataError, check_even
-from adapters_jax.data.readers import read_file
-from adapters_jax.data.summary import inputs_of, summarize
-from adapters_jax.data.tables import make_table
-from adapters_jax.interop import adapterhub, chat, huggingface, peft
-from adapters_jax.interop.gguf import read_gguf
-from adapters_jax.interop.names import from_tensors
-from adapters_jax.io import untrusted
-from adapters_jax.io.adapter import read_adapter
-from adapters_jax.io.run_directory import Run
-from adapters_jax.models import FAMILIES
-from adapters_jax.models.decoder import DecoderConfig
-from adapters_jax.models.parts.encoder import abstract
-from adapters_jax.models.registry import family_of
-from adapters_jax.pretrained.decoder import load_decoder_tokenizer
-from adapters_jax.pretrained.locate import read_tokenizer
-from adapters_jax.tasks import read_run
+from adapters_jax.files import adapterhub, peft, untrusted
+from adapters_jax.files.adapter import read_adapter
+from adapters_jax.files.names import from_tensors
+from adapters_jax.finetune.base_files import chat, huggingface
+from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.data.batches import encode
+from adapters_jax.finetune.data.conversations import read_conversations
+from adapters_jax.finetune.data.files import DataError, check_even
+from adapters_jax.finetune.data.readers import read_file
+from adapters_jax.finetune.data.summary import inputs_of, summarize
+from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.models.decoder import DecoderConfig
+from adapters_jax.finetune.models.parts.encoder import abstract
+from adapters_jax.finetune.models.registry import family_of
+from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
+from adapters_jax.finetune.pretrained.locate import read_tokenizer
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.tasks import read_run
 
 from .mutators import Fixed, bad_recipe, overwritten
 from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads
@@ -258,8 +258,8 @@ def _read_recipe(directory: Path) -> None:
 
 
 def _runs(folder: Path) -> Mapping[str, Files]:
-    from adapters_jax.app.options.settings import RunOptions
-    from adapters_jax.app.options.stored import plain
+    from adapters_jax.finetune.options.settings import RunOptions
+    from adapters_jax.finetune.options.stored import plain
 
     target = {"names": ["no", "yes"]}
     scored = {"method": "lora", "trainable_parameters": 9, "test": {"f1": 1.0}}
@@ -276,8 +276,8 @@ def _runs(folder: Path) -> Mapping[str, Files]:
 
 
 def _read_run(directory: Path) -> None:
-    from adapters_jax.app.report.run import results_table, settings
-    from adapters_jax.app.runs.config import read_options
+    from adapters_jax.finetune.report.run import results_table, settings
+    from adapters_jax.finetune.runs.config import read_options
 
     _, config = read_run(Run(directory))
     if results := config.get("summary", {}).get("results"):

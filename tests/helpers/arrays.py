@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.interop.huggingface import read_tensors
+from adapters_jax.finetune.base_files.huggingface import read_tensors
 
 
 def drawn(shape, seed=0):

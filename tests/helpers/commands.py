@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from adapters_jax.app.cli import main
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.parsing import parse
+from adapters_jax.finetune.cli import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.parsing import parse
 
 
 def command_of(line):

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.app.cli.finetune import Finetune
-from adapters_jax.app.console import Console
-from adapters_jax.app.options.parsing import parse
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.parsing import parse
 from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 REVIEWS = "--model tiny --train reviews.jsonl --text review --max-length 12 --pooling pooler"

@@ -14,8 +14,8 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.distributed.program import Hlo, Program
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.weights.quantized import bits_of
 from helpers.floor import floor
 

@@ -117,9 +117,9 @@ def main():
     import orbax.checkpoint  # noqa: F401
     import sklearn.metrics  # noqa: F401
 
-    from adapters_jax.app.cli import compare, finetune, serve  # noqa: F401
-    from adapters_jax.app.cli import main as cli
-    from adapters_jax.app.runs import prepare  # noqa: F401
+    from adapters_jax.finetune.cli import compare, finetune, serve  # noqa: F401
+    from adapters_jax.finetune.cli import main as cli
+    from adapters_jax.finetune.runs import prepare  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.app.cli import main as command_line
-from adapters_jax.interop.peft import save_peft
-from adapters_jax.models.bert import BertClassifier, classifier, load_bert
+from adapters_jax.files.peft import save_peft
+from adapters_jax.finetune.cli import main as command_line
+from adapters_jax.finetune.models.bert import BertClassifier, classifier, load_bert
 from helpers.tiny import FOODS, write_llama, write_meanings, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def write_their_adapter(directory, checkpoint):
 
 def write_stand_ins(folder, monkeypatch):
     """Takes the names of the pinned models for small ones in this folder."""
-    from adapters_jax.pretrained.assets import ASSETS
+    from adapters_jax.finetune.pretrained.assets import ASSETS
 
     write_model(folder / "minilm", max_position_embeddings=128)
     write_llama(folder / "smollm2-135m", max_position_embeddings=512)

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 
 import adapters_jax as aj
-from adapters_jax.app.compare.summary import rewrite_comparison
-from adapters_jax.app.report.findings import write_findings
-from adapters_jax.app.report.pictures import Picture
-from adapters_jax.app.report.run import write_report
-from adapters_jax.io.run_directory import Run
-from adapters_jax.tasks.views import Judged
+from adapters_jax.finetune.compare.summary import rewrite_comparison
+from adapters_jax.finetune.report.findings import write_findings
+from adapters_jax.finetune.report.pictures import Picture
+from adapters_jax.finetune.report.run import write_report
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.tasks.views import Judged
 
 HOSTILE = """</td></p><script>alert("1")</script> '&lt; {{ 1 + 1 }}"""
 RESULTS = [

@@ -14,18 +14,18 @@ import numpy as np
 import optax
 
 import adapters_jax as aj
-from adapters_jax.data.batches import NOTHING, Batches
-from adapters_jax.data.datasets import TaskData
-from adapters_jax.data.splits import SPLIT_SEED, key_of, split_rows
-from adapters_jax.data.tables import Table, read_rows
-from adapters_jax.io.identity import base_identity
-from adapters_jax.io.loading import load_adapter
-from adapters_jax.io.run_directory import check_base
+from adapters_jax.files.identity import base_identity
+from adapters_jax.files.loading import load_adapter
+from adapters_jax.finetune.data.batches import NOTHING, Batches
+from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.pretrained.encoder import INPUTS, load_encoder
+from adapters_jax.finetune.run_directory import check_base
+from adapters_jax.finetune.tasks.base import Prepared, Task, Untrained, Usage, in_row_order
+from adapters_jax.finetune.tasks.prediction import Prediction
 from adapters_jax.linen import init_adapters
-from adapters_jax.models.bert import Bert, BertConfig
-from adapters_jax.pretrained.encoder import INPUTS, load_encoder
-from adapters_jax.tasks.base import Prepared, Task, Untrained, Usage, in_row_order
-from adapters_jax.tasks.prediction import Prediction
 from adapters_jax.training.step import make_eval_step
 
 LENGTH = 8

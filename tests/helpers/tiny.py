@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from adapters_jax.models.bert import NAMES, Bert, BertConfig
-from adapters_jax.models.decoder import Decoder, DecoderConfig, save_decoder
+from adapters_jax.finetune.models.bert import NAMES, Bert, BertConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.trees import flatten
 
 GOOD, BAD = ("good", "fine", "lovely"), ("bad", "poor", "dull")

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.models.decoder import Decoder
+from adapters_jax.finetune.models.decoder import Decoder
 
 
 def trained(base, recipe):

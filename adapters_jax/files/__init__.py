@@ -1,0 +1,15 @@
+"""What is read from disk and written to it: our files, and adapters of other libraries.
+
+- `adapter`: an adapter's directory, saved and read; `loading` puts it onto a model.
+- `manifest`: `adapter_config.json`; `identity`: which base an adapter belongs to.
+- `tensors`, `untrusted`: safetensors and JSON files of unknown origin, checked before use.
+- `atomic`, `checksums`: files that appear whole or not at all, and a check that they are undamaged.
+- `checkpoint`: a training run that can be resumed exactly; `lock`: one process at a time.
+- `hub`: repositories of the Hugging Face Hub; `model_card`: the README.md beside an adapter.
+- `peft`, `adapterhub`: adapters of these libraries, both ways; `gguf`: adapters for llama.cpp. They
+  share `directories`, which reads and writes the files, `module_map`, which finds a model's modules
+  by their names in PyTorch, `names`, which maps tensors' names to our paths, and `layouts`, which
+  converts the arrays.
+- `formats`: one class for each adapter format, ours included, in one registry; `base_model`
+  describes a base model to them.
+"""

@@ -1,0 +1,212 @@
+"""AdapterHub's `adapter_config.json`: which fields we support, and which arithmetic they select.
+
+Reference: https://docs.adapterhub.ml/methods.html
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from adapters_jax.files.directories import field_problems
+from adapters_jax.methods import Bottleneck
+
+Config = Mapping[str, Any]
+VERSION = "adapters.1.3.0"
+LOCATIONS: dict[str | None, tuple[str, ...]] = {
+    None: ("mh_adapter", "cross_adapter", "output_adapter"),
+    "lora": ("selfattn_lora", "intermediate_lora", "output_lora"),
+}
+
+# AdapterHub's defaults; older files lack some fields.
+DEFAULTS: dict[str | None, dict[str, Any]] = {
+    None: {
+        **dict.fromkeys(("original_ln_before", "ln_before", "ln_after", "is_parallel"), False),
+        **dict.fromkeys(("mh_adapter", "cross_adapter", "output_adapter"), False),
+        "adapter_residual_before_ln": False,
+        "architecture": None,
+        **{"original_ln_after": True, "residual_before_ln": True, "scaling": 1.0, "leave_out": []},
+    },
+    "lora": {
+        "architecture": "lora",
+        **{"selfattn_lora": True, "intermediate_lora": False, "output_lora": False},
+        **{"r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "leave_out": []},
+    },
+}
+REQUIRED: dict[str | None, tuple[str, ...]] = {
+    None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
+    "lora": (),
+}
+# Initialisation, and fields that act only beside a field that is not supported.
+IDLE = {
+    *("architecture", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor"),
+    *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm"),
+    *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule"),
+    *("hypercomplex_nonlinearity", "attention_type", "new_attention_norm"),
+}
+ACTIVATIONS = {
+    **{"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu", "swish": "silu", "silu": "silu"},
+    **{"tanh": "tanh", "sigmoid": "sigmoid", "leakyrelu": "leaky_relu", "linear": "identity"},
+    **{"gelu_python": "gelu_exact", "gelu_fast": "gelu", "gelu_accurate": "gelu"},
+    **{"gelu_pytorch_tanh": "gelu", "leaky_relu": "leaky_relu"},
+}
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
+_ONLY = {"stochastic_depth": 0.0, "composition_mode": "add", "dtype": "float32"}
+_DROPOUT = (
+    "expected 0.0: AdapterHub applies it after the up-projection, we between the projections; set "
+    "it to 0.0 in the file, which changes no prediction"
+)
+_WORDS: dict[type, str] = {bool: "True or False", str: "a name", int: "a whole number"}
+
+
+class Placement(NamedTuple):
+    """The input of a sequential bottleneck, and the settings that select it.
+
+    If h is a sublayer's output, x the residual and LN the norm after their sum, then the role
+    "output" is h, "sum" is h + x and "norm" is LN(h + x). See `Bottleneck` for `placement`.
+    """
+
+    role: str
+    placement: str
+    original_ln_before: bool
+    original_ln_after: bool
+    residual_before_ln: bool
+
+
+_OUTPUT = (
+    Placement("output", "sequential", False, True, True),
+    Placement("output", "sequential", False, True, False),
+)
+POST_NORM = (
+    *_OUTPUT,
+    Placement("norm", "norm", True, True, True),
+    Placement("norm", "sequential", True, False, False),
+)
+# Here AdapterHub omits the norm, so both rows of "sum" are h + x + branch(h + x).
+PRE_NORM = (
+    *_OUTPUT,
+    Placement("sum", "sequential", True, True, True),
+    Placement("sum", "sequential", True, False, False),
+)
+
+
+def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
+    """The configurations of a file with defaults filled in, and their unsupported settings.
+
+    Args:
+        whole: the parsed file.
+
+    Returns:
+        The configurations, several if the file is a union; and one sentence for each problem. An
+        unknown field is no problem if it is null, false or empty.
+
+    Example:
+        >>> whole = {"version": VERSION, "config": {"architecture": "lora", "r": 4, "new": None}}
+        >>> (only,), problems = children(whole)
+        >>> only["r"], only["attn_matrices"], problems
+        (4, ['q', 'v'], [])
+        >>> children({"config": {"architecture": "reft"}})[1]
+        ["architecture='reft', expected lora, union, or null for a bottleneck"]
+    """
+    config, problems, found = whole.get("config"), [], []
+    if not isinstance(config, Mapping):
+        return [], [f"config={config!r}, expected an object with the settings"]
+    several = config.get("configs") if config.get("architecture") == "union" else [config]
+    for each in several if isinstance(several, list) else [several]:
+        kind = each.get("architecture") if isinstance(each, Mapping) else each
+        if not isinstance(each, Mapping) or not (kind is None or kind == "lora"):
+            problems.append(
+                f"architecture={kind!r}, expected lora, union, or null for a bottleneck"
+            )
+            continue
+        given = _modern(whole, each)
+        problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
+        problems += field_problems(given, _supported(kind), IDLE, _expected(kind))
+        found.append(DEFAULTS[kind] | {k: v for k, v in given.items() if v is not None})
+    return found, problems
+
+
+def _modern(whole: Config, config: Config) -> dict[str, Any]:
+    """Converts settings of older versions to those of today."""
+    config = {"architecture": None, **config}
+    version = whole.get("version")
+    if version is None and isinstance(config.get("non_linearity"), str):
+        config["non_linearity"] = _OLD_ACTIVATIONS.get(
+            config["non_linearity"], config["non_linearity"]
+        )
+    if whole.get("type") == "text_task":  # these files name an invertible adapter but have none
+        config = {k: v for k, v in config.items() if k not in ("inv_adapter", "invertible_adapter")}
+    old = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
+    top = whole["config"].get("architecture") == "lora"
+    if top and old and (int(old[1]), int(old[2])) < (1, 1) and "r" in config:
+        config["alpha"] = config["r"]  # these versions did not scale
+    return config
+
+
+def _supported(kind: str | None) -> set[str]:
+    """The supported fields of a kind of adapter."""
+    return {*DEFAULTS[kind], *REQUIRED[kind], *_ONLY, "dropout"}
+
+
+def _expected(kind: str | None) -> Any:
+    """Returns a function of a field and its value that states what is expected, if invalid."""
+
+    def expected(field: str, found: Any) -> list[str]:
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        if field in _ONLY:
+            return [] if found == _ONLY[field] else [f"expected {_ONLY[field]!r}"]
+        if field == "dropout" and kind is None:
+            return [] if found == 0.0 else [_DROPOUT]
+        if field == "reduction_factor":
+            values = found.values() if isinstance(found, Mapping) else [found]
+            good = all(type(v) in (int, float) and v > 0 for v in values)
+            return [] if good else ["expected a number above 0, or one for each layer"]
+        if field == "non_linearity":
+            good = isinstance(found, str) and found.lower() in ACTIVATIONS
+            return [] if good else [f"expected one of {', '.join(ACTIVATIONS)}"]
+        if field == "leave_out":
+            good = isinstance(found, list) and all(type(n) is int for n in found)
+            return [] if good else ["expected a list of layer numbers"]
+        if field == "attn_matrices":
+            good = isinstance(found, list) and {"q"} <= {"q", *map(str, found)} <= set("qkv")
+            return [] if good else ["expected a list of q, k and v"]
+        if field in ("scaling", "alpha", "dropout"):
+            return [] if number else ["expected a number"]
+        if field == "residual_before_ln":
+            return [] if isinstance(found, bool) else ["expected True or False"]
+        kinds = int if field == "r" else bool
+        return [] if type(found) is kinds else [f"expected {_WORDS[kinds]}"]
+
+    return expected
+
+
+def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
+    """The role and the placement of a bottleneck, or the problem of its settings.
+
+    Args:
+        config: a configuration from `children`.
+        post_norm: whether the norms of the model's blocks follow the residual sum.
+
+    Example:
+        >>> placement({**DEFAULTS[None], "original_ln_before": True}, post_norm=True)
+        ('norm', 'norm')
+    """
+    if config["is_parallel"] and config["original_ln_after"]:
+        return "sum", "parallel"  # its input is x
+    if config["ln_after"] and config["adapter_residual_before_ln"] and not config["is_parallel"]:
+        return "ln_after with adapter_residual_before_ln=True is not supported"
+    settings = {name: config[name] for name in Placement._fields[2:]}
+    for row in () if config["is_parallel"] else POST_NORM if post_norm else PRE_NORM:
+        if row[2:] == tuple(settings.values()):
+            return row[:2]
+    together = ", ".join(f"{name}={found}" for name, found in settings.items())
+    return f"{together}, is_parallel={config['is_parallel']} are not supported together"
+
+
+def tensor_names(method: Bottleneck) -> dict[str, str]:
+    """AdapterHub's names of a bottleneck's leaves; a norm before it is `adapter_down.0` as well."""
+    first = "adapter_down.1" if method.norm_before else "adapter_down.0"
+    names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
+    names |= {f"up/{k}": f"adapter_up.{t}" for k, t in (("kernel", "weight"), ("bias", "bias"))}
+    for norm in method.norms:
+        names |= {f"{norm}/scale": f"adapter_{norm}.weight", f"{norm}/bias": f"adapter_{norm}.bias"}
+    return names

@@ -1,0 +1,263 @@
+"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
+
+A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
+`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A pickled
+`.bin`, which AdapterHub writes by default, is never opened, because unpickling runs whatever code
+the file holds.
+
+Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.files import directories, hub
+from adapters_jax.files.adapterhub import heads, reading, writing
+from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
+from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
+from adapters_jax.files.adapterhub.config import VERSION
+from adapters_jax.files.layouts import Array
+from adapters_jax.files.module_map import (
+    Leaves,
+    Names,
+    as_in_file,
+    as_in_model,
+    by_module,
+    shortest,
+)
+from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import Tree
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+HEAD_CONFIG, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
+HEAD_PICKLE = "pytorch_model_head.bin"
+FILES = (CONFIG, TENSORS, HEAD_CONFIG, HEAD_TENSORS)
+PICKLE_ADVICE = (
+    "a pickled {} is never opened, since unpickling runs code: convert it where you trust it, with "
+    "AdapterHub's name = model.load_adapter(DIR), then "
+    "model.save_adapter(NEW_DIR, name, use_safetensors=True)"
+)
+
+
+def load_adapterhub(
+    directory: str | Path,
+    names: Names,
+    base: Any,
+    *,
+    with_head: bool = True,
+    pooling: str | None = None,
+    revision: str | None = None,
+) -> tuple[Recipe, dict[str, Any]]:
+    """Reads an adapter that AdapterHub wrote, and its head.
+
+    Args:
+        directory: has `adapter_config.json` and `adapter.safetensors`; or an id on the Hugging Face
+            Hub, from which these and a head's two files are fetched.
+        names: the table of the model's family, `models.FAMILIES["roberta"].names`, of a classifier
+            `models.FAMILIES["roberta"].classifier.names`; or a mapping from the names of PyTorch's
+            modules (as the file has them) to our module paths. A mapping needs AdapterHub's
+            bottleneck layer (`encoder.layer.0.output`, `h.0.output_adapters`) with the path of the
+            module that adds the sublayer's output, its first input, to the residual stream.
+        base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+        with_head: whether to read a head, if there is one.
+        pooling: what the model's head reads, "pooler", "cls" or "tokens"; required for a head on
+            the first or on each token, because the parameters of one on the mean are the same.
+        revision: a branch, tag or commit on the Hub.
+
+    Returns:
+        The recipe, and the trained leaves as a tree, stacked where the base's layers are scanned.
+        For a linen model write `merge_trees(adapters, partition(params, recipe)[1])`; for either
+        API pass both to `save_adapter` and load that directory with `load_adapter`.
+
+    Raises:
+        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
+            do not fit the base, or layers differ that the base scans as one; the message names
+            every problem.
+        UserError: `names` does not fit the base, or has no blocks of a known architecture.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> names = {"encoder.layer.0.attention.self.query": "query"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapterhub(f"{folder}/a", LoRA("query", 2), leaves, names, params)
+        ...     recipe, adapters = load_adapterhub(saved, names, params)
+        >>> recipe
+        Recipe(
+          LoRA(targets=('query',), rank=2, alpha=2, a_init='uniform'),
+        )
+        >>> adapters["query"]["lora"]["a"].shape
+        (6, 2)
+    """
+    directory = hub.find(directory, revision, FILES)
+    blocks = find_blocks(names, base)
+    whole, tensors = _read(directory)
+    try:
+        methods, leaves, problems = reading.read(whole, tensors, blocks)
+        if with_head and _has_head(directory):
+            advice = PICKLE_ADVICE.format(HEAD_PICKLE)
+            head = directories.read_pair(directory, HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE, advice)
+            trained, more = heads.read(*head, blocks, pooling)
+            methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
+            leaves |= trained
+            problems += more
+        if not problems:
+            return as_in_model(methods, leaves, names, blocks.module_map)
+    except AdapterFileError:
+        raise
+    except ValueError as error:  # a method rejects a number, or layers differ
+        problems = [str(error)]
+    raise AdapterFileError(
+        f"{directory} cannot be converted from AdapterHub: {'; '.join(problems)}"
+    )
+
+
+def save_adapterhub(
+    directory: str | Path,
+    recipe: Recipe | Method,
+    adapters: Tree,
+    names: Names,
+    base: Any,
+    *,
+    name: str = "adapter",
+    prefix: str | None = None,
+    pooling: str | None = None,
+    labels: Sequence[str] = (),
+    head_type: str | None = None,
+    beside: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Path:
+    """Writes an adapter, and its head if that trains, that AdapterHub loads.
+
+    Bottlenecks on a sublayer's output become AdapterHub's double_seq_bn; those with
+    `placement="norm"` on BERT's `**/mlp_norm`, and those on the `**/mlp_sum` of GPT-2 and Llama,
+    become seq_bn; those with `placement="parallel"` on a `**/mlp_sum` become par_bn. A recipe that
+    needs several configurations becomes a union. AdapterHub loads the directory with
+    `model.load_adapter(directory, use_safetensors=True, set_active=True)`.
+
+    Args:
+        directory: a new or empty one, or one with an adapter of AdapterHub and nothing else, which
+            is replaced; it appears whole or not at all, and its parents are made.
+        recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
+            head of two layers.
+        adapters: the trained part of a model, as `partition` returns it, or an NNX state.
+        names, base: as in `load_adapterhub`. Families that share our paths (BERT, RoBERTa,
+            DistilBERT and ELECTRA) differ in their names for AdapterHub alone, so another one's
+            table is no error here.
+        name: the name of the adapter and of its head.
+        prefix: begins the names of all modules but heads in the PyTorch model, such as "roberta.";
+            by default the first prefix of the table.
+        pooling: as in `load_adapterhub`.
+        labels: the names of a head's classes, or of the choices.
+        head_type: AdapterHub's kind of the head: "classification", "multilabel_classification",
+            "multiple_choice", "tagging" or "question_answering"; by default "tagging" if it reads
+            tokens, "classification" if not.
+        beside: further texts by file name, such as `{"README.md": aj.model_card(...)}`.
+        **fields: of `adapter_config.json` and `head_config.json`, such as `model_name`; by default
+            `model_type` and `model_class` are those with this prefix, RobertaAdapterModel for
+            "roberta.".
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: AdapterHub does not support the recipe, `names` lacks a module, or the directory
+            holds something else; the message names every problem.
+        TypeError: `adapters` is not a tree.
+
+    Example:
+        >>> import json, tempfile
+        >>> import numpy as np
+        >>> from adapters_jax import LoRA
+        >>> params = {"query": {"kernel": np.ones((6, 4)), "bias": np.ones(4)}}
+        >>> leaves = {"query": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}
+        >>> lora, names = LoRA("query", 2), {"encoder.layer.0.attention.self.query": "query"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = save_adapterhub(f"{folder}/a", lora, leaves, names, params, name="reviews")
+        ...     config = json.loads((saved / "adapter_config.json").read_text())
+        >>> config["name"], config["config"]["architecture"], config["config"]["r"]
+        ('reviews', 'lora', 2)
+    """
+    flat = directories.flat_leaves("save_adapterhub", adapters)
+    own = (*FILES, *(beside or ()))
+    directory = directories.adapter_directory("AdapterHub", directory, own, "config")
+    blocks = find_blocks(names, base)
+    config, tensors, head, problems = to_adapterhub(
+        recipe, flat, names, blocks, name, pooling, labels, head_type
+    )
+    if problems:
+        raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
+    about = _about(blocks, name, prefix) | fields
+    whole = {blocks.module_map.full(key, prefix): tensor for key, tensor in tensors.items()}
+    files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))
+    if head[0]:
+        settings = (HEAD_CONFIG, about | {"config": head[0]})
+        files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
+    return directories.write(directory, files, beside)
+
+
+def to_adapterhub(
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Array],
+    names: Names,
+    blocks: Blocks,
+    name: str = "adapter",
+    pooling: str | None = None,
+    labels: Sequence[str] = (),
+    head_type: str | None = None,
+) -> tuple[dict[str, Any], Leaves, tuple[dict[str, Any], Leaves], list[str]]:
+    """Converts an adapter and its head; see `save_adapterhub`.
+
+    Returns:
+        The settings and the tensors, both of a head, which may have none, and a sentence for each
+        thing that AdapterHub does not support.
+    """
+    problems: list[str] = []
+    if not name or "." in name:
+        problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
+    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
+    added, trained = by_module(unrolled, flat, problems)
+    config, tensors = writing.write(unrolled, added, blocks, name, problems)
+    head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
+    return config, tensors, head, problems
+
+
+def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
+    """The fields that describe the adapter's model."""
+    found = blocks.architecture
+    alike = (each for each in ARCHITECTURES if each.stacks == found.stacks)
+    own = next((each for each in alike if each.prefix == prefix), found)
+    first = next(iter(blocks.layers))
+    return {
+        "name": name,
+        "version": VERSION,
+        "model_type": own.model_type,
+        "model_class": own.model_class,
+        "model_name": None,
+        "hidden_size": max(blocks.width(first, where) for where in blocks.bottlenecks(first))
+        or None,
+    }
+
+
+def _has_head(directory: Path) -> bool:
+    """Whether a directory has any file of a head."""
+    return any((directory / name).exists() for name in (HEAD_TENSORS, HEAD_PICKLE, HEAD_CONFIG))
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Reads the configuration and the tensors of a directory."""
+    advice = PICKLE_ADVICE.format(PICKLE)
+    whole, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, advice)
+    lacking = [field for field in ("config", "name") if field not in whole]
+    if lacking:
+        raise AdapterFileError(
+            f"{directory / CONFIG} has no {' and no '.join(lacking)}, so AdapterHub did not write "
+            "it; use load_adapter for what save_adapter wrote, load_peft for PEFT's files"
+        )
+    return whole, tensors

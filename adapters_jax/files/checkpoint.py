@@ -1,0 +1,448 @@
+"""Training checkpoints: the trained part, the optimiser, statistics and keys, for an exact resume.
+
+orbax writes them; the base is never saved. A save copies the trained part on its device, which is
+all that a step waits for, and writes the copy in a thread. A file beside what orbax wrote has the
+SHA-256 checksums of its files, so that a damaged checkpoint is detected and the one before it used.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from filelock import FileLock
+from jax.experimental import multihost_utils
+
+from adapters_jax.errors import UserError, check_size, compare_trees, file_errors
+from adapters_jax.files.atomic import remove
+from adapters_jax.files.checksums import damage, write_checksums
+from adapters_jax.files.identity import tree_sha256
+from adapters_jax.files.lock import lock_directory, unlock_directory
+from adapters_jax.recipe import as_compared
+from adapters_jax.training.state import TrainState, check_kind, check_state
+from adapters_jax.trees import Tree, leaves_by_path, path_of
+
+_LOG = logging.getLogger(__name__)
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
+_BESIDE, _BESIDE_EACH = 2**20, 2**13  # bytes of orbax's own files, and of those of each array
+# What orbax raises of files that have another content; tensorstore's is a ValueError.
+_OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint cannot be written, or there is none to restore."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training run as it was saved.
+
+    Attributes:
+        state: the saved state, with the base of the state that it was restored into.
+        best: the best adapters so far, a tree like `state.adapters`; None if none were saved.
+        progress: the `progress` that was given to `save`.
+
+    Example:
+        >>> Checkpoint(state=None, best=None, progress={"epoch": 3}).progress["epoch"]
+        3
+    """
+
+    state: TrainState
+    best: Tree | None
+    progress: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The number of steps made."""
+        return int(self.state.step)
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in a directory of their own.
+
+    A save returns at once; a thread writes one save at a time. The last `keep` checkpoints and the
+    one with the highest score are kept. Opening the directory renames those that are damaged or
+    cannot be read to `damaged-<step>`. If the batch is a function of the step's number, as with
+    grain's `MapDataset`, a resumed run equals the uninterrupted one bit for bit.
+
+    Args:
+        directory: created if it is absent. The remains of an interrupted save are removed.
+        keep: the number of latest checkpoints to keep, at least 2, so that one is always whole.
+
+    Raises:
+        UserError: `keep` is not a whole number of at least 2.
+        FileSystemError: the directory cannot be made or written.
+        CheckpointError: another `Checkpoints`, of any process, has the directory open.
+
+    Example:
+        >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax, tempfile
+        >>> from flax import nnx
+        >>> base = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.Unfreeze("bias"), rngs=nnx.Rngs(0))
+        >>> state = aj.TrainState.create(model, tx=optax.adam(0.1), key=jax.random.key(0))
+        >>> step = aj.make_train_step(lambda model, batch, key: jnp.mean(model(batch)))
+        >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+        ...     if checkpoints.steps:  # resume an interrupted run
+        ...         state = checkpoints.restore(state).state
+        ...     for i in range(int(state.step), 3):
+        ...         state, metrics = step(state, jnp.ones((4, 2)))
+        ...         checkpoints.save(i + 1, state, progress={"loss": metrics["loss"]})
+        ...     checkpoints.wait()
+        ...     checkpoints.steps, checkpoints.restore(state).step
+        ([2, 3], 3)
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        import orbax.checkpoint as ocp  # takes a second
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+        self._lock: FileLock | None = None
+        check_size("Checkpoints", "keep", keep)
+        if keep < 2:
+            raise UserError(
+                f"Checkpoints: keep={keep}, expected at least 2, so that one is always whole"
+            )
+        self.directory = Path(directory).absolute()
+        if jax.process_index() == 0:
+            with file_errors(self.directory, "used for checkpoints"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_directory(self.directory, CheckpointError)
+                self._clean()
+                self._rename_damaged()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
+        kept = [
+            policies.LatestN(keep),
+            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=_score,
+            enable_async_checkpointing=False,  # it blocks for 0.1 s, so save has its own thread
+        )
+        self._args = ocp.args
+        handlers = {
+            "arrays": ocp.StandardCheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(),
+        }
+        try:
+            with self._reading():
+                self._manager = ocp.CheckpointManager(
+                    self.directory, options=options, item_handlers=handlers
+                )
+        except CheckpointError:
+            self._unlock()
+            raise
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._identity: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the highest score."""
+        scored = [s for s in self.steps if _score(self._manager.metrics(s) or {}) > -math.inf]
+        return self._manager.best_step() if scored else None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        best: Tree | None = None,
+        score: float | None = None,
+        progress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves a state after a step, in a thread.
+
+        Args:
+            step: the number of steps made; reading it from the state would wait for the device.
+            state: the state to save, without its base. The next step may donate it at once.
+            best: the best adapters so far, like `state.adapters`, without statistics: for a model
+                that has these, give `score`.
+            score: the score of this state, higher is better; the best checkpoint is kept.
+            progress: whatever else is needed to resume, as JSON; scalar arrays in it become
+                numbers. The thread reads it, so do not change it afterwards.
+
+        Raises:
+            UserError: `progress` of the save before this one held an array with axes, or a step has
+                taken over the arrays of the state.
+            CheckpointError: the disk has no room, or the save before this one failed; earlier
+                checkpoints are intact. A failure of this save is raised by the next `save`, `wait`,
+                `restore` or `close`.
+        """
+        check_state("Checkpoints.save", state)
+        self.wait()
+        leaves, structure = jax.tree.flatten(_kept(state, best))
+        # One program copies all device arrays; the thread does the rest. numpy arrays stay.
+        on_device = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
+            leaves[i] = copied
+        kept = jax.tree.unflatten(structure, leaves)
+        self._identity = self._identity or _identity(state)
+        self._require_room([x.nbytes for x in leaves])
+        self._pending = self._thread.submit(self._write, step, kept, score, progress)
+
+    def wait(self) -> None:
+        """Waits until the last save is written.
+
+        Raises:
+            CheckpointError: it failed; earlier checkpoints are intact.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, kept: dict[str, Any], score: float | None, progress: Any) -> None:
+        """Writes what `save` copied; runs in the thread."""
+        about = {
+            **(self._identity or {}),
+            "best": kept["best"] is not None,
+            "progress": json.loads(json.dumps(progress or {}, default=_number)),
+        }
+        parts = {
+            "arrays": self._args.StandardSave(_arrays(kept)),
+            "about": self._args.JsonSave(about),
+        }
+        try:
+            saved = self._manager.save(
+                step,
+                args=self._args.Composite(**parts),
+                metrics={"score": -math.inf if score is None else float(score)},
+            )
+            if saved and jax.process_index() == 0:
+                write_checksums(self.directory / str(step))
+        except (OSError, ValueError) as error:  # tensorstore's is a ValueError
+            self._clean()
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.directory}: "
+                f"{_short(error)}; {self._intact()}"
+            ) from error
+        if not saved:
+            raise CheckpointError(
+                f"step {step} is not saved: {self.directory} has a checkpoint of step "
+                f"{max(self.steps)}; restore that one, or give another directory"
+            )
+
+    def _require_room(self, sizes: list[int]) -> None:
+        """Raises CheckpointError if the disk has less room; orbax fails in many threads at once."""
+        free = shutil.disk_usage(self.directory).free
+        size = sum(sizes) + _BESIDE + _BESIDE_EACH * len(sizes)
+        if free < size:
+            raise CheckpointError(
+                f"{self.directory} has room for {free:,} bytes, and a checkpoint takes up to "
+                f"{size:,}: {os.strerror(errno.ENOSPC)}; {self._intact()}"
+            )
+
+    def _intact(self) -> str:
+        steps = ", ".join(map(str, self.steps))
+        return f"the earlier ones are intact: {steps}" if steps else "there is no earlier one"
+
+    def restore(self, state: TrainState, step: int | None = None) -> Checkpoint:
+        """Restores a checkpoint.
+
+        Args:
+            state: a state of the same training run, before its first step. It gives the base, the
+                shapes and the layout over devices, which may differ from the layout at saving.
+            step: the step of the checkpoint; None is the newest.
+
+        Raises:
+            CheckpointError: it is absent, cannot be read, or has another recipe or base.
+            MismatchError: arrays differ in shape or dtype; the message names all of them.
+        """
+        check_kind("Checkpoints.restore", state)
+        step = self._found(step)
+        where = f"the checkpoint of step {step} in {self.directory}"
+        about = self._about(step)
+        for name, own in _identity(state).items():
+            if as_compared(about[name]) != as_compared(own):
+                raise CheckpointError(
+                    f"{where} has the {name} {json.dumps(about[name])}, and the state has "
+                    f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
+                    "it was trained with"
+                )
+        expected = _arrays(_kept(state, state.adapters if about["best"] else None))
+        with self._reading(step):
+            saved = dict(self._manager.item_metadata(step)["arrays"].items())
+        fix = "Restore it into a state with the model, recipe, optimiser and collections it is of."
+        compare_trees(where, saved, expected, fix, dtypes=True)
+        abstract = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for path, x in expected.items()
+        }
+        got = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
+        # orbax binds what it reads to devices; a step refuses that beside a base on a mesh.
+        arrays = {k: x if expected[k].committed else jnp.array(np.array(x)) for k, x in got.items()}
+        kept, best = _rebuilt(state, arrays, about["best"])
+        return Checkpoint(replace(state, **kept), best, about["progress"])
+
+    def progress(self, step: int | None = None) -> dict[str, Any]:
+        """The `progress` that was given to `save`; reading it needs no state.
+
+        Args:
+            step: the step of the checkpoint; None is the newest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it cannot be read.
+        """
+        return self._about(self._found(step))["progress"]
+
+    def close(self) -> None:
+        """Waits for the last save and closes the directory; nothing can be saved afterwards."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            unlock_directory(self.directory, self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _found(self, step: int | None) -> int:
+        """The given step, or the newest, of a finished checkpoint."""
+        self.wait()
+        steps = self.steps
+        if not steps or step not in (None, *steps):
+            which = "" if step is None else f" of step {step}; its steps are {steps}"
+            raise CheckpointError(f"{self.directory} has no checkpoint{which}")
+        return steps[-1] if step is None else step
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself beside its arrays."""
+        about = self._read(step, about=self._args.JsonRestore())["about"]
+        with self._reading(step):
+            kept = {name: about[name] for name in ("recipe", "base", "best")}
+            return {"progress": dict(about["progress"]), **kept}
+
+    def _read(self, step: int, **items: Any) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=self._args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int | None = None) -> Iterator[None]:
+        """Turns what orbax raises of a spoilt checkpoint into a CheckpointError."""
+        try:
+            yield
+        except _OF_ORBAX as error:
+            again = "open the directory again to go on with the one before it"
+            one, fix = (
+                (f"the checkpoint of step {step}", again) if step else ("a checkpoint", "remove it")
+            )
+            message = f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
+            raise CheckpointError(message) from error
+
+    def _clean(self) -> None:
+        """Removes the remains of interrupted saves."""
+        for path in self.directory.glob(_TEMPORARY):
+            remove(path)
+
+    def _rename_damaged(self) -> None:
+        """Renames damaged checkpoints, with a warning, so that orbax finds only whole ones."""
+        steps = {int(p.name): p for p in self.directory.glob("*") if p.name.isdecimal()}
+        damaged = {n: why for n in sorted(steps) if (why := damage(steps[n]))}
+        whole = ", ".join(str(n) for n in sorted(steps) if n not in damaged)
+        for number, why in damaged.items():
+            aside = self.directory / f"damaged-{number}"
+            remove(aside)
+            steps[number].replace(aside)
+            others = f"the whole ones are of step {whole}" if whole else "there is no other"
+            message = "the checkpoint of step %d is damaged: %s; it was renamed to %s; %s"
+            _LOG.warning(message, number, why, aside, others)
+
+
+def _identity(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
+    tree = tree_sha256((state.adapters, state.base), state.recipe)
+    return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
+
+
+def _short(error: Exception) -> str:
+    """An error's first line; a long one is cut in the middle, since its reason is at the end."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 240 else f"{line[:80]} ... {line[-150:]}"
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics.get("score", -math.inf)
+
+
+def _kept(state: TrainState, best: Tree | None) -> dict[str, Any]:
+    """What a checkpoint keeps of a state."""
+    return {**state.checkpointed, "best": best}
+
+
+def _arrays(kept: dict[str, Any]) -> dict[str, jax.Array]:
+    """The same as plain arrays by path; orbax cannot save empty ones."""
+    return {path: _plain(x) for path, x in leaves_by_path(kept).items() if jnp.size(x)}
+
+
+def _rebuilt(
+    state: TrainState, arrays: Mapping[str, jax.Array], with_best: bool
+) -> tuple[dict[str, Any], Tree | None]:
+    """The inverse of `_arrays`: a state's fields, and the best adapters."""
+
+    def leaf(path: Any, like: Any) -> Any:
+        array = arrays.get(path_of(path), like)
+        if not _is_key(like):
+            return array
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+
+    kept = jax.tree_util.tree_map_with_path(
+        leaf, _kept(state, state.adapters if with_best else None)
+    )
+    return kept, kept.pop("best")
+
+
+def _number(x: Any) -> Any:
+    """A scalar array as a Python number, for `json.dumps`."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic) and x.size == 1:
+        return x.item()
+    if isinstance(x, jax.Array | np.ndarray):
+        raise UserError(
+            f"Checkpoints.save: progress holds an array of shape {x.shape}, expected JSON, and "
+            "scalar arrays; write its numbers as a list: x.tolist()"
+        )
+    raise TypeError(
+        f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
+    )
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: Any) -> Any:
+    """The integers of a key; any other array as it is."""
+    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+
+
+@jax.jit
+def _copy(arrays: Any) -> Any:
+    """Copies on the device, in one program."""
+    return jax.tree.map(jnp.copy, arrays)

@@ -1,0 +1,117 @@
+"""The adapter format of Hugging Face PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.files import hub
+from adapters_jax.files.base_model import MASKED, BaseModel
+from adapters_jax.files.formats.base import (
+    HEAD,
+    Adapter,
+    Head,
+    has_head,
+    pooling_problem,
+    shape_in,
+)
+from adapters_jax.files.peft import files as peft
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten, unflatten
+
+_CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "IMAGE": "AutoModelForImageClassification",
+    "MASKED": "AutoModelForMaskedLM",
+}
+_TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+
+
+class Peft:
+    """The format of PEFT."""
+
+    name, owner, library = "peft", "PEFT", "peft"
+    files: tuple[str, ...] = (peft.CONFIG, peft.TENSORS)
+    names_classes = False
+
+    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
+        """Tests for the key `peft_type`."""
+        return "peft_type" in values
+
+    def base_name(self, directory: Path) -> str | None:
+        """The value of `base_model_name_or_path`, with its revision if it is an id."""
+        values = read_json(directory / peft.CONFIG)
+        name, revision = values.get("base_model_name_or_path"), values.get("revision")
+        if not isinstance(name, str) or not name:
+            return None
+        return f"{name}@{revision}" if isinstance(revision, str) and hub.is_id(name) else name
+
+    def head(self, directory: Path, inside: str) -> Head | None:
+        """The classifier that is saved whole, if there is one; it reads the pooler."""
+        shape = shape_in(directory / peft.TENSORS, _CLASSIFIER)
+        return Head(shape[0], "pooler") if shape else None
+
+    def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
+        """See `load_peft`."""
+        recipe, leaves = peft.load_peft(directory, base.names, base.params)
+        return recipe, flatten(leaves)
+
+    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
+        """See `to_peft`, which `save_peft` calls."""
+        prefix = _prefix(base, adapter.leaves)
+        return peft.to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+
+    def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
+        """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
+        task = _task(base, adapter.leaves)
+        peft.save_peft(
+            directory,
+            adapter.recipe,
+            unflatten(dict(adapter.leaves)),
+            base.names,
+            base.params,
+            prefix=_prefix(base, adapter.leaves),
+            beside=adapter.beside,
+            task_type=task,
+            base_model_name_or_path=base.public,
+            revision=hub.split(base.name)[1] if base.public else None,
+        )
+
+    def head_problem(self, base: BaseModel) -> str:
+        """PEFT has our head, one layer on the pooler, for some architectures only."""
+        if base.kind == "vision":
+            return ""  # the heads of images read the same there
+        if not base.one_layer:
+            return "this architecture's head has two layers in PEFT, but this one has one"
+        return pooling_problem(base, self.owner, ("pooler",))
+
+    def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
+        """Loads with the model class of the task."""
+        unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
+        kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
+        more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
+        return (
+            f"from peft import PeftModel\nfrom transformers import {kind}\n"
+            f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
+        )
+
+
+def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
+    """PEFT's name of the task, which decides the class of the model.
+
+    It has none for labels of images and for masked language models.
+    """
+    if base.pooling == MASKED or (base.kind == "vision" and has_head(leaves)):
+        return None
+    return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
+
+
+def _prefix(base: BaseModel, leaves: Mapping[str, Any]) -> str:
+    """What begins the names of modules in the class of the model."""
+    return "" if _task(base, leaves) == "FEATURE_EXTRACTION" else base.prefix

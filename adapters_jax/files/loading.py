@@ -1,0 +1,345 @@
+"""Loads an adapter file onto a model; everything is checked before any array is made."""
+
+import contextlib
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from adapters_jax.adapting import adapt
+from adapters_jax.errors import (
+    AdapterMismatchError,
+    AdapterRecipeError,
+    MismatchError,
+    OtherBaseError,
+    RecipeError,
+    compare_trees,
+    shortened,
+)
+from adapters_jax.files.adapter import (
+    STATE,
+    check_directory,
+    find_adapter,
+    opened_adapter,
+    read_arrays,
+    read_state,
+)
+from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
+from adapters_jax.files.manifest import Manifest
+from adapters_jax.files.model_state import state_by_path, with_state
+from adapters_jax.files.tensors import TensorFile
+from adapters_jax.linen import Adapted, init_adapters, shapes_of
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.recipe import Recipe, checked_before
+from adapters_jax.trace.inputs import MISFITS, Inputs
+from adapters_jax.training.state import checked_collections
+from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers
+from adapters_jax.trees import (
+    Tree,
+    check_params,
+    flatten,
+    merge_trees,
+    partition,
+    unflatten,
+    with_leaves,
+)
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Tensors(NamedTuple):
+    """Arrays by path that are not read yet."""
+
+    shapes: Mapping[str, Any]
+    read: Callable[[], Mapping[str, Any]]
+
+
+class _Adapter(NamedTuple):
+    """An adapter whose arrays are not read yet."""
+
+    directory: Path
+    recipe: Recipe
+    trained: _Tensors
+    state: _Tensors
+
+
+_NO_STATE = _Tensors({}, dict)
+_NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
+
+
+def load_adapter(
+    directory: str | Path,
+    model: Any,
+    params: Tree = None,
+    *args: Any,
+    base: BaseIdentity | None = None,
+    any_base: bool = False,
+    revision: str | None = None,
+    names: Names | Stack | None = None,
+    collections: Mapping[str, Tree] | None = None,
+    example_inputs: Iterable[Any] | Inputs | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
+
+    Everything is checked on shapes alone, before an array is read or made.
+
+    Args:
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
+        model: the base, a linen or NNX module without adapters.
+        params: linen only: the base's parameter tree.
+        *args: example inputs, of which only shapes matter; for NNX `example_inputs` says the same.
+        base: the base's identity, from `base_identity`; the hash of its tree is added.
+        any_base: accept a base other than the one in the file, if the tensors fit it.
+        revision: a branch, tag or commit on the Hub.
+        names: the `NAMES` of the model's module, or a `Stack`; with it, an adapter of scanned
+            layers loads onto unrolled ones, and the other way round.
+        collections: linen only: the base's collections beside its parameters, such as
+            `{"batch_stats": variables["batch_stats"]}`.
+        example_inputs: NNX only: the inputs that `adapt` got, if it got any.
+        **kwargs: linen only: further arguments of the model's call.
+
+    Returns:
+        linen: `(adapted model, params)`; `(adapted model, params, collections)` if collections are
+        given. NNX: the adapted model, with the adapters' dropout on until `model.eval()`. Its
+        statistics, and linen's collections, are those of the file. If the file has none, they are
+        the base's, with a warning.
+
+    Raises:
+        OtherBaseError: the adapter was trained on another base: one whose parameters have other
+            paths or shapes, or another id or configuration. Values are not compared.
+        AdapterMismatchError: its tensors or its statistics do not fit this base; the message names
+            every difference.
+        AdapterRecipeError: its recipe does not fit this base.
+        AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
+            adapter, or it is damaged. The three errors above are subclasses of this one.
+        MismatchError, ValueError, TypeError: params or example inputs do not fit the model itself.
+
+    Example:
+        >>> import tempfile, adapters_jax as aj
+        >>> base = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> model = aj.adapt(base, aj.LoRA("**", rank=1), rngs=nnx.Rngs(1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapters = nnx.state(model, aj.nnx.AdapterParam)
+        ...     saved = aj.save_adapter(f"{folder}/a", adapters, aj.LoRA("**", rank=1))
+        ...     aj.load_adapter(saved, base).lora["a"].shape
+        (3, 1)
+    """
+    _check_order(directory, model)
+    in_nnx = isinstance(model, nnx.Module)
+    if in_nnx and (params is not None or collections is not None or kwargs):
+        raise TypeError(
+            "load_adapter: an NNX model holds its parameters and statistics; write "
+            "aj.load_adapter(directory, model, example_inputs=(...))"
+            + (f", without {', '.join(kwargs)}" if kwargs else "")
+        )
+    if not in_nnx and (params is None or example_inputs is not None):
+        raise TypeError(
+            "load_adapter: a linen model needs its parameters; write "
+            "aj.load_adapter(directory, model, params, *example_inputs)"
+        )
+    if not in_nnx:
+        write = "aj.load_adapter(directory, model, params, *example_inputs)"
+        check_params("load_adapter", params, write)
+    stack = None if names is None else stack_of(names)
+    other = checked_collections("load_adapter", collections)
+    with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
+        tree = nnx.state(model, nnx.Param) if in_nnx else params
+        if not any_base:
+            _check_base(file, manifest, tree, _recipe_of(model), base, stack)
+        adapter = _Adapter(
+            file.path.parent,
+            manifest.recipe,
+            _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
+            _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
+        )
+        if stack:
+            adapter = _as_in_model(adapter, tree, stack)
+        with checked_before():
+            if in_nnx:
+                return _load_nnx(adapter, model, args or example_inputs)
+            return _load_linen(adapter, model, params, other, args, kwargs)
+
+
+def _check_order(directory: Any, model: Any) -> None:
+    """Raises TypeError where the first arguments are no path and no model, as if swapped."""
+    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
+    check_directory("load_adapter", directory, call)
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
+            f"write {call}"
+        )
+
+
+def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
+    """The adapter with its layers stacked if the model's are, and unrolled otherwise."""
+    scanned = any(map(stack.holds, flatten(tree)))
+    of_layers = stack.number if scanned else stack.holds
+    convert = stack_layers if scanned else unstack_layers
+
+    def converted(tensors: _Tensors) -> _Tensors:
+        if not any(map(of_layers, tensors.shapes)):
+            return tensors
+        shapes = flatten(convert(unflatten(tensors.shapes), stack))
+        return _Tensors(shapes, lambda: flatten(convert(unflatten(tensors.read()), stack)))
+
+    recipe, trained = adapter.recipe, adapter.trained
+    try:
+        if any(map(of_layers, trained.shapes)):
+            recipe, _ = convert((recipe, unflatten(trained.shapes)), stack)
+        return _Adapter(adapter.directory, recipe, converted(trained), converted(adapter.state))
+    except RecipeError as error:
+        raise AdapterRecipeError(f"the adapter in {adapter.directory}: {error}") from error
+    except MismatchError as error:
+        raise AdapterMismatchError(f"the adapter in {adapter.directory}: {error}") from error
+
+
+def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
+    """The shapes of a base, unrolled if its layers are scanned, and stacked otherwise."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(np.shape(leaf), np.float32)
+        for path, leaf in flatten(nn.meta.unbox(tree)).items()
+        if recipe.owner(path) is None
+    }
+    scanned = any(map(stack.holds, shapes))
+    return (unstack_layers if scanned else stack_layers)(unflatten(shapes), stack)
+
+
+def _recipe_of(model: Any) -> Recipe:
+    """The recipe of the adapters that a model has already."""
+    name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
+    return getattr(model, name, Recipe())
+
+
+def _check_base(
+    file: TensorFile,
+    manifest: Manifest,
+    model: Tree,
+    recipe: Recipe,
+    base: BaseIdentity | None,
+    stack: Stack | None,
+) -> None:
+    """Raises OtherBaseError if the bases are known to differ, other than by layer stacking."""
+    if manifest.base is None:
+        return
+    tree, expected = tree_sha256([model], recipe), manifest.base
+    if stack and expected.tree_sha256 != tree:
+        other = tree_sha256([_other_form(model, recipe, stack)], Recipe())
+        own = tree if expected.tree_sha256 == other else expected.tree_sha256
+        expected = replace(expected, tree_sha256=own)
+    differences = expected.differences(with_tree(base, tree, "load_adapter"))
+    if differences:
+        raise OtherBaseError(
+            f"the adapter in {file.path.parent} was trained on another base: {differences}; load "
+            "it onto that base, or, where you know that it fits this one, with any_base=True"
+            + _advice(file.shapes, flatten(model))
+        )
+
+
+def _load_linen(
+    adapter: _Adapter, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
+) -> tuple[Any, ...]:
+    def grown(recipe: Recipe, params: Tree) -> Tree:
+        key = jax.random.key(0)
+        return init_adapters(adapt(model, recipe), params, key, *args, **kwargs)
+
+    recipe, shapes = adapter.recipe, shapes_of(params)
+    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
+        whole = grown(recipe, shapes)
+    _check_fit(adapter, flatten(partition(whole, recipe)[0]))
+    _check_state(adapter, jax.eval_shape(lambda other: other, other))
+    tensors, state = adapter.trained.read(), adapter.state.read()
+    if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
+        params = grown(recipe, params)
+    params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    adapted = adapt(model, recipe)
+    if other is None:
+        return adapted, params
+    return adapted, params, with_state(other, state)
+
+
+def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
+    def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
+        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
+
+    recipe = adapter.recipe
+    graphdef, whole = nnx.split(model)
+    shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
+    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
+        own = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
+    trained = {path: leaf for path, leaf in own.items() if recipe.trains(path)}
+    _check_fit(adapter, trained, "" if inputs else _NO_INPUTS)
+    _check_state(adapter, nnx.state(shapes))
+    tensors, state = adapter.trained.read(), adapter.state.read()
+    adapted = grown(recipe, model)
+    nnx.update(adapted, with_leaves(nnx.state(adapted, AdapterParam), tensors))
+    nnx.update(adapted, with_state(nnx.state(adapted), state))
+    return adapted
+
+
+@contextlib.contextmanager
+def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]:
+    """Blames the recipe for a failing abstract run, unless the base alone fails as well."""
+    try:
+        yield
+    except MISFITS as error:
+        if not isinstance(error, RecipeError):
+            base_alone()
+        raise AdapterRecipeError(
+            f"the recipe of the adapter in {adapter.directory} does not fit this model: {error}"
+        ) from error
+
+
+def _check_fit(adapter: _Adapter, expected: Mapping[str, Any], advice: str = "") -> None:
+    """Raises AdapterMismatchError unless the tensors are exactly those that the recipe trains."""
+    advice += _advice(adapter.trained.shapes, expected)
+    compare_trees(
+        f"the adapter in {adapter.directory}",
+        adapter.trained.shapes,
+        expected,
+        f"Load it onto the base it was trained on{advice}.",
+        dtypes=True,
+        error=AdapterMismatchError,
+    )
+
+
+def _check_state(adapter: _Adapter, other: Tree | None) -> None:
+    """Raises AdapterMismatchError unless the state in the file, if it has any, is that of the base.
+
+    A file without state, such as one of an earlier version, fits every base.
+    """
+    expected, found = state_by_path(other), adapter.state.shapes
+    if found:
+        compare_trees(
+            f"the state in {adapter.directory / STATE}",
+            found,
+            expected,
+            "Load it onto the base it was trained on; in linen give the base's own: "
+            'collections={"batch_stats": variables["batch_stats"]}.',
+            dtypes=True,
+            error=AdapterMismatchError,
+        )
+    elif expected:
+        _LOG.warning(
+            "the adapter in %s holds no state, so the model has the base's in %s; to keep what "
+            "training changed there, save a TrainState, or an NNX model itself",
+            adapter.directory,
+            shortened(", ".join(expected)),
+        )
+
+
+def _advice(adapter: Iterable[str], base: Iterable[str]) -> str:
+    """A hint for a message, if only one of the two has scanned layers."""
+    scanned = re.compile(r"(.*/)?layers/(?!\d)")
+    if any(map(scanned.match, adapter)) == any(map(scanned.match, base)):
+        return ""
+    return "; if only their layers differ, scanned and unrolled, give names=NAMES of the model"

@@ -1,0 +1,316 @@
+"""The module map: a model's modules by the names that files of other libraries have for them."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adapters_jax.errors import UserError, shown
+from adapters_jax.files.layouts import Array, ModuleReference, ParameterReference, spans
+from adapters_jax.files.names import HEADS, NameTable
+from adapters_jax.methods import Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import selects
+from adapters_jax.transforms.stacking import count_layers, split, stack_layers, unstack_layers
+from adapters_jax.trees import Tree, flatten, join, unflatten
+from adapters_jax.weights.quantized import unboxed
+
+_WRAPPER = "base_model.model."  # before every name in PEFT's files
+Names = NameTable | Mapping[str, str | Sequence[str]]
+Leaves = dict[str, Array]  # by path
+Added = dict[str, Leaves]  # by module, then by the leaf's name
+
+
+@dataclass(frozen=True)
+class ModuleMap:
+    """A model's modules by their names in PyTorch ("theirs").
+
+    Attributes:
+        modules: our modules by their name without prefix; several where theirs fuses ours.
+        attention: paths of our attention modules by their name without prefix.
+        base: the base's arrays by path.
+        prefixes: prefixes that their names may have.
+        fan_in_fan_out: whether their linear weights are `(in, out)`.
+        tied: their output layer and their embedding where these are one weight; else None.
+        scanned: the number of layers that the base scans, 0 if it unrolls them. Paths are always
+            those of unrolled layers.
+        parameters: our parameters by their name without prefix, those of one of their modules in
+            the order in which it defines them.
+        heads: their modules beside the base, whose names have no prefix.
+    """
+
+    modules: Mapping[str, tuple[ModuleReference, ...]]
+    attention: Mapping[str, str]
+    base: Mapping[str, Any]
+    prefixes: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    tied: tuple[str, str] | None = None
+    scanned: int = 0
+    parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    heads: tuple[str, ...] = HEADS
+
+    def at(self, name: str) -> tuple[ModuleReference, ...]:
+        """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
+        return self.modules.get(self.bare(name), ())
+
+    def bare(self, name: str) -> str:
+        """Their name without prefix."""
+        for prefix in self.prefixes:
+            name = name.removeprefix(prefix)
+        return name
+
+    def full(self, name: str, prefix: str | None) -> str:
+        """A bare name with `prefix`, by default the table's first; heads have none."""
+        prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
+        return name if name.split(".")[0] in self.heads else prefix + name
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of our modules that have parameters."""
+        return sorted({path.rpartition("/")[0] for path in self.base})
+
+
+def find_modules(names: Names, base: Any) -> ModuleMap:
+    """Builds the module map of a model.
+
+    Args:
+        names: the model's table, or a mapping from their module names to our paths: a tuple of
+            paths where theirs fuses ours, an attention module's path for prompts; or from the name
+            of a parameter to ours. Two names for one embedding are the embedding's, and then that
+            of the output layer that is tied to it.
+        base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+
+    Raises:
+        UserError: no module is found, or the mapping has paths that the base does not have.
+    """
+    state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
+    leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
+    stack = names.stack if isinstance(names, NameTable) else None
+    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
+    if stack and scanned:
+        leaves = split(leaves, stack, _row)
+    by_path: dict[str, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        by_path.setdefault(module, {})[name] = leaf
+    if not isinstance(names, NameTable | Mapping):
+        raise TypeError(
+            f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
+            "from their names of modules to paths of the base"
+        )
+    if isinstance(names, NameTable):
+        return replace(_by_table(names, by_path, leaves), scanned=scanned)
+    return _by_mapping(names, by_path, leaves)
+
+
+def _by_table(
+    names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
+) -> ModuleMap:
+    modules: dict[str, dict[int, ModuleReference]] = {}
+    attention = {}
+    raw = {path: own for path in base if (own := names.parameter(path))}
+    for path, every in by_path.items():
+        leaves = {name: leaf for name, leaf in every.items() if f"{path}/{name}" not in raw}
+        if not leaves:
+            continue
+        try:
+            source = names.module(path)
+        except UserError:
+            continue  # a module without counterpart, such as another head
+        index = source.part[0] if source.part else 0
+        modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
+        if path.endswith("/query"):
+            attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
+    if not modules and not raw:
+        raise UserError(
+            f"names has none of the base's modules {', '.join(list(by_path)[:3])}; give the NAMES "
+            "of the model's package (of a BERT with a head, adapters_jax.finetune.models.bert."
+            "FAMILY.classifier.names), and the parameters of that model"
+        )
+    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
+    tied = names.tied
+    if tied and (tied[0] in modules or tied[1] not in modules):
+        tied = None
+    parameters = {
+        name: _parameter(path, base[path], *names.parameters[number][2:])
+        for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
+    }
+    module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
+    return replace(module_map, parameters=parameters, heads=names.heads)
+
+
+def _parameter(
+    path: str, leaf: Any, swapped: bool = False, is_transposed: bool | None = None
+) -> ParameterReference:
+    said = not swapped if is_transposed is None else is_transposed
+    return ParameterReference(path, tuple(leaf.shape), swapped, said)
+
+
+def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+    """Modules of ours that one of theirs fuses, each with its part of the outputs."""
+    if len(references) == 1:
+        return tuple(references)
+    parts = spans([math.prod(each.shape) for each in references])
+    return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
+
+
+def _by_mapping(
+    names: Mapping[str, str | Sequence[str]],
+    by_path: Mapping[str, Mapping[str, Any]],
+    base: Mapping[str, Any],
+) -> ModuleMap:
+    modules, attention, parameters, problems = {}, {}, {}, []
+    named: dict[str, str] = {}
+    tied = None
+    if prefixed := [theirs for theirs in names if str(theirs).startswith(_WRAPPER)]:
+        raise UserError(
+            f"names has {prefixed[0]!r}; write {prefixed[0].removeprefix(_WRAPPER)!r}, a module's "
+            "name without the prefix that PEFT's files add"
+        )
+    for theirs, ours in names.items():
+        paths = [ours] if isinstance(ours, str) else list(ours)
+        other = named.setdefault(paths[0], theirs)
+        if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
+            tied = (theirs, other)
+        elif all(path in by_path for path in paths):
+            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
+        elif len(paths) == 1 and paths[0] in base:
+            kernel = paths[0].endswith("/kernel")
+            parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)
+        elif len(paths) == 1 and any(path.startswith(f"{paths[0]}/") for path in by_path):
+            attention[theirs] = paths[0]
+        else:
+            near = difflib.get_close_matches(paths[0], [*by_path, *base], 3) or list(by_path)[:3]
+            problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
+    if problems:
+        raise UserError(f"names maps to paths that the base does not have: {'; '.join(problems)}")
+    return ModuleMap(modules, attention, base, tied=tied, parameters=parameters)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One layer of a stacked array, sliced only when its values are used."""
+
+    stacked: Any
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stacked.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.stacked.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.stacked[self.number], dtype)
+
+
+def _row(stacked: Any, number: int) -> Any:
+    """One layer of a stacked array; abstract if the array is."""
+    if hasattr(stacked, "__array__"):
+        return _Row(stacked, number)
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+
+
+def as_in_model(
+    methods: Sequence[Method], leaves: Leaves, names: Names, module_map: ModuleMap
+) -> tuple[Recipe, Tree]:
+    """Returns recipe and tree for the base, stacking unrolled layers if the base scans them.
+
+    Raises:
+        UserError: the base scans its layers, but the adapter differs between layers.
+    """
+    recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
+    if not module_map.scanned or not isinstance(names, NameTable):
+        return recipe, tree
+    return stack_layers((recipe, tree), names, length=module_map.scanned)
+
+
+def as_in_file(
+    recipe: Recipe | Method, leaves: Leaves, names: Names, module_map: ModuleMap
+) -> tuple[Recipe, Leaves]:
+    """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base."""
+    if not module_map.scanned or not isinstance(names, NameTable):
+        return Recipe(recipe), leaves
+    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
+    return unrolled, flatten(tree)
+
+
+def by_module(
+    recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
+) -> tuple[Added, Leaves]:
+    """Splits leaves into those that methods add, by module, and the base's own that train."""
+    added: Added = {}
+    trained: Leaves = {}
+    frozen = []
+    for path, leaf in leaves.items():
+        owner = recipe.owner(path)
+        if owner is not None:
+            added.setdefault(owner.path, {})[owner.name] = leaf
+        elif recipe.trains(path):
+            trained[path] = leaf
+        else:
+            frozen.append(path)
+    if frozen:
+        problems.append(
+            f"the recipe does not train {len(frozen)} of these leaves, such as {frozen[0]}; give "
+            "the trained part alone: adapters, _ = aj.partition(params, recipe)"
+        )
+    for module in list(added):
+        names = {name for method in recipe.at(module) for name in method.leaf_names}
+        lacking = sorted(names - added[module].keys())
+        if lacking:
+            problems.append(f"{module} lacks {', '.join(lacking)}")
+            del added[module]
+    return added, trained
+
+
+def trained_value(
+    path: str, trained: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> Array:
+    """The trained leaf at a path, or the base's own, since its module is saved whole."""
+    own = module_map.base[path]
+    if path not in trained and not hasattr(own, "__array__"):
+        problems.append(
+            f"{path} is saved with its module: give a base with values, not only shapes"
+        )
+        return np.zeros(own.shape, np.float32)
+    return np.asarray(trained.get(path, own))
+
+
+def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:
+    """Whether leaves equal the base's, which some files repeat."""
+    both: Iterable[tuple[Array, Any]] = [(x, module_map.base[path]) for path, x in leaves.items()]
+    return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)
+
+
+def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that match these paths and no others: by their last names, or the paths themselves.
+
+    Example:
+        >>> shortest(["layer_0/query", "layer_1/query"], ["layer_0/query", "layer_1/query", "norm"])
+        ('**/query',)
+        >>> shortest(["layer_0/query"], ["layer_0/query", "layer_1/query"])
+        ('layer_0/query',)
+    """
+    chosen, among = set(paths), list(among)
+    for length in (1, 2):
+        tails = {"/".join(path.split("/")[-length:]) for path in chosen}
+        patterns = tuple(sorted(join("**", tail) for tail in tails))
+        fewer = len(patterns) < len(chosen)
+        if fewer and {path for path in among if selects(patterns, path)} == chosen:
+            return patterns
+    return tuple(sorted(chosen, key=in_order))
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """A sort key that compares the numbers in paths as numbers."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]

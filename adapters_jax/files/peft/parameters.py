@@ -1,0 +1,136 @@
+"""LoRA on parameters that a module holds itself, such as stacked experts: `target_parameters`.
+
+PEFT wraps the module once for each of its parameters, in the order in which the module defines
+them, and the wrappers nest: the last one's factors are `experts.lora_A.weight`, those of the one
+before are `experts.base_layer.lora_A.weight`. The file does not say whose they are.
+
+For a parameter of n experts and rank r, A is `(n * r, p)`, where the rank runs faster than the
+expert, and B is `(q, r * n)`, where the expert runs faster. Which of the parameter's last two axes
+p is depends on PEFT's version and on the attribute `is_transposed` of the module; the change is the
+same whichever it is. Ours are A `(n, in, r)` and B `(n, r, out)`.
+
+Reference: `ParamWrapper` in https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from adapters_jax.files.layouts import Array, ParameterReference
+from adapters_jax.files.module_map import ModuleMap
+from adapters_jax.files.peft.config import Config, is_parameter
+
+INNER = ".base_layer"
+WRITTEN = "0.20.0"  # the first version with today's order of axes
+
+
+def parameters_by_key(
+    config: Config, keys: Iterable[str], module_map: ModuleMap, problems: list[str]
+) -> dict[str, str | None]:
+    """The parameter, by its name in the file, of each key that holds a parameter's factors.
+
+    It is None where a module has factors of more or fewer parameters than its targets are.
+
+    Args:
+        config: the configuration.
+        keys: the names before `.lora_A`, without PEFT's root.
+        module_map: the module map; it has the order of the parameters.
+        problems: gets a sentence for each such module.
+    """
+    modules = {key: re.sub(rf"({re.escape(INNER)})+$", "", key) for key in keys}
+    counts, found = Counter(modules.values()), dict[str, str | None]()
+    for module, count in counts.items():
+        names = _targeted(config, module, module_map)
+        if names and len(names) != count:
+            problems.append(
+                f"{module} has factors of {count} parameters, but names has {len(names)} of its "
+                f"target_parameters: {', '.join(names)}"
+            )
+            found |= dict.fromkeys(key for key, own in modules.items() if own == module)
+        elif names:
+            found |= dict(zip(nested(module, count), names, strict=True))
+    return found
+
+
+def nested(module: str, count: int) -> list[str]:
+    """The keys of a module's parameters, in the order in which it defines them.
+
+    Example:
+        >>> nested("experts", 2)
+        ['experts.base_layer', 'experts']
+    """
+    return [module + INNER * depth for depth in reversed(range(count))]
+
+
+def _targeted(config: Config, module: str, module_map: ModuleMap) -> list[str]:
+    """The target parameters of a module, by their names in the file."""
+    own = [name for name in module_map.parameters if module_of(name) == module_map.bare(module)]
+    names = [f"{module}.{name.rpartition('.')[2]}" for name in own]
+    return [name for name in names if is_parameter(config, name)]
+
+
+def module_of(name: str) -> str:
+    """The name of the module that holds a parameter."""
+    return name.rpartition(".")[0]
+
+
+def our_pair(
+    reference: ParameterReference, found: Mapping[str, Array], version: str | None
+) -> dict[str, Array] | None:
+    """Converts PEFT's A and B of one parameter to ours; returns None if they do not fit.
+
+    Args:
+        reference: the parameter.
+        found: A and B.
+        version: the version of PEFT that wrote them, None for those that did not say it.
+
+    Example:
+        >>> import numpy as np
+        >>> experts = ParameterReference("experts/up", (3, 4, 6), False, True)
+        >>> pair = our_pair(experts, {"a": np.ones((6, 4)), "b": np.ones((6, 6))}, WRITTEN)
+        >>> pair["a"].shape, pair["b"].shape
+        ((3, 4, 2), (3, 2, 6))
+    """
+    a, b, (*stack, inputs, outputs) = found["a"], found["b"], reference.shape
+    count = math.prod(stack)
+    if a.ndim != 2 or b.ndim != 2 or len(a) % count or b.shape[1] != len(a):
+        return None
+    rank = len(a) // count
+    first = a.reshape(count, rank, a.shape[1]).transpose(0, 2, 1)
+    last = b.reshape(len(b), rank, count).transpose(2, 1, 0)
+    widths = (a.shape[1], len(b))
+    if widths not in ((inputs, outputs), (outputs, inputs)):
+        return None
+    as_ours = _along_inputs(reference, version) if inputs == outputs else widths[0] == inputs
+    if not as_ours:
+        first, last = last.transpose(0, 2, 1), first.transpose(0, 2, 1)
+    return {"a": first.reshape(*stack, inputs, rank), "b": last.reshape(*stack, rank, outputs)}
+
+
+def their_pair(reference: ParameterReference, a: Array, b: Array) -> tuple[Array, Array]:
+    """Converts our A and B of one parameter to those that PEFT reads; the inverse of `our_pair`."""
+    *stack, inputs, outputs = reference.shape
+    count, rank = math.prod(stack), a.shape[-1]
+    a, b = a.reshape(count, inputs, rank), b.reshape(count, rank, outputs)
+    if not _along_inputs(reference, WRITTEN):
+        a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+    rows = a.transpose(0, 2, 1).reshape(count * rank, a.shape[1])
+    return rows, b.transpose(2, 1, 0).reshape(b.shape[2], rank * count)
+
+
+def _along_inputs(reference: ParameterReference, version: str | None) -> bool:
+    """Whether PEFT's A is along our inputs. It is along the last axis of a matrix; of a stack:
+
+    along the first of the two in PEFT up to 0.18, along the last one in 0.19 if the module has
+    `is_transposed`, and since then if it does not have it.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    minor = (int(numbers[1]), int(numbers[2])) if numbers else (0, 17)
+    if len(reference.shape) == 2:
+        last = True
+    elif minor < (0, 20):
+        last = reference.is_transposed and minor == (0, 19)
+    else:
+        last = not reference.is_transposed
+    return last == reference.swapped

@@ -1,0 +1,121 @@
+"""The base's own parameters that train beside a method: biases, heads, `modules_to_save`."""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.files.layouts import Array, our_leaf, their_leaf
+from adapters_jax.files.module_map import ModuleMap, as_in_base, in_order, trained_value
+from adapters_jax.files.peft.config import ROOT, TIED
+
+Tensors = dict[str, Array]
+
+
+def read_trained(
+    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> dict[str, Array]:
+    """Returns the base's own parameters that the file holds, by path."""
+    leaves: dict[str, Array] = {}
+    for key, tensor in _without_tied(plain, module_map, problems).items():
+        name, _, kind = key.rpartition(".")
+        module = name.removesuffix(".base_layer").removesuffix(".modules_to_save")
+        there = module_map.at(module)
+        if not there:
+            problems.append(f"{key}: names maps {module} to no module of the base")
+        new: dict[str, Array] = {}
+        for reference in there:
+            leaf = "bias" if kind == "bias" else reference.weight
+            fits = leaf in reference.leaves and kind in ("bias", "weight")
+            array = our_leaf(reference, leaf, tensor, module_map.fan_in_fan_out) if fits else None
+            if array is None:
+                ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
+                problems.append(
+                    f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
+                )
+            else:
+                new[f"{reference.path}/{leaf}"] = array
+        if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
+            leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
+    return leaves
+
+
+def _without_tied(
+    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> dict[str, Array]:
+    """The tensors without those of a tied output layer, which repeat the embedding's."""
+    rest = dict(plain)
+    for inner in ("", ".base_layer") if module_map.tied else ():
+        pair = [f"{name}{inner}.weight" for name in module_map.tied or ()]
+        keys = [next((k for k in plain if module_map.bare(k) == each), None) for each in pair]
+        reference = module_map.at(pair[1].removesuffix(f"{inner}.weight"))[0]
+        path = f"{reference.path}/{reference.weight}"
+        found = [plain[key] for key in keys if key is not None]
+        alike = len(found) == 2 and np.array_equal(found[0], found[1])
+        if not alike and not all(as_in_base({path: x}, module_map) for x in found):
+            problems.append(TIED.format(keys[1] or pair[1], keys[0] or pair[0]))
+        if keys[0] is not None:
+            del rest[keys[0]]
+    return rest
+
+
+def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
+    """PEFT's heads that have several layers, of which some train: PEFT saves all of them."""
+    return {
+        bare.split(".")[0]
+        for bare, parts in module_map.modules.items()
+        if "." in bare and bare.split(".")[0] in module_map.heads
+        if any(f"{own.path}/{leaf}" in trained for own in parts for leaf in own.leaves)
+    }
+
+
+def write_trained(
+    trained: Mapping[str, Array],
+    adapted_modules: Container[str],
+    module_map: ModuleMap,
+    prefix: str | None,
+    problems: list[str],
+) -> tuple[Tensors, dict[str, Any]]:
+    """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
+    tensors: Tensors = {}
+    saved, biases, unknown = list[str](), set(), set(trained)
+    heads = _heads(trained, module_map)
+    for bare, parts in module_map.modules.items():
+        paths = {f"{reference.path}/{name}" for reference in parts for name in reference.leaves}
+        unknown -= paths
+        mine, head = paths & trained.keys(), bare.split(".")[0]
+        if not mine and head not in heads:
+            continue
+        adapted = any(reference.path in adapted_modules for reference in parts)
+        alone = (
+            head not in heads
+            and all(path.endswith("/bias") for path in mine)
+            and len(paths) > len(mine)
+        )
+        if adapted and not alone:
+            problems.append(
+                f"{bare} has factors and its weight trains as well, which PEFT does not support"
+            )
+            continue
+        name = module_map.full(bare, prefix)
+        biases |= {adapted} if alone else set()
+        whole_head = head if head in heads else name
+        saved += [] if alone or whole_head in saved else [whole_head]
+        for leaf in ["bias"] if alone else parts[0].leaves:
+            arrays = [
+                trained_value(f"{p.path}/{leaf}", trained, module_map, problems) for p in parts
+            ]
+            kind = "bias" if leaf == "bias" else "weight"
+            inner = ".base_layer" if adapted else ""
+            whole = their_leaf(leaf, arrays, module_map.fan_in_fan_out)
+            tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
+        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
+            tied = module_map.full(module_map.tied[0], prefix)
+            saved.append(tied)
+            tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
+    problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
+    bias = "none" if not biases else "all" if False in biases else "lora_only"
+    fields: dict[str, Any] = {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
+    if module_map.tied and module_map.full(module_map.tied[0], prefix) in saved:
+        fields["ensure_weight_tying"] = True
+    return tensors, fields

@@ -1,0 +1,10 @@
+"""The application `adapters-jax`: fine-tunes real checkpoints on real data, and serves the result.
+
+- `cli`: the commands; `options`: their flags; `console`: what they print.
+- `runs`: trains one run, from its first step to its report; `run_directory`: its files.
+- `report`: tables, pictures and pages; `compare`: recipes over several seeds.
+- `tasks`: what is learnt from rows; `data`: files as rows and batches.
+- `models`: encoders, one decoder for many families, T5; `base_files`, `pretrained`: their weights.
+- `inference`: finished runs, ready to use; `serving`: one base and many adapters for many requests.
+- `export`: writes adapters for other libraries; `shapes`: models without weights.
+"""

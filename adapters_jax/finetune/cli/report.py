@@ -1,0 +1,71 @@
+"""`adapters-jax report`: writes the page of a finished run or of a comparison anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from adapters_jax.finetune.console import Console
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes the page and the picture of a finished run or of a comparison anew, from its files.
+
+    Nothing is trained, and no model is loaded. A run of an older version keeps no predictions, and
+    its page has none.
+
+    Args:
+        run: directory of the run, or of the comparison.
+        json: print the path of the page as JSON on stdout; everything else goes to stderr.
+    """
+
+    examples: ClassVar[str] = """\
+  adapters-jax report runs/minilm-movie-reviews-houlsby
+  adapters-jax report comparisons/minilm-movie-reviews"""
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path
+    json: bool = False
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads and checks the files.
+
+        Raises:
+            RunError: there is no finished run and no comparison, or a file is damaged.
+        """
+        from adapters_jax.finetune.compare.summary import PAGE, rewrite_comparison
+        from adapters_jax.finetune.inference.comparison import SUMMARY
+        from adapters_jax.finetune.report.findings import check_views
+        from adapters_jax.finetune.report.run import rewrite_report
+        from adapters_jax.finetune.run_directory import Run, RunError
+        from adapters_jax.finetune.runs.config import comparable
+        from adapters_jax.finetune.tasks import read_run
+
+        if (self.run / SUMMARY).is_file():
+            return lambda: self._write(rewrite_comparison, self.run / PAGE, console)
+        run = Run(self.run)
+        _, config = read_run(run)
+        if "summary" not in config:
+            raise RunError(
+                f"{run.path} is not a finished run, which alone has a page; "
+                f"if it was interrupted, write adapters-jax finetune --resume {run.path}"
+            )
+        check_views(run, config)
+        known = comparable(run, config)
+        return lambda: self._write(
+            lambda path: rewrite_report(Run(path), known), run.report, console
+        )
+
+    def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
+        from adapters_jax.finetune.run_directory import Run
+
+        lock = Run(self.run).lock()
+        try:
+            write(self.run)
+        finally:
+            Run(self.run).unlock(lock)
+        console.say(f"see {page}")
+        console.result({"page": page.as_posix()})

@@ -1,0 +1,202 @@
+"""The directories of a comparison's cells, and a console that prints little for each cell."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.finetune.compare.grid import Cell, Result
+from adapters_jax.finetune.console import Console, Progress
+from adapters_jax.finetune.options.flags import words
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.config import changed_versions, differences, read_options
+
+_OWN = (
+    "seed",
+    "optimizer",
+    "options",
+    "command",
+    "summary",
+    "stopped",
+)  # settings that differ between cells
+_OWN_RATES = ("learning_rate", "head_learning_rate")  # settings of the optimizer that differ
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that was attached to the model.
+
+    Attributes:
+        config: the configuration of a run with the recipe.
+        trainable_parameters: the number of trainable parameters, with a head's.
+        base_parameters: the number of parameters of the base model.
+    """
+
+    config: dict[str, Any]
+    trainable_parameters: int
+    base_parameters: int
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The directories of the cells.
+
+    Attributes:
+        directory: the directory that holds them.
+        checked: the checked recipes by their text.
+    """
+
+    directory: Path
+    checked: dict[str, Checked]
+
+    def run(self, cell: Cell) -> Run:
+        """The directory of a cell."""
+        return Run(self.directory / cell.name)
+
+    def check(
+        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], console: Console
+    ) -> None:
+        """Checks that existing cells belong to this comparison, and that no process uses them.
+
+        Raises:
+            RunError: a cell belongs to another comparison, or another process uses it.
+        """
+        notes = set()
+        for cell in cells:
+            run = self.run(cell)
+            if not run.path.exists():
+                continue
+            config = run.read_config(None)
+            self._check_same(cell, config, options(cell))
+            now = self.checked[cell.recipe].config
+            if config.get("versions", now["versions"]) != now["versions"]:
+                notes.add(changed_versions(config, now))
+            if not {"summary", "stopped"} & config.keys():
+                run.unlock(run.lock())
+        for text in sorted(notes):
+            console.say(text)
+
+    def _check_same(self, cell: Cell, config: dict[str, Any], options: RunOptions) -> None:
+        was, now = _flags_of_result(read_options(self.run(cell), config)), _flags_of_result(options)
+        there, here = [w for w in was if w not in now], [w for w in now if w not in was]
+        expected = _shared(self.checked[cell.recipe].config)
+        differing = differences(_shared(config), expected)
+        if there or here:
+            path = self.run(cell).path
+            what = f"{' '.join(there) or 'less'}, and now it is {' '.join(here) or 'less'}"
+            raise RunError(
+                f"{path} was made with {what}; put that back, or compare in another --out"
+            )
+        if differing:
+            raise RunError(
+                f"{self.run(cell).path} was made with another {', '.join(differing)} than there is "
+                "now; put that back, or compare in another --out"
+            )
+
+    def results(self, cells: Sequence[Cell]) -> dict[Cell, Result]:
+        """The results of the finished cells."""
+        found = {cell: self.result(cell) for cell in cells if self.run(cell).path.exists()}
+        return {cell: result for cell, result in found.items() if result is not None}
+
+    def result(self, cell: Cell) -> Result | None:
+        """The result of a cell; None if it is not finished."""
+        config = self.run(cell).read_config(None)
+        found: Result = {
+            "recipe": cell.recipe,
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "run": cell.name,
+        }
+        if "stopped" in config:
+            return {**found, "stopped": config["stopped"]}
+        if "summary" not in config:
+            return None
+        summary = config["summary"]
+        try:
+            return {
+                **found,
+                "trainable_parameters": summary["trainable_parameters"],
+                "dev": summary["dev"],
+                "test": summary["results"][-1]["test"],
+                "best_step": summary["best_step"],
+                "seconds": summary["seconds"],
+            }
+        except (LookupError, TypeError) as error:
+            raise RunError(
+                f"{self.run(cell).config} is damaged: its summary lacks {error}; remove that run, "
+                "and it is trained again"
+            ) from error
+
+
+def _shared(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that all cells of a recipe share."""
+    optimizer = {k: v for k, v in (config.get("optimizer") or {}).items() if k not in _OWN_RATES}
+    kept = {k: v for k, v in config.items() if k not in (*_OWN, "versions")}
+    return {**kept, "optimizer": optimizer}
+
+
+def _flags_of_result(options: RunOptions) -> list[str]:
+    """The flags that a run's result depends on: all but --checkpoint-every."""
+    return words(replace(options, checkpoint_every=RunOptions.checkpoint_every))
+
+
+class CellConsole(Console):
+    """The console of a cell: prints each line once for all cells, and no tables.
+
+    Args:
+        console: the console of the comparison.
+        on_progress: called with the finished fraction of a cell and a note.
+    """
+
+    def __init__(
+        self, console: Console, on_progress: Callable[[float, str], None] = lambda part, note: None
+    ):
+        self.json, self.printer = console.json, console.printer
+        self._on_progress, self._printed = on_progress, set[str]()
+
+    def say(self, text: str = "") -> None:
+        """Prints a line if it was not printed before."""
+        if text not in self._printed:
+            self._printed.add(text)
+            super().say(text)
+
+    def show(self, thing: Any) -> None:
+        """Prints nothing."""
+
+    def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
+        """Prints nothing."""
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Shows nothing: the comparison has a bar."""
+        yield
+
+    @contextlib.contextmanager
+    def progress(
+        self,
+        title: str,
+        steps: int,
+        unit: str = "step",
+        left: Callable[[], float | None] | None = None,
+        first: str = "",
+    ) -> Iterator[Progress]:
+        """Passes the progress of a cell on to the comparison."""
+        if first:
+            self._on_progress(0.0, first)
+        yield _CellProgress(steps, self._on_progress)
+
+
+@dataclass(frozen=True)
+class _CellProgress:
+    """The progress of one cell."""
+
+    steps: int
+    on_progress: Callable[[float, str], None]
+
+    def update(self, step: int, note: str, news: bool = False) -> None:
+        words = f"step {step} of {self.steps}  {note}"
+        self.on_progress(step / self.steps, words.rstrip())

@@ -1,0 +1,148 @@
+"""Draws the test metric of recipes against their trainable parameters, as Houlsby et al. do.
+
+Reference: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", figures 1 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.finetune.compare.annotations import Label, place_labels
+from adapters_jax.finetune.report.pictures import COLORS, GREY, in_picture, styled, write_png
+from adapters_jax.finetune.tasks.metrics import PERCENT
+
+COLUMNS = 3
+Row = Mapping[str, Any]
+
+
+def draw_tradeoff(
+    path: Path, comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]
+) -> None:
+    """Writes the picture of `tradeoff` as a PNG file."""
+    write_png(path, tradeoff(comparisons, metrics))
+
+
+def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:
+    """Draws the test metric against the trainable parameters, one frame for each data set.
+
+    Recipes that differ only in their size form a line, and other recipes are points. Full
+    fine-tuning is a level line, with its deviation as a band. Rows without a finite result are left
+    out.
+
+    Args:
+        comparisons: the rows of each data set by its title, like "recipes" in `comparison.json`:
+            each row has "recipe", "method", "family", "size", "size_name", "trainable_parameters"
+            and "test".
+        metrics: the metric of "test" to draw, by the title of the data set.
+
+    Returns:
+        The matplotlib figure.
+    """
+    return styled(lambda: _figure(comparisons, metrics))
+
+
+def _figure(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, len(comparisons))
+    lines = -(-len(comparisons) // columns)
+    size = (8, 5) if columns == 1 else (5.4 * columns, 4.4 * lines)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # measures text
+    frames = figure.subplots(lines, columns, squeeze=False).flat
+    labels = []
+    for axes, (title, rows) in zip(frames, comparisons.items(), strict=False):
+        metric = metrics[title]
+        axes.set_title(in_picture(title))
+        labels.append((axes, *_draw(axes, _points(rows, metric), metric)))
+    for axes in list(frames)[len(comparisons) :]:
+        axes.set_visible(False)
+    figure.draw_without_rendering()
+    for axes, words, drawn in labels:
+        place_labels(axes, words, drawn)
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _points(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
+    """The rows that can be drawn, with "x", "y" and "error" in the picture's units."""
+    factor = 100 if metric in PERCENT else 1
+    found = []
+    for row in rows:
+        spread = row.get("test", {}).get(metric)
+        if spread is not None and np.isfinite(spread["mean"]) and row["trainable_parameters"]:
+            y, error = factor * spread["mean"], factor * (spread["deviation"] or 0.0)
+            found.append({**row, "x": row["trainable_parameters"], "y": y, "error": error})
+    return found
+
+
+def _draw(
+    axes: Any, points: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[list[Label], list[np.ndarray]]:
+    """Draws points into axes; returns their labels, and the lines that labels must not cover."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        if point["method"] != "full":
+            families.setdefault(point["family"], []).append(point)
+    names, sizes, drawn = [], [], []
+    for i, group in enumerate(families.values()):
+        color = COLORS[i % len(COLORS)]
+        line = sorted(group, key=lambda point: point["x"])
+        x, y, error = ([point[name] for point in line] for name in ("x", "y", "error"))
+        axes.errorbar(x, y, error, fmt="o-", color=color, markersize=5, capsize=3, linewidth=1.8)
+        drawn += [np.array([x, y]).T]
+        drawn += [np.array([[a, b - e], [a, b + e]]) for a, b, e in zip(x, y, error, strict=True)]
+        name = line[0]["recipe"] if len(line) == 1 else _family(line)
+        names.append(Label(in_picture(name), list(zip(x, y, strict=True)), color, 9, "bold"))
+        if len(line) > 1:
+            numbered = [point for point in line if point["size"] is not None]
+            sizes += [Label(str(p["size"]), [(p["x"], p["y"])], color, 8) for p in numbered]
+    full = [point for point in points if point["method"] == "full"]
+    axes.set_xscale("log")
+    _set_limits(axes, points)
+    for point in full:
+        names.append(_draw_full(axes, point))
+        drawn.append(np.array([[end, point["y"]] for end in axes.get_xlim()]))
+    drawn += [
+        np.array([[point["x"], point["y"]]] * 3) for point in points
+    ]  # a dot counts three times
+    axes.set(xlabel="trainable parameters", ylabel=f"test {metric}" + _unit(metric))
+    return [*sizes, *names], drawn
+
+
+def _draw_full(axes: Any, point: Mapping[str, Any]) -> Label:
+    """Draws full fine-tuning as the level that the others are compared with."""
+    y, error = point["y"], point["error"]
+    axes.axhline(y, color=GREY, linestyle="--", linewidth=1.5, zorder=1)
+    axes.axhspan(y - error, y + error, color=GREY, alpha=0.13, linewidth=0, zorder=0)
+    axes.plot(point["x"], y, "o", color=GREY, markersize=5)
+    low, high = axes.get_xlim()
+    along = [(low * (high / low) ** part, y) for part in (0.85, 0.7, 0.55, 0.4, 0.25, 0.12)]
+    return Label(f"full fine-tuning ({point['x']:,})", along, GREY, 9, "bold")
+
+
+def _family(line: Sequence[Mapping[str, Any]]) -> str:
+    name = next((point["size_name"] for point in line if point["size_name"]), None)
+    return line[0]["family"] + (f", by {name}" if name else "")
+
+
+def _set_limits(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
+    """Leaves room for labels around the points; the x axis is logarithmic."""
+    if not points:
+        return
+    powers = np.log10([point["x"] for point in points])
+    wide = max(np.ptp(powers), 1.0)
+    axes.set_xlim(10 ** (powers.min() - 0.14 * wide), 10 ** (powers.max() + 0.14 * wide))
+    low = min(point["y"] - point["error"] for point in points)
+    high = max(point["y"] + point["error"] for point in points)
+    room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - room, high + room)
+
+
+def _unit(metric: str) -> str:
+    return " (%)" if metric in PERCENT else ""

@@ -1,0 +1,255 @@
+"""Prints the output of a command: text for people to a console, JSON for machines to stdout."""
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import rich.console
+from rich import progress as bars
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from adapters_jax.errors import UserError, visible
+from adapters_jax.finetune.pace import Pace, clock
+
+QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
+NEWS_SECONDS = 2.0  # the same, if there is news
+WAIT_SECONDS = 2.0  # of a wait before it is a line without a terminal
+
+
+class Progress(Protocol):
+    """Shows the progress of some steps."""
+
+    def update(self, step: int, note: str, news: bool = False) -> None:
+        """Shows that `step` steps are done, with a note; `news` says that the note is new."""
+
+
+class Console:
+    """Prints text for people, to stderr if stdout is for JSON.
+
+    Args:
+        json: whether stdout is for JSON.
+    """
+
+    def __init__(self, json: bool):
+        self.json = json
+        self.printer = rich.console.Console(
+            file=sys.stderr if json else sys.stdout, highlight=False
+        )
+
+    def say(self, text: str = "") -> None:
+        """Prints one line."""
+        self.printer.print(Text(visible(text)), soft_wrap=True)
+
+    def show(self, thing: Any) -> None:
+        """Prints an object: with colours on a terminal, as its `repr` elsewhere."""
+        if self.printer.is_terminal:
+            self.printer.print(thing)
+        else:
+            self.say(repr(thing))
+
+    def table(self, header: list[str], rows: list[list[str]], words: int = 1) -> None:
+        """Prints a table; the first `words` columns are words, and the others are numbers."""
+        self._table(header, rows, words, [None] * len(header))
+
+    def listing(self, header: list[str], rows: list[list[str]], words: int) -> None:
+        """Prints a table that breaks no word, or where none fits, a paragraph for each row."""
+        columns = [*zip(header, *rows, strict=True)]
+        words_of = [max(map(len, " ".join(cells).split()), default=0) for cells in columns]
+        room = self.printer.width - 3 * len(columns) - 1
+        if sum(words_of) <= room:
+            whole = [max(map(len, cells)) for cells in columns]
+            self._table(header, rows, words, _widths(words_of, whole, room))
+            return
+        for name, *cells in rows:
+            self.say(name)
+            for title, cell in zip(header[1:], cells, strict=True):
+                indented = Padding(_cell(f"{title}: {cell}"), (0, 0, 0, 2), expand=False)
+                self.printer.print(indented)
+
+    def _table(
+        self, header: list[str], rows: list[list[str]], words: int, widths: Sequence[int | None]
+    ) -> None:
+        table = Table()
+        for i, (name, width) in enumerate(zip(header, widths, strict=True)):
+            side: Literal["left", "right"] = "left" if i < words else "right"
+            table.add_column(_cell(name), justify=side, overflow="fold", width=width)
+        for row in rows:
+            table.add_row(*map(_cell, row))
+        self.printer.print(table)
+
+    def result(self, value: Any) -> None:
+        """Prints one JSON value on one line of stdout, if stdout is for JSON."""
+        if self.json:
+            print(visible(json.dumps(value, ensure_ascii=False)), flush=True)
+
+    def finish(self, header: list[str], rows: list[list[str]], text: str, value: Any) -> None:
+        """Prints the end of a command: a table, a sentence, and the JSON value."""
+        self.table(header, rows)
+        self.say(text)
+        self.result(value)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Within, a terminal shows a spinner with a text; elsewhere, a long wait prints the text.
+
+        It is on stderr, so that what a command prints stays as it is.
+        """
+        text = visible(text, lines=False)
+        with contextlib.ExitStack() as stack:
+            if sys.stderr.isatty():
+                shown = rich.console.Console(stderr=True)
+                stack.enter_context(shown.status(Text(text)))
+            else:
+                line = threading.Timer(WAIT_SECONDS, _print_to_stderr, [text])
+                line.daemon = True
+                line.start()
+                stack.callback(line.cancel)
+            yield
+
+    @contextlib.contextmanager
+    def progress(
+        self,
+        title: str,
+        steps: int,
+        unit: str = "step",
+        left: Callable[[], float | None] | None = None,
+        first: str = "",
+    ) -> Iterator[Progress]:
+        """Shows progress: as a live bar on a terminal, as occasional lines elsewhere.
+
+        Args:
+            title: the name of the work.
+            steps: the number of steps.
+            unit: the name of a step.
+            left: returns the seconds that are left, or None if they are not known yet; by default
+                they are estimated from the steps that are done.
+            first: what is done before the first update, such as "compiling"; the estimate is then
+                without the seconds in which JAX compiles.
+        """
+        if not self.printer.is_terminal:
+            yield _Lines(self, title, steps, unit, left, first)
+            return
+        columns = (
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[note]}", markup=False),
+            bars.TextColumn("{task.fields[left]}"),
+        )
+        with bars.Progress(*columns, console=self.printer) as bar:
+            yield _Bar(bar, title, steps, left, first)
+
+
+class _Bar:
+    """Progress as a live bar."""
+
+    def __init__(
+        self,
+        bar: bars.Progress,
+        title: str,
+        steps: int,
+        left: Callable[[], float | None] | None,
+        first: str,
+    ):
+        self.bar, self.steps, self.left, self.pace = bar, steps, left, _pace(first)
+        self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
+
+    def update(self, step: int, note: str, news: bool = False) -> None:
+        pace = self.pace.at(step)
+        left = self.left() if self.left else pace and pace * (self.steps - step)
+        self.bar.update(self.task, completed=step, note=note, left=_left(left))
+
+
+class _Lines:
+    """Progress as plain lines."""
+
+    def __init__(
+        self,
+        console: Console,
+        title: str,
+        steps: int,
+        unit: str,
+        left: Callable[[], float | None] | None,
+        first: str,
+    ):
+        self.console, self.title, self.steps, self.unit = console, title, steps, unit
+        self.left, self.pace = left, _pace(first)
+        self.began = self.last = time.monotonic()
+        if first:
+            console.say(f"{title}  {first}")
+
+    def update(self, step: int, note: str, news: bool = False) -> None:
+        now = time.monotonic()
+        pace = self.pace.at(step)
+        pause = NEWS_SECONDS if news else QUIET_SECONDS
+        if now - self.last < pause and not (news and step == self.steps):
+            return
+        self.last = now
+        left = self.left() if self.left else pace and pace * (self.steps - step)
+        time_words = duration(now - self.began) if step == self.steps else _left(left)
+        parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
+        self.console.say("  ".join(filter(None, parts)))
+
+
+def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """Widths of columns, as alike as they can be.
+
+    rich shrinks the widest ones, whatever their words need, and cuts a table that is too wide.
+    """
+    widths = [*least]
+    while sum(widths) < min(room, sum(most)):
+        growing = [i for i, width in enumerate(widths) if width < most[i]]
+        widths[min(growing, key=lambda i: widths[i])] += 1
+    return widths
+
+
+def _cell(text: str) -> Text:
+    return Text(visible(text))
+
+
+def _print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _pace(first: str) -> Pace:
+    return Pace(clock if first else time.monotonic)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def stdin_lines(mark: str = "") -> Iterator[str]:
+    """The lines of stdin as they come; raises UserError where one is not UTF-8.
+
+    Args:
+        mark: what a terminal shows where a line is expected.
+    """
+    try:
+        while True:
+            if mark and sys.stdin.isatty():
+                print(mark, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("stdin is not UTF-8; give texts in UTF-8") from error
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds for people.
+
+    Example:
+        >>> duration(7.44), duration(192.0)
+        ('7.4 s', '3 min 12 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -1,0 +1,114 @@
+"""CSV, TSV and CoNLL: fields between separators; and lines of text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from adapters_jax.finetune.data.files import DataError, Record, Rows, text_of
+
+_log = logging.getLogger(__name__)
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+TOKENS, TAGS, TEXT = "tokens", "ner_tags", "text"
+
+
+def read_csv(path: Path, raw: bytes) -> Rows:
+    """Reads the rows of a CSV file, in which quotes enclose fields.
+
+    Where the header has no comma, semicolons or tabs may separate the fields, which is logged.
+    """
+    text = text_of(path, raw)
+    separator = next((s for s in _SEPARATORS if s in text.partition("\n")[0]), ",")
+    if separator != ",":
+        _log.info("%s: %s separate its fields", path.as_posix(), _SEPARATORS[separator])
+    return _headed(path, list(_parse_csv(path, text, separator)))
+
+
+def _parse_csv(path: Path, text: str, separator: str) -> Iterator[Record]:
+    """The fields of each record, of any length: the module's limit is for the whole process."""
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    line = 1
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Rows:
+    """Reads the rows of a TSV file; quotes are plain text. `header` is for files without one."""
+    lines = text_of(path, raw).split("\n")
+    records: list[Record] = [
+        (n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)
+    ]
+    return _headed(path, records, header)
+
+
+def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Rows:
+    """Splits the header from the records; a blank line becomes a record of blank fields."""
+    if header is None:
+        header, records = records[0][1], records[1:]
+    if not records:
+        raise DataError(f"{path.as_posix()}: no rows below the header")
+    blank = [""] * len(header)
+    return list(header), [(n, fields if any(fields) else blank) for n, fields in records]
+
+
+def read_conll(path: Path, raw: bytes) -> Rows:
+    """Reads sentences in CoNLL columns: a token a line, its tag last, a blank line between them.
+
+    A row is a sentence: its tokens, each further column, and the tags, as lists. Documents begin
+    with `-DOCSTART-`, which is no token.
+    """
+    text = text_of(path, raw)
+    separator = "\t" if "\t" in text else None
+    sentences: list[tuple[int, list[list[str]]]] = []
+    fresh = True
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.split(separator) if line.strip() else []
+        if not fields or fields[0] == "-DOCSTART-":
+            fresh = True
+            continue
+        if fresh:
+            sentences.append((number, []))
+        fresh = False
+        sentences[-1][1].append([field.strip() for field in fields])
+    if not sentences:
+        raise DataError(f"{path.as_posix()}: it has no tokens, only lines between documents")
+    return _columns_of(path, sentences)
+
+
+def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Rows:
+    """Turns sentences of tokens into rows of columns; every token must have the same columns."""
+    width = len(sentences[0][1][0])
+    uneven = [
+        f"line {first + i} has {len(fields)}"
+        for first, tokens in sentences
+        for i, fields in enumerate(tokens)
+        if len(fields) != width
+    ]
+    if width < 2 or uneven:
+        raise DataError(
+            f"{path.as_posix()}: expected a token and its tag on each line, in {max(width, 2)} "
+            f"columns; {uneven[0] if uneven else f'line {sentences[0][0]} has 1'}"
+        )
+    between = [f"column {i}" for i in range(2, width)]
+    rows: list[Record] = [
+        (n, [list(column) for column in zip(*tokens, strict=True)]) for n, tokens in sentences
+    ]
+    return [TOKENS, *between, TAGS], rows
+
+
+def read_txt(path: Path, raw: bytes) -> Rows:
+    """Reads the lines of a text file that are not blank, each a row with the column "text"."""
+    lines = text_of(path, raw).split("\n")
+    return [TEXT], [(n, [line.strip()]) for n, line in enumerate(lines, 1) if line.strip()]

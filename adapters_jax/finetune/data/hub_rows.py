@@ -1,0 +1,127 @@
+"""Data sets of the Hugging Face Hub, by their Parquet files.
+
+`hub:user/name#config:split@revision` names one; all after the id may be left out. Without a
+revision it is the branch that the Hub converts every data set to, `refs/convert/parquet`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from adapters_jax.files import hub
+from adapters_jax.finetune.data.files import DataError, Rows
+
+PREFIX = "hub:"
+CONVERTED = "refs/convert/parquet"
+_NAME = re.compile(
+    r"hub:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:#(?P<config>[^:@]+))?(?::(?P<split>[^@]+))?"
+    r"(?:@(?P<revision>.+))?"
+)
+
+
+class HubData(NamedTuple):
+    """What a name says.
+
+    Attributes:
+        id: the id of the data set.
+        config: its configuration; None for its only one.
+        split: the split.
+        revision: a branch, tag or commit.
+    """
+
+    id: str
+    config: str | None
+    split: str
+    revision: str
+
+    @classmethod
+    def of(cls, name: str) -> HubData:
+        """Reads a name.
+
+        Raises:
+            DataError: it is none.
+
+        Example:
+            >>> HubData.of("hub:user/name#en:test")
+            HubData(id='user/name', config='en', split='test', revision='refs/convert/parquet')
+        """
+        found = _NAME.fullmatch(name)
+        if found is None or not hub.is_id(found["id"]):
+            raise DataError(
+                f"{name}: expected hub:user/name, or hub:user/name#config:split@revision"
+            )
+        config, split, revision = found.group("config", "split", "revision")
+        return cls(found["id"], config, split or "train", revision or CONVERTED)
+
+
+def read_hub(name: str, read_files: Callable[[Sequence[Path]], Rows]) -> Rows:
+    """Reads a split of a data set.
+
+    Args:
+        name: its name, as the module's docstring says.
+        read_files: reads several files as one.
+
+    Raises:
+        DataError: there is no such data set, configuration or split, or the Hub cannot be reached
+            and the cache lacks it.
+        MissingPackageError: huggingface_hub is not installed.
+    """
+    data = HubData.of(name)
+
+    def choose(files: Sequence[str]) -> list[str]:
+        return choose_files(name, data, files)
+
+    return read_files(hub.fetch_dataset(data.id, data.revision, choose, DataError))
+
+
+def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:
+    """The Parquet files of a split among those of a repository.
+
+    A split is a folder, as `config/train/0000.parquet`, or begins the files' names, as
+    `data/train-00000-of-00002.parquet`.
+
+    Raises:
+        DataError: there are none, or several configurations have the split and none is named.
+
+    Example:
+        >>> files = ["en/train/0.parquet", "en/test/0.parquet", "fr/test/0.parquet", "README.md"]
+        >>> choose_files("hub:a", HubData.of("hub:a:train"), files)
+        ['en/train/0.parquet']
+    """
+    found = _by_config(data.split, files)
+    config = data.config
+    if config is None:
+        config = "default" if "default" in found or not found else next(iter(found))
+        if len(found) > 1 and config != "default":
+            raise DataError(
+                f"{name}: several configurations have the split {data.split!r}; name one of "
+                f"{', '.join(found)}, as hub:{data.id}#{next(iter(found))}:{data.split}"
+            )
+    if config not in found:
+        there = sorted(file for file in files if file.endswith(".parquet"))
+        raise DataError(
+            f"{name}: no Parquet files of the split {data.split!r}"
+            + (f" in the configuration {config!r}" if data.config else "")
+            + f" at revision {data.revision!r}; it has {', '.join(there[:5]) or 'none'}"
+            + " and more" * (len(there) > 5)
+        )
+    return sorted(found[config])
+
+
+def _by_config(split: str, files: Sequence[str]) -> Mapping[str, list[str]]:
+    """The Parquet files of a split, by configuration; "default" is that of files without one."""
+    found: dict[str, list[str]] = defaultdict(list)
+    begins = re.compile(rf"{re.escape(split)}(?:-\d+-of-\d+)?\.parquet")
+    for file in sorted(files):
+        *folders, last = file.split("/")
+        if folders and folders[-1] in (split, f"partial-{split}") and last.endswith(".parquet"):
+            folders = folders[:-1]
+        elif not begins.fullmatch(last):
+            continue
+        config = "/".join(folders)
+        found["default" if config in ("", "data") else config].append(file)
+    return found

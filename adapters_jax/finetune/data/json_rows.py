@@ -1,0 +1,112 @@
+"""JSON lines, JSON arrays, and SQuAD's JSON; each key of a row is a column.
+
+The rules of `texts.parse_json` hold: bounded depth, no duplicate keys, finite numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.files import DataError, Line, Rows, place, text_of
+from adapters_jax.texts import parse_json
+
+MOST_ROW = 2**24  # characters of a line
+MOST_ARRAY = 2**28  # characters of a file that is parsed at once
+SPARSEST = 64  # columns for each value that a row has
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def read_jsonl(path: Path, raw: bytes) -> Rows:
+    """Reads the rows of a file with one JSON object a line."""
+    rows: list[tuple[Line, Mapping[str, Any]]] = []
+    for number, line in enumerate(text_of(path, raw).split("\n"), 1):
+        row = _parse(path, number, line, MOST_ROW) if line.strip() else {}
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path.as_posix()}, line {number}: a JSON {type(row).__name__}; each line must be "
+                'an object like {"text": "...", "label": "..."}'
+            )
+        rows.append((number, row))
+    return rows_of(path.as_posix(), rows)
+
+
+def read_json(path: Path, raw: bytes) -> Rows:
+    """Reads a JSON array of objects, or SQuAD's layout; or JSON lines, whatever the suffix."""
+    text = text_of(path, raw)
+    first, _, rest = text.partition("\n")
+    if rest and first.startswith("{") and first.rstrip().endswith("}"):
+        return read_jsonl(path, raw)
+    values = _parse(path, None, text, MOST_ARRAY)
+    items = values.get("data") if isinstance(values, dict) else values
+    if not isinstance(items, list) or not items or not all(isinstance(x, dict) for x in items):
+        raise DataError(
+            f"{path.as_posix()}: expected an array of objects, "
+            'as [{"text": "...", "label": "..."}], or the layout of SQuAD'
+        )
+    if any("paragraphs" in item for item in items):
+        items = list(_questions(path, items))
+    if not items:
+        raise DataError(f"{path.as_posix()}: its paragraphs have no question")
+    return rows_of(path.as_posix(), [(f"row {n}", row) for n, row in enumerate(items, 1)])
+
+
+def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
+    """Rows of mappings as rows of values; a key that a row lacks is None there.
+
+    Raises:
+        DataError: rows share few keys, so that most values would be None.
+    """
+    header = list(dict.fromkeys(key for _, row in rows for key in row))
+    given = sum(len(row) for _, row in rows)
+    if len(header) * len(rows) > 2**20 + SPARSEST * given:
+        raise DataError(
+            f"{place}: {len(header)} different keys in {len(rows)} rows, of which most lack most; "
+            "give all rows the same keys"
+        )
+    return header, [(line, [row.get(key) for key in header]) for line, row in rows]
+
+
+def _parse(path: Path, line: int | None, text: str, most: int) -> Any:
+    """Parses a JSON text by the strict rules; `line` is for messages."""
+    where = path.as_posix() if line is None else f"{path.as_posix()}, {place(line)}"
+    if len(text) > most:
+        raise DataError(
+            f"{where}: {len(text)} characters of JSON, expected at most {most}; write a file of "
+            "many rows as JSON lines"
+        )
+    if "\\u0000" in text and _NUL.search(text):
+        raise DataError(f"{where}: a text has the character 0, which no text has; remove it")
+    try:
+        return parse_json(text)
+    except UserError as error:
+        raise DataError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+
+
+def _questions(path: Path, articles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The questions of SQuAD's articles, with the columns that the Hub's copies have."""
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = qa.get("answers") or []
+                    yield {
+                        "id": qa.get("id"),
+                        "title": article.get("title"),
+                        "context": paragraph["context"],
+                        "question": qa["question"],
+                        "answers": {
+                            key: [answer[key] for answer in answers]
+                            for key in ("text", "answer_start")
+                        },
+                    }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path.as_posix()}: it has paragraphs, but not in the layout of SQuAD: {error!r}; "
+            "expected data, paragraphs, context, qas, question and answers"
+        ) from None

@@ -1,0 +1,169 @@
+"""Packs short examples into sequences of one length, so that little padding is left.
+
+The examples of a sequence are its segments. A segment attends only to itself and counts its
+positions from 0, so its loss is the loss that it has in a sequence of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from adapters_jax.finetune.data.batches import NOTHING
+
+OPEN = 64  # only the last sequences are searched for room, so packing takes linear time
+
+
+class Packed(NamedTuple):
+    """One packed sequence: int32 arrays `(length,)`.
+
+    Attributes:
+        input_ids: the token ids of its examples, one after the other.
+        segments: the number of each token's example, from 1; padding has 0.
+        positions: the position of each token in its example, from 0.
+        labels: the next token if the loss counts it, otherwise -1.
+    """
+
+    input_ids: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+
+class Example(NamedTuple):
+    """The token ids of one row.
+
+    Attributes:
+        prompt: the prompt.
+        completion: the completion; it ends with an end token, unless it was cut.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids."""
+        return [*self.prompt, *self.completion]
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token the next one if the loss counts it, otherwise -1."""
+        return [*[NOTHING] * (len(self.prompt) - 1), *self.completion, NOTHING]
+
+
+class Marked(NamedTuple):
+    """The token ids of one row, of which any may count in the loss.
+
+    Attributes:
+        ids: all token ids.
+        learnt: whether the loss counts each of them; the first one is never predicted.
+
+    Example:
+        >>> Marked([5, 6, 7, 8], [True, True, False, True]).labels
+        [6, -1, 8, -1]
+    """
+
+    ids: list[int]
+    learnt: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token the next one if the loss counts it, otherwise -1."""
+        marks = list(zip(self.ids, self.learnt, strict=True))
+        return [*(token if learnt else NOTHING for _, (token, learnt) in pairwise(marks)), NOTHING]
+
+
+def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) -> list[list[int]]:
+    """Chooses the examples of each sequence: an example goes into the first one that has room.
+
+    Args:
+        examples: the examples; none is longer than `length`.
+        length: the number of tokens of a sequence.
+        seed: the seed of the order in which examples are packed; None keeps their order.
+
+    Returns:
+        The positions in `examples` of the examples of each sequence.
+
+    Example:
+        >>> pack([Example([1], [2] * n) for n in (5, 3, 1)], length=8, seed=None)
+        [[0, 2], [1]]
+    """
+    order = np.arange(len(examples))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(order)
+    packed: list[list[int]] = []
+    room: list[int] = []
+    for i in order.tolist():
+        size = len(examples[i].ids)
+        first = max(0, len(room) - OPEN)
+        chosen = next((n for n in range(first, len(room)) if room[n] >= size), None)
+        if chosen is None:
+            chosen = len(room)
+            packed.append([])
+            room.append(length)
+        packed[chosen].append(i)
+        room[chosen] -= size
+    return packed
+
+
+def sequence(examples: Sequence[Example | Marked]) -> Packed:
+    """Joins examples into one sequence.
+
+    Args:
+        examples: the examples, in order.
+
+    Returns:
+        The sequence, without padding.
+
+    Example:
+        >>> row = sequence([Example([7, 8], [9, 2]), Example([5], [2])])
+        >>> for name, values in row._asdict().items(): print(name, values.tolist())
+        input_ids [7, 8, 9, 2, 5, 2]
+        segments [1, 1, 1, 1, 2, 2]
+        positions [0, 1, 2, 3, 0, 1]
+        labels [-1, 9, 2, -1, 2, -1]
+    """
+    parts = []
+    for number, example in enumerate(examples, 1):
+        ids = example.ids
+        columns = (ids, [number] * len(ids), range(len(ids)), example.labels)
+        parts.append([np.array(column, np.int32) for column in columns])
+    return Packed(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class Pair(NamedTuple):
+    """A prompt for an encoder and the completion of its decoder: int32 arrays `(length,)`.
+
+    The shorter one is padded to the length of the other.
+
+    Attributes:
+        input_ids: the token ids of the prompt.
+        segments: 1 for its tokens; padding has 0.
+        labels: the token ids of the completion; padding has -1.
+    """
+
+    input_ids: np.ndarray
+    segments: np.ndarray
+    labels: np.ndarray
+
+
+def pair(example: Example) -> Pair:
+    """Puts prompt and completion side by side.
+
+    Example:
+        >>> row = pair(Example([7, 8, 1], [9, 1]))
+        >>> row.segments.tolist(), row.labels.tolist()
+        ([1, 1, 1], [9, 1, -1])
+    """
+    prompt, completion = example
+    length = max(map(len, example))
+    filled = (
+        [*prompt, *[0] * (length - len(prompt))],
+        [*[1] * len(prompt), *[0] * (length - len(prompt))],
+        [*completion, *[NOTHING] * (length - len(completion))],
+    )
+    return Pair(*(np.array(column, np.int32) for column in filled))

@@ -1,0 +1,299 @@
+"""Images as arrays, with the preprocessing that a checkpoint was trained with.
+
+Pillow reads and resizes, as transformers' image processors do. What is laid under a transparent
+image is white; an animation is its first frame; a photo is turned as its EXIF data say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.finetune.data.batches import plan
+from adapters_jax.finetune.data.files import DataError, first_few
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEPT = 2**30  # bytes of decoded images that are kept; the others are decoded at each step
+_SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
+_BILINEAR = 2  # Pillow's number, which files have
+_OF_SHORTER_SIDE = ("CLIP", "Bit")  # processors that mean the shorter side by a size of one number
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a checkpoint's images are resized and normalised, as `preprocessor_config.json` says.
+
+    Args:
+        size: height and width that images are resized to; None leaves their size.
+        shortest: the length that their shorter side is resized to, instead of both.
+        crop: height and width of the middle that is cut out; None cuts nothing.
+        resample: Pillow's number of the filter.
+        scale: the factor of the bytes.
+        mean: is subtracted from each channel.
+        std: divides each channel.
+
+    Example:
+        >>> pixels = Preprocessing(size=(2, 2)).normalised(np.full((1, 2, 2, 3), 255, np.uint8))
+        >>> pixels.shape, pixels.max().item()
+        ((1, 2, 2, 3), 1.0)
+    """
+
+    size: tuple[int, int] | None = None
+    shortest: int | None = None
+    crop: tuple[int, int] | None = None
+    resample: int = _BILINEAR
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Takes the settings from a parsed `preprocessor_config.json`.
+
+        Raises:
+            UserError: a setting is none that image processors of ViT, CLIP or DINOv2 have.
+        """
+        found: dict[str, Any] = {"scale": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        try:
+            if values.get("do_resize", True):
+                kinds = [values.get(f"{x}_type") for x in ("image_processor", "feature_extractor")]
+                shorter = str(kinds[0] or kinds[1]).startswith(_OF_SHORTER_SIDE)
+                found |= _size_of(values.get("size", 224), shorter)
+                found["resample"] = int(values.get("resample", _BILINEAR))
+            if values.get("do_center_crop", False):
+                found["crop"] = _sides(values["crop_size"])
+            if values.get("do_rescale", True):
+                found["scale"] = float(values.get("rescale_factor", 1 / 255))
+            if values.get("do_normalize", True):
+                for name in ("mean", "std"):
+                    numbers = tuple(map(float, values.get(f"image_{name}", (0.5,) * 3)))
+                    found[name] = numbers
+            good = [len(found[name]) == 3 and all(found["std"]) for name in ("mean", "std")]
+            if not all(good) or not 0 <= found.get("resample", 0) <= 5:
+                raise ValueError("three numbers in image_mean and image_std, and a filter")
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"preprocessor_config.json has {error}; expected size, crop_size, resample, "
+                "rescale_factor, image_mean and image_std, as a ViT's image processor writes them"
+            ) from error
+        return cls(**found)
+
+    def check(self, height: int, width: int) -> None:
+        """Raises UserError unless its images have the size that a model reads."""
+        sides = self.crop or self.size
+        if sides != (height, width):
+            raise UserError(
+                f"the checkpoint's preprocessing gives images of {sides}, and its model reads "
+                f"{(height, width)}; give a checkpoint whose preprocessor_config.json has that size"
+            )
+
+    def read(self, path: str | Path) -> UInt8[np.ndarray, "height width 3"]:
+        """Reads an image, resized and cut out.
+
+        Raises:
+            DataError: the file is no image, is cut off, or has too many pixels.
+        """
+        image = read_image(path)
+        width, height = image.size
+        if self.shortest:
+            short = min(width, height)
+            long = int(self.shortest * max(width, height) / short)
+            _check_pixels(path, long * self.shortest)
+            sides = (long, self.shortest) if width > height else (self.shortest, long)
+            image = image.resize(sides, self.resample)
+        elif self.size:
+            image = image.resize(self.size[::-1], self.resample)
+        pixels = np.asarray(image)
+        return _middle(pixels, self.crop) if self.crop else pixels
+
+    def normalised(self, pixels: UInt8[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 3"]:
+        """The bytes as the model reads them."""
+        mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
+        return (pixels.astype(np.float32) * np.float32(self.scale) - mean) / std
+
+
+def _size_of(size: Any, shorter: bool) -> dict[str, Any]:
+    """The size of one number is that of the shorter side, or else of both."""
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return {"shortest": _length(size["shortest_edge"])}
+    if isinstance(size, int) and shorter:
+        return {"shortest": _length(size)}
+    return {"size": _sides(size)}
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width, of a number or of both."""
+    if isinstance(size, Mapping):
+        size = size["height"], size["width"]
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+    return _length(height), _length(width)
+
+
+def _length(side: Any) -> int:
+    if int(side) < 1:
+        raise ValueError(f"a side of {side}")
+    return int(side)
+
+
+def _check_pixels(path: str | Path, pixels: int) -> None:
+    """Raises DataError if a narrow image would become a large one."""
+    from PIL import Image
+
+    if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
+        raise DataError(
+            f"{Path(path).as_posix()}: so narrow that it would have {pixels} pixels once its "
+            f"shorter side is resized, more than {Image.MAX_IMAGE_PIXELS}; cut it"
+        )
+
+
+def _middle(
+    pixels: UInt8[np.ndarray, "height width 3"], sides: tuple[int, int]
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The middle of an image, with black around it where the image is smaller."""
+    gaps = [max(side - have, 0) for side, have in zip(sides, pixels.shape[:2], strict=True)]
+    padded = np.pad(pixels, [*((-(-gap // 2), gap // 2) for gap in gaps), (0, 0)])
+    top, left = ((have - side) // 2 for have, side in zip(padded.shape, sides, strict=False))
+    return padded[top : top + sides[0], left : left + sides[1]]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image of any mode as RGB, turned as its EXIF data say.
+
+    Raises:
+        DataError: the file is no image, is cut off, or has more pixels than Pillow's
+            `MAX_IMAGE_PIXELS`, which a small file can claim to have.
+        MissingPackageError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise MissingPackageError("reading images", "pillow", "images") from error
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                opened.load()
+                image = ImageOps.exif_transpose(opened)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(
+            f"{path.as_posix()}: more than the limit of {Image.MAX_IMAGE_PIXELS} pixels; make it "
+            "smaller"
+        ) from None
+    except FileNotFoundError:
+        raise DataError(f"{path.as_posix()}: no such file") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # as Pillow's plug-ins do
+        raise DataError(f"{path.as_posix()}: not an image that opens: {error}") from None
+    return _rgb(path, image)
+
+
+def _rgb(path: Path, image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode in _SIXTEEN:  # convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{path.as_posix()}: an image of the mode {image.mode}, whose numbers have no known "
+            "range; save it with 8 or 16 bits"
+        )
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+class ImageRow(NamedTuple):
+    """An image, whose pixels may be kept.
+
+    Attributes:
+        path: its file.
+        kept: its pixels as `Preprocessing.read` returns them; None reads them anew.
+        sha256: their checksum; empty if they were not read yet.
+    """
+
+    path: str
+    kept: np.ndarray | None = None
+    sha256: str = ""
+
+
+def checked(paths: Sequence[str], preprocessing: Preprocessing) -> list[ImageRow]:
+    """Reads all images once, and keeps the pixels of as many as `KEPT` allows.
+
+    Raises:
+        DataError: images do not open; the message names the first.
+    """
+    rows, wrong, room = [], [], KEPT
+    for path in paths:
+        try:
+            pixels = preprocessing.read(path)
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        room -= pixels.nbytes
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        rows.append(ImageRow(path, pixels if room >= 0 else None, digest))
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(paths)} images cannot be used: {first_few(wrong)}; remove them, "
+            "or save them anew"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """Batches of images; a batch is a pure function of the seed and the step, as in `Batches`.
+
+    `batches[step]` has `pixels`, float32 `(batch, height, width, 3)`, `labels` if there are any,
+    and `weight`; in order, also `index`.
+
+    Args:
+        rows: the images.
+        labels: class ids, `(rows,)`; None for images without labels.
+        batch_size: the number of images in a batch.
+        seed: the seed of the order; None keeps the order of the rows.
+        preprocessing: how they are read.
+    """
+
+    rows: Sequence[ImageRow]
+    labels: np.ndarray | None
+    batch_size: int
+    seed: int | None
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[step] for step in range(len(self)))
+
+    @cached_property
+    def _plan(self) -> Any:
+        return plan([np.arange(len(self.rows))], self.batch_size, self.seed)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        real = self._plan[step]
+        taken = np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
+        weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
+        images = [self._pixels(self.rows[i]) for i in taken]
+        batch = {"pixels": self.preprocessing.normalised(np.stack(images)), "weight": weight}
+        if self.labels is not None:
+            batch["labels"] = np.asarray(self.labels, np.int32)[taken]
+        if self.seed is None:
+            batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
+        return batch
+
+    def _pixels(self, row: ImageRow) -> np.ndarray:
+        return self.preprocessing.read(row.path) if row.kept is None else row.kept

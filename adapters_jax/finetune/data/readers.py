@@ -1,0 +1,136 @@
+"""Reads files as rows of values; a registry has the formats by suffix.
+
+A format is one function and one line of `READERS`. The function gets the file's bytes, unpacked if
+`.gz` follows the suffix, and returns `Rows`. Anything wrong with a file raises a `DataError` that
+names the file, the line and the remedy.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.files.hub import is_id
+from adapters_jax.finetune.data.columnar import read_arrow, read_parquet
+from adapters_jax.finetune.data.delimited import read_conll, read_csv, read_tsv, read_txt
+from adapters_jax.finetune.data.files import (
+    NAMED,
+    Reader,
+    Rows,
+    check_even,
+    place,
+    read_bytes,
+    without_header,
+)
+from adapters_jax.finetune.data.files import DataError as DataError
+from adapters_jax.finetune.data.files import FilePath as FilePath
+from adapters_jax.finetune.data.hub_rows import PREFIX, read_hub
+from adapters_jax.finetune.data.images import read_images
+from adapters_jax.finetune.data.json_rows import read_json, read_jsonl, rows_of
+
+READERS: dict[str, Reader] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".conll": read_conll,
+    ".txt": read_txt,
+}
+
+
+def read_file(path: FilePath) -> Rows:
+    """Reads the rows of a file, in the format of its suffix.
+
+    Args:
+        path: the path of the file, where `.gz` may follow the suffix; a pattern such as
+            `"part-*.jsonl"`, whose files are read as one; `"rows.tsv#text,labels"` for a CSV or TSV
+            file without a header; a directory of images; or a data set of the Hugging Face Hub, as
+            `"hub:user/name#config:split@revision"`.
+
+    Returns:
+        The names of the columns, and each record with the line that it starts on.
+
+    Raises:
+        DataError: there is no such file, `READERS` lacks its suffix, or it does not parse.
+        MissingPackageError: a Parquet or Arrow file without pyarrow, or a data set of the Hub
+            without huggingface_hub.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.tsv")
+        >>> _ = path.write_text("text\\tstars\\nGood\\t5\\n")
+        >>> read_file(path)
+        (['text', 'stars'], [(2, ['Good', '5'])])
+    """
+    if str(path).startswith(PREFIX):
+        return read_hub(str(path), _read_files)
+    path = Path(path)
+    if NAMED in path.name and not path.exists():
+        return _read_named(path)
+    if path.is_dir():
+        return read_images(path, read_file)
+    if glob.has_magic(str(path)) and not path.exists():
+        return _read_files(_matching(path))
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in READERS:
+        *others, last = READERS
+        if not path.suffix and not path.exists():
+            name = path.as_posix()
+            of_hub = f"; for a data set of the Hugging Face Hub write {PREFIX}{name}"
+            raise DataError(f"{name}: no such file or folder{of_hub if is_id(name) else ''}")
+        raise DataError(
+            f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
+            "one of them with .gz"
+        )
+    return READERS[suffix](path, read_bytes(path))
+
+
+def _read_named(path: Path) -> Rows:
+    """Reads a file whose first line is a row; its columns are named behind `NAMED`."""
+    place, _, names = str(path).partition(NAMED)
+    file, header = Path(place), [name.strip() for name in names.split(",")]
+    if without_header(file) == "" or not all(header) or len({*header}) < len(header):
+        raise DataError(
+            f"{path.as_posix()}: expected the names of the columns behind {NAMED}, each once, of a "
+            f"CSV or TSV file without a header, as in rows.tsv{NAMED}text,labels"
+        )
+    first, records = read_file(file)
+    rows: Rows = header, [(1, list[Any](first)), *records]
+    check_even(file, rows)
+    return rows
+
+
+def _matching(pattern: Path) -> list[Path]:
+    files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
+    if not files:
+        raise DataError(f"{pattern.as_posix()}: no file has a name of this pattern")
+    return files
+
+
+def _read_files(files: Sequence[Path]) -> Rows:
+    """Reads several files as one; a column that a file lacks is None there."""
+    if len(files) == 1:
+        return read_file(files[0])
+    found = []
+    for file in files:
+        header, records = read_file(file)
+        found += [
+            (f"{place(line)} of {file.name}", dict(zip(header, values, strict=False)))
+            for line, values in records
+        ]
+    return rows_of(f"{files[0].as_posix()} and others", found)
+
+
+def title_of(path: FilePath) -> str:
+    """A short name of a file of rows, for the names of runs.
+
+    Example:
+        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv")
+        ('train', 'part')
+    """
+    return re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"

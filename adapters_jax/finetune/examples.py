@@ -1,0 +1,114 @@
+"""Rows as a model sees them: their tokens, and which of them count in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from adapters_jax.finetune.data.conversations import make_conversations
+from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.layouts import layout_of
+from adapters_jax.finetune.data.packing import Example, Marked
+from adapters_jax.finetune.data.preferences import make_preferences
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
+from adapters_jax.finetune.pretrained.locate import is_decoder, locate, read_tokenizer
+from adapters_jax.finetune.tasks.conversation import check_chats
+from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder, Turns
+from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder
+from adapters_jax.finetune.tasks.prompts import encode_table
+
+_ENDLESS = 2**31
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model sees of rows.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        examples: the tokens of each row; of a conversation, maybe several rows.
+        is_decoder: whether the marks of the examples mean anything: an encoder learns labels.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    examples: Sequence[Marked]
+    is_decoder: bool
+
+    def parts(self, example: Marked) -> list[tuple[str, bool]]:
+        """The text of an example in parts, each with whether the loss counts it."""
+        runs: list[tuple[list[int], bool]] = []
+        for token, learnt in zip(*example, strict=True):
+            if not runs or runs[-1][1] != learnt:
+                runs.append(([], learnt))
+            runs[-1][0].append(token)
+        decode = self.tokenizer.decode
+        return [(decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
+
+
+def see(
+    model: str, path: Path, rows: Rows, columns: Mapping[str, str], learnt: Turns = "assistant"
+) -> Seen:
+    """Encodes rows as the task of their layout does, but cuts none.
+
+    Args:
+        model: the base; only its tokenizer is loaded.
+        path: the path of the rows, for messages.
+        rows: the rows.
+        columns: the columns that the user named: `text` and `text_pair`, or `prompt` and
+            `completion`.
+        learnt: what the loss of conversations counts.
+
+    Raises:
+        UserError: the base does not learn these rows.
+        DataError: a column is missing, or a row cannot be encoded.
+    """
+    if is_decoder(model):
+        reader = load_decoder_tokenizer(model)
+        return Seen(reader.tokenizer, _by_decoder(reader, model, path, rows, columns, learnt), True)
+    tokenizer = read_tokenizer(locate(model))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    pair = columns.get("text_pair")
+    texts = make_table(path, rows, columns.get("text", "text"), pair, None).texts
+    encodings = tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
+    return Seen(tokenizer, [Marked(e.ids, [False] * len(e.ids)) for e in encodings], False)
+
+
+def _by_decoder(
+    reader: DecoderTokenizer,
+    model: str,
+    path: Path,
+    rows: Rows,
+    columns: Mapping[str, str],
+    learnt: Turns,
+) -> list[Marked]:
+    """The examples of a decoder, by the columns that are named, or by the layout."""
+    layout = layout_of(rows[0])
+    if not columns and layout is not None and layout.task == "conversation":
+        check_chats(reader, model, layout.task)
+        return ChatEncoder(reader, _ENDLESS, learnt).encode(make_conversations(path, rows)).examples
+    if not columns and layout is not None and layout.task == "preference":
+        pairs = make_preferences(path, rows, {})
+        if any(row.talks for row in pairs.rows):
+            check_chats(reader, model, layout.task)
+        prompts = Prompts(chat=reader.chat_template is not None)
+        encoded, _ = PreferenceEncoder(reader, prompts, _ENDLESS).encode(pairs)
+        return [_marked(example) for row in encoded for example in row]
+    if "text" in columns:
+        prompts, table = Prompts(chat=False), make_table(path, rows, columns["text"], None, None)
+    else:
+        prompt, completion = (columns.get(role, role) for role in ("prompt", "completion"))
+        prompts = Prompts(chat=reader.chat_template is not None)
+        table = make_table(path, rows, prompt, completion, None)
+    examples, _ = encode_table(table, prompts, reader, _ENDLESS)
+    return [_marked(example) for example in examples]
+
+
+def _marked(example: Example) -> Marked:
+    """An example whose completion is marked."""
+    return Marked(example.ids, [False] * len(example.prompt) + [True] * len(example.completion))

@@ -1,0 +1,230 @@
+"""Reads an adapter of any format, and writes it in another format with a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.files import formats, hub
+from adapters_jax.files.directories import empty_directory
+from adapters_jax.files.formats import FORMATS, Adapter, AdapterFormat
+from adapters_jax.files.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.leaving import without_head
+from adapters_jax.finetune.pretrained.base_model import load_base_model
+from adapters_jax.finetune.pretrained.locate import find_family
+from adapters_jax.finetune.report.card import Source, card_of
+from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.tasks import read_run, task_of
+
+CARD, RUN_CONFIG = "README.md", "config.json"
+# The part of a run's configuration without private data: no paths of the machine and no rows.
+_PUBLIC: tuple[str, ...] = (
+    "kind",
+    "task_type",
+    "model",
+    "base_sha256",
+    "dtype",
+    "max_length",
+    "metrics",
+    "pooling",
+    "target",
+)
+_PUBLIC += ("text", "text_pair", "pairs", "prompts", "pack", "prompt", "completion", "task")
+_PUBLIC += ("rows", "seed", "quantize", "method", "optimizer", "data_sha256", "versions", "format")
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files that an export wrote, and what they lack.
+
+    Attributes:
+        files: the sizes in bytes, by file name.
+        parameters: the number of parameters of the source.
+        notes: sentences about what the files lack or changed; empty if nothing was lost.
+    """
+
+    files: Mapping[str, int]
+    parameters: int
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The server that an adapter is written for.
+
+    Attributes:
+        name: one of `SERVERS`.
+        rank: the rank of all modules; by default the largest that the adapter has.
+        max_error: the largest part of a weight's change that may be lost.
+    """
+
+    name: str
+    rank: int | None = None
+    max_error: float = MAX_ERROR
+
+    def made_of(self, source: Source) -> tuple[Source, list[str]]:
+        """The adapter as the server loads it, and sentences about that; see `for_server`."""
+        base = source.base
+        check_decoder(SERVERS[self.name], base.kind)
+        served = for_server(
+            SERVERS[self.name],
+            source.recipe,
+            source.leaves,
+            base.names,
+            base.params,
+            model_type=base.model_type,
+            rank=self.rank,
+            max_error=self.max_error,
+        )
+        return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
+
+
+def open_source(name: str, model: str | None = None, pooling: str | None = None) -> Source:
+    """Reads an adapter and its base model.
+
+    Args:
+        name: a directory of a run, or of an adapter of adapters_jax, PEFT or AdapterHub, or the id
+            of one on the Hub, optionally with `@` and a revision; or a GGUF file.
+        model: the base model; by default the run's, or the one that the adapter's file names.
+        pooling: what an encoder's head reads; a run has its own.
+
+    Raises:
+        AdapterFileError: there is no adapter, it is damaged, a setting is not supported, or the
+            base model is not known.
+        RunError: the run is not finished or damaged.
+        OtherBaseError: the adapter was trained on another base model.
+        UserError: the base model cannot be used.
+        AssetError: the pinned model could not be fetched.
+    """
+    every = {RUN_CONFIG, *formats.every_file()}
+    path = Path(name)
+    run = Run(path if path.is_file() else hub.find(name, None, sorted(every)))
+    config = None
+    if run.config.is_file() and "base_sha256" in read_json(run.config):  # a run, not a model
+        _, config = read_run(run)
+        check_finished(run, config)
+        pooling = config.get("pooling", pooling)
+    place = run.adapter if config or run.adapter.is_dir() else run.path
+    form = formats.format_of(place)
+    called = model or (config["model"] if config else form.base_name(place))
+    if called is None:
+        raise AdapterFileError(
+            f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
+            "or an id on the Hugging Face Hub"
+        )
+    classifier = find_family(called).headed(pooling)
+    head = form.head(place, classifier.base) if classifier else None
+    width, pooled = (head.width, head.pooling) if head else (None, None)
+    base = load_base_model(called, width, pooled or pooling)
+    if config:
+        check_base(run, {**config, "model": called}, base.sha256)
+    recipe, leaves = form.read(place, base)
+    return Source(form, base, recipe, leaves, config)
+
+
+def export(
+    source: Source,
+    directory: Path,
+    to: str,
+    *,
+    name: str | None = None,
+    head: bool | None = None,
+    license: str | None = None,
+    server: Serving | None = None,
+) -> Written:
+    """Writes an adapter and its card in a format; a run also gets what prediction needs.
+
+    The written files are read again, to find what the format lost.
+
+    Args:
+        source: the adapter.
+        directory: a new or empty directory; it appears whole or not at all.
+        to: the name of the format.
+        name: the name by which the card loads the adapter; by default the directory.
+        head: whether to write an encoder's head; None writes it where the format's library has
+            such a head, and else says in a note that it is left out.
+        license: the license in the card.
+        server: the server that has to load it; llama.cpp for gguf.
+
+    Raises:
+        UserError: the format or the server does not support the adapter; the message lists every
+            problem.
+    """
+    empty_directory(directory)
+    form, native = FORMATS[to], to == "native"
+    if head is False and native:
+        raise UserError(
+            "--no-head: a native adapter holds all that its recipe trains; leave it out"
+        )
+    source, headless = without_head(source, form, head)
+    shown = name or directory.as_posix()
+    notes = [] if native else _notes(source, form, headless)
+    if to == "gguf" and server is None:
+        server = Serving("llama.cpp")
+    if server:
+        source, changed = server.made_of(source)
+        notes += changed
+    beside = {CARD: card_of(source, form, shown, license, notes)}
+    if native and source.config:
+        beside[RUN_CONFIG] = json.dumps(_public(source.config), indent=2, ensure_ascii=False) + "\n"
+    adapter = Adapter(
+        source.recipe,
+        source.leaves,
+        name=re.sub(r"[^\w-]+", "-", shown.split("/")[-1]),
+        labels=source.labels,
+        head_type=task_of(source.config).head if source.config else None,
+        beside=beside,
+    )
+    form.write(directory, adapter, source.base)
+    again = form.read(directory, source.base)
+    notes += formats.changes((source.recipe, source.leaves), again)
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    return Written(sizes, sum(leaf.size for leaf in source.leaves.values()), notes)
+
+
+def _notes(source: Source, to: AdapterFormat, headless: str) -> list[str]:
+    """Sentences about what the files of another library cannot hold."""
+    notes, config = [], source.config or {}
+    target = config.get("target", {})
+    if headless:
+        notes.append(f"the head is left out: {headless}")
+    elif source.labels and not to.names_classes:
+        notes.append(
+            f"{to.owner}'s files do not name the classes, which are "
+            + ", ".join(f"{i}: {label}" for i, label in enumerate(source.labels))
+        )
+    elif "mean" in target and not source.labels:
+        mean, std = target["mean"], target["std"]
+        notes.append(f"the head's output y means {mean:g} + {std:g} y; only {CARD} says so")
+    if config.get("quantize"):
+        notes.append(f"it was trained on a base in {config['quantize']}, and works best on that")
+    if config.get("prompts"):
+        prompts = json.dumps(config["prompts"], ensure_ascii=False)
+        notes.append(f"only {CARD} says how prompts were formatted: {prompts}")
+    return notes
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The public part of a run's configuration, which is what its predictions need."""
+    keys = (*_PUBLIC, *(key for key in task_of(config).needed if key not in _PUBLIC))
+    kept = {key: config[key] for key in keys if key in config}
+    summary = dict(config.get("summary", {}))
+    summary.pop("run", None)
+    rows = summary.get("results", [])
+    summary["results"] = [{k: v for k, v in row.items() if k != "samples"} for row in rows]
+    path = Path(kept["model"])
+    return {**kept, "model": path.name if path.exists() else kept["model"], "summary": summary}
+
+
+def describe(written: Written, to: str, where: str) -> list[str]:
+    """Describes the written files, and what they lack, in lines for people."""
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
+    lines = [f"{where} holds {written.parameters:,} parameters for {FORMATS[to].owner}: {sizes}"]
+    lines += written.notes or ["read again, every tensor and setting is as it was"]
+    return lines

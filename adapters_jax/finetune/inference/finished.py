@@ -1,0 +1,75 @@
+"""Loads finished runs; the task of a run makes the object, such as a predictor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.finetune.run_directory import find_run
+from adapters_jax.finetune.tasks import read_run
+from adapters_jax.finetune.tasks.completion import Generator
+from adapters_jax.finetune.tasks.prediction import Predictor
+
+
+def load_predictor(
+    path: str | Path, *, revision: str | None = None, model: str | None = None
+) -> Predictor:
+    """Loads a finished run that predicts: its base, with its adapter on it.
+
+    Args:
+        path: the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit on the Hub.
+        model: the directory or id of the base, if it has changed since training.
+
+    Returns:
+        The predictor; `predictor.predict([text])` returns a `Prediction` for each text.
+
+    Raises:
+        RunError: the run is absent or damaged, its task generates, or the base has other weights.
+        AdapterFileError: the adapter is damaged, or was trained on another base.
+        AssetError: the pinned model could not be fetched.
+
+    Example:
+        >>> predictor = load_predictor("runs/reviews")  # doctest: +SKIP
+        >>> predictor.predict(["A great film."])  # doctest: +SKIP
+        [ClassPrediction(text='A great film.', text_pair=None, label='1', probabilities={...})]
+        >>> load_predictor("./no-run")
+        Traceback (most recent call last):
+        adapters_jax.finetune.run_directory.RunConfigError: no run at no-run: it has no ...
+    """
+    return _open("predict", path, revision, model)
+
+
+def load_generator(
+    path: str | Path, *, revision: str | None = None, model: str | None = None
+) -> Generator:
+    """Loads a finished run that generates: its base, with its adapter on it.
+
+    Args:
+        path: the run's directory, or the id of an exported run on the Hugging Face Hub.
+        revision: a branch, tag or commit on the Hub.
+        model: the directory or id of the base, if it has changed since training.
+
+    Returns:
+        The generator; `generator.generate([prompt])` yields a text for each prompt.
+
+    Raises:
+        RunError: the run is absent or damaged, its task predicts, or the base has other weights.
+        AdapterFileError: the adapter is damaged, or was trained on another base.
+        AssetError: the pinned model could not be fetched.
+
+    Example:
+        >>> generator = load_generator("runs/restaurants")  # doctest: +SKIP
+        >>> print(*generator.generate(["name: Aromi, food: Thai"]))  # doctest: +SKIP
+        Aromi serves Thai food.
+        >>> load_generator("./no-run")
+        Traceback (most recent call last):
+        adapters_jax.finetune.run_directory.RunConfigError: no run at no-run: it has no ...
+    """
+    return _open("generate", path, revision, model)
+
+
+def _open(command: str, path: str | Path, revision: str | None, model: str | None) -> Any:
+    run = find_run(path, revision)
+    task, config = read_run(run, command)
+    return task.open(run, {**config, "model": model or config["model"]})

@@ -1,0 +1,191 @@
+"""Writes the checkpoints of merged models, and reads them again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from adapters_jax.errors import BaseFileError, file_errors
+from adapters_jax.files.base_model import MASKED
+from adapters_jax.files.names import to_tensors
+from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.leaving import check_writable
+from adapters_jax.finetune.models.parts.checkpoint import save_tensors
+from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
+from adapters_jax.finetune.pretrained.locate import find_family, locate
+from adapters_jax.finetune.tasks import task_of
+from adapters_jax.presets import HEAD
+from adapters_jax.trees import flatten
+
+Written = tuple[list[str], list[str]]  # the names of the files, and notes
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+HEAD_FILE = "head.safetensors"
+# What transformers has for a task: its class, and the problem type by which that has a loss.
+MODELS = {
+    "classification": ("ForSequenceClassification", "single_label_classification"),
+    "image-classification": ("ForImageClassification", "single_label_classification"),
+    "multilabel": ("ForSequenceClassification", "multi_label_classification"),
+    "regression": ("ForSequenceClassification", "regression"),
+    "multiple-choice": ("ForMultipleChoice", None),
+    "masked-language-modelling": ("ForMaskedLM", None),
+}
+READ = {  # what a head reads that transformers' classes do not, and its formula
+    "mean": ("mean of the tokens", "mean(last_hidden_state)"),
+    "cls": ("first token", "cls(last_hidden_state)"),
+    "pooler": ("", "pooler_output"),
+}
+
+
+def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
+    """Writes a checkpoint; the directory appears whole or not at all.
+
+    Args:
+        directory: the directory to write, which does not exist.
+        decoder: the base model, for its configuration and tokenizer.
+        model: the model, for its weights.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        UserError: checkpoints of the model's family cannot be written.
+        FileSystemError: the system cannot write the directory.
+    """
+    check_writable(decoder.family)
+    save: Any = decoder.family.save
+    with _whole(directory) as beside:
+        save(beside, decoder.config, model, **decoder.settings())
+        _write_tokenizer(beside, decoder)
+    return sorted(path.name for path in directory.iterdir())
+
+
+def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Written:
+    """Writes a merged encoder, with its head; the directory appears whole or not at all.
+
+    Args:
+        directory: the directory to write, which does not exist.
+        config: the configuration of the run.
+        params: the merged parameters of its classifier.
+
+    Returns:
+        The names of the files, and sentences about what the checkpoint does not say.
+
+    Raises:
+        FileSystemError: the system cannot write the directory.
+    """
+    family, files = find_family(config["model"]), locate(config["model"])
+    classifier: Any = family.headed(config["pooling"])
+    values = huggingface.read_json(files / "config.json")
+    prefixes = (family.prefixes[values["model_type"]],)
+    head, notes, target, pooling = params[HEAD], [], config["target"], config["pooling"]
+    if "std" in target:  # its outputs are the labels then; of classes, mean and std are 0 and 1
+        kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
+        head = {"kernel": kernel, "bias": bias}
+    names = [each.name for each in type(task_of(config)).__mro__ if hasattr(each, "name")]
+    kind, problem = next((MODELS[name] for name in names if name in MODELS), (None, None))
+    values.pop("problem_type", None)
+    beside_it: dict[str, Any] = {}
+    if kind and (pooling in ("pooler", MASKED) or family.kind == "vision"):
+        values["architectures"] = [
+            re.sub(r"(Model|For\w+)$", kind, name) for name in values.get("architectures") or ()
+        ] or None
+        if problem:
+            labels = target.get("names") or ["LABEL_0"]
+            values["problem_type"] = problem
+            values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            values["label2id"] = {name: i for i, name in enumerate(labels)}
+        if pooling == MASKED:
+            values["tie_word_embeddings"] = True  # the output layer is not written
+        else:
+            params = {**params, HEAD: head}
+        tree, table = params, replace(classifier.names, prefixes=prefixes)
+    else:
+        tree, table = params[classifier.base], replace(family.names, prefixes=prefixes)
+        if "sentence-embedding" not in names:  # which has no head
+            beside_it = {"weight": np.asarray(head["kernel"]).T, "bias": np.asarray(head["bias"])}
+            what, states = READ.get(pooling, ("", "last_hidden_state"))
+            why = f"transformers has no classifier that reads the {what}, so " * bool(what)
+            head_is = f"the head's weight and bias are in {HEAD_FILE}: logits = {states} @ weight.T"
+            notes.append(f"{why}{head_is} + bias")
+    with _whole(directory) as beside:
+        save_tensors(beside, values, to_tensors(tree, table))
+        if beside_it:
+            arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
+            save_file(arrays, beside / HEAD_FILE)
+        for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
+            if (files / name).is_file():
+                shutil.copyfile(files / name, beside / name)
+    _, found = classifier.load(directory, config["pooling"], absent=True)
+    _check_equal(directory, params[classifier.base], found)
+    return sorted(path.name for path in directory.iterdir()), notes
+
+
+@contextlib.contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A directory that gets another's name at the end, and is gone if something fails before."""
+    with file_errors(directory, "written"):
+        parent = directory.absolute().parent
+        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+        try:
+            beside.chmod(0o755)
+            yield beside
+            os.rename(beside, directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> None:
+    """Reads a checkpoint again, and compares each weight with the model's.
+
+    Raises:
+        BaseFileError: weights differ; the message names one.
+    """
+    _, found = decoder.family.load(directory)
+    _check_equal(directory, *(nnx.state(each, nnx.Param) for each in (model, found)))
+
+
+def _check_equal(directory: Path, merged: Any, read: Any) -> None:
+    ours, theirs = flatten(merged), flatten(read)
+
+    def same(path: str) -> bool:
+        one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
+        return np.array_equal(one, other)
+
+    both = ours.keys() & theirs.keys()
+    differing = sorted(p for p in ours.keys() | theirs.keys() if p not in both or not same(p))
+    if differing:
+        raise BaseFileError(
+            f"{str(directory)!r} was read again with {len(differing)} other weights, such as "
+            f"{differing[0]}, than were merged; do not use it"
+        )
+
+
+def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
+    """Writes the tokenizer: copies the base's own files if it has them."""
+    if decoder.files.is_dir():
+        for name in TOKENIZER_FILES:
+            if (decoder.files / name).is_file():
+                shutil.copyfile(decoder.files / name, directory / name)
+        return
+    decoder.tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)
+    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")

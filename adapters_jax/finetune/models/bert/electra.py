@@ -1,0 +1,77 @@
+"""ELECTRA's discriminator: a BERT whose embeddings may be narrower than its blocks.
+
+Reference: Clark et al., ELECTRA (2020), https://arxiv.org/abs/2003.10555
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from adapters_jax.files.names import Rule
+from adapters_jax.finetune.models.bert.checkpoint import like_bert
+from adapters_jax.finetune.models.bert.classifier import BertClassifier
+from adapters_jax.finetune.models.bert.config import BertConfig
+from adapters_jax.finetune.models.parts.encoder import encoder_family
+
+
+@dataclass(frozen=True)
+class ElectraConfig(BertConfig):
+    """The shape of an ELECTRA, under the names that `config.json` uses; by default the small one.
+
+    Example:
+        >>> ElectraConfig(hidden_size=512).embedding_size
+        128
+    """
+
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    model_type: str = "electra"
+    embedding_size: int = 128
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **BertConfig.supported,
+        "model_type": ("electra",),
+    }
+    pooler_activation: ClassVar[str] = "gelu"
+
+
+# Its classifier in transformers has the pooler's layer itself.
+NAMES = like_bert(
+    "electra.",
+    Rule(r"embeddings/project", r"embeddings_project"),
+    Rule(r"pooler/dense", r"classifier.dense"),
+    ignored=(r"(discriminator_predictions|generator_(predictions|lm_head))\..*",),
+)
+
+ELECTRA_SMALL = ElectraConfig()
+ELECTRA_BASE = ElectraConfig(
+    hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
+)
+ELECTRA_LARGE = ElectraConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    embedding_size=1024,
+)
+
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+KNOWN = {
+    "electra-small": ELECTRA_SMALL,
+    "electra-base": ELECTRA_BASE,
+    "electra-large": ELECTRA_LARGE,
+    "google/electra-small-discriminator": ELECTRA_SMALL,
+    "google/electra-base-discriminator": ELECTRA_BASE,
+    "google/electra-large-discriminator": ELECTRA_LARGE,
+}
+
+FAMILY = encoder_family(
+    "electra",
+    BertClassifier,
+    ElectraConfig,
+    NAMES,
+    {"electra": "electra."},
+    KNOWN,
+    head="classifier.out_proj",
+)

@@ -1,0 +1,50 @@
+"""Decoders (NNX): one model, one configuration, and a file for each family in `families`.
+
+They load from Hugging Face checkpoints and from GGUF, and save checkpoints.
+"""
+
+from adapters_jax.finetune.models.decoder.architecture import Architecture
+from adapters_jax.finetune.models.decoder.checkpoint import load_decoder, save_decoder
+from adapters_jax.finetune.models.decoder.config import DecoderConfig
+from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.finetune.models.decoder.names import NAMES
+from adapters_jax.finetune.models.family import Family
+
+
+def decoder_family(architecture: Architecture) -> Family:
+    """The record by which the rest of the package uses an architecture."""
+    known = {
+        name: DecoderConfig.from_dict({**values, "model_type": architecture.model_type})
+        for name, values in architecture.known.items()
+    }
+    return Family(
+        name=architecture.model_type,
+        kind="decoder",
+        config=DecoderConfig,
+        build=abstract_decoder,
+        load=load_decoder,
+        save=save_decoder,
+        names=architecture.names,
+        prefixes={architecture.model_type: architecture.names.prefixes[0]},
+        known=known,
+        layer="layers/{}",
+        generates=True,
+    )
+
+
+FAMILIES = tuple(map(decoder_family, ARCHITECTURES.values()))
+LLAMA_7B = DecoderConfig()
+
+__all__ = [
+    "ARCHITECTURES",
+    "FAMILIES",
+    "LLAMA_7B",
+    "NAMES",
+    "Architecture",
+    "Decoder",
+    "DecoderConfig",
+    "decoder_family",
+    "load_decoder",
+    "save_decoder",
+]

@@ -1,0 +1,89 @@
+"""Loads decoders from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from adapters_jax.distributed.sharding import Rules
+from adapters_jax.files.gguf.header import find_gguf
+from adapters_jax.files.names import Tensor
+from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
+from adapters_jax.finetune.models.decoder.config import DecoderConfig
+from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+
+
+def load_decoder(
+    name_or_path: str | Path | GGUF,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    **options: Any,
+) -> tuple[DecoderConfig, Decoder]:
+    """Loads a decoder of any family from a directory, a GGUF file or the Hugging Face Hub.
+
+    Args:
+        name_or_path: a directory with `config.json` and safetensors, a GGUF file (its path, a
+            directory with one, or the result of `read_gguf`), or an id on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `Decoder`.
+
+    Returns:
+        The configuration, and the model with the parameters of the checkpoint.
+
+    Raises:
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
+    """
+    config, tensors = _read(name_or_path, revision)
+    huggingface.check_tensors(config, tensors)
+    names = ARCHITECTURES[config.model_type].names
+    return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
+
+
+def save_decoder(
+    directory: str | Path,
+    config: DecoderConfig,
+    model: Decoder,
+    *,
+    max_shard_size: int = SHARD,
+    **more: Any,
+) -> None:
+    """Writes a checkpoint in the layout of Hugging Face, which `load_decoder` reads as well.
+
+    Args:
+        directory: a directory, made if it is absent; a checkpoint in it is replaced,
+            file by file.
+        config: the model's configuration.
+        model: a model without adapters; see `adapters_jax.transforms.merge`.
+        max_shard_size: the largest number of bytes in a file; more are split over shards.
+        **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
+            model take precedence.
+
+    Raises:
+        UserError: the architecture of `config.model_type` is not that of the model.
+    """
+    settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    save_model(directory, {**more, **settings}, model, names, max_shard_size)
+
+
+def _read(
+    name_or_path: str | Path | GGUF, revision: str | None
+) -> tuple[DecoderConfig, Mapping[str, Tensor]]:
+    """Reads the configuration, which is checked before any weight is used, and the tensors."""
+    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
+        name_or_path = read_gguf(name_or_path)
+    if isinstance(name_or_path, GGUF):
+        config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
+        return config, name_or_path.tensors()
+    directory = huggingface.resolve(name_or_path, revision)
+    config = DecoderConfig.from_json(directory / "config.json")
+    return config, huggingface.read_tensors(directory)

@@ -1,0 +1,333 @@
+"""The configuration of a decoder: its sizes, and flags for what tells the architectures apart."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Self
+
+from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
+from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.models.decoder import rope
+from adapters_jax.finetune.models.decoder.counts import parameters
+from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
+from adapters_jax.finetune.models.parts.rotary import RopeScaling
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+PLACEMENTS = ("pre", "post", "both")
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
+)
+
+# The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
+_DERIVED = {
+    *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "no_rope_layers"),
+}
+# The settings from which others are computed.
+_COUNTS = {
+    *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
+    *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
+}
+_NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
+_LISTS = {"layer_types", "no_rope_layers"}
+
+
+class LayerKind(NamedTuple):
+    """What tells the attention of a layer from that of others.
+
+    Attributes:
+        window: the number of tokens that a token sees, itself included; None sees all before it.
+        rope_theta: the base of the rotary frequencies; None rotates nothing.
+        rope_scaling: how these frequencies are scaled.
+    """
+
+    window: int | None
+    rope_theta: float | None
+    rope_scaling: RopeScaling | None
+
+
+@dataclass(frozen=True)
+class DecoderConfig(huggingface.CheckpointConfig):
+    """The shape of a decoder, under the names that `config.json` uses; LLaMA-7B by default.
+
+    Attributes:
+        vocab_size: the number of tokens.
+        hidden_size: the width of the hidden states.
+        intermediate_size: the width inside the feed-forward.
+        num_hidden_layers: the number of layers.
+        num_attention_heads: the number of query heads.
+        num_key_value_heads: the number of key and value heads; None has one for each query head.
+        head_dim: the width of a head; None divides the hidden size by the number of heads.
+        hidden_act: the activation of the feed-forward.
+        rms_norm_eps: the epsilon of the norms.
+        rope_theta: the base of the rotary frequencies.
+        initializer_range: the standard deviation of new weights.
+        tie_word_embeddings: whether the embedding is the head, too.
+        model_type: the architecture, a key of `ARCHITECTURES`.
+        max_position_embeddings: the length that the model was made for; see `longest`.
+        learned_positions: whether positions have embeddings, which are added to those of tokens,
+            instead of rotations.
+        rope_scaling: how the rotary frequencies are scaled.
+        partial_rotary_factor: the part of a head's features that is rotated.
+        rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
+            window; None has the others' there.
+        no_rope_layers: 1 for layers with rotary positions and 0 for layers without; None has them
+            in all.
+        sliding_window: the number of tokens that a token sees in sliding attention.
+        layer_types: `full_attention` or `sliding_attention` for each layer; None slides in all
+            layers if there is a window.
+        attention_bias: whether the projections of the attention have biases.
+        attention_output_bias: the same of its output projection; None follows `attention_bias`.
+        mlp_bias: whether the layers of the feed-forward have biases.
+        mlp_gate: whether the feed-forward has a gate.
+        qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
+        norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both".
+        norm_type: "rms", or "layer" for layer norms with biases.
+        norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
+        embedding_multiplier: the factor of the embeddings.
+        attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
+        residual_multiplier: the factor of the output of each sublayer.
+        logits_scaling: the divisor of the logits.
+        attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
+        final_logit_softcapping: the bound of the logits.
+        num_experts: the number of feed-forwards of a layer, of which each token takes some; 0 has
+            one that all take.
+        num_experts_per_tok: how many a token takes.
+        norm_topk_prob: whether the weights of a token's experts are scaled to sum to 1.
+        moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.
+
+    Raises:
+        UserError: a setting is of a wrong type, out of range or not supported.
+
+    Example:
+        >>> DecoderConfig(num_attention_heads=9, num_key_value_heads=2)
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: 9 attention heads do not divide into 2 key and value heads.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    model_type: str = "llama"
+    max_position_embeddings: int = 2048
+    learned_positions: bool = False
+    rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    rope_local_base_freq: float | None = None
+    no_rope_layers: tuple[int, ...] | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    mlp_gate: bool = True
+    qk_norm: str | None = None
+    norm_placement: str = "pre"
+    norm_type: str = "rms"
+    norm_offset: float = 0.0
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+    moe_intermediate_size: int | None = None
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "hidden_act": tuple(ACTIVATIONS),
+        "attention_dropout": (0.0,),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(vars(self), {"model_type": tuple(ARCHITECTURES)})
+        for name in _SIZES:
+            check_size("DecoderConfig", name, getattr(self, name))
+        _check_given(vars(self))
+        check_choice("DecoderConfig", "norm_placement", self.norm_placement, PLACEMENTS)
+        check_choice("DecoderConfig", "norm_type", self.norm_type, ("rms", "layer"))
+        if self.qk_norm is not None:
+            check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
+        self._check_heads()
+        self._check_layers()
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok={self.num_experts_per_tok}, expected a whole number >= 1 and "
+                f"at most num_experts={self.num_experts}."
+            )
+
+    def _check_heads(self) -> None:
+        check_number("DecoderConfig", "partial_rotary_factor", self.partial_rotary_factor, high=2.0)
+        if self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
+                "key and value heads."
+            )
+        if self.learned_positions:
+            return
+        for name in ("rope_theta", "rope_local_base_freq"):
+            if getattr(self, name) is not None:
+                check_number("DecoderConfig", name, getattr(self, name), low=1.0, closed=True)
+        if self.rotated % 2 or not 0 < self.rotated <= self.head_width:
+            raise UserError(
+                f"{self.rotated} of {self.head_width} features of a head are rotated, expected an "
+                "even number; change head_dim or partial_rotary_factor."
+            )
+
+    def _check_layers(self) -> None:
+        for name in ("layer_types", "no_rope_layers"):
+            each = getattr(self, name)
+            if each is not None and len(each) != self.num_hidden_layers:
+                raise UserError(
+                    f"{name} has {len(each)} layers, expected {self.num_hidden_layers}, the "
+                    "num_hidden_layers."
+                )
+        for kind in self.layer_types or ():
+            check_choice("DecoderConfig", "layer_types", kind, LAYER_TYPES)
+        if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
+            raise UserError("layer_types has sliding_attention, which needs a sliding_window >= 1.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Takes the fields from a parsed `config.json`.
+
+        Raises:
+            UserError: a setting is not supported; the message names it.
+        """
+        values = rope.flat({"model_type": "llama", **values})
+        cls._check(values, {"model_type": tuple(ARCHITECTURES)})
+        architecture = ARCHITECTURES[values["model_type"]]
+        cls._check(values, {**cls.supported, **architecture.supported})
+        values = architecture.named(values)
+        _check_given(values)
+        found = architecture.fields(values)
+        longest = found.get("max_position_embeddings", cls.max_position_embeddings)
+        return cls(**found, rope_scaling=rope.read_scaling(values, longest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values of a `config.json` that transformers reads as the same model.
+
+        Raises:
+            UserError: a field is another than the architecture implies, so no file could hold it.
+
+        Example:
+            >>> DecoderConfig(hidden_size=512).to_dict()["head_dim"]
+            16
+            >>> DecoderConfig(qk_norm="head").to_dict()
+            Traceback (most recent call last):
+            adapters_jax.errors.UserError: model_type='llama' cannot have qk_norm='head' (it has \
+None); choose another model_type.
+        """
+        values = ARCHITECTURES[self.model_type].values(self)
+        again = self.from_dict(values)
+        names = [each.name for each in fields(self) if each.name not in _DERIVED]
+        lost = [
+            f"{name}={own!r} (it has {theirs!r})"
+            for name in (*names, "kv_heads", "head_width", "layer_kinds")
+            for own, theirs in [(getattr(self, name), getattr(again, name))]
+            if own != theirs and not _alike(own, theirs)
+        ]
+        if lost:
+            raise UserError(
+                f"model_type={self.model_type!r} cannot have {', '.join(lost)}; choose another "
+                "model_type."
+            )
+        return values
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that tell one base from another, without flags that are not set."""
+        every = fields(self)
+        first = [each.name for each in every].index("model_type")
+        unset = {each.name for each in every[first:] if getattr(self, each.name) == each.default}
+        unset.add("max_position_embeddings")
+        return {name: x for name, x in asdict(self).items() if name not in unset}
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """The width of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        return parameters(self)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the output projection of the attention has a bias."""
+        own = self.attention_output_bias
+        return self.attention_bias if own is None else own
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text, with those that scaled rotary positions add.
+
+        llama3 and longrope count theirs in `max_position_embeddings` already.
+        """
+        most, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is None or scaling.rope_type in ("llama3", "longrope"):
+            return most
+        original = scaling.original_max_position_embeddings or most
+        return max(most, int(original * scaling.factor))
+
+    @property
+    def rotated(self) -> int:
+        """The number of a head's features that are rotated."""
+        return int(self.head_width * self.partial_rotary_factor)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        every = "sliding_attention" if self.sliding_window else "full_attention"
+        types = self.layer_types or (every,) * self.num_hidden_layers
+        ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
+        return tuple(
+            self._kind(each == "sliding_attention", bool(rope))
+            for each, rope in zip(types, ropes, strict=True)
+        )
+
+    def _kind(self, slides: bool, rotates: bool) -> LayerKind:
+        window = self.sliding_window if slides else None
+        if not rotates or self.learned_positions:
+            return LayerKind(window, None, None)
+        if slides and self.rope_local_base_freq is not None:
+            return LayerKind(window, self.rope_local_base_freq, None)
+        return LayerKind(window, self.rope_theta, self.rope_scaling)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two numbers differ by rounding alone."""
+    numbers = isinstance(one, float) and isinstance(other, float)
+    return numbers and math.isclose(one, other, rel_tol=1e-9)
+
+
+def _check_given(values: Mapping[str, Any]) -> None:
+    """Checks the settings from which others are computed, before they are."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in _COUNTS & given.keys():
+        check_size("DecoderConfig", name, given[name])
+    for name in _NUMBERS.keys() & given.keys():
+        check_number("DecoderConfig", name, given[name], closed=_NUMBERS[name])
+    for name in _LISTS & given.keys():
+        if not isinstance(given[name], list | tuple):
+            raise UserError(f"DecoderConfig: {name}={shown(given[name])}, expected a list")
+    huggingface.check_layers("DecoderConfig", given.get("num_hidden_layers", 1))

@@ -1,0 +1,36 @@
+"""The architectures of decoders: a file for each family, with its settings and published shapes."""
+
+from adapters_jax.finetune.models.decoder.architecture import Architecture
+from adapters_jax.finetune.models.decoder.families import (
+    experts,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (
+        gpt2.GPT2,
+        llama.LLAMA,
+        mistral.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi.PHI3,
+        olmo.OLMO2,
+        smollm.SMOLLM3,
+        granite.GRANITE,
+        experts.MIXTRAL,
+        experts.QWEN3_MOE,
+        experts.OLMOE,
+    )
+}

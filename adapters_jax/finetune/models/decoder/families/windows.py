@@ -1,0 +1,45 @@
+"""Settings of layers whose attention slides, which several families have."""
+
+from typing import Any
+
+from adapters_jax.finetune.models.decoder.architecture import Values
+
+
+def alternating(values: Values, every: int) -> dict[str, Any]:
+    """Layer types of which each `every`-th has full attention, unless the values have their own."""
+    types = values.get("layer_types") or [
+        "sliding_attention" if (i + 1) % every else "full_attention"
+        for i in range(values.get("num_hidden_layers", 0))
+    ]
+    return {"layer_types": tuple(types)}
+
+
+def switched(values: Values, slides: Any) -> dict[str, Any]:
+    """The window and the layer types where `use_sliding_window` switches them on.
+
+    Args:
+        values: those of a `config.json`.
+        slides: called with the number of a layer, unless the values have layer types.
+    """
+    if not values.get("use_sliding_window") or not values.get("sliding_window"):
+        return {}
+    types = values.get("layer_types") or [
+        "sliding_attention" if slides(i) else "full_attention"
+        for i in range(values.get("num_hidden_layers", 0))
+    ]
+    return {"sliding_window": values["sliding_window"], "layer_types": tuple(types)}
+
+
+def as_switched(config: Any) -> dict[str, Any]:
+    """The values of a `config.json` that `switched` reads."""
+    return {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "layer_types": types_of(config),
+    }
+
+
+def types_of(config: Any) -> list[str]:
+    """The type of each layer."""
+    windows = [kind.window for kind in config.layer_kinds]
+    return ["full_attention" if each is None else "sliding_attention" for each in windows]

@@ -1,0 +1,265 @@
+"""The decoder (flax.nnx): one model for all families; their configurations tell them apart.
+
+Rotary or learned positions, grouped-query attention, a feed-forward with or without a gate, RMS or
+layer norms.
+
+Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `families` for the
+others.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int, Num
+
+from adapters_jax.finetune.models.decoder.config import DecoderConfig, LayerKind
+from adapters_jax.finetune.models.decoder.experts import DecoderExperts
+from adapters_jax.finetune.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm, Seen
+from adapters_jax.finetune.models.parts.attention import Choice, attention_function
+from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
+from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
+from adapters_jax.finetune.models.parts.functions import capped, token_positions
+from adapters_jax.finetune.models.parts.layers import check_tokens
+from adapters_jax.finetune.models.parts.rotary import Rotation, rotation
+from adapters_jax.trace.masks import Mask
+from adapters_jax.weights.meshes import split_rows
+
+
+class Decoder(nnx.Module):
+    """The language model.
+
+    Args:
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
+        attention: "auto", "dense" or "flash", or the attention function of every layer; see
+            `attention_function` and `DecoderAttention`.
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether `layers` is one block, with leaves stacked on their first axis, instead of a
+            list of blocks.
+        rngs: the random numbers of the initial parameters.
+
+    Raises:
+        UserError: `attention` or `remat` is none of the choices.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> def logits(ids):
+        ...     return Decoder(config, rngs=nnx.Rngs(0))(ids)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]])).shape
+        (1, 3, 16)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        attention: Choice = "auto",
+        remat: bool | str = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_remat(remat)
+        attention_fn = attention_function(attention)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        init = nnx.initializers.normal(config.initializer_range)
+        linear: Callable[..., nnx.Linear] = partial(nnx.Linear, kernel_init=init, **types)
+        norm: Callable[..., Norm] = (
+            partial(LayerNorm, epsilon=config.rms_norm_eps, **types)
+            if config.norm_type == "layer"
+            else partial(RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types)
+        )
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.scan = scan
+
+        def block(rngs: nnx.Rngs) -> DecoderLayer:
+            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
+            experts = partial(DecoderExperts, rngs=rngs, **types) if config.num_experts else None
+            return DecoderLayer(config, *parts, attention_fn, dtype, experts)
+
+        self.embeddings = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
+        )
+        if config.learned_positions:
+            sizes = config.max_position_embeddings, config.hidden_size
+            self.position_embeddings = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
+        length = config.num_hidden_layers
+        self.layers = (
+            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
+        )
+        self.norm = norm(config.hidden_size, rngs=rngs)
+        if not config.tie_word_embeddings:
+            sizes = config.hidden_size, config.vocab_size
+            self.head = linear(*sizes, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Computes float32 logits of the next token; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(input_ids, attention_mask, positions, segments))
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Computes float32 logits of hidden states."""
+        tied = self.config.tie_word_embeddings
+        logits = self.embeddings.attend(hidden) if tied else self.head(hidden)
+        logits = logits.astype(jnp.float32)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
+        return capped(logits, self.config.final_logit_softcapping)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length d"]:
+        """Computes the hidden states after the last norm.
+
+        Args:
+            input_ids: token ids.
+            attention_mask: 1 for tokens and 0 for padding, of any dtype.
+            positions: those of the rotation or of the learned embeddings; by default the tokens of
+                each text count from 0.
+            segments: the number of each token's text, if a row holds several texts; a token sees
+                only its own text.
+        """
+        check_tokens(input_ids, attention_mask, self.longest)
+        if positions is None:
+            positions = token_positions(input_ids, attention_mask, segments)
+        length = input_ids.shape[1]
+        contexts = self._contexts(self._masks(attention_mask, segments, length), positions, length)
+        x = self._embed(input_ids, positions)
+        return self.norm(run_nnx(self.layers, x, contexts, self._kinds, remat=self.remat))
+
+    @property
+    def longest(self) -> int | None:
+        """The largest number of tokens of a row, if positions are learned; otherwise None."""
+        config = self.config
+        return config.max_position_embeddings if config.learned_positions else None
+
+    def _embed(
+        self, input_ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]
+    ) -> Float[Array, "batch length d"]:
+        x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
+        x = x if factor == 1.0 else x * factor
+        if self.longest is None:
+            return x
+        return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
+
+    @property
+    def _distinct(self) -> tuple[LayerKind, ...]:
+        return tuple(dict.fromkeys(self.config.layer_kinds))
+
+    @property
+    def _kinds(self) -> tuple[int, ...]:
+        """The number of each layer's kind among the distinct ones."""
+        return tuple(map(self._distinct.index, self.config.layer_kinds))
+
+    def _masks(
+        self,
+        attention_mask: Num[Array, "batch length"] | None,
+        segments: Int[Array, "batch length"] | None,
+        length: int,
+    ) -> list[Seen]:
+        """The mask of each kind of layer, without a cache."""
+        windows = [kind.window for kind in self._distinct]
+        masks = [Mask.of(attention_mask, segments, causal=True, window=each) for each in windows]
+        if self.scan and len(set(windows)) > 1:  # one program for all, which reads its own array
+            return [mask.dense(length, length) for mask in masks]
+        return [*masks]
+
+    def _contexts(
+        self, masks: Sequence[Seen], positions: Int[Array, "#batch length"], longest: int
+    ) -> list[tuple[Seen, Rotation | None]]:
+        """The mask and the rotation of each kind of layer.
+
+        Args:
+            masks: the masks.
+            positions: those of the rotation.
+            longest: the length of the text, see `RopeScaling.frequencies`.
+        """
+
+        def turned(kind: LayerKind) -> Rotation | None:
+            if self.config.learned_positions:
+                return None
+            rotated = self.config.rotated
+            return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
+
+        return [(mask, turned(kind)) for mask, kind in zip(masks, self._distinct, strict=True)]
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
+        config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
+        sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
+        return Cache.empty(*sizes, dtype, stacked=self.scan)
+
+    def extend(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "batch length d"], Cache]:
+        """Computes the hidden states of further tokens, and extends the cache by them.
+
+        Args:
+            input_ids: token ids; the earlier ones are in the cache.
+            attention_mask: 1 for tokens and 0 for padding.
+            cache: from `empty_cache` or an earlier call. It must have room for the tokens; only the
+                first call can check that.
+
+        Returns:
+            The hidden states after the last norm, and the extended cache.
+        """
+        check_tokens(input_ids, attention_mask)
+        start = cache.used
+        cache, positions, mask = cache.reserve(attention_mask)
+        back = positions[:, None, :, None] - cache.positions[:, None, None, :]
+        masks = [
+            mask if kind.window is None else mask & (back < kind.window) for kind in self._distinct
+        ]
+        contexts = self._contexts(masks, positions, cache.held.shape[1])
+
+        def step(x: Array, layer: Any, context: Any, key: Array, value: Array) -> tuple[Array, ...]:
+            memory = LayerCache(key, value, start)
+            x = layer(x, *context, memory)
+            return x, memory.key, memory.value
+
+        x, keys, values = extend_nnx(
+            step,
+            self.layers,
+            self._embed(input_ids, positions),
+            contexts,
+            self._kinds,
+            cache.keys,
+            cache.values,
+        )
+        return self.norm(x), cache._replace(keys=keys, values=values)
+
+
+def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:
+    """Returns a decoder without arrays; the options are those of `Decoder`."""
+    model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
+    if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
+        parts: tuple[Any, ...] = nnx.split(model.layers)
+        graphdef, state = parts
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+        length = range(config.num_hidden_layers)
+        rows: Any = (nnx.merge(graphdef, row, copy=True) for _ in length)
+        model.layers, model.scan = nnx.List(rows), False
+    return model

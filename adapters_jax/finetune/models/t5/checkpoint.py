@@ -1,0 +1,101 @@
+"""The names that checkpoints of T5 have for our modules; loads and saves such checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from adapters_jax.distributed.sharding import Rules
+from adapters_jax.files.names import NameTable, Rule
+from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+from adapters_jax.finetune.models.t5.config import T5Config
+from adapters_jax.finetune.models.t5.model import T5, abstract_t5
+from adapters_jax.transforms.stacking import Stack
+
+
+def _sublayer(stack: str, number: int, ours: str, theirs: str, **parts: str) -> tuple[Rule, ...]:
+    """Rules for a sublayer of each block of a stack: its norm, and its projections by our names."""
+    before, block = rf"({stack})/layers/(\d+)/{ours}", rf"\1.block.\2.layer.{number}"
+    projections = (Rule(f"{before}/{own}", f"{block}.{theirs}.{p}") for own, p in parts.items())
+    return (Rule(f"{before}_norm", f"{block}.layer_norm"), *projections)
+
+
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
+_MLP = {"intermediate": "wi", "gate": "wi_0", "up": "wi_1", "output": "wo"}
+_SELF, _CROSS, _FEED_FORWARD = "SelfAttention", "EncDecAttention", "DenseReluDense"
+
+NAMES = NameTable(
+    rules=(
+        Rule("embeddings", "shared"),
+        Rule("head", "lm_head"),
+        Rule("(encoder|decoder)/norm", r"\1.final_layer_norm"),
+        Rule(
+            "(encoder|decoder)/position_bias",
+            rf"\1.block.0.layer.0.{_SELF}.relative_attention_bias",
+        ),
+        *_sublayer("encoder|decoder", 0, "attention", _SELF, **_ATTENTION),
+        *_sublayer("decoder", 1, "cross_attention", _CROSS, **_ATTENTION),
+        *_sublayer("encoder", 1, "mlp", _FEED_FORWARD, **_MLP),
+        *_sublayer("decoder", 2, "mlp", _FEED_FORWARD, **_MLP),
+    ),
+    prefixes=("",),
+    # Copies of the embedding; biases of older files that nothing reads.
+    ignored=(
+        r"(encoder|decoder)\.embed_tokens\.weight",
+        r"lm_head\.weight",
+        rf"decoder\.block\.0\.layer\.1\.{_CROSS}\.relative_attention_bias\.weight",
+    ),
+    stack=Stack("layers/{}", "layers"),
+    tied=("lm_head", "shared"),
+    held_twice=("shared",),  # as encoder.embed_tokens and decoder.embed_tokens
+)
+
+
+def load_t5(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    **options: Any,
+) -> tuple[T5Config, T5]:
+    """Loads a T5, Flan-T5 or mT5 from a directory or the Hugging Face Hub.
+
+    Args:
+        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        mesh: the devices that get the parameters, each when it is read; see
+            `adapters_jax.layout`. None means the default device.
+        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
+
+    Returns:
+        The configuration, and the model with the parameters of the checkpoint.
+
+    Raises:
+        UserError: files are absent, or a setting is unsupported.
+        MismatchError: the tensors do not fit; the message lists every difference.
+    """
+    directory = huggingface.resolve(name_or_path, revision)
+    config = T5Config.from_json(directory / "config.json")
+    tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
+    return config, filled(abstract_t5(config, **options), tensors, NAMES, mesh, rules)
+
+
+def save_t5(
+    directory: str | Path, config: T5Config, model: T5, *, max_shard_size: int = SHARD, **more: Any
+) -> None:
+    """Writes a checkpoint in the layout of Hugging Face, which `load_t5` reads as well.
+
+    Args:
+        directory: a directory, made if it is absent; a checkpoint in it is replaced,
+            file by file.
+        config: the model's configuration.
+        model: a model without adapters; see `adapters_jax.transforms.merge`.
+        max_shard_size: the largest number of bytes in a file; more are split over shards.
+        **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
+            model take precedence.
+    """
+    save_model(directory, {**more, **config.to_dict()}, model, NAMES, max_shard_size)

@@ -1,0 +1,328 @@
+"""The encoder-decoder (flax.nnx): an encoder reads the prompt, a decoder writes the completion.
+
+Reference: Raffel et al., Exploring the limits of transfer learning with a unified text-to-text
+transformer (2020), https://arxiv.org/abs/1910.10683
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from adapters_jax.finetune.models.decoder.layers import RMSNorm
+from adapters_jax.finetune.models.parts.attention import Choice, attention_function
+from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
+from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
+from adapters_jax.finetune.models.parts.layers import check_tokens
+from adapters_jax.finetune.models.t5.config import T5Config
+from adapters_jax.finetune.models.t5.layers import Bias, Hidden, Seen, T5Layer
+from adapters_jax.finetune.models.t5.positions import relative_buckets
+from adapters_jax.trace.masks import Mask
+
+Ids = Int[Array, "batch length"]
+
+
+class T5Cache(NamedTuple):
+    """What the decoder has read.
+
+    Attributes:
+        own: the keys and values of its tokens.
+        keys: those of the encoder's hidden states, for each layer; one array if they are scanned.
+        values: likewise.
+        seen: the mask of these hidden states.
+    """
+
+    own: Cache
+    keys: Any
+    values: Any
+    seen: Bool[Array, "batch 1 1 source"]
+
+    def row_axes(self) -> "T5Cache":
+        """The axis of the rows of each array; see `Cache.row_axes`."""
+        own = self.own.row_axes()
+        axis = jax.tree.leaves(own.keys)[0]
+        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
+        return T5Cache(own, keys, values, 0)  # type: ignore[arg-type]
+
+
+class T5Stack(nnx.Module):
+    """Blocks that share the biases of positions, and the norm after the last one."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        length: int,
+        causal: bool,
+        attention_fn: Callable[..., Array],
+        remat: bool | str,
+        scan: bool,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        factor = config.initializer_factor
+
+        def linear(inputs: int, outputs: int, std: float, *, rngs: nnx.Rngs) -> nnx.Linear:
+            init = nnx.initializers.normal(factor * std)
+            sizes = inputs, outputs
+            return nnx.Linear(*sizes, use_bias=False, kernel_init=init, rngs=rngs, **types)
+
+        norm = partial(RMSNorm, config.d_model, epsilon=config.layer_norm_epsilon, **types)
+
+        def block(rngs: nnx.Rngs) -> T5Layer:
+            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
+            return T5Layer(config, *parts, attention_fn, dtype, crosses=causal)
+
+        self.config, self.causal, self.length = config, causal, length
+        self.remat = remat
+        init = nnx.initializers.normal(factor * config.d_model**-0.5)
+        sizes = config.relative_attention_num_buckets, config.num_heads
+        self.position_bias = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
+        self.layers = (
+            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
+        )
+        self.norm = norm(rngs=rngs)
+
+    def __call__(
+        self, x: Hidden, mask: Seen | None, source: Hidden | None = None, seen: Seen | None = None
+    ) -> Hidden:
+        """Computes the hidden states after the last norm; see `T5Layer`."""
+        at = jnp.arange(x.shape[1])[None]
+        context = mask, self.bias(at, at), source, seen
+        return self.norm(run_nnx(self.layers, x, [context], self._kinds, remat=self.remat))
+
+    def bias(self, at: Int[Array, "#batch length"], keys_at: Int[Array, "#batch keys"]) -> Bias:
+        """The biases of the scores of queries and keys at these positions."""
+        distance = keys_at[:, None, :] - at[:, :, None]
+        config = self.config
+        buckets = relative_buckets(
+            distance,
+            self.causal,
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+        )
+        return jnp.moveaxis(self.position_bias(buckets), -1, 1)
+
+    def read(self, source: Hidden, like: Cache) -> tuple[Any, Any]:
+        """The keys and values of every cross-attention, in the form of a cache's."""
+
+        def step(x: Array, layer: Any, *_: Any) -> tuple[Array, ...]:
+            return x, *layer.cross_attention.read(x)
+
+        return extend_nnx(step, self.layers, source, [()], self._kinds, like.keys, like.values)[1:]
+
+    def extend(
+        self, x: Hidden, attention_mask: Num[Array, "batch length"], cache: T5Cache
+    ) -> tuple[Hidden, T5Cache]:
+        """Computes the hidden states of further tokens, and extends the cache by them."""
+        start = cache.own.used
+        own, positions, mask = cache.own.reserve(attention_mask)
+        context = mask, self.bias(positions, own.positions)
+
+        def step(x: Array, layer: Any, context: Any, keys: Any, values: Any) -> tuple[Array, ...]:
+            (key, source_key), (value, source_value) = keys, values
+            memory = LayerCache(key, value, start)
+            x = layer(x, *context, (source_key, source_value), cache.seen, memory)
+            return x, memory.key, memory.value
+
+        both: Any = (own.keys, cache.keys), (own.values, cache.values)
+        if isinstance(self.layers, nnx.List):  # a pair for each layer
+            both = [tuple(zip(*pair, strict=True)) for pair in both]
+        x, keys, values = extend_nnx(step, self.layers, x, [context], self._kinds, *both)
+        return self.norm(x), cache._replace(own=own._replace(keys=keys, values=values))
+
+    @property
+    def _kinds(self) -> tuple[int, ...]:
+        """All blocks are of one kind."""
+        return (0,) * self.length
+
+
+class T5(nnx.Module):
+    """The language model.
+
+    It has no dropout: `dropout_rate` of a `config.json` has no effect.
+
+    Args:
+        config: the model's shape.
+        dtype: the computation dtype; None means that of inputs and parameters together.
+        param_dtype: the dtype of the parameters.
+        attention: "auto" or "dense", or the attention function of every layer; see
+            `attention_function` and `T5Attention`. Kernels have no biases of positions, so "auto"
+            takes one in cross-attention alone.
+        remat: True recomputes each block in the backward pass instead of storing its activations;
+            the name of a policy in `blocks.POLICIES` stores some of them.
+        scan: whether the `layers` of encoder and decoder are one block each, with leaves stacked on
+            their first axis, instead of lists of blocks.
+        rngs: the random numbers of the initial parameters.
+
+    Raises:
+        UserError: `attention` or `remat` is none of the choices.
+
+    Example:
+        >>> config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+        >>> def logits(prompt, completion):
+        ...     return T5(config, rngs=nnx.Rngs(0))(prompt, decoder_input_ids=completion)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]]), jnp.array([[0, 5]])).shape
+        (1, 2, 16)
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        attention: Choice = "auto",
+        remat: bool | str = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_remat(remat)
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        init = nnx.initializers.normal(config.initializer_factor)
+        self.config = config
+        self.dtype = dtype
+        self.scan = scan
+        self.embeddings = nnx.Embed(
+            config.vocab_size, config.d_model, embedding_init=init, rngs=rngs, **types
+        )
+        attention_fn = attention_function(attention)
+        options: tuple[Any, ...] = attention_fn, remat, scan, dtype, param_dtype, rngs
+        self.encoder = T5Stack(config, config.num_layers, False, *options)
+        self.decoder = T5Stack(config, config.decoder_layers, True, *options)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Linear(
+                config.d_model,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=init,
+                rngs=rngs,
+                **types,
+            )
+
+    def __call__(
+        self,
+        input_ids: Ids,
+        attention_mask: Num[Array, "batch length"] | None = None,
+        decoder_input_ids: Int[Array, "batch written"] | None = None,
+        decoder_attention_mask: Num[Array, "batch written"] | None = None,
+    ) -> Float[Array, "batch written vocab"]:
+        """Computes float32 logits of the decoder's next token; the arguments are those of `hidden`.
+
+        Returns:
+            The logits, of shape `(batch, written, vocab)`.
+        """
+        return self.logits(
+            self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        )
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Computes float32 logits of the decoder's hidden states."""
+        if self.config.tie_word_embeddings:
+            logits = self.embeddings.attend(hidden * self.config.d_model**-0.5)
+        else:
+            logits = self.head(hidden)
+        return logits.astype(jnp.float32)
+
+    def hidden(
+        self,
+        input_ids: Ids,
+        attention_mask: Num[Array, "batch length"] | None = None,
+        decoder_input_ids: Int[Array, "batch written"] | None = None,
+        decoder_attention_mask: Num[Array, "batch written"] | None = None,
+    ) -> Float[Array, "batch written d"]:
+        """Computes the decoder's hidden states after the last norm.
+
+        Args:
+            input_ids: the token ids that the encoder reads.
+            attention_mask: 1 for tokens and 0 for padding, of any dtype.
+            decoder_input_ids: the token ids that the decoder reads, see `shifted`; by default
+                `input_ids` shifted, so that it learns to repeat them.
+            decoder_attention_mask: the mask of these.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = self.shifted(input_ids)
+        encoded = self.encode(input_ids, attention_mask)
+        return self.decode(decoder_input_ids, encoded, attention_mask, decoder_attention_mask)
+
+    def shifted(self, labels: Ids) -> Ids:
+        """What the decoder reads to predict labels: the start token, and all but the last one.
+
+        Labels below 0, which have no loss, become the start token.
+        """
+        start = self.config.decoder_start_token_id
+        first = jnp.full_like(labels[:, :1], start)
+        return jnp.concatenate([first, jnp.where(labels < 0, start, labels)[:, :-1]], axis=1)
+
+    def encode(
+        self, input_ids: Ids, attention_mask: Num[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch length d"]:
+        """Computes the encoder's hidden states after its last norm; see `hidden`."""
+        check_tokens(input_ids, attention_mask)
+        return self.encoder(self.embeddings(input_ids), Mask.of(attention_mask))
+
+    def decode(
+        self,
+        decoder_input_ids: Int[Array, "batch written"],
+        encoded: Float[Array, "batch length d"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        decoder_attention_mask: Num[Array, "batch written"] | None = None,
+    ) -> Float[Array, "batch written d"]:
+        """Computes the decoder's hidden states; `encoded` is from `encode`, see `hidden`."""
+        check_tokens(decoder_input_ids, decoder_attention_mask)
+        mask = Mask.of(decoder_attention_mask, causal=True)
+        x = self.embeddings(decoder_input_ids)
+        return self.decoder(x, mask, encoded, Mask.of(attention_mask))
+
+    def read_prompts(
+        self, input_ids: Ids, attention_mask: Num[Array, "batch length"], slots: int
+    ) -> tuple[Int[Array, "batch 1"], Bool[Array, "batch 1"], T5Cache]:
+        """Reads prompts with the encoder, for a decoder that has written nothing yet.
+
+        Args:
+            input_ids: the prompts.
+            attention_mask: 1 for tokens and 0 for padding.
+            slots: the largest number of tokens that the decoder reads.
+
+        Returns:
+            The tokens with which the decoder begins, their mask, and the cache for `extend`.
+        """
+        config, batch = self.config, len(input_ids)
+        encoded = self.encode(input_ids, attention_mask)
+        sizes = config.decoder_layers, batch, slots, config.num_heads, config.d_kv
+        own = Cache.empty(*sizes, encoded.dtype, stacked=self.scan)
+        keys, values = self.decoder.read(encoded, own)
+        seen = (attention_mask != 0)[:, None, None, :]
+        first = jnp.full((batch, 1), config.decoder_start_token_id, jnp.int32)
+        return first, jnp.ones((batch, 1), bool), T5Cache(own, keys, values, seen)
+
+    def extend(
+        self,
+        input_ids: Int[Array, "batch written"],
+        attention_mask: Num[Array, "batch written"],
+        cache: T5Cache,
+    ) -> tuple[Float[Array, "batch written d"], T5Cache]:
+        """Computes the decoder's hidden states of further tokens, and extends the cache by them.
+
+        Args:
+            input_ids: token ids; the earlier ones are in the cache.
+            attention_mask: 1 for tokens and 0 for padding.
+            cache: from `read_prompts` or an earlier call. It must have room for the tokens; only
+                the first call can check that.
+
+        Returns:
+            The hidden states after the last norm, and the extended cache.
+        """
+        check_tokens(input_ids, attention_mask)
+        return self.decoder.extend(self.embeddings(input_ids), attention_mask, cache)
+
+
+def abstract_t5(config: T5Config, **options: Any) -> T5:
+    """Returns a model without arrays; the options are those of `T5`."""
+    return nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0), **options))

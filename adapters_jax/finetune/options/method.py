@@ -1,0 +1,259 @@
+"""The flags that choose a recipe, for every command that takes one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapters_jax.errors import FileSystemError, UserError, file_errors
+from adapters_jax.finetune.options.flags import flag, given
+
+if TYPE_CHECKING:
+    from adapters_jax.recipe import Recipe
+
+HEAD_ONLY = "head-only"
+WIDEST = 64  # the width m of bottlenecks up to which the learning rates of the presets hold
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A value of `--method`: the recipe it makes, its flags, and the defaults of its training.
+
+    Attributes:
+        make: makes the recipe from the values of the flags.
+        flags: the fields of `MethodOptions` that the method takes.
+        learning_rate: the default learning rate.
+        epochs: the default number of epochs.
+        head_learning_rate: the default learning rate of the head, which starts from random values;
+            None for the learning rate of the rest.
+        dropout: the default dropout of the base model; None for the checkpoint's own. Methods that
+            train few parameters for few epochs learn more without dropout.
+        paper: the number on arXiv of the paper of the recipe; by default those of its methods.
+    """
+
+    make: Callable[..., Recipe]
+    flags: tuple[str, ...]
+    learning_rate: float
+    epochs: float = 3.0
+    head_learning_rate: float | None = 1e-2
+    dropout: float | None = 0.0
+    paper: str = ""
+
+
+def _published(name: str) -> Callable[..., Recipe]:
+    """The function of `presets` with this name, which is imported at the first call."""
+
+    def make(*arguments: Any, **fields: Any) -> Recipe:
+        from adapters_jax import presets
+
+        return getattr(presets, name)(*arguments, **fields)
+
+    return make
+
+
+def _full(*, head: str | None = None) -> Recipe:
+    return _published("full")()
+
+
+def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
+    return _published("last_layers")(layers, **fields)
+
+
+def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """Prompts in all layers but the lowest two, as in the paper."""
+    last = max(num_layers - 2, 1) if last is None else last
+    targets = f"{layer}/attention"
+    return _published("llama_adapter")(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
+def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
+    """Prompts in all layers, as in the paper."""
+    fields["length"] = fields.pop("prompt_length", 20)
+    last, targets = last or num_layers, f"{layer}/attention"
+    return _published("prefix_tuning")(last=last, num_layers=num_layers, targets=targets, **fields)
+
+
+_ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
+_PROMPT = ("prompt_length", "last", "init_std")
+_BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
+_LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
+_LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
+
+PRESETS = {
+    "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
+    "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
+    "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
+    "lora": Preset(_published("lora"), _LORA, 2e-3),
+    "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
+    "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
+    "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
+    "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
+    "layer-norms": Preset(_published("layer_norms"), (), 2e-3),
+    "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
+    "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
+    HEAD_ONLY: Preset(_published("head_only"), (), 1e-2, epochs=20.0, head_learning_rate=None),
+}
+MethodName = Literal[
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "lora",
+    "ia3",
+    "llama-adapter",
+    "prefix-tuning",
+    "bitfit",
+    "layer-norms",
+    "last-layers",
+    "full",
+    "head-only",
+]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What to add to the model, and what to train of it.
+
+    Args:
+        method: a published recipe; its fields are the flags below, with the paper's defaults.
+        recipe: a recipe as a JSON file, instead of --method and its fields.
+        bottleneck_dim: width m of bottleneck adapters; 64 by default.
+        reduction_factor: m as a fraction of the model's width, d / reduction_factor.
+        activation: between the projections of a bottleneck: gelu, relu, silu, tanh, ...
+        init_std: standard deviation of the initial bottleneck kernels, by default 0.01, or of the
+            initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
+        scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
+        layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
+        rank: r of LoRA; 8 by default.
+        alpha: LoRA scales by alpha / r; the rank by default.
+        a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa, which
+            takes A and B from the principal components of the weight.
+        rank_stabilized: LoRA scales by alpha / sqrt(r) instead of alpha / r.
+        rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
+        alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
+        dora: LoRA with a trained norm for every output (DoRA).
+        bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
+        adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's input.
+        targets: patterns of the modules to adapt, such as "**/{query,value}".
+        feed_forward: for ia3, patterns of the modules whose input is scaled; by default the last
+            projections of the feed-forward layers.
+        layers: number of layers that last-layers trains; 2 by default.
+        prompt_length: tokens in a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
+        last: number of layers with prompts, from the top; by default all, for llama-adapter all
+            but two.
+        gate: for llama-adapter, one gate for each "head" or one for the "layer".
+        gate_activation: for llama-adapter, tanh or identity.
+    """
+
+    method: MethodName = "houlsby"
+    recipe: Path | None = None
+    bottleneck_dim: int | None = None
+    reduction_factor: float | None = None
+    activation: str | None = None
+    init_std: float | None = None
+    scale: float | None = None
+    layer_norms: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    a_init: str | None = None
+    rank_stabilized: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    dora: bool = False
+    bias: str | None = None
+    adapter_dropout: float | None = None
+    targets: tuple[str, ...] = ()
+    feed_forward: tuple[str, ...] = ()
+    layers: int | None = None
+    prompt_length: int | None = None
+    last: int | None = None
+    gate: str | None = None
+    gate_activation: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the method in tables and directories."""
+        return self.method if self.recipe is None else self.recipe.stem
+
+    @property
+    def learning_rate(self) -> float:
+        """The default rate: that of the preset, times sqrt(64 / m) if --bottleneck-dim is above 64.
+
+        At m = 256, the rate of m = 64 learns nothing of CoLA: `benchmarks tradeoff-cola`.
+
+        Example:
+            >>> MethodOptions("houlsby").learning_rate
+            0.002
+            >>> MethodOptions("houlsby", bottleneck_dim=256).learning_rate
+            0.001
+        """
+        width = max(self.bottleneck_dim or WIDEST, WIDEST)
+        return PRESETS[self.method].learning_rate * math.sqrt(WIDEST / width)
+
+    def build(
+        self, *, head: str | None = None, num_layers: int = 0, layer: str = "**/layer_{}"
+    ) -> Recipe:
+        """Builds the recipe.
+
+        Args:
+            head: path of the task's head, which always trains.
+            num_layers: number of layers of the model, for methods that count layers.
+            layer: pattern of one layer of the model, with `{}` for its number.
+
+        Raises:
+            UserError: a flag belongs to another method, a field is out of its range, or the
+                recipe file is not valid.
+            FileSystemError: the recipe file cannot be read.
+
+        Example:
+            >>> MethodOptions("lora", rank=4).build()
+            Recipe(
+              LoRA(targets=('**/{query,value}',), rank=4),
+            )
+        """
+        fields = given(self)
+        fields.pop("method", None)
+        if self.recipe is not None:
+            return self._from_file(self.recipe, head)
+        preset = PRESETS[self.method]
+        foreign = [flag(name) for name in fields if name not in preset.flags]
+        if foreign:
+            known = ", ".join(map(flag, preset.flags)) or "none"
+            raise UserError(
+                f"{', '.join(foreign)}: no field of --method {self.method}; its fields are {known}"
+            )
+        if "adapter_dropout" in fields:
+            fields["dropout"] = fields.pop("adapter_dropout")
+        if self.method in ("last-layers", "llama-adapter", "prefix-tuning"):
+            fields |= {"num_layers": num_layers, "layer": layer}
+        return preset.make(**fields, head=head)
+
+    def _from_file(self, path: Path, head: str | None) -> Recipe:
+        """Reads the recipe of a file, and adds the head, which would stay random untrained."""
+        from adapters_jax.presets import head_only
+        from adapters_jax.recipe import Recipe
+
+        others = [flag(name) for name in given(self) if name != "recipe"]
+        if others:
+            raise UserError(
+                f"--recipe {path} holds all settings of the method; put {', '.join(others)} into "
+                "that file instead"
+            )
+        try:
+            with file_errors(path):
+                data = path.read_bytes()
+        except FileSystemError as error:
+            known = str(path) in PRESETS
+            raise FileSystemError(
+                f"--recipe {error}; expected a JSON file, as Recipe.to_json writes it"
+                + (f"; for the published recipe, write --method {path}" if known else "")
+            ) from error
+        try:
+            recipe = Recipe.from_json(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--recipe {path} is not UTF-8, expected a JSON file") from error
+        except UserError as error:
+            raise UserError(f"--recipe {path}: {error}") from error
+        return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe

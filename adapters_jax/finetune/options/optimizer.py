@@ -1,0 +1,158 @@
+"""The flags of the optimiser, and the schedule and optax chain that they become."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapters_jax.errors import UserError, check_number, check_size
+from adapters_jax.finetune.options.flags import flag
+from adapters_jax.finetune.options.method import PRESETS
+
+if TYPE_CHECKING:
+    import optax
+
+    from adapters_jax.recipe import Recipe
+
+MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How to train: AdamW, with a linear warm-up and a linear decay to zero.
+
+    Args:
+        learning_rate: the highest learning rate; by default the method's own, and for an m of
+            --bottleneck-dim above 64 that times sqrt(64 / m).
+        head_learning_rate: learning rate of an encoder's head, which starts from random values; by
+            default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
+        lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
+            default none.
+        epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, for
+            question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
+            a new head on an encoder, as many as make 340, at most 20 (`python -m benchmarks
+            defaults` is the source).
+        dropout: dropout of an encoder; by default none, for full and last-layers the checkpoint's.
+        batch_size: rows in a step, or packed sequences of a decoder; by default 32, for
+            question-answering 8, for a decoder 4.
+        accumulate: number of parts that a batch is computed in, one by one, to save memory.
+        weight_decay: weight decay of trained parameters other than biases and layer norms.
+        warmup: fraction of the steps in which the learning rate rises.
+        clip: largest global norm of a gradient; 0 for no clipping.
+        evaluations: number of times in an epoch that the dev rows are scored.
+    """
+
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    lora_plus: float | None = None
+    epochs: float | None = None
+    dropout: float | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    evaluations: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "evaluations"):
+            if getattr(self, name) is not None:
+                check_size("the optimizer", flag(name), getattr(self, name))
+        for name in ("learning_rate", "head_learning_rate", "lora_plus", "epochs"):
+            if getattr(self, name) is not None:
+                check_number("the optimizer", flag(name), getattr(self, name))
+        for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
+            check_number("the optimizer", flag(name), getattr(self, name), high=high, closed=True)
+        if self.dropout is not None:
+            check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
+        if self.batch_size is not None and self.batch_size % self.accumulate:
+            raise UserError(
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
+            )
+
+    def of(self, method: str) -> OptimizerOptions:
+        """Fills in a method's defaults for training an encoder."""
+        preset = PRESETS[method]
+        rate = self.learning_rate or preset.learning_rate
+        return dataclasses.replace(
+            self.of_decoder(method, batch_size=32),
+            head_learning_rate=self.head_learning_rate or preset.head_learning_rate or rate,
+            dropout=preset.dropout if self.dropout is None else self.dropout,
+        )
+
+    def of_decoder(self, method: str, batch_size: int = 4) -> OptimizerOptions:
+        """Fills in a method's defaults for training a decoder, which has no head or dropout."""
+        preset = PRESETS[method]
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate or preset.learning_rate,
+            epochs=self.epochs or preset.epochs,
+            batch_size=self.batch_size or batch_size,
+        )
+
+    def of_few_rows(self, least: int, epoch: int) -> OptimizerOptions:
+        """Raises the epochs until they make a number of steps, or are 20.
+
+        Args:
+            least: the number of steps.
+            epoch: the steps of an epoch.
+
+        Example:
+            >>> OptimizerOptions(epochs=3.0).of_few_rows(340, 29).epochs
+            12.0
+            >>> OptimizerOptions(epochs=3.0).of_few_rows(340, 200).epochs
+            3.0
+        """
+        enough = min(-(-least // epoch), MOST_EPOCHS)
+        if self.steps(epoch) >= least or enough <= (self.epochs or 1):
+            return self
+        return dataclasses.replace(self, epochs=float(enough))
+
+    def steps(self, epoch: int) -> int:
+        """The number of steps of a training, for epochs of `epoch` steps."""
+        return max(1, round((self.epochs or 1) * epoch))
+
+    def marks(self, epoch: int) -> set[int]:
+        """The steps after which dev is scored: evenly spread, with the last step."""
+        steps = self.steps(epoch)
+        count = max(1, round((self.epochs or 1) * self.evaluations))
+        return {-(-steps * n // count) for n in range(1, count + 1)}
+
+    def schedule(self, steps: int, peak: float) -> optax.Schedule:
+        """The learning rate by step, for a training of `steps` steps."""
+        import optax
+
+        warm = int(steps * self.warmup)
+        rise = optax.linear_schedule(0.0, peak, warm + 1)
+        fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
+        return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
+
+    def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
+        """Makes the optimiser of what a recipe trains, for a training of `steps` steps."""
+        import optax
+
+        from adapters_jax.presets import HEAD
+        from adapters_jax.training.optimizers import freeze_base
+
+        def adamw(peak: float | None) -> optax.GradientTransformation:
+            schedule = self.schedule(steps, peak or 0.0)
+            return optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
+
+        rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
+        groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
+        if self.lora_plus not in (None, 1.0):  # older runs store 1.0 for none
+            groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
+        tx = freeze_base(adamw(self.learning_rate), recipe, groups)
+        return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+
+
+def _decays(params: Any) -> Any:
+    """True for each parameter that decays: all but biases and the scales of layer norms."""
+    import jax
+
+    from adapters_jax.trees import path_of
+
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, _: path_of(key_path).rpartition("/")[2] not in ("bias", "scale"), params
+    )

@@ -1,0 +1,374 @@
+"""Reads a command line or a file of flags into a frozen dataclass, whose docstring is the help."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
+
+from adapters_jax.errors import UserError, file_errors, shown
+from adapters_jax.finetune.options.flags import flag
+from adapters_jax.finetune.options.stored import members, misfit
+from adapters_jax.spelling import field_of, unneeded
+from adapters_jax.texts import parse_json
+
+if TYPE_CHECKING:
+    import cyclopts
+
+CONFIG = "--config"
+EVERY = "Every command"  # the last heading of a help
+_FIRST = ("Options", "Comparison", "Model", "Data", "Method")  # the first ones
+_DASH = "\N{FIGURE DASH}"  # stands for a lone -, which cyclopts takes for an option
+
+
+class UsageError(UserError):
+    """The command does not have a flag, or cannot read its value."""
+
+
+def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -> Any:
+    """Makes a command from the words of a command line.
+
+    Args:
+        command: a dataclass; the fields of nested dataclasses are flags as well. The fields that
+            its attribute `positional` names are given without a flag.
+        flags: the words of the command line. `--config` names a TOML or JSON file of flags; a flag
+            on the line overrides the file's.
+        prog: the name of the command in its help.
+        about: the text above the flags in the help.
+
+    Returns:
+        The command; None if the flags ask for help, which is printed.
+
+    Raises:
+        UsageError: the command does not have a flag, or cannot read its value or the file.
+
+    Example:
+        >>> from adapters_jax.finetune.options.optimizer import OptimizerOptions
+        >>> parse(OptimizerOptions, ["--clip=0.5"]).clip
+        0.5
+        >>> parse(OptimizerOptions, ["--clp=0.5"])
+        Traceback (most recent call last):
+        adapters_jax.finetune.options.parsing.UsageError: Unknown option: --clp. Did you ...
+    """
+    import cyclopts
+
+    for word in flags:
+        if not word.isascii() and "\\udc" in ascii(word):  # how Python keeps bytes of no text
+            raise UsageError(f"{word} is not UTF-8; give names and texts in UTF-8")
+    leaves = list(_leaves(command))
+    app, config = _app(command, leaves, prog, about), _config_file(flags)
+    if config is not None:
+        values = _read_config(config, {leaf.name: leaf for leaf in leaves})
+        app.config = (cyclopts.config.Dict(values, source=str(config), use_commands_as_keys=False),)
+    try:
+        return app([_DASH if word == "-" else word for word in flags])
+    except cyclopts.CycloptsError as error:
+        error.verbose = False
+        message = (
+            _absent(error, flags) or _of_another_library(error, leaves) or _without_flag(error)
+        )
+        raise UsageError(message or str(error).rstrip(".")) from None
+
+
+def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
+    """What an error says of a flag, or a word without one, that is absent; None of other errors."""
+    import cyclopts
+
+    argument = error.argument
+    if not isinstance(error, cyclopts.MissingArgumentError) or argument is None:
+        return None
+    if any(word.partition("=")[0] == argument.name for word in flags):
+        return None
+    name = argument.name if argument.index is None else argument.field_info.name.upper()
+    return f"{name} is missing: {argument.parameter.help}".rstrip(".")
+
+
+def _without_flag(error: cyclopts.CycloptsError) -> str | None:
+    """What an error says of words that no flag takes; None of other errors."""
+    import cyclopts
+
+    if not isinstance(error, cyclopts.UnusedCliTokensError):
+        return None
+    words = ", ".join(map(repr, error.unused_tokens or ()))
+    return f"no flag takes {words}; a value follows its flag"
+
+
+def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) -> str | None:
+    """Our flag for one that other libraries' scripts have; None of other errors."""
+    import cyclopts
+
+    if not isinstance(error, cyclopts.UnknownOptionError) or error.token.keyword is None:
+        return None
+    word = error.token.keyword.partition("=")[0]
+    field, _, value = (field_of(word) or "").partition(" ")
+    names = {leaf.name for leaf in leaves}
+    if field.rstrip(",") in names:
+        return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
+    if "epochs" in names and (reason := unneeded(word)):
+        return f"Unknown option: {word}. Leave it out: {reason}"
+    return None
+
+
+def completion(
+    prog: str, commands: Mapping[str, Any], about: Callable[[Any], str], shell: Any
+) -> str:
+    """The script with which a shell completes the commands and flags of a program.
+
+    Args:
+        prog: the name of the program.
+        commands: the dataclasses of its commands, by name.
+        about: the text of a command's help.
+        shell: "bash", "zsh" or "fish".
+    """
+    import cyclopts
+
+    program = cyclopts.App(name=prog, help_format="plaintext")
+    for name, command in commands.items():
+        app = _app(command, list(_leaves(command)), name, about(command).partition("\n")[0])
+        program.command(app)
+    return program.generate_completion(prog_name=prog, shell=shell)
+
+
+class _Leaf(NamedTuple):
+    """One flag: a field of a command or of a nested dataclass.
+
+    Attributes:
+        path: the names of the fields that lead to it.
+        hint: the type of the field.
+        default: the value without the flag; `inspect.Parameter.empty` for a required flag.
+        help: the field's description in the docstring of its class.
+        group: the flag's heading in the help: by `groups` of its class, which maps headings to
+            names of fields, or the name of the field that nests it.
+    """
+
+    path: tuple[str, ...]
+    hint: Any
+    default: Any
+    help: str
+    group: str
+
+    @property
+    def name(self) -> str:
+        """The name of the field."""
+        return self.path[-1]
+
+    @property
+    def is_tuple(self) -> bool:
+        """Whether several words may follow the flag."""
+        return any(get_origin(member) is tuple for member in members(self.hint))
+
+    @property
+    def is_dict(self) -> bool:
+        """Whether the words after the flag are pairs."""
+        return any(get_origin(member) is dict for member in members(self.hint))
+
+
+def _leaves(
+    owner: Any, default: Any = None, path: tuple[str, ...] = (), group: str = "Options"
+) -> Iterator[_Leaf]:
+    hints, helps = get_type_hints(owner, include_extras=True), _helps(owner)
+    headings = _headings(owner)
+    for field in dataclasses.fields(owner):
+        hint, names = hints[field.name], (*path, field.name)
+        value = _default(field) if default is None else getattr(default, field.name)
+        if dataclasses.is_dataclass(hint):
+            inner = None if value is inspect.Parameter.empty else value
+            yield from _leaves(hint, inner, names, field.name.capitalize())
+        else:
+            heading = headings.get(field.name, group)
+            yield _Leaf(names, hint, value, helps.get(field.name, ""), heading)
+
+
+def _headings(owner: type) -> dict[str, str]:
+    """The headings of flags, by the `groups` of a class and its bases; --json has every command."""
+    groups = [vars(cls).get("groups", {}) for cls in owner.__mro__]
+    found = {name: title for each in groups for title, names in each.items() for name in names}
+    return {"json": EVERY, **found}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _helps(owner: type) -> dict[str, str]:
+    """The descriptions of fields in the docstrings of a class and its bases, each in one line."""
+    import docstring_parser
+
+    parsed = [docstring_parser.parse(c.__doc__ or "") for c in reversed(owner.__mro__)]
+    params = [param for docstring in parsed for param in docstring.params]
+    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
+
+
+def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclopts.App:
+    """Makes a cyclopts application of a command, which raises its errors."""
+    import cyclopts
+
+    positional = getattr(command, "positional", ())
+    titles = [leaf.group for leaf in leaves]
+    order = dict.fromkeys([*(title for title in _FIRST if title in titles), *titles])
+    groups = {
+        title: cyclopts.Group(title, sort_key=place)
+        for place, title in enumerate([*(title for title in order if title != EVERY), EVERY])
+    }
+    options = [_parameter(leaf, leaf.name in positional, groups[leaf.group]) for leaf in leaves]
+    extras = [
+        _extra(groups[EVERY], name, hint, default, text)
+        for name, hint, default, text in (
+            ("config", Path | None, None, "TOML or JSON file of flags, such as rank = 8."),
+            ("debug", bool, False, "show the traceback of a user error as well."),
+        )
+    ]
+
+    signature = inspect.Signature([*sorted(options, key=lambda p: p.kind), *extras])
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind(*args, **kwargs).arguments
+        return _build(command, {leaf.path: values.get(leaf.name, leaf.default) for leaf in leaves})
+
+    make.__signature__ = signature  # type: ignore[attr-defined]
+    app = cyclopts.App(
+        name=prog,
+        help=about,
+        help_format="plaintext",
+        version_flags=[],
+        print_error=False,
+        exit_on_error=False,
+        result_action="return_value",
+        group_commands=cyclopts.Group("Commands", show=False),
+    )
+    app.default(make)
+    return app
+
+
+def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.Parameter:
+    import cyclopts
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    about = cyclopts.Parameter(
+        help=leaf.help,
+        group=group,
+        negative_iterable=(),
+        negative_none=(),
+        show_default=leaf.default not in (None, (), False, ""),
+        consume_multiple=1 if leaf.is_dict or leaf.is_tuple else False,  # of them at least
+        allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last value counts
+        **_reading(leaf),
+    )
+    hint: Any = Annotated[leaf.hint, about]  # type: ignore[name-defined]
+    return inspect.Parameter(leaf.name, kind, annotation=hint, default=leaf.default)
+
+
+def _extra(
+    group: cyclopts.Group, name: str, hint: Any, default: Any, text: str
+) -> inspect.Parameter:
+    import cyclopts
+
+    about = cyclopts.Parameter(help=text, group=group, negative=())
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=Annotated[hint, about], default=default)
+
+
+def _reading(leaf: _Leaf) -> dict[str, Any]:
+    """Settings for flags that cyclopts would read in another way."""
+    if leaf.is_dict:
+        pairs = {"accepts_keys": False, "n_tokens": -1, "metavar": "PATTERN N..."}
+        return {**pairs, "converter": _pairs}
+    if {int, tuple[int, ...]} & {*members(leaf.hint)}:
+        return {"converter": _whole}
+    return {}
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
+    """Reads whole numbers; cyclopts would round other numbers."""
+    numbers = tuple(_number(token, int) for token in tokens)
+    return numbers if get_origin(kind) is tuple else numbers[0]
+
+
+def _pairs(kind: Any, tokens: Sequence[Any]) -> dict[str, Any]:
+    """Reads `PATTERN NUMBER PATTERN NUMBER` into a dictionary."""
+    if len(tokens) % 2:
+        words = " ".join(token.value for token in tokens)
+        named = f"{tokens[0].keyword}: " * (len(tokens) > 1)  # cyclopts names that of one word
+        raise UsageError(f"{named}expected PATTERN NUMBER PATTERN NUMBER ..., got {words}")
+    number = kind.__args__[1]
+    patterns, numbers = tokens[::2], tokens[1::2]
+    return {
+        p.value: _number(n, number, f"{n.keyword}: ")
+        for p, n in zip(patterns, numbers, strict=True)
+    }
+
+
+def _number(token: Any, kind: type, flag: str = "") -> Any:
+    try:
+        return kind(token.value)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{flag}expected {what}, got {token.value!r}") from None
+
+
+def _build(owner: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+    """Makes a dataclass from the values of its flags, by path."""
+    hints = get_type_hints(owner)
+    made = {path[0]: _dashed(value) for path, value in values.items() if len(path) == 1}
+    for name in {path[0] for path in values if len(path) > 1}:
+        inner = {path[1:]: x for path, x in values.items() if path[0] == name and len(path) > 1}
+        made[name] = _build(hints[name], inner)
+    return owner(**made)
+
+
+def _dashed(value: Any) -> Any:
+    """A value whose figure dashes are lone dashes again."""
+    if isinstance(value, tuple):
+        return tuple(_dashed(x) for x in value)
+    return type(value)("-") if str(value) == _DASH else value
+
+
+def _config_file(flags: Sequence[str]) -> Path | None:
+    """The file in `--config FILE` or `--config=FILE`."""
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
+        if word == CONFIG and following:
+            return Path(following)
+        if word.startswith(f"{CONFIG}="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+    """Reads a file of flags; returns the values by field, for cyclopts.
+
+    Raises:
+        UsageError: the file is neither TOML nor JSON, the command does not have a key, or a value
+            has the wrong type.
+    """
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": parse_json}
+    if path.suffix not in readers:
+        raise UsageError(f"{CONFIG} {path}: unknown suffix {path.suffix!r}; use .toml or .json")
+    with file_errors(path):
+        data = path.read_bytes()
+    try:
+        values = readers[path.suffix](data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, expected names and values")
+    found, problems = {}, []
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        leaf = leaves.get(name) or leaves.get(f"{name}_")  # as `for_`, which Python has for --for
+        if leaf is None:
+            near = difflib.get_close_matches(name, leaves, 1)
+            problems.append(f"{key} is unknown" + (f", is it {near[0]}?" if near else ""))
+        elif expected := misfit(value, leaf.hint):
+            problems.append(f"{key}={shown(value)}, expected {expected}")
+        elif value is not None:
+            flat = [word for pair in value.items() for word in pair] if leaf.is_dict else value
+            found[leaf.name.rstrip("_")] = flat
+    if problems:
+        raise UsageError(f"{path}: {'; '.join(problems)}")
+    return found

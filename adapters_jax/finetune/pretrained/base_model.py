@@ -1,0 +1,99 @@
+"""Loads a base model of any family, with its parameter names in PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adapters_jax.files import hub
+from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files.identity import BaseIdentity, base_identity
+from adapters_jax.finetune.models.family import Family
+from adapters_jax.finetune.models.registry import family_of
+from adapters_jax.finetune.pretrained.locate import locate, read_config, sha256_of
+from adapters_jax.presets import HEAD
+
+
+def load_base_model(name: str, width: int | None = None, pooling: str | None = None) -> BaseModel:
+    """Loads a base model of any family.
+
+    Args:
+        name: a pinned model, a directory, a GGUF file, or an id on the Hub.
+        width: the number of outputs of an encoder's head; None loads the base without a head.
+        pooling: the pooling that the head reads; see `load_encoder`.
+
+    Returns:
+        The base with its names, identity and checksum; the head's parameters are zeros.
+
+    Raises:
+        UserError: files are absent, or no family reads the checkpoint.
+        AssetError: the pinned model could not be fetched.
+    """
+    files, values = locate(name), read_config(name)
+    family = family_of(values, name)
+    config: Any
+    params: Any
+    classifier = family.headed(pooling)
+    if classifier is None:
+        config, params = family.load(files)
+    else:
+        config, params = classifier.load(files, pooling, absent=True)
+    classifies = classifier is not None and width is not None
+    if family.kind == "vision":
+        pooling = config.pooling
+    if classifier is not None and width is not None:
+        model = classifier.build(config, width, pooling or "mean")
+        example = family.example(config)
+        head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
+        head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
+        params = {classifier.base: params, HEAD: head}
+    public = None if Path(name).exists() else hub.split(name)[0]
+    return described(
+        name,
+        family,
+        values["model_type"],
+        params,
+        heads=heads_of(family, config),
+        identity=base_identity(params, id=public, config=config.identity()),
+        sha256=sha256_of(files),
+        classifies=classifies,
+        pooling=pooling,
+    )
+
+
+def described(
+    name: str,
+    family: Family,
+    model_type: str,
+    params: Any,
+    *,
+    heads: tuple[int, int],
+    identity: BaseIdentity,
+    sha256: str,
+    classifies: bool,
+    pooling: str | None,
+) -> BaseModel:
+    """A base whose parameters are there already, with what its family says; see `BaseModel`."""
+    classifier = family.headed(pooling)
+    return BaseModel(
+        name,
+        family.kind,
+        classifier.names if classifier and classifies else family.names,
+        family.prefixes[model_type],
+        params,
+        heads=heads,
+        identity=identity,
+        sha256=sha256,
+        classifies=classifies,
+        pooling=pooling,
+        model_type=model_type,
+        one_layer=classifier is not None and model_type in classifier.one_layer,
+    )
+
+
+def heads_of(family: Family, config: Any) -> tuple[int, int]:
+    """A decoder's numbers of heads of queries and of keys; of other models, zeros."""
+    return (config.num_attention_heads, config.kv_heads) if family.kind == "decoder" else (0, 0)

@@ -1,0 +1,242 @@
+"""A pretrained encoder with its tokenizer, ready to adapt."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adapters_jax.errors import BaseFileError, UserError, check_choice
+from adapters_jax.files.base_model import MASKED
+from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.finetune.base_files.huggingface import read_json
+from adapters_jax.finetune.data.batches import Row, encode
+from adapters_jax.finetune.data.pixels import Preprocessing
+from adapters_jax.finetune.data.tables import Texts
+from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.models.family import Classifier
+from adapters_jax.finetune.pretrained.locate import (
+    DTYPES,
+    check_vocabulary,
+    find_family,
+    identity_of,
+    locate,
+    read_tokenizer,
+    sha256_of,
+)
+from adapters_jax.presets import HEAD
+from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.quantize import quantize as quantize_params
+from adapters_jax.trees import merge_trees, partition
+from adapters_jax.weights.quantized import is_quantized
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder.
+
+    Attributes:
+        architecture: the record of its family's classification model.
+        config: its configuration.
+        params: its parameters without a head, float32 or quantised.
+        tokenizer: its tokenizer; None if it reads images.
+        pooling: what the head reads; see `load_encoder`.
+        dtype: the computation dtype.
+        sha256: the checksum of the weights' files; it shows an adapter loaded onto another base.
+        identity: its identity, as an adapter's manifest stores it.
+        attention: "auto", "dense" or "flash".
+        head: the head that the checkpoint has itself; None if a new one is made.
+    """
+
+    architecture: Classifier
+    config: Any
+    params: Any
+    tokenizer: Any
+    pooling: str
+    dtype: str
+    sha256: str
+    identity: BaseIdentity
+    attention: str = "auto"
+    head: Any = None
+
+    @property
+    def features(self) -> int:
+        """The number of features that a head reads."""
+        return self.config.hidden_size
+
+    @property
+    def example(self) -> Any:
+        """The least input of the model."""
+        return jnp.zeros((1, 1), jnp.int32)
+
+    def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
+        """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
+        config = self.config
+        if dropout is not None:
+            names = [field.name for field in dataclasses.fields(config) if "dropout" in field.name]
+            config = dataclasses.replace(config, **dict.fromkeys(names, dropout))
+        options = {"dtype": jnp.dtype(self.dtype), "attention": self.attention}
+        return self.architecture.build(config, width, self.pooling, **options)
+
+    def init(self, width: int, key: Any) -> Any:
+        """Parameters of `classifier(width)`: the encoder's, and the head's, random if it is new."""
+        if self.head is not None:
+            return self.under(self.head)
+        model, ids = self.classifier(width), self.example
+        # Under jit, XLA drops the encoder's random initial values, which nothing reads.
+        head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
+        return self.under(head)
+
+    @property
+    def bare(self) -> tuple[nn.Module, Any]:
+        """The classifier and its parameters, with its own head or the identity.
+
+        With the identity, its outputs are what a head reads.
+        """
+        if self.head is not None:
+            return self.classifier(1), self.under(self.head)
+        width = self.features
+        identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
+        return self.classifier(width), self.under(identity)
+
+    def under(self, head: Any) -> Any:
+        """The parameters of the classifier: the encoder's and the head's."""
+        return {self.architecture.base: self.params, HEAD: head}
+
+    def quantized(self, dtype: str) -> Encoder:
+        """The same encoder with quantised weights; see `adapters_jax.transforms.quantize`."""
+        params, ids = self.init(1, jax.random.key(0)), self.example
+        targets = ("**", f"!{HEAD}")
+        params = quantize_params(self.classifier(1), params, ids, dtype=dtype, targets=targets)
+        return dataclasses.replace(self, params=params[self.architecture.base])
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens that the model has positions for."""
+        return self.config.max_position_embeddings - self.config.first_position
+
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError if the model has no positions for rows of this length."""
+        if max_length > self.longest:
+            raise UserError(
+                f"--max-length {max_length}: expected at most {self.longest}, the positions of the "
+                "model"
+            )
+
+    def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:
+        """Encodes texts to rows of token ids, and counts those truncated; see `batches.encode`."""
+        self.check_length(max_length)
+        return encode(self.tokenizer, texts, max_length)
+
+
+@dataclass(frozen=True)
+class ImageEncoder(Encoder):
+    """A pretrained encoder of images.
+
+    Attributes:
+        preprocessing: how its images are read.
+    """
+
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    @property
+    def features(self) -> int:
+        """The number of features that a head reads: of the first token, the patches, or both."""
+        return self.config.hidden_size * len(self.config.features)
+
+    @property
+    def example(self) -> Any:
+        """The least input of the model."""
+        shape = self.config.images(1)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of every image."""
+        return self.config.patches + 1
+
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError unless this is the length of an image."""
+        if max_length != self.longest:
+            raise UserError(
+                f"--max-length {max_length}: every image has {self.longest} tokens here; leave it "
+                "out"
+            )
+
+
+def load_encoder(
+    name: str,
+    pooling: str = "mean",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    attention: str = "auto",
+) -> Encoder:
+    """Loads an encoder.
+
+    Args:
+        name: "minilm" for the pinned asset, a directory, or an id on the Hugging Face Hub.
+        pooling: mean, cls, pooler; tokens, whose head reads the state of each token; or
+            `base_model.MASKED`, whose head predicts tokens. An encoder of images has its own.
+        dtype: the computation dtype, float32, bfloat16 or float16.
+        quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
+        attention: "auto", "dense" or "flash".
+
+    Raises:
+        UserError: files are absent, the checkpoint's family has no classifier, or the blocks of
+            the quantisation do not divide a weight.
+        MissingPackageError: quantising needs qwix, which is not installed.
+        AssetError: the pinned asset could not be fetched.
+    """
+    check_choice(f"the base {name}", "dtype", dtype, DTYPES)
+    family = find_family(name)
+    architecture = family.headed(pooling)
+    if architecture is None:
+        able = ", ".join(each.name for each in FAMILIES.values() if each.headed(pooling))
+        what = "masked language model" if pooling == MASKED else "classifier"
+        raise UserError(
+            f"{name!r} is of the family {family.name}, which has no {what}; expected one of {able}"
+        )
+    directory = locate(name)
+    config, params = architecture.load(directory, pooling)
+    read = architecture.read_head
+    head = read(directory, config, params["embeddings"]["word"]["embedding"]) if read else None
+    reads_images = family.kind == "vision"
+    pooling = config.pooling if reads_images else pooling
+    tokenizer = None if reads_images else read_tokenizer(directory)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size, directory)
+    sha256, identity = sha256_of(directory), identity_of(name, config)
+    parts = (architecture, config, params, tokenizer, pooling, dtype, sha256, identity, attention)
+    encoder = (
+        ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
+        if reads_images
+        else Encoder(*parts, head=head)
+    )
+    return encoder.quantized(quantize) if quantize else encoder
+
+
+def _preprocessing(directory: Path, config: Any) -> Preprocessing:
+    """The preprocessing of a checkpoint, which has to give images of its model's size."""
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        raise BaseFileError(
+            f"{str(directory)!r} lacks preprocessor_config.json; write it with transformers' "
+            "AutoImageProcessor.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    found = Preprocessing.from_dict(read_json(path))
+    found.check(config.image_size, config.image_size)
+    return found
+
+
+def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:
+    """Casts the frozen leaves of a tree to a dtype; the trained ones stay float32."""
+    trained, frozen = partition(params, recipe)
+    cast = jax.tree.map(lambda x: x.astype(dtype), frozen, is_leaf=is_quantized)
+    return merge_trees(trained, cast)

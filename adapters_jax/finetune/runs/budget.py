@@ -1,0 +1,137 @@
+"""Fits a run into a time: measures its steps, and chooses how many epochs there are."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.options.optimizer import MOST_EPOCHS, OptimizerOptions
+from adapters_jax.finetune.runs.loop import Trained, Training
+from adapters_jax.finetune.tasks.base import Problem
+from adapters_jax.training.step import make_train_step
+
+_SHARE = 0.9  # of the time; the rest is for what is not measured, such as the report
+_UNITS = {"h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(text: str) -> float:
+    """A time that people write, in seconds.
+
+    Raises:
+        UserError: it is none.
+
+    Example:
+        >>> seconds_of("1h30m"), seconds_of("90s"), seconds_of("2.5m")
+        (5400.0, 90.0, 150.0)
+    """
+    number = r"\d+(?:\.\d+)?"
+    found = re.fullmatch(rf"(?:({number})h)?(?:({number})m)?(?:({number})s)?", text)
+    parts = zip(found.groups() if found else (), _UNITS.values(), strict=False)
+    total = sum(float(part or 0) * unit for part, unit in parts)
+    if not 0 < total < float("inf"):
+        raise UserError(f"--budget {text!r}: expected a time such as 90s, 10m or 1h30m")
+    return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How long the parts of a run take, in seconds.
+
+    Attributes:
+        compile: compiling the step and the score.
+        epoch: the batches and the steps of an epoch.
+        score: scoring the dev rows.
+    """
+
+    compile: float
+    epoch: float
+    score: float
+
+    def total(self, epochs: float, evaluations: int) -> float:
+        """The seconds of a training, with its scores on dev and the one on test."""
+        return self.compile + epochs * self.epoch + (epochs * evaluations + 2) * self.score
+
+
+def fitted(
+    options: OptimizerOptions, cost: Cost, left: float, steps: int, budget: str
+) -> OptimizerOptions:
+    """Options with as many epochs as fit into a time, at most those asked for.
+
+    Args:
+        options: the settings of the training; without epochs, there are at most 20.
+        cost: what the parts take.
+        left: the seconds that are left.
+        steps: the steps of an epoch.
+        budget: the time as it was asked for.
+
+    Raises:
+        UserError: not even one step fits.
+    """
+    most = options.epochs or MOST_EPOCHS
+    room = _SHARE * left - cost.total(0, 0)
+    epochs = min(most, room / (cost.epoch + options.evaluations * cost.score))
+    if epochs * steps < 1:
+        least = cost.total(1 / steps, options.evaluations) / _SHARE - left
+        raise UserError(
+            f"--budget {budget}: one step needs about {least:.0f} s more than that; allow more "
+            "time, or take fewer or shorter rows"
+        )
+    return replace(options, epochs=max(1, int(epochs * steps)) / steps)
+
+
+def measured(
+    problem: Problem,
+    options: OptimizerOptions,
+    half: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cost:
+    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice.
+
+    Args:
+        problem: the problem to learn.
+        options: the settings of the training.
+        half: whether the model computes in float16.
+        clock: the time in seconds.
+    """
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = clock()
+        jax.block_until_ready(work())
+        return clock() - start
+
+    found = Trained(problem.metrics[0], lambda record: None, lambda state: None)
+    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), found, half)
+    state, step = training.state, make_train_step(problem.loss, accumulate=options.accumulate)
+    counts: Counter[Any] = Counter()
+    firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory
+
+    def make(number: int) -> None:
+        batch = problem.batch(number)
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        counts[shape] += 1
+        firsts.setdefault(shape, batch)
+
+    first = 0.0
+    epoch = sum((timed(partial(make, number)) for number in range(training.steps)), 0.0)
+    for shape, count in counts.items():
+        batch: Any = firsts[shape]
+        batch = shard_batch(batch, problem.mesh) if problem.mesh else batch
+
+        def advance(batch: Any = batch) -> Any:
+            nonlocal state
+            state, metrics = step(state, batch)
+            return metrics
+
+        compiled, each = timed(advance), timed(advance)
+        first, epoch = first + max(0.0, compiled - each), epoch + count * each
+    scored = [timed(lambda: problem.score(state, "dev")) for _ in range(2)]
+    return Cost(first, epoch, scored[1])

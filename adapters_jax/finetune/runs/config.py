@@ -1,0 +1,179 @@
+"""Writes and reads a run's `config.json`, and compares the settings of two runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.options.stored import from_plain, plain
+from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
+from adapters_jax.finetune.tasks import task_of
+from adapters_jax.recipe import Recipe, as_compared
+
+_TURNS = ("assistant", "last", "all")  # the values of --turns, which was --loss
+_ELSEWHERE = ("--runs=", "--name=")  # the run's directory, which is not among its options
+
+
+def shared_config(
+    options: RunOptions, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
+) -> dict[str, Any]:
+    """The part of `config.json` that runs on encoders and decoders share."""
+    if training.lora_plus not in (None, 1.0) and not any(m.slot == "lora" for m in recipe):
+        raise UserError(
+            f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
+        )
+    own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
+    path = Path(options.model)
+    model = str(path.resolve()) if path.exists() else options.model
+    return {
+        "model": model,
+        "base_sha256": sha256,
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "task": task.name,
+        "rows": {part: len(getattr(task, part)) for part in ("train", "dev", "test")},
+        "seed": options.seed,
+        "data": plain(options.data),
+        "method": options.method.title,
+        "recipe": json.loads(recipe.to_json()),
+        "optimizer": plain(training),
+        "data_sha256": _sha256(task),
+        "options": plain(RunOptions(**{**own, "model": model})),
+        "versions": _versions(),
+    }
+
+
+def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
+    """Reads the options that a run was started with.
+
+    Runs of older versions store them as the words of a command line, in `command`.
+
+    Raises:
+        RunError: an option is unknown or has the wrong type, or there are no options.
+    """
+    options, command = config.get("options"), config.get("command")
+    try:
+        if isinstance(options, dict):
+            return from_plain(RunOptions, _with_label(_with_turns(options)))
+        if isinstance(command, list):
+            words = [w for w in command if not w.startswith(_ELSEWHERE)]
+            was = {f"--loss={turns}": f"--turns={turns}" for turns in _TURNS}
+            return parse(RunOptions, [was.get(word, word) for word in words])
+    except UserError as error:
+        raise RunError(f"{run.config} is damaged: its options: {error}") from error
+    raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+
+
+def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
+    """Reads the passes and the learning rate of a run, which were defaults or options.
+
+    Raises:
+        RunError: they are absent, or of the wrong type.
+    """
+    stored = config.get("optimizer")
+    try:
+        kept = {name: stored[name] for name in ("epochs", "learning_rate")}  # type: ignore[index]
+        return from_plain(OptimizerOptions, kept)
+    except (LookupError, TypeError, UserError) as error:
+        raise RunError(f"{run.config} is damaged: its optimizer: {error}") from error
+
+
+def _with_turns(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which `turns` has its name, which is `loss` in older runs."""
+    if settings.get("loss") not in _TURNS:
+        return dict(settings)
+    return {"turns": settings["loss"], **{k: v for k, v in settings.items() if k != "loss"}}
+
+
+def _with_label(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose data have no label where it is the default, which older runs store."""
+    data = settings.get("data")
+    if not isinstance(data, dict) or data.get("label") != "label":
+        return dict(settings)
+    scored = data.get("task") == "sentence-embedding"  # its default is none
+    return {**settings, "data": data if scored else {**data, "label": None}}
+
+
+def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its options in the current form, for a comparison."""
+    others = {key: value for key, value in config.items() if key != "command"}
+    return {**others, "options": plain(read_options(run, config))}
+
+
+def check_unfinished(run: Run, config: dict[str, Any]) -> None:
+    """Raises RunError if the run is finished, or would stop again."""
+    if "summary" in config:
+        raise RunError(f"{run.path} is finished: see {run.report}")
+    if "stopped" in config:
+        raise RunError(f"{run.path} would stop again: {config['stopped']}")
+
+
+def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
+    """Raises RunError if a run would continue with other settings than it was started with."""
+    before = run.read_config(None)
+    check_unfinished(run, before)
+    differing = differences(comparable(run, before), comparable(run, config))
+    if "versions" in differing:
+        differing.remove("versions")
+        console.say(changed_versions(before, config))
+    if differing:
+        raise RunError(
+            f"{run.path} was started with another {', '.join(differing)} than there is now; put "
+            "that back, or start a new run"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the settings in which two configurations of runs differ.
+
+    A data option at its default is no difference, since newer versions have more of them. Nor is
+    `{a,b}` for `{a|b}` in a recipe.
+    """
+
+    def today(config: Mapping[str, Any]) -> dict[str, Any]:
+        stored = {**_with_label(_with_turns(json.loads(json.dumps(config)))), "format": FORMAT}
+        stored.pop("ways_out", None)  # it follows from the others
+        if isinstance(stored.get("data"), dict):  # its task is the task_type
+            stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+        stored["recipe"] = as_compared(stored.get("recipe"))
+        stored["task_type"] = stored.get("task_type") or task_of(stored).name
+        return stored
+
+    was, are = today(before), today(now)
+    return [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
+
+
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A sentence on the versions that changed since a run was started."""
+    was, are = before.get("versions"), now["versions"]
+    was = was if isinstance(was, Mapping) else {}
+    changed = ", ".join(f"{k} {was.get(k)} -> {are[k]}" for k in are if was.get(k) != are[k])
+    return f"{changed}: what follows may differ in the last digits"
+
+
+def _sha256(task: TaskData) -> str:
+    """The SHA-256 of all texts and labels."""
+    parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
+    text = json.dumps(parts, default=lambda labels: labels.tolist())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """The versions and the device that the figures of a run may depend on."""
+    packages = ("adapters-jax", "jax", "flax", "optax", "tokenizers")
+    found = {name: version(name) for name in packages}
+    return {**found, "python": platform.python_version(), "device": jax.devices()[0].device_kind}

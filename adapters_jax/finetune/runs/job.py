@@ -1,0 +1,325 @@
+"""The job of a run: trains a recipe, compares it with baselines, and reports the results."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from filelock import FileLock
+from jaxtyping import PRNGKeyArray
+
+from adapters_jax.auditing import Audit, audit
+from adapters_jax.files.adapter import save_adapter
+from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
+from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.finetune.console import Console, Progress, duration
+from adapters_jax.finetune.leaving import Way, sentences
+from adapters_jax.finetune.options.method import HEAD_ONLY
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.stored import plain
+from adapters_jax.finetune.pace import Speed
+from adapters_jax.finetune.report.findings import write_findings
+from adapters_jax.finetune.report.run import notes, results_table, write_report
+from adapters_jax.finetune.run_directory import Run
+from adapters_jax.finetune.runs.budget import fitted, measured, seconds_of
+from adapters_jax.finetune.runs.log import Record
+from adapters_jax.finetune.runs.loop import Saving, Trained, train
+from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.finetune.tasks import task_of
+from adapters_jax.finetune.tasks.base import (
+    NotFiniteError,
+    Prepared,
+    Problem,
+    TrainedHead,
+    Untrained,
+)
+from adapters_jax.finetune.tasks.metrics import load_metrics, show_metric
+from adapters_jax.finetune.tasks.views import Judged
+from adapters_jax.training.state import TrainState
+
+Result = dict[str, Any]  # a row of the table of results
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start; `prepare_run` makes it.
+
+    Attributes:
+        run: the directory of the run.
+        title: the name of the method in tables.
+        prepared: the problem and baselines that the task prepared.
+        optimizer: the settings of the training, with a learning rate and epochs.
+        seed: the seed of dropout and of the order of rows in baselines.
+        baselines: whether to compare with baselines.
+        config: the content of `config.json`.
+        console: the console to print to.
+        began: the time at which the command began, in seconds of `time.perf_counter`.
+        every: the number of steps between checkpoints.
+        lock: the lock of this process on the run; None before `open_run`.
+        ways: what the run can become.
+    """
+
+    run: Run
+    title: str
+    prepared: Prepared
+    optimizer: OptimizerOptions
+    seed: int
+    baselines: bool
+    config: dict[str, Any]
+    console: Console
+    began: float
+    every: int
+    lock: FileLock | None = None
+    ways: Sequence[Way] = ()
+
+    @property
+    def problem(self) -> Problem:
+        """The problem to learn."""
+        return self.prepared.problem
+
+    def __call__(self) -> None:
+        """Trains, compares, reports.
+
+        Raises:
+            StoppedError: a loss was not finite, a signal arrived, or the disk is full; the trained
+                adapter is saved.
+        """
+        try:
+            with Interrupts() as interrupts:
+                self._work(interrupts)
+        except NotFiniteError as error:
+            raise self._stopped(error) from error
+        except InterruptedRunError as error:
+            raise StoppedError(f"{error}; {self._again}", error.status) from error
+        except CheckpointError as error:
+            raise StoppedError(f"{error}; {self._again}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise StoppedError(f"{error}; make room, and {self._again}") from error
+        finally:
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Gives the run back, for another process or a continuation."""
+        if self.lock is not None:
+            self.run.unlock(self.lock)
+
+    @property
+    def _again(self) -> str:
+        return f"go on with: adapters-jax finetune --resume {shlex.quote(self.run.path.as_posix())}"
+
+    def _work(self, interrupts: Interrupts) -> None:
+        steps = self.optimizer.steps(len(self.problem.train))
+        tx = self.optimizer.make(steps, self.problem.recipe)
+        counts = audit(self.problem.model, self.problem.params, tx)
+        self.console.show(counts)
+        for line in sentences(self.ways):
+            self.console.say(line)
+        self.prepared.begin(self.run, self.console.progress)
+        self._in_budget()._train_and_report(counts, interrupts)
+
+    def _in_budget(self) -> Job:
+        """The job with as many epochs as fit into the time that was asked for, if one was."""
+        budget = self.config["options"]["budget"]
+        if budget is None:
+            return self
+        self.console.say("measuring the steps; they are compiled for it")
+        cost = measured(self.problem, self.optimizer, self.half)
+        rows = self.config["rows"]
+        baselines = self.prepared.baselines() if self.baselines else []
+        passes = sum(self._passes(each) for each in baselines)
+        beside = passes * cost.score * sum(rows.values()) / rows["dev"]
+        left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
+        steps = len(self.problem.train)
+        asked = replace(self.optimizer, epochs=self.config["options"]["optimizer"]["epochs"])
+        optimizer = fitted(asked, cost, left, steps, budget)
+        self.console.say(
+            f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
+        )
+        options = self.config["options"]
+        own = {**options["optimizer"], "epochs": optimizer.epochs}
+        config = {
+            **self.config,
+            "optimizer": plain(optimizer),
+            "options": {**options, "budget": None, "optimizer": own},
+        }
+        self.run.write_config(config)  # what continues the run has the same epochs
+        return replace(self, optimizer=optimizer, config=config)
+
+    def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
+        with Checkpoints(self.run.checkpoints) as checkpoints:
+            saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
+            found, results, judged = self.train_all(saving)
+        interrupts.check()
+        summary: dict[str, Any] = {
+            "run": self.run.path.as_posix(),
+            "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
+            "trainable_parameters": counts.trainable_parameters,
+            "best_step": found.step,
+            "dev": found.dev,
+            "results": results,
+        }
+        if found.skipped:
+            summary["skipped_steps"] = found.skipped
+        config = {**self.config, "summary": summary}
+        write_findings(self.run, counts, judged)
+        with self.console.waiting("writing the report"):
+            write_report(self.run, config)
+        for note in notes(task_of(config).views(config, judged)):
+            self.console.say(note)
+        self.run.write_config(config)  # the run is finished
+        shutil.rmtree(self.run.checkpoints)
+        table = results_table(results, self.problem.metrics)
+        metric, steps = self.problem.metrics[0], self.optimizer.steps(len(self.problem.train))
+        score = f"{metric} {show_metric(metric, found.dev[metric])}"
+        kept = f"step {found.step} of {steps} is kept, the best on dev ({score})"
+        took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
+        self.console.finish(*table, took, summary)
+
+    def _resumed(self, found: Trained, step: int) -> None:
+        """Rewrites the log of metrics up to the checkpoint, and prints the step."""
+        self.run.write_log({"method": self.title, **record} for record in found.records)
+        steps = self.optimizer.steps(len(self.problem.train))
+        self.console.say(f"going on after step {step} of {steps}")
+
+    def _stopped(self, error: NotFiniteError) -> StoppedError:
+        """Records in the run that the training stopped; returns the error to raise."""
+        fix = f"try a --learning-rate below {self.optimizer.learning_rate:g}"
+        if self.config["dtype"] == "float16":
+            fix += ", or --dtype bfloat16, which has the range of float32"
+        message = (
+            f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; {fix}"
+        )
+        self.run.write_config({**self.config, "stopped": message})
+        return StoppedError(message)
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """The seed of dropout."""
+        return jax.random.fold_in(jax.random.key(self.seed), 1)
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in float16."""
+        return bool(self.config["dtype"] == "float16")
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The identity of the base model, for the adapter's file."""
+        return self.prepared.identity
+
+    def train_all(self, saving: Saving) -> tuple[Trained, list[Result], Judged]:
+        """Trains the method, then its baselines.
+
+        Returns:
+            The training, the table of results, and the predictions.
+        """
+        prepared, problem = self.prepared, self.prepared.trained
+        found, row = self.train(self.title, problem, self.optimizer, prepared.tokens, saving)
+        if samples := prepared.samples():
+            row["samples"] = samples
+        with self.console.waiting("predicting the rows of the report"):
+            judged = prepared.judged(problem, found.best)
+        baselines = prepared.baselines() if self.baselines else []
+        return found, [*map(self._compare, baselines), row], judged
+
+    def _compare(self, baseline: Untrained | TrainedHead) -> Result:
+        """Trains or scores a baseline; returns its row."""
+        if isinstance(baseline, TrainedHead):
+            return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[1]
+        with self.console.waiting(f"scoring the {baseline.title}"):
+            scores: dict[str, Any] = {**baseline.score()}
+        self.run.log({"method": baseline.title, **scores})
+        return {"method": baseline.title, "trainable_parameters": 0, **scores}
+
+    def _passes(self, baseline: Untrained | TrainedHead) -> float:
+        """The passes of a baseline over the rows; cached features need one."""
+        if isinstance(baseline, Untrained) or baseline.epochs is None:
+            return 1.0
+        return self._of_head(baseline).epochs or 1.0
+
+    def _of_head(self, baseline: TrainedHead) -> OptimizerOptions:
+        """The settings of the training of a head alone."""
+        size, epochs = self.optimizer.batch_size, baseline.epochs
+        own = OptimizerOptions(batch_size=size, evaluations=1, epochs=epochs).of(HEAD_ONLY)
+        return own.of_few_rows(baseline.least_steps, len(self.problem.train))
+
+    def save(self, state: TrainState) -> None:
+        """Saves the adapter of a state as the adapter of the run."""
+        save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
+
+    def train(
+        self,
+        title: str,
+        problem: Problem,
+        optimizer: OptimizerOptions,
+        tokens: int = 0,
+        saving: Saving | None = None,
+    ) -> tuple[Trained, Result]:
+        """Trains and logs one problem, and tests its best adapters once.
+
+        Args:
+            title: the title of the row.
+            problem: the problem to learn.
+            optimizer: the settings of the training.
+            tokens: the tokens of an epoch.
+            saving: how to save the run's own training; None for a baseline, which is not saved.
+
+        Returns:
+            The training, and its row of results.
+        """
+        on_best = self.save if saving else lambda state: None
+        if saving and not saving.checkpoints.steps:
+            self.run.write_log([])
+        steps = optimizer.steps(len(problem.train))
+        with self.console.progress(title, steps, first="compiling") as progress:
+            load_metrics(problem.metrics)  # the first scoring is to take no longer than others
+            speed = Speed(tokens / len(problem.train))
+            log = self._logger(title, problem.metrics[0], progress, speed)
+            found = train(
+                problem,
+                optimizer,
+                self.key,
+                on_record=log,
+                on_first=lambda step: progress.update(step, ""),
+                on_best=on_best,
+                saving=saving,
+                half=self.half,
+            )
+        with self.console.waiting("scoring the test rows"):
+            test = problem.score(found.best, "test")
+        self.run.log({"method": title, "step": found.step, "test": test})
+        size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
+        row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
+        return found, row
+
+    def _logger(
+        self, title: str, metric: str, progress: Progress, speed: Speed
+    ) -> Callable[[Record], None]:
+        """Returns a function that writes records to the run's log and shows the progress."""
+        notes = {"loss": "", "speed": "", "dev": "", "skipped": ""}
+        skipped = 0
+
+        def log(record: Record) -> None:
+            nonlocal skipped
+            self.run.log({"method": title, **record})
+            if "dev" in record:
+                notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
+                speed.pause()
+            if "skipped" in record:
+                skipped += record["skipped"]
+                notes["skipped"] = f"{skipped} steps skipped"
+            if "loss" in record:
+                notes["loss"] = f"loss {record['loss']:.3f}"
+                notes["speed"] = speed.at(record["step"]) or notes["speed"]
+            words = "  ".join(filter(None, notes.values()))
+            progress.update(record["step"], words, news="dev" in record)
+
+        return log

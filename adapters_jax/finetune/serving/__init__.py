@@ -1,0 +1,33 @@
+"""Serving: one base and many adapters, for many requests at a time.
+
+- `slots`: the rows of a batch, each with a cache and an adapter of its own; the compiled programs.
+- `engine`: the queue, and the thread that lets requests join and leave between steps.
+- `requests`: requests and the adapters that they name; sizes and counts.
+- `labels`: labels of texts by an encoder with many adapters.
+- `adapters`: reading adapters from anyone, and the recipe that has room for all of them.
+- `api`, `completions`, `schemas`, `metrics`: the HTTP interface, in OpenAI's form.
+- `guard`, `server`: what a request must pass; listening and draining.
+- `texts`: tokens as pieces of text, and the texts that end a completion.
+"""
+
+from adapters_jax.finetune.serving.engine import Engine
+from adapters_jax.finetune.serving.requests import (
+    BusyError,
+    FullError,
+    Request,
+    Sizes,
+    UnknownModelError,
+)
+from adapters_jax.finetune.serving.slots import Choice
+from adapters_jax.finetune.serving.texts import TextSink
+
+__all__ = [
+    "BusyError",
+    "Choice",
+    "Engine",
+    "FullError",
+    "Request",
+    "Sizes",
+    "TextSink",
+    "UnknownModelError",
+]

@@ -1,0 +1,185 @@
+"""Reads adapters onto the base of a server, and finds the recipe that has room for them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adapters_jax.adapting import adapt
+from adapters_jax.errors import UserError
+from adapters_jax.files import formats
+from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
+from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.tasks import read_run
+from adapters_jax.methods.base import Method
+from adapters_jax.methods.unfreeze import Unfreeze
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.fitting import owners_of
+from adapters_jax.trees import flatten, join
+
+_log = logging.getLogger(__name__)
+
+_EXAMPLE = np.ones((1, 8), np.int32)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an adapter is, beside its arrays.
+
+    Attributes:
+        shown: what it is for people: its format, methods and number of parameters.
+        prompts: the format of its prompts; None leaves them as they are.
+        stop: tokens that end its answers, beside the base's own.
+    """
+
+    shown: Mapping[str, Any]
+    prompts: Prompts | None = None
+    stop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter that was read: its recipe, its leaves by path, and what it is."""
+
+    recipe: Recipe
+    leaves: Mapping[str, Any]
+    about: About = field(default_factory=lambda: About({}))
+
+
+class DecoderBase:
+    """A decoder on which adapters are served.
+
+    Attributes:
+        files: the names of the files that an adapter from anyone may have.
+
+    Args:
+        name: the decoder, as `load_pretrained_decoder` takes it.
+        dtype: the dtype of its weights.
+
+    Raises:
+        UserError: it cannot be loaded, or an encoder reads its prompts.
+        AssetError: the pinned asset could not be fetched.
+    """
+
+    files = frozenset(formats.every_file())
+
+    def __init__(self, name: str, dtype: str = "float32") -> None:
+        self.decoder: PretrainedDecoder = load_pretrained_decoder(name, dtype)
+        decoder, family = self.decoder, self.decoder.family
+        if decoder.encodes:
+            raise UserError(f"{name!r} reads prompts with an encoder; serve a decoder")
+        kind = decoder.settings()["model_type"]
+        self._base = BaseModel(
+            name,
+            family.kind,
+            family.names,
+            family.prefixes[kind],
+            decoder.model,
+            identity=decoder.identity,
+            sha256=decoder.sha256,
+            model_type=kind,
+        )
+
+    def read(self, directory: Path) -> Read:
+        """Reads a run, or the files of an adapter of any format, which may come from anyone.
+
+        Raises:
+            UserError: it is damaged, not supported, or of another base.
+        """
+        run = Run(directory)
+        if run.config.is_file() and "base_sha256" in read_json(run.config):
+            return self._read_run(run)
+        form = formats.format_of(directory)
+        recipe, leaves = form.read(directory, self._base)
+        return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
+
+    def _read_run(self, run: Run) -> Read:
+        task, config = read_run(run, "generate")
+        check_finished(run, config)
+        check_base(run, config, self.decoder.sha256)
+        warn_of_bits(run, config)
+        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
+        prompts, stop = task.asking(run, config, self.decoder)  # type: ignore[attr-defined]
+        return Read(recipe, leaves, About(shown_of("run", recipe, leaves), prompts, stop))
+
+    def planned(self, recipe: Recipe) -> Read:
+        """The shapes of an adapter that is yet to come."""
+        graphdef, state = nnx.split(self.decoder.model)
+        shapes = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
+        adapted = adapt(shapes, recipe, rngs=nnx.Rngs(0), example_inputs=(_EXAMPLE,))
+        return Read(recipe, flatten(nnx.state(adapted, AdapterParam)))
+
+    def adapted(self, recipe: Recipe) -> nnx.Module:
+        """The model of a bank."""
+        return adapt(self.decoder.model, recipe, rngs=nnx.Rngs(0), example_inputs=(_EXAMPLE,))
+
+
+def covering(adapters: Iterable[Read]) -> Recipe:
+    """The smallest recipe of a bank that has room for each of some adapters.
+
+    Methods that differ in sizes and scales alone become one, of the largest size, on the targets of
+    all of them.
+
+    Example:
+        >>> from adapters_jax import LoRA
+        >>> a, b = np.ones((6, 2)), np.ones((2, 6))
+        >>> small = Read(Recipe(LoRA("**", 2)), {"up/lora/a": a, "up/lora/b": b})
+        >>> large = Read(Recipe(LoRA("*", 4)), {"q/lora/a": np.ones((6, 4)), "q/lora/b": b})
+        >>> covering([small, large])
+        Recipe(
+          LoRA(targets=('up', 'q'), rank=4),
+        )
+    """
+    found: dict[Any, tuple[type[Method], dict[str, Any], dict[str, None], list[int]]] = {}
+    unfrozen: dict[str, None] = {}
+    for each in adapters:
+        for owner in owners_of(each.recipe, list(each.leaves)):
+            method = owner.method
+            leaves = {n: each.leaves[join(owner.prefix, n)] for n in method.leaf_names}
+            size = method.size(leaves)
+            free = ("targets", *(method.size_fields if size is not None else ()))
+            names = [f.name for f in dataclasses.fields(method) if f.name not in free]
+            kept = {name: getattr(method, name) for name in names}
+            key = (type(method), repr(kept))
+            _, _, targets, sizes = found.setdefault(key, (type(method), kept, {}, []))
+            targets[owner.path] = None
+            sizes += [] if size is None else [size]
+        own = {path: None for path in each.leaves if each.recipe.owner(path) is None}
+        unfrozen |= own
+    methods = [
+        kind(targets=tuple(targets), **kept, **({kind.size_fields[0]: max(sizes)} if sizes else {}))
+        for kind, kept, targets, sizes in found.values()
+    ]
+    return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
+
+
+def warn_of_bits(run: Run, config: Mapping[str, Any]) -> None:
+    """Warns of a run that was trained on a quantised base, since the server's has floats."""
+    if config.get("quantize"):
+        _log.warning(
+            "%s was trained on its base in %s, and is served on a base in floats, whose answers "
+            "may differ",
+            run.path,
+            config["quantize"],
+        )
+
+
+def shown_of(form: str, recipe: Recipe, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter is, for people."""
+    return {
+        "format": form,
+        "methods": list(dict.fromkeys(type(method).__name__ for method in recipe)),
+        "parameters": sum(leaf.size for leaf in leaves.values()),
+    }

@@ -1,0 +1,253 @@
+"""The paths that every server has, and the Starlette application of them all."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.serving import schemas
+from adapters_jax.finetune.serving.adapters import About, Read
+from adapters_jax.finetune.serving.guard import Guard, Limits, refused
+from adapters_jax.finetune.serving.metrics import Metrics
+from adapters_jax.finetune.serving.requests import (
+    BusyError,
+    Counts,
+    FullError,
+    Served,
+    UnknownModelError,
+)
+from adapters_jax.transforms.fitting import Fitted
+from adapters_jax.version import __version__
+
+# The page is one file, and asks no other host.
+_ALONE = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Work(Protocol):
+    """What computes the answers of a server: an `Engine`, or a `Labeller`."""
+
+    adapters: dict[str, Served]
+    counts: Counts
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works on requests."""
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+
+    @property
+    def running(self) -> int:
+        """How many requests are computed."""
+
+    def fit(self, name: str, adapter: Any) -> Fitted:
+        """See `Engine.fit`."""
+
+    def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool) -> Future[None]:
+        """See `Engine.put`."""
+
+    def drop(self, name: str) -> Future[None]:
+        """See `Engine.drop`."""
+
+
+class Base(Protocol):
+    """What reads adapters onto the base of a server.
+
+    Attributes:
+        files: the names of the files that an adapter may have.
+    """
+
+    files: frozenset[str]
+
+    def read(self, directory: Path) -> Read:
+        """See `DecoderBase.read`."""
+
+
+class Api:
+    """What the paths of every server do: the base, the adapters, and the server's health.
+
+    Args:
+        base: what reads adapters onto the base.
+        engine: what computes the answers; it has been started.
+        name: what requests call the base.
+        limits: the limits of requests.
+    """
+
+    def __init__(self, base: Base, engine: Work, name: str, limits: Limits) -> None:
+        self.files, self.reader = base.files, base
+        self.engine, self.name, self.limits = engine, name, limits
+        self.metrics = Metrics(engine)
+        self.began = int(time.time())
+        self._reading = asyncio.Lock()
+
+    def routes(self) -> list[Route]:
+        """The paths."""
+        one = "/v1/adapters/{name}"
+        return [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/adapters", self.adapters),
+            Route(one, self.put, methods=["PUT"]),
+            Route(one, self.drop, methods=["DELETE"]),
+            Route("/predict", self.predict, methods=["POST"]),
+            Route("/metrics", self.show_metrics),
+            Route("/healthz", self.health),
+        ]
+
+    async def health(self, _: Request) -> Response:
+        """Whether the engine works."""
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
+
+    async def show_metrics(self, _: Request) -> Response:
+        """Figures for Prometheus."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, _: Request) -> Response:
+        """The base and the adapters."""
+        names = [self.name, *self.engine.adapters]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """The base or an adapter."""
+        name = request.path_params["name"]
+        self._adapter(name)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        parent = {} if name == self.name else {"parent": self.name}
+        kept = {"id": name, "object": "model", "created": self.began, "owned_by": "adapters_jax"}
+        return {**kept, **parent}
+
+    async def adapters(self, _: Request) -> Response:
+        """The adapters, and what they are."""
+        rows = [{"name": n, **each.about.shown} for n, each in self.engine.adapters.items()]
+        return JSONResponse({"base": self.name, "adapters": rows})
+
+    async def put(self, request: Request) -> Response:
+        """Adds an adapter of the files in a form, or replaces one."""
+        name = self._free_name(request.path_params["name"])
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise HTTPException(415, "expected multipart/form-data with the adapter's files")
+        known = self.files
+        async with request.form(max_files=len(known), max_fields=0) as form:
+            files = [each for _, each in form.multi_items() if isinstance(each, UploadFile)]
+            names = [file.filename or "" for file in files]
+            wrong = [each for each in names if each not in known or names.count(each) > 1]
+            if wrong or not files:
+                raise UserError(
+                    f"the form has the files {', '.join(names) or 'none'}, expected one each of "
+                    f"those of an adapter, such as adapter_config.json and adapter.safetensors"
+                )
+            contents = {file.filename: await file.read() for file in files}
+        async with self._reading:  # one at a time: reading takes memory
+            fitted, about = await asyncio.to_thread(self._read, name, contents)
+        there = name in self.engine.adapters
+        await asyncio.wrap_future(self.engine.put(name, fitted, about, replace=True))
+        return JSONResponse({"name": name, **about.shown}, 200 if there else 201)
+
+    def _read(self, name: str, contents: dict[Any, bytes]) -> tuple[Any, About]:
+        """Reads an adapter of files from anyone."""
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in contents.items():
+                Path(folder, file).write_bytes(content)
+            try:
+                read = self.reader.read(Path(folder))
+                return self.engine.fit(name, (read.recipe, read.leaves)), read.about
+            except UserError as error:
+                raise UserError(
+                    str(error).replace(f"{folder}/", "").replace(folder, name)
+                ) from None
+
+    async def drop(self, request: Request) -> Response:
+        """Drops an adapter."""
+        name = request.path_params["name"]
+        await asyncio.wrap_future(self.engine.drop(name))
+        return JSONResponse({"name": name, "deleted": True})
+
+    def _free_name(self, name: str) -> str:
+        if name == self.name or not schemas.matches_name(name):
+            raise UserError(
+                f"an adapter cannot be named {name!r}, expected up to 64 letters, digits, dots, "
+                "dashes and underscores, and not the base's name"
+            )
+        return name
+
+    def _adapter(self, model: str) -> tuple[str | None, About]:
+        """The adapter that a request names, and what it is."""
+        if model == self.name:
+            return None, About({})
+        served = self.engine.adapters.get(model)
+        if served is None:
+            raise UnknownModelError(
+                f"no model is named {model!r}; GET /v1/models lists those that there are"
+            )
+        return model, served.about
+
+    async def complete(self, _: Request) -> Response:
+        """Completes a prompt."""
+        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
+
+    async def chat(self, _: Request) -> Response:
+        """Answers a conversation."""
+        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
+
+    async def predict(self, _: Request) -> Response:
+        """Labels texts."""
+        raise UserError(f"{self.name} is a decoder, which labels no texts; use /v1/completions")
+
+
+_STATUS: dict[type[Exception], int] = {UnknownModelError: 404, BusyError: 429, FullError: 409}
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """The answer to a request that cannot be done."""
+    if isinstance(error, HTTPException):
+        return refused(error.status_code, str(error.detail), error.headers)
+    if isinstance(error, ClientDisconnect):
+        return refused(408, "the client hung up before its body was whole")
+    return refused(_STATUS.get(type(error), 400), str(error))
+
+
+def application(api: Any, page: str, limits: Limits, key: str | None = None) -> Starlette:
+    """The application.
+
+    Args:
+        api: what its paths do.
+        page: the HTML of its page.
+        limits: the limits of requests.
+        key: the API key that requests need; without one, only this machine's browsers may ask.
+    """
+    description = schemas.openapi(__version__)
+
+    async def show_page(_: Request) -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _ALONE})
+
+    async def describe(_: Request) -> Response:
+        return JSONResponse(description)
+
+    return Starlette(
+        routes=[Route("/", show_page), Route("/openapi.json", describe), *api.routes()],
+        middleware=[Middleware(Guard, limits=limits, key=key, requests=api.metrics.requests)],
+        exception_handlers=dict.fromkeys((UserError, HTTPException, ClientDisconnect), _refuse),
+    )

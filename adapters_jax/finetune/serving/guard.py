@@ -1,0 +1,140 @@
+"""What a request must pass before anything reads it: its origin, its key, its size and its time."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters_jax.errors import visible
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OPEN = ("/", "/healthz", "/openapi.json")  # need no key, and have no secret
+_JSON_PATHS = ("/v1/completions", "/v1/chat/completions", "/predict")
+_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+_LATER = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of requests.
+
+    Attributes:
+        body: bytes of a request's JSON.
+        upload: bytes of an adapter's files.
+        seconds: the time that an answer may take, in the queue and computed.
+        receiving: the seconds that a body may take to arrive, and a reader to go on reading.
+        connections: connections at a time.
+    """
+
+    body: int = 2**20
+    upload: int = 2**28
+    seconds: float = 300.0
+    receiving: float = 30.0
+    connections: int = 512
+
+
+def failure(status: int, message: str) -> dict[str, Any]:
+    """An error in OpenAI's form; what a terminal would obey in its message is written out."""
+    kind = _KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": visible(message), "type": kind, "param": None, "code": None}}
+
+
+def refused(status: int, message: str, headers: Any = None) -> JSONResponse:
+    """The answer to a request that is not done."""
+    return JSONResponse(
+        failure(status, message), status, {**_LATER.get(status, {}), **(headers or {})}
+    )
+
+
+class Guard:
+    """Refuses requests before the application reads them.
+
+    Pages of other hosts cannot use the server of a browser's own machine: without a key, the `Host`
+    must be this machine, and an `Origin` must be the server itself.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, key: str | None, requests: Any) -> None:
+        self.app, self.limits, self.key, self.requests = app, limits, key, requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or refuses it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, upload = Headers(scope=scope), scope["path"].startswith("/v1/adapters/")
+        most = self.limits.upload if upload else self.limits.body
+        status = 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            problem = self._problem(scope, headers, most)
+            if problem is not None:
+                await refused(*problem)(scope, receive, counted)
+                return
+            await self.app(scope, _bounded(receive, most, self.limits.receiving), counted)
+        finally:
+            self.requests.labels(str(status)).inc()
+
+    def _problem(self, scope: Scope, headers: Headers, most: int) -> tuple[int, str] | None:
+        """Why a request is refused, with its status."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            page, name = urlsplit(origin or "").netloc, urlsplit(f"//{host}").hostname
+        except ValueError:
+            return 400, "the Host or the Origin is no address"
+        if origin is not None and page != host:
+            return 403, "a page of another host asks, which is not allowed"
+        if self.key is None and name not in LOOPBACK:
+            return 403, f"the Host is not this machine; ask {LOOPBACK[1]}"
+        scheme, _, given_key = headers.get("authorization", "").partition(" ")
+        given = given_key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        wanted = (self.key or "").encode()
+        if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, wanted):
+            return 401, "the API key is missing or another one; send Authorization: Bearer KEY"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > most:
+            return 413, f"the body has {length[:20]} bytes, expected at most {most}"
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if (
+            scope["path"] in _JSON_PATHS
+            and scope["method"] == "POST"
+            and kind != "application/json"
+        ):
+            return 415, "expected a body of the type application/json"
+        return None
+
+
+def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
+    """A body of at most `most` bytes, which arrives within some seconds."""
+    left, whole = most, False
+    until = asyncio.get_running_loop().time() + seconds
+
+    async def limited() -> Message:
+        nonlocal left, whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body took longer than {seconds:g} s") from None
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise HTTPException(413, f"the body has more than {most} bytes")
+        whole = not message.get("more_body", False)
+        return message
+
+    return limited

@@ -1,0 +1,131 @@
+"""Requests, the adapters that they name, and the sizes and counts of what computes them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from adapters_jax.errors import UserError, check_size
+from adapters_jax.finetune.serving.slots import Choice
+
+End = Literal["stop", "length", "cancelled", "timeout", "not finite", "closed"]
+
+
+class BusyError(UserError):
+    """The queue is full, or the engine is closing; the request may come again later."""
+
+
+class UnknownModelError(UserError):
+    """No adapter has this name."""
+
+
+class FullError(UserError):
+    """There is no place for a further adapter."""
+
+
+class Sink(Protocol):
+    """What takes the tokens of a request; the engine's thread calls it, so it must be quick."""
+
+    def token(self, token: int) -> bool:
+        """Takes the next token, and returns whether to go on."""
+
+    def end(self, why: End) -> None:
+        """Is told once that there are no more tokens, and why."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter that requests can name.
+
+    Attributes:
+        key: its name in the bank, which no other one ever had.
+        about: what it is.
+    """
+
+    key: str
+    about: Any
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way; `Engine.submit` makes it.
+
+    Attributes:
+        prompt: the ids of the prompt's tokens.
+        adapter: the adapter's name in the bank; None is the base.
+        most: the largest number of new tokens.
+        choice: how tokens are chosen.
+        stop: ids of tokens that end it.
+        sink: takes its tokens.
+        deadline: when it ends in any case, in seconds of `time.monotonic`.
+        read: how many tokens of the prompt are read.
+        made: the number of new tokens.
+        last: the id of the token before the next one.
+        cancelled: whether nobody waits for it any more.
+
+    Example:
+        >>> request = Request([5, 7], None, 3, Choice(), frozenset({2}), sink=None, deadline=60.0)
+        >>> len(request.prompt), request.read, request.made, request.cancelled
+        (2, 0, 0, False)
+    """
+
+    prompt: Sequence[int]
+    adapter: str | None
+    most: int
+    choice: Choice
+    stop: frozenset[int]
+    sink: Sink
+    deadline: float
+    read: int = 0
+    made: int = 0
+    last: int = 0
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of an engine.
+
+    Args:
+        rows: how many requests are computed at a time.
+        context: the largest number of tokens of a request, prompt and completion together.
+        pieces: the numbers of tokens in which prompts are read, ascending; with 1 among them, a
+            request that is alone does not pay for the rows of others.
+        queue: how many further requests wait.
+        spare: places of the bank for adapters that are replaced or dropped while still in use.
+
+    Raises:
+        UserError: a size is no positive whole number, or `pieces` do not ascend.
+
+    Example:
+        >>> Sizes(rows=2, context=256)
+        Sizes(rows=2, context=256, pieces=(1, 16, 64), queue=64, spare=4)
+        >>> Sizes(rows=0)
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: Sizes: rows=0, expected a whole number >= 1
+    """
+
+    rows: int = 8
+    context: int = 1024
+    pieces: tuple[int, ...] = (1, 16, 64)
+    queue: int = 64
+    spare: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "context", "queue", "spare"):
+            check_size("Sizes", name, getattr(self, name))
+        if not self.pieces or list(self.pieces) != sorted({*self.pieces}) or self.pieces[0] < 1:
+            raise UserError(
+                f"Sizes: pieces={self.pieces}, expected ascending numbers such as (1, 16, 64)"
+            )
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far; numbers only grow, but for those of now."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    changes: int = 0

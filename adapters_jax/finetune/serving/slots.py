@@ -1,0 +1,270 @@
+"""The rows of a decoder's batch, each with a cache, an adapter and a way to choose tokens.
+
+A prompt is read in pieces, a row at a time; then every call gives one token to each row that wants
+one. Rows are at different lengths, so the model is mapped over them: each has a cache of its own.
+All shapes are static, so the programs are compiled once, whatever the requests are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from adapters_jax.finetune.models.generation import nucleus
+from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.methods.mixed import Rows
+from adapters_jax.transforms.bank import Bank
+
+
+class Choice(NamedTuple):
+    """How a row's next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; any other value divides the logits.
+        top_p: sample among the fewest tokens that have this probability together, from 0 to 1.
+        top_k: sample among this many of the likeliest tokens; 0 is all.
+        seed: the seed of the row, a whole number of 32 bits, 0 or more.
+        step: the number of tokens that the row has already.
+
+    Example:
+        >>> Choice(temperature=0.7, top_p=0.9, seed=1)
+        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0)
+
+    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
+    arXiv:1904.09751; Fan et al., Hierarchical Neural Story Generation (top-k sampling, 2018),
+    arXiv:1805.04833.
+    """
+
+    temperature: Any = 0.0
+    top_p: Any = 1.0
+    top_k: Any = 0
+    seed: Any = 0
+    step: Any = 0
+
+    @classmethod
+    def stacked(cls, rows: Sequence["Choice"]) -> "Choice":
+        """The choices of several rows, as arrays (rows,): float32, float32, int32, uint32, int32.
+
+        Args:
+            rows: the choice of each row.
+
+        Example:
+            >>> Choice.stacked([Choice(), Choice(top_k=5)]).top_k.tolist()
+            [0, 5]
+        """
+        kinds = np.float32, np.float32, np.int32, np.uint32, np.int32
+        return cls(*(np.array(x, t) for x, t in zip(zip(*rows, strict=True), kinds, strict=True)))
+
+
+class Token(NamedTuple):
+    """A token that was chosen, and whether the logits that it was chosen by were finite."""
+
+    id: Any
+    finite: Any
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["adapters", "base"], meta_fields=["graphdef"]
+)
+@dataclass(frozen=True)
+class _Model:
+    """A decoder with its bank, as the programs take it."""
+
+    graphdef: Any
+    adapters: Any
+    base: Any
+
+    def merged(self) -> Any:
+        model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
+        model.eval()
+        return model
+
+
+class Slots:
+    """The rows, their caches, and the adapters that they use.
+
+    Args:
+        bank: the adapters, with their NNX decoder.
+        rows: the number of rows.
+        context: the largest number of tokens of a row, prompt and completion together.
+        pieces: the lengths in which prompts are read, in ascending order.
+    """
+
+    def __init__(self, bank: Bank, *, rows: int, context: int, pieces: Sequence[int]) -> None:
+        self.rows, self.context, self.pieces = rows, context, tuple(pieces)
+        # A piece begins at a multiple of the longest one, so none is longer than what is left.
+        whole = -(-context // pieces[-1]) * pieces[-1]
+        # A step's attention costs as much as the cache is wide, so it sees no more than it needs.
+        self._widths = sorted({max(1, whole // 4), max(1, whole // 2), whole})
+        self._used = [0] * rows
+        one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
+        self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
+        self.bank = bank
+
+    @property
+    def bank(self) -> Bank:
+        """The adapters."""
+        return self._bank
+
+    @bank.setter
+    def bank(self, bank: Bank) -> None:
+        self._bank = bank
+        self._model = _Model(
+            *jax.block_until_ready(bank.split)
+        )  # so that a step need not wait for it
+
+    def read(
+        self, row: int, ids: Sequence[int], first: bool, adapter: str | None, choice: Choice
+    ) -> Token:
+        """Reads tokens of one row; the first ones of a prompt empty the row.
+
+        Args:
+            row: the row.
+            ids: tokens, at most as many as the longest piece. Only the last ones of a prompt may be
+                fewer.
+            first: whether a prompt begins with them.
+            adapter: the name of the adapter in the bank; None is the base.
+            choice: how the token after them is chosen.
+
+        Returns:
+            The token that follows them.
+        """
+        padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
+        padded[: len(ids)] = ids
+        place = np.array([row, len(ids), first], np.int32)
+        rows, feed = self._bank.rows([adapter]), Choice.stacked([choice])
+        self._caches, token = _read(self._model, self._caches, padded, place, rows, feed)
+        self._used[row] = len(ids) + (0 if first else self._used[row])
+        (chosen,) = _tokens(token)
+        return chosen
+
+    def step(
+        self,
+        last: Sequence[int | None],
+        adapters: Sequence[str | None],
+        choices: Sequence[Choice],
+    ) -> list[Token]:
+        """The next token of each row.
+
+        Args:
+            last: the token before; None for a row that has no use for one, whose tokens stay.
+            adapters: the adapter of each row.
+            choices: how its token is chosen.
+        """
+        live = np.array([token is not None for token in last])
+        ids = np.array([token or 0 for token in last], np.int32)
+        rows, feed = self._bank.rows(adapters), Choice.stacked(choices)
+        # A row that is not live writes behind its last token, too; nothing sees what it writes.
+        most = 1 + max(self._used)
+        width = next((width for width in self._widths if width >= most), self._widths[-1])
+        for row in np.flatnonzero(live):
+            self._used[row] += 1
+        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width)
+        return _tokens(token)
+
+    def free(self, row: int) -> None:
+        """Forgets a row's tokens, so that steps need not be wide enough for them."""
+        self._used[row] = 0
+
+    def compile(self) -> None:
+        """Runs every program once, on empty rows."""
+        for length in self.pieces:
+            self.read(0, [0] * length, True, None, Choice())
+        for width in self._widths:
+            self._used = [width - 1] * self.rows
+            self.step([0] * self.rows, [None] * self.rows, [Choice()] * self.rows)
+        self._used = [0] * self.rows
+
+
+def _tokens(chosen: Token) -> list[Token]:
+    """The tokens of all rows, on the host."""
+    ids, finite = jax.device_get(chosen)
+    return [Token(int(i), bool(f)) for i, f in zip(ids, finite, strict=True)]
+
+
+@partial(jax.jit, static_argnames="width", donate_argnames="caches")
+def _step(
+    model: _Model,
+    caches: Cache,
+    ids: Int[Array, " rows"],
+    live: Bool[Array, " rows"],
+    rows: Rows,
+    feed: Choice,
+    width: int,
+) -> tuple[Cache, Token]:
+    decoder = model.merged()
+
+    def one(cache: Cache, token: Array, live: Array, index: Any) -> tuple[Array, Cache]:
+        of_row = jax.tree.map(lambda x: x[None], index)
+        seen = jax.tree.map(partial(_narrow, width), cache, cache.row_axes())
+        hidden, new = decoder.extend(token[None, None], live[None, None], seen, adapters=of_row)
+        logits = decoder.logits(hidden[:, 0], adapters=of_row)[0]
+        whole = jax.tree.map(_put_back, cache, new)
+        return logits, whole._replace(used=cache.used + live)
+
+    logits, caches = jax.vmap(one)(caches, ids, live, rows)
+    return caches, _choose(logits, feed)
+
+
+def _narrow(width: int, x: Array, rows: int) -> Array:
+    """The first slots of a cache's array, whose slots are on the axis after the rows."""
+    return x if rows < 0 else jax.lax.slice_in_dim(x, 0, width, axis=rows + 1)
+
+
+def _put_back(whole: Array, part: Array) -> Array:
+    """A cache's array with other first slots."""
+    return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+
+
+@partial(jax.jit, donate_argnames="caches")
+def _read(
+    model: _Model,
+    caches: Cache,
+    ids: Int[Array, " piece"],
+    place: Int[Array, "3"],
+    rows: Rows,
+    feed: Choice,
+) -> tuple[Cache, Token]:
+    decoder = model.merged()
+    row, count, first = place
+    # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
+    old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
+    mask = jnp.arange(len(ids)) < count
+    hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows)
+    logits = decoder.logits(hidden[:, count - 1], adapters=rows)
+    new = new._replace(used=old.used + count)
+    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed)
+
+
+def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:
+    """Chooses a token for every row, as `generate` does for a batch of one."""
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample() -> Array:
+        scaled = logits / jnp.where(feed.temperature > 0, feed.temperature, 1.0)[:, None]
+        kept = jax.lax.cond((feed.top_k > 0).any(), lambda: _of_top_k(scaled, feed), lambda: scaled)
+        kept = jax.lax.cond(
+            (feed.top_p < 1).any(), lambda: nucleus(kept, feed.top_p[:, None]), lambda: kept
+        )
+        return jnp.where(feed.temperature > 0, jax.vmap(draw)(feed, kept), likeliest)
+
+    def draw(feed: Choice, kept: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(feed.seed), 0), feed.step)
+        return jax.random.categorical(key, kept).astype(jnp.int32)
+
+    chosen = jax.lax.cond((feed.temperature > 0).any(), sample, lambda: likeliest)
+    return Token(chosen, jnp.isfinite(logits.max(-1)))
+
+
+def _of_top_k(logits: Float[Array, "rows vocab"], feed: Choice) -> Float[Array, "rows vocab"]:
+    """Keeps the likeliest logits of rows with a top_k; the others become minus infinity."""
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    last = jnp.clip(feed.top_k - 1, 0, logits.shape[-1] - 1)
+    least = jnp.take_along_axis(falling, last[:, None], axis=-1)
+    return jnp.where((feed.top_k[:, None] > 0) & (logits < least), -jnp.inf, logits)

@@ -1,0 +1,213 @@
+"""Encodes conversations by a model's chat template, and marks the tokens that count in the loss.
+
+The text before an answer is what the template writes for the messages before it, with the beginning
+of a reply: what the model reads when it generates. The answer is the rest of what the template
+writes once the answer is there, up to its end token; or what it encloses in `{% generation %}`.
+
+Some templates change earlier answers when a conversation goes on, as those that leave out what a
+model thought. What they write for a whole conversation is then not what the model reads as it
+answers each turn, so each answer becomes a row of its own, after the messages before it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import tokenizers
+from tokenizers import processors
+
+from adapters_jax.errors import ChatTemplateError
+from adapters_jax.finetune.data.conversations import Conversation, Conversations
+from adapters_jax.finetune.data.files import DataError, Line, place
+from adapters_jax.finetune.data.packing import Marked
+from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer
+
+Turns = Literal["assistant", "last", "all"]
+
+
+def _common(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class Answer(NamedTuple):
+    """An answer in the text of its conversation.
+
+    Attributes:
+        text: the text up to the answer's end and what the template writes after it.
+        spans: the first character and the end of each part of the answer, most often one.
+        as_begun: whether it continues the beginning that the template gives a reply.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    as_begun: bool = True
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded conversations.
+
+    Attributes:
+        examples: the rows, most often one for each conversation.
+        cut: the number of conversations that lost their last turns.
+        left_out: the number of those without an answer that is short enough to learn.
+        split: the number of those with a row for each answer.
+        begun_otherwise: the number of answers that do not begin as the template begins a reply.
+    """
+
+    examples: list[Marked]
+    cut: int = 0
+    left_out: int = 0
+    split: int = 0
+    begun_otherwise: int = 0
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+        decoder: the tokenizer and the chat template.
+        max_length: the largest number of tokens in a row; turns beyond it are left out whole.
+        learnt: what the loss counts: every answer of the assistant, the last one, or all tokens.
+    """
+
+    decoder: DecoderTokenizer
+    max_length: int
+    learnt: Turns = "assistant"
+
+    def encode(self, rows: Conversations) -> Encoded:
+        """Encodes conversations.
+
+        Raises:
+            DataError: the template rejects a conversation, or no answer is short enough.
+        """
+        examples: list[Marked] = []
+        counts: Counter[str] = Counter()
+        for row, line in zip(rows.rows, rows.lines, strict=True):
+            answers = self.answers_at(row, rows.path, line)
+            kept = self._fitting(answers)
+            own = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
+            examples += own
+            counts["left_out"] += not own
+            split = self._is_split(kept)
+            counts["cut"] += bool(own) and len(own if split else kept) < len(answers)
+            counts["split"] += split
+            counts["begun_otherwise"] += sum(not answer.as_begun for answer in kept)
+        if not examples:
+            raise DataError(
+                f"{rows.path}: no answer of its {len(rows)} conversations ends within "
+                f"--max-length {self.max_length} tokens; raise it or shorten them"
+            )
+        return Encoded(examples, **counts)
+
+    def answers_at(self, row: Conversation, path: str, line: Line) -> list[Answer]:
+        """The answers of a row; raises DataError if the template cannot write them."""
+        if row.tools and "tools" not in (self.decoder.chat_template or ""):
+            raise DataError(
+                f"{path}, {place(line)}: it has tools, and the model's chat template has none; "
+                "leave the column out"
+            )
+        try:
+            return self.answers(row)
+        except ChatTemplateError as error:
+            raise DataError(f"{path}, {place(line)}: {error}") from error
+
+    def _fitting(self, answers: list[Answer]) -> list[Answer]:
+        """The answers up to the last one that ends within the length."""
+        while answers and len(self._encode(answers[-1].text).ids) > self.max_length:
+            answers = answers[:-1]
+        return answers
+
+    def _is_split(self, answers: Sequence[Answer]) -> bool:
+        """Whether each answer needs a row, since the template changes earlier ones."""
+        whole = answers[-1].text if answers else ""
+        consistent = all(whole.startswith(answer.text) for answer in answers)
+        return self.learnt == "assistant" and not consistent
+
+    def _marked(self, answers: Sequence[Answer]) -> list[Marked]:
+        """The rows of the answers that are kept; of those with a row each, some may be too long."""
+        whole = answers[-1].text
+        if self._is_split(answers):
+            rows = [self.mark(answer.text, answer.spans) for answer in answers]
+            return [row for row in rows if len(row.ids) <= self.max_length]
+        if self.learnt == "all":
+            return [self.mark(whole, [(0, len(whole))])]
+        counted = answers[-1:] if self.learnt == "last" else answers
+        return [self.mark(whole, [span for answer in counted for span in answer.spans])]
+
+    def answers(self, row: Conversation) -> list[Answer]:
+        """Where each answer of a conversation is; what follows the last one is left out.
+
+        Raises:
+            ChatTemplateError: the template rejects the conversation, or it changes what is before
+                an answer once the answer is there.
+        """
+        return [self._answer(row, position) for position in row.answers]
+
+    def _answer(self, row: Conversation, position: int) -> Answer:
+        text, marked = self.decoder.render(row.messages[: position + 1], False, row.tools)
+        before = row.messages[:position]
+        if marked:
+            earlier = self.decoder.render(before, False, row.tools)[1]
+            return Answer(text, marked[len(earlier) :])
+        begun = self.decoder.render(before, True, row.tools)[0]
+        start = len(begun) if text.startswith(begun) else _common(text, begun)
+        if start < len(begun):
+            plain = self.decoder.render(before, False, row.tools)[0]
+            if not text.startswith(plain):
+                raise ChatTemplateError(
+                    f"the chat template writes messages 1 to {position} in another way before an "
+                    "answer than with it, so the answer's tokens are not known; enclose them in "
+                    "{% generation %} and {% endgeneration %} in the template"
+                )
+        end = start + len(self._ended(text[start:]))
+        return Answer(text, [(start, end)], start == len(begun))
+
+    def _ended(self, answer: str) -> str:
+        """An answer without the white space after its end token, which a model does not write."""
+        shorter = answer.rstrip()
+        return shorter if shorter.endswith(self._special) else answer
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """The texts of special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return (*(token.content for token in added if token.special), self._eos)
+
+    @property
+    def _eos(self) -> str:
+        return self.decoder.special_tokens["eos_token"]
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        """A copy whose offsets count white space, too; a template writes special tokens itself."""
+        copy = tokenizers.Tokenizer.from_str(self.decoder.tokenizer.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        copy.post_processor = processors.ByteLevel(trim_offsets=False)
+        return copy
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def mark(self, text: str, spans: Iterable[tuple[int, int]]) -> Marked:
+        """The tokens of a text; the loss counts those that begin within a span."""
+        encoding, spans = self._encode(text), list(spans)
+        learnt = [any(a <= start < b for a, b in spans) for start, _ in encoding.offsets]
+        return Marked(encoding.ids, learnt)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that ends an answer in the template; None if there is none."""
+        chat = Conversation([{"role": r, "content": "x"} for r in ("user", "assistant")])
+        (answer,) = self.answers(chat)
+        ids = self._encode(answer.text[: max(end for _, end in answer.spans)]).ids
+        last = self._tokenizer.id_to_token(ids[-1])
+        return ids[-1] if last in self._special else None

@@ -1,0 +1,180 @@
+"""Image classification: each image has one of a few labels.
+
+Images are read with the preprocessing of the checkpoint, which has the size that its model reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from adapters_jax.errors import MissingPackageError
+from adapters_jax.finetune.data.datasets import Dataset, TaskData, load_labelled
+from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.tasks.base import Batch, Setup, Usage
+from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.labelled import EncoderTask
+from adapters_jax.finetune.tasks.readout import Batching, Inputs
+
+MARGIN = 8  # a crop moves an image by at most 1 / 8 of its side
+
+
+@dataclass(frozen=True)
+class ImageClasses(Classes):
+    """A `LabelReadout` of the classes of images; the texts of rows are paths.
+
+    Args:
+        names: the names of the classes, in the order of their ids.
+        augment: how training images are varied: "flip" from left to right, half of them; "crop"
+            moves them by up to an eighth of their size, mirrored at the edge; or both.
+    """
+
+    augment: tuple[str, ...] = ()
+    arrays = ("pixels",)
+    max_length = 2**31  # every image has the tokens of the model
+
+    @classmethod
+    def made(cls, train: Dataset, setup: Setup) -> ImageClasses:
+        """Makes it from a training set; raises MissingPackageError if augmenting needs dm-pix."""
+        if setup.augment:
+            _pix()
+        return replace(cls(train.label_names), augment=setup.augment)
+
+    def inputs(self, encoder: Any, texts: Sequence[Any], max_length: int) -> Inputs:
+        """The images, which are read batch by batch."""
+        return Inputs([ImageRow(path) for path, _ in texts], 0)
+
+    def encoded(self, encoder: Any, texts: Sequence[Any], max_length: int) -> Inputs:
+        """The images, each of which has been read."""
+        encoder.check_length(max_length)
+        return Inputs(checked([path for path, _ in texts], encoder.preprocessing), 0)
+
+    def checksums(self, inputs: Mapping[str, Inputs]) -> dict[str, str]:
+        """That of all pixels: the texts are paths alone."""
+        rows = (row for part in sorted(inputs) for row in inputs[part].rows)
+        found = hashlib.sha256("".join(row.sha256 for row in rows).encode())
+        return {"pixels_sha256": found.hexdigest()}
+
+    def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
+        """None: all images have one size."""
+        return ()
+
+    def named(self, texts: Sequence[Any]) -> dict[str, str]:
+        """The image's name and its folder's."""
+        return {"image": "/".join(Path(texts[0]).parts[-2:])}
+
+    def lengths(self, batches: Any) -> Counter[int]:
+        """None: images have no tokens of their own."""
+        return Counter()
+
+    def tokens(self, rows: Sequence[Any]) -> int:
+        """0: images have no tokens of their own."""
+        return 0
+
+    def batches(
+        self, encoder: Any, rows: Sequence[Any], labels: Any, batching: Batching
+    ) -> ImageBatches:
+        """Batches of images."""
+        return ImageBatches(rows, labels, batching.size, batching.seed, encoder.preprocessing)
+
+    def augmented(self, batch: Batch, key: Any) -> Batch:
+        """A training batch, whose images are moved and flipped by a key; cached features stay."""
+        if not self.augment or "pixels" not in batch:
+            return batch
+        pixels: Any = jnp.asarray(batch["pixels"])
+        keys = jax.random.split(jax.random.fold_in(key, MARGIN), (2, len(pixels)))
+        if "crop" in self.augment:
+            gaps = [side // MARGIN for side in pixels.shape[1:3]]
+            around = [(0, 0), *((gap, gap) for gap in gaps), (0, 0)]
+            whole = jnp.pad(pixels, around, mode="reflect")
+            crop = jax.vmap(lambda key, x: _pix().random_crop(key, x, pixels.shape[1:]))
+            pixels = crop(keys[0], whole)
+        if "flip" in self.augment:
+            pixels = jax.vmap(_pix().random_flip_left_right)(keys[1], pixels)
+        return {**batch, "pixels": pixels}
+
+
+def _pix() -> Any:
+    try:
+        import dm_pix
+    except ImportError as error:
+        raise MissingPackageError("--augment", "dm-pix", "images") from error
+    return dm_pix
+
+
+class ImageClassification(EncoderTask):
+    """Classes of images."""
+
+    name = "image-classification"
+    kind = "vision"
+    pipeline = "image-classification"
+    head = "image_classification"
+    metrics = ("accuracy", "f1", "matthews")
+    defaults = ("accuracy", "f1")
+    least_steps = 0  # a step on images takes many seconds on a processor
+    columns: ClassVar[Mapping[str, str | None]] = {"image": "image", "label": "label"}
+    flags = (*EncoderTask.flags, "augment")
+    readout = ImageClasses
+    example = "--train DIR, with a folder of images for each class, or a table of paths and labels"
+
+    def texts(self, columns: Mapping[str, Any]) -> list[str]:
+        """The column of the paths."""
+        return [columns["image"]]
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads the paths of images, and their labels; see `Task.load`.
+
+        The paths are absolute: a run that is resumed reads the same ones in any directory.
+        """
+        named: Any = self.of_columns(columns)
+        files = {part: path.resolve() if path.exists() else path for part, path in files.items()}
+        data = load_labelled(
+            files["train"],
+            files.get("dev"),
+            files.get("test"),
+            text=named["image"],
+            label=named["label"],
+            metrics=metrics or self.defaults,
+        )
+        held_out = {part: files.get(part, files["train"]) for part in ("train", "dev", "test")}
+        parts = {
+            part: replace(rows, texts=_placed(path, rows.texts))
+            for part, path in held_out.items()
+            for rows in (getattr(data, part),)
+        }
+        return replace(data, **parts)
+
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
+        """The paths of images to predict."""
+        return _placed(path, super().read_texts(path, rows, columns))
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """Examples with one image; see `Task.usage`."""
+        words = ["adapters-jax", "predict", run, "image.png"]
+        return Usage.of(words, "load_predictor", run, model, "predict([('image.png', None)])")
+
+
+def _placed(table: Path, texts: Sequence[Any]) -> list[Any]:
+    """Paths as they are from here; those of a directory or of a table's are from there.
+
+    Raises:
+        DataError: a table that is not a file has a path that is not absolute.
+    """
+    if not table.exists() and not all(Path(path).is_absolute() for path, _ in texts):
+        raise DataError(
+            f"{table.as_posix()}: paths of images in it are not absolute; give one table, which is "
+            "beside the images, or a directory of images"
+        )
+    place = table if table.is_dir() else table.parent
+    return [((place / path).as_posix(), pair) for path, pair in texts]

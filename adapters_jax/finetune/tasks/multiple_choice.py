@@ -1,0 +1,212 @@
+"""Multiple choice: one of several choices continues a text.
+
+The model reads the text with each choice; the head gives each a score, and the best is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.annotated import Annotated, read_choices
+from adapters_jax.finetune.data.batches import together
+from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.tables import choose_columns
+from adapters_jax.finetune.pretrained.encoder import Encoder
+from adapters_jax.finetune.tasks.base import Batch, Usage
+from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.tasks.prediction import Prediction
+from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
+from adapters_jax.finetune.tasks.views import Judged, View, confusion, of_part
+
+
+@dataclass(frozen=True)
+class ChoicePrediction(Prediction):
+    """The choice that continues a text.
+
+    Attributes:
+        choice: its number, from 0 on.
+        label: the choice.
+        probabilities: the probability of each choice, in their order.
+    """
+
+    choice: int
+    label: str
+    probabilities: list[float]
+
+    def cells(self) -> dict[str, str]:
+        """The choice and its probability."""
+        return {"label": self.label, "probability": f"{self.probabilities[self.choice]:.4f}"}
+
+
+@dataclass(frozen=True)
+class Choices(LabelReadout):
+    """A `LabelReadout` of choices: the head's one output scores a text with a choice.
+
+    Args:
+        names: the numbers of the choices, as texts.
+
+    Example:
+        >>> Choices(("0", "1")).decode(np.array([[[0.1], [2.0]], [[3.0], [1.0]]])).tolist()
+        [1, 0]
+    """
+
+    names: tuple[str, ...]
+    constant_title = "most frequent position"
+    width = 1
+
+    @classmethod
+    def of(cls, train: Annotated) -> Choices:
+        """The numbers of the choices of a training set."""
+        return cls(tuple(map(str, range(len(train.texts[0]) - 1))))
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Choices:
+        """Reads what `to_config` wrote; raises KeyError or UserError if it cannot."""
+        names = tuple(values["names"])
+        if names != tuple(map(str, range(len(names)))) or len(names) < 2:
+            raise UserError(f"names={names}, expected 0, 1, ... for two or more choices")
+        return cls(names)
+
+    def to_config(self) -> dict[str, Any]:
+        """The values for a run's configuration."""
+        return {"names": self.names}
+
+    @property
+    def count(self) -> int:
+        """The number of choices."""
+        return len(self.names)
+
+    def check(self, texts: Sequence[Any], pairs: bool) -> None:
+        """Raises DataError unless each row has a text and all choices."""
+        if not texts or any(isinstance(r, str) or len(r) <= self.count for r in texts):
+            raise DataError(
+                f"predict: expected at least one row, each of a text and {self.count} choices"
+            )
+        for number, row in enumerate(texts, 1):
+            wrong = [part for part in row if not isinstance(part, str) or not part.strip()]
+            if wrong:
+                raise DataError(
+                    f"predict: row {number} has {wrong[0]!r} among its texts; expected some words "
+                    f"in the text and in each of its {self.count} choices"
+                )
+
+    def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes each text with each of its choices."""
+        pairs = [
+            (" ".join(row[: -self.count]), choice) for row in texts for choice in row[-self.count :]
+        ]
+        found, cut = encoder.encode(pairs, max_length)
+        groups = [found[i : i + self.count] for i in range(0, len(found), self.count)]
+        return Inputs([together(group, encoder.config.pad_token_id) for group in groups], cut)
+
+    def encode(self, labels: Sequence[int]) -> Int[np.ndarray, " rows"]:
+        """The numbers of the right choices."""
+        return np.asarray(labels, np.int32)
+
+    def losses(
+        self, outputs: Float[Array, "rows choices 1"], batch: Batch
+    ) -> Float[Array, " rows"]:
+        """The cross-entropy of each row over its choices."""
+        return optax.softmax_cross_entropy_with_integer_labels(outputs[..., 0], batch["labels"])
+
+    def decode(
+        self, outputs: Float[np.ndarray, "rows choices 1"], where: Any = None
+    ) -> Int[np.ndarray, " rows"]:
+        """The numbers of the best choices."""
+        return outputs[..., 0].argmax(axis=1)
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right and the predicted choice of each row."""
+        found = zip(part.texts, part.labels, self.decode(outputs).tolist(), strict=True)
+        return [
+            {
+                "gold": str(right + 1),
+                "predicted": str(i + 1),
+                "words": {"right": row[right - self.count], "predicted": row[i - self.count]},
+            }
+            for row, right, i in found
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The confusion matrix of positions, of test."""
+        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        names = [str(i + 1) for i in range(self.count)]
+        about = f"{of_part(judged, 'test')} The numbers are the positions of the choices."
+        return [confusion("Confusion matrix", names, right, found, about)] if right else []
+
+    def constant(self, train: Annotated, part: Annotated) -> Int[np.ndarray, " rows"]:
+        """The number that is right most often in training."""
+        return np.full(len(part), np.bincount(train.labels).argmax())
+
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The choice of each row."""
+        scores = outputs[..., 0].astype(np.float64)
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares = (odds / odds.sum(axis=1, keepdims=True)).tolist()
+        return [
+            ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], shares[n])
+            for n, (row, i) in enumerate(zip(texts, self.decode(outputs).tolist(), strict=True))
+        ]
+
+
+class MultipleChoice(AnnotatedTask):
+    """The right one of several choices."""
+
+    name = "multiple-choice"
+    pipeline = "multiple-choice"
+    head = "multiple_choice"
+    metrics = ("accuracy",)
+    defaults = ("accuracy",)
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "premise": "premise",
+        "question": None,
+        "choices": "choice1,choice2",
+        "label": "label",
+    }
+    flags = (*AnnotatedTask.flags, "pooling")
+    readout = Choices
+    example = "--train rows.jsonl --columns premise=COLUMN choices=COLUMN,COLUMN,..."
+
+    def texts(self, columns: Mapping[str, Any]) -> list[str]:
+        """The columns of the premise, of the question if there is one, and of the choices."""
+        asked = [columns[role] for role in ("premise", "question") if columns.get(role)]
+        return [*asked, *_choices(columns)]
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads rows with their choices."""
+        choices = _choices(columns)
+        asked = self.texts(columns)[: -len(choices)]
+        return read_choices(path, asked, choices, columns["label"])
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """Examples with one row; see `Task.usage`."""
+        choices = (f"Choice {i}." for i in range(1, len(config["texts"])))
+        row = ("A text of your own.", *choices)
+        words = ["adapters-jax", "predict", run, *row]
+        return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
+
+    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """The texts and choices of each row."""
+        return [tuple(row) for row in choose_columns(path, rows, columns)[0]]
+
+
+def _choices(columns: Mapping[str, Any]) -> list[str]:
+    """The columns of the choices."""
+    found = [name.strip() for name in columns["choices"].split(",")]
+    if len(found) < 2 or not all(found):
+        raise UserError(
+            f"choices={columns['choices']}: expected two or more columns with commas between, as "
+            "--columns choices=choice1,choice2"
+        )
+    return found

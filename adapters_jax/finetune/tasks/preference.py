@@ -1,0 +1,318 @@
+"""Preference: a decoder learns which of two completions is better, or which are desirable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import safetensors.numpy
+
+from adapters_jax.errors import UserError
+from adapters_jax.files.atomic import write_file
+from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.files.tensors import open_tensors
+from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows
+from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.data.readers import title_of
+from adapters_jax.finetune.data.splits import key_of
+from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
+from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
+from adapters_jax.finetune.tasks.completion import (
+    Generator,
+    adapted,
+    chosen_prompts,
+    ends_of_chat,
+    length_of,
+    open_generator,
+    prompts_of,
+)
+from adapters_jax.finetune.tasks.completion_rows import HELD_OUT
+from adapters_jax.finetune.tasks.conversation import check_chats
+from adapters_jax.finetune.tasks.preference_problem import Objective, PreferenceProblem
+from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder, build_preferences
+from adapters_jax.finetune.tasks.views import Histogram, Judged, View, of_part, shared
+from adapters_jax.training.state import TrainState
+
+PARTS = ("train", *HELD_OUT)
+
+
+class PreferenceTask(Task):
+    """Pairs of a preferred completion and another one, or single ones that are judged (`--loss`).
+
+    The reference of DPO, IPO and KTO is the base without adapters.
+    """
+
+    name = "preference"
+    kind = "decoder"
+    pipeline = "text-generation"
+    command = "generate"
+    metrics = ("accuracy", "margin")
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "prompt": "prompt",
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "completion": "completion",
+        "label": "label",
+    }
+    flags = ("loss", "beta", "template", "chat", "held_out")
+    needed: ClassVar[Mapping[str, type]] = {"prompts": dict, "messages": bool}
+    example = "--train rows.jsonl, with columns prompt, chosen and rejected"
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads rows; those with the same prompt are held out together. See `Task.load`.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp(), "rows.csv")
+            >>> rows = "".join(f"{i // 2},{i},no\\n" for i in range(40))
+            >>> _ = path.write_text("prompt,chosen,rejected\\n" + rows)
+            >>> data = PreferenceTask().load({"train": path}, {}, ())
+            >>> len(data.train), len(data.dev), len(data.test)
+            (32, 4, 4)
+        """
+        parts = {part: read_preferences(path, columns) for part, path in files.items()}
+        train = parts["train"]
+        for rows in parts.values():
+            if rows.paired != train.paired:
+                raise DataError(
+                    f"{rows.path} and {train.path}: one has pairs and the other single completions "
+                    "with labels, expected the same in both"
+                )
+        keys = [key_of(prompt) for prompt, _ in train.texts]
+        strata = None if train.paired else [int(label or 0) for label in train.labels]
+        chosen = tuple(metrics) or self.metrics
+        return hold_out_rows(title_of(files["train"]), parts, keys, chosen, strata)
+
+    def prepare(self, data: TaskData, setup: Setup) -> PreparedPreferences:
+        """Encodes the rows for a decoder; the baseline is the base. See `Task.prepare`."""
+        objective = Objective(setup.loss, setup.beta)
+        objective.check_batch(setup.batch_size // setup.accumulate)
+        tables = {part: _compared(getattr(data, part), setup.loss, part) for part in PARTS}
+        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
+        talks = any(row.talks for table in tables.values() for row in table.rows)
+        if talks or decoder.encodes:
+            check_chats(decoder, setup.model, self.name)
+        prompts = chosen_prompts(setup, decoder)
+        if talks and setup.prompts != Prompts():
+            raise UserError(
+                "--template and --no-chat are of prompts that are texts; the chat template writes "
+                "lists of messages"
+            )
+        length = length_of(setup, decoder)
+        encoder = PreferenceEncoder(decoder, prompts, length)
+        rows = build_preferences(tables, encoder, setup.batch_size, setup.seed, setup.say)
+        problem = PreferenceProblem(
+            model=adapted(setup, decoder),
+            decoder=decoder,
+            train=rows.train,
+            parts=rows.parts,
+            most=rows.most,
+            objective=objective,
+            metrics=data.metrics,
+            say=setup.say,
+            mesh=setup.mesh,
+        )
+        config = {
+            "max_length": length,
+            "metrics": list(data.metrics),
+            "prompts": dataclasses.asdict(prompts),
+            "messages": talks,
+            "loss": setup.loss,
+            "beta": setup.beta,
+        }
+        computed = f"{decoder.sha256} {setup.dtype} {setup.quantize}"
+        return PreparedPreferences(problem, decoder.sha256, rows.tokens, config, computed, tables)
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
+        """Opens a run as a generator; see `Task.open`."""
+        return open_generator(self, run, config)
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: PretrainedDecoder
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers."""
+        return prompts_of(run, config), ends_of_chat(decoder) if config["messages"] else ()
+
+    def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
+        """The rewards of test, and what is shown of every task; see `Task.views`."""
+        rows, found = judged.rows.get("test", ()), list[View]()
+        about = of_part(judged, "test")
+        if rows and "chosen" in rows[0]:
+            margins = Counter(row["chosen"] - row["rejected"] for row in rows)
+            label = "reward of preferred - of other"
+            found.append(Histogram("Reward margins", label, {"pairs": margins}, about))
+        elif rows:
+            series = {
+                name: Counter(row["own"] for row in rows if row["desirable"] == good)
+                for name, good in (("desirable", True), ("others", False))
+            }
+            found.append(Histogram("Rewards", "reward of a completion", series, about))
+        return [*found, *shared(judged)]
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """See `Task.usage`."""
+        prompt = "A prompt of your own."
+        talks = ["--chat"] if config["messages"] else []
+        words = ["adapters-jax", "generate", run, *talks, "--prompt", prompt]
+        return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
+
+
+def words(row: Preference) -> dict[str, str]:
+    """The texts of a row by name.
+
+    Example:
+        >>> words(Preference("Hi", ("Hello", "Go")))
+        {'prompt': 'Hi', 'preferred': 'Hello', 'other': 'Go'}
+    """
+    if row.desirable is None:
+        names: tuple[str, ...] = ("preferred", "other")
+    else:
+        names = ("desirable" if row.desirable else "undesirable",)
+    return {
+        "prompt": _said(row.prompt),
+        **dict(zip(names, map(_said, row.completions), strict=True)),
+    }
+
+
+def _said(of: Any) -> str:
+    """A text; or the content of a message, or of the last one of several."""
+    if isinstance(of, str):
+        return of
+    return str((of[-1] if isinstance(of, list) else of)["content"])
+
+
+def _compared(rows: Preferences, loss: str, part: str) -> Preferences:
+    """The rows as a loss reads them; raises DataError if they are of another kind."""
+    if loss != "kto":
+        if not rows.paired:
+            raise DataError(
+                f"{rows.path}: its rows are single completions with a label, which --loss {loss} "
+                "cannot compare; write --loss kto, or --task completion to learn all of them"
+            )
+        return rows
+    singles = rows.singles()
+    if part in HELD_OUT and len(set(singles.labels)) < 2:
+        raise DataError(
+            f"{rows.path}: every label of the {len(rows)} rows of {part} is "
+            f"{str(singles.labels[0]).lower()}, and the accuracy compares both; give a --{part} "
+            "file that has both, or more rows"
+        )
+    return singles
+
+
+@dataclass(frozen=True)
+class PreparedPreferences(Prepared):
+    """A decoder and its preferences; the baseline is the decoder without adapters.
+
+    Attributes:
+        computed: what the reference's log-probabilities depend on beside the rows.
+        tables: the rows of "train", "dev" and "test".
+    """
+
+    problem: PreferenceProblem
+    computed: str
+    tables: Mapping[str, Preferences]
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The identity of the decoder."""
+        return self.decoder.identity
+
+    @property
+    def decoder(self) -> PretrainedDecoder:
+        """The base."""
+        return self.problem.decoder
+
+    def begin(self, run: Run, progress: Callable[..., Any]) -> None:
+        """Reads the reference's log-probabilities of all rows, or computes and keeps them."""
+        problem = self.problem
+        if not problem.objective.refers:
+            return
+        if not run.reference.exists():
+            found = self._compute(progress)
+            content = safetensors.numpy.save({**found, **self._checksums()})
+            write_file(run.reference, content)
+        problem.reference.update(self._read(run.reference))
+
+    def judged(self, problem: Any, state: TrainState) -> Judged:
+        """The rewards of dev and test, and the lengths of all rows; see `Prepared.judged`."""
+        lengths = {part: rows.lengths for part, rows in problem.parts.items()}
+        rows = {
+            part: [
+                {**verdict, "words": words(row)}
+                for row, verdict in zip(
+                    self.tables[part].rows, problem.judged(state, part), strict=True
+                )
+            ]
+            for part in HELD_OUT
+        }
+        return Judged.of(lengths, **rows)
+
+    def _compute(self, progress: Callable[..., Any]) -> dict[str, np.ndarray]:
+        """The log-probabilities of the rows of each part by the base without adapters."""
+        problem, found = self.problem, {}
+        steps = sum(len(part.batches) for part in problem.parts.values())
+        with progress("reference", steps, unit="batch", first="compiling") as bar:
+            step = 0
+
+            def done() -> None:
+                nonlocal step
+                step += 1
+                bar.update(step, "", news=step == steps)
+
+            for part in problem.parts:
+                found[part] = problem.log_probs(self.decoder.model, part, done)
+        return found
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        """The log-probabilities of a file; raises RunError unless they are of this problem."""
+        again = f"remove {path}, and they are computed again"
+        try:
+            with open_tensors(path, RunError) as file:
+                found = file.read()
+        except RunError as error:
+            raise RunError(f"{error}; {again}") from error
+        of = {"rows": "other rows", "base": "another base, or in another dtype"}
+        for name, checksum in self._checksums().items():
+            if name not in found or not np.array_equal(found.pop(name), checksum):
+                raise RunError(f"{path} has log-probabilities of {of[name]}; {again}")
+        shapes = {part: rows.tokens.shape for part, rows in self.problem.parts.items()}
+        if {part: each.shape for part, each in found.items()} != shapes:
+            raise RunError(f"{path} has other arrays than {', '.join(shapes)}; {again}")
+        return found
+
+    def _checksums(self) -> dict[str, np.ndarray]:
+        """The SHA-256 of the encoded rows, and that of what they are read with."""
+        rows, base = hashlib.sha256(), hashlib.sha256(self.computed.encode())
+        for name, part in self.problem.parts.items():
+            rows.update(name.encode())
+            for row in part.batches.rows:
+                for each in row:
+                    rows.update(len(each).to_bytes(8, "little") + each.tobytes())
+        found = {"rows": rows, "base": base}
+        return {key: np.frombuffer(each.digest(), np.uint8) for key, each in found.items()}
+
+    def baselines(self) -> Sequence[Untrained]:
+        """The base without adapters."""
+        return [Untrained("base", self._base)]
+
+    def _base(self) -> Scores:
+        """Its metrics; where it is the reference itself, its rewards are 0."""
+        problem = self.problem
+        if problem.objective.refers:
+            return {part: problem.score_rows(problem.reference[part], part) for part in HELD_OUT}
+        problem.say("the base without adapters:")
+        model = self.decoder.model
+        found = {part: problem.log_probs(model, part) for part in HELD_OUT}
+        return {part: problem.score_rows(each, part) for part, each in found.items()}

@@ -1,0 +1,287 @@
+"""Question answering: the answer is a part of a context, or there is none.
+
+A long context is read in windows that overlap. The head scores each token as the first and as the
+last of the answer; the best of all windows is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.annotated import Annotated, read_answers
+from adapters_jax.finetune.data.batches import row_of, tokenize
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.pretrained.encoder import Encoder
+from adapters_jax.finetune.tasks.base import Batch
+from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.tasks.metrics import squad_scores, squad_words
+from adapters_jax.finetune.tasks.prediction import Prediction
+from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
+from adapters_jax.finetune.tasks.views import Judged, Table, View, of_part, percent
+
+LONGEST_ANSWER = 30  # tokens
+STRIDE = 128  # tokens that two windows share
+SHORTEST = 16  # tokens of a window
+NO_ANSWER = "(no answer)"
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+class Window(NamedTuple):
+    """A part of a context.
+
+    Attributes:
+        row: the row that the window is of.
+        context: the whole context.
+        offsets: where each token starts and ends in the context.
+        inside: whether each token is of the context.
+    """
+
+    row: int
+    context: str
+    offsets: Int[np.ndarray, "tokens 2"]
+    inside: Bool[np.ndarray, " tokens"]
+
+
+class Answer(NamedTuple):
+    """An answer: its text, its start in the context, and its score; "" and -1 if there is none."""
+
+    text: str
+    start: int
+    score: float
+
+
+@dataclass(frozen=True)
+class AnswerPrediction(Prediction):
+    """The answer to a question.
+
+    Attributes:
+        answer: the answer; "" says that there is none.
+        start: where it starts in the context, in characters; -1 if there is none.
+    """
+
+    answer: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Spans(LabelReadout):
+    """A `LabelReadout` of answers: the head's two outputs score a token as first and as last.
+
+    A window without the answer, and a question without one, have the first token as label.
+
+    Args:
+        unanswerable: whether training has questions without an answer, so that the first token
+            may win.
+
+    Reference:
+        Devlin et al. 2018, arXiv:1810.04805, section 4.3.
+    """
+
+    unanswerable: bool
+    constant_title = "sentence most like the question"
+    pooling = TOKENS
+    max_length = 384
+    width = 2
+
+    @classmethod
+    def of(cls, train: Annotated) -> Spans:
+        """Finds whether every question of a training set has an answer."""
+        if not any(train.labels):
+            raise DataError("no training question has an answer; there is nothing to learn")
+        return cls(not all(train.labels))
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Spans:
+        """Reads what `to_config` wrote; raises KeyError or UserError if it cannot."""
+        found = values["unanswerable"]
+        if not isinstance(found, bool):
+            raise UserError(f"unanswerable={found!r}, expected true or false")
+        return cls(found)
+
+    def to_config(self) -> dict[str, Any]:
+        """The values for a run's configuration."""
+        return {"unanswerable": self.unanswerable}
+
+    def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes the windows of each context with its question; `where` has a `Window` a row.
+
+        A question may fill half of a window; longer ones are cut.
+        """
+        encoder.check_length(max_length)
+        if max_length < SHORTEST:
+            raise UserError(
+                f"--max-length {max_length}: expected at least {SHORTEST} for a question with a "
+                "part of its context"
+            )
+        asked = tokenize(encoder.tokenizer, [(q, None) for q, _ in texts], max_length // 2)
+        short = [
+            (question[: found.offsets[-2][1]] if found.overflowing else question, context)
+            for (question, context), found in zip(texts, asked, strict=True)
+        ]
+        stride = min(STRIDE, max_length // 4)
+        options = {"stride": stride, "strategy": "only_second"}
+        rows, windows = [], []
+        for i, first in enumerate(tokenize(encoder.tokenizer, short, max_length, **options)):
+            for each in (first, *first.overflowing):
+                inside = np.array([part == 1 for part in each.sequence_ids])
+                rows.append(row_of(each))
+                windows.append(Window(i, short[i][1], np.array(each.offsets), inside))
+        return Inputs(rows, sum(bool(e.overflowing) for e in asked), windows)
+
+    def targets(self, inputs: Inputs, labels: Sequence[Any]) -> tuple[Sequence[Any], np.ndarray]:
+        """The windows, and the first and last token of the first answer of each."""
+        found = np.zeros((len(inputs.rows), 2), np.int32)
+        for place, window in zip(found, inputs.where, strict=True):
+            if labels[window.row]:
+                start, text = labels[window.row][0]
+                place[:] = _tokens_of(window, start, start + len(text))
+        return inputs.rows, found
+
+    def losses(self, outputs: Float[Array, "rows length 2"], batch: Batch) -> Float[Array, " rows"]:
+        """The mean cross-entropy of the first and the last token of each row."""
+        masked = jnp.where(batch["attention_mask"][:, :, None] != 0, outputs, -1e9)
+        ends = jnp.swapaxes(masked, 1, 2)
+        losses = optax.softmax_cross_entropy_with_integer_labels(ends, batch["labels"])
+        return losses.mean(axis=1)
+
+    def decode(self, outputs: np.ndarray, where: Any = None) -> list[Answer]:
+        """The best answer of each row in all its windows."""
+        rows = max(window.row for window in where) + 1
+        best = [Answer("", -1, -np.inf)] * rows
+        none = np.full(rows, np.inf)
+        for scores, window in zip(outputs, where, strict=True):
+            none[window.row] = min(none[window.row], scores[0].sum())
+            found = _best(scores[: len(window.inside)], window)
+            if found.score > best[window.row].score:
+                best[window.row] = found
+        return [
+            Answer("", -1, float(null)) if self.unanswerable and null > answer.score else answer
+            for answer, null in zip(best, none, strict=True)
+        ]
+
+    def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+        """SQuAD's exact match and F1."""
+        right = [[text for _, text in answers] for answers in labels]
+        found = squad_scores([answer.text for answer in predictions], right)
+        return {name: found[name] for name in metrics}
+
+    def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
+        """The mean loss of the windows of each row."""
+        rows, targets = self.targets(Inputs(where, 0, where), labels)
+        mask = np.zeros(outputs.shape[:2], np.int32)
+        for each, window in zip(mask, rows, strict=True):
+            each[: len(window.inside)] = 1
+        batch = {"labels": targets, "attention_mask": mask}
+        losses: Any = self.losses(jnp.asarray(outputs), batch)
+        of = [window.row for window in where]
+        return (np.bincount(of, np.asarray(losses, np.float64)) / np.bincount(of)).tolist()
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right answers and the predicted one of each row, with SQuAD's scores."""
+        found = []
+        for answers, answer in zip(part.labels, self.decode(outputs, where), strict=True):
+            right = [text for _, text in answers]
+            words = {"answer": right[0] if right else NO_ANSWER}
+            words["predicted"] = answer.text or NO_ANSWER
+            scores = squad_scores([answer.text], [right])
+            found.append({"answers": len(right), **scores, "words": words})
+        return found
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """The scores of questions with and without an answer, of test."""
+        rows = []
+        for title, answered in (("with an answer", True), ("without an answer", False)):
+            some = [row for row in judged.rows.get("test", ()) if (row["answers"] > 0) == answered]
+            means = [percent(float(np.mean([row[n] for row in some]))) for n in metrics if some]
+            rows += [[title, f"{len(some):,}", *means]] if some else []
+        header = ["questions", "rows", *metrics]
+        return [Table("Questions", header, rows, of_part(judged, "test"))] if rows else []
+
+    def constant(self, train: Annotated, part: Annotated) -> list[Answer]:
+        """The sentence that shares most words with the question; none, if most have no answer."""
+        if 2 * sum(map(bool, train.labels)) < len(train):
+            return [Answer("", -1, 0.0)] * len(part)
+        return [_sentence(question or "", context or "") for question, context in part.texts]
+
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The answer to each question."""
+        answers = self.decode(outputs, inputs.where)
+        return [
+            AnswerPrediction(question, context, answer.text, answer.start)
+            for (question, context), answer in zip(texts, answers, strict=True)
+        ]
+
+
+def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:
+    """The first and last token of a part of the context; (0, 0) if the window has not all of it."""
+    (inside,) = np.nonzero(window.inside)
+    starts, ends = window.offsets[inside].T
+    if not len(inside) or start < starts[0] or end > ends[-1]:
+        return 0, 0
+    first = inside[np.searchsorted(ends, start, side="right")]
+    last = inside[np.searchsorted(starts, end, side="left") - 1]
+    return (first, last) if first <= last else (0, 0)
+
+
+def _best(scores: Float[np.ndarray, "tokens 2"], window: Window) -> Answer:
+    """The best answer in a window."""
+    first, last = np.where(window.inside[:, None], scores, -np.inf).T
+    length = np.arange(len(first))[None] - np.arange(len(first))[:, None]
+    allowed = (length >= 0) & (length < LONGEST_ANSWER)
+    total = np.where(allowed, first[:, None] + last[None], -np.inf)
+    a, b = np.unravel_index(total.argmax(), total.shape)
+    if not np.isfinite(total[a, b]):
+        return Answer("", -1, -np.inf)
+    start, end = window.offsets[a][0], window.offsets[b][1]
+    text = window.context[start:end]
+    spaces = len(text) - len(text.lstrip())  # some tokenizers count the space before a word
+    return Answer(text.strip(), int(start) + spaces, float(total[a, b]))
+
+
+def _sentence(question: str, context: str) -> Answer:
+    asked = {*squad_words(question)}
+    best = max(_SENTENCE.split(context), key=lambda each: len(asked & {*squad_words(each)}))
+    return Answer(best, context.find(best), 0.0)
+
+
+class QuestionAnswering(AnnotatedTask):
+    """Answers that are parts of contexts."""
+
+    name = "question-answering"
+    pipeline = "question-answering"
+    head = "question_answering"
+    metrics = ("f1", "exact_match")
+    defaults = ("f1", "exact_match")
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "question": "question",
+        "context": "context",
+        "answers": "answers",
+    }
+    epochs, batch_size = 4.0, 8  # it takes hundreds of steps before a head finds any answers
+    readout = Spans
+    example = "--train squad.json, or rows with the columns question, context and answers"
+
+    def texts(self, columns: Mapping[str, Any]) -> list[str]:
+        """The columns of the question and the context."""
+        return [columns["question"], columns["context"]]
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+        """Reads questions with their contexts and answers."""
+        return read_answers(path, columns["question"], columns["context"], columns["answers"])
+
+    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
+        """The context, so that its questions stay together."""
+        return texts[1:]

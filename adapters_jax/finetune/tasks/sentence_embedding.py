@@ -1,0 +1,286 @@
+"""Sentence embeddings: texts as vectors, whose cosine says how alike they are.
+
+With scores of pairs, the cosine learns the score. Without, each text learns to be nearer to its
+partner than to the partners of the other rows of its batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.annotated import Annotated
+from adapters_jax.finetune.data.batches import together
+from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows, numbers_of
+from adapters_jax.finetune.data.readers import DataError, title_of
+from adapters_jax.finetune.data.splits import key_of
+from adapters_jax.finetune.data.tables import read_rows
+from adapters_jax.finetune.pretrained.encoder import Encoder
+from adapters_jax.finetune.tasks.base import Batch
+from adapters_jax.finetune.tasks.labelled import EncoderTask
+from adapters_jax.finetune.tasks.metrics import compute, places, retrieval
+from adapters_jax.finetune.tasks.prediction import Prediction
+from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
+from adapters_jax.finetune.tasks.views import (
+    Judged,
+    Table,
+    View,
+    numbers_judged,
+    of_part,
+    percent,
+    predicted_against_right,
+)
+
+SCALE = 20.0  # of cosines in the contrastive loss
+PLACES = (1, 3, 10, 30, 100)  # that the report counts
+SCORED, PAIRED = ("spearman", "pearson"), ("recall_at_1", "mrr")
+
+
+@dataclass(frozen=True)
+class EmbeddingPrediction(Prediction):
+    """The embeddings of a text, or of a pair.
+
+    Attributes:
+        similarity: the cosine of a pair's embeddings; None for a single text.
+        embedding: the embedding of a single text, of length 1; None for a pair.
+    """
+
+    similarity: float | None
+    embedding: list[float] | None
+
+    def cells(self) -> dict[str, str]:
+        """The similarity, or the first numbers of the embedding."""
+        if self.embedding is None:
+            return {"similarity": f"{self.similarity:.4f}"}
+        return {"embedding": " ".join(f"{x:.3f}" for x in self.embedding[:4]) + " ..."}
+
+    def columns(self) -> dict[str, str]:
+        """The similarity, or the embedding as a list of JSON."""
+        return self.cells() if self.embedding is None else {"embedding": json.dumps(self.embedding)}
+
+
+@dataclass(frozen=True)
+class Embeddings(LabelReadout):
+    """A `LabelReadout` of embeddings: the outputs are pooled states, two for a pair.
+
+    Args:
+        scored: whether pairs have scores.
+        low: the score of a cosine of 0: the smallest of training, or 0 without scores.
+        high: the score of a cosine of 1: the largest of training, or 1 without scores.
+
+    Reference:
+        Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084; van den Oord et al. 2018,
+        arXiv:1807.03748, for the contrastive loss.
+
+    Example:
+        >>> outputs = np.array([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]]])
+        >>> Embeddings(True, 0.0, 5.0).decode(outputs).round(6).tolist()
+        [0.0, 1.0]
+    """
+
+    scored: bool
+    low: float = 0.0
+    high: float = 1.0
+    constant_title = "share of common words"
+    has_head = False
+    width = 0
+
+    @classmethod
+    def of(cls, train: Annotated) -> Embeddings:
+        """The scale of a training set's scores, if it has scores."""
+        if isinstance(train.labels[0], tuple):
+            return cls(False)
+        low, high = min(train.labels), max(train.labels)
+        if low == high:
+            raise DataError(f"every training score is {low:g}; there is nothing to learn")
+        return cls(True, low, high)
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Embeddings:
+        """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
+        found = cls(values["scored"], float(values["low"]), float(values["high"]))
+        if not isinstance(found.scored, bool) or not found.low < found.high:
+            raise UserError(f"{found}: expected scored as true or false, and low below high")
+        return found
+
+    def to_config(self) -> dict[str, Any]:
+        """The values for a run's configuration."""
+        return {"scored": self.scored, "low": self.low, "high": self.high}
+
+    def check(self, texts: Sequence[Any], pairs: bool) -> None:
+        """Raises DataError unless all texts are single ones, or all are pairs."""
+        super().check(texts, bool(texts) and texts[0][-1] is not None)
+
+    def check_batch(self, rows: int) -> None:
+        """Raises UserError unless a text has others in its batch to tell its partner from."""
+        if not self.scored and rows < 2:
+            raise UserError(
+                f"pairs without scores on {rows} row at a time: a text learns to tell its partner "
+                "from those of the other rows, and there are none; write a --batch-size of at "
+                "least 2, and twice --accumulate"
+            )
+
+    def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
+        """Encodes each text by itself."""
+        each = 1 if texts[0][1] is None else 2
+        found, cut = encoder.encode(
+            [(text, None) for row in texts for text in row[:each]], max_length
+        )
+        groups = [found[i : i + each] for i in range(0, len(found), each)]
+        return Inputs([together(group, encoder.config.pad_token_id) for group in groups], cut)
+
+    def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
+        """The scores as cosines; without scores, a number of each text, `(rows, 2)`."""
+        if not self.scored:
+            return inputs.rows, _numbers(labels)
+        scores = (np.asarray(labels) - self.low) / (self.high - self.low)
+        return inputs.rows, scores.astype(np.float32)
+
+    def losses(self, outputs: Float[Array, "rows 2 d"], batch: Batch) -> Float[Array, " rows"]:
+        """The squared error of the cosine; or how badly a text knows its partner in the batch."""
+        unit = outputs / jnp.linalg.norm(outputs, axis=-1, keepdims=True).clip(1e-9)
+        if self.scored:
+            return jnp.square((unit[:, 0] * unit[:, 1]).sum(axis=-1) - batch["labels"])
+        cosines = SCALE * unit[:, 0] @ unit[:, 1].T
+        real = jnp.asarray(batch["weight"]) > 0  # filler rows repeat others
+        rivals = real[None] & ~_alike(jnp.asarray(batch["labels"]))
+        cosines = jnp.where(rivals | jnp.eye(len(cosines), dtype=bool), cosines, -1e9)
+        return optax.softmax_cross_entropy_with_integer_labels(cosines, jnp.arange(len(cosines)))
+
+    def decode(self, outputs: Float[np.ndarray, "rows 2 d"], where: Any = None) -> np.ndarray:
+        """The cosine of each pair; without scores, of all first texts with all second ones."""
+        first, second = np.swapaxes(_unit(outputs), 0, 1)
+        return (first * second).sum(axis=-1) if self.scored else first @ second.T
+
+    def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+        """The correlations of cosines and scores; or how well second texts are found."""
+        if self.scored:
+            return compute(metrics, predictions, labels)
+        found = retrieval(predictions, _alike(_numbers(labels)))
+        return {name: found[name] for name in metrics}
+
+    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+        """The right score and the cosine on its scale; without scores, the place of the partner."""
+        found = self.decode(outputs)
+        if self.scored:
+            scaled = self.low + found * (self.high - self.low)
+            return numbers_judged(part.labels, scaled.tolist())
+        place = places(found, _alike(_numbers(part.labels))).tolist()
+        first = [part.texts[i][1] for i in found.argmax(axis=1)]
+        return [
+            {"place": n, "words": {"most similar": text, "place of its own": str(n)}}
+            for n, text in zip(place, first, strict=True)
+        ]
+
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """Cosines against scores; without scores, the places of the partners; of test."""
+        if self.scored:
+            return predicted_against_right(judged)
+        found = np.array(judged.column("test", "place"))
+        ends = [end for end in PLACES if end <= len(found)]
+        rows = [[f"{n}", f"{(found <= n).sum():,}", percent((found <= n).mean())] for n in ends]
+        about = of_part(judged, "test")
+        header = ["among the first", "rows", "share"]
+        return [Table("Places of the right texts", header, rows, about, words=0)] if rows else []
+
+    def constant(self, train: Annotated, part: Annotated) -> np.ndarray:
+        """The words that two texts have in common, as a share of all words that they have."""
+        first, second = (
+            [{*(row[i] or "").casefold().split()} for row in part.texts] for i in (0, 1)
+        )
+        if self.scored:
+            return np.array([_shared(*pair) for pair in zip(first, second, strict=True)])
+        words = {word: i for i, word in enumerate(set[str]().union(*first, *second))}
+        found, others = (_word_sets(side, words) for side in (first, second))
+        both = (found @ others.T).toarray()
+        sums = np.add.outer([*map(len, first)], [*map(len, second)])
+        return both / np.maximum(sums - both, 1)
+
+    def predictions(
+        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
+    ) -> list[Prediction]:
+        """The similarity of each pair, or the embedding of each single text."""
+        unit = _unit(outputs)
+        if unit.shape[1] == 1:
+            found = zip(texts, unit[:, 0].tolist(), strict=True)
+            return [EmbeddingPrediction(text, None, None, vector) for (text, _), vector in found]
+        cosines = (unit[:, 0] * unit[:, 1]).sum(axis=-1).tolist()
+        return [
+            EmbeddingPrediction(text, pair, cosine, None)
+            for (text, pair), cosine in zip(texts, cosines, strict=True)
+        ]
+
+
+def _shared(first: set[str], second: set[str]) -> float:
+    return len(first & second) / max(len(first | second), 1)
+
+
+def _numbers(pairs: Sequence[tuple[str, str]]) -> Int[np.ndarray, "rows 2"]:
+    """A number of each text, the same for equal texts of a side."""
+    sides = [np.unique(side, return_inverse=True)[1] for side in zip(*pairs, strict=True)]
+    return np.stack(sides, axis=1).astype(np.int32)
+
+
+def _alike(numbers: Any) -> Any:
+    """Whether a row's partner is one of another row, too: either of their texts is equal."""
+    return (numbers[:, None] == numbers[None]).any(axis=-1)
+
+
+def _word_sets(texts: Sequence[set[str]], words: Mapping[str, int]) -> Any:
+    """1 for each word of a text, a sparse `(texts, words)`."""
+    from scipy.sparse import csr_array
+
+    columns = [words[word] for text in texts for word in text]
+    ends = np.cumsum([0, *map(len, texts)])
+    shape = len(texts), len(words)
+    return csr_array((np.ones(len(columns)), columns, ends), shape=shape)
+
+
+def _unit(outputs: Float[np.ndarray, "rows texts d"]) -> Float[np.ndarray, "rows texts d"]:
+    return outputs / np.linalg.norm(outputs, axis=-1, keepdims=True).clip(1e-9)
+
+
+class SentenceEmbedding(EncoderTask):
+    """Vectors of texts, from pairs of similar texts or from scores of pairs."""
+
+    name = "sentence-embedding"
+    pipeline = "sentence-similarity"
+    metrics = (*SCORED, *PAIRED)
+    least_steps = 0  # it has no new head
+    columns: ClassVar[Mapping[str, str | None]] = {
+        "text": "sentence1",
+        "text_pair": "sentence2",
+        "label": None,
+    }
+    flags = ("metrics", "dropout", "pooling")
+    readout = Embeddings
+    example = "--train rows.tsv --text COLUMN --text-pair COLUMN, with or without --label COLUMN"
+
+    def load(
+        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+    ) -> TaskData:
+        """Loads pairs of texts, with their scores if a label is named; see `Task.load`."""
+        named: Any = self.of_columns(columns)
+        allowed = SCORED if named["label"] else PAIRED
+        wrong = [name for name in metrics if name not in allowed]
+        if wrong:
+            scores = "with" if named["label"] else "without"
+            raise UserError(
+                f"--metrics {' '.join(wrong)}: pairs {scores} scores have {', '.join(allowed)}"
+            )
+        parts = {}
+        for part, path in files.items():
+            table = read_rows(path, named["text"], named["text_pair"], named["label"])
+            labels: Any = numbers_of(table) if named["label"] else table.texts
+            parts[part] = Annotated([*table.texts], [*labels])
+        keys = [key_of(text) for text, _ in parts["train"].texts]
+        return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or allowed)

@@ -1,0 +1,233 @@
+"""Calls of a model in which each row of the batch has an adapter of its own.
+
+The model runs once, mapped over the rows: the base's arrays are shared, so that its products stay
+those of the whole batch, and each row brings its adapter's arrays. So a row's output is what the
+adapter alone computes, whatever the model and the methods are.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from adapters_jax.errors import UserError, shown
+from adapters_jax.methods.arrays import over_layers
+from adapters_jax.methods.prompt import prompt_lengths
+
+_MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
+
+
+@contextlib.contextmanager
+def mapping() -> Iterator[None]:
+    """What is traced in the body is mapped over adapters."""
+    token = _MAPPED.set(True)
+    try:
+        yield
+    finally:
+        _MAPPED.reset(token)
+
+
+def mapped() -> bool:
+    """Whether what is traced now is mapped over adapters, which some kernels do not stand."""
+    return _MAPPED.get()
+
+
+@struct.dataclass
+class Rows:
+    """Which adapter of a bank each row of a batch has; `Bank.rows` makes it.
+
+    Attributes:
+        index: the adapter's place in the bank, for each group of rows.
+        lengths: for each prompt, by the path of its attention module, how many of its tokens the
+            group's adapter has.
+        each: how many consecutive rows are a group.
+        taken: whether the model's tree has the adapters of these groups, in their order, and not
+            those of a bank; see `take`.
+    """
+
+    index: Int[Array, " groups"]
+    lengths: Mapping[str, Int[Array, " groups"]] = struct.field(default_factory=dict)
+    each: int = struct.field(pytree_node=False, default=1)
+    taken: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def total(self) -> int:
+        """The number of rows."""
+        return self.index.shape[0] * self.each
+
+    def take(self, stacked: Any) -> tuple["Rows", Any]:
+        """The adapters of the groups, for several calls with the same rows.
+
+        Args:
+            stacked: a bank's tree of adapters.
+
+        Returns:
+            The rows for a model that has the tree which follows.
+        """
+        if self.taken:
+            return self, stacked
+        mine = jax.tree.map(lambda x: jnp.take(x, self.index, axis=0), stacked)
+        return self.replace(taken=True), mine  # type: ignore[attr-defined]
+
+
+def checked_rows(rows: Any) -> Rows:
+    """The rows; raises UserError for what no bank gave."""
+    if not isinstance(rows, Rows):
+        raise UserError(f"adapters={shown(rows)}, expected rows of a bank; write bank.rows([...])")
+    return rows
+
+
+def needs_rows(cls: type) -> UserError:
+    """The error of a bank's model, of that class, that is called without `Rows`."""
+    return UserError(
+        f"{cls.__name__} has the stacked adapters of a bank: say which one each row has, with "
+        "adapters=bank.rows([...]) beside the inputs"
+    )
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """A pytree that knows which axes of its arrays are rows, such as a cache of scanned layers."""
+
+    def row_axes(self) -> Any:
+        """The same tree with the axis of the rows for each array; -1 where all rows share it."""
+
+
+@struct.dataclass
+class Grouped:
+    """A `HasRows` whose rows are split into groups, two axes for one, from one call to the next.
+
+    Inside of a loop over calls, XLA writes into such arrays in place, and copies others.
+    """
+
+    tree: Any
+
+
+_SHARED, _NONE = -1, -2  # the axis of the rows of an array that has none
+
+
+def _is_grouped(node: Any) -> bool:
+    return isinstance(node, Grouped)
+
+
+def _has_rows(node: Any) -> bool:
+    return isinstance(node, HasRows)
+
+
+def _plain(tree: Any) -> Any:
+    """The tree without marks of groups."""
+    return jax.tree.map(lambda n: n.tree if _is_grouped(n) else n, tree, is_leaf=_is_grouped)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The arrays of a tree, for each the axis of the rows, and whether that is two axes already."""
+
+    leaves: list[Any]
+    axes: list[int]
+    grouped: list[bool]
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any, rows: int) -> "_Parts":
+        """The arrays of a tree; of others than `HasRows`, rows are a first axis of that size."""
+
+        def axis(x: Any) -> int:
+            return 0 if jnp.ndim(x) > 0 and x.shape[0] == rows else _NONE
+
+        def axes(node: Any) -> Any:
+            return node.row_axes() if _has_rows(node) else axis(node)
+
+        def marks(node: Any) -> Any:
+            return jax.tree.map(lambda _: _is_grouped(node), node)
+
+        leaves, structure = jax.tree.flatten(tree)
+        found = jax.tree.map(axes, _plain(tree), is_leaf=_has_rows)
+        marked = jax.tree.map(marks, tree, is_leaf=_is_grouped)
+        return cls(leaves, jax.tree.leaves(found), jax.tree.leaves(marked), structure)
+
+
+def by_rows(
+    run: Callable[[Any, Any, Any], Any], rows: Rows, stacked: Any, inputs: Any, keys: Any = None
+) -> Any:
+    """Runs a model on a batch whose rows have an adapter each.
+
+    Args:
+        run: `run(adapters, inputs, keys)` gives the model's outputs for some rows of one adapter.
+        rows: the adapter of each row.
+        stacked: a tree of adapters, stacked on a first axis, or what `rows.take` made of it.
+        inputs: the model's inputs. Arrays whose first axis is as long as there are rows, and those
+            that a `HasRows` says, are split; everything else is for all rows.
+        keys: random keys, from which each group of rows gets keys of its own.
+
+    Returns:
+        The outputs: arrays whose first axis is the rows, or the axis that a `HasRows` says, in the
+        order of the rows; of arrays without rows, one for each group, stacked on a first axis. For
+        rows that were taken, a `HasRows` comes as `Grouped`, which the next call takes as it is.
+
+    Raises:
+        UserError: no input has as many rows, or `rows` is of no bank.
+    """
+    rows = checked_rows(rows)
+    groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
+    split = [i for i, axis in enumerate(given.axes) if axis >= 0]
+    if not split:
+        shapes = ", ".join(str(list(x.shape)) for x in given.leaves if jnp.ndim(x))
+        raise UserError(
+            f"adapters= names the adapters of {rows.total} rows, and the inputs are of "
+            f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
+        )
+    _, mine = rows.take(stacked)
+    own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
+    found: list[_Parts] = []
+
+    def one(adapters: Any, lengths: Any, keys: Any, parts: list[Any]) -> list[Any]:
+        leaves = list(given.leaves)
+        for i, part in zip(split, parts, strict=True):
+            leaves[i] = part
+        with mapping(), prompt_lengths(lengths):
+            y = run(adapters, _plain(jax.tree.unflatten(given.structure, leaves)), keys)
+        if rows.taken:
+            y = jax.tree.map(lambda n: Grouped(n) if _has_rows(n) else n, y, is_leaf=_has_rows)
+        found.append(_Parts.of(y, rows.each))
+        return found[-1].leaves
+
+    parts = [
+        given.leaves[i] if given.grouped[i] else _split(given.leaves[i], given.axes[i], groups)
+        for i in split
+    ]
+    where = (0, 0, 0, [given.axes[i] for i in split])
+    outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
+    (made,) = found
+    merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
+    return jax.tree.unflatten(made.structure, merged)
+
+
+def _fold(key: Any) -> Callable[[Array], Array]:
+    """The key of a group by its number; of keys that are stacked over layers, each is folded."""
+    single = 0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    return lambda i: over_layers(lambda k: jax.random.fold_in(k, i), key.ndim - single)(key)
+
+
+def _split(x: Any, axis: int, groups: int) -> Array:
+    """An array whose rows are split into groups: two axes for the axis of the rows."""
+    x = jnp.asarray(x)
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+
+def _merged(y: Array, axis: int, grouped: bool) -> Array:
+    """An array with groups in front and their rows behind, with both in the rows' place."""
+    if axis < 0:
+        return y[0] if axis == _SHARED else y
+    y = jnp.moveaxis(y, 0, axis)
+    if grouped:
+        return y
+    rows = math.prod(y.shape[axis : axis + 2])
+    return y.reshape(*y.shape[:axis], rows, *y.shape[axis + 2 :])

@@ -1,0 +1,370 @@
+"""Finds the attention that a module computes in line: two products with a softmax between.
+
+Inside `watched(...)` every operation of the running code passes a `Watch`. It follows the columns
+of each projection to the first product, the scores to the softmax, and the softmax to the second
+product, whose result a function may change. The code gets plain values, none of the watch's own,
+so that nothing is left behind in caches and Variables.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import jax.extend.linear_util as lu
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import Array
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.trace import parts
+from adapters_jax.trace.activations import Seen
+from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.trace.registry import Attention, Names
+
+Insert = Callable[[Inline, Array], Array]  # takes and gives (..., heads, head_dim)
+Facts = Sequence[Seen | None]
+
+
+@dataclass
+class Found:
+    """What a watch saw.
+
+    Attributes:
+        sizes: the sizes of the attentions.
+        reasons: why prompts cannot act in others.
+        checkpoints: how many bodies of `jax.checkpoint` are running.
+    """
+
+    sizes: list[Attention] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    checkpoints: int = 0
+
+    @property
+    def attention(self) -> Attention | None:
+        """The only attention; None if there is none, or another one."""
+        return self.sizes[0] if len(self.sizes) == 1 and not self.reasons else None
+
+    def why_not(self) -> str:
+        """Why there is not one attention, as the end of a sentence about the module."""
+        if self.reasons:
+            return self.reasons[0]
+        if self.sizes:
+            return f"computes {len(self.sizes)} attentions; target the module of each"
+        return (
+            "shows no softmax between two products of activations, of queries and keys and then of "
+            "weights and values, in its own call; prompts act there"
+        )
+
+    def check(self, owner: str, path: str, module: Any) -> None:
+        """Raises RecipeError unless there is one attention, in which a method's tokens were read.
+
+        Args:
+            owner: the name of the method.
+            path: the path of the module.
+            module: the module.
+        """
+        if self.attention is None:
+            raise RecipeError(
+                f"{owner} at {path!r}: in this call {type(module).__name__} {self.why_not()}"
+            )
+
+
+@contextlib.contextmanager
+def watched(insert: Insert) -> Iterator["Watch"]:
+    """Watches the code in its body; its inputs are to be those that the watch's `enter` returns.
+
+    Args:
+        insert: gets every attention with its result, and returns what the code goes on with.
+    """
+    with jex.take_current_trace() as current:
+        outer = current if isinstance(current, Watch) else None
+        watch = Watch(outer.parent if outer else current, insert, Found())
+        # Where operations run at once, jax would call its compiled functions past the watch.
+        at_once = contextlib.nullcontext() if _stages(watch.parent) else jax.disable_jit()
+        with at_once, jex.set_current_trace(watch):
+            yield watch
+        if outer:  # an attention belongs to the innermost watch
+            outer.begin([seen.value for seen in watch._seen.values()])
+
+
+def _stages(trace: Any) -> bool:
+    """Whether a trace writes operations down, rather than running them at once."""
+    with jex.set_current_trace(trace):
+        return isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
+
+
+@contextlib.contextmanager
+def looking(inputs: Any, total: bool = False) -> Iterator[Found]:
+    """Watches the code in its body, which gets these inputs, and changes nothing.
+
+    Args:
+        inputs: the inputs.
+        total: whether prompts will need `Inline.total`.
+    """
+
+    def look(inline: Inline, mixed: Array) -> Array:
+        if total:
+            inline.total()
+        return mixed
+
+    with watched(look) as watch:
+        watch.begin(inputs)
+        yield watch.found
+
+
+def current() -> "Watch | None":
+    """The watch around the caller; None outside, and within another trace."""
+    with jex.take_current_trace() as trace:
+        return trace if isinstance(trace, Watch) else None
+
+
+def note_returned(name: str, y: Any) -> None:
+    """Notes that a module returned an array, for `check_names`."""
+    watch = current()
+    seen = watch._seen.get(id(y)) if watch else None
+    if watch and seen and seen.columns:
+        watch._returned.setdefault(seen.columns.projection, name)
+
+
+def check_names(module: Any, names: Names, arguments: Sequence[Any], children: str = "") -> None:
+    """Checks that an attention function gets what the projections return that it should get.
+
+    Args:
+        module: the attention module.
+        names: the names of its parts.
+        arguments: query, key and value.
+        children: the path of the module with a slash, if `note_returned` had paths.
+
+    Raises:
+        RecipeError: it gets what another one returns. Where that cannot be seen, nothing is raised.
+    """
+    watch = current()
+    for part, x in zip(("query", "key", "value"), arguments, strict=False):
+        seen = watch._seen.get(id(x)) if watch else None
+        found = (
+            watch._returned.get(seen.columns.projection)
+            if watch and seen and seen.columns
+            else None
+        )
+        own = f"{children}{getattr(names, part)}"
+        if found is not None and found != own:
+            raise RecipeError(
+                f"{type(module).__name__}: its {names.attention_fn} gets as {part} what {found!r} "
+                f"returns, not what {own!r} does; correct the names in aj.register_attention"
+            )
+
+
+class Watch(jax.core.Trace):
+    """The trace that follows activations; its values are those of `parent`."""
+
+    watches_whole_weights = True  # `weights.lazy` computes beneath it
+
+    def __init__(self, parent: Any, insert: Insert, found: Found):
+        super().__init__()
+        self.parent, self.insert, self.found = parent, insert, found
+        self._seen: dict[int, Seen] = {}  # activations, by the id of the value
+        self._repeated: dict[int, tuple[Any, frozenset[int]]] = {}  # other values; see `repeats`
+        self._returned: dict[Any, str] = {}  # the module that returned a projection's columns
+        # flax compares traces by this reference, which is to be the parent's.
+        self._weakref = parent._weakref
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.parent, name)
+        return functools.partial(self._outside, found) if name.startswith("process_") else found
+
+    def _outside(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Lets the parent process what this trace cannot see into; the results are activations."""
+        results = process(*args, **kwargs)
+        self.begin(results)
+        return results
+
+    def stage_value(self, val: Any) -> Any:
+        """A constant as a value."""
+        return self.parent.stage_value(val)
+
+    def process_custom_vjp_call(self, *args: Any, **kwargs: Any) -> Any:
+        """A function with a gradient of its own, which is not seen into."""
+        return self._outside(self.parent.process_custom_vjp_call, *args, **kwargs)
+
+    def enter(self, inputs: Any) -> Any:
+        """The inputs of the code, with jax's arrays in the place of numpy's of numbers."""
+        self.begin(inputs)
+        if not any(map(_is_numpy, jax.tree.leaves(inputs, is_leaf=_is_module))):
+            return inputs  # the very tree, since jax would sort its dictionaries
+        array = lambda x: jnp.asarray(x) if _is_numpy(x) else x  # noqa: E731
+        with jax.ensure_compile_time_eval():  # still numbers, as for indices
+            inputs = jax.tree.map(array, inputs, is_leaf=_is_module)
+        self.begin(inputs)
+        return inputs
+
+    def begin(self, tree: Any) -> None:
+        """Takes the arrays of a tree for activations."""
+        for x in jax.tree.leaves(tree, is_leaf=_is_module):
+            if isinstance(x, jax.Array) and id(x) not in self._seen:
+                self._seen[id(x)] = Seen(x, parts.rows(x.shape))
+
+    def process_primitive(self, primitive: Any, values: Any, params: Any, /) -> Any:
+        """Computes an operation, and notes what is known of its results."""
+        known, name = [self._seen.get(id(x)) for x in values], primitive.name
+        if not any(known):
+            result = self.parent.process_primitive(primitive, values, params)
+            self._note_repeated(name, values, params, result)
+            return result
+        if name in ("jit", "pjit"):
+            with jex.set_current_trace(self):
+                return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+        if name in ("remat2", "checkpoint"):
+            return self._remat(known, values, params)
+        result = self.parent.process_primitive(primitive, values, params)
+        outputs = result if primitive.multiple_results else [result]
+        facts: Facts = known
+        if name != "optimization_barrier":  # whose outputs are its inputs
+            facts = self.facts(primitive, values, known, params, [x.shape for x in outputs])
+        if name == "dot_general" and is_second(known, params):
+            outputs = [self._second(known, params, outputs[0])]
+        self._note(outputs, facts)
+        return outputs if primitive.multiple_results else outputs[0]
+
+    def process_custom_jvp_call(
+        self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
+    ) -> Any:
+        """A function with a derivative of its own is called as it is; its code is read."""
+        known = [self._seen.get(id(x)) for x in values]
+        closed = None
+        if any(seen and seen.softmax for seen in known):
+            shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in values]
+            with jex.set_current_trace(self.parent):
+                closed = jax.make_jaxpr(lambda *xs: fun.call_wrapped(*xs))(*shapes)
+            # It can be called once.
+            fun = lu.wrap_init(jex.jaxpr_as_fun(closed), debug_info=fun.debug_info)
+        results = self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
+        if closed is not None:
+            self._note(results, self._read(closed, known))
+        if any(known):
+            self.begin(results)
+        return results
+
+    def _note(self, results: Sequence[Any], facts: Facts) -> None:
+        for x, seen in zip(results, facts, strict=True):
+            if seen is not None:
+                self._seen[id(x)] = replace(seen, value=x)
+
+    def _read(self, closed: Any, given: Facts) -> list[Seen | None]:
+        """What is known of the results of a jaxpr, without computing them."""
+        jaxpr = getattr(closed, "jaxpr", closed)
+        known = dict(zip(jaxpr.invars, given, strict=True))
+
+        def facts_of(atoms: Sequence[Any]) -> list[Seen | None]:
+            return [None if isinstance(x, jex.Literal) else known.get(x) for x in atoms]
+
+        for eqn in jaxpr.eqns:
+            inputs = facts_of(eqn.invars)
+            if not any(inputs):
+                continue
+            if eqn.primitive.name in ("jit", "pjit"):
+                facts: Facts = self._read(eqn.params["jaxpr"], inputs)
+            else:
+                values = [x.val if isinstance(x, jex.Literal) else x.aval for x in eqn.invars]
+                shapes = [x.aval.shape for x in eqn.outvars]
+                facts = self.facts(eqn.primitive, values, inputs, eqn.params, shapes)
+            known.update(zip(eqn.outvars, facts, strict=True))
+        return facts_of(jaxpr.outvars)
+
+    def _remat(self, known: Facts, values: Sequence[Any], params: Mapping[str, Any]) -> Any:
+        """The body of `jax.checkpoint`, checkpointed again; an attention is in it as a whole."""
+
+        def body(*inside: Any) -> Any:
+            with jex.take_current_trace() as current:
+                inner = Watch(current, self.insert, self.found)
+                inner.begin([x for x, seen in zip(inside, known, strict=True) if seen])
+                self.found.checkpoints += 1
+                with jex.set_current_trace(inner):
+                    results = jax.core.eval_jaxpr(params["jaxpr"], (), *inside)
+                self.found.checkpoints -= 1
+                return results
+
+        with jex.set_current_trace(self.parent):
+            policy = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
+            results = jax.checkpoint(body, **policy)(*values)
+        self.begin(results)
+        return results
+
+    def _note_repeated(self, name: str, values: Any, params: Any, result: Any) -> None:
+        """Notes along which axes a value that is no activation repeats itself."""
+        if name == "broadcast_in_dim":
+            old, shape = jnp.shape(values[0]), params["shape"]
+            where = enumerate(params["broadcast_dimensions"])
+            kept = {j for i, j in where if old[i] == shape[j]}
+            self._repeated[id(result)] = result, frozenset(range(len(shape))) - kept
+
+    def repeats(self, x: Any) -> frozenset[int]:
+        """The axes along which a value that is no activation repeats itself."""
+        _, axes = self._repeated.get(id(x), (x, frozenset()))
+        return axes | {i for i, n in enumerate(jnp.shape(x)) if n == 1}
+
+    def facts(
+        self, primitive: Any, values: Any, known: Facts, params: Any, shapes: Sequence[Any]
+    ) -> Facts:
+        """What is known of the results of an operation, some of whose inputs are activations."""
+        rule = RULES.get(primitive.name)
+        facts = None
+        if rule is not None:
+            facts = rule(self, Operation(primitive, values, known, params, shapes))
+        return facts or [Seen(None, parts.rows(shape)) for shape in shapes]
+
+    def _second(self, known: Facts, params: Any, y: Array) -> Array:
+        """The result of the second product of an attention, changed."""
+        left, right = known
+        try:
+            with jex.set_current_trace(self.parent):
+                inline, there, back = attention_at(Second.of(left, right, params), y)  # type: ignore[arg-type]
+                changed = back(self.insert(inline, there))
+        except UnknownAttention as why:
+            self.found.reasons.append(str(why))
+            return y
+        self.found.sizes.append(inline.sizes)
+        return changed
+
+
+def is_second(known: Facts, params: Any) -> bool:
+    """Whether a product is one of a softmax and a value."""
+    past = [seen is not None and seen.softmax and seen.softmax.stage != "logits" for seen in known]
+    (summed, _), _ = params["dimension_numbers"]
+    return None not in known and any(past) and bool(summed)
+
+
+def _is_numpy(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.number)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module | nnx.Module | nnx.Variable)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: its primitive, inputs, what is known of them, parameters, output shapes."""
+
+    primitive: Any
+    values: Sequence[Any]
+    known: Facts
+    params: Any
+    shapes: Sequence[tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.primitive.name
+
+
+# By the name of a primitive: what is known of its results; None for nothing. `following` fills it.
+Result = list[Seen] | None
+Rule = Callable[[Watch, Operation], Result]
+RULES: dict[str, Rule] = {}
