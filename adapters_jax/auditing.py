@@ -14,15 +14,15 @@ from flax import nnx
 from adapters_jax.errors import visible
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
-from adapters_jax.nnx import copy, recipe_of
-from adapters_jax.placement import Shape, counted
+from adapters_jax.nnx import copy, placements_of, recipe_of
+from adapters_jax.placement import Counted, Placements, Shape, counted
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects
 from adapters_jax.texts import bytes_text, html_table
 from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.training.state import in_full, refuse_state
-from adapters_jax.trees import Tree, check_params, flatten, join, unflatten
+from adapters_jax.trees import Tree, check_params, flatten, unflatten
 from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
@@ -227,10 +227,10 @@ def audit(
     """
     if tx is not None:
         check_optimizer("audit", tx)
-    recipe, leaves = _leaves(model, params)
+    recipe, leaves, known = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     computed = _computed(model, params, Inputs.of(inputs)) if inputs is not None else {}
-    adapters = _in_order(_adapters(recipe, shapes, computed))
+    adapters = _in_order(_adapters(counted(recipe, shapes, known), computed))
     entries = (*adapters, *_in_order(_unfrozen(recipe, shapes)))
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
@@ -252,15 +252,16 @@ def audit(
     )
 
 
-def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and every parameter by path."""
+def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any], Placements | None]:
+    """The recipe, every parameter by path, and the placements of a model."""
     if isinstance(model, nnx.Module):
         if params is not None:
             raise TypeError("audit: an NNX model holds its parameters; write aj.audit(model)")
-        return recipe_of(model), flatten(nnx.state(model, nnx.Param))
+        return recipe_of(model), flatten(nnx.state(model, nnx.Param)), placements_of(model)
     refuse_state("audit", model)
+    known = None
     if isinstance(model, Adapted):
-        recipe = model.recipe
+        recipe, known = model.recipe, model.adapter_placements.placements
     elif isinstance(model, Recipe | Method):
         recipe = Recipe(model)
     else:
@@ -273,8 +274,7 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any]]:
     check_params("audit", params, "aj.audit(model, params) or aj.audit(recipe, params)")
     if isinstance(model, Adapted):
         model.check_adapters(params)
-    flat = flatten(params)
-    return recipe, {path: unboxed(leaf) for path, leaf in flat.items()}
+    return recipe, {path: unboxed(leaf) for path, leaf in flatten(params).items()}, known
 
 
 def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tuple[str, ...]]:
@@ -293,21 +293,19 @@ def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tupl
     }
 
 
-def _adapters(
-    recipe: Recipe, shapes: Mapping[str, Shape], computed: Mapping[str, tuple[str, ...]]
-) -> list[AuditEntry]:
-    """An entry for each adapter of the tree; raises MismatchError where arrays differ from it."""
+def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) -> list[AuditEntry]:
+    """An entry for each adapter of the tree."""
     return [
         AuditEntry(
-            adapter.owner.path,
-            type(adapter.owner.method).__name__,
-            tuple((name, adapter.parts[name]) for name in adapter.owner.method.leaf_names),
+            adapter.placed.path,
+            type(adapter.placed.method).__name__,
+            adapter.placed.arrays,
             adapter.formula,
             adapter.expected,
             adapter.actual,
-            computed.get(join(adapter.owner.module, adapter.weight), ()) if adapter.weight else (),
+            computed.get(adapter.placed.weight_path, ()) if adapter.placed.weight else (),
         )
-        for adapter in counted(recipe, shapes)
+        for adapter in adapters
     ]
 
 

@@ -7,6 +7,7 @@ where other roles would fit them before, the node says them: `layer_0/out/lora/:
 square kernel of a layer that computes `x @ kernel.T`.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from adapters_jax.errors import MismatchError, RecipeError, TargetError
 from adapters_jax.methods import METHODS, Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, Count
-from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.methods.leaf import LeafMethod, axes_of
 from adapters_jax.recipe import Owner, Recipe, require_points
 from adapters_jax.targets import join, matches, selects
+from adapters_jax.trace.registry import Attention
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.lazy import Tracked
@@ -30,29 +32,117 @@ Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
-class Attached:
-    """One method on one module or weight.
+class Placement:
+    """One method on one module or weight of a model.
+
+    An abstract run finds it once (`chosen`, `on_outputs`). The adapted model and the adapter's file
+    keep it, and whoever needs to know where an adapter is reads it.
 
     Attributes:
         method: the method.
-        prefix: path of the node that holds its arrays.
-        point: where it is attached; `point.path` is the path of the target.
-        module: path of the module.
+        path: the path of its target: a module, or a weight.
+        module: the path of the module.
+        node: where its arrays are below the method's slot in the module; "" for the slot itself.
+        weight: the name of the weight that it changes; "" for methods on outputs and in attention.
+        shape: the shape of that weight, with layer axes.
+        axes: the roles of that weight's axes.
+        width: the size of the last axis of the output that it acts on; 0 for other methods.
+        attention: the sizes of the attention that it acts in; None for other methods.
+        layers: the layer axes that the module is stacked on.
+        arrays: the shapes of its arrays by name, as they are in the tree, with layer axes.
+        reaches: whether a run showed that the model's outputs depend on it.
     """
 
     method: Any
-    prefix: str
-    point: AttachmentPoint
+    path: str
     module: str
+    node: str = ""
+    weight: str = ""
+    shape: Shape = ()
+    axes: Axes | None = None
+    width: int = 0
+    attention: Attention | None = None
+    layers: Shape = ()
+    arrays: tuple[tuple[str, Shape], ...] = ()
+    reaches: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """The path of the node that holds its arrays."""
+        return join(self.module, self.method.slot, self.node)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names that lead from the module to the node that holds its arrays."""
+        return (self.method.slot, self.node) if self.node else (self.method.slot,)
+
+    @property
+    def weight_path(self) -> str:
+        """The path of the weight that it changes."""
+        return join(self.module, self.weight)
+
+    @property
+    def array_shapes(self) -> dict[str, Shape]:
+        """The shapes of its arrays by path."""
+        return {join(self.prefix, name): shape for name, shape in self.arrays}
+
+    @property
+    def count(self) -> Count:
+        """The closed form of its parameters."""
+        return self.method.count(self.path, dict(self.arrays), self.shape)
+
+    def point(self, own: Shapes | None = None, **fields: Any) -> AttachmentPoint:
+        """The attachment point, as the method sees it.
+
+        Args:
+            own: the shapes of the module's own leaves by name; by default that of the weight alone.
+                Inside a loop over layers they lack the layer axes, and so do the roles then.
+            **fields: further fields of the point, in place of those of the placement.
+        """
+        known = {self.weight: self.shape} if own is None and self.weight else own or {}
+        first = next((name for name, shape in known.items() if len(shape) > 1), "")
+        weight, axes = self.weight or first, self.axes
+        if axes is not None:
+            axes = axes.inside(axes.ndim - len(known[weight]))
+        fields = {"width": self.width, "attention": self.attention, **fields}
+        return AttachmentPoint(self.path, weight=weight, axes=axes, own=known, **fields)
+
+    def paths(self) -> dict[str, str]:
+        """The paths of its arrays by name."""
+        return {name: join(self.prefix, name) for name in self.method.leaf_names}
 
     def leaves(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arrays by name, out of a tree's leaves by path."""
-        return {name: flat[join(self.prefix, name)] for name in self.method.leaf_names}
+        return {name: flat[path] for name, path in self.paths().items()}
 
-    def own(self, flat: Mapping[str, Any]) -> dict[str, Any]:
-        """The module's own leaves by name, out of a tree's leaves by path."""
-        paths = {name: join(self.module, name) for name in self.point.own}
-        return {name: flat[path] for name, path in paths.items() if path in flat}
+    def with_arrays(self) -> "Placement":
+        """The placement with the shapes of its arrays, which follow from the method."""
+        front = () if self.method.acts_on == "leaf" else self.layers
+        leaves = self.method.leaves(self.point())
+        return replace(self, arrays=tuple((n, (*front, *leaf.shape)) for n, leaf in leaves.items()))
+
+
+class Placements(tuple[Placement, ...]):
+    """The placements of a model, in the order of its recipe's methods.
+
+    They are static: jit hashes them in every call, so that the hash is kept.
+    """
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return tuple.__hash__(self)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def fit(self, recipe: Recipe, shapes: Shapes) -> bool:
+        """Whether a tree holds the weights and arrays of these placements, and no other adapter."""
+        arrays = {p: shape for each in self for p, shape in each.array_shapes.items()}
+        weights = {each.weight_path: each.shape for each in self if each.weight}
+        present = all(shapes.get(path) == shape for path, shape in {**weights, **arrays}.items())
+        others = [path for path in shapes if path not in arrays]
+        nodes = tuple(f"{each.prefix}/" for each in self)
+        return present and not any(p.startswith(nodes) or recipe.owner(p) for p in others)
 
 
 def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
@@ -64,8 +154,45 @@ def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
     return owned
 
 
-def in_tree(recipe: Recipe, shapes: Shapes) -> list[Attached]:
-    """The weights that a tree's adapters change.
+class Known:
+    """What a linen model remembers of its placements, once a run or a file has shown them.
+
+    flax's modules are frozen and cloned for every call, so that the clones share this object. All
+    of them are equal: what is known of a model does not make it another one.
+
+    Attributes:
+        placements: its placements; None before.
+    """
+
+    def __init__(self, placements: Placements | None = None):
+        self.placements = placements
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known)
+
+    def __hash__(self) -> int:
+        return hash(Known)
+
+    def of(self, recipe: Recipe, shapes: Shapes) -> Placements:
+        """The placements in a tree: those that are known, where they are of this very tree.
+
+        Args:
+            recipe: the recipe of the model.
+            shapes: the shapes of all leaves by path.
+
+        Raises:
+            MismatchError: as for `in_tree`.
+        """
+        if self.placements is not None and self.placements.fit(recipe, shapes):
+            return self.placements
+        return in_tree(recipe, shapes)
+
+
+def in_tree(recipe: Recipe, shapes: Shapes) -> Placements:
+    """The placements in a tree without its model: read off names and shapes.
+
+    For trees and files that say no more, and for linen models that did not run yet. What an output
+    is wide and whether it reaches the model's outputs is not in a tree.
 
     Args:
         recipe: the recipe of the adapters.
@@ -74,25 +201,43 @@ def in_tree(recipe: Recipe, shapes: Shapes) -> list[Attached]:
     Raises:
         MismatchError: an adapter lacks arrays, or fits no weight of its module.
     """
+    return _in_tree(recipe, tuple(shapes.items()))
+
+
+@functools.lru_cache(maxsize=32)
+def _in_tree(recipe: Recipe, shapes: tuple[tuple[str, Shape], ...]) -> Placements:
+    """`in_tree` of shapes as pairs; kept, since a linen model asks in every trace."""
+    groups, base = _groups(recipe, dict(shapes))
+    owned = own_leaves(base)
+    found = [_located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups]
+    order = {method: i for i, method in enumerate(recipe.attached)}
+    return Placements(sorted(found, key=lambda each: order[each.method]))
+
+
+def _groups(recipe: Recipe, shapes: Shapes) -> tuple[list[tuple[Owner, dict[str, Shape]]], Shapes]:
+    """The adapters in a tree, each with the shapes of its arrays; and the base's shapes."""
     groups: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     base: dict[str, Shape] = {}
     for path, shape in shapes.items():
         owner = recipe.owner(path)
         if owner is None:
             base[path] = shape
-        elif isinstance(owner.method, LeafMethod):
+        else:
             groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
-    owned = own_leaves(base)
-    return [_located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups.values()]
+    return list(groups.values()), base
 
 
-def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
-    """The weight that one adapter changes."""
+def _located(owner: Owner, parts: Shapes, own: Shapes) -> Placement:
+    """The placement of one adapter in a tree."""
     method, kind = owner.method, type(owner.method).__name__
     lacking = sorted(set(method.leaf_names) - set(parts))
     if lacking:
         raise MismatchError(f"the adapter {owner.prefix} ({kind}) lacks {', '.join(lacking)}")
-    found = _weight(method, owner.path, owner.module, _node(owner), parts, own)
+    arrays = tuple((name, parts[name]) for name in method.leaf_names)
+    placed = Placement(method, owner.path, owner.module, owner.node, arrays=arrays)
+    if not isinstance(method, LeafMethod):
+        return placed
+    found = _weight(placed, own)
     if found is None:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in parts.items())
         weights = ", ".join(f"{name} {list(shape)}" for name, shape in own.items()) or "no leaves"
@@ -100,45 +245,24 @@ def _located(owner: Owner, parts: Shapes, own: dict[str, Shape]) -> Attached:
             f"the adapter {owner.prefix} ({kind}) has {shapes}, which fits no weight of "
             f"{owner.module!r}: it has {weights}"
         )
-    point = AttachmentPoint(owner.path, 0, *found, own)
-    return Attached(method, owner.prefix, point, owner.module)
+    weight, axes = found
+    return replace(placed, weight=weight, shape=own[weight], axes=axes)
 
 
-def weight_of(owner: Owner, parts: Shapes, own: Shapes) -> str:
-    """The name of the weight that an adapter changes, also where its arrays do not fit it.
-
-    Args:
-        owner: the adapter.
-        parts: the shapes of its arrays by name.
-        own: the shapes of its module's own leaves by name.
-
-    Returns:
-        The name; empty where the module has no leaves.
-    """
-    found = _weight(owner.method, owner.path, owner.module, _node(owner), parts, own)
-    return found[0] if found else max(own, key=lambda name: len(own[name]), default="")
-
-
-def _node(owner: Owner) -> str:
-    """The name of an adapter's node below the method's slot; empty for the slot itself."""
-    return owner.prefix.removeprefix(join(owner.module, owner.method.slot)).strip("/")
-
-
-def _weight(
-    method: Any, path: str, module: str, node: str, parts: Shapes, own: Shapes
-) -> tuple[str, Axes] | None:
+def _weight(placed: Placement, own: Shapes) -> tuple[str, Axes] | None:
     """The name of the weight that arrays of these shapes change, and the roles of its axes."""
-    weight, stated, text = node.partition(":")
+    method, parts = placed.method, dict(placed.arrays)
+    weight, stated, text = placed.node.partition(":")
     by_axes = sorted(own.items(), key=lambda item: -len(item[1]))  # biases last
     for name, shape in by_axes:
-        selected = selects(method.targets, module, join(module, name))
+        selected = selects(method.targets, placed.module, join(placed.module, name))
         if len(shape) < 2 or not selected or weight not in ("", name):
             continue
         if not stated:
-            axes = method.infer(parts, shape, path)
+            axes = method.infer(parts, shape, placed.path)
         else:
             axes = from_text(text)
-            own_axes = method.weight_axes(axes, path)
+            own_axes = method.weight_axes(axes, placed.path)
             if any(not _fits(parts[part], shape, each) for part, each in own_axes.items()):
                 axes = None
         if axes is not None:
@@ -156,8 +280,8 @@ def _fits(part: Shape, weight: Shape, axes: Sequence[int]) -> bool:
 
 def chosen(
     recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes, layers: Mapping[str, int]
-) -> dict[Method, list[Attached]]:
-    """The weights that each method of a recipe changes in a model.
+) -> list[Placement]:
+    """The placements of the methods that change weights, from how a model reads them.
 
     Args:
         recipe: the recipe.
@@ -169,20 +293,20 @@ def chosen(
         RecipeError: two methods keep their arrays for one weight in one place, or a method that
             reads the weight comes after one that changes it.
     """
-    owned, found = own_leaves(shapes), dict[Method, list[Attached]]()
+    owned, found = own_leaves(shapes), list[Placement]()
     methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
     taken = {m: {p: None for p, leaf in reads.items() if _changes(m, p, leaf)} for m in methods}
     beside = Counter((m.slot, p.rpartition("/")[0]) for m, paths in taken.items() for p in paths)
     for method, paths in taken.items():
-        found[method] = []
         for path in paths:
             module, _, name = path.rpartition("/")
             recipe.check([other for other in methods if path in taken[other]], module)
-            own = owned[module]
-            axes = from_reads(reads[path].reads, len(own[name]), layers.get(module, 0))
+            own, leaf = owned[module], reads[path]
+            axes = from_reads(leaf.reads, len(own[name]), layers.get(module, 0))
             alone = beside[method.slot, module] == 1 and selects(method.targets, module)
-            point = AttachmentPoint(module if alone else path, 0, name, axes, own)
-            found[method].append(_placed(method, point, module))
+            target = module if alone else path
+            placed = Placement(method, target, module, "", name, own[name], axes)
+            found.append(replace(_named_node(placed, own), reaches=leaf.reaches))
     return found
 
 
@@ -204,34 +328,44 @@ def _named(targets: Sequence[str], path: str) -> bool:
     )
 
 
-def _placed(method: LeafMethod, point: AttachmentPoint, module: str) -> Attached:
-    """A method at a point, with the node whose path and shapes tell all of the point."""
-    parts = {name: leaf.shape for name, leaf in method.leaves(point).items()}
-    usual = join(module, method.slot)
-    axes: Any = point.axes
-    roles = method.roles(axes, point.path)
+def _named_node(placed: Placement, own: Shapes) -> Placement:
+    """A placement with the first node whose path and shapes say all of it.
+
+    So a tree of arrays is enough to find it again. The shapes of the factors of a square weight
+    fit both ways, for example, and its node then names the roles of its axes.
+    """
+    placed, axes = placed.with_arrays(), axes_of(placed.point())
+    roles = placed.method.roles(axes, placed.path)
     stated = f":{axes.text}"
-    nodes = ["", stated] if point.path == module else []
-    for node in (*nodes, point.weight):
-        found = _weight(method, point.path, module, node, parts, point.own)
-        if found and found[0] == point.weight and method.roles(found[1], point.path) == roles:
-            return Attached(method, join(usual, node), point, module)
-    path = join(module, point.weight)
-    point = AttachmentPoint(path, 0, point.weight, axes, point.own, point.precision)
-    return Attached(method, join(usual, point.weight + stated), point, module)
+    nodes = ["", stated] if placed.path == placed.module else []
+    for node in (*nodes, placed.weight):
+        named = replace(placed, node=node)
+        weight, read = _weight(named, own) or ("", axes)
+        if weight == placed.weight and placed.method.roles(read, placed.path) == roles:
+            return named
+    return replace(placed, path=placed.weight_path, node=placed.weight + stated).with_arrays()
 
 
-def on_outputs(recipe: Recipe, point: AttachmentPoint) -> Iterator[Attached]:
-    """The methods of a recipe that act on the output or attention of the module at a point."""
+def on_outputs(recipe: Recipe, point: AttachmentPoint, layers: Shape = ()) -> Iterator[Placement]:
+    """The placements of the methods that act on the output or attention of the module at a point.
+
+    Args:
+        recipe: the recipe.
+        point: the module.
+        layers: the layer axes that it is stacked on.
+    """
     for method in recipe.at(point.path):
         seen = replace(outputs.seen_by(method, point), weight="")
         if method.acts_on != "leaf" and method.fits(seen):
-            yield Attached(method, join(point.path, method.slot), seen, point.path)
+            width = seen.width if method.acts_on == "output" else 0
+            sizes = seen.attention if method.acts_on == "attention" else None
+            placed = Placement(method, point.path, point.path, width=width, attention=sizes)
+            yield replace(placed, layers=layers, reaches=True).with_arrays()
 
 
 def check_targets(
     recipe: Recipe,
-    found: Sequence[Attached],
+    found: Sequence[Placement],
     modules: Mapping[str, Any],
     points: Mapping[str, AttachmentPoint],
     reads: Mapping[str, Tracked],
@@ -263,7 +397,7 @@ def check_targets(
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
             for path, own in tied.items()
         }
-        targeted = [each.point.path for each in found if each.method == method]
+        targeted = [each.path for each in found if each.method == method]
         if method.slot is None:
             usable = list(leaves)
         elif isinstance(method, LeafMethod):
@@ -288,12 +422,12 @@ def check_targets(
         require_points(method, usable, unusable, targeted)
     further = {own: path for path, own in tied.items()}
     for each in found:
-        weight = join(each.module, each.point.weight)
+        weight = each.weight_path
         if isinstance(each.method, LeafMethod) and weight in further:
             raise TargetError(
                 f"{type(each.method).__name__}: {weight} is the same parameter as "
                 f"{further[weight]}, where an adapter on it would not act; share the module that "
-                f"holds it, or exclude it with '!{each.point.path}'"
+                f"holds it, or exclude it with '!{each.path}'"
             )
 
 
@@ -323,7 +457,7 @@ def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, 
         raise TargetError("\n".join(problems))
 
 
-def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:
+def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
     """Checks that the model's outputs depend on the modules that methods on outputs adapt.
 
     Args:
@@ -344,7 +478,7 @@ def check_reached(found: Sequence[Attached], reached: Container[str]) -> None:
         )
 
 
-def check_nested(found: Sequence[Attached]) -> None:
+def check_nested(found: Sequence[Placement]) -> None:
     """Checks that no attention is adapted twice by one method, at its module and around it.
 
     Raises:
@@ -427,15 +561,11 @@ class Counted(NamedTuple):
     """One adapter of a tree.
 
     Attributes:
-        owner: where it is, and its method.
-        parts: the shapes of its arrays by name.
-        weight: the name of the weight that it changes; empty if it changes none.
-        closed: the closed form.
+        placed: where it is.
+        closed: the closed form of its parameters.
     """
 
-    owner: Owner
-    parts: dict[str, Shape]
-    weight: str
+    placed: Placement
     closed: Count
 
     @property
@@ -446,7 +576,7 @@ class Counted(NamedTuple):
     @property
     def actual(self) -> int:
         """How many parameters the arrays hold."""
-        return sum(map(math.prod, self.parts.values()))
+        return sum(math.prod(shape) for _, shape in self.placed.arrays)
 
     @property
     def formula(self) -> str:
@@ -455,35 +585,35 @@ class Counted(NamedTuple):
         return formula if copies == 1 else f"{copies}*({formula})"
 
 
-def counted(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[Counted]:
+def counted(
+    recipe: Recipe, shapes: Mapping[str, Shape], known: Placements | None = None
+) -> list[Counted]:
     """The adapters of a tree.
 
     Args:
         recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
+        known: the placements of the model; None for a tree without one.
 
     Raises:
         MismatchError: names every adapter that lacks arrays, has others, or holds another number
             of parameters than its closed form, and every one that the recipe does not target.
     """
-    found: dict[str, tuple[Owner, dict[str, Shape]]] = {}
-    for path, shape in shapes.items():
-        owner = recipe.owner(path)
-        if owner:
-            found.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
-    owned = own_leaves({path: x for path, x in shapes.items() if recipe.owner(path) is None})
+    if known is not None and known.fit(recipe, shapes):
+        return [Counted(each, each.count) for each in known]  # the closed form checks `arrays`
+    groups, base = _groups(recipe, shapes)
+    owned = own_leaves(base)
     adapters, problems = [], [f"{path} belongs to no target" for path in _strays(recipe, shapes)]
-    for prefix, (owner, parts) in found.items():
+    for owner, parts in groups:
         names, method = owner.method.leaf_names, type(owner.method).__name__
         where = f"{owner.path or '(the model itself)'} ({method})"
-        held = [path.removeprefix(f"{prefix}/") for path in shapes if path.startswith(f"{prefix}/")]
+        within = f"{owner.prefix}/"
+        held = [path.removeprefix(within) for path in shapes if path.startswith(within)]
         if set(held) != set(names):
             problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
             continue
-        own = owned.get(owner.module, {})
-        weight = weight_of(owner, parts, own) if owner.method.acts_on == "leaf" else ""
-        count = owner.method.count(owner.path, parts, own.get(weight, ()))
-        adapter = Counted(owner, parts, weight, count)
+        placed = _nearest(owner, parts, owned.get(owner.module, {}))
+        adapter = Counted(placed, placed.count)
         adapters.append(adapter)
         if adapter.expected != adapter.actual:
             problems.append(
@@ -493,6 +623,17 @@ def counted(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[Counted]:
     if problems:
         raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
     return adapters
+
+
+def _nearest(owner: Owner, parts: Shapes, own: Shapes) -> Placement:
+    """The placement of one adapter, at the largest weight of its module where it fits none."""
+    try:
+        return _located(owner, parts, own)
+    except MismatchError:
+        weight = max(own, key=lambda name: len(own[name]), default="")
+        arrays = tuple((name, parts[name]) for name in owner.method.leaf_names)
+        placed = Placement(owner.method, owner.path, owner.module, owner.node, arrays=arrays)
+        return replace(placed, weight=weight, shape=own.get(weight, ()))
 
 
 def without_adapter(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:

@@ -45,15 +45,21 @@ class Owner(NamedTuple):
         path: path of the module that it adapts; of the weight, where several of the module's are.
         module: path of the module.
         method: the method.
-        prefix: path of the node that holds its parameters, `layer_0/query/lora`.
+        node: the name of the node below the method's slot that holds its parameters; "" for the
+            slot itself.
         name: the name of this parameter there, `a`.
     """
 
     path: str
     module: str
     method: Any
-    prefix: str
+    node: str
     name: str
+
+    @property
+    def prefix(self) -> str:
+        """The path of the node that holds its parameters, `layer_0/query/lora`."""
+        return join(self.module, self.method.slot, self.node)
 
 
 @dataclass(frozen=True)
@@ -163,19 +169,18 @@ class Recipe:
             'layer_0/query'
         """
         names = path.split("/")
+        nested = None
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
                 module, rest = "/".join(names[:i]), names[i + 1 :]
-                prefix, leaf = join(module, method.slot), "/".join(rest)
-                if leaf in method.leaf_names and selects(method.targets, module):
-                    return Owner(module, module, method, prefix, leaf)
+                if "/".join(rest) in method.leaf_names and selects(method.targets, module):
+                    return Owner(module, module, method, "", "/".join(rest))
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                own_node = node not in method.leaf_names
-                nested = method.acts_on == "leaf" and leaf in method.leaf_names and own_node
-                if nested and selects(method.targets, module, own):
-                    return Owner(own, module, method, join(prefix, node), leaf)
-        return None
+                inside = method.acts_on == "leaf" and leaf in method.leaf_names
+                if nested is None and inside and selects(method.targets, module, own):
+                    nested = Owner(own, module, method, node, leaf)
+        return nested  # a module may have the name of a slot: then its own slot comes first
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""

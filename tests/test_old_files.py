@@ -1,8 +1,8 @@
 """Files of before adapters' manifests held placements still load, and compute what they did.
 
 `tests/fixtures/adapters` was written by this file, run as a script with the version of then:
-`python tests/test_old_files.py tests/fixtures/adapters`. It holds an adapter of each case below, and
-the outputs of the adapted model. All numbers are made by `filled`, and none are random.
+`python tests/test_old_files.py tests/fixtures/adapters`. It holds an adapter of each case below,
+and the outputs of the adapted model. All numbers are made by `filled`, and none are random.
 """
 
 import json

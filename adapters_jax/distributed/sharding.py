@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from adapters_jax.distributed.mesh import ShardingError, check_mesh, place
 from adapters_jax.errors import shown
 from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.placement import Attached, in_tree
+from adapters_jax.placement import Placement, in_tree
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
-from adapters_jax.trees import Tree, flatten, join, path_of
+from adapters_jax.trees import Tree, flatten, path_of
 from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -171,7 +171,7 @@ def _inherited(
     owner: Owner,
     leaves: Mapping[str, tuple[Any, Any]],
     base: Mapping[str, P],
-    attached: Mapping[str, Attached],
+    attached: Mapping[str, Placement],
     small: int,
 ) -> P:
     """The spec of an adapter's leaf: axes of the weight are split like the weight's.
@@ -179,11 +179,10 @@ def _inherited(
     A leaf without such axes is whole on every device.
     """
     each, factor = attached.get(owner.prefix), leaves[path][0].shape
-    if each is None or math.prod(factor) < small:
+    if each is None or each.axes is None or math.prod(factor) < small:
         return P()
-    weight = join(each.module, each.point.weight)
-    axes = each.method.weight_axes(each.point.axes, each.point.path).get(owner.name)
-    shape, spec = leaves[weight][0].shape, [*base[weight]]
+    axes = each.method.weight_axes(each.axes, each.path).get(owner.name)
+    shape, spec = each.shape, [*base[each.weight_path]]
     spec += [None] * (len(shape) - len(spec))
     return P(
         *(

@@ -1,6 +1,7 @@
 """The linen API: a wrapper with the base's calls and paths, and the initial adapter leaves."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +23,8 @@ from adapters_jax.methods import arrays
 from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
-from adapters_jax.placement import Attached
+from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import join
 from adapters_jax.trace.inputs import Inputs, inputs_text, is_abstract
 from adapters_jax.trees import (
     Tree,
@@ -48,6 +48,8 @@ class Adapted(nn.Module):
         inner: the base.
         recipe: the recipe of its adapters.
         adapters_stacked: whether the leaves are those of a bank; calls then need `adapters`.
+        adapter_placements: where its adapters are, once `init_adapters`, `load_adapter` or `init`
+            has found it; until then it is read off the shapes of the parameters.
 
     Raises:
         RecipeError: when it is called, the parameters have no adapters.
@@ -68,6 +70,7 @@ class Adapted(nn.Module):
     inner: nn.Module
     recipe: Recipe
     adapters_stacked: bool = False  # of a bank, so that a call has to say which each row has
+    adapter_placements: Known = dataclasses.field(default_factory=Known, repr=False)
 
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
@@ -161,9 +164,9 @@ class Adapted(nn.Module):
             own = flatten(inner.scope.variables().get("params", {}))
             given = Inputs(args, kwargs)
             found, _ = points_of(inner.clone(parent=None), self.recipe, given)
+            self.adapter_placements.placements = found
             for each in found:
-                weight = join(each.module, each.point.weight)
-                if isinstance(each.method, LeafMethod) and weight in own:
+                if isinstance(each.method, LeafMethod) and each.weight_path in own:
                     grow_in(inner.scope.rewound(), each)
             grown = inner.scope._variables["params"]
             for name, part in merge_trees(grown).items():  # under the base's own keys
@@ -196,6 +199,19 @@ class Adapted(nn.Module):
             )
 
     @nn.nowrap
+    def placements_in(self, params: Tree) -> Placements:
+        """Where the adapters in parameters are.
+
+        Args:
+            params: the whole tree, arrays or abstract.
+
+        Raises:
+            MismatchError: an adapter lacks arrays, or fits no weight of its module.
+        """
+        shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
+        return self.adapter_placements.of(self.recipe, shapes)
+
+    @nn.nowrap
     @contextlib.contextmanager
     def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
         """Gives the base its changed weights for the time of a call."""
@@ -212,7 +228,8 @@ class Adapted(nn.Module):
                 key = inner.scope.rngs["dropout"].as_jax_rng()
             elif evaluation is False:
                 inner.make_rng("dropout")  # raises, as flax's own dropout
-        inner.scope._variables["params"] = changed_weights(own, self.recipe, trace, key)
+        placements = self.placements_in(own)
+        inner.scope._variables["params"] = changed_weights(own, placements, trace, key)
         try:
             yield
         finally:
@@ -317,7 +334,7 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 
 def points(
     model: Adapted, /, *args: Any, method: Any = None, **kwargs: Any
-) -> tuple[list[Attached], Tree]:
+) -> tuple[Placements, Tree]:
     """Finds where the recipe's methods attach, by abstract runs of the model.
 
     Args:
@@ -327,9 +344,9 @@ def points(
         **kwargs: further arguments of that function.
 
     Returns:
-        Each method on each module or weight, with `method`, `module` (the path), `prefix` (where
-        its leaves are) and `point` (the shapes); and all parameters as shapes and dtypes, the
-        adapters' in float32.
+        A placement for each method on each module or weight, with `method`, `module` and `path`,
+        `prefix` (where its leaves are), `weight` and `axes`; and all parameters as shapes and
+        dtypes, the adapters' in float32.
 
     Raises:
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
@@ -341,7 +358,7 @@ def points(
         >>> import jax.numpy as jnp, adapters_jax as aj
         >>> model = aj.adapt(nn.Dense(3), aj.LoRA("**", rank=2))
         >>> (each,), params = points(model, jnp.ones((1, 4)))
-        >>> each.prefix, each.point.weight, params["lora"]["b"]
+        >>> each.prefix, each.weight, params["lora"]["b"]
         ('lora', 'kernel', ShapeDtypeStruct(shape=(2, 3), dtype=float32))
     """
     return points_of(model.inner, model.recipe, Inputs.of_call(args, kwargs, method))
@@ -410,30 +427,30 @@ def init_adapters(
         "Pass the base's own parameter tree, variables['params'], of this very model, and example "
         f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}).",
     )
-    shapes = {path: leaf.shape for path, leaf in flatten(whole).items()}
+    model.adapter_placements.placements = found
+    return _grown(model.recipe, found, params, key)
+
+
+def _grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:
+    """The base's parameters with freshly initialised arrays at all placements."""
 
     def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:
         grown = {}
-        for each in found:
+        for each in placements:
+            point, shapes, paths = each.point(), dict(each.arrays), each.paths()
             leaves = {
-                name: leaf.init(arrays.key_at(key, path), shapes[path])
-                for name, leaf in each.method.leaves(each.point).items()
-                if (path := join(each.prefix, name))
+                name: leaf.init(arrays.key_at(key, paths[name]), shapes[name])
+                for name, leaf in each.method.leaves(point).items()
             }
             if each.method.from_weight:
-                path = join(each.module, each.point.weight)
-                leaves, grown[path] = started(
-                    each.method, leaves, each.point, unboxed(weights[path])
-                )
-            grown |= {join(each.prefix, name): leaf for name, leaf in leaves.items()}
+                weight = unboxed(weights[each.weight_path])
+                leaves, grown[each.weight_path] = started(each.method, leaves, point, weight)
+            grown |= {paths[name]: leaf for name, leaf in leaves.items()}
         return grown
 
-    own = flatten(without_adapters(params, model.recipe))
-    weights = {
-        path: own[path]
-        for each in found
-        if each.method.from_weight and (path := join(each.module, each.point.weight))
-    }
+    own = flatten(without_adapters(params, recipe))
+    changed = {each.weight_path for each in placements if each.method.from_weight}
+    weights = {path: own[path] for path in changed}
     grown = jax.eval_shape(grow, key, weights) if is_abstract(params) else grow(key, weights)
     rest = {path: grown.pop(path) for path in weights}
     boxed = {

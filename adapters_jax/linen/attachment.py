@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, Frozen, started
-from adapters_jax.placement import Attached
+from adapters_jax.placement import Placement
 from adapters_jax.trace.calls import Returned
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -24,7 +24,7 @@ def leaves_in(scope: Any, method: Method, point: AttachmentPoint) -> dict[str, A
     return leaves
 
 
-def grow_in(root: Any, each: Attached) -> None:
+def grow_in(root: Any, each: Placement) -> None:
     """Initialises the arrays of a method that changes a weight, in the scope of the whole model."""
 
     def scope_at(path: str) -> Any:
@@ -32,12 +32,13 @@ def grow_in(root: Any, each: Attached) -> None:
         return functools.reduce(lambda s, name: s.push(name, reuse=True), names, root)
 
     holder, owner = scope_at(each.prefix), scope_at(each.module)
-    leaves = leaves_in(holder, each.method, each.point)
+    point = each.point()
+    leaves = leaves_in(holder, each.method, point)
     if each.method.from_weight:
-        weight = owner.get_variable("params", each.point.weight)
-        made, rest = started(each.method, leaves, each.point, unboxed(weight))
+        weight = owner.get_variable("params", each.weight)
+        made, rest = started(each.method, leaves, point, unboxed(weight))
         if not is_quantized(weight):
-            owner.put_variable("params", each.point.weight, nn.meta.replace_boxed(weight, rest))
+            owner.put_variable("params", each.weight, nn.meta.replace_boxed(weight, rest))
         for name, array in made.items():
             holder.put_variable("params", name, array)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from adapters_jax import methods
 from adapters_jax.linen.attachment import dropout_key, grow_in, leaves_in, run_method
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.placement import Attached
+from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import dropout
 
@@ -139,7 +139,10 @@ class LoRADense(nn.Dense):
         path, own = "/".join(self.path), {"kernel": kernel.shape}
         point = AttachmentPoint(path, weight="kernel", axes=Axes((0,), (1,)), own=own)
         if not module.scope.has_variable("params", "lora"):
-            grow_in(module.scope, Attached(method, "lora", point, ""))
+            placed = Placement(
+                method, path, "", weight="kernel", shape=kernel.shape, axes=point.axes
+            )
+            grow_in(module.scope, placed)
         scope = module.scope.push("lora", reuse=True)
         key = dropout_key(self, method, deterministic)
         changes = method.changes(leaves_in(scope, method, point), point, lambda: kernel, key)

@@ -1,6 +1,7 @@
 """Where the methods of a recipe attach in a linen model: from abstract runs of it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ from jaxtyping import PRNGKeyArray
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.linen.weights import leaf_methods, reads_of
-from adapters_jax.methods import Method
 from adapters_jax.placement import (
-    Attached,
+    Placement,
+    Placements,
     check_nested,
     check_reached,
     check_targets,
@@ -36,7 +37,7 @@ from adapters_jax.weights.lazy import Tracked
 
 def points_of(
     base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree = None
-) -> tuple[list[Attached], Tree]:
+) -> tuple[Placements, Tree]:
     """Finds where a recipe's methods attach in a base; see `points`.
 
     Args:
@@ -46,18 +47,15 @@ def points_of(
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)
-    params = flatten(like)
-    changed: dict[Method, list[Attached]] = {}
-    if reads:
-        shapes = {path: tuple(x.shape) for path, x in own.items()}
-        changed = chosen(recipe, reads, shapes, _layers(interceptor, shapes))
-    found = [each for several in changed.values() for each in several]
+    whole = flatten(like)
+    shapes = {path: tuple(x.shape) for path, x in own.items()}
+    layers = _layers(interceptor, shapes)
+    found: list[Placement] = chosen(recipe, reads, shapes, layers) if reads else []
     for _, point in interceptor.visited.values():
-        found += on_outputs(recipe, point)
+        found += [_as_grown(each, whole) for each in on_outputs(recipe, point)]
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     points = {path: point for path, (_, point) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
-    layers = _layers(interceptor, {path: tuple(x.shape) for path, x in own.items()})
     check_targets(recipe, found, modules, points, reads, own, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
@@ -67,16 +65,24 @@ def points_of(
             start = join(each.module, each.method.slot)
             if any(path == start or path.startswith(f"{start}/") for path in own):
                 raise taken(each.module, each.method)
-            if join(each.module, each.point.weight) in numbered:
+            if each.weight_path in numbered:
                 raise RecipeError(
-                    f"{type(each.method).__name__} cannot be attached at {each.point.path!r}, a "
+                    f"{type(each.method).__name__} cannot be attached at {each.path!r}, a "
                     "number in a list of an NNX module, since a tree of parameters has no names "
                     "beside numbers; keep the weights in an nnx.Dict, or exclude it: "
-                    f"'!{each.point.path}'"
+                    f"'!{each.path}'"
                 )
-            for name, leaf in each.method.leaves(each.point).items():
-                params[join(each.prefix, name)] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-    return found, unflatten(params, like)
+            for name, shape in each.arrays:
+                whole[join(each.prefix, name)] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    order = {method: i for i, method in enumerate(recipe.attached)}
+    return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
+
+
+def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
+    """A placement with the layer axes that flax's transforms gave to its arrays."""
+    arrays = tuple((name, tuple(whole[join(each.prefix, name)].shape)) for name, _ in each.arrays)
+    own, grown = each.arrays[0][1], arrays[0][1]
+    return replace(each, arrays=arrays, layers=grown[: len(grown) - len(own)])
 
 
 def _runs(

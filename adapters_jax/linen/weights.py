@@ -1,7 +1,7 @@
 """The weights of a linen model: how it reads them, and its parameters with the changed ones."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import arrays
 from adapters_jax.methods.leaf import LeafMethod
-from adapters_jax.placement import in_tree
+from adapters_jax.placement import Placement, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trace.inputs import Inputs, is_array
@@ -25,26 +25,27 @@ from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
 def changed_weights(
-    params: Tree, recipe: Recipe, trace: Thin, key: PRNGKeyArray | None = None
+    params: Tree, placements: Sequence[Placement], trace: Thin, key: PRNGKeyArray | None = None
 ) -> Tree:
     """Parameters as the model's code sees them: with changed weights, without what changes them.
 
     Args:
         params: the whole parameter tree, with its boxes.
-        recipe: the recipe of its adapters.
+        placements: where its adapters are.
         trace: the trace that computes with changed weights.
         key: for dropout while training; None in evaluation.
     """
     flat = flatten(params)
     shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flat.items()}
     changes: dict[str, list[Any]] = {path: [] for path, leaf in flat.items() if is_quantized(leaf)}
-    attached = in_tree(recipe, shapes)
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    for each in sorted(attached, key=lambda one: order[one.method]):
-        weight = flat[join(each.module, each.point.weight)]
+    attached = [each for each in placements if each.method.acts_on == "leaf"]
+    owned = own_leaves(shapes)
+    for each in attached:
+        weight = flat[each.weight_path]
         own = arrays.key_at(key, each.prefix) if key is not None and each.method.dropout else None
         leaves = nn.meta.unbox(each.leaves(flat))
-        found = each.method.changes(leaves, each.point, lambda w=weight: nn.meta.unbox(w), own)
+        point = each.point(owned[each.module])
+        found = each.method.changes(leaves, point, lambda w=weight: nn.meta.unbox(w), own)
         for name, several in found.items():
             changes.setdefault(join(each.module, name), []).extend(several)
     added = {join(each.prefix, name) for each in attached for name in each.method.leaf_names}

@@ -11,7 +11,7 @@
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
+from adapters_jax.nnx.adapted import adapt, adapted_points, detach, placements_of, recipe_of
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.held import AdapterParam, leaves_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
@@ -32,6 +32,7 @@ __all__ = [
     "modules_of",
     "own_params",
     "params_of",
+    "placements_of",
     "quantized_in_place",
     "recipe_of",
     "weights_of",

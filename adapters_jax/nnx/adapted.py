@@ -9,10 +9,17 @@ from adapters_jax.errors import UserError
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import grow, module_at, refresh_all
 from adapters_jax.nnx.graph import copy, modules_of, params_of, variable_path
-from adapters_jax.nnx.held import AdapterParam, Held, holds, point_of, trained_class
+from adapters_jax.nnx.held import AdapterParam, holds, point_of, trained_class
 from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
-from adapters_jax.placement import check_nested, check_reached, check_targets, taken
+from adapters_jax.placement import (
+    Placement,
+    Placements,
+    check_nested,
+    check_reached,
+    check_targets,
+    taken,
+)
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_abstract
 
@@ -97,19 +104,18 @@ def _adapted(
     adapted = copy(model)
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     found = points_of(adapted, recipe, inputs)
-    attached, frozen = [each for each, _ in found.attached], params_of(adapted)
+    attached, frozen = found.attached, params_of(adapted)
     others = _other_names(adapted)
     check_targets(
         recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
     )
     check_reached(attached, found.reached)
     check_nested(attached)
-    for each, layers in found.attached:
-        module = module_at(adapted, each.module, each.point.path)
-        before = holds(module)
-        there = [held.method for held in before if held.weight == each.point.weight]
-        whole.check([*there, each.method], each.point.path)
-        grow(module, each, layers, rngs)
+    for each in attached:
+        module = module_at(adapted, each.module, each.path)
+        there = [other.method for other in holds(module) if other.weight == each.weight]
+        whole.check([*there, each.method], each.path)
+        grow(module, each, rngs)
     for path, variable in frozen.items():
         owner = recipe.owner(path)
         if owner and type(variable) is not AdapterParam:
@@ -149,29 +155,37 @@ def recipe_of(model: Any) -> Recipe:
     return model.adapter_recipe
 
 
-def adapted_points(model: nnx.Module) -> list[tuple[Any, Held, AttachmentPoint]]:
+def adapted_points(model: nnx.Module) -> list[tuple[Any, Placement, AttachmentPoint]]:
     """Every module that has adapters, with each of its methods and the attachment point.
 
     Args:
         model: an adapted NNX model.
 
     Returns:
-        A triple for each method on each module: the module; what it keeps of the method, with
-        `method`, `path` and `node`, the place of the arrays; and the point, with the module's
-        shapes. Empty for a model without adapters.
+        A triple for each method on each module: the module; the placement, with `method`, `path`
+        and `prefix`, the path of the arrays; and the point, with the module's shapes. Empty for a
+        model without adapters.
 
     Example:
         >>> import adapters_jax as aj
         >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
         >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
-        >>> [(held.method.rank, held.node, point.own) for _, held, point in adapted_points(adapted)]
-        [(2, ('lora',), {'bias': (3,), 'kernel': (4, 3)})]
+        >>> ((_, placed, point),) = adapted_points(adapted)
+        >>> placed.method.rank, placed.prefix, point.own
+        (2, 'lora', {'bias': (3,), 'kernel': (4, 3)})
     """
     return [
-        (module, held, point_of(module, held))
+        (module, placed, point_of(module, placed))
         for module in modules_of(model).values()
-        for held in holds(module)
+        for placed in holds(module)
     ]
+
+
+def placements_of(model: nnx.Module) -> Placements:
+    """Where the adapters of a model are, in the order of its recipe's methods."""
+    found = [placed for module in modules_of(model).values() for placed in holds(module)]
+    order = {method: i for i, method in enumerate(recipe_of(model).attached)}
+    return Placements(sorted(found, key=lambda each: order[each.method]))
 
 
 def detach(model: Any) -> None:
@@ -191,7 +205,7 @@ def detach(model: Any) -> None:
         ('Linear', ['bias', 'kernel'])
     """
     for module in list(modules_of(model).values()):
-        for name in dict.fromkeys(held.node[0] for held in holds(module)):
+        for name in dict.fromkeys(placed.nodes[0] for placed in holds(module)):
             delattr(module, name)
         if holds(module):
             del module.adapter_methods

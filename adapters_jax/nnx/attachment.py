@@ -6,67 +6,60 @@ from typing import Any
 from flax import nnx
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, started
+from adapters_jax.methods.base import started
 from adapters_jax.nnx.classes import refresh
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import modules_of
-from adapters_jax.nnx.held import AdapterParam, Held, holds, leaves_of
-from adapters_jax.placement import Attached, taken
+from adapters_jax.nnx.held import AdapterParam, holds, leaves_of
+from adapters_jax.placement import Placement, taken
 from adapters_jax.weights.quantized import is_quantized
 
 
-def children_of(
-    method: Method, point: AttachmentPoint, layers: tuple[int, ...], rngs: nnx.Rngs
-) -> dict[str, Any]:
-    """The Variables of a method at a point, nested by their names, and its dropout."""
+def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
+    """The Variables of a method, nested by their names, and its dropout."""
     children: dict[str, Any] = {}
-    for name, leaf in method.leaves(point).items():
+    method, shapes = placed.method, dict(placed.arrays)
+    for name, leaf in method.leaves(placed.point()).items():
         *groups, last = name.split("/")
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
-        outside = () if method.acts_on == "leaf" else layers
-        holder[last] = AdapterParam(leaf.init(rngs.params(), outside + leaf.shape))
+        holder[last] = AdapterParam(leaf.init(rngs.params(), shapes[name]))
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
-        if layers:
-            drop.rngs = drop.rngs.split(layers)
+        if placed.layers:
+            drop.rngs = drop.rngs.split(placed.layers)
     return children
 
 
-def grow(module: Any, each: Attached, layers: tuple[int, ...], rngs: nnx.Rngs) -> None:
+def grow(module: Any, placed: Placement, rngs: nnx.Rngs) -> None:
     """Adds the leaves of a method to a module.
 
     Args:
         module: the module.
-        each: the method, and where it is attached.
-        layers: the layer axes that the module is stacked on.
+        placed: the method, and where it is attached.
         rngs: seeds the leaves and their dropout.
     """
-    method, point = each.method, each.point
-    node = tuple(each.prefix.removeprefix(each.module).strip("/").split("/", 1))
-    held = Held(method, point.path, node, point.weight, point.axes, point.attention, each.module)
-    children = nnx.Dict(children_of(method, point, layers, rngs))
-    if len(node) == 1:
-        if hasattr(module, method.slot):
-            raise taken(each.module, method)
+    method = placed.method
+    children = nnx.Dict(children_of(placed, rngs))
+    beside = any(other.nodes[0] == method.slot for other in holds(module))
+    if hasattr(module, method.slot) and not (placed.node and beside):
+        raise taken(placed.module, method)
+    if not placed.node:
         setattr(module, method.slot, children)
     else:
-        if not any(other.node[0] == node[0] for other in holds(module)):
-            if hasattr(module, method.slot):
-                raise taken(each.module, method)
+        if not beside:
             setattr(module, method.slot, nnx.Dict())
-        setattr(getattr(module, method.slot), node[1], children)
+        setattr(getattr(module, method.slot), placed.node, children)
     if method.from_weight:
-        weight = vars(module)[point.weight]
+        weight = vars(module)[placed.weight]
         value = weight.get_raw_value()
-        leaves, rest = started(method, leaves_of(module, held), point, value)
+        leaves, rest = started(method, leaves_of(module, placed), placed.point(), value)
         if not is_quantized(value):
             weight[...] = rest
         for name, leaf in leaves.items():
             children[name][...] = leaf
-    module.adapter_methods = (*holds(module), held)
+    module.adapter_methods = (*holds(module), placed)
     refresh(module)
 
 

@@ -26,7 +26,6 @@ from adapters_jax.nnx.graph import frozen_of, modules_of, own_params, params_of
 from adapters_jax.nnx.held import (
     STACKED,
     AdapterParam,
-    Held,
     holds,
     key_of,
     leaves_of,
@@ -35,6 +34,7 @@ from adapters_jax.nnx.held import (
     point_of,
 )
 from adapters_jax.nnx.linen_inside import called
+from adapters_jax.placement import Placement
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.registry import AttentionFn
 from adapters_jax.trace.watch import watched
@@ -175,7 +175,7 @@ def attending(module: Any, call: str) -> Iterator[Callable[[Any], Any]]:
 
 
 @contextlib.contextmanager
-def _watching(module: Any, prompts: list[Held], call: str) -> Iterator[Callable[[Any], Any]]:
+def _watching(module: Any, prompts: list[Placement], call: str) -> Iterator[Callable[[Any], Any]]:
     """Adds prompts to an attention that is computed in line."""
     each = [(held.method, leaves_of(module, held), point_of(module, held)) for held in prompts]
     path = prompts[0].module
@@ -189,9 +189,11 @@ def _watching(module: Any, prompts: list[Held], call: str) -> Iterator[Callable[
         watch.found.check(type(prompts[0].method).__name__, path, module)
 
 
-def run_method(module: Any, held: Held, again: Callable[[Any], Any], x: Any, y: Array) -> Array:
+def run_method(
+    module: Any, held: Placement, again: Callable[[Any], Any], x: Any, y: Array
+) -> Array:
     """Applies a method, whose leaves are in a child of the module, to an output."""
-    point = dataclasses.replace(point_of(module, held, y.shape[-1]), again=again)
+    point = point_of(module, held, width=y.shape[-1], again=again)
     key = key_of(node_of(module, held))
     return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))
 

@@ -1,4 +1,4 @@
-"""What an NNX module keeps of its adapters: which methods it has, and their Variables.
+"""What an NNX module keeps of its adapters: their placements, and their Variables.
 
 Every trained parameter is an `AdapterParam`, so `nnx.split`, `nnx.DiffState` and
 `nnx.Optimizer(wrt=AdapterParam)` select what trains.
@@ -6,7 +6,7 @@ Every trained parameter is an `AdapterParam`, so `nnx.split`, `nnx.DiffState` an
 
 import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array
@@ -14,8 +14,7 @@ from jaxtyping import Array
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import own_params
-from adapters_jax.trace.registry import Attention
-from adapters_jax.weights.axes import Axes
+from adapters_jax.placement import Placement
 
 STACKED = "adapters_stacked"  # the mark of a bank's model
 
@@ -50,40 +49,15 @@ def trained_class(cls: type[Any]) -> type[AdapterParam]:
     return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
 
 
-class Held(NamedTuple):
-    """One method on one module, as the module keeps it: hashable, without arrays.
-
-    Attributes:
-        method: the method.
-        path: the path of its target.
-        node: where its arrays are within the module: `("lora",)`, or `("lora", "up")`.
-        weight: the name of the weight that it changes; empty for other methods.
-        axes: the roles of that weight's axes.
-        attention: the sizes of the attention module that a prompt is in.
-        module: the path of the module.
-    """
-
-    method: Any
-    path: str
-    node: tuple[str, ...]
-    weight: str = ""
-    axes: Axes | None = None
-    attention: Attention | None = None
-    module: str = ""
-
-
-def holds(module: Any) -> tuple[Held, ...]:
-    """The methods on a module."""
+def holds(module: Any) -> tuple[Placement, ...]:
+    """The methods on a module, each with its placement."""
     return getattr(module, "adapter_methods", ())
 
 
-def point_of(module: Any, held: Held, width: int = 0) -> AttachmentPoint:
-    """The attachment point of a method on a module whose output has the given width."""
+def point_of(module: Any, placed: Placement, **fields: Any) -> AttachmentPoint:
+    """The attachment point of a method on a module, as the module is now."""
     own = {name: tuple(x.shape) for name, x in own_params(module).items()}
-    precision = getattr(module, "precision", None)
-    weight = held.weight or next((name for name, shape in own.items() if len(shape) > 1), "")
-    axes = held.axes and held.axes.inside(held.axes.ndim - len(own[weight]))
-    return AttachmentPoint(held.path, width, weight, axes, own, precision, held.attention)
+    return placed.point(own, precision=getattr(module, "precision", None), **fields)
 
 
 def original(cls: type[Any]) -> type[Any]:
@@ -111,17 +85,17 @@ def key_of(child: Any) -> Array | None:
     return None if drop is None or drop.deterministic else drop.rngs()
 
 
-def node_of(module: Any, held: Held) -> Any:
+def node_of(module: Any, placed: Placement) -> Any:
     """The node that holds a method's arrays."""
-    return _step(module, held.node)
+    return _step(module, placed.nodes)
 
 
-def leaves_of(module: Any, held: Held) -> dict[str, Array]:
+def leaves_of(module: Any, placed: Placement) -> dict[str, Array]:
     """The arrays of a method that is attached to a module, by name.
 
     Args:
         module: an adapted NNX module.
-        held: the method, as `adapted_points` gives it beside the module.
+        placed: the method, as `adapted_points` gives it beside the module.
 
     Returns:
         The arrays by the names of the method, such as `a` of shape (in, r) and `b` of (r, out) of
@@ -131,8 +105,8 @@ def leaves_of(module: Any, held: Held) -> dict[str, Array]:
         >>> import adapters_jax as aj
         >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
         >>> adapted = aj.adapt(model, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
-        >>> ((module, held, _),) = aj.nnx.adapted_points(adapted)
-        >>> leaves_of(module, held)["b"].tolist()
+        >>> ((module, placed, _),) = aj.nnx.adapted_points(adapted)
+        >>> leaves_of(module, placed)["b"].tolist()
         [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    return read(node_of(module, held), held.method)
+    return read(node_of(module, placed), placed.method)

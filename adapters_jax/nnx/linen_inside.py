@@ -6,6 +6,7 @@ linen API reads them the arrays of methods on outputs and attention.
 """
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from adapters_jax.linen import Interceptor, seen
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.containers import PlainDict, names_of
 from adapters_jax.nnx.held import holds, leaves_of, original
-from adapters_jax.placement import Attached, on_outputs
+from adapters_jax.placement import Placement, on_outputs
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_array
 from adapters_jax.trees import flatten, join, unflatten
@@ -62,7 +63,7 @@ def _passed(node: Any) -> dict[Any, Any]:
     for held in holds(node):
         if held.method.acts_on != "leaf":
             leaves = leaves_of(node, held)
-            parts[held.node[0]] = unflatten({name: nnx.Param(x) for name, x in leaves.items()})
+            parts[held.nodes[0]] = unflatten({name: nnx.Param(x) for name, x in leaves.items()})
     return parts
 
 
@@ -119,13 +120,13 @@ class Inside(NamedTuple):
     """What runs of the linen modules in a model show.
 
     Attributes:
-        attached: each method on each linen module, with the layer axes that this is stacked on.
+        attached: each method on each linen module.
         modules: the linen modules by path.
         points: their attachment points.
         reached: those whose results the model's outputs depend on.
     """
 
-    attached: list[tuple[Attached, tuple[int, ...]]]
+    attached: list[Placement]
     modules: dict[str, Any]
     points: dict[str, AttachmentPoint]
     reached: set[str]
@@ -156,9 +157,7 @@ def inside(recipe: Recipe, calls: Sequence[LinenCall], reached: Container[str]) 
     return found
 
 
-def _stacked(
-    each: Attached, call: LinenCall, shapes: dict[str, tuple[int, ...]]
-) -> tuple[Attached, tuple[int, ...]]:
+def _stacked(each: Placement, call: LinenCall, shapes: dict[str, tuple[int, ...]]) -> Placement:
     """A method on a linen module, with the layer axes that the module is stacked on."""
     if each.method.dropout:
         raise RecipeError(
@@ -166,6 +165,7 @@ def _stacked(
             f"{each.module!r}, a linen module inside an NNX model, which has no random stream of "
             f"its own for it; write dropout=0.0, or exclude it: '!{each.module}'"
         )
-    name, leaf = next(iter(each.method.leaves(each.point).items()))
+    name, own = each.arrays[0]
     shape = shapes[join(each.prefix, name)]
-    return each, (*call.layers, *shape[: len(shape) - len(leaf.shape)])
+    layers = (*call.layers, *shape[: len(shape) - len(own)])
+    return replace(each, layers=layers).with_arrays()

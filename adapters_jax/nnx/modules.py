@@ -11,7 +11,7 @@ from adapters_jax import methods
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.attachment import children_of, grow
 from adapters_jax.nnx.held import key_of, read
-from adapters_jax.placement import Attached
+from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
 
 
@@ -46,7 +46,8 @@ class Bottleneck(nnx.Module):
     def __init__(self, features: int, bottleneck_dim: int, *, rngs: nnx.Rngs, **fields: Any):
         self.method = methods.Bottleneck("**", bottleneck_dim, **fields)
         self.point = AttachmentPoint("", features)
-        for name, child in children_of(self.method, self.point, (), rngs).items():
+        placed = Placement(self.method, "", "", width=features).with_arrays()
+        for name, child in children_of(placed, rngs).items():
             setattr(self, name, child)
 
     def __call__(self, x: Float[Array, "... d"], y: Array | None = None) -> Float[Array, "... d"]:
@@ -112,6 +113,6 @@ class LoRALinear(nnx.Linear):
     ):
         super().__init__(in_features, out_features, rngs=rngs, **fields)
         method = methods.LoRA("**", rank, alpha, **(lora or {}))
-        own = {"kernel": (in_features, out_features)}
-        point = AttachmentPoint("", out_features, "kernel", Axes((0,), (1,)), own)
-        grow(self, Attached(method, method.slot, point, ""), (), rngs)
+        axes, shape = Axes((0,), (1,)), (in_features, out_features)
+        placed = Placement(method, "", "", weight="kernel", shape=shape, axes=axes)
+        grow(self, placed.with_arrays(), rngs)

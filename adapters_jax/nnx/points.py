@@ -5,6 +5,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight, last_axis
 from adapters_jax.nnx.linen_inside import LinenCall, inside
-from adapters_jax.placement import Attached, chosen, on_outputs
+from adapters_jax.placement import Placement, chosen, on_outputs
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
@@ -36,8 +37,7 @@ class Points(NamedTuple):
     """Where a recipe's methods attach in a model, and what an abstract run of it shows.
 
     Attributes:
-        attached: each method on each module or weight, with the layer axes that the module is
-            stacked on.
+        attached: each method on each module or weight.
         modules: all modules by path, linen's inside too where example inputs show them.
         points: the attachment point of every module, for methods on outputs and attention.
         reads: how the model reads its weights, by path.
@@ -46,7 +46,7 @@ class Points(NamedTuple):
             example inputs show it.
     """
 
-    attached: list[tuple[Attached, Layers]]
+    attached: list[Placement]
     modules: dict[str, Any]
     points: dict[str, AttachmentPoint]
     reads: dict[str, Tracked]
@@ -84,16 +84,15 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
         )
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
-        (each, layers.get(each.module, ()))
-        for several in chosen(recipe, run.reads, shapes, counts).values()
-        for each in several
+        replace(each, layers=layers.get(each.module, ()))
+        for each in chosen(recipe, run.reads, shapes, counts)
     ]
     within = inside(recipe, run.linen, run.reached)
     for path in [path for path in points if path not in within.points]:
-        found += [(each, layers[path]) for each in on_outputs(recipe, points[path])]
+        found += on_outputs(recipe, points[path], layers[path])
     found += within.attached
     order = {method: i for i, method in enumerate(recipe.attached)}
-    found.sort(key=lambda pair: order[pair[0].method])
+    found.sort(key=lambda each: order[each.method])
     modules, points = {**modules, **within.modules}, {**points, **within.points}
     reached = {*run.reached, *within.reached}
     return Points(found, modules, points, run.reads, counts, reached)

@@ -21,7 +21,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
 from adapters_jax.training.step import make_train_step
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
-from adapters_jax.trees import flatten, join, merge_trees, partition, unflatten
+from adapters_jax.trees import flatten, merge_trees, partition, unflatten
 from adapters_jax.weights.factors import RANK
 
 STACK = Stack("layer_{}", "layers")
@@ -213,13 +213,8 @@ def shards(linen: Any) -> None:
         owner = linen.recipe.owner(path)
         if owner is None:
             continue
-        axes = (
-            attached[owner.prefix]
-            .method.weight_axes(attached[owner.prefix].point.axes, owner.path)
-            .get(owner.name)
-            if owner.prefix in attached
-            else None
-        )
+        each = attached[owner.prefix]
+        axes = each.method.weight_axes(each.axes, owner.path).get(owner.name) if each.axes else None
         spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
         if axes is None:
             expect(
@@ -227,8 +222,7 @@ def shards(linen: Any) -> None:
                 f"{path} is split as {spec}, expected a leaf without axes of the weight whole",
             )
             continue
-        each = attached[owner.prefix]
-        weight = join(each.module, each.point.weight)
+        weight = each.weight_path
         whole = [*where[weight].spec, *[None] * leaves[weight].ndim][: leaves[weight].ndim]
         for i, axis in enumerate(axes):
             # slices of a fused projection have fewer outputs than the weight

@@ -128,7 +128,7 @@ class TrainState:
             call = "aj.TrainState.create(model, params, tx=tx, key=key)"
             check_params("TrainState.create", params, call)
             recipe = model.recipe
-            _check_params(recipe, params)
+            _check_params(model, params)
             adapters, base = partition(params, recipe)
             graphdef: Any = None
             other: Any = checked_collections("TrainState.create", collections)
@@ -291,11 +291,12 @@ def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None
     return core.unfreeze(dict(trees))
 
 
-def _check_params(recipe: Recipe, params: Tree) -> None:
+def _check_params(model: Adapted, params: Tree) -> None:
     """Raises MismatchError or TargetError where parameters are not those of the recipe."""
+    recipe, known = model.recipe, model.adapter_placements.placements
     flat = {path: unboxed(leaf) for path, leaf in flatten(params).items()}
     try:
-        adapters = counted(recipe, {path: tuple(leaf.shape) for path, leaf in flat.items()})
+        adapters = counted(recipe, {path: tuple(leaf.shape) for path, leaf in flat.items()}, known)
     except MismatchError as error:
         raise MismatchError(
             f"TrainState.create: {error}; pass what aj.init_adapters(model, params, key, "
@@ -303,7 +304,7 @@ def _check_params(recipe: Recipe, params: Tree) -> None:
         ) from error
     with checked_before():
         for method in recipe.attached:
-            own = [a.owner for a in adapters if a.owner.method == method]
+            own = [a.placed for a in adapters if a.placed.method == method]
             if own:  # where there is none at all, `_check_trained` says so
                 paths = [path for o in own for path in (o.path, o.module)]
                 require_points(_including(method), paths, {})

@@ -14,8 +14,9 @@ from flax.nnx import bridge
 from adapters_jax.errors import UserError, check_size, shown
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.nnx import AdapterParam, copy, modules_of, recipe_of
+from adapters_jax.nnx import AdapterParam, copy, modules_of, placements_of, recipe_of
 from adapters_jax.nnx.held import STACKED, holds
+from adapters_jax.placement import Known
 from adapters_jax.texts import html_table
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.fitting import Fitted, fitted, is_prompt, neutral, owners_of
@@ -90,6 +91,7 @@ class Bank:
             self.recipe = model.recipe
             self._trained, self._rest = partition(params, model.recipe)
             self._model = model.clone(adapters_stacked=True)
+            known = model.adapter_placements
             whole = flatten(params)
         elif isinstance(model, nnx.Module):
             if params is not None:
@@ -103,12 +105,13 @@ class Bank:
             parts: Any = nnx.split(marked, AdapterParam, ...)
             self._model, self._trained, self._rest = parts
             whole = flatten(nnx.state(model, nnx.Param))
+            known = Known(placements_of(model))
         else:
             raise TypeError(
                 f"Bank: {type(model).__name__} has no adapters; call aj.adapt(model, recipe) first"
             )
         whole = {path: nn.meta.unbox(leaf) for path, leaf in whole.items()}
-        self._idle = neutral(self.recipe, whole)
+        self._idle = neutral(self.recipe, whole, known)
         stacked = {p: jnp.broadcast_to(x, (capacity + 1, *x.shape)) for p, x in self._idle.items()}
         self._stacked = _written(stacked, self._idle, _BASE)  # so that `put` compiles nothing
         prompts = filter(is_prompt, owners_of(self.recipe, list(self._idle)))

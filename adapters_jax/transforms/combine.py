@@ -188,13 +188,13 @@ def _changes(
     for method in unable:
         method.factors({}, method.targets[0])  # raises, with the name of the method
     for each in in_tree(recipe, whole):
-        a, b = each.method.factors(each.leaves(flat), each.point.path)
-        layers = a.ndim + b.ndim - 2 - len(each.point.weight_shape)
+        a, b = each.method.factors(each.leaves(flat), each.path)
+        layers = a.ndim + b.ndim - 2 - len(each.shape)
         found[each.prefix] = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
             b.reshape(*b.shape[: layers + 1], -1),
             (a.shape[:-1], b.shape[layers + 1 :]),
-            each.point.path,
+            each.path,
         )
     return found
 

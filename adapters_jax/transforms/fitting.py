@@ -11,7 +11,7 @@ from jaxtyping import Array
 from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import started
-from adapters_jax.placement import in_tree
+from adapters_jax.placement import Known
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import join
 
@@ -41,19 +41,20 @@ def is_prompt(owner: Owner) -> bool:
     return owner.method.acts_on == "attention"
 
 
-def neutral(recipe: Recipe, flat: Mapping[str, Any]) -> dict[str, Array]:
+def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, Array]:
     """The leaves with which a model is its base: what its methods add does nothing.
 
     Args:
         recipe: the recipe of the model.
         flat: all of its leaves by path; those that are unfrozen are the base's.
+        known: the placements of the model, as far as they are known.
 
     Raises:
         RecipeError: a method cannot leave the base as it is.
     """
     made = {path: leaf for path, leaf in flat.items() if recipe.trains(path)}
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    weights = {each.prefix: each for each in in_tree(recipe, shapes)}
+    placed = {each.prefix: each for each in known.of(recipe, shapes)}
     for owner in owners_of(recipe, list(made)):
         method = owner.method
         if method.from_weight == "changes":
@@ -61,9 +62,8 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any]) -> dict[str, Array]:
         leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
         idle = method.neutral(leaves)
         if method.from_weight:
-            each = weights[owner.prefix]
-            weight = each.own(flat)[each.point.weight]
-            idle, _ = started(method, idle, each.point, weight)
+            each = placed[owner.prefix]
+            idle, _ = started(method, idle, each.point(), flat[each.weight_path])
         made |= {join(owner.prefix, n): jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
     return made
 

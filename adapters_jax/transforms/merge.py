@@ -13,10 +13,11 @@ from adapters_jax.linen import Adapted, points, shapes_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
+from adapters_jax.placement import own_leaves
 from adapters_jax.recipe import checked_before
 from adapters_jax.training.state import refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
-from adapters_jax.weights.quantized import is_quantized
+from adapters_jax.weights.quantized import is_quantized, unboxed
 
 # New values of a module's parameters, from the method, its leaves, its attachment point and the
 # module's parameters.
@@ -145,21 +146,27 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
-    with checked_before():
-        found, whole = points(model, *args, **kwargs)
-    compare_trees(
-        "params",
-        flatten(shapes_of(params)),
-        flatten(whole),
-        "Pass the whole parameter tree of this very model, with its adapters.",
-    )
+    if args or kwargs:
+        with checked_before():
+            found, whole = points(model, *args, **kwargs)
+        compare_trees(
+            "params",
+            flatten(shapes_of(params)),
+            flatten(whole),
+            "Pass the whole parameter tree of this very model, with its adapters.",
+        )
+    else:
+        model.check_adapters(params)
+        found = model.placements_in(params)
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
+    owned = own_leaves({path: unboxed(leaf).shape for path, leaf in merged.items()})
     for each in found:
-        boxed = each.own(merged)
-        _check(each.method, each.point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
+        shapes = owned.get(each.module, {})
+        point, boxed = each.point(shapes), {n: merged[join(each.module, n)] for n in shapes}
+        _check(each.method, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
         leaves = nn.meta.unbox(each.leaves(flat))
-        own = change(each.method, leaves, each.point, nn.meta.unbox(boxed))
+        own = change(each.method, leaves, point, nn.meta.unbox(boxed))
         merged |= {join(each.module, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
     return unflatten(merged, params)
 

@@ -112,13 +112,14 @@ def _pairs(
     shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **complete}.items()}
     pairs = {}
     for each in in_tree(recipe, shapes):
-        own = _inputs_first(each.method, axes_of(each.point), each.leaves(leaves))
-        if own is None:
-            shape = list(each.point.weight_shape)
-            problems.append(f"{each.point.path}: PEFT cannot take the axes of its weight {shape}")
+        if each.method.acts_on != "leaf":
             continue
-        path = join(each.module, each.point.weight)
-        pairs[path] = _Pair(each.method, each.point.path, own)
+        own = _inputs_first(each.method, axes_of(each.point()), each.leaves(leaves))
+        if own is None:
+            shape = list(each.shape)
+            problems.append(f"{each.path}: PEFT cannot take the axes of its weight {shape}")
+            continue
+        pairs[each.weight_path] = _Pair(each.method, each.path, own)
     return pairs
 
 
