@@ -107,6 +107,10 @@ class Placement:
         fields = {"width": self.width, "attention": self.attention, **fields}
         return AttachmentPoint(self.path, weight=weight, axes=axes, own=known, **fields)
 
+    def roles(self) -> Any:
+        """What of the roles of the weight's axes the method uses; None without a weight."""
+        return None if self.axes is None else self.method.roles(self.axes, self.path)
+
     def paths(self) -> dict[str, str]:
         """The paths of its arrays by name."""
         return {name: join(self.prefix, name) for name in self.method.leaf_names}
@@ -143,6 +147,33 @@ class Placements(tuple[Placement, ...]):
         others = [path for path in shapes if path not in arrays]
         nodes = tuple(f"{each.prefix}/" for each in self)
         return present and not any(p.startswith(nodes) or recipe.owner(p) for p in others)
+
+    def differences(self, other: "Placements") -> list[str]:
+        """In what these placements differ from others of the same model, which a tree may say.
+
+        Example:
+            >>> from adapters_jax import LoRA
+            >>> placed = Placement(LoRA("q"), "q", "q", "", "kernel", (4, 3), Axes((0,), (1,)))
+            >>> Placements([placed]).differences(Placements([replace(placed, shape=(4, 5))]))
+            ['q/lora changes kernel of (4, 3), and here it is kernel of (4, 5)']
+        """
+        mine, theirs = ({each.prefix: each for each in these} for these in (self, other))
+        found = [f"{prefix} is not here" for prefix in mine if prefix not in theirs]
+        found += [f"{prefix} is only here" for prefix in theirs if prefix not in mine]
+        for prefix in [prefix for prefix in mine if prefix in theirs]:
+            one, two = mine[prefix], theirs[prefix]
+            weights = [f"{each.weight} of {each.shape}" for each in (one, two)]
+            if (one.path, one.module, one.method) != (two.path, two.module, two.method):
+                found.append(f"{prefix} adapts {_described(one)}, and here {_described(two)}")
+            elif weights[0] != weights[1]:
+                found.append(f"{prefix} changes {weights[0]}, and here it is {weights[1]}")
+            elif one.axes and two.axes and one.roles() != two.roles():
+                axes = [each.axes.text for each in (one, two) if each.axes]
+                found.append(f"{prefix} has the axes {axes[0]} (inputs>outputs), here {axes[1]}")
+            elif one.with_arrays().arrays != two.arrays:
+                arrays = [dict(each.arrays) for each in (one.with_arrays(), two)]
+                found.append(f"{prefix} has arrays of {arrays[0]}, and here of {arrays[1]}")
+        return found
 
 
 def own_leaves(shapes: Shapes) -> dict[str, dict[str, Shape]]:
@@ -599,30 +630,50 @@ def counted(
         MismatchError: names every adapter that lacks arrays, has others, or holds another number
             of parameters than its closed form, and every one that the recipe does not target.
     """
-    if known is not None and known.fit(recipe, shapes):
-        return [Counted(each, each.count) for each in known]  # the closed form checks `arrays`
-    groups, base = _groups(recipe, shapes)
-    owned = own_leaves(base)
-    adapters, problems = [], [f"{path} belongs to no target" for path in _strays(recipe, shapes)]
-    for owner, parts in groups:
-        names, method = owner.method.leaf_names, type(owner.method).__name__
-        where = f"{owner.path or '(the model itself)'} ({method})"
-        within = f"{owner.prefix}/"
-        held = [path.removeprefix(within) for path in shapes if path.startswith(within)]
-        if set(held) != set(names):
-            problems.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
+    fits = known is not None and known.fit(recipe, shapes)
+    found = list(known or ()) if fits else _as_counted(recipe, shapes)
+    adapters, problems = [], []
+    for each in found:
+        if isinstance(each, str):
+            problems.append(each)
             continue
-        placed = _nearest(owner, parts, owned.get(owner.module, {}))
-        adapter = Counted(placed, placed.count)
-        adapters.append(adapter)
-        if adapter.expected != adapter.actual:
-            problems.append(
-                f"{where} has {adapter.actual:,} parameters, expected {adapter.formula} = "
-                f"{adapter.expected:,}"
-            )
+        adapters.append(Counted(each, each.count))
+        if adapters[-1].expected != adapters[-1].actual:
+            problems.append(_wrong_count(adapters[-1]))
     if problems:
         raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
     return adapters
+
+
+def _wrong_count(adapter: Counted) -> str:
+    """Why an adapter's arrays are not those of its closed form."""
+    return (
+        f"{_described(adapter.placed)} has {adapter.actual:,} parameters, expected "
+        f"{adapter.formula} = {adapter.expected:,}"
+    )
+
+
+def _as_counted(recipe: Recipe, shapes: Shapes) -> list[Placement | str]:
+    """The adapters in a tree that may be wrong, or what is wrong with their names."""
+    groups, base = _groups(recipe, shapes)
+    owned = own_leaves(base)
+    found: list[Placement | str] = [
+        f"{path} belongs to no target" for path in _strays(recipe, shapes)
+    ]
+    for owner, parts in groups:
+        names, within = owner.method.leaf_names, f"{owner.prefix}/"
+        held = [path.removeprefix(within) for path in shapes if path.startswith(within)]
+        if set(held) == set(names):
+            found.append(_nearest(owner, parts, owned.get(owner.module, {})))
+        else:
+            where = _described(owner)
+            found.append(f"{where} has {', '.join(held)}, expected {', '.join(names)}")
+    return found
+
+
+def _described(where: Owner | Placement) -> str:
+    """An adapter for a message."""
+    return f"{where.path or '(the model itself)'} ({type(where.method).__name__})"
 
 
 def _nearest(owner: Owner, parts: Shapes, own: Shapes) -> Placement:

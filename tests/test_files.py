@@ -501,7 +501,7 @@ def method_edit(**fields):
         (lambda d: (d / TENSORS).write_bytes(b"PK" * 99), TENSORS, ("198 bytes",)),
         (lambda d: (d / CONFIG).write_text('{"format": 1'), CONFIG, ("line 1 column 13",)),
         (lambda d: (d / CONFIG).write_bytes(b'{"format": "\xff"}'), CONFIG, ("utf-8",)),
-        (config_edit(lambda c: c.update(format=3)), CONFIG, ("format=3", "expected 1 or 2")),
+        (config_edit(lambda c: c.update(format=4)), CONFIG, ("format=4", "expected 1, 2, 3")),
         (config_edit(lambda c: c.pop("recipe")), CONFIG, ("'recipe'",)),
         (config_edit(lambda c: c.update(recipe=5)), CONFIG, ('"methods"',)),
         (method_edit(rnak=3), CONFIG, ("'rnak'", "'rank'")),

@@ -177,6 +177,15 @@ def test_a_bottleneck_cannot_be_merged():
         aj.merge(model)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_linen_model_merges_without_inputs(known):
+    model, params = grown(nn.Dense(D), lora(), X)
+    if not known:
+        model = aj.adapt(nn.Dense(D), lora())  # which never ran
+    with_inputs, without = aj.merge(model, params, X), aj.merge(model, params)
+    jax.tree.map(np.testing.assert_array_equal, with_inputs, without)
+
+
 def test_trees_that_are_not_the_models():
     model, params = grown(nn.Dense(5), lora(), X)
     with raises(aj.MismatchError, "params", "2 missing: lora/a, lora/b."):
@@ -186,8 +195,10 @@ def test_trees_that_are_not_the_models():
     wide = aj.adapt(nn.Dense(5), aj.LoRA("**", 3))
     with raises(aj.MismatchError, "lora/a is [4, 2], expected [4, 3]"):
         aj.merge(wide, params, X)
-    with raises(aj.UserError, "Dense", "()"):
-        aj.merge(model, params)
+    with raises(aj.MismatchError, "LoRA", "18", "27"):
+        aj.merge(wide, params)
+    with raises(aj.RecipeError, "LoRA"):
+        aj.merge(model, {"kernel": params["kernel"], "bias": params["bias"]})
     with raises(TypeError, "aj.merge(model, params, *example_inputs)"):
         aj.merge(model)
     with raises(aj.UserError, "Dense", "aj.adapt"):

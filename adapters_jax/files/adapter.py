@@ -38,10 +38,12 @@ from adapters_jax.files.tensors import (
     open_tensors,
 )
 from adapters_jax.methods import Method
-from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.nnx import AdapterParam, placements_of, recipe_of
+from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState, check_alive, checked_collections
 from adapters_jax.trees import Tree, flatten
+from adapters_jax.weights.quantized import unboxed
 
 TENSORS, STATE = "adapter.safetensors", "state.safetensors"
 FILES = (CONFIG, TENSORS, STATE)
@@ -105,8 +107,9 @@ def save_adapter(
     if isinstance(adapters, TrainState | nnx.Module):
         if collections is not None:
             raise TypeError("save_adapter: collections are for a tree of adapters; leave them out")
-        adapters, recipe, base, other = _parts_of(adapters, recipe, base)
+        adapters, recipe, base, other, placements = _parts_of(adapters, recipe, base)
     else:
+        placements = None
         other = checked_collections("save_adapter", collections)
     if not isinstance(adapters, Mapping):
         raise TypeError(
@@ -126,7 +129,7 @@ def save_adapter(
     flat = {path: _plain(leaf) for path, leaf in leaves.items()}
     state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
     _check_savable(flat, state)
-    config = Manifest.of(recipe, base, flat, state).to_bytes(directory / CONFIG)
+    config = Manifest.of(recipe, base, flat, state, placements).to_bytes(directory / CONFIG)
     files: dict[str, Content] = {**texts(beside), TENSORS: _writer(flat, directory / TENSORS)}
     if state:
         files[STATE] = _writer(state, directory / STATE)
@@ -165,8 +168,8 @@ def _holds_something_else(directory: Path) -> bool:
 
 def _parts_of(
     subject: TrainState | nnx.Module, recipe: Recipe | Method | None, base: BaseIdentity | None
-) -> tuple[Tree, Recipe, BaseIdentity, Any]:
-    """The adapters, the recipe, the base's identity, and the state that is not parameters.
+) -> tuple[Tree, Recipe, BaseIdentity, Any, Placements]:
+    """The adapters, the recipe, the base's identity, other state than parameters, the placements.
 
     Raises:
         UserError: `recipe` or `base` is given and is another one.
@@ -174,17 +177,20 @@ def _parts_of(
     if isinstance(subject, TrainState):
         check_alive(subject)
         adapters, own = subject.trained, subject.recipe
-        frozen, other = subject.base, subject.other
+        frozen, other, known = subject.base, subject.other, subject.placements or Known()
     else:
         own = recipe_of(subject)
         adapters, frozen, other = nnx.state(subject, AdapterParam, nnx.Param, ...)
+        known = Known(placements_of(subject))
     if recipe is not None and Recipe(recipe) != own:
         raise UserError(
             f"save_adapter: the recipe {recipe} is given, and what is saved has the recipe {own}; "
             "leave the recipe out"
         )
     tree = tree_sha256((adapters, frozen), own)
-    return adapters, own, with_tree(base, tree, "save_adapter"), other
+    leaves = {**flatten(adapters), **flatten(frozen)}
+    placements = known.of(own, {path: tuple(unboxed(x).shape) for path, x in leaves.items()})
+    return adapters, own, with_tree(base, tree, "save_adapter"), other, placements
 
 
 def _writer(tensors: Mapping[str, np.ndarray], target: Path) -> Callable[[Path], None]:

@@ -33,11 +33,12 @@ from adapters_jax.files.adapter import (
     read_state,
 )
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
-from adapters_jax.files.manifest import Manifest
+from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.model_state import state_by_path, with_state
 from adapters_jax.files.tensors import TensorFile
-from adapters_jax.linen import Adapted, init_adapters, shapes_of
-from adapters_jax.nnx import AdapterParam
+from adapters_jax.linen import Adapted, grown, init_adapters, shapes_of
+from adapters_jax.nnx import AdapterParam, adapt_at, placements_of
+from adapters_jax.placement import Placements, in_tree, taken
 from adapters_jax.recipe import Recipe, checked_before
 from adapters_jax.trace.inputs import MISFITS, Inputs
 from adapters_jax.training.state import checked_collections
@@ -51,6 +52,7 @@ from adapters_jax.trees import (
     unflatten,
     with_leaves,
 )
+from adapters_jax.weights.quantized import unboxed
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,9 +71,11 @@ class _Adapter(NamedTuple):
     recipe: Recipe
     trained: _Tensors
     state: _Tensors
+    placements: Placements | None = None
 
 
 _NO_STATE = _Tensors({}, dict)
+_SHOWN = 5  # differences in a message
 _NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
 
 
@@ -97,6 +101,8 @@ def load_adapter(
         model: the base, a linen or NNX module without adapters.
         params: linen only: the base's parameter tree.
         *args: example inputs, of which only shapes matter; for NNX `example_inputs` says the same.
+            They are needed only where the file does not say where in the model the adapter is, or
+            is of another base: then the model is run on them.
         base: the base's identity, from `base_identity`; the hash of its tree is added.
         any_base: accept a base other than the one in the file, if the tensors fit it.
         revision: a branch, tag or commit on the Hub.
@@ -160,13 +166,17 @@ def load_adapter(
             manifest.recipe,
             _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
             _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
+            manifest.placements,
         )
         if stack:
             adapter = _as_in_model(adapter, tree, stack)
+        same = manifest.base is not None and manifest.base.tree_sha256 == tree_sha256(
+            [tree], Recipe()
+        )
         with checked_before():
             if in_nnx:
-                return _load_nnx(adapter, model, args or example_inputs)
-            return _load_linen(adapter, model, params, other, args, kwargs)
+                return _load_nnx(adapter, model, args or example_inputs, same)
+            return _load_linen(adapter, model, params, other, args, kwargs, same)
 
 
 def _check_order(directory: Any, model: Any) -> None:
@@ -246,36 +256,54 @@ def _check_base(
 
 
 def _load_linen(
-    adapter: _Adapter, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
+    adapter: _Adapter,
+    model: nn.Module,
+    params: Tree,
+    other: Tree | None,
+    args: Any,
+    kwargs: Any,
+    same: bool,
 ) -> tuple[Any, ...]:
-    def grown(recipe: Recipe, params: Tree) -> Tree:
-        key = jax.random.key(0)
-        return init_adapters(adapt(model, recipe), params, key, *args, **kwargs)
-
-    recipe, shapes = adapter.recipe, shapes_of(params)
-    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
-        whole = grown(recipe, shapes)
+    recipe, shapes, key = adapter.recipe, shapes_of(params), jax.random.key(0)
+    adapted = adapt(model, recipe)
+    if adapter.placements is not None and same and not isinstance(model, Adapted):
+        placements = _compared(adapter, shapes)
+    else:
+        run_on_base = lambda: init_adapters(adapt(model, Recipe()), shapes, key, *args, **kwargs)  # noqa: E731
+        with _blaming(adapter, run_on_base):
+            init_adapters(adapted, shapes, key, *args, **kwargs)
+        placements = adapted.adapter_placements.placements or Placements()
+        _check_placements(adapter, placements)
+    whole = grown(recipe, placements, shapes, key)
     _check_fit(adapter, flatten(partition(whole, recipe)[0]))
     _check_state(adapter, jax.eval_shape(lambda other: other, other))
     tensors, state = adapter.trained.read(), adapter.state.read()
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
-        params = grown(recipe, params)
+        params = grown(recipe, placements, params, key)
     params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
-    adapted = adapt(model, recipe)
+    adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params
     return adapted, params, with_state(other, state)
 
 
-def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
+def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any, same: bool) -> nnx.Module:
+    recipe, placed = adapter.recipe, None
+    if adapter.placements is not None and same and not hasattr(model, "adapter_recipe"):
+        placed = _compared(adapter, nnx.state(model, nnx.Param))
+
     def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
+        if placed is not None and recipe:
+            return adapt_at(model, recipe, placed)
         return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
 
-    recipe = adapter.recipe
     graphdef, whole = nnx.split(model)
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
     with _blaming(adapter, lambda: grown(Recipe(), shapes)):
-        own = flatten(nnx.state(grown(recipe, shapes), AdapterParam))
+        made = nnx.eval_shape(lambda model: grown(recipe, model), shapes)
+    if placed is None:
+        _check_placements(adapter, placements_of(made))
+    own = flatten(nnx.state(made, AdapterParam))
     trained = {path: leaf for path, leaf in own.items() if recipe.trains(path)}
     _check_fit(adapter, trained, "" if inputs else _NO_INPUTS)
     _check_state(adapter, nnx.state(shapes))
@@ -284,6 +312,41 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     nnx.update(adapted, with_leaves(nnx.state(adapted, AdapterParam), tensors))
     nnx.update(adapted, with_state(nnx.state(adapted), state))
     return adapted
+
+
+def _compared(adapter: _Adapter, base: Tree) -> Placements:
+    """The placements in a file, which are for this very base, compared with what the shapes say.
+
+    Raises:
+        AdapterMismatchError: names the first differences.
+    """
+    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(base).items()}
+    taken_here = next((owner for path in shapes if (owner := adapter.recipe.owner(path))), None)
+    if taken_here:
+        raise AdapterRecipeError(
+            f"the adapter in {adapter.directory}: {taken(taken_here.module, taken_here.method)}"
+        )
+    arrays = {path: tuple(leaf.shape) for path, leaf in adapter.trained.shapes.items()}
+    try:
+        found = in_tree(adapter.recipe, {**shapes, **arrays})
+    except MismatchError as error:
+        raise AdapterMismatchError(
+            f"the adapter in {adapter.directory} does not fit: {error}"
+        ) from error
+    _check_placements(adapter, found)
+    return Placements(each.with_arrays() for each in adapter.placements or ())
+
+
+def _check_placements(adapter: _Adapter, found: Placements) -> None:
+    """Raises AdapterMismatchError where the placements in a file are others than those here."""
+    wrong = [] if adapter.placements is None else adapter.placements.differences(found)
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise AdapterMismatchError(
+            f"the placements in {adapter.directory / CONFIG} are not those of this model: "
+            f"{'; '.join(wrong[:_SHOWN])}{more}. Load it onto the base it was trained on; if the "
+            "file was edited, save the adapter again"
+        )
 
 
 @contextlib.contextmanager

@@ -10,17 +10,21 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError, shortened
 from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.files.placements import read, written
 from adapters_jax.files.tensors import LONGEST_NAME
 from adapters_jax.files.untrusted import check_size, read_json
+from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
 from adapters_jax.version import __version__
 
-FORMAT, FORMAT_WITH_STATE = 1, 2
+FORMAT, FORMAT_WITH_STATE, FORMAT_WITH_PLACEMENTS = 1, 2, 3
 CONFIG = "adapter_config.json"
 MOST_TEXTS = 4096  # patterns and other texts of a recipe; each is matched against each path
 _KEYS = ("format", "adapters_jax", "base", "parameters", "tensors", "recipe")
-_STATE = "state_tensors"  # a key of the format with state
+_STATE = "state_tensors"  # a key of the formats with state
+_PLACEMENTS = "placements"  # a key of the format with placements
+_OF_FORMAT = {FORMAT: (), FORMAT_WITH_STATE: (_STATE,), FORMAT_WITH_PLACEMENTS: (_PLACEMENTS,)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Manifest:
         tensors: the number of tensors.
         state_tensors: the number of tensors of state that is not parameters; 0 if there is no file
             of them.
+        placements: where the adapter is in its model; None where that was not known when it was
+            written.
     """
 
     recipe: Recipe
@@ -41,6 +47,7 @@ class Manifest:
     parameters: int
     tensors: int
     state_tensors: int = 0
+    placements: Placements | None = None
 
     @classmethod
     def of(
@@ -49,14 +56,16 @@ class Manifest:
         base: BaseIdentity | None,
         arrays: Mapping[str, Any],
         state: Mapping[str, Any],
+        placements: Placements | None = None,
     ) -> "Manifest":
         """The manifest of trained tensors and of state by path, which may be abstract."""
-        return cls(recipe, base, *_counts(arrays), len(state))
+        return cls(recipe, base, *_counts(arrays), len(state), placements)
 
     def to_bytes(self, path: Path) -> bytes:
         """The content of the file at a path; raises AdapterFileError if `read` would."""
+        number = FORMAT_WITH_STATE if self.state_tensors else FORMAT
         values = {
-            "format": FORMAT_WITH_STATE if self.state_tensors else FORMAT,
+            "format": number if self.placements is None else FORMAT_WITH_PLACEMENTS,
             "adapters_jax": __version__,
             "base": self.base and asdict(self.base),
             "parameters": self.parameters,
@@ -64,7 +73,12 @@ class Manifest:
             **({_STATE: self.state_tensors} if self.state_tensors else {}),
             "recipe": json.loads(self.recipe.to_json()),
         }
-        data = json.dumps(values, indent=2).encode() + b"\n"
+        text = json.dumps(values, indent=2)
+        if self.placements is not None:  # a line for each, since a file has hundreds
+            rows = values[_PLACEMENTS] = written(self.placements, self.recipe)
+            lines = ",\n    ".join(map(json.dumps, rows))
+            text = f'{text[:-2]},\n  "{_PLACEMENTS}": [\n    {lines}\n  ]\n}}'
+        data = text.encode() + b"\n"
         check_size(len(data), path)
         self.of_values(values, path)
         return data
@@ -78,14 +92,15 @@ class Manifest:
     def of_values(cls, values: dict[str, Any], path: Path) -> "Manifest":
         """The manifest in a JSON object; raises AdapterFileError, naming `path`, if it is wrong."""
         number = values.get("format")
-        if type(number) is not int or number not in (FORMAT, FORMAT_WITH_STATE):
+        if type(number) is not int or number not in _OF_FORMAT:
             raise AdapterFileError(
-                f"{path} has format={_shown(number)}, expected {FORMAT} or {FORMAT_WITH_STATE}; "
+                f"{path} has format={_shown(number)}, expected {', '.join(map(str, _OF_FORMAT))}; "
                 "it needs another version of adapters_jax"
             )
-        keys = _KEYS if number == FORMAT else (*_KEYS, _STATE)
+        needed = (*_KEYS, *_OF_FORMAT[number])
+        keys = (*needed, _STATE) if number == FORMAT_WITH_PLACEMENTS else needed
         wrong = [f"unknown key {_shown(key)}" for key in values if key not in keys][:5]
-        wrong += [f"{key!r} is missing" for key in keys if key not in values and key != "base"]
+        wrong += [f"{key!r} is missing" for key in needed if key not in values and key != "base"]
         wrong += _of_wrong_type(values)
         if wrong:
             raise AdapterFileError(f"{path} is not of format {number}: {'; '.join(wrong)}")
@@ -95,8 +110,11 @@ class Manifest:
         except (ValueError, TypeError) as error:
             problem = shortened(str(error), 600)
             raise AdapterFileError(f"{path} holds no usable recipe: {problem}") from error
+        placements = None
+        if _PLACEMENTS in values:
+            placements = read(values[_PLACEMENTS], recipe, path)
         counts = (values["parameters"], values["tensors"], values.get(_STATE, 0))
-        return cls(recipe, base, *counts)
+        return cls(recipe, base, *counts, placements)
 
     def check_counts(self, arrays: Mapping[str, Any], path: Path) -> None:
         """Raises AdapterFileError unless tensors by path have the counts of this manifest."""

@@ -428,10 +428,10 @@ def init_adapters(
         f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}).",
     )
     model.adapter_placements.placements = found
-    return _grown(model.recipe, found, params, key)
+    return grown(model.recipe, found, params, key)
 
 
-def _grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:
+def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:
     """The base's parameters with freshly initialised arrays at all placements."""
 
     def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,7 +11,14 @@
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.nnx.adapted import adapt, adapted_points, detach, placements_of, recipe_of
+from adapters_jax.nnx.adapted import (
+    adapt,
+    adapt_at,
+    adapted_points,
+    detach,
+    placements_of,
+    recipe_of,
+)
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.held import AdapterParam, leaves_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
@@ -24,6 +31,7 @@ __all__ = [
     "LoRALinear",
     "QuantizedParam",
     "adapt",
+    "adapt_at",
     "adapted_points",
     "copy",
     "detach",

@@ -1,5 +1,6 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -102,7 +103,6 @@ def _adapted(
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks."""
     adapted = copy(model)
-    whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     found = points_of(adapted, recipe, inputs)
     attached, frozen = found.attached, params_of(adapted)
     others = _other_names(adapted)
@@ -111,7 +111,33 @@ def _adapted(
     )
     check_reached(attached, found.reached)
     check_nested(attached)
-    for each in attached:
+    return _grown(adapted, recipe, attached, rngs)
+
+
+def adapt_at(model: nnx.Module, recipe: Recipe, placements: Sequence[Placement]) -> nnx.Module:
+    """Gives an NNX model adapters at known placements, without a run of the model.
+
+    Args:
+        model: an NNX module, concrete or abstract; it is not changed.
+        recipe: the recipe of the placements.
+        placements: the placements, as a run of a model of the same modules and shapes found them.
+
+    Returns:
+        A model as from `adapt`; its adapters are to be overwritten, and their seed is fixed.
+
+    Raises:
+        RecipeError: methods on one module exclude each other, or the base has a name of theirs.
+    """
+    return _grown(copy(model), recipe, placements, nnx.Rngs(0))
+
+
+def _grown(
+    adapted: Any, recipe: Recipe, placements: Sequence[Placement], rngs: nnx.Rngs
+) -> nnx.Module:
+    """A model with the adapters of a recipe at their placements, which are added in place."""
+    whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
+    frozen = params_of(adapted)
+    for each in placements:
         module = module_at(adapted, each.module, each.path)
         there = [other.method for other in holds(module) if other.weight == each.weight]
         whole.check([*there, each.method], each.path)

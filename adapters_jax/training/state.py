@@ -27,8 +27,8 @@ from adapters_jax.errors import (
 )
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
-from adapters_jax.nnx import AdapterParam, recipe_of
-from adapters_jax.placement import counted, left_over, without_adapter
+from adapters_jax.nnx import AdapterParam, placements_of, recipe_of
+from adapters_jax.placement import Known, counted, left_over, without_adapter
 from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.texts import bytes_text
 from adapters_jax.trace.inputs import is_abstract
@@ -59,6 +59,7 @@ class TrainState:
         dtypes: the model's own dtypes of the leaves of `adapters`, in their order.
         loss_scale: what the loss is multiplied by while its gradient is computed, so that small
             gradients stay in float16's range; None does not scale.
+        placements: where the adapters are in the model.
         layout: the shardings of the leaves of `checkpointed`, which steps keep; None on one device.
 
     Example:
@@ -81,6 +82,7 @@ class TrainState:
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
     dtypes: tuple[Any, ...] = struct.field(pytree_node=False, default=())
+    placements: Known | None = struct.field(pytree_node=False, default=None)
     layout: tuple[Any, ...] | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
@@ -129,6 +131,7 @@ class TrainState:
             check_params("TrainState.create", params, call)
             recipe = model.recipe
             _check_params(model, params)
+            placements = Known(model.placements_in(params))
             adapters, base = partition(params, recipe)
             graphdef: Any = None
             other: Any = checked_collections("TrainState.create", collections)
@@ -139,6 +142,7 @@ class TrainState:
                     "params and no collections"
                 )
             recipe = recipe_of(model)
+            placements = Known(placements_of(model))
             graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
             adapters, base, other = parts
         else:
@@ -167,6 +171,7 @@ class TrainState:
             recipe=recipe,
             graphdef=graphdef,
             dtypes=dtypes,
+            placements=placements,
         )
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from adapters_jax.linen import Adapted, points, shapes_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
-from adapters_jax.placement import own_leaves
+from adapters_jax.placement import counted, own_leaves
 from adapters_jax.recipe import checked_before
 from adapters_jax.training.state import refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
@@ -38,8 +38,9 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Args:
         model: an adapted model.
         params: linen only: its whole parameter tree.
-        *args: linen only: example inputs, of which only shapes matter; they show how each weight
-            is contracted with its input.
+        *args: linen only: example inputs, of which only shapes matter. The model knows where its
+            adapters are without them; with them, its parameters are compared with those that a run
+            on these inputs needs.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -158,16 +159,21 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
     else:
         model.check_adapters(params)
         found = model.placements_in(params)
+        shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
+        counted(model.recipe, shapes, found)  # raises where arrays differ from the recipe
     flat = flatten(params)
     merged = flatten(without_adapters(params, model.recipe))
     owned = own_leaves({path: unboxed(leaf).shape for path, leaf in merged.items()})
     for each in found:
-        shapes = owned.get(each.module, {})
-        point, boxed = each.point(shapes), {n: merged[join(each.module, n)] for n in shapes}
+        own = owned.get(each.module, {})
+        point, boxed = each.point(own), {n: merged[join(each.module, n)] for n in own}
         _check(each.method, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
         leaves = nn.meta.unbox(each.leaves(flat))
-        own = change(each.method, leaves, point, nn.meta.unbox(boxed))
-        merged |= {join(each.module, n): nn.meta.replace_boxed(boxed[n], x) for n, x in own.items()}
+        made = change(each.method, leaves, point, nn.meta.unbox(boxed))
+        merged |= {
+            join(each.module, name): nn.meta.replace_boxed(boxed[name], x)
+            for name, x in made.items()
+        }
     return unflatten(merged, params)
 
 
