@@ -517,6 +517,12 @@ def test_errors_of_a_damaged_directory_name_the_file(saved, base, spoil, file, d
         aj.load_adapter(saved, *base, X)
 
 
+def as_format_1(directory):
+    """The adapter in a directory as versions before wrote it, without placements."""
+    config_edit(lambda c: c.pop("placements") and c.update(format=1))(directory)
+    return directory
+
+
 class OwnAttention(nnx.Module):
     """An NNX model whose weights flax's layers do not read; its mask has no default."""
 
@@ -540,11 +546,12 @@ def test_nnx_loads_with_the_example_inputs_that_adapt_got(tmp_path, inputs):
     state = drawn(nnx.state(model, AdapterParam), seed=3)
     nnx.update(model, state)
     saved = aj.save_adapter(tmp_path / "a", model)
+    old = as_format_1(aj.save_adapter(tmp_path / "old", model))
     with raises(AdapterRecipeError, "example_inputs"):
-        aj.load_adapter(saved, base)
-    loaded = aj.load_adapter(saved, base, example_inputs=inputs)
-    assert bits(nnx.state(loaded, AdapterParam)) == bits(state)
-    np.testing.assert_array_equal(loaded.encode(X), model.encode(X))
+        aj.load_adapter(old, base)
+    for loaded in (aj.load_adapter(saved, base), aj.load_adapter(old, base, example_inputs=inputs)):
+        assert bits(nnx.state(loaded, AdapterParam)) == bits(state)
+        np.testing.assert_array_equal(loaded.encode(X), model.encode(X))
 
 
 def test_a_misfit_of_an_nnx_model_asks_for_the_example_inputs(tmp_path):
@@ -553,7 +560,7 @@ def test_a_misfit_of_an_nnx_model_asks_for_the_example_inputs(tmp_path):
     inputs = aj.inputs(X, method=call)
     recipe = aj.Bottleneck("{own,down}", 2)
     model = aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=inputs)
-    saved = aj.save_adapter(tmp_path / "a", model)
+    saved = as_format_1(aj.save_adapter(tmp_path / "a", model))
     with raises(AdapterMismatchError, "own/adapter/up/kernel", "example_inputs"):
         aj.load_adapter(saved, base)
     assert aj.load_adapter(saved, base, example_inputs=inputs)
