@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -96,8 +97,6 @@ def test_loading_onto_the_same_base_runs_no_model(tmp_path, api, name):
 
 
 def adam():
-    import optax
-
     return optax.adam(1e-3)
 
 
@@ -182,3 +181,92 @@ def test_differences_are_of_the_first_kind_that_differs():
     assert "LoRA" in problem
     assert placements.differences(type(placements)()) == ["lora is not here"]
     assert type(placements)().differences(placements) == ["lora is only here"]
+
+
+class TwoWeights(nnx.Module):
+    """Two raw weights with the names of LoRA's factors."""
+
+    def __init__(self):
+        self.a, self.b = nnx.Param(jnp.ones((4, 6))), nnx.Param(jnp.ones((6, 4)))
+
+    def __call__(self, x):
+        return x @ self.a[...] @ self.b[...]
+
+
+class LinenTwoWeights(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        a, b = (
+            self.param("a", nn.initializers.ones, (4, 6)),
+            self.param("b", nn.initializers.ones, (6, 4)),
+        )
+        return x @ a @ b
+
+
+class LoraBeside(nnx.Module):
+    """A submodule with the name of LoRA's slot, beside another."""
+
+    def __init__(self):
+        self.lora = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.other = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.other(self.lora(x))
+
+
+class LinenLoraBeside(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="other")(nn.Dense(4, name="lora")(x))
+
+
+@pytest.mark.parametrize("model", [TwoWeights, LinenTwoWeights, LoraBeside, LinenLoraBeside])
+def test_names_of_the_base_that_are_those_of_a_method(tmp_path, model):
+    x, recipe, base = jnp.arange(8.0).reshape(2, 4) / 8, aj.LoRA("**", 2), model()
+    if isinstance(base, nnx.Module):
+        adapted = aj.adapt(base, recipe, rngs=nnx.Rngs(0), example_inputs=(x,))
+        nnx.update(adapted, filled(nnx.to_pure_dict(nnx.state(adapted, aj.nnx.AdapterParam))))
+        audit, trained = aj.audit(adapted), nnx.state(adapted, aj.nnx.AdapterParam)
+        run, merged = lambda: adapted(x), aj.merge(adapted)(x)
+        saved = aj.save_adapter(tmp_path / "a", adapted)
+        loaded = aj.load_adapter(saved, base, example_inputs=(x,))(x)
+    else:
+        frozen = base.init(jax.random.key(0), x)["params"]
+        adapted = aj.adapt(base, recipe)
+        params = aj.init_adapters(adapted, frozen, jax.random.key(0), x)
+        trained, rest = aj.partition(params, recipe)
+        trained = filled(trained)
+        params = aj.merge_trees(trained, rest)
+        audit, run = aj.audit(adapted, params), lambda: adapted.apply({"params": params}, x)
+        merged = base.apply({"params": aj.merge(adapted, params, x)}, x)
+        saved = aj.save_adapter(tmp_path / "a", trained, recipe)
+        again, params = aj.load_adapter(saved, base, frozen, x)
+        loaded = again.apply({"params": params}, x)
+    weights = {TwoWeights: 2 * 2 * (4 + 6), LinenTwoWeights: 2 * 2 * (4 + 6)}.get(model, 2 * 2 * 8)
+    assert audit.adapter_parameters == weights == sum(x.size for x in jax.tree.leaves(trained))
+    np.testing.assert_allclose(run(), merged, rtol=1e-5)
+    np.testing.assert_allclose(run(), loaded, rtol=1e-6)
+
+
+def test_lora_plus_finds_every_b():
+    base, frozen = linen_base()
+    recipe = aj.Recipe(aj.LoRA(("experts", "square", "out"), 2))
+    model = aj.adapt(base, recipe)
+    params = aj.init_adapters(model, frozen, jax.random.key(0), TOKENS)
+    trained, _ = aj.partition(params, recipe)
+    tx = aj.lora_plus(optax.sgd, 1.0, recipe, ratio=4.0)
+    ones = jax.tree.map(jnp.ones_like, trained)
+    updates = flatten(tx.update(ones, tx.init(trained), trained)[0])
+    rates = {path: float(-leaf.ravel()[0]) for path, leaf in updates.items()}
+    assert rates == {path: 4.0 if path.endswith("/b") else 1.0 for path in flatten(trained)}
+    assert any("/lora/up/b" in path for path in rates) and any(":" in path for path in rates)
+
+
+def test_a_bank_of_bottlenecks_without_a_scale_is_refused():
+    x = jnp.ones((2, 4))
+    base = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    idle = aj.Bottleneck("**", 2, scale=0.0)
+    bank = aj.Bank(aj.adapt(base, idle, rngs=nnx.Rngs(0), example_inputs=(x,)))
+    other = aj.adapt(base, aj.Bottleneck("**", 2), rngs=nnx.Rngs(0), example_inputs=(x,))
+    with raises(aj.RecipeError, "scale=0.0", "Bottleneck"):
+        bank.put("one", (other.adapter_recipe, nnx.state(other, aj.nnx.AdapterParam)))

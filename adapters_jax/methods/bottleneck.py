@@ -252,6 +252,11 @@ class Bottleneck(Method):
 
     def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
         """The same branch at the scale of `whole`, whose ratio goes into the up-projection."""
+        if whole.scale == 0.0:  # type: ignore[attr-defined]
+            raise RecipeError(
+                f"Bank: the Bottleneck at {path!r} of the bank's recipe has scale=0.0, so that no "
+                "adapter could act there; make the bank of a recipe with scale=1.0"
+            )
         ratio = self.scale / whole.scale  # type: ignore[attr-defined]
         if ratio != 1.0 and self.norm_after:
             raise RecipeError(

@@ -1,13 +1,13 @@
 """Optimisers of what a recipe trains: the frozen rest gets no updates and no state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from adapters_jax.errors import RecipeError, UserError, check_number, shown
-from adapters_jax.methods import Method
+from adapters_jax.errors import RecipeError, TargetError, UserError, check_number, shown
+from adapters_jax.methods import LoRA, Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.trees import Tree, path_of
@@ -59,17 +59,43 @@ def freeze_base(
     for pattern, group_tx in groups.items():
         check_optimizer(f"freeze_base groups {pattern!r}", group_tx)
 
+    def group_of(path: str) -> str | None:
+        return next((pattern for pattern in groups if matches(pattern, path)), None)
+
+    def check(paths: Iterable[str]) -> None:
+        require_match("freeze_base groups", tuple(groups), paths)
+
+    return _in_groups(tx, recipe, groups, group_of, check)
+
+
+def _in_groups(
+    tx: optax.GradientTransformation,
+    recipe: Recipe,
+    groups: Mapping[str, optax.GradientTransformation],
+    group_of: Callable[[str], str | None],
+    check: Callable[[Iterable[str]], None],
+) -> optax.GradientTransformation:
+    """`freeze_base` with groups of any kind.
+
+    Args:
+        tx: the optimiser of trained leaves without a group.
+        recipe: says what trains.
+        groups: the optimisers of the groups by name.
+        group_of: the name of the group of a trained leaf, by its path; None without one.
+        check: raises an error where the paths of trained leaves lack a group.
+    """
+
     def label(key_path: tuple[Any, ...], _: Any) -> str:
         path = path_of(key_path)
         if not recipe.trains(path):
             return "base"
-        group = next((pattern for pattern in groups if matches(pattern, path)), None)
+        group = group_of(path)
         return "adapter" if group is None else f"group {group}"
 
     def labels(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(label, params)
 
-    own = {f"group {pattern}": group_tx for pattern, group_tx in groups.items()}
+    own = {f"group {name}": group_tx for name, group_tx in groups.items()}
     transform = optax.multi_transform({"adapter": tx, "base": optax.set_to_zero(), **own}, labels)
 
     def init(params: Tree) -> optax.OptState:
@@ -81,7 +107,7 @@ def freeze_base(
                 f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
                 "aj.init_adapters(model, params, key, *example_inputs) returned"
             )
-        require_match("freeze_base groups", tuple(groups), filter(recipe.trains, paths))
+        check(filter(recipe.trains, paths))
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
@@ -142,5 +168,16 @@ def lora_plus(
         faster: optax.ScalarOrSchedule = lambda step: ratio * schedule(step)  # noqa: E731
     else:
         faster = ratio * learning_rate
-    groups = {"**/lora/b": optimizer(faster, **options)}
-    return freeze_base(optimizer(learning_rate, **options), recipe, groups)
+    recipe = Recipe(recipe)
+
+    def group_of(path: str) -> str | None:
+        owner = recipe.owner(path)  # by its method: nodes between the slot and B have any name
+        return "B" if owner and isinstance(owner.method, LoRA) and owner.name == "b" else None
+
+    def check(paths: Iterable[str]) -> None:
+        if not any(map(group_of, paths)):
+            raise TargetError("lora_plus: no B of LoRA trains; give a recipe with aj.LoRA")
+
+    tx = optimizer(learning_rate, **options)
+    check_optimizer("lora_plus", tx)
+    return _in_groups(tx, recipe, {"B": optimizer(faster, **options)}, group_of, check)
