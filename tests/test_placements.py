@@ -270,3 +270,37 @@ def test_a_bank_of_bottlenecks_without_a_scale_is_refused():
     other = aj.adapt(base, aj.Bottleneck("**", 2), rngs=nnx.Rngs(0), example_inputs=(x,))
     with raises(aj.RecipeError, "scale=0.0", "Bottleneck"):
         bank.put("one", (other.adapter_recipe, nnx.state(other, aj.nnx.AdapterParam)))
+
+
+class AroundAdapted(nn.Module):
+    """A model with an adapted model inside."""
+
+    inside: aj.Method
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="out")(aj.adapt(nn.Dense(4), self.inside)(x))
+
+
+@pytest.mark.parametrize(
+    ("inside", "method"),
+    [
+        (aj.DoRA("**", 2), aj.IA3("*")),
+        (aj.IA3("**"), aj.LoRA("*", 2)),
+        (aj.IA3("**"), aj.DoRA("Dense_0", 2)),
+    ],
+)
+def test_an_adapted_model_inside_another_is_adapted_again(inside, method):
+    base, x = AroundAdapted(inside), jnp.arange(8.0).reshape(2, 4) / 8
+    frozen = filled(jax.eval_shape(base.init, KEY, x)["params"])
+    model = aj.adapt(base, method)
+    params = aj.init_adapters(model, frozen, KEY, x)
+    trained, rest = aj.partition(params, method)
+    params = aj.merge_trees(filled(trained), rest)
+    assert "Dense_0" in trained
+    y = model.apply({"params": params}, x)
+    merged = aj.merge(model, params, x)
+    np.testing.assert_allclose(y, base.apply({"params": merged}, x), rtol=1e-5)
+    assert abs(y - base.apply({"params": frozen}, x)).max() > 0.05
+    gradient = jax.grad(lambda p: jnp.sum(model.apply({"params": aj.merge_trees(p, rest)}, x)))
+    assert all(abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient(filled(trained))))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from adapters_jax.trace.inputs import Inputs, is_array
 from adapters_jax.trace.reach import reaching
 from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Thin, Tracked, lazy, lowered, thin, watched
+from adapters_jax.weights.lazy import Lazy, Thin, Tracked, formed, lazy, lowered, thin, watched
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
@@ -43,9 +44,9 @@ def changed_weights(
     for each in attached:
         weight = flat[each.weight_path]
         own = arrays.key_at(key, each.prefix) if key is not None and each.method.dropout else None
-        leaves = nn.meta.unbox(each.leaves(flat))
+        leaves = {name: formed(unboxed(leaf)) for name, leaf in each.leaves(flat).items()}
         point = each.point(owned[each.module])
-        found = each.method.changes(leaves, point, lambda w=weight: nn.meta.unbox(w), own)
+        found = each.method.changes(leaves, point, lambda w=weight: formed(nn.meta.unbox(w)), own)
         for name, several in found.items():
             changes.setdefault(join(each.module, name), []).extend(several)
     added = {join(each.prefix, name) for each in attached for name in each.method.leaf_names}
@@ -56,8 +57,17 @@ def changed_weights(
 
 
 def _seen(path: str, leaf: Any, changes: list[Any], trace: Thin) -> Any:
-    """A changed weight in the box of the weight, from which flax takes it."""
-    changed = lazy(trace, Changed.of(unboxed(leaf), changes), path)
+    """A changed weight in the box of the weight, from which flax takes it.
+
+    Inside another adapted model the leaf may be a changed or watched weight of that one. Its
+    changes come first, since this model is the base that they were made for.
+    """
+    value = unboxed(leaf)
+    if isinstance(value, Lazy):
+        changes = [*value.changed.changes, *changes]
+        changed = value.within(trace, replace(value.changed, changes=tuple(changes)))
+    else:
+        changed = lazy(trace, Changed.of(value, changes), path)
     return changed if is_quantized(leaf) else nn.meta.replace_boxed(leaf, changed)
 
 
