@@ -146,7 +146,8 @@ class Placements(tuple[Placement, ...]):
         present = all(shapes.get(path) == shape for path, shape in {**weights, **arrays}.items())
         others = [path for path in shapes if path not in arrays]
         nodes = tuple(f"{each.prefix}/" for each in self)
-        return present and not any(p.startswith(nodes) or recipe.owner(p) for p in others)
+        inside = any(path.startswith(nodes) for path in others)
+        return present and not inside and not recipe.owners(others)
 
     def differences(self, other: "Placements") -> list[str]:
         """In what these placements differ from others of the same model, which a tree may say.
@@ -248,13 +249,10 @@ def _in_tree(recipe: Recipe, shapes: tuple[tuple[str, Shape], ...]) -> Placement
 def _groups(recipe: Recipe, shapes: Shapes) -> tuple[list[tuple[Owner, dict[str, Shape]]], Shapes]:
     """The adapters in a tree, each with the shapes of its arrays; and the base's shapes."""
     groups: dict[str, tuple[Owner, dict[str, Shape]]] = {}
-    base: dict[str, Shape] = {}
-    for path, shape in shapes.items():
-        owner = recipe.owner(path)
-        if owner is None:
-            base[path] = shape
-        else:
-            groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shape
+    owners = recipe.owners(shapes)
+    for path, owner in owners.items():
+        groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shapes[path]
+    base = {path: shape for path, shape in shapes.items() if path not in owners}
     return list(groups.values()), base
 
 
@@ -697,12 +695,12 @@ def without_adapter(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         >>> without_adapter(Recipe(LoRA("*", 2)), shapes)
         ['value (LoRA)']
     """
-    owners = {path: recipe.owner(path) for path in shapes}
-    owned = own_leaves({path: x for path, x in shapes.items() if owners[path] is None})
+    owners = recipe.owners(shapes)
+    owned = own_leaves({path: x for path, x in shapes.items() if path not in owners})
     kinds = {path: {name: len(x) for name, x in own.items()} for path, own in owned.items()}
     found = []
     for method in recipe.attached:
-        have = {own.module for own in owners.values() if own and own.method == method}
+        have = {own.module for own in owners.values() if own.method == method}
         alike = [kinds[module] for module in have if module in kinds]
         found += [
             f"{path} ({type(method).__name__})"
@@ -734,14 +732,15 @@ def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     for path in shapes:
         names = path.split("/")
         modules = ("/".join(names[:i]) for i, name in enumerate(names) if name in slots)
-        beside = any(module in own for module in modules)
-        if beside and not recipe.trains(path):
+        if any(module in own for module in modules):
             found.append(path)
-    return found
+    trained = recipe.trained(found)
+    return [path for path in found if path not in trained]
 
 
 def _strays(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     """Leaves named as those of the recipe's methods, at modules that these do not target."""
     ends = tuple(f"{m.slot}/{name}" for m in recipe.attached for name in m.leaf_names)
     named = [path for path in shapes if ends and f"/{path}".endswith(tuple(f"/{e}" for e in ends))]
-    return [path for path in named if recipe.owner(path) is None]
+    owners = recipe.owners(named)
+    return [path for path in named if path not in owners]

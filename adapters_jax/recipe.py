@@ -182,9 +182,17 @@ class Recipe:
                     nested = Owner(own, module, method, node, leaf)
         return nested  # a module may have the name of a slot: then its own slot comes first
 
+    def owners(self, paths: Iterable[str]) -> dict[str, Owner]:
+        """What parameters belong to, by path, without those of the base."""
+        return {path: owner for path in paths if (owner := self.owner(path))}
+
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""
         return self.owner(path) is not None or any(selects(p, path) for p in self.unfrozen)
+
+    def trained(self, paths: Iterable[str]) -> dict[str, None]:
+        """Those of the paths of parameters that train, in their order."""
+        return dict.fromkeys(filter(self.trains, paths))
 
     def to_json(self) -> str:
         """The recipe as JSON text; `Recipe.from_json` gives an equal recipe."""

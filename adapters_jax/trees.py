@@ -5,7 +5,7 @@ A partition is two trees without holes: `adapters` has the leaves that train and
 gradients, optimiser state and a step's outputs are as small as the adapters.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -120,10 +120,14 @@ def check_params(caller: str, params: Any, call: str) -> None:
         raise MismatchError(f"{caller}: params holds collections ({names}), {expected}")
 
 
-def _where(tree: Tree, keep: Callable[[str], bool]) -> Tree:
-    """The part of a nested mapping whose paths are kept."""
-    kept = {path: x for path, x in _flat(tree).items() if keep("/".join(map(str, path)))}
-    return traverse_util.unflatten_dict(kept)
+def _split(tree: Tree, kept: Callable[[Iterable[str]], Container[str]]) -> tuple[Tree, Tree]:
+    """The parts of a nested mapping whose paths are kept, and are not."""
+    flat = _flat(tree)
+    paths = {keys: "/".join(map(str, keys)) for keys in flat}
+    keep = kept(paths.values())
+    inside = {keys: x for keys, x in flat.items() if paths[keys] in keep}
+    outside = {keys: x for keys, x in flat.items() if paths[keys] not in keep}
+    return traverse_util.unflatten_dict(inside), traverse_util.unflatten_dict(outside)
 
 
 def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
@@ -147,12 +151,12 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
     recipe = Recipe(recipe)
     if isinstance(params, Mapping):
         check_params("partition", params, "aj.partition(params, recipe)")
-    return _where(params, recipe.trains), _where(params, lambda path: not recipe.trains(path))
+    return _split(params, recipe.trained)
 
 
 def without_adapters(params: Tree, recipe: Recipe) -> Tree:
     """The base model's tree: every leaf except those that the recipe's methods added."""
-    return _where(params, lambda path: recipe.owner(path) is None)
+    return _split(params, recipe.owners)[1]
 
 
 def merge_trees(*trees: Tree) -> Tree:

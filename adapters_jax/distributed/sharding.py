@@ -79,17 +79,17 @@ def _layout(
 ) -> dict[str, NamedSharding]:
     rules = dict(rules or {})
     require_match("sharding rules", tuple(rules), leaves)
-    owners = {path: recipe.owner(path) if recipe else None for path in leaves}
+    owners = recipe.owners(leaves) if recipe else {}
     base = {
         path: _stated(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
         for path, (leaf, annotation) in leaves.items()
-        if owners[path] is None
+        if path not in owners
     }
     shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
     attached = {each.prefix: each for each in in_tree(recipe, shapes)} if recipe else {}
     specs = {}
     for path, (leaf, annotation) in leaves.items():
-        owner = owners[path]
+        owner = owners.get(path)
         if owner is None:
             specs[path] = base[path]
         else:

@@ -229,7 +229,8 @@ def _plain(leaf: Any) -> np.ndarray:
 
 def _check_trained(leaves: Mapping[str, Any], recipe: Recipe) -> None:
     """Raises UserError for leaves that the recipe does not train, as in a whole tree."""
-    frozen = [path for path in leaves if not recipe.trains(path)]
+    trained = recipe.trained(leaves)
+    frozen = [path for path in leaves if path not in trained]
     if frozen:
         raise UserError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "

@@ -106,12 +106,10 @@ def tree_sha256(parts: Iterable[Tree], recipe: Recipe) -> str:
         parts: trees that make up the parameters together.
         recipe: the recipe of the adapters, whose leaves are left out.
     """
-    lines = [
-        f"{path} {','.join(map(str, np.shape(unboxed(leaf))))}\n"
-        for part in parts
-        for path, leaf in flatten(part).items()
-        if recipe.owner(path) is None
-    ]
+    leaves = {path: leaf for part in parts for path, leaf in flatten(part).items()}
+    added = recipe.owners(leaves)
+    shapes = {path: np.shape(unboxed(x)) for path, x in leaves.items() if path not in added}
+    lines = [f"{path} {','.join(map(str, shape))}\n" for path, shape in shapes.items()]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 

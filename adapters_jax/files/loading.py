@@ -215,10 +215,12 @@ def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
 
 def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
     """The shapes of a base, unrolled if its layers are scanned, and stacked otherwise."""
+    leaves = flatten(nn.meta.unbox(tree))
+    added = recipe.owners(leaves)
     shapes = {
         path: jax.ShapeDtypeStruct(np.shape(leaf), np.float32)
-        for path, leaf in flatten(nn.meta.unbox(tree)).items()
-        if recipe.owner(path) is None
+        for path, leaf in leaves.items()
+        if path not in added
     }
     scanned = any(map(stack.holds, shapes))
     return (unstack_layers if scanned else stack_layers)(unflatten(shapes), stack)
@@ -304,7 +306,7 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any, same: bool) -> 
     if placed is None:
         _check_placements(adapter, placements_of(made))
     own = flatten(nnx.state(made, AdapterParam))
-    trained = {path: leaf for path, leaf in own.items() if recipe.trains(path)}
+    trained = {path: own[path] for path in recipe.trained(own)}
     _check_fit(adapter, trained, "" if inputs else _NO_INPUTS)
     _check_state(adapter, nnx.state(shapes))
     tensors, state = adapter.trained.read(), adapter.state.read()
@@ -321,8 +323,8 @@ def _compared(adapter: _Adapter, base: Tree) -> Placements:
         AdapterMismatchError: names the first differences.
     """
     shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(base).items()}
-    taken_here = next((owner for path in shapes if (owner := adapter.recipe.owner(path))), None)
-    if taken_here:
+    if owners := adapter.recipe.owners(shapes):
+        taken_here = next(iter(owners.values()))
         raise AdapterRecipeError(
             f"the adapter in {adapter.directory}: {taken(taken_here.module, taken_here.method)}"
         )

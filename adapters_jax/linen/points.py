@@ -102,7 +102,7 @@ def _runs(
     interceptor, variables = seen(base, recipe, inputs)
     tree = variables.get("params", {})
     whole = flatten(tree)
-    owners = {path: owner for path in whole if (owner := recipe.owner(path))}
+    owners = recipe.owners(whole)
     for owner in owners.values():
         if owner.method.acts_on == "leaf":  # none of them is there yet
             raise taken(owner.module, owner.method)

@@ -100,14 +100,14 @@ def _in_groups(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        owners = {owner.method for path in paths if (owner := recipe.owner(path))}
+        owners = {owner.method for owner in recipe.owners(paths).values()}
         absent = [type(method).__name__ for method in recipe.attached if method not in owners]
         if absent and not _is_part(params):
             raise RecipeError(
                 f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
                 "aj.init_adapters(model, params, key, *example_inputs) returned"
             )
-        check(filter(recipe.trains, paths))
+        check(recipe.trained(paths))
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)

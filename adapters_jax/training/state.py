@@ -399,7 +399,7 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
             "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
         )
     flat = nn.meta.unbox(boxed)
-    owners = {owner.method for path in flat if (owner := recipe.owner(path))}
+    owners = {owner.method for owner in recipe.owners(flat).values()}
     absent = [type(method).__name__ for method in recipe.attached if method not in owners]
     if absent or not flat:
         raise RecipeError(

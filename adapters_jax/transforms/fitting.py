@@ -32,7 +32,7 @@ class Fitted(NamedTuple):
 
 def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
     """The adapters that leaves belong to, each once."""
-    found = {owner.prefix: owner for path in paths if (owner := recipe.owner(path))}
+    found = {owner.prefix: owner for owner in recipe.owners(paths).values()}
     return list(found.values())
 
 
