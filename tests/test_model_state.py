@@ -252,14 +252,18 @@ def test_a_model_and_a_tree_with_collections_are_saved_as_the_state_is(tmp_path)
         collections={**state.other, "cache": {"index": jnp.zeros(3)}},
         base=aj.base_identity(state.params, RECIPE),
     )
-    assert files(linen) == files(own)
+    assert all(files(linen)[name] == files(own)[name] for name in (TENSORS, STATE))
+    config = [json.loads(files(each)[CONFIG]) for each in (linen, own)]
+    assert [each.pop("format") for each in config] == [3, 2]  # a tree does not say all placements
+    assert [row["path"] for row in config[0].pop("placements")] == ["up"]
+    assert config[0] == config[1]
     assert sorted(files(own)) == sorted([CONFIG, TENSORS, STATE])
 
 
 def test_what_is_on_disk(tmp_path):
     saved = aj.save_adapter(tmp_path / "a", trained("nnx"))
     config = json.loads((saved / CONFIG).read_text())
-    assert (config["format"], config["tensors"], config["state_tensors"]) == (2, 3, 4)
+    assert (config["format"], config["tensors"], config["state_tensors"]) == (3, 3, 4)
     assert sorted(safetensors.numpy.load_file(saved / TENSORS)) == [
         *("norm/bias", "up/lora/a", "up/lora/b"),
     ]
@@ -282,8 +286,9 @@ def test_a_model_without_such_state_has_files_of_format_1(tmp_path):
     )
     new = aj.save_adapter(tmp_path / "new", model)
     assert sorted(os.listdir(new)) == sorted([CONFIG, TENSORS])
-    assert all((old / name).read_bytes() == (new / name).read_bytes() for name in (CONFIG, TENSORS))
-    assert "state" not in (new / CONFIG).read_text()
+    assert (old / TENSORS).read_bytes() == (new / TENSORS).read_bytes()
+    assert all("state" not in (each / CONFIG).read_text() for each in (old, new))
+    assert json.loads((old / CONFIG).read_text())["format"] == 1
 
 
 def test_a_file_of_one_api_loads_onto_a_model_of_the_other(tmp_path):
