@@ -258,7 +258,7 @@ def lora(**fields):
 
 MANY = [{"method": "unfreeze", "targets": "a"}] * 20_000
 BAD_CONFIGS = {  # the edit, and the data in the message
-    "format 3": (config_edit(lambda c: c.update(format=3)), "format=3", "1 or 2"),
+    "format 4": (config_edit(lambda c: c.update(format=4)), "format=4", "1, 2, 3"),
     "no state": (config_edit(lambda c: c.update(format=2)), "format 2", "'state_tensors'"),
     "a state of nothing": (
         config_edit(lambda c: c.update(format=2, state_tensors=0)),

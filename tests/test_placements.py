@@ -304,3 +304,11 @@ def test_an_adapted_model_inside_another_is_adapted_again(inside, method):
     assert abs(y - base.apply({"params": frozen}, x)).max() > 0.05
     gradient = jax.grad(lambda p: jnp.sum(model.apply({"params": aj.merge_trees(p, rest)}, x)))
     assert all(abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient(filled(trained))))
+
+
+def test_loading_onto_an_adapted_nnx_model_adds_the_file_alone(tmp_path):
+    first = aj.adapt(nnx_base(), aj.LoRA("square", 2), rngs=nnx.Rngs(0), example_inputs=(TOKENS,))
+    saved = aj.save_adapter(tmp_path / "a", made("nnx", "bottleneck")[0])
+    loaded = aj.load_adapter(saved, first, example_inputs=(TOKENS,), any_base=True)
+    kinds = [type(each.method).__name__ for each in placements_of(loaded)]
+    assert kinds == ["LoRA", "Bottleneck", "Bottleneck"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -72,6 +73,7 @@ class _Adapter(NamedTuple):
     trained: _Tensors
     state: _Tensors
     placements: Placements | None = None
+    same_base: bool = False  # as the one that it was trained on, by the paths and shapes of all
 
 
 _NO_STATE = _Tensors({}, dict)
@@ -158,25 +160,25 @@ def load_adapter(
     stack = None if names is None else stack_of(names)
     other = checked_collections("load_adapter", collections)
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
-        tree = nnx.state(model, nnx.Param) if in_nnx else params
+        tree, own = nnx.state(model, nnx.Param) if in_nnx else params, _recipe_of(model)
+        sha256 = tree_sha256([tree], own)
         if not any_base:
-            _check_base(file, manifest, tree, _recipe_of(model), base, stack)
+            _check_base(file, manifest, tree, own, sha256, base, stack)
+        same = manifest.base is not None and manifest.base.tree_sha256 == sha256
         adapter = _Adapter(
             file.path.parent,
             manifest.recipe,
             _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
             _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
             manifest.placements,
+            same and not len(own),
         )
         if stack:
             adapter = _as_in_model(adapter, tree, stack)
-        same = manifest.base is not None and manifest.base.tree_sha256 == tree_sha256(
-            [tree], Recipe()
-        )
         with checked_before():
             if in_nnx:
-                return _load_nnx(adapter, model, args or example_inputs, same)
-            return _load_linen(adapter, model, params, other, args, kwargs, same)
+                return _load_nnx(adapter, model, args or example_inputs)
+            return _load_linen(adapter, model, params, other, args, kwargs)
 
 
 def _check_order(directory: Any, model: Any) -> None:
@@ -237,13 +239,14 @@ def _check_base(
     manifest: Manifest,
     model: Tree,
     recipe: Recipe,
+    tree: str,
     base: BaseIdentity | None,
     stack: Stack | None,
 ) -> None:
     """Raises OtherBaseError if the bases are known to differ, other than by layer stacking."""
     if manifest.base is None:
         return
-    tree, expected = tree_sha256([model], recipe), manifest.base
+    expected = manifest.base
     if stack and expected.tree_sha256 != tree:
         other = tree_sha256([_other_form(model, recipe, stack)], Recipe())
         own = tree if expected.tree_sha256 == other else expected.tree_sha256
@@ -258,71 +261,88 @@ def _check_base(
 
 
 def _load_linen(
-    adapter: _Adapter,
-    model: nn.Module,
-    params: Tree,
-    other: Tree | None,
-    args: Any,
-    kwargs: Any,
-    same: bool,
+    adapter: _Adapter, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
 ) -> tuple[Any, ...]:
     recipe, shapes, key = adapter.recipe, shapes_of(params), jax.random.key(0)
-    adapted = adapt(model, recipe)
-    if adapter.placements is not None and same and not isinstance(model, Adapted):
-        placements = _compared(adapter, shapes)
-    else:
-        run_on_base = lambda: init_adapters(adapt(model, Recipe()), shapes, key, *args, **kwargs)  # noqa: E731
-        with _blaming(adapter, run_on_base):
-            init_adapters(adapted, shapes, key, *args, **kwargs)
-        placements = adapted.adapter_placements.placements or Placements()
-        _check_placements(adapter, placements)
-    whole = grown(recipe, placements, shapes, key)
-    _check_fit(adapter, flatten(partition(whole, recipe)[0]))
+
+    def run(recipe: Recipe) -> Placements:
+        found = adapt(model, recipe)
+        init_adapters(found, shapes, key, *args, **kwargs)
+        return found.adapter_placements.placements or Placements()
+
+    placements = _placed(adapter, flatten(shapes), run)
     _check_state(adapter, jax.eval_shape(lambda other: other, other))
     tensors, state = adapter.trained.read(), adapter.state.read()
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
         params = grown(recipe, placements, params, key)
     params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    adapted = adapt(model, recipe)
     adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params
     return adapted, params, with_state(other, state)
 
 
-def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any, same: bool) -> nnx.Module:
-    recipe, placed = adapter.recipe, None
-    if adapter.placements is not None and same and not hasattr(model, "adapter_recipe"):
-        placed = _compared(adapter, nnx.state(model, nnx.Param))
-
-    def grown(recipe: Recipe, model: nnx.Module) -> nnx.Module:
-        if placed is not None and recipe:
-            return adapt_at(model, recipe, placed)
-        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
-
+def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     graphdef, whole = nnx.split(model)
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
-    with _blaming(adapter, lambda: grown(Recipe(), shapes)):
-        made = nnx.eval_shape(lambda model: grown(recipe, model), shapes)
-    if placed is None:
-        _check_placements(adapter, placements_of(made))
-    own = flatten(nnx.state(made, AdapterParam))
-    trained = {path: own[path] for path in recipe.trained(own)}
-    _check_fit(adapter, trained, "" if inputs else _NO_INPUTS)
+
+    def run(recipe: Recipe) -> Placements:
+        found = placements_of(adapt(shapes, recipe, rngs=nnx.Rngs(0), example_inputs=inputs))
+        return Placements(each for each in found if each.method in recipe.attached)
+
+    advice = "" if inputs else _NO_INPUTS
+    placements = _placed(adapter, flatten(nnx.state(shapes, nnx.Param)), run, advice)
     _check_state(adapter, nnx.state(shapes))
     tensors, state = adapter.trained.read(), adapter.state.read()
-    adapted = grown(recipe, model)
+    adapted = adapt_at(model, adapter.recipe, placements)
     nnx.update(adapted, with_leaves(nnx.state(adapted, AdapterParam), tensors))
     nnx.update(adapted, with_state(nnx.state(adapted), state))
     return adapted
 
 
-def _compared(adapter: _Adapter, base: Tree) -> Placements:
+def _placed(
+    adapter: _Adapter,
+    base: Mapping[str, Any],
+    run: Callable[[Recipe], Placements],
+    advice: str = "",
+) -> Placements:
+    """The placements of an adapter in a model, which its tensors fit.
+
+    Args:
+        adapter: the adapter.
+        base: the shapes and dtypes of the model's parameters by path.
+        run: finds the placements of a recipe by an abstract run of the model.
+        advice: for the message about tensors that do not fit.
+
+    Raises:
+        AdapterRecipeError: the recipe does not fit the model.
+        AdapterMismatchError: the placements in the file are others than those of the model, or
+            tensors are missing, unexpected or different.
+    """
+    recipe = adapter.recipe
+    if adapter.placements is not None and adapter.same_base:
+        placements = _compared(adapter, base)
+    else:
+        with _blaming(adapter, lambda: run(Recipe())):
+            placements = run(recipe)
+        _check_placements(adapter, placements)
+    expected = {path: base[path] for path in recipe.trained(base)}
+    for placed in placements:
+        shapes = placed.array_shapes if placed.method in recipe.attached else {}
+        for path, shape in shapes.items():
+            expected[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    _check_fit(adapter, expected, advice)
+    return placements
+
+
+def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
     """The placements in a file, which are for this very base, compared with what the shapes say.
 
     Raises:
         AdapterMismatchError: names the first differences.
     """
-    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(base).items()}
+    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in base.items()}
     if owners := adapter.recipe.owners(shapes):
         taken_here = next(iter(owners.values()))
         raise AdapterRecipeError(
@@ -341,7 +361,8 @@ def _compared(adapter: _Adapter, base: Tree) -> Placements:
 
 def _check_placements(adapter: _Adapter, found: Placements) -> None:
     """Raises AdapterMismatchError where the placements in a file are others than those here."""
-    wrong = [] if adapter.placements is None else adapter.placements.differences(found)
+    own = Placements(each for each in found if each.method in adapter.recipe.attached)
+    wrong = [] if adapter.placements is None else adapter.placements.differences(own)
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise AdapterMismatchError(
