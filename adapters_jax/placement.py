@@ -66,7 +66,7 @@ class Placement:
     arrays: tuple[tuple[str, Shape], ...] = ()
     reaches: bool = False
 
-    @property
+    @functools.cached_property
     def prefix(self) -> str:
         """The path of the node that holds its arrays."""
         return join(self.module, self.method.slot, self.node)
@@ -76,7 +76,7 @@ class Placement:
         """The names that lead from the module to the node that holds its arrays."""
         return (self.method.slot, self.node) if self.node else (self.method.slot,)
 
-    @property
+    @functools.cached_property
     def weight_path(self) -> str:
         """The path of the weight that it changes."""
         return join(self.module, self.weight)
@@ -84,7 +84,7 @@ class Placement:
     @property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays by path."""
-        return {join(self.prefix, name): shape for name, shape in self.arrays}
+        return {f"{self.prefix}/{name}": shape for name, shape in self.arrays}
 
     @property
     def count(self) -> Count:
@@ -113,7 +113,7 @@ class Placement:
 
     def paths(self) -> dict[str, str]:
         """The paths of its arrays by name."""
-        return {name: join(self.prefix, name) for name in self.method.leaf_names}
+        return {name: f"{self.prefix}/{name}" for name in self.method.leaf_names}
 
     def leaves(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arrays by name, out of a tree's leaves by path."""

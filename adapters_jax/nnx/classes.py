@@ -21,16 +21,26 @@ from adapters_jax.errors import other_names
 from adapters_jax.methods import outputs
 from adapters_jax.methods.mixed import Rows, by_rows, needs_rows
 from adapters_jax.methods.prompt import inserted
-from adapters_jax.nnx.containers import AddedDict, NumberedDict, has_modules, names_of, plain
-from adapters_jax.nnx.graph import frozen_of, modules_of, own_params, params_of
-from adapters_jax.nnx.held import (
+from adapters_jax.nnx.containers import (
+    AddedDict,
+    NumberedDict,
+    has_modules,
+    names_of,
+    plain,
+    standing,
+)
+from adapters_jax.nnx.graph import (
     STACKED,
     AdapterParam,
+    frozen_of,
     holds,
     key_of,
     leaves_of,
+    modules_of,
     node_of,
     original,
+    own_params,
+    params_of,
     point_of,
 )
 from adapters_jax.nnx.linen_inside import called
@@ -275,18 +285,17 @@ def refresh(module: Any) -> None:
 
     A whole model computes thin, and so does a linen module inside with parameters that train.
     """
-    for name in names_of(module):
+    names = _changed_names(module)
+    for name in standing(module):
         value = vars(module)[name]
-        if not has_modules(value) or has_modules(value, _is_needed):
-            continue
-        if isinstance(value, AddedDict):
+        if has_modules(value, _is_needed):
+            names.add(name)
+        elif isinstance(value, AddedDict):
             delattr(module, name)
         else:
             vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
-    names = _changed_names(module)
-    names |= {name for name in names_of(module) if has_modules(vars(module)[name])}
     cls: Any = original(type(module))
-    thin = hasattr(module, "adapter_recipe") or (
+    thin = "adapter_recipe" in vars(module) or (
         isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values()))
     )
     adapted = names or holds(module) or thin

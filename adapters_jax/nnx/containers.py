@@ -54,9 +54,14 @@ def as_module(value: Any) -> nnx.Module | None:
 
 def names_of(module: Any) -> list[str]:
     """The names of the attributes of a module, without those of flax and of adapters."""
-    held = getattr(module, "adapter_methods", ())
-    own = {"adapter_methods", "adapter_recipe", *(each.nodes[0] for each in held)}
+    held = vars(module).get("adapter_methods", ())
+    own = {"adapter_methods", "adapter_recipe", *(each.method.slot for each in held)}
     return [n for n in vars(module) if n not in own and not n.startswith("_pytree__")]
+
+
+def standing(module: Any) -> list[str]:
+    """The names of a module's attributes with modules in the place of plain containers."""
+    return [name for name in names_of(module) if has_modules(vars(module)[name])]
 
 
 def has_modules(value: Any, keep: Callable[[Any], bool] = lambda module: True) -> bool:

@@ -16,7 +16,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.linen import Interceptor, seen
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.containers import PlainDict, names_of
-from adapters_jax.nnx.held import holds, leaves_of, original
+from adapters_jax.nnx.graph import holds, leaves_of, original
 from adapters_jax.placement import Placement, on_outputs
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_array

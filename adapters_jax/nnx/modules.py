@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from adapters_jax import methods
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.attachment import children_of, grow
-from adapters_jax.nnx.held import key_of, read
+from adapters_jax.nnx.adapted import children_of, grow, refresh
+from adapters_jax.nnx.graph import key_of, read
 from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
 
@@ -116,3 +116,4 @@ class LoRALinear(nnx.Linear):
         axes, shape = Axes((0,), (1,)), (in_features, out_features)
         placed = Placement(method, "", "", weight="kernel", shape=shape, axes=axes)
         grow(self, placed.with_arrays(), rngs)
+        refresh(self)

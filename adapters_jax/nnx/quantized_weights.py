@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from flax import nnx
 from flax.nnx import reprlib
 
-from adapters_jax.nnx.attachment import module_at, refresh_all
+from adapters_jax.nnx.adapted import module_at, refresh_all
 from adapters_jax.nnx.graph import params_of
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened
 

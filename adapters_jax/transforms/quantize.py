@@ -27,7 +27,7 @@ from adapters_jax.nnx import (
     quantized_in_place,
     weights_of,
 )
-from adapters_jax.nnx.held import original
+from adapters_jax.nnx.graph import original
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, join, require_match, selects
 from adapters_jax.trace.inputs import Inputs, explained

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.parts.layers import check_tokens
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.nnx.held import AdapterParam
+from adapters_jax.nnx.graph import AdapterParam
 
 
 class CachedModel(Protocol):
