@@ -1,7 +1,7 @@
 """The linen API: adapters inside modules that nobody edits.
 
 - `adapted`: `adapt` wraps a module; `init_adapters` adds the adapters' leaves to its parameters.
-- `interceptor`: runs the adapters inside a running model; `attachment`: one method on one module.
+- `interceptor`: runs the adapters inside a running model.
 - `weights`: how a model reads its weights, and its parameters with the changed ones.
 - `modules`: adapters as modules, to write into a model by hand.
 """

@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, compare_trees, other_names
-from adapters_jax.linen.attachment import grow_in
 from adapters_jax.linen.cache import Cache, plain
-from adapters_jax.linen.interceptor import Interceptor, evaluation_flag
+from adapters_jax.linen.interceptor import Interceptor, evaluation_flag, grow_in
 from adapters_jax.linen.points import points_of, shapes_of
 from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods import arrays

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.linen.attachment import dropout_key, grow_in, leaves_in, run_method
+from adapters_jax.linen.interceptor import dropout_key, grow_in, leaves_in, run_method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
