@@ -20,9 +20,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapters_jax import __version__
 from adapters_jax.errors import MissingPackageError, UserError, shortened, visible
 from adapters_jax.finetune.cli.malloc import keep_freed
-from adapters_jax.version import __version__
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"

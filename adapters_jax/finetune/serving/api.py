@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from adapters_jax import __version__
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.serving import schemas
 from adapters_jax.finetune.serving.adapters import About, Read
@@ -31,7 +32,6 @@ from adapters_jax.finetune.serving.requests import (
     UnknownModelError,
 )
 from adapters_jax.transforms.fitting import Fitted
-from adapters_jax.version import __version__
 
 # The page is one file, and asks no other host.
 _ALONE = (
