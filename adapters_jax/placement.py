@@ -21,9 +21,9 @@ from adapters_jax.methods.base import AttachmentPoint, Count
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Owner, Recipe, require_points
 from adapters_jax.targets import join, matches, selects
+from adapters_jax.trace.reads import Tracked
 from adapters_jax.weights.axes import Axes, from_reads, from_text
 from adapters_jax.weights.factors import RANK
-from adapters_jax.weights.lazy import Tracked
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

@@ -106,6 +106,25 @@ class Inputs:
         args, kwargs = filled((self.args, dict(self.kwargs)))
         return Inputs(args, kwargs, self.method)
 
+    def split(self) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], "Inputs"]]:
+        """Its arrays as shapes and dtypes, and the inputs as a function of others in their place.
+
+        A traced function that has these arrays as arguments shows what depends on the inputs.
+        """
+        leaves, structure = jax.tree.flatten((self.args, dict(self.kwargs)))
+
+        def whole(arrays: Mapping[int, Any]) -> "Inputs":
+            found = [arrays.get(i, x) for i, x in enumerate(leaves)]
+            return Inputs(*jax.tree.unflatten(structure, found), self.method)
+
+        # A dtype as jax computes with it: float64 of numpy is float32, unless x64 is enabled.
+        arrays = {
+            i: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+            for i, x in enumerate(leaves)
+            if is_array(x)
+        }
+        return arrays, whole
+
     def call(self, model: Any) -> Any:
         """Calls a model on the inputs."""
         return self.function(model)(*self.args, **self.kwargs)

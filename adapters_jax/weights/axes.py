@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from adapters_jax.trace.reads import Read
 from adapters_jax.weights.factors import RANK
-from adapters_jax.weights.lazy import Read
 
 Shape = tuple[int, ...]
 

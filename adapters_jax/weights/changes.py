@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.weights.factors import RANK, Factor, beside, blocks_of, cast, contracted, reshaped
+from adapters_jax.trace.primitives import blocks_of
+from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
 from adapters_jax.weights.quantized import is_quantized, once
 
 
@@ -216,17 +217,6 @@ class Changed:
             return None
         kept = [change for change in changes if change is not None]
         return self.viewed(lambda w: w.reshape(shape), kept)
-
-    def axes_after(
-        self, shape: Sequence[int], axes: Sequence[frozenset[int]]
-    ) -> tuple[frozenset[int], ...]:
-        """What is found in each axis of the reshaped weight, given what is in each of its axes."""
-        after: list[frozenset[int]] = [frozenset()] * len(shape)
-        for left, right in blocks_of(self.shape, shape):
-            inside: frozenset[int] = frozenset().union(*(axes[i] for i in left))
-            for i in right:
-                after[i] = inside if shape[i] > 1 or len(right) == 1 else frozenset()
-        return tuple(after)
 
     def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Changed":
         """The weight with new axes.

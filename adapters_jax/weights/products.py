@@ -1,7 +1,7 @@
 """Products of an input with a changed weight, without the changed weight: `x W + (x A) B`.
 
 Each function takes a primitive, the weight, the other operands, the primitive's parameters and the
-weight's position.
+weight's position. It returns None where the changed weight has to be formed.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,22 +14,6 @@ from jaxtyping import Array
 from adapters_jax.weights.changes import Change, Changed, LowRank, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.quantized import is_quantized, once
-
-
-class Product(NamedTuple):
-    """A product with a changed weight.
-
-    Attributes:
-        y: the result; None where the changed weight has to be formed for it.
-        inputs: the axes of the weight that are contracted.
-        batch: the axes that are batched.
-        window: the contracted axes that run over positions of the input.
-    """
-
-    y: Array | None
-    inputs: Sequence[int] = ()
-    batch: Sequence[int] = ()
-    window: Sequence[int] = ()
 
 
 def _unchanged(
@@ -105,16 +89,15 @@ class _Meeting(NamedTuple):
 
 def multiplied(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
+) -> Array | None:
     """`dot_general`: any axes contracted, any batched."""
     (x,) = others
     meeting = _Meeting.of(primitive, params, where, len(changed.shape), x.ndim)
-    inner, batch = meeting.inner, meeting.batch
-    separable = _separable(changed.changes, inner, (*inner, *batch))
+    separable = _separable(changed.changes, meeting.inner, (*meeting.inner, *meeting.batch))
     if not jnp.issubdtype(x.dtype, jnp.floating) or not separable:
-        return Product(None, inner, batch)
+        return None
     compute = _product if is_quantized(changed.base) else _jitted_product
-    return Product(compute(changed.settled(), x, meeting), inner, batch)
+    return compute(changed.settled(), x, meeting)
 
 
 def _product(changed: Changed, x: Array, meeting: _Meeting) -> Array:
@@ -176,7 +159,7 @@ def _ranged(
 
 def convolved(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
+) -> Array | None:
     """`conv_general_dilated` without groups: a convolution with A, then a product with B."""
     (x,) = others
     numbers = params["dimension_numbers"]
@@ -190,7 +173,7 @@ def convolved(
         for c in changed.changes
     ]
     if where == 0 or grouped or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return Product(None, inner, window=inner[1:])
+        return None
     feature, channel = numbers.out_spec[1], numbers.lhs_spec[1]
 
     def along(array: Array, axis: int, ndim: int) -> Array:
@@ -217,7 +200,7 @@ def convolved(
     def on_output(factor: Factor, y: Array) -> Array:
         return y * along(factor.array, feature, y.ndim).astype(y.dtype)
 
-    y = _evaluate(
+    return _evaluate(
         changed.changes,
         x,
         lambda x: _unchanged(primitive, changed, [x], params, where),
@@ -225,7 +208,6 @@ def convolved(
         on_input,
         on_output,
     )
-    return Product(y, inner, window=inner[1:])
 
 
 def _one(precision: Any) -> Any:
@@ -234,7 +216,7 @@ def _one(precision: Any) -> Any:
 
 def grouped(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
+) -> Array | None:
     """`ragged_dot_general` of rows in groups, each with a matrix: a pair of factors for each."""
     x, sizes = others[0], others[1:]
     numbers = params["ragged_dot_dimension_numbers"]
@@ -250,7 +232,7 @@ def grouped(
         for c in changed.changes
     )
     if where != 1 or given != usual or not fits or not jnp.issubdtype(x.dtype, jnp.floating):
-        return Product(None, (1,), (0,)) if (where, given) == (1, usual) else Product(None)
+        return None
 
     def added(change: LowRank, x: Array, y: Array) -> Array:
         a, b = sorted(change.scaled, key=lambda f: 2 in f.axes)
@@ -260,7 +242,7 @@ def grouped(
         part = primitive.bind(h, right, *sizes, **params)
         return _sum(y, _ranged(change, part, changed.shape, lambda axis: 1))
 
-    y = _evaluate(
+    return _evaluate(
         changed.changes,
         x,
         lambda x: _unchanged(primitive, changed, [x, *sizes], params, where),
@@ -268,4 +250,3 @@ def grouped(
         lambda factor, x: None,
         lambda factor, y: y,
     )
-    return Product(y, (1,), (0,))

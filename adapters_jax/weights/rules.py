@@ -13,17 +13,15 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.trace.reach import operands_of_scan
+from adapters_jax.trace.primitives import operands_of_scan
 from adapters_jax.weights.lazy import (
     RULES,
-    Axes,
     Lazy,
     Rule,
     Thin,
     formed,
     lowered,
     thin,
-    union,
 )
 from adapters_jax.weights.products import convolved, grouped, multiplied
 
@@ -38,39 +36,30 @@ def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
 
 
 def _transpose(x: Lazy, params: Any) -> Lazy | None:
-    order = params["permutation"]
-    return x.seen_as(x.changed.transposed(order), [x.axes[i] for i in order] if x.axes else ())
+    return x.seen_as(x.changed.transposed(params["permutation"]))
 
 
 def _reshape(x: Lazy, params: Any) -> Lazy | None:
     shape = params["new_sizes"]
-    if params["dimensions"] is not None or 0 in shape:
-        return None
-    axes = x.changed.axes_after(shape, x.axes) if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes)
+    whole = params["dimensions"] is None and 0 not in shape
+    return x.seen_as(x.changed.reshaped(shape)) if whole else None
 
 
 def _squeeze(x: Lazy, params: Any) -> Lazy | None:
     gone = {axis % x.ndim for axis in params["dimensions"]}
-    kept = [i for i in range(x.ndim) if i not in gone]
-    shape = [x.shape[i] for i in kept]
-    axes = [x.axes[i] for i in kept] if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes, union(x.axes, gone) if x.axes else Axes())
+    return x.seen_as(x.changed.reshaped([n for i, n in enumerate(x.shape) if i not in gone]))
 
 
 def _broadcast(x: Lazy, params: Any) -> Lazy | None:
     shape, where = params["shape"], params["broadcast_dimensions"]
     if any(x.shape[i] != shape[j] for i, j in enumerate(where)):
         return None
-    axes = [x.axes[where.index(j)] if x.axes and j in where else Axes() for j in range(len(shape))]
-    return x.seen_as(x.changed.broadcast(shape, where), axes if x.axes else ())
+    return x.seen_as(x.changed.broadcast(shape, where))
 
 
 def _cast(x: Lazy, params: Any) -> Lazy | None:
     dtype = params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return x.seen_as(x.changed.cast(dtype), x.axes)
+    return x.seen_as(x.changed.cast(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _slice(x: Lazy, params: Any) -> Lazy | None:
@@ -86,7 +75,7 @@ def _slice(x: Lazy, params: Any) -> Lazy | None:
                 )
         return array
 
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+    return x.seen_as(x.changed.sliced(one, cut))
 
 
 def _dynamic_slice(
@@ -106,7 +95,7 @@ def _dynamic_slice(
                 )
         return array
 
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+    return x.seen_as(x.changed.sliced(one, cut))
 
 
 def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -134,12 +123,7 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
 
     others = dict(zip((i for i in range(x.ndim) if i != axis), numbers.offset_dims, strict=True))
     changed = x.changed.taken(take, axis, outside, others)
-    axes = [Axes()] * (rows + x.ndim - 1)
-    for old, new in others.items():
-        axes[new] = x.axes[old] if x.axes else Axes()
-    seen = x.seen_as(
-        changed, axes if x.axes else (), looked_up=x.axes[axis] if x.axes else Axes({0})
-    )
+    seen = x.seen_as(changed, looked_up=True)
     if seen is None or x.ndim > 2:
         return seen
     seen.record("gather", "lookup")
@@ -149,7 +133,7 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
 def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A sharding is asked of the weight alone; the sum of parts is as the parts are."""
     x = values[where]
-    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)), x.axes)
+    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)))
 
 
 def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -157,7 +141,7 @@ def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, w
     x, number = values[where], values[1 - where]
     if isinstance(number, Lazy) or jnp.ndim(number):
         return None
-    return x.seen_as(x.changed.scaled(number), x.axes)
+    return x.seen_as(x.changed.scaled(number))
 
 
 def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -165,7 +149,7 @@ def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
     x, number = values
     if where or isinstance(number, Lazy) or jnp.ndim(number):
         return None
-    return x.seen_as(x.changed.scaled(1 / number), x.axes)
+    return x.seen_as(x.changed.scaled(1 / number))
 
 
 def _product(compute: Callable[..., Any]) -> Rule:
@@ -176,36 +160,28 @@ def _product(compute: Callable[..., Any]) -> Rule:
         others = [formed(value) for i, value in enumerate(values) if i != where]
         for i, value in enumerate(values):
             if i != where and isinstance(value, Lazy):
-                value.record(primitive.name, "sum")
-        found = compute(primitive, x.changed, others, params, where)
-        how = "sum" if found.y is None else "product"
-        x.record(primitive.name, how, found.inputs, found.batch, found.window)
-        if found.y is not None:
-            return found.y
-        return primitive.bind(*(formed(value) for value in values), **params)
+                value.record(primitive.name)
+        y = compute(primitive, x.changed, others, params, where)
+        x.record(primitive.name, "sum" if y is None else "product")
+        return primitive.bind(*map(formed, values), **params) if y is None else y
 
     return rule
 
 
 def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of a jitted function, in place of its call."""
-    with jex.set_current_trace(trace):
-        return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+    return trace.inlined(params, values)
 
 
 def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
     split, join = _parts(values)
-    known = [trace.knows(x) for x in values]
 
     def body(parts: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(part for part, own in zip(parts, known, strict=True) if own)
-            inside = join(inner, parts)
-            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *inside))
+        with thin() as inner:
+            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *join(inner, parts)))
 
-    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return again(split)
+    return trace.checkpointed(body, params)(split)
 
 
 def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -214,12 +190,10 @@ def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     if isinstance(index, Lazy):
         return None
     split, join = _parts(operands)
-    known = [trace.knows(x) for x in operands]
 
     def thinly(jaxpr: Any) -> Callable[[Any], Any]:
         def branch(parts: Any) -> Any:
-            with thin(trace.known) as inner:
-                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+            with thin() as inner:
                 return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
 
         return branch
@@ -245,27 +219,15 @@ def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     carry = [formed(x) for x in initial]
     for x in initial:
         if isinstance(x, Lazy):
-            x.record("scan", "sum")
+            x.record("scan")
     length = params["length"]
     stacked = [x.changed.layers(length) if isinstance(x, Lazy) else x for x in xs]
     rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
-    known = [trace.knows(x) for x in xs]
 
     def body(carry: Any, rows: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(row for row, own in zip(rows, known, strict=True) if own)
+        with thin() as inner:
             inside = [
-                Lazy(
-                    inner,
-                    part.layer(row),
-                    x.leaf,
-                    x.axes[1:],
-                    x.indexed | (x.axes[0] if x.axes else Axes()),
-                    x.looked_up,
-                    x.spent,
-                )
-                if isinstance(x, Lazy)
-                else row
+                x.within(inner, part.layer(row)) if isinstance(x, Lazy) else row
                 for x, part, row in zip(xs, stacked, rows, strict=True)
             ]
             outer = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
@@ -293,7 +255,7 @@ RULES.update(
         "sharding_constraint": _constraint,
         "mul": _multiply,
         "div": _divide,
-        "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
+        "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)))),
         "dot_general": _product(multiplied),
         "conv_general_dilated": _product(convolved),
         "ragged_dot_general": _product(grouped),
