@@ -84,10 +84,9 @@ def reads_of(
         >>> [(read.how, read.inputs, read.outputs) for read in reads["kernel"].reads]
         [('product', frozenset({0}), frozenset({1}))]
     """
-    leaves = flatten(variables["params"])
     tracked = [
         path
-        for path, leaf in leaves.items()
+        for path, leaf in flatten(variables["params"]).items()
         if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
     interceptors: list[Interceptor] = []

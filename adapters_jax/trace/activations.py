@@ -131,3 +131,33 @@ class Seen:
     axes: tuple[Axis, ...]
     columns: Columns | None = None
     softmax: Softmax | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation, some of whose inputs are activations.
+
+    Attributes:
+        primitive: its primitive.
+        values: its inputs; of those that are read and not computed, the shape and dtype.
+        known: what is known of them; None for what is no activation.
+        params: the primitive's parameters.
+        shapes: the shapes of its results.
+        watch: the trace that sees it.
+    """
+
+    primitive: Any
+    values: Sequence[Any]
+    known: Sequence[Seen | None]
+    params: Any
+    shapes: Sequence[tuple[int, ...]]
+    watch: Any
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.primitive.name
+
+
+Result = list[Seen] | None  # what is known of the results of an operation; None for nothing
+Rule = Callable[[Operation], Result]

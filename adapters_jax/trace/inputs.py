@@ -115,15 +115,13 @@ class Inputs:
 
         def whole(arrays: Mapping[int, Any]) -> "Inputs":
             found = [arrays.get(i, x) for i, x in enumerate(leaves)]
-            return Inputs(*jax.tree.unflatten(structure, found), self.method)
+            args, kwargs = jax.tree.unflatten(structure, found)
+            return Inputs(args, kwargs, self.method)
 
         # A dtype as jax computes with it: float64 of numpy is float32, unless x64 is enabled.
-        arrays = {
-            i: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-            for i, x in enumerate(leaves)
-            if is_array(x)
-        }
-        return arrays, whole
+        dtype = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+        shapes = ((i, x.shape, dtype(x.dtype)) for i, x in enumerate(leaves) if is_array(x))
+        return {i: jax.ShapeDtypeStruct(*each) for i, *each in shapes}, whole
 
     def call(self, model: Any) -> Any:
         """Calls a model on the inputs."""

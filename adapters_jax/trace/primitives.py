@@ -14,8 +14,9 @@ COPIES = (
     "reshard", "sharding_constraint", "stop_gradient",
 )  # fmt: skip
 _MOVES = ("concatenate", "expand_dims", "gather", "pad", "reshape", "rev", "squeeze", "transpose")
-_PARTS = ("broadcast_in_dim", "dynamic_slice", "layer", "slice", "split", "stack", "unstack")
-LAYOUT = frozenset(COPIES + _MOVES + _PARTS)
+_PARTS = ("broadcast_in_dim", "dynamic_slice", "slice", "split", "stack", "unstack")
+_OF_SCANS = ("layer", "layers")  # of `Graph`
+LAYOUT = frozenset(COPIES + _MOVES + _PARTS + _OF_SCANS)
 # Products and sums, and what is linear in one operand while the others are numbers.
 PRODUCTS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 _SUMS = ("add", "add_any", "cumsum", "psum", "reduce_sum", "scatter", "scatter-add", "sub")
@@ -83,12 +84,12 @@ def contraction(name: str, params: Mapping[str, Any], side: int) -> Contraction:
         _, inner, *window = params["dimension_numbers"].rhs_spec
         return Contraction((inner, *window), (), tuple(window))
     groups: tuple[int, ...] = ()
-    numbers = params.get("dimension_numbers")
     if name == "ragged_dot_general":
-        ragged = params["ragged_dot_dimension_numbers"]
-        numbers = ragged.dot_dimension_numbers
-        groups = tuple(ragged.rhs_group_dimensions) if side == 1 else ()
-    summed, batch = numbers
+        numbers = params["ragged_dot_dimension_numbers"]
+        groups = tuple(numbers.rhs_group_dimensions) if side == 1 else ()
+        summed, batch = numbers.dot_dimension_numbers
+    else:
+        summed, batch = params["dimension_numbers"]
     return Contraction(tuple(summed[side]), (*groups, *batch[side]))
 
 

@@ -5,7 +5,7 @@ A kernel that cannot be looked into is one operation. This is the only recursion
 inside a program; whoever asks something of a program walks the graph.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ class Operation:
     """One operation.
 
     Attributes:
-        name: the name of its primitive; "layer" and "stack" for a scan's operand and result.
+        name: the name of its primitive; "layer" and "layers" for a scan's operand and result.
         inputs: the numbers of the values that it reads.
         outputs: the numbers of its results.
         params: the primitive's parameters.
-        primitive: the primitive; None for "layer" and "stack".
+        primitive: the primitive; None for "layer" and "layers".
         effects: whether it does something beside computing its results.
     """
 
@@ -58,6 +58,7 @@ class Graph:
 
     Args:
         closed: a traced function.
+        whole: the names of primitives with a body that is not written out.
 
     Attributes:
         operations: in the order of the program.
@@ -73,7 +74,8 @@ class Graph:
         ['sin', 'add']
     """
 
-    def __init__(self, closed: Any):
+    def __init__(self, closed: Any, whole: Collection[str] = ()):
+        self._whole = whole
         self.operations: list[Operation] = []
         self.avals: list[Any] = []
         self.literals: dict[int, Any] = {}
@@ -125,6 +127,8 @@ class Graph:
     def _equation(self, eqn: Any, inputs: list[int]) -> Sequence[int]:
         """The outputs of an equation: those of the body where it has one."""
         name, params = eqn.primitive.name, eqn.params
+        if name in self._whole:
+            return self._new(name, inputs, eqn.outvars, eqn)
         if name == "scan":
             return self._scan(params, inputs, eqn.outvars)
         if name == "while":
@@ -154,7 +158,7 @@ class Graph:
         ends = self._inlined(params["jaxpr"], [*consts, *carry, *layers])
         self._loop(begin, carry, ends[:n], [])
         stacked = [
-            self._new("stack", [x], [var])[0] for x, var in zip(ends[n:], outvars[n:], strict=True)
+            self._new("layers", [x], [var])[0] for x, var in zip(ends[n:], outvars[n:], strict=True)
         ]
         return [*ends[:n], *stacked]
 

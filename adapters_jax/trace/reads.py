@@ -18,6 +18,10 @@ _NONE = Axes()
 # Operations of one weight that look at it in another way.
 _VIEWS = {*COPIES, "broadcast_in_dim", "dynamic_slice", "layer", "neg", "reshape", "slice"}
 _VIEWS |= {"split", "squeeze", "transpose"}
+# What reads a weight in there gets the formed sum, as `weights.lazy` computes it: the gradients of
+# custom functions are the model's own, a while loop has none, and shards have parts of the axes. So
+# a wildcard does not adapt such a weight.
+_CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "while")
 
 
 @dataclass(frozen=True)
@@ -279,7 +283,8 @@ class Reads:
     def _sum(self, operation: Operation, inputs: Sequence[int]) -> None:
         """An operation that uses weights otherwise; a leaf's axes may be found in its results."""
         views = {x: self._views[x] for x in inputs if x in self._views}
-        alone = not any(self.active[x] or (x in views and views[x].looked_up) for x in inputs)
+        chosen = any(self.active[x] or (x in views and views[x].looked_up) for x in inputs)
+        alone = not chosen and operation.name not in _CLOSED
         # Of several weights the one with the most axes is followed.
         most = max(views, key=lambda x: len(views[x].within()))
         for x, view in views.items():
@@ -325,7 +330,7 @@ def reads_of(closed: Any, leaves: Mapping[int, str], inputs: Iterable[int]) -> d
         >>> [(read.how, *read.inputs, *read.outputs) for read in found.reads]
         [('product', 1, 0)]
     """
-    graph = Graph(closed)
+    graph = Graph(closed, _CLOSED)
     followed = Reads(graph, leaves, inputs)
     for number, operation in enumerate(graph.operations):
         followed.visit(number, operation)

@@ -24,9 +24,12 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
-from adapters_jax.trace.activations import Seen
+from adapters_jax.trace.activations import Operation, Seen
+from adapters_jax.trace.following import RULES
 from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
+from adapters_jax.trace.through import Through
 
 Insert = Callable[[Inline, Array], Array]  # takes and gives (..., heads, head_dim)
 Facts = Sequence[Seen | None]
@@ -161,22 +164,20 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
             )
 
 
-class Watch(jax.core.Trace):
+class Watch(Through):
     """The trace that follows activations; its values are those of `parent`."""
 
     watches_whole_weights = True  # `weights.lazy` computes beneath it
 
     def __init__(self, parent: Any, insert: Insert, found: Found):
-        super().__init__()
-        self.parent, self.insert, self.found = parent, insert, found
+        super().__init__(parent)
+        self.insert, self.found = insert, found
         self._seen: dict[int, Seen] = {}  # activations, by the id of the value
         self._repeated: dict[int, tuple[Any, frozenset[int]]] = {}  # other values; see `repeats`
         self._returned: dict[Any, str] = {}  # the module that returned a projection's columns
-        # flax compares traces by this reference, which is to be the parent's.
-        self._weakref = parent._weakref
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.parent, name)
+        found = super().__getattr__(name)
         return functools.partial(self._outside, found) if name.startswith("process_") else found
 
     def _outside(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -184,10 +185,6 @@ class Watch(jax.core.Trace):
         results = process(*args, **kwargs)
         self.begin(results)
         return results
-
-    def stage_value(self, val: Any) -> Any:
-        """A constant as a value."""
-        return self.parent.stage_value(val)
 
     def process_custom_vjp_call(self, *args: Any, **kwargs: Any) -> Any:
         """A function with a gradient of its own, which is not seen into."""
@@ -218,15 +215,15 @@ class Watch(jax.core.Trace):
             self._note_repeated(name, values, params, result)
             return result
         if name in ("jit", "pjit"):
-            with jex.set_current_trace(self):
-                return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+            return self.inlined(params, values)
         if name in ("remat2", "checkpoint"):
             return self._remat(known, values, params)
         result = self.parent.process_primitive(primitive, values, params)
         outputs = result if primitive.multiple_results else [result]
         facts: Facts = known
         if name != "optimization_barrier":  # whose outputs are its inputs
-            facts = self.facts(primitive, values, known, params, [x.shape for x in outputs])
+            shapes = [x.shape for x in outputs]
+            facts = _facts(Operation(primitive, values, known, params, shapes, self))
         if name == "dot_general" and is_second(known, params):
             outputs = [self._second(known, params, outputs[0])]
         self._note(outputs, facts)
@@ -256,26 +253,18 @@ class Watch(jax.core.Trace):
             if seen is not None:
                 self._seen[id(x)] = replace(seen, value=x)
 
-    def _read(self, closed: Any, given: Facts) -> list[Seen | None]:
+    def _read(self, closed: Any, given: Facts) -> Facts:
         """What is known of the results of a jaxpr, without computing them."""
-        jaxpr = getattr(closed, "jaxpr", closed)
-        known = dict(zip(jaxpr.invars, given, strict=True))
-
-        def facts_of(atoms: Sequence[Any]) -> list[Seen | None]:
-            return [None if isinstance(x, jex.Literal) else known.get(x) for x in atoms]
-
-        for eqn in jaxpr.eqns:
-            inputs = facts_of(eqn.invars)
-            if not any(inputs):
-                continue
-            if eqn.primitive.name in ("jit", "pjit"):
-                facts: Facts = self._read(eqn.params["jaxpr"], inputs)
-            else:
-                values = [x.val if isinstance(x, jex.Literal) else x.aval for x in eqn.invars]
-                shapes = [x.aval.shape for x in eqn.outvars]
-                facts = self.facts(eqn.primitive, values, inputs, eqn.params, shapes)
-            known.update(zip(eqn.outvars, facts, strict=True))
-        return facts_of(jaxpr.outvars)
+        graph = Graph(closed)
+        known = dict(zip(graph.inputs, given, strict=True))
+        for each in graph.operations:
+            inputs = [known.get(x) for x in each.inputs]
+            if each.primitive and any(inputs):
+                values = [graph.literals.get(x, graph.avals[x]) for x in each.inputs]
+                shapes = [graph.shape(x) for x in each.outputs]
+                op = Operation(each.primitive, values, inputs, each.params, shapes, self)
+                known.update(zip(each.outputs, _facts(op), strict=True))
+        return [known.get(x) for x in graph.outputs]
 
     def _remat(self, known: Facts, values: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """The body of `jax.checkpoint`, checkpointed again; an attention is in it as a whole."""
@@ -291,8 +280,7 @@ class Watch(jax.core.Trace):
                 return results
 
         with jex.set_current_trace(self.parent):
-            policy = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
-            results = jax.checkpoint(body, **policy)(*values)
+            results = self.checkpointed(body, params)(*values)
         self.begin(results)
         return results
 
@@ -309,16 +297,6 @@ class Watch(jax.core.Trace):
         _, axes = self._repeated.get(id(x), (x, frozenset()))
         return axes | {i for i, n in enumerate(jnp.shape(x)) if n == 1}
 
-    def facts(
-        self, primitive: Any, values: Any, known: Facts, params: Any, shapes: Sequence[Any]
-    ) -> Facts:
-        """What is known of the results of an operation, some of whose inputs are activations."""
-        rule = RULES.get(primitive.name)
-        facts = None
-        if rule is not None:
-            facts = rule(self, Operation(primitive, values, known, params, shapes))
-        return facts or [Seen(None, parts.rows(shape)) for shape in shapes]
-
     def _second(self, known: Facts, params: Any, y: Array) -> Array:
         """The result of the second product of an attention, changed."""
         left, right = known
@@ -331,6 +309,12 @@ class Watch(jax.core.Trace):
             return y
         self.found.sizes.append(inline.sizes)
         return changed
+
+
+def _facts(op: Operation) -> Facts:
+    """What is known of the results of an operation."""
+    rule = RULES.get(op.name)
+    return (rule and rule(op)) or [Seen(None, parts.rows(shape)) for shape in op.shapes]
 
 
 def is_second(known: Facts, params: Any) -> bool:
@@ -346,25 +330,3 @@ def _is_numpy(x: Any) -> bool:
 
 def _is_module(x: Any) -> bool:
     return isinstance(x, nn.Module | nnx.Module | nnx.Variable)
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation: its primitive, inputs, what is known of them, parameters, output shapes."""
-
-    primitive: Any
-    values: Sequence[Any]
-    known: Facts
-    params: Any
-    shapes: Sequence[tuple[int, ...]]
-
-    @property
-    def name(self) -> str:
-        """The name of the primitive."""
-        return self.primitive.name
-
-
-# By the name of a primitive: what is known of its results; None for nothing. `following` fills it.
-Result = list[Seen] | None
-Rule = Callable[[Watch, Operation], Result]
-RULES: dict[str, Rule] = {}

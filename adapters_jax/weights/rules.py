@@ -23,10 +23,10 @@ from adapters_jax.weights.lazy import (
     lowered,
     thin,
 )
-from adapters_jax.weights.products import convolved, grouped, multiplied
+from adapters_jax.weights.products import MEETINGS, multiplied
 
 
-def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
+def _view(function: Callable[[Lazy, Any], Any]) -> Rule:
     """The rule of an operation of one weight that only looks at it in another way."""
 
     def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -62,20 +62,41 @@ def _cast(x: Lazy, params: Any) -> Lazy | None:
     return x.seen_as(x.changed.cast(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
+def _cut(x: Lazy, shape: Sequence[int], one: Callable[[Array, int, int], Array]) -> Lazy | None:
+    """A part of a weight; `one(array, axis, position)` cuts an axis of it, wherever that is."""
+    axes = [i for i in range(x.ndim) if shape[i] != x.shape[i]]
+
+    def cut(array: Array, position: dict[int, int]) -> Array:
+        for axis in axes:
+            if axis in position:
+                array = one(array, axis, position[axis])
+        return array
+
+    return x.seen_as(x.changed.sliced(cut, axes))
+
+
 def _slice(x: Lazy, params: Any) -> Lazy | None:
     starts, limits = params["start_indices"], params["limit_indices"]
     steps = params["strides"] or (1,) * x.ndim
-    cut = [i for i in range(x.ndim) if (starts[i], limits[i], steps[i]) != (0, x.shape[i], 1)]
+    shape = [-((a - b) // step) for a, b, step in zip(starts, limits, steps, strict=True)]
 
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.slice_in_dim(
-                    array, starts[axis], limits[axis], steps[axis], position[axis]
-                )
-        return array
+    def one(array: Array, axis: int, at: int) -> Array:
+        return jax.lax.slice_in_dim(array, starts[axis], limits[axis], steps[axis], at)
 
-    return x.seen_as(x.changed.sliced(one, cut))
+    return _cut(x, shape, one)
+
+
+def _split(x: Lazy, params: Any) -> list[Lazy] | None:
+    sizes, along, found = params["sizes"], params["axis"], list[Lazy]()
+    for number, size in enumerate(sizes):
+        start = sum(sizes[:number])
+
+        def one(array: Array, axis: int, at: int, start: int = start, size: int = size) -> Array:
+            return jax.lax.slice_in_dim(array, start, start + size, axis=at)
+
+        part = _cut(x, [size if i == along else n for i, n in enumerate(x.shape)], one)
+        found += [part] if part is not None else []
+    return found if len(found) == len(sizes) else None
 
 
 def _dynamic_slice(
@@ -85,17 +106,11 @@ def _dynamic_slice(
     sizes = params["slice_sizes"]
     if where or any(isinstance(i, Lazy) for i in starts):
         return None
-    cut = [i for i in range(x.ndim) if sizes[i] != x.shape[i]]
 
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.dynamic_slice_in_dim(
-                    array, starts[axis], sizes[axis], position[axis]
-                )
-        return array
+    def one(array: Array, axis: int, at: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], at)
 
-    return x.seen_as(x.changed.sliced(one, cut))
+    return _cut(x, sizes, one)
 
 
 def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -152,20 +167,15 @@ def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
     return x.seen_as(x.changed.scaled(1 / number))
 
 
-def _product(compute: Callable[..., Any]) -> Rule:
-    """The rule of an operation in which a weight meets its input."""
-
-    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-        x = values[where]
-        others = [formed(value) for i, value in enumerate(values) if i != where]
-        for i, value in enumerate(values):
-            if i != where and isinstance(value, Lazy):
-                value.record(primitive.name)
-        y = compute(primitive, x.changed, others, params, where)
-        x.record(primitive.name, "sum" if y is None else "product")
-        return primitive.bind(*map(formed, values), **params) if y is None else y
-
-    return rule
+def _product(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A weight meets its input."""
+    x, others = values[where], [value for i, value in enumerate(values) if i != where]
+    for value in others:
+        if isinstance(value, Lazy):
+            value.record(primitive.name)
+    y = multiplied(primitive, x.changed, [*map(formed, others)], params, where)
+    x.record(primitive.name, "sum" if y is None else "product")
+    return primitive.bind(*map(formed, values), **params) if y is None else y
 
 
 def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -250,15 +260,14 @@ RULES.update(
         "copy": _view(lambda x, params: x),
         "name": _view(lambda x, params: x),
         "slice": _view(_slice),
+        "split": _view(_split),
         "dynamic_slice": _dynamic_slice,
         "gather": _gather,
         "sharding_constraint": _constraint,
         "mul": _multiply,
         "div": _divide,
         "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)))),
-        "dot_general": _product(multiplied),
-        "conv_general_dilated": _product(convolved),
-        "ragged_dot_general": _product(grouped),
+        **dict.fromkeys(MEETINGS, _product),
         "jit": _inlined,
         "pjit": _inlined,
         "remat2": _remat,
