@@ -172,6 +172,8 @@ class Graph:
         return ends
 
     def _loop(self, begin: int, carry: Sequence[int], ends: Sequence[int], goes_on: Any) -> None:
+        if begin == len(self.operations):  # a body that only hands its values on has a place too
+            self._new("loop", [], [])
         carried = list(zip(carry, ends, strict=True))
         self.loops.append(Loop(begin, len(self.operations), carried, goes_on))
 
