@@ -299,6 +299,7 @@ def traced_call(model: nn.Module | nnx.Module, given: Inputs) -> Trace:
             return [leaf for leaf in jax.tree.leaves(y) if is_array(leaf)]
 
         graph = Graph(jax.make_jaxpr(call)(parts.params, parts.state, arrays))
+    # The integers and the scales of a quantised weight are both that weight.
     leaves = jax.tree_util.tree_leaves_with_path(parts.params, is_leaf=is_quantized)
     paths = [path_of(path) for path, leaf in leaves for _ in jax.tree.leaves(leaf)]
     arguments = graph.inputs[len(graph.inputs) - len(arrays) :]
@@ -349,6 +350,7 @@ def _nnx(model: nnx.Module) -> _Parts:
 _AROUND: contextvars.ContextVar[str] = contextvars.ContextVar("path of the NNX module", default="")
 
 
+# Cached, since NNX compares classes when it compares the structures of modules.
 @functools.cache
 def _marking_class(cls: type[Any], path: str) -> type[Any]:
     """The subclass of an NNX module's class whose calls are marked with the module's path."""

@@ -27,7 +27,7 @@ from adapters_jax.trace.activations import (
 from adapters_jax.trace.moving import MOVING, kept_axes
 from adapters_jax.trace.parts import Axis, Part
 
-_SUMS = ("add", "add_any", "sub")
+_SUMS = ("add", "add_any", "sub")  # "add_any" is what gradients are summed by
 _HALVES = ("real", "imag")  # of the complex numbers by which pairs are rotated
 
 

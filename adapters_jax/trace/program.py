@@ -141,8 +141,9 @@ class Graph:
             ]
         if name == "optimization_barrier":  # its outputs are its inputs, each by itself
             return inputs
-        # jit, checkpoint, custom derivatives, shard_map: one body of the equation's own operands.
-        # The body of a kernel has others, such as references to its results.
+        # jit, checkpoint, custom derivatives and shard_map have one body, which takes the operands;
+        # jax has no common name for that parameter. The body of a kernel takes others, such as
+        # references to its results, and stays closed.
         for body in _bodies(params):
             if [_rank(var) for var in body.invars] == [_rank(atom) for atom in eqn.invars]:
                 return self._inlined(body, inputs)
@@ -166,6 +167,7 @@ class Graph:
         """The outputs of a while loop, as those of a scan."""
         n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         begin, carry = len(self.operations), inputs[m:]
+        # In front of the body: a walk backwards meets the body first, and then what it needs.
         goes_on = self._inlined(params["cond_jaxpr"], [*inputs[:n], *carry])
         ends = self._inlined(params["body_jaxpr"], inputs[n:])
         self._loop(begin, carry, ends, goes_on)

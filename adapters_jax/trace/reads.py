@@ -166,6 +166,7 @@ class Reads:
     def visit(self, number: int, operation: Operation) -> bool:
         """Notes an operation; says whether a weight meets an activation in it."""
         name, inputs = operation.name, operation.inputs
+        # `jax.nn.one_hot` compares with "eq"; a product with its result looks rows up.
         onehot = not self._onehot.isdisjoint(inputs) and name in LAYOUT
         if onehot or name == "eq":
             self._onehot.update(operation.outputs)

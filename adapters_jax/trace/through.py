@@ -1,10 +1,9 @@
 """`Through`: a trace on top of the one that is current, which sees each operation that runs.
 
-`jax.core.Trace` is what `jax.grad` and `jax.vmap` are made of. jax documents it for transformations
-of one's own, and changes it without notice: the names of the `process_...` methods and their
-arguments are those of jax 0.7 to 0.12. A live trace is needed because the code in between is a
-module's: it creates parameters, changes Variables and asks for concrete numbers, none of which a
-jaxpr that is traced first and evaluated later would do. What only asks walks a `Graph` instead.
+`jax.core.Trace` is what `jax.grad` and `jax.vmap` are made of. It is no public interface: the names
+and arguments of its `process_...` methods are those of jax 0.10. A live trace is needed because the
+code that runs is a module's: it creates parameters, writes Variables and asks for concrete numbers,
+none of which a jaxpr does that is traced first and evaluated later. What only asks walks a `Graph`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +24,13 @@ class Through(jax.core.Trace):
     def __init__(self, parent: Any):
         super().__init__()
         self.parent = parent
-        # flax refuses parameters and Variables of another "trace level", which it compares by this
-        # reference, and jax keys caches by it. For both this is the parent: the values are its own.
+        # NNX refuses writes to a Variable from another trace than the one that made it. It asks
+        # `jax.extend.core.get_opaque_trace_state`, which is this reference, and jax keys its caches
+        # by it. For both, this trace is its parent, whose values the code works with.
         self._weakref = parent._weakref
 
     def __getattr__(self, name: str) -> Any:
-        # jax finds methods by name: `process_shard_map`, `cur_qdd`, what it adds next.
+        # jax calls further methods where a trace has them, such as `process_shard_map`.
         return getattr(self.parent, name)
 
     def stage_value(self, val: Any) -> Any:

@@ -88,12 +88,13 @@ def watched(insert: Insert) -> Iterator["Watch"]:
     """
     with jex.take_current_trace() as current:
         outer = current if isinstance(current, Watch) else None
+        # Beside an outer watch, not on top of it: an attention belongs to the innermost one.
         watch = Watch(outer.parent if outer else current, insert, Found())
         # Where operations run at once, jax would call its compiled functions past the watch.
         at_once = contextlib.nullcontext() if _stages(watch.parent) else jax.disable_jit()
         with at_once, jex.set_current_trace(watch):
             yield watch
-        if outer:  # an attention belongs to the innermost watch
+        if outer:
             outer.begin([seen.value for seen in watch._seen.values()])
 
 
@@ -172,7 +173,9 @@ class Watch(Through):
     def __init__(self, parent: Any, insert: Insert, found: Found):
         super().__init__(parent)
         self.insert, self.found = insert, found
-        self._seen: dict[int, Seen] = {}  # activations, by the id of the value
+        # By the id of the value, since arrays compare by their numbers. Both hold the value itself,
+        # since Python gives the id of an object that is gone to the next one.
+        self._seen: dict[int, Seen] = {}  # activations
         self._repeated: dict[int, tuple[Any, frozenset[int]]] = {}  # other values; see `repeats`
         self._returned: dict[Any, str] = {}  # the module that returned a projection's columns
 
@@ -188,6 +191,8 @@ class Watch(Through):
 
     def process_custom_vjp_call(self, *args: Any, **kwargs: Any) -> Any:
         """A function with a gradient of its own, which is not seen into."""
+        # Kernels of attention are such functions. Their code computes a softmax in blocks, and what
+        # a prompt would add inside would be missing from the gradient.
         return self._outside(self.parent.process_custom_vjp_call, *args, **kwargs)
 
     def enter(self, inputs: Any) -> Any:
@@ -233,13 +238,15 @@ class Watch(Through):
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
         """A function with a derivative of its own is called as it is; its code is read."""
+        # `jax.nn.softmax` is such a function. Inlined, it would be differentiated by its code and
+        # not by its own rule, so the parent gets the call as it is.
         known = [self._seen.get(id(x)) for x in values]
         closed = None
         if any(seen and seen.softmax for seen in known):
             shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in values]
             with jex.set_current_trace(self.parent):
                 closed = jax.make_jaxpr(lambda *xs: fun.call_wrapped(*xs))(*shapes)
-            # It can be called once.
+            # jax's wrapped functions can be called once: the parent gets the jaxpr in its place.
             fun = lu.wrap_init(jex.jaxpr_as_fun(closed), debug_info=fun.debug_info)
         results = self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
         if closed is not None:
@@ -270,6 +277,7 @@ class Watch(Through):
         """The body of `jax.checkpoint`, checkpointed again; an attention is in it as a whole."""
 
         def body(*inside: Any) -> Any:
+            # jax traces the body anew, with values that this watch has never seen.
             with jex.take_current_trace() as current:
                 inner = Watch(current, self.insert, self.found)
                 inner.begin([x for x, seen in zip(inside, known, strict=True) if seen])

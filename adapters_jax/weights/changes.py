@@ -170,6 +170,7 @@ class Changed:
         """The changed weight: sums and products in float32 and cast once, or in its own dtype."""
         if not self.changes:
             return self.floats(self.base)
+        # As merging sums, so that a read that forms the weight gives what the merged model gives.
         dtype = jnp.promote_types(self.base.dtype, jnp.float32) if wide else self.dtype
         whole = replace(self, dtype=dtype).floats(self.base)
         for change in self.changes:
@@ -178,6 +179,7 @@ class Changed:
 
     def settled(self) -> "Changed":
         """The weight without the keys of dropout that does not act in an evaluation."""
+        # A jitted function is found again by its arguments, of which the context is none.
         if not _EVALUATION.get():
             return self
         changes = (replace(c, key=None) if isinstance(c, LowRank) else c for c in self.changes)
@@ -197,6 +199,7 @@ class Changed:
             changes: the changes after it; by default those of now.
         """
         changed = self.changes if changes is None else tuple(changes)
+        # A packed weight stays packed: it is opened where it is used, and nowhere earlier.
         if not is_quantized(self.base):
             base = view(self.base)
             return Changed(base, changed, tuple(base.shape), self.dtype)

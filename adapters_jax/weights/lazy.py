@@ -6,8 +6,9 @@ is computed as `x W + (x A) B`, a lookup takes rows of W and of A. Everything el
 `W + A B`. So whatever the model's code does with a weight, it computes what it would compute with
 the merged one.
 
-`Thin` is a trace as the ones behind `jax.grad` and `jax.vmap`, by the interface that `jax.core`
-has for them. Only changed weights are its values; all others pass through it as they are.
+`Thin` is a trace as the ones behind `jax.grad` and `jax.vmap`; see `trace.through`. Only changed
+weights are its values; all others pass through it as they are. It computes and does not ask: which
+axes a read contracts is found beforehand, in a program that was traced as a whole (`trace.reads`).
 """
 
 import contextlib
@@ -69,6 +70,7 @@ class Lazy(jax.core.Tracer):
 
     def full_lower(self) -> Any:
         """The sum, for traces that know nothing of changed weights."""
+        # jax asks for this where a value leaves its trace, as into a trace that is above this one.
         return self.formed()
 
     def formed(self) -> Array:
@@ -119,6 +121,8 @@ class Thin(Through):
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
         """A function with a derivative of its own gets the sums."""
+        # jax differentiates it by its own rule, which takes arrays. The changes still get their
+        # gradients: those of the sum that goes in.
         values = self._sums(primitive, values)
         return self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
 
@@ -131,6 +135,7 @@ class Thin(Through):
 
     def process_shard_map(self, primitive: Any, fun: Any, values: Any, /, **params: Any) -> Any:
         """A function on the parts of arrays gets the parts of the sums."""
+        # How a factor is split is not what the function's specs say of the weight.
         values = self._sums(primitive, values)
         return self.parent.process_shard_map(primitive, fun, values, **params)
 

@@ -140,7 +140,7 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
     changed = x.changed.taken(take, axis, outside, others)
     seen = x.seen_as(changed, looked_up=True)
     if seen is None or x.ndim > 2:
-        return seen
+        return seen  # as of experts, whose matrices meet an input later
     seen.record("gather", "lookup")
     return seen.formed()
 
@@ -185,6 +185,8 @@ def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wh
 
 def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
+    # Without the call, what the body computes would be kept for the gradient. The parts are plain
+    # arrays, of which jax can take gradients; inside they are put together in a trace of its own.
     split, join = _parts(values)
 
     def body(parts: Any) -> Any:
@@ -226,6 +228,7 @@ def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list
 def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A scan over layers, each with its own part of stacked weights."""
     consts, initial, xs = operands_of_scan(values, params)
+    # A carry has to be of one type in all rounds; what a round makes of a changed weight is a sum.
     carry = [formed(x) for x in initial]
     for x in initial:
         if isinstance(x, Lazy):
