@@ -6,11 +6,13 @@ Where a layer's output is added to its input, a *sum*, the residual stream goes 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from adapters_jax.trace import parts
+from adapters_jax.trace.activations import Scores, Seen
+from adapters_jax.trace.following import read
 from adapters_jax.trace.norms import Norms
 from adapters_jax.trace.primitives import LINEAR
 from adapters_jax.trace.program import Graph, Operation
 from adapters_jax.trace.reads import Reads
-from adapters_jax.trace.softmax import Attention, Softmaxes
 
 # The names of what a module takes and returns; the module's path follows.
 ENTERS, RETURNS = "adapters_jax enters ", "adapters_jax returns from "
@@ -32,6 +34,16 @@ class Trace:
     parameters: Mapping[int, str]
     arguments: frozenset[int]
     modules: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The values that the two products of an attention read, and the operation of the second."""
+
+    query: int
+    key: int
+    value: int
+    operation: int
 
 
 class Flow:
@@ -62,18 +74,15 @@ class Flow:
         self.kernels: set[str] = set()
         self.sources: list[dict[int, bool]] = [{} for _ in graph.avals]
         self.ranges = Ranges(graph)
-        self._graph, self._softmaxes, self._norms = graph, Softmaxes(graph), Norms(graph)
+        self.attentions: list[Attention] = []
+        self._graph, self._norms = graph, Norms(graph)
+        self._seen: dict[int, Seen] = {}  # activations, as a prompt would follow them
         self._reads = Reads(graph, traced.parameters, traced.arguments)
         self.products, self.lookups = self._reads.products, self._reads.lookups
         for value in traced.arguments:
             self._begin(value)
         for number, operation in enumerate(graph.operations):
             self._visit(number, operation)
-
-    @property
-    def attentions(self) -> list[Attention]:
-        """Every pair of products of activations with a softmax between."""
-        return self._softmaxes.found
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -83,11 +92,17 @@ class Flow:
     def _begin(self, value: int) -> None:
         """An activation that comes from nowhere: an input of the model, or a learned one."""
         self._reads.begin(value)
+        self._seen[value] = Seen(value, parts.rows(self._graph.shape(value)))
         self.sources[value] = {-1 - value: False} if self._graph.is_float(value) else {}
 
     def _visit(self, number: int, operation: Operation) -> None:
         """Fills in the facts about an operation's outputs."""
-        if self._reads.visit(number, operation):
+        meets = self._reads.visit(number, operation)
+        read(self._graph, number, self._seen)
+        for output in operation.outputs:
+            if not self._reads.active[output]:  # as of a weight that an input has chosen
+                self._seen.pop(output, None)
+        if meets:
             (output,) = operation.outputs
             self.sources[output] = {number: False}
             if number in self.products:
@@ -109,18 +124,40 @@ class Flow:
         sources = self._made_of(number, operation, active)
         for output in operation.outputs:
             self.sources[output] = sources
-        self._softmaxes.visit(operation, active)
         self._norms.visit(operation, active, weights)
         self.ranges.visit(operation, active)
         inner = len(active) == 2 and operation.name == "dot_general"
-        if inner and self._softmaxes.meet(number, operation, *operation.inputs):
+        if inner and self._is_second(number, operation):
             self.sources[operation.outputs[0]] = {number: False}
+
+    def _is_second(self, number: int, operation: Operation) -> bool:
+        """Whether a product of two activations is the second one of an attention, which is noted.
+
+        It sums over the positions of the keys. So it does not matter in which order a program
+        writes queries and keys.
+        """
+        contracted, _ = operation.params["dimension_numbers"]
+        both = [self._seen[x] for x in operation.inputs]
+        for side, (weights, value) in enumerate((both, both[::-1])):
+            summed = {part for axis in contracted[side] for part in weights.axes[axis]}
+            origins = [p.source.axes[p.axis] for p in summed if isinstance(p.source, Scores)]
+            # The positions of the keys are an axis of one operand of the first product alone.
+            swapped = {left is None for left, right in origins if None in (left, right)} == {False}
+            firsts = [scores for scores, past in weights.made.items() if past]
+            for scores in firsts:
+                query, key = (x.value for x in scores.operands[:: -1 if swapped else 1])
+                self.attentions.append(Attention(query, key, value.value, number))
+            if firsts:
+                return True
+        return False
 
     def _made_of(self, number: int, operation: Operation, active: list[int]) -> dict[int, bool]:
         """The sources of an operation's outputs; those of a residual sum begin anew."""
         if operation.name in ("add", "add_any") and len(active) == 2:
             a, b = (frozenset(self.sources[x]) for x in active)
-            if not (a <= b or b <= a or self._softmaxes.chunks(*active)):
+            # A loop over the keys sums up parts of one attention.
+            one, other = (self._seen[x].made.keys() for x in active)
+            if not (a <= b or b <= a or one & other):
                 self.sums[number] = a, b
                 return {number: False}
         bends = self._bends(operation, active)

@@ -26,7 +26,10 @@ from adapters_jax.trace.activations import (
 )
 from adapters_jax.trace.moving import MOVING, kept_axes
 from adapters_jax.trace.parts import Axis, Part
+from adapters_jax.trace.primitives import PRODUCTS
+from adapters_jax.trace.program import Graph
 
+_EXPONENTIALS = ("exp", "exp2", "logistic")
 _SUMS = ("add", "add_any", "sub")  # "add_any" is what gradients are summed by
 _HALVES = ("real", "imag")  # of the complex numbers by which pairs are rotated
 
@@ -94,9 +97,9 @@ def _step(op: Operation) -> Step | None:
         return jnp.negative
     where = next(i for i, seen in enumerate(op.known) if seen)
     others = [x for i, x in enumerate(op.values) if i != where]
-    if any(len(op.watch.repeats(x)) < jnp.ndim(x) for x in others):
+    if any(len(op.repeats(x)) < jnp.ndim(x) for x in others):
         return None
-    if any(isinstance(x, jax.core.ShapedArray) for x in others):
+    if op.watch is None or any(isinstance(x, jax.core.ShapedArray) for x in others):
         return None  # read, not computed
     with jex.set_current_trace(op.watch.parent):
         numbers = [jnp.asarray(x)[(0,) * jnp.ndim(x)] for x in others]
@@ -118,7 +121,7 @@ def _biased(op: Operation, columns: Columns, axes: Sequence[Axis]) -> Columns:
         math.prod(part.size for part in found[i + 1 :]) for i in range(len(found))
     ]
     every = math.prod(part.size for part in found) == columns.projection.columns
-    alone = set(range(len(axes))) - op.watch.repeats(bias) <= set(own)
+    alone = set(range(len(axes))) - op.repeats(bias) <= set(own)
     plain = op.name != "sub" and columns.bias is None and not columns.steps and not columns.lost
     if not (ordered and every and alone and plain and jnp.ndim(bias) == len(axes)):
         return replace(columns, lost="have something else added")
@@ -186,8 +189,7 @@ def _product(op: Operation) -> Result:
     if left and right and not op.params["dimension_numbers"][0][0]:
         return _weighted(left, right, op)
     if left and right:
-        past = any(s.softmax and s.softmax.stage != "logits" for s in (left, right))
-        return None if past else _scores(left, right, op)
+        return [_scores(left, right, op)]
     side = 0 if left is None else 1  # of the weight
     (contracted, batch) = (axes[side] for axes in op.params["dimension_numbers"])
     x, weight = op.known[1 - side], op.values[side]
@@ -231,17 +233,18 @@ def _projector(weight: Any, contracted: Sequence[int], params: Any) -> Step:
     return project
 
 
-def _scores(left: Seen, right: Seen, op: Operation) -> Result:
-    """The first product of an attention."""
+def _scores(left: Seen, right: Seen, op: Operation) -> Seen:
+    """A product of two activations, which may be the first one of an attention."""
     (summed, batch), shape = op.params["dimension_numbers"], op.shapes[0]
-    if len(summed[0]) != 1:
-        return None
     axes: list[tuple[int | None, int | None]] = list(zip(*batch, strict=True))
     axes += [(i, None) for i in range(len(left.axes)) if i not in (*summed[0], *batch[0])]
     axes += [(None, i) for i in range(len(right.axes)) if i not in (*summed[1], *batch[1])]
-    scores = Scores((left, right), tuple(axes), (summed[0][0], summed[1][0]), tuple(shape))
+    over = next(zip(*summed, strict=True), (0, 0))
+    scores = Scores((left, right), tuple(axes), over, tuple(shape))
     new = tuple((Part(n, scores, i),) for i, n in enumerate(shape))
-    return [Seen(None, new, None, Softmax(scores))]
+    past = any(s.softmax and s.softmax.stage != "logits" for s in (left, right))
+    state = None if past or len(summed[0]) != 1 else Softmax(scores)
+    return Seen(None, new, None, state, {scores: False})
 
 
 # Functions of one or two numbers; of complex ones, those by which rotary embeddings are computed.
@@ -257,3 +260,42 @@ RULES: dict[str, Rule] = {
     "select_n": _select,
     "dot_general": _product,
 }
+
+
+def facts_of(op: Operation) -> list[Seen]:
+    """What is known of the results of an operation, some of whose inputs are activations."""
+    rule, first = RULES.get(op.name), next(seen for seen in op.known if seen)
+    found = rule and rule(op)
+    if not found:
+        same = lambda shape: tuple(map(parts.size_of, first.axes)) == tuple(shape)  # noqa: E731
+        found = [Seen(None, first.axes if same(n) else parts.rows(n)) for n in op.shapes]
+    if op.name in PRODUCTS and None in op.known[:2]:
+        return found  # a projection is made of nothing before it
+    made = dict(found[0].made)
+    begins = op.name == "dot_general" and bool(made)  # a further product of two activations
+    for seen in op.known:
+        for scores, past in seen.made.items() if seen else ():
+            if past or not begins:
+                made[scores] = made.get(scores, False) or past or op.name in _EXPONENTIALS
+    return [replace(seen, made=made) for seen in found] if made else found
+
+
+def read(graph: Graph, number: int, known: dict[int, Seen], watch: Any = None) -> None:
+    """Notes what is known of the results of an operation of a graph, without computing them.
+
+    Args:
+        graph: the graph.
+        number: the number of the operation.
+        known: what is known of its values so far.
+        watch: the trace that sees it, if there is one.
+    """
+    each = graph.operations[number]
+    inputs = [known.get(x) for x in each.inputs]
+    if not any(inputs):
+        return
+    values = [graph.literals.get(x, graph.avals[x]) for x in each.inputs]
+    shapes = [graph.shape(x) for x in each.outputs]
+    op = Operation(each.name, each.primitive, values, inputs, each.params, shapes, watch)
+    for output, seen in zip(each.outputs, facts_of(op), strict=True):
+        # A watch would take a number for an array.
+        known[output] = seen if watch else replace(seen, value=output)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters_jax.targets import join
-from adapters_jax.trace.flow import Flow, Trace
+from adapters_jax.trace.flow import Attention, Flow, Trace
 from adapters_jax.trace.reads import Lookup, Product
-from adapters_jax.trace.softmax import Attention
 
 Paths = tuple[str, ...]
 

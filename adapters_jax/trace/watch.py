@@ -25,7 +25,7 @@ from jaxtyping import Array
 from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
 from adapters_jax.trace.activations import Operation, Seen
-from adapters_jax.trace.following import RULES
+from adapters_jax.trace.following import facts_of, read
 from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
 from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
@@ -228,7 +228,7 @@ class Watch(Through):
         facts: Facts = known
         if name != "optimization_barrier":  # whose outputs are its inputs
             shapes = [x.shape for x in outputs]
-            facts = _facts(Operation(primitive, values, known, params, shapes, self))
+            facts = facts_of(Operation(name, primitive, values, known, params, shapes, self))
         if name == "dot_general" and is_second(known, params):
             outputs = [self._second(known, params, outputs[0])]
         self._note(outputs, facts)
@@ -263,14 +263,10 @@ class Watch(Through):
     def _read(self, closed: Any, given: Facts) -> Facts:
         """What is known of the results of a jaxpr, without computing them."""
         graph = Graph(closed)
-        known = dict(zip(graph.inputs, given, strict=True))
-        for each in graph.operations:
-            inputs = [known.get(x) for x in each.inputs]
-            if each.primitive and any(inputs):
-                values = [graph.literals.get(x, graph.avals[x]) for x in each.inputs]
-                shapes = [graph.shape(x) for x in each.outputs]
-                op = Operation(each.primitive, values, inputs, each.params, shapes, self)
-                known.update(zip(each.outputs, _facts(op), strict=True))
+        pairs = zip(graph.inputs, given, strict=True)
+        known = {value: seen for value, seen in pairs if seen is not None}
+        for number in range(len(graph.operations)):
+            read(graph, number, known, self)
         return [known.get(x) for x in graph.outputs]
 
     def _remat(self, known: Facts, values: Sequence[Any], params: Mapping[str, Any]) -> Any:
@@ -317,12 +313,6 @@ class Watch(Through):
             return y
         self.found.sizes.append(inline.sizes)
         return changed
-
-
-def _facts(op: Operation) -> Facts:
-    """What is known of the results of an operation."""
-    rule = RULES.get(op.name)
-    return (rule and rule(op)) or [Seen(None, parts.rows(shape)) for shape in op.shapes]
 
 
 def is_second(known: Facts, params: Any) -> bool:
