@@ -14,8 +14,8 @@ from adapters_jax.methods.leaf import LeafMethod, axes_of
 from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
 from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.targets import join, matches, selects
+from adapters_jax.trace.reads import Tracked
 from adapters_jax.weights.axes import from_reads
-from adapters_jax.weights.lazy import Tracked
 
 
 def chosen(

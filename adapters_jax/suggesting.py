@@ -1,19 +1,27 @@
 """`suggest`: the targets of each preset for a model, found in how its data flows."""
 
-from collections.abc import Sequence
+import contextvars
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import nnx
 
 from adapters_jax import presets
 from adapters_jax.errors import RecipeError, check_choice
+from adapters_jax.linen import Adapted
+from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.recipe import Recipe
-from adapters_jax.suggesting.patterns import numbered, of_parameters, shortest
-from adapters_jax.suggesting.roles import Roles, find_roles
-from adapters_jax.suggesting.trace import trace
-from adapters_jax.trace.inputs import Inputs
+from adapters_jax.trace.flow import ENTERS, RETURNS, Trace
+from adapters_jax.trace.inputs import Inputs, explained, is_array
+from adapters_jax.trace.patterns import numbered, of_parameters, shortest
+from adapters_jax.trace.program import Graph, named
+from adapters_jax.trace.roles import Roles, find_roles
+from adapters_jax.trees import flatten, join, path_of
+from adapters_jax.weights.quantized import is_quantized
 
 # What a preset needs of each role, and what was looked for to find it.
 _NEEDED = {
@@ -257,6 +265,128 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
         raise TypeError(
             f"suggest: got {type(model).__name__}, expected a linen or NNX module{hint}"
         )
-    traced = trace(model, Inputs.of_call(args, kwargs))
+    traced = traced_call(model, Inputs.of_call(args, kwargs))
     paths = dict.fromkeys([*sorted(traced.modules), *traced.parameters.values()])
     return Suggestion(find_roles(traced), tuple(filter(None, paths)))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A model as a function: `run(params, state, inputs)`; `modules` grows as it runs."""
+
+    run: Callable[..., Any]
+    params: Any
+    state: Any
+    modules: set[str]
+
+
+def traced_call(model: nn.Module | nnx.Module, given: Inputs) -> Trace:
+    """Traces a call of a linen or NNX model, without its adapters; nothing is computed.
+
+    Args:
+        model: the model.
+        given: example inputs; of arrays, only shapes and dtypes matter.
+
+    Raises:
+        UserError: the example inputs do not fit the model.
+    """
+    arrays, whole = given.split()
+    with explained(model, given):
+        parts = _linen(model, given) if isinstance(model, nn.Module) else _nnx(model)
+
+        def call(params: Any, state: Any, arrays: Mapping[int, Any]) -> Any:
+            y = parts.run(params, state, whole(arrays))
+            return [leaf for leaf in jax.tree.leaves(y) if is_array(leaf)]
+
+        graph = Graph(jax.make_jaxpr(call)(parts.params, parts.state, arrays))
+    # The integers and the scales of a quantised weight are both that weight.
+    leaves = jax.tree_util.tree_leaves_with_path(parts.params, is_leaf=is_quantized)
+    paths = [path_of(path) for path, leaf in leaves for _ in jax.tree.leaves(leaf)]
+    arguments = graph.inputs[len(graph.inputs) - len(arrays) :]
+    return Trace(graph, dict(enumerate(paths)), frozenset(arguments), frozenset(parts.modules))
+
+
+def _linen(model: nn.Module, given: Inputs) -> _Parts:
+    """A linen model without its adapters; its parameters are found by an abstract `init`."""
+    base = model.inner if isinstance(model, Adapted) else model
+
+    def init(key: jax.Array) -> Any:
+        zeros = given.zeros()
+        variables = nn.Module.init(base, key, *zeros.args, method=given.method, **zeros.kwargs)
+        return nn.meta.unbox(variables)
+
+    def run(params: Any, state: Any, given: Inputs) -> Any:
+        options = {"rngs": jax.random.key(0), "mutable": list(state), "method": given.method}
+        with nn.intercept_methods(_marking(modules)):
+            y, _ = base.apply({"params": params, **state}, *given.args, **options, **given.kwargs)
+        return y
+
+    state = dict(jax.eval_shape(init, jax.random.key(0)))
+    params = state.pop("params", {})
+    names = [path.split("/") for path in flatten(params)]
+    modules = {join(*path[:i]) for path in names for i in range(len(path))}
+    return _Parts(run, params, state, modules)
+
+
+def _nnx(model: nnx.Module) -> _Parts:
+    """An NNX model without its adapters; it may have linen modules inside."""
+    if hasattr(model, "adapter_recipe"):
+        model = copy(model)
+        detach(model)
+    structure, params, state = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    modules = set(modules_of(model))
+
+    def run(params: Any, state: Any, given: Inputs) -> Any:
+        merged = nnx.merge(structure, params, state)
+        for path, module in list(modules_of(merged).items()):
+            if callable(module):
+                module.__class__ = _marking_class(type(module), path)  # type: ignore[arg-type]
+        with nn.intercept_methods(_marking(modules)):
+            return given.call(merged)
+
+    return _Parts(run, params, state, modules)
+
+
+_AROUND: contextvars.ContextVar[str] = contextvars.ContextVar("path of the NNX module", default="")
+
+
+# Cached, since NNX compares classes when it compares the structures of modules.
+@functools.cache
+def _marking_class(cls: type[Any], path: str) -> type[Any]:
+    """The subclass of an NNX module's class whose calls are marked with the module's path."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _AROUND.set(path)
+        try:
+            return _marked(path, functools.partial(cls.__call__, self), args, kwargs)
+        finally:
+            _AROUND.reset(token)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def _marking(modules: set[str]) -> Callable[..., Any]:
+    """An interceptor that marks the calls of linen modules, and adds their paths to a set."""
+
+    def mark(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        if scope is None or context.method_name == "setup":
+            return call(*args, **kwargs)
+        path = join(_AROUND.get(), *scope.path)
+        modules.add(path)
+        marks = context.method_name == "__call__"
+        return _marked(path, call, args, kwargs) if marks else call(*args, **kwargs)
+
+    return mark
+
+
+def _marked(path: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Calls a module, and marks its first array and what it returns with its path."""
+    given = list(args)
+    first = next((i for i, x in enumerate(args) if isinstance(x, jax.Array)), None)
+    if first is not None:
+        given[first] = named(args[first], ENTERS + path)
+    y = call(*given, **kwargs)
+    modules = (nn.Module, nnx.Module, nnx.Variable)
+    mark = lambda x: named(x, RETURNS + path) if isinstance(x, jax.Array) else x  # noqa: E731
+    return jax.tree.map(mark, y, is_leaf=lambda x: isinstance(x, modules))

@@ -7,7 +7,8 @@ order: the parameter may scale the inverse first, or the array before it is divi
 
 from collections.abc import Sequence
 
-from adapters_jax.suggesting.graph import LAYOUT, LINEAR, Graph, Operation
+from adapters_jax.trace.primitives import LAYOUT, LINEAR
+from adapters_jax.trace.program import Graph, Operation
 
 _NO_GAIN: tuple[frozenset[str], int] = (frozenset(), -1)
 
@@ -20,9 +21,9 @@ class Norms:
     """
 
     def __init__(self, graph: Graph):
-        n = len(graph.shapes)
+        n = len(graph.avals)
         self.found: dict[str, None] = {}
-        self._shapes = graph.shapes
+        self._graph = graph
         self._step = [""] * n
         self._base = list(range(n))  # the value that, with no other one, a value was made of
         self._gain = [_NO_GAIN] * n  # parameters that scale a value, and the base of that value
@@ -44,7 +45,7 @@ class Norms:
         """The step that the outputs of an operation are at; empty for none."""
         name, steps = operation.name, [self._step[x] for x in active]
         if name == "reduce_sum" and active:
-            axes, last = operation.params["axes"], len(self._shapes[active[0]]) - 1
+            axes, last = operation.params["axes"], len(self._graph.shape(active[0])) - 1
             return "" if 0 in axes and last not in axes else "statistic"  # not that of a batch
         if name == "dot_general":
             return "statistic" if len(active) == 2 and active[0] == active[1] else ""

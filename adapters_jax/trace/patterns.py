@@ -5,8 +5,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from adapters_jax.targets import matches, selects
-from adapters_jax.trees import join
+from adapters_jax.targets import join, matches, selects
 
 _Names = tuple[tuple[str, ...], ...]  # of a pattern, the alternatives of each name
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.suggesting.flow import Flow, Lookup, Product
-from adapters_jax.suggesting.softmax import Attention
-from adapters_jax.suggesting.trace import Trace
-from adapters_jax.trees import join
+from adapters_jax.targets import join
+from adapters_jax.trace.flow import Attention, Flow, Trace
+from adapters_jax.trace.reads import Lookup, Product
 
 Paths = tuple[str, ...]
 
@@ -62,7 +61,7 @@ def find_roles(traced: Trace) -> Roles:
 class _Finder:
     def __init__(self, traced: Trace):
         self.flow = flow = Flow(traced)
-        self.outputs, self.shapes = traced.graph.outputs, traced.graph.shapes
+        self.graph = traced.graph
         self.modules = traced.modules
         self.leaves = list(dict.fromkeys(traced.parameters.values()))
         self.reads: dict[int, Product | Lookup] = {**flow.products, **flow.lookups}
@@ -204,12 +203,12 @@ class _Finder:
 
     def _whole(self, pairs: dict[int, list[int]]) -> Paths:
         """The modules that are a whole feed-forward layer: of one shape before and after it."""
-        found, shapes = [], self.shapes
+        found, shape = [], self.graph.shape
         for down, ups in pairs.items():
             path = self._around([down, *ups])
             if path and self._returns(path, down) and path in self.flow.taken:
                 returned = self.flow.returned[path]
-                if all(shapes[y] == shapes[self.flow.taken[path]] for y in returned):
+                if all(shape(y) == shape(self.flow.taken[path]) for y in returned):
                     found.append(path)
         return _unique(found)
 
@@ -220,7 +219,7 @@ class _Finder:
         vocabulary = max((x.rows for x in tables), default=0)
         tied = {leaf for x in tables for leaf in x.leaves}
         found = []
-        for output in self.outputs:
+        for output in self.graph.outputs:
             for number, bent in flow.sources[output].items():
                 product = flow.products.get(number)
                 if product is None or number in blocks or product.leaves & tied:
