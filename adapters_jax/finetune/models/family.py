@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -118,6 +117,4 @@ class Family:
 
     def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch: token ids of a length, or images."""
-        if self.kind == "vision":
-            return config.images(batch)
-        return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        return config.inputs(batch, length)

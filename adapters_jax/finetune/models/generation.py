@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.models.parts.layers import check_tokens
+from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.nnx.held import AdapterParam
 

@@ -8,16 +8,13 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.models import bert, deberta, decoder, modernbert, t5, vit
+from adapters_jax.finetune.models import decoder, encoder, t5
 from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *bert.FAMILIES,
-        modernbert.FAMILY,
-        deberta.FAMILY,
-        *vit.FAMILIES,
+        *encoder.FAMILIES,
         *decoder.FAMILIES,
         *t5.FAMILIES,
     )

@@ -74,7 +74,8 @@ class Encoder:
     @property
     def example(self) -> Any:
         """The least input of the model."""
-        return jnp.zeros((1, 1), jnp.int32)
+        shape = self.config.inputs(1, 1)
+        return jnp.zeros(shape.shape, shape.dtype)
 
     def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
         """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
@@ -150,12 +151,6 @@ class ImageEncoder(Encoder):
     def features(self) -> int:
         """The number of features that a head reads: of the first token, the patches, or both."""
         return self.config.hidden_size * len(self.config.features)
-
-    @property
-    def example(self) -> Any:
-        """The least input of the model."""
-        shape = self.config.images(1)
-        return jnp.zeros(shape.shape, shape.dtype)
 
     @property
     def longest(self) -> int:

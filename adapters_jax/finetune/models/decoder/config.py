@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
@@ -11,7 +11,7 @@ from adapters_jax.finetune.models.decoder import rope
 from adapters_jax.finetune.models.decoder.counts import parameters
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
-from adapters_jax.finetune.models.parts.rotary import RopeScaling
+from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PLACEMENTS = ("pre", "post", "both")
@@ -31,20 +31,6 @@ _COUNTS = {
 }
 _NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
 _LISTS = {"layer_types", "no_rope_layers"}
-
-
-class LayerKind(NamedTuple):
-    """What tells the attention of a layer from that of others.
-
-    Attributes:
-        window: the number of tokens that a token sees, itself included; None sees all before it.
-        rope_theta: the base of the rotary frequencies; None rotates nothing.
-        rope_scaling: how these frequencies are scaled.
-    """
-
-    window: int | None
-    rope_theta: float | None
-    rope_scaling: RopeScaling | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +132,9 @@ class DecoderConfig(huggingface.CheckpointConfig):
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
     moe_intermediate_size: int | None = None
+
+    query_init = 1.0  # a factor of the new weights of the query projection
+    mlp_first = "up"  # the name of the feed-forward's first layer, if there is no gate
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),

@@ -168,6 +168,20 @@ class RopeScaling:
         )
 
 
+class LayerKind(NamedTuple):
+    """What tells the attention of a layer from that of others.
+
+    Attributes:
+        window: the number of tokens that a token sees to a side, itself included; None sees all.
+        rope_theta: the base of the rotary frequencies; None rotates nothing.
+        rope_scaling: how these frequencies are scaled.
+    """
+
+    window: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+
+
 def frequencies(features: int, theta: float) -> Frequencies:
     """The frequency of each pair of features, in radians a position."""
     return theta ** -(np.arange(0, features, 2) / features)

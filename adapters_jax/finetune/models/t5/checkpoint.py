@@ -9,9 +9,9 @@ from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.t5.config import T5Config
 from adapters_jax.finetune.models.t5.model import T5, abstract_t5
-from adapters_jax.transforms.stacking import Stack
 
 
 def _sublayer(stack: str, number: int, ours: str, theirs: str, **parts: str) -> tuple[Rule, ...]:
@@ -46,7 +46,7 @@ NAMES = NameTable(
         r"lm_head\.weight",
         rf"decoder\.block\.0\.layer\.1\.{_CROSS}\.relative_attention_bias\.weight",
     ),
-    stack=Stack("layers/{}", "layers"),
+    stack=NNX,
     tied=("lm_head", "shared"),
     held_twice=("shared",),  # as encoder.embed_tokens and decoder.embed_tokens
 )

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adapters_jax.files.names import Rule
-from adapters_jax.finetune.models.bert.checkpoint import like_bert
-from adapters_jax.finetune.models.bert.classifier import BertClassifier
-from adapters_jax.finetune.models.bert.config import BertConfig
-from adapters_jax.finetune.models.parts.encoder import encoder_family
+from adapters_jax.finetune.models.encoder.checkpoint import encoder_family
+from adapters_jax.finetune.models.encoder.families.bert import LARGE, BertConfig, like_bert
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ElectraConfig(BertConfig):
         **BertConfig.supported,
         "model_type": ("electra",),
     }
-    pooler_activation: ClassVar[str] = "gelu"
+    pooler_activation = "gelu"
 
 
 # Its classifier in transformers has the pooler's layer itself.
@@ -48,30 +46,21 @@ ELECTRA_SMALL = ElectraConfig()
 ELECTRA_BASE = ElectraConfig(
     hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
 )
-ELECTRA_LARGE = ElectraConfig(
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    embedding_size=1024,
-)
-
-# The shapes of `config.json` in the repositories of these names on huggingface.co.
-KNOWN = {
-    "electra-small": ELECTRA_SMALL,
-    "electra-base": ELECTRA_BASE,
-    "electra-large": ELECTRA_LARGE,
-    "google/electra-small-discriminator": ELECTRA_SMALL,
-    "google/electra-base-discriminator": ELECTRA_BASE,
-    "google/electra-large-discriminator": ELECTRA_LARGE,
-}
+ELECTRA_LARGE = ElectraConfig(embedding_size=1024, **LARGE)
 
 FAMILY = encoder_family(
     "electra",
-    BertClassifier,
     ElectraConfig,
     NAMES,
     {"electra": "electra."},
-    KNOWN,
+    # The shapes of `config.json` in the repositories of these names on huggingface.co.
+    {
+        "electra-small": ELECTRA_SMALL,
+        "electra-base": ELECTRA_BASE,
+        "electra-large": ELECTRA_LARGE,
+        "google/electra-small-discriminator": ELECTRA_SMALL,
+        "google/electra-base-discriminator": ELECTRA_BASE,
+        "google/electra-large-discriminator": ELECTRA_LARGE,
+    },
     head="classifier.out_proj",
 )
