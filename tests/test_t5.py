@@ -240,7 +240,12 @@ def test_a_configuration_of_transformers_5_says_what_that_of_4_says():
     assert T5Config.from_dict({"model_type": "t5", "tie_word_embeddings": True}).tie_word_embeddings
     assert T5Config.from_dict({"model_type": "t5"}).tie_word_embeddings
     mt5 = T5Config.from_dict({"model_type": "mt5", "tie_word_embeddings": True})
-    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.gated) == (False, 1024, 8, True)
+    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.mlp_gate) == (
+        False,
+        1024,
+        8,
+        True,
+    )
     assert T5Config(feed_forward_proj="gated-gelu").hidden_act == "gelu_new"
     assert T5Config(feed_forward_proj="gated-silu").hidden_act == "silu"
 

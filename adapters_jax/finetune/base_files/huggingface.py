@@ -229,6 +229,7 @@ class CheckpointConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Takes the fields from a parsed `config.json`; raises `UserError` for unsupported ones."""
+        # Checked twice: under their names for the message, and what `read` has taken from within.
         values = {**cls.absent, **values}
         cls._check(values)
         values = cls.read({cls.renamed.get(key, key): value for key, value in values.items()})

@@ -8,16 +8,19 @@ from typing import Any
 
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.encoder import Encoder, EncoderClassifier, mean_pool
-from adapters_jax.finetune.models.encoder.families import distilbert, electra, roberta
 from adapters_jax.finetune.models.encoder.families.bert import (
+    BERT,
     BERT_BASE,
     BERT_LARGE,
-    FAMILY,
+    DISTILBERT,
+    ELECTRA,
     NAMES,
+    ROBERTA,
     BertConfig,
 )
 
-FAMILIES = (FAMILY, roberta.FAMILY, distilbert.FAMILY, electra.FAMILY)
+FAMILY = BERT
+FAMILIES = (BERT, ROBERTA, DISTILBERT, ELECTRA)
 
 
 class Bert(Encoder):

@@ -51,7 +51,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         Traceback (most recent call last):
         adapters_jax.errors.UserError: 'mine' has model_type='bart'; expected one of bert, ...
     """
-    found = values.get("model_type")
+    found = values.get("model_type")  # any JSON value: the file is not checked yet
     if found is None and "base_sha256" in values:
         raise UserError(
             f"{name!r} is a run, expected a base; write the run's: {shown(values.get('model'))}"

@@ -69,7 +69,7 @@ class Encoder:
     @property
     def features(self) -> int:
         """The number of features that a head reads."""
-        return self.config.hidden_size
+        return self.config.head_features
 
     @property
     def example(self) -> Any:
@@ -120,8 +120,8 @@ class Encoder:
 
     @property
     def longest(self) -> int:
-        """The number of tokens that the model has positions for."""
-        return self.config.max_position_embeddings - self.config.first_position
+        """The largest number of tokens of a row; every image has as many."""
+        return self.config.longest
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError if the model has no positions for rows of this length."""
@@ -146,16 +146,6 @@ class ImageEncoder(Encoder):
     """
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-
-    @property
-    def features(self) -> int:
-        """The number of features that a head reads: of the first token, the patches, or both."""
-        return self.config.hidden_size * len(self.config.features)
-
-    @property
-    def longest(self) -> int:
-        """The number of tokens of every image."""
-        return self.config.patches + 1
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError unless this is the length of an image."""

@@ -39,8 +39,14 @@ def locate(name: str) -> Path:
         UserError: files are absent, or the Hub has no such id.
         AssetError: the pinned asset could not be fetched.
     """
-    path = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    path = _path(name)
+    # os.path, here and below: Path.is_dir raises for names that are too long for the file system.
     return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
+
+
+def _path(name: str) -> Path:
+    """The path of a pinned asset, or what a name is as a path."""
+    return assets.fetch(name) if name in assets.ASSETS else Path(name)
 
 
 def find_family(name: str) -> Family:
@@ -78,18 +84,18 @@ def kind_of(name: str) -> Literal["encoder", "decoder", "vision"]:
 
 def is_decoder(name: str) -> bool:
     """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
-    return find_family(name).kind in ("decoder", "encoder-decoder")
+    return kind_of(name) == "decoder"
 
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = find_gguf(assets.fetch(name) if name in assets.ASSETS else name)
+    path = find_gguf(_path(name))
     return read_gguf(path).config if path else huggingface.read_json(_config_file(name))
 
 
 def _config_file(name: str) -> Path:
     """The path of a base's `config.json`, in its directory or downloaded from the Hub by itself."""
-    directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    directory = _path(name)
     if os.path.isfile(directory / "config.json"):
         return directory / "config.json"
     if os.path.isdir(directory):

@@ -8,18 +8,23 @@ from typing import Any, ClassVar, Self
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.decoder import rope
-from adapters_jax.finetune.models.decoder.counts import parameters
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-PLACEMENTS = ("pre", "post", "both")
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
 )
-
+# The values of flags, which are ours: a key of this name in a `config.json` means something else.
+_FLAGS: Mapping[str, tuple[Any, ...]] = {
+    "model_type": tuple(ARCHITECTURES),
+    "norm_placement": ("pre", "post", "both"),
+    "norm_type": ("rms", "layer"),
+    "qk_norm": (None, "head", "projection"),
+}
 # The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
 _DERIVED = {
     *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "no_rope_layers"),
@@ -143,14 +148,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(vars(self), {"model_type": tuple(ARCHITECTURES)})
+        self._check(vars(self), _FLAGS)
         for name in _SIZES:
             check_size("DecoderConfig", name, getattr(self, name))
         _check_given(vars(self))
-        check_choice("DecoderConfig", "norm_placement", self.norm_placement, PLACEMENTS)
-        check_choice("DecoderConfig", "norm_type", self.norm_type, ("rms", "layer"))
-        if self.qk_norm is not None:
-            check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
         self._check_heads()
         self._check_layers()
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
@@ -258,7 +259,27 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        return parameters(self)
+        width, norm = self.hidden_size, 2 if self.norm_type == "layer" else 1
+        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        positions = self.max_position_embeddings * self.learned_positions
+        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
+        each = self._attention_parameters(norm) + self._mlp_parameters()
+        return (tokens + positions + norms * norm) * width + self.num_layers * each
+
+    def _attention_parameters(self, norm: int) -> int:
+        """Those of the attention of a layer; a norm has so many for each feature."""
+        width, head = self.hidden_size, self.head_width
+        queries, keys = head * self.num_attention_heads, head * self.kv_heads
+        normed = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
+        inputs = dense(width, queries + 2 * keys, self.attention_bias)
+        return inputs + dense(queries, width, self.has_output_bias) + normed * norm
+
+    def _mlp_parameters(self) -> int:
+        """Those of the feed-forward of a layer, of all its experts if it has some."""
+        width, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
+        if self.num_experts:
+            return self.num_experts * (width + 3 * width * (self.moe_intermediate_size or inner))
+        return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 
     @property
     def has_output_bias(self) -> bool:

@@ -309,7 +309,7 @@ def extend_layers(
     Returns:
         The output of the last block, and the cache with the keys and values of the tokens.
     """
-    start = cache.used - x.shape[1]
+    start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
 
     def step(x: Array, layer: Any, context: Context, *row: Array) -> tuple[Array, ...]:
         key, value, *rest = row

@@ -81,6 +81,7 @@ def load_encoder(
     except BaseMismatchError as error:
         if not pooler:
             raise
+        # The tensors are read again: if the rest differs too, its error is the one to show.
         rest = {part: like[part] for part in like if part != "pooler"}
         from_tensors(tensors, family.names, rest)
         raise BaseMismatchError(
@@ -232,5 +233,5 @@ def _read_head(
         )
     model = MaskedLanguageModel(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), config.inputs(1, 1))["params"]
-    own = replace(names, ignored=(".*",))
+    own = replace(names, ignored=(".*",))  # the encoder's tensors
     return from_tensors(tensors, own, {"head": shapes["head"]})["head"]

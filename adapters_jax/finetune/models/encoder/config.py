@@ -54,6 +54,7 @@ class EncoderConfig(huggingface.CheckpointConfig):
     num_attention_heads: int
     intermediate_size: int
 
+    # Several are ClassVar[Any] since a family may have a property or a field in their place.
     base = "bert"
     norm_first = False
     first_norm = True
@@ -78,6 +79,17 @@ class EncoderConfig(huggingface.CheckpointConfig):
                 f"a width of {self.hidden_size} does not divide into {self.num_attention_heads} "
                 "attention heads."
             )
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a row."""
+        c: Any = self
+        return c.max_position_embeddings - self.first_position
+
+    @property
+    def head_features(self) -> int:
+        """The number of features that a head reads."""
+        return self.hidden_size
 
     @property
     def head_width(self) -> int:

@@ -63,6 +63,7 @@ class Typed(nn.Module, kw_only=True):  # type: ignore[call-arg]
     With `dtype=None` the computation dtype is that of the inputs and parameters together.
     """
 
+    # By keyword alone, since a dataclass allows no field without a default behind these.
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
@@ -209,6 +210,7 @@ class ImageEmbeddings(Configured):
         inits = {"use_bias": c.patch_bias, "kernel_init": init, **self.types}
         patch = nn.Conv(c.hidden_size, side, side, padding="VALID", name="patch", **inits)
         x = patch(pixels).reshape(len(pixels), c.patches, c.hidden_size)
+        # The first axes of length 1 are those of the files, whose names have a parameter for these.
         first = self.param("first", init, (*c.lead, *c.lead, c.hidden_size), self.param_dtype)
         position = self.param(
             "position", init, (*c.lead, c.patches + 1, c.hidden_size), self.param_dtype
@@ -251,7 +253,7 @@ class SelfAttention(Configured):
             embeddings, buckets = context.relative
             embeddings = nn.Dropout(c.dropouts.embedding)(embeddings, deterministic=deterministic)
             terms = self._terms(layers, query, key, Relative(embeddings, buckets))
-            # The function itself divides by the root of a head's width.
+            # The function itself divides by the root of a head's width, and adds the bias to that.
             scale = 1 / math.sqrt(1 + len(terms))
             biased["bias"] = sum(terms) * (scale / math.sqrt(c.head_width)) if terms else None
             query = query * scale
@@ -309,7 +311,8 @@ class FeedForward(Configured):
             inner = gated(activation, inner, gate)
         else:
             inner = activation(inner)
-        inner = nn.Dropout(c.dropouts.inner)(inner, deterministic=deterministic)
+        if c.dropouts.inner:  # a module with a rate of 0 would show among captured outputs
+            inner = nn.Dropout(c.dropouts.inner)(inner, deterministic=deterministic)
         inits = {"kernel_init": self.initial, "use_bias": c.mlp_bias, **self.types}
         output = Output(c.hidden_size, c.dropouts.mlp, name="output", **inits)
         return output(inner, deterministic)

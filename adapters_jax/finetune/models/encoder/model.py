@@ -130,7 +130,7 @@ class Encoder(Typed):
             deterministic: True turns dropout off; False needs an rng named `dropout`.
         """
         c = self.config
-        check_tokens(input_ids, attention_mask, c.max_position_embeddings - c.first_position)
+        check_tokens(input_ids, attention_mask, c.longest)
         x = self.embeddings(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
         length = input_ids.shape[1]
         relative = self._relative(length)
@@ -186,7 +186,7 @@ class Encoder(Typed):
         embeddings = self.relative(jnp.arange(2 * c.span))
         if c.norm_rel_ebd == "layer_norm":
             embeddings = self.relative_norm(embeddings)
-        buckets = relative_positions(length, c.position_buckets, c.longest)
+        buckets = relative_positions(length, c.position_buckets, c.farthest)
         return Relative(embeddings, jnp.asarray(buckets))
 
 

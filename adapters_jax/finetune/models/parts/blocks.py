@@ -93,6 +93,7 @@ def run_linen(
         def run(layer: Any, x: Array) -> Array:
             return layer(x, *context)
 
+        # In a scan, the loop itself keeps XLA from merging the recomputation with the forward pass.
         return nn.remat(run, prevent_cse=not scanned, **policy) if remat else run
 
     blocks = list(map(block, contexts))
@@ -107,7 +108,7 @@ def run_linen(
 
     scan = nn.scan(
         step,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0},  # the latter for `capture_intermediates`
         split_rngs={"params": True, "dropout": True},
         length=len(kinds),
     )
@@ -152,6 +153,7 @@ def run_nnx(
         for layer, kind in zip(layers, kinds, strict=True):  # type: ignore[call-overload]
             x = block(layer, x, contexts[kind])
         return x
+    # One traced body serves all layers, so a scanned number picks the context.
     context = _by_kind(contexts)
     scan = nnx.scan(
         scanning()(lambda x, layer, kind: block(layer, x, context(kind))),

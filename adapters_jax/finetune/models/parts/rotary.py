@@ -213,12 +213,14 @@ def rotation(
     Returns:
         Cosines and sines, times the scaling's factor of queries and keys.
     """
+    # Layers that do not rotate may share a scan with others, which need arrays of the same shapes.
     if theta is None:
         ones = jnp.ones((*positions.shape, features // 2), jnp.float32)
         return Rotation(ones, 0 * ones)
     turns, factor = frequencies(features, theta), 1.0
     if scaling:
         turns, factor = scaling.frequencies(features, theta, length)
+    # In float32, since bfloat16 cannot tell positions beyond 256 apart.
     angles = positions[:, :, None] * jnp.asarray(turns, jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotation(cos, sin) if factor == 1.0 else Rotation(cos * factor, sin * factor)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Self
 
-from adapters_jax.errors import UserError, check_choice, check_number, check_size
+from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 
@@ -96,7 +96,6 @@ class T5Config(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("T5Config", "model_type", self.model_type, CLASSES)
         for name in _SIZES:
             check_size("T5Config", name, getattr(self, name))
         check_size("T5Config", "num_decoder_layers", self.decoder_layers)

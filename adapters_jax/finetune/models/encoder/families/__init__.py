@@ -1,20 +1,9 @@
-"""The families of encoders: a file each, with its configuration, names and published shapes."""
+"""The families of encoders: their configurations, names and published shapes."""
 
-from adapters_jax.finetune.models.encoder.families import (
-    bert,
-    deberta,
-    distilbert,
-    electra,
-    modernbert,
-    roberta,
-    vit,
-)
+from adapters_jax.finetune.models.encoder.families import bert, deberta, modernbert, vit
 
 FAMILIES = (
-    bert.FAMILY,
-    roberta.FAMILY,
-    distilbert.FAMILY,
-    electra.FAMILY,
+    *(bert.BERT, bert.ROBERTA, bert.DISTILBERT, bert.ELECTRA),
     modernbert.FAMILY,
     deberta.FAMILY,
     *vit.FAMILIES,

@@ -144,14 +144,14 @@ class DebertaConfig(EncoderConfig):
         return super().num_parameters + convolution + relative
 
     @property
-    def longest(self) -> int:
+    def farthest(self) -> int:
         """The largest distance between positions, which the last bucket reaches."""
         return self.max_relative_positions or self.max_position_embeddings
 
     @property
     def span(self) -> int:
         """The number of embeddings of relative positions to each side."""
-        return self.position_buckets or self.longest
+        return self.position_buckets or self.farthest
 
 
 NAMES = bert.like_bert(

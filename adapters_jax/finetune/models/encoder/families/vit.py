@@ -81,6 +81,16 @@ class VitConfig(EncoderConfig):
         """The number of an image's patches."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of every image."""
+        return self.patches + 1
+
+    @property
+    def head_features(self) -> int:
+        """The number of features that a head reads: of the first token, the patches, or both."""
+        return self.hidden_size * len(self.features)
+
     def inputs(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch of images."""
         size = self.image_size
@@ -162,54 +172,52 @@ class ClipConfig(VitConfig):
         return {**inner, "attention_probs_dropout_prob": rate}
 
 
-_ATTENTION = {
-    "attention__query": "attention.attention.query",
-    "attention__key": "attention.attention.key",
-    "attention__value": "attention.attention.value",
-    "attention__output__dense": "attention.output.dense",
-}
 _FIRST = (
     ParameterRule("embeddings/first", "embeddings.cls_token"),
     ParameterRule("embeddings/position", "embeddings.position_embeddings"),
 )
-_ENDS = (
-    Rule("embeddings/patch", "embeddings.patch_embeddings.projection"),
-    Rule("final_norm", "layernorm"),
-)
-VIT_NAMES = NameTable(
-    rules=(
-        *_ENDS,
-        *of_layers(
-            LINEN,
-            "encoder.layer",
-            **_ATTENTION,
-            attention_norm="layernorm_before",
-            mlp_norm="layernorm_after",
-            mlp__intermediate="intermediate.dense",
-            mlp__output__dense="output.dense",
+
+
+def _like_vit(prefix: str, *unused: str, **names: str) -> NameTable:
+    """A table with ViT's names of attention; `names` are those of the rest of a block."""
+    return NameTable(
+        rules=(
+            Rule("embeddings/patch", "embeddings.patch_embeddings.projection"),
+            Rule("final_norm", "layernorm"),
+            *of_layers(
+                LINEN,
+                "encoder.layer",
+                attention__query="attention.attention.query",
+                attention__key="attention.attention.key",
+                attention__value="attention.attention.value",
+                attention__output__dense="attention.output.dense",
+                **names,
+            ),
         ),
-    ),
-    prefixes=("vit.",),
-    ignored=(r"(pooler|classifier|decoder)\..*", r"embeddings\.mask_token"),
-    stack=LINEN,
-    parameters=_FIRST,
+        prefixes=(prefix,),
+        ignored=(rf"({'|'.join(unused)})\..*", r"embeddings\.mask_token"),
+        stack=LINEN,
+        parameters=_FIRST,
+    )
+
+
+VIT_NAMES = _like_vit(
+    "vit.",
+    *("pooler", "classifier", "decoder"),
+    attention_norm="layernorm_before",
+    mlp_norm="layernorm_after",
+    mlp__intermediate="intermediate.dense",
+    mlp__output__dense="output.dense",
 )
-DINO_NAMES = NameTable(
-    rules=(
-        *_ENDS,
-        *of_layers(
-            LINEN,
-            "encoder.layer",
-            **_ATTENTION,
-            attention_norm="norm1",
-            mlp_norm="norm2",
-            mlp__intermediate="mlp.fc1",
-            mlp__output__dense="mlp.fc2",
-        ),
+DINO_NAMES = replace(
+    _like_vit(
+        "dinov2.",
+        "classifier",
+        attention_norm="norm1",
+        mlp_norm="norm2",
+        mlp__intermediate="mlp.fc1",
+        mlp__output__dense="mlp.fc2",
     ),
-    prefixes=("dinov2.",),
-    ignored=(r"classifier\..*", r"embeddings\.mask_token"),
-    stack=LINEN,
     parameters=(
         *_FIRST,
         ParameterRule(
