@@ -246,6 +246,10 @@ None); choose another model_type.
         unset.add("max_position_embeddings")
         return {name: x for name, x in asdict(self).items() if name not in unset}
 
+    def deviation(self, inputs: int) -> float:
+        """The standard deviation of new weights of a layer with so many inputs."""
+        return self.initializer_range
+
     @property
     def kv_heads(self) -> int:
         """The number of key and value heads."""

@@ -50,9 +50,10 @@ class DecoderExperts(nnx.Module):
 class DecoderMixture(nnx.Module):
     """The feed-forward of a layer with experts: the weighted sum of those that a token takes."""
 
-    def __init__(self, config: Any, parts: Any):
+    def __init__(self, parts: Any):
+        config = parts.config
         self.router = parts.linear(config.hidden_size, config.num_experts)
-        self.experts = parts.experts(config)
+        self.experts = DecoderExperts(config, **parts.rest)
         self.taken = config.num_experts_per_tok
         self.normalized = config.norm_topk_prob
 

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from adapters_jax.finetune.models.decoder.experts import DecoderExperts, DecoderMixture
+from adapters_jax.finetune.models.decoder.experts import DecoderMixture
 from adapters_jax.finetune.models.parts.blocks import extend_nnx
 from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
@@ -89,42 +89,41 @@ class LayerNorm(nnx.LayerNorm):
 Norm = RMSNorm | LayerNorm
 
 
-def linear_layers(
-    deviation: Callable[[int], float], dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
-) -> Callable[..., nnx.Linear]:
-    """Returns what makes a linear layer of its sizes; `factor` multiplies the new weights.
+class Parts:
+    """Makes the layers of a block, with the settings of a model.
 
     Args:
-        deviation: the standard deviation of new weights, by the number of inputs.
-        dtype, param_dtype, rngs: as of `nnx.Linear`.
-    """
-
-    def linear(
-        inputs: int, outputs: int, use_bias: bool = False, factor: float = 1.0
-    ) -> nnx.Linear:
-        init = nnx.initializers.normal(deviation(inputs) * factor)
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, rngs=rngs, **types)
-
-    return linear
-
-
-class Parts(NamedTuple):
-    """What the modules of a block are made with.
-
-    Attributes:
-        linear: makes linear layers; see `linear_layers`.
-        norm: makes norms by their width.
+        config: its configuration.
         attention_fn: the attention function.
         dtype: the computation dtype.
-        experts: makes the weights of experts.
+        param_dtype: the dtype of the parameters.
+        rngs: the random numbers of the initial parameters.
     """
 
-    linear: Callable[..., nnx.Linear]
-    norm: Callable[[int], Norm]
-    attention_fn: Callable[..., Array]
-    dtype: Dtype | None
-    experts: Callable[[Any], DecoderExperts] | None = None
+    def __init__(
+        self,
+        config: Any,
+        attention_fn: Callable[..., Array],
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.attention_fn, self.dtype = config, attention_fn, dtype
+        self.rest: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+    def linear(
+        self, inputs: int, outputs: int, use_bias: bool = False, factor: float = 1.0
+    ) -> nnx.Linear:
+        """A linear layer; `factor` multiplies the deviation of its new weights."""
+        init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
+        return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
+
+    def norm(self, width: int) -> Norm:
+        """A norm of this width."""
+        c = self.config
+        if c.norm_type == "layer":
+            return LayerNorm(width, epsilon=c.rms_norm_eps, **self.rest)
+        return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
 
 
 class DecoderAttention(nnx.Module):
@@ -137,7 +136,8 @@ class DecoderAttention(nnx.Module):
     length is its number of slots.
     """
 
-    def __init__(self, config: Any, parts: Parts):
+    def __init__(self, parts: Parts):
+        config = parts.config
         width, self.head_dim = config.hidden_size, config.head_width
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
         biased = config.attention_bias
@@ -218,7 +218,8 @@ class DecoderMLP(nnx.Module):
     Without a gate the first layer may have another name than `up`.
     """
 
-    def __init__(self, config: Any, parts: Parts):
+    def __init__(self, parts: Parts):
+        config = parts.config
         width, inner, biased = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.first = "gate" if config.mlp_gate else config.mlp_first
         self.gated = config.mlp_gate
@@ -252,16 +253,17 @@ class DecoderLayer(nnx.Module):
     Their norms are before them, after them or both.
     """
 
-    def __init__(self, config: Any, parts: Parts, crosses: bool = False):
+    def __init__(self, parts: Parts, crosses: bool = False):
+        config = parts.config
         placement = config.norm_placement
         self.before, self.after = placement != "post", placement != "pre"
         self.crosses, self.multiplier = crosses, config.residual_multiplier
 
-        def add(name: str, make: Callable[[Any, Parts], nnx.Module]) -> None:
+        def add(name: str, make: Callable[[Parts], nnx.Module]) -> None:
             """Makes a sublayer, the norms around it and its residual sum."""
             if self.before:
                 setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
-            setattr(self, name, make(config, parts))
+            setattr(self, name, make(parts))
             if self.after:
                 setattr(self, f"{name}_post_norm", parts.norm(config.hidden_size))
             setattr(self, f"{name}_sum", DecoderSum())

@@ -18,17 +18,12 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
-from adapters_jax.finetune.models.decoder.experts import DecoderExperts
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
     DecoderLayer,
-    LayerNorm,
-    Norm,
     Parts,
-    RMSNorm,
     Seen,
     extend_layers,
-    linear_layers,
 )
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
@@ -79,36 +74,26 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
-        linear = partial(linear_layers, lambda inputs: config.initializer_range, dtype, param_dtype)
-        norm: Callable[..., Norm] = (
-            partial(LayerNorm, epsilon=config.rms_norm_eps, **types)
-            if config.norm_type == "layer"
-            else partial(RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types)
-        )
         attention_fn = attention_function(attention)
         self.config = config
         self.dtype = dtype
         self.remat = remat
         self.scan = scan
 
-        def block(rngs: nnx.Rngs) -> DecoderLayer:
-            experts = partial(DecoderExperts, rngs=rngs, **types)
-            parts = linear(rngs), partial(norm, rngs=rngs), attention_fn, dtype, experts
-            return DecoderLayer(config, Parts(*parts))
+        def parts(rngs: nnx.Rngs) -> Parts:
+            return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
-        width = config.hidden_size
-        self.embeddings = nnx.Embed(
-            config.vocab_size, width, embedding_init=init, rngs=rngs, **types
-        )
+        width, own = config.hidden_size, parts(rngs)
+        embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
+        self.embeddings = embed(config.vocab_size, width)
         if config.learned_positions:
-            sizes = config.max_position_embeddings, width
-            self.position_embeddings = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
-        self.layers = make_nnx(block, config.num_hidden_layers, scan, rngs)
-        self.norm = norm(width, rngs=rngs)
+            self.position_embeddings = embed(config.max_position_embeddings, width)
+        length = config.num_hidden_layers
+        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
+        self.norm = own.norm(width)
         if not config.tie_word_embeddings:
-            self.head = linear(rngs)(width, config.vocab_size)
+            self.head = own.linear(width, config.vocab_size)
 
     def __call__(
         self,

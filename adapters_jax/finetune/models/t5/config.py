@@ -83,7 +83,8 @@ class T5Config(huggingface.CheckpointConfig):
     attention_bias = has_output_bias = mlp_bias = False
     attention_multiplier = residual_multiplier = 1.0
     attn_logit_softcapping = qk_norm = None
-    norm_placement = "pre"
+    norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
+    rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
     num_experts = 0
     mlp_first = "intermediate"
 
@@ -195,6 +196,10 @@ class T5Config(huggingface.CheckpointConfig):
         """The name of the feed-forward's activation, a key of `ACTIVATIONS`."""
         name = self.feed_forward_proj.removeprefix(GATED)
         return "gelu_new" if self.mlp_gate and name == "gelu" else name
+
+    def deviation(self, inputs: int) -> float:
+        """The standard deviation of new weights of a layer with so many inputs."""
+        return self.initializer_factor * inputs**-0.5
 
     @property
     def query_init(self) -> float:

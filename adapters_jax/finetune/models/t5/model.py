@@ -5,7 +5,6 @@ transformer (2020), https://arxiv.org/abs/1910.10683
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,8 @@ from adapters_jax.finetune.models.decoder.layers import (
     DecoderLayer,
     Hidden,
     Parts,
-    RMSNorm,
     Seen,
     extend_layers,
-    linear_layers,
 )
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, make_nnx, run_nnx
@@ -63,32 +60,22 @@ class T5Stack(nnx.Module):
 
     def __init__(
         self,
-        config: T5Config,
         length: int,
         causal: bool,
-        attention_fn: Callable[..., Array],
+        parts: Callable[[nnx.Rngs], Parts],
         remat: bool | str,
         scan: bool,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        factor = config.initializer_factor
-        linear = partial(linear_layers, lambda inputs: factor * inputs**-0.5, dtype, param_dtype)
-        norm: Callable[..., RMSNorm] = partial(RMSNorm, epsilon=config.layer_norm_epsilon, **types)
-
-        def block(rngs: nnx.Rngs) -> DecoderLayer:
-            parts = Parts(linear(rngs), partial(norm, rngs=rngs), attention_fn, dtype)
-            return DecoderLayer(config, parts, crosses=causal)
-
-        self.config, self.causal, self.remat = config, causal, remat
+        own = parts(rngs)
+        config = self.config = own.config
+        self.causal, self.remat = causal, remat
         self.kinds = (0,) * length  # all blocks are of one kind
-        init = nnx.initializers.normal(factor * config.d_model**-0.5)
+        init = nnx.initializers.normal(config.deviation(config.d_model))
         sizes = config.relative_attention_num_buckets, config.num_heads
-        self.position_bias = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
-        self.layers = make_nnx(block, length, scan, rngs)
-        self.norm = norm(config.d_model, rngs=rngs)
+        self.position_bias = nnx.Embed(*sizes, embedding_init=init, **own.rest)
+        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs), causal), length, scan, rngs)
+        self.norm = own.norm(config.d_model)
 
     def __call__(
         self, x: Hidden, mask: Seen | None, source: Hidden | None = None, seen: Seen | None = None
@@ -172,21 +159,21 @@ class T5(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_factor)
+        attention_fn = attention_function(attention)
         self.config = config
         self.dtype = dtype
         self.scan = scan
-        self.embeddings = nnx.Embed(
-            config.vocab_size, config.d_model, embedding_init=init, rngs=rngs, **types
-        )
-        attention_fn = attention_function(attention)
-        options: tuple[Any, ...] = attention_fn, remat, scan, dtype, param_dtype, rngs
-        self.encoder = T5Stack(config, config.num_layers, False, *options)
-        self.decoder = T5Stack(config, config.decoder_layers, True, *options)
+
+        def parts(rngs: nnx.Rngs) -> Parts:
+            return Parts(config, attention_fn, dtype, param_dtype, rngs)
+
+        sizes, rest = (config.vocab_size, config.d_model), parts(rngs).rest
+        self.embeddings = nnx.Embed(*sizes, embedding_init=init, **rest)
+        self.encoder = T5Stack(config.num_layers, False, parts, remat, scan, rngs)
+        self.decoder = T5Stack(config.decoder_layers, True, parts, remat, scan, rngs)
         if not config.tie_word_embeddings:
-            sizes = config.d_model, config.vocab_size
-            self.head = nnx.Linear(*sizes, use_bias=False, kernel_init=init, rngs=rngs, **types)
+            self.head = nnx.Linear(*sizes[::-1], use_bias=False, kernel_init=init, **rest)
 
     def __call__(
         self,
