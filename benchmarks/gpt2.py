@@ -104,4 +104,4 @@ class GPT2(Typed):
         """The hidden states after the last norm."""
         layers, length = self.layers if self.scan else self.layer, self.config.n_layer
         x, context = self.embeddings(input_ids), Context(Mask(causal=True))
-        return self.norm(run_linen(layers, x, [(context,)], (0,) * length, remat=self.remat))
+        return self.norm(run_linen(layers, x, [context], (0,) * length, remat=self.remat))

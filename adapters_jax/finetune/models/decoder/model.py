@@ -136,7 +136,7 @@ class Decoder(nnx.Module):
             positions = token_positions(input_ids, attention_mask, segments)
         length = input_ids.shape[1]
         masks = self._masks(attention_mask, segments, length)
-        contexts = [(each,) for each in self._contexts(masks, positions, length)]
+        contexts = self._contexts(masks, positions, length)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
         return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))

@@ -50,11 +50,13 @@ class Context(NamedTuple):
         mask: the keys that each query sees; None sees all.
         rotation: the rotation of queries and keys by their positions.
         relative: relative positions, for disentangled attention.
+        deterministic: whether dropout is off.
     """
 
     mask: Mask | Bool[Array, "#batch 1 #length length"] | None = None
     rotation: Rotation | None = None
     relative: Relative | None = None
+    deterministic: bool = True
 
 
 class Typed(nn.Module, kw_only=True):  # type: ignore[call-arg]
@@ -236,11 +238,9 @@ class SelfAttention(Configured):
     attention_fn: Callable[..., Array] = dot_product_attention
 
     @nn.compact
-    def __call__(
-        self, x: Hidden, context: Context = Context(), deterministic: bool = True
-    ) -> Hidden:
+    def __call__(self, x: Hidden, context: Context) -> Hidden:
         """Mixes, for each position, the values of the positions that the mask lets it see."""
-        c = self.config
+        c, deterministic = self.config, context.deterministic
         layers = {
             name: self.dense(c.hidden_size, c.attention_bias, name)
             for name in ("query", "key", "value")
@@ -330,9 +330,7 @@ class Block(Configured):
     normed: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: Hidden, context: Context = Context(), deterministic: bool = True
-    ) -> Hidden:
+    def __call__(self, x: Hidden, context: Context) -> Hidden:
         """Computes the hidden states after the block."""
         c = self.config
         attention = SelfAttention(c, self.attention_fn, name="attention", **self.types)
@@ -346,8 +344,8 @@ class Block(Configured):
             y = Sum(name=f"{name}_sum")(x, y)
             return y if c.norm_first else norm(y)
 
-        x = add("attention", x, lambda x: attention(x, context, deterministic), self.normed)
-        return add("mlp", x, lambda x: mlp(x, deterministic), True)
+        x = add("attention", x, lambda x: attention(x, context), self.normed)
+        return add("mlp", x, lambda x: mlp(x, context.deterministic), True)
 
 
 class Convolution(Configured):

@@ -140,10 +140,11 @@ class Encoder(Typed):
                 Mask.of(attention_mask, window=kind.window),
                 self._turned(kind, length, position_ids),
                 relative,
+                deterministic,
             )
             for kind in kinds
         ]
-        return self._run(x, [(context, deterministic) for context in contexts], numbers)
+        return self._run(x, contexts, numbers)
 
     def pool(
         self,
@@ -159,15 +160,15 @@ class Encoder(Typed):
         pooled = mean_pool(hidden, attention_mask).astype(hidden.dtype) if mean else hidden[:, 0]
         return self.pooler(self.pooler_dropout(pooled, deterministic=deterministic))
 
-    def _run(self, x: Hidden, contexts: Sequence[Any], numbers: Sequence[int]) -> Hidden:
-        """Runs the blocks, whose further arguments are the context of their kind."""
+    def _run(self, x: Hidden, contexts: Sequence[Context], numbers: Sequence[int]) -> Hidden:
+        """Runs the blocks, each with the context of its kind."""
         c = self.config
         layers: Any = self.layers if self.scan else self.layer
         run = partial(run_linen, contexts=contexts, remat=self.remat)
         if c.conv_kernel_size:
-            _, deterministic = contexts[0]
             first = run(layers[:1], x, kinds=numbers[:1])
-            x, layers, numbers = self.conv(x, first, deterministic), layers[1:], numbers[1:]
+            x = self.conv(x, first, contexts[0].deterministic)
+            layers, numbers = layers[1:], numbers[1:]
         x = run(layers, x, kinds=numbers)
         return self.final_norm(x) if c.final_norm else x
 
@@ -227,7 +228,8 @@ class ImageEncoder(Encoder):
                 f"{expected[1]}, {expected[2]}); resize the images, and put the channels last"
             )
         x = self.embeddings(pixels, deterministic)
-        return self._run(x, [(Context(), deterministic)], (0,) * c.num_hidden_layers)
+        context = Context(deterministic=deterministic)
+        return self._run(x, [context], (0,) * c.num_hidden_layers)
 
     def pool(self, hidden: Float[Array, "batch length d"]) -> Float[Array, "batch d"]:  # type: ignore[override]
         """The first token; CLIP normalises it, by parameters that exist if `init` calls this."""

@@ -78,7 +78,7 @@ def run_linen(
     Args:
         layers: a sequence of modules, one for each block, or one module to scan.
         x: the input of the first block.
-        contexts: further arguments, for each kind of block; scanned blocks are of one kind.
+        contexts: the second argument of each kind of block; scanned blocks are of one kind.
         kinds: the number of each block's kind.
         remat: see `check_remat`.
 
@@ -91,7 +91,7 @@ def run_linen(
     def block(context: Any) -> Callable[[Any, Array], Array]:
         # The context is closed over: `nn.remat` would trace flags such as `deterministic`.
         def run(layer: Any, x: Array) -> Array:
-            return layer(x, *context)
+            return layer(x, context)
 
         # In a scan, the loop itself keeps XLA from merging the recomputation with the forward pass.
         return nn.remat(run, prevent_cse=not scanned, **policy) if remat else run
@@ -135,7 +135,7 @@ def run_nnx(
     Args:
         layers: from `make_nnx`.
         x: the input of the first block.
-        contexts: further arguments, for each kind of block.
+        contexts: the second argument of each kind of block.
         kinds: the number of each block's kind.
         remat: see `check_remat`.
 
@@ -145,7 +145,7 @@ def run_nnx(
     scanned = not isinstance(layers, nnx.List)
 
     def block(layer: Any, x: Array, context: Any) -> Array:
-        return layer(x, *context)
+        return layer(x, context)
 
     if remat:
         block = nnx.remat(block, prevent_cse=not scanned, **check_remat(remat))

@@ -83,7 +83,7 @@ class T5Stack(nnx.Module):
         """Computes the hidden states after the last norm; see `Context`."""
         at = jnp.arange(x.shape[1])[None]
         context = Context(mask, bias=self.bias(at, at), source=source, seen=seen)
-        return self.norm(run_nnx(self.layers, x, [(context,)], self.kinds, remat=self.remat))
+        return self.norm(run_nnx(self.layers, x, [context], self.kinds, remat=self.remat))
 
     def bias(
         self, at: Int[Array, "#batch length"], keys_at: Int[Array, "#batch keys"]
@@ -105,7 +105,7 @@ class T5Stack(nnx.Module):
         def step(x: Array, layer: Any, _: Any) -> tuple[Array, ...]:
             return x, *layer.cross_attention.read(x)
 
-        return extend_nnx(step, self.layers, source, [()], self.kinds)[1:]
+        return extend_nnx(step, self.layers, source, [None], self.kinds)[1:]
 
     def extend(
         self, x: Hidden, attention_mask: Num[Array, "batch length"], cache: T5Cache
