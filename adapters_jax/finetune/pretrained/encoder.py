@@ -18,12 +18,11 @@ from adapters_jax.finetune.base_files.huggingface import read_json
 from adapters_jax.finetune.data.batches import Row, encode
 from adapters_jax.finetune.data.pixels import Preprocessing
 from adapters_jax.finetune.data.tables import Texts
-from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.family import Classifier
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,
     check_vocabulary,
-    find_family,
+    find_able,
     identity_of,
     locate,
     read_tokenizer,
@@ -180,14 +179,9 @@ def load_encoder(
         AssetError: the pinned asset could not be fetched.
     """
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
-    family = find_family(name)
-    architecture = family.headed(pooling)
-    if architecture is None:
-        able = ", ".join(each.name for each in FAMILIES.values() if each.headed(pooling))
-        what = "masked language model" if pooling == MASKED else "classifier"
-        raise UserError(
-            f"{name!r} is of the family {family.name}, which has no {what}; expected one of {able}"
-        )
+    what = "masked language model" if pooling == MASKED else "classifier"
+    family = find_able(name, lambda family: family.headed(pooling), what)
+    architecture: Any = family.headed(pooling)
     directory = locate(name)
     config, params = architecture.load(directory, pooling)
     read = architecture.read_head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known
-from adapters_jax.finetune.models.registry import family_of
+from adapters_jax.finetune.models.registry import FAMILIES, family_of
 from adapters_jax.finetune.pretrained import assets
 
 if TYPE_CHECKING:
@@ -62,6 +63,22 @@ def find_family(name: str) -> Family:
     if shape := pinned_shape(name):
         return shape[0]
     return family_of({} if name in assets.ASSETS else read_config(name), name)
+
+
+def find_able(name: str, able: Callable[[Family], Any], what: str, fix: str = "") -> Family:
+    """Returns the family of a base; see `find_family`.
+
+    Raises:
+        UserError: it is not `able`, as it has no such thing; the message lists those that are.
+    """
+    family = find_family(name)
+    if not able(family):
+        others = ", ".join(each.name for each in FAMILIES.values() if able(each))
+        raise UserError(
+            f"{name!r} is of the family {family.name}, which has no {what}; expected one of "
+            f"{others}{fix}"
+        )
+    return family
 
 
 def pinned_shape(name: str) -> tuple[Family, Any] | None:

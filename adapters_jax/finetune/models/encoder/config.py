@@ -44,15 +44,23 @@ class EncoderConfig(huggingface.CheckpointConfig):
         zero_padding: whether embeddings of padding are set to zero.
         disentangled: whether the attention reads relative positions; see `SelfAttention`.
         conv_kernel_size: the width of a convolution beside the first block; 0 has none.
+        layer_scale: the first value of factors of each sublayer's output; None has no factors.
+        uneven: why blocks cannot be scanned, as the end of a sentence; None if they can.
         first_position: the position of the first token.
         pooler_activation: the activation of the pooler.
         pooler_bias, pooler_norm: whether its layer has a bias, and a norm behind it.
         pooler_mean: whether it reads the mean over the tokens instead of the first one.
     """
 
+    # The fields that the properties here read; images have no vocabulary.
+    vocab_size: int
     hidden_size: int
     num_attention_heads: int
     intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
 
     # Several are ClassVar[Any] since a family may have a property or a field in their place.
     base = "bert"
@@ -66,6 +74,8 @@ class EncoderConfig(huggingface.CheckpointConfig):
     zero_padding = False
     disentangled = False
     conv_kernel_size = 0
+    layer_scale: ClassVar[Any] = None
+    uneven: ClassVar[Any] = None
     first_position: ClassVar[Any] = 0
     pooler_activation: ClassVar[Any] = "tanh"
     pooler_bias = True
@@ -83,8 +93,7 @@ class EncoderConfig(huggingface.CheckpointConfig):
     @property
     def longest(self) -> int:
         """The largest number of tokens of a row."""
-        c: Any = self
-        return c.max_position_embeddings - self.first_position
+        return self.max_position_embeddings - self.first_position
 
     @property
     def head_features(self) -> int:
@@ -99,9 +108,8 @@ class EncoderConfig(huggingface.CheckpointConfig):
     @property
     def dropouts(self) -> Dropouts:
         """The rates of dropout in the encoder."""
-        c: Any = self
-        rate = c.hidden_dropout_prob
-        return Dropouts(rate, c.attention_probs_dropout_prob, rate, 0.0, rate)
+        rate = self.hidden_dropout_prob
+        return Dropouts(rate, self.attention_probs_dropout_prob, rate, 0.0, rate)
 
     @property
     def pooler_dropout(self) -> float:
@@ -109,26 +117,15 @@ class EncoderConfig(huggingface.CheckpointConfig):
         return 0.0
 
     @property
-    def layer_scale(self) -> float | None:
-        """The first value of factors of each sublayer's output; None if there are none."""
-        return None
-
-    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What tells the attention of each layer from that of others."""
         return (LayerKind(),) * self.num_hidden_layers
 
     @property
-    def uneven(self) -> str | None:
-        """Why blocks cannot be scanned, as the end of a sentence; None if they can."""
-        return None
-
-    @property
     def tables(self) -> dict[str, int]:
         """The rows of each table of embeddings of tokens, by name; 0 if it does not exist."""
-        c: Any = self
-        positions, types = c.max_position_embeddings, c.type_vocab_size
-        return {"word": c.vocab_size, "position": positions, "token_type": types}
+        positions, types = self.max_position_embeddings, self.type_vocab_size
+        return {"word": self.vocab_size, "position": positions, "token_type": types}
 
     @property
     def embedding_size(self) -> int:
