@@ -51,7 +51,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         The directory that holds the files.
 
     Raises:
-        BaseFileError: the directory lacks a file, or the Hub cannot be reached or has no such id.
+        BaseFileError: the directory lacks a file, or the Hub cannot be reached or lacks the id.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
@@ -89,7 +89,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         The tensors by their names in the files, in the dtype stored (bfloat16 included).
 
     Raises:
-        BaseFileError: shards are absent, all of which the message names; a file or the index is
+        BaseFileError: shards are absent, and the message names them all; a file or the index is
             damaged, or two shards hold the same tensor. When a tensor is read, its numbers are not
             finite.
     """

@@ -82,7 +82,7 @@ class Family:
     masked_lm: Classifier | None = None
 
     def headed(self, pooling: str | None) -> Classifier | None:
-        """The model whose head reads this: the masked language model's is of its own."""
+        """The model with a head for this pooling; `MASKED` means the masked language model."""
         return self.masked_lm if pooling == MASKED else self.classifier
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -37,7 +37,7 @@ def locate(name: str) -> Path:
         A GGUF file, or the directory of a Hugging Face checkpoint.
 
     Raises:
-        UserError: files are absent, or the Hub has no such id.
+        UserError: files are absent, or the Hub does not have the id.
         AssetError: the pinned asset could not be fetched.
     """
     path = _path(name)
@@ -69,7 +69,7 @@ def find_able(name: str, able: Callable[[Family], Any], what: str, fix: str = ""
     """Returns the family of a base; see `find_family`.
 
     Raises:
-        UserError: it is not `able`, as it has no such thing; the message lists those that are.
+        UserError: it is not `able`, since it lacks `what`; the message lists the families that are.
     """
     family = find_family(name)
     if not able(family):

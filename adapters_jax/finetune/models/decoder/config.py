@@ -82,8 +82,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         logits_scaling: the divisor of the logits.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
-        num_experts: the number of feed-forwards of a layer, of which each token takes some; 0 has
-            one that all take.
+        num_experts: the number of feed-forwards of a layer, each for some of the tokens; 0 has one
+            that all take.
         num_experts_per_tok: how many a token takes.
         norm_topk_prob: whether the weights of a token's experts are scaled to sum to 1.
         moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.

@@ -1,4 +1,4 @@
-"""Experts: many feed-forwards in a layer, of which a router chooses some for each token.
+"""Experts: a layer has many feed-forwards, and a router chooses some of them for each token.
 
 Reference: Shazeer et al., Outrageously large neural networks (2017),
 https://arxiv.org/abs/1701.06538; Jiang et al., Mixtral of experts (2024),
@@ -37,7 +37,7 @@ class DecoderExperts(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, rows: Rows, sizes: Int[Array, " experts"]) -> Rows:
-        """Transforms rows, of which the first `sizes[0]` are the first expert's, and so on."""
+        """Transforms rows: the first `sizes[0]` by the first expert, the next by the second, ..."""
 
         def product(x: Rows, weight: Any) -> Rows:
             x, kernel = promote_dtype((x, weight[...]), dtype=self.dtype)

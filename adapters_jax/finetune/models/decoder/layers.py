@@ -70,7 +70,7 @@ class RMSNorm(nnx.RMSNorm):
         """Divides each row of `x` by its root mean square and scales it; takes no mask."""
         scale: Any = self.scale
         x, scale = self.promote_dtype((x, scale[...]), dtype=self.dtype)
-        if self.offset:  # in float32, in which 1 + scale has all digits of the scale
+        if self.offset:  # in float32, so that 1 + scale keeps all digits of the scale
             scale = self.offset + scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
         return normalize(x, scale, self.epsilon, False).astype(x.dtype)
 
@@ -305,7 +305,7 @@ def extend_layers(
         x: the hidden states of these tokens.
         contexts: of each kind of block.
         kinds: the number of each block's kind.
-        cache: the cache, in which the tokens have their slots already; see `Cache.reserve`.
+        cache: the cache, after `Cache.reserve` has given the tokens their slots.
         *source: the keys and the values of cross-attentions, in the form of the cache's.
 
     Returns:

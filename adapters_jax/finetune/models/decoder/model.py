@@ -51,7 +51,7 @@ class Decoder(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `attention` or `remat` is none of the choices.
+        UserError: `attention` or `remat` is not one of the choices.
 
     Example:
         >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,

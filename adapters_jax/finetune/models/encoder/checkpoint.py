@@ -151,7 +151,7 @@ def encoder_family(
         prefixes, known: see `Family`.
         head: the name of the classifier's last layer in transformers.
         one_layer: see `Classifier`.
-        prediction: the names of the head of its masked language model; None if there is none.
+        prediction: the names of the head that predicts masked tokens; None if the family has none.
         **fields: further fields of `Family`.
     """
     images = fields.get("kind") == "vision"

@@ -229,8 +229,8 @@ class SelfAttention(Configured):
     Only the mask may be a `Mask`. With relative positions the attention is disentangled: a score is
     the sum of up to three products, divided by the root of as many times the width of a head: of
     query and key; of the query with the key of their relative position ("c2p"); and of the key with
-    the query of that position ("p2c"). Layers of their own, `position_query` and `position_key`,
-    project the relative positions, unless these share `query` and `key`.
+    the query of that position ("p2c"). The layers `position_query` and `position_key` project the
+    relative positions, unless `query` and `key` do that as well.
 
     Reference: He et al., DeBERTa (2020), https://arxiv.org/abs/2006.03654
     """

@@ -67,8 +67,8 @@ class Encoder(Typed):
             instead of `layer_0`, `layer_1`, ...
 
     Raises:
-        UserError: `attention` or `remat` is none of the choices, or `scan` is True and the blocks
-            differ. It is raised at the first call.
+        UserError: at the first call, if `attention` or `remat` is not one of the choices, or `scan`
+            is True and the blocks differ.
 
     Example:
         >>> import jax

@@ -105,8 +105,9 @@ def attention_function(choice: Choice) -> AttentionFn:
         A function of query, key and value, whose mask may be a `Mask`.
 
     Raises:
-        UserError: no such choice. When it is called, "flash" raises one where the kernel cannot
-            compute what the model asks for; when it is compiled or run, where there is no kernel.
+        UserError: `choice` is not one of these. When it is called, "flash" raises one where the
+            kernel cannot compute what the model asks for; when it is compiled or run, where there
+            is no kernel.
     """
     if callable(choice):
         return choice if isinstance(choice, Attend) else Own(choice)

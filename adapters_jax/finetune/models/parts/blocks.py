@@ -116,7 +116,7 @@ def run_linen(
 
 
 def make_nnx(make: Callable[[nnx.Rngs], Module], length: int, scan: bool, rngs: nnx.Rngs) -> Any:
-    """Makes NNX blocks, each initialised from random numbers of its own.
+    """Makes NNX blocks, each initialised from other random numbers.
 
     Returns:
         An `nnx.List` of blocks, or with `scan` one block whose leaves have the layers on their

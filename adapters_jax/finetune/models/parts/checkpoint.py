@@ -62,8 +62,8 @@ def save_tensors(
             file by file.
         settings: the values of `config.json`, but for the dtype.
         tensors: the tensors by their names there.
-        max_shard_size: the largest number of bytes of tensors in a file; a larger tensor has a file
-            of its own.
+        max_shard_size: the largest number of bytes of tensors in a file; a larger tensor is
+            alone in its file.
 
     Raises:
         UserError: `max_shard_size` is not a number of at least 1, or the directory cannot be made.

@@ -1,4 +1,4 @@
-"""The numbers of parameters of layers, of which configurations sum up those of their models."""
+"""The number of parameters of a layer; configurations add these up to that of their model."""
 
 
 def dense(inputs: int, outputs: int, bias: bool = True) -> int:

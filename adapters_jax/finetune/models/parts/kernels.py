@@ -100,7 +100,7 @@ class Splash:
             _longer(x, 1, by).swapaxes(1, 2)
             for x, by in ((query, by_query), (key, by_key), (value, by_key))
         )
-        # Each of the passes forward and backward has blocks of its own; one size fits them all.
+        # The kernels of the forward and the backward pass each take block sizes; all get the same.
         sizes: dict[str, Any] = {f"block_{name}": by_query for name in ("q", "q_dkv", "q_dq")}
         sizes |= {f"block_{name}": by_key for name in ("kv", "kv_dkv", "kv_dq")}
         rules = _rules(mask, query.shape[2], pair[0].shape[2])

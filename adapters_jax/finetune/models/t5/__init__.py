@@ -19,7 +19,7 @@ _FIRST = {
     "3b": (1024, 128, 16384, 24, 32),
     "11b": (1024, 128, 65536, 24, 128),
 }
-# With a gate in the feed-forward, and a head of its own.
+# With a gate in the feed-forward, and a head that is not the embedding.
 _LATER = {
     "small": (512, 64, 1024, 8, 6),
     "base": (768, 64, 2048, 12, 12),

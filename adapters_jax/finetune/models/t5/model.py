@@ -137,7 +137,7 @@ class T5(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `attention` or `remat` is none of the choices.
+        UserError: `attention` or `remat` is not one of the choices.
 
     Example:
         >>> config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)

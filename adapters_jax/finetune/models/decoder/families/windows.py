@@ -6,7 +6,7 @@ from adapters_jax.finetune.models.decoder.architecture import Values
 
 
 def alternating(values: Values, every: int) -> dict[str, Any]:
-    """Layer types of which each `every`-th has full attention, unless the values have their own."""
+    """The layer types of the values, or else full attention in each `every`-th layer."""
     types = values.get("layer_types") or [
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(values.get("num_hidden_layers", 0))
