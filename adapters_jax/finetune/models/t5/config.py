@@ -128,9 +128,7 @@ class T5Config(huggingface.CheckpointConfig):
                 f"vocab_size={self.vocab_size}"
             )
         if self.model_type == "mt5" and self.tie_word_embeddings:
-            wrong.append(
-                "model_type='mt5' does not share its head with the embedding: tie_word_embeddings=False"
-            )
+            wrong.append("the head of model_type='mt5' is not tied: tie_word_embeddings=False")
         if wrong:
             raise UserError(f"T5Config: {'; '.join(wrong)}.")
 
