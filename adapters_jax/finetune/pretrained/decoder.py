@@ -147,11 +147,7 @@ def load_pretrained_decoder(
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     reader = load_decoder_tokenizer(name)
     files = reader.files
-    config, model = reader.family.load(
-        read_gguf(files) if files.suffix == ".gguf" else files,
-        param_dtype=dtype,
-        attention=attention,
-    )
+    config, model = reader.family.load(files, param_dtype=dtype, attention=attention)
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:

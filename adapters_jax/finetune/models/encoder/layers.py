@@ -224,9 +224,10 @@ class ImageEmbeddings(Configured):
 
 
 class SelfAttention(Configured):
-    """Multi-head self-attention; `attention_fn` is called as flax's attention modules call theirs.
+    """Multi-head self-attention.
 
-    Only the mask may be a `Mask`. With relative positions the attention is disentangled: a score is
+    `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
+    `Mask`, and with `bias` where positions are relative. With relative positions the attention is disentangled: a score is
     the sum of up to three products, divided by the root of as many times the width of a head: of
     query and key; of the query with the key of their relative position ("c2p"); and of the key with
     the query of that position ("p2c"). The layers `position_query` and `position_key` project the
