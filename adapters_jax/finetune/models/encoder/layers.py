@@ -117,22 +117,6 @@ class Scale(Typed):
         return x * scale.astype(x.dtype)
 
 
-class Output(Typed):
-    """The projection back to the width of the residual stream, with dropout after it."""
-
-    features: int
-    dropout_rate: float = 0.0
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch d"], deterministic: bool = True) -> Array:
-        """Projects `x`, and applies dropout unless deterministic."""
-        inits = {"kernel_init": self.kernel_init, "use_bias": self.use_bias, **self.types}
-        dense = nn.Dense(self.features, name="dense", **inits)
-        return nn.Dropout(self.dropout_rate)(dense(x), deterministic=deterministic)
-
-
 class Configured(Typed):
     """The base class of modules that an encoder's configuration describes."""
 
@@ -154,6 +138,19 @@ class Configured(Typed):
         """A layer norm with the model's settings."""
         c = self.config
         return LayerNorm(c.layer_norm_eps, use_bias=c.norm_bias, name=name, **self.types)
+
+
+class Output(Configured):
+    """The projection back to the width of the residual stream, with dropout after it."""
+
+    dropout_rate: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"], deterministic: bool = True) -> Array:
+        """Projects `x`, and applies dropout unless deterministic."""
+        x = self.dense(self.config.hidden_size, self.use_bias, "dense")(x)
+        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
 
 
 class TextEmbeddings(Configured):
@@ -227,11 +224,13 @@ class SelfAttention(Configured):
     """Multi-head self-attention.
 
     `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
-    `Mask`, and with `bias` where positions are relative. With relative positions the attention is disentangled: a score is
-    the sum of up to three products, divided by the root of as many times the width of a head: of
-    query and key; of the query with the key of their relative position ("c2p"); and of the key with
-    the query of that position ("p2c"). The layers `position_query` and `position_key` project the
-    relative positions, unless `query` and `key` do that as well.
+    `Mask`, and with `bias` where positions are relative.
+
+    With relative positions the attention is disentangled: a score is the sum of up to three
+    products, divided by the root of as many times the width of a head: of query and key; of the
+    query with the key of their relative position ("c2p"); and of the key with the query of that
+    position ("p2c"). The layers `position_query` and `position_key` project the relative positions,
+    unless `query` and `key` do that as well.
 
     Reference: He et al., DeBERTa (2020), https://arxiv.org/abs/2006.03654
     """
@@ -271,8 +270,7 @@ class SelfAttention(Configured):
             dtype=self.dtype,
             **biased,
         )
-        inits = {"kernel_init": self.initial, "use_bias": c.attention_bias, **self.types}
-        output = Output(c.hidden_size, c.dropouts.attention, name="output", **inits)
+        output = Output(c, c.dropouts.attention, c.attention_bias, name="output", **self.types)
         return output(mixed.reshape(x.shape), deterministic)
 
     def _terms(
@@ -314,8 +312,7 @@ class FeedForward(Configured):
             inner = activation(inner)
         if c.dropouts.inner:  # a module with a rate of 0 would show among captured outputs
             inner = nn.Dropout(c.dropouts.inner)(inner, deterministic=deterministic)
-        inits = {"kernel_init": self.initial, "use_bias": c.mlp_bias, **self.types}
-        output = Output(c.hidden_size, c.dropouts.mlp, name="output", **inits)
+        output = Output(c, c.dropouts.mlp, c.mlp_bias, name="output", **self.types)
         return output(inner, deterministic)
 
 
