@@ -171,13 +171,13 @@ class CheckpointConfig:
     Attributes:
         supported: the settings that change the arithmetic, with the values that are implemented;
             any other value raises a `UserError`.
-        absent: the values of settings that a `config.json` lacks, where these differ from the
+        defaults: the values of settings that a `config.json` lacks, where these differ from the
             fields' own.
         renamed: fields by the name that a `config.json` has for them.
     """
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    absent: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     renamed: ClassVar[Mapping[str, str]] = {}
     num_hidden_layers: int
 
@@ -230,7 +230,7 @@ class CheckpointConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Takes the fields from a parsed `config.json`; raises `UserError` for unsupported ones."""
         # Checked twice: under their names for the message, and what `read` has taken from within.
-        values = {**cls.absent, **values}
+        values = {**cls.defaults, **values}
         cls._check(values)
         values = cls.read({cls.renamed.get(key, key): value for key, value in values.items()})
         cls._check(values)

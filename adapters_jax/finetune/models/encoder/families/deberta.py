@@ -65,7 +65,7 @@ class DebertaConfig(EncoderConfig):
         "norm_rel_ebd": ("layer_norm", "none"),
         "conv_groups": (1,),
     }
-    absent: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "relative_attention": False,
         "position_biased_input": True,
         "pos_att_type": None,
