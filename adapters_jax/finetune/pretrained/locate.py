@@ -199,7 +199,7 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         name: the name by which the user called the base. An id on the Hub becomes part of the
             identity; a path does not.
         config: the base's configuration, a dataclass.
-        model: the NNX model; None for a linen one.
+        model: the NNX model, or a tree of parameters; None leaves them out.
     """
     public = None if os.path.exists(name) else hub.split(name)[0]
     return base_identity(model, id=public, config=config.identity())
