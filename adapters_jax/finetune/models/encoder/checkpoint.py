@@ -1,6 +1,6 @@
 """Loads encoders and their heads, and makes the records of their families."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from adapters_jax.finetune.models.encoder.heads import (
     MaskedLanguageModel,
 )
 from adapters_jax.finetune.models.encoder.model import Encoder, ImageEncoder
-from adapters_jax.finetune.models.family import Classifier, Family
+from adapters_jax.finetune.models.family import Classifier, Family, Kind
 
 
 class Prediction(NamedTuple):
@@ -43,7 +43,9 @@ class Prediction(NamedTuple):
 
 
 def load_encoder(
-    family: Family,
+    build: Callable[..., Encoder],
+    config_class: type[EncoderConfig],
+    names: NameTable,
     name_or_path: str | Path,
     *,
     revision: str | None = None,
@@ -56,7 +58,9 @@ def load_encoder(
     """Loads an encoder from a directory or the Hugging Face Hub.
 
     Args:
-        family: the record of its family.
+        build: the class of the encoder.
+        config_class: the class of its configuration.
+        names: its name table.
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
         mesh: the devices that get the parameters, each when it is read; see
@@ -67,23 +71,23 @@ def load_encoder(
         scan: whether they are for a model with scanned blocks.
 
     Returns:
-        The configuration, and the parameters of `family.build(config, scan=scan)`.
+        The configuration, and the parameters of `build(config, scan=scan)`.
 
     Raises:
         UserError: files are absent, or a setting is unsupported.
         MismatchError: the tensors do not fit; the message lists every difference.
     """
-    config, tensors = huggingface.read_checkpoint(family.config, name_or_path, revision)
-    like = abstract(family.build(config, param_dtype=param_dtype, scan=scan), pooler)
+    config, tensors = huggingface.read_checkpoint(config_class, name_or_path, revision)
+    like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler)
     like = laid_out(like, mesh, rules)
     try:
-        return config, from_tensors(tensors, family.names, like)
+        return config, from_tensors(tensors, names, like)
     except BaseMismatchError as error:
         if not pooler:
             raise
         # The tensors are read again: if the rest differs too, its error is the one to show.
         rest = {part: like[part] for part in like if part != "pooler"}
-        from_tensors(tensors, family.names, rest)
+        from_tensors(tensors, names, rest)
         raise BaseMismatchError(
             f"{error} All else fits, as in a checkpoint without a classifier: load it without "
             "pooler=True (--pooling cls or mean), and take the pooler of the classifier's init"
@@ -137,10 +141,11 @@ def encoder_family(
     prefixes: Mapping[str, str],
     known: Mapping[str, Any],
     *,
+    kind: Kind = "encoder",
+    scans: bool = True,
     head: str = "classifier",
     one_layer: tuple[str, ...] = (),
     prediction: Prediction | None = None,
-    **fields: Any,
 ) -> Family:
     """Makes the record of an encoder's family.
 
@@ -148,26 +153,27 @@ def encoder_family(
         name: the family's name.
         config: the class of its configuration.
         names: the name table of the encoder.
-        prefixes, known: see `Family`.
+        prefixes, known, kind, scans: see `Family`.
         head: the name of the classifier's last layer in transformers.
         one_layer: see `Classifier`.
         prediction: the names of the head that predicts masked tokens; None if the family has none.
-        **fields: further fields of `Family`.
     """
-    images = fields.get("kind") == "vision"
+    build = ImageEncoder if kind == "vision" else Encoder
     family = Family(
-        **{
-            **{"name": name, "kind": "encoder", "config": config, "names": names},
-            **{"prefixes": prefixes, "known": known, "load": None},
-            "build": ImageEncoder if images else Encoder,
-            **fields,
-        }
+        name=name,
+        kind=kind,
+        config=config,
+        build=build,
+        load=partial(load_encoder, build, config, names),
+        names=names,
+        prefixes=prefixes,
+        known=known,
+        scans=scans,
     )
-    family = replace(family, load=partial(load_encoder, family))
     record = Classifier(
         base=config.base,
         names=headed_names(config.base, names, Rule("head", head)),
-        build=_image_classifier if images else EncoderClassifier,
+        build=_image_classifier if kind == "vision" else EncoderClassifier,
         load=partial(load_pooled, family),
         one_layer=one_layer,
     )
