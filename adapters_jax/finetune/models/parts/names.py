@@ -10,7 +10,7 @@ NNX = Stack("layers/{}", "layers")
 
 
 def of_layers(stack: Stack, block: str, /, **names: str | tuple[str, int, int]) -> tuple[Rule, ...]:
-    """Rules for modules of a layer.
+    r"""Rules for modules of a layer.
 
     Args:
         stack: the model's names of layers.
