@@ -19,7 +19,6 @@ from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.files.adapterhub.files import CONFIG, HEAD_CONFIG, HEAD_TENSORS, TENSORS
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
-from adapters_jax.finetune.models.bert import classifier
 from adapters_jax.finetune.models.decoder import Decoder
 from adapters_jax.trees import flatten, unflatten
 
@@ -45,8 +44,8 @@ def base_of(base, pooling="pooler"):
             head = {"kernel": tensors["classifier.weight"].T, "bias": tensors["classifier.bias"]}
         elif pooling == "pooler":
             params["pooler"] = {"dense": {"kernel": jnp.zeros((32, 32)), "bias": jnp.zeros(32)}}
-        model = classifier.BertClassifier(config, 3, pooling=pooling)
-        return classifier.NAMES, model, {"bert": params, "head": head}, inputs_of(base)
+        model = bert.BertClassifier(config, 3, pooling=pooling)
+        return bert.FAMILY.classifier.names, model, {"bert": params, "head": head}, inputs_of(base)
     _, model = decoder.load_decoder(BASES / base)
     inputs = inputs_of(base)
     inputs["positions"] = inputs.pop("position_ids")

@@ -19,7 +19,8 @@ from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.finetune.models.modernbert import ModernBert, ModernBertConfig
+from adapters_jax.finetune.models.encoder import Encoder
+from adapters_jax.finetune.models.encoder.families.modernbert import ModernBertConfig
 from adapters_jax.finetune.models.parts import attention
 from adapters_jax.finetune.models.parts.attention import Attend, attention_function
 from adapters_jax.finetune.models.parts.kernels import Cudnn, Problem, Splash
@@ -189,19 +190,20 @@ def test_a_decoder_by_a_kernel_is_the_dense_one(method, config, inputs):
         np.testing.assert_allclose(ours, wanted, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Bert, ModernBert])
-def test_an_encoder_by_a_kernel_is_the_dense_one(kind):
-    config = {
-        Bert: BertConfig(17, **SMALL, num_attention_heads=2),
-        ModernBert: ModernBertConfig(
-            17, **SMALL, num_attention_heads=2, local_attention=8, global_attn_every_n_layers=2
-        ),
-    }[kind]
-    params = noise(kind(config).init(jax.random.key(0), IDS))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (BertConfig, {}),
+        (ModernBertConfig, {"local_attention": 8, "global_attn_every_n_layers": 2}),
+    ],
+)
+def test_an_encoder_by_a_kernel_is_the_dense_one(kind, settings):
+    config = kind(17, **SMALL, num_attention_heads=2, **settings)
+    params = noise(Encoder(config).init(jax.random.key(0), IDS))
 
     @jax.jit
     def hidden(params):
-        found = (kind(config, attention=each) for each in (Interpreted(), "dense"))
+        found = (Encoder(config, attention=each) for each in (Interpreted(), "dense"))
         return [model.apply(params, IDS, SEEN) * SEEN[..., None] for model in found]
 
     np.testing.assert_allclose(*hidden(params), atol=2e-5)

@@ -20,7 +20,6 @@ from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.files.names import Stored, from_tensors, to_tensors
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
-from adapters_jax.finetune.models.bert import classifier
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts import blocks
@@ -461,7 +460,7 @@ def base_of(name):
     params = [
         drawn_like(
             jax.eval_shape(
-                classifier.BertClassifier(
+                bert.BertClassifier(
                     bert.BertConfig.from_json(FIXTURES / "bert" / "config.json"),
                     3,
                     "pooler",
@@ -473,9 +472,9 @@ def base_of(name):
         )
         for scan in (False, True)
     ]
-    stacked = aj.stack_layers(params[0], classifier.NAMES)
+    stacked = aj.stack_layers(params[0], bert.FAMILY.classifier.names)
     assert jax.tree.map(jnp.shape, params[1]) == jax.tree.map(jnp.shape, stacked)
-    return classifier.NAMES, params[0], stacked
+    return bert.FAMILY.classifier.names, params[0], stacked
 
 
 def test_layers_by_number_are_for_unrolled_models():

@@ -9,8 +9,8 @@ from flax import nnx
 from scipy.special import expit, ndtr
 
 from adapters_jax.finetune.models.decoder.layers import RMSNorm
+from adapters_jax.finetune.models.encoder.layers import LayerNorm
 from adapters_jax.finetune.models.parts import functions
-from adapters_jax.finetune.models.parts.layers import LayerNorm
 
 X = np.linspace(-9, 9, 361)
 

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.parts.relative import relative_buckets
 from adapters_jax.finetune.models.t5 import T5, T5Config, load_t5, save_t5
-from adapters_jax.finetune.models.t5.positions import relative_buckets
 
 FIXTURES = Path(__file__).parent / "fixtures" / "t5"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -240,9 +240,14 @@ def test_a_configuration_of_transformers_5_says_what_that_of_4_says():
     assert T5Config.from_dict({"model_type": "t5", "tie_word_embeddings": True}).tie_word_embeddings
     assert T5Config.from_dict({"model_type": "t5"}).tie_word_embeddings
     mt5 = T5Config.from_dict({"model_type": "mt5", "tie_word_embeddings": True})
-    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.gated) == (False, 1024, 8, True)
-    assert T5Config(feed_forward_proj="gated-gelu").activation == "gelu_new"
-    assert T5Config(feed_forward_proj="gated-silu").activation == "silu"
+    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.mlp_gate) == (
+        False,
+        1024,
+        8,
+        True,
+    )
+    assert T5Config(feed_forward_proj="gated-gelu").hidden_act == "gelu_new"
+    assert T5Config(feed_forward_proj="gated-silu").hidden_act == "silu"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from adapters_jax.finetune.data.summary import inputs_of, summarize
 from adapters_jax.finetune.data.tables import make_table
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import DecoderConfig
-from adapters_jax.finetune.models.parts.encoder import abstract
+from adapters_jax.finetune.models.encoder.checkpoint import abstract
 from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import read_tokenizer

@@ -314,7 +314,7 @@ def read_gguf(path: str | Path) -> GGUF:
         The file, with configuration, weights, tokenizer and chat template.
 
     Raises:
-        BaseFileError: there is no such file, it is damaged, or it is of another architecture.
+        BaseFileError: the file does not exist, it is damaged, or it is of another architecture.
         MissingPackageError: the package `gguf` is not installed.
 
     Example:

@@ -21,13 +21,12 @@ from adapters_jax.files import untrusted
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.base_files import chat, huggingface
 from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
-from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,
     check_vocabulary,
-    find_family,
+    find_able,
     identity_of,
     locate,
     read_tokenizer,
@@ -148,11 +147,7 @@ def load_pretrained_decoder(
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     reader = load_decoder_tokenizer(name)
     files = reader.files
-    config, model = reader.family.load(
-        read_gguf(files) if files.suffix == ".gguf" else files,
-        param_dtype=dtype,
-        attention=attention,
-    )
+    config, model = reader.family.load(files, param_dtype=dtype, attention=attention)
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
@@ -172,13 +167,9 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     Raises:
         UserError: as for `load_pretrained_decoder`.
     """
-    family = find_family(name)
-    if not family.generates:
-        able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
-        raise UserError(
-            f"{name!r} is of the family {family.name}, which has no generation cache, so no task "
-            f"trains it; expected one of {able}, or use audit, plan or convert"
-        )
+    what = "generation cache, so no task trains it"
+    fix = ", or use audit, plan or convert"
+    family = find_able(name, lambda family: family.generates, what, fix)
     files = locate(name)
     opened = read_gguf(files) if files.suffix == ".gguf" else None
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)

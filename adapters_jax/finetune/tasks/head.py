@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.adapting import adapt
 from adapters_jax.files.base_model import MASKED
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, BatchSource, Setup, in_row_order
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem, apply_to_rows

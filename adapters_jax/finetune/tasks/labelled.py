@@ -23,7 +23,7 @@ from adapters_jax.finetune.data.annotated import Annotated
 from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows, load_labelled
 from adapters_jax.finetune.data.readers import title_of
 from adapters_jax.finetune.data.splits import key_of
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.run_directory import Run, RunError, check_base
 from adapters_jax.finetune.tasks.base import (

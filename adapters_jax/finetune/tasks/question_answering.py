@@ -21,7 +21,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.annotated import Annotated, read_answers
 from adapters_jax.finetune.data.batches import row_of, tokenize
 from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch
 from adapters_jax.finetune.tasks.labelled import AnnotatedTask

@@ -24,7 +24,7 @@ from adapters_jax.finetune.data.annotated import Annotated, read_tagged, words_o
 from adapters_jax.finetune.data.batches import NOTHING, row_of, tokenize
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch
 from adapters_jax.finetune.tasks.labelled import AnnotatedTask

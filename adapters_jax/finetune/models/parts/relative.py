@@ -1,6 +1,10 @@
-"""Relative positions in groups, so that few biases serve texts of any length."""
+"""Relative positions in groups, so that few biases or embeddings serve texts of any length.
+
+T5 and DeBERTa group them differently, and round differently at the edge of a group.
+"""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 
@@ -51,3 +55,35 @@ def _start(i: int, ranges: int, exact: int, farthest: int) -> int:
     while start**ranges < least:
         start += 1
     return start
+
+
+def relative_positions(length: int, buckets: int, longest: int) -> Int[np.ndarray, "length length"]:
+    """The number of DeBERTa's embedding for each query (first axis) and key.
+
+    Distances below half the buckets have a bucket each; larger ones share them, in ranges that grow
+    with the logarithm.
+
+    Args:
+        length: the number of tokens.
+        buckets: the number of embeddings to each side; 0 has one for each distance.
+        longest: the largest distance, which the last bucket reaches.
+
+    Example:
+        >>> relative_positions(4, buckets=4, longest=9)
+        array([[4, 3, 2, 1],
+               [5, 4, 3, 2],
+               [6, 5, 4, 3],
+               [7, 6, 5, 4]])
+
+    Reference: He et al. (2020), https://arxiv.org/abs/2006.03654
+    """
+    each = np.arange(length)
+    distance, middle, span = each[:, None] - each, buckets // 2, buckets or longest
+    if buckets:
+        # In float32 as in transformers, since rounding can decide at the edge of a bucket.
+        far = np.maximum(np.abs(distance), middle).astype(np.float32) / np.float32(middle)
+        widest = np.log(np.float32((longest - 1) / middle))
+        steps = np.ceil(np.log(far) / widest * np.float32(middle - 1)) + middle
+        near = np.abs(distance) <= middle
+        distance = np.where(near, distance, steps * np.sign(distance)).astype(np.int64)
+    return np.clip(distance + span, 0, 2 * span - 1)
