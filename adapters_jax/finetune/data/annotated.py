@@ -7,47 +7,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from adapters_jax.finetune.data.files import DataError, Line, Rows, first_few, place
+from adapters_jax.finetune.data.files import DataError, FilePath, Line, Rows, place, refuse
 from adapters_jax.finetune.data.readers import read_file
-from adapters_jax.finetune.data.tables import cell, choose_columns, choose_values
+from adapters_jax.finetune.data.tables import Table, cell, choose_columns, choose_values
 
 _BIO = re.compile(r"O|[BI]-.+")
 
 
-@dataclass(frozen=True)
-class Annotated:
-    """Texts with what is learnt from them.
-
-    Args:
-        texts: the texts of each row, all that is needed to predict it.
-        labels: the annotation of each row.
-    """
-
-    texts: list[tuple[str | None, ...]]
-    labels: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, rows: Sequence[int]) -> Annotated:
-        """The rows with these indices, in the given order."""
-        return Annotated([self.texts[i] for i in rows], [self.labels[i] for i in rows])
-
-
-def words_of(path: Path, rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
+def words_of(rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
     """Takes the tokens of each row: a list, or a text that is split at spaces.
 
     Raises:
         DataError: the file cannot be used, or a row has no tokens, a blank one or one with a space.
     """
-    values, lines = choose_values(path, rows, [tokens])
+    values, lines = choose_values(rows, [tokens])
     words = [_items(value) for (value,) in values]
     _refuse(
-        path,
+        rows,
         lines,
         [not row or any(word.split() != [word] for word in row) for row in words],
         f"no {tokens}, or a blank one or one with a space; expected the tokens of a text",
@@ -55,11 +33,11 @@ def words_of(path: Path, rows: Rows, tokens: str) -> tuple[list[list[str]], list
     return words, lines
 
 
-def read_tagged(path: Path, tokens: str, tags: str, spans: bool) -> Annotated:
+def read_tagged(path: FilePath | Rows, tokens: str, tags: str, spans: bool) -> Table:
     """Reads tokens with their tags.
 
     Args:
-        path: the file.
+        path: the file, or its rows.
         tokens: the column of the tokens, a list or a text that is split at spaces.
         tags: the column of the tags, as many in the same form.
         spans: whether the tags mark spans, and so must be in BIO.
@@ -72,46 +50,43 @@ def read_tagged(path: Path, tokens: str, tags: str, spans: bool) -> Annotated:
             tag is not in BIO.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.conll")
-        >>> _ = path.write_text("In\\tO\\nRio\\tB-place\\n\\nNo\\tO\\n")
-        >>> read_tagged(path, "tokens", "ner_tags", spans=True)
-        Annotated(texts=[('In Rio', None), ('No', None)], labels=[['O', 'B-place'], ['O']])
+        >>> rows = Rows(["tokens", "tags"], [(1, [["In", "Rio"], ["O", "B-place"]])])
+        >>> table = read_tagged(rows, "tokens", "tags", spans=True)
+        >>> table.texts, table.labels
+        ([('In Rio', None)], [['O', 'B-place']])
     """
     rows = read_file(path)
-    words, lines = words_of(path, rows, tokens)
-    values, _ = choose_values(path, rows, [tags])
+    words, lines = words_of(rows, tokens)
+    values, _ = choose_values(rows, [tags])
     labels = [_items(value) for (value,) in values]
     uneven = [
         f"{place(line)} has {len(row)} tokens and {len(found)} tags"
         for line, row, found in zip(lines, words, labels, strict=True)
         if len(row) != len(found)
     ]
-    if uneven:
-        raise DataError(
-            f"{path.as_posix()}: {first_few(uneven)}; expected a tag in {tags!r} for each token in "
-            f"{tokens!r}"
-        )
+    expected = f"; expected a tag in {tags!r} for each token in {tokens!r}"
+    refuse(rows.path, uneven, "", expected)
     wrong = {
         tag: line
         for line, row in reversed([*zip(lines, labels, strict=True)])
         for tag in row
         if spans and not _BIO.fullmatch(tag)
     }
-    if wrong:
-        found = first_few([f"{tag!r} ({place(line)})" for tag, line in sorted(wrong.items())])
-        raise DataError(
-            f"{path.as_posix()}: not in BIO: {found}; expected O, B-kind for the first token of a "
-            "span and I-kind for its others; for tags that mark no spans write --metrics accuracy"
-        )
-    return Annotated([(" ".join(row), None) for row in words], labels)
+    refuse(
+        rows.path,
+        [f"{tag!r} ({place(line)})" for tag, line in sorted(wrong.items())],
+        "not in BIO: ",
+        "; expected O, B-kind for the first token of a span and I-kind for its others; for tags "
+        "that mark no spans write --metrics accuracy",
+    )
+    return Table([(" ".join(row), None) for row in words], labels, (), rows.path, lines)
 
 
-def read_answers(path: Path, question: str, context: str, answers: str) -> Annotated:
+def read_answers(path: FilePath | Rows, question: str, context: str, answers: str) -> Table:
     """Reads questions with their answers in contexts.
 
     Args:
-        path: the file.
+        path: the file, or its rows.
         question: the column of the question.
         context: the column of the context.
         answers: the column of the answers: a mapping of lists `text` and `answer_start`, as
@@ -124,34 +99,32 @@ def read_answers(path: Path, question: str, context: str, answers: str) -> Annot
         DataError: the file cannot be used, or an answer is not in its context.
 
     Example:
-        >>> import json, tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> row = {"question": "Who?", "context": "It was Ann.", "answers": {"text": ["Ann"]}}
-        >>> _ = path.write_text(json.dumps(row))
-        >>> read_answers(path, "question", "context", "answers").labels
+        >>> rows = Rows(["q", "c", "a"], [(1, ["Who?", "It was Ann.", {"text": ["Ann"]}])])
+        >>> read_answers(rows, "q", "c", "a").labels
         [[(7, 'Ann')]]
     """
     rows = read_file(path)
-    texts, lines = choose_columns(path, rows, [question, context])
-    values, _ = choose_values(path, rows, [answers])
+    texts, lines = choose_columns(rows, [question, context])
+    values, _ = choose_values(rows, [answers])
     labels, wrong = [], []
     for line, (_, inside), (value,) in zip(lines, texts, values, strict=True):
         found = [_placed(inside, text, start) for text, start in _starts(value)]
         labels.append([(start, text) for start, text in found if start >= 0])
         wrong += [f"{text!r} ({place(line)})" for start, text in found if start < 0]
-    if wrong:
-        raise DataError(
-            f"{path.as_posix()}: not in their context where answer_start says: {first_few(wrong)}; "
-            "expected a part of the context, letter by letter; leave answer_start out to search it"
-        )
-    return Annotated([(q, c) for q, c in texts], labels)
+    refuse(
+        rows.path,
+        wrong,
+        "not in their context where answer_start says: ",
+        "; expected a part of the context, letter by letter; leave answer_start out to search it",
+    )
+    return Table([(q, c) for q, c in texts], labels, (), rows.path, lines)
 
 
-def read_label_sets(path: Path, text: str, labels: str, separator: str | None) -> Annotated:
+def read_label_sets(path: FilePath | Rows, text: str, labels: str, separator: str | None) -> Table:
     """Reads texts with sets of labels.
 
     Args:
-        path: the file.
+        path: the file, or its rows.
         text: the column of the text.
         labels: the column of the labels: a list, which may be empty, or a text.
         separator: splits labels that are a text; None if they are lists.
@@ -164,42 +137,43 @@ def read_label_sets(path: Path, text: str, labels: str, separator: str | None) -
             blank or a list, or all rows have 0 or 1 for each label.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.csv")
-        >>> _ = path.write_text("text,labels\\nA joy,good|short\\nBad,\\n")
-        >>> read_label_sets(path, "text", "labels", "|").labels
+        >>> rows = Rows(["text", "labels"], [(2, ["A joy", "good|short"]), (3, ["Bad", ""])])
+        >>> read_label_sets(rows, "text", "labels", "|").labels
         [('good', 'short'), ()]
     """
     rows = read_file(path)
-    cells, _ = choose_columns(path, rows, [text])
-    values, lines = choose_values(path, rows, [labels])
+    cells, _ = choose_columns(rows, [text])
+    values, lines = choose_values(rows, [labels])
     texts = [place(n) for n, (value,) in zip(lines, values, strict=True) if isinstance(value, str)]
-    if texts and separator is None:
-        shown = next(value for (value,) in values if isinstance(value, str))
-        raise DataError(
-            f"{path.as_posix()}: {labels!r} is a text in {first_few(texts)}, such as {shown!r}; "
-            "say what separates the labels of a row: --label-separator '|'"
+    if separator is None:
+        shown = next((value for (value,) in values if isinstance(value, str)), "")
+        after = (
+            f", such as {shown!r}; say what separates the labels of a row: --label-separator '|'"
         )
+        refuse(rows.path, texts, f"{labels!r} is a text in ", after)
     found = [_items(value, separator) for (value,) in values]
     blank = [isinstance(value, Mapping) for (value,) in values]
     blank = [wrong or not all(row) for wrong, row in zip(blank, found, strict=True)]
-    _refuse(path, lines, blank, f"{labels!r} has a label without a name; expected a list of names")
+    _refuse(rows, lines, blank, f"{labels!r} has a label without a name; expected a list of names")
     even = len(found) > 1 and len({*map(len, found)}) == 1 < len(found[0])
     if even and {"0", "1", "0.0", "1.0", "false", "true"} >= {
         name for row in found for name in row
     }:
         raise DataError(
-            f"{path.as_posix()}: {labels!r} has 0 or 1 for each of {len(found[0])} labels, as "
+            f"{rows.path}: {labels!r} has 0 or 1 for each of {len(found[0])} labels, as "
             f"{found[0]} ({place(lines[0])}); expected the names of the labels that a text has"
         )
-    return Annotated([(each, None) for (each,) in cells], [tuple(dict.fromkeys(r)) for r in found])
+    sets = [tuple(dict.fromkeys(row)) for row in found]
+    return Table([(each, None) for (each,) in cells], sets, (), rows.path, lines)
 
 
-def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label: str) -> Annotated:
-    """Reads rows of which one of several choices is right.
+def read_choices(
+    path: FilePath | Rows, texts: Sequence[str], choices: Sequence[str], label: str
+) -> Table:
+    """Reads rows with several choices, one of them right.
 
     Args:
-        path: the file.
+        path: the file, or its rows.
         texts: the columns of what the choices continue.
         choices: the columns of the choices.
         label: the column of the right one: its number from 0 on, the name of its column, or its
@@ -213,20 +187,20 @@ def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label
         DataError: the file cannot be used, or a label names none of the choices.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.csv")
-        >>> _ = path.write_text("premise,choice1,choice2,label\\nIt rains.,wet,dry,0\\n")
-        >>> read_choices(path, ["premise"], ["choice1", "choice2"], "label")
-        Annotated(texts=[('It rains.', 'wet', 'dry')], labels=[0])
+        >>> rows = Rows(["text", "a", "b", "label"], [(2, ["It rains.", "wet", "dry", 0])])
+        >>> table = read_choices(rows, ["text"], ["a", "b"], "label")
+        >>> table.texts, table.labels
+        ([('It rains.', 'wet', 'dry')], [0])
     """
-    cells, lines = choose_columns(path, read_file(path), [*texts, *choices, label])
-    rows = [(" ".join(row[: len(texts)]), *row[len(texts) : -1]) for row in cells]
+    rows = read_file(path)
+    cells, lines = choose_columns(rows, [*texts, *choices, label])
+    asked = [(" ".join(row[: len(texts)]), *row[len(texts) : -1]) for row in cells]
     numbers = [*map(str, range(len(choices)))]
     # One reading for all rows: the text of a choice may be the number of another one.
     readings = [
         [
             own.index(right) if right in own else -1
-            for (*_, right), row in zip(cells, rows, strict=True)
+            for (*_, right), row in zip(cells, asked, strict=True)
             for own in (list(row[1:]) if names is None else names,)
         ]
         for names in (numbers, [*choices], None)
@@ -235,12 +209,14 @@ def read_choices(path: Path, texts: Sequence[str], choices: Sequence[str], label
     wrong = [
         f"{row[-1]!r} ({place(n)})" for n, row, i in zip(lines, cells, found, strict=True) if i < 0
     ]
-    if wrong:
-        raise DataError(
-            f"{path.as_posix()}: no choice: {first_few(wrong)}; expected in {label!r} a number "
-            f"from 0 to {len(choices) - 1}, one of {', '.join(choices)}, or the right one's text"
-        )
-    return Annotated([*rows], found)
+    refuse(
+        rows.path,
+        wrong,
+        "no choice: ",
+        f"; expected in {label!r} a number from 0 to {len(choices) - 1}, one of "
+        f"{', '.join(choices)}, or the right one's text",
+    )
+    return Table(asked, found, (), rows.path, lines)
 
 
 def _items(value: Any, separator: str | None = None) -> list[str]:
@@ -280,7 +256,6 @@ def _placed(context: str, text: str, start: Any) -> tuple[int, str]:
     return (start + text.index(bare) if there else -1), bare
 
 
-def _refuse(path: Path, lines: Sequence[Line], wrong: Sequence[Any], what: str) -> None:
+def _refuse(rows: Rows, lines: Sequence[Line], wrong: Sequence[Any], what: str) -> None:
     found = [place(line) for line, is_wrong in zip(lines, wrong, strict=True) if is_wrong]
-    if found:
-        raise DataError(f"{path.as_posix()}: {first_few(found)}: {what}")
+    refuse(rows.path, found, "", f": {what}")

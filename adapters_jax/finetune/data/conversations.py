@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows, first_few, place
+from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows
 from adapters_jax.finetune.data.layouts import (
     COMPLETIONS,
     INSTRUCTIONS,
@@ -63,16 +62,17 @@ class Conversations(PlacedRows[Conversation]):
     def texts(self) -> list[tuple[str, str | None]]:
         """Each conversation as JSON, and its tools."""
         return [
-            (_as_text(row.messages), None if row.tools is None else _as_text(row.tools))
+            (as_json(row.messages), None if row.tools is None else as_json(row.tools))
             for row in self.rows
         ]
 
 
-def _as_text(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """A value as JSON, by which equal rows are found."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def read_conversations(path: FilePath, column: str | None = None) -> Conversations:
+def read_conversations(path: FilePath | Rows, column: str | None = None) -> Conversations:
     """Reads the conversations of a file, in any of the layouts of conversations.
 
     The layouts are `messages`; ShareGPT's `conversations`; `instruction`, `input` and `output`; and
@@ -90,52 +90,26 @@ def read_conversations(path: FilePath, column: str | None = None) -> Conversatio
             lists them.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> _ = path.write_text('{"instruction": "Add.", "input": "1, 2", "output": "3"}')
-        >>> for message in read_conversations(path).rows[0].messages: print(message)
+        >>> rows = Rows(["instruction", "input", "output"], [(1, ["Add.", "1, 2", "3"])])
+        >>> for message in read_conversations(rows).rows[0].messages: print(message)
         {'role': 'user', 'content': 'Add.\\n\\n1, 2'}
         {'role': 'assistant', 'content': '3'}
     """
-    path = Path(path)
-    return make_conversations(path, read_file(path), column)
-
-
-def make_conversations(path: Path, rows: Rows, column: str | None = None) -> Conversations:
-    """Makes conversations of rows; see `read_conversations`. `path` is for messages."""
-    header, records = rows
+    rows = read_file(path)
+    header = rows.header
     layout = MESSAGES if column else layout_of(header)
     if layout is None or layout not in _MAKERS or (column and column not in header):
         raise DataError(
-            f"{path.as_posix()}: no conversations; expected a column "
+            f"{rows.path}: no conversations; expected a column "
             f"{column or 'messages, or conversations, or instruction and output'}, and the columns "
             f"are {', '.join(header)}"
         )
-    found, lines, problems = [], [], []
-    for line, values in records:
-        row = dict(zip(header, values, strict=False))
-        conversation = _made(row, _MAKERS[layout], column or layout.columns[0])
-        if isinstance(conversation, str):
-            problems.append(f"{place(line)}: {conversation}")
-        else:
-            found.append(conversation)
-            lines.append(line)
-    if problems:
-        raise DataError(
-            f"{path.as_posix()}: {len(problems)} of {len(records)} conversations cannot be learnt; "
-            f"{first_few(problems)}; correct or remove them"
-        )
-    return Conversations(path.as_posix(), found, lines)
+    make, first = _MAKERS[layout], column or layout.columns[0]
 
+    def made(row: Mapping[str, Any]) -> Conversation | str:
+        return conversation_of(_parsed(make(row, first)), row)
 
-def _made(
-    row: Mapping[str, Any], make: Callable[[Mapping[str, Any], str], Any], column: str
-) -> Conversation | str:
-    """The conversation of a row, or what is wrong with it."""
-    try:
-        return conversation_of(_parsed(make(row, column)), row)
-    except ValueError as error:
-        return f"not JSON: {error}"
+    return Conversations.of(rows, made, "conversations")
 
 
 def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation | str:
