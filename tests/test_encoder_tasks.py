@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.data.annotated import read_answers, read_choices
 from adapters_jax.finetune.data.batches import NOTHING, tokenize
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
@@ -35,6 +34,7 @@ from adapters_jax.finetune.tasks.sentence_embedding import Embeddings
 from adapters_jax.finetune.tasks.token_classification import Tags, TokenClassification, first_pieces
 
 NER, QA, CHOICE = "token-classification", "question-answering", "multiple-choice"
+ASKED = {"question": "q", "context": "c", "answers": "answers"}
 # Of each task: its rows, flags, a text to predict, its prediction, and AdapterHub's kind of head.
 CASES = {
     "token-classification": (
@@ -645,14 +645,14 @@ def test_words_are_found_whatever_space_is_between(text, encoder):
 def test_an_answer_may_be_a_list_or_not(answers, labels, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Who?", "c": "It was Ann, 0.", "answers": answers}))
-    assert read_answers(path, "q", "c", "answers").labels == [labels]
+    assert TASKS[QA].read(path, ASKED, ()).labels == [labels]
 
 
 def test_a_mapping_without_texts_is_no_question_without_an_answer(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Who?", "c": "It was Ann.", "answers": {"answer": "Ann"}}))
     with raises(DataError, path, "line 1", "'answer'"):
-        read_answers(path, "q", "c", "answers")
+        TASKS[QA].read(path, ASKED, ())
 
 
 @pytest.mark.parametrize(
@@ -662,7 +662,8 @@ def test_all_labels_of_choices_are_read_alike(labels, expected, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"p": "A sum.", "one": "1", "two": "3", "label": label} for label in labels]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert read_choices(path, ["p"], ["one", "two"], "label").labels == expected
+    columns = {"premise": "p", "choices": "one,two", "label": "label"}
+    assert TASKS[CHOICE].read(path, columns, ()).labels == expected
 
 
 @pytest.mark.parametrize("sizes", ["--batch-size 1", "--batch-size 16 --accumulate 16"])
@@ -678,7 +679,7 @@ def test_the_space_around_an_answer_is_none_of_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     answers = {"text": ["good ", " was"], "answer_start": [7, 2]}
     path.write_text(json.dumps({"q": "How?", "c": "it was good ", "answers": answers}))
-    assert read_answers(path, "q", "c", "answers").labels == [[(7, "good"), (3, "was")]]
+    assert TASKS[QA].read(path, ASKED, ()).labels == [[(7, "good"), (3, "was")]]
 
 
 def test_large_outputs_of_choices_have_shares():

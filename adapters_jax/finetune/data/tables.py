@@ -165,6 +165,19 @@ def cell(value: Any) -> str:
     return json.dumps(value) if isinstance(value, int | float) else ""
 
 
+def items_of(value: Any, separator: str | None = None) -> list[str]:
+    """The items of a list, or of a text that is split; None has none.
+
+    Example:
+        >>> items_of(["a", 1]), items_of("a b"), items_of("a|", "|"), items_of(None)
+        (['a', '1'], ['a', 'b'], ['a'], [])
+    """
+    if value is None:
+        return []
+    items = value if isinstance(value, list | tuple) else cell(value).split(separator)
+    return [text for text in (cell(item).strip(" ") for item in items) if text or separator is None]
+
+
 def _columns(rows: Rows, names: Sequence[str]) -> list[int]:
     """The indices of columns by name; raises DataError if one is missing or there twice."""
     header = rows.header

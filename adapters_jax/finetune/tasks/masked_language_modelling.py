@@ -8,7 +8,7 @@ A checkpoint's own head stays frozen; where it has none, a new head trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -134,26 +134,28 @@ def hide(ids: Int[np.ndarray, " length"], vocabulary: Vocabulary, seed: Sequence
 
 
 class MaskedBatches(Batches):
-    """`Batches` of rows with hidden tokens, which a batch hides anew.
+    """`Batches` of blocks, whose tokens each step hides anew, or of rows with masks to fill in.
 
     Args:
-        rows: the whole rows.
-        hidden: `hidden(step, place in the batch, number of the row, tokens)` hides tokens.
-        most: the largest number of hidden tokens in a row.
+        rows: the blocks, or the rows with masks.
         vocabulary: what the tokens are of.
-        options: the other arguments of `Batches`.
+        options: the other arguments of `Batches`, without the labels.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Any],
-        hidden: Callable[[int, int, int, np.ndarray], Hidden],
-        most: int,
-        vocabulary: Vocabulary,
-        *options: Any,
-    ) -> None:
+    def __init__(self, rows: Sequence[Any], vocabulary: Vocabulary, *options: Any) -> None:
         super().__init__(rows, None, *options)
-        self.hidden, self.most, self.vocabulary = hidden, most, vocabulary
+        self.vocabulary = vocabulary
+        self._hides = isinstance(rows[0], Block)
+        masks = max(int((row.input_ids == vocabulary.mask).sum()) for row in rows)
+        self.most = max(1, round(SHARE * self.buckets[-1])) if self._hides else masks
+
+    def _hidden(self, step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
+        """The hidden tokens of the row with a number, at a place of the batch of a step."""
+        if self._hides:
+            seed = [number] if self.seed is None else [self.seed, step, place]
+            return hide(ids, self.vocabulary, seed)
+        masks = np.flatnonzero(ids == self.vocabulary.mask)
+        return Hidden(ids, masks, np.full(len(masks), NOTHING))
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         batch, rows = super().__getitem__(step), self.rows_of(step)
@@ -163,7 +165,7 @@ class MaskedBatches(Batches):
         labels = np.full_like(positions, NOTHING)
         for place, number in enumerate(rows.tolist()):
             length = len(self.rows[number].input_ids)
-            found = self.hidden(step, place, number, ids[place, :length])
+            found = self._hidden(step, place, number, ids[place, :length])
             ids[place, :length] = found.input_ids
             positions[place, : len(found.positions)] = found.positions
             labels[place, : len(found.labels)] = found.labels
@@ -246,22 +248,7 @@ class MaskedTokens(Readout):
         self, encoder: Encoder, rows: Sequence[Any], labels: Any, *plan: Any
     ) -> MaskedBatches:
         """Batches of blocks with hidden tokens, or of rows with masks."""
-        vocabulary, (_, seed, buckets) = Vocabulary.of(encoder), plan
-        if not isinstance(rows[0], Block):
-            masks = [np.flatnonzero(row.input_ids == vocabulary.mask) for row in rows]
-
-            def asked(step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
-                return Hidden(ids, masks[number], np.full(len(masks[number]), NOTHING))
-
-            hidden, most = asked, max(map(len, masks))
-        else:
-
-            def drawn(step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
-                return hide(ids, vocabulary, [number] if seed is None else [seed, step, place])
-
-            hidden, most = drawn, max(1, round(SHARE * buckets[-1]))
-        pad = encoder.config.pad_token_id
-        return MaskedBatches(rows, hidden, most, vocabulary, *plan, pad)
+        return MaskedBatches(rows, Vocabulary.of(encoder), *plan, encoder.config.pad_token_id)
 
     def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
         """The number of hidden tokens of each row."""

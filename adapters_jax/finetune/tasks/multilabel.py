@@ -12,10 +12,10 @@ import optax
 from jaxtyping import Array, Float
 from scipy.special import expit
 
-from adapters_jax.finetune.data.annotated import read_label_sets
 from adapters_jax.finetune.data.datasets import sorted_names
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.data.files import place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table, choose_columns, choose_values, items_of
 from adapters_jax.finetune.tasks.base import Batch, Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import set_scores
@@ -24,6 +24,7 @@ from adapters_jax.finetune.tasks.readout import NamedReadout
 from adapters_jax.finetune.tasks.views import Judged, View, per_class, sides
 
 THRESHOLDS = np.arange(1, 20) / 20
+_MARKS = {"0", "1", "0.0", "1.0", "false", "true"}  # of a row with a mark for every label
 
 
 @dataclass(frozen=True)
@@ -151,5 +152,32 @@ class MultiLabel(EncoderTask):
     example = "--train rows.jsonl with lists in a column labels, or --label-separator '|'"
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-        """Reads texts with their labels."""
-        return read_label_sets(path, columns["text"], columns["labels"], columns["label_separator"])
+        """Reads texts with sets of labels: lists, which may be empty, or texts with a separator.
+
+        A row has the text `(text, None)`, and the tuple of labels as label.
+        """
+        rows, labels, separator = read_file(path), columns["labels"], columns["label_separator"]
+        cells, _ = choose_columns(rows, [columns["text"]])
+        values, lines = choose_values(rows, [labels])
+        placed = [(value, place(line)) for (value,), line in zip(values, lines, strict=True)]
+        if separator is None:
+            texts = [(value, at) for value, at in placed if isinstance(value, str)]
+            shown = f", such as {texts[0][0]!r}" if texts else ""
+            after = f"{shown}; say what separates the labels of a row: --label-separator '|'"
+            refuse(rows.path, [at for _, at in texts], f"{labels!r} is a text in ", after)
+        found = [items_of(value, separator) for value, _ in placed]
+        blank = [
+            at
+            for (value, at), row in zip(placed, found, strict=True)
+            if isinstance(value, Mapping) or not all(row)
+        ]
+        expected = f": {labels!r} has a label without a name; expected a list of names"
+        refuse(rows.path, blank, "", expected)
+        even = len(found) > 1 and len({*map(len, found)}) == 1 < len(found[0])
+        if even and {name for row in found for name in row} <= _MARKS:
+            raise DataError(
+                f"{rows.path}: {labels!r} has 0 or 1 for each of {len(found[0])} labels, as "
+                f"{found[0]} ({place(lines[0])}); expected the names of the labels that a text has"
+            )
+        sets = [tuple(dict.fromkeys(row)) for row in found]
+        return Table([(text, None) for (text,) in cells], sets, (), rows.path, lines)

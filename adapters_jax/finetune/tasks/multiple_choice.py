@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int
 from scipy.special import softmax
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import read_choices
 from adapters_jax.finetune.data.batches import together
-from adapters_jax.finetune.data.files import Rows
-from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.files import Rows, place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table, choose_columns
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, Columns
@@ -170,10 +169,38 @@ class MultipleChoice(EncoderTask):
         return [*asked, *_choices(columns)]
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-        """Reads rows with their choices."""
-        choices = _choices(columns)
-        asked = self.texts(columns)[: -len(choices)]
-        return read_choices(path, asked, choices, columns["label"])
+        """Reads rows with several choices, one of them right.
+
+        The label is the number of the right choice from 0 on, the name of its column, or its text,
+        the same in all rows. A row has the texts, joined by spaces, and the choices.
+        """
+        rows, choices = read_file(path), _choices(columns)
+        cells, lines = choose_columns(rows, [*self.texts(columns), columns["label"]])
+        n = len(choices)
+        asked = [(" ".join(row[: -n - 1]), *row[-n - 1 : -1]) for row in cells]
+        # One reading for all rows: the text of a choice may be the number of another one.
+        readings = [
+            [
+                own.index(right) if right in own else -1
+                for (*_, right), row in zip(cells, asked, strict=True)
+                for own in ([*row[1:]] if names is None else names,)
+            ]
+            for names in ([*map(str, range(n))], choices, None)
+        ]
+        found = min(readings, key=lambda each: each.count(-1))
+        wrong = [
+            f"{row[-1]!r} ({place(line)})"
+            for line, row, i in zip(lines, cells, found, strict=True)
+            if i < 0
+        ]
+        refuse(
+            rows.path,
+            wrong,
+            "no choice: ",
+            f"; expected in {columns['label']!r} a number from 0 to {n - 1}, one of "
+            f"{', '.join(choices)}, or the right one's text",
+        )
+        return Table(asked, found, (), rows.path, lines)
 
     def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
         """One row, of a text and its choices."""

@@ -18,10 +18,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import read_answers
 from adapters_jax.finetune.data.batches import row_of, tokenize
-from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.files import place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table as Questions
+from adapters_jax.finetune.data.tables import choose_columns, choose_values
 from adapters_jax.finetune.models.parts.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, Columns
@@ -136,10 +137,10 @@ class Spans(Readout):
     def targets(self, inputs: Inputs, labels: Sequence[Any]) -> tuple[Sequence[Any], np.ndarray]:
         """The windows, and the first and last token of the first answer of each."""
         found = np.zeros((len(inputs.rows), 2), np.int32)
-        for place, window in zip(found, inputs.where, strict=True):
+        for ends, window in zip(found, inputs.where, strict=True):
             if labels[window.row]:
                 start, text = labels[window.row][0]
-                place[:] = _tokens_of(window, start, start + len(text))
+                ends[:] = _tokens_of(window, start, start + len(text))
         return inputs.rows, found
 
     def losses(self, outputs: Float[Array, "rows length 2"], batch: Batch) -> Float[Array, " rows"]:
@@ -263,5 +264,54 @@ class QuestionAnswering(EncoderTask):
     example = "--train squad.json, or rows with the columns question, context and answers"
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Questions:
-        """Reads questions with their contexts and answers."""
-        return read_answers(path, columns["question"], columns["context"], columns["answers"])
+        """Reads questions with their contexts and answers.
+
+        Answers are a mapping of lists `text` and `answer_start`, as SQuAD's, a list of texts, or a
+        text; they may be empty, for a question without an answer. A row has the texts `(question,
+        context)`, and the list of `(start, text)` as label.
+        """
+        rows = read_file(path)
+        texts, lines = choose_columns(rows, [columns["question"], columns["context"]])
+        values, _ = choose_values(rows, [columns["answers"]])
+        labels, wrong = [], []
+        for line, (_, inside), (value,) in zip(lines, texts, values, strict=True):
+            found = [_placed(inside, text, start) for text, start in _starts(value)]
+            labels.append([(start, text) for start, text in found if start >= 0])
+            wrong += [f"{text!r} ({place(line)})" for start, text in found if start < 0]
+        refuse(
+            rows.path,
+            wrong,
+            "not in their context where answer_start says: ",
+            "; expected a part of the context, letter by letter; leave answer_start out to search "
+            "it",
+        )
+        return Questions([(q, c) for q, c in texts], labels, (), rows.path, lines)
+
+
+def _starts(answers: Any) -> list[tuple[str, int | None]]:
+    """The answers of a row with where they start in the context, None if that is not given."""
+    starts: list[Any] = []
+    if isinstance(answers, Mapping) and "text" in answers:
+        texts, starts = _listed(answers["text"]), _listed(answers.get("answer_start"))
+    else:
+        texts = _listed(answers)
+    starts = starts or [None] * len(texts)
+    whole = len(starts) == len(texts)
+    return list(zip(map(str, texts), starts if whole else [-1] * len(texts), strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, and a single value as a list; None and "" have none."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None or value == "" else [value]
+
+
+def _placed(context: str, text: str, start: Any) -> tuple[int, str]:
+    """Where an answer starts, without the space around it; -1 if it is not there, or is empty."""
+    bare = text.strip()
+    if start is None:
+        return (context.find(bare) if bare else -1), bare
+    whole = isinstance(start, int) and start >= 0
+    there = whole and bare and context[start : start + len(text)] == text
+    return (start + text.index(bare) if there else -1), bare

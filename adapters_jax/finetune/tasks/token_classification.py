@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.finetune.data.annotated import read_tagged, words_of
 from adapters_jax.finetune.data.batches import NOTHING, row_of, tokenize
-from adapters_jax.finetune.data.files import Rows
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.data.files import Line, Rows, place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table, choose_values, items_of
 from adapters_jax.finetune.models.parts.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks import views
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 OUTSIDE = "O"
+_BIO = re.compile(r"O|[BI]-.+")
 
 
 class TaggedRow(NamedTuple):
@@ -238,10 +239,50 @@ class TokenClassification(EncoderTask):
     example = "--train rows.conll, or --train rows.jsonl --columns tokens=COLUMN tags=COLUMN"
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-        """Reads tokens with their tags, which mark spans unless accuracy is the only metric."""
-        spans = tuple(metrics) != ("accuracy",)
-        return read_tagged(path, columns["tokens"], columns["tags"], spans)
+        """Reads tokens with their tags, each a list or a text that is split at spaces.
+
+        The tags mark spans, and so are in BIO, unless accuracy is the only metric. A row has the
+        text `(tokens with spaces between, None)`, and the list of tags as label.
+        """
+        rows, tokens, tags = read_file(path), columns["tokens"], columns["tags"]
+        words, lines = _words(rows, tokens)
+        labels = [items_of(value) for (value,) in choose_values(rows, [tags])[0]]
+        uneven = [
+            f"{place(line)} has {len(row)} tokens and {len(found)} tags"
+            for line, row, found in zip(lines, words, labels, strict=True)
+            if len(row) != len(found)
+        ]
+        expected = f"; expected a tag in {tags!r} for each token in {tokens!r}"
+        refuse(rows.path, uneven, "", expected)
+        wrong = {
+            tag: line
+            for line, row in reversed([*zip(lines, labels, strict=True)])
+            for tag in row
+            if tuple(metrics) != ("accuracy",) and not _BIO.fullmatch(tag)
+        }
+        refuse(
+            rows.path,
+            [f"{tag!r} ({place(line)})" for tag, line in sorted(wrong.items())],
+            "not in BIO: ",
+            "; expected O, B-kind for the first token of a span and I-kind for its others; for "
+            "tags that mark no spans write --metrics accuracy",
+        )
+        return Table([(" ".join(row), None) for row in words], labels, (), rows.path, lines)
 
     def read_texts(self, rows: Rows, columns: Sequence[str]) -> list[tuple[str, None]]:
         """The tokens of each row, or texts that are split at spaces."""
-        return [(" ".join(words), None) for words in words_of(rows, columns[0])[0]]
+        return [(" ".join(words), None) for words in _words(rows, columns[0])[0]]
+
+
+def _words(rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
+    """The tokens of each row; raises DataError if there are none, or a blank or spaced one."""
+    values, lines = choose_values(rows, [tokens])
+    words = [items_of(value) for (value,) in values]
+    wrong = [
+        place(line)
+        for line, row in zip(lines, words, strict=True)
+        if not row or any(word.split() != [word] for word in row)
+    ]
+    expected = "or a blank one or one with a space; expected the tokens of a text"
+    refuse(rows.path, wrong, "", f": no {tokens}, {expected}")
+    return words, lines

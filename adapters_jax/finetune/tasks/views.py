@@ -278,13 +278,11 @@ def absent_classes(judged: Judged, names: Sequence[str]) -> list[View]:
         lacking = [name for name in names if name not in there]
         whole = len(judged.rows.get(part, ())) == judged.counts.get(part)
         if there and lacking and whole:
+            what, it = ("class", "it") if len(lacking) == 1 else ("classes", "them")
             found.append(
                 Note(
-                    f"No row of {part} is of the class {_few(lacking)}, so the scores on {part} "
-                    "say nothing about it."
-                    if len(lacking) == 1
-                    else f"No row of {part} is of the classes {_few(lacking)}, so the scores on "
-                    f"{part} say nothing about them."
+                    f"No row of {part} is of the {what} {_few(lacking)}, so the scores on {part} "
+                    f"say nothing about {it}."
                 )
             )
     return found
