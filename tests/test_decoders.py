@@ -82,8 +82,9 @@ def by_hand(model, example):
 
 def test_a_message_counts_the_rows_that_are_packed():
     examples, said = dict.fromkeys(("train", "dev", "test"), EXAMPLES), []
+    setup = Setup("tiny", None, 1, 0, {}, None, say=said.append)
     for packs in (True, False):
-        build_batches(examples, 8, 1, 0, packs, said.append)
+        build_batches(examples, 8, packs, setup)
     assert said == [f"{len(EXAMPLES)} train rows are packed into 2 sequences of 8 tokens"]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows
+from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.layouts import (
     COMPLETIONS,
     INSTRUCTIONS,
@@ -106,40 +106,40 @@ def read_conversations(path: FilePath | Rows, column: str | None = None) -> Conv
         )
     make, first = _MAKERS[layout], column or layout.columns[0]
 
-    def made(row: Mapping[str, Any]) -> Conversation | str:
+    def made(row: Mapping[str, Any]) -> Conversation:
         return conversation_of(_parsed(make(row, first)), row)
 
     return Conversations.of(rows, made, "conversations")
 
 
-def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation | str:
-    """The conversation of messages with its row's system prompt and tools, or what is wrong.
+def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation:
+    """The conversation of messages with its row's system prompt and tools.
 
     Raises:
+        RowError: it cannot be learnt.
         ValueError: the tools are a text that is not JSON.
 
     Example:
         >>> said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         >>> [message["role"] for message in conversation_of(said, {"system": "Be kind."}).messages]
         ['system', 'user', 'assistant']
-        >>> conversation_of([], {})
-        'it has no messages'
     """
     tools = _parsed(row.get("tools") or None)
     if not isinstance(messages, list) or not messages:
-        return "it has no messages"
+        raise RowError("it has no messages")
     if tools is not None and not isinstance(tools, list):
-        return f"its tools are a {type(tools).__name__}, expected a list of JSON schemas"
+        raise RowError(f"its tools are a {type(tools).__name__}, expected a list of JSON schemas")
     if not all(isinstance(message, Mapping) for message in messages):
-        return "a message is not an object with a role and a content"
+        raise RowError("a message is not an object with a role and a content")
     messages = [_message(message) for message in messages]
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0]["content"] != system:
-            return "its column system and its first message are two system prompts"
-    return problem_of(messages) or Conversation(messages, tools)
+            raise RowError("its column system and its first message are two system prompts")
+    _check(messages)
+    return Conversation(messages, tools)
 
 
 def _parsed(value: Any) -> Any:
@@ -159,29 +159,25 @@ def _message(message: Message) -> dict[str, Any]:
 _KEYS = ("role", "from", "content", "value")
 
 
-def problem_of(messages: Sequence[Message]) -> str | None:
-    """What keeps messages from being learnt; None if nothing does.
-
-    Example:
-        >>> problem_of([{"role": "assistant", "content": "Hello"}])
-        'it starts with assistant, expected system or user'
-    """
+def _check(messages: Sequence[Message]) -> None:
+    """Raises RowError if messages cannot be learnt."""
     for number, message in enumerate(messages, 1):
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            return f"message {number} has the role {role!r}, expected one of {', '.join(ROLES)}"
+            expected = f"expected one of {', '.join(ROLES)}"
+            raise RowError(f"message {number} has the role {role!r}, {expected}")
         if not isinstance(content, str):
-            return f"message {number} has a {type(content).__name__} as content, expected a text"
+            kind = type(content).__name__
+            raise RowError(f"message {number} has a {kind} as content, expected a text")
         if not content.strip() and not message.get("tool_calls"):
-            return f"message {number} of {role} is empty"
+            raise RowError(f"message {number} of {role} is empty")
         if "\0" in content:
-            return f"message {number} has the character 0"
+            raise RowError(f"message {number} has the character 0")
     first = next((m["role"] for m in messages if m["role"] != "system"), "system")
     if messages[0]["role"] not in _OPENING or first == "assistant":
-        return f"it starts with {first}, expected system or user"
+        raise RowError(f"it starts with {first}, expected system or user")
     if all(message["role"] != "assistant" for message in messages):
-        return "no message is of assistant, so there is nothing to learn"
-    return None
+        raise RowError("no message is of assistant, so there is nothing to learn")
 
 
 def _of_messages(row: Mapping[str, Any], column: str) -> Any:

@@ -83,12 +83,12 @@ class PlacedRows(Generic[Row]):
         return replace(self, rows=[self.rows[i] for i in rows], lines=[self.lines[i] for i in rows])
 
     @classmethod
-    def of(cls, rows: Rows, make: Callable[[Mapping[str, Any]], Row | str], what: str) -> Self:
+    def of(cls, rows: Rows, make: Callable[[Mapping[str, Any]], Row], what: str) -> Self:
         """Makes each row of its values by column.
 
         Args:
             rows: the rows of a file.
-            make: makes one, or says what is wrong with it.
+            make: makes one, or raises RowError, or ValueError for a text that is not JSON.
             what: the name of such rows, for messages.
 
         Raises:
@@ -97,14 +97,12 @@ class PlacedRows(Generic[Row]):
         found, lines, problems = list[Row](), list[Line](), []
         for line, values in rows.records:
             try:
-                made = make(dict(zip(rows.header, values, strict=True)))
-            except ValueError as error:
-                made = f"not JSON: {error}"
-            if isinstance(made, str):
-                problems.append(f"{place(line)}: {made}")
-            else:
-                found.append(made)
+                found.append(make(dict(zip(rows.header, values, strict=True))))
                 lines.append(line)
+            except RowError as error:
+                problems.append(f"{place(line)}: {error}")
+            except ValueError as error:
+                problems.append(f"{place(line)}: not JSON: {error}")
         refuse(
             rows.path,
             problems,
@@ -112,6 +110,10 @@ class PlacedRows(Generic[Row]):
             "; correct or remove them",
         )
         return cls(rows.path, found, lines)
+
+
+class RowError(Exception):
+    """A row cannot be used; the message says what is wrong with it, and not where it is."""
 
 
 class DataError(UserError):

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adapters_jax.finetune.data.conversations import (
-    Conversation,
     Message,
     as_json,
     conversation_of,
 )
-from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows
+from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.tables import cell
 from adapters_jax.texts import parse_json
@@ -127,65 +126,66 @@ def read_preferences(
         )
     make = _pair if roles[0] == "chosen" else _single
 
-    def made(row: Mapping[str, Any]) -> Preference | str:
+    def made(row: Mapping[str, Any]) -> Preference:
         return make({role: row.get(name) for role, name in names.items()}, row)
 
     return Preferences.of(rows, made, "preferences")
 
 
-def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference | str:
-    """The pair of a row, or what is wrong with it."""
-    chosen, rejected = (_completed(given["prompt"], given[r], row) for r in ("chosen", "rejected"))
-    for role, side in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(side, str):
-            return f"{role}: {side}"
+def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
+    """The pair of a row."""
+    sides = []
+    for role in ("chosen", "rejected"):
+        try:
+            sides.append(_completed(given["prompt"], given[role], row))
+        except RowError as error:
+            raise RowError(f"{role}: {error}") from error
+    chosen, rejected = sides
     if chosen.talks != rejected.talks:
-        return "one of chosen and rejected is a text and the other a list of messages"
+        raise RowError("one of chosen and rejected is a text and the other a list of messages")
     if chosen.prompt != rejected.prompt:
-        return (
+        raise RowError(
             "the prompts of chosen and rejected differ, expected two lists that differ in their "
             "last message alone"
         )
     if chosen.completions == rejected.completions:
-        return "chosen and rejected are equal"
+        raise RowError("chosen and rejected are equal")
     return chosen._replace(completions=chosen.completions + rejected.completions)
 
 
-def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference | str:
-    """The judged completion of a row, or what is wrong with it."""
+def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
+    """The judged completion of a row."""
     label = given["label"]
     label = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(label, bool | str) or label not in _JUDGED:
-        return f"the label is {given['label']!r}, expected true or false"
+        raise RowError(f"the label is {given['label']!r}, expected true or false")
     found = _completed(given["prompt"], given["completion"], row)
-    return found if isinstance(found, str) else found._replace(desirable=_JUDGED[label])
+    return found._replace(desirable=_JUDGED[label])
 
 
-def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Any:
-    """A prompt with one completion as a `Preference`, or what is wrong with it."""
+def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Preference:
+    """A prompt with one completion."""
     prompt, completion = _parsed(prompt), _parsed(completion)
     if isinstance(completion, list):
         return _talked(prompt, completion, row)
     texts = cell(prompt), cell(completion)
     if not texts[1].strip():
-        return "it is empty"
+        raise RowError("it is empty")
     if not texts[0].strip():
-        return "there is no prompt beside this text"
+        raise RowError("there is no prompt beside this text")
     return Preference(texts[0], (texts[1],))
 
 
-def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Any:
-    """A list of messages as a `Preference`, or what is wrong with it."""
+def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Preference:
+    """A list of messages, the last one as the completion of the others."""
     first = messages[0] if messages else None
     if isinstance(first, Mapping) and first.get("role", first.get("from")) in ("assistant", "gpt"):
         said = prompt if isinstance(prompt, list) else [{"role": "user", "content": cell(prompt)}]
         messages = [*said, *messages]
     found = conversation_of(messages, row)
-    if not isinstance(found, Conversation):
-        return found
     *before, last = found.messages
     if last["role"] != "assistant":
-        return f"it ends with a message of {last['role']}, expected one of assistant"
+        raise RowError(f"it ends with a message of {last['role']}, expected one of assistant")
     return Preference(before, (last,), tools=found.tools)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,11 +218,10 @@ def build_completions(
         examples[part], cut = encode_table(table, prompts, decoder, max_length)
         if cut:
             setup.say(f"{cut} of {len(table)} {part} rows are cut at {max_length} tokens")
-    size, seed, encodes = setup.batch_size, setup.seed, decoder.encodes
-    built = build_batches(examples, max_length, size, seed, packs, setup.say, encodes=encodes)
+    built = build_batches(examples, max_length, packs, setup, encodes=decoder.encodes)
     parts = {}
     for part in HELD_OUT:
-        asked = _asked(getattr(data, part).texts if setup.exact_match else (), setup.exact_match)
+        asked = _asked(getattr(data, part).texts, setup.exact_match)
         ids = [prompts.encode(prompt, decoder) for prompt in asked]
         longest = max((len(completion) for _, completion in examples[part]), default=1)
         room = decoder.config.longest - max(map(len, ids), default=0)
@@ -255,11 +254,8 @@ def _asked(texts: Sequence[tuple[str, str | None]], most: int) -> dict[str, list
 def build_batches(
     examples: Mapping[str, Sequence[Example | Marked]],
     max_length: int,
-    batch_size: int,
-    seed: int,
     packs: bool,
-    say: Callable[[str], None],
-    *,
+    setup: Setup,
     encodes: bool = False,
 ) -> BuiltRows:
     """Makes the batches of examples; a message counts the rows that share a sequence.
@@ -267,10 +263,8 @@ def build_batches(
     Args:
         examples: the examples of "train", "dev" and "test".
         max_length: the largest number of tokens in a sequence.
-        batch_size: the number of sequences in a batch.
-        seed: the seed of the order.
         packs: whether several examples share a sequence.
-        say: prints one line.
+        setup: has the number of sequences in a batch, and the seed of the order.
         encodes: whether an encoder reads the prompts, which then stand beside the completions.
     """
 
@@ -278,25 +272,25 @@ def build_batches(
         if encodes:
             return [pair(example) for example in found]
         one_each = [[i] for i in range(len(found))]
-        groups = pack(found, max_length, seed) if packs else one_each
+        groups = pack(found, max_length, setup.seed) if packs else one_each
         return [sequence([found[i] for i in group]) for group in groups]
 
     rows = {part: rows_of(found) for part, found in examples.items()}
     of, into = len(examples["train"]), len(rows["train"])
     if into < of:
         sequences = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
-        say(f"{of} train rows are packed into {sequences}")
-    train = rows["train"]
+        setup.say(f"{of} train rows are packed into {sequences}")
+    train, size = rows["train"], setup.batch_size
     # Packed sequences are all about as long as they can be, so one shape wastes little.
-    buckets = (max_length,) if packs else choose_buckets(train, max_length, batch_size)
+    buckets = (max_length,) if packs else choose_buckets(train, max_length, size)
     parts = {
         part: HeldOut(
-            Batches(rows[part], None, batch_size, None, buckets),
+            Batches(rows[part], None, size, None, buckets),
             sum(label != NOTHING for example in examples[part] for label in example.labels),
         )
         for part in HELD_OUT
     }
     most = max(int((row.labels != NOTHING).sum()) for found in rows.values() for row in found)
     tokens = sum(len(example.ids) for example in examples["train"])
-    batches = Batches(train, None, batch_size, seed, buckets)
+    batches = Batches(train, None, size, setup.seed, buckets)
     return BuiltRows(batches, parts, rounded(most), tokens)

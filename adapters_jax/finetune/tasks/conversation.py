@@ -60,8 +60,7 @@ class ConversationTask(TokenLossTask):
             examples[part] = found.examples
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
-        size, seed = setup.batch_size, setup.seed
-        built = build_batches(examples, length, size, seed, setup.pack, setup.say)
+        built = build_batches(examples, length, setup.pack, setup)
         config = {
             "max_length": length,
             "metrics": list(data.metrics),

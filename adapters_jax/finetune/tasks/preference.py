@@ -110,7 +110,7 @@ class PreferenceTask(DecoderTask):
             )
         length = length_of(setup, decoder)
         encoder = PreferenceEncoder(decoder, prompts, length)
-        rows = build_preferences(tables, encoder, setup.batch_size, setup.seed, setup.say)
+        rows = build_preferences(tables, encoder, setup)
         problem = PreferenceProblem.of(setup, decoder, rows, data.metrics, objective=objective)
         config = {
             "max_length": length,

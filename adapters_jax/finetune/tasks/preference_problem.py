@@ -27,7 +27,7 @@ from adapters_jax.finetune.data.packing import Example, Packed, sequence
 from adapters_jax.finetune.data.preferences import Preference, Preferences
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, rounded
-from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Scores
+from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Scores, Setup
 from adapters_jax.finetune.tasks.completion_problem import encode_pair
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.decoder import HELD_OUT, BuiltRows, DecoderProblem, learnt_first
@@ -175,20 +175,15 @@ class Part:
 
 
 def build_preferences(
-    tables: Mapping[str, Preferences],
-    encoder: PreferenceEncoder,
-    batch_size: int,
-    seed: int,
-    say: Callable[[str], None],
+    tables: Mapping[str, Preferences], encoder: PreferenceEncoder, setup: Setup
 ) -> BuiltRows:
     """Makes the batches of the parts of a task; a message counts the rows that are cut.
 
     Args:
         tables: the rows of "train", "dev" and "test".
         encoder: encodes them.
-        batch_size: the number of rows in a batch.
-        seed: the seed of the order, and of the choice of mismatched completions.
-        say: called with the messages.
+        setup: has the number of rows in a batch, and the seed of the order and of the choice of
+            mismatched completions.
 
     Raises:
         DataError: as for `PreferenceEncoder.encode` and `mismatched`.
@@ -198,28 +193,29 @@ def build_preferences(
     for part, table in tables.items():
         encoded, cut = encoder.encode(table)
         if cut:
-            say(
+            setup.say(
                 f"{cut} of {len(table)} {part} rows lost the beginning of their prompt, as they "
                 f"have over {encoder.max_length} tokens"
             )
         if not table.paired:
-            encoded = [*mismatched(encoded, encoder.max_length, seed, table.path)]
+            encoded = [*mismatched(encoded, encoder.max_length, setup.seed, table.path)]
         rows[part] = [sequence(pair) for pair in encoded]
         lengths = [[len(each.completion) for each in pair] for pair in encoded]
         tokens[part] = np.array(lengths, np.float32)
     # Held-out rows have the widest bucket, whether training needs it or not.
     longest = rounded(max(len(row.input_ids) for part in rows.values() for row in part))
-    buckets = choose_buckets(rows["train"], longest, batch_size)
+    size = setup.batch_size
+    buckets = choose_buckets(rows["train"], longest, size)
     parts = {
         part: Part(
-            Batches(rows[part], None, batch_size, None, buckets),
+            Batches(rows[part], None, size, None, buckets),
             tokens[part],
             None if table.paired else np.array(table.labels, np.float32),
         )
         for part, table in tables.items()
     }
     return BuiltRows(
-        Batches(rows["train"], None, batch_size, seed, buckets),
+        Batches(rows["train"], None, size, setup.seed, buckets),
         parts,
         rounded(int(max(each.max() for each in tokens.values()))),
         sum(len(row.input_ids) for row in rows["train"]),
