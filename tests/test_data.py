@@ -183,7 +183,7 @@ def dataset(rows=200, classes=2):
 
 
 def split(data, seed, dev=0.1, test=0.1):
-    found = hold_out("rows", {"train": data}, (), seed, dev, test)
+    found = hold_out("rows", {"train": data}, (), seed=seed, dev=dev, test=test)
     return found.train, found.dev, found.test
 
 

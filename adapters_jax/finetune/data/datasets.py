@@ -176,22 +176,26 @@ def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Table]:
 
 def hold_out(
     name: str,
-    parts: Mapping[str, Table],
+    parts: Mapping[str, Any],
     metrics: Sequence[str],
+    keys: Sequence[str] | None = None,
+    strata: Sequence[int] | None = None,
     seed: int = SPLIT_SEED,
     dev: float = 0.1,
     test: float = 0.1,
 ) -> TaskData:
-    """Completes the parts of labelled rows: an absent "dev" or "test" is held out of "train".
+    """Completes the parts of a task: an absent "dev" or "test" is held out of "train".
 
-    The split depends on the seed and the texts alone. Rows of the same text (but for case and
-    spacing) stay together in one part, and none is dropped. Each class is split in the same
-    proportions, rounded down; a class too small to share stays in train.
+    The split depends on the seed and the keys alone. Rows with the same key stay together in one
+    part, and none is dropped. Each stratum is split in the same proportions, rounded down; one too
+    small to share stays in train.
 
     Args:
         name: the name of the data.
-        parts: the rows of "train", and maybe of "dev" and "test".
+        parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
         metrics: the names of the metrics.
+        keys: the key of each row of "train"; None is its texts, but for case and spacing.
+        strata: the stratum of each row of "train"; None is its class, if it has one.
         seed: the seed that chooses the rows held out.
         dev: the fraction of "train" to hold out for "dev", if that is absent.
         test: the fraction for "test".
@@ -207,51 +211,23 @@ def hold_out(
         (32, 4, 4)
     """
     train = parts["train"]
-    strata = train.labels.tolist() if train.label_names else None
-    keys = [key_of(*pair) for pair in train.texts]
-    data = hold_out_rows(name, parts, keys, strata, metrics, seed, dev, test)
-    for part in ("dev", "test"):
-        _say_lacking(part, getattr(data, part), data.metrics)
-    return data
-
-
-def _say_lacking(part: str, rows: Table, metrics: Sequence[str]) -> None:
-    """Logs that the F1 of two classes is 0 where no row has the positive one."""
-    if "f1" in metrics and len(rows.label_names) == 2 and not (rows.labels == 1).any():
-        _LOG.warning(
-            "%s has no row of the class %r, so its F1 is 0 whatever is predicted; give it such "
-            "rows, or write --metrics accuracy",
-            part,
-            rows.label_names[1],
-        )
-
-
-def hold_out_rows(
-    name: str,
-    parts: Mapping[str, Any],
-    keys: Sequence[str],
-    strata: Sequence[int] | None,
-    metrics: Sequence[str],
-    seed: int = SPLIT_SEED,
-    dev: float = 0.1,
-    test: float = 0.1,
-) -> TaskData:
-    """Completes the parts of a task as `hold_out` does, for rows of any type.
-
-    Args:
-        name: the name of the data.
-        parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
-        keys: the key of each row of "train"; rows with the same key are held out together.
-        strata: the stratum of each row of "train", which keeps its proportion; None has one.
-        metrics: the names of the metrics.
-        seed: as for `hold_out`.
-        dev: as for `hold_out`.
-        test: as for `hold_out`.
-    """
+    names: tuple[str, ...] = getattr(train, "label_names", ())
+    if keys is None:
+        keys = [key_of(*texts) for texts in train.texts]
+    if strata is None:
+        strata = train.labels.tolist() if names else [0] * len(train)
     shares = (0.0 if part in parts else share for part, share in (("dev", dev), ("test", test)))
-    rows = split_rows(keys, strata or [0] * len(keys), seed, *shares)
-    held = dict(zip(("train", "dev", "test"), map(parts["train"].take, rows), strict=True))
+    rows = split_rows(keys, strata, seed, *shares)
+    held = dict(zip(("train", "dev", "test"), map(train.take, rows), strict=True))
     whole = {**held, **{part: parts[part] for part in ("dev", "test") if part in parts}}
+    for part in ("dev", "test"):
+        if "f1" in metrics and len(names) == 2 and not (whole[part].labels == 1).any():
+            _LOG.warning(
+                "%s has no row of the class %r, so its F1 is 0 whatever is predicted; give it such "
+                "rows, or write --metrics accuracy",
+                part,
+                names[1],
+            )
     return TaskData(name, **whole, metrics=tuple(metrics))
 
 

@@ -131,7 +131,7 @@ cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli ...
     from adapters_jax.finetune.data.datasets import hold_out
 
     name = glue_name(name)
-    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
+    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, seed=split_seed)
 
 
 def glue_name(name: str) -> str:

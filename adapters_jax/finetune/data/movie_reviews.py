@@ -67,4 +67,4 @@ def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> Tas
         adapters_jax.finetune.data.files.DataError: movieReviewSnippets_GroundTruth.txt: ...
     """
     parts = {"train": movie_reviews(directory)}
-    return hold_out("movie-reviews", parts, ("accuracy", "f1"), split_seed)
+    return hold_out("movie-reviews", parts, ("accuracy", "f1"), seed=split_seed)

@@ -16,7 +16,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows
+from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import title_of
@@ -161,7 +161,7 @@ class Task(ABC):
         Raises:
             DataError: the files have rows of different kinds, or too few.
         """
-        return hold_out_rows(name, parts, self.groups(parts["train"]), None, metrics)
+        return hold_out(name, parts, metrics, self.groups(parts["train"]))
 
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]

@@ -19,7 +19,7 @@ from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.datasets import TaskData, hold_out, make_datasets
+from adapters_jax.finetune.data.datasets import TaskData, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.models.parts.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
@@ -218,7 +218,7 @@ class LabelledTask(EncoderTask):
 
     def hold_out(self, name: str, parts: Mapping[str, Table], metrics: Sequence[str]) -> TaskData:
         """Makes the labels ids or numbers; classes keep their proportions. See `Task.hold_out`."""
-        return hold_out(name, make_datasets(parts, self.learns), metrics)
+        return super().hold_out(name, make_datasets(parts, self.learns), metrics)
 
 
 class LabelledTexts(LabelledTask):

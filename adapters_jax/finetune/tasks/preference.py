@@ -17,7 +17,7 @@ import safetensors.numpy
 from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.tensors import open_tensors
-from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows
+from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
@@ -91,7 +91,7 @@ class PreferenceTask(DecoderTask):
                     "with labels, expected the same in both"
                 )
         strata = None if train.paired else [int(label or 0) for label in train.labels]
-        return hold_out_rows(name, parts, self.groups(train), strata, metrics)
+        return hold_out(name, parts, metrics, self.groups(train), strata)
 
     def prepare(self, data: Any, setup: Setup) -> PreparedPreferences:
         """Encodes the rows for a decoder; the baseline is the base. See `Task.prepare`."""
