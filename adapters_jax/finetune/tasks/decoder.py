@@ -75,6 +75,16 @@ class DecoderTask(Task):
         ids = np.zeros((1, 8), np.int32)
         model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
         check_base(run, dict(config), decoder.sha256)
+        return Generator(decoder, model, *self.asking(run, config, decoder))
+
+    def asking(
+        self, run: Run, config: Mapping[str, Any], decoder: PretrainedDecoder
+    ) -> tuple[Prompts, tuple[int, ...]]:
+        """The format of a run's prompts, and the tokens that end its answers.
+
+        Raises:
+            RunError: the prompts of the configuration are damaged.
+        """
         try:
             prompts = Prompts(**config.get("prompts", {}))
         except (TypeError, ValueError) as error:
@@ -82,7 +92,7 @@ class DecoderTask(Task):
             raise RunError(f"{run.config} is damaged: {damage}") from error
         # Templates may end an answer by another token than the one that ends a text.
         end = ChatEncoder(decoder, decoder.config.longest).end if self.talks(config) else None
-        return Generator(decoder, model, prompts, () if end is None else (end,))
+        return prompts, () if end is None else (end,)
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with one prompt; see `Task.usage`."""
