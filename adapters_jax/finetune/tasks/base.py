@@ -28,6 +28,8 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState
 
 Batch = Mapping[str, np.ndarray]
+HELD_OUT = ("dev", "test")
+PARTS = ("train", *HELD_OUT)
 Columns = Mapping[str, str | None]  # the roles of columns, each with its default name
 Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 

@@ -16,10 +16,9 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder
-from adapters_jax.finetune.tasks.base import Columns, Setup
+from adapters_jax.finetune.tasks.base import HELD_OUT, Columns, Setup
 from adapters_jax.finetune.tasks.completion_problem import CompletionProblem, build_completions
 from adapters_jax.finetune.tasks.decoder import (
-    HELD_OUT,
     DecoderTask,
     PreparedDecoder,
     chosen_prompts,

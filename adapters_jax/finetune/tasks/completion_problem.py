@@ -26,14 +26,8 @@ from adapters_jax.finetune.pretrained.decoder import (
     complete,
     rounded,
 )
-from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Scores, Setup
-from adapters_jax.finetune.tasks.decoder import (
-    HELD_OUT,
-    PARTS,
-    BuiltRows,
-    DecoderProblem,
-    learnt_first,
-)
+from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Batch, NotFiniteError, Scores, Setup
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
 from adapters_jax.finetune.tasks.metrics import ROUGE, exact_match, perplexity, rouge
 from adapters_jax.training.losses import cross_entropy, sequence_log_probs
 from adapters_jax.training.state import TrainState

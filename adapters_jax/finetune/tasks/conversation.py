@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from adapters_jax.finetune.data.conversations import Conversations, read_conversations
 from adapters_jax.finetune.data.splits import key_of
-from adapters_jax.finetune.tasks.base import Columns, Setup
+from adapters_jax.finetune.tasks.base import PARTS, Columns, Setup
 from adapters_jax.finetune.tasks.completion import PreparedCompletions, TokenLossTask
 from adapters_jax.finetune.tasks.completion_problem import CompletionProblem, build_batches
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder, Encoded
-from adapters_jax.finetune.tasks.decoder import PARTS, check_chats, length_of, load_base
+from adapters_jax.finetune.tasks.decoder import check_chats, length_of, load_base
 
 
 class ConversationTask(TokenLossTask):

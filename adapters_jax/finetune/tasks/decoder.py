@@ -46,8 +46,6 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.training.losses import TOKENS
 from adapters_jax.training.state import TrainState
 
-HELD_OUT = ("dev", "test")
-PARTS = ("train", *HELD_OUT)
 MAX_LENGTH = 256
 # Paths by which a recipe adapts the head of a model, which may be the embedding.
 HEADS = ("head", "head/kernel", "embeddings", "embeddings/embedding")

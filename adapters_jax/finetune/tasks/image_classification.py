@@ -20,7 +20,7 @@ from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
-from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.base import PARTS, Batch, Columns
 from adapters_jax.finetune.tasks.classification import Classes
 from adapters_jax.finetune.tasks.labelled import LabelledTask
 from adapters_jax.finetune.tasks.readout import Inputs
@@ -126,13 +126,10 @@ class ImageClassification(LabelledTask):
         """
         files = {part: path.resolve() if path.exists() else path for part, path in files.items()}
         data = super().load(files, columns, metrics)
-        held_out = {part: files.get(part, files["train"]) for part in ("train", "dev", "test")}
-        parts = {
-            part: replace(rows, texts=_placed(path, rows.texts))
-            for part, path in held_out.items()
-            for rows in (getattr(data, part),)
-        }
-        return replace(data, **parts)
+        # Placed once rows are held out: what is drawn by paths is the same wherever they lie.
+        found = {part: getattr(data, part) for part in PARTS}
+        placed = {p: replace(x, texts=_placed(Path(x.path), x.texts)) for p, x in found.items()}
+        return replace(data, **placed)
 
     def read_texts(self, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
         """The paths of images to predict."""

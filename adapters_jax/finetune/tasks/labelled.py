@@ -25,6 +25,8 @@ from adapters_jax.finetune.models.parts.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.run_directory import Run, RunError, check_base
 from adapters_jax.finetune.tasks.base import (
+    HELD_OUT,
+    PARTS,
     Batch,
     Columns,
     Prepared,
@@ -54,7 +56,6 @@ from adapters_jax.training.state import TrainState
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
 LEAST_STEPS = 340  # of a new head and an adapter: `python -m benchmarks defaults`
-PARTS = ("train", "dev", "test")
 
 
 class EncoderTask(Task):
@@ -102,7 +103,7 @@ class EncoderTask(Task):
         buckets = readout.buckets(rows, length, size)
         batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets)
         model, params = self._adapted(setup, encoder, readout, batches[0])
-        held_out = {part: inputs[part] for part in ("dev", "test")}
+        held_out = {part: inputs[part] for part in HELD_OUT}
         problem = LabelledProblem(
             model,
             params,

@@ -22,10 +22,8 @@ from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.run_directory import Run, RunError
-from adapters_jax.finetune.tasks.base import Columns, Setup
+from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Columns, Setup
 from adapters_jax.finetune.tasks.decoder import (
-    HELD_OUT,
-    PARTS,
     DecoderTask,
     PreparedDecoder,
     check_chats,

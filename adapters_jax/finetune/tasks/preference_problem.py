@@ -27,10 +27,10 @@ from adapters_jax.finetune.data.packing import Example, Packed, sequence
 from adapters_jax.finetune.data.preferences import Preference, Preferences
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, rounded
-from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Scores, Setup
+from adapters_jax.finetune.tasks.base import HELD_OUT, Batch, NotFiniteError, Scores, Setup
 from adapters_jax.finetune.tasks.completion_problem import encode_pair
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
-from adapters_jax.finetune.tasks.decoder import HELD_OUT, BuiltRows, DecoderProblem, learnt_first
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
 from adapters_jax.finetune.tasks.views import lengths_of
 from adapters_jax.training.losses import (
     dpo_loss,
