@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.errors import raises
+from helpers.labelled import load_labelled
 from helpers.tagging import Tagging, TaggingProblem
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
-from adapters_jax.finetune.data.datasets import load_labelled
 from adapters_jax.finetune.data.readers import READERS, read_csv
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.options.method import MethodOptions

@@ -18,7 +18,7 @@ from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, p
 from adapters_jax.distributed.program import Program
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
-from adapters_jax.finetune.tasks.completion_problem import chunk_of
+from adapters_jax.finetune.tasks.decoder import chunk_of
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
 

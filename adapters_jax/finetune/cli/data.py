@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.finetune.console import Console
-from adapters_jax.finetune.data.files import DataError, Rows, check_even
+from adapters_jax.finetune.data.files import DataError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.data.summary import Lengths, Summary, inputs_of, summarize
@@ -78,22 +78,19 @@ class DescribeData:
             DataError: a file cannot be used, or there is none.
             UserError: the model cannot be used.
         """
-        from adapters_jax.finetune.data.overlap import shared_rows
+        from adapters_jax.finetune.data.datasets import shared_rows
 
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
         tables = [(path, read_file(path)) for path in self.files]
-        for path, rows in tables:
-            check_even(path, rows)
+        for _, rows in tables:
             if self.label is not None:
-                choose_values(path, rows, [self.label])
+                choose_values(rows, [self.label])
         first = inputs_of(tables[0][1])
         found = []
         for i, (path, rows) in enumerate(tables):
             shared = None if i == 0 else len(shared_rows(first, inputs_of(rows)))
-            found.append(
-                _Described(path, summarize(rows, self.label), shared, self._seen(path, rows))
-            )
+            found.append(_Described(path, summarize(rows, self.label), shared, self._seen(rows)))
 
         def report() -> None:
             for described in found:
@@ -103,13 +100,13 @@ class DescribeData:
 
         return report
 
-    def _seen(self, path: Path, rows: Rows) -> Seen | None:
+    def _seen(self, rows: Rows) -> Seen | None:
         if self.model is None:
             return None
         from adapters_jax.finetune.examples import see
 
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
-        return see(self.model, path, rows, columns, self.turns)
+        return see(self.model, rows, columns, self.turns)
 
     def _to_dict(self, described: _Described) -> dict[str, Any]:
         values = {"file": described.path.as_posix(), **described.summary.to_dict()}

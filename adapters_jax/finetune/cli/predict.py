@@ -84,8 +84,8 @@ class Predict:
         if self.out is not None:
             _check_out(self.out)
             if self.file is not None:
-                values, _ = choose_values(self.file, rows, rows[0])
-                given = [dict(zip(rows[0], map(_finite, row), strict=True)) for row in values]
+                values, _ = choose_values(rows, rows.header)
+                given = [dict(zip(rows.header, map(_finite, row), strict=True)) for row in values]
         with console.waiting(f"loading {run.path}"):
             predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
@@ -113,7 +113,7 @@ class Predict:
             named = [self.text, self.text_pair][: len(columns)]
             chosen = [*map(_either, named, columns), *columns[2:]]
             rows = read_file(self.file)
-            return task.read_texts(self.file, rows, chosen), rows
+            return task.read_texts(rows, chosen), rows
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
@@ -126,7 +126,7 @@ class Predict:
             parts = list(self.texts)
             for path in filter(os.path.isfile, parts):
                 _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
-        return _rows(parts, columns), ([], [])
+        return _rows(parts, columns), Rows([], [])
 
     def _write(
         self, predictions: Sequence[Prediction], given: list[dict[str, Any]], console: Console

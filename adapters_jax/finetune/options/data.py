@@ -132,7 +132,7 @@ class DataOptions:
         named = {"text", "text_pair", "label", "prompt", "completion", "columns"} & {*given(self)}
         if self.train is None or named:
             return None
-        layout = layout_of(read_file(self.train)[0])
+        layout = layout_of(read_file(self.train).header)
         if layout is None:
             return None
         found = f"{self.train.as_posix()} has the layout {layout.name}: a row is {layout.what}"

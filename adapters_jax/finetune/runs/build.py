@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
-from adapters_jax.finetune.data.overlap import overlaps
+from adapters_jax.finetune.data.datasets import overlaps
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.leaving import ways_out
 from adapters_jax.finetune.models.parts.attention import check_kernel

@@ -25,7 +25,7 @@ from adapters_jax.finetune.serving.guard import Limits, failure, refused
 from adapters_jax.finetune.serving.requests import End
 from adapters_jax.finetune.serving.slots import Choice
 from adapters_jax.finetune.serving.texts import TextSink
-from adapters_jax.finetune.tasks.completion import NEW_TOKENS
+from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
 _BROKEN: dict[End, tuple[int, str]] = {
     "timeout": (408, "the answer took longer than the server's limit; ask for fewer tokens"),

@@ -41,7 +41,7 @@ from adapters_jax.finetune.serving.requests import (
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tasks.base import in_row_order
 from adapters_jax.finetune.tasks.labelled_problem import apply_to_rows
-from adapters_jax.finetune.tasks.readout import Batching, Readout
+from adapters_jax.finetune.tasks.readout import Readout
 from adapters_jax.linen import init_adapters
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
@@ -301,7 +301,7 @@ class Labeller:
             mine = mine[..., : readout.width]
             if np.isfinite(mine).all():
                 self.counts.ended["labelled"] += 1
-                found = readout.predictions(each.texts, mine, inputs)
+                found = readout.predictions(each.texts, mine, inputs.where)
                 each.future.set_result([one.to_dict() for one in found])
             else:
                 each.future.set_exception(
@@ -311,9 +311,7 @@ class Labeller:
     def _compute(self, readout: Any, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
         """The head's outputs for rows, each with the name of its adapter; any readout batches."""
         inputs = [row for _, row in rows]
-        batches = readout.batches(
-            self._base.encoder, inputs, None, Batching(BATCH, None, self._widths)
-        )
+        batches = readout.batches(self._base.encoder, inputs, None, BATCH, None, self._widths)
         params, bank = self._bank.params, self._bank
 
         def run(batch: Any) -> Any:
