@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import given
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _ONLY_OF_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data
 
 
 @dataclass(frozen=True)
-class Combine:
+class Combine(Command):
     """Adds up the LoRA of several runs on one decoder, with weights, into a run that generates.
 
     The sum is that of the changes scale * A B of each weight. "linear" is exact, and its rank is
@@ -35,14 +36,13 @@ class Combine:
         rank: rank of the result; not for linear.
         density: part of the entries that ties and dare keep; 0.5 by default.
         seed: seed of dare.
-        json: print what was written as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax combine runs/one runs/two --weights 0.7 0.3 --out runs/both
   adapters-jax combine runs/one runs/two --weights 1 -0.5 --how svd --rank 8 \\
     --out runs/both"""
-    positional: ClassVar[tuple[str, ...]] = ("runs",)
+    positional = ("runs",)
 
     runs: tuple[Path, ...]
     weights: tuple[float, ...]
@@ -51,17 +51,9 @@ class Combine:
     rank: int | None = None
     density: float = 0.5
     seed: int = 0
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the runs, and combines their adapters.
-
-        Raises:
-            RunError: a run cannot be used, runs have different base models, or --out exists.
-            UserError: the weights, --how or --rank are not valid.
-            RecipeError: a run has a method other than LoRA.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Reads the runs, and combines their adapters."""
         import jax
 
         from adapters_jax.files.adapter import read_adapter, save_adapter

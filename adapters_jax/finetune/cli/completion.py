@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(Command):
     """Prints a script with which a shell completes commands, flags and their choices.
 
     For bash, write it where bash-completion looks, or source it in ~/.bashrc. For zsh, write it as
@@ -18,19 +19,21 @@ class Completion:
 
     Args:
         shell: bash, zsh or fish.
-        json: print the script as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax completion bash > \\
     ~/.local/share/bash-completion/completions/adapters-jax
   adapters-jax completion zsh > ~/.zfunc/_adapters-jax
   adapters-jax completion fish > ~/.config/fish/completions/adapters-jax.fish"""
-    positional: ClassVar[tuple[str, ...]] = ("shell",)
-    needs_jax: ClassVar[bool] = False
+    positional = ("shell",)
 
     shell: Literal["bash", "zsh", "fish"]
-    json: bool = False
+
+    @property
+    def needs_jax(self) -> bool:
+        """Whether jax is imported: a script has flags alone."""
+        return False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the flags of all commands, and returns a function that prints the script."""

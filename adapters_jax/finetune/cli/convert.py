@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import Format, flag, given
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Writes an adapter in the format of adapters_jax, PEFT, AdapterHub or llama.cpp, with a card.
 
     The format of the source is recognised by its files. Settings that the other library does not
@@ -41,10 +42,9 @@ class Convert:
         pooling: what an encoder's head reads: mean, first token (cls) or pooler; a run has its own.
         head: also write an encoder's head; by default, where the format's library has such a head.
         license: license of the adapter in the card, such as apache-2.0.
-        json: print what was written as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax convert runs/e2e-lora for-peft --to peft
   adapters-jax convert runs/reviews for-adapterhub --to adapterhub --no-head
   adapters-jax convert runs/e2e-dora for-vllm --to peft --for vllm --rank 64 \\
@@ -52,7 +52,7 @@ class Convert:
   adapters-jax convert runs/e2e-lora for-llama --to gguf
   adapters-jax convert user/their-lora@main ours --to native \\
     --model smollm2-135m"""
-    positional: ClassVar[tuple[str, ...]] = ("source", "destination")
+    positional = ("source", "destination")
 
     source: str
     destination: Path
@@ -64,17 +64,9 @@ class Convert:
     pooling: Literal["mean", "cls", "pooler"] | None = None
     head: bool | None = None
     license: str | None = None
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the source, writes the destination, and returns a function that reports it.
-
-        Raises:
-            AdapterFileError: the source cannot be used.
-            UserError: the base model cannot be used, the format does not support the source, or the
-                destination is not empty.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Reads the source, writes the destination, and returns a function that reports it."""
         from adapters_jax.finetune.export import describe, export, open_source
 
         server = self._server()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.files import DataError, Rows, check_even
@@ -13,6 +13,7 @@ from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.data.summary import Lengths, Summary, inputs_of, summarize
 from adapters_jax.finetune.data.tables import choose_values
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.examples import Seen
@@ -28,7 +29,7 @@ _ROLES = ("text", "text_pair", "prompt", "completion")
 
 
 @dataclass(frozen=True)
-class DescribeData:
+class DescribeData(Command):
     """Shows what files of rows hold: their layout, columns, lengths, labels and duplicates.
 
     With several files, such as train and test, the rows that the others share with the first are
@@ -46,14 +47,13 @@ class DescribeData:
         completion: for a decoder, column of the completion.
         turns: tokens of conversations that count in the loss.
         max_length: count the rows that have more tokens than this.
-        json: print one JSON object for each file.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax data train.csv test.csv
   adapters-jax data chats.jsonl --model smollm2-135m --max-length 512
   adapters-jax data 'part-*.parquet' --model minilm --text review --json"""
-    positional: ClassVar[tuple[str, ...]] = ("files",)
+    positional = ("files",)
 
     files: tuple[Path, ...] = ()
     model: str | None = None
@@ -64,7 +64,6 @@ class DescribeData:
     completion: str | None = None
     turns: Literal["assistant", "last", "all"] = "assistant"
     max_length: int | None = None
-    json: bool = False
 
     @property
     def needs_jax(self) -> bool:
@@ -72,12 +71,7 @@ class DescribeData:
         return self.model is not None
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the files and, with a model, encodes their rows.
-
-        Raises:
-            DataError: a file cannot be used, or there is none.
-            UserError: the model cannot be used.
-        """
+        """Reads the files and, with a model, encodes their rows."""
         from adapters_jax.finetune.data.overlap import shared_rows
 
         if not self.files:

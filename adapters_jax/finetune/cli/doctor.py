@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Command):
     """Checks that versions go together, that jax uses the devices, and that a step is right.
 
     It lists versions, the environment's settings, and the devices with their memory; then it trains
     LoRA on one layer for a step, in float32 and bfloat16, and compares it with the formula. Where
     something is wrong, it says what to do, and its exit status is 2.
-
-    Args:
-        json: print JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax doctor
   adapters-jax doctor --json"""
-
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Returns a function that examines and reports.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import flag
 from adapters_jax.finetune.options.method import PRESETS
 from adapters_jax.finetune.options.parsing import UsageError
@@ -46,19 +47,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Listing(ABC):
+class Listing(Command):
     """A command that lists what there is: as tables, as JSON, or as a page in Markdown.
 
     Args:
         markdown: print a page of the documentation.
-        json: print JSON.
 
     Raises:
         UsageError: both are asked for.
     """
 
     markdown: bool = False
-    json: bool = False
 
     def __post_init__(self) -> None:
         if self.markdown and self.json:
@@ -69,11 +68,7 @@ class Listing(ABC):
         """Finds what is listed."""
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Finds what is listed, and returns a function that prints it.
-
-        Raises:
-            UserError: nothing has the name that the user gave.
-        """
+        """Finds what is listed, and returns a function that prints it."""
         found = self.find()
 
         def report() -> None:
@@ -97,7 +92,7 @@ class ListMethods(Listing):
     The second table has the classes that recipes consist of, with those of installed packages.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax methods
   adapters-jax methods --json"""
 
@@ -136,7 +131,7 @@ class ListMethods(Listing):
 class ListTasks(Listing):
     """Lists the tasks: what each learns, on which kind of model, its columns and metrics."""
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax tasks
   adapters-jax tasks --json"""
 

@@ -159,7 +159,7 @@ def _start(name: str, command: Any) -> None:
     """Prepares a command, then does its work; says before the import of jax that it has begun."""
     from adapters_jax.finetune.console import Console
 
-    if "jax" not in sys.modules and getattr(command, "needs_jax", True):
+    if "jax" not in sys.modules and command.needs_jax:
         print(f"adapters-jax {name}: importing jax", file=sys.stderr, flush=True)
     command.prepare(Console(command.json))()
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.merging import Written
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Command):
     """Merges the LoRA of a run into its base: a checkpoint that needs no adapter.
 
     The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. That of an
@@ -27,28 +28,19 @@ class Merge:
         run: directory of the run.
         out: directory to write, which must not exist.
         dequantize: for a run with --quantize, merge into its weights as floats.
-        json: print what was written as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax merge runs/mine --out merged
   adapters-jax merge runs/mine --out merged --json"""
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    positional = ("run",)
 
     run: Path
     out: Path
     dequantize: bool = False
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Loads the run, and merges its adapter.
-
-        Raises:
-            DataError: --out exists, or the base is quantized and --dequantize is missing.
-            RunError: the run cannot be used.
-            RecipeError: the adapter cannot be merged.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Loads the run, and merges its adapter."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.transforms.quantize import dequantize
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.finetune.cli.listing import Found, Listing, Table
 from adapters_jax.finetune.options.method import PRESETS
@@ -46,20 +46,16 @@ class ListModels(Listing):
         name: a part of the name of a family or of a published shape.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax models
   adapters-jax models llama
   adapters-jax models Qwen3-8B --json"""
-    positional: ClassVar[tuple[str, ...]] = ("name",)
+    positional = ("name",)
 
     name: str = ""
 
     def find(self) -> Found:
-        """Finds the families.
-
-        Raises:
-            UserError: nothing has this name.
-        """
+        """Finds the families."""
         from adapters_jax.finetune.catalog import catalog
 
         entries = catalog(self.name)

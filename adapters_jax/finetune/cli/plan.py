@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.console import Console, duration
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.method import MethodOptions
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ OFF = (
 
 
 @dataclass(frozen=True)
-class PlanTraining:
+class PlanTraining(Command):
     """Computes the memory of each device in training a recipe and in full fine-tuning.
 
     No weights are needed. With --device, the step is compiled by the compiler of a TPU or GPU,
@@ -52,10 +53,9 @@ class PlanTraining:
             that fits.
         largest: find the largest batch that fits; it compiles several steps.
         full: also plan full fine-tuning.
-        json: print JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax plan --model bert-large --method houlsby --batch-size 32 \\
     --length 128
   adapters-jax plan --model llama-7b --method lora --memory 80
@@ -65,26 +65,10 @@ class PlanTraining:
     --mesh fsdp=8,model=8"""
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Model": (
-            "model",
-            "dtype",
-            "quantize",
-            "attention",
-        ),
-        "Step": (
-            "batch_size",
-            "length",
-            "remat",
-        ),
-        "Devices": (
-            "device",
-            "mesh",
-            "memory",
-        ),
-        "Plans": (
-            "largest",
-            "full",
-        ),
+        "Model": ("model", "dtype", "quantize", "attention"),
+        "Step": ("batch_size", "length", "remat"),
+        "Devices": ("device", "mesh", "memory"),
+        "Plans": ("largest", "full"),
     }
     model: str
     method: MethodOptions = field(default_factory=lambda: MethodOptions("lora"))
@@ -99,17 +83,9 @@ class PlanTraining:
     memory: float | None = None
     largest: bool = True
     full: bool = True
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Checks the flags, and makes the mesh.
-
-        Raises:
-            UserError: the model or the recipe cannot be used, there is no such device, or the base
-                is quantised for the CPU, or is to use a kernel there.
-            ShardingError: the mesh is not valid, or the batch does not split over it.
-            MissingPackageError: the compiler of the device is not installed.
-        """
+        """Checks the flags, and makes the mesh."""
         check_size("the plan", "--length", self.length)
         if self.batch_size is not None:
             check_size("the plan", "--batch-size", self.batch_size)

@@ -7,17 +7,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from adapters_jax.errors import UserError
 from adapters_jax.files import hub
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import Format
 from adapters_jax.finetune.runs.stopping import StoppedError
 
 
 @dataclass(frozen=True)
-class Push:
+class Push(Command):
     """Uploads a finished run's adapter with a model card to the Hugging Face Hub.
 
     The repository is created if it does not exist. The token comes from `hf auth login` or
@@ -34,15 +35,14 @@ class Push:
         dry_run: write what would be uploaded to --out, and upload nothing.
         out: directory to keep the uploaded files in; with --dry-run by default the repository's
             name.
-        json: print what was uploaded as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax push runs/e2e-lora me/e2e-lora --license apache-2.0
   adapters-jax push runs/e2e-lora me/e2e-lora --to peft --private \\
     --revision peft
   adapters-jax push runs/e2e-lora me/e2e-lora --dry-run --out look-at-this"""
-    positional: ClassVar[tuple[str, ...]] = ("run", "repository")
+    positional = ("run", "repository")
 
     run: Path
     repository: str
@@ -53,17 +53,9 @@ class Push:
     license: str | None = None
     dry_run: bool = False
     out: Path | None = None
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Writes the files, and checks everything that can be checked before the upload.
-
-        Raises:
-            UserError: the id is not valid, there is no token, the format does not support the run,
-                --out is not empty, or --dry-run without --out would write where something is.
-            RunError: the run cannot be used.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Writes the files, and checks everything that can be checked before the upload."""
         from adapters_jax.finetune.export import describe, export, open_source
         from adapters_jax.finetune.run_directory import Run
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Command):
     """Writes the page and the picture of a finished run or of a comparison anew, from its files.
 
     Nothing is trained, and no model is loaded. A run of an older version keeps no predictions, and
@@ -19,23 +19,17 @@ class Report:
 
     Args:
         run: directory of the run, or of the comparison.
-        json: print the path of the page as JSON on stdout; everything else goes to stderr.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax report runs/minilm-movie-reviews-houlsby
   adapters-jax report comparisons/minilm-movie-reviews"""
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    positional = ("run",)
 
     run: Path
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads and checks the files.
-
-        Raises:
-            RunError: there is no finished run and no comparison, or a file is damaged.
-        """
+        """Reads and checks the files."""
         from adapters_jax.finetune.compare.summary import PAGE, rewrite_comparison
         from adapters_jax.finetune.inference.comparison import SUMMARY
         from adapters_jax.finetune.report.findings import check_views

@@ -58,14 +58,7 @@ class CompareOptions(Settings):
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Comparison": (
-            "recipes",
-            "learning_rates",
-            "seeds",
-            "tuning_seeds",
-            "out",
-            "together",
-        ),
+        "Comparison": ("recipes", "learning_rates", "seeds", "tuning_seeds", "out", "together"),
     }
     recipes: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()

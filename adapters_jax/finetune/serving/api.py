@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -20,17 +19,10 @@ from starlette.routing import Route
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.serving import schemas
-from adapters_jax.finetune.serving.adapters import About, Read
+from adapters_jax.finetune.serving.adapters import About
 from adapters_jax.finetune.serving.guard import Guard, Limits, refused
 from adapters_jax.finetune.serving.metrics import Metrics
-from adapters_jax.finetune.serving.requests import (
-    BusyError,
-    Counts,
-    FullError,
-    Served,
-    UnknownModelError,
-)
-from adapters_jax.transforms.fitting import Fitted
+from adapters_jax.finetune.serving.requests import BusyError, FullError, UnknownModelError
 from adapters_jax.version import __version__
 
 # The page is one file, and asks no other host.
@@ -40,58 +32,17 @@ _ALONE = (
 )
 
 
-class Work(Protocol):
-    """What computes the answers of a server: an `Engine`, or a `Labeller`."""
-
-    adapters: dict[str, Served]
-    counts: Counts
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works on requests."""
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-
-    @property
-    def running(self) -> int:
-        """How many requests are computed."""
-
-    def fit(self, name: str, adapter: Any) -> Fitted:
-        """See `Engine.fit`."""
-
-    def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool) -> Future[None]:
-        """See `Engine.put`."""
-
-    def drop(self, name: str) -> Future[None]:
-        """See `Engine.drop`."""
-
-
-class Base(Protocol):
-    """What reads adapters onto the base of a server.
-
-    Attributes:
-        files: the names of the files that an adapter may have.
-    """
-
-    files: frozenset[str]
-
-    def read(self, directory: Path) -> Read:
-        """See `DecoderBase.read`."""
-
-
 class Api:
     """What the paths of every server do: the base, the adapters, and the server's health.
 
     Args:
-        base: what reads adapters onto the base.
-        engine: what computes the answers; it has been started.
+        base: what reads adapters onto the base: a `DecoderBase` or an `EncoderBase`.
+        engine: what computes the answers, an `Engine` or a `Labeller`; it has been started.
         name: what requests call the base.
         limits: the limits of requests.
     """
 
-    def __init__(self, base: Base, engine: Work, name: str, limits: Limits) -> None:
+    def __init__(self, base: Any, engine: Any, name: str, limits: Limits) -> None:
         self.files, self.reader = base.files, base
         self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine)
@@ -208,9 +159,9 @@ class Api:
         """Completes a prompt."""
         raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
 
-    async def chat(self, _: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Answers a conversation."""
-        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
+        return await self.complete(request)
 
     async def predict(self, _: Request) -> Response:
         """Labels texts."""

@@ -122,22 +122,19 @@ def parsed(kind: type[_B], data: bytes) -> _B:
     return body
 
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+class _Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """The answer to a request that was not done."""
+
+    error: _Problem
+
+
 _FAILURES = {
     "400": "the request has another form, or cannot be done",
     "401": "the API key is missing or another one",
@@ -170,7 +167,7 @@ def _operation(summary: str, *, body: Any = None, kind: str = "application/json"
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI description of the server."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
+    schemas: dict[str, Any] = {}
 
     def of(kind: type[BaseModel]) -> dict[str, Any]:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -209,6 +206,7 @@ def openapi(version: str) -> dict[str, Any]:
         "/healthz": {"get": _operation("Whether the server works")},
         "/metrics": {"get": _operation("Figures for Prometheus", kind="text/plain")},
     }
+    of(Error)  # which the operations refer to
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",
