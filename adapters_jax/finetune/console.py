@@ -132,8 +132,9 @@ class Console:
             first: what is done before the first update, such as "compiling"; the estimate is then
                 without the seconds in which JAX compiles.
         """
+        estimate = _Estimate(steps, left, first)
         if not self.printer.is_terminal:
-            yield _Lines(self, title, steps, unit, left, first)
+            yield _Lines(self, title, unit, estimate)
             return
         columns = (
             bars.TextColumn("{task.description}", markup=False),
@@ -143,57 +144,53 @@ class Console:
             bars.TextColumn("{task.fields[left]}"),
         )
         with bars.Progress(*columns, console=self.printer) as bar:
-            yield _Bar(bar, title, steps, left, first)
+            yield _Bar(bar, title, estimate)
+
+
+class _Estimate:
+    """Estimates the seconds that are left of some steps; see `Console.progress`."""
+
+    def __init__(self, steps: int, left: Callable[[], float | None] | None, first: str):
+        self.steps, self.first, self._left = steps, first, left
+        self.pace = Pace(clock if first else time.monotonic)
+
+    def left(self, step: int) -> str:
+        """The seconds that are left after a step, in words; empty if they are not known yet."""
+        pace = self.pace.at(step)
+        seconds = self._left() if self._left else pace and pace * (self.steps - step)
+        return "" if seconds is None else f"{duration(seconds)} left"
 
 
 class _Bar:
     """Progress as a live bar."""
 
-    def __init__(
-        self,
-        bar: bars.Progress,
-        title: str,
-        steps: int,
-        left: Callable[[], float | None] | None,
-        first: str,
-    ):
-        self.bar, self.steps, self.left, self.pace = bar, steps, left, _pace(first)
-        self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
+    def __init__(self, bar: bars.Progress, title: str, estimate: _Estimate):
+        self.bar, self.estimate = bar, estimate
+        title, steps = visible(title, lines=False), estimate.steps
+        self.task = bar.add_task(title, total=steps, note=estimate.first, left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        pace = self.pace.at(step)
-        left = self.left() if self.left else pace and pace * (self.steps - step)
-        self.bar.update(self.task, completed=step, note=note, left=_left(left))
+        left = self.estimate.left(step)
+        self.bar.update(self.task, completed=step, note=note, left=left)
 
 
 class _Lines:
     """Progress as plain lines."""
 
-    def __init__(
-        self,
-        console: Console,
-        title: str,
-        steps: int,
-        unit: str,
-        left: Callable[[], float | None] | None,
-        first: str,
-    ):
-        self.console, self.title, self.steps, self.unit = console, title, steps, unit
-        self.left, self.pace = left, _pace(first)
+    def __init__(self, console: Console, title: str, unit: str, estimate: _Estimate):
+        self.console, self.title, self.unit, self.estimate = console, title, unit, estimate
         self.began = self.last = time.monotonic()
-        if first:
-            console.say(f"{title}  {first}")
+        if estimate.first:
+            console.say(f"{title}  {estimate.first}")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        now = time.monotonic()
-        pace = self.pace.at(step)
+        now, steps, left = time.monotonic(), self.estimate.steps, self.estimate.left(step)
         pause = NEWS_SECONDS if news else QUIET_SECONDS
-        if now - self.last < pause and not (news and step == self.steps):
+        if now - self.last < pause and not (news and step == steps):
             return
         self.last = now
-        left = self.left() if self.left else pace and pace * (self.steps - step)
-        time_words = duration(now - self.began) if step == self.steps else _left(left)
-        parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
+        time_words = duration(now - self.began) if step == steps else left
+        parts = (f"{self.title}  {self.unit} {step} of {steps}", note, time_words)
         self.console.say("  ".join(filter(None, parts)))
 
 
@@ -215,14 +212,6 @@ def _cell(text: str) -> Text:
 
 def _print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _pace(first: str) -> Pace:
-    return Pace(clock if first else time.monotonic)
-
-
-def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def stdin_lines(mark: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of merged models, and reads them again."""
+"""Checkpoints of merged models: whether there can be one, writing it, and reading it again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from adapters_jax.errors import BaseFileError, file_errors
+from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
 from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.leaving import check_writable
+from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
-from adapters_jax.finetune.pretrained.locate import find_family, locate
+from adapters_jax.finetune.pretrained.locate import find_family, locate, read_config
 from adapters_jax.finetune.tasks import task_of
+from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.presets import HEAD
+from adapters_jax.recipe import checked_before
+from adapters_jax.transforms.merge import merge
+from adapters_jax.transforms.quantize import dequantize
 from adapters_jax.trees import flatten
 
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
@@ -38,7 +44,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-HEAD_FILE = "head.safetensors"
+MERGED, HEAD_FILE = "merged", "head.safetensors"
 # What transformers has for a task: its class, and the problem type by which that has a loss.
 MODELS = {
     "classification": ("ForSequenceClassification", "single_label_classification"),
@@ -53,6 +59,36 @@ READ = {  # what a head reads that transformers' classes do not, and its formula
     "cls": ("first token", "cls(last_hidden_state)"),
     "pooler": ("", "pooler_output"),
 }
+
+
+def why_not_merged(problem: Problem, family: Family, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Why a run's adapter cannot be merged, by doing it without arrays; and what would be lost.
+
+    Both are empty where nothing is in the way.
+    """
+    lacks = "the bits of its base: --dequantize" if config.get("quantize") else ""
+    try:
+        check_writable(family)
+        with checked_before():
+            if problem.params is None:
+                nnx.eval_shape(lambda: merge(dequantize(problem.model)))
+                return "", lacks
+            found = family.config.from_dict(read_config(config["model"]))
+            least = family.inputs(found, 1, 8)
+            like = jnp.zeros(least.shape, least.dtype)
+            jax.eval_shape(lambda p: merge(problem.model, dequantize(p), like), problem.params)
+    except UserError as error:
+        return shortened(str(error), 200), ""
+    if config.get("pooling") not in ("pooler", MASKED) and family.kind != "vision":
+        head = f"its head in transformers' format: it reads {config.get('pooling')}"
+        lacks = f"{head}; {lacks}" if lacks else head
+    return "", lacks
+
+
+def check_writable(family: Family) -> None:
+    """Raises UserError if checkpoints of a family cannot be written."""
+    if family.save is None and family.classifier is None:
+        raise UserError(f"checkpoints of the family {family.name} cannot be written")
 
 
 def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters_jax.errors import file_errors
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.command import Command
@@ -37,11 +36,6 @@ class Compare(CompareOptions, Command):
 
     def prepare(self, console: Console) -> ComparisonJob:
         """Reads and checks everything, then makes the directory."""
-        from adapters_jax.finetune.compare.comparison import ComparisonJob
-        from adapters_jax.finetune.run_directory import Run
+        from adapters_jax.finetune.compare.comparison import prepare_comparison
 
-        options, grid, cells, out = self.check(console)
-        with file_errors(out, "made"):
-            out.mkdir(parents=True, exist_ok=True)
-        lock = Run(out).lock()
-        return ComparisonJob(options, grid, cells, out, console, lock)
+        return prepare_comparison(self, console)

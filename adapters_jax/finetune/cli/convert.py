@@ -13,7 +13,7 @@ from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import Format, flag, given
 
 if TYPE_CHECKING:
-    from adapters_jax.finetune.export import Serving
+    from adapters_jax.finetune.leaving import Serving
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Convert(Command):
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the source, writes the destination, and returns a function that reports it."""
-        from adapters_jax.finetune.export import describe, export, open_source
+        from adapters_jax.finetune.leaving import describe, export, open_source
 
         server = self._server()
         source = open_source(self.source, self.model, self.pooling)
@@ -85,7 +85,7 @@ class Convert(Command):
 
     def _server(self) -> Serving | None:
         """The server that has to load the adapter, if there is one."""
-        from adapters_jax.finetune.export import Serving
+        from adapters_jax.finetune.leaving import Serving
 
         if self.for_ and self.to != "peft":
             raise UserError(f"--for {self.for_} with --to {self.to}: servers load --to peft")

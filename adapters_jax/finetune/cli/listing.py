@@ -101,27 +101,23 @@ class ListMethods(Listing):
         from adapters_jax import presets
         from adapters_jax.methods.registry import every_method
 
-        about = {name: _first(getattr(presets, name.replace("-", "_"))) for name in PRESETS}
-        values = [
+        values: list[dict[str, Any]] = [
             {
                 "method": name,
-                "about": about[name],
+                "about": _first(getattr(presets, name.replace("-", "_"))),
                 "learning_rate": preset.learning_rate,
                 "epochs": preset.epochs,
                 "flags": [*map(flag, preset.flags)],
             }
             for name, preset in PRESETS.items()
         ]
+        rows = [
+            [x["method"], x["about"], f"{x['learning_rate']:g}", ", ".join(x["flags"])]
+            for x in values
+        ]
         classes = [[name, cls.__name__, _first(cls)] for name, cls in every_method().items()]
         tables = [
-            Table(
-                ["method", "what it trains", "learning rate", "flags"],
-                [
-                    [name, about[name], f"{each.learning_rate:g}", ", ".join(map(flag, each.flags))]
-                    for name, each in PRESETS.items()
-                ],
-                words=4,
-            ),
+            Table(["method", "what it trains", "learning rate", "flags"], rows, words=4),
             Table(["in recipes", "class", "what it is"], classes, words=3),
         ]
         return Found(tables, lambda: values, lambda: _page("Methods", "methods", tables))
@@ -139,7 +135,7 @@ class ListTasks(Listing):
         """Finds the tasks of the registry."""
         from adapters_jax.finetune.tasks import TASKS
 
-        values = [
+        values: list[dict[str, Any]] = [
             {
                 "task": name,
                 "about": _first(type(task)),
@@ -152,16 +148,10 @@ class ListTasks(Listing):
             for name, task in TASKS.items()
         ]
         header = ["task", "what it learns", "model", "columns", "metrics", "command"]
+        shown = ("task", "about", "model", "columns", "metrics", "command")
         rows = [
-            [
-                name,
-                _first(type(task)),
-                task.kind,
-                ", ".join(task.columns),
-                ", ".join(task.metrics),
-                task.command,
-            ]
-            for name, task in TASKS.items()
+            [x if isinstance(x, str) else ", ".join(x) for x in map(each.__getitem__, shown)]
+            for each in values
         ]
         table = Table(header, rows, words=len(header))
         return Found([table], lambda: values, lambda: _page("Tasks", "tasks", [table]))

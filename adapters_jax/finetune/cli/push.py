@@ -56,7 +56,7 @@ class Push(Command):
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Writes the files, and checks everything that can be checked before the upload."""
-        from adapters_jax.finetune.export import describe, export, open_source
+        from adapters_jax.finetune.leaving import describe, export, open_source
         from adapters_jax.finetune.run_directory import Run
 
         user, _, name = self.repository.partition("/")
@@ -144,7 +144,7 @@ def _check_token() -> None:
 def _stale(directory: Path) -> list[str]:
     """Names of files of other formats, which would contradict the files in a directory."""
     from adapters_jax.files.formats import every_file
-    from adapters_jax.finetune.export import RUN_CONFIG
+    from adapters_jax.finetune.leaving import RUN_CONFIG
 
     every = {RUN_CONFIG, *every_file()}
     return sorted(every - {path.name for path in directory.iterdir()})

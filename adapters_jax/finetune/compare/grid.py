@@ -10,10 +10,12 @@ import math
 import re
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.options.flags import flag, words
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.parsing import UsageError, parse
@@ -28,6 +30,11 @@ SIZES = {
     "llama-adapter": "prompt_length",
     "prefix-tuning": "prompt_length",
     "last-layers": "layers",
+}
+_SIZED = ("houlsby --bottleneck-dim 8", "houlsby --bottleneck-dim 64", "lora --rank 8")
+RECIPES = {  # of a comparison that names none, by the kind of base
+    "encoder": (*_SIZED, "layer-norms", "bitfit", "last-layers --layers 1", "full"),
+    "decoder": (*_SIZED, "llama-adapter", "last-layers --layers 1", "full"),
 }
 Result = dict[str, Any]  # the result of a cell, which is a line of cells.jsonl
 
@@ -108,6 +115,38 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
     rates = written.learning_rates or tuple(learning_rates)
     rates = rates or (written.method.learning_rate,)
     return Candidate(_without_rates(text), written.method, rates)
+
+
+def read_candidates(
+    texts: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], tuning_seeds: int
+) -> tuple[Candidate, ...]:
+    """Reads the recipes of a comparison, and checks its numbers.
+
+    Raises:
+        UserError: a text, a rate or a seed cannot be used, or two cells are the same.
+    """
+    if not seeds:
+        raise UserError("--seeds: expected at least one")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seeds {seed}: expected numbers from 0 to 2**32 - 1")
+    check_size("the comparison", "--tuning-seeds", tuning_seeds)
+    if tuning_seeds > len(seeds):
+        raise UserError(f"--tuning-seeds {tuning_seeds}: more than the {len(seeds)} --seeds")
+    candidates = tuple(read_candidate(text, learning_rates) for text in texts)
+    for candidate in candidates:
+        for rate in candidate.learning_rates:
+            check_number(f"{candidate.text!r}", "--learning-rates", rate)
+    twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
+    if twice:
+        raise UserError(f"--seeds {' '.join(twice)}: expected each seed once")
+    cells = (Cell(each.text, rate, seeds[0]) for each in candidates for rate in each.learning_rates)
+    same = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
+    if same:
+        raise UserError(
+            f"two recipes or rates would share the directory {same[0]}; leave one of them out"
+        )
+    return candidates
 
 
 def _without_rates(text: str) -> str:

@@ -24,7 +24,7 @@ PIPELINES = {"decoder": "text-generation", "encoder-decoder": "text2text-generat
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter, its base model, and its run; `export.open_source` reads it.
+    """An adapter, its base model, and its run; `leaving.open_source` reads it.
 
     Attributes:
         form: the format of the adapter.

@@ -15,7 +15,7 @@ import jax
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.options.optimizer import MOST_EPOCHS, OptimizerOptions
-from adapters_jax.finetune.runs.loop import Trained, Training
+from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.training.step import make_train_step
 
@@ -108,8 +108,7 @@ def measured(
         jax.block_until_ready(work())
         return clock() - start
 
-    found = Trained(problem.metrics[0], lambda record: None, lambda state: None)
-    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), found, half)
+    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), half)
     state, step = training.state, make_train_step(problem.loss, accumulate=options.accumulate)
     counts: Counter[Any] = Counter()
     firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,8 +29,7 @@ from adapters_jax.finetune.report.findings import write_findings
 from adapters_jax.finetune.report.run import notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.budget import fitted, measured, seconds_of
-from adapters_jax.finetune.runs.log import Record
-from adapters_jax.finetune.runs.loop import Saving, Trained, train
+from adapters_jax.finetune.runs.loop import Record, Saving, Training
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import (
@@ -162,7 +162,7 @@ class Job:
             "run": self.run.path.as_posix(),
             "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
             "trainable_parameters": counts.trainable_parameters,
-            "best_step": found.step,
+            "best_step": found.best_step,
             "dev": found.dev,
             "results": results,
         }
@@ -179,15 +179,14 @@ class Job:
         table = results_table(results, self.problem.metrics)
         metric, steps = self.problem.metrics[0], self.optimizer.steps(len(self.problem.train))
         score = f"{metric} {show_metric(metric, found.dev[metric])}"
-        kept = f"step {found.step} of {steps} is kept, the best on dev ({score})"
+        kept = f"step {found.best_step} of {steps} is kept, the best on dev ({score})"
         took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
         self.console.finish(*table, took, summary)
 
-    def _resumed(self, found: Trained, step: int) -> None:
+    def _resumed(self, found: Training) -> None:
         """Rewrites the log of metrics up to the checkpoint, and prints the step."""
         self.run.write_log({"method": self.title, **record} for record in found.records)
-        steps = self.optimizer.steps(len(self.problem.train))
-        self.console.say(f"going on after step {step} of {steps}")
+        self.console.say(f"going on after step {found.step} of {found.steps}")
 
     def _stopped(self, error: NotFiniteError) -> StoppedError:
         """Records in the run that the training stopped; returns the error to raise."""
@@ -215,7 +214,7 @@ class Job:
         """The identity of the base model, for the adapter's file."""
         return self.prepared.identity
 
-    def train_all(self, saving: Saving) -> tuple[Trained, list[Result], Judged]:
+    def train_all(self, saving: Saving) -> tuple[Training, list[Result], Judged]:
         """Trains the method, then its baselines.
 
         Returns:
@@ -226,7 +225,7 @@ class Job:
         if samples := prepared.samples():
             row["samples"] = samples
         with self.console.waiting("predicting the rows of the report"):
-            judged = prepared.judged(problem, found.best)
+            judged = prepared.judged(problem, found.best())
         baselines = prepared.baselines() if self.baselines else []
         return found, [*map(self._compare, baselines), row], judged
 
@@ -262,7 +261,7 @@ class Job:
         optimizer: OptimizerOptions,
         tokens: int = 0,
         saving: Saving | None = None,
-    ) -> tuple[Trained, Result]:
+    ) -> tuple[Training, Result]:
         """Trains and logs one problem, and tests its best adapters once.
 
         Args:
@@ -275,28 +274,22 @@ class Job:
         Returns:
             The training, and its row of results.
         """
-        on_best = self.save if saving else lambda state: None
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
         steps = optimizer.steps(len(problem.train))
         with self.console.progress(title, steps, first="compiling") as progress:
             load_metrics(problem.metrics)  # the first scoring is to take no longer than others
             speed = Speed(tokens / len(problem.train))
-            log = self._logger(title, problem.metrics[0], progress, speed)
-            found = train(
-                problem,
-                optimizer,
-                self.key,
-                on_record=log,
-                on_first=lambda step: progress.update(step, ""),
-                on_best=on_best,
-                saving=saving,
-                half=self.half,
-            )
+            calls: dict[str, Any] = {"on_best": self.save} if saving else {}
+            calls["on_record"] = self._logger(title, problem.metrics[0], progress, speed)
+            calls["on_first"] = partial(progress.update, note="")
+            found = Training.begin(problem, optimizer, self.key, self.half, **calls)
+            found.train(saving)
+        best = found.best()
         with self.console.waiting("scoring the test rows"):
-            test = problem.score(found.best, "test")
-        self.run.log({"method": title, "step": found.step, "test": test})
-        size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
+            test = problem.score(best, "test")
+        self.run.log({"method": title, "step": found.best_step, "test": test})
+        size = sum(x.size for x in jax.tree.leaves(best.adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
         return found, row
 
