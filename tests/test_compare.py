@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
-from adapters_jax.finetune import pace as steps
+from adapters_jax.finetune import console as steps
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.compare import comparison as work
@@ -35,10 +35,9 @@ from adapters_jax.finetune.compare.tradeoff import draw_tradeoff
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.inference.comparison import comparison_table
-from adapters_jax.finetune.options.flags import portable, words
+from adapters_jax.finetune.options.flags import from_plain, portable, words
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs import job
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem

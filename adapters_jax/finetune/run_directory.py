@@ -52,6 +52,16 @@ class RunConfigError(RunError):
     """A run's `config.json` is absent, or cannot be read."""
 
 
+class _File:
+    """The path of a file of a run, or of a directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory.
@@ -65,46 +75,23 @@ class Run:
     """
 
     path: Path
+    # The run's options, and what `predict` needs beside the adapter.
+    config = _File("config.json")
+    # The losses by step, and evaluations: one JSON object a line.
+    metrics = _File("metrics.jsonl")
+    # A plot of the loss and the dev metric, and the page that reports the run.
+    curves, report = _File("curves.png"), _File("report.html")
+    # What the page shows beside the configuration and the metrics: predictions, counts.
+    findings = _File("findings.json")
+    # What it resumes from; removed when the run is finished.
+    checkpoints = _File("checkpoints")
+    # The log-probabilities of a preference run's rows by the base without adapters.
+    reference = _File("reference.safetensors")
 
     @property
     def adapter(self) -> Path:
         """The adapter's directory; an exported run has its files beside the configuration."""
         return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
-
-    @property
-    def config(self) -> Path:
-        """The configuration: the run's options, and what `predict` needs beside the adapter."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The losses by step, and evaluations: one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """A plot of the loss and the dev metric."""
-        return self.path / "curves.png"
-
-    @property
-    def report(self) -> Path:
-        """The page that reports the run."""
-        return self.path / "report.html"
-
-    @property
-    def findings(self) -> Path:
-        """What the page shows beside the configuration and the metrics: predictions, counts."""
-        return self.path / "findings.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The checkpoints to resume from; removed when the run is finished."""
-        return self.path / "checkpoints"
-
-    @property
-    def reference(self) -> Path:
-        """The log-probabilities of a preference run's rows by the base without adapters."""
-        return self.path / "reference.safetensors"
 
     def refuse_existing(self) -> None:
         """Raises RunError if the path exists: a run is never overwritten."""

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar
 _LABELS = 12  # shown of a column
-_MARKS = (
-    "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}",
-    "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}",
-)
+_MARKS = "\u27e6", "\u27e7"  # mathematical white square brackets
 _ROLES = ("text", "text_pair", "prompt", "completion")
 
 
@@ -185,7 +182,7 @@ def _show_columns(summary: Summary, console: Console) -> None:
         lengths = column.lengths
         sizes = [lengths.least, lengths.median, lengths.most] if lengths else ["", "", ""]
         cells = [column.blank, column.distinct, *sizes]
-        rows.append([_visible(column.name), ", ".join(column.kinds) or "nothing", *map(str, cells)])
+        rows.append([column.name, ", ".join(column.kinds) or "nothing", *map(str, cells)])
     header = ["column", "values", "blank", "distinct", "shortest", "median", "longest"]
     console.table(header, rows, words=2)
 
@@ -200,7 +197,7 @@ def _show_lengths(lengths: Lengths, unit: str, console: Console) -> None:
 
 
 def _show_labels(name: str, counts: Mapping[str, int], console: Console) -> None:
-    console.say(f"{_visible(name)}: {len(counts)} different value{'s' * (len(counts) != 1)}")
+    console.say(f"{name}: {len(counts)} different value{'s' * (len(counts) != 1)}")
     _bars(dict(list(counts.items())[:_LABELS]), console)
 
 
@@ -210,15 +207,10 @@ def _bars(counts: Mapping[str, int], console: Console) -> None:
     width = max(map(len, counts))
     for name, n in counts.items():
         bar = "\N{FULL BLOCK}" * -(-n * _WIDTH // most)
-        console.say(f"  {_visible(name):>{width}} {bar} {n}")
+        console.say(f"  {name:>{width}} {bar} {n}")
 
 
 def _marked(parts: Sequence[tuple[str, bool]]) -> str:
     """A text with brackets around what counts in the loss."""
     first, last = _MARKS
-    return "".join(f"{first}{_visible(t)}{last}" if learnt else _visible(t) for t, learnt in parts)
-
-
-def _visible(text: str) -> str:
-    """A text whose control characters are written out, since they would act on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(f"{first}{text}{last}" if learnt else text for text, learnt in parts)

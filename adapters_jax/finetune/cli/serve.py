@@ -92,8 +92,7 @@ class Serve(Command):
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.run_directory import find_run
         from adapters_jax.finetune.serving.api import application
-        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits
-        from adapters_jax.finetune.serving.server import serve
+        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits, serve
 
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))

@@ -22,9 +22,8 @@ from adapters_jax.finetune.compare.grid import RECIPES, Cell, Grid, Result, read
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.compare.summary import summarize, write_comparison
 from adapters_jax.finetune.compare.together import train_together
-from adapters_jax.finetune.console import Console, Progress, duration
+from adapters_jax.finetune.console import Console, Pace, Progress, duration
 from adapters_jax.finetune.inference.comparison import comparison_table
-from adapters_jax.finetune.pace import Pace
 from adapters_jax.finetune.pretrained.locate import is_decoder, pinned
 from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from adapters_jax.errors import UserError, file_errors, shown
-from adapters_jax.finetune.options.flags import flag
-from adapters_jax.finetune.options.stored import members, misfit
+from adapters_jax.finetune.options.flags import flag, members, misfit
 from adapters_jax.spelling import field_of, unneeded
 from adapters_jax.texts import parse_json
 

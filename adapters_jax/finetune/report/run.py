@@ -15,10 +15,9 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.untrusted import OF_DAMAGE
 from adapters_jax.finetune.console import duration
-from adapters_jax.finetune.options.flags import portable, portable_path, words
+from adapters_jax.finetune.options.flags import from_plain, portable, portable_path, words
 from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain
 from adapters_jax.finetune.report import pages
 from adapters_jax.finetune.report.findings import read_findings
 from adapters_jax.finetune.report.papers import bibtex, papers_of

@@ -16,10 +16,10 @@ import jax
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.options.flags import from_plain, plain
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain, plain
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe, as_compared

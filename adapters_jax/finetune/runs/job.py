@@ -19,12 +19,11 @@ from adapters_jax.auditing import Audit, audit
 from adapters_jax.files.adapter import save_adapter
 from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.finetune.console import Console, Progress, duration
+from adapters_jax.finetune.console import Console, Progress, Speed, duration
 from adapters_jax.finetune.leaving import Way, sentences
+from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
-from adapters_jax.finetune.options.stored import plain
-from adapters_jax.finetune.pace import Speed
 from adapters_jax.finetune.report.findings import write_findings
 from adapters_jax.finetune.report.run import notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
