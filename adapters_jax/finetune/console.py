@@ -1,7 +1,7 @@
 """Prints the output of a command: text for people to a console, JSON for machines to stdout.
 
-Progress is shown with the seconds that are left, by the pace of steps without the seconds in which
-JAX compiles.
+Progress is shown with the seconds that are left. They follow from the pace of the steps, without
+the time that JAX compiles.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ WAIT_SECONDS = 2.0  # of a wait before it is a line without a terminal
 
 
 class Compiling:
-    """Sums the seconds of events, of which some lie within others.
+    """Sums the seconds of events; some of them lie within others.
 
     Example:
         >>> compiling = Compiling()
@@ -61,6 +61,7 @@ def _compiling() -> Compiling:
     compiling = Compiling()
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        # The events of tracing, lowering and XLA nest; `note` counts the seconds once.
         if event.startswith(COMPILING):
             compiling.note(duration_secs, time.monotonic())
 
@@ -234,7 +235,7 @@ class Console:
             left: returns the seconds that are left, or None if they are not known yet; by default
                 they are estimated from the steps that are done.
             first: what is done before the first update, such as "compiling"; the estimate is then
-                without the seconds in which JAX compiles.
+                without the time that JAX compiles.
         """
         estimate = _Estimate(steps, left, first)
         if not self.printer.is_terminal:

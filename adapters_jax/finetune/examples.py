@@ -71,6 +71,7 @@ def see(
         reader = load_decoder_tokenizer(model)
         return Seen(reader.tokenizer, _by_decoder(reader, model, path, rows, columns, learnt), True)
     tokenizer = read_tokenizer(locate(model))
+    # The file of a tokenizer may ask for both, and lengths are to be those of the rows.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     pair = columns.get("text_pair")

@@ -186,6 +186,7 @@ def export(
         beside=beside,
     )
     form.write(directory, adapter, source.base)
+    # The files alone say what another library gets; what differs from the source is a note.
     again = form.read(directory, source.base)
     notes += formats.changes((source.recipe, source.leaves), again)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
@@ -281,13 +282,7 @@ class Way(NamedTuple):
 
 
 def ways_out(problem: Problem, config: Mapping[str, Any], identity: BaseIdentity) -> list[Way]:
-    """What a run on this problem can become.
-
-    Args:
-        problem: the problem, before training.
-        config: the run's configuration.
-        identity: the identity of the base.
-    """
+    """What a run on this problem can become."""
     family = find_family(config["model"])
     base, leaves = _shapes(problem, family, config, identity)
     found = [_in_format(form, base, problem, leaves, config) for form in FORMATS.values()]

@@ -94,11 +94,6 @@ def check_writable(family: Family) -> None:
 def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
     """Writes a checkpoint; the directory appears whole or not at all.
 
-    Args:
-        directory: the directory to write, which does not exist.
-        decoder: the base model, for its configuration and tokenizer.
-        model: the model, for its weights.
-
     Returns:
         The names of the files.
 
@@ -116,11 +111,6 @@ def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
 
 def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Written:
     """Writes a merged encoder, with its head; the directory appears whole or not at all.
-
-    Args:
-        directory: the directory to write, which does not exist.
-        config: the configuration of the run.
-        params: the merged parameters of its classifier.
 
     Returns:
         The names of the files, and sentences about what the checkpoint does not say.
@@ -165,6 +155,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     with _whole(directory) as beside:
         save_tensors(beside, values, to_tensors(tree, table))
         if beside_it:
+            # The kernel is a transposed view, and a file has its rows one after the other.
             arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
             save_file(arrays, beside / HEAD_FILE)
         for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
@@ -182,6 +173,7 @@ def _whole(directory: Path) -> Iterator[Path]:
         parent = directory.absolute().parent
         beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
         try:
+            # mkdtemp makes a directory that other users cannot read.
             beside.chmod(0o755)
             yield beside
             os.rename(beside, directory)
@@ -204,6 +196,7 @@ def _check_equal(directory: Path, merged: Any, read: Any) -> None:
 
     def same(path: str) -> bool:
         one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
+        # NaN is not equal to itself, so weights that are not finite differ here, too.
         return np.array_equal(one, other)
 
     both = ours.keys() & theirs.keys()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from adapters_jax.files.adapter import FILES
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.manifest import CONFIG
-from adapters_jax.files.untrusted import read_json
+from adapters_jax.files.untrusted import OF_DAMAGE, read_json
 
 FORMAT = 1
 _NEEDED: dict[str, Any] = {
@@ -50,6 +51,17 @@ class RunError(UserError):
 
 class RunConfigError(RunError):
     """A run's `config.json` is absent, or cannot be read."""
+
+
+@contextlib.contextmanager
+def damage_errors(what: object, again: str = "") -> Iterator[None]:
+    """Within, what damaged content raises becomes a RunError."""
+    try:
+        yield
+    except OF_DAMAGE as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunError(f"{what} is damaged: {error!r}" + (f"; {again}" if again else "")) from error
 
 
 class _File:
@@ -109,6 +121,7 @@ class Run:
             beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             with file_errors(self.path, "made"):
+                # mkdtemp makes a directory that other users cannot read.
                 beside.chmod(0o755)
                 Run(beside).write_config(config)
                 beside.rename(self.path)
@@ -243,7 +256,7 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
         revision: a branch, tag or commit on the Hub.
 
     Raises:
-        RunError: the Hub has no such run.
+        RunError: the Hub does not have the run.
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))

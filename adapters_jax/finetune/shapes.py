@@ -78,8 +78,8 @@ def find_shape(name: str) -> tuple[Family, Any]:
     """Finds the family and the configuration of a published shape or of a checkpoint.
 
     Raises:
-        UserError: no family reads the checkpoint; there is none; or the name is nearly that of a
-            published shape, in which case the Hub is not asked for it.
+        UserError: there is no checkpoint, or no family reads it; or the name is nearly that of a
+            published shape, and then the Hub is not asked for it.
     """
     if pinned := pinned_shape(name):
         return pinned

@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {__version__}")
         return 0
     if arguments is None:  # the process runs only this command
+        # glibc takes the setting before the first thread of XLA allocates.
         keep_freed()
         if not debug:
             sys.unraisablehook = _unraisable
@@ -186,6 +187,7 @@ class _Lines(logging.Handler):
 @contextlib.contextmanager
 def _logging(debug: bool) -> Iterator[None]:
     """Within, the messages of the library, such as downloads, are printed on stderr."""
+    # huggingface_hub reads these when it is imported, which is later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides its retries
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -228,7 +230,9 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         meant = OTHERS.get(name) or next(iter(near), None)
         hint = f"; did you mean {meant}?" if meant else ""
-        raise UsageError(f"no such command{hint}; the commands are {', '.join(COMMANDS)}")
+        raise UsageError(
+            f"there is no command {name!r}{hint}; the commands are {', '.join(COMMANDS)}"
+        )
     command = command_of(name)
     try:
         return parse(command, flags, f"adapters-jax {name}", about(command))

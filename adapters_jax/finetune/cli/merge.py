@@ -21,7 +21,7 @@ class Merge(Command):
 
     The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. That of an
     encoder that reads its pooler is a classifier of transformers, with the names of the classes;
-    other encoders have their head in a file of its own. Methods that do not change a weight, such
+    other encoders have their head in a separate file. Methods that do not change a weight, such
     as bottlenecks and prompts, raise an error.
 
     Args:
@@ -52,8 +52,8 @@ class Merge(Command):
         quantized = config.get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
-                f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
-                "adapter; add --dequantize to merge it into floats"
+                f"{self.run} has its base in {quantized}, and merging into so few bits would lose "
+                "much of the adapter; add --dequantize to merge it into floats"
             )
         opened: Callable[[Any], Any] = dequantize if quantized else lambda subject: subject
         merged = self._decoder if config.get("kind", "encoder") == "decoder" else self._encoder

@@ -115,6 +115,7 @@ class Push(Command):
                 folder_path=directory,
                 revision=self.revision,
                 commit_message="An adapter by adapters_jax",
+                # An older upload in another format would leave files that contradict these.
                 delete_patterns=_stale(directory),
             )
         except StoppedError:

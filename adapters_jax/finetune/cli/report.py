@@ -33,14 +33,16 @@ class Report(Command):
         from adapters_jax.finetune.compare.summary import PAGE, rewrite_comparison
         from adapters_jax.finetune.inference.comparison import SUMMARY
         from adapters_jax.finetune.report.findings import check_views
-        from adapters_jax.finetune.report.run import rewrite_report
-        from adapters_jax.finetune.run_directory import Run, RunError
+        from adapters_jax.finetune.report.run import write_report
+        from adapters_jax.finetune.run_directory import Run, RunError, damage_errors
         from adapters_jax.finetune.runs.config import comparable
         from adapters_jax.finetune.tasks import read_run
 
-        if (self.run / SUMMARY).is_file():
-            return lambda: self._write(rewrite_comparison, self.run / PAGE, console)
         run = Run(self.run)
+        if (self.run / SUMMARY).is_file():
+            return lambda: self._write(
+                lambda: rewrite_comparison(self.run), self.run / PAGE, console
+            )
         _, config = read_run(run)
         if "summary" not in config:
             raise RunError(
@@ -49,16 +51,19 @@ class Report(Command):
             )
         check_views(run, config)
         known = comparable(run, config)
-        return lambda: self._write(
-            lambda path: rewrite_report(Run(path), known), run.report, console
-        )
 
-    def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
+        def rewrite() -> None:
+            with damage_errors(f"a file of {run.path}"):
+                write_report(run, known)
+
+        return lambda: self._write(rewrite, run.report, console)
+
+    def _write(self, write: Callable[[], None], page: Path, console: Console) -> None:
         from adapters_jax.finetune.run_directory import Run
 
         lock = Run(self.run).lock()
         try:
-            write(self.run)
+            write()
         finally:
             Run(self.run).unlock(lock)
         console.say(f"see {page}")

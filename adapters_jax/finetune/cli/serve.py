@@ -52,7 +52,7 @@ class Serve(Command):
         queue: requests that wait; further ones get the status 429.
         seconds: longest time of an answer, in the queue and computed.
         connections: connections at a time; further ones get the status 503.
-        stall: seconds in which a client has to send its request, and to go on reading its answer.
+        stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
     """
 
@@ -193,8 +193,8 @@ class Serve(Command):
             name, path = (name, path) if sign else (Path(text).name.partition("@")[0], text)
             if not matches_name(name) or name in named:
                 raise UserError(
-                    f"the adapter of {path} would be named {name!r}; write NAME={text} with a name "
-                    f"of its own like {NAME}"
+                    f"the adapter of {path} would be named {name!r}; write NAME={text} with "
+                    f"another name like {NAME}"
                 )
             named[name] = path
         if len(named) > self.adapters:

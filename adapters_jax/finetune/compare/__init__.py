@@ -2,5 +2,5 @@
 
 - `options` are the flags.
 - `grid` lists the cells, `cells` keeps their directories, `comparison` trains them in turn.
-- `summary` writes the results and the page, `tradeoff` and `annotations` draw the picture.
+- `summary` writes the results and the page, `tradeoff` draws the picture.
 """

@@ -135,6 +135,7 @@ class ComparisonJob:
 
     def _train(self, cell: Cell, console: Console) -> Result:
         """Trains or continues a cell; a cell that diverges has a result, too."""
+        # The programs and arrays of the cell before hold as much memory as this one needs.
         jax.clear_caches()
         gc.collect()
         run, job = self.cells.run(cell), self._opened(cell, console)
@@ -227,7 +228,7 @@ class _Pace:
         self.steps, self.whole = Pace(), None
 
     def show(self, progress: Progress, part: float, note: str) -> None:
-        """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
+        """Shows the progress of the running cell; `part` is its finished fraction, from 0 to 1."""
         if not part:
             self.steps = Pace()  # as for the features of a head, and then for its training
         else:
@@ -281,4 +282,5 @@ def compiled_in(directory: Path) -> Iterator[None]:
 def _configure(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
+    # jax opens its cache once, and reads a new directory only after a reset.
     compilation_cache.reset_cache()

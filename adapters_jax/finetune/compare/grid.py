@@ -55,7 +55,7 @@ class Candidate:
 
     @property
     def size(self) -> int | None:
-        """The width, rank or number in which recipes of a family differ; None if not given."""
+        """The width, rank or number that distinguishes recipes of a family; None if not given."""
         return None if self.size_name is None else getattr(self.method, self.size_name)
 
     @property
@@ -214,9 +214,6 @@ class Grid:
     def next(self, results: Mapping[Cell, Result]) -> Cell | None:
         """The next cell to run; all recipes run with one seed before the next seed.
 
-        Args:
-            results: the results of the finished cells.
-
         Returns:
             The cell; None if all are finished.
         """
@@ -229,12 +226,7 @@ class Grid:
         return None
 
     def beside(self, cell: Cell, results: Mapping[Cell, Result]) -> list[Cell]:
-        """The cells of a cell's recipe that can be trained now, that cell first.
-
-        Args:
-            cell: the next cell to run.
-            results: the results of the finished cells.
-        """
+        """The cells of a cell's recipe that can be trained now, that cell first."""
         (candidate,) = (each for each in self.candidates if each.text == cell.recipe)
         first, last = self.seeds[: self.tuning_seeds], self.seeds[self.tuning_seeds :]
         tuning = cell.seed in first

@@ -25,7 +25,7 @@ from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_train_step
 from adapters_jax.training.together import stack_states, unstack_states
 
-_TIMED = 3  # steps of which the fastest counts
+_TIMED = 3  # steps; the fastest one counts
 
 
 def train_together(
@@ -110,7 +110,8 @@ class _Member:
 def _opened(job: Job, beside: int, interrupts: Interrupts, stack: contextlib.ExitStack) -> _Member:
     """A run's training, at its newest checkpoint."""
     checkpoints = stack.enter_context(Checkpoints(job.run.checkpoints))
-    saving = Saving(checkpoints, job.every, interrupts, lambda found: None, job.config)
+    every = job.options.checkpoint_every
+    saving = Saving(checkpoints, every, interrupts, lambda found: None, job.config)
     # The run itself writes its log and its best adapter, from the last checkpoint.
     training = Training.begin(job.problem, job.optimizer, job.key, job.half)
     training.beside = beside
@@ -225,7 +226,8 @@ def _stacked(batches: Sequence[Any]) -> Any:
 
 
 def fastest(step: Callable[..., Any], state: TrainState, batch: Any) -> float:
-    """The seconds of the fastest of some steps, of which nothing is kept."""
+    """The seconds of the fastest of a few steps, whose results are dropped."""
+    # A step donates what it gets; the base is not donated, and is not copied.
     kept, took = jax.tree.map(jnp.copy, replace(state, base=None)), []
     for _ in range(1 + _TIMED):
         began = time.perf_counter()

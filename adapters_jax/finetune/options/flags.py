@@ -205,6 +205,7 @@ def _fits(value: Any, hint: Any) -> tuple[bool, str]:
     if dataclasses.is_dataclass(hint):
         return False, "an object"
     kind, words = _SIMPLE[hint]
+    # In Python, True is an int as well; in JSON, it is no number.
     return isinstance(value, kind) and (hint is bool or not isinstance(value, bool)), words
 
 

@@ -38,7 +38,7 @@ class OptimizerOptions:
             question-answering 8, for a decoder 4.
         accumulate: number of parts that a batch is computed in, one by one, to save memory.
         weight_decay: weight decay of trained parameters other than biases and layer norms.
-        warmup: fraction of the steps in which the learning rate rises.
+        warmup: fraction of the steps while the learning rate rises.
         clip: largest global norm of a gradient; 0 for no clipping.
         evaluations: number of times in an epoch that the dev rows are scored.
     """

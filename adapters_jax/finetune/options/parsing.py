@@ -213,11 +213,13 @@ def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclop
         values = signature.bind(*args, **kwargs).arguments
         return _build(command, {leaf.path: values.get(leaf.name, leaf.default) for leaf in leaves})
 
+    # cyclopts reads the flags from the signature of the function that it calls.
     make.__signature__ = signature  # type: ignore[attr-defined]
     app = cyclopts.App(
         name=prog,
         help=about,
         help_format="plaintext",
+        # `main` prints errors and the version itself, and wants the command instead of an exit.
         version_flags=[],
         print_error=False,
         exit_on_error=False,

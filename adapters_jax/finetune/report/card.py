@@ -56,13 +56,6 @@ def card_of(
 ) -> str:
     """Writes the card of an adapter; a run's card also has its training and results.
 
-    Args:
-        source: the adapter.
-        to: the format that the adapter is written in.
-        name: the name by which the card loads the adapter.
-        license: the license of the adapter.
-        notes: sentences about what the files lack.
-
     Returns:
         The card as Markdown.
     """

@@ -55,10 +55,6 @@ def bibtex(papers: Iterable[str]) -> str:
 def papers_of(method: MethodOptions, recipe: Mapping[str, Any]) -> list[str]:
     """The arXiv numbers of the papers of a recipe: its preset's own, or those of its methods.
 
-    Args:
-        method: the flags that chose the recipe.
-        recipe: the recipe as JSON.
-
     Example:
         >>> papers_of(MethodOptions("pfeiffer"), {"methods": []})
         ['2005.00247']

@@ -111,6 +111,7 @@ def svg(figure: Any, alt: str) -> Markup:
     import matplotlib
 
     written = io.StringIO()
+    # With a salt, the marks in the SVG are the same in every process, so pages can be compared.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
         figure.savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     text = re.sub(r"<!--.*?-->\n?", "", written.getvalue(), flags=re.DOTALL)
@@ -214,7 +215,7 @@ def _legend_below(axes: Any) -> None:
 
 
 def histogram(view: Histogram) -> Picture:
-    """A histogram; the bars of each series are shares of its own values."""
+    """A histogram; each series has bars that add up to 100 %."""
     series = {name: found for name, found in view.series.items() if found}
     every = [value for found in series.values() for value in found]
     edges = _edges(np.array(every))

@@ -11,9 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from adapters_jax.auditing import HEADERS
-from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.untrusted import OF_DAMAGE
 from adapters_jax.finetune.console import duration
 from adapters_jax.finetune.options.flags import from_plain, portable, portable_path, words
 from adapters_jax.finetune.options.method import HEAD_ONLY
@@ -126,20 +124,6 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
-
-
-def rewrite_report(run: Run, config: Mapping[str, Any]) -> None:
-    """Writes the page anew, as `write_report` does.
-
-    Raises:
-        RunError: a file of the run is damaged.
-    """
-    try:
-        write_report(run, config)
-    except OF_DAMAGE as error:
-        if isinstance(error, UserError):
-            raise
-        raise RunError(f"the files of {run.path} are damaged: {error!r}") from error
 
 
 def notes(views: Sequence[View]) -> list[str]:

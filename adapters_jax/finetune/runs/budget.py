@@ -27,7 +27,7 @@ def seconds_of(text: str) -> float:
     """A time that people write, in seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: the text has another form.
 
     Example:
         >>> seconds_of("1h30m"), seconds_of("90s"), seconds_of("2.5m")
@@ -94,14 +94,7 @@ def measured(
     half: bool,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice.
-
-    Args:
-        problem: the problem to learn.
-        options: the settings of the training.
-        half: whether the model computes in float16.
-        clock: the time in seconds.
-    """
+    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice."""
 
     def timed(work: Callable[[], Any]) -> float:
         start = clock()

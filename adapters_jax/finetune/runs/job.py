@@ -24,6 +24,7 @@ from adapters_jax.finetune.leaving import Way, sentences
 from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.report.findings import write_findings
 from adapters_jax.finetune.report.run import notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
@@ -51,31 +52,30 @@ class Job:
 
     Attributes:
         run: the directory of the run.
-        title: the name of the method in tables.
+        options: the options of the run.
         prepared: the problem and baselines that the task prepared.
         optimizer: the settings of the training, with a learning rate and epochs.
-        seed: the seed of dropout and of the order of rows in baselines.
-        baselines: whether to compare with baselines.
         config: the content of `config.json`.
         console: the console to print to.
         began: the time at which the command began, in seconds of `time.perf_counter`.
-        every: the number of steps between checkpoints.
         lock: the lock of this process on the run; None before `open_run`.
         ways: what the run can become.
     """
 
     run: Run
-    title: str
+    options: RunOptions
     prepared: Prepared
     optimizer: OptimizerOptions
-    seed: int
-    baselines: bool
     config: dict[str, Any]
     console: Console
     began: float
-    every: int
     lock: FileLock | None = None
     ways: Sequence[Way] = ()
+
+    @property
+    def title(self) -> str:
+        """The name of the method in tables."""
+        return self.options.method.title
 
     @property
     def problem(self) -> Problem:
@@ -126,18 +126,18 @@ class Job:
 
     def _in_budget(self) -> Job:
         """The job with as many epochs as fit into the time that was asked for, if one was."""
-        budget = self.config["options"]["budget"]
+        budget = self.options.budget
         if budget is None:
             return self
         self.console.say("measuring the steps; they are compiled for it")
         cost = measured(self.problem, self.optimizer, self.half)
         rows = self.config["rows"]
-        baselines = self.prepared.baselines() if self.baselines else []
+        baselines = self.prepared.baselines() if self.options.baselines else []
         passes = sum(self._passes(each) for each in baselines)
         beside = passes * cost.score * sum(rows.values()) / rows["dev"]
         left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
         steps = len(self.problem.train)
-        asked = replace(self.optimizer, epochs=self.config["options"]["optimizer"]["epochs"])
+        asked = replace(self.optimizer, epochs=self.options.optimizer.epochs)
         optimizer = fitted(asked, cost, left, steps, budget)
         self.console.say(
             f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
@@ -154,7 +154,8 @@ class Job:
 
     def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         with Checkpoints(self.run.checkpoints) as checkpoints:
-            saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
+            every = self.options.checkpoint_every
+            saving = Saving(checkpoints, every, interrupts, self._resumed, self.config)
             found, results, judged = self.train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
@@ -201,7 +202,7 @@ class Job:
     @property
     def key(self) -> PRNGKeyArray:
         """The seed of dropout."""
-        return jax.random.fold_in(jax.random.key(self.seed), 1)
+        return jax.random.fold_in(jax.random.key(self.options.seed), 1)
 
     @property
     def half(self) -> bool:
@@ -225,7 +226,7 @@ class Job:
             row["samples"] = samples
         with self.console.waiting("predicting the rows of the report"):
             judged = prepared.judged(problem, found.best())
-        baselines = prepared.baselines() if self.baselines else []
+        baselines = prepared.baselines() if self.options.baselines else []
         return found, [*map(self._compare, baselines), row], judged
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:

@@ -36,7 +36,7 @@ Record = dict[str, Any]
 class Log:
     """Collects metrics of steps, and reads them one window late, as records of means.
 
-    A mean is over the steps in which a metric is a number; a metric of none is left out.
+    A mean is over the steps where a metric is a number; without such a step it is left out.
 
     A step that is not finite changes nothing. With a loss scale, which starts too high, such steps
     are skipped and counted, as "skipped" of a record, until there are `patience` in a row.
@@ -295,6 +295,7 @@ class Training:
         metric = self.problem.metrics[0]
         if not self.dev or better(metric, dev[metric], self.dev[metric]):
             self.best_step, self.dev = step, dev
+            # The next step donates the state, so its arrays are copied to the host.
             self.adapters = jax.device_get(self.state.adapters)
             self.on_best(self.state)
 
@@ -326,6 +327,7 @@ class Training:
             return
         was = saving.checkpoints.restore(self.state)
         self.state, self.step, self.saved = was.state, was.step, was.step
+        # Steps whose metrics were not read yet are in the checkpoint, so the log has no gap.
         self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
         self.log.in_a_row = was.progress.get("in_a_row", 0)  # absent in older checkpoints
         self.best_step, self.dev = was.progress["step"], was.progress["dev"]

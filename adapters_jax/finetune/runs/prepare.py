@@ -94,16 +94,13 @@ def prepare_run(
         console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
     return Job(
         run=run,
-        title=options.method.title,
+        options=options,
         prepared=prepared,
         optimizer=training,
-        seed=options.seed,
-        baselines=options.baselines,
         config={**config, "ways_out": {way.name: str(way) for way in ways}},
         ways=ways,
         console=console,
         began=began,
-        every=options.checkpoint_every,
     )
 
 
@@ -127,7 +124,7 @@ def _check_numbers(options: RunOptions) -> None:
 
 
 def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
-    """The settings of a task, most of which are options of the same name."""
+    """The settings of a task; most are options of the same name."""
     names = {field.name for field in fields(options)} & {field.name for field in fields(Setup)}
     own: dict[str, Any] = {name: getattr(options, name) for name in names}
     # Where an option has no value, the task's default counts.
@@ -210,12 +207,13 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
     """Makes the job that continues an interrupted run, with the options it was started with.
 
     Raises:
-        RunError: there is no such run, it is finished, or its files have changed.
+        RunError: the run does not exist, is finished, or its files have changed.
         UserError: flags, files, rows or a checkpoint cannot be used.
     """
     config = _read_config(run, console)
     options = read_options(run, config)
     check_unfinished(run, config)
+    # A run that another version accepted goes on, also where a check of recipes is new.
     with checked_before():
         job = prepare_run(options, run, console, began, read_schedule(run, config))
     return open_run(job)

@@ -29,7 +29,7 @@ class Interrupts:
     """Handles signals to stop within a `with`, in the main thread of the process.
 
     `pending` holds the last signal. Outside of `deferred`, a signal also raises InterruptedRunError
-    at once; in a callback, in which Python ignores errors, the next `check` raises it instead.
+    at once; where Python ignores errors, as in callbacks, the next `check` raises it instead.
     Within `deferred`, the first signal waits for `check`, and a second one raises at once.
     """
 

@@ -1,6 +1,6 @@
 """Serving: one base and many adapters, for many requests at a time.
 
-- `slots`: the rows of a batch, each with a cache and an adapter of its own; the compiled programs.
+- `slots`: the rows of a batch, each with its cache and its adapter; the compiled programs.
 - `engine`: the queue, and the thread that lets requests join and leave between steps.
 - `requests`: requests and the adapters that they name; sizes and counts.
 - `labels`: labels of texts by an encoder with many adapters.

@@ -105,8 +105,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Compiles every program, then begins to work, in a thread of its own; call it once."""
+        """Compiles every program, then begins to work in another thread; call it once."""
         self._slots.compile()
+        # Putting and dropping compile programs too, which is not to happen while answers run.
         idle = self._slots.bank.fit("idle", (self._slots.bank.recipe, {}))
         self._put("idle", Served("idle", {}), idle, False)
         self._drop("idle")
@@ -242,7 +243,7 @@ class Engine:
             name: what requests call it.
 
         Returns:
-            A future; it raises UnknownModelError if there is none of that name.
+            A future; it raises UnknownModelError if no adapter has that name.
 
         Raises:
             BusyError: the engine is closed.

@@ -106,10 +106,12 @@ class Guard:
         if self.key is None and name not in LOOPBACK:
             return 403, f"the Host is not this machine; ask {LOOPBACK[1]}"
         scheme, _, given_key = headers.get("authorization", "").partition(" ")
+        # compare_digest takes as long for every key, so the time does not tell how much is right.
         given = given_key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         wanted = (self.key or "").encode()
         if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, wanted):
             return 401, "the API key is missing or another one; send Authorization: Bearer KEY"
+        # A number of digits without end would be an integer without end: 20 of them are enough.
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > most:
             return 413, f"the body has {length[:20]} bytes, expected at most {most}"
@@ -208,15 +210,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
 
 def serve(app: Starlette, host: str, port: int, limits: Limits, ready: Any) -> None:
-    """Serves until SIGTERM or Ctrl-C, which end it once the answers that run are whole.
-
-    Args:
-        app: the application.
-        host: the address to listen on.
-        port: the port; 0 takes a free one.
-        limits: the limits of requests.
-        ready: called with the port once it listens.
-    """
+    """Serves until SIGTERM or Ctrl-C, which end it once the answers that run are whole."""
     config = uvicorn.Config(
         app,
         host=host,

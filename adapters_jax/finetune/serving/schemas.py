@@ -139,7 +139,7 @@ _FAILURES = {
     "400": "the request has another form, or cannot be done",
     "401": "the API key is missing or another one",
     "403": "the request comes from a page of another host",
-    "404": "there is no such adapter or path",
+    "404": "the adapter or the path does not exist",
     "408": "the request or its answer took too long",
     "409": "there is no room for a further adapter",
     "413": "the body is too large",
