@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from adapters_jax.recipe import Recipe
 
+_LIMITS = dict.fromkeys(
+    ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"), math.inf
+) | {"warmup": 1.0, "dropout": 1.0}
+_ZERO = ("weight_decay", "clip", "warmup", "dropout")  # may be 0
 MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
 
 
@@ -56,16 +61,13 @@ class OptimizerOptions:
     evaluations: int = 2
 
     def __post_init__(self) -> None:
+        for name, high in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_number("the optimizer", flag(name), value, high=high, closed=name in _ZERO)
         for name in ("batch_size", "accumulate", "evaluations"):
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
-        for name in ("learning_rate", "head_learning_rate", "lora_plus", "epochs"):
-            if getattr(self, name) is not None:
-                check_number("the optimizer", flag(name), getattr(self, name))
-        for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
-            check_number("the optimizer", flag(name), getattr(self, name), high=high, closed=True)
-        if self.dropout is not None:
-            check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
         if self.batch_size is not None and self.batch_size % self.accumulate:
             raise UserError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"

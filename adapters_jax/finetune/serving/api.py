@@ -242,7 +242,7 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
         limits: the limits of requests.
         key: the API key that requests need; without one, only this machine's browsers may ask.
     """
-    description = schemas.openapi(__version__)
+    description = schemas.openapi(__version__, api.routes())
 
     async def show_page(_: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _ALONE})

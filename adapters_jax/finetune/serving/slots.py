@@ -81,7 +81,7 @@ class _Model:
     base: Any
 
     def merged(self) -> Any:
-        # nnx.merge would reuse the Variables of the state, and a trace would write its caches there.
+        # Otherwise nnx.merge shares Variables with the state, and a trace writes into them.
         model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
         model.eval()
         return model
