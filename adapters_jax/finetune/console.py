@@ -211,7 +211,8 @@ class Console:
                 shown = rich.console.Console(stderr=True)
                 stack.enter_context(shown.status(Text(text)))
             else:
-                line = threading.Timer(WAIT_SECONDS, _print_to_stderr, [text])
+                said = {"file": sys.stderr, "flush": True}
+                line = threading.Timer(WAIT_SECONDS, print, [text], said)
                 line.daemon = True
                 line.start()
                 stack.callback(line.cancel)
@@ -313,10 +314,6 @@ def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
 
 def _cell(text: str) -> Text:
     return Text(visible(text))
-
-
-def _print_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def stdin_lines(mark: str = "") -> Iterator[str]:

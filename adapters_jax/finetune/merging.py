@@ -36,13 +36,8 @@ from adapters_jax.transforms.quantize import dequantize
 from adapters_jax.trees import flatten
 
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG, *_BESIDE)
 
 MERGED, HEAD_FILE = "merged", "head.safetensors"
 # What transformers has for a task: its class, and the problem type by which that has a loss.

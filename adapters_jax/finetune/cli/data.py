@@ -126,7 +126,8 @@ class DescribeData(Command):
         _show_columns(summary, console)
         _show_lengths(summary.lengths, "characters", console)
         for name, counts in summary.labels.items():
-            _show_labels(name, counts, console)
+            console.say(f"{name}: {len(counts)} different value{'s' * (len(counts) != 1)}")
+            _bars(dict(list(counts.items())[:_LABELS]), console)
         console.say(f"{summary.duplicates} rows are equal to an earlier one")
         if described.shared:
             console.say(
@@ -194,11 +195,6 @@ def _show_lengths(lengths: Lengths, unit: str, console: Console) -> None:
     )
     bars = {f"{a} to {b}" if a < b else f"{a}": n for a, b, n in lengths.histogram}
     _bars(bars, console)
-
-
-def _show_labels(name: str, counts: Mapping[str, int], console: Console) -> None:
-    console.say(f"{name}: {len(counts)} different value{'s' * (len(counts) != 1)}")
-    _bars(dict(list(counts.items())[:_LABELS]), console)
 
 
 def _bars(counts: Mapping[str, int], console: Console) -> None:

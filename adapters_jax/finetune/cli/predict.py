@@ -99,7 +99,8 @@ class Predict(Command):
             if self.text_pair and len(columns) < 2:
                 raise DataError("--text-pair: the run was trained on single texts")
             named = [self.text, self.text_pair][: len(columns)]
-            chosen = [*map(_either, named, columns), *columns[2:]]
+            pairs = zip(named, columns, strict=False)
+            chosen = [*(name or column for name, column in pairs), *columns[2:]]
             rows = read_file(self.file)
             return task.read_texts(self.file, rows, chosen), rows
         if self.text or self.text_pair:
@@ -129,10 +130,6 @@ class Predict(Command):
         if self.out is None and not self.json:
             header, *body = _cells(texts, [prediction.cells() for prediction in predictions])
             console.table(header, body, words=len(texts[0]))
-
-
-def _either(named: str | None, column: str) -> str:
-    return named or column
 
 
 def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ...]]:

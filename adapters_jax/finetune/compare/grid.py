@@ -114,7 +114,8 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
         raise UsageError(f"--recipes {text!r}: {error}") from error
     rates = written.learning_rates or tuple(learning_rates)
     rates = rates or (written.method.learning_rate,)
-    return Candidate(_without_rates(text), written.method, rates)
+    without = re.sub(rf"\s+{RATES}[=\s]+\S+(\s+(?!-)\S+)*", "", text).strip()
+    return Candidate(without, written.method, rates)
 
 
 def read_candidates(
@@ -147,10 +148,6 @@ def read_candidates(
             f"two recipes or rates would share the directory {same[0]}; leave one of them out"
         )
     return candidates
-
-
-def _without_rates(text: str) -> str:
-    return re.sub(rf"\s+{RATES}[=\s]+\S+(\s+(?!-)\S+)*", "", text).strip()
 
 
 @dataclass(frozen=True)

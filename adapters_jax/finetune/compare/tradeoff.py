@@ -127,7 +127,7 @@ def _draw(
     drawn += [
         np.array([[point["x"], point["y"]]] * 3) for point in points
     ]  # a dot counts three times
-    axes.set(xlabel="trainable parameters", ylabel=f"test {metric}" + _unit(metric))
+    axes.set(xlabel="trainable parameters", ylabel=f"test {metric}" + " (%)" * (metric in PERCENT))
     return [*sizes, *names], drawn
 
 
@@ -158,10 +158,6 @@ def _set_limits(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
     high = max(point["y"] + point["error"] for point in points)
     room = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - room, high + room)
-
-
-def _unit(metric: str) -> str:
-    return " (%)" if metric in PERCENT else ""
 
 
 @dataclass(frozen=True)

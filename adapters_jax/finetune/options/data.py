@@ -22,19 +22,8 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-_ONLY_WITH_FILES = (
-    "dev",
-    "test",
-    "text",
-    "text_pair",
-    "label",
-    "prompt",
-    "completion",
-    "columns",
-    "label_separator",
-    "task",
-    "metrics",
-)
+_COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "columns")
+_ONLY_WITH_FILES = ("dev", "test", *_COLUMNS, "label_separator", "task", "metrics")
 
 
 @dataclass(frozen=True)
@@ -129,7 +118,7 @@ class DataOptions:
         """
         from adapters_jax.finetune.tasks import TASKS, tasks_on
 
-        named = {"text", "text_pair", "label", "prompt", "completion", "columns"} & {*given(self)}
+        named = {*_COLUMNS} & {*given(self)}
         if self.train is None or named:
             return None
         layout = layout_of(read_file(self.train)[0])

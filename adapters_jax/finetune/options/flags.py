@@ -167,14 +167,10 @@ def _read(hint: Any, value: Any, path: str, problems: list[str]) -> Callable[[],
 def misfit(value: Any, hint: Any) -> str | None:
     """What a type expects, if a JSON value does not fit it; None if it fits."""
     fits, expected = _fits(value, hint)
-    if fits and any("\0" in text for text in _texts(value)):
+    texts = value if isinstance(value, list) else [value]
+    if fits and any(isinstance(text, str) and "\0" in text for text in texts):
         return f"{expected} without NUL characters"
     return None if fits else expected
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts in a value that fits a type: itself, or those of a list."""
-    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, str)]
 
 
 _SIMPLE: dict[Any, tuple[Any, str]] = {

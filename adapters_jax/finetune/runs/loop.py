@@ -83,7 +83,13 @@ class Log:
         for step, metrics in zip(steps, values, strict=True):
             self.in_a_row = 0 if metrics["finite"] else self.in_a_row + 1
             if self.in_a_row == self.patience:
-                raise NotFiniteError(step - self.patience + 1, self._cause)
+                what, more = "the loss or its gradient", self.patience - 1
+                if more:
+                    what = (
+                        f"in this and the next {more} steps, {what}, even with the smallest loss "
+                    )
+                    what += "scale,"
+                raise NotFiniteError(step - more, what)
         good = [metrics for metrics in values if metrics["finite"]]
         record: Record = {"step": steps[-1]}
         if good:
@@ -94,15 +100,6 @@ class Log:
         if len(good) < len(values):
             record["skipped"] = len(values) - len(good)
         return [record]
-
-    @property
-    def _cause(self) -> str:
-        if self.patience == 1:
-            return "the loss or its gradient"
-        return (
-            f"in this and the next {self.patience - 1} steps, the loss or its gradient, even with "
-            "the smallest loss scale,"
-        )
 
 
 @dataclass

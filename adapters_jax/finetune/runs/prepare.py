@@ -163,7 +163,8 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
     found = [name for name in given(options) if name not in nested]
     found = [*(n for part in nested for n in given(getattr(options, part))), *found]
     readers = {
-        name: [other.name for other in TASKS.values() if _reads(other, name)] for name in found
+        name: [each.name for each in TASKS.values() if name in (*each.columns, *each.flags)]
+        for name in found
     }
     stray = [name for name in found if readers[name] and task.name not in readers[name]]
     if stray:
@@ -173,10 +174,6 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
             f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}, and can learn "
             f"{' or '.join(other.name for other in tasks_on(task.kind))}"
         )
-
-
-def _reads(task: Task, name: str) -> bool:
-    return name in task.columns or name in task.flags
 
 
 def open_run(job: Job) -> Job:
