@@ -41,17 +41,17 @@ COMMANDS = {
     "generate": ("adapters_jax.finetune.cli.generate", "Generate"),
     "serve": ("adapters_jax.finetune.cli.serve", "Serve"),
     "merge": ("adapters_jax.finetune.cli.merge", "Merge"),
-    "combine": ("adapters_jax.finetune.cli.combine", "Combine"),
+    "combine": ("adapters_jax.finetune.cli.merge", "Combine"),
     "convert": ("adapters_jax.finetune.cli.convert", "Convert"),
-    "push": ("adapters_jax.finetune.cli.push", "Push"),
-    "audit": ("adapters_jax.finetune.cli.audit", "CountParameters"),
+    "push": ("adapters_jax.finetune.cli.convert", "Push"),
+    "audit": ("adapters_jax.finetune.cli.plan", "CountParameters"),
     "plan": ("adapters_jax.finetune.cli.plan", "PlanTraining"),
-    "models": ("adapters_jax.finetune.cli.models", "ListModels"),
+    "models": ("adapters_jax.finetune.cli.listing", "ListModels"),
     "methods": ("adapters_jax.finetune.cli.listing", "ListMethods"),
     "tasks": ("adapters_jax.finetune.cli.listing", "ListTasks"),
     "report": ("adapters_jax.finetune.cli.report", "Report"),
     "doctor": ("adapters_jax.finetune.cli.doctor", "Doctor"),
-    "completion": ("adapters_jax.finetune.cli.completion", "Completion"),
+    "completion": ("adapters_jax.finetune.cli.doctor", "Completion"),
 }
 OTHERS = {"train": "finetune", "chat": "generate --chat"}  # commands of other programs
 HELP = """\

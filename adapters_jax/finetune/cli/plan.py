@@ -1,4 +1,4 @@
-"""`adapters-jax plan`: computes the memory of a training on each device, without the devices."""
+"""`adapters-jax audit` and `plan`: parameters and memory of models, without their weights."""
 
 from __future__ import annotations
 
@@ -258,3 +258,35 @@ def _simulated(sizes: Mapping[str, int]) -> Mesh:
         if len(jax.devices()) < count:
             raise ShardingError(f"--mesh {_text(sizes)}: {error}") from error
     return make_mesh(sizes, jax.devices()[:count])
+
+
+@dataclass(frozen=True)
+class CountParameters(Command):
+    """Counts what a recipe adds to a model and trains in it, adapter by adapter; needs no weights.
+
+    Args:
+        model: a known shape such as bert-base, a pinned model, a directory with config.json, a GGUF
+            file, or an id on the Hugging Face Hub.
+        method: the recipe.
+    """
+
+    examples = """\
+  adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
+  adapters-jax audit --model gpt3-175b --method lora --rank 4 --json
+  adapters-jax audit --model bert-base --recipe recipe.json"""
+
+    model: str
+    method: MethodOptions = field(default_factory=MethodOptions)
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Counts, and returns a function that reports the counts."""
+        from adapters_jax.finetune.shapes import count_parameters
+
+        counts = count_parameters(self.model, self.method)
+
+        def report() -> None:
+            if not self.json:
+                console.show(counts)
+            console.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
+
+        return report
