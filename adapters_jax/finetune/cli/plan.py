@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.console import Console, duration
@@ -162,21 +162,11 @@ class PlanTraining(Command):
     def _job(self, method: MethodOptions, mesh: Mesh, console: Console) -> Job:
         from adapters_jax.finetune.planning import Job
 
+        names = ("model", "length", "dtype", "quantize", "remat", "attention")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        shared |= {"accelerator": self.device is not None, "say": console.say}
         limit = self.limit if self.largest else None
-        return Job(
-            self.model,
-            method,
-            mesh,
-            self.rows(mesh.shape),
-            self.length,
-            self.dtype,
-            self.quantize,
-            self.remat,
-            self.attention,
-            self.device is not None,
-            limit,
-            console.say,
-        )
+        return Job(method=method, mesh=mesh, rows=self.rows(mesh.shape), limit=limit, **shared)
 
     def _show(self, results: dict[str, Planned], mesh: Mesh, console: Console) -> None:
         from adapters_jax.distributed.plan import PARTS

@@ -123,16 +123,13 @@ class Cells:
         expected = _shared(self.checked[cell.recipe].config)
         differing = differences(_shared(config), expected)
         if there or here:
-            path = self.run(cell).path
             what = f"{' '.join(there) or 'less'}, and now it is {' '.join(here) or 'less'}"
-            raise RunError(
-                f"{path} was made with {what}; put that back, or compare in another --out"
-            )
-        if differing:
-            raise RunError(
-                f"{self.run(cell).path} was made with another {', '.join(differing)} than there is "
-                "now; put that back, or compare in another --out"
-            )
+        elif differing:
+            what = f"another {', '.join(differing)} than there is now"
+        else:
+            return
+        path = self.run(cell).path
+        raise RunError(f"{path} was made with {what}; put that back, or compare in another --out")
 
     def results(self, cells: Sequence[Cell]) -> dict[Cell, Result]:
         """The results of the finished cells."""
