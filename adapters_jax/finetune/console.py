@@ -46,6 +46,7 @@ class Compiling:
 
     def note(self, seconds: float, now: float) -> None:
         """Notes an event that took some seconds and ends now."""
+        # jax tells of an event when it ends, so an outer one comes after those within it.
         began = now - seconds
         while self.events and self.events[-1][0] > began - CLOSE:
             self.seconds -= self.events.pop()[1]

@@ -220,6 +220,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     keys = (*_PUBLIC, *(key for key in task_of(config).needed if key not in _PUBLIC))
     kept = {key: config[key] for key in keys if key in config}
     summary = dict(config.get("summary", {}))
+    # The path of the run, and rows of the data in its samples, stay on this machine.
     summary.pop("run", None)
     rows = summary.get("results", [])
     summary["results"] = [{k: v for k, v in row.items() if k != "samples"} for row in rows]

@@ -135,6 +135,7 @@ class PlanTraining(Command):
         from adapters_jax.distributed.devices import devices
         from adapters_jax.distributed.mesh import make_mesh, mesh_sizes
 
+        # A plan needs no accelerator, also where there is one: its memory may be in use.
         jax.config.update("jax_platforms", "cpu")
         if self.device is None:
             return _simulated(self._checked(mesh_sizes(self.mesh or "data=1")))
@@ -242,6 +243,7 @@ def _simulated(sizes: Mapping[str, int]) -> Mesh:
     from adapters_jax.distributed.mesh import ShardingError, make_mesh
 
     count = math.prod(sizes.values())
+    # jax makes its devices once, so this works only before anything has asked for them.
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # jax has its devices already

@@ -128,6 +128,7 @@ class ComparisonJob:
                     self._write(results)
                     progress.update(pace.done, self._outcome(results[each], each), news=True)
         summary = self._write(results)
+        # The programs were there for the cells alone.
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
         took = f"finished in {duration(time.perf_counter() - began)}: see {page}"

@@ -98,6 +98,7 @@ def load_comparison(path: str | Path) -> Comparison:
     """
     found = Comparison(Path(path), read_summary(Path(path)))
     with damage_errors(found.path / SUMMARY, AGAIN):
+        # What a damaged summary lacks is found here, and not when it is shown.
         str(found), found.table("dev", "test")
     return found
 

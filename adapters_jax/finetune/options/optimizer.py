@@ -128,6 +128,7 @@ class OptimizerOptions:
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
+        # optax counts steps from 0, and the first step is to have a rate above 0.
         return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:

@@ -45,6 +45,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.fonttype": "path",  # as wide on every machine
 }
+# A date or a version in a picture would make equal pages differ.
 _NO_METADATA: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _MARKS = re.compile(r'(\bid="|href="#|url\(#)')
 _TOP = re.compile(r"<svg [^>]*?viewBox=(\"[^\"]*\")[^>]*>", re.DOTALL)

@@ -123,6 +123,7 @@ def measured(
             state, metrics = step(state, batch)
             return metrics
 
+        # The first step of a shape compiles its program, so the second one tells what a step takes.
         compiled, each = timed(advance), timed(advance)
         first, epoch = first + max(0.0, compiled - each), epoch + count * each
     scored = [timed(lambda: problem.score(state, "dev")) for _ in range(2)]

@@ -174,6 +174,8 @@ class Job:
             write_report(self.run, config)
         for note in notes(task_of(config).views(config, judged)):
             self.console.say(note)
+        # A run with a summary counts as finished, so this is written after its page and before its
+        # checkpoints go.
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)

@@ -194,6 +194,7 @@ class Training:
         if problem.mesh is not None:
             state = shard(state, problem.mesh)
         rate = options.schedule(steps, options.learning_rate or 0.0)
+        # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
         marks = options.marks(len(problem.train))
         return cls(problem, options, state, log, steps, marks, **callbacks)

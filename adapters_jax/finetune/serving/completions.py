@@ -204,6 +204,7 @@ async def _unless_gone(request: Request, work: Any) -> str:
     """The result of some work; if the client hangs up before, the work is cancelled."""
 
     async def gone() -> None:
+        # The body is read already, so what comes next is the end of the connection.
         while (await request.receive())["type"] != "http.disconnect":
             pass
 

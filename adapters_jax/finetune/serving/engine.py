@@ -297,6 +297,7 @@ class Engine:
     def _retire(self, key: str) -> None:
         """Frees a place of the bank once no request uses it."""
         self._retired.add(key)
+        # Requests of adapters that were retired before may have ended meanwhile, too.
         for each in [each for each in self._retired if not self._users[each]]:
             self._slots.bank = self._slots.bank.drop(each)
             self._retired.discard(each)
@@ -351,8 +352,10 @@ class Engine:
         rows = [(row, each) for row, each in enumerate(self._running) if each is not None]
         unread = [(row, each) for row, each in rows if each.read < len(each.prompt)]
         if unread:
+            # Prompts are read one after another, that of the earliest deadline first.
             self._read(*min(unread, key=lambda pair: pair[1].deadline))
         live = [(row, each) for row, each in enumerate(self._running) if each and each.made]
+        # A request that is alone is computed as a piece of one token, without the other rows.
         if len(live) == 1 and self.sizes.pieces[0] == 1:
             ((row, each),) = live
             token = self._slots.read(row, [each.last], False, each.adapter, _choice(each))

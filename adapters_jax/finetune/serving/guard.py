@@ -148,6 +148,8 @@ def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
     return limited
 
 
+# Written to the socket as it is, since the application never sees the connection; 72 is the length
+# of the JSON with its spaces.
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: application/json\r\nContent-Length: 72\r\n\r\n"
