@@ -261,9 +261,14 @@ class _Estimate:
         self.steps, self.first, self._left = steps, first, left
         self.pace = Pace(clock if first else time.monotonic)
 
-    def left(self, step: int) -> str:
-        """The seconds that are left after a step, in words; empty if they are not known yet."""
+    def left(self, step: int, shown: bool = True) -> str:
+        """The seconds that are left after a step, in words; empty if they are not known yet.
+
+        Every step has to be noted, but what is not shown need not be computed.
+        """
         pace = self.pace.at(step)
+        if not shown:
+            return ""
         seconds = self._left() if self._left else pace and pace * (self.steps - step)
         return "" if seconds is None else f"{duration(seconds)} left"
 
@@ -291,9 +296,11 @@ class _Lines:
             console.say(f"{title}  {estimate.first}")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        now, steps, left = time.monotonic(), self.estimate.steps, self.estimate.left(step)
+        now, steps = time.monotonic(), self.estimate.steps
         pause = NEWS_SECONDS if news else QUIET_SECONDS
-        if now - self.last < pause and not (news and step == steps):
+        shown = now - self.last >= pause or (news and step == steps)
+        left = self.estimate.left(step, shown)
+        if not shown:
             return
         self.last = now
         time_words = duration(now - self.began) if step == steps else left

@@ -180,8 +180,7 @@ class Training:
         """A training before its first step.
 
         Args:
-            problem: the problem to learn.
-            options: the settings of the training, with a learning rate and epochs.
+            problem, options: as in `Training`.
             key: the seed of dropout.
             half: whether the model computes in float16: then the loss is scaled, and steps that
                 overflow are skipped, up to 20 in a row.
