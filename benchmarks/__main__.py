@@ -26,6 +26,7 @@ BENCHMARKS = {
     "losses": "a loss over a large vocabulary beside those of tokamax; needs libtpu and tokamax",
     "memory": "what training holds: full fine-tuning beside LoRA, Houlsby and prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
+    "paths": "files, functions and moves between files that common work runs through",
     "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
     "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",

@@ -19,8 +19,8 @@ from adapters_jax.files.adapter import STATE
 from adapters_jax.files.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
 from adapters_jax.files.formats.native import Native
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.export import open_source
 from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.leaving import open_source
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import unflatten
 

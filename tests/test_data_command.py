@@ -168,7 +168,7 @@ def test_texts_as_an_encoder_sees_them(data):
 def test_control_characters_are_written_out(data):
     write("rows.jsonl", {"te\x1b[31mxt": "a", "label": "\x1b]0;x\x07"}, {"label": "\x1b]0;x\x07"})
     out = data("rows.jsonl")
-    assert "\x1b" not in out and "\x07" not in out and "\\x1b]0;x\\x07" in out
+    assert "\x1b" not in out and "\x07" not in out and "\\u001b]0;x\\u0007" in out
 
 
 def test_bad_input():

@@ -14,8 +14,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.files.checkpoint import Checkpoints
-from adapters_jax.finetune.runs.log import Log
-from adapters_jax.finetune.runs.loop import PATIENCE
+from adapters_jax.finetune.runs.loop import PATIENCE, Log
 from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.trees import flatten
 

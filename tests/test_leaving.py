@@ -20,7 +20,7 @@ from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.cli.main import COMMANDS, main
 from adapters_jax.finetune.cli.main import command_of as class_of
 from adapters_jax.finetune.inference import load_predictor
-from adapters_jax.finetune.leaving import MERGED
+from adapters_jax.finetune.merging import MERGED
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.bert import Bert
 

@@ -18,10 +18,9 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.options.flags import words
+from adapters_jax.finetune.options.flags import from_plain, plain, words
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain, plain
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts

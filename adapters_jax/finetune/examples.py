@@ -67,6 +67,7 @@ def see(model: str, rows: Rows, columns: Mapping[str, str], learnt: Turns = "ass
         reader = load_decoder_tokenizer(model)
         return Seen(reader.tokenizer, _by_decoder(reader, model, rows, columns, learnt), True)
     tokenizer = read_tokenizer(locate(model))
+    # The file of a tokenizer may ask for both, and lengths are to be those of the rows.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     pair = columns.get("text_pair")

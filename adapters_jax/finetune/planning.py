@@ -144,6 +144,7 @@ def _along(one: float | None, two: float | None, more: int) -> float | None:
 
 def _halved(found: Plan) -> Plan:
     """Converts the plan of a float32 program to bfloat16."""
+    # XLA's CPU compiler computes bfloat16 in float32, so its figures are those of float32.
     half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
     return replace(found, program=None, **half)
 

@@ -258,8 +258,8 @@ def _read_recipe(directory: Path) -> None:
 
 
 def _runs(folder: Path) -> Mapping[str, Files]:
+    from adapters_jax.finetune.options.flags import plain
     from adapters_jax.finetune.options.settings import RunOptions
-    from adapters_jax.finetune.options.stored import plain
 
     target = {"names": ["no", "yes"]}
     scored = {"method": "lora", "trainable_parameters": 9, "test": {"f1": 1.0}}

@@ -1,4 +1,4 @@
-"""Labels of texts by an encoder with many adapters, each with a head of its own.
+"""Labels of texts by an encoder with many adapters, each with its own head.
 
 One thread runs the model. The texts of all requests that wait are computed together, in batches of
 static shapes whose rows have an adapter each.
@@ -190,6 +190,7 @@ class Labeller:
 
     def start(self) -> None:
         """Compiles every program."""
+        # Putting and dropping compile programs too, which is not to happen while answers run.
         idle = self._bank.fit("idle", (self._bank.recipe, {}))
         self._bank = self._bank.put("idle", idle, donate=True).drop("idle")
         for width in self._widths:
@@ -245,7 +246,7 @@ class Labeller:
 
         Raises:
             BusyError: too many requests wait.
-            UnknownModelError: there is no such adapter.
+            UnknownModelError: no adapter has this name.
         """
         self._served(name)
         wanted = _Wanted(name, texts)
