@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.files.layouts import Array, ModuleReference, ParameterReference, spans
-from adapters_jax.files.names import HEADS, NameTable
+from adapters_jax.files.names import HEADS, ROW, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -44,6 +45,7 @@ class ModuleMap:
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
         heads: their modules beside the base, whose names have no prefix.
+        prefix: begins the names that `full` makes.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -55,6 +57,7 @@ class ModuleMap:
     scanned: int = 0
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
+    prefix: str = ""
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -66,10 +69,20 @@ class ModuleMap:
             name = name.removeprefix(prefix)
         return name
 
-    def full(self, name: str, prefix: str | None) -> str:
-        """A bare name with `prefix`, by default the table's first; heads have none."""
-        prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
-        return name if name.split(".")[0] in self.heads else prefix + name
+    def full(self, name: str) -> str:
+        """A bare name with the prefix; heads have none."""
+        return name if name.split(".")[0] in self.heads else self.prefix + name
+
+    @cached_property
+    def rows(self) -> dict[str, list[str]]:
+        """Their modules, one for each row of a parameter of ours, such as experts, by its path."""
+        return {
+            reference.path: [
+                name.replace(ROW, str(i)).removesuffix(".weight") for i in range(reference.shape[0])
+            ]
+            for name, reference in self.parameters.items()
+            if ROW in name
+        }
 
     @property
     def paths(self) -> list[str]:
@@ -77,7 +90,7 @@ class ModuleMap:
         return sorted({path.rpartition("/")[0] for path in self.base})
 
 
-def find_modules(names: Names, base: Any) -> ModuleMap:
+def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMap:
     """Builds the module map of a model.
 
     Args:
@@ -86,6 +99,7 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
             of a parameter to ours. Two names for one embedding are the embedding's, and then that
             of the output layer that is tied to it.
         base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+        prefix: begins the names of all modules but heads in files; by default the table's first.
 
     Raises:
         UserError: no module is found, or the mapping has paths that the base does not have.
@@ -106,8 +120,9 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
             "from their names of modules to paths of the base"
         )
     if isinstance(names, NameTable):
-        return replace(_by_table(names, by_path, leaves), scanned=scanned)
-    return _by_mapping(names, by_path, leaves)
+        prefix = "".join(names.prefixes[:1]) if prefix is None else prefix
+        return replace(_by_table(names, by_path, leaves), scanned=scanned, prefix=prefix)
+    return replace(_by_mapping(names, by_path, leaves), prefix=prefix or "")
 
 
 def _by_table(

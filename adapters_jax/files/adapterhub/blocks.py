@@ -98,7 +98,7 @@ class Blocks:
         return found
 
 
-def find_blocks(names: Names, base: Any) -> Blocks:
+def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
     """Finds the blocks of a model by AdapterHub's names.
 
     Args:
@@ -107,6 +107,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
             `...output_adapters`) with the path of the module that adds the sublayer's output to
             the residual stream.
         base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+        prefix: begins the names of all modules but heads in files; by default the names' own.
 
     Raises:
         UserError: there are no blocks of a known architecture, or names do not fit the base.
@@ -115,7 +116,7 @@ def find_blocks(names: Names, base: Any) -> Blocks:
     if not isinstance(names, NameTable):
         sums = {k: v for k, v in names.items() if _is_bottleneck(k) and isinstance(v, str)}
         names = {k: v for k, v in names.items() if k not in sums}
-    ours, module_map = isinstance(names, NameTable), find_modules(names, base)
+    ours, module_map = isinstance(names, NameTable), find_modules(names, base, prefix)
     own = names.prefixes[:1] if isinstance(names, NameTable) else ()
     for architecture in sorted(ARCHITECTURES, key=lambda each: each.prefix not in own):
         if found := _matches(architecture, module_map):
@@ -126,10 +127,14 @@ def find_blocks(names: Names, base: Any) -> Blocks:
             f"names has no blocks of an architecture that is supported; expected one of {known}"
         )
     if not ours:
-        prefix = found[0][1][1]
-        modules = {name.removeprefix(prefix): each for name, each in module_map.modules.items()}
-        module_map = replace(module_map, modules=modules, prefixes=(prefix,) if prefix else ())
-        sums = {name.removeprefix(prefix): path for name, path in sums.items()}
+        theirs = found[0][1][1]
+        module_map = replace(
+            module_map,
+            modules={name.removeprefix(theirs): x for name, x in module_map.modules.items()},
+            prefixes=(theirs,) if theirs else (),
+            prefix=theirs if prefix is None else prefix,
+        )
+        sums = {name.removeprefix(theirs): path for name, path in sums.items()}
     _check_stacks(architecture, {stack.block for stack, _ in found})
     blocks = Blocks(architecture, module_map, sums, _layers(found), ours)
     return replace(blocks, sums=_sums(blocks)) if ours else blocks

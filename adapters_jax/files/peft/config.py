@@ -5,6 +5,7 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from adapters_jax.files.directories import field_problems
@@ -17,18 +18,67 @@ TIED = (
     "tie_word_embeddings=False"
 )
 
-SUPPORTED = {
-    "LORA": {
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
-        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "bias", "modules_to_save", "init_lora_weights", "fan_in_fan_out"),
-        *("target_parameters", "ensure_weight_tying"),
-    },
-    "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
-    "IA3": {
-        *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
-        *("modules_to_save", "init_ia3_weights"),
-    },
+
+@dataclass(frozen=True)
+class Kind:
+    """The facts about one `peft_type`.
+
+    Attributes:
+        module: the module beside this one that has its functions `read` and `write`.
+        methods: the names of the methods that it stores; a file has one of them.
+        leaves: our leaf's name for each of PEFT's tensor names.
+        fields: the supported fields of the configuration.
+        trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
+            as well as modules.
+    """
+
+    module: str
+    methods: tuple[str, ...]
+    leaves: Mapping[str, str]
+    fields: frozenset[str]
+    trains: str
+
+
+def _fields(*names: str) -> frozenset[str]:
+    return frozenset(" ".join(names).split())
+
+
+KINDS = {
+    "LORA": Kind(
+        "lora",
+        ("lora", "dora"),
+        {
+            "lora_A": "a",
+            "lora_B": "b",
+            "lora_embedding_A": "a",
+            "lora_embedding_B": "b",
+            "lora_magnitude_vector": "magnitude",
+        },
+        _fields(
+            "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern",
+            "target_modules exclude_modules layers_to_transform layers_pattern bias",
+            "modules_to_save init_lora_weights fan_in_fan_out target_parameters",
+            "ensure_weight_tying",
+        ),
+        trains="biases",
+    ),
+    "ADAPTION_PROMPT": Kind(
+        "prompts",
+        ("llama_adapter",),
+        {"adaption_prompt": "embedding", "adaption_gate": "gate"},
+        _fields("adapter_len adapter_layers target_modules"),
+        trains="nothing",
+    ),
+    "IA3": Kind(
+        "ia3",
+        ("ia3",),
+        {"ia3_l": "scale"},
+        _fields(
+            "target_modules exclude_modules feedforward_modules fan_in_fan_out modules_to_save",
+            "init_ia3_weights",
+        ),
+        trains="modules",
+    ),
 }
 # Bookkeeping, and fields that act only beside a field that is not supported.
 IDLE = {
@@ -51,19 +101,17 @@ _ADVICE = (
 )
 # What PEFT does not do on parameters.
 NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out")
-_NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
-_NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
+_BOOL, _TEXTS, _WHOLE, _NUMBER = (bool,), (str, list), (int,), (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "init_ia3_weights"), (bool,)),
+    **dict.fromkeys(("r", "adapter_len", "adapter_layers"), _WHOLE),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), _NUMBER),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "init_ia3_weights"), _BOOL),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
-    **{
-        "feedforward_modules": (str, list),
-        "layers_pattern": (str, list),
-        "layers_to_transform": (int, list),
-        "target_parameters": (list,),
-        "ensure_weight_tying": (bool,),
-    },
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _TEXTS),
+    **dict.fromkeys(("feedforward_modules", "layers_pattern"), _TEXTS),
+    "layers_to_transform": (int, list),
+    "target_parameters": (list,),
+    "ensure_weight_tying": _BOOL,
 }
 
 
@@ -89,9 +137,9 @@ def config_problems(config: Config) -> list[str]:
         ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"]
     """
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in SUPPORTED:
-        return [f"peft_type={kind!r}, expected {' or '.join(SUPPORTED)}"]
-    problems = field_problems(config, SUPPORTED[kind], IDLE, _expected)
+    if not isinstance(kind, str) or kind not in KINDS:
+        return [f"peft_type={kind!r}, expected {' or '.join(KINDS)}"]
+    problems = field_problems(config, KINDS[kind].fields, IDLE, _expected)
     if config.get("target_parameters"):
         problems += [
             f"{field}={config[field]!r} with target_parameters is not supported"
@@ -108,14 +156,12 @@ def _expected(field: str, found: Any) -> list[str]:
         good = isinstance(found, bool | str) and found in allowed
         advice = _ADVICE if field == "init_lora_weights" else ""
         return [] if good else [f"expected one of {', '.join(map(repr, allowed))}{advice}"]
-    if field in _NUMBERS:
-        types = (int,) if _NUMBERS[field] is int else (int, float)
+    types = _TYPES[field]
+    if types in (_WHOLE, _NUMBER):
         good = isinstance(found, types) and not isinstance(found, bool) and found >= 0
-        return (
-            [] if good else ["expected a whole number" if types == (int,) else "expected a number"]
-        )
-    if not isinstance(found, _TYPES[field]):
-        return [f"expected {' or '.join(each.__name__ for each in _TYPES[field])}"]
+        return [] if good else [f"expected a {'whole ' * (types == _WHOLE)}number"]
+    if not isinstance(found, types):
+        return [f"expected {' or '.join(each.__name__ for each in types)}"]
     if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
         return ["expected a number for each pattern"]
     return _broken(found) if isinstance(found, str | dict) else []
@@ -132,14 +178,17 @@ def _broken(patterns: Iterable[str]) -> list[str]:
     return problems
 
 
-def number_at(config: Config, field: str, patterns: str, module: str) -> Any:
-    """The rank or alpha of one module: by the first pattern that matches it, else by the field.
+def number_at(config: Config, field: str, module: str) -> Any:
+    """The rank `r` or the `lora_alpha` of one module.
+
+    The first pattern that matches it decides, or else the field itself.
 
     Example:
         >>> config = {"r": 8, "rank_pattern": {"q_proj": 4}}
-        >>> number_at(config, "r", "rank_pattern", "layers.0.q_proj")
+        >>> number_at(config, "r", "layers.0.q_proj")
         4
     """
+    patterns = "rank_pattern" if field == "r" else "alpha_pattern"
     for pattern, found in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return found

@@ -20,8 +20,6 @@ from adapters_jax.files.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
 from adapters_jax.recipe import Recipe
 
-LEAVES = {"ia3_l": "scale"}
-
 
 def scales_input(config: Config, module: str) -> bool:
     """Whether PEFT scales a module's input; it compares the end of the name, not whole words.
@@ -96,7 +94,6 @@ def write(
     added: Added,
     leaves: Mapping[str, Array],
     module_map: ModuleMap,
-    prefix: str | None,
     problems: list[str],
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Returns the fields, and the vector of every module."""
@@ -115,7 +112,7 @@ def write(
             reason = problem or "it scales the inputs of some parts and the outputs of others"
             problems.append(f"{bare}: {reason}, which PEFT's IA3 does not support")
             continue
-        name = module_map.full(bare, prefix)
+        name = module_map.full(bare)
         targets[name] = True in kinds
         tensors[f"{ROOT}{name}.ia3_l"] = vector
     problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]

@@ -14,7 +14,6 @@ from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import LlamaAdapter, Method
 from adapters_jax.recipe import Recipe
 
-LEAVES = {"adaption_prompt": "embedding", "adaption_gate": "gate"}
 # PEFT adds the prompts' values of a GPT-2 behind its output projection, not before it.
 _OTHER = "attn"
 _UNLIKE = "PEFT's prompts of a GPT-2 are not projected, and LLaMA-Adapter here projects them"
@@ -59,7 +58,6 @@ def write(
     added: Added,
     leaves: Mapping[str, Array],
     module_map: ModuleMap,
-    prefix: str | None,
     problems: list[str],
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
@@ -82,7 +80,7 @@ def write(
                 f'{ours} has {len(gate)} gates; PEFT has one in each layer: use gate="layer"'
             )
         lengths.add(len(prompt))
-        root = f"{ROOT}{module_map.full(names[ours], prefix)}"
+        root = f"{ROOT}{module_map.full(names[ours])}"
         tensors[f"{root}.adaption_prompt"] = prompt[None]
         opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT applies no tanh
         tensors[f"{root}.adaption_gate"] = opened

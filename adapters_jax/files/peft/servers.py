@@ -25,9 +25,8 @@ import numpy as np
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.files.layouts import Array, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
-from adapters_jax.files.peft import kinds
-from adapters_jax.files.peft.config import ROOT, Config, number_at
-from adapters_jax.files.peft.files import from_peft, to_peft
+from adapters_jax.files.peft.config import KINDS, ROOT, Config, number_at
+from adapters_jax.files.peft.convert import from_peft, split_tensors, to_peft
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
@@ -260,15 +259,15 @@ def _outer(tensors: Mapping[str, Array], module_map: ModuleMap) -> list[str]:
 
 def _factors(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     """The factors by PEFT's names of modules."""
-    return kinds.by_module_and_leaf(tensors, kinds.KINDS["LORA"], [])[0]
+    return split_tensors(tensors, KINDS["LORA"], [])[0]
 
 
 def _pairs(config: Config, tensors: Mapping[str, Array]) -> dict[str, _Pair]:
     """The factors of each of PEFT's modules, with their scale."""
     made = {}
     for name, found in _factors(tensors).items():
-        rank = number_at(config, "r", "rank_pattern", name)
-        alpha = number_at(config, "lora_alpha", "alpha_pattern", name)
+        rank = number_at(config, "r", name)
+        alpha = number_at(config, "lora_alpha", name)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         made[name] = _Pair(scale=scale, **found)
     return made

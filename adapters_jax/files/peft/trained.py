@@ -73,7 +73,6 @@ def write_trained(
     trained: Mapping[str, Array],
     adapted_modules: Container[str],
     module_map: ModuleMap,
-    prefix: str | None,
     problems: list[str],
 ) -> tuple[Tensors, dict[str, Any]]:
     """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
@@ -97,7 +96,7 @@ def write_trained(
                 f"{bare} has factors and its weight trains as well, which PEFT does not support"
             )
             continue
-        name = module_map.full(bare, prefix)
+        name = module_map.full(bare)
         biases |= {adapted} if alone else set()
         whole_head = head if head in heads else name
         saved += [] if alone or whole_head in saved else [whole_head]
@@ -110,12 +109,12 @@ def write_trained(
             whole = their_leaf(leaf, arrays, module_map.fan_in_fan_out)
             tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
         if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
-            tied = module_map.full(module_map.tied[0], prefix)
+            tied = module_map.full(module_map.tied[0])
             saved.append(tied)
             tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
     problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
     fields: dict[str, Any] = {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
-    if module_map.tied and module_map.full(module_map.tied[0], prefix) in saved:
+    if module_map.tied and module_map.full(module_map.tied[0]) in saved:
         fields["ensure_weight_tying"] = True
     return tensors, fields

@@ -1,20 +1,24 @@
 """Loads decoders from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
-from adapters_jax.files.gguf.header import find_gguf
 from adapters_jax.files.names import Tensor
+from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
 from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.base_files.gguf import GGUF
 
 
 def load_decoder(
@@ -79,11 +83,13 @@ def _read(
     name_or_path: str | Path | GGUF, revision: str | None
 ) -> tuple[DecoderConfig, Mapping[str, Tensor]]:
     """Reads the configuration, which is checked before any weight is used, and the tensors."""
-    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
+    if isinstance(name_or_path, str | Path):
+        if not find_gguf(name_or_path):
+            directory = huggingface.resolve(name_or_path, revision)
+            config = DecoderConfig.from_json(directory / "config.json")
+            return config, huggingface.read_tensors(directory)
+        from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
         name_or_path = read_gguf(name_or_path)
-    if isinstance(name_or_path, GGUF):
-        config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
-        return config, name_or_path.tensors()
-    directory = huggingface.resolve(name_or_path, revision)
-    config = DecoderConfig.from_json(directory / "config.json")
-    return config, huggingface.read_tensors(directory)
+    config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
+    return config, name_or_path.tensors()
