@@ -312,7 +312,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
             {"init_lora_weights": "pissa"},
             ["init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"],
         ),
-        ({"bias": "some"}, ["bias='some'", "'none', 'all', 'lora_only'"]),
+        ({"bias": "some"}, ["bias='some'", "'none' or 'all' or 'lora_only'"]),
         ({"r": "8"}, ["r='8'"]),
         ({"r": -1}, ["r=-1"]),
         ({"lora_alpha": True}, ["lora_alpha=True"]),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,28 +182,3 @@ def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
             "an aj.TrainState has state.trained"
         )
     return {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
-
-
-def field_problems(
-    config: Mapping[str, Any],
-    supported: Collection[str],
-    idle: Collection[str],
-    expected: Callable[[str, Any], list[str]],
-) -> list[str]:
-    """Lists the unsupported settings, each as `field=value` with the reason.
-
-    Args:
-        config: the settings.
-        supported: the supported fields.
-        idle: fields without effect. All others must be null, false or empty.
-        expected: returns the problems of a supported field's value, given both.
-    """
-    problems = []
-    for field, found in config.items():
-        if field in idle or found is None:
-            continue
-        if field in supported:
-            problems += [f"{field}={found!r}, {reason}" for reason in expected(field, found)]
-        elif found is not False and found not in ({}, [], ""):
-            problems.append(f"{field}={found!r} is not supported")
-    return problems

@@ -223,13 +223,13 @@ def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     found = blocks.architecture
     alike = (each for each in ARCHITECTURES if each.stacks == found.stacks)
     own = next((each for each in alike if each.prefix == prefix), found)
-    first = next(iter(blocks.layers))
+    first = blocks.layers[0]
     return {
         "name": name,
         "version": VERSION,
         "model_type": own.model_type,
         "model_class": own.model_class,
         "model_name": None,
-        "hidden_size": max(blocks.width(first, where) for where in blocks.bottlenecks(first))
+        "hidden_size": max(x.width for (n, _), x in blocks.bottlenecks.items() if n == first)
         or None,
     }

@@ -10,9 +10,9 @@ from typing import Any
 
 from adapters_jax.files.adapterhub.blocks import Blocks
 from adapters_jax.files.adapterhub.config import Config
-from adapters_jax.files.directories import field_problems
 from adapters_jax.files.layouts import Array, ModuleReference, our_leaf, their_leaf
 from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, trained_value
+from adapters_jax.files.settings import anything, field_problems, one_of
 
 HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
 _OURS = {HEAD: "head", POOLER: "pooler/dense"}
@@ -20,8 +20,6 @@ POOLINGS = ("pooler", "cls", "tokens")
 OF_TOKENS = ("tagging", "question_answering")
 IMAGES = "image_classification"
 KINDS = ("classification", "multilabel_classification", "multiple_choice", IMAGES, *OF_TOKENS)
-_FIELDS = {"head_type", "num_labels", "num_choices", "layers", "activation_function"}
-_FIELDS |= {"use_pooler", "bias", "multilabel"}
 # The names of other architectures' own classifiers.
 _STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD, "pre_classifier": POOLER}
 _ADVICE = "load_adapterhub(..., with_head=False) omits the head"
@@ -103,24 +101,18 @@ def _flexible(
     if not isinstance(config, Mapping):
         problems.append(f"the head's config={config!r}, expected an object with the settings")
         return {}, "cls"
-    idle = {"label2id", "id2label"}
     of_tokens = config.get("head_type") in OF_TOKENS
     layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
-    expected: dict[str, tuple[Any, ...]] = {
-        "head_type": KINDS,
-        "layers": (1,) if pooled or of_tokens else (1, 2),
-        "use_pooler": (True, False),
-        "bias": (True,),
-        "multilabel": (False,),
+    rules = {
+        **dict.fromkeys(("num_labels", "num_choices"), anything),
+        "head_type": one_of(*KINDS),
+        "layers": one_of(1) if pooled or of_tokens else one_of(1, 2),
+        "activation_function": one_of(activation) if layers == 2 else anything,
+        "use_pooler": one_of(True, False),
+        "bias": one_of(True),
+        "multilabel": one_of(False),
     }
-    if layers == 2:
-        expected["activation_function"] = (activation,)
-
-    def reasons(field: str, found: Any) -> list[str]:
-        allowed = expected.get(field, (found,))
-        return [] if found in allowed else [f"expected {' or '.join(map(repr, allowed))}"]
-
-    found = field_problems(config, _FIELDS, idle, reasons)
+    found = field_problems(config, rules, idle=("label2id", "id2label"))
     problems += [f"the head's {problem}; {_ADVICE}" for problem in found]
     modules = {"1": HEAD} if layers == 1 else {"1": POOLER, "4": HEAD} if layers == 2 else {}
     names = {

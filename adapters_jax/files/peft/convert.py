@@ -59,7 +59,7 @@ def from_peft(
             kind = KINDS[config["peft_type"]]
             added, plain = split_tensors(tensors, kind, problems)
             methods: list[Method]
-            methods, leaves = _code(kind).read(config, added, module_map, problems)
+            methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
             trained = read_trained(plain, module_map, problems)
             if trained:
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
@@ -102,7 +102,7 @@ def to_peft(
             "IA3 alone"
         )
         return {}, {}, problems + held
-    fields, tensors = _code(kind).write(recipe, added, leaves, module_map, problems)
+    fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)
     if kind.trains == "nothing":
         problems += [
             f"{path}: PEFT's prompts do not support other trained leaves beside them"
@@ -119,9 +119,9 @@ def to_peft(
     return fields | trains, tensors | more, problems + held
 
 
-def _code(kind: Kind) -> Any:
-    """The module with a kind's functions, of which a process imports only those that it needs."""
-    return import_module(f"adapters_jax.files.peft.{kind.module}")
+def _code(module: str) -> Any:
+    """A module of a kind, of which a process imports only those that it needs."""
+    return import_module(f"adapters_jax.files.peft.{module}")
 
 
 def split_tensors(

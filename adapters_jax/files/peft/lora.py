@@ -1,4 +1,4 @@
-"""LoRA and DoRA in PEFT's files: factors, ranks and alphas of every module and parameter.
+"""LoRA and DoRA out of PEFT's files: factors, ranks and alphas of every module and parameter.
 
 Three kinds of PEFT's modules have factors: modules, which may fuse several of ours; experts that
 are a linear layer each, and rows of one array here; and modules that hold parameters themselves,
@@ -7,26 +7,16 @@ for which see `parameters`.
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.layouts import (
-    Array,
-    ModuleReference,
-    our_factors,
-    rounded,
-    their_factors,
-)
-from adapters_jax.files.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.files.layouts import Array, ModuleReference, our_factors
+from adapters_jax.files.module_map import ModuleMap, shortest
 from adapters_jax.files.peft.config import (
-    NOT_ON_PARAMETERS,
-    ROOT,
     STARTS,
     TIED,
     Config,
@@ -35,24 +25,12 @@ from adapters_jax.files.peft.config import (
     number_at,
     value,
 )
-from adapters_jax.files.peft.parameters import (
-    WRITTEN,
-    module_of,
-    nested,
-    our_pair,
-    parameters_by_key,
-    their_pair,
-)
+from adapters_jax.files.peft.parameters import our_pair, parameters_by_key
 from adapters_jax.methods import DoRA, LoRA, Method
-from adapters_jax.methods.leaf import axes_of
-from adapters_jax.placement import in_tree
-from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
-from adapters_jax.weights.axes import Axes
 
 Factors = Mapping[str, Array]
 _NUMBERS = ("r", "lora_alpha")
-_THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
 def read(
@@ -259,254 +237,3 @@ def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     others = sorted({number for number in numbers.values() if number != usual})
     groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
     return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
-
-
-def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Returns the fields, and the factors of every module and parameter."""
-    methods: list[Any] = list(recipe.attached)
-    if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
-        problems.append(
-            "PEFT has one dropout and one rank_stabilized for all modules; these differ"
-        )
-    if any(m.a_init == "pissa" for m in methods):
-        problems.append(
-            "a_init='pissa' changed the base's weights, but PEFT adapts the original base"
-        )
-    pairs = _pairs(recipe, added, leaves, module_map, problems)
-    writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
-    writer.add_modules()
-    writer.add_experts()
-    modules = set(writer.ranks)
-    writer.add_parameters()
-    parameters = sorted(writer.ranks.keys() - modules, key=in_order)
-    unknown = sorted(pair.target for pair in pairs.values())
-    problems += [f"names has no name for {path}; add it" for path in unknown]
-    fields = _fields(methods, writer, sorted(modules, key=in_order))
-    if parameters:
-        fields |= {"target_parameters": parameters, "peft_version": WRITTEN}
-        problems += [
-            f"{parameters[0]}: PEFT does not support {field}={fields[field]!r} on parameters"
-            for field in NOT_ON_PARAMETERS
-            if fields[field]
-        ]
-    if module_map.tied and module_map.full(module_map.tied[0]) in modules:
-        fields["ensure_weight_tying"] = True
-    return fields, writer.tensors
-
-
-def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -> dict[str, Any]:
-    """Returns the configuration: the commonest rank and alpha, and patterns for the others."""
-    ranks, alphas = writer.ranks, writer.alphas
-    (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
-    (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": methods[0].dropout,
-        "use_rslora": methods[0].rank_stabilized,
-        "use_dora": methods[0].name == "dora",
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": list(modules),
-        "fan_in_fan_out": writer.module_map.fan_in_fan_out,
-        "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
-    }
-
-
-class _Pair(NamedTuple):
-    """The factors of one of our weights, with its inputs before its outputs.
-
-    Attributes:
-        method: the LoRA or DoRA.
-        target: the path of its target, by which the method has its scale.
-        leaves: its leaves by name.
-    """
-
-    method: Any
-    target: str
-    leaves: Factors
-
-    @property
-    def scale(self) -> float:
-        return self.method.scale_at(self.target)
-
-
-def _pairs(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> dict[str, _Pair]:
-    """The factors of each weight, by its path; only those of `added`, which are complete."""
-    owners = {path: owner for path in leaves if (owner := recipe.owner(path))}
-    complete = {path: leaves[path] for path, owner in owners.items() if owner.path in added}
-    shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **complete}.items()}
-    pairs = {}
-    for each in in_tree(recipe, shapes):
-        own = _inputs_first(each.method, axes_of(each.point), each.leaves(leaves))
-        if own is None:
-            shape = list(each.point.weight_shape)
-            problems.append(f"{each.point.path}: PEFT cannot take the axes of its weight {shape}")
-            continue
-        path = join(each.module, each.point.weight)
-        pairs[path] = _Pair(each.method, each.point.path, own)
-    return pairs
-
-
-def _inputs_first(method: Any, axes: Axes, leaves: Factors) -> Factors | None:
-    """Leaves as of a weight whose inputs come before its outputs; None where that cannot be.
-
-    A weight whose outputs come first has the same change with A and B the other way round.
-    """
-    every, n = tuple(range(axes.ndim)), len(axes.shared)
-    if (*axes.shared, *axes.inputs, *axes.outputs) == every:
-        return leaves
-    backwards = (*axes.shared, *axes.outputs, *axes.inputs) == every
-    if not backwards or method.slices or leaves.keys() != {"a", "b"}:
-        return None
-    return {"a": np.moveaxis(leaves["b"], n, -1), "b": np.moveaxis(leaves["a"], -1, n)}
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """PEFT's tensors, and the rank and the alpha of every module and parameter, added so far.
-
-    What is added leaves `pairs`, which has the rest by the paths of our weights.
-    """
-
-    module_map: ModuleMap
-    pairs: dict[str, _Pair]
-    rank_stabilized: bool
-    problems: list[str]
-    tensors: dict[str, Array] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-
-    def number(self, name: str, rank: int, scale: float) -> None:
-        """Adds the numbers of a module or a parameter."""
-        self.ranks[name] = rank
-        self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.rank_stabilized else rank))
-
-    def factors(self, key: str, a: Array, b: Array, of_embedding: bool = False) -> None:
-        """Adds A and B, which are weights of layers in PEFT, or bare parameters of an embedding."""
-        for name, factor in (("A", a), ("B", b)):
-            end = f"lora_embedding_{name}" if of_embedding else f"lora_{name}.weight"
-            self.tensors[f"{ROOT}{key}.{end}"] = factor
-
-    def add_modules(self) -> None:
-        """Adds the factors of PEFT's modules, which may fuse several of ours."""
-        module_map, problems = self.module_map, self.problems
-        for bare, parts in module_map.modules.items():
-            mine = [self.pairs.pop(join(each.path, each.weight), None) for each in parts]
-            present = [pair for pair in mine if pair]
-            both = list(zip(parts, mine, strict=True))
-            wrong = [part for part, pair in both if pair and not _fits(part, pair)]
-            problems += [
-                f"{p.path}: its factors do not fit its weight {list(p.shape)}" for p in wrong
-            ]
-            if wrong or not present:
-                continue
-            name, is_dora = module_map.full(bare), present[0].method.name == "dora"
-            a, b, scale = _fused(both)
-            self.number(name, len(a), scale)
-            self.factors(name, a, b, of_embedding=parts[0].weight == "embedding")
-            if is_dora and len(present) < len(parts):
-                problems.append(f"{bare}: PEFT's DoRA adapts all parts of a module or none")
-                continue
-            if is_dora:
-                whole = np.concatenate([pair.leaves["magnitude"].ravel() for pair in present])
-                # The magnitudes of a convolution lie along its second axis.
-                shape = (-1,) if a.ndim == 2 else (1, -1, *(1,) * (a.ndim - 2))
-                self.tensors[f"{ROOT}{name}.lora_magnitude_vector"] = whole.reshape(shape)
-            if module_map.tied and bare == module_map.tied[1]:
-                if is_dora:
-                    problems.append(f"{parts[0].path}: PEFT's DoRA does not adapt a tied embedding")
-                head = module_map.full(module_map.tied[0])
-                self.number(head, len(a), scale)
-                self.factors(head, b.T, a.T)
-
-    def add_experts(self) -> None:
-        """Adds the factors of experts, each of which is a module of PEFT's."""
-        for path, modules in self.module_map.rows.items():
-            pair = self.pairs.pop(path, None)
-            if pair is None:
-                continue
-            if pair.method.slices or pair.leaves.keys() != {"a", "b"}:
-                self.problems.append(f"{path}: PEFT's files of experts have LoRA without slices")
-                continue
-            a, b = pair.leaves["a"], pair.leaves["b"]
-            for i, module in enumerate(modules):
-                name = self.module_map.full(module)
-                self.number(name, a.shape[-1], pair.scale)
-                self.factors(name, a[i].T, b[i].T)
-
-    def add_parameters(self) -> None:
-        """Adds the factors of parameters, of which PEFT nests those of one module."""
-        parameters = self.module_map.parameters
-        mine = [name for name, own in parameters.items() if own.path in self.pairs]
-        for module in dict.fromkeys(map(module_of, mine)):
-            names = [name for name in mine if module_of(name) == module]
-            full = self.module_map.full(module)
-            if full in self.ranks:
-                paths = ", ".join(parameters[name].path for name in names)
-                self.problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
-            for key, name in zip(nested(full, len(names)), names, strict=True):
-                reference = parameters[name]
-                pair = self.pairs.pop(reference.path)
-                a, b, shape = pair.leaves["a"], pair.leaves["b"], reference.shape
-                fits = (*a.shape[:-1], b.shape[-1]) == shape and len(shape) in (2, 3) and module
-                if not fits or pair.method.slices:
-                    self.problems.append(
-                        f"{reference.path} of {list(shape)} has factors {list(a.shape)} and "
-                        f"{list(b.shape)}; PEFT adapts whole parameters of modules, (in, out) or "
-                        "(experts, in, out)"
-                    )
-                    continue
-                self.factors(key, *their_pair(reference, a, b))
-                self.number(f"{full}.{name.rpartition('.')[2]}", a.shape[-1], pair.scale)
-
-
-def _fits(reference: ModuleReference, pair: _Pair) -> bool:
-    """Whether factors fit one weight; those of stacked layers do not."""
-    inputs, outputs = pair.leaves["a"].shape[:-1], pair.leaves["b"].shape[1:]
-    sliced = pair.method.slices
-    return inputs + outputs == reference.shape or (sliced and inputs == reference.shape[:-1])
-
-
-def _fused(
-    parts: Sequence[tuple[ModuleReference, _Pair | None]],
-) -> tuple[Array, Array, float]:
-    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
-
-    If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets
-    its own rows of A, and B has zeros for the rows of the others.
-    """
-    scale = next(pair.scale for _, pair in parts if pair)
-    made: list[tuple[int, tuple[Array, Array] | None]] = []
-    for reference, pair in parts:
-        if pair is None:
-            made.append((reference.width, None))
-            continue
-        a, b = their_factors(reference, pair.leaves, pair.method.slices)
-        made.append((reference.width, (a, b if pair.scale == scale else b * (pair.scale / scale))))
-    present = [factors for _, factors in made if factors]
-    if len(made) == 1:
-        return *present[0], scale
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    a = present[0][0] if shared else np.concatenate([a for a, _ in present])
-    rows, start = [], 0
-    for width, factors in made:
-        block = np.zeros((width, len(a)), a.dtype)
-        if factors:
-            block[:, start : start + len(factors[0])] = factors[1]
-            start += 0 if shared else len(factors[0])
-        rows.append(block)
-    return a, np.concatenate(rows), scale
