@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import BaseMismatchError, UserError, compare_trees
-from adapters_jax.files.layouts import WHOLE, Span, spans
+from adapters_jax.files.layouts import WHOLE, Span, outputs_first, outputs_last, spans
 from adapters_jax.transforms.stacking import Stack
 
 HEADS = ("lm_head", "classifier", "score")
@@ -84,14 +84,13 @@ class Source(NamedTuple):
         """Their array with its axes in our order: a kernel's outputs last, its window first."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        return array.transpose(*range(2, array.ndim), 1, 0) if self.transposed else array
+        return outputs_last(array) if self.transposed else array
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         """Our array with its axes in their order."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        n = array.ndim
-        return array.transpose(n - 1, n - 2, *range(n - 2)) if self.transposed else array
+        return outputs_first(array) if self.transposed else array
 
     def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
         """Takes our array, this part of their tensor, out of it; their shape is checked before."""
