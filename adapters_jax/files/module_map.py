@@ -139,8 +139,9 @@ def _by_table(
             source = names.module(path)
         except UserError:
             continue  # a module without counterpart, such as another head
-        index = source.part[0] if source.part else 0
+        index = source.part[0] if source.part else 0  # a fused module may lack some of its parts
         modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
+        # An attention module may have no parameters itself: its query tells where it is.
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules and not raw:

@@ -137,7 +137,7 @@ class NameTable:
         parameters: rules for parameters that modules hold themselves. Those of one module are in
             the order in which PyTorch's module defines them, by which PEFT nests their factors.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
-            weight in a model that has no such output layer of its own.
+            weight in a model that does not have the output layer as a module.
         heads: their modules beside the base, whose names have no prefix.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
@@ -203,6 +203,7 @@ class NameTable:
         return {name: tensors[original] for name, original in theirs.items()}
 
     def _canonical_name(self, name: str) -> str:
+        # Checkpoints converted from TensorFlow have its names of a norm's parameters.
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         for prefix in self.prefixes:
@@ -314,6 +315,7 @@ def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
         row = NamedSharding(where.mesh, P(*where.spec[1:]))
     one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=row)
     whole = jnp.zeros(like.shape, like.dtype, device=where)
+    # Without the wait, JAX would queue the copies of all layers, and hold them at the same time.
     for i, layer in enumerate(layers):
         whole = jax.block_until_ready(_put(whole, _placed(layer, one), i, where))
     return whole

@@ -6,8 +6,8 @@ the caller asks for, and the message names the file.
 
 The package safetensors checks dtypes, offsets and sizes as well, but accepts duplicate names,
 further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps the
-file, so a signal ends the process if the file becomes shorter. This module therefore has a reader
-of its own.
+file, so a signal ends the process if the file becomes shorter. This module therefore reads files
+itself.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -198,6 +198,7 @@ def _entry(name: str, value: Any, start: int) -> _Entry:
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise UserError(f"{name} has the dtype {_shown(kind)}, expected one of {', '.join(DTYPES)}")
+    # A size of 0 counts as 1, so that it does not hide others that are too large.
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
         raise UserError(f"{name} has the shape {_shown(shape)}, expected a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:

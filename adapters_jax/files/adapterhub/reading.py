@@ -45,7 +45,7 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
     """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name."""
     found: Added = {}
     for key, tensor in tensors.items():
-        modern = key
+        modern = key  # the first versions had other names for adapters of tasks and of languages
         for legacy in _LEGACY:
             modern = modern.replace(legacy, "adapters")
         for kind in ("adapters", "loras"):

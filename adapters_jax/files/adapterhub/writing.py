@@ -115,6 +115,7 @@ def _factor(method: Bottleneck, width: int, m: int) -> float:
     """A reduction factor from which AdapterHub computes the width `m` again."""
     if method.reduction_factor is not None:
         return method.reduction_factor
+    # AdapterHub computes int(width // factor), which misses m for some quotients.
     exact = rounded(width / m)
     return exact if int(width // exact) == m else width / (m + 0.5)
 

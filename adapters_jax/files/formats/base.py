@@ -133,7 +133,7 @@ class AdapterFormat(ABC):
 def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays of these shapes and dtypes that take no memory, to ask a format for its `problems`.
 
-    Each holds a number of its own, as no two trained leaves are equal.
+    Each holds another number, as no two trained leaves are equal.
 
     Example:
         >>> found = stand_ins({"a": np.ones((2, 3)), "b": np.ones(4)})

@@ -47,7 +47,8 @@ class Native(AdapterFormat):
 
         Raises:
             OtherBaseError: the adapter has another base.
-            AdapterMismatchError: it has state that is not parameters, which no such base has.
+            AdapterMismatchError: it has state that is not parameters, and the base has only
+                parameters.
         """
         manifest = Manifest.read(directory / CONFIG)
         found = manifest.base or BaseIdentity()

@@ -114,6 +114,7 @@ def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> b
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, tensor in tensors.items():
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+        # gguf writes to paths only, and in this order.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -157,6 +157,7 @@ class _Header:
         kind, count = self.numbers("<IQ")
         if kind == _ARRAY:
             raise self.error(f"{_shown(name)} holds arrays of arrays")
+        # A list of Python takes many times the bytes of the file, so its length has a limit.
         self.items += count
         if self.items > MOST_ITEMS:
             raise self.error(f"{_shown(name)} has {count} items, over {MOST_ITEMS} with the others")

@@ -156,6 +156,7 @@ def number_at(config: Config, field: str, module: str) -> Any:
         4
     """
     patterns = "rank_pattern" if field == "r" else "alpha_pattern"
+    # PEFT matches the end of a name, and takes the first pattern, not the longest.
     for pattern, found in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return found
@@ -178,6 +179,7 @@ def is_target(config: Config, module: str) -> bool:
         return False
     if targets is None or targets == "all-linear":
         return True  # PEFT chose the modules; the file's tensors show which
+    # PEFT asks for layers only where a name matches by its end.
     exact = not isinstance(targets, str) and module in targets
     return exact or (_listed(targets, module) and _in_layers(config, module))
 

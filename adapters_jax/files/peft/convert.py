@@ -120,7 +120,7 @@ def to_peft(
 
 
 def _code(module: str) -> Any:
-    """A module of a kind, of which a process imports only those that it needs."""
+    """The module with the functions of a kind; a process imports only those that it needs."""
     return import_module(f"adapters_jax.files.peft.{module}")
 
 

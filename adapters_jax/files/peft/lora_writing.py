@@ -67,6 +67,7 @@ def write(
 def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -> dict[str, Any]:
     """Returns the configuration: the commonest rank and alpha, and patterns for the others."""
     ranks, alphas = writer.ranks, writer.alphas
+    # Some servers ignore patterns, so as few modules as possible need one.
     (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
     (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
     return {
@@ -198,7 +199,7 @@ class _Writer:
                 self.factors(head, b.T, a.T)
 
     def add_experts(self) -> None:
-        """Adds the factors of experts, each of which is a module of PEFT's."""
+        """Adds the factors of experts; each expert is a module of PEFT's."""
         for path, modules in self.module_map.rows.items():
             pair = self.pairs.pop(path, None)
             if pair is None:
@@ -213,7 +214,7 @@ class _Writer:
                 self.factors(name, a[i].T, b[i].T)
 
     def add_parameters(self) -> None:
-        """Adds the factors of parameters, of which PEFT nests those of one module."""
+        """Adds the factors of parameters; PEFT nests those of one module, see `parameters`."""
         parameters = self.module_map.parameters
         mine = [name for name, own in parameters.items() if own.path in self.pairs]
         for module in dict.fromkeys(map(module_of, mine)):

@@ -60,7 +60,7 @@ def _without_tied(
 
 
 def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
-    """PEFT's heads that have several layers, of which some train: PEFT saves all of them."""
+    """The heads with several layers in PEFT that train in part; PEFT saves all their layers."""
     return {
         bare.split(".")[0]
         for bare, parts in module_map.modules.items()
