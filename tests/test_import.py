@@ -157,7 +157,7 @@ OF_OTHERS = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub", "pe
 
 
 def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_path):
-    """A run of an encoder reads rows, trains and saves; a format's code waits to be asked for."""
+    """A format's code is imported when one of its files is read, written or promised."""
     lora = aj.LoRA("query", 2)
     leaves = {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 4), np.float32)}
     aj.save_adapter(tmp_path / "lora", {"query": {"lora": leaves}}, lora)
@@ -195,6 +195,12 @@ def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
         "names = {'q_proj': 'query'}\n"
         f"saved = save_peft({str(tmp_path / 'a')!r}, aj.LoRA('query', 2), leaves, names, base)\n"
         "load_peft(saved, names, base)\n"
+        "from adapters_jax.files.base_model import BaseModel\n"
+        "from adapters_jax.files.formats import FORMATS, Adapter\n"
+        "encoder = BaseModel('mine', 'encoder', names, '', base, aj.BaseIdentity(), '')\n"
+        "adapter = Adapter(aj.Recipe(aj.LoRA('query', 2)), {})\n"
+        "(problem,) = FORMATS['gguf'].problems(adapter, encoder)\n"
+        "assert 'encoder' in problem\n"
     )
     others = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub")}
     assert not imported & {

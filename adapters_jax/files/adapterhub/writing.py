@@ -103,7 +103,7 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
         return fields | {"is_parallel": True, "original_ln_before": False}
     for row in POST_NORM if blocks.architecture.post_norm else PRE_NORM:
         if row[:2] == (role, method.placement):
-            return fields | row._asdict() | {"role": None, "placement": None}
+            return fields | dict(zip(row._fields[2:], row[2:], strict=True))
     norm = "norm's, with placement='norm'" if blocks.architecture.post_norm else "sum"
     return (
         f"AdapterHub supports no {method.placement} bottleneck here: target a sublayer's output, "
@@ -235,4 +235,4 @@ def _config(
         fields.pop("architecture")
     elif "selfattn_lora" in locations:
         fields["attn_matrices"] = list(matrices)
-    return {name: value for name, value in fields.items() if name not in ("role", "placement")}
+    return fields

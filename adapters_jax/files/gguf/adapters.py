@@ -30,7 +30,7 @@ from adapters_jax.files.gguf.tensors import (
     tensor_name,
 )
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.peft.config import ROOT
+from adapters_jax.files.peft.config import ROOT, factor_keys
 
 ADAPTER = "adapter.gguf"
 # llama.cpp's name and layout of each type of base; it has some as Llamas.
@@ -160,20 +160,14 @@ def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any]
         if which not in ("a", "b") or f"{module}.weight" == base or len(tensor.shape) != 2:
             problems.append(f"{name} {list(tensor.shape)}")
             continue
-        tensors[_key(base, module, which)] = _read(tensor, base, which, layout, heads)
+        key = factor_keys(module, of_embedding=base == f"{_EMBEDDING}.weight")["ab".index(which)]
+        tensors[key] = _read(tensor, base, which, layout, heads)
     if problems or not tensors:
         raise AdapterFileError(
             f"{str(path)!r} has {', '.join(problems) or 'no tensors'}, expected pairs such as "
             "blk.0.attn_q.weight.lora_a and .lora_b"
         )
     return _config(tensors, alpha), tensors
-
-
-def _key(base: str, module: str, which: str) -> str:
-    """PEFT's key of a tensor."""
-    if base == f"{_EMBEDDING}.weight":
-        return f"{ROOT}{module}.lora_embedding_{which.upper()}"
-    return f"{ROOT}{module}.lora_{which.upper()}.weight"
 
 
 def _read(tensor: GGUFTensor, base: str, which: str, layout: Layout, heads: Heads) -> Array:

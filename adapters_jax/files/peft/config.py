@@ -111,6 +111,17 @@ KINDS = {
 }
 
 
+def factor_keys(module: str, of_embedding: bool = False) -> tuple[str, str]:
+    """The keys of a module's A and B: the weights of layers, or an embedding's own parameters.
+
+    Example:
+        >>> factor_keys("q")
+        ('base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight')
+    """
+    start, end = (".lora_embedding_", "") if of_embedding else (".lora_", ".weight")
+    return f"{ROOT}{module}{start}A{end}", f"{ROOT}{module}{start}B{end}"
+
+
 def value(config: Config, field: str) -> Any:
     """A field's value, or PEFT's default where it is absent or null."""
     found = config.get(field)

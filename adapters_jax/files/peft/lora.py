@@ -127,9 +127,9 @@ class _Reader:
         self.check(module, found, numbers[0], len(a))
         if is_embedding and magnitude is not None:
             raise UserError(f"{module}: DoRA on an embedding is not supported")
-        made = [our_factors(reference, a, b, magnitude) for reference in there]
-        for reference, factors in zip(there, made, strict=True):
-            if factors is None or None in made:
+        for reference in there:
+            factors = our_factors(reference, a, b, magnitude)
+            if factors is None:
                 raise _misfit(module, found, reference.path, reference.shape)
             target, node = reference.path, join(reference.path, "lora")
             if _has_several(reference, self.module_map):

@@ -13,7 +13,7 @@ import numpy as np
 
 from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
 from adapters_jax.files.module_map import Added, ModuleMap, in_order
-from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT
+from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.placement import in_tree
@@ -161,10 +161,8 @@ class _Writer:
         self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.rank_stabilized else rank))
 
     def factors(self, key: str, a: Array, b: Array, of_embedding: bool = False) -> None:
-        """Adds A and B, which are weights of layers in PEFT, or bare parameters of an embedding."""
-        for name, factor in (("A", a), ("B", b)):
-            end = f"lora_embedding_{name}" if of_embedding else f"lora_{name}.weight"
-            self.tensors[f"{ROOT}{key}.{end}"] = factor
+        """Adds A and B."""
+        self.tensors.update(zip(factor_keys(key, of_embedding), (a, b), strict=True))
 
     def add_modules(self) -> None:
         """Adds the factors of PEFT's modules, which may fuse several of ours."""

@@ -25,7 +25,7 @@ import numpy as np
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.files.layouts import Array, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
-from adapters_jax.files.peft.config import KINDS, ROOT, Config, number_at
+from adapters_jax.files.peft.config import KINDS, ROOT, Config, factor_keys, number_at
 from adapters_jax.files.peft.convert import from_peft, split_tensors, to_peft
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
@@ -205,10 +205,8 @@ def for_server(
     usual = Counter(pair.scale for pair in made.values()).most_common(1)[0][0]
     written: dict[str, Array] = {}
     for name, pair in made.items():
-        outer = f"{ROOT}{name}.lora_embedding_A" in plan.tensors
-        ends = ("embedding_A", "embedding_B") if outer else ("A.weight", "B.weight")
-        keys = (f"{ROOT}{name}.lora_{end}" for end in ends)
-        written |= dict(zip(keys, pair.filled(plan.rank, usual), strict=True))
+        keys = factor_keys(name, of_embedding=factor_keys(name, True)[0] in plan.tensors)
+        written |= zip(keys, pair.filled(plan.rank, usual), strict=True)
     plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     config = {**plan.config, **plain, "r": plan.rank, "lora_alpha": rounded(usual * plan.rank)}
     found, tree = from_peft(config, written, names, base, f"for {server.owner}")
