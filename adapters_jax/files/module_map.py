@@ -14,7 +14,14 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.files.layouts import Array, ModuleReference, ParameterReference, spans
+from adapters_jax.files.layouts import (
+    Array,
+    ModuleReference,
+    ParameterReference,
+    our_leaf,
+    spans,
+    their_leaf,
+)
 from adapters_jax.files.names import HEADS, ROW, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
@@ -289,17 +296,59 @@ def by_module(
     return added, trained
 
 
-def trained_value(
-    path: str, trained: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> Array:
-    """The trained leaf at a path, or the base's own, since its module is saved whole."""
-    own = module_map.base[path]
-    if path not in trained and not hasattr(own, "__array__"):
-        problems.append(
-            f"{path} is saved with its module: give a base with values, not only shapes"
-        )
-        return np.zeros(own.shape, np.float32)
-    return np.asarray(trained.get(path, own))
+def our_leaves(
+    key: str,
+    kind: str,
+    tensor: Array,
+    references: Sequence[ModuleReference],
+    fan_in_fan_out: bool,
+    problems: list[str],
+) -> Leaves:
+    """The base's leaves by path that a tensor of theirs holds, called `key` in the problems.
+
+    Its kind is "weight" or "bias"; each of our modules gets its part of it.
+    """
+    found: Leaves = {}
+    for reference in references:
+        leaf = "bias" if kind == "bias" else reference.weight
+        fits = leaf in reference.leaves and kind in ("bias", "weight")
+        array = our_leaf(reference, leaf, tensor, fan_in_fan_out) if fits else None
+        if array is None:
+            ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
+            problems.append(
+                f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
+            )
+        else:
+            found[f"{reference.path}/{leaf}"] = array
+    return found
+
+
+def their_leaves(
+    parts: Sequence[ModuleReference],
+    names: Iterable[str],
+    trained: Mapping[str, Array],
+    base: Mapping[str, Any],
+    fan_in_fan_out: bool,
+    problems: list[str],
+) -> dict[str, Array]:
+    """Their tensors `weight` and `bias` of a module that is saved whole; undoes `our_leaves`.
+
+    Leaves that do not train have the base's values.
+    """
+    found = {}
+    for name in names:
+        arrays = []
+        for path in (f"{part.path}/{name}" for part in parts):
+            own = trained.get(path, base[path])
+            if not hasattr(own, "__array__"):
+                problems.append(
+                    f"{path} is saved with its module: give a base with values, not only shapes"
+                )
+                own = np.zeros(own.shape, np.float32)
+            arrays.append(np.asarray(own))
+        kind = "bias" if name == "bias" else "weight"
+        found[kind] = their_leaf(name, arrays, fan_in_fan_out)
+    return found
 
 
 def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:

@@ -67,10 +67,7 @@ def field_problems(
 ) -> list[str]:
     """Lists the unsupported settings, each as `field=value` with the reason.
 
-    Args:
-        config: the settings.
-        rules: the rules of the supported fields.
-        idle: fields without effect. All others must be null, false or empty.
+    Idle fields have no effect. All others without a rule must be null, false or empty.
 
     Example:
         >>> field_problems({"r": "4", "new": None, "other": 1}, {"r": of(int)}, ())

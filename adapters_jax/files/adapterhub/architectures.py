@@ -67,14 +67,9 @@ def _stack(
     feed_forward: str,
     locations: str = "mh_adapter output_adapter",
 ) -> Stack:
-    """Builds a stack; its names are separated by spaces, and alternatives to one name by `|`.
+    """Builds a stack; the matrices are query, key and value.
 
-    Args:
-        block: the name of the sequence of blocks.
-        layers: the names of each `Layer`.
-        matrices: the query, key and value.
-        feed_forward: `intermediate_lora` and `output_lora`.
-        locations: those of the bottleneck layers.
+    Names are separated by spaces, and alternatives to one name by `|`.
     """
     names = f"{matrices} {feed_forward}".split()
     q, k, v, intermediate, output = (tuple(each.split("|")) for each in names)

@@ -187,10 +187,6 @@ def _modern(whole: Config, config: Config) -> dict[str, Any]:
 def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
     """The role and the placement of a bottleneck, or the problem of its settings.
 
-    Args:
-        config: a configuration from `children`.
-        post_norm: whether the norms of the model's blocks follow the residual sum.
-
     Example:
         >>> placement({**DEFAULTS[None], "original_ln_before": True}, post_norm=True)
         ('norm', 'norm')

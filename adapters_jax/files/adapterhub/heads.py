@@ -10,8 +10,8 @@ from typing import Any
 
 from adapters_jax.files.adapterhub.blocks import Blocks
 from adapters_jax.files.adapterhub.config import Config
-from adapters_jax.files.layouts import Array, ModuleReference, our_leaf, their_leaf
-from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, trained_value
+from adapters_jax.files.layouts import Array, ModuleReference
+from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, our_leaves, their_leaves
 from adapters_jax.files.settings import anything, field_problems, one_of
 
 HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
@@ -42,19 +42,12 @@ def read(
         by_module, needed = _flexible(whole, config, tensors, activation, problems)
     leaves: Leaves = {}
     for (module, kind), tensor in {} if problems else by_module.items():
-        reference = next(iter(_at(module_map, module)), None)
-        leaf = "bias" if kind == "bias" else reference.weight if reference else ""
-        fits = reference is not None and leaf in reference.leaves
-        array = our_leaf(reference, leaf, tensor, False) if reference and fits else None
-        if reference is None:
+        there = _at(module_map, module)[:1]
+        if not there:
             problems.append(f"names has no path for {module} of the head; {_ADVICE}")
-        elif array is None:
-            problems.append(
-                f"the head's {module}.{kind} is {list(tensor.shape)}, which does not fit "
-                f"{reference.path}; {_ADVICE}"
-            )
-        else:
-            leaves[f"{reference.path}/{leaf}"] = array
+        wrong: list[str] = []
+        leaves |= our_leaves(f"the head's {module}.{kind}", kind, tensor, there, False, wrong)
+        problems += [f"{problem}; {_ADVICE}" for problem in wrong]
     leaves = {path: x.astype(module_map.base[path].dtype) for path, x in leaves.items()}
     known = pooling or ("pooler" if _at(module_map, POOLER) else None)
     if needed and leaves and known != needed:
@@ -182,11 +175,10 @@ def write(
     order = (POOLER, HEAD) if both else (HEAD,)
     tensors: Leaves = {}
     for number, module in zip((1, 4), order, strict=False):
-        (reference,) = _at(module_map, module)
-        for leaf in reference.leaves:
-            value = trained_value(f"{reference.path}/{leaf}", trained, module_map, problems)
-            kind = "bias" if leaf == "bias" else "weight"
-            tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
+        parts = _at(module_map, module)
+        own = parts[0].leaves
+        found = their_leaves(parts, own, trained, module_map.base, False, problems)
+        tensors |= {f"heads.{name}.{number}.{kind}": x for kind, x in found.items()}
     head_type = head_type or (OF_TOKENS[0] if known == "tokens" else KINDS[0])
     if head_type not in KINDS or (head_type in OF_TOKENS) != (known == "tokens"):
         problems.append(

@@ -63,16 +63,7 @@ def layout_of(model_type: str) -> tuple[str, Layout]:
 def to_gguf(
     config: Mapping[str, Any], tensors: Mapping[str, Array], model_type: str, heads: Heads
 ) -> bytes:
-    """Converts PEFT's LoRA with one rank and one alpha to a file.
-
-    Args:
-        config, tensors: as PEFT's files have them; `for_server` makes the adapter one that
-            llama.cpp loads.
-        model_type: the base's type in `config.json`.
-        heads: the base's numbers of heads.
-
-    Returns:
-        The bytes of the file.
+    """Converts PEFT's LoRA with one rank and one alpha, as `for_server` makes it, to a file.
 
     Raises:
         UserError: the base is of a type that we do not know in GGUF, or has no such module there.
@@ -123,12 +114,7 @@ def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> b
 
 
 def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Reads an adapter as PEFT's configuration and tensors.
-
-    Args:
-        path: the file.
-        model_type: the base's type in `config.json`.
-        heads: the base's numbers of heads.
+    """Reads an adapter, of a base of this type and these heads, as PEFT's files have it.
 
     Raises:
         AdapterFileError: it is no LoRA in GGUF, or for another base.

@@ -41,16 +41,7 @@ def from_peft(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Converts the configuration and the tensors of an adapter of PEFT's; see `load_peft`.
 
-    Args:
-        config, tensors: the content of the files.
-        names, base: as in `load_peft`.
-        caller: the beginning of error messages.
-
-    Returns:
-        The recipe, and the trained leaves as a tree.
-
-    Raises:
-        AdapterFileError: as in `load_peft`.
+    Error messages begin with `caller`.
     """
     module_map = find_modules(names, base)
     problems = config_problems(config)

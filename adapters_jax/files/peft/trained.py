@@ -5,8 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.layouts import Array, our_leaf, their_leaf
-from adapters_jax.files.module_map import ModuleMap, as_in_base, in_order, trained_value
+from adapters_jax.files.layouts import Array
+from adapters_jax.files.module_map import (
+    ModuleMap,
+    as_in_base,
+    in_order,
+    our_leaves,
+    their_leaves,
+)
 from adapters_jax.files.peft.config import ROOT, TIED
 
 Tensors = dict[str, Array]
@@ -23,18 +29,7 @@ def read_trained(
         there = module_map.at(module)
         if not there:
             problems.append(f"{key}: names maps {module} to no module of the base")
-        new: dict[str, Array] = {}
-        for reference in there:
-            leaf = "bias" if kind == "bias" else reference.weight
-            fits = leaf in reference.leaves and kind in ("bias", "weight")
-            array = our_leaf(reference, leaf, tensor, module_map.fan_in_fan_out) if fits else None
-            if array is None:
-                ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
-                problems.append(
-                    f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
-                )
-            else:
-                new[f"{reference.path}/{leaf}"] = array
+        new = our_leaves(key, kind, tensor, there, module_map.fan_in_fan_out, problems)
         if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
             leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
     return leaves
@@ -100,14 +95,10 @@ def write_trained(
         biases |= {adapted} if alone else set()
         whole_head = head if head in heads else name
         saved += [] if alone or whole_head in saved else [whole_head]
-        for leaf in ["bias"] if alone else parts[0].leaves:
-            arrays = [
-                trained_value(f"{p.path}/{leaf}", trained, module_map, problems) for p in parts
-            ]
-            kind = "bias" if leaf == "bias" else "weight"
-            inner = ".base_layer" if adapted else ""
-            whole = their_leaf(leaf, arrays, module_map.fan_in_fan_out)
-            tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
+        leaves, inner = ["bias"] if alone else parts[0].leaves, ".base_layer" if adapted else ""
+        turned = module_map.fan_in_fan_out
+        found = their_leaves(parts, leaves, trained, module_map.base, turned, problems)
+        tensors |= {f"{ROOT}{name}{inner}.{kind}": x for kind, x in found.items()}
         if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
             tied = module_map.full(module_map.tied[0])
             saved.append(tied)
