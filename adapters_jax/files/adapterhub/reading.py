@@ -14,7 +14,7 @@ from adapters_jax.files.adapterhub.config import (
     tensor_names,
 )
 from adapters_jax.files.layouts import Array, our_factors
-from adapters_jax.files.module_map import Added, shortest
+from adapters_jax.files.module_map import Added, Leaves, shortest
 from adapters_jax.methods import Bottleneck, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
 
@@ -64,7 +64,7 @@ def _points(config: Config, among: Mapping[Point, Any]) -> list[Point]:
 
 
 def _bottlenecks(
-    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
 ) -> list[Method]:
     """Returns one Bottleneck for each reduction factor, and adds its leaves."""
     sublayers = {point: blocks.bottlenecks[point] for point in _points(config, blocks.bottlenecks)}
@@ -114,13 +114,8 @@ def _factor(config: Config, layer: int) -> float | None:
 
 
 def _leaves(
-    method: Bottleneck,
-    path: str,
-    width: int,
-    got: dict[str, Array],
-    module: str,
-    problems: list[str],
-) -> dict[str, Array]:
+    method: Bottleneck, path: str, width: int, got: Leaves, module: str, problems: list[str]
+) -> Leaves:
     """Our leaves of one bottleneck; adds a problem if the tensors do not fit the settings."""
     # AdapterHub stores the norm before a bottleneck under two names.
     for kind in ("weight", "bias") if method.norm_before else ():
@@ -142,7 +137,7 @@ def _leaves(
 
 
 def _loras(
-    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
 ) -> list[Method]:
     """Returns one LoRA, and adds its leaves; a fused layer has stacked factors of each matrix."""
     rank, paths = config["r"], []

@@ -45,12 +45,7 @@ def write(
 
 
 def _bottlenecks(
-    recipe: Recipe,
-    added: Added,
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
     settings: Settings = {}
@@ -121,12 +116,7 @@ def _factor(method: Bottleneck, width: int, m: int) -> float:
 
 
 def _loras(
-    recipe: Recipe,
-    added: Added,
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}

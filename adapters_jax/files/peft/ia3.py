@@ -9,14 +9,14 @@ Reference: https://huggingface.co/docs/peft/package_reference/ia3
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import WHOLE, Array, ModuleReference
-from adapters_jax.files.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
 from adapters_jax.recipe import Recipe
@@ -36,10 +36,7 @@ def scales_input(config: Config, module: str) -> bool:
 
 
 def read(
-    config: Config,
-    added: Mapping[str, Mapping[str, Array]],
-    module_map: ModuleMap,
-    problems: list[str],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one IA3 for all modules, and its leaves by path."""
     leaves: dict[str, Array] = {}
@@ -91,12 +88,8 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
 
 
 def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> tuple[dict[str, Any], dict[str, Array]]:
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the vector of every module."""
     tensors: dict[str, Array] = {}
     targets: dict[str, bool] = {}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
-from adapters_jax.files.module_map import Added, ModuleMap, in_order
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
@@ -26,12 +26,8 @@ _THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
 def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> tuple[dict[str, Any], dict[str, Array]]:
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the factors of every module and parameter."""
     methods: list[Any] = list(recipe.attached)
     if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
@@ -104,11 +100,7 @@ class _Pair(NamedTuple):
 
 
 def _pairs(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> dict[str, _Pair]:
     """The factors of each weight, by its path; only those of `added`, which are complete."""
     owners = {path: owner for path in leaves if (owner := recipe.owner(path))}

@@ -7,6 +7,7 @@ import numpy as np
 
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import (
+    Leaves,
     ModuleMap,
     as_in_base,
     in_order,
@@ -15,14 +16,10 @@ from adapters_jax.files.module_map import (
 )
 from adapters_jax.files.peft.config import ROOT, TIED
 
-Tensors = dict[str, Array]
 
-
-def read_trained(
-    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> dict[str, Array]:
+def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
     """Returns the base's own parameters that the file holds, by path."""
-    leaves: dict[str, Array] = {}
+    leaves: Leaves = {}
     for key, tensor in _without_tied(plain, module_map, problems).items():
         name, _, kind = key.rpartition(".")
         module = name.removesuffix(".base_layer").removesuffix(".modules_to_save")
@@ -35,9 +32,7 @@ def read_trained(
     return leaves
 
 
-def _without_tied(
-    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> dict[str, Array]:
+def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
     """The tensors without those of a tied output layer, which repeat the embedding's."""
     rest = dict(plain)
     for inner in ("", ".base_layer") if module_map.tied else ():
@@ -65,13 +60,10 @@ def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
 
 
 def write_trained(
-    trained: Mapping[str, Array],
-    adapted_modules: Container[str],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> tuple[Tensors, dict[str, Any]]:
+    trained: Leaves, adapted_modules: Container[str], module_map: ModuleMap, problems: list[str]
+) -> tuple[Leaves, dict[str, Any]]:
     """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
-    tensors: Tensors = {}
+    tensors: Leaves = {}
     saved, biases, unknown = list[str](), set(), set(trained)
     heads = _heads(trained, module_map)
     for bare, parts in module_map.modules.items():
@@ -99,7 +91,7 @@ def write_trained(
         turned = module_map.fan_in_fan_out
         found = their_leaves(parts, leaves, trained, module_map.base, turned, problems)
         tensors |= {f"{ROOT}{name}{inner}.{kind}": x for kind, x in found.items()}
-        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
+        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties the weights of these two
             tied = module_map.full(module_map.tied[0])
             saved.append(tied)
             tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
