@@ -53,6 +53,7 @@ class ModuleMap:
             the order in which it defines them.
         heads: their modules beside the base, whose names have no prefix.
         prefix: begins the names that `full` makes.
+        table: the model's table; None for a mapping.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -65,6 +66,7 @@ class ModuleMap:
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
+    table: NameTable | None = None
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -166,7 +168,7 @@ def _by_table(
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters, heads=names.heads)
+    return replace(module_map, parameters=parameters, heads=names.heads, table=names)
 
 
 def _parameter(
@@ -244,7 +246,7 @@ def _row(stacked: Any, number: int) -> Any:
 
 
 def as_in_model(
-    methods: Sequence[Method], leaves: Leaves, names: Names, module_map: ModuleMap
+    methods: Sequence[Method], leaves: Leaves, module_map: ModuleMap
 ) -> tuple[Recipe, Tree]:
     """Returns recipe and tree for the base, stacking unrolled layers if the base scans them.
 
@@ -252,18 +254,18 @@ def as_in_model(
         UserError: the base scans its layers, but the adapter differs between layers.
     """
     recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
-    if not module_map.scanned or not isinstance(names, NameTable):
+    if not module_map.scanned or module_map.table is None:
         return recipe, tree
-    return stack_layers((recipe, tree), names, length=module_map.scanned)
+    return stack_layers((recipe, tree), module_map.table, length=module_map.scanned)
 
 
 def as_in_file(
-    recipe: Recipe | Method, leaves: Leaves, names: Names, module_map: ModuleMap
+    recipe: Recipe | Method, leaves: Mapping[str, Array], module_map: ModuleMap
 ) -> tuple[Recipe, Leaves]:
     """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base."""
-    if not module_map.scanned or not isinstance(names, NameTable):
-        return Recipe(recipe), leaves
-    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
+    if not module_map.scanned or module_map.table is None:
+        return Recipe(recipe), dict(leaves)
+    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), module_map.table)
     return unrolled, flatten(tree)
 
 

@@ -39,7 +39,6 @@ class Blocks:
         layers: the numbers of the blocks, which count on from an encoder's to its decoder's.
         bottlenecks: the sublayers.
         loras: the names of the modules to which LoRA attaches, by matrix; at least one for each.
-        ours: whether this is one of our models, where a sublayer's module contains its output.
     """
 
     architecture: Architecture
@@ -47,7 +46,6 @@ class Blocks:
     layers: Sequence[int]
     bottlenecks: Mapping[Point, Sublayer]
     loras: Mapping[Point, Mapping[str, Sequence[str]]]
-    ours: bool
 
     def locations(self, layer: int, kind: str | None) -> set[str]:
         """The locations in a block of LoRA, or of bottlenecks if `kind` is None."""
@@ -75,7 +73,7 @@ class Blocks:
         for point, sublayer in self.bottlenecks.items():
             for role, path in sublayer.paths.items():
                 found[path] = (point, role)
-                if role == "output" and self.ours:
+                if role == "output" and self.module_map.table:  # a sublayer of ours has its output
                     found[path.rpartition("/")[0]] = (point, "sublayer")
         return found
 
@@ -108,8 +106,9 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
     if not isinstance(names, NameTable):
         sums = {k: v for k, v in names.items() if _is_bottleneck(k) and isinstance(v, str)}
         names = {k: v for k, v in names.items() if k not in sums}
-    ours, module_map = isinstance(names, NameTable), find_modules(names, base, prefix)
-    own = names.prefixes[:1] if isinstance(names, NameTable) else ()
+    module_map = find_modules(names, base, prefix)
+    ours = module_map.table is not None
+    own = module_map.prefixes[:1]
     for architecture in sorted(ARCHITECTURES, key=lambda each: each.prefix not in own):
         if found := _matches(architecture, module_map):
             break
@@ -139,7 +138,7 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
         for n, (stack, _) in layers.items()
         for location, modules in stack.loras.items()
     }
-    return Blocks(architecture, module_map, list(layers), bottlenecks, loras, ours)
+    return Blocks(architecture, module_map, list(layers), bottlenecks, loras)
 
 
 def _sublayer(

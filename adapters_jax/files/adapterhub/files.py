@@ -100,7 +100,7 @@ def load_adapterhub(
             leaves |= trained
             problems += more
         if not problems:
-            return as_in_model(methods, leaves, names, blocks.module_map)
+            return as_in_model(methods, leaves, blocks.module_map)
     except AdapterFileError:
         raise
     except ValueError as error:  # a method rejects a number, or layers differ
@@ -180,7 +180,7 @@ def save_adapterhub(
     directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
     blocks = find_blocks(names, base, prefix)
     config, tensors, head, problems = to_adapterhub(
-        recipe, flat, names, blocks, name, pooling, labels, head_type
+        recipe, flat, blocks, name, pooling, labels, head_type
     )
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
@@ -195,7 +195,6 @@ def save_adapterhub(
 def to_adapterhub(
     recipe: Recipe | Method,
     leaves: Mapping[str, Array],
-    names: Names,
     blocks: Blocks,
     name: str = "adapter",
     pooling: str | None = None,
@@ -211,7 +210,7 @@ def to_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
+    unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
     added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)

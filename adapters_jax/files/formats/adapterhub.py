@@ -63,7 +63,6 @@ class AdapterHub(AdapterFormat):
         return files.to_adapterhub(
             adapter.recipe,
             adapter.leaves,
-            base.names,
             blocks.find_blocks(base.names, base.params),
             adapter.name,
             _pooling(base, adapter.leaves),

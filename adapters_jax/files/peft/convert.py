@@ -16,7 +16,6 @@ from adapters_jax.files.module_map import (
     find_modules,
     shortest,
 )
-from adapters_jax.files.names import NameTable
 from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
 from adapters_jax.files.peft.trained import read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
@@ -55,14 +54,14 @@ def from_peft(
             if trained:
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
-            problems += _held_twice(names, leaves, module_map)
+            problems += _held_twice(leaves, module_map)
             if config.get("task_type") == CLASSIFIES:
-                problems += unpooled(names, leaves, module_map)
+                problems += unpooled(leaves, module_map)
             if not problems:
-                return as_in_model(methods, leaves, names, module_map)
+                return as_in_model(methods, leaves, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    if isinstance(names, NameTable) and any("names maps " in each for each in problems):
+    if module_map.table and any("names maps " in each for each in problems):
         problems.append(_OTHER_TABLE)
     raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
 
@@ -81,9 +80,9 @@ def to_peft(
     """
     problems: list[str] = []
     module_map = find_modules(names, base, prefix)
-    recipe, leaves = as_in_file(recipe, dict(leaves), names, module_map)
+    recipe, leaves = as_in_file(recipe, leaves, module_map)
     added, trained = by_module(recipe, leaves, problems)
-    held = _held_twice(names, leaves, module_map)
+    held = _held_twice(leaves, module_map)
     found = {method.name for method in recipe.attached}
     kind = next((k for k in KINDS.values() if len(found) == 1 and found <= set(k.methods)), None)
     if kind is None:
@@ -137,9 +136,9 @@ def split_tensors(
     return added, plain
 
 
-def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
+def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = names.held_twice if isinstance(names, NameTable) else ()
+    theirs = module_map.table.held_twice if module_map.table else ()
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
@@ -149,9 +148,10 @@ def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> l
     ]
 
 
-def unpooled(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
+def unpooled(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problem of a head in a model without the pooler that transformers' classifier has."""
-    if not isinstance(names, NameTable) or not any(leaf.startswith("head/") for leaf in leaves):
+    table = module_map.table
+    if table is None or not any(leaf.startswith("head/") for leaf in leaves):
         return []
     paths, places = [*module_map.base, *leaves], {path.split("/")[0] for path in module_map.base}
     return [
@@ -159,6 +159,6 @@ def unpooled(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list
         "with pooling='pooler', load its base with pooler=True, or, if the head reads every "
         "token, give task_type='TOKEN_CLS'"
         for place in sorted(places)
-        if any(rule.ours.startswith(f"{place}/pooler/") for rule in names.rules)
+        if any(rule.ours.startswith(f"{place}/pooler/") for rule in table.rules)
         and not any(path.startswith(f"{place}/pooler/") for path in paths)
     ]

@@ -136,7 +136,7 @@ def save_peft(
     directory = PEFT.directory(directory, (*PEFT.files, *(beside or ())))
     config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
     if fields.get("task_type", CLASSIFIES) == CLASSIFIES:
-        problems += unpooled(names, flat, find_modules(names, base))
+        problems += unpooled(flat, find_modules(names, base))
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
     files = PEFT.content(config | {"inference_mode": True, **fields}, tensors)
