@@ -17,11 +17,12 @@ from test_peft import inputs_of
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.files.adapterhub.files import CONFIG, HEAD_CONFIG, HEAD_TENSORS, TENSORS
+from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
 from adapters_jax.trees import flatten, unflatten
 
+(CONFIG, TENSORS), (HEAD_CONFIG, HEAD_TENSORS) = ADAPTERHUB.files, ADAPTERHUB_HEAD.files
 BASES = Path(__file__).parent / "fixtures"
 FIXTURES = BASES / "adapterhub"
 FIXTURE_NAMES = sorted(path.name for path in FIXTURES.glob("*"))

@@ -19,16 +19,17 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.config import is_target
-from adapters_jax.files.peft.files import CONFIG, PICKLE, TENSORS
 from adapters_jax.files.peft.ia3 import scales_input
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 
+CONFIG, TENSORS, PICKLE = *PEFT.files, PEFT.pickle
 BASES = Path(__file__).parent / "fixtures"
 FIXTURES = BASES / "peft"
 MOE = NameTable(
@@ -315,7 +316,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
             {"init_lora_weights": "pissa"},
             ["init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"],
         ),
-        ({"bias": "some"}, ["bias='some'", "'none', 'all', 'lora_only'"]),
+        ({"bias": "some"}, ["bias='some'", "'none' or 'all' or 'lora_only'"]),
         ({"r": "8"}, ["r='8'"]),
         ({"r": -1}, ["r=-1"]),
         ({"lora_alpha": True}, ["lora_alpha=True"]),

@@ -153,8 +153,8 @@ def read_file(path: Path) -> dict[str, Stored]:
 
 
 def _read(path: Path, entries: Mapping[str, Any]) -> np.ndarray:
-    with untrusted.opened(path, BaseFileError) as (file, _):
-        (array,) = TensorFile(path, file, entries, BaseFileError).read().values()
+    with untrusted.opened(path, BaseFileError) as file:
+        (array,) = TensorFile(file, entries).read().values()
     return array
 
 

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.errors import BaseFileError, UserError, shown
 from adapters_jax.files import hub, untrusted
-from adapters_jax.files.gguf.header import find_gguf
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known
 from adapters_jax.finetune.models.registry import FAMILIES, family_of
@@ -42,7 +40,7 @@ def locate(name: str) -> Path:
     """
     path = _path(name)
     # os.path, here and below: Path.is_dir raises for names that are too long for the file system.
-    return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
+    return untrusted.find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
 
 
 def _path(name: str) -> Path:
@@ -106,8 +104,12 @@ def is_decoder(name: str) -> bool:
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = find_gguf(_path(name))
-    return read_gguf(path).config if path else huggingface.read_json(_config_file(name))
+    path = untrusted.find_gguf(_path(name))
+    if path is None:
+        return huggingface.read_json(_config_file(name))
+    from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
+    return read_gguf(path).config
 
 
 def _config_file(name: str) -> Path:
@@ -187,8 +189,8 @@ def sha256_of(files: Path) -> str:
     """One checksum of all the weights' files; it shows an adapter loaded onto another base."""
     digest = hashlib.sha256()
     for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
-        with untrusted.opened(path, BaseFileError) as (stream, _):
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        with untrusted.opened(path, BaseFileError) as file:
+            digest.update(hashlib.file_digest(file.stream, "sha256").digest())
     return digest.hexdigest()
 
 

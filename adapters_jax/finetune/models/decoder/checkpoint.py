@@ -1,16 +1,17 @@
 """Loads decoders from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
-from adapters_jax.files.gguf.header import find_gguf
 from adapters_jax.files.names import Tensor
+from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
@@ -20,6 +21,9 @@ from adapters_jax.finetune.models.parts.checkpoint import (
     save_tensors,
     tensors_of,
 )
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.base_files.gguf import GGUF
 
 
 def load_decoder(
@@ -50,14 +54,16 @@ def load_decoder(
     """
     config: DecoderConfig
     tensors: Mapping[str, Tensor]
-    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
+    if isinstance(name_or_path, str | Path) and find_gguf(name_or_path):
+        from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
         name_or_path = read_gguf(name_or_path)
-    if isinstance(name_or_path, GGUF):
+    if isinstance(name_or_path, str | Path):
+        config, tensors = huggingface.read_checkpoint(DecoderConfig, name_or_path, revision)
+    else:
         config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
         tensors = name_or_path.tensors()
         huggingface.check_tensors(config, tensors)
-    else:
-        config, tensors = huggingface.read_checkpoint(DecoderConfig, name_or_path, revision)
     names = ARCHITECTURES[config.model_type].names
     return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
 
