@@ -8,7 +8,7 @@ from helpers.errors import raises
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adapters_jax.errors import BaseFileError, ChatTemplateError
-from adapters_jax.files import chat
+from adapters_jax.finetune.base_files import chat
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.pretrained.assets import cached
 
