@@ -140,6 +140,7 @@ def test_rows_equal_their_adapters_alone(api, name):
     check_rows(Case(api, kind, recipe), adapters)
 
 
+@pytest.mark.witness("lora-linen", "lora-nnx")
 @BOTH
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix", "unfrozen"])
 def test_scanned_and_rematerialised_layers(api, name):
@@ -160,6 +161,7 @@ T5_CONFIG = T5Config(
 )
 
 
+@pytest.mark.witness("<lambda>0-False")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
     "make", [lambda **kw: Decoder(CONFIG, **kw), lambda **kw: T5(T5_CONFIG, **kw)]
@@ -257,6 +259,7 @@ def test_groups_of_rows():
     np.testing.assert_allclose(y[2:], case.alone(x)[2:], atol=2e-5)
 
 
+@pytest.mark.witness("int8")
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_rows_over_a_quantised_base(how):
     case = Case("nnx", "mlp", aj.LoRA("**/mlp/*", rank=2))
@@ -343,6 +346,7 @@ def test_a_cache_has_rows():
     decodes_alike(bank, base, variables, x)
 
 
+@pytest.mark.witness("2")
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_cache_of_scanned_layers_has_rows(rows):
     """Also where there are as many layers as rows."""
