@@ -106,6 +106,7 @@ def equal(left, right):
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
+@pytest.mark.witness("bert_double", "bert_union", "gpt2_lora", "llama_par", "roberta_seq")
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_logits_are_those_of_adapterhub(fixture, tmp_path):
     of = of_fixture(fixture)

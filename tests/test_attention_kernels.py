@@ -93,6 +93,7 @@ def check(kernel, mask, cap=None):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
+@pytest.mark.witness("causal", "packed", "window")
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_attention_gives_what_the_formula_gives(name):
     check(Splash(interpret=True), MASKS[name])
@@ -171,6 +172,7 @@ def outcome(config, recipe, choice, options, *inputs):
     return jax.jit(jax.grad(loss, has_aux=True))(noise(params))
 
 
+@pytest.mark.witness("lora-config0-inputs0")
 @pytest.mark.parametrize(
     ("method", "config", "inputs"),
     [
@@ -310,6 +312,7 @@ def test_the_default_device_decides_where_no_mesh_does():
         assert attention._device() == jax.devices()[0]
 
 
+@pytest.mark.slow
 def test_each_device_has_its_rows_and_heads():
     """A row and two heads for each of eight devices."""
     code = """

@@ -186,6 +186,7 @@ def test_a_hostile_template_is_our_error(name):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "name",
     ["doubled text", "much text of a macro", "split", "the filter join", "a large program"],

@@ -114,6 +114,7 @@ CASES = [("reviews", "peft"), ("reviews", "adapterhub"), ("bottlenecks", "adapte
 CASES += [("meanings", "peft"), ("meanings", "adapterhub")]
 
 
+@pytest.mark.witness("bottlenecks-adapterhub", "meanings-peft")
 @pytest.mark.parametrize(("run", "to"), CASES)
 def test_a_round_trip_of_a_run_keeps_equal_tensors(convert, run, to):
     base = "llama" if run == "meanings" else "tiny"

@@ -203,6 +203,7 @@ def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     assert high.value == pytest.approx(120.5, abs=6)
 
 
+@pytest.mark.witness("flags0")
 @pytest.mark.parametrize("flags", [("--method", "head-only"), ("--dtype", "bfloat16")])
 def test_other_ways_to_train_save_what_predicts(directory, flags):
     name = flags[1]

@@ -42,6 +42,7 @@ def command(tmp_path):
     return run
 
 
+@pytest.mark.witness("here-147456")
 @pytest.mark.parametrize(
     ("model", "adapters"),
     [

@@ -154,6 +154,7 @@ def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, place, capsys):
     config = json.loads((straight[0] / "config.json").read_text())
     old = place / "old"

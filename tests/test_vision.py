@@ -49,6 +49,7 @@ def classifier(name):
     return ImageClassifier(config, 3), {"vit": vit, "head": head}
 
 
+@pytest.mark.witness("vit-True", "dinov2-False")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_are_those_of_transformers(name, scan):
@@ -60,6 +61,7 @@ def test_hidden_states_are_those_of_transformers(name, scan):
     np.testing.assert_allclose(pooled, wanted["pooled"], atol=1e-4)
 
 
+@pytest.mark.witness("clip")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers_and_every_parameter_shows_in_them(name):
     model, params = classifier(name)
@@ -92,6 +94,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.witness("vit-lora", "dinov2-houlsby", "clip-prefix")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_work_unchanged(name, preset):
@@ -111,6 +114,7 @@ def test_presets_work_unchanged(name, preset):
     assert np.abs(apply({"params": moved}, wanted["pixels"]) - wanted["logits"]).max() > 1e-2
 
 
+@pytest.mark.witness("google/vit-base-patch16-224-85798656", "facebook/dinov2-small-22056192")
 @pytest.mark.parametrize(
     ("name", "count"),
     [
