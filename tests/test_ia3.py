@@ -127,7 +127,7 @@ class Offset(nn.Module):
 
 @pytest.mark.parametrize("method", [aj.IA3("**"), INNER], ids=["outputs", "inputs"])
 def test_a_layer_of_another_library(method):
-    """Whatever has the outputs' shape in the module is scaled as a bias, whatever its name."""
+    """What is added to the product is scaled as a bias, whatever its name."""
     model, base, params = trained(Offset(), method, X)
     scale = params["ia3"]["scale"]
     if method is INNER:
@@ -138,6 +138,52 @@ def test_a_layer_of_another_library(method):
     merged = aj.merge(model, params, X)
     np.testing.assert_allclose(merged["kernel"], kernel, atol=1e-6)
     np.testing.assert_allclose(merged["offset"], offset, atol=1e-6)
+
+
+class Gained(nn.Module):
+    """A linear layer whose outputs are multiplied by a gain of the bias's shape."""
+
+    @nn.compact
+    def __call__(self, x):
+        ones = nn.initializers.ones
+        kernel, gain = self.param("kernel", ones, (4, 3)), self.param("gain", ones, (3,))
+        return (x @ kernel + self.param("offset", ones, (3,))) * gain
+
+
+class NnxGained(nnx.Module):
+    def __init__(self):
+        self.kernel, self.gain = nnx.Param(jnp.ones((4, 3))), nnx.Param(jnp.ones(3))
+        self.offset = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return (x @ self.kernel[...] + self.offset[...]) * self.gain[...]
+
+
+def test_a_gain_is_no_bias():
+    """The program says what is added to the product; a shape does not."""
+    x, method = jnp.ones((1, 4)), aj.IA3("**")
+    base = Gained()
+    frozen = base.init(jax.random.key(0), x)["params"]
+    model = aj.adapt(base, method)
+    params = aj.init_adapters(model, frozen, jax.random.key(0), x)
+    params = {**params, "ia3": {"scale": jnp.full(3, 2.0)}}
+    np.testing.assert_allclose(model.apply({"params": params}, x), np.full((1, 3), 10.0))
+    merged = aj.merge(model, params)
+    np.testing.assert_allclose(base.apply({"params": merged}, x), np.full((1, 3), 10.0))
+    assert float(merged["gain"][0]) == 1.0 and float(merged["offset"][0]) == 2.0
+    model = aj.adapt(NnxGained(), method, rngs=nnx.Rngs(0), example_inputs=(x,))
+    model.ia3["scale"][...] = jnp.full(3, 2.0)
+    np.testing.assert_allclose(model(x), np.full((1, 3), 10.0))
+
+
+def test_a_linen_model_that_did_not_run_does_not_guess_its_biases():
+    x, method = jnp.ones((1, 4)), aj.IA3("**")
+    params = Gained().init(jax.random.key(0), x)["params"] | {"ia3": {"scale": jnp.ones(3)}}
+    fresh = aj.adapt(Gained(), method)
+    with raises(aj.RecipeError, "IA3", "gain", "offset", "aj.linen.points(model"):
+        fresh.apply({"params": params}, x)
+    aj.linen.points(fresh, x)
+    fresh.apply({"params": params}, x)
 
 
 def test_feed_forward_matches_targets_and_is_stacked_with_them():

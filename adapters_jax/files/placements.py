@@ -15,10 +15,12 @@ MOST_AXES = 16  # of an array, as in a file of tensors
 _ROLES = ("inputs", "outputs", "shared", "window")
 # What a placement of each kind has beside "method" and "path"; what is left out is the default.
 _TEXTS = ("module", "node", "weight")
+_NAMES = "biases"  # null where they are not known
+_PLAIN = ("node", "weight", _NAMES, "shape", "layers", "width")
 _SIZES = ("shape", "layers", *_ROLES)
 _FLAGS = ("lookup", "reaches")
 _ATTENTION = tuple(Attention.__dataclass_fields__)
-_KEYS = ("method", "path", *_TEXTS, *_SIZES, *_FLAGS, "width", "attention")
+_KEYS = ("method", "path", *_TEXTS, _NAMES, *_SIZES, *_FLAGS, "width", "attention")
 
 
 def written(placements: Sequence[Placement], recipe: Recipe) -> list[dict[str, Any]]:
@@ -46,7 +48,7 @@ def _row(placed: Placement, method: int) -> dict[str, Any]:
     axes, sizes = placed.axes, placed.attention
     row: dict[str, Any] = {"method": method, "path": placed.path}
     rest: dict[str, Any] = {
-        **{name: getattr(placed, name) for name in ("node", "weight", "shape", "layers", "width")},
+        **{name: getattr(placed, name) for name in _PLAIN},
         **({} if axes is None else {name: getattr(axes, name) for name in (*_ROLES, "lookup")}),
         "attention": [] if sizes is None else [getattr(sizes, name) for name in _ATTENTION],
         "reaches": placed.reaches,
@@ -54,6 +56,7 @@ def _row(placed: Placement, method: int) -> dict[str, Any]:
     if placed.module != placed.path:
         row["module"] = placed.module  # "" is the model itself
     plain = {name: list(x) if isinstance(x, tuple) else x for name, x in rest.items()}
+    row |= {_NAMES: None} if placed.biases is None else {}
     return row | {name: value for name, value in plain.items() if value}
 
 
@@ -87,6 +90,11 @@ def _problems(row: Any, recipe: Recipe) -> list[str]:
     if type(method) is not int or method not in adding:
         wrong.append(f"method={_shown(method)}, expected the position of one that adds arrays")
     names = [row.get("path", ""), *(row.get(name, "") for name in _TEXTS)]
+    biases = row.get(_NAMES) or []
+    if not isinstance(biases, list) or len(biases) > MOST_AXES:
+        wrong.append(f"{_NAMES}={_shown(biases)}, expected a list of at most {MOST_AXES} names")
+    else:
+        names += biases
     most = f"of at most {LONGEST_NAME} characters"
     wrong += [f"{_shown(x)}, expected a path {most}" for x in names if not _is_name(x)]
     wrong += [
@@ -134,6 +142,7 @@ def _placement(row: Mapping[str, Any], recipe: Recipe) -> Placement:
         row.get("node", ""),
         row.get("weight", ""),
         axes=axes,
+        biases=None if row.get(_NAMES, ()) is None else tuple(row.get(_NAMES, ())),
         width=row.get("width", 0),
         attention=attention,
         reaches=row.get("reaches", False),

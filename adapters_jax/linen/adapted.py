@@ -334,7 +334,7 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 def points(
     model: Adapted, /, *args: Any, method: Any = None, **kwargs: Any
 ) -> tuple[Placements, Tree]:
-    """Finds where the recipe's methods attach, by abstract runs of the model.
+    """Finds where the recipe's methods attach, by abstract runs of the model, which then knows it.
 
     Args:
         model: an adapted linen module.
@@ -360,7 +360,9 @@ def points(
         >>> each.prefix, each.weight, params["lora"]["b"]
         ('lora', 'kernel', ShapeDtypeStruct(shape=(2, 3), dtype=float32))
     """
-    return points_of(model.inner, model.recipe, Inputs.of_call(args, kwargs, method))
+    found, params = points_of(model.inner, model.recipe, Inputs.of_call(args, kwargs, method))
+    model.adapter_placements.placements = found
+    return found, params
 
 
 def init_adapters(

@@ -42,6 +42,8 @@ class AttachmentPoint:
         again: runs the module, with the methods before this one, on another input, and gives the
             output that the method acts on; None outside of a call.
         returned: what the module's `__call__` returned, as shapes; None where it did not run.
+        biases: the names of the module's leaves that are added to the weight's products; None where
+            no run of the model showed it.
 
     Example:
         >>> AttachmentPoint("mlp/up", weight="kernel", own={"kernel": (768, 3072)}).weight_shape
@@ -58,6 +60,7 @@ class AttachmentPoint:
     no_attention: str = ""
     again: Callable[[Array], Array] | None = None
     returned: Returned | None = None
+    biases: tuple[str, ...] | None = ()
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -62,17 +62,30 @@ class IA3(LeafMethod):
         """Whether a target's input is scaled, not its output."""
         return bool(self.feed_forward) and selects(self.feed_forward, path)
 
+    def changes_biases(self, path: str) -> bool:
+        """Whether outputs are scaled, of which a bias is a part."""
+        return not self.scales_input(path)
+
     def roles(self, axes: Axes, path: str) -> Any:
         """The axes of the weight that l has."""
         return (*axes.shared, *(axes.features if self.scales_input(path) else axes.outputs))
 
     def names(self, point: AttachmentPoint) -> tuple[str, ...]:
-        """The weight; where outputs are scaled, also leaves of their shape, which are biases."""
+        """The weight; where outputs are scaled, also its biases.
+
+        Raises:
+            RecipeError: which leaves are biases is not known.
+        """
         if self.scales_input(point.path):
             return (point.weight,)
-        shape = self.leaves(point)["scale"].shape
-        biases = (name for name, own in point.own.items() if own == shape)
-        return (point.weight, *(name for name in biases if name != point.weight))
+        if point.biases is None:
+            others = [name for name in point.own if name != point.weight]
+            raise RecipeError(
+                f"IA3 at {point.path!r} scales the weight and its biases, and which of "
+                f"{', '.join(others)} are biases is not known before the model has run; call "
+                "aj.linen.points(model, *example_inputs) first"
+            )
+        return (point.weight, *point.biases)
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
         """The weight's axes of l."""

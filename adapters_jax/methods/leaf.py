@@ -38,6 +38,10 @@ class LeafMethod(Method):
         """Why the method cannot attach to a module."""
         return f"{type(module).__name__} has no weight that meets an input"
 
+    def changes_biases(self, path: str) -> bool:
+        """Whether it changes the biases of a target's weight with the weight."""
+        return False
+
     def names(self, point: AttachmentPoint) -> tuple[str, ...]:
         """The names of the module's own leaves that it changes."""
         return (point.weight,)

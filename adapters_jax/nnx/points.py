@@ -98,8 +98,8 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     return Points(found, modules, points, run.reads, counts, reached)
 
 
-def _is_weight(x: Any) -> bool:
-    return hasattr(x, "dtype") and len(x.shape) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axes]:
@@ -146,7 +146,9 @@ def known_reads(model: nnx.Module) -> dict[str, Tracked]:
             roles = map(frozenset, (axes.inputs, axes.shared, axes.outputs, axes.window))
             read = Read(type(module).__name__, "lookup" if axes.lookup else "product", *roles)
             weight = paths.get(id(vars(module)[name]), join(path, name))
-            tracked.setdefault(weight, Tracked(weight, [])).reads.append(read)
+            leaf = tracked.setdefault(weight, Tracked(weight, []))
+            leaf.reads.append(read)
+            leaf.biases += [join(path, "bias")] if "bias" in own_params(module) else []
     return tracked
 
 
@@ -289,12 +291,12 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    tracked = []
+    ranks: dict[str, int] = {}
     for path, variable in params_of(probe).items():
         value = variable.get_raw_value()
         if is_quantized(value):  # how it is opened is no reading of it
             variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
-        tracked += [path] if _is_weight(value) else []
+        ranks |= {path: len(value.shape)} if _is_float(value) else {}
     arrays, whole = inputs.split()
 
     token = _RECORDER.set(record)
@@ -310,14 +312,15 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
     finally:
         _RECORDER.reset(token)
     paths = [path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(state)]
-    leaves = {i: path for i, path in enumerate(paths) if path in tracked}
+    leaves = {i: path for i, path in enumerate(paths) if ranks.get(path)}
     reads = reads_of(traced, leaves, range(len(paths), len(paths) + len(arrays)))
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
-    return Run(seen, reads, reaching(traced).names, linen)
+    weights = {path: leaf for path, leaf in reads.items() if ranks[path] > 1}
+    return Run(seen, weights, reaching(traced).names, linen)
 
 
 def _first_shape(module: nnx.Module) -> Layers:

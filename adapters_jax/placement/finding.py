@@ -45,7 +45,9 @@ def chosen(
             axes = from_reads(leaf.reads, len(own[name]), layers.get(module, 0))
             alone = beside[method.slot, module] == 1 and selects(method.targets, module)
             target = module if alone else path
-            placed = Placement(method, target, module, "", name, own[name], axes)
+            added = [bias.rpartition("/") for bias in dict.fromkeys(leaf.biases)]
+            biases = tuple(bias for around, _, bias in added if around == module)
+            placed = Placement(method, target, module, "", name, own[name], axes, biases)
             found.append(replace(_named_node(placed, own), reaches=leaf.reaches))
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters_jax.errors import MismatchError
 from adapters_jax.methods.base import AttachmentPoint, Count
-from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.methods.leaf import LeafMethod, axes_of
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import join, selects
 from adapters_jax.trace.registry import Attention
@@ -40,6 +40,8 @@ class Placement:
         weight: the name of the weight that it changes; "" for methods on outputs and in attention.
         shape: the shape of that weight, with layer axes.
         axes: the roles of that weight's axes.
+        biases: the names of the module's leaves that are added to the weight's products; None where
+            that is not known.
         width: the size of the last axis of the output that it acts on; 0 for other methods.
         attention: the sizes of the attention that it acts in; None for other methods.
         layers: the layer axes that the module is stacked on.
@@ -54,6 +56,7 @@ class Placement:
     weight: str = ""
     shape: Shape = ()
     axes: Axes | None = None
+    biases: tuple[str, ...] | None = ()
     width: int = 0
     attention: Attention | None = None
     layers: Shape = ()
@@ -98,7 +101,8 @@ class Placement:
         weight, axes = self.weight or first, self.axes
         if axes is not None:
             axes = axes.inside(axes.ndim - len(known[weight]))
-        fields = {"width": self.width, "attention": self.attention, **fields}
+        seen = {"width": self.width, "attention": self.attention, "biases": self.biases}
+        fields = {**seen, **fields}
         return AttachmentPoint(self.path, weight=weight, axes=axes, own=known, **fields)
 
     def roles(self) -> Any:
@@ -271,7 +275,16 @@ def located(owner: Owner, parts: Shapes, own: Shapes) -> Placement:
             f"{owner.module!r}: it has {weights}"
         )
     weight, axes = found
-    return replace(placed, weight=weight, shape=own[weight], axes=axes)
+    placed = replace(placed, weight=weight, shape=own[weight], axes=axes)
+    return replace(placed, biases=_biases(placed, own) if method.changes_biases(owner.path) else ())
+
+
+def _biases(placed: Placement, own: Shapes) -> tuple[str, ...] | None:
+    """The biases of a weight as far as shapes say it: None where other leaves could be some."""
+    axes = axes_of(placed.point())
+    shape = tuple(placed.shape[i] for i in (*axes.shared, *axes.outputs))
+    alike = [name for name, other in own.items() if other == shape and name != placed.weight]
+    return tuple(alike) if set(alike) <= {"bias"} else None
 
 
 def weight_in(placed: Placement, own: Shapes) -> tuple[str, Axes] | None:

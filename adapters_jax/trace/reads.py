@@ -21,6 +21,8 @@ _VIEWS |= {"split", "squeeze", "transpose"}
 # What reads a weight in there gets the formed sum, as `weights.lazy` computes it: the gradients of
 # custom functions are the model's own, a while loop has none, and shards have parts of the axes. So
 # a wildcard does not adapt such a weight.
+# Operations after which a product is the same numbers, to which a bias may then be added.
+_KEPT = {*COPIES, "broadcast_in_dim", "layer", "layers", "reshape", "squeeze", "transpose"}
 _CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "while")
 
 
@@ -53,11 +55,13 @@ class Tracked:
         path: the path of the leaf.
         reads: its reads so far.
         reaches: whether the model's outputs depend on it.
+        biases: the paths of the leaves that are added to its products, and to nothing else there.
     """
 
     path: str
     reads: list[Read] = field(default_factory=list)
     reaches: bool = True
+    biases: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Reads:
         self._graph = graph
         self._views: dict[int, View] = {}
         self._onehot: set[int] = set()
+        self._sums: dict[int, str] = {}  # values that are a product of a weight, and its biases
         self._ranks = {path: len(graph.shape(value)) for value, path in leaves.items()}
         for value, path in leaves.items():
             self.leaves[value] = frozenset([path])
@@ -177,9 +182,24 @@ class Reads:
         if name == "xor":  # only makes quantised weights wait for the layer's input
             inputs = tuple(x for x in inputs if self.leaves[x]) or inputs
         self._made_of(operation, inputs)
+        if any(x in self._sums for x in inputs):
+            self._add(operation, inputs)
         if any(x in self._views for x in inputs):
             self._see(operation, inputs)
         return False
+
+    def _add(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """An operation on a product: one that adds a bias, or leaves the numbers as they are."""
+        summed = [x for x in inputs if x in self._sums]
+        others = [x for x in inputs if x not in self._sums]
+        path = self._sums[summed[0]]
+        if operation.name in _KEPT and len(inputs) == 1:
+            self._sums.update(dict.fromkeys(operation.outputs, path))
+        elif operation.name in ("add", "add_any") and len(summed) == len(others) == 1:
+            bias = self._views.get(others[0])
+            if bias is not None and not bias.spent and not bias.looked_up:
+                self.found[path].biases.append(bias.path)
+                self._sums[operation.outputs[0]] = path
 
     def _made_of(self, operation: Operation, inputs: Sequence[int]) -> None:
         """Whether the results are activations, or else of which leaves they are made."""
@@ -212,6 +232,8 @@ class Reads:
                     self.lookups[number] = Lookup(leaves, contracted, True)
                 else:
                     self.products[number] = Product(leaves, source, contracted, kept, window)
+                if weight in self._views:
+                    self._sums[operation.outputs[0]] = self._views[weight].path
                 return True
         return False
 
