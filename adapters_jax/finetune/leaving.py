@@ -21,8 +21,8 @@ from adapters_jax.files import formats, hub
 from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
+from adapters_jax.files.formats.base import MAX_ERROR
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
@@ -74,6 +74,12 @@ class Serving:
 
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""
+        from adapters_jax.files.peft.servers import (  # for few runs
+            SERVERS,
+            check_decoder,
+            for_server,
+        )
+
         base = source.base
         check_decoder(SERVERS[self.name], base.kind)
         served = for_server(
