@@ -21,7 +21,6 @@ from adapters_jax.files import formats, hub
 from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
-from adapters_jax.files.formats.base import MAX_ERROR
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.merging import MERGED, why_not_merged
@@ -69,8 +68,8 @@ class Serving:
     """
 
     name: str
-    rank: int | None = None
-    max_error: float = MAX_ERROR
+    rank: int | None
+    max_error: float
 
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""

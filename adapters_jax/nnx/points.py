@@ -26,7 +26,7 @@ from adapters_jax.trace.program import named, reaching
 from adapters_jax.trace.reads import Read, Tracked, reads_of
 from adapters_jax.trace.registry import Attention
 from adapters_jax.trace.watch import Found, check_names, looking, note_returned
-from adapters_jax.trees import join, path_of
+from adapters_jax.trees import join
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.quantized import is_quantized
 
@@ -291,12 +291,13 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    ranks: dict[str, int] = {}
+    ranks, leaves = dict[str, int](), dict[int, str]()
     for path, variable in params_of(probe).items():
         value = variable.get_raw_value()
         if is_quantized(value):  # how it is opened is no reading of it
             variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
-        ranks |= {path: len(value.shape)} if _is_float(value) else {}
+        if _is_float(value) and value.shape:
+            ranks[path] = len(value.shape)
     arrays, whole = inputs.split()
 
     token = _RECORDER.set(record)
@@ -305,15 +306,20 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             graphdef, state = nnx.split(probe)
 
             def run(state: Any, arrays: Any) -> Any:
-                y = whole(arrays).call(nnx.merge(graphdef, state))
+                # By their values: the path of a shared Variable may be another one in the state.
+                order = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
+                merged = nnx.merge(graphdef, state)
+                for path, variable in params_of(merged).items():
+                    if path in ranks:
+                        leaves[order[id(variable.get_raw_value())]] = path
+                y = whole(arrays).call(merged)
                 return [x for x in jax.tree.leaves(y) if is_array(x)]
 
             traced = jax.make_jaxpr(run)(state, arrays)
     finally:
         _RECORDER.reset(token)
-    paths = [path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(state)]
-    leaves = {i: path for i, path in enumerate(paths) if ranks.get(path)}
-    reads = reads_of(traced, leaves, range(len(paths), len(paths) + len(arrays)))
+    n = len(jax.tree.leaves(state))
+    reads = reads_of(traced, leaves, range(n, n + len(arrays)))
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))

@@ -117,7 +117,7 @@ class Flow:
                 self.sources[output] = {number: False}
 
     def _pass(self, number: int, operation: Operation) -> None:
-        """An operation in which no weight meets an activation."""
+        """Any operation but a weight that meets an activation."""
         reads = self._reads
         active = [x for x in operation.inputs if reads.active[x]]
         weights = frozenset(leaf for x in operation.inputs for leaf in reads.leaves[x])

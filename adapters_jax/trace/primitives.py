@@ -58,7 +58,7 @@ class Contraction(NamedTuple):
 
     Attributes:
         inputs: the axes that are summed.
-        batch: those of which each sum sees one index.
+        batch: the axes that both operands have; each sum sees one index of them.
         window: those of the inputs that run over positions, as a convolution's do.
     """
 
@@ -68,7 +68,7 @@ class Contraction(NamedTuple):
 
     @property
     def gone(self) -> frozenset[int]:
-        """The axes that are none of the output's features."""
+        """The axes that the output does not keep as features."""
         return frozenset((*self.inputs, *self.batch))
 
 

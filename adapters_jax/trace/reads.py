@@ -35,7 +35,7 @@ class Read:
         how: "product" and "lookup" meet an input; "sum" is any other use of the weight.
         inputs: axes of the leaf that are contracted with the input, or looked up.
         window: those of them that run over positions of the input, as a convolution's do.
-        shared: axes of the leaf of which the operation sees one index, or batches.
+        shared: axes of the leaf that the operation batches, or sees one index of.
         outputs: the other axes of the leaf.
     """
 
@@ -71,8 +71,8 @@ class View:
     Attributes:
         path: the path of the leaf.
         axes: for each axis of the value, the leaf's axes in it.
-        indexed: axes of the leaf of which the value has one index.
-        looked_up: axes of the leaf of which the value has the rows that an input chose.
+        indexed: axes of the leaf that the value has one index of.
+        looked_up: axes of the leaf along which an input chose the rows that the value has.
         spent: the value is computed from the leaf, in whose place the leaf's axes are still found.
     """
 
@@ -202,7 +202,7 @@ class Reads:
                 self._sums[operation.outputs[0]] = path
 
     def _made_of(self, operation: Operation, inputs: Sequence[int]) -> None:
-        """Whether the results are activations, or else of which leaves they are made."""
+        """Notes whether the results are activations, and else the leaves that they are made of."""
         active = any(self.active[x] for x in inputs)
         leaves = (
             frozenset[str]() if active else frozenset().union(*(self.leaves[x] for x in inputs))

@@ -3,7 +3,8 @@
 `jax.core.Trace` is what `jax.grad` and `jax.vmap` are made of. It is no public interface: the names
 and arguments of its `process_...` methods are those of jax 0.10. A live trace is needed because the
 code that runs is a module's: it creates parameters, writes Variables and asks for concrete numbers,
-none of which a jaxpr does that is traced first and evaluated later. What only asks walks a `Graph`.
+and a jaxpr that is traced first and evaluated later does none of this. What only asks walks a
+`Graph`.
 """
 
 from collections.abc import Callable, Sequence

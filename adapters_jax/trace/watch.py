@@ -66,7 +66,7 @@ class Found:
         )
 
     def check(self, owner: str, path: str, module: Any) -> None:
-        """Raises RecipeError unless there is one attention, in which a method's tokens were read.
+        """Raises RecipeError unless there is one attention, which has read a method's tokens.
 
         Args:
             owner: the name of the method.
@@ -190,7 +190,7 @@ class Watch(Through):
         return results
 
     def process_custom_vjp_call(self, *args: Any, **kwargs: Any) -> Any:
-        """A function with a gradient of its own, which is not seen into."""
+        """A function with its own gradient; this trace does not look into it."""
         # Kernels of attention are such functions. Their code computes a softmax in blocks, and what
         # a prompt would add inside would be missing from the gradient.
         return self._outside(self.parent.process_custom_vjp_call, *args, **kwargs)
@@ -237,7 +237,7 @@ class Watch(Through):
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
-        """A function with a derivative of its own is called as it is; its code is read."""
+        """A function with its own derivative is called as it is, and its code is read."""
         # `jax.nn.softmax` is such a function. Inlined, it would be differentiated by its code and
         # not by its own rule, so the parent gets the call as it is.
         known = [self._seen.get(id(x)) for x in values]

@@ -179,7 +179,7 @@ class Changed:
 
     def settled(self) -> "Changed":
         """The weight without the keys of dropout that does not act in an evaluation."""
-        # A jitted function is found again by its arguments, of which the context is none.
+        # jax finds a jitted function again by its arguments, and the context is not one of them.
         if not _EVALUATION.get():
             return self
         changes = (replace(c, key=None) if isinstance(c, LowRank) else c for c in self.changes)
@@ -330,7 +330,7 @@ class Layers:
     changes: tuple[Change, ...]
 
     def layer(self, row: Any) -> Changed:
-        """The weight of one layer, of which `row` has the arrays."""
+        """The weight of one layer, given its arrays, one entry of `rows`."""
         base, arrays = row
         changes = []
         for change, (*own, key) in zip(self.changes, arrays, strict=True):
@@ -355,7 +355,7 @@ for _cls, _data in (
 def _reshaped(
     change: Change, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
 ) -> Change | None:
-    """A change of the reshaped weight; None where it is no such change."""
+    """A change of the reshaped weight; None where low rank or the range does not survive."""
     factors = [reshaped(factor, blocks, shape) for factor in change.factors]
     kept = [factor for factor in factors if factor is not None]
     if len(kept) < len(factors):

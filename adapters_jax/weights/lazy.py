@@ -120,7 +120,7 @@ class Thin(Through):
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
-        """A function with a derivative of its own gets the sums."""
+        """A function with its own derivative gets the sums."""
         # jax differentiates it by its own rule, which takes arrays. The changes still get their
         # gradients: those of the sum that goes in.
         values = self._sums(primitive, values)
@@ -129,7 +129,7 @@ class Thin(Through):
     def process_custom_vjp_call(
         self, primitive: Any, fun: Any, fwd: Any, bwd: Any, values: Any, /, **params: Any
     ) -> Any:
-        """A function with a gradient of its own gets the sums."""
+        """A function with its own gradient gets the sums."""
         values = self._sums(primitive, values)
         return self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, values, **params)
 

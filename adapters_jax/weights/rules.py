@@ -186,7 +186,7 @@ def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wh
 def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
     # Without the call, what the body computes would be kept for the gradient. The parts are plain
-    # arrays, of which jax can take gradients; inside they are put together in a trace of its own.
+    # arrays, which jax can differentiate; the body puts them together again.
     split, join = _parts(values)
 
     def body(parts: Any) -> Any:

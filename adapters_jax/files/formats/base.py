@@ -14,8 +14,6 @@ from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.tensors import open_tensors
 from adapters_jax.recipe import Recipe
 
-MAX_ERROR = 0.01  # of an adapter that is written as the nearest one that a server loads
-
 HEAD = "head/"  # the paths of a head's leaves begin with it
 
 

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters_jax.errors import UserError, check_number, check_size
-from adapters_jax.files.formats.base import MAX_ERROR
 from adapters_jax.files.layouts import Array, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
 from adapters_jax.files.peft.config import KINDS, ROOT, Config, factor_keys, number_at
@@ -33,6 +32,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
 MERGE = "adapters-jax merge RUN --out DIRECTORY writes a checkpoint that every server loads"
+MAX_ERROR = 0.01
 
 
 @dataclass(frozen=True)
