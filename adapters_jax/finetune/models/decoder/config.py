@@ -20,7 +20,6 @@ _SIZES = (
 )
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
 _FLAGS: Mapping[str, tuple[Any, ...]] = {
-    "model_type": tuple(ARCHITECTURES),
     "norm_placement": ("pre", "post", "both"),
     "norm_type": ("rms", "layer"),
     "qk_norm": (None, "head", "projection"),
@@ -148,7 +147,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(vars(self), _FLAGS)
+        # The architectures are read now, since another package may have added one.
+        self._check(vars(self), {"model_type": tuple(ARCHITECTURES), **_FLAGS})
         for name in _SIZES:
             check_size("DecoderConfig", name, getattr(self, name))
         _check_given(vars(self))
