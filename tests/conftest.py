@@ -110,10 +110,12 @@ def pytest_collection_finish(session):
 _compiled = 0
 
 
-@jax.monitoring.register_event_duration_secs_listener
 def _count(event, duration, **tags):
     global _compiled
     _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @pytest.hookimpl(trylast=True)
