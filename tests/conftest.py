@@ -128,7 +128,7 @@ def pytest_runtest_teardown(item, nextitem):
     """
     global _compiled
     within = nextitem is not None and nextitem.path == item.path
-    if _compiled > (2000 if within else 1000):
+    if _compiled > (1500 if within else 700):
         _compiled = 0
         jax.clear_caches()
         gc.collect()
