@@ -110,10 +110,12 @@ def pytest_collection_finish(session):
 _compiled = 0
 
 
-@jax.monitoring.register_event_duration_secs_listener
 def _count(event, duration, **tags):
     global _compiled
     _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @pytest.hookimpl(trylast=True)
@@ -126,7 +128,7 @@ def pytest_runtest_teardown(item, nextitem):
     """
     global _compiled
     within = nextitem is not None and nextitem.path == item.path
-    if _compiled > (2000 if within else 1000):
+    if _compiled > (1500 if within else 700):
         _compiled = 0
         jax.clear_caches()
         gc.collect()

@@ -47,12 +47,13 @@ OPERATORS = (
 
 
 def record(tests):
-    """Runs the suite once, and records which test runs which line and how long it takes."""
+    """Runs all but slow tests once, and records which runs which line and how long it takes."""
     import pytest
 
     RECORD.mkdir(exist_ok=True)
     os.environ["COVERAGE_FILE"] = str(RECORD / "coverage")
     options = [*tests, "--cov=adapters_jax", "--cov-context=test", "--cov-report=", "-n", "2", "-q"]
+    options += ["-m", "not slow or pages or hostile"]
     return pytest.main([*options, f"--junitxml={RECORD / 'durations.xml'}"])
 
 

@@ -89,18 +89,23 @@ def test_scanned_layers_compute_the_same(name):
     np.testing.assert_allclose(seen(mask, hidden), seen(mask, expected["hidden"]), atol=1e-4)
 
 
+WITNESSES = ("gemma3_text", "gpt2", "granite", "qwen3_moe")
+
+
 def flags():
     """A family and one of its settings, put back to the default of all decoders."""
     for name in NAMES:
+        slow = [] if name in WITNESSES else [pytest.mark.slow]
         config = DecoderConfig.from_json(FIXTURES / name / "config.json")
         for field in fields(config):
             if field.name in ARITHMETIC and getattr(config, field.name) != field.default:
                 change = {field.name: field.default}
                 if field.name == "partial_rotary_factor":  # its factors are of as many features
                     change["rope_scaling"] = None
-                yield pytest.param(config, change, id=f"{name}-{field.name}")
+                yield pytest.param(config, change, id=f"{name}-{field.name}", marks=slow)
         if config.sliding_window:
-            yield pytest.param(config, {"sliding_window": 99}, id=f"{name}-sliding_window")
+            change, case = {"sliding_window": 99}, f"{name}-sliding_window"
+            yield pytest.param(config, change, id=case, marks=slow)
 
 
 @pytest.mark.parametrize(("config", "change"), [*flags()])

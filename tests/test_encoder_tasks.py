@@ -142,6 +142,7 @@ def _row(texts):
 PAIRS = "finetune --task sentence-embedding --model tiny --train rows.jsonl --name run"
 
 
+@pytest.mark.slow
 def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_model(Path("tiny"))

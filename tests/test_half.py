@@ -175,6 +175,7 @@ def test_a_run_in_float16_is_the_run_in_float32(place):
     np.testing.assert_allclose(half, full, atol=0.003)
 
 
+@pytest.mark.slow
 def test_overflows_are_reported_and_too_many_stop_the_run(place, monkeypatch, capsys):
     from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 

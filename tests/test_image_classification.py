@@ -352,6 +352,7 @@ def test_images_are_not_served():
         EncoderBase(str(write_vit(Path("tiny"))))
 
 
+@pytest.mark.witness("digits/table.csv")
 @pytest.mark.parametrize("train", ["digits", "digits/table.csv"])
 def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
     write_vit(Path("tiny"))

@@ -61,6 +61,7 @@ def test_audit_needs_neither_the_extras_nor_weights(command, tmp_path, model, ad
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
     done = command("predict", "runs/mine", "text")
     assert done.returncode == 2
