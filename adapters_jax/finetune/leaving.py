@@ -64,12 +64,12 @@ class Serving:
     Attributes:
         name: one of `SERVERS`.
         rank: the rank of all modules; by default the largest that the adapter has.
-        max_error: the largest part of a weight's change that may be lost.
+        max_error: the largest part of a weight's change that may be lost; by default `MAX_ERROR`.
     """
 
     name: str
-    rank: int | None
-    max_error: float
+    rank: int | None = None
+    max_error: float | None = None
 
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""
@@ -89,7 +89,7 @@ class Serving:
             base.params,
             model_type=base.model_type,
             rank=self.rank,
-            max_error=self.max_error,
+            max_error=MAX_ERROR if self.max_error is None else self.max_error,
         )
         return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
 
