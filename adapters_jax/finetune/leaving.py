@@ -73,11 +73,8 @@ class Serving:
 
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""
-        from adapters_jax.files.peft.servers import (  # for few runs
-            SERVERS,
-            check_decoder,
-            for_server,
-        )
+        # Few runs leave for a server, and PEFT's code is only for them.
+        from adapters_jax.files.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
 
         base = source.base
         check_decoder(SERVERS[self.name], base.kind)
