@@ -50,7 +50,7 @@ from adapters_jax.trace.registry import AttentionFn
 from adapters_jax.trace.watch import watched
 from adapters_jax.trees import join
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, computed_thin, current, lazy
+from adapters_jax.weights.lazy import computed_thin, current, lazy
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -224,7 +224,7 @@ class Seen:
         if not isinstance(variable, nnx.Variable):
             return plain(variable)
         value = variable.get_raw_value()
-        if value is None or isinstance(value, Lazy):  # a weight whose reads are recorded
+        if value is None:
             return variable
         trace = current()
         changed = _changed(module, self.name, training=trace is not None)
