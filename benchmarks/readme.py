@@ -36,8 +36,8 @@ def section(results: Path = RESULTS) -> str:
     """Builds the text of the page of results.
 
     Every row names the command that reproduces it, and the section lists the figures that miss
-    their limits. A second file of a benchmark, for example from another machine, is shown under its own
-    name.
+    their limits. A second file of a benchmark, for example from another machine, is shown under
+    its own name.
 
     Args:
         results: the directory with the results.
