@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from adapters_jax.version import __version__ as __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adapters_jax.api import *  # noqa: F403

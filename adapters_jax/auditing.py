@@ -14,7 +14,8 @@ from flax import nnx
 from adapters_jax.errors import visible
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
-from adapters_jax.nnx import copy, placements_of, recipe_of
+from adapters_jax.nnx import copy, recipe_of
+from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Counted, Placements, Shape, counted
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, selects

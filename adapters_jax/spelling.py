@@ -204,7 +204,7 @@ NAMES = {name: text for text, names in _SENTENCES.items() for name in names.spli
 _MODULES = {
     "adapters_jax.files.peft": "load_peft save_peft",
     "adapters_jax.files.adapterhub": "load_adapterhub save_adapterhub",
-    "adapters_jax.files.gguf": "read_gguf",
+    "adapters_jax.finetune.base_files.gguf": "read_gguf",
     "adapters_jax.finetune.inference": "load_predictor load_generator load_comparison",
     "adapters_jax.finetune.models.generation": "generate",
     "adapters_jax.finetune.models.decoder": "load_decoder save_decoder Decoder DecoderConfig",

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "losses": "a loss over a large vocabulary against tokamax's; needs libtpu and tokamax",
     "memory": "memory of training: full fine-tuning, LoRA, Houlsby's adapters, prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
+    "paths": "files, functions and moves between files that common work runs through",
     "peers": "a step, latency and files against PEFT, AdapterHub, qwix and nnx.LoRA",
     "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",

@@ -12,14 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from adapters_jax.finetune.models.bert import BertConfig
+from adapters_jax.finetune.models.encoder.layers import Block, Context, LayerNorm, Typed
 from adapters_jax.finetune.models.parts.blocks import run_linen
-from adapters_jax.finetune.models.parts.layers import (
-    FeedForward,
-    LayerNorm,
-    SelfAttention,
-    Sum,
-    Typed,
-)
 from adapters_jax.trace.masks import Mask
 
 Hidden = Float[Array, "batch length d"]
@@ -60,19 +55,23 @@ class GPT2Embeddings(Typed):
         return self.word.attend(hidden).astype(jnp.float32)
 
 
-class GPT2Layer(Typed):
-    """One pre-norm block."""
+class GPT2Block(BertConfig):
+    """The shape of a block, as an encoder's configuration."""
 
-    config: GPT2Config
+    norm_first = True
 
-    @nn.compact
-    def __call__(self, x: Hidden, mask: Mask) -> Hidden:
-        config, inits = self.config, {"kernel_init": INIT, **self.types}
-        norm = partial(LayerNorm, epsilon=config.layer_norm_epsilon, **self.types)
-        attention = SelfAttention(config.n_head, name="attention", **inits)
-        mlp = FeedForward(4 * config.n_embd, "gelu_new", name="mlp", **inits)
-        x = Sum(name="attention_sum")(x, attention(norm(name="attention_norm")(x), mask))
-        return Sum(name="mlp_sum")(x, mlp(norm(name="mlp_norm")(x)))
+    @classmethod
+    def of(cls, config: GPT2Config) -> "GPT2Block":
+        return cls(
+            hidden_size=config.n_embd,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            intermediate_size=4 * config.n_embd,
+            hidden_act="gelu_new",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            layer_norm_eps=config.layer_norm_epsilon,
+        )
 
 
 class GPT2(Typed):
@@ -89,7 +88,7 @@ class GPT2(Typed):
     scan: bool = False
 
     def setup(self) -> None:
-        block = partial(GPT2Layer, self.config, **self.types)
+        block = partial(Block, GPT2Block.of(self.config), **self.types)
         self.embeddings = GPT2Embeddings(self.config, **self.types)
         if self.scan:
             self.layers = block()
@@ -104,5 +103,5 @@ class GPT2(Typed):
     def hidden(self, input_ids: Int[Array, "batch length"]) -> Hidden:
         """The hidden states after the last norm."""
         layers, length = self.layers if self.scan else self.layer, self.config.n_layer
-        x, mask = self.embeddings(input_ids), Mask(causal=True)
-        return self.norm(run_linen(layers, x, mask, length=length, remat=self.remat))
+        x, context = self.embeddings(input_ids), Context(Mask(causal=True))
+        return self.norm(run_linen(layers, x, [context], (0,) * length, remat=self.remat))

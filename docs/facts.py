@@ -19,8 +19,8 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files.formats import FORMATS
 from adapters_jax.files.formats.base import Adapter, stand_ins
-from adapters_jax.files.formats.registry import FORMATS
 from adapters_jax.finetune.cli.listing import ListMethods, ListTasks, Table
 from adapters_jax.finetune.models import bert, decoder
 from adapters_jax.finetune.options.method import PRESETS

@@ -1,13 +1,17 @@
 """Settings for quick compilation, since most of the suite's time is XLA's."""
 
+import ctypes
+import functools
 import gc
 import os
+import sys
 import tempfile
 import threading
 
 import jax
 import jaxlib
 import pytest
+from jax._src.interpreters import mlir
 
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few of them are garbage
 collect_ignore = ["fixtures"]  # scripts that need packages of their own
@@ -16,18 +20,54 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
     flags = os.environ.get("XLA_FLAGS", "")
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{flags} {quick}"
+# jax makes an MLIR context with dozens of dialects for each program and keeps it as long as the
+# program: a quarter of the time and five sixths of the memory (1.4 MB) of a small one. One will do.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
+# Groups of tests that are not in the default suite; .ci/run has a part for each.
+GROUPS = {
+    "slow": "only with --slow",
+    "pages": "blocks of the README and the site; with -m pages, --slow, or the file's name",
+    "hostile": "spoilt files and newcomers' mistakes; with -m hostile, --slow, or the file's name",
+}
 
 
 def pytest_addoption(parser):
-    help = "also run the tests marked slow, and more rounds of random tests: some ten minutes"
+    help = "also run the tests marked slow, and more rounds of random tests"
     parser.addoption("--slow", action="store_true", help=help)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; pytest --slow runs it"))
+    """Makes the cases slow that are no witnesses, and skips the groups that nobody asked for."""
+    _mark_all_but_witnesses(items, whole=not any("::" in each for each in config.args))
+    for item in items:
+        for group in GROUPS:
+            if item.get_closest_marker(group) and not _asked_for(group, item, config):
+                item.add_marker(pytest.mark.skip(reason=f"{group}; pytest --slow runs it"))
+
+
+def _asked_for(group, item, config):
+    if config.getoption("--slow"):
+        return True
+    named = any(item.path.name in each for each in config.args)
+    return group != "slow" and (named or group in config.option.markexpr)
+
+
+def _mark_all_but_witnesses(items, whole):
+    """Of a test with `witness` marks, makes the cases slow whose ids no mark has."""
+    missing = {}
+    for item in items:
+        marks = list(item.iter_markers("witness"))
+        if marks:
+            kept = {each for mark in marks for each in mark.args}
+            missing.setdefault(item.nodeid.partition("[")[0], kept).discard(item.callspec.id)
+            if item.callspec.id not in (each for mark in marks for each in mark.args):
+                item.add_marker(pytest.mark.slow)
+    wrong = [f"{test}: {sorted(ids)}" for test, ids in missing.items() if ids]
+    if whole and wrong:
+        raise pytest.UsageError(f"there are no cases with the ids of these witnesses: {wrong}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +89,10 @@ def pytest_configure(config):
 
     A process that meets an entry which another one is still writing compiles the program itself.
     """
-    config.addinivalue_line("markers", "slow: only with --slow")
+    for group, when in GROUPS.items():
+        config.addinivalue_line("markers", f"{group}: {when}")
+    witness = "witness(*ids): the cases of a test that the default suite runs; others are slow"
+    config.addinivalue_line("markers", witness)
     config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
     if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compiled = tempfile.TemporaryDirectory(prefix="adapters-jax-tests-")
@@ -58,21 +101,37 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-_tests_since = 0
+def pytest_collection_finish(session):
+    """Spares the garbage collector the modules, which stay; a full collection took 0.2 seconds."""
+    gc.collect()
+    gc.freeze()
+
+
+_compiled = 0
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _count(event, duration, **tags):
+    global _compiled
+    _compiled += event == "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Empties JAX's caches after some hundred tests.
+    """Empties JAX's caches after many programs.
 
-    They hold 8,192 calls; from then on `_cache_size` of a new function stays 0, by which tests see
-    what was compiled. Programs themselves are in the compilation cache.
+    A small one holds 0.2 MB, and that of a model more; loading it again from the compilation cache
+    takes half as long as compiling it. Within a file it happens later, since its tests share some.
+    JAX's caches also hold 8,192 calls, from where on `_cache_size` of a new function stays 0.
     """
-    global _tests_since
-    _tests_since += 1
-    if _tests_since > 500 and nextitem is not None and nextitem.path != item.path:
-        _tests_since = 0
+    global _compiled
+    within = nextitem is not None and nextitem.path == item.path
+    if _compiled > (2000 if within else 1000):
+        _compiled = 0
         jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":  # glibc keeps what is freed until it is asked
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_unconfigure(config):

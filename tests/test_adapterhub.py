@@ -17,12 +17,12 @@ from test_peft import inputs_of
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.files.adapterhub.files import CONFIG, HEAD_CONFIG, HEAD_TENSORS, TENSORS
+from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
-from adapters_jax.finetune.models.bert import classifier
 from adapters_jax.finetune.models.decoder import Decoder
 from adapters_jax.trees import flatten, unflatten
 
+(CONFIG, TENSORS), (HEAD_CONFIG, HEAD_TENSORS) = ADAPTERHUB.files, ADAPTERHUB_HEAD.files
 BASES = Path(__file__).parent / "fixtures"
 FIXTURES = BASES / "adapterhub"
 FIXTURE_NAMES = sorted(path.name for path in FIXTURES.glob("*"))
@@ -45,8 +45,8 @@ def base_of(base, pooling="pooler"):
             head = {"kernel": tensors["classifier.weight"].T, "bias": tensors["classifier.bias"]}
         elif pooling == "pooler":
             params["pooler"] = {"dense": {"kernel": jnp.zeros((32, 32)), "bias": jnp.zeros(32)}}
-        model = classifier.BertClassifier(config, 3, pooling=pooling)
-        return classifier.NAMES, model, {"bert": params, "head": head}, inputs_of(base)
+        model = bert.BertClassifier(config, 3, pooling=pooling)
+        return bert.FAMILY.classifier.names, model, {"bert": params, "head": head}, inputs_of(base)
     _, model = decoder.load_decoder(BASES / base)
     inputs = inputs_of(base)
     inputs["positions"] = inputs.pop("position_ids")
@@ -106,6 +106,7 @@ def equal(left, right):
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
+@pytest.mark.witness("bert_double", "bert_union", "gpt2_lora", "llama_par", "roberta_seq")
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_logits_are_those_of_adapterhub(fixture, tmp_path):
     of = of_fixture(fixture)

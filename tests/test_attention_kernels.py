@@ -19,7 +19,8 @@ from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.finetune.models.modernbert import ModernBert, ModernBertConfig
+from adapters_jax.finetune.models.encoder import Encoder
+from adapters_jax.finetune.models.encoder.families.modernbert import ModernBertConfig
 from adapters_jax.finetune.models.parts import attention
 from adapters_jax.finetune.models.parts.attention import Attend, attention_function
 from adapters_jax.finetune.models.parts.kernels import Cudnn, Problem, Splash
@@ -92,6 +93,7 @@ def check(kernel, mask, cap=None):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
+@pytest.mark.witness("causal", "packed", "window")
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_attention_gives_what_the_formula_gives(name):
     check(Splash(interpret=True), MASKS[name])
@@ -170,6 +172,7 @@ def outcome(config, recipe, choice, options, *inputs):
     return jax.jit(jax.grad(loss, has_aux=True))(noise(params))
 
 
+@pytest.mark.witness("lora-config0-inputs0")
 @pytest.mark.parametrize(
     ("method", "config", "inputs"),
     [
@@ -189,19 +192,20 @@ def test_a_decoder_by_a_kernel_is_the_dense_one(method, config, inputs):
         np.testing.assert_allclose(ours, wanted, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Bert, ModernBert])
-def test_an_encoder_by_a_kernel_is_the_dense_one(kind):
-    config = {
-        Bert: BertConfig(17, **SMALL, num_attention_heads=2),
-        ModernBert: ModernBertConfig(
-            17, **SMALL, num_attention_heads=2, local_attention=8, global_attn_every_n_layers=2
-        ),
-    }[kind]
-    params = noise(kind(config).init(jax.random.key(0), IDS))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (BertConfig, {}),
+        (ModernBertConfig, {"local_attention": 8, "global_attn_every_n_layers": 2}),
+    ],
+)
+def test_an_encoder_by_a_kernel_is_the_dense_one(kind, settings):
+    config = kind(17, **SMALL, num_attention_heads=2, **settings)
+    params = noise(Encoder(config).init(jax.random.key(0), IDS))
 
     @jax.jit
     def hidden(params):
-        found = (kind(config, attention=each) for each in (Interpreted(), "dense"))
+        found = (Encoder(config, attention=each) for each in (Interpreted(), "dense"))
         return [model.apply(params, IDS, SEEN) * SEEN[..., None] for model in found]
 
     np.testing.assert_allclose(*hidden(params), atol=2e-5)
@@ -308,6 +312,7 @@ def test_the_default_device_decides_where_no_mesh_does():
         assert attention._device() == jax.devices()[0]
 
 
+@pytest.mark.slow
 def test_each_device_has_its_rows_and_heads():
     """A row and two heads for each of eight devices."""
     code = """

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,14 @@ from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
-from adapters_jax.testing.subjects import ids, shaken
+from adapters_jax.testing.subjects import drawn, ids, shaken
 from adapters_jax.trees import flatten, merge_trees, partition
+
+
+@nnx.jit
+def called(model, *args, **kwargs):
+    """A call of an NNX model, compiled as a whole."""
+    return model(*args, **kwargs)
 
 
 class Case:
@@ -28,12 +35,12 @@ class Case:
         self.api, self.kind, self.recipe = api, kind, aj.Recipe(recipe)
         if api == "linen":
             self.base = LinenNet(kind, **options)
-            self.frozen = shaken(self.base.init(jax.random.key(0), ids())["params"], 3)
+            shapes = jax.eval_shape(lambda: self.base.init(jax.random.key(0), ids())["params"])
+            self.frozen = drawn(shapes, half=False)
         else:
-            graphdef, params, rest = nnx.split(
-                NnxNet(kind, **options, rngs=nnx.Rngs(0)), nnx.Param, ...
-            )
-            self.base = nnx.merge(graphdef, shaken(params, 3), rest)
+            abstract = nnx.eval_shape(lambda: NnxNet(kind, **options, rngs=nnx.Rngs(0)))
+            graphdef, shapes, rest = nnx.split(abstract, nnx.Param, ...)
+            self.base = nnx.merge(graphdef, drawn(shapes, half=False), rest)
         self.bank = aj.Bank(*self.adapted(self.recipe), capacity=capacity)
 
     def adapted(self, recipe):
@@ -50,20 +57,22 @@ class Case:
             tree, rest = partition(params[0], model.recipe)
             tree = shaken(tree, seed)
             whole = {"params": merge_trees(tree, rest)}
-            return (recipe, tree), lambda x: model.apply(whole, x)
+            return (recipe, tree), partial(jax.jit(model.apply), whole)
         graphdef, tree, rest = nnx.split(model, aj.nnx.AdapterParam, ...)
         tree = shaken(tree, seed)
-        return (recipe, tree), nnx.merge(graphdef, tree, rest)
+        return (recipe, tree), partial(called, nnx.merge(graphdef, tree, rest))
 
     def alone(self, x):
         """What the base computes."""
-        return self.base.apply({"params": self.frozen}, x) if self.api == "linen" else self.base(x)
+        if self.api == "linen":
+            return jax.jit(self.base.apply)({"params": self.frozen}, x)
+        return called(self.base, x)
 
     def run(self, bank, names, x, **options):
         rows = bank.rows(names, **options)
         if self.api == "linen":
-            return bank.model.apply({"params": bank.params}, x, adapters=rows)
-        return bank.model(x, adapters=rows)
+            return jax.jit(bank.model.apply)({"params": bank.params}, x, adapters=rows)
+        return called(bank.model, x, adapters=rows)
 
 
 def check_rows(case, adapters, atol=2e-5):
@@ -140,6 +149,7 @@ def test_rows_equal_their_adapters_alone(api, name):
     check_rows(Case(api, kind, recipe), adapters)
 
 
+@pytest.mark.witness("lora-linen", "lora-nnx")
 @BOTH
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix", "unfrozen"])
 def test_scanned_and_rematerialised_layers(api, name):
@@ -160,6 +170,7 @@ T5_CONFIG = T5Config(
 )
 
 
+@pytest.mark.witness("<lambda>0-False")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
     "make", [lambda **kw: Decoder(CONFIG, **kw), lambda **kw: T5(T5_CONFIG, **kw)]
@@ -257,6 +268,7 @@ def test_groups_of_rows():
     np.testing.assert_allclose(y[2:], case.alone(x)[2:], atol=2e-5)
 
 
+@pytest.mark.witness("int8")
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_rows_over_a_quantised_base(how):
     case = Case("nnx", "mlp", aj.LoRA("**/mlp/*", rank=2))
@@ -343,6 +355,7 @@ def test_a_cache_has_rows():
     decodes_alike(bank, base, variables, x)
 
 
+@pytest.mark.witness("2")
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_cache_of_scanned_layers_has_rows(rows):
     """Also where there are as many layers as rows."""

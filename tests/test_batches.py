@@ -131,7 +131,7 @@ def test_batches_of_the_epoch_mix_buckets():
 
 
 def test_in_order_gives_outputs_back_to_their_rows():
-    batches = Batches.in_order(rows_of(LENGTHS), None, batch_size=8, buckets=(16, 64), pad_id=7)
+    batches = Batches(rows_of(LENGTHS), None, 8, None, buckets=(16, 64), pad_id=7)
     outputs = np.full(101, -1)
     for batch in batches:
         assert "labels" not in batch
@@ -201,7 +201,7 @@ def test_the_demos_sentences_leave_less_than_a_quarter_padding():
     rows, truncated = encode(tokenizer, train.texts, max_length=128)
     assert truncated == 0
     buckets = choose_buckets(rows, 128, batch_size=32)
-    batches = Batches.in_order(rows, train.labels, 32, buckets)
+    batches = Batches(rows, train.labels, 32, None, buckets)
     masks = [batch["attention_mask"] * batch["weight"][:, None] for batch in batches]
     assert len({mask.shape for mask in masks}) <= 4
     assert 1 - sum(m.sum() for m in masks) / sum(m.size for m in masks) < 0.25

@@ -56,6 +56,7 @@ def _tables(report):
     return tables
 
 
+@pytest.mark.witness("0.3-2.0-27-undecided", "-9.0-0.01-41-not reproduced")
 @pytest.mark.parametrize(
     ("above", "apart", "size", "verdict"),
     [

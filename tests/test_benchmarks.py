@@ -1,6 +1,8 @@
 """The arithmetic of the benchmarks, and equal work of our steps and those written by hand."""
 
+import importlib
 import json
+import os
 import sys
 import types
 from dataclasses import replace
@@ -16,6 +18,7 @@ from benchmarks import (
     __main__,
     harness,
     llama,
+    paths,
     readme,
     scale,
     step,
@@ -92,6 +95,22 @@ def test_quick_run_of_a_toy(monkeypatch, tmp_path, capsys):
     assert "| x / y | 2 [2, 2] | 1.5 | no |" in text
 
 
+def test_paths_of_two_toy_files(tmp_path):
+    (tmp_path / "low.py").write_text("def one(x): return x\ndef many(): yield from (1, 2)\n")
+    lines = ["def top(): return [one(x) for x in many()], later(), list(map(one, 'ab'))"]
+    lines += ["def later(): return (lambda: one(3))()"]
+    (tmp_path / "high.py").write_text("\n".join(["from low import one, many", *lines]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        high = importlib.import_module("high")
+    found = paths.profiled(lambda: json.dumps(high.top()[0]), f"{tmp_path}{os.sep}")
+    names = {"high.py": ("top", "later"), "low.py": ("one", "many")}
+    assert found.functions == {(file, name) for file in names for name in names[file]}
+    # `many` is entered once and resumed twice; what `map` calls is called by `top`.
+    assert found.moves == {("high.py", "low.py"): 3 + 2 + 1 + 2}
+    assert found.sizes() == (2, 4, 8)
+
+
 def test_command_line(capsys):
     assert __main__.main([]) == 0
     assert "\nstep " in capsys.readouterr().out
@@ -115,6 +134,7 @@ def test_report_writes_rows_as_they_come(tmp_path):
     assert not (tmp_path / "half.json").exists()
 
 
+@pytest.mark.witness("LoRA r=8 on q, v")
 @pytest.mark.parametrize(
     "case", step.cases(replace(step.TINY, layers=1), m=8), ids=lambda c: c.name
 )
@@ -168,6 +188,7 @@ def test_layers_traced_by_hand_have_the_operations_of_ours():
     assert ours - base == {"dot_general": 14, "mul": 7, "add": 7}
 
 
+@pytest.mark.witness("NNX")
 @pytest.mark.parametrize("api", ["linen", "NNX"])
 def test_the_program_of_scanned_layers_does_not_grow(api):
     def lines(deep):

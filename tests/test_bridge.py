@@ -144,6 +144,7 @@ def assert_same(model, params, linen):
     assert all(np.abs(x).max() > 1e-3 for x in got.values())
 
 
+@pytest.mark.witness("LoRA", "Bottleneck")
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_linen_inside_nnx_computes_as_linen_alone(method):
     model = linen_inside(method)
@@ -240,6 +241,7 @@ def test_dropout_on_the_outputs_of_linen_inside_nnx_is_refused_by_name():
         aj.adapt(LinenInside(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
 
 
+@pytest.mark.witness("LoRA", "Unfreeze")
 @pytest.mark.parametrize("method", LEAF_METHODS, ids=names(LEAF_METHODS))
 def test_nnx_inside_linen_computes_as_nnx_alone(method):
     linen, params, merged = adapted(NnxInside(), X, method=method)
@@ -530,6 +532,7 @@ def weights(model, paths):
         yield double(flat[path]) if ab[0] is None else changed(flat[path], *ab)
 
 
+@pytest.mark.witness("nnx.List", "dict of lists")
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_weights_in_containers(kind, tmp_path):
     make, read, *paths = CONTAINERS[kind]
@@ -554,6 +557,7 @@ def test_weights_in_containers(kind, tmp_path):
         assert all(jnp.all(params_of(model)[path] == 1) for path in paths)
 
 
+@pytest.mark.witness("nnx.List", "dict of lists")
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_quantised_weights_in_containers(kind):
     make, read, *paths = CONTAINERS[kind]

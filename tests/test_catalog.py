@@ -15,14 +15,13 @@ from adapters_jax.errors import TargetError, UserError
 from adapters_jax.files.adapterhub.architectures import ALIKE
 from adapters_jax.files.adapterhub.blocks import find_blocks
 from adapters_jax.finetune.base_files.huggingface import read_json
-from adapters_jax.finetune.catalog import Entry, catalog
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.models import FAMILIES, family_of
 from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.options.parsing import UsageError
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
-from adapters_jax.finetune.shapes import adapted_shape
+from adapters_jax.finetune.shapes import Entry, adapted_shape, catalog
 from adapters_jax.linen import init_adapters
 
 FIXTURES = Path(__file__).parent / "fixtures"

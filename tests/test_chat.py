@@ -8,7 +8,7 @@ from helpers.errors import raises
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adapters_jax.errors import BaseFileError, ChatTemplateError
-from adapters_jax.files import chat
+from adapters_jax.finetune.base_files import chat
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.pretrained.assets import cached
 
@@ -186,6 +186,7 @@ def test_a_hostile_template_is_our_error(name):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "name",
     ["doubled text", "much text of a macro", "split", "the filter join", "a large program"],

@@ -200,6 +200,7 @@ def test_published_memory_beside_a_plan(report, monkeypatch):
     assert (ratio["ours"], ratio["verdict"]) == ("7.33 times", "reproduced")
 
 
+@pytest.mark.slow
 def test_speedup_of_a_toy(report, monkeypatch):
     monkeypatch.setattr(speedup, "Worker", Here)
     monkeypatch.setattr(speedup, "TOYS", {TRAINED: (FULL, LORA)})

@@ -247,6 +247,10 @@ def test_version(command):
     assert (status, out) == (0, f"adapters-jax {aj.__version__}\n")
 
 
+@pytest.mark.witness(
+    "bert-base---method houlsby --bottleneck-dim 64-2379264-2417664",
+    "llama-7b---method llama-adapter-1229760-1229760",
+)
 @pytest.mark.parametrize(
     ("model", "flags", "adapters", "trainable"),
     [
@@ -663,6 +667,7 @@ def test_a_user_error_shows_its_traceback_with_debug(command, monkeypatch):
     assert command(words) == (status, "", err)
 
 
+@pytest.mark.witness("toml")
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix):
     path = tmp_path / f"flags.{suffix}"

@@ -22,25 +22,23 @@ from safetensors.numpy import load_file
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
-from adapters_jax.finetune import pace as steps
+from adapters_jax.finetune import console as steps
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.compare import comparison as work
-from adapters_jax.finetune.compare.annotations import Label, place_labels
 from adapters_jax.finetune.compare.cells import CellConsole
 from adapters_jax.finetune.compare.comparison import _Pace, compiled_in
 from adapters_jax.finetune.compare.grid import Cell, Grid, read_candidate, spread
 from adapters_jax.finetune.compare.options import CompareOptions
-from adapters_jax.finetune.compare.tradeoff import draw_tradeoff
+from adapters_jax.finetune.compare.tradeoff import Label, draw_tradeoff, place_labels
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.inference.comparison import comparison_table
-from adapters_jax.finetune.options.flags import portable, words
+from adapters_jax.finetune.options.flags import from_plain, portable, words
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain
 from adapters_jax.finetune.run_directory import Run, RunError
-from adapters_jax.finetune.runs import job
+from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
 NORMS = "layer-norms"
@@ -253,7 +251,7 @@ def never(*_, **__):
 
 
 def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatch):
-    monkeypatch.setattr(job, "train", never)
+    monkeypatch.setattr(Training, "train", never)
     status, summary, last = compare(directory, "whole")
     assert (status, summary) == (0, whole[0]), last
 
@@ -298,7 +296,7 @@ def without_times(summary):
     ],
 )
 def test_cells_of_other_flags_are_an_error(copy, directory, monkeypatch, flags, data):
-    monkeypatch.setattr(job, "train", never)
+    monkeypatch.setattr(Training, "train", never)
     cell = copy / "cells" / "houlsby-bottleneck-dim-2-lr-0.01-seed-0"
     fails(directory, RunError, cell, *data, "--out", out="copy", flags=flags)
 
@@ -314,7 +312,7 @@ def test_cells_of_older_versions_with_their_command_line_are_the_same(copy, dire
         config = json.loads(path.read_text())
         command = words(from_plain(RunOptions, config.pop("options")))
         path.write_text(json.dumps({**config, "command": ["--runs=/else", *command[::-1]]}))
-    monkeypatch.setattr(job, "train", never)
+    monkeypatch.setattr(Training, "train", never)
     assert compare(directory, "copy", "--checkpoint-every", 7)[0] == 0
 
 
@@ -346,7 +344,7 @@ def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypat
     rows = {row[0]: row for row in comparison_table(summary)[1]}
     assert rows["head-only"][-2:] == ["0, 1 diverged", ""]
     assert "diverged" in (directory / "diverged" / "comparison.html").read_text()
-    monkeypatch.setattr(job, "train", never)
+    monkeypatch.setattr(Training, "train", never)
     again = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)
     assert again[:2] == (0, summary)
 
@@ -391,7 +389,7 @@ def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
 def test_errors_are_found_before_anything_is_written(
     directory, monkeypatch, recipes, flags, kind, data
 ):
-    monkeypatch.setattr(job, "train", never)
+    monkeypatch.setattr(Training, "train", never)
     fails(directory, kind, *data, flags=flags, recipes=recipes)
 
 

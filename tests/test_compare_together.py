@@ -72,6 +72,7 @@ def same_cells(directory, out, other="apart"):
     return names
 
 
+@pytest.mark.slow
 def test_cells_trained_together_have_the_results_of_cells_apart(directory, monkeypatch):
     steps = []
     monkeypatch.setattr(together, "make_train_step", counted(together.make_train_step, steps))

@@ -14,13 +14,24 @@ def build(api, case, variant="plain", **options):
     return APIS[api](CASES[case], **VARIANTS[variant], **options)
 
 
-# Remat and bf16 go through the same code for every method; these have shapes of their own.
+# By default a variant has the methods whose shapes or whose code in it are their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
+WITNESSES = {
+    "remat": ("lora_conv", "prefix", "together"),
+    "bf16": ("dora", "llama_adapter", "together"),
+    "scan": CHOSEN,
+}
 
 
 def named(api, case, variant):
-    slow = variant in ("remat", "bf16") and case not in CHOSEN
+    slow = case not in WITNESSES.get(variant, CASES)
     return pytest.param(f"{api}-{case}-{variant}", marks=[pytest.mark.slow] if slow else [])
+
+
+chosen = pytest.mark.parametrize(
+    "case",
+    [case if case in CHOSEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 
 
 @pytest.fixture(params=[named(*each) for each in SUBJECTS])
@@ -45,19 +56,24 @@ def test_steps_change_adapters_and_nothing_else(subject):
     checks.trains_its_leaves_alone(subject)
 
 
+@pytest.mark.witness(*(f"{api}-{case}" for api in APIS for case in CHOSEN))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("api", APIS)
 def test_adapters_vmap_over_one_base(api, case):
     checks.runs_under_vmap(build(api, case))
 
 
-@pytest.mark.parametrize("variant", ["plain", "scan"])
 @pytest.mark.parametrize("case", CASES)
-def test_both_apis_compute_the_same(case, variant):
-    checks.computes_the_same(build("linen", case, variant), build("nnx", case, variant))
+def test_both_apis_compute_the_same(case):
+    checks.computes_the_same(build("linen", case), build("nnx", case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@chosen
+def test_both_apis_compute_the_same_in_scanned_layers(case):
+    checks.computes_the_same(build("linen", case, "scan"), build("nnx", case, "scan"))
+
+
+@chosen
 def test_layers_stack_and_their_leaves_are_sharded(case):
     unrolled = build("linen", case, "plain", layers=3)
     checks.stacks(unrolled, build("linen", case, "scan"))

@@ -16,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
 from adapters_jax.files.adapter import STATE
+from adapters_jax.files.directories import Pair
 from adapters_jax.files.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
 from adapters_jax.files.formats.native import Native
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.export import open_source
 from adapters_jax.finetune.inference import load_generator, load_predictor
+from adapters_jax.finetune.leaving import open_source
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import unflatten
 
@@ -113,6 +114,7 @@ CASES = [("reviews", "peft"), ("reviews", "adapterhub"), ("bottlenecks", "adapte
 CASES += [("meanings", "peft"), ("meanings", "adapterhub")]
 
 
+@pytest.mark.witness("bottlenecks-adapterhub", "meanings-peft")
 @pytest.mark.parametrize(("run", "to"), CASES)
 def test_a_round_trip_of_a_run_keeps_equal_tensors(convert, run, to):
     base = "llama" if run == "meanings" else "tiny"
@@ -427,14 +429,12 @@ def test_nothing_is_left_of_a_conversion_that_breaks_off(convert, tmp_path, monk
 
 
 def test_a_wrong_tensor_is_found_when_it_is_read_again(convert, monkeypatch):
-    from adapters_jax.files import directories
+    content = Pair.content
 
-    pair = directories.pair
+    def halved(self, config, tensors):
+        return content(self, config, {k: x / 2 for k, x in tensors.items()})
 
-    def halved(config, tensors):
-        return pair(config, (tensors[0], {k: x / 2 for k, x in tensors[1].items()}))
-
-    monkeypatch.setattr(directories, "pair", halved)
+    monkeypatch.setattr(Pair, "content", halved)
     _, report = convert("runs/reviews", "peft")
     assert "6 tensors are different, such as bert/layer_0/attention/query/lora/a" in report["notes"]
 

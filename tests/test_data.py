@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.errors import raises
+from helpers.labelled import load_labelled
 
 import adapters_jax as aj
-from adapters_jax.finetune.data.datasets import Dataset, load_labelled, make_dataset, split
+from adapters_jax.finetune.data.datasets import hold_out, make_dataset
 from adapters_jax.finetune.data.glue import GLUE, load_glue, read_glue
 from adapters_jax.finetune.data.movie_reviews import load_movie_reviews, movie_reviews
 from adapters_jax.finetune.data.readers import DataError
@@ -136,8 +137,8 @@ def test_files_that_cannot_be_read(write):
 
 
 def table(labels, path="t.csv"):
-    return Table(path, [(f"text {i}", None) for i in range(len(labels))], labels,
-                 list(range(2, len(labels) + 2)))  # fmt: skip
+    texts = [(f"text {i}", None) for i in range(len(labels))]
+    return Table(texts, labels, (), path, [*range(2, len(labels) + 2)])
 
 
 def test_labels_are_sorted_as_numbers_only_when_all_are():
@@ -145,12 +146,12 @@ def test_labels_are_sorted_as_numbers_only_when_all_are():
     mixed = make_dataset(table(["10", "9", "b"]))
     assert mixed.label_names == ("10", "9", "b")
     assert mixed.labels.dtype == np.int32 and mixed.labels.tolist() == [0, 1, 2]
-    assert not mixed.is_regression
+    assert mixed.label_names
 
 
 def test_regression_labels_are_float32():
     data = make_dataset(table(["1", "2.5"]), task="regression")
-    assert data.is_regression and data.label_names == ()
+    assert data.label_names == ()
     assert data.labels.dtype == np.float32 and data.labels.tolist() == [1.0, 2.5]
 
 
@@ -176,9 +177,14 @@ def test_bad_labels():
 
 def dataset(rows=200, classes=2):
     names = tuple(map(str, range(classes)))
-    return Dataset(
+    return Table(
         [(f"text {i}", None) for i in range(rows)], np.arange(rows, dtype=np.int32) % classes, names
     )
+
+
+def split(data, seed, dev=0.1, test=0.1):
+    found = hold_out("rows", {"train": data}, (), seed=seed, dev=dev, test=test)
+    return found.train, found.dev, found.test
 
 
 def test_split_is_a_stratified_partition_fixed_by_the_seed():
@@ -199,7 +205,7 @@ def test_split_does_not_depend_on_the_order_of_rows():
 
 def test_duplicates_stay_in_one_split_and_none_is_dropped():
     words = [f"film {i % 50}" if i % 3 else f"FILM  {i % 50} " for i in range(400)]
-    data = Dataset([(word, None) for word in words], np.arange(400, dtype=np.int32) % 2, ("a", "b"))
+    data = Table([(word, None) for word in words], np.arange(400, dtype=np.int32) % 2, ("a", "b"))
     parts = split(data, seed=0)
     keys = [{" ".join(text.lower().split()) for text, _ in part.texts} for part in parts]
     assert sum(map(len, keys)) == len(set.union(*keys)) == 50
@@ -208,12 +214,12 @@ def test_duplicates_stay_in_one_split_and_none_is_dropped():
 
 
 def test_a_rare_class_stays_in_train():
-    data = Dataset(dataset(100).texts, np.array([0] * 97 + [1] * 3, np.int32), ("a", "b"))
+    data = Table(dataset(100).texts, np.array([0] * 97 + [1] * 3, np.int32), ("a", "b"))
     assert [np.bincount(part.labels).tolist() for part in split(data, 0)] == [[79, 3], [9], [9]]
 
 
 def test_regression_is_split_as_one():
-    data = Dataset(dataset(100).texts, np.linspace(0, 5, 100, dtype=np.float32), ())
+    data = Table(dataset(100).texts, np.linspace(0, 5, 100, dtype=np.float32), ())
     assert [len(part) for part in split(data, 0)] == [80, 10, 10]
     # 100 * 0.29 and 100 * 0.57 are a little below 29 and 57 as floats.
     assert [len(part) for part in split(data, 0, 0.29, 0.57)] == [14, 29, 57]
@@ -292,7 +298,7 @@ def test_the_columns_of_each_glue_task(write, name):
     dev = read_glue(name.upper(), ".")["dev"]
     assert dev.texts == [('He said "yes', "No." if spec.text_pair else None)] * 2
     assert dev.labels.tolist() == [0, 1]
-    assert dev.is_regression == (name == "stsb")
+    assert (dev.label_names == ()) == (name == "stsb")
 
 
 def test_the_metrics_of_glue():

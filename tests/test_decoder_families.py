@@ -66,6 +66,7 @@ def test_every_architecture_has_a_checkpoint():
     assert set(NAMES) == set(ARCHITECTURES)
 
 
+@pytest.mark.witness("gemma3_text", "gpt2", "llama", "qwen3_moe")
 @every
 def test_hidden_states_and_logits_are_those_of_transformers(name):
     expected = reference(name)
@@ -78,6 +79,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(run(model, ids[:1, : short.shape[1]])[1], short, atol=1e-4)
 
 
+@pytest.mark.witness("gemma3_text", "qwen3_moe")
 @every
 def test_scanned_layers_compute_the_same(name):
     expected = reference(name)
@@ -131,6 +133,7 @@ def prompts(expected):
     return np.vstack([ids, right]), both, np.concatenate([seen(mask, hidden), hidden[0, :11]])
 
 
+@pytest.mark.witness("gemma3_text", "gpt2", "llama", "qwen3_moe")
 @every
 def test_a_cache_changes_nothing(name):
     ids, mask, expected = prompts(reference(name))
@@ -139,6 +142,7 @@ def test_a_cache_changes_nothing(name):
     np.testing.assert_allclose(seen(mask, hidden), expected, atol=1e-4)
 
 
+@pytest.mark.witness("gemma3_text")
 @pytest.mark.parametrize("name", ["gemma3_text", "smollm3"])
 def test_a_cache_of_scanned_layers_of_several_kinds_changes_nothing(name):
     ids, mask, expected = prompts(reference(name))
@@ -147,6 +151,7 @@ def test_a_cache_of_scanned_layers_of_several_kinds_changes_nothing(name):
     np.testing.assert_allclose(seen(mask, hidden), expected, atol=1e-4)
 
 
+@pytest.mark.witness("gemma3_text", "gpt2")
 @every
 def test_packed_texts_are_those_of_rows_of_their_own(name):
     whole = reference(name)["input_ids"][0]
@@ -161,6 +166,7 @@ def test_packed_texts_are_those_of_rows_of_their_own(name):
     np.testing.assert_allclose(hidden[0, 6:], hidden[2, :8], atol=1e-4)
 
 
+@pytest.mark.witness("False-gpt2", "True-qwen3_moe")
 @every
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_checkpoint_is_written_as_it_was_read(name, scan, tmp_path):
@@ -181,6 +187,7 @@ def test_a_checkpoint_is_written_as_it_was_read(name, scan, tmp_path):
     assert DecoderConfig.from_dict(ours) == written(config)
 
 
+@pytest.mark.witness("gemma3_text")
 @every
 def test_bfloat16_rounds_no_more_than_in_transformers(name):
     expected = reference(name)
@@ -201,6 +208,7 @@ def written(config):
     return replace(config, **{key: x for key, x in whole.items() if key not in absent})
 
 
+@pytest.mark.witness("gpt2", "qwen3_moe")
 @every
 def test_a_decoder_without_arrays_is_the_model_of_its_class(name):
     config = DecoderConfig.from_json(FIXTURES / name / "config.json")

@@ -39,10 +39,16 @@ from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.report.findings import read_findings
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
-from adapters_jax.finetune.tasks import TASKS, completion, completion_problem
-from adapters_jax.finetune.tasks.completion_problem import CompletionProblem, HeldOut, token_losses
-from adapters_jax.finetune.tasks.completion_rows import RowBuilder, build_batches
-from adapters_jax.finetune.tasks.prompts import encode_table
+from adapters_jax.finetune.tasks import TASKS, decoder, generator
+from adapters_jax.finetune.tasks.base import Setup
+from adapters_jax.finetune.tasks.completion_problem import (
+    CompletionProblem,
+    HeldOut,
+    build_batches,
+    build_completions,
+    encode_table,
+    token_losses,
+)
 from adapters_jax.nnx import AdapterParam
 
 LENGTH = 16
@@ -51,7 +57,7 @@ EXAMPLES = [Example([3, 4], [5, 1]), Example([6, 7, 8], [9, 10, 1]), Example([2]
 
 def batch_of(groups, examples=EXAMPLES):
     rows = [sequence([examples[i] for i in group]) for group in groups]
-    return next(iter(Batches.in_order(rows, None, len(rows), (LENGTH,))))
+    return next(iter(Batches(rows, None, len(rows), None, (LENGTH,))))
 
 
 losses = nnx.jit(partial(token_losses, most=LENGTH, chunk=3))
@@ -76,8 +82,9 @@ def by_hand(model, example):
 
 def test_a_message_counts_the_rows_that_are_packed():
     examples, said = dict.fromkeys(("train", "dev", "test"), EXAMPLES), []
+    setup = Setup("tiny", None, 1, 0, {}, None, say=said.append)
     for packs in (True, False):
-        build_batches(examples, 8, 1, 0, packs, said.append)
+        build_batches(examples, 8, packs, setup)
     assert said == [f"{len(EXAMPLES)} train rows are packed into 2 sequences of 8 tokens"]
 
 
@@ -100,19 +107,19 @@ def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     expected = np.concatenate([by_hand(model, example) for example in EXAMPLES]).mean()
     loss = nnx.jit(lambda model, batch: problem.loss(model, batch, None))
     assert float(loss(model, batch)) == pytest.approx(expected, rel=1e-4)
-    held_out = HeldOut(Batches.in_order(rows, None, 2, (LENGTH,)), 7)
-    score = replace(problem, held_out={"dev": held_out}).score_model(model, "dev")
+    held_out = HeldOut(Batches(rows, None, 2, None, (LENGTH,)), 7)
+    score = replace(problem, parts={"dev": held_out}).score_model(model, "dev")
     assert score == {"perplexity": pytest.approx(np.exp(expected), rel=1e-4)}
 
 
 def test_dropout_in_the_head_draws_one_mask_for_all_tokens(monkeypatch):
-    monkeypatch.setattr(completion_problem, "TOKENS", 3)
+    monkeypatch.setattr(decoder, "TOKENS", 3)
     train = Batches([sequence(EXAMPLES)], None, 1, 0, (LENGTH,))
     losses = []
     for rate, target in ((0.5, "embeddings"), (0.5, "**/query"), (0.0, "embeddings")):
         model = shaken(build(TINY), aj.LoRA(target, 2, dropout=rate))
         problem = CompletionProblem(model, None, train, {}, 8, ("perplexity",))
-        assert problem._chunk(np.ones((1, LENGTH))) == (8 if len(losses) == 0 else 3)
+        assert problem.chunk({"weight": np.ones(1)}) == (8 if len(losses) == 0 else 3)
         losses.append(problem.loss(model, problem.batch(0), None))
     assert np.isfinite(losses).all()
 
@@ -229,15 +236,15 @@ def test_a_seed_decides_what_is_sampled(directory):
 
 
 def test_by_default_as_many_tokens_are_generated_as_have_positions(directory, monkeypatch):
-    generator, asked = load_generator(directory / "runs" / "lora"), []
-    monkeypatch.setattr(completion, "complete", lambda *given, **_: asked.append(given[3]) or [""])
-    longest = generator.decoder.config.longest
-    prompt = len(generator.prompts.encode("food Thai", generator.decoder))
-    assert list(generator.generate(["food Thai"])) == [""]
+    run, asked = load_generator(directory / "runs" / "lora"), []
+    monkeypatch.setattr(generator, "complete", lambda *given, **_: asked.append(given[3]) or [""])
+    longest = run.decoder.config.longest
+    prompt = len(run.prompts.encode("food Thai", run.decoder))
+    assert list(run.generate(["food Thai"])) == [""]
     assert asked == [min(128, longest - prompt)]
-    assert list(generator.generate([])) == []
+    assert list(run.generate([])) == []
     with raises(aj.UserError, f"at most {longest}", f"at most {longest - prompt} new tokens"):
-        list(generator.generate(["food Thai"], longest))
+        list(run.generate(["food Thai"], longest))
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -330,7 +337,7 @@ def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jin
 
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     decoder = load_pretrained_decoder(str(directory / "tiny"))
-    table = Table("rows.csv", [("food Thai", "It serves")], None, [2])
+    table = Table([("food Thai", "It serves")], None, (), "rows.csv", [2])
     (example,), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
     assert spoken == "<user> food Thai <end> <bot>"
@@ -343,7 +350,9 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     (example,), cut = encode_table(table, Prompts("is {prompt}", chat=False), decoder, 4)
     assert decoder.tokenizer.decode(example.prompt) == "is food Thai"
     assert (len(example.completion), cut) == (1, 1)
-    (example,), _ = encode_table(Table("a", [("It is", None)], None, [1]), Prompts(), decoder, 32)
+    (example,), _ = encode_table(
+        Table([("It is", None)], None, (), "a", [1]), Prompts(), decoder, 32
+    )
     assert [len(part) for part in example] == [1, 2]
 
 
@@ -351,14 +360,15 @@ def test_completions_are_generated_up_to_the_positions_of_the_model(directory):
     decoder = load_pretrained_decoder(str(directory / "tiny"))
     decoder = replace(decoder, config=replace(decoder.config, max_position_embeddings=8))
     texts = [("food", "It serves Thai dishes dishes"), ("food food food food is Thai", "It")]
-    table, said = Table("rows.csv", texts, None, [2, 3]), []
-    builder = RowBuilder(decoder, Prompts(chat=False), 8, False, 2, 0, matched=2)
-    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
-    assert rows.held_out["dev"].new_tokens == 8 - 6
+    table, said = Table(texts, None, (), "rows.csv", [2, 3]), []
+    setup = Setup("tiny", None, 2, 0, {}, None, exact_match=2, say=said.append)
+    data = TaskData("rows", table, table, table, ("perplexity",))
+    rows = build_completions(data, decoder, Prompts(chat=False), 8, False, setup)
+    assert rows.parts["dev"].new_tokens == 8 - 6
     assert ["2 tokens of 6" in text for text in said] == [True, True]
-    builder = replace(builder, decoder=load_pretrained_decoder(str(directory / "tiny")))
-    rows = builder.build(TaskData("rows", table, table, table, ("perplexity",)), said.append)
-    assert (rows.held_out["dev"].new_tokens, len(said)) == (16, 2)
+    decoder = load_pretrained_decoder(str(directory / "tiny"))
+    rows = build_completions(data, decoder, Prompts(chat=False), 8, False, setup)
+    assert (rows.parts["dev"].new_tokens, len(said)) == (16, 2)
 
 
 def test_rows_of_one_prompt_are_held_out_together(tmp_path):
@@ -484,7 +494,7 @@ def test_texts_alone_are_learnt_from_their_second_token(directory, monkeypatch):
     job = Finetune("silent", data, **options).prepare(Console(json=True))
     assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
     assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
-    assert (job.problem.metrics, job.problem.held_out["dev"].prompts) == (("perplexity",), [])
+    assert (job.problem.metrics, job.problem.parts["dev"].prompts) == (("perplexity",), [])
     batch = job.problem.batch(0)
     assert batch["input_ids"].shape[0] == 4
     for ids, mask, labels in zip(

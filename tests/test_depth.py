@@ -20,7 +20,6 @@ from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.files.names import Stored, from_tensors, to_tensors
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
-from adapters_jax.finetune.models.bert import classifier
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts import blocks
@@ -99,6 +98,7 @@ def equal(left, right):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.witness("bert", "llama")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_checkpoint_gives_the_same_logits(name):
     (model, params), (scanned, stacked) = loaded(name, False), loaded(name, True)
@@ -122,6 +122,7 @@ def test_every_layer_begins_by_itself():
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
 
 
+@pytest.mark.witness("llama")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
     names = NAMES[name]
@@ -141,6 +142,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
         assert getattr(counts[0], field) == getattr(counts[1], field) > 0
 
 
+@pytest.mark.witness("llama")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)
@@ -206,6 +208,7 @@ def products(name, scan, remat):
     return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
 
 
+@pytest.mark.witness("bert-False", "llama-True")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_policies_choose_what_is_computed_again(name, scan):
@@ -385,6 +388,7 @@ def test_trees_that_cannot_be_stacked_or_unstacked():
     equal(aj.stack_layers(head, STACK), head)
 
 
+@pytest.mark.witness("bert")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_state_of_an_optimiser_goes_along(name):
     _, params, trained = adapted(name, True, aj.lora(2))
@@ -398,6 +402,7 @@ def test_the_state_of_an_optimiser_goes_along(name):
         equal(aj.stack_layers(other, NAMES[name]), state)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_goes_along():
     pytest.importorskip("qwix")
     model, params = loaded("bert", True)
@@ -461,7 +466,7 @@ def base_of(name):
     params = [
         drawn_like(
             jax.eval_shape(
-                classifier.BertClassifier(
+                bert.BertClassifier(
                     bert.BertConfig.from_json(FIXTURES / "bert" / "config.json"),
                     3,
                     "pooler",
@@ -473,9 +478,9 @@ def base_of(name):
         )
         for scan in (False, True)
     ]
-    stacked = aj.stack_layers(params[0], classifier.NAMES)
+    stacked = aj.stack_layers(params[0], bert.FAMILY.classifier.names)
     assert jax.tree.map(jnp.shape, params[1]) == jax.tree.map(jnp.shape, stacked)
-    return classifier.NAMES, params[0], stacked
+    return bert.FAMILY.classifier.names, params[0], stacked
 
 
 def test_layers_by_number_are_for_unrolled_models():

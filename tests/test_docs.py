@@ -30,6 +30,8 @@ from adapters_jax.finetune.pretrained.assets import cached
 from adapters_jax.methods import METHODS
 from docs import facts
 
+pytestmark = pytest.mark.pages
+
 INLINE = re.compile(r"(?<!`)`(aj\.[^`]+)`(?!`)")
 EXPRESSION = re.compile(r"aj\.[\w.]+(\(.*\))?$", re.S)
 RECIPES = ("adapters_jax.presets", "adapters_jax.methods")

@@ -12,7 +12,7 @@ from helpers.serving import serving
 
 from adapters_jax.finetune.cli.main import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.pages, pytest.mark.slow]
 TRAIN = "finetune --model smollm2-135m --train devset.csv --prompt mr --completion ref --limit 16"
 TRAIN += " --held-out 8 --epochs 1 --method lora --rank 8 --exact-match 0 --name e2e"
 SERVE = f"""from adapters_jax.finetune.pretrained.assets import ASSETS

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.data.annotated import Annotated, read_answers, read_choices
 from adapters_jax.finetune.data.batches import NOTHING, tokenize
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.report.findings import read_findings
@@ -34,6 +34,7 @@ from adapters_jax.finetune.tasks.sentence_embedding import Embeddings
 from adapters_jax.finetune.tasks.token_classification import Tags, TokenClassification, first_pieces
 
 NER, QA, CHOICE = "token-classification", "question-answering", "multiple-choice"
+ASKED = {"question": "q", "context": "c", "answers": "answers"}
 # Of each task: its rows, flags, a text to predict, its prediction, and AdapterHub's kind of head.
 CASES = {
     "token-classification": (
@@ -75,6 +76,7 @@ TRAIN = "--method houlsby --bottleneck-dim 16 --layer-norms= --epochs 10 --batch
 TRAIN += " --learning-rate 0.05 --checkpoint-every 1000 --evaluations 1"
 
 
+@pytest.mark.witness("token-classification")
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, monkeypatch, capsys):
     write, flags, texts, expected, kind = CASES[name]
@@ -203,7 +205,7 @@ def test_the_losses_of_embeddings_are_their_formulas():
     outputs = np.random.default_rng(5).normal(size=(4, 2, 3))
     unit = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)
     labels = np.array([0.0, 5.0, 2.5, 1.0])
-    scored = Embeddings.of(Annotated([("a", "b")] * 4, labels.tolist()))
+    scored = Embeddings.of(Table([("a", "b")] * 4, labels.tolist()))
     assert scored == Embeddings(True, 0.0, 5.0)
     _, targets = scored.targets(Inputs([None] * 4, 0), labels)
     got = scored.losses(jnp.asarray(outputs), {"labels": targets})
@@ -222,7 +224,7 @@ def test_a_partner_of_several_texts_is_no_rival_of_itself():
     """Of questions with two answers among them, each finds the one that it has."""
     pairs = [(f"q{i}", f"a{i % 2}") for i in range(6)]
     outputs = np.stack([np.eye(2)[np.arange(6) % 2]] * 2, axis=1)
-    embeddings = Embeddings.of(Annotated(pairs, pairs))
+    embeddings = Embeddings.of(Table(pairs, pairs))
     _, labels = embeddings.targets(Inputs([None] * 6, 0), pairs)
     batch = {"weight": np.ones(6), "labels": labels}
     losses = embeddings.losses(jnp.asarray(outputs), batch)
@@ -244,7 +246,7 @@ def test_second_texts_are_found_by_their_similarity():
     pairs = [(f"{i}", f"{i}") for i in range(20)]
     assert Embeddings(False).score(["recall_at_1", "mrr"], draw, pairs) == pytest.approx(expected)
     assert retrieval(np.ones((4, 4))) == {"recall_at_1": 0.0, "mrr": 0.25}
-    part = Annotated([("a b", "b"), ("c", "c d e")], [None, None])
+    part = Table([("a b", "b"), ("c", "c d e")], [None, None])
     shared = Embeddings(False).constant(part, part)
     np.testing.assert_allclose(shared, [[1 / 2, 0], [0, 1 / 3]])
 
@@ -443,10 +445,10 @@ def test_a_window_has_room_for_a_question_and_a_context(encoder):
 
 
 def test_the_sentence_most_like_the_question_is_the_baseline():
-    train = Annotated([("q", "c")] * 3, [[(0, "c")], [(0, "c")], []])
-    part = Annotated([("Who won the race?", "It rained. Ann won. Bob did not.")], [[]])
+    train = Table([("q", "c")] * 3, [[(0, "c")], [(0, "c")], []])
+    part = Table([("Who won the race?", "It rained. Ann won. Bob did not.")], [[]])
     assert Spans.of(train).constant(train, part) == [Answer("Ann won.", 11, 0.0)]
-    mostly = Annotated(train.texts, [[(0, "c")], [], []])
+    mostly = Table(train.texts, [[(0, "c")], [], []])
     assert Spans.of(mostly).constant(mostly, part)[0].text == ""
 
 
@@ -487,7 +489,7 @@ def test_labels_that_train_lacks_count_as_missed():
     sets = LabelSets(("a",))
     got = sets.score(["f1_micro", "f1_macro"], [("a",), ()], [("a",), ("new",)])
     assert got == pytest.approx({"f1_micro": 2 / 3, "f1_macro": 1 / 2})
-    train = Annotated([("x", None)] * 3, [("a",), ("a", "b"), ()])
+    train = Table([("x", None)] * 3, [("a",), ("a", "b"), ()])
     assert LabelSets.of(train).constant(train, train) == [("a",)] * 3
 
 
@@ -552,7 +554,7 @@ def test_nothing_to_learn():
     texts = [("x", None)]
     for kind, labels in ((Tags, ["O", "O"]), (Spans, []), (LabelSets, ())):
         with raises(DataError, "nothing to learn"):
-            kind.of(Annotated(texts, [labels]))
+            kind.of(Table(texts, [labels]))
     with raises(aj.UserError, "choices=choice1,choice2"):
         TASKS[CHOICE].texts({"premise": "p", "choices": "choice1"})
 
@@ -644,14 +646,14 @@ def test_words_are_found_whatever_space_is_between(text, encoder):
 def test_an_answer_may_be_a_list_or_not(answers, labels, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Who?", "c": "It was Ann, 0.", "answers": answers}))
-    assert read_answers(path, "q", "c", "answers").labels == [labels]
+    assert TASKS[QA].read(path, ASKED, ()).labels == [labels]
 
 
 def test_a_mapping_without_texts_is_no_question_without_an_answer(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Who?", "c": "It was Ann.", "answers": {"answer": "Ann"}}))
     with raises(DataError, path, "line 1", "'answer'"):
-        read_answers(path, "q", "c", "answers")
+        TASKS[QA].read(path, ASKED, ())
 
 
 @pytest.mark.parametrize(
@@ -661,7 +663,8 @@ def test_all_labels_of_choices_are_read_alike(labels, expected, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"p": "A sum.", "one": "1", "two": "3", "label": label} for label in labels]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert read_choices(path, ["p"], ["one", "two"], "label").labels == expected
+    columns = {"premise": "p", "choices": "one,two", "label": "label"}
+    assert TASKS[CHOICE].read(path, columns, ()).labels == expected
 
 
 @pytest.mark.parametrize("sizes", ["--batch-size 1", "--batch-size 16 --accumulate 16"])
@@ -677,7 +680,7 @@ def test_the_space_around_an_answer_is_none_of_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     answers = {"text": ["good ", " was"], "answer_start": [7, 2]}
     path.write_text(json.dumps({"q": "How?", "c": "it was good ", "answers": answers}))
-    assert read_answers(path, "q", "c", "answers").labels == [[(7, "good"), (3, "was")]]
+    assert TASKS[QA].read(path, ASKED, ()).labels == [[(7, "good"), (3, "was")]]
 
 
 def test_large_outputs_of_choices_have_shares():

@@ -21,8 +21,8 @@ from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.models import FAMILIES, KNOWN, family_of
-from adapters_jax.finetune.models.deberta import DebertaConfig, relative_positions
-from adapters_jax.finetune.models.modernbert import ModernBertConfig
+from adapters_jax.finetune.models.encoder.families.modernbert import ModernBertConfig
+from adapters_jax.finetune.models.parts.relative import relative_positions
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -69,6 +69,7 @@ def kept(name, hidden):
     return np.asarray(hidden)[expected(name)[0]["attention_mask"] == 1]
 
 
+@pytest.mark.witness("bert", "modernbert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_hidden_states_and_logits_are_those_of_transformers(name):
     inputs, wanted = expected(name)
@@ -80,6 +81,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(logits, wanted["logits"], atol=1e-4)
 
 
+@pytest.mark.witness("modernbert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_parameter_shows_in_the_logits(name):
     """A part whose values do not matter would pass the comparison untested."""
@@ -91,6 +93,7 @@ def test_every_parameter_shows_in_the_logits(name):
     assert [path for path in idle if not path.endswith("key/bias")] == []
 
 
+@pytest.mark.witness("modernbert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_is_like_rows_on_their_own(name):
     inputs, _ = expected(name)
@@ -102,6 +105,7 @@ def test_padding_is_like_rows_on_their_own(name):
         np.testing.assert_allclose(apply(**alone)[0], every[row], atol=1e-5)
 
 
+@pytest.mark.witness("bert", "deberta_v3")
 @pytest.mark.parametrize("name", SCANNED)
 def test_scanned_blocks_compute_what_unrolled_ones_do(name):
     inputs, wanted = expected(name)
@@ -111,6 +115,12 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(name):
     np.testing.assert_allclose(kept(name, hidden), kept(name, wanted["hidden"]), atol=1e-4)
 
 
+@pytest.mark.witness(
+    "distilbert/distilbert-base-uncased-66362880",
+    "google/electra-small-discriminator-13483008",
+    "answerdotai/ModernBERT-base-149014272",
+    "microsoft/deberta-v3-xsmall-70682112",
+)
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -146,6 +156,7 @@ def test_published_names_have_the_published_counts(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.witness("modernbert-base")
 @pytest.mark.parametrize(
     "name", ["distilbert-base", "electra-small", "modernbert-base", "deberta-v3-xsmall"]
 )
@@ -158,7 +169,7 @@ def test_audit_takes_known_names(name, capsys):
 
 
 def test_distances_have_the_buckets_of_the_published_models():
-    index = relative_positions(512, DebertaConfig())
+    index = relative_positions(512, buckets=256, longest=512)
     buckets = expected("deberta_v3")[1]["buckets"].astype(int)
     np.testing.assert_array_equal(index[:, 0], np.clip(buckets + 256, 0, 511))
     np.testing.assert_array_equal(index[0], np.clip(256 - buckets, 0, 511))
@@ -208,6 +219,7 @@ def test_remat_of_blocks_that_differ_changes_no_gradient():
     )
 
 
+@pytest.mark.witness("modernbert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_bfloat16_is_within_its_rounding(name):
     inputs, wanted = expected(name)
@@ -314,6 +326,7 @@ def test_finetune_works(name, directory, monkeypatch, capsys):
     assert summary["results"][0]["trainable_parameters"] > bottlenecks
 
 
+@pytest.mark.witness("modernbert")
 @pytest.mark.parametrize("name", [each for each in ENCODERS if each != "bert"])
 def test_predict_works(name, directory, monkeypatch, capsys):
     """On a run that is made without training, on pairs, so that token types show."""

@@ -217,7 +217,11 @@ VISION = {
 @pytest.mark.parametrize("name", VISION)
 def test_adapters_of_image_encoders_go_both_ways_with_peft(name, tmp_path):
     config, params = vision.family_at(name).load(FIXTURES / name)
-    names, model, wanted = vision.family_at(name).names, vision.Vit(config), vision.expected(name)
+    names, model, wanted = (
+        vision.family_at(name).names,
+        vision.ImageEncoder(config),
+        vision.expected(name),
+    )
     prefix = "vision_model." if name == "clip" else ""
     build, targets = VISION[name]
 
@@ -264,7 +268,7 @@ def vit_here(recipe, adapters):
     config, params = vision.family_at("vit").load(FIXTURES / "vit")
     whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
     pixels = vision.expected("vit")["pixels"]
-    return aj.adapt(vision.Vit(config), recipe).apply({"params": whole}, pixels)
+    return aj.adapt(vision.ImageEncoder(config), recipe).apply({"params": whole}, pixels)
 
 
 VIT_RECIPES = {
@@ -280,7 +284,7 @@ def test_what_is_trained_on_vit_has_the_same_hidden_states_in_adapterhub(recipe,
     config, params = family.load(FIXTURES / "vit")
     wanted = vision.expected("vit")
     inputs = {"pixels": wanted["pixels"]}
-    adapters, hidden = trained((family.names, vision.Vit(config), params, inputs), recipe)
+    adapters, hidden = trained((family.names, vision.ImageEncoder(config), params, inputs), recipe)
     saved = save_adapterhub(tmp_path / "a", recipe, adapters, family.names, params)
     assert json.loads((saved / "adapter_config.json").read_text())["model_type"] == "vit"
     there, info = vit_in_hub(), {}

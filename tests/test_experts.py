@@ -13,9 +13,9 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, UserError
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.names import from_tensors
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.files.peft.files import TENSORS
 from adapters_jax.finetune.models.decoder import ARCHITECTURES, load_decoder
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
@@ -61,6 +61,7 @@ def test_all_tokens_may_take_the_same_experts(model):
     np.testing.assert_allclose(mixture(x), by_hand(mixture, double(x)), atol=1e-5)
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_adapters_of_experts_merge_into_them(scan):
     _, base = load_decoder(FIXTURES / "mixtral", scan=scan)
@@ -84,7 +85,7 @@ def test_adapters_of_experts_go_to_peft_and_back(model, tmp_path):
     leaves = {"a": drawn((4, 16, 2)), "b": drawn((4, 2, 8), seed=1)}
     tree = {"layers": {"1": {"mlp": {"experts": {"lora": {"up": leaves}}}}}}
     directory = save_peft(tmp_path / "a", recipe, tree, names, model)
-    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    tensors = safetensors.numpy.load_file(directory / PEFT.tensors)
     name = "base_model.model.model.layers.1.block_sparse_moe.experts.{}.w3.lora_{}.weight"
     assert tensors.keys() == {name.format(i, factor) for i in range(4) for factor in "AB"}
     for i in range(4):
@@ -97,7 +98,7 @@ def test_adapters_of_experts_go_to_peft_and_back(model, tmp_path):
     for key, leaf in flatten(tree).items():
         np.testing.assert_array_equal(got[key], leaf)
     del tensors[name.format(2, "A")], tensors[name.format(2, "B")]
-    safetensors.numpy.save_file(tensors, directory / TENSORS)
+    safetensors.numpy.save_file(tensors, directory / PEFT.tensors)
     with raises(UserError, "layers/1/mlp/experts/up", "layers.1.block_sparse_moe.experts.2.w3"):
         load_peft(directory, names, model)
 

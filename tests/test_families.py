@@ -60,6 +60,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_record_is_enough_for_every_command(other, run, capsys):
     capsys.readouterr()
     assert find_family("base").name == "other"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import announced, command_raises
+from helpers.labelled import load_labelled
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file
 
@@ -20,7 +21,6 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console
-from adapters_jax.finetune.data.datasets import load_labelled
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.options.method import PRESETS, MethodName, MethodOptions
@@ -30,8 +30,7 @@ from adapters_jax.finetune.run_directory import Run, run_name
 from adapters_jax.finetune.runs.stopping import StoppedError
 from adapters_jax.finetune.tasks.base import in_row_order
 from adapters_jax.finetune.tasks.classification import Classes
-from adapters_jax.finetune.tasks.head import FeatureBatches, Head
-from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
+from adapters_jax.finetune.tasks.labelled_problem import FeatureBatches, Head, LabelledProblem
 from adapters_jax.finetune.tasks.metrics import compute
 from adapters_jax.trees import flatten
 
@@ -204,6 +203,7 @@ def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     assert high.value == pytest.approx(120.5, abs=6)
 
 
+@pytest.mark.witness("flags0")
 @pytest.mark.parametrize("flags", [("--method", "head-only"), ("--dtype", "bfloat16")])
 def test_other_ways_to_train_save_what_predicts(directory, flags):
     name = flags[1]

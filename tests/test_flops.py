@@ -114,6 +114,7 @@ def size(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.witness("linen-bottleneck", "nnx-lora")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("api", APIS)
 def test_a_step_is_at_the_floor(api, method):
@@ -121,6 +122,7 @@ def test_a_step_is_at_the_floor(api, method):
     assert floor(method) <= flops(program) <= 1.01 * floor(method)
 
 
+@pytest.mark.witness("linen-clip", "nnx-multi_steps")
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("api", APIS)
 def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(api, outside):
@@ -128,6 +130,7 @@ def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(a
     assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
 
 
+@pytest.mark.witness("nnx")
 @pytest.mark.parametrize("api", APIS)
 def test_accumulation_inside_costs_a_part_at_a_time(api):
     """Two parts of 256 rows; XLA counts the body of a loop once, so that one part is the floor."""
@@ -230,6 +233,7 @@ def gradient_flops(loss, *args):
     return gradient.lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.witness("dense", "tied_head", "scan", "experts")
 @pytest.mark.parametrize("name", COSTS)
 def test_the_gradient_costs_what_it_does_by_hand(name):
     shapes, of_x, run, by_hand = COSTS[name]

@@ -9,8 +9,8 @@ from flax import nnx
 from scipy.special import expit, ndtr
 
 from adapters_jax.finetune.models.decoder.layers import RMSNorm
+from adapters_jax.finetune.models.encoder.layers import LayerNorm
 from adapters_jax.finetune.models.parts import functions
-from adapters_jax.finetune.models.parts.layers import LayerNorm
 
 X = np.linspace(-9, 9, 361)
 
@@ -63,6 +63,7 @@ def normalized(x, scale, centred):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("centred", [True, False])
 def test_norms_have_their_derivative(centred):
     def ours(x, scale):
@@ -121,6 +122,7 @@ def test_a_constant_row_has_no_negative_variance():
     assert np.abs(functions.normalize(x, jnp.ones(7), 1e-5, True)).max() < 0.1
 
 
+@pytest.mark.witness("float32-bfloat16", "bfloat16-None")
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("given", [jnp.float32, jnp.bfloat16])
 def test_norms_are_flax_s(dtype, given):
@@ -198,6 +200,7 @@ def drawn(kv_heads, dtype=jnp.float32):
     return (*parts, mask)
 
 
+@pytest.mark.witness("3")
 @pytest.mark.parametrize("kv_heads", [6, 3, 1])
 def test_attention_is_flax_s(kv_heads):
     query, key, value, mask = drawn(kv_heads)
@@ -255,6 +258,7 @@ def kept(layer, layers=(6, 14)):
     return (temporary(layers[1]) - temporary(layers[0])) / (layers[1] - layers[0])
 
 
+@pytest.mark.witness("silu")
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_an_activation_keeps_its_input_alone(name):

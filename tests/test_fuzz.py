@@ -27,6 +27,8 @@ from adapters_jax.files.adapter import TENSORS, read_adapter
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.trees import flatten
 
+pytestmark = pytest.mark.hostile
+
 USUAL, MANY = 1000, 5000
 FEW = 60  # files of each reader
 FEWER = {"base": 6, "checkpoint": 20, "upload": 12}  # of those that take long

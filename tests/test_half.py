@@ -14,8 +14,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.files.checkpoint import Checkpoints
-from adapters_jax.finetune.runs.log import Log
-from adapters_jax.finetune.runs.loop import PATIENCE
+from adapters_jax.finetune.runs.loop import PATIENCE, Log
 from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.trees import flatten
 
@@ -166,6 +165,7 @@ def losses_of(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_run_in_float16_is_the_run_in_float32(place):
     for dtype in ("float32", "float16"):
         status, config = finetune(place, dtype, "--dtype", dtype)
@@ -234,6 +234,7 @@ def test_a_decoder_learns_in_float16_what_it_learns_in_float32(tmp_path, capsys)
     np.testing.assert_allclose(found, expected, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_a_decoders_overflows_are_skipped_counted_and_shown(tmp_path, capsys):
     run = decoder(tmp_path, "steep", 1000.0, "embed_tokens.weight")  # which is the head's, too
     status, config, directory = run("float16")

@@ -24,6 +24,8 @@ from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.tensors import open_tensors, read_tensors
 from adapters_jax.files.untrusted import read_json
 
+pytestmark = pytest.mark.hostile
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

@@ -30,6 +30,8 @@ from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.pretrained.locate import read_tokenizer, sha256_of
 
+pytestmark = pytest.mark.hostile
+
 FIXTURES = Path(__file__).parent / "fixtures"
 BASES = [
     *("bert", "roberta", "distilbert", "electra", "modernbert", "deberta_v2", "deberta_v3"),

@@ -13,6 +13,8 @@ from adapters_jax.errors import BaseFileError
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.models.decoder import DecoderConfig
 
+pytestmark = pytest.mark.hostile
+
 U32, F32, BOOL, TEXT, LIST = 4, 6, 7, 8, 9
 
 

@@ -27,6 +27,8 @@ from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
 from adapters_jax.finetune.tasks import read_run
 
+pytestmark = pytest.mark.hostile
+
 LONG = "x" * 5000
 WHOLE = {**CONFIG, "base_sha256": "0", "dtype": "float32", "max_length": 8, "pooling": "mean"}
 RESULT = WHOLE["summary"]["results"][0]

@@ -27,9 +27,7 @@ from adapters_jax.files.adapterhub import load_adapterhub
 from adapters_jax.files.peft import load_peft
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_generator, load_predictor
-from adapters_jax.finetune.models.bert import load_bert
-from adapters_jax.finetune.models.bert.classifier import NAMES
-from adapters_jax.finetune.models.bert.model import Bert
+from adapters_jax.finetune.models.bert import FAMILY, Bert, load_bert
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.finetune.models.t5 import load_t5
 from adapters_jax.finetune.pretrained import locate as bases
@@ -39,6 +37,7 @@ from adapters_jax.trees import flatten
 hf = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
 OLD, NEW = "1" * 40, "2" * 40
+NAMES = FAMILY.classifier.names
 FIXTURES = Path(__file__).parent / "fixtures"
 PEFT, ADAPTERHUB = FIXTURES / "peft" / "bert_head", FIXTURES / "adapterhub" / "bert_double"
 

@@ -15,8 +15,7 @@ from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.hub_rows import HubData, choose_files
 from adapters_jax.finetune.data.readers import read_file, title_of
 from adapters_jax.finetune.options.data import DataOptions
-from adapters_jax.finetune.options.flags import words
-from adapters_jax.finetune.options.stored import from_plain, plain
+from adapters_jax.finetune.options.flags import from_plain, plain, words
 
 pytest.importorskip("pyarrow.parquet")
 constants = pytest.importorskip("huggingface_hub.constants")

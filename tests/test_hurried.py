@@ -13,6 +13,8 @@ import adapters_jax as aj
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.trees import flatten, unflatten
 
+pytestmark = pytest.mark.hostile
+
 X, SGD, KEY = jnp.ones((2, 4)), optax.sgd(0.1), jax.random.key(0)
 KEYS = jax.random.split(KEY)
 

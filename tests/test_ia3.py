@@ -328,7 +328,7 @@ def test_patterns_match_whole_names_from_the_start():
         "model.layers.11.k": 8,
         "model.sublayers.1.k": 8,
     }
-    found = {name: number_at(config, "r", "rank_pattern", name) for name in ranks}
+    found = {name: number_at(config, "r", name) for name in ranks}
     assert found == ranks
     assert is_target({"target_modules": ["q"]}, "a.q") and not is_target(
         {"target_modules": ["q"]}, "a.bq"

@@ -28,7 +28,7 @@ from adapters_jax.finetune.data.pixels import (
 )
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.inference import load_predictor
-from adapters_jax.finetune.models.vit import Vit
+from adapters_jax.finetune.models.encoder import ImageEncoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
@@ -142,7 +142,7 @@ def test_other_image_encoders_have_heads_on_what_transformers_reads(name):
     assert encoder.pooling == {"dinov2": "cls and mean", "clip": "mean"}[name]
     pixels = jnp.asarray(np.random.default_rng(0).normal(size=encoder.example.shape), jnp.float32)
     model, params = encoder.bare
-    hidden = Vit(encoder.config).apply({"params": encoder.params}, pixels)
+    hidden = ImageEncoder(encoder.config).apply({"params": encoder.params}, pixels)
     parts = [hidden[:, 0]] * (name == "dinov2") + [hidden[:, 1:].mean(axis=1)]
     found = model.apply({"params": params}, pixels)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=-1), atol=1e-5)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import adapters_jax as aj
@@ -41,6 +42,7 @@ def command(tmp_path):
     return run
 
 
+@pytest.mark.witness("here-147456")
 @pytest.mark.parametrize(
     ("model", "adapters"),
     [
@@ -126,7 +128,7 @@ def test_a_function_is_no_module_whatever_was_imported_before():
     values = {name: getattr(aj, name) for name in modules & {*aj.__all__}}
     assert values == {name: sys.modules[f"adapters_jax.{name}"] for name in values}
     code = (
-        "from adapters_jax.auditing import Audit\nimport adapters_jax.suggesting.trace\n"
+        "from adapters_jax.auditing import Audit\nimport adapters_jax.suggesting\n"
         "import adapters_jax as aj\nassert callable(aj.audit) and callable(aj.suggest)"
     )
     assert "adapters_jax.api" in imported_by(code)
@@ -149,6 +151,63 @@ def test_the_core_imports_nothing_of_the_application():
         "adapters_jax.finetune.inference",
         "adapters_jax.finetune.models",
         "adapters_jax.finetune.tasks",
+    }
+
+
+OF_OTHERS = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub", "peft")}
+
+
+def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_path):
+    """A format's code is imported when one of its files is read, written or promised."""
+    lora = aj.LoRA("query", 2)
+    leaves = {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 4), np.float32)}
+    aj.save_adapter(tmp_path / "lora", {"query": {"lora": leaves}}, lora)
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0\n")
+    imported = imported_by(
+        "from pathlib import Path\n"
+        "import jax.numpy as jnp\n"
+        "from flax import nnx\n"
+        "import adapters_jax as aj\n"
+        "import adapters_jax.finetune.cli.finetune, adapters_jax.finetune.runs.job\n"
+        "import adapters_jax.finetune.inference\n"
+        "from adapters_jax.finetune.data.readers import read_file\n"
+        "from adapters_jax.files.formats import every_file, format_of\n"
+        "class Model(nnx.Module):\n"
+        "    def __init__(self):\n"
+        "        self.query = nnx.Linear(4, 4, rngs=nnx.Rngs(0))\n"
+        "    def __call__(self, x):\n"
+        "        return self.query(x)\n"
+        f"lora = Path({str(tmp_path / 'lora')!r})\n"
+        "aj.load_adapter(lora, Model(), example_inputs=(jnp.ones((1, 4)),))\n"
+        "assert format_of(lora).name == 'native' and every_file()\n"
+        f"read_file({str(tmp_path / 'rows.csv')!r})\n"
+    )
+    assert "adapters_jax.files.formats.native" in imported
+    assert not imported & OF_OTHERS
+
+
+def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
+    imported = imported_by(
+        "import numpy as np\n"
+        "import adapters_jax as aj\n"
+        "from adapters_jax.files.peft import load_peft, save_peft\n"
+        "base = {'query': {'kernel': np.ones((4, 4)), 'bias': np.ones(4)}}\n"
+        "leaves = {'query': {'lora': {'a': np.ones((4, 2)), 'b': np.ones((2, 4))}}}\n"
+        "names = {'q_proj': 'query'}\n"
+        f"saved = save_peft({str(tmp_path / 'a')!r}, aj.LoRA('query', 2), leaves, names, base)\n"
+        "load_peft(saved, names, base)\n"
+        "from adapters_jax.files.base_model import BaseModel\n"
+        "from adapters_jax.files.formats import FORMATS, Adapter\n"
+        "encoder = BaseModel('mine', 'encoder', names, '', base, aj.BaseIdentity(), '')\n"
+        "adapter = Adapter(aj.Recipe(aj.LoRA('query', 2)), {})\n"
+        "(problem,) = FORMATS['gguf'].problems(adapter, encoder)\n"
+        "assert 'encoder' in problem\n"
+    )
+    others = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub")}
+    assert not imported & {
+        *others,
+        "adapters_jax.files.peft.ia3",
+        "adapters_jax.files.peft.prompts",
     }
 
 

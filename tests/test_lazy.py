@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from jax.experimental import pallas
 from jax.sharding import PartitionSpec
 
+from adapters_jax.trace.reads import Read, Tracked
 from adapters_jax.weights import products
 from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
 from adapters_jax.weights.changes import Changed, LowRank, Scale
 from adapters_jax.weights.factors import RANK, Factor, contracted
-from adapters_jax.weights.lazy import Lazy, Read, Tracked, formed, lowered, thin, watched
+from adapters_jax.weights.lazy import Lazy, formed, lowered, thin
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 F = frozenset
@@ -418,7 +419,7 @@ def test_what_has_no_thin_form_gets_the_sum_and_the_record_says_so(function, ope
 
         def changed(w, x, leaf=leaf):
             with thin() as trace:
-                return lowered(function(watched(trace, Changed.of(w, [change]), leaf), x))
+                return lowered(function(Lazy(trace, Changed.of(w, [change]), leaf), x))
 
         np.testing.assert_allclose(run(changed)(jnp.asarray(w), x), expected, **CLOSE)
         assert [(read.operation, read.how) for read in leaf.reads] == [(operation, "sum")]

@@ -20,10 +20,9 @@ from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.cli.main import COMMANDS, main
 from adapters_jax.finetune.cli.main import command_of as class_of
 from adapters_jax.finetune.inference import load_predictor
-from adapters_jax.finetune.leaving import MERGED
+from adapters_jax.finetune.merging import MERGED
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.bert import Bert
-from adapters_jax.finetune.tasks.readout import Batching
 
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow
@@ -130,7 +129,7 @@ def _fixture(name):
 
 def _outputs(predictor, params, model, texts):
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
     arrays = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     return np.asarray(model.apply({"params": params}, *arrays))
 
@@ -144,7 +143,7 @@ def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     predictor = load_predictor(run)
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    batch = predictor.readout.batches(predictor.encoder, rows, None, Batching(2, None, (12,)))[0]
+    batch = predictor.readout.batches(predictor.encoder, rows, None, 2, None, (12,))[0]
     _, params = FAMILIES["bert"].load("merged")
     inputs = [batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
     hidden = np.asarray(Bert(predictor.encoder.config).apply({"params": params}, *inputs))

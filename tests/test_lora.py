@@ -364,3 +364,29 @@ def test_by_hand_in_linen_dropout_follows_the_key_and_the_flag():
     assert np.abs(module.apply(params, x, rngs=KEYS) - plain).max() > 0.1
     with raises(InvalidRngError, "dropout"):
         module.apply(params, x, deterministic=False)
+
+
+def test_each_scanned_layer_drops_entries_of_its_own():
+    """Three layers with one kernel, one pair of factors and one input differ by their masks."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, carry, x):
+            return carry, nn.Dense(DIN, use_bias=False, name="dense")(x)
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            each = nn.scan(Layer, **axes, in_axes=nn.broadcast, length=3)
+            return each(name="layers")(0.0, x)[1]
+
+    one = {name: leaf for name, leaf in PARAMS["block"]["dense"].items() if name != "bias"}
+    params = {"layers": {"dense": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)}}
+    run = aj.adapt(Layers(), RECIPE).apply
+    evaluated = run({"params": params}, X)
+    np.testing.assert_array_equal(evaluated, jnp.stack([evaluated[0]] * 3))
+    dropped = run({"params": params}, X, rngs=KEYS)
+    for i in range(3):
+        assert np.abs(dropped[i] - dropped[i - 1]).max() > 1e-3
+    np.testing.assert_array_equal(run({"params": params}, X, rngs=KEYS), dropped)

@@ -35,7 +35,6 @@ from adapters_jax.finetune.serving.labels import EncoderBase
 from adapters_jax.finetune.tasks import TASKS
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
-from adapters_jax.finetune.tasks.readout import Batching
 
 TASK = "masked-language-modelling"
 VOCAB = (*WORDS, "[MASK]")
@@ -118,7 +117,7 @@ def test_masks_are_functions_of_seed_and_step_and_those_of_dev_are_fixed():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     readout, texts = MaskedTokens(), [("the film was good a plot and music " * 9, None)]
     rows = readout.encoded(encoder, texts, 16).rows
-    make = [readout.batches(encoder, rows, None, Batching(2, 5, (16,))) for _ in range(2)]
+    make = [readout.batches(encoder, rows, None, 2, 5, (16,)) for _ in range(2)]
     epoch = len(make[0])
     _, again = make[0][1], make[0][1 + epoch]
     for name, array in make[0][3].items():
@@ -126,7 +125,7 @@ def test_masks_are_functions_of_seed_and_step_and_those_of_dev_are_fixed():
     assert any((make[0][i]["positions"] != again["positions"]).any() for i in range(epoch))
     by_size = []
     for size in (2, 3):
-        batches = readout.batches(encoder, rows, None, Batching(size, None, (16,)))
+        batches = readout.batches(encoder, rows, None, size, None, (16,))
         found = {
             row: (ids.tolist(), labels.tolist())
             for batch in batches
@@ -332,7 +331,7 @@ def test_masks_are_not_served():
 
 def test_a_text_file_has_a_row_in_each_line():
     Path("rows.txt").write_text("\n = A title = \n \nA text , with commas\n")
-    header, records = read_file(Path("rows.txt"))
+    header, records, _ = read_file(Path("rows.txt"))
     assert header == ["text"]
     assert records == [(2, ["= A title ="]), (4, ["A text , with commas"])]
 

@@ -50,7 +50,7 @@ def test_a_merged_encoder_has_the_same_logits_in_transformers(base):
     predictor = load_predictor(merged_encoder(base))
     texts = [("a good film", None), ("the plot was dull", None)]
     rows, _ = predictor.encoder.encode(texts, 12)
-    (batch,) = Batches.in_order(rows, None, 2, (12,), predictor.encoder.config.pad_token_id)
+    (batch,) = Batches(rows, None, 2, None, (12,), predictor.encoder.config.pad_token_id)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     expected = predictor.model.apply({"params": predictor.params}, *inputs.values())
     model = opened(transformers.AutoModelForSequenceClassification)

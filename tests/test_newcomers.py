@@ -12,6 +12,8 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.files.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.hostile
+
 X, KEY, SGD = jnp.ones((2, 4)), jax.random.key(0), optax.sgd(0.1)
 
 

@@ -28,6 +28,8 @@ import adapters_jax as aj
 from adapters_jax.files.peft import save_peft
 from adapters_jax.spelling import NAMES
 
+pytestmark = pytest.mark.hostile
+
 
 @pytest.mark.parametrize(
     "recipe", [RECIPE, aj.Recipe(aj.Bottleneck("body", 2)), aj.Recipe(aj.IA3("body"))]

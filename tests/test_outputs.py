@@ -18,9 +18,9 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.recipe import as_compared
 from adapters_jax.testing import check_method
+from adapters_jax.trace import calls
 from adapters_jax.trace.calls import Returned, part_of, with_part
 from adapters_jax.trees import flatten
-from adapters_jax.weights import calls
 
 B, T, D, M = 2, 3, 4, 2
 X, MASK, KEY = drawn((B, T, D), 1), drawn((B, T, 1), 2), jax.random.key(0)

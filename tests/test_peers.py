@@ -41,6 +41,7 @@ def checked(names, directory, model, method):
     return found, losses
 
 
+@pytest.mark.witness("bert-lora")
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_sides_on_jax_do_equal_work(directory, model, method):
     names = JAX if method == "lora" else {"ours", "hand"}

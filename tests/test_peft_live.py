@@ -14,9 +14,9 @@ from helpers.trained import trained
 from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
 
 import adapters_jax as aj
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.files.peft.files import TENSORS
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.models import decoder
@@ -207,7 +207,8 @@ def test_experts_compute_and_merge_as_in_peft(swapped, is_transposed, hidden, tm
 
     ours_saved = save_peft(tmp_path / "ours", recipe, adapters, names, params)
     theirs, back = (
-        safetensors.numpy.load_file(each / TENSORS) for each in (tmp_path / "theirs", ours_saved)
+        safetensors.numpy.load_file(each / PEFT.tensors)
+        for each in (tmp_path / "theirs", ours_saved)
     )
     assert theirs.keys() == back.keys()
     for name, tensor in theirs.items():

@@ -17,14 +17,15 @@ from test_peft import FIXTURES, MOE, base_of, drawn, tensors_of
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.layouts import ParameterReference
 from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.files.peft.files import CONFIG, TENSORS
 from adapters_jax.files.peft.parameters import WRITTEN, our_pair, their_pair
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 
+CONFIG, TENSORS = PEFT.files
 ROOT = "base_model.model."
 PARAMS = {
     "experts": {"w1": jnp.ones((3, 4, 6)), "w2": jnp.ones((3, 6, 4)), "w3": jnp.ones((3, 4, 6))},

@@ -16,7 +16,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models import decoder
-from adapters_jax.finetune.models.bert import BertClassifier, classifier, load_bert
+from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, load_bert
 from adapters_jax.finetune.pretrained import assets
 from adapters_jax.spelling import _IDLE, INSTEAD, NAMES, OURS
 
@@ -100,7 +100,7 @@ def test_minilm_trained_in_peft_has_equal_logits_here(minilm, tmp_path):
         with trained.disable_adapter():
             before = trained(**as_torch(inputs)).logits.numpy()
     trained.unload()
-    recipe, adapters = load_peft(tmp_path, classifier.NAMES, params)
+    recipe, adapters = load_peft(tmp_path, FAMILY.classifier.names, params)
     base = aj.partition(params, recipe)[1]
     whole = aj.merge_trees(adapters, base)
     ours = aj.adapt(model, recipe).apply({"params": whole}, **inputs)
@@ -121,7 +121,7 @@ def test_minilm_trained_here_has_equal_logits_in_peft(minilm, tmp_path):
 
     state = train_ours(adapted, whole, loss)
     expected = np.asarray(adapted.apply({"params": state.params}, **inputs))
-    save_peft(tmp_path / "a", recipe, state.trained, classifier.NAMES, params)
+    save_peft(tmp_path / "a", recipe, state.trained, FAMILY.classifier.names, params)
     cls = transformers.AutoModelForSequenceClassification
     theirs = cls.from_pretrained(fetched("minilm"), num_labels=2)
     with torch.no_grad():

@@ -16,8 +16,8 @@ from test_old_files import CASES, RECIPES, TOKENS, filled, linen_base, nnx_base
 
 import adapters_jax as aj
 from adapters_jax.linen import adapted, points
-from adapters_jax.nnx import placements_of
 from adapters_jax.nnx import points as nnx_points
+from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, in_tree
 from adapters_jax.trees import flatten
 

@@ -211,6 +211,7 @@ def command(*flags):
     return status, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.witness("tiny")
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     (write_model if model == "tiny" else write_llama)(tmp_path / model)

@@ -93,6 +93,7 @@ def test_recipe_audit_and_files(Shift, tmp_path):
     np.testing.assert_array_equal(loaded["shift"]["bias"], params["shift"]["bias"])
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_an_installed_method(installed, tmp_path):
     (tmp_path / "recipe.json").write_text(
         json.dumps({"methods": [{"method": "shift", "targets": "**/attention/query"}]})

@@ -46,6 +46,7 @@ CASES = {
 }
 
 
+@pytest.mark.witness("dpo-0.7", "ipo-0.1", "orpo-0.7", "kto-0.1")
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_formula(name, beta):

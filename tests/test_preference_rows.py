@@ -12,7 +12,7 @@ from adapters_jax.finetune.data.packing import Example
 from adapters_jax.finetune.data.preferences import Preference, read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
-from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder, mismatched
+from adapters_jax.finetune.tasks.preference_problem import PreferenceEncoder, mismatched
 from examples.preference_pairs import pairs_of
 
 TINY = "{% for m in messages %}{{ '<bot>' if m.role == 'assistant' else '<user>' }} "

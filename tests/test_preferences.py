@@ -107,6 +107,7 @@ def formula(loss, beta, log_probs, batch):
     return (1 - jax.nn.sigmoid(sign * (rewards[:, 0] - point))).mean(), rewards[:, :1]
 
 
+@pytest.mark.witness("dpo", "kto")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
     problem = prepared(loss).problem

@@ -127,7 +127,7 @@ def test_losses_rewards_and_margins_are_those_of_trl(loss, place):
     batch, value, expected = theirs(loss, place)
     pairs = pairs_of(loss, batch)
     rows = [sequence(pair) for pair in pairs]
-    (ours,) = Batches.in_order(rows, None, len(rows), (64,))
+    (ours,) = Batches(rows, None, len(rows), None, (64,))
     assert all(0 not in each.ids and each.completion[-1] == 1 for pair in pairs for each in pair)
     read = nnx.jit(pair_log_probs, static_argnums=(2, 3))
     policy, reference = (

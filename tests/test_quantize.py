@@ -116,6 +116,13 @@ def with_base(subject, quantized, **options):
     return subject
 
 
+@pytest.mark.witness(
+    "linen-lora_dense_general-plain-int4",
+    "nnx-lora_conv-plain-int8",
+    "linen-together-scan_remat-nf4",
+    "nnx-together-scan_remat-nf4",
+    "linen-lora_embed-plain-int4",
+)
 @pytest.mark.parametrize(("api", "case", "variant", "dtype"), GRADIENTS)
 def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
     api, case, variant, dtype
@@ -346,6 +353,7 @@ def test_without_qwix_the_extra_is_named(monkeypatch):
         aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 def test_experts_are_quantised_where_a_command_loads_or_plans_them(tmp_path):
     fixture = Path(__file__).parent / "fixtures/decoders/qwen3_moe"
     write_llama(tmp_path / "a")
@@ -470,6 +478,7 @@ def memory_of_a_step(api, layers, dtype):
     return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
 
 
+@pytest.mark.witness("nnx-int8")
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("api", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
 def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(api, dtype):

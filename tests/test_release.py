@@ -33,13 +33,13 @@ DESCRIBED = [
         for name in (
             "linen",
             "nnx",
-            "losses",
-            "inference",
-            "serving",
-            "tasks",
+            "training.losses",
+            "finetune.inference",
+            "finetune.serving",
+            "finetune.tasks",
             "testing",
-            "interop.peft",
-            "interop.adapterhub",
+            "files.peft",
+            "files.adapterhub",
         )
     ),
 ]

@@ -18,10 +18,9 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.options.flags import words
+from adapters_jax.finetune.options.flags import from_plain, plain, words
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain, plain
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
@@ -155,6 +154,7 @@ def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, place, capsys):
     config = json.loads((straight[0] / "config.json").read_text())
     old = place / "old"

@@ -411,13 +411,7 @@ def test_bad_flags(served, monkeypatch):
 def test_without_its_extra(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("starlette")]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in (
-        "finetune.cli.serve",
-        "serving.api",
-        "serving.completions",
-        "serving.guard",
-        "serving.labels",
-    ):
-        monkeypatch.delitem(sys.modules, f"adapters_jax.{name}", raising=False)
+    for name in ("cli.serve", *(f"serving.{n}" for n in ("api", "completions", "guard", "labels"))):
+        monkeypatch.delitem(sys.modules, f"adapters_jax.finetune.{name}")
     with command_raises(MissingPackageError, "starlette", "[serve]'"):
         assert main(["serve", "base"]) == 2

@@ -10,7 +10,7 @@ import pytest
 from helpers.serving import serving
 from helpers.tiny import write_llama
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.hostile, pytest.mark.slow]
 pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 

@@ -110,6 +110,7 @@ TASKS = {
 }
 
 
+@pytest.mark.witness("multilabel")
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monkeypatch):
     write, flags, texts = TASKS[task]

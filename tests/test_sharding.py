@@ -387,6 +387,7 @@ print(json.dumps([[int(n) for n in dims.split(",") if n]
 """
 
 
+@pytest.mark.witness("decoder")
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_devices_exchange_weights_and_no_activations_in_layers(kind):
     """Each of 4 devices has 2 of 8 rows; a layer's weights are gathered, forward and backward."""

@@ -303,6 +303,12 @@ STYLES = {
         lambda w, x: (x @ w["qkv"][:, :4]) * (x @ w["qkv"][:, 4:8]) + x @ w["qkv"][:, 8:],
         {"qkv": ("lora", (), (0,))},
     ),
+    "split_before_use": Style(
+        {"qkv": (4, 12)},
+        lambda w, x: (lambda q, k, v: (x @ q) * (x @ k) + x @ v)(*jnp.split(w["qkv"], 3, -1)),
+        lambda w, x: (x @ w["qkv"][:, :4]) * (x @ w["qkv"][:, 4:8]) + x @ w["qkv"][:, 8:],
+        {"qkv": ("lora", (), (0,))},
+    ),
     "reshaped": Style(
         {"kernel": (4, 6)},
         lambda w, x: jnp.einsum("bd,dnh->bnh", x, w["kernel"].reshape(4, 2, 3)),

@@ -12,9 +12,9 @@ import adapters_jax as aj
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.suggesting.patterns import numbered, of_parameters, shortest
-from adapters_jax.suggesting.suggestion import PRESETS
+from adapters_jax.suggesting import PRESETS
 from adapters_jax.targets import selects
+from adapters_jax.trace.patterns import numbered, of_parameters, shortest
 
 D, HEADS = 8, 2
 IDS = jax.ShapeDtypeStruct((2, 6), jnp.int32)

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.parts.relative import relative_buckets
 from adapters_jax.finetune.models.t5 import T5, T5Config, load_t5, save_t5
-from adapters_jax.finetune.models.t5.positions import relative_buckets
 
 FIXTURES = Path(__file__).parent / "fixtures" / "t5"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -55,6 +55,7 @@ def assert_as_expected(got, expected, atol=1e-4):
     np.testing.assert_allclose(logits, expected["logits"], atol=atol)
 
 
+@pytest.mark.witness("False-t5", "True-flan_t5")
 @every
 @pytest.mark.parametrize("scan", [False, True])
 def test_hidden_states_and_logits_are_those_of_transformers(name, scan):
@@ -63,6 +64,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name, scan):
     assert_as_expected(nnx.jit(run)(model, expected), expected)
 
 
+@pytest.mark.witness("t5")
 @every
 def test_a_padded_row_is_that_row_by_itself(name):
     expected = reference(name)
@@ -114,6 +116,7 @@ def stepwise(model, expected, first):
     return np.concatenate(parts, axis=1)
 
 
+@pytest.mark.witness("t5-True")
 @pytest.mark.parametrize(("name", "scan"), [(name, False) for name in NAMES] + [("t5", True)])
 def test_a_cache_changes_nothing(name, scan):
     expected = reference(name)
@@ -121,6 +124,7 @@ def test_a_cache_changes_nothing(name, scan):
     np.testing.assert_allclose(stepwise(model, expected, 3), expected["hidden"], atol=1e-4)
 
 
+@pytest.mark.witness("flan_t5")
 @every
 def test_generated_tokens_are_those_of_transformers_and_of_passes_without_a_cache(name):
     expected = reference(name)
@@ -166,6 +170,7 @@ def test_the_decoder_reads_the_start_token_and_all_labels_but_the_last():
     np.testing.assert_array_equal(model(ids), model(ids, None, np.array([[0, 5, 6, 7]])))
 
 
+@pytest.mark.witness("False-t5", "True-flan_t5")
 @every
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_checkpoint_is_written_as_it_was_read(name, scan, tmp_path):
@@ -205,6 +210,7 @@ def test_copies_of_the_embedding_in_older_files_are_not_read(name, tmp_path):
         load_t5(tmp_path)
 
 
+@pytest.mark.witness("flan_t5")
 @every
 def test_bfloat16_rounds_no_more_than_in_transformers(name):
     expected = reference(name)
@@ -215,6 +221,7 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
     assert 0 < np.abs(logits - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(scan):
     expected = reference("mt5")
@@ -240,9 +247,14 @@ def test_a_configuration_of_transformers_5_says_what_that_of_4_says():
     assert T5Config.from_dict({"model_type": "t5", "tie_word_embeddings": True}).tie_word_embeddings
     assert T5Config.from_dict({"model_type": "t5"}).tie_word_embeddings
     mt5 = T5Config.from_dict({"model_type": "mt5", "tie_word_embeddings": True})
-    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.gated) == (False, 1024, 8, True)
-    assert T5Config(feed_forward_proj="gated-gelu").activation == "gelu_new"
-    assert T5Config(feed_forward_proj="gated-silu").activation == "silu"
+    assert (mt5.tie_word_embeddings, mt5.d_ff, mt5.num_layers, mt5.mlp_gate) == (
+        False,
+        1024,
+        8,
+        True,
+    )
+    assert T5Config(feed_forward_proj="gated-gelu").hidden_act == "gelu_new"
+    assert T5Config(feed_forward_proj="gated-silu").hidden_act == "silu"
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.errors import raises
+from helpers.labelled import load_labelled
 from helpers.tagging import Tagging, TaggingProblem
 from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
-from adapters_jax.finetune.data.datasets import load_labelled
 from adapters_jax.finetune.data.readers import READERS, read_csv
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
-from adapters_jax.finetune.runs import build
+from adapters_jax.finetune.runs import prepare
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
 from adapters_jax.finetune.tasks import TASKS, read_run, task_of
 from adapters_jax.finetune.tasks.classification import Classes
@@ -253,11 +253,11 @@ def test_an_old_run_predicts_and_resumes(place, capsys):
 
 def test_question_answering_trains_longer_by_default_unless_flags_say_so():
     task, options = TASKS["question-answering"], RunOptions()
-    found = build._training(options, task)
+    found = prepare._training(options, task)
     assert (found.epochs, found.batch_size) == (4.0, 8)
     given = replace(options, optimizer=OptimizerOptions(epochs=1.0, batch_size=32))
-    found = build._training(given, task)
+    found = prepare._training(given, task)
     assert (found.epochs, found.batch_size) == (1.0, 32)
     head = replace(options, method=MethodOptions("head-only"))
-    assert build._training(head, task).epochs == 20.0
-    assert build._training(options, TASKS["multilabel"]).batch_size == 32
+    assert prepare._training(head, task).epochs == 20.0
+    assert prepare._training(options, TASKS["multilabel"]).batch_size == 32

@@ -123,7 +123,7 @@ def test_a_card_of_hostile_names(text):
         text,
         aj.LoRA("**/query", 4),
         f"aj.load_adapter({text!r}, model)",
-        base=aj.io.identity.BaseIdentity(id=text),
+        base=aj.files.identity.BaseIdentity(id=text),
         metrics={text: 0.5},
         dataset=text,
         task="text-classification",

@@ -61,6 +61,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.witness("1-nnx", "3-linen")
 @BOTH
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_trained_together_equals_trained_apart(api, accumulate):

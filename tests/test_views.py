@@ -6,9 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from adapters_jax.finetune.data.annotated import Annotated
-from adapters_jax.finetune.data.datasets import Dataset
 from adapters_jax.finetune.data.preferences import Preference
+from adapters_jax.finetune.data.tables import Table as Texts
 from adapters_jax.finetune.report.pictures import figure_of, histogram, scatter
 from adapters_jax.finetune.report.run import shown_view
 from adapters_jax.finetune.tasks.classification import Classes
@@ -60,7 +59,7 @@ def test_classes():
     outputs[:, 1] = -9.0  # never predicted, and never right
     classes, part = (
         Classes(("a", "b", "c")),
-        Dataset([(f"t{i}", None) for i in range(4)], right, ()),
+        Texts([(f"t{i}", None) for i in range(4)], right, ()),
     )
     rows, views, notes = views_of(classes, part, outputs)
     expected = -log_softmax(outputs)[np.arange(4), right]
@@ -97,7 +96,7 @@ def test_of_kept_rows_alone_no_class_is_called_absent():
 
 
 def test_one_row_of_one_class_warns_of_nothing():
-    part = Dataset([("only", None)], np.array([0]), ())
+    part = Texts([("only", None)], np.array([0]), ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, views, notes = views_of(Classes(("a", "b")), part, np.array([[1.0, 0.0]]))
@@ -109,7 +108,7 @@ def test_one_row_of_one_class_warns_of_nothing():
 def test_of_many_classes_the_most_frequent_are_shown_and_it_says_so():
     names = tuple(f"c{i}" for i in range(500))
     right = np.concatenate([np.arange(500), np.repeat(np.arange(480, 500), 3)])
-    part = Dataset([("t", None)] * len(right), right, ())
+    part = Texts([("t", None)] * len(right), right, ())
     _, views, _ = views_of(Classes(names), part, np.eye(500)[right])
     matrix, table = views["Confusion matrix"], views["Classes"]
     assert len(matrix.names) == CLASSES and matrix.names[-1] == OTHERS
@@ -128,7 +127,7 @@ def test_a_class_may_be_named_as_all_others_are():
 
 def test_long_texts_and_names_are_cut_and_it_says_so():
     name = "n" * 10_000
-    part = Dataset([("x" * 10_000, "y" * 10_000)], np.array([1]), ())
+    part = Texts([("x" * 10_000, "y" * 10_000)], np.array([1]), ())
     _, views, notes = views_of(Classes(("a", name)), part, np.array([[0.0, 1.0]]))
     worst = views["Highest losses on dev"]
     assert [len(cell) for cell in worst.rows[0][:4]] == [300, 300, 300, 300]
@@ -138,7 +137,7 @@ def test_long_texts_and_names_are_cut_and_it_says_so():
 
 
 def test_numbers():
-    part = Dataset([("a", "b"), ("c", "d")], np.array([2.0, 4.0], np.float32), ())
+    part = Texts([("a", "b"), ("c", "d")], np.array([2.0, 4.0], np.float32), ())
     numbers = Numbers(mean=3.0, std=2.0)
     rows, views, _ = views_of(numbers, part, np.array([[0.5], [0.25]]))
     assert [row["loss"] for row in rows] == pytest.approx([1.0, 0.0625])
@@ -152,7 +151,7 @@ def test_numbers():
 
 def test_sets_of_labels():
     outputs, right = drawn(5, 2), [("joy",), (), ("joy", "fear"), ("fear",), ("new",)]
-    sets, part = LabelSets(("joy", "fear")), Annotated([("t", None)] * 5, right)
+    sets, part = LabelSets(("joy", "fear")), Texts([("t", None)] * 5, right)
     rows, views, _ = views_of(sets, part, outputs)
     gold = np.array([["joy" in x, "fear" in x] for x in right])
     x = outputs.astype(np.float64)
@@ -168,7 +167,7 @@ def test_sets_of_labels():
 
 
 def test_one_label_alone():
-    part = Annotated([("t", None)] * 2, [("joy",), ()])
+    part = Texts([("t", None)] * 2, [("joy",), ()])
     _, views, _ = views_of(LabelSets(("joy",)), part, np.array([[1.0], [1.0]]))
     assert views["Labels"].rows == [["joy", "50.0 %", "100.0 %", "66.7 %", "1", "2"]]
 
@@ -183,7 +182,7 @@ def test_tags():
         for token, name in zip(first, names, strict=True):
             if token >= 0:
                 row[token, tags.names.index(name)] = 9.0
-    part = Annotated([("x y z", None), ("v w", None)], right)
+    part = Texts([("x y z", None), ("v w", None)], right)
     rows, views, _ = views_of(tags, part, outputs, where)
     scores = -log_softmax(outputs)
     means = [scores[0, [1, 2, 3], [0, 1, 3]].mean(), scores[1, 1, 2]]
@@ -200,7 +199,7 @@ def test_tags():
 
 
 def test_tags_that_are_no_spans_have_figures_of_their_own():
-    part, where = Annotated([("x y", None)], [["N", "V"]]), [np.array([0, 1])]
+    part, where = Texts([("x y", None)], [["N", "V"]]), [np.array([0, 1])]
     outputs = np.array([[[1.0, 0.0], [1.0, 0.0]]])
     _, views, _ = views_of(Tags(("N", "V")), part, outputs, where)
     assert views["Tags"].rows[0] == ["N", "50.0 %", "100.0 %", "66.7 %", "1", "2"]
@@ -216,7 +215,7 @@ def test_answers():
     ]
     outputs = drawn(3, 6, 2)
     spans = Spans(unanswerable=True)
-    part = Annotated([("who", "Ann saw Bob"), ("when", "Ann saw Bob")], [[(8, "Bob")], []])
+    part = Texts([("who", "Ann saw Bob"), ("when", "Ann saw Bob")], [[(8, "Bob")], []])
     rows, views, _ = views_of(spans, part, outputs, windows, ("f1", "exact_match"))
     each = []
     for row, token in zip(outputs, (3, 3, 0), strict=True):  # padding has no share
@@ -234,7 +233,7 @@ def test_answers():
 
 def test_choices():
     outputs, right = drawn(3, 2, 1), [1, 0, 1]
-    part = Annotated([("why", f"a{i}", f"b{i}") for i in range(3)], right)
+    part = Texts([("why", f"a{i}", f"b{i}") for i in range(3)], right)
     rows, views, _ = views_of(Choices(("0", "1")), part, outputs)
     expected = -log_softmax(outputs[..., 0])[np.arange(3), right]
     np.testing.assert_allclose([row["loss"] for row in rows], expected, rtol=1e-5)
@@ -248,7 +247,7 @@ def test_choices():
 
 
 def test_embeddings_with_scores():
-    part = Annotated([("a", "b"), ("c", "d")], [5.0, 0.0])
+    part = Texts([("a", "b"), ("c", "d")], [5.0, 0.0])
     outputs = np.array([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [3.0, 3.0]]])
     rows, views, _ = views_of(Embeddings(True, 0.0, 5.0), part, outputs)
     assert [row["loss"] for row in rows] == pytest.approx([1.0, 1.0])
@@ -258,7 +257,7 @@ def test_embeddings_with_scores():
 
 def test_embeddings_of_pairs_alone():
     texts = [(f"a{i}", f"b{i}") for i in range(4)]
-    part, outputs = Annotated(texts, texts), drawn(4, 2, 3)
+    part, outputs = Texts(texts, texts), drawn(4, 2, 3)
     rows, views, _ = views_of(Embeddings(False), part, outputs)
     unit = outputs.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=-1, keepdims=True)

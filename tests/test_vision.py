@@ -17,7 +17,7 @@ from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.models import KNOWN, family_of
-from adapters_jax.finetune.models.vit import Vit, VitClassifier
+from adapters_jax.finetune.models.encoder import ImageClassifier, ImageEncoder
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -46,20 +46,22 @@ def classifier(name):
     tensors = read_arrays(FIXTURES / name)
     head = {"kernel": tensors["classifier.weight"].T, "bias": tensors["classifier.bias"]}
     vit = {key: value for key, value in params.items() if config.final_norm or key != "final_norm"}
-    return VitClassifier(config, 3), {"vit": vit, "head": head}
+    return ImageClassifier(config, 3), {"vit": vit, "head": head}
 
 
+@pytest.mark.witness("vit-True", "dinov2-False")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_are_those_of_transformers(name, scan):
     config, params = loaded(name, scan=scan)
-    wanted, model = expected(name), Vit(config, scan=scan)
+    wanted, model = expected(name), ImageEncoder(config, scan=scan)
     hidden = jax.jit(model.apply)({"params": params}, wanted["pixels"])
     np.testing.assert_allclose(hidden, wanted["hidden"], atol=1e-4)
-    pooled = model.apply({"params": params}, hidden, method=Vit.pool)
+    pooled = model.apply({"params": params}, hidden, method=ImageEncoder.pool)
     np.testing.assert_allclose(pooled, wanted["pooled"], atol=1e-4)
 
 
+@pytest.mark.witness("clip")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers_and_every_parameter_shows_in_them(name):
     model, params = classifier(name)
@@ -92,6 +94,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.witness("vit-lora", "dinov2-houlsby", "clip-prefix")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_work_unchanged(name, preset):
@@ -111,6 +114,7 @@ def test_presets_work_unchanged(name, preset):
     assert np.abs(apply({"params": moved}, wanted["pixels"]) - wanted["logits"]).max() > 1e-2
 
 
+@pytest.mark.witness("google/vit-base-patch16-224-85798656", "facebook/dinov2-small-22056192")
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -133,7 +137,7 @@ def test_bfloat16_is_within_its_rounding():
     config, params = loaded("vit")
     wanted = expected("vit")
     pixels = jnp.asarray(wanted["pixels"], jnp.bfloat16)
-    hidden = jax.jit(Vit(config, dtype=jnp.bfloat16).apply)({"params": params}, pixels)
+    hidden = jax.jit(ImageEncoder(config, dtype=jnp.bfloat16).apply)({"params": params}, pixels)
     assert hidden.dtype == jnp.bfloat16
     error = np.abs(hidden.astype(jnp.float32) - wanted["hidden"]).max()
     assert 1e-4 < error < 0.05 * np.abs(wanted["hidden"]).max()
@@ -173,4 +177,4 @@ def test_unsupported_settings_are_named(name, settings, data):
 def test_images_of_another_shape_raise(shape):
     config, _ = loaded("vit")
     with raises(aj.UserError, shape, "(batch, 12, 12, 3)"):
-        jax.eval_shape(partial(Vit(config).init, jax.random.key(0)), jnp.zeros(shape))
+        jax.eval_shape(partial(ImageEncoder(config).init, jax.random.key(0)), jnp.zeros(shape))

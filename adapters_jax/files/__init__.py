@@ -7,9 +7,9 @@
 - `checkpoint`: a training run that can be resumed exactly; `lock`: one process at a time.
 - `hub`: repositories of the Hugging Face Hub; `model_card`: the README.md beside an adapter.
 - `peft`, `adapterhub`: adapters of these libraries, both ways; `gguf`: adapters for llama.cpp. They
-  share `directories`, which reads and writes the files, `module_map`, which finds a model's modules
-  by their names in PyTorch, `names`, which maps tensors' names to our paths, and `layouts`, which
-  converts the arrays.
+  share `directories`, which reads and writes the files, `settings`, which checks what they say,
+  `module_map`, which finds a model's modules by their names in PyTorch, `names`, which maps
+  tensors' names to our paths, and `layouts`, which converts the arrays.
 - `formats`: one class for each adapter format, ours included, in one registry; `base_model`
   describes a base model to them.
 """

@@ -38,7 +38,8 @@ from adapters_jax.files.tensors import (
     open_tensors,
 )
 from adapters_jax.methods import Method
-from adapters_jax.nnx import AdapterParam, placements_of, recipe_of
+from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState, check_alive, checked_collections

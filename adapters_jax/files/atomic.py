@@ -38,12 +38,12 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            beside.chmod(0o755)
+            beside.chmod(0o755)  # mkdtemp makes a directory that its owner alone may open
             for name, data in files.items():
                 _write(beside / name, data)
             _sync(beside)
             _replace(beside, target)
-            _sync(target.parent)
+            _sync(target.parent)  # the renaming itself is lost in a crash before this
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -112,6 +112,7 @@ def _put_back(old: Path, directory: Path) -> None:
 
 def _write(path: Path, content: Content) -> None:
     """Writes a file and syncs it to disk."""
+    # A function closes its file, which is opened once more, to append nothing, to be synced.
     if callable(content):
         content(path)
     with open(path, "ab" if callable(content) else "wb") as file:

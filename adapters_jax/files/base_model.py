@@ -57,6 +57,6 @@ class BaseModel:
 
     def flat(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters by path; an adapter's leaves are added or replace the base's."""
-        state = self.params
+        state = self.params  # of NNX without other state, such as keys and statistics
         state = nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state
         return {**flatten(state), **leaves}

@@ -122,6 +122,7 @@ class Checkpoints:
                 self._lock = lock_directory(self.directory, CheckpointError)
                 self._clean()
                 self._rename_damaged()
+        # The other hosts open the directory once the first has cleaned it.
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
         kept = [
@@ -227,6 +228,7 @@ class Checkpoints:
                 args=self._args.Composite(**parts),
                 metrics={"score": -math.inf if score is None else float(score)},
             )
+            # Last, since a directory without checksums counts as damaged.
             if saved and jax.process_index() == 0:
                 write_checksums(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore's is a ValueError

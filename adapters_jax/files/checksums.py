@@ -63,6 +63,6 @@ def _files(root: Path) -> Iterator[str]:
 
 def _checksum(path: Path) -> tuple[int, str]:
     """A file's size and SHA-256."""
-    with file_errors(path, error=AdapterFileError), opened(path) as (file, _):
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+    with file_errors(path, error=AdapterFileError), opened(path) as file:
+        digest = hashlib.file_digest(file.stream, "sha256").hexdigest()
+        return file.stream.tell(), digest

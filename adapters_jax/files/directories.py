@@ -1,11 +1,9 @@
-"""Reads and writes adapter directories of other libraries: JSON settings, safetensors tensors.
-
-A pickled file is never opened, because unpickling runs whatever code the file holds.
-"""
+"""Adapter directories of other libraries, JSON settings and safetensors tensors, both ways."""
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +22,115 @@ from adapters_jax.files.untrusted import read_json
 from adapters_jax.trees import Tree, flatten
 
 
-def read_pair(
-    directory: Path, config: str, tensors: str, pickle: str, advice: str
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Reads the settings and the tensors of a directory.
+@dataclass(frozen=True)
+class Pair:
+    """The two files in which another library keeps an adapter, or its head.
 
-    Args:
-        directory: the directory with both files.
-        config, tensors: the files' names.
-        pickle: the name of a pickled file that the directory may have instead of `tensors`.
-        advice: how to convert the pickled file, for the message.
-
-    Raises:
-        AdapterFileError: a file is absent, pickled or damaged, or exceeds a limit of ours.
+    Attributes:
+        owner: the library.
+        config, tensors: the names of the settings and of the tensors.
+        pickle: the name of a pickled file that a directory may have instead of `tensors`. It is
+            never opened, because unpickling runs whatever code the file holds.
+        keys: keys of the settings that each of these files has, and no other library's.
+        unpickle: how to convert the pickled file with the library itself.
+        hint: what reads a directory whose settings lack the keys.
     """
-    lacking = [name for name in (config, tensors) if not (directory / name).is_file()]
-    if lacking:
-        # A pickled file is never fetched from the Hub, so it may exist there.
-        possible = (directory / pickle).exists() or hub.commit_of(directory)
-        pickled = f"; {advice}" if possible else ""
-        own = (directory / TENSORS).is_file()
-        ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
-        raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{pickled}{ours}")
-    return read_json(directory / config), read_tensors(directory / tensors)
+
+    owner: str
+    config: str
+    tensors: str
+    pickle: str
+    keys: tuple[str, ...]
+    unpickle: str
+    hint: str = ""
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The names of both files."""
+        return self.config, self.tensors
+
+    def read(self, directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Reads the settings and the tensors of a directory.
+
+        Raises:
+            AdapterFileError: a file is absent, pickled or damaged, or exceeds a limit of ours.
+        """
+        lacking = [n for n in self.files if not (directory / n).is_file()]
+        if lacking:
+            # A pickled file is never fetched from the Hub, so it may exist there.
+            possible = (directory / self.pickle).exists() or hub.commit_of(directory)
+            pickled = (
+                f"; a pickled {self.pickle} is never opened, since unpickling runs code: convert "
+                f"it where you trust it, with {self.unpickle}"
+            )
+            own = (directory / TENSORS).is_file()
+            ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
+            raise AdapterFileError(
+                f"{directory} lacks {' and '.join(lacking)}{pickled if possible else ''}{ours}"
+            )
+        config = read_json(directory / self.config)
+        if absent := [key for key in self.keys if key not in config]:
+            raise AdapterFileError(
+                f"{directory / self.config} has no {' and no '.join(absent)}, so {self.owner} did "
+                f"not write it; use load_adapter for what save_adapter wrote{self.hint}"
+            )
+        return config, read_tensors(directory / self.tensors)
+
+    def content(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> dict[str, bytes]:
+        """Returns the bytes of both files by name."""
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        # transformers takes only safetensors whose metadata name a framework.
+        return {self.config: text.encode(), self.tensors: save(whole, {"format": "pt"})}
+
+    def directory(self, directory: str | Path, files: Collection[str]) -> Path:
+        """Returns the path of a directory that is new, empty, or just an adapter of this library.
+
+        Args:
+            directory: the directory.
+            files: the names of all files that the adapter may have.
+
+        Raises:
+            UserError: there is a file of another name, or an adapter of another library.
+            AdapterFileError: its settings are damaged.
+        """
+        directory = Path(directory)
+        names = _names(directory)
+        others = names - {*files}
+        ours = self.config in names and not others and _has(directory / self.config, self.keys[0])
+        if names and not ours:
+            raise UserError(
+                f"{directory} exists and is not just an adapter of {self.owner}: it has "
+                f"{shortened(', '.join(sorted(others or names)))}; give another directory"
+            )
+        return directory
 
 
-def pair(
-    config: tuple[str, Mapping[str, Any]], tensors: tuple[str, Mapping[str, Array]]
-) -> dict[str, bytes]:
-    """Returns the bytes of both files by name; each argument is a file's name and its content."""
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors[1].items()}
-    text = json.dumps(config[1], indent=2, sort_keys=True) + "\n"
-    return {config[0]: text.encode(), tensors[0]: save(whole, {"format": "pt"})}
+PEFT = Pair(
+    "PEFT",
+    CONFIG,
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    ("peft_type",),
+    "PEFT's PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR)",
+)
+ADAPTERHUB = Pair(
+    "AdapterHub",
+    CONFIG,
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
+    ("config", "name"),
+    "AdapterHub's name = model.load_adapter(DIR), then "
+    "model.save_adapter(NEW_DIR, name, use_safetensors=True)",
+    ", load_peft for PEFT's files",
+)
+ADAPTERHUB_HEAD = replace(
+    ADAPTERHUB,
+    config="head_config.json",
+    tensors="model_head.safetensors",
+    pickle="pytorch_model_head.bin",
+    keys=(),
+)
 
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:
@@ -69,30 +144,6 @@ def empty_directory(directory: str | Path) -> Path:
     directory = Path(directory)
     if _names(directory):
         raise UserError(f"{directory} exists and is not empty; give another directory")
-    return directory
-
-
-def adapter_directory(owner: str, directory: str | Path, files: Collection[str], mark: str) -> Path:
-    """Returns the path of a directory that is new, empty, or just an adapter of one format.
-
-    Args:
-        owner: the format's library, for the message.
-        directory: the directory.
-        files: the names of all files that the adapter may have.
-        mark: a key of the format's `adapter_config.json` that no other format has.
-
-    Raises:
-        UserError: there is a file of another name, or an adapter of another format.
-        AdapterFileError: its `adapter_config.json` is damaged.
-    """
-    directory = Path(directory)
-    names = _names(directory)
-    others = names - {*files}
-    if names and (others or CONFIG not in names or not _has(directory / CONFIG, mark)):
-        raise UserError(
-            f"{directory} exists and is not just an adapter of {owner}: it has "
-            f"{shortened(', '.join(sorted(others or names)))}; give another directory"
-        )
     return directory
 
 
@@ -131,28 +182,3 @@ def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:
             "an aj.TrainState has state.trained"
         )
     return {path: np.asarray(nn.meta.unbox(leaf)) for path, leaf in flatten(adapters).items()}
-
-
-def field_problems(
-    config: Mapping[str, Any],
-    supported: Collection[str],
-    idle: Collection[str],
-    expected: Callable[[str, Any], list[str]],
-) -> list[str]:
-    """Lists the unsupported settings, each as `field=value` with the reason.
-
-    Args:
-        config: the settings.
-        supported: the supported fields.
-        idle: fields without effect. All others must be null, false or empty.
-        expected: returns the problems of a supported field's value, given both.
-    """
-    problems = []
-    for field, found in config.items():
-        if field in idle or found is None:
-            continue
-        if field in supported:
-            problems += [f"{field}={found!r}, {reason}" for reason in expected(field, found)]
-        elif found is not False and found not in ({}, [], ""):
-            problems.append(f"{field}={found!r} is not supported")
-    return problems

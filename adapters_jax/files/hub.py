@@ -222,6 +222,7 @@ def problems() -> tuple[type[Exception], ...]:
     """The errors that `huggingface_hub` raises: no such id, no permission, no network."""
     from huggingface_hub import errors
 
+    # These derive from Exception alone, and older releases of huggingface_hub lack some of them.
     names = ("RevisionResolutionError", "CachedRepoTreeNotFoundError", "HTTPError")
     found = [getattr(errors, name) for name in names if hasattr(errors, name)]
     return OSError, ValueError, *found

@@ -52,6 +52,22 @@ def spans(sizes: Sequence[int]) -> list[Span]:
     return [Span(stop - size, stop, stops[-1]) for size, stop in zip(sizes, stops, strict=True)]
 
 
+def outputs_last(array: Array) -> Array:
+    """Their weight `(out, in)` or `(out, in, window)` as ours, `(in, out)` or `(window, in, out)`.
+
+    Example:
+        >>> outputs_last(np.zeros((8, 3, 5, 5))).shape
+        (5, 5, 3, 8)
+    """
+    return array.transpose(*range(2, array.ndim), 1, 0)
+
+
+def outputs_first(array: Array) -> Array:
+    """Our weight as theirs; undoes `outputs_last`."""
+    n = array.ndim
+    return array.transpose(n - 1, n - 2, *range(n - 2))
+
+
 @dataclass(frozen=True)
 class ModuleReference:
     """A module of our model, as the counterpart of a PyTorch module or of a part of one.
@@ -114,7 +130,7 @@ def our_factors(
     own = part.of(b, axis=0)
     if b.size != math.prod(b.shape[:2]) or own is None or b.shape[1] != rank:
         return None
-    a = a.transpose(*range(2, a.ndim), 1, 0)
+    a = outputs_last(a)
     b = own.reshape(len(own), rank).T
     flat = a.ndim == 2
     for n in range(1, len(shape)):
@@ -143,9 +159,8 @@ def their_factors(
         columns = [i for start, stop in slices for i in range(start, stop)]
         part, b = b, np.zeros((len(b), reference.width), b.dtype)
         b[:, columns] = part
-    n, window = a.ndim, (1,) * (a.ndim - 2)
     outputs = b.reshape(len(b), -1).T
-    return a.transpose(n - 1, n - 2, *range(n - 2)), outputs.reshape(*outputs.shape, *window)
+    return outputs_first(a), outputs.reshape(*outputs.shape, *(1,) * (a.ndim - 2))
 
 
 def our_leaf(
@@ -154,7 +169,7 @@ def our_leaf(
     """Converts a tensor of theirs to our base's leaf; returns None if it does not fit."""
     shape = tuple(reference.leaves[name].shape)
     if name == "kernel" and not (fan_in_fan_out and tensor.ndim == 2):
-        tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0) if tensor.ndim > 1 else tensor
+        tensor = outputs_last(tensor) if tensor.ndim > 1 else tensor
     if reference.part and tensor.ndim:
         own = reference.part.of(tensor)
         if own is None:
@@ -170,10 +185,9 @@ def our_leaf(
 def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array:
     """Converts our arrays, one for each part, to their tensor."""
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    n = whole.ndim
-    if name != "kernel" or n < 2 or (fan_in_fan_out and n == 2):
+    if name != "kernel" or whole.ndim < 2 or (fan_in_fan_out and whole.ndim == 2):
         return whole
-    return whole.transpose(n - 1, n - 2, *range(n - 2))
+    return outputs_first(whole)
 
 
 def rounded(number: float) -> float:

@@ -37,8 +37,10 @@ from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.model_state import state_by_path, with_state
 from adapters_jax.files.tensors import TensorFile
-from adapters_jax.linen import Adapted, grown, init_adapters, shapes_of
-from adapters_jax.nnx import AdapterParam, adapt_at, placements_of
+from adapters_jax.linen import Adapted, init_adapters, shapes_of
+from adapters_jax.linen.adapted import grown
+from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placements, in_tree, taken
 from adapters_jax.recipe import Recipe, checked_before
 from adapters_jax.trace.inputs import MISFITS, Inputs

@@ -18,6 +18,7 @@ def lock_directory(directory: Path, error: type[UserError]) -> FileLock:
         UserError: of the type `error`: another process, or this one, has locked it.
         FileSystemError: the directory cannot be written.
     """
+    # On Windows nobody can read a locked file, so the number of the process is in another one.
     lock, holder = FileLock(directory / "lock", blocking=False), directory / "lock.pid"
     with file_errors(directory / "lock", "taken"):
         try:

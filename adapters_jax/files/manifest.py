@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters_jax import __version__
 from adapters_jax.errors import AdapterFileError, UserError, shortened
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.placements import read, written
@@ -16,7 +17,6 @@ from adapters_jax.files.untrusted import check_size, read_json
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
-from adapters_jax.version import __version__
 
 FORMAT, FORMAT_WITH_STATE, FORMAT_WITH_PLACEMENTS = 1, 2, 3
 CONFIG = "adapter_config.json"

@@ -6,6 +6,7 @@ Reference: https://huggingface.co/docs/hub/model-cards
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adapters_jax import __version__
 from adapters_jax.auditing import HEADERS, Audit
 from adapters_jax.errors import MissingPackageError, visible
 from adapters_jax.files import hub
@@ -13,7 +14,6 @@ from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.texts import markdown, markdown_block, markdown_code
-from adapters_jax.version import __version__
 
 
 def model_card(

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -13,8 +14,15 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.files.layouts import Array, ModuleReference, ParameterReference, spans
-from adapters_jax.files.names import HEADS, NameTable
+from adapters_jax.files.layouts import (
+    Array,
+    ModuleReference,
+    ParameterReference,
+    our_leaf,
+    spans,
+    their_leaf,
+)
+from adapters_jax.files.names import HEADS, ROW, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
@@ -44,6 +52,8 @@ class ModuleMap:
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
         heads: their modules beside the base, whose names have no prefix.
+        prefix: begins the names that `full` makes.
+        table: the model's table; None for a mapping.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
@@ -55,6 +65,8 @@ class ModuleMap:
     scanned: int = 0
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
+    prefix: str = ""
+    table: NameTable | None = None
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -66,10 +78,20 @@ class ModuleMap:
             name = name.removeprefix(prefix)
         return name
 
-    def full(self, name: str, prefix: str | None) -> str:
-        """A bare name with `prefix`, by default the table's first; heads have none."""
-        prefix = "".join(self.prefixes[:1]) if prefix is None else prefix
-        return name if name.split(".")[0] in self.heads else prefix + name
+    def full(self, name: str) -> str:
+        """A bare name with the prefix; heads have none."""
+        return name if name.split(".")[0] in self.heads else self.prefix + name
+
+    @cached_property
+    def rows(self) -> dict[str, list[str]]:
+        """Their modules, one for each row of a parameter of ours, such as experts, by its path."""
+        return {
+            reference.path: [
+                name.replace(ROW, str(i)).removesuffix(".weight") for i in range(reference.shape[0])
+            ]
+            for name, reference in self.parameters.items()
+            if ROW in name
+        }
 
     @property
     def paths(self) -> list[str]:
@@ -77,7 +99,7 @@ class ModuleMap:
         return sorted({path.rpartition("/")[0] for path in self.base})
 
 
-def find_modules(names: Names, base: Any) -> ModuleMap:
+def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMap:
     """Builds the module map of a model.
 
     Args:
@@ -86,6 +108,7 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
             of a parameter to ours. Two names for one embedding are the embedding's, and then that
             of the output layer that is tied to it.
         base: the parameters as a tree of arrays (abstract ones suffice) or an NNX module.
+        prefix: begins the names of all modules but heads in files; by default the table's first.
 
     Raises:
         UserError: no module is found, or the mapping has paths that the base does not have.
@@ -106,8 +129,9 @@ def find_modules(names: Names, base: Any) -> ModuleMap:
             "from their names of modules to paths of the base"
         )
     if isinstance(names, NameTable):
-        return replace(_by_table(names, by_path, leaves), scanned=scanned)
-    return _by_mapping(names, by_path, leaves)
+        prefix = "".join(names.prefixes[:1]) if prefix is None else prefix
+        return replace(_by_table(names, by_path, leaves), scanned=scanned, prefix=prefix)
+    return replace(_by_mapping(names, by_path, leaves), prefix=prefix or "")
 
 
 def _by_table(
@@ -124,8 +148,9 @@ def _by_table(
             source = names.module(path)
         except UserError:
             continue  # a module without counterpart, such as another head
-        index = source.part[0] if source.part else 0
+        index = source.part[0] if source.part else 0  # a fused module may lack some of its parts
         modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
+        # An attention module may have no parameters itself: its query tells where it is.
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
     if not modules and not raw:
@@ -143,7 +168,7 @@ def _by_table(
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters, heads=names.heads)
+    return replace(module_map, parameters=parameters, heads=names.heads, table=names)
 
 
 def _parameter(
@@ -221,7 +246,7 @@ def _row(stacked: Any, number: int) -> Any:
 
 
 def as_in_model(
-    methods: Sequence[Method], leaves: Leaves, names: Names, module_map: ModuleMap
+    methods: Sequence[Method], leaves: Leaves, module_map: ModuleMap
 ) -> tuple[Recipe, Tree]:
     """Returns recipe and tree for the base, stacking unrolled layers if the base scans them.
 
@@ -229,18 +254,18 @@ def as_in_model(
         UserError: the base scans its layers, but the adapter differs between layers.
     """
     recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
-    if not module_map.scanned or not isinstance(names, NameTable):
+    if not module_map.scanned or module_map.table is None:
         return recipe, tree
-    return stack_layers((recipe, tree), names, length=module_map.scanned)
+    return stack_layers((recipe, tree), module_map.table, length=module_map.scanned)
 
 
 def as_in_file(
-    recipe: Recipe | Method, leaves: Leaves, names: Names, module_map: ModuleMap
+    recipe: Recipe | Method, leaves: Mapping[str, Array], module_map: ModuleMap
 ) -> tuple[Recipe, Leaves]:
     """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base."""
-    if not module_map.scanned or not isinstance(names, NameTable):
-        return Recipe(recipe), leaves
-    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), names)
+    if not module_map.scanned or module_map.table is None:
+        return Recipe(recipe), dict(leaves)
+    unrolled, tree = unstack_layers((recipe, unflatten(leaves)), module_map.table)
     return unrolled, flatten(tree)
 
 
@@ -273,17 +298,59 @@ def by_module(
     return added, trained
 
 
-def trained_value(
-    path: str, trained: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> Array:
-    """The trained leaf at a path, or the base's own, since its module is saved whole."""
-    own = module_map.base[path]
-    if path not in trained and not hasattr(own, "__array__"):
-        problems.append(
-            f"{path} is saved with its module: give a base with values, not only shapes"
-        )
-        return np.zeros(own.shape, np.float32)
-    return np.asarray(trained.get(path, own))
+def our_leaves(
+    key: str,
+    kind: str,
+    tensor: Array,
+    references: Sequence[ModuleReference],
+    fan_in_fan_out: bool,
+    problems: list[str],
+) -> Leaves:
+    """The base's leaves by path that a tensor of theirs holds, called `key` in the problems.
+
+    Its kind is "weight" or "bias"; each of our modules gets its part of it.
+    """
+    found: Leaves = {}
+    for reference in references:
+        leaf = "bias" if kind == "bias" else reference.weight
+        fits = leaf in reference.leaves and kind in ("bias", "weight")
+        array = our_leaf(reference, leaf, tensor, fan_in_fan_out) if fits else None
+        if array is None:
+            ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
+            problems.append(
+                f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
+            )
+        else:
+            found[f"{reference.path}/{leaf}"] = array
+    return found
+
+
+def their_leaves(
+    parts: Sequence[ModuleReference],
+    names: Iterable[str],
+    trained: Mapping[str, Array],
+    base: Mapping[str, Any],
+    fan_in_fan_out: bool,
+    problems: list[str],
+) -> dict[str, Array]:
+    """Their tensors `weight` and `bias` of a module that is saved whole; undoes `our_leaves`.
+
+    Leaves that do not train have the base's values.
+    """
+    found = {}
+    for name in names:
+        arrays = []
+        for path in (f"{part.path}/{name}" for part in parts):
+            own = trained.get(path, base[path])
+            if not hasattr(own, "__array__"):
+                problems.append(
+                    f"{path} is saved with its module: give a base with values, not only shapes"
+                )
+                own = np.zeros(own.shape, np.float32)
+            arrays.append(np.asarray(own))
+        kind = "bias" if name == "bias" else "weight"
+        found[kind] = their_leaf(name, arrays, fan_in_fan_out)
+    return found
 
 
 def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:

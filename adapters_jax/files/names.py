@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
 from adapters_jax.errors import BaseMismatchError, UserError, compare_trees
-from adapters_jax.files.layouts import WHOLE, Span, spans
+from adapters_jax.files.layouts import WHOLE, Span, outputs_first, outputs_last, spans
 from adapters_jax.transforms.stacking import Stack
 
 HEADS = ("lm_head", "classifier", "score")
@@ -84,14 +84,13 @@ class Source(NamedTuple):
         """Their array with its axes in our order: a kernel's outputs last, its window first."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        return array.transpose(*range(2, array.ndim), 1, 0) if self.transposed else array
+        return outputs_last(array) if self.transposed else array
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         """Our array with its axes in their order."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        n = array.ndim
-        return array.transpose(n - 1, n - 2, *range(n - 2)) if self.transposed else array
+        return outputs_first(array) if self.transposed else array
 
     def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
         """Takes our array, this part of their tensor, out of it; their shape is checked before."""
@@ -138,7 +137,7 @@ class NameTable:
         parameters: rules for parameters that modules hold themselves. Those of one module are in
             the order in which PyTorch's module defines them, by which PEFT nests their factors.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
-            weight in a model that has no such output layer of its own.
+            weight in a model that does not have the output layer as a module.
         heads: their modules beside the base, whose names have no prefix.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
@@ -204,6 +203,7 @@ class NameTable:
         return {name: tensors[original] for name, original in theirs.items()}
 
     def _canonical_name(self, name: str) -> str:
+        # Checkpoints converted from TensorFlow have its names of a norm's parameters.
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         for prefix in self.prefixes:
@@ -315,6 +315,7 @@ def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
         row = NamedSharding(where.mesh, P(*where.spec[1:]))
     one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=row)
     whole = jnp.zeros(like.shape, like.dtype, device=where)
+    # Without the wait, JAX would queue the copies of all layers, and hold them at the same time.
     for i, layer in enumerate(layers):
         whole = jax.block_until_ready(_put(whole, _placed(layer, one), i, where))
     return whole

@@ -6,8 +6,8 @@ the caller asks for, and the message names the file.
 
 The package safetensors checks dtypes, offsets and sizes as well, but accepts duplicate names,
 further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps the
-file, so a signal ends the process if the file becomes shorter. This module therefore has a reader
-of its own.
+file, so a signal ends the process if the file becomes shorter. This module therefore reads files
+itself.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -16,7 +16,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
-from adapters_jax.files.untrusted import MOST_JSON, opened, parse, read_bytes
+from adapters_jax.errors import AdapterFileError, UserError, shortened
+from adapters_jax.files.untrusted import MOST_JSON, Untrusted, opened, parse
 
 LONGEST_NAME = 512
 LONGEST_HEADER = 2**23  # bytes; enough for 60,000 tensors of usual names
@@ -58,10 +57,13 @@ class _Entry:
 class TensorFile:
     """An open safetensors file with a checked header; `open_tensors` makes it."""
 
-    path: Path
-    file: BufferedReader
+    file: Untrusted
     entries: Mapping[str, _Entry]
-    error: type[UserError] = AdapterFileError
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.file.path
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -78,20 +80,13 @@ class TensorFile:
             AdapterFileError: (or `error`) the file became shorter, or a number is not finite; the
                 message names the tensors that have such numbers.
         """
-        arrays = {name: self._tensor(entry) for name, entry in self.entries.items()}
+        arrays = {name: np.empty(e.shape, e.dtype) for name, e in self.entries.items()}
+        for name, entry in self.entries.items():
+            self.file.fill(arrays[name], entry.begin)
         wrong = not_finite(arrays) if finite else ""
         if wrong:
-            raise self.error(f"{self.path} has numbers that are not finite in {wrong}")
+            raise self.file.error(f"{self.file.path} has numbers that are not finite in {wrong}")
         return arrays
-
-    def _tensor(self, entry: _Entry) -> np.ndarray:
-        array = np.empty(entry.shape, entry.dtype)
-        with file_errors(self.path, error=self.error):
-            self.file.seek(entry.begin)
-            count = self.file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
-        if count != array.nbytes:
-            raise self.error(f"{self.path} became shorter while it was read; read it again")
-        return array
 
 
 def not_finite(arrays: Mapping[str, np.ndarray]) -> str:
@@ -141,18 +136,18 @@ def open_tensors(path: Path, error: type[UserError] = AdapterFileError) -> Itera
     Raises:
         AdapterFileError: (or `error`) it is not an ordinary file, or breaks one of these rules.
     """
-    with opened(path, error) as (file, size):
-        length = int.from_bytes(read_bytes(file, min(size, 8), path, error), "little")
-        check_header(length, size, path, error)
-        header = read_bytes(file, length, path, error)
+    with opened(path, error) as file:
+        length = int.from_bytes(file.take(min(file.size, 8)), "little")
+        check_header(length, file.size, path, error)
+        header = file.take(length)
         if not header.startswith(b"{"):
             raise error(f"{path} is damaged: its header is not a JSON object")
         values = parse(header, path, error)
         try:
-            entries = _entries(values, 8 + length, size)
+            entries = _entries(values, 8 + length, file.size)
         except UserError as problem:
             raise error(f"{path} is damaged: {problem}") from problem
-        yield TensorFile(path, file, entries, error)
+        yield TensorFile(file, entries)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -203,6 +198,7 @@ def _entry(name: str, value: Any, start: int) -> _Entry:
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise UserError(f"{name} has the dtype {_shown(kind)}, expected one of {', '.join(DTYPES)}")
+    # A size of 0 counts as 1, so that it does not hide others that are too large.
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
         raise UserError(f"{name} has the shape {_shown(shape)}, expected a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:

@@ -1,4 +1,4 @@
-"""Opens files of unknown origin, and reads their JSON.
+"""Finds and opens files of unknown origin, and reads their JSON.
 
 Anything wrong with a file raises an `AdapterFileError`, or the error that the caller asks for, and
 the message names the file.
@@ -9,11 +9,20 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
+import numpy as np
+
+from adapters_jax.errors import (
+    AdapterFileError,
+    BaseFileError,
+    UserError,
+    file_errors,
+    shortened,
+)
 from adapters_jax.texts import parse_json
 
 MOST_JSON = 2**20  # bytes; enough for 4000 patterns of 200 characters, and parsed within 0.3 s
@@ -25,11 +34,44 @@ _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 
 
+@dataclass(frozen=True)
+class Untrusted:
+    """An open file of unknown origin; `opened` makes it.
+
+    Attributes:
+        path: its path.
+        stream: the file.
+        size: the number of its bytes when it was opened.
+        error: what is raised for anything wrong with it.
+    """
+
+    path: Path
+    stream: BufferedReader
+    size: int
+    error: type[UserError]
+
+    def take(self, count: int) -> bytes:
+        """Reads `count` bytes, which the caller has compared with the size."""
+        with file_errors(self.path, error=self.error):
+            data = self.stream.read(count)
+        self._check_count(len(data), count)
+        return data
+
+    def fill(self, array: np.ndarray, begin: int) -> None:
+        """Fills an array with the bytes from `begin` on, without a second copy of them."""
+        with file_errors(self.path, error=self.error):
+            self.stream.seek(begin)
+            count = self.stream.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
+        self._check_count(count, array.nbytes)
+
+    def _check_count(self, count: int, expected: int) -> None:
+        if count != expected:
+            raise self.error(f"{self.path} became shorter while it was read; read it again")
+
+
 @contextlib.contextmanager
-def opened(
-    path: Path, error: type[UserError] = AdapterFileError
-) -> Iterator[tuple[BufferedReader, int]]:
-    """Opens an ordinary file for reading, and gives its size.
+def opened(path: Path, error: type[UserError] = AdapterFileError) -> Iterator[Untrusted]:
+    """Opens an ordinary file for reading.
 
     A link may point into its own directory; a link in a snapshot of the Hugging Face Hub's cache
     may point to the blobs of that cache.
@@ -46,9 +88,9 @@ def opened(
             )
         if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would block
             raise error(f"{path} is not an ordinary file; put the file itself there")
-        file = open(real, "rb")  # noqa: SIM115
-    with file:
-        yield file, os.fstat(file.fileno()).st_size
+        stream = open(real, "rb")  # noqa: SIM115
+    with stream:
+        yield Untrusted(path, stream, os.fstat(stream.fileno()).st_size, error)
 
 
 def _belongs(real: str, directory: str) -> bool:
@@ -84,9 +126,9 @@ def read_json(
 
 def read_file(path: Path, most: int, error: type[UserError], what: str) -> bytes:
     """Reads a whole file, `what` for a message; raises `error` if it has more than `most` bytes."""
-    with opened(path, error) as (file, size):
-        check_size(size, path, most, error, what)
-        return read_bytes(file, size, path, error)
+    with opened(path, error) as file:
+        check_size(file.size, path, most, error, what)
+        return file.take(file.size)
 
 
 def check_size(
@@ -101,17 +143,6 @@ def check_size(
         raise error(f"{path} has {size} bytes, expected at most {most} of {what}")
 
 
-def read_bytes(
-    file: BufferedReader, size: int, path: Path, error: type[UserError] = AdapterFileError
-) -> bytes:
-    """Reads `size` bytes; raises AdapterFileError (or `error`) if the file has fewer."""
-    with file_errors(path, error=error):
-        data = file.read(size)
-    if len(data) != size:
-        raise error(f"{path} became shorter while it was read; read it again")
-    return data
-
-
 def parse(data: bytes, path: Path, error: type[UserError] = AdapterFileError) -> dict[str, Any]:
     """Parses a JSON object; raises AdapterFileError (or `error`), naming `path`, for the rest."""
     try:
@@ -121,3 +152,26 @@ def parse(data: bytes, path: Path, error: type[UserError] = AdapterFileError) ->
     if not isinstance(values, dict):
         raise error(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
+
+
+def find_gguf(path: str | Path) -> Path | None:
+    """Finds the GGUF file of a path: the path itself, or the only one of a directory.
+
+    A directory with a `config.json` is another kind of checkpoint, so the result is None.
+
+    Raises:
+        BaseFileError: the directory has several GGUF files.
+
+    Example:
+        >>> find_gguf("model.gguf").name, find_gguf("org/model")
+        ('model.gguf', None)
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return path
+    another = not os.path.isdir(path) or (path / "config.json").exists()
+    files = [] if another else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise BaseFileError(f"{str(path)!r} holds {names}: give the path of one of them.")
+    return files[0] if files else None

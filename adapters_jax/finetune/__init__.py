@@ -6,5 +6,5 @@
 - `tasks`: what is learnt from rows; `data`: files as rows and batches.
 - `models`: encoders, one decoder for many families, T5; `base_files`, `pretrained`: their weights.
 - `inference`: finished runs, ready to use; `serving`: one base and many adapters for many requests.
-- `export`: writes adapters for other libraries; `shapes`: models without weights.
+- `leaving`, `merging`: what a run becomes for others; `shapes`: models without weights.
 """

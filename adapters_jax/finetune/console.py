@@ -1,6 +1,11 @@
-"""Prints the output of a command: text for people to a console, JSON for machines to stdout."""
+"""Prints the output of a command: text for people to a console, JSON for machines to stdout.
+
+Progress is shown with the seconds that are left. They follow from the pace of the steps, without
+the time that JAX compiles.
+"""
 
 import contextlib
+import functools
 import json
 import sys
 import threading
@@ -15,11 +20,112 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters_jax.errors import UserError, visible
-from adapters_jax.finetune.pace import Pace, clock
 
+TOGETHER = 0.01  # seconds within which updates count as one
+CLOSE = 1e-3  # seconds by which an event may seem to begin before one that it is part of
+COMPILING = "/jax/core/compile/"  # the start of the names of JAX's events for it
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 NEWS_SECONDS = 2.0  # the same, if there is news
 WAIT_SECONDS = 2.0  # of a wait before it is a line without a terminal
+
+
+class Compiling:
+    """Sums the seconds of events; some of them lie within others.
+
+    Example:
+        >>> compiling = Compiling()
+        >>> compiling.note(3.0, now=10.0)
+        >>> compiling.note(5.0, now=11.0)  # from 6 to 11, which the one from 7 to 10 is part of
+        >>> compiling.seconds
+        5.0
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.events: list[tuple[float, float]] = []  # their beginnings and seconds
+
+    def note(self, seconds: float, now: float) -> None:
+        """Notes an event that took some seconds and ends now."""
+        # jax tells of an event when it ends, so an outer one comes after those within it.
+        began = now - seconds
+        while self.events and self.events[-1][0] > began - CLOSE:
+            self.seconds -= self.events.pop()[1]
+        self.events.append((began, seconds))
+        self.seconds += seconds
+
+
+@functools.cache
+def _compiling() -> Compiling:
+    """What JAX traces and compiles from now on, in seconds."""
+    import jax.monitoring  # commands that print their help do not wait for it
+
+    compiling = Compiling()
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        # The events of tracing, lowering and XLA nest; `note` counts the seconds once.
+        if event.startswith(COMPILING):
+            compiling.note(duration_secs, time.monotonic())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiling
+
+
+def clock() -> float:
+    """Seconds like those of `time.monotonic`, that stand still while JAX traces and compiles."""
+    return time.monotonic() - _compiling().seconds
+
+
+class Pace:
+    """Measures the mean seconds of a step.
+
+    Updates that come at once, as those of steps that are read late, count as one.
+
+    Args:
+        clock: returns the time in seconds.
+
+    Example:
+        >>> pace = Pace(iter((60.0, 90.0, 90.0, 98.0)).__next__)
+        >>> [pace.at(step) for step in (1, 2, 4, 6)]
+        [None, 30.0, 10.0, 7.6]
+    """
+
+    def __init__(self, clock: Callable[[], float] = clock) -> None:
+        self.clock = clock
+        self.first: tuple[float, float] | None = None  # a step, and its time
+
+    def at(self, step: float) -> float | None:
+        """The mean seconds of a step; None if they are not known yet.
+
+        Args:
+            step: the number of steps that are done, or the finished part of a work.
+        """
+        now = self.clock()
+        began = now if self.first is None else self.first[1]
+        if self.first is None or now - began < TOGETHER:
+            self.first = step, began
+        since = self.first[0]
+        return (now - began) / (step - since) if step > since else None
+
+
+class Speed:
+    """Measures tokens per second, without compiling and scoring.
+
+    Args:
+        tokens: the tokens of a step, without padding; 0 if tokens are not counted.
+    """
+
+    def __init__(self, tokens: float):
+        self.tokens = tokens
+        self.pause()
+
+    def at(self, step: int) -> str:
+        """The speed since the last pause, as text; empty if it is not known yet."""
+        pace = self.pace.at(step)
+        return f"{self.tokens / pace:,.0f} tokens/s" if self.tokens and pace else ""
+
+    def pause(self) -> None:
+        """Restarts the measurement at the next step."""
+        self.pace = Pace()
 
 
 class Progress(Protocol):
@@ -106,7 +212,8 @@ class Console:
                 shown = rich.console.Console(stderr=True)
                 stack.enter_context(shown.status(Text(text)))
             else:
-                line = threading.Timer(WAIT_SECONDS, _print_to_stderr, [text])
+                said = {"file": sys.stderr, "flush": True}
+                line = threading.Timer(WAIT_SECONDS, print, [text], said)
                 line.daemon = True
                 line.start()
                 stack.callback(line.cancel)
@@ -130,10 +237,11 @@ class Console:
             left: returns the seconds that are left, or None if they are not known yet; by default
                 they are estimated from the steps that are done.
             first: what is done before the first update, such as "compiling"; the estimate is then
-                without the seconds in which JAX compiles.
+                without the time that JAX compiles.
         """
+        estimate = _Estimate(steps, left, first)
         if not self.printer.is_terminal:
-            yield _Lines(self, title, steps, unit, left, first)
+            yield _Lines(self, title, unit, estimate)
             return
         columns = (
             bars.TextColumn("{task.description}", markup=False),
@@ -143,57 +251,60 @@ class Console:
             bars.TextColumn("{task.fields[left]}"),
         )
         with bars.Progress(*columns, console=self.printer) as bar:
-            yield _Bar(bar, title, steps, left, first)
+            yield _Bar(bar, title, estimate)
+
+
+class _Estimate:
+    """Estimates the seconds that are left of some steps; see `Console.progress`."""
+
+    def __init__(self, steps: int, left: Callable[[], float | None] | None, first: str):
+        self.steps, self.first, self._left = steps, first, left
+        self.pace = Pace(clock if first else time.monotonic)
+
+    def left(self, step: int, shown: bool = True) -> str:
+        """The seconds that are left after a step, in words; empty if they are not known yet.
+
+        Every step has to be noted, but what is not shown need not be computed.
+        """
+        pace = self.pace.at(step)
+        if not shown:
+            return ""
+        seconds = self._left() if self._left else pace and pace * (self.steps - step)
+        return "" if seconds is None else f"{duration(seconds)} left"
 
 
 class _Bar:
     """Progress as a live bar."""
 
-    def __init__(
-        self,
-        bar: bars.Progress,
-        title: str,
-        steps: int,
-        left: Callable[[], float | None] | None,
-        first: str,
-    ):
-        self.bar, self.steps, self.left, self.pace = bar, steps, left, _pace(first)
-        self.task = bar.add_task(visible(title, lines=False), total=steps, note=first, left="")
+    def __init__(self, bar: bars.Progress, title: str, estimate: _Estimate):
+        self.bar, self.estimate = bar, estimate
+        title, steps = visible(title, lines=False), estimate.steps
+        self.task = bar.add_task(title, total=steps, note=estimate.first, left="")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        pace = self.pace.at(step)
-        left = self.left() if self.left else pace and pace * (self.steps - step)
-        self.bar.update(self.task, completed=step, note=note, left=_left(left))
+        left = self.estimate.left(step)
+        self.bar.update(self.task, completed=step, note=note, left=left)
 
 
 class _Lines:
     """Progress as plain lines."""
 
-    def __init__(
-        self,
-        console: Console,
-        title: str,
-        steps: int,
-        unit: str,
-        left: Callable[[], float | None] | None,
-        first: str,
-    ):
-        self.console, self.title, self.steps, self.unit = console, title, steps, unit
-        self.left, self.pace = left, _pace(first)
+    def __init__(self, console: Console, title: str, unit: str, estimate: _Estimate):
+        self.console, self.title, self.unit, self.estimate = console, title, unit, estimate
         self.began = self.last = time.monotonic()
-        if first:
-            console.say(f"{title}  {first}")
+        if estimate.first:
+            console.say(f"{title}  {estimate.first}")
 
     def update(self, step: int, note: str, news: bool = False) -> None:
-        now = time.monotonic()
-        pace = self.pace.at(step)
+        now, steps = time.monotonic(), self.estimate.steps
         pause = NEWS_SECONDS if news else QUIET_SECONDS
-        if now - self.last < pause and not (news and step == self.steps):
+        shown = now - self.last >= pause or (news and step == steps)
+        left = self.estimate.left(step, shown)
+        if not shown:
             return
         self.last = now
-        left = self.left() if self.left else pace and pace * (self.steps - step)
-        time_words = duration(now - self.began) if step == self.steps else _left(left)
-        parts = (f"{self.title}  {self.unit} {step} of {self.steps}", note, time_words)
+        time_words = duration(now - self.began) if step == steps else left
+        parts = (f"{self.title}  {self.unit} {step} of {steps}", note, time_words)
         self.console.say("  ".join(filter(None, parts)))
 
 
@@ -211,18 +322,6 @@ def _widths(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
 
 def _cell(text: str) -> Text:
     return Text(visible(text))
-
-
-def _print_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _pace(first: str) -> Pace:
-    return Pace(clock if first else time.monotonic)
-
-
-def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def stdin_lines(mark: str = "") -> Iterator[str]:

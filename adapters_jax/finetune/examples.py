@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import tokenizers
 
-from adapters_jax.finetune.data.conversations import make_conversations
+from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.layouts import layout_of
 from adapters_jax.finetune.data.packing import Example, Marked
-from adapters_jax.finetune.data.preferences import make_preferences
+from adapters_jax.finetune.data.preferences import read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import is_decoder, locate, read_tokenizer
-from adapters_jax.finetune.tasks.conversation import check_chats
+from adapters_jax.finetune.tasks.completion_problem import encode_table
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder, Turns
-from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder
-from adapters_jax.finetune.tasks.prompts import encode_table
+from adapters_jax.finetune.tasks.decoder import check_chats
+from adapters_jax.finetune.tasks.preference_problem import PreferenceEncoder
 
 _ENDLESS = 2**31
 
@@ -50,14 +49,11 @@ class Seen:
         return [(decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
 
 
-def see(
-    model: str, path: Path, rows: Rows, columns: Mapping[str, str], learnt: Turns = "assistant"
-) -> Seen:
+def see(model: str, rows: Rows, columns: Mapping[str, str], learnt: Turns = "assistant") -> Seen:
     """Encodes rows as the task of their layout does, but cuts none.
 
     Args:
         model: the base; only its tokenizer is loaded.
-        path: the path of the rows, for messages.
         rows: the rows.
         columns: the columns that the user named: `text` and `text_pair`, or `prompt` and
             `completion`.
@@ -69,12 +65,13 @@ def see(
     """
     if is_decoder(model):
         reader = load_decoder_tokenizer(model)
-        return Seen(reader.tokenizer, _by_decoder(reader, model, path, rows, columns, learnt), True)
+        return Seen(reader.tokenizer, _by_decoder(reader, model, rows, columns, learnt), True)
     tokenizer = read_tokenizer(locate(model))
+    # The file of a tokenizer may ask for both, and lengths are to be those of the rows.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     pair = columns.get("text_pair")
-    texts = make_table(path, rows, columns.get("text", "text"), pair, None).texts
+    texts = read_rows(rows, columns.get("text", "text"), pair, None).texts
     encodings = tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
     return Seen(tokenizer, [Marked(e.ids, [False] * len(e.ids)) for e in encodings], False)
 
@@ -82,29 +79,28 @@ def see(
 def _by_decoder(
     reader: DecoderTokenizer,
     model: str,
-    path: Path,
     rows: Rows,
     columns: Mapping[str, str],
     learnt: Turns,
 ) -> list[Marked]:
     """The examples of a decoder, by the columns that are named, or by the layout."""
-    layout = layout_of(rows[0])
+    layout = layout_of(rows.header)
     if not columns and layout is not None and layout.task == "conversation":
         check_chats(reader, model, layout.task)
-        return ChatEncoder(reader, _ENDLESS, learnt).encode(make_conversations(path, rows)).examples
+        return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples
     if not columns and layout is not None and layout.task == "preference":
-        pairs = make_preferences(path, rows, {})
+        pairs = read_preferences(rows)
         if any(row.talks for row in pairs.rows):
             check_chats(reader, model, layout.task)
         prompts = Prompts(chat=reader.chat_template is not None)
         encoded, _ = PreferenceEncoder(reader, prompts, _ENDLESS).encode(pairs)
         return [_marked(example) for row in encoded for example in row]
     if "text" in columns:
-        prompts, table = Prompts(chat=False), make_table(path, rows, columns["text"], None, None)
+        prompts, table = Prompts(chat=False), read_rows(rows, columns["text"], None, None)
     else:
         prompt, completion = (columns.get(role, role) for role in ("prompt", "completion"))
         prompts = Prompts(chat=reader.chat_template is not None)
-        table = make_table(path, rows, prompt, completion, None)
+        table = read_rows(rows, prompt, completion, None)
     examples, _ = encode_table(table, prompts, reader, _ENDLESS)
     return [_marked(example) for example in examples]
 

@@ -1,52 +1,239 @@
-"""What a run can become, known before it trains: each format of adapters, and a merged checkpoint.
+"""What leaves a run or comes from elsewhere: adapters in the formats of several libraries.
 
-Each answer is that of the writer's own check, on the recipe and shapes alone.
+An adapter of any format is read, and written in another one with a model card. What a run can
+become is known before it trains: each answer is that of the writer's own check, on the recipe and
+shapes alone.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from adapters_jax.errors import UserError, shortened
-from adapters_jax.files.base_model import MASKED, BaseModel
+from adapters_jax.errors import AdapterFileError, UserError, shortened
+from adapters_jax.files import formats, hub
+from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
 from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.files.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
-from adapters_jax.finetune.pretrained.base_model import described, heads_of
+from adapters_jax.finetune.pretrained.base_model import described, heads_of, load_base_model
 from adapters_jax.finetune.pretrained.locate import find_family, read_config
-from adapters_jax.finetune.report.card import Source
+from adapters_jax.finetune.report.card import Source, card_of
+from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.tasks import read_run, task_of
 from adapters_jax.finetune.tasks.base import Problem
-from adapters_jax.recipe import checked_before
-from adapters_jax.transforms.merge import merge
-from adapters_jax.transforms.quantize import dequantize
 from adapters_jax.trees import flatten, unflatten
 from adapters_jax.weights.quantized import unboxed
 
-MERGED = "merged"
+CARD, RUN_CONFIG = "README.md", "config.json"
+# The part of a run's configuration without private data: no paths of the machine and no rows.
+_PUBLIC: tuple[str, ...] = ("kind", "task_type", "model", "base_sha256", "dtype", "max_length")
+_PUBLIC += ("metrics", "pooling", "target")
+_PUBLIC += ("text", "text_pair", "pairs", "prompts", "pack", "prompt", "completion", "task")
+_PUBLIC += ("rows", "seed", "quantize", "method", "optimizer", "data_sha256", "versions", "format")
 
 
-class Way(NamedTuple):
-    """One thing that a run can become, or cannot.
+@dataclass(frozen=True)
+class Written:
+    """The files that an export wrote, and what they lack.
 
     Attributes:
-        name: the name of a format, or "merged".
-        why_not: why the run cannot become it; empty if it can.
-        lacks: what it leaves out then, and why; empty if nothing.
+        files: the sizes in bytes, by file name.
+        parameters: the number of parameters of the source.
+        notes: sentences about what the files lack or changed; empty if nothing was lost.
+    """
+
+    files: Mapping[str, int]
+    parameters: int
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The server that an adapter is written for.
+
+    Attributes:
+        name: one of `SERVERS`.
+        rank: the rank of all modules; by default the largest that the adapter has.
+        max_error: the largest part of a weight's change that may be lost.
     """
 
     name: str
-    why_not: str = ""
-    lacks: str = ""
+    rank: int | None = None
+    max_error: float = MAX_ERROR
 
-    def __str__(self) -> str:
-        if self.why_not:
-            return f"no: {self.why_not}"
-        return f"yes, without {self.lacks}" if self.lacks else "yes"
+    def made_of(self, source: Source) -> tuple[Source, list[str]]:
+        """The adapter as the server loads it, and sentences about that; see `for_server`."""
+        base = source.base
+        check_decoder(SERVERS[self.name], base.kind)
+        served = for_server(
+            SERVERS[self.name],
+            source.recipe,
+            source.leaves,
+            base.names,
+            base.params,
+            model_type=base.model_type,
+            rank=self.rank,
+            max_error=self.max_error,
+        )
+        return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
+
+
+def open_source(name: str, model: str | None = None, pooling: str | None = None) -> Source:
+    """Reads an adapter and its base model.
+
+    Args:
+        name: a directory of a run, or of an adapter of adapters_jax, PEFT or AdapterHub, or the id
+            of one on the Hub, optionally with `@` and a revision; or a GGUF file.
+        model: the base model; by default the run's, or the one that the adapter's file names.
+        pooling: what an encoder's head reads; a run has its own.
+
+    Raises:
+        AdapterFileError: there is no adapter, it is damaged, a setting is not supported, or the
+            base model is not known.
+        RunError: the run is not finished or damaged.
+        OtherBaseError: the adapter was trained on another base model.
+        UserError: the base model cannot be used.
+        AssetError: the pinned model could not be fetched.
+    """
+    every = {RUN_CONFIG, *formats.every_file()}
+    path = Path(name)
+    run = Run(path if path.is_file() else hub.find(name, None, sorted(every)))
+    config = None
+    if run.config.is_file() and "base_sha256" in read_json(run.config):  # a run, not a model
+        _, config = read_run(run)
+        check_finished(run, config)
+        pooling = config.get("pooling", pooling)
+    place = run.adapter if config or run.adapter.is_dir() else run.path
+    form = formats.format_of(place)
+    called = model or (config["model"] if config else form.base_name(place))
+    if called is None:
+        raise AdapterFileError(
+            f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
+            "or an id on the Hugging Face Hub"
+        )
+    classifier = find_family(called).headed(pooling)
+    head = form.head(place, classifier.base) if classifier else None
+    width, pooled = (head.width, head.pooling) if head else (None, None)
+    base = load_base_model(called, width, pooled or pooling)
+    if config:
+        check_base(run, {**config, "model": called}, base.sha256)
+    recipe, leaves = form.read(place, base)
+    return Source(form, base, recipe, leaves, config)
+
+
+def export(
+    source: Source,
+    directory: Path,
+    to: str,
+    *,
+    name: str | None = None,
+    head: bool | None = None,
+    license: str | None = None,
+    server: Serving | None = None,
+) -> Written:
+    """Writes an adapter and its card in a format; a run also gets what prediction needs.
+
+    The written files are read again, to find what the format lost.
+
+    Args:
+        source: the adapter.
+        directory: a new or empty directory; it appears whole or not at all.
+        to: the name of the format.
+        name: the name by which the card loads the adapter; by default the directory.
+        head: whether to write an encoder's head; None writes it where the format's library has
+            such a head, and else says in a note that it is left out.
+        license: the license in the card.
+        server: the server that has to load it; llama.cpp for gguf.
+
+    Raises:
+        UserError: the format or the server does not support the adapter; the message lists every
+            problem.
+    """
+    empty_directory(directory)
+    form, native = FORMATS[to], to == "native"
+    if head is False and native:
+        raise UserError(
+            "--no-head: a native adapter holds all that its recipe trains; leave it out"
+        )
+    source, headless = without_head(source, form, head)
+    shown = name or directory.as_posix()
+    notes = [] if native else _notes(source, form, headless)
+    if to == "gguf" and server is None:
+        server = Serving("llama.cpp")
+    if server:
+        source, changed = server.made_of(source)
+        notes += changed
+    beside = {CARD: card_of(source, form, shown, license, notes)}
+    if native and source.config:
+        beside[RUN_CONFIG] = json.dumps(_public(source.config), indent=2, ensure_ascii=False) + "\n"
+    adapter = Adapter(
+        source.recipe,
+        source.leaves,
+        name=re.sub(r"[^\w-]+", "-", shown.split("/")[-1]),
+        labels=source.labels,
+        head_type=task_of(source.config).head if source.config else None,
+        beside=beside,
+    )
+    form.write(directory, adapter, source.base)
+    # The files alone say what another library gets; what differs from the source is a note.
+    again = form.read(directory, source.base)
+    notes += formats.changes((source.recipe, source.leaves), again)
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    return Written(sizes, sum(leaf.size for leaf in source.leaves.values()), notes)
+
+
+def _notes(source: Source, to: AdapterFormat, headless: str) -> list[str]:
+    """Sentences about what the files of another library cannot hold."""
+    notes, config = [], source.config or {}
+    target = config.get("target", {})
+    if headless:
+        notes.append(f"the head is left out: {headless}")
+    elif source.labels and not to.names_classes:
+        notes.append(
+            f"{to.owner}'s files do not name the classes, which are "
+            + ", ".join(f"{i}: {label}" for i, label in enumerate(source.labels))
+        )
+    elif "mean" in target and not source.labels:
+        mean, std = target["mean"], target["std"]
+        notes.append(f"the head's output y means {mean:g} + {std:g} y; only {CARD} says so")
+    if config.get("quantize"):
+        notes.append(f"it was trained on a base in {config['quantize']}, and works best on that")
+    if config.get("prompts"):
+        prompts = json.dumps(config["prompts"], ensure_ascii=False)
+        notes.append(f"only {CARD} says how prompts were formatted: {prompts}")
+    return notes
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The public part of a run's configuration, which is what its predictions need."""
+    keys = (*_PUBLIC, *(key for key in task_of(config).needed if key not in _PUBLIC))
+    kept = {key: config[key] for key in keys if key in config}
+    summary = dict(config.get("summary", {}))
+    # The path of the run, and rows of the data in its samples, stay on this machine.
+    summary.pop("run", None)
+    rows = summary.get("results", [])
+    summary["results"] = [{k: v for k, v in row.items() if k != "samples"} for row in rows]
+    path = Path(kept["model"])
+    return {**kept, "model": path.name if path.exists() else kept["model"], "summary": summary}
+
+
+def describe(written: Written, to: str, where: str) -> list[str]:
+    """Describes the written files, and what they lack, in lines for people."""
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
+    lines = [f"{where} holds {written.parameters:,} parameters for {FORMATS[to].owner}: {sizes}"]
+    lines += written.notes or ["read again, every tensor and setting is as it was"]
+    return lines
 
 
 def without_head(source: Source, form: AdapterFormat, head: bool | None) -> tuple[Source, str]:
@@ -76,18 +263,31 @@ def without_head(source: Source, form: AdapterFormat, head: bool | None) -> tupl
     return source, ""
 
 
-def ways_out(problem: Problem, config: Mapping[str, Any], identity: BaseIdentity) -> list[Way]:
-    """What a run on this problem can become.
+class Way(NamedTuple):
+    """One thing that a run can become, or cannot.
 
-    Args:
-        problem: the problem, before training.
-        config: the run's configuration.
-        identity: the identity of the base.
+    Attributes:
+        name: the name of a format, or "merged".
+        why_not: why the run cannot become it; empty if it can.
+        lacks: what it leaves out then, and why; empty if nothing.
     """
+
+    name: str
+    why_not: str = ""
+    lacks: str = ""
+
+    def __str__(self) -> str:
+        if self.why_not:
+            return f"no: {self.why_not}"
+        return f"yes, without {self.lacks}" if self.lacks else "yes"
+
+
+def ways_out(problem: Problem, config: Mapping[str, Any], identity: BaseIdentity) -> list[Way]:
+    """What a run on this problem can become."""
     family = find_family(config["model"])
     base, leaves = _shapes(problem, family, config, identity)
     found = [_in_format(form, base, problem, leaves, config) for form in FORMATS.values()]
-    return [*found, _merged(problem, family, config)]
+    return [*found, Way(MERGED, *why_not_merged(problem, family, config))]
 
 
 def sentences(ways: Sequence[Way]) -> list[str]:
@@ -144,30 +344,3 @@ def _in_format(
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         return Way(form.name, f"{shortened(problems[0], 200)}{more}")
     return Way(form.name, lacks=f"its head: {headless}" if headless else "")
-
-
-def _merged(problem: Problem, family: Family, config: Mapping[str, Any]) -> Way:
-    """Whether the run's adapter can be folded into its base, by doing it without arrays."""
-    lacks = "the bits of its base: --dequantize" if config.get("quantize") else ""
-    try:
-        check_writable(family)
-        with checked_before():
-            if problem.params is None:
-                nnx.eval_shape(lambda: merge(dequantize(problem.model)))
-                return Way(MERGED, lacks=lacks)
-            found = family.config.from_dict(read_config(config["model"]))
-            least = family.inputs(found, 1, 8)
-            like = jnp.zeros(least.shape, least.dtype)
-            jax.eval_shape(lambda p: merge(problem.model, dequantize(p), like), problem.params)
-    except UserError as error:
-        return Way(MERGED, shortened(str(error), 200))
-    if config.get("pooling") not in ("pooler", MASKED) and family.kind != "vision":
-        head = f"its head in transformers' format: it reads {config.get('pooling')}"
-        lacks = f"{head}; {lacks}" if lacks else head
-    return Way(MERGED, lacks=lacks)
-
-
-def check_writable(family: Family) -> None:
-    """Raises UserError if checkpoints of a family cannot be written."""
-    if family.save is None and family.classifier is None:
-        raise UserError(f"checkpoints of the family {family.name} cannot be written")

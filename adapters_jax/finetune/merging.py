@@ -1,4 +1,4 @@
-"""Writes the checkpoints of merged models, and reads them again."""
+"""Checkpoints of merged models: whether there can be one, writing it, and reading it again."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from adapters_jax.errors import BaseFileError, file_errors
+from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
 from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.leaving import check_writable
+from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
-from adapters_jax.finetune.pretrained.locate import find_family, locate
+from adapters_jax.finetune.pretrained.locate import find_family, locate, read_config
 from adapters_jax.finetune.tasks import task_of
+from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.presets import HEAD
+from adapters_jax.recipe import checked_before
+from adapters_jax.transforms.merge import merge
+from adapters_jax.transforms.quantize import dequantize
 from adapters_jax.trees import flatten
 
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG, *_BESIDE)
 
-HEAD_FILE = "head.safetensors"
+MERGED, HEAD_FILE = "merged", "head.safetensors"
 # What transformers has for a task: its class, and the problem type by which that has a loss.
 MODELS = {
     "classification": ("ForSequenceClassification", "single_label_classification"),
@@ -55,13 +56,38 @@ READ = {  # what a head reads that transformers' classes do not, and its formula
 }
 
 
+def why_not_merged(problem: Problem, family: Family, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Why a run's adapter cannot be merged, by doing it without arrays; and what would be lost.
+
+    Both are empty where nothing is in the way.
+    """
+    lacks = "the bits of its base: --dequantize" if config.get("quantize") else ""
+    try:
+        check_writable(family)
+        with checked_before():
+            if problem.params is None:
+                nnx.eval_shape(lambda: merge(dequantize(problem.model)))
+                return "", lacks
+            found = family.config.from_dict(read_config(config["model"]))
+            least = family.inputs(found, 1, 8)
+            like = jnp.zeros(least.shape, least.dtype)
+            jax.eval_shape(lambda p: merge(problem.model, dequantize(p), like), problem.params)
+    except UserError as error:
+        return shortened(str(error), 200), ""
+    if config.get("pooling") not in ("pooler", MASKED) and family.kind != "vision":
+        head = f"its head in transformers' format: it reads {config.get('pooling')}"
+        lacks = f"{head}; {lacks}" if lacks else head
+    return "", lacks
+
+
+def check_writable(family: Family) -> None:
+    """Raises UserError if checkpoints of a family cannot be written."""
+    if family.save is None and family.classifier is None:
+        raise UserError(f"checkpoints of the family {family.name} cannot be written")
+
+
 def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Module) -> list[str]:
     """Writes a checkpoint; the directory appears whole or not at all.
-
-    Args:
-        directory: the directory to write, which does not exist.
-        decoder: the base model, for its configuration and tokenizer.
-        model: the model, for its weights.
 
     Returns:
         The names of the files.
@@ -80,11 +106,6 @@ def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
 
 def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Written:
     """Writes a merged encoder, with its head; the directory appears whole or not at all.
-
-    Args:
-        directory: the directory to write, which does not exist.
-        config: the configuration of the run.
-        params: the merged parameters of its classifier.
 
     Returns:
         The names of the files, and sentences about what the checkpoint does not say.
@@ -129,6 +150,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     with _whole(directory) as beside:
         save_tensors(beside, values, to_tensors(tree, table))
         if beside_it:
+            # The kernel is a transposed view, and a file has its rows one after the other.
             arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
             save_file(arrays, beside / HEAD_FILE)
         for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
@@ -146,6 +168,7 @@ def _whole(directory: Path) -> Iterator[Path]:
         parent = directory.absolute().parent
         beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
         try:
+            # mkdtemp makes a directory that other users cannot read.
             beside.chmod(0o755)
             yield beside
             os.rename(beside, directory)
@@ -168,6 +191,7 @@ def _check_equal(directory: Path, merged: Any, read: Any) -> None:
 
     def same(path: str) -> bool:
         one, other = (np.asarray(tree[path], np.float32) for tree in (ours, theirs))
+        # NaN is not equal to itself, so weights that are not finite differ here, too.
         return np.array_equal(one, other)
 
     both = ours.keys() & theirs.keys()

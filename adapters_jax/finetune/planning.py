@@ -18,7 +18,7 @@ from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, p
 from adapters_jax.distributed.program import Program
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
-from adapters_jax.finetune.tasks.completion_problem import chunk_of
+from adapters_jax.finetune.tasks.decoder import chunk_of
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
 
@@ -144,6 +144,7 @@ def _along(one: float | None, two: float | None, more: int) -> float | None:
 
 def _halved(found: Plan) -> Plan:
     """Converts the plan of a float32 program to bfloat16."""
+    # XLA's CPU compiler computes bfloat16 in float32, so its figures are those of float32.
     half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
     return replace(found, program=None, **half)
 

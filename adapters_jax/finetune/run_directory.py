@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from adapters_jax.files.adapter import FILES
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.manifest import CONFIG
-from adapters_jax.files.untrusted import read_json
+from adapters_jax.files.untrusted import OF_DAMAGE, read_json
 
 FORMAT = 1
 _NEEDED: dict[str, Any] = {
@@ -52,6 +53,27 @@ class RunConfigError(RunError):
     """A run's `config.json` is absent, or cannot be read."""
 
 
+@contextlib.contextmanager
+def damage_errors(what: object, again: str = "") -> Iterator[None]:
+    """Within, what damaged content raises becomes a RunError."""
+    try:
+        yield
+    except OF_DAMAGE as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunError(f"{what} is damaged: {error!r}" + (f"; {again}" if again else "")) from error
+
+
+class _File:
+    """The path of a file of a run, or of a directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory.
@@ -65,46 +87,23 @@ class Run:
     """
 
     path: Path
+    # The run's options, and what `predict` needs beside the adapter.
+    config = _File("config.json")
+    # The losses by step, and evaluations: one JSON object a line.
+    metrics = _File("metrics.jsonl")
+    # A plot of the loss and the dev metric, and the page that reports the run.
+    curves, report = _File("curves.png"), _File("report.html")
+    # What the page shows beside the configuration and the metrics: predictions, counts.
+    findings = _File("findings.json")
+    # What it resumes from; removed when the run is finished.
+    checkpoints = _File("checkpoints")
+    # The log-probabilities of a preference run's rows by the base without adapters.
+    reference = _File("reference.safetensors")
 
     @property
     def adapter(self) -> Path:
         """The adapter's directory; an exported run has its files beside the configuration."""
         return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
-
-    @property
-    def config(self) -> Path:
-        """The configuration: the run's options, and what `predict` needs beside the adapter."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The losses by step, and evaluations: one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """A plot of the loss and the dev metric."""
-        return self.path / "curves.png"
-
-    @property
-    def report(self) -> Path:
-        """The page that reports the run."""
-        return self.path / "report.html"
-
-    @property
-    def findings(self) -> Path:
-        """What the page shows beside the configuration and the metrics: predictions, counts."""
-        return self.path / "findings.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The checkpoints to resume from; removed when the run is finished."""
-        return self.path / "checkpoints"
-
-    @property
-    def reference(self) -> Path:
-        """The log-probabilities of a preference run's rows by the base without adapters."""
-        return self.path / "reference.safetensors"
 
     def refuse_existing(self) -> None:
         """Raises RunError if the path exists: a run is never overwritten."""
@@ -122,6 +121,7 @@ class Run:
             beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             with file_errors(self.path, "made"):
+                # mkdtemp makes a directory that other users cannot read.
                 beside.chmod(0o755)
                 Run(beside).write_config(config)
                 beside.rename(self.path)
@@ -256,7 +256,7 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
         revision: a branch, tag or commit on the Hub.
 
     Raises:
-        RunError: the Hub has no such run.
+        RunError: the Hub does not have the run.
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))

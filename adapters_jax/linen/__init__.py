@@ -6,7 +6,7 @@
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.linen.adapted import Adapted, adapt, grown, init_adapters, points
+from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.linen.modules import Bottleneck, LoRADense
 from adapters_jax.linen.points import seen, shapes_of
@@ -18,7 +18,6 @@ __all__ = [
     "Interceptor",
     "LoRADense",
     "adapt",
-    "grown",
     "init_adapters",
     "points",
     "reads_of",

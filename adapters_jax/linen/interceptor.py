@@ -28,7 +28,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.heads import Inline
-from adapters_jax.trace.reach import named
+from adapters_jax.trace.program import named
 from adapters_jax.trace.registry import Attention, AttentionFn
 from adapters_jax.trace.watch import check_names, looking, note_returned, watched
 from adapters_jax.trees import flatten, join

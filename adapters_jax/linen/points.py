@@ -25,14 +25,14 @@ from adapters_jax.placement import (
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.trace.inputs import MISFITS, Inputs, explained, is_array
-from adapters_jax.trace.reach import reaching
+from adapters_jax.trace.program import reaching
+from adapters_jax.trace.reads import Tracked
 from adapters_jax.trees import (
     Tree,
     flatten,
     numbered_paths,
     unflatten,
 )
-from adapters_jax.weights.lazy import Tracked
 
 
 def points_of(

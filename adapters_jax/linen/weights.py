@@ -17,11 +17,12 @@ from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.placement import Placement, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
+from adapters_jax.trace import reads
 from adapters_jax.trace.inputs import Inputs, is_array
-from adapters_jax.trace.reach import reaching
+from adapters_jax.trace.reads import Tracked
 from adapters_jax.trees import Tree, flatten, path_of, unflatten
 from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Lazy, Thin, Tracked, formed, lazy, lowered, thin, watched
+from adapters_jax.weights.lazy import Lazy, Thin, formed, lazy
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
@@ -94,42 +95,36 @@ def reads_of(
         >>> [(read.how, read.inputs, read.outputs) for read in reads["kernel"].reads]
         [('product', frozenset({0}), frozenset({1}))]
     """
-    leaves = flatten(variables["params"])
-    tracked = {
-        path: Tracked(path)
-        for path, leaf in leaves.items()
+    tracked = [
+        path
+        for path, leaf in flatten(variables["params"]).items()
         if leaf.shape and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    ]
     interceptors: list[Interceptor] = []
+    arrays, whole = inputs.split()
 
     def call(given: Inputs, module: nn.Module) -> Any:
         interceptors.append(Interceptor(Recipe(), module, init=False))
         with nn.intercept_methods(interceptors[-1]):
             return given.call(module)
 
-    def run(variables: Any) -> Any:
-        given = inputs.zeros()
-        with thin(known={}) as trace:
-            trace.learn(jax.tree.leaves(variables))
-            flat = dict(flatten(variables["params"]))
-            for path, leaf in tracked.items():
-                flat[path] = watched(trace, Changed.of(flat[path]), leaf)
-            key = jax.random.key(0)
-            y, _ = nn.Module.apply(
-                base,
-                {**variables, "params": unflatten(flat, variables["params"])},
-                rngs={"params": key, "dropout": key},
-                mutable=DenyList("params"),
-                method=functools.partial(call, given),
-            )
-            return [x for x in jax.tree.leaves(lowered(y)) if is_array(x)]
+    def run(variables: Any, arrays: Any) -> Any:
+        key = jax.random.key(0)
+        y, _ = nn.Module.apply(
+            base,
+            variables,
+            rngs={"params": key, "dropout": key},
+            mutable=DenyList("params"),
+            method=functools.partial(call, whole(arrays)),
+        )
+        return [x for x in jax.tree.leaves(y) if is_array(x)]
 
-    traced = jax.make_jaxpr(run)(dict(variables))
+    traced = jax.make_jaxpr(run)(dict(variables), arrays)
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(dict(variables))]
-    for path, reaches in zip(paths, reaching(traced.jaxpr).inputs, strict=True):
-        if path.removeprefix("params/") in tracked and path.startswith("params/"):
-            tracked[path.removeprefix("params/")].reaches = reaches
-    return tracked, interceptors[-1]
+    numbers = {path: i for i, path in enumerate(paths)}
+    given = range(len(paths), len(paths) + len(arrays))
+    leaves = {numbers[f"params/{path}"]: path for path in tracked}
+    return reads.reads_of(traced, leaves, given), interceptors[-1]
 
 
 def run_abstractly(model: nn.Module, params: Tree, inputs: Inputs) -> Any:

@@ -10,14 +10,7 @@
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.nnx.adapted import (
-    adapt,
-    adapt_at,
-    adapted_points,
-    detach,
-    placements_of,
-    recipe_of,
-)
+from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
 from adapters_jax.nnx.graph import AdapterParam, copy, leaves_of, modules_of, own_params, params_of
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
 from adapters_jax.nnx.points import weights_of
@@ -29,7 +22,6 @@ __all__ = [
     "LoRALinear",
     "QuantizedParam",
     "adapt",
-    "adapt_at",
     "adapted_points",
     "copy",
     "detach",
@@ -38,7 +30,6 @@ __all__ = [
     "modules_of",
     "own_params",
     "params_of",
-    "placements_of",
     "quantized_in_place",
     "recipe_of",
     "weights_of",

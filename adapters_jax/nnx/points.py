@@ -22,13 +22,13 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.inputs import Inputs, explained, is_array
-from adapters_jax.trace.reach import named, reaching
+from adapters_jax.trace.program import named, reaching
+from adapters_jax.trace.reads import Read, Tracked, reads_of
 from adapters_jax.trace.registry import Attention
 from adapters_jax.trace.watch import Found, check_names, looking, note_returned
 from adapters_jax.trees import join, path_of
 from adapters_jax.weights.axes import Axes, from_reads
-from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import Read, Tracked, lowered, thin, watched
+from adapters_jax.weights.quantized import is_quantized
 
 Layers = tuple[int, ...]
 
@@ -289,38 +289,35 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    weights = {p: x for p, x in params_of(probe).items() if _is_weight(x.get_raw_value())}
-    tracked = {path: Tracked(path) for path in weights}
-
-    def run(probe: nnx.Module) -> Any:
-        probe = copy(probe)  # whose Variables may hold values of the trace below
-        given = inputs.zeros()
-        with thin(known={}) as trace:
-            trace.learn(jax.tree.leaves(nnx.state(probe)))
-            for path, variable in params_of(probe).items():
-                if path in tracked:
-                    value = variable.get_raw_value()
-                    variable.set_raw_value(watched(trace, Changed.of(value), tracked[path]))
-            return [x for x in jax.tree.leaves(lowered(given.call(probe))) if is_array(x)]
+    tracked = []
+    for path, variable in params_of(probe).items():
+        value = variable.get_raw_value()
+        if is_quantized(value):  # how it is opened is no reading of it
+            variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
+        tracked += [path] if _is_weight(value) else []
+    arrays, whole = inputs.split()
 
     token = _RECORDER.set(record)
     try:
         with explained(model, inputs):
             graphdef, state = nnx.split(probe)
-            traced = jax.make_jaxpr(lambda state: run(nnx.merge(graphdef, state)))(state)
+
+            def run(state: Any, arrays: Any) -> Any:
+                y = whole(arrays).call(nnx.merge(graphdef, state))
+                return [x for x in jax.tree.leaves(y) if is_array(x)]
+
+            traced = jax.make_jaxpr(run)(state, arrays)
     finally:
         _RECORDER.reset(token)
-    reach = reaching(traced.jaxpr)
-    keys = jax.tree_util.tree_leaves_with_path(state)
-    for (key, _), reaches in zip(keys, reach.inputs, strict=True):
-        if path_of(key) in tracked:
-            tracked[path_of(key)].reaches = reaches
+    paths = [path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(state)]
+    leaves = {i: path for i, path in enumerate(paths) if path in tracked}
+    reads = reads_of(traced, leaves, range(len(paths), len(paths) + len(arrays)))
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
-    return Run(seen, tracked, reach.names, linen)
+    return Run(seen, reads, reaching(traced).names, linen)
 
 
 def _first_shape(module: nnx.Module) -> Layers:

@@ -21,7 +21,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
 from adapters_jax.training.step import make_train_step
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
-from adapters_jax.trees import flatten, merge_trees, partition, unflatten
+from adapters_jax.trees import flatten, partition, unflatten
 from adapters_jax.weights.factors import RANK
 
 STACK = Stack("layer_{}", "layers")
@@ -36,7 +36,7 @@ def close(got: Any, expected: Any, atol: float, what: str) -> None:
 
 def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
     """The output before training is the base's: exactly, or within `away`."""
-    run = subject.call(subject.run)
+    run = subject.output
     atol = max(away, 0.1 if subject.half else 0.0) if away else 0.0
     base, adapted = subject.base_logits(), run(subject.adapters, subject.frozen)
     close(adapted, base, atol, "the output at the start")
@@ -84,7 +84,7 @@ def merges(subject: Any) -> None:
     adapters = shaken(subject.adapters)
     unable = [m for m in subject.recipe.attached if type(m).merged is Method.merged]
     if not unable:
-        trained = subject.call(subject.run)(adapters, subject.frozen)
+        trained = subject.output(adapters, subject.frozen)
         atol = 0.2 if subject.half else 1e-4
         close(subject.merged_logits(adapters), trained, atol, "the merged output")
         return
@@ -132,11 +132,10 @@ def trains_its_leaves_alone(subject: Any) -> None:
 def runs_under_vmap(subject: Any) -> None:
     """Stacked adapters under vmap over one base compute what each one computes."""
     several = [shaken(subject.adapters, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *several)
     outputs = jax.jit(jax.vmap(subject.run, in_axes=(0, None)))(stacked, subject.frozen)
-    run = subject.call(subject.run)
     for one, output in zip(several, outputs, strict=True):
-        close(output, run(one, subject.frozen), 1e-5, "the output under vmap")
+        close(output, subject.output(one, subject.frozen), 1e-5, "the output under vmap")
 
 
 def fills_a_bank(subject: Any) -> None:
@@ -154,8 +153,7 @@ def fills_a_bank(subject: Any) -> None:
     several = [shaken(subject.adapters, seed) for seed in range(2)]
     for name, adapters in zip("ab", several, strict=True):
         bank = bank.put(name, (subject.recipe, adapters))
-    run = subject.call(subject.run)
-    alone = [*(run(each, subject.frozen) for each in several), subject.base_logits()]
+    alone = [*(subject.output(x, subject.frozen) for x in several), subject.base_logits()]
     mixed = subject.in_bank(bank, ["b", None, "a", "a"])
     for i, which in enumerate([1, 2, 0, 0]):
         close(mixed[i], alone[which][i], 1e-4, f"row {i} of a bank's batch")
@@ -168,13 +166,9 @@ def computes_the_same(linen: Any, other: Any) -> None:
     shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
     theirs = {path: x.shape for path, x in flatten(params).items()}
     expect(theirs == shapes, f"NNX has the leaves {theirs}, expected linen's {shapes}")
-    close(
-        linen.call(linen.model.apply)({"params": params}, ids()),
-        other.call(other.run)(adapters, other.frozen),
-        1e-5,
-        "linen's output",
-    )
-    mine, _ = partition(params, linen.recipe)
+    mine, frozen = partition(params, linen.recipe)
+    theirs = other.output(adapters, other.frozen)
+    close(linen.output(mine, frozen), theirs, 1e-5, "linen's output")
     expect(set(flatten(mine)) == set(flatten(adapters)), "the recipe trains other leaves in NNX")
 
 
@@ -193,12 +187,8 @@ def stacks(unrolled: Any, scanned: Any) -> None:
     expect(bits(back) == bits(adapters), "stacked and unstacked leaves differ")
     expect(all(again.trains(path) for path in flatten(back)), "the unstacked recipe lacks targets")
     frozen = stack_layers(unrolled.frozen, STACK)
-    close(
-        scanned.call(scanned.model.apply)({"params": merge_trees(stacked, frozen)}, ids()),
-        unrolled.call(unrolled.run)(adapters, unrolled.frozen),
-        1e-5,
-        "the stacked output",
-    )
+    expected = unrolled.output(adapters, unrolled.frozen)
+    close(scanned.output(stacked, frozen), expected, 1e-5, "the stacked output")
 
 
 def shards(linen: Any) -> None:

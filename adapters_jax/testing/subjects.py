@@ -61,14 +61,16 @@ class Case:
 
 def ids(seed=0, shape=(BATCH, LENGTH)):
     """A batch of token ids."""
-    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
 
 
 def shaken(tree, seed=5, size=0.3):
     """The tree with noise on every leaf, so that no factor or gate is zero."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    noisy = [x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) for x in leaves]
+    # By numpy, since jax compiles a program for each shape.
+    noise = [(size * rng.standard_normal(x.shape)).astype(x.dtype) for x in leaves]
+    noisy = [jnp.asarray(np.asarray(x) + each) for x, each in zip(leaves, noise, strict=True)]
     return jax.tree.unflatten(structure, noisy)
 
 
@@ -80,22 +82,18 @@ def bits(tree):
 def drawn(shapes, half):
     """Random base parameters of the given shapes, without compiling an initialiser."""
     dtype = jnp.bfloat16 if half else jnp.float32
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, dtype), shapes)
     return shaken(zeros, seed=3, size=0.4)
 
 
-def caller(jit, options):
-    """Compiles models with options, which compile parts anyway; plain ones share operations."""
-    return jit if options else lambda function: function
-
-
 class Linen:
-    """A case in linen."""
+    """A case in linen. All checks call the same compiled functions, `apply` and `output`."""
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
         self.half, self.layers = half, options.get("layers", 1)
-        self.recipe, self.call = case.recipe, caller(jax.jit, options)
+        self.recipe = case.recipe
         self.base = LinenNet(case.kind, dtype=jnp.bfloat16 if half else None, **options)
+        self.apply, self.output = jax.jit(self.base.apply), jax.jit(self.run)
         shapes = jax.eval_shape(lambda: self.base.init(jax.random.key(0), ids())["params"])
         self.base_params = drawn(shapes, half)
         self.model = adapt(self.base, self.recipe)
@@ -104,7 +102,7 @@ class Linen:
 
     def base_logits(self):
         """The output of the base."""
-        return self.call(self.base.apply)({"params": self.base_params}, ids())
+        return self.apply({"params": self.base_params}, ids())
 
     def run(self, adapters, frozen):
         """The output of the adapted model."""
@@ -141,7 +139,7 @@ class Linen:
         params = merge(self.model, self.whole(adapters), ids())
         same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, self.base_params)
         expect(same, "the merged tree has other shapes than the base's")
-        return self.call(self.base.apply)({"params": params}, ids())
+        return self.apply({"params": params}, ids())
 
     def bank(self, capacity):
         """A bank of the recipe."""
@@ -149,7 +147,7 @@ class Linen:
 
     def in_bank(self, bank, names):
         """The output of rows with an adapter each."""
-        apply = self.call(lambda params, rows: bank.model.apply(params, ids(), adapters=rows))
+        apply = jax.jit(lambda params, rows: bank.model.apply(params, ids(), adapters=rows))
         return apply({"params": bank.params}, bank.rows(names))
 
     def loaded(self, directory):
@@ -164,7 +162,8 @@ class Nnx:
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
         self.half, self.layers = half, options.get("layers", 1)
-        self.recipe, self.call = case.recipe, caller(nnx.jit, options)
+        self.recipe = case.recipe
+        self.apply, self.output = nnx.jit(lambda model, x: model(x)), jax.jit(self.run)
         options["dtype"] = jnp.bfloat16 if half else None
         self.new = lambda: NnxNet(case.kind, **options, rngs=nnx.Rngs(0))
         parts: Any = nnx.split(nnx.eval_shape(self.new), nnx.Param, ...)
@@ -180,7 +179,7 @@ class Nnx:
 
     def base_logits(self):
         """The output of the base."""
-        return self.call(lambda model, x: model(x))(self.base, ids())
+        return self.apply(self.base, ids())
 
     def run(self, adapters, frozen):
         """The output of the adapted model."""
@@ -212,7 +211,7 @@ class Nnx:
         structures: list[Any] = [jax.tree.structure(nnx.state(x)) for x in (model, self.base)]
         same = classes_of(model) == classes_of(self.base) and structures[0] == structures[1]
         expect(same, "the merged model has other classes than the base")
-        return self.call(lambda model, x: model(x))(model, ids())
+        return self.apply(model, ids())
 
     def bank(self, capacity):
         """A bank of the recipe."""
@@ -220,7 +219,7 @@ class Nnx:
 
     def in_bank(self, bank, names):
         """The output of rows with an adapter each."""
-        run = self.call(lambda model, rows: model(ids(), adapters=rows))
+        run = nnx.jit(lambda model, rows: model(ids(), adapters=rows))
         return run(bank.model, bank.rows(names))
 
     def loaded(self, directory):

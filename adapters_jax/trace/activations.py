@@ -1,7 +1,7 @@
 """What is known of activations between the projections and the second product of an attention."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -125,9 +125,43 @@ class Seen:
         axes: the parts of its axes.
         columns: set where it has the columns of a projection.
         softmax: set between the products of an attention.
+        made: the products of two activations that it is made of, whatever was done to them, each
+            with whether an exponential came after.
     """
 
     value: Any
     axes: tuple[Axis, ...]
     columns: Columns | None = None
     softmax: Softmax | None = None
+    made: Mapping[Scores, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation, some of whose inputs are activations.
+
+    Attributes:
+        name: the name of its primitive.
+        primitive: the primitive; None for an operation of `Graph` alone.
+        values: its inputs; of those that are read and not computed, the shape and dtype.
+        known: what is known of them; None for what is no activation.
+        params: the primitive's parameters.
+        shapes: the shapes of its results.
+        watch: the trace that sees it; None for one of a graph.
+    """
+
+    name: str
+    primitive: Any
+    values: Sequence[Any]
+    known: Sequence[Seen | None]
+    params: Any
+    shapes: Sequence[tuple[int, ...]]
+    watch: Any = None
+
+    def repeats(self, x: Any) -> frozenset[int]:
+        """The axes along which a value that is no activation repeats itself."""
+        return self.watch.repeats(x) if self.watch else frozenset()
+
+
+Result = list[Seen] | None  # what is known of the results of an operation; None for nothing
+Rule = Callable[[Operation], Result]

@@ -14,21 +14,27 @@ from jaxtyping import Array
 from adapters_jax.trace import parts
 from adapters_jax.trace.activations import (
     Columns,
+    Operation,
     Projection,
+    Result,
+    Rule,
     Scores,
     Seen,
     Softmax,
     Step,
     together,
 )
+from adapters_jax.trace.moving import MOVING, kept_axes
 from adapters_jax.trace.parts import Axis, Part
-from adapters_jax.trace.watch import RULES, Operation, Result, Watch
+from adapters_jax.trace.primitives import PRODUCTS
+from adapters_jax.trace.program import Graph
 
-_SUMS = ("add", "add_any", "sub")
+_EXPONENTIALS = ("exp", "exp2", "logistic")
+_SUMS = ("add", "add_any", "sub")  # "add_any" is what gradients are summed by
 _HALVES = ("real", "imag")  # of the complex numbers by which pairs are rotated
 
 
-def _select(watch: Watch, op: Operation) -> Result:
+def _select(op: Operation) -> Result:
     """Masked numbers; what the others are does not matter."""
     cases = [seen for seen in op.known[1:] if seen]
     scores = [seen for seen in cases if seen.softmax]
@@ -63,21 +69,21 @@ def _shared(several: Sequence[Seen], shape: Sequence[int]) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def _each(watch: Watch, op: Operation) -> Result:
+def _each(op: Operation) -> Result:
     """An operation on numbers one by one."""
     active = [seen for seen in op.known if seen]
     if any(seen.softmax for seen in active):
-        return [_each_score(watch, op, [seen for seen in active if seen.softmax], len(active))]
+        return [_each_score(op, [seen for seen in active if seen.softmax], len(active))]
     made = [seen for seen in active if seen.columns]
     if not made:
         return None
     columns, axes = together([seen.columns for seen in made]), _shared(made, op.shapes[0])
     if len(active) == 1 and op.name not in _HALVES:
-        step = _step(watch, op)
+        step = _step(op)
         if step is not None:
             columns = replace(columns, steps=(*columns.steps, step))
         elif op.name in _SUMS:
-            columns = _biased(watch, op, columns, axes)
+            columns = _biased(op, columns, axes)
     elif len(made) == 1 and op.name in _SUMS:
         columns = replace(columns, lost="have something else added")
     elif len(made) > 1 and op.name not in (*_SUMS, "complex"):
@@ -85,17 +91,17 @@ def _each(watch: Watch, op: Operation) -> Result:
     return [Seen(None, axes, columns)]
 
 
-def _step(watch: Watch, op: Operation) -> Step | None:
+def _step(op: Operation) -> Step | None:
     """What an operation does to every number of its only activation; None if that differs."""
     if op.name == "neg":
         return jnp.negative
     where = next(i for i, seen in enumerate(op.known) if seen)
     others = [x for i, x in enumerate(op.values) if i != where]
-    if any(len(watch.repeats(x)) < jnp.ndim(x) for x in others):
+    if any(len(op.repeats(x)) < jnp.ndim(x) for x in others):
         return None
-    if any(isinstance(x, jax.core.ShapedArray) for x in others):
+    if op.watch is None or any(isinstance(x, jax.core.ShapedArray) for x in others):
         return None  # read, not computed
-    with jex.set_current_trace(watch.parent):
+    with jex.set_current_trace(op.watch.parent):
         numbers = [jnp.asarray(x)[(0,) * jnp.ndim(x)] for x in others]
 
     def step(x: Array) -> Array:
@@ -106,7 +112,7 @@ def _step(watch: Watch, op: Operation) -> Step | None:
     return step
 
 
-def _biased(watch: Watch, op: Operation, columns: Columns, axes: Sequence[Axis]) -> Columns:
+def _biased(op: Operation, columns: Columns, axes: Sequence[Axis]) -> Columns:
     """The columns plus a bias, if it is one number for each column; else they are lost."""
     bias = next(x for x, seen in zip(op.values, op.known, strict=True) if seen is None)
     own = [i for i, axis in enumerate(axes) if parts.of(axis, columns.projection)]
@@ -115,19 +121,19 @@ def _biased(watch: Watch, op: Operation, columns: Columns, axes: Sequence[Axis])
         math.prod(part.size for part in found[i + 1 :]) for i in range(len(found))
     ]
     every = math.prod(part.size for part in found) == columns.projection.columns
-    alone = set(range(len(axes))) - watch.repeats(bias) <= set(own)
+    alone = set(range(len(axes))) - op.repeats(bias) <= set(own)
     plain = op.name != "sub" and columns.bias is None and not columns.steps and not columns.lost
     if not (ordered and every and alone and plain and jnp.ndim(bias) == len(axes)):
         return replace(columns, lost="have something else added")
     if isinstance(bias, jax.core.ShapedArray):
         return replace(columns, lost="are computed in a function with a derivative of its own")
-    with jex.set_current_trace(watch.parent):
+    with jex.set_current_trace(op.watch.parent):
         at = tuple(slice(None) if i in own else 0 for i in range(len(axes)))
         row = jnp.broadcast_to(jnp.asarray(bias)[at], [part.size for part in found]).reshape(-1)
     return replace(columns, bias=row)
 
 
-def _each_score(watch: Watch, op: Operation, scores: Sequence[Seen], active: int) -> Seen:
+def _each_score(op: Operation, scores: Sequence[Seen], active: int) -> Seen:
     """An operation on scores one by one, on the way to the softmax or in it."""
     seen = next((s for s in scores if s.softmax and not s.softmax.statistic), scores[0])
     state: Any = seen.softmax
@@ -160,32 +166,30 @@ def _each_score(watch: Watch, op: Operation, scores: Sequence[Seen], active: int
     elif op.name in _SUMS:
         state = _masked(state)  # a mask, or a bias of positions
     else:
-        step = _step(watch, op) if active == 1 else None
+        step = _step(op) if active == 1 else None
         lost = state.lost if step else f"are changed by {op.name}, each by another number"
         steps = (*state.steps, step) if step else state.steps
         state = replace(state, steps=steps, lost=lost, logits=None)
     return Seen(None, _shared(scores, op.shapes[0]), None, state)
 
 
-def _reduce(watch: Watch, op: Operation) -> Result:
+def _reduce(op: Operation) -> Result:
     """Maxima and sums of scores. Those of columns, as norms have, only scale them."""
     seen = op.known[0]
     if seen is None or seen.softmax is None:
         return None
-    gone = op.params["axes"]
-    axes = tuple(axis for i, axis in enumerate(seen.axes) if i not in gone)
-    over = frozenset(part for i in gone for part in seen.axes[i])
-    return [Seen(None, axes, None, replace(seen.softmax, statistic=True, over=over))]
+    over = frozenset(part for i in op.params["axes"] for part in seen.axes[i])
+    state = replace(seen.softmax, statistic=True, over=over)
+    return [Seen(None, tuple(kept_axes(seen, op)), None, state)]
 
 
-def _product(watch: Watch, op: Operation) -> Result:
+def _product(op: Operation) -> Result:
     """A projection, or the first product of an attention."""
     left, right = op.known
     if left and right and not op.params["dimension_numbers"][0][0]:
         return _weighted(left, right, op)
     if left and right:
-        past = any(s.softmax and s.softmax.stage != "logits" for s in (left, right))
-        return None if past else _scores(left, right, op)
+        return [_scores(left, right, op)]
     side = 0 if left is None else 1  # of the weight
     (contracted, batch) = (axes[side] for axes in op.params["dimension_numbers"])
     x, weight = op.known[1 - side], op.values[side]
@@ -229,17 +233,18 @@ def _projector(weight: Any, contracted: Sequence[int], params: Any) -> Step:
     return project
 
 
-def _scores(left: Seen, right: Seen, op: Operation) -> Result:
-    """The first product of an attention."""
+def _scores(left: Seen, right: Seen, op: Operation) -> Seen:
+    """A product of two activations, which may be the first one of an attention."""
     (summed, batch), shape = op.params["dimension_numbers"], op.shapes[0]
-    if len(summed[0]) != 1:
-        return None
     axes: list[tuple[int | None, int | None]] = list(zip(*batch, strict=True))
     axes += [(i, None) for i in range(len(left.axes)) if i not in (*summed[0], *batch[0])]
     axes += [(None, i) for i in range(len(right.axes)) if i not in (*summed[1], *batch[1])]
-    scores = Scores((left, right), tuple(axes), (summed[0][0], summed[1][0]), tuple(shape))
+    over = next(zip(*summed, strict=True), (0, 0))
+    scores = Scores((left, right), tuple(axes), over, tuple(shape))
     new = tuple((Part(n, scores, i),) for i, n in enumerate(shape))
-    return [Seen(None, new, None, Softmax(scores))]
+    past = any(s.softmax and s.softmax.stage != "logits" for s in (left, right))
+    state = None if past or len(summed[0]) != 1 else Softmax(scores)
+    return Seen(None, new, None, state, {scores: False})
 
 
 # Functions of one or two numbers; of complex ones, those by which rotary embeddings are computed.
@@ -248,11 +253,49 @@ _NUMBERS = (
     "integer_pow", "log", "logistic", "max", "min", "mul", "neg", "pow", "real", "rsqrt", "sin",
     "sqrt", "square", "sub", "tanh",
 )  # fmt: skip
-RULES.update(
-    {
-        **dict.fromkeys(_NUMBERS, _each),
-        **dict.fromkeys(("reduce_max", "reduce_sum"), _reduce),
-        "select_n": _select,
-        "dot_general": _product,
-    }
-)
+RULES: dict[str, Rule] = {
+    **MOVING,
+    **dict.fromkeys(_NUMBERS, _each),
+    **dict.fromkeys(("reduce_max", "reduce_sum"), _reduce),
+    "select_n": _select,
+    "dot_general": _product,
+}
+
+
+def facts_of(op: Operation) -> list[Seen]:
+    """What is known of the results of an operation, some of whose inputs are activations."""
+    rule, first = RULES.get(op.name), next(seen for seen in op.known if seen)
+    found = rule and rule(op)
+    if not found:
+        same = lambda shape: tuple(map(parts.size_of, first.axes)) == tuple(shape)  # noqa: E731
+        found = [Seen(None, first.axes if same(n) else parts.rows(n)) for n in op.shapes]
+    if op.name in PRODUCTS and None in op.known[:2]:
+        return found  # a projection is made of nothing before it
+    made = dict(found[0].made)
+    begins = op.name == "dot_general" and bool(made)  # a further product of two activations
+    for seen in op.known:
+        for scores, past in seen.made.items() if seen else ():
+            if past or not begins:
+                made[scores] = made.get(scores, False) or past or op.name in _EXPONENTIALS
+    return [replace(seen, made=made) for seen in found] if made else found
+
+
+def read(graph: Graph, number: int, known: dict[int, Seen], watch: Any = None) -> None:
+    """Notes what is known of the results of an operation of a graph, without computing them.
+
+    Args:
+        graph: the graph.
+        number: the number of the operation.
+        known: what is known of its values so far.
+        watch: the trace that sees it, if there is one.
+    """
+    each = graph.operations[number]
+    inputs = [known.get(x) for x in each.inputs]
+    if not any(inputs):
+        return
+    values = [graph.literals.get(x, graph.avals[x]) for x in each.inputs]
+    shapes = [graph.shape(x) for x in each.outputs]
+    op = Operation(each.name, each.primitive, values, inputs, each.params, shapes, watch)
+    for output, seen in zip(each.outputs, facts_of(op), strict=True):
+        # A watch would take a number for an array.
+        known[output] = seen if watch else replace(seen, value=output)

@@ -1,7 +1,7 @@
 """An attention at its second product: which axes are heads, and what prompts need of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -136,12 +136,14 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     if columns["key"].projection.width != columns["value"].projection.width:
         raise UnknownAttention("gets its keys and its values from inputs of different widths")
     heads = _heads(scores, query, 1 - side)
-    kv = _kv_heads(scores, heads, key, side)
+    of_keys = ((scores.axes[i][side], i) for i in heads)
+    kv = _kv_heads(key, [(axis, i == heads[0]) for axis, i in of_keys if axis is not None])
+    of_values = ((other, parts.of(second.weights.axes[i], scores)) for i, other in second.batch)
+    found = [(i, bool(own) and [own[0].axis] == heads[:1]) for i, own in of_values]
+    value_heads = _kv_heads(second.value, found)
     tables = {
         "key": _table(key, columns["key"], scores.summed[side], kv),
-        "value": _table(
-            second.value, columns["value"], second.width, _value_heads(second, scores, heads)
-        ),
+        "value": _table(second.value, columns["value"], second.width, value_heads),
     }
     if tables["key"].shape != tables["value"].shape:
         raise UnknownAttention("has keys and values of different heads, by number or width")
@@ -204,31 +206,24 @@ def _columns(axis: Axis, seen: Seen) -> list[parts.Part]:
     return parts.of(axis, seen.columns.projection) if seen.columns else []
 
 
-def _grouped(axis: Axis, seen: Seen, first: bool) -> parts.Part | None:
-    """The key heads in an axis of query heads, in which each may be repeated."""
-    own = _columns(axis, seen)
-    if own and (axis[0] != own[0] or len(own) > 1 or not first):
-        raise UnknownAttention("has heads in another order than head i reading key head i // group")
-    return own[0] if own else None
+def _kv_heads(seen: Seen, pairs: Iterable[tuple[int, bool]]) -> parts.Part | None:
+    """The heads among the columns of keys or values, in which each may be repeated.
 
+    Args:
+        seen: the keys or values.
+        pairs: the axes of them that are heads of the scores too, with whether these are the first.
 
-def _kv_heads(scores: Scores, heads: Sequence[int], key: Seen, side: int) -> parts.Part | None:
-    """The heads among the columns of the keys; None for one head."""
+    Returns:
+        The part of an axis that is heads; None for one head.
+    """
     found = None
-    for i in heads:
-        axis = scores.axes[i][side]
-        if axis is not None:
-            found = _grouped(key.axes[axis], key, i == heads[0]) or found
-    return found
-
-
-def _value_heads(second: Second, scores: Scores, heads: Sequence[int]) -> parts.Part | None:
-    """The heads among the columns of the values; None for one head."""
-    found = None
-    for mine, other in second.batch:
-        own = parts.of(second.weights.axes[mine], scores)
-        first = bool(own) and own[0].axis == heads[0] if heads else False
-        found = _grouped(second.value.axes[other], second.value, first) or found
+    for axis, first in pairs:
+        own = _columns(seen.axes[axis], seen)
+        if own and (seen.axes[axis][0] != own[0] or len(own) > 1 or not first):
+            raise UnknownAttention(
+                "has heads in another order than head i reading key head i // group"
+            )
+        found = own[0] if own else found
     return found
 
 

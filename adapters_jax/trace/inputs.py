@@ -106,6 +106,23 @@ class Inputs:
         args, kwargs = filled((self.args, dict(self.kwargs)))
         return Inputs(args, kwargs, self.method)
 
+    def split(self) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], "Inputs"]]:
+        """Its arrays as shapes and dtypes, and the inputs as a function of others in their place.
+
+        A traced function that has these arrays as arguments shows what depends on the inputs.
+        """
+        leaves, structure = jax.tree.flatten((self.args, dict(self.kwargs)))
+
+        def whole(arrays: Mapping[int, Any]) -> "Inputs":
+            found = [arrays.get(i, x) for i, x in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(structure, found)
+            return Inputs(args, kwargs, self.method)
+
+        # A dtype as jax computes with it: float64 of numpy is float32, unless x64 is enabled.
+        dtype = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+        shapes = ((i, x.shape, dtype(x.dtype)) for i, x in enumerate(leaves) if is_array(x))
+        return {i: jax.ShapeDtypeStruct(*each) for i, *each in shapes}, whole
+
     def call(self, model: Any) -> Any:
         """Calls a model on the inputs."""
         return self.function(model)(*self.args, **self.kwargs)

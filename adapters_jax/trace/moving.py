@@ -9,26 +9,28 @@ import jax.core
 import jax.numpy as jnp
 
 from adapters_jax.trace import parts
-from adapters_jax.trace.activations import Seen, together
+from adapters_jax.trace.activations import Operation, Result, Rule, Seen, together
 from adapters_jax.trace.parts import Axis, Part
-from adapters_jax.trace.watch import RULES, Operation, Result, Rule, Watch
+from adapters_jax.trace.primitives import COPIES, origin_of_axes
 
 
 def _layout(axes_of: Callable[[Seen, Operation], Sequence[Axis]]) -> Rule:
     """The rule of an operation that moves the numbers of one activation."""
 
-    def rule(watch: Watch, op: Operation) -> Result:
+    def rule(op: Operation) -> Result:
         seen = op.known[0]
         return None if seen is None else [replace(seen, axes=tuple(axes_of(seen, op)))]
 
     return rule
 
 
-def _broadcast(seen: Seen, op: Operation) -> Sequence[Axis]:
-    axes = list(parts.rows(op.shapes[0]))
-    for old, new in zip(seen.axes, op.params["broadcast_dimensions"], strict=True):
-        if parts.size_of(old) == op.shapes[0][new]:
-            axes[new] = old
+def kept_axes(seen: Seen, op: Operation) -> Sequence[Axis]:
+    """The axes of a result that has those of an activation, moved, gone or repeated."""
+    (shape,) = op.shapes
+    axes = list(parts.rows(shape))
+    for i, old in enumerate(origin_of_axes(op.name, op.params, len(seen.axes), shape)):
+        if old is not None and parts.size_of(seen.axes[old]) == shape[i]:
+            axes[i] = seen.axes[old]
     return axes
 
 
@@ -39,17 +41,12 @@ def _tile(seen: Seen, op: Operation) -> Sequence[Axis]:
     ]
 
 
-def _squeeze(seen: Seen, op: Operation) -> Sequence[Axis]:
-    gone = {i % len(seen.axes) for i in op.params["dimensions"]}
-    return [axis for i, axis in enumerate(seen.axes) if i not in gone]
-
-
-def _slice(watch: Watch, op: Operation) -> Result:
+def _slice(op: Operation) -> Result:
     steps = op.params["strides"] or (1,) * len(op.shapes[0])
     return [_cut(op.known[0], op.params["start_indices"], op.shapes[0], steps)]
 
 
-def _split(watch: Watch, op: Operation) -> Result:
+def _split(op: Operation) -> Result:
     axis, at, found = op.params["axis"], 0, []
     for shape in op.shapes:
         found.append(_cut(op.known[0], [at * (i == axis) for i in range(len(shape))], shape))
@@ -57,7 +54,7 @@ def _split(watch: Watch, op: Operation) -> Result:
     return found
 
 
-def _unstack(watch: Watch, op: Operation) -> Result:
+def _unstack(op: Operation) -> Result:
     axis, found = op.params["axis"], []
     for number, shape in enumerate(op.shapes):
         one = (*shape[:axis], 1, *shape[axis:])
@@ -66,7 +63,7 @@ def _unstack(watch: Watch, op: Operation) -> Result:
     return found
 
 
-def _dynamic_slice(watch: Watch, op: Operation) -> Result:
+def _dynamic_slice(op: Operation) -> Result:
     if op.known[0] is None:
         return None
     whole = [n == m for n, m in zip(jnp.shape(op.values[0]), op.shapes[0], strict=True)]
@@ -100,7 +97,7 @@ def _cut(
     return Seen(None, tuple(axes), columns, softmax)
 
 
-def _concatenate(watch: Watch, op: Operation) -> Result:
+def _concatenate(op: Operation) -> Result:
     """Parts of a head, some of them rotated; rows after those of a cache."""
     axis, pieces = op.params["dimension"], [seen for seen in op.known if seen and seen.columns]
     if not pieces:
@@ -148,7 +145,7 @@ def _moved(pieces: Sequence[Any], axis: int, stride: int) -> int:
     return furthest
 
 
-def _stack(watch: Watch, op: Operation) -> Result:
+def _stack(op: Operation) -> Result:
     """The numbers of rotated pairs, beside one another."""
     if not all(seen and seen.columns for seen in op.known):
         return None
@@ -161,7 +158,7 @@ def _stack(watch: Watch, op: Operation) -> Result:
 def _write(new: int) -> Rule:
     """The rule of an operation that writes rows, its input at a position, into a cache."""
 
-    def rule(watch: Watch, op: Operation) -> Result:
+    def rule(op: Operation) -> Result:
         seen = op.known[new]
         if seen is None or seen.columns is None or len(seen.axes) != len(op.shapes[0]):
             return None
@@ -174,29 +171,16 @@ def _write(new: int) -> Rule:
     return rule
 
 
-def _same(seen: Seen, op: Operation) -> Sequence[Axis]:
-    return seen.axes
-
-
-_COPIES = (
-    "convert_element_type", "copy", "copy_p", "mesh_cast", "name", "pvary", "reduce_precision",
-    "reshard", "sharding_constraint", "stop_gradient",
-)  # fmt: skip
-RULES.update(
-    {
-        **dict.fromkeys(_COPIES, _layout(_same)),
-        "broadcast_in_dim": _layout(_broadcast),
-        "reshape": _layout(lambda seen, op: parts.regrouped(seen.axes, op.shapes[0])),
-        "squeeze": _layout(_squeeze),
-        "transpose": _layout(lambda seen, op: [seen.axes[i] for i in op.params["permutation"]]),
-        "slice": _slice,
-        "dynamic_slice": _dynamic_slice,
-        "split": _split,
-        "stack": _stack,
-        "tile": _layout(_tile),
-        "unstack": _unstack,
-        "concatenate": _concatenate,
-        "dynamic_update_slice": _write(1),
-        "scatter": _write(2),
-    }
-)
+MOVING: dict[str, Rule] = {
+    **dict.fromkeys((*COPIES, "broadcast_in_dim", "squeeze", "transpose"), _layout(kept_axes)),
+    "reshape": _layout(lambda seen, op: parts.regrouped(seen.axes, op.shapes[0])),
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "stack": _stack,
+    "tile": _layout(_tile),
+    "unstack": _unstack,
+    "concatenate": _concatenate,
+    "dynamic_update_slice": _write(1),
+    "scatter": _write(2),
+}

@@ -24,9 +24,12 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
-from adapters_jax.trace.activations import Seen
+from adapters_jax.trace.activations import Operation, Seen
+from adapters_jax.trace.following import facts_of, read
 from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
+from adapters_jax.trace.through import Through
 
 Insert = Callable[[Inline, Array], Array]  # takes and gives (..., heads, head_dim)
 Facts = Sequence[Seen | None]
@@ -85,12 +88,13 @@ def watched(insert: Insert) -> Iterator["Watch"]:
     """
     with jex.take_current_trace() as current:
         outer = current if isinstance(current, Watch) else None
+        # Beside an outer watch, not on top of it: an attention belongs to the innermost one.
         watch = Watch(outer.parent if outer else current, insert, Found())
         # Where operations run at once, jax would call its compiled functions past the watch.
         at_once = contextlib.nullcontext() if _stages(watch.parent) else jax.disable_jit()
         with at_once, jex.set_current_trace(watch):
             yield watch
-        if outer:  # an attention belongs to the innermost watch
+        if outer:
             outer.begin([seen.value for seen in watch._seen.values()])
 
 
@@ -161,22 +165,22 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
             )
 
 
-class Watch(jax.core.Trace):
+class Watch(Through):
     """The trace that follows activations; its values are those of `parent`."""
 
     watches_whole_weights = True  # `weights.lazy` computes beneath it
 
     def __init__(self, parent: Any, insert: Insert, found: Found):
-        super().__init__()
-        self.parent, self.insert, self.found = parent, insert, found
-        self._seen: dict[int, Seen] = {}  # activations, by the id of the value
+        super().__init__(parent)
+        self.insert, self.found = insert, found
+        # By the id of the value, since arrays compare by their numbers. Both hold the value itself,
+        # since Python gives the id of an object that is gone to the next one.
+        self._seen: dict[int, Seen] = {}  # activations
         self._repeated: dict[int, tuple[Any, frozenset[int]]] = {}  # other values; see `repeats`
         self._returned: dict[Any, str] = {}  # the module that returned a projection's columns
-        # flax compares traces by this reference, which is to be the parent's.
-        self._weakref = parent._weakref
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.parent, name)
+        found = super().__getattr__(name)
         return functools.partial(self._outside, found) if name.startswith("process_") else found
 
     def _outside(self, process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -185,12 +189,10 @@ class Watch(jax.core.Trace):
         self.begin(results)
         return results
 
-    def stage_value(self, val: Any) -> Any:
-        """A constant as a value."""
-        return self.parent.stage_value(val)
-
     def process_custom_vjp_call(self, *args: Any, **kwargs: Any) -> Any:
         """A function with a gradient of its own, which is not seen into."""
+        # Kernels of attention are such functions. Their code computes a softmax in blocks, and what
+        # a prompt would add inside would be missing from the gradient.
         return self._outside(self.parent.process_custom_vjp_call, *args, **kwargs)
 
     def enter(self, inputs: Any) -> Any:
@@ -218,15 +220,15 @@ class Watch(jax.core.Trace):
             self._note_repeated(name, values, params, result)
             return result
         if name in ("jit", "pjit"):
-            with jex.set_current_trace(self):
-                return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+            return self.inlined(params, values)
         if name in ("remat2", "checkpoint"):
             return self._remat(known, values, params)
         result = self.parent.process_primitive(primitive, values, params)
         outputs = result if primitive.multiple_results else [result]
         facts: Facts = known
         if name != "optimization_barrier":  # whose outputs are its inputs
-            facts = self.facts(primitive, values, known, params, [x.shape for x in outputs])
+            shapes = [x.shape for x in outputs]
+            facts = facts_of(Operation(name, primitive, values, known, params, shapes, self))
         if name == "dot_general" and is_second(known, params):
             outputs = [self._second(known, params, outputs[0])]
         self._note(outputs, facts)
@@ -236,13 +238,15 @@ class Watch(jax.core.Trace):
         self, primitive: Any, fun: Any, jvp: Any, values: Any, /, **params: Any
     ) -> Any:
         """A function with a derivative of its own is called as it is; its code is read."""
+        # `jax.nn.softmax` is such a function. Inlined, it would be differentiated by its code and
+        # not by its own rule, so the parent gets the call as it is.
         known = [self._seen.get(id(x)) for x in values]
         closed = None
         if any(seen and seen.softmax for seen in known):
             shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in values]
             with jex.set_current_trace(self.parent):
                 closed = jax.make_jaxpr(lambda *xs: fun.call_wrapped(*xs))(*shapes)
-            # It can be called once.
+            # jax's wrapped functions can be called once: the parent gets the jaxpr in its place.
             fun = lu.wrap_init(jex.jaxpr_as_fun(closed), debug_info=fun.debug_info)
         results = self.parent.process_custom_jvp_call(primitive, fun, jvp, values, **params)
         if closed is not None:
@@ -256,31 +260,20 @@ class Watch(jax.core.Trace):
             if seen is not None:
                 self._seen[id(x)] = replace(seen, value=x)
 
-    def _read(self, closed: Any, given: Facts) -> list[Seen | None]:
+    def _read(self, closed: Any, given: Facts) -> Facts:
         """What is known of the results of a jaxpr, without computing them."""
-        jaxpr = getattr(closed, "jaxpr", closed)
-        known = dict(zip(jaxpr.invars, given, strict=True))
-
-        def facts_of(atoms: Sequence[Any]) -> list[Seen | None]:
-            return [None if isinstance(x, jex.Literal) else known.get(x) for x in atoms]
-
-        for eqn in jaxpr.eqns:
-            inputs = facts_of(eqn.invars)
-            if not any(inputs):
-                continue
-            if eqn.primitive.name in ("jit", "pjit"):
-                facts: Facts = self._read(eqn.params["jaxpr"], inputs)
-            else:
-                values = [x.val if isinstance(x, jex.Literal) else x.aval for x in eqn.invars]
-                shapes = [x.aval.shape for x in eqn.outvars]
-                facts = self.facts(eqn.primitive, values, inputs, eqn.params, shapes)
-            known.update(zip(eqn.outvars, facts, strict=True))
-        return facts_of(jaxpr.outvars)
+        graph = Graph(closed)
+        pairs = zip(graph.inputs, given, strict=True)
+        known = {value: seen for value, seen in pairs if seen is not None}
+        for number in range(len(graph.operations)):
+            read(graph, number, known, self)
+        return [known.get(x) for x in graph.outputs]
 
     def _remat(self, known: Facts, values: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """The body of `jax.checkpoint`, checkpointed again; an attention is in it as a whole."""
 
         def body(*inside: Any) -> Any:
+            # jax traces the body anew, with values that this watch has never seen.
             with jex.take_current_trace() as current:
                 inner = Watch(current, self.insert, self.found)
                 inner.begin([x for x, seen in zip(inside, known, strict=True) if seen])
@@ -291,8 +284,7 @@ class Watch(jax.core.Trace):
                 return results
 
         with jex.set_current_trace(self.parent):
-            policy = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
-            results = jax.checkpoint(body, **policy)(*values)
+            results = self.checkpointed(body, params)(*values)
         self.begin(results)
         return results
 
@@ -308,16 +300,6 @@ class Watch(jax.core.Trace):
         """The axes along which a value that is no activation repeats itself."""
         _, axes = self._repeated.get(id(x), (x, frozenset()))
         return axes | {i for i, n in enumerate(jnp.shape(x)) if n == 1}
-
-    def facts(
-        self, primitive: Any, values: Any, known: Facts, params: Any, shapes: Sequence[Any]
-    ) -> Facts:
-        """What is known of the results of an operation, some of whose inputs are activations."""
-        rule = RULES.get(primitive.name)
-        facts = None
-        if rule is not None:
-            facts = rule(self, Operation(primitive, values, known, params, shapes))
-        return facts or [Seen(None, parts.rows(shape)) for shape in shapes]
 
     def _second(self, known: Facts, params: Any, y: Array) -> Array:
         """The result of the second product of an attention, changed."""
@@ -346,25 +328,3 @@ def _is_numpy(x: Any) -> bool:
 
 def _is_module(x: Any) -> bool:
     return isinstance(x, nn.Module | nnx.Module | nnx.Variable)
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation: its primitive, inputs, what is known of them, parameters, output shapes."""
-
-    primitive: Any
-    values: Sequence[Any]
-    known: Facts
-    params: Any
-    shapes: Sequence[tuple[int, ...]]
-
-    @property
-    def name(self) -> str:
-        """The name of the primitive."""
-        return self.primitive.name
-
-
-# By the name of a primitive: what is known of its results; None for nothing. `following` fills it.
-Result = list[Seen] | None
-Rule = Callable[[Watch, Operation], Result]
-RULES: dict[str, Rule] = {}

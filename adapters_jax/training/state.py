@@ -27,7 +27,8 @@ from adapters_jax.errors import (
 )
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
-from adapters_jax.nnx import AdapterParam, placements_of, recipe_of
+from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, counted, left_over, without_adapter
 from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.texts import bytes_text

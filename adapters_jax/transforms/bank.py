@@ -14,7 +14,8 @@ from flax.nnx import bridge
 from adapters_jax.errors import UserError, check_size, shown
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.nnx import AdapterParam, copy, modules_of, placements_of, recipe_of
+from adapters_jax.nnx import AdapterParam, copy, modules_of, recipe_of
+from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.nnx.graph import STACKED, holds
 from adapters_jax.placement import Known
 from adapters_jax.texts import html_table

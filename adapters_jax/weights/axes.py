@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from adapters_jax.trace.reads import Read
 from adapters_jax.weights.factors import RANK
-from adapters_jax.weights.lazy import Read
 
 Shape = tuple[int, ...]
 
@@ -50,21 +50,18 @@ class Axes:
 
     def under(self, layers: int) -> "Axes":
         """The roles of the axes of weights that are stacked on layer axes in front."""
-        inputs, outputs, shared, window = (
-            tuple(i + layers for i in axes)
-            for axes in (self.inputs, self.outputs, self.shared, self.window)
-        )
-        return Axes(inputs, outputs, (*range(layers), *shared), window, self.lookup)
+        return self._moved(layers, tuple(range(layers)))
 
     def inside(self, layers: int) -> "Axes":
         """The roles of the axes of one of the weights that are stacked on layer axes in front."""
-        if not layers:
-            return self
+        return self._moved(-layers)
+
+    def _moved(self, by: int, front: tuple[int, ...] = ()) -> "Axes":
         inputs, outputs, shared, window = (
-            tuple(i - layers for i in axes if i >= layers)
+            tuple(i + by for i in axes if i + by >= 0)
             for axes in (self.inputs, self.outputs, self.shared, self.window)
         )
-        return Axes(inputs, outputs, shared, window, self.lookup)
+        return Axes(inputs, outputs, (*front, *shared), window, self.lookup)
 
     @property
     def ndim(self) -> int:

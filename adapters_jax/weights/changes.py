@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.weights.factors import RANK, Factor, beside, blocks_of, cast, contracted, reshaped
+from adapters_jax.trace.primitives import blocks_of
+from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
 from adapters_jax.weights.quantized import is_quantized, once
 
 
@@ -169,6 +170,7 @@ class Changed:
         """The changed weight: sums and products in float32 and cast once, or in its own dtype."""
         if not self.changes:
             return self.floats(self.base)
+        # As merging sums, so that a read that forms the weight gives what the merged model gives.
         dtype = jnp.promote_types(self.base.dtype, jnp.float32) if wide else self.dtype
         whole = replace(self, dtype=dtype).floats(self.base)
         for change in self.changes:
@@ -177,6 +179,7 @@ class Changed:
 
     def settled(self) -> "Changed":
         """The weight without the keys of dropout that does not act in an evaluation."""
+        # A jitted function is found again by its arguments, of which the context is none.
         if not _EVALUATION.get():
             return self
         changes = (replace(c, key=None) if isinstance(c, LowRank) else c for c in self.changes)
@@ -196,6 +199,7 @@ class Changed:
             changes: the changes after it; by default those of now.
         """
         changed = self.changes if changes is None else tuple(changes)
+        # A packed weight stays packed: it is opened where it is used, and nowhere earlier.
         if not is_quantized(self.base):
             base = view(self.base)
             return Changed(base, changed, tuple(base.shape), self.dtype)
@@ -216,17 +220,6 @@ class Changed:
             return None
         kept = [change for change in changes if change is not None]
         return self.viewed(lambda w: w.reshape(shape), kept)
-
-    def axes_after(
-        self, shape: Sequence[int], axes: Sequence[frozenset[int]]
-    ) -> tuple[frozenset[int], ...]:
-        """What is found in each axis of the reshaped weight, given what is in each of its axes."""
-        after: list[frozenset[int]] = [frozenset()] * len(shape)
-        for left, right in blocks_of(self.shape, shape):
-            inside: frozenset[int] = frozenset().union(*(axes[i] for i in left))
-            for i in right:
-                after[i] = inside if shape[i] > 1 or len(right) == 1 else frozenset()
-        return tuple(after)
 
     def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Changed":
         """The weight with new axes.

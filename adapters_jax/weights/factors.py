@@ -88,30 +88,6 @@ def _summed(factor: Factor, kept: Collection[int]) -> Factor:
     return Factor(factor.array.sum(gone), tuple(axis for axis in factor.axes if axis in kept))
 
 
-def blocks_of(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest groups of consecutive axes of equal sizes in two shapes of one array.
-
-    Example:
-        >>> blocks_of((4, 6, 5), (4, 2, 3, 5))
-        [([0], [0]), ([1], [1, 2]), ([2], [3])]
-    """
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        i, j = i + len(left), j + len(right)
-        while (size := math.prod(old[a] for a in left)) != (
-            other := math.prod(new[a] for a in right)
-        ):
-            if size < other:
-                left.append(i)
-                i += 1
-            else:
-                right.append(j)
-                j += 1
-        blocks.append((left, right))
-    return blocks
-
-
 def reshaped(
     factor: Factor, blocks: Sequence[tuple[list[int], list[int]]], shape: Sequence[int]
 ) -> Factor | None:

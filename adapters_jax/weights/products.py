@@ -1,161 +1,130 @@
-"""Products of an input with a changed weight, without the changed weight: `x W + (x A) B`.
-
-Each function takes a primitive, the weight, the other operands, the primitive's parameters and the
-weight's position.
-"""
+"""Products of an input with a changed weight, without the changed weight: `x W + (x A) B`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.weights.changes import Change, Changed, LowRank, Scale, dropout
+from adapters_jax.weights.changes import Changed, LowRank, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.quantized import is_quantized, once
 
-
-class Product(NamedTuple):
-    """A product with a changed weight.
-
-    Attributes:
-        y: the result; None where the changed weight has to be formed for it.
-        inputs: the axes of the weight that are contracted.
-        batch: the axes that are batched.
-        window: the contracted axes that run over positions of the input.
-    """
-
-    y: Array | None
-    inputs: Sequence[int] = ()
-    batch: Sequence[int] = ()
-    window: Sequence[int] = ()
+Axes = tuple[int, ...]
 
 
-def _unchanged(
-    primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Array:
-    """The primitive on the unchanged weight, which if quantised is in floats only meanwhile."""
-
-    def run(weight: Any, others: Sequence[Any]) -> Array:
-        operands = [*others[:where], changed.floats(weight), *others[where:]]
-        return primitive.bind(*operands, **params)
-
-    packed = is_quantized(changed.base)
-    return once(run, changed.base, others) if packed else run(changed.base, others)
-
-
-def _evaluate(
-    changes: Sequence[Change],
-    x: Array,
-    unchanged: Callable[[Array], Array],
-    added: Callable[[LowRank, Array, Array], Array],
-    on_input: Callable[[Factor, Array], Array | None],
-    on_output: Callable[[Factor, Array], Array],
-) -> Array:
-    """The product of an input and a changed weight, from the last change to the first."""
-    if not changes:
-        return unchanged(x)
-    *before, last = changes
-
-    def rest(x: Array) -> Array:
-        return _evaluate(before, x, unchanged, added, on_input, on_output)
-
-    if isinstance(last, LowRank):
-        return added(last, dropout(x, last.dropout, last.key), rest(x))
-    scaled = on_input(last.by, x)
-    return on_output(last.by, rest(x)) if scaled is None else rest(scaled)
-
-
-class _Meeting(NamedTuple):
-    """How an input meets a weight in a `dot_general`; axes have the numbers of the weight's.
+class Meeting(NamedTuple):
+    """How an input meets a weight; axes have the numbers of the weight's.
 
     Attributes:
-        primitive: `dot_general`.
+        primitive: the operation.
         params: its parameters, as pairs.
         where: the weight's position among the operands.
-        inner: the axes that are contracted.
+        inner: the features that are contracted.
         batch: the axes that are batched.
         seen: the axes of the input; those that the weight does not have come after its own.
         out: the axes of the product.
+        thin: `thin(meeting, a, b, x, rest)` is `(x A) B`, as the product has it.
     """
 
     primitive: Any
     params: tuple[tuple[str, Any], ...]
     where: int
-    inner: tuple[int, ...]
-    batch: tuple[int, ...]
-    seen: tuple[int, ...]
-    out: tuple[int, ...]
+    inner: Axes
+    batch: Axes
+    seen: Axes
+    out: Axes
+    thin: Callable[..., Array]
 
-    @classmethod
-    def of(cls, primitive: Any, params: Any, where: int, n: int, ndim: int) -> "_Meeting":
-        """How an input of `ndim` axes meets a weight of `n` axes."""
-        sides, batches = params["dimension_numbers"]
-        inner, batch = tuple(sides[where]), tuple(batches[where])
-        seen = list(range(n, n + ndim))
-        yours = (*sides[1 - where], *batches[1 - where])
-        for mine, other in zip((*inner, *batch), yours, strict=True):
-            seen[other] = mine
-        kept = [i for i in range(n) if i not in seen]
-        free = [i for i in seen if i >= n]
-        out = (*batch, *kept, *free) if where == 0 else (*batch, *free, *kept)
-        return cls(primitive, tuple(params.items()), where, inner, batch, tuple(seen), out)
+    def bind(self, x: Any, weight: Any, rest: Sequence[Any]) -> Array:
+        """The operation on a weight or a factor in its place."""
+        operands = (weight, x) if self.where == 0 else (x, weight)
+        return self.primitive.bind(*operands, *rest, **dict(self.params))
 
 
 def multiplied(
     primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
-    """`dot_general`: any axes contracted, any batched."""
-    (x,) = others
-    meeting = _Meeting.of(primitive, params, where, len(changed.shape), x.ndim)
-    inner, batch = meeting.inner, meeting.batch
-    separable = _separable(changed.changes, inner, (*inner, *batch))
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not separable:
-        return Product(None, inner, batch)
-    compute = _product if is_quantized(changed.base) else _jitted_product
-    return Product(compute(changed.settled(), x, meeting), inner, batch)
+) -> Array | None:
+    """The product of a changed weight and its input; None where the sum has to be formed.
+
+    Args:
+        primitive: the operation.
+        changed: the weight.
+        others: its other operands, first the input.
+        params: its parameters.
+        where: the weight's position among its operands.
+    """
+    x, *rest = others
+    meeting = None
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        meeting = MEETINGS[primitive.name](primitive, params, where, changed, x.ndim)
+    if meeting is None:
+        return None
+    # A packed weight has views, functions that are new each time: no earlier trace would be found.
+    alike = primitive.name == "dot_general" and not is_quantized(changed.base)
+    compute = _jitted_product if alike else _product
+    return compute(changed.settled(), x, rest, meeting)
 
 
-def _product(changed: Changed, x: Array, meeting: _Meeting) -> Array:
-    """The product of an input and a changed weight."""
-    primitive, pairs, where, inner, batch, seen, out = meeting
-    params = dict(pairs)
-
-    def added(change: LowRank, x: Array, y: Array) -> Array:
-        both = sorted(change.scaled, key=lambda f: -len(set(f.axes) & set(inner)))
-        first, second = (f.cast(x.dtype) for f in both)
-        h = contracted(Factor(x, seen), first, (*second.axes, *out), params["precision"])
-        last = (second, h) if where == 0 else (h, second)
-        part = beside(contracted(*last, out, params["precision"]), out, x.dtype)
-        return _sum(y, _ranged(change, part, changed.shape, out.index))
-
-    def on_input(factor: Factor, x: Array) -> Array | None:
-        inside = factor.axes and set(factor.axes) <= {*inner, *batch}
-        return x * beside(factor, seen, x.dtype) if inside else None
-
-    return _evaluate(
-        changed.changes,
-        x,
-        lambda x: _unchanged(primitive, changed, [x], params, where),
-        added,
-        on_input,
-        lambda factor, y: y * beside(factor, out, y.dtype),
-    )
-
-
-# So it is traced and differentiated once for all layers that are alike.
-_jitted_product = jax.jit(_product, static_argnums=2, inline=True)
-
-
-def _sum(y: Array, part: Array) -> Array:
-    """y + part in the dtype of y."""
+def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:
+    """The product of an input and a changed weight, from the last change to the first."""
+    if not changed.changes:
+        return _unchanged(changed, x, rest, meeting)
+    *before, last = changed.changes
+    inside = replace(changed, changes=tuple(before))
+    if isinstance(last, Scale):
+        axes = last.by.axes
+        if axes and {*axes} <= {*meeting.inner, *meeting.batch}:
+            x = x * beside(last.by, meeting.seen, x.dtype)
+            return _product(inside, x, rest, meeting)
+        y = _product(inside, x, rest, meeting)
+        return y * beside(last.by, meeting.out, y.dtype)
+    dropped = dropout(x, last.dropout, last.key)
+    y = _product(inside, x, rest, meeting)
+    part = meeting.thin(meeting, last, dropped, rest)
+    if last.start is not None:  # zeros around the range that the change is for
+        axis = last.start[0]
+        part = last.placed(part, changed.shape[axis], meeting.out.index(axis))
     return y + cast(part, y.dtype)
 
 
-def _separable(changes: Sequence[Change], inner: Sequence[int], outer: Sequence[int]) -> bool:
+# So it is traced and differentiated once for all layers that are alike.
+_jitted_product = jax.jit(_product, static_argnums=3, inline=True)
+
+
+def _unchanged(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:
+    """The primitive on the unchanged weight, which if quantised is in floats only meanwhile."""
+
+    def run(weight: Any, given: Sequence[Any]) -> Array:
+        x, *rest = given
+        return meeting.bind(x, changed.floats(weight), rest)
+
+    packed = is_quantized(changed.base)
+    return once(run, changed.base, [x, *rest]) if packed else run(changed.base, [x, *rest])
+
+
+def _dot(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:
+    """`dot_general`: any axes contracted, any batched."""
+    n = len(changed.shape)
+    sides, batches = params["dimension_numbers"]
+    inner, batch = tuple(sides[where]), tuple(batches[where])
+    seen = list(range(n, n + ndim))
+    yours = (*sides[1 - where], *batches[1 - where])
+    for mine, other in zip((*inner, *batch), yours, strict=True):
+        seen[other] = mine
+    kept = [i for i in range(n) if i not in seen]
+    free = [i for i in seen if i >= n]
+    out = (*batch, *kept, *free) if where == 0 else (*batch, *free, *kept)
+    pairs = tuple(params.items())
+    meeting = Meeting(primitive, pairs, where, inner, batch, tuple(seen), out, _dot_thin)
+    return meeting if _separable(changed, inner, (*inner, *batch)) else None
+
+
+def _separable(changed: Changed, inner: Axes, outer: Axes) -> bool:
     """Whether ranges are along kept axes, and scales along kept or along other axes alone."""
-    for change in changes:
+    for change in changed.changes:
         if isinstance(change, LowRank) and change.start and change.start[0] in outer:
             return False
         if isinstance(change, Scale):
@@ -165,78 +134,53 @@ def _separable(changes: Sequence[Change], inner: Sequence[int], outer: Sequence[
     return True
 
 
-def _ranged(
-    change: LowRank, y: Array, shape: Sequence[int], position: Callable[[int], int]
-) -> Array:
-    """A branch with zeros around the range that it is for."""
-    if change.start is None:
-        return y
-    return change.placed(y, shape[change.start[0]], position(change.start[0]))
+def _dot_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any]) -> Array:
+    # The factor that shares more axes with the input goes first: it makes the input small.
+    both = sorted(change.scaled, key=lambda f: -len(set(f.axes) & set(meeting.inner)))
+    first, second = (f.cast(x.dtype) for f in both)
+    precision, out = dict(meeting.params)["precision"], meeting.out
+    h = contracted(Factor(x, meeting.seen), first, (*second.axes, *out), precision)
+    # In the order of the operands, so that XLA transposes nothing.
+    last = (second, h) if meeting.where == 0 else (h, second)
+    return beside(contracted(*last, out, precision), out, x.dtype)
 
 
-def convolved(
-    primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
+def _conv(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:
     """`conv_general_dilated` without groups: a convolution with A, then a product with B."""
-    (x,) = others
     numbers = params["dimension_numbers"]
-    kept, inner = numbers.rhs_spec[0], numbers.rhs_spec[1:]
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    whole = {*inner, RANK}, {kept, RANK}
-    splits = [
-        {frozenset(f.axes) for f in c.factors} == {frozenset(side) for side in whole}
+    kept, *inner = numbers.rhs_spec
+    plain = params["feature_group_count"] == params["batch_group_count"] == 1
+    expected = {frozenset({*inner, RANK}), frozenset({kept, RANK})}
+    fits = all(
+        {frozenset(f.axes) for f in c.factors} == expected
         if isinstance(c, LowRank)
         else set(c.by.axes) in ({kept}, {inner[0]}, set())
         for c in changed.changes
-    ]
-    if where == 0 or grouped or not all(splits) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return Product(None, inner, window=inner[1:])
-    feature, channel = numbers.out_spec[1], numbers.lhs_spec[1]
-
-    def along(array: Array, axis: int, ndim: int) -> Array:
-        return array.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-    def added(change: LowRank, x: Array, y: Array) -> Array:
-        a, b = sorted(change.scaled, key=lambda f: kept in f.axes)
-        place = [RANK if axis == kept else axis for axis in range(len(changed.shape))]
-        kernel = a.array.transpose([a.axes.index(axis) for axis in place]).astype(x.dtype)
-        matrix = (b.array if b.axes[0] == RANK else b.array.T).astype(x.dtype)
-        h = primitive.bind(x, kernel, **params).astype(x.dtype)
-        part = jnp.moveaxis(
-            jnp.matmul(jnp.moveaxis(h, feature, -1), matrix, precision=_one(params["precision"])),
-            -1,
-            feature,
-        )
-        return _sum(y, _ranged(change, part, changed.shape, lambda axis: feature))
-
-    def on_input(factor: Factor, x: Array) -> Array | None:
-        if factor.axes != (inner[0],):
-            return None
-        return x * along(factor.array, channel, x.ndim).astype(x.dtype)
-
-    def on_output(factor: Factor, y: Array) -> Array:
-        return y * along(factor.array, feature, y.ndim).astype(y.dtype)
-
-    y = _evaluate(
-        changed.changes,
-        x,
-        lambda x: _unchanged(primitive, changed, [x], params, where),
-        added,
-        on_input,
-        on_output,
     )
-    return Product(y, inner, window=inner[1:])
+    if where == 0 or not plain or not fits:
+        return None
+    seen, out = list(range(ndim, 2 * ndim)), list(range(ndim, 2 * ndim))
+    seen[numbers.lhs_spec[1]], out[numbers.out_spec[1]] = inner[0], kept
+    pairs, axes = tuple(params.items()), (tuple(seen), tuple(out))
+    return Meeting(primitive, pairs, where, (inner[0],), (), *axes, _conv_thin)
 
 
-def _one(precision: Any) -> Any:
-    return precision[0] if isinstance(precision, tuple) else precision
+def _conv_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any]) -> Array:
+    params = dict(meeting.params)
+    kept = params["dimension_numbers"].rhs_spec[0]
+    feature = params["dimension_numbers"].out_spec[1]
+    a, b = sorted(change.scaled, key=lambda f: kept in f.axes)
+    kernel = _ordered(a, [RANK if i == kept else i for i in range(x.ndim)], x.dtype)
+    h = meeting.bind(x, kernel, rest).astype(x.dtype)
+    precision = params["precision"]  # of both operands, or of each
+    one = precision[0] if isinstance(precision, tuple) else precision
+    matrix = _ordered(b, [RANK, kept], x.dtype)
+    y = jnp.matmul(jnp.moveaxis(h, feature, -1), matrix, precision=one)
+    return jnp.moveaxis(y, -1, feature)
 
 
-def grouped(
-    primitive: Any, changed: Changed, others: Sequence[Any], params: Any, where: int
-) -> Product:
+def _groups(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:
     """`ragged_dot_general` of rows in groups, each with a matrix: a pair of factors for each."""
-    x, sizes = others[0], others[1:]
     numbers = params["ragged_dot_dimension_numbers"]
     usual = (((1,), (1,)), ((), ())), (0,), (0,)
     given = (
@@ -249,23 +193,23 @@ def grouped(
         isinstance(c, LowRank) and {frozenset(f.axes) for f in c.factors} == expected
         for c in changed.changes
     )
-    if where != 1 or given != usual or not fits or not jnp.issubdtype(x.dtype, jnp.floating):
-        return Product(None, (1,), (0,)) if (where, given) == (1, usual) else Product(None)
-
-    def added(change: LowRank, x: Array, y: Array) -> Array:
-        a, b = sorted(change.scaled, key=lambda f: 2 in f.axes)
-        left = a.array.transpose([a.axes.index(i) for i in (0, 1, RANK)]).astype(x.dtype)
-        right = b.array.transpose([b.axes.index(i) for i in (0, RANK, 2)]).astype(x.dtype)
-        h = primitive.bind(x, left, *sizes, **params).astype(x.dtype)
-        part = primitive.bind(h, right, *sizes, **params)
-        return _sum(y, _ranged(change, part, changed.shape, lambda axis: 1))
-
-    y = _evaluate(
-        changed.changes,
-        x,
-        lambda x: _unchanged(primitive, changed, [x, *sizes], params, where),
-        added,
-        lambda factor, x: None,
-        lambda factor, y: y,
+    if where != 1 or given != usual or not fits:
+        return None
+    return Meeting(
+        primitive, tuple(params.items()), where, (1,), (0,), (3, 1), (3, 2), _groups_thin
     )
-    return Product(y, (1,), (0,))
+
+
+def _groups_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any]) -> Array:
+    a, b = sorted(change.scaled, key=lambda f: 2 in f.axes)
+    h = meeting.bind(x, _ordered(a, [0, 1, RANK], x.dtype), rest).astype(x.dtype)
+    return meeting.bind(h, _ordered(b, [0, RANK, 2], x.dtype), rest)
+
+
+def _ordered(factor: Factor, axes: Sequence[int], dtype: Any) -> Array:
+    """The array of a factor with its axes in an order."""
+    return factor.array.transpose([factor.axes.index(axis) for axis in axes]).astype(dtype)
+
+
+# How the input meets the weight, by the name of the primitive; None where no thin product is right.
+MEETINGS = {"dot_general": _dot, "conv_general_dilated": _conv, "ragged_dot_general": _groups}

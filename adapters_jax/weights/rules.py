@@ -13,22 +13,20 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.trace.reach import operands_of_scan
+from adapters_jax.trace.primitives import operands_of_scan
 from adapters_jax.weights.lazy import (
     RULES,
-    Axes,
     Lazy,
     Rule,
     Thin,
     formed,
     lowered,
     thin,
-    union,
 )
-from adapters_jax.weights.products import convolved, grouped, multiplied
+from adapters_jax.weights.products import MEETINGS, multiplied
 
 
-def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
+def _view(function: Callable[[Lazy, Any], Any]) -> Rule:
     """The rule of an operation of one weight that only looks at it in another way."""
 
     def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -38,55 +36,67 @@ def _view(function: Callable[[Lazy, Any], Lazy | None]) -> Rule:
 
 
 def _transpose(x: Lazy, params: Any) -> Lazy | None:
-    order = params["permutation"]
-    return x.seen_as(x.changed.transposed(order), [x.axes[i] for i in order] if x.axes else ())
+    return x.seen_as(x.changed.transposed(params["permutation"]))
 
 
 def _reshape(x: Lazy, params: Any) -> Lazy | None:
     shape = params["new_sizes"]
-    if params["dimensions"] is not None or 0 in shape:
-        return None
-    axes = x.changed.axes_after(shape, x.axes) if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes)
+    whole = params["dimensions"] is None and 0 not in shape
+    return x.seen_as(x.changed.reshaped(shape)) if whole else None
 
 
 def _squeeze(x: Lazy, params: Any) -> Lazy | None:
     gone = {axis % x.ndim for axis in params["dimensions"]}
-    kept = [i for i in range(x.ndim) if i not in gone]
-    shape = [x.shape[i] for i in kept]
-    axes = [x.axes[i] for i in kept] if x.axes else ()
-    return x.seen_as(x.changed.reshaped(shape), axes, union(x.axes, gone) if x.axes else Axes())
+    return x.seen_as(x.changed.reshaped([n for i, n in enumerate(x.shape) if i not in gone]))
 
 
 def _broadcast(x: Lazy, params: Any) -> Lazy | None:
     shape, where = params["shape"], params["broadcast_dimensions"]
     if any(x.shape[i] != shape[j] for i, j in enumerate(where)):
         return None
-    axes = [x.axes[where.index(j)] if x.axes and j in where else Axes() for j in range(len(shape))]
-    return x.seen_as(x.changed.broadcast(shape, where), axes if x.axes else ())
+    return x.seen_as(x.changed.broadcast(shape, where))
 
 
 def _cast(x: Lazy, params: Any) -> Lazy | None:
     dtype = params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return x.seen_as(x.changed.cast(dtype), x.axes)
+    return x.seen_as(x.changed.cast(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+def _cut(x: Lazy, shape: Sequence[int], one: Callable[[Array, int, int], Array]) -> Lazy | None:
+    """A part of a weight; `one(array, axis, position)` cuts an axis of it, wherever that is."""
+    axes = [i for i in range(x.ndim) if shape[i] != x.shape[i]]
+
+    def cut(array: Array, position: dict[int, int]) -> Array:
+        for axis in axes:
+            if axis in position:
+                array = one(array, axis, position[axis])
+        return array
+
+    return x.seen_as(x.changed.sliced(cut, axes))
 
 
 def _slice(x: Lazy, params: Any) -> Lazy | None:
     starts, limits = params["start_indices"], params["limit_indices"]
     steps = params["strides"] or (1,) * x.ndim
-    cut = [i for i in range(x.ndim) if (starts[i], limits[i], steps[i]) != (0, x.shape[i], 1)]
+    shape = [-((a - b) // step) for a, b, step in zip(starts, limits, steps, strict=True)]
 
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.slice_in_dim(
-                    array, starts[axis], limits[axis], steps[axis], position[axis]
-                )
-        return array
+    def one(array: Array, axis: int, at: int) -> Array:
+        return jax.lax.slice_in_dim(array, starts[axis], limits[axis], steps[axis], at)
 
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+    return _cut(x, shape, one)
+
+
+def _split(x: Lazy, params: Any) -> list[Lazy] | None:
+    sizes, along, found = params["sizes"], params["axis"], list[Lazy]()
+    for number, size in enumerate(sizes):
+        start = sum(sizes[:number])
+
+        def one(array: Array, axis: int, at: int, start: int = start, size: int = size) -> Array:
+            return jax.lax.slice_in_dim(array, start, start + size, axis=at)
+
+        part = _cut(x, [size if i == along else n for i, n in enumerate(x.shape)], one)
+        found += [part] if part is not None else []
+    return found if len(found) == len(sizes) else None
 
 
 def _dynamic_slice(
@@ -96,17 +106,11 @@ def _dynamic_slice(
     sizes = params["slice_sizes"]
     if where or any(isinstance(i, Lazy) for i in starts):
         return None
-    cut = [i for i in range(x.ndim) if sizes[i] != x.shape[i]]
 
-    def one(array: Array, position: dict[int, int]) -> Array:
-        for axis in cut:
-            if axis in position:
-                array = jax.lax.dynamic_slice_in_dim(
-                    array, starts[axis], sizes[axis], position[axis]
-                )
-        return array
+    def one(array: Array, axis: int, at: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], at)
 
-    return x.seen_as(x.changed.sliced(one, cut), x.axes)
+    return _cut(x, sizes, one)
 
 
 def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -134,14 +138,9 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
 
     others = dict(zip((i for i in range(x.ndim) if i != axis), numbers.offset_dims, strict=True))
     changed = x.changed.taken(take, axis, outside, others)
-    axes = [Axes()] * (rows + x.ndim - 1)
-    for old, new in others.items():
-        axes[new] = x.axes[old] if x.axes else Axes()
-    seen = x.seen_as(
-        changed, axes if x.axes else (), looked_up=x.axes[axis] if x.axes else Axes({0})
-    )
+    seen = x.seen_as(changed, looked_up=True)
     if seen is None or x.ndim > 2:
-        return seen
+        return seen  # as of experts, whose matrices meet an input later
     seen.record("gather", "lookup")
     return seen.formed()
 
@@ -149,7 +148,7 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
 def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A sharding is asked of the weight alone; the sum of parts is as the parts are."""
     x = values[where]
-    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)), x.axes)
+    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)))
 
 
 def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -157,7 +156,7 @@ def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, w
     x, number = values[where], values[1 - where]
     if isinstance(number, Lazy) or jnp.ndim(number):
         return None
-    return x.seen_as(x.changed.scaled(number), x.axes)
+    return x.seen_as(x.changed.scaled(number))
 
 
 def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -165,47 +164,36 @@ def _divide(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
     x, number = values
     if where or isinstance(number, Lazy) or jnp.ndim(number):
         return None
-    return x.seen_as(x.changed.scaled(1 / number), x.axes)
+    return x.seen_as(x.changed.scaled(1 / number))
 
 
-def _product(compute: Callable[..., Any]) -> Rule:
-    """The rule of an operation in which a weight meets its input."""
-
-    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
-        x = values[where]
-        others = [formed(value) for i, value in enumerate(values) if i != where]
-        for i, value in enumerate(values):
-            if i != where and isinstance(value, Lazy):
-                value.record(primitive.name, "sum")
-        found = compute(primitive, x.changed, others, params, where)
-        how = "sum" if found.y is None else "product"
-        x.record(primitive.name, how, found.inputs, found.batch, found.window)
-        if found.y is not None:
-            return found.y
-        return primitive.bind(*(formed(value) for value in values), **params)
-
-    return rule
+def _product(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A weight meets its input."""
+    x, others = values[where], [value for i, value in enumerate(values) if i != where]
+    for value in others:
+        if isinstance(value, Lazy):
+            value.record(primitive.name)
+    y = multiplied(primitive, x.changed, [*map(formed, others)], params, where)
+    x.record(primitive.name, "sum" if y is None else "product")
+    return primitive.bind(*map(formed, values), **params) if y is None else y
 
 
 def _inlined(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of a jitted function, in place of its call."""
-    with jex.set_current_trace(trace):
-        return jex.jaxpr_as_fun(params["jaxpr"])(*values)
+    return trace.inlined(params, values)
 
 
 def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """The body of `jax.checkpoint`, checkpointed again with the parts of changed weights."""
+    # Without the call, what the body computes would be kept for the gradient. The parts are plain
+    # arrays, of which jax can take gradients; inside they are put together in a trace of its own.
     split, join = _parts(values)
-    known = [trace.knows(x) for x in values]
 
     def body(parts: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(part for part, own in zip(parts, known, strict=True) if own)
-            inside = join(inner, parts)
-            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *inside))
+        with thin() as inner:
+            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *join(inner, parts)))
 
-    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return again(split)
+    return trace.checkpointed(body, params)(split)
 
 
 def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -214,12 +202,10 @@ def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     if isinstance(index, Lazy):
         return None
     split, join = _parts(operands)
-    known = [trace.knows(x) for x in operands]
 
     def thinly(jaxpr: Any) -> Callable[[Any], Any]:
         def branch(parts: Any) -> Any:
-            with thin(trace.known) as inner:
-                inner.learn(part for part, own in zip(parts, known, strict=True) if own)
+            with thin() as inner:
                 return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
 
         return branch
@@ -242,30 +228,19 @@ def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list
 def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A scan over layers, each with its own part of stacked weights."""
     consts, initial, xs = operands_of_scan(values, params)
+    # A carry has to be of one type in all rounds; what a round makes of a changed weight is a sum.
     carry = [formed(x) for x in initial]
     for x in initial:
         if isinstance(x, Lazy):
-            x.record("scan", "sum")
+            x.record("scan")
     length = params["length"]
     stacked = [x.changed.layers(length) if isinstance(x, Lazy) else x for x in xs]
     rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
-    known = [trace.knows(x) for x in xs]
 
     def body(carry: Any, rows: Any) -> Any:
-        with thin(trace.known) as inner:
-            inner.learn(row for row, own in zip(rows, known, strict=True) if own)
+        with thin() as inner:
             inside = [
-                Lazy(
-                    inner,
-                    part.layer(row),
-                    x.leaf,
-                    x.axes[1:],
-                    x.indexed | (x.axes[0] if x.axes else Axes()),
-                    x.looked_up,
-                    x.spent,
-                )
-                if isinstance(x, Lazy)
-                else row
+                x.within(inner, part.layer(row)) if isinstance(x, Lazy) else row
                 for x, part, row in zip(xs, stacked, rows, strict=True)
             ]
             outer = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
@@ -288,15 +263,14 @@ RULES.update(
         "copy": _view(lambda x, params: x),
         "name": _view(lambda x, params: x),
         "slice": _view(_slice),
+        "split": _view(_split),
         "dynamic_slice": _dynamic_slice,
         "gather": _gather,
         "sharding_constraint": _constraint,
         "mul": _multiply,
         "div": _divide,
-        "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)), x.axes)),
-        "dot_general": _product(multiplied),
-        "conv_general_dilated": _product(convolved),
-        "ragged_dot_general": _product(grouped),
+        "neg": _view(lambda x, params: x.seen_as(x.changed.scaled(jnp.float32(-1)))),
+        **dict.fromkeys(MEETINGS, _product),
         "jit": _inlined,
         "pjit": _inlined,
         "remat2": _remat,

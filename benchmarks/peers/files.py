@@ -19,7 +19,7 @@ from adapters_jax.files.adapterhub import save_adapterhub
 from adapters_jax.files.names import NameTable, to_tensors
 from adapters_jax.files.peft import save_peft
 from adapters_jax.finetune.models import bert
-from adapters_jax.finetune.models.bert import BERT_BASE, BertClassifier, BertConfig, classifier
+from adapters_jax.finetune.models.bert import BERT_BASE, FAMILY, BertClassifier, BertConfig
 from adapters_jax.finetune.models.decoder import NAMES as LLAMA_NAMES
 from adapters_jax.finetune.models.decoder import DecoderConfig, save_decoder
 from adapters_jax.trees import flatten, unflatten
@@ -84,7 +84,7 @@ def write_bert(directory: Path, sizes: Sizes) -> None:
         for seed, which in enumerate(ADAPTERS, 1):
             values = flatten(shaken(whole, seed)) | flatten(params)
             trained = aj.partition(unflatten(values), recipe)[0]
-            formats = Formats(directory / f"bert-{method}", which, classifier.NAMES, params)
+            formats = Formats(directory / f"bert-{method}", which, FAMILY.classifier.names, params)
             formats.write(recipe, trained, peft=method == "lora", task_type="SEQ_CLS")
 
 

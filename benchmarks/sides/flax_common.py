@@ -11,7 +11,7 @@ import optax
 from adapters_jax.files.adapter import read_adapter
 from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.bert import BertClassifier, BertConfig, classifier
+from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, BertConfig
 from adapters_jax.trees import flatten
 from benchmarks.by_hand import Sizes
 from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions
@@ -81,7 +81,7 @@ def load_classifier(base: Path) -> tuple[BertClassifier, Any]:
     model = BertClassifier(BertConfig.from_json(base / "config.json"), LABELS, pooling="pooler")
     ids = jnp.zeros((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    return model, from_tensors(huggingface.read_tensors(base), classifier.NAMES, like)
+    return model, from_tensors(huggingface.read_tensors(base), FAMILY.classifier.names, like)
 
 
 def sizes_of(config: BertConfig, **more: Any) -> Sizes:

@@ -24,13 +24,13 @@ from adapters_jax.finetune.base_files import chat, huggingface
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.data.batches import encode
 from adapters_jax.finetune.data.conversations import read_conversations
-from adapters_jax.finetune.data.files import DataError, check_even
+from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.summary import inputs_of, summarize
-from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import DecoderConfig
-from adapters_jax.finetune.models.parts.encoder import abstract
+from adapters_jax.finetune.models.encoder.checkpoint import abstract
 from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import read_tokenizer
@@ -258,8 +258,8 @@ def _read_recipe(directory: Path) -> None:
 
 
 def _runs(folder: Path) -> Mapping[str, Files]:
+    from adapters_jax.finetune.options.flags import plain
     from adapters_jax.finetune.options.settings import RunOptions
-    from adapters_jax.finetune.options.stored import plain
 
     target = {"names": ["no", "yes"]}
     scored = {"method": "lora", "trainable_parameters": 9, "test": {"f1": 1.0}}
@@ -356,11 +356,10 @@ _SQUAD = {
 
 def _read_rows(directory: Path) -> None:
     rows = read_file(next(directory.iterdir(), directory / "rows.csv"))
-    assert all(len(values) <= 10**6 for _, values in rows[1])
-    check_even(directory, rows)
+    assert all(len(values) <= 10**6 for _, values in rows.records)
     summarize(rows), inputs_of(rows)
     with contextlib.suppress(DataError):  # the columns may be others by now
-        make_table(directory, rows, "text", None, "label")
+        read_rows(rows)
 
 
 def _images(_: Path) -> Mapping[str, Files]:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import adapters_jax as aj
 from adapters_jax.files.peft import save_peft
 from adapters_jax.finetune.cli import main as command_line
-from adapters_jax.finetune.models.bert import BertClassifier, classifier, load_bert
+from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, load_bert
 from helpers.tiny import FOODS, write_llama, write_meanings, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,9 @@ def write_their_adapter(directory, checkpoint):
     recipe = aj.lora(4, alpha=8, dropout=0.1, head="head")
     params = aj.init_adapters(aj.adapt(base, recipe), params, jax.random.key(1), ids)
     trained, frozen = aj.partition(params, recipe)
-    save_peft(directory, recipe, trained, classifier.NAMES, frozen | {"head": params["head"]})
+    save_peft(
+        directory, recipe, trained, FAMILY.classifier.names, frozen | {"head": params["head"]}
+    )
 
 
 def write_stand_ins(folder, monkeypatch):

@@ -17,8 +17,6 @@ import adapters_jax as aj
 from adapters_jax.files.identity import base_identity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import NOTHING, Batches
-from adapters_jax.finetune.data.datasets import TaskData
-from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.pretrained.encoder import INPUTS, load_encoder
@@ -123,7 +121,7 @@ class TagPredictor:
     def predict(self, texts):
         rows, _ = self.encoder.encode(texts, self.max_length)
         pad_id = self.encoder.config.pad_token_id
-        batches = Batches.in_order(rows, None, 4, (self.max_length,), pad_id)
+        batches = Batches(rows, None, 4, None, (self.max_length,), pad_id)
         tag = jax.jit(lambda *arrays: self.model.apply({"params": self.params}, *arrays).argmax(-1))
         found = in_row_order(lambda batch: tag(*(batch[name] for name in INPUTS)), batches)
         ends = [len(row.input_ids) - 1 for row in rows]
@@ -142,12 +140,8 @@ class Tagging(Task):
     columns = {"text": "text", "tags": "tags"}  # noqa: RUF012
     needed = {"tag_names": list, "text": str, "pairs": bool}  # noqa: RUF012
 
-    def load(self, files, columns, metrics):
-        named = self.of_columns(columns)
-        table = read_rows(files["train"], named["text"], None, named["tags"])
-        keys = [key_of(text) for text, _ in table.texts]
-        rows = split_rows(keys, [0] * len(keys), SPLIT_SEED, dev=0.1, test=0.1)
-        return TaskData("words", *map(table.take, rows), self.metrics)
+    def read(self, path, columns, metrics):
+        return read_rows(path, columns["text"], None, columns["tags"])
 
     def prepare(self, data, setup):
         encoder = load_encoder(setup.model)
@@ -163,7 +157,7 @@ class Tagging(Task):
             *(batches[0][name] for name in INPUTS),
         )
         held_out = {
-            p: Batches.in_order(rows[p], None, setup.batch_size, (LENGTH,)) for p in ("dev", "test")
+            p: Batches(rows[p], None, setup.batch_size, None, (LENGTH,)) for p in ("dev", "test")
         }
         labels = {p: np.stack([_whole(row.labels) for row in rows[p]]) for p in held_out}
         problem = TaggingProblem(model, params, batches, held_out, labels)

@@ -60,33 +60,26 @@ class Architecture:
     pooled: bool = True
 
 
-_LOCATIONS = ("mh_adapter", "output_adapter")
-
-
 def _stack(
     block: str,
-    layers: tuple[Layer, ...],
-    matrices: tuple[str, ...],
-    feed_forward: tuple[str, str],
-    locations: tuple[str, ...] = _LOCATIONS,
+    layers: tuple[str, ...],
+    matrices: str,
+    feed_forward: str,
+    locations: str = "mh_adapter output_adapter",
 ) -> Stack:
-    """Builds a stack; names with several endings are written with `|` between these.
+    """Builds a stack; the matrices are query, key and value.
 
-    Args:
-        block: the name of the sequence of blocks.
-        layers: the bottleneck layers.
-        matrices: the query, key and value.
-        feed_forward: `intermediate_lora` and `output_lora`.
-        locations: those of the bottleneck layers.
+    Names are separated by spaces, and alternatives to one name by `|`.
     """
-    ends = [name.split("|") for name in (*matrices, *feed_forward)]
-    q, k, v, intermediate, output = (tuple(each) for each in ends)
+    names = f"{matrices} {feed_forward}".split()
+    q, k, v, intermediate, output = (tuple(each.split("|")) for each in names)
     loras = {
         "selfattn_lora": {"q": q, "k": k, "v": v},
         "intermediate_lora": {"": intermediate},
         "output_lora": {"": output},
     }
-    return Stack(block, dict(zip(locations, layers, strict=True)), loras)
+    each = (Layer(*layer.split()) for layer in layers)
+    return Stack(block, dict(zip(locations.split(), each, strict=True)), loras)
 
 
 def _like_bert(
@@ -96,49 +89,73 @@ def _like_bert(
     stack = _stack(
         "encoder.layer",
         (
-            Layer("attention.output", "attention.output.dense", "attention.output.LayerNorm"),
-            Layer("output", "output.dense", "output.LayerNorm"),
+            "attention.output attention.output.dense attention.output.LayerNorm",
+            "output output.dense output.LayerNorm",
         ),
-        (query.format("query"), query.format("key"), query.format("value")),
-        ("intermediate.dense", "output.dense"),
+        " ".join(query.format(name) for name in ("query", "key", "value")),
+        "intermediate.dense output.dense",
     )
     return Architecture(*which, (stack,), post_norm=True, **fields)
-
-
-def _t5_layer(number: int, output: str) -> Layer:
-    return Layer(f"layer.{number}", f"layer.{number}.{output}", f"layer.{number}.layer_norm")
-
-
-def _t5_feed_forward(number: int) -> tuple[str, str]:
-    """With and without a gate."""
-    name = f"layer.{number}.DenseReluDense."
-    return f"{name}wi_1|{name}wi", f"{name}wo"
 
 
 _T5 = (
     _stack(
         "encoder.block",
-        (_t5_layer(0, "SelfAttention.o"), _t5_layer(1, "DenseReluDense.wo")),
-        ("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),
-        _t5_feed_forward(1),
+        (
+            "layer.0 layer.0.SelfAttention.o layer.0.layer_norm",
+            "layer.1 layer.1.DenseReluDense.wo layer.1.layer_norm",
+        ),
+        "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v",
+        # With and without a gate.
+        "layer.1.DenseReluDense.wi_1|layer.1.DenseReluDense.wi layer.1.DenseReluDense.wo",
     ),
     _stack(
         "decoder.block",
         (
-            _t5_layer(0, "SelfAttention.o"),
-            _t5_layer(1, "EncDecAttention.o"),
-            _t5_layer(2, "DenseReluDense.wo"),
+            "layer.0 layer.0.SelfAttention.o layer.0.layer_norm",
+            "layer.1 layer.1.EncDecAttention.o layer.1.layer_norm",
+            "layer.2 layer.2.DenseReluDense.wo layer.2.layer_norm",
         ),
-        (
-            "layer.0.SelfAttention.q|layer.1.EncDecAttention.q",
-            "layer.0.SelfAttention.k|layer.1.EncDecAttention.k",
-            "layer.0.SelfAttention.v|layer.1.EncDecAttention.v",
-        ),
-        _t5_feed_forward(2),
-        ("mh_adapter", "cross_adapter", "output_adapter"),
+        "layer.0.SelfAttention.q|layer.1.EncDecAttention.q "
+        "layer.0.SelfAttention.k|layer.1.EncDecAttention.k "
+        "layer.0.SelfAttention.v|layer.1.EncDecAttention.v",
+        "layer.2.DenseReluDense.wi_1|layer.2.DenseReluDense.wi layer.2.DenseReluDense.wo",
+        "mh_adapter cross_adapter output_adapter",
     ),
 )
-
+_DISTILBERT = _stack(
+    "transformer.layer",
+    (
+        "attention_adapters attention.out_lin sa_layer_norm",
+        "output_adapters ffn.lin2 output_layer_norm",
+    ),
+    "attention.q_lin attention.k_lin attention.v_lin",
+    "ffn.lin1 ffn.lin2",
+)
+_GPT2 = _stack(
+    "h",
+    ("attention_adapters attn.c_proj ln_1", "output_adapters mlp.c_proj ln_2"),
+    "attn.c_attn attn.c_attn attn.c_attn",
+    "mlp.c_fc mlp.c_proj",
+)
+_LLAMA = _stack(
+    "layers",
+    (
+        "attention_adapters self_attn.o_proj input_layernorm",
+        "output_adapters mlp.down_proj post_attention_layernorm",
+    ),
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "mlp.down_proj mlp.up_proj",  # AdapterHub has these two the other way round than its others
+)
+_VIT = _stack(
+    "encoder.layer",
+    (
+        "attention_adapters attention.output.dense layernorm_before",
+        "output.output_adapters output.dense layernorm_after",
+    ),
+    "attention.attention.query attention.attention.key attention.attention.value",
+    "intermediate.dense output.dense",
+)
 
 # Of architectures with the same blocks, the first is that of a model whose prefix is no other's.
 ARCHITECTURES = (
@@ -152,65 +169,15 @@ ARCHITECTURES = (
         pooled=False,
     ),
     Architecture(
-        *("distilbert", "DistilBertAdapterModel", "distilbert."),
-        (
-            _stack(
-                "transformer.layer",
-                (
-                    Layer("attention_adapters", "attention.out_lin", "sa_layer_norm"),
-                    Layer("output_adapters", "ffn.lin2", "output_layer_norm"),
-                ),
-                ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-                ("ffn.lin1", "ffn.lin2"),
-            ),
-        ),
+        *("distilbert", "DistilBertAdapterModel", "distilbert.", (_DISTILBERT,)),
         post_norm=True,
         pooler="relu",
         pooled=False,
     ),
-    Architecture(
-        *("gpt2", "GPT2AdapterModel", "transformer."),
-        (
-            _stack(
-                "h",
-                (
-                    Layer("attention_adapters", "attn.c_proj", "ln_1"),
-                    Layer("output_adapters", "mlp.c_proj", "ln_2"),
-                ),
-                ("attn.c_attn", "attn.c_attn", "attn.c_attn"),
-                ("mlp.c_fc", "mlp.c_proj"),
-            ),
-        ),
-    ),
-    Architecture(
-        *("llama", "LlamaAdapterModel", "model."),
-        (
-            _stack(
-                "layers",
-                (
-                    Layer("attention_adapters", "self_attn.o_proj", "input_layernorm"),
-                    Layer("output_adapters", "mlp.down_proj", "post_attention_layernorm"),
-                ),
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("mlp.down_proj", "mlp.up_proj"),  # in AdapterHub's order
-            ),
-        ),
-    ),
+    Architecture("gpt2", "GPT2AdapterModel", "transformer.", (_GPT2,)),
+    Architecture("llama", "LlamaAdapterModel", "model.", (_LLAMA,)),
     Architecture("t5", "T5AdapterModel", "", _T5),
-    Architecture(
-        *("vit", "ViTAdapterModel", "vit."),
-        (
-            _stack(
-                "encoder.layer",
-                (
-                    Layer("attention_adapters", "attention.output.dense", "layernorm_before"),
-                    Layer("output.output_adapters", "output.dense", "layernorm_after"),
-                ),
-                tuple(f"attention.attention.{name}" for name in ("query", "key", "value")),
-                ("intermediate.dense", "output.dense"),
-            ),
-        ),
-    ),
+    Architecture("vit", "ViTAdapterModel", "vit.", (_VIT,)),
 )
 # The classes of types that have the blocks and the prefix of another one.
 ALIKE = {

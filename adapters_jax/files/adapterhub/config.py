@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from adapters_jax.files.directories import field_problems
+from adapters_jax.files.settings import Rule, field_problems, is_number, one_of, rule
 from adapters_jax.methods import Bottleneck
 
 Config = Mapping[str, Any]
@@ -50,12 +50,54 @@ ACTIVATIONS = {
     **{"gelu_pytorch_tanh": "gelu", "leaky_relu": "leaky_relu"},
 }
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
-_ONLY = {"stochastic_depth": 0.0, "composition_mode": "add", "dtype": "float32"}
 _DROPOUT = (
-    "expected 0.0: AdapterHub applies it after the up-projection, we between the projections; set "
-    "it to 0.0 in the file, which changes no prediction"
+    "0.0: AdapterHub applies it after the up-projection, we between the projections; set it to "
+    "0.0 in the file, which changes no prediction"
 )
-_WORDS: dict[type, str] = {bool: "True or False", str: "a name", int: "a whole number"}
+_BOOL = rule(lambda found: isinstance(found, bool), "True or False")
+_NUMBER = rule(is_number, "a number")
+_OF_ALL: dict[str, Rule] = {
+    "stochastic_depth": one_of(0.0),
+    "composition_mode": one_of("add"),
+    "dtype": one_of("float32"),
+    "leave_out": rule(
+        lambda found: isinstance(found, list) and all(type(n) is int for n in found),
+        "a list of layer numbers",
+    ),
+}
+RULES: dict[str | None, dict[str, Rule]] = {
+    None: {
+        **_OF_ALL,
+        **dict.fromkeys(("original_ln_before", "original_ln_after", "residual_before_ln"), _BOOL),
+        **dict.fromkeys(("ln_before", "ln_after", "is_parallel"), _BOOL),
+        **dict.fromkeys((*LOCATIONS[None], "adapter_residual_before_ln"), _BOOL),
+        "scaling": _NUMBER,
+        "dropout": rule(lambda found: found == 0.0, _DROPOUT),
+        "reduction_factor": rule(
+            lambda found: all(
+                type(n) in (int, float) and n > 0
+                for n in (found.values() if isinstance(found, Mapping) else [found])
+            ),
+            "a number above 0, or one for each layer",
+        ),
+        "non_linearity": rule(
+            lambda found: isinstance(found, str) and found.lower() in ACTIVATIONS,
+            f"one of {', '.join(ACTIVATIONS)}",
+        ),
+    },
+    "lora": {
+        **_OF_ALL,
+        **dict.fromkeys(LOCATIONS["lora"], _BOOL),
+        **dict.fromkeys(("alpha", "dropout"), _NUMBER),
+        "r": rule(lambda found: type(found) is int, "a whole number"),
+        "attn_matrices": rule(
+            lambda found: (
+                isinstance(found, list) and "q" in found and {*map(str, found)} <= {*"qkv"}
+            ),
+            "a list of q, k and v",
+        ),
+    },
+}
 
 
 class Placement(NamedTuple):
@@ -120,7 +162,7 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         given = _modern(whole, each)
         problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
-        problems += field_problems(given, _supported(kind), IDLE, _expected(kind))
+        problems += field_problems(given, RULES[kind], IDLE)
         found.append(DEFAULTS[kind] | {k: v for k, v in given.items() if v is not None})
     return found, problems
 
@@ -142,49 +184,8 @@ def _modern(whole: Config, config: Config) -> dict[str, Any]:
     return config
 
 
-def _supported(kind: str | None) -> set[str]:
-    """The supported fields of a kind of adapter."""
-    return {*DEFAULTS[kind], *REQUIRED[kind], *_ONLY, "dropout"}
-
-
-def _expected(kind: str | None) -> Any:
-    """Returns a function of a field and its value that states what is expected, if invalid."""
-
-    def expected(field: str, found: Any) -> list[str]:
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        if field in _ONLY:
-            return [] if found == _ONLY[field] else [f"expected {_ONLY[field]!r}"]
-        if field == "dropout" and kind is None:
-            return [] if found == 0.0 else [_DROPOUT]
-        if field == "reduction_factor":
-            values = found.values() if isinstance(found, Mapping) else [found]
-            good = all(type(v) in (int, float) and v > 0 for v in values)
-            return [] if good else ["expected a number above 0, or one for each layer"]
-        if field == "non_linearity":
-            good = isinstance(found, str) and found.lower() in ACTIVATIONS
-            return [] if good else [f"expected one of {', '.join(ACTIVATIONS)}"]
-        if field == "leave_out":
-            good = isinstance(found, list) and all(type(n) is int for n in found)
-            return [] if good else ["expected a list of layer numbers"]
-        if field == "attn_matrices":
-            good = isinstance(found, list) and {"q"} <= {"q", *map(str, found)} <= set("qkv")
-            return [] if good else ["expected a list of q, k and v"]
-        if field in ("scaling", "alpha", "dropout"):
-            return [] if number else ["expected a number"]
-        if field == "residual_before_ln":
-            return [] if isinstance(found, bool) else ["expected True or False"]
-        kinds = int if field == "r" else bool
-        return [] if type(found) is kinds else [f"expected {_WORDS[kinds]}"]
-
-    return expected
-
-
 def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
     """The role and the placement of a bottleneck, or the problem of its settings.
-
-    Args:
-        config: a configuration from `children`.
-        post_norm: whether the norms of the model's blocks follow the residual sum.
 
     Example:
         >>> placement({**DEFAULTS[None], "original_ln_before": True}, post_norm=True)

@@ -18,6 +18,7 @@ from adapters_jax.files.adapterhub import heads, reading, writing
 from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.files.adapterhub.config import VERSION
+from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import (
     Leaves,
@@ -31,15 +32,7 @@ from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
-HEAD_CONFIG, HEAD_TENSORS = "head_config.json", "model_head.safetensors"
-HEAD_PICKLE = "pytorch_model_head.bin"
-FILES = (CONFIG, TENSORS, HEAD_CONFIG, HEAD_TENSORS)
-PICKLE_ADVICE = (
-    "a pickled {} is never opened, since unpickling runs code: convert it where you trust it, with "
-    "AdapterHub's name = model.load_adapter(DIR), then "
-    "model.save_adapter(NEW_DIR, name, use_safetensors=True)"
-)
+FILES = (*ADAPTERHUB.files, *ADAPTERHUB_HEAD.files)
 
 
 def load_adapterhub(
@@ -97,18 +90,17 @@ def load_adapterhub(
     """
     directory = hub.find(directory, revision, FILES)
     blocks = find_blocks(names, base)
-    whole, tensors = _read(directory)
+    whole, tensors = ADAPTERHUB.read(directory)
+    of_head = (*ADAPTERHUB_HEAD.files, ADAPTERHUB_HEAD.pickle)
     try:
         methods, leaves, problems = reading.read(whole, tensors, blocks)
-        if with_head and _has_head(directory):
-            advice = PICKLE_ADVICE.format(HEAD_PICKLE)
-            head = directories.read_pair(directory, HEAD_CONFIG, HEAD_TENSORS, HEAD_PICKLE, advice)
-            trained, more = heads.read(*head, blocks, pooling)
+        if with_head and any((directory / name).exists() for name in of_head):
+            trained, more = heads.read(*ADAPTERHUB_HEAD.read(directory), blocks, pooling)
             methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
             leaves |= trained
             problems += more
         if not problems:
-            return as_in_model(methods, leaves, names, blocks.module_map)
+            return as_in_model(methods, leaves, blocks.module_map)
     except AdapterFileError:
         raise
     except ValueError as error:  # a method rejects a number, or layers differ
@@ -185,27 +177,24 @@ def save_adapterhub(
         ('reviews', 'lora', 2)
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
-    own = (*FILES, *(beside or ()))
-    directory = directories.adapter_directory("AdapterHub", directory, own, "config")
-    blocks = find_blocks(names, base)
+    directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
+    blocks = find_blocks(names, base, prefix)
     config, tensors, head, problems = to_adapterhub(
-        recipe, flat, names, blocks, name, pooling, labels, head_type
+        recipe, flat, blocks, name, pooling, labels, head_type
     )
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     about = _about(blocks, name, prefix) | fields
-    whole = {blocks.module_map.full(key, prefix): tensor for key, tensor in tensors.items()}
-    files = directories.pair((CONFIG, about | {"config": config}), (TENSORS, whole))
+    whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
+    files = ADAPTERHUB.content(about | {"config": config}, whole)
     if head[0]:
-        settings = (HEAD_CONFIG, about | {"config": head[0]})
-        files |= directories.pair(settings, (HEAD_TENSORS, head[1]))
+        files |= ADAPTERHUB_HEAD.content(about | {"config": head[0]}, head[1])
     return directories.write(directory, files, beside)
 
 
 def to_adapterhub(
     recipe: Recipe | Method,
     leaves: Mapping[str, Array],
-    names: Names,
     blocks: Blocks,
     name: str = "adapter",
     pooling: str | None = None,
@@ -221,7 +210,7 @@ def to_adapterhub(
     problems: list[str] = []
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
-    unrolled, flat = as_in_file(recipe, dict(leaves), names, blocks.module_map)
+    unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
     added, trained = by_module(unrolled, flat, problems)
     config, tensors = writing.write(unrolled, added, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
@@ -233,31 +222,13 @@ def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:
     found = blocks.architecture
     alike = (each for each in ARCHITECTURES if each.stacks == found.stacks)
     own = next((each for each in alike if each.prefix == prefix), found)
-    first = next(iter(blocks.layers))
+    first = blocks.layers[0]
     return {
         "name": name,
         "version": VERSION,
         "model_type": own.model_type,
         "model_class": own.model_class,
         "model_name": None,
-        "hidden_size": max(blocks.width(first, where) for where in blocks.bottlenecks(first))
+        "hidden_size": max(x.width for (n, _), x in blocks.bottlenecks.items() if n == first)
         or None,
     }
-
-
-def _has_head(directory: Path) -> bool:
-    """Whether a directory has any file of a head."""
-    return any((directory / name).exists() for name in (HEAD_TENSORS, HEAD_PICKLE, HEAD_CONFIG))
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Reads the configuration and the tensors of a directory."""
-    advice = PICKLE_ADVICE.format(PICKLE)
-    whole, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, advice)
-    lacking = [field for field in ("config", "name") if field not in whole]
-    if lacking:
-        raise AdapterFileError(
-            f"{directory / CONFIG} has no {' and no '.join(lacking)}, so AdapterHub did not write "
-            "it; use load_adapter for what save_adapter wrote, load_peft for PEFT's files"
-        )
-    return whole, tensors

@@ -10,9 +10,9 @@ from typing import Any
 
 from adapters_jax.files.adapterhub.blocks import Blocks
 from adapters_jax.files.adapterhub.config import Config
-from adapters_jax.files.directories import field_problems
-from adapters_jax.files.layouts import Array, ModuleReference, our_leaf, their_leaf
-from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, trained_value
+from adapters_jax.files.layouts import Array, ModuleReference
+from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, our_leaves, their_leaves
+from adapters_jax.files.settings import anything, field_problems, one_of
 
 HEAD, POOLER = "classifier", "pooler.dense"  # BERT's names
 _OURS = {HEAD: "head", POOLER: "pooler/dense"}
@@ -20,8 +20,6 @@ POOLINGS = ("pooler", "cls", "tokens")
 OF_TOKENS = ("tagging", "question_answering")
 IMAGES = "image_classification"
 KINDS = ("classification", "multilabel_classification", "multiple_choice", IMAGES, *OF_TOKENS)
-_FIELDS = {"head_type", "num_labels", "num_choices", "layers", "activation_function"}
-_FIELDS |= {"use_pooler", "bias", "multilabel"}
 # The names of other architectures' own classifiers.
 _STATIC = {"classifier.dense": POOLER, "classifier.out_proj": HEAD, "pre_classifier": POOLER}
 _ADVICE = "load_adapterhub(..., with_head=False) omits the head"
@@ -44,19 +42,12 @@ def read(
         by_module, needed = _flexible(whole, config, tensors, activation, problems)
     leaves: Leaves = {}
     for (module, kind), tensor in {} if problems else by_module.items():
-        reference = next(iter(_at(module_map, module)), None)
-        leaf = "bias" if kind == "bias" else reference.weight if reference else ""
-        fits = reference is not None and leaf in reference.leaves
-        array = our_leaf(reference, leaf, tensor, False) if reference and fits else None
-        if reference is None:
+        there = _at(module_map, module)[:1]
+        if not there:
             problems.append(f"names has no path for {module} of the head; {_ADVICE}")
-        elif array is None:
-            problems.append(
-                f"the head's {module}.{kind} is {list(tensor.shape)}, which does not fit "
-                f"{reference.path}; {_ADVICE}"
-            )
-        else:
-            leaves[f"{reference.path}/{leaf}"] = array
+        wrong: list[str] = []
+        leaves |= our_leaves(f"the head's {module}.{kind}", kind, tensor, there, False, wrong)
+        problems += [f"{problem}; {_ADVICE}" for problem in wrong]
     leaves = {path: x.astype(module_map.base[path].dtype) for path, x in leaves.items()}
     known = pooling or ("pooler" if _at(module_map, POOLER) else None)
     if needed and leaves and known != needed:
@@ -103,24 +94,18 @@ def _flexible(
     if not isinstance(config, Mapping):
         problems.append(f"the head's config={config!r}, expected an object with the settings")
         return {}, "cls"
-    idle = {"label2id", "id2label"}
     of_tokens = config.get("head_type") in OF_TOKENS
     layers, pooled = config.get("layers", 2), bool(config.get("use_pooler"))
-    expected: dict[str, tuple[Any, ...]] = {
-        "head_type": KINDS,
-        "layers": (1,) if pooled or of_tokens else (1, 2),
-        "use_pooler": (True, False),
-        "bias": (True,),
-        "multilabel": (False,),
+    rules = {
+        **dict.fromkeys(("num_labels", "num_choices"), anything),
+        "head_type": one_of(*KINDS),
+        "layers": one_of(1) if pooled or of_tokens else one_of(1, 2),
+        "activation_function": one_of(activation) if layers == 2 else anything,
+        "use_pooler": one_of(True, False),
+        "bias": one_of(True),
+        "multilabel": one_of(False),
     }
-    if layers == 2:
-        expected["activation_function"] = (activation,)
-
-    def reasons(field: str, found: Any) -> list[str]:
-        allowed = expected.get(field, (found,))
-        return [] if found in allowed else [f"expected {' or '.join(map(repr, allowed))}"]
-
-    found = field_problems(config, _FIELDS, idle, reasons)
+    found = field_problems(config, rules, idle=("label2id", "id2label"))
     problems += [f"the head's {problem}; {_ADVICE}" for problem in found]
     modules = {"1": HEAD} if layers == 1 else {"1": POOLER, "4": HEAD} if layers == 2 else {}
     names = {
@@ -190,11 +175,10 @@ def write(
     order = (POOLER, HEAD) if both else (HEAD,)
     tensors: Leaves = {}
     for number, module in zip((1, 4), order, strict=False):
-        (reference,) = _at(module_map, module)
-        for leaf in reference.leaves:
-            value = trained_value(f"{reference.path}/{leaf}", trained, module_map, problems)
-            kind = "bias" if leaf == "bias" else "weight"
-            tensors[f"heads.{name}.{number}.{kind}"] = their_leaf(leaf, [value], False)
+        parts = _at(module_map, module)
+        own = parts[0].leaves
+        found = their_leaves(parts, own, trained, module_map.base, False, problems)
+        tensors |= {f"heads.{name}.{number}.{kind}": x for kind, x in found.items()}
     head_type = head_type or (OF_TOKENS[0] if known == "tokens" else KINDS[0])
     if head_type not in KINDS or (head_type in OF_TOKENS) != (known == "tokens"):
         problems.append(

@@ -1,22 +1,20 @@
 """Converts AdapterHub's configuration and tensors to our methods and leaves."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.adapterhub.blocks import Blocks
+from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import (
     ACTIVATIONS,
-    LOCATIONS,
     Config,
     children,
     placement,
     tensor_names,
 )
 from adapters_jax.files.layouts import Array, our_factors
-from adapters_jax.files.module_map import Added, shortest
+from adapters_jax.files.module_map import Added, Leaves, shortest
 from adapters_jax.methods import Bottleneck, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
 
@@ -47,7 +45,7 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
     """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name."""
     found: Added = {}
     for key, tensor in tensors.items():
-        modern = key
+        modern = key  # the first versions had other names for adapters of tasks and of languages
         for legacy in _LEGACY:
             modern = modern.replace(legacy, "adapters")
         for kind in ("adapters", "loras"):
@@ -60,29 +58,22 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
     return found
 
 
-def _locations(config: Config, blocks: Blocks) -> list[tuple[int, str]]:
-    """The layers and locations that a configuration adapts."""
-    kind = config["architecture"]
-    return [
-        (n, name)
-        for n in blocks.layers
-        if n not in config["leave_out"]
-        for name in LOCATIONS[kind]
-        if config[name] and name in blocks.locations(n, kind)
-    ]
+def _points(config: Config, among: Mapping[Point, Any]) -> list[Point]:
+    """The points that a configuration adapts."""
+    return [(n, name) for n, name in among if n not in config["leave_out"] and config[name]]
 
 
 def _bottlenecks(
-    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
 ) -> list[Method]:
     """Returns one Bottleneck for each reduction factor, and adds its leaves."""
-    modules = {point: blocks.bottleneck(*point) for point in _locations(config, blocks)}
-    mine = {point: found.pop(f"{module}.adapters", {}) for point, module in modules.items()}
-    kind = placement(config, blocks.architecture.post_norm)
+    sublayers = {point: blocks.bottlenecks[point] for point in _points(config, blocks.bottlenecks)}
+    mine = {point: found.pop(f"{own.module}.adapters", {}) for point, own in sublayers.items()}
     if config["cross_adapter"] and not any(
-        "cross_adapter" in blocks.bottlenecks(n) for n in blocks.layers
+        name == "cross_adapter" for _, name in blocks.bottlenecks
     ):
         problems.append("cross_adapter=True, but the base has no attention to an encoder")
+    kind = placement(config, blocks.architecture.post_norm)
     if isinstance(kind, str):
         problems.append(kind)
         return []
@@ -95,18 +86,17 @@ def _bottlenecks(
         "norm_before": config["ln_before"],
         "norm_after": config["ln_after"],
     }
-    for (layer, location), got in mine.items():
-        module, width = modules[layer, location], blocks.width(layer, location)
-        path, factor = blocks.path(layer, location, role), _factor(config, layer)
+    for point, (module, paths, width) in sublayers.items():
+        path, factor = paths.get(role), _factor(config, point[0])
         if factor is None:
-            problems.append(f"reduction_factor has neither layer {layer} nor a default")
+            problems.append(f"reduction_factor has neither layer {point[0]} nor a default")
         elif path is None or not width:
             problems.append(
                 f"names has no path for the {role} of {module}, or for the projection before it"
             )
         else:
             method = Bottleneck(path, reduction_factor=factor, **fields)
-            new = _leaves(method, path, width, got, module, problems)
+            new = _leaves(method, path, width, mine[point], module, problems)
             leaves |= {f"{path}/adapter/{name}": x for name, x in new.items()}
             groups.setdefault(factor, []).append(path)
     return [
@@ -124,13 +114,8 @@ def _factor(config: Config, layer: int) -> float | None:
 
 
 def _leaves(
-    method: Bottleneck,
-    path: str,
-    width: int,
-    got: dict[str, Array],
-    module: str,
-    problems: list[str],
-) -> dict[str, Array]:
+    method: Bottleneck, path: str, width: int, got: Leaves, module: str, problems: list[str]
+) -> Leaves:
     """Our leaves of one bottleneck; adds a problem if the tensors do not fit the settings."""
     # AdapterHub stores the norm before a bottleneck under two names.
     for kind in ("weight", "bias") if method.norm_before else ():
@@ -152,41 +137,36 @@ def _leaves(
 
 
 def _loras(
-    config: Config, found: Added, blocks: Blocks, leaves: dict[str, Array], problems: list[str]
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
 ) -> list[Method]:
     """Returns one LoRA, and adds its leaves; a fused layer has stacked factors of each matrix."""
     rank, paths = config["r"], []
-    for layer, location in _locations(config, blocks):
-        modules: dict[str, list[str]] = {}
-        for matrix, names in blocks.loras(layer, location).items():
-            for name in names if not matrix or matrix in config["attn_matrices"] else ():
-                modules.setdefault(name, []).append(matrix)
-        for module, matrices in modules.items():
+    for point in _points(config, blocks.loras):
+        for module, every in blocks.projections(point).items():
+            # Feed-forward modules have no matrices, and so the name "".
+            own = [each for m, each in every.items() if not m or m in config["attn_matrices"]]
+            if not own:
+                continue
             got = found.pop(f"{module}.loras", {})
-            there = blocks.module_map.at(module)
-            if there and there[0].part:
-                there = tuple(replace(there["qkv".index(m)], part=None) for m in matrices)
-            if not there or got.keys() != {"lora_A", "lora_B"}:
-                what = f"the tensors {sorted(got)}" if there else "no path in names"
+            if None in own or got.keys() != {"lora_A", "lora_B"}:
+                what = "no path in names" if None in own else f"the tensors {sorted(got)}"
                 problems.append(f"{module} has {what}, expected a path and lora_A, lora_B")
                 continue
             a, b = got["lora_A"], got["lora_B"]
-            for i, reference in enumerate(there):
-                out = len(b) // len(there)
+            for i, reference in enumerate(filter(None, own)):
+                out = len(b) // len(own)
                 rows, columns = a[i * rank : (i + 1) * rank], b[i * out : (i + 1) * out]
-                fits = len(a) == rank * len(there) and a.ndim == b.ndim == 2
+                fits = len(a) == rank * len(own) and a.ndim == b.ndim == 2
                 factors = our_factors(reference, rows, columns) if fits else None
                 if factors is None:
-                    shapes = f"A {list(a.shape)} and B {list(b.shape)}"
                     problems.append(
-                        f"{module} has {shapes}, which do not fit {reference.path} of "
-                        f"{list(reference.shape)} with r={rank}"
+                        f"{module} has A {list(a.shape)} and B {list(b.shape)}, which do not fit "
+                        f"{reference.path} of {list(reference.shape)} with r={rank}"
                     )
                     break
                 paths.append(reference.path)
-                leaves |= {
-                    f"{reference.path}/lora/{k}": x.astype(np.float32) for k, x in factors.items()
-                }
+                new = {f"{reference.path}/lora/{k}": x for k, x in factors.items()}
+                leaves |= {path: x.astype(np.float32) for path, x in new.items()}
     if not paths:
         return []
     targets = shortest(paths, blocks.paths)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.adapterhub.blocks import Blocks
+from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import (
     ACTIVATIONS,
     DEFAULTS,
@@ -20,7 +20,7 @@ from adapters_jax.methods import Bottleneck
 from adapters_jax.recipe import Recipe
 
 # By layer and location: the settings, and for an attention which of its matrices have factors.
-Settings = dict[tuple[int, str], tuple[dict[str, Any], tuple[str, ...]]]
+Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
@@ -45,31 +45,27 @@ def write(
 
 
 def _bottlenecks(
-    recipe: Recipe,
-    added: Added,
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
     settings: Settings = {}
     roles = blocks.roles()
     for path, leaves in _of("bottleneck", recipe, added):
         method: Any = next(m for m in recipe.at(path) if m.name == "bottleneck")
-        layer, location, role = roles.get(path, (0, "", ""))
+        point, role = roles.get(path, ((0, ""), ""))
         fields = _fields(method, role, blocks)
         if isinstance(fields, str):
             problems.append(f"{path}: {fields}")
             continue
-        if (layer, location) in settings:
+        if point in settings:
             problems.append(f"{path}: AdapterHub supports one bottleneck in each sublayer")
         width, m = leaves["down/kernel"].shape[-2:]
-        if leaves["down/kernel"].ndim != 2 or width != blocks.width(layer, location):
+        sublayer = blocks.bottlenecks[point]
+        if leaves["down/kernel"].ndim != 2 or width != sublayer.width:
             problems.append(f"{path}: its leaves do not fit one layer of this base")
             continue
-        settings[layer, location] = fields | {"reduction_factor": _factor(method, width, m)}, ()
-        module = f"{blocks.bottleneck(layer, location)}.adapters.{name}"
+        settings[point] = fields | {"reduction_factor": _factor(method, width, m)}, ()
+        module = f"{sublayer.module}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
         if method.norm_before:  # AdapterHub stores the norm under two names
@@ -102,7 +98,7 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
         return fields | {"is_parallel": True, "original_ln_before": False}
     for row in POST_NORM if blocks.architecture.post_norm else PRE_NORM:
         if row[:2] == (role, method.placement):
-            return fields | row._asdict() | {"role": None, "placement": None}
+            return fields | dict(zip(row._fields[2:], row[2:], strict=True))
     norm = "norm's, with placement='norm'" if blocks.architecture.post_norm else "sum"
     return (
         f"AdapterHub supports no {method.placement} bottleneck here: target a sublayer's output, "
@@ -114,64 +110,57 @@ def _factor(method: Bottleneck, width: int, m: int) -> float:
     """A reduction factor from which AdapterHub computes the width `m` again."""
     if method.reduction_factor is not None:
         return method.reduction_factor
+    # AdapterHub computes int(width // factor), which misses m for some quotients.
     exact = rounded(width / m)
     return exact if int(width // exact) == m else width / (m + 0.5)
 
 
 def _loras(
-    recipe: Recipe,
-    added: Added,
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}
     left = dict(_of("lora", recipe, added))
-    for layer in blocks.layers:
-        for location in LOCATIONS["lora"]:
-            made: dict[str, list[tuple[Array, Array]]] = {}
-            fields: list[dict[str, Any]] = []
-            adapted: dict[str, list[str]] = {}
-            every = blocks.loras(layer, location)
-            for matrix, module in ((m, name) for m, names in every.items() for name in names):
-                there = blocks.module_map.at(module)
-                fused = bool(there and there[0].part)
-                reference = there["qkv".index(matrix)] if fused else next(iter(there), None)
-                leaves = left.pop(reference.path, None) if reference else None
-                if reference is None or leaves is None:
-                    continue
-                lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
-                a, b = their_factors(reference, leaves, lora.slices)
-                if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
-                    problems.append(f"{reference.path}: its factors do not fit its weight")
-                    continue
-                if lora.a_init == "pissa":
-                    problems.append(
-                        f"{reference.path}: a_init='pissa' changed the base's weights, but "
-                        "AdapterHub adapts the original base"
-                    )
-                alpha = rounded(lora.scale_at(reference.path) * len(a))
-                fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
-                adapted.setdefault(matrix, []).append(module)
-                made.setdefault(module, []).append((a, b))
-            for matrix, names in adapted.items():
-                if names != every[matrix]:
-                    problems.append(
-                        f"{', '.join(names)} alone: AdapterHub adapts {' and '.join(every[matrix])}"
-                    )
-            if any(each != fields[0] for each in fields):
+    for point, every in blocks.loras.items():
+        made: dict[str, list[tuple[Array, Array]]] = {}
+        fields: list[dict[str, Any]] = []
+        adapted: dict[str, list[str]] = {}
+        projections = blocks.projections(point)
+        for matrix, module in ((m, name) for m, names in every.items() for name in names):
+            reference = projections[module][matrix]
+            leaves = left.pop(reference.path, None) if reference else None
+            if reference is None or leaves is None:
+                continue
+            lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
+            a, b = their_factors(reference, leaves, lora.slices)
+            if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
+                problems.append(f"{reference.path}: its factors do not fit its weight")
+                continue
+            if lora.a_init == "pissa":
                 problems.append(
-                    f"layer {layer}: AdapterHub supports one rank, alpha and dropout for the "
-                    f"{', '.join(adapted)} of an attention"
+                    f"{reference.path}: a_init='pissa' changed the base's weights, but "
+                    "AdapterHub adapts the original base"
                 )
-            if fields:
-                settings[layer, location] = fields[0], tuple(filter(None, adapted))
-            for module, pairs in made.items():
-                for i, factor in enumerate(("lora_A", "lora_B")):
-                    both = np.concatenate([pair[i] for pair in pairs])
-                    tensors[f"{module}.loras.{name}.{factor}"] = both
+            alpha = rounded(lora.scale_at(reference.path) * len(a))
+            fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
+            adapted.setdefault(matrix, []).append(module)
+            made.setdefault(module, []).append((a, b))
+        problems += [
+            f"{', '.join(names)} alone: AdapterHub adapts {' and '.join(every[matrix])}"
+            for matrix, names in adapted.items()
+            if names != every[matrix]
+        ]
+        if any(each != fields[0] for each in fields):
+            problems.append(
+                f"layer {point[0]}: AdapterHub supports one rank, alpha and dropout for the "
+                f"{', '.join(adapted)} of an attention"
+            )
+        if fields:
+            settings[point] = fields[0], tuple(filter(None, adapted))
+        for module, pairs in made.items():
+            for i, factor in enumerate(("lora_A", "lora_B")):
+                both = np.concatenate([pair[i] for pair in pairs])
+                tensors[f"{module}.loras.{name}.{factor}"] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings
 
@@ -236,4 +225,4 @@ def _config(
         fields.pop("architecture")
     elif "selfattn_lora" in locations:
         fields["attn_matrices"] = list(matrices)
-    return {name: value for name, value in fields.items() if name not in ("role", "placement")}
+    return fields

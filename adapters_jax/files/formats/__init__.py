@@ -1,12 +1,14 @@
 """Recognises, reads and writes adapter formats.
 
-- `base`: the protocol `AdapterFormat`; `native`, `peft`, `adapterhub` and `gguf` implement it.
-- `registry`: `FORMATS`, and the format of a directory.
-- `changes`: how an adapter differs after it was written and read again.
+`base` has the contract `AdapterFormat`; `native`, `peft`, `adapterhub` and `gguf` implement it, and
+`FORMATS` lists them. `changes` says how an adapter differs after it was written and read again.
 """
 
+from pathlib import Path
+
+from adapters_jax.errors import AdapterFileError
+from adapters_jax.files.formats.adapterhub import AdapterHub
 from adapters_jax.files.formats.base import (
-    CONFIG,
     HEAD,
     Adapter,
     AdapterFormat,
@@ -15,14 +17,13 @@ from adapters_jax.files.formats.base import (
     stand_ins,
 )
 from adapters_jax.files.formats.changes import changes
-from adapters_jax.files.formats.registry import (
-    FORMATS,
-    every_file,
-    format_of,
-)
+from adapters_jax.files.formats.gguf import Gguf
+from adapters_jax.files.formats.native import Native
+from adapters_jax.files.formats.peft import Peft
+from adapters_jax.files.manifest import CONFIG
+from adapters_jax.files.untrusted import read_json
 
 __all__ = [
-    "CONFIG",
     "FORMATS",
     "HEAD",
     "Adapter",
@@ -34,3 +35,35 @@ __all__ = [
     "has_head",
     "stand_ins",
 ]
+
+# A new format is a module beside the others, and its class here.
+FORMATS: dict[str, AdapterFormat] = {
+    each.name: each for each in (Native(), Peft(), AdapterHub(), Gguf())
+}
+
+
+def every_file() -> set[str]:
+    """The names of all formats' files."""
+    return {name for each in FORMATS.values() for name in each.files}
+
+
+def format_of(directory: Path) -> AdapterFormat:
+    """Returns the format of an adapter's directory.
+
+    Raises:
+        AdapterFileError: the directory has no format or several, which the message names.
+    """
+    values = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
+    found = [each for each in FORMATS.values() if each.detects(directory, values)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterFileError(
+            f"{directory / CONFIG} has the keys of {' and '.join(each.owner for each in found)}; "
+            "expected those of one of them; remove the others"
+        )
+    *owners, last = [each.owner for each in FORMATS.values() if each.keys]
+    raise AdapterFileError(
+        f"{directory} is not an adapter: it has no {CONFIG} of {', '.join(owners)} or {last}, and "
+        "is no GGUF file"
+    )

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.adapterhub import files as adapterhub
-from adapters_jax.files.adapterhub import heads
-from adapters_jax.files.adapterhub.architectures import ALIKE, MODEL_TYPES
-from adapters_jax.files.adapterhub.blocks import find_blocks
 from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import Adapter, Head, has_head, pooling_problem, shape_in
+from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
+from adapters_jax.files.formats.base import (
+    Adapter,
+    AdapterFormat,
+    Head,
+    has_head,
+    pooling_problem,
+    shape_in,
+)
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
@@ -21,46 +25,45 @@ from adapters_jax.trees import flatten, unflatten
 _HEADS = re.compile(r"(?:.*\.)?(?:classifier(?:\.out_proj)?|heads\.[^.]+\.[14])\.weight")
 
 
-class AdapterHub:
+class AdapterHub(AdapterFormat):
     """The format of AdapterHub."""
 
-    name, owner, library = "adapterhub", "AdapterHub", "adapter-transformers"
-    files: tuple[str, ...] = adapterhub.FILES
+    name, owner, library = "adapterhub", ADAPTERHUB.owner, "adapter-transformers"
+    files, keys = (*ADAPTERHUB.files, *ADAPTERHUB_HEAD.files), ADAPTERHUB.keys
     names_classes = True
-
-    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
-        """Tests for the keys of the adapter's name and settings."""
-        return {"config", "name"} <= values.keys()
 
     def base_name(self, directory: Path) -> str | None:
         """The value of `model_name`."""
-        name = read_json(directory / adapterhub.CONFIG).get("model_name")
+        name = read_json(directory / ADAPTERHUB.config).get("model_name")
         return name if isinstance(name, str) and name else None
 
     def head(self, directory: Path, inside: str) -> Head | None:
         """The head in `model_head.safetensors`, if there is one."""
-        shape = shape_in(directory / adapterhub.HEAD_TENSORS, _HEADS)
+        from adapters_jax.files.adapterhub.heads import pooling_of
+
+        shape = shape_in(directory / ADAPTERHUB_HEAD.tensors, _HEADS)
         if shape is None:
             return None
-        return Head(shape[0], heads.pooling_of(read_json(directory / adapterhub.HEAD_CONFIG)))
+        return Head(shape[0], pooling_of(read_json(directory / ADAPTERHUB_HEAD.config)))
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_adapterhub`."""
+        from adapters_jax.files.adapterhub import heads, load_adapterhub
+
         pooling = base.pooling if base.pooling in heads.POOLINGS else None
-        recipe, leaves = adapterhub.load_adapterhub(
-            directory, base.names, base.params, pooling=pooling
-        )
+        recipe, leaves = load_adapterhub(directory, base.names, base.params, pooling=pooling)
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
         """See `to_adapterhub`, which `save_adapterhub` calls; and the base's type."""
+        from adapters_jax.files.adapterhub import blocks, files
+
         if lacking := _no_such_type(base):
             return [lacking]
-        return adapterhub.to_adapterhub(
+        return files.to_adapterhub(
             adapter.recipe,
             adapter.leaves,
-            base.names,
-            find_blocks(base.names, base.params),
+            blocks.find_blocks(base.names, base.params),
             adapter.name,
             _pooling(base, adapter.leaves),
             adapter.labels,
@@ -69,11 +72,12 @@ class AdapterHub:
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
+        from adapters_jax.files.adapterhub import architectures, save_adapterhub
+
         if lacking := _no_such_type(base):
             raise UserError(f"{lacking}; write PEFT's instead (--to peft)")
-        own = ALIKE.get(base.model_type)
-        about = {"model_type": base.model_type, "model_class": own} if own else {}
-        adapterhub.save_adapterhub(
+        own = architectures.ALIKE.get(base.model_type)
+        save_adapterhub(
             directory,
             adapter.recipe,
             unflatten(dict(adapter.leaves)),
@@ -86,12 +90,14 @@ class AdapterHub:
             head_type=adapter.head_type,
             beside=adapter.beside,
             model_name=base.public,
-            **about,
+            **({"model_type": base.model_type, "model_class": own} if own else {}),
         )
 
     def head_problem(self, base: BaseModel) -> str:
         """AdapterHub's heads read the pooler, the first token or each token."""
-        return pooling_problem(base, self.owner, heads.POOLINGS)
+        from adapters_jax.files.adapterhub.heads import POOLINGS
+
+        return pooling_problem(base, self.owner, POOLINGS)
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads with `AutoAdapterModel`, which supports all kinds of heads."""
@@ -104,11 +110,12 @@ class AdapterHub:
 
 def _no_such_type(base: BaseModel) -> str:
     """Why AdapterHub has no files for a type of bases; empty if it has."""
-    supported = MODEL_TYPES
-    if not base.model_type or base.model_type in supported:
+    from adapters_jax.files.adapterhub.architectures import MODEL_TYPES
+
+    if not base.model_type or base.model_type in MODEL_TYPES:
         return ""
     return (
-        f"AdapterHub's files are written for {', '.join(sorted(supported))}, and the base is a "
+        f"AdapterHub's files are written for {', '.join(sorted(MODEL_TYPES))}, and the base is a "
         f"{base.model_type}"
     )
 

@@ -1,11 +1,12 @@
-"""The protocol of adapter formats, and what their implementations share."""
+"""What an adapter format is, and what the implementations share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.tensors import open_tensors
 from adapters_jax.recipe import Recipe
 
-CONFIG = "adapter_config.json"  # all formats have a file of this name
 HEAD = "head/"  # the paths of a head's leaves begin with it
 
 
@@ -51,14 +51,18 @@ class Adapter:
     beside: Mapping[str, str] | None = None
 
 
-class AdapterFormat(Protocol):
+class AdapterFormat(ABC):
     """The adapter files of one library.
+
+    All formats are asked which of them a directory has, so a format imports the code of its library
+    only within the methods that need it.
 
     Attributes:
         name: the format's name in commands.
         owner: the library's name in messages.
         library: the library's name on the Hub, for model cards.
         files: the names of all files that the format may have.
+        keys: the keys by which its `adapter_config.json` is recognised; empty if it has none.
         names_classes: whether its files name the classes of a head.
     """
 
@@ -66,7 +70,8 @@ class AdapterFormat(Protocol):
     owner: str
     library: str
     files: tuple[str, ...]
-    names_classes: bool
+    keys: tuple[str, ...] = ()
+    names_classes: bool = False
 
     def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
         """Whether a directory has this format.
@@ -75,13 +80,17 @@ class AdapterFormat(Protocol):
             directory: the directory, or a file.
             values: those of its `adapter_config.json`; empty if it has none.
         """
+        return bool(self.keys) and values.keys() >= {*self.keys}
 
     def base_name(self, directory: Path) -> str | None:
         """The base's name or id in an adapter's files; None if they have none."""
+        return None
 
     def head(self, directory: Path, inside: str) -> Head | None:
         """The head in an adapter's files; `inside` is the module that a classifier's base is in."""
+        return None
 
+    @abstractmethod
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """Returns the recipe and the trained leaves by path.
 
@@ -94,7 +103,9 @@ class AdapterFormat(Protocol):
 
         Of the arrays, only shapes and dtypes matter: `stand_ins` will do for what is not trained.
         """
+        return []
 
+    @abstractmethod
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes a directory, which appears whole or not at all.
 
@@ -105,7 +116,9 @@ class AdapterFormat(Protocol):
 
     def head_problem(self, base: BaseModel) -> str:
         """Why this library has no head like the base's; empty if it has one."""
+        return ""
 
+    @abstractmethod
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Returns three lines of Python that load an adapter.
 
@@ -120,7 +133,7 @@ class AdapterFormat(Protocol):
 def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays of these shapes and dtypes that take no memory, to ask a format for its `problems`.
 
-    Each holds a number of its own, as no two trained leaves are equal.
+    Each holds another number, as no two trained leaves are equal.
 
     Example:
         >>> found = stand_ins({"a": np.ones((2, 3)), "b": np.ones(4)})

@@ -9,70 +9,70 @@ from typing import Any
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
 from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import Adapter, Head
-from adapters_jax.files.gguf import adapters
-from adapters_jax.files.gguf.header import find_gguf
-from adapters_jax.files.peft.files import from_peft, to_peft
-from adapters_jax.files.peft.servers import SERVERS, check_decoder, check_server, for_server
+from adapters_jax.files.formats.base import Adapter, AdapterFormat
+from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
-_SERVER = SERVERS["llama.cpp"]
+ADAPTER = "adapter.gguf"
 _NEAREST = (
     "a DoRA is written as the nearest LoRA, and what that loses is known once it is trained; "
     "convert says it, and has --max-error"
 )
 
 
-class Gguf:
-    """The format of llama.cpp."""
+class Gguf(AdapterFormat):
+    """The format of llama.cpp, for decoders; its file names an architecture, but no base."""
 
     name, owner, library = "gguf", "llama.cpp", "gguf"
-    files: tuple[str, ...] = (adapters.ADAPTER,)
-    names_classes = False
+    files: tuple[str, ...] = (ADAPTER,)
 
     def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
         """Tests for a GGUF file, which may be the path itself."""
         return not values and find_gguf(directory) is not None
 
-    def base_name(self, directory: Path) -> str | None:
-        """None: the file names an architecture alone."""
-        return None
-
-    def head(self, directory: Path, inside: str) -> Head | None:
-        """None: the format is for decoders."""
-        return None
-
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `from_gguf`."""
+        from adapters_jax.files.gguf.adapters import from_gguf
+        from adapters_jax.files.peft.convert import from_peft
+
         path = find_gguf(directory)
         if path is None:
             raise AdapterFileError(f"{directory} holds no GGUF file")
-        config, tensors = adapters.from_gguf(path, base.model_type, base.heads)
+        config, tensors = from_gguf(path, base.model_type, base.heads)
         caller = f"{path} cannot be converted from GGUF"
         recipe, leaves = from_peft(config, tensors, base.names, base.params, caller)
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
         """See `check_server`; and the base's type."""
+        from adapters_jax.files.peft.servers import SERVERS, check_decoder, check_server
+
+        server = SERVERS[self.owner]
         try:
-            check_decoder(_SERVER, base.kind)
-            adapters.layout_of(base.model_type)
-            check_server(_SERVER, adapter.recipe, adapter.leaves, base.names, base.params)
+            check_decoder(server, base.kind)
+            # Only now, so that a run of an encoder, which asks every format, reads nothing of GGUF.
+            from adapters_jax.files.gguf.adapters import layout_of
+
+            layout_of(base.model_type)
+            check_server(server, adapter.recipe, adapter.leaves, base.names, base.params)
         except UserError as error:
             return [str(error)]
-        if any(isinstance(method, DoRA) for method in adapter.recipe):
-            return [_NEAREST]
-        return []
+        return [_NEAREST] * any(isinstance(method, DoRA) for method in adapter.recipe)
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes what `for_server` makes of the adapter, in one file."""
-        adapters.layout_of(base.model_type)
-        served = for_server(_SERVER, adapter.recipe, adapter.leaves, base.names, base.params)
+        from adapters_jax.files.gguf.adapters import layout_of, to_gguf
+        from adapters_jax.files.peft.convert import to_peft
+        from adapters_jax.files.peft.servers import SERVERS, for_server
+
+        layout_of(base.model_type)
+        server = SERVERS[self.owner]
+        served = for_server(server, adapter.recipe, adapter.leaves, base.names, base.params)
         config, tensors, _ = to_peft(served.recipe, served.leaves, base.names, base.params)
-        data = adapters.to_gguf(config, tensors, base.model_type, base.heads)
-        directories.write(directory, {adapters.ADAPTER: data}, adapter.beside)
+        data = to_gguf(config, tensors, base.model_type, base.heads)
+        directories.write(directory, {ADAPTER: data}, adapter.beside)
 
     def head_problem(self, base: BaseModel) -> str:
         """A file of LoRA has no head."""
@@ -83,5 +83,5 @@ class Gguf:
         return (
             "from llama_cpp import Llama\n"
             f"# base.gguf is {shown} in GGUF, as convert_hf_to_gguf.py writes it\n"
-            f'model = Llama("base.gguf", lora_path={f"{name}/{adapters.ADAPTER}"!r})'
+            f'model = Llama("base.gguf", lora_path={f"{name}/{ADAPTER}"!r})'
         )

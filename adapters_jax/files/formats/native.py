@@ -10,9 +10,9 @@ from typing import Any
 from adapters_jax.errors import AdapterMismatchError, OtherBaseError
 from adapters_jax.files.adapter import FILES, STATE, TENSORS, read_adapter, save_adapter
 from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import CONFIG, HEAD, Adapter, Head, has_head
+from adapters_jax.files.formats.base import HEAD, Adapter, AdapterFormat, Head, has_head
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.manifest import Manifest
+from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.tensors import open_tensors
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
@@ -20,16 +20,13 @@ from adapters_jax.trees import unflatten
 _LOADERS = {"decoder": ("decoder", "load_decoder"), "encoder-decoder": ("t5", "load_t5")}
 
 
-class Native:
-    """The format of this library."""
+class Native(AdapterFormat):
+    """The format of this library, which supports every recipe and every head."""
 
     name, owner, library = "native", "adapters_jax", "adapters_jax"
     files: tuple[str, ...] = FILES
+    keys = ("format",)
     names_classes = True  # in the run's configuration, which is saved with it
-
-    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
-        """Tests for the key `format`, the format's number."""
-        return "format" in values
 
     def base_name(self, directory: Path) -> str | None:
         """The id in the base's identity."""
@@ -50,7 +47,8 @@ class Native:
 
         Raises:
             OtherBaseError: the adapter has another base.
-            AdapterMismatchError: it has state that is not parameters, which no such base has.
+            AdapterMismatchError: it has state that is not parameters, and the base has only
+                parameters.
         """
         manifest = Manifest.read(directory / CONFIG)
         found = manifest.base or BaseIdentity()
@@ -69,10 +67,6 @@ class Native:
             )
         return read_adapter(directory)
 
-    def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
-        """None: this format supports every recipe."""
-        return []
-
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapter`."""
         tree = unflatten(dict(adapter.leaves))
@@ -80,10 +74,6 @@ class Native:
         if base.classifies and not has_head(adapter.leaves):  # its width is not known
             identity = dataclasses.replace(identity, tree_sha256=None)
         save_adapter(directory, tree, adapter.recipe, base=identity, beside=beside)
-
-    def head_problem(self, base: BaseModel) -> str:
-        """Empty: this format supports every head."""
-        return ""
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads onto a decoder's checkpoint; of an encoder, onto a `base` and its `params`."""

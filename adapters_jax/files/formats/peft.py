@@ -9,15 +9,16 @@ from typing import Any
 
 from adapters_jax.files import hub
 from adapters_jax.files.base_model import MASKED, BaseModel
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.formats.base import (
     HEAD,
     Adapter,
+    AdapterFormat,
     Head,
     has_head,
     pooling_problem,
     shape_in,
 )
-from adapters_jax.files.peft import files as peft
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
@@ -33,20 +34,15 @@ _CLASSES = {
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 
-class Peft:
+class Peft(AdapterFormat):
     """The format of PEFT."""
 
-    name, owner, library = "peft", "PEFT", "peft"
-    files: tuple[str, ...] = (peft.CONFIG, peft.TENSORS)
-    names_classes = False
-
-    def detects(self, directory: Path, values: Mapping[str, Any]) -> bool:
-        """Tests for the key `peft_type`."""
-        return "peft_type" in values
+    name, owner, library = "peft", PEFT.owner, "peft"
+    files, keys = PEFT.files, PEFT.keys
 
     def base_name(self, directory: Path) -> str | None:
         """The value of `base_model_name_or_path`, with its revision if it is an id."""
-        values = read_json(directory / peft.CONFIG)
+        values = read_json(directory / PEFT.config)
         name, revision = values.get("base_model_name_or_path"), values.get("revision")
         if not isinstance(name, str) or not name:
             return None
@@ -54,23 +50,29 @@ class Peft:
 
     def head(self, directory: Path, inside: str) -> Head | None:
         """The classifier that is saved whole, if there is one; it reads the pooler."""
-        shape = shape_in(directory / peft.TENSORS, _CLASSIFIER)
+        shape = shape_in(directory / PEFT.tensors, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
-        recipe, leaves = peft.load_peft(directory, base.names, base.params)
+        from adapters_jax.files.peft.files import load_peft
+
+        recipe, leaves = load_peft(directory, base.names, base.params)
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
         """See `to_peft`, which `save_peft` calls."""
+        from adapters_jax.files.peft.convert import to_peft
+
         prefix = _prefix(base, adapter.leaves)
-        return peft.to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
+        from adapters_jax.files.peft.files import save_peft
+
         task = _task(base, adapter.leaves)
-        peft.save_peft(
+        save_peft(
             directory,
             adapter.recipe,
             unflatten(dict(adapter.leaves)),

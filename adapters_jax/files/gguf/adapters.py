@@ -30,7 +30,7 @@ from adapters_jax.files.gguf.tensors import (
     tensor_name,
 )
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.peft.config import ROOT
+from adapters_jax.files.peft.config import ROOT, factor_keys
 
 ADAPTER = "adapter.gguf"
 # llama.cpp's name and layout of each type of base; it has some as Llamas.
@@ -63,16 +63,7 @@ def layout_of(model_type: str) -> tuple[str, Layout]:
 def to_gguf(
     config: Mapping[str, Any], tensors: Mapping[str, Array], model_type: str, heads: Heads
 ) -> bytes:
-    """Converts PEFT's LoRA with one rank and one alpha to a file.
-
-    Args:
-        config, tensors: as PEFT's files have them; `for_server` makes the adapter one that
-            llama.cpp loads.
-        model_type: the base's type in `config.json`.
-        heads: the base's numbers of heads.
-
-    Returns:
-        The bytes of the file.
+    """Converts PEFT's LoRA with one rank and one alpha, as `for_server` makes it, to a file.
 
     Raises:
         UserError: the base is of a type that we do not know in GGUF, or has no such module there.
@@ -114,6 +105,7 @@ def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> b
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, tensor in tensors.items():
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+        # gguf writes to paths only, and in this order.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -122,12 +114,7 @@ def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> b
 
 
 def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Reads an adapter as PEFT's configuration and tensors.
-
-    Args:
-        path: the file.
-        model_type: the base's type in `config.json`.
-        heads: the base's numbers of heads.
+    """Reads an adapter, of a base of this type and these heads, as PEFT's files have it.
 
     Raises:
         AdapterFileError: it is no LoRA in GGUF, or for another base.
@@ -159,20 +146,14 @@ def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any]
         if which not in ("a", "b") or f"{module}.weight" == base or len(tensor.shape) != 2:
             problems.append(f"{name} {list(tensor.shape)}")
             continue
-        tensors[_key(base, module, which)] = _read(tensor, base, which, layout, heads)
+        key = factor_keys(module, of_embedding=base == f"{_EMBEDDING}.weight")["ab".index(which)]
+        tensors[key] = _read(tensor, base, which, layout, heads)
     if problems or not tensors:
         raise AdapterFileError(
             f"{str(path)!r} has {', '.join(problems) or 'no tensors'}, expected pairs such as "
             "blk.0.attn_q.weight.lora_a and .lora_b"
         )
     return _config(tensors, alpha), tensors
-
-
-def _key(base: str, module: str, which: str) -> str:
-    """PEFT's key of a tensor."""
-    if base == f"{_EMBEDDING}.weight":
-        return f"{ROOT}{module}.lora_embedding_{which.upper()}"
-    return f"{ROOT}{module}.lora_{which.upper()}.weight"
 
 
 def _read(tensor: GGUFTensor, base: str, which: str, layout: Layout, heads: Heads) -> Array:

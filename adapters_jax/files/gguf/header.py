@@ -9,11 +9,9 @@ Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 
 from adapters_jax.errors import BaseFileError, MissingPackageError, shortened
 from adapters_jax.files.tensors import name_problem
-from adapters_jax.files.untrusted import opened, read_bytes
+from adapters_jax.files.untrusted import Untrusted, opened
 
 VERSIONS = (2, 3)
 MOST_HEADER = 2**26  # bytes; the longest vocabularies take some 20 million
@@ -58,10 +56,10 @@ class GGUFTensor:
 
     def bytes(self) -> np.ndarray:
         """Reads its bytes, a row for each of its rows."""
-        with opened(self.path, BaseFileError) as (file, _):
-            file.seek(self.begin)
-            data = read_bytes(file, self.size, self.path, BaseFileError)
-        return np.frombuffer(data, np.uint8).reshape(*self.shape[:-1], -1)
+        data = np.empty(self.size, np.uint8)
+        with opened(self.path, BaseFileError) as file:
+            file.fill(data, self.begin)
+        return data.reshape(*self.shape[:-1], -1)
 
     def rows(self, name: str) -> list[GGUFTensor]:
         """Its rows along the first axis, each a tensor of this name with the row's number."""
@@ -88,8 +86,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         BaseFileError: it is not an ordinary file or breaks a rule of the format.
         MissingPackageError: the package `gguf`, which knows the types of tensors, is not installed.
     """
-    with opened(path, BaseFileError) as (file, size):
-        header = _Header(path, file, size)
+    with opened(path, BaseFileError) as file:
+        header = _Header(file)
         if header.take(4) != b"GGUF":
             raise header.error("it has no GGUF magic number")
         version, tensors, count = header.numbers("<IQQ")
@@ -116,29 +114,28 @@ def _alignment(header: _Header, fields: Mapping[str, Any]) -> int:
 class _Header:
     """The part of an open file that is not read yet."""
 
-    path: Path
-    file: BufferedReader
-    size: int
+    file: Untrusted
     position: int = 0
     items: int = 0
 
     def error(self, problem: str) -> BaseFileError:
         """The error for a damaged file."""
-        return BaseFileError(f"{str(self.path)!r} is not a whole GGUF file: {problem}.")
+        return BaseFileError(f"{str(self.file.path)!r} is not a whole GGUF file: {problem}.")
 
     def check(self, count: int) -> None:
         """Raises BaseFileError unless the header has this many bytes more."""
-        if count > min(self.size, MOST_HEADER) - self.position:
+        size = self.file.size
+        if count > min(size, MOST_HEADER) - self.position:
             raise self.error(
-                f"it has {self.size} bytes, at most {MOST_HEADER} of them for the header, but at "
-                f"byte {self.position} it is to have {count} more"
+                f"it has {size} bytes, at most {MOST_HEADER} of them for the header, but at byte "
+                f"{self.position} it is to have {count} more"
             )
 
     def take(self, count: int) -> bytes:
         """The next bytes."""
         self.check(count)
         self.position += count
-        return read_bytes(self.file, count, self.path, BaseFileError)
+        return self.file.take(count)
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
         """The next numbers, of a layout for `struct`."""
@@ -160,6 +157,7 @@ class _Header:
         kind, count = self.numbers("<IQ")
         if kind == _ARRAY:
             raise self.error(f"{_shown(name)} holds arrays of arrays")
+        # A list of Python takes many times the bytes of the file, so its length has a limit.
         self.items += count
         if self.items > MOST_ITEMS:
             raise self.error(f"{_shown(name)} has {count} items, over {MOST_ITEMS} with the others")
@@ -187,12 +185,12 @@ class _Header:
         for name, shape, kind, offset, size in sorted(entries, key=lambda entry: entry[3]):
             if name in found:
                 raise self.error(f"the tensor {_shown(name)} is there twice")
-            if start + offset != position or position + size > self.size:
+            if start + offset != position or position + size > self.file.size:
                 raise self.error(
                     f"{name} has {size} bytes from {start + offset} on, expected from {position} "
-                    f"on, in the {self.size} of the file"
+                    f"on, in the {self.file.size} of the file"
                 )
-            found[name] = GGUFTensor(self.path, name, shape, kind, position, size)
+            found[name] = GGUFTensor(self.file.path, name, shape, kind, position, size)
             position = _aligned(position + size, alignment)
         return found
 
@@ -218,7 +216,7 @@ class _Header:
         try:
             import gguf
         except ImportError as error:
-            raise MissingPackageError(f"reading {self.path.name!r}", "gguf") from error
+            raise MissingPackageError(f"reading {self.file.path.name!r}", "gguf") from error
         known = {kind.value: kind for kind in gguf.GGML_QUANT_SIZES}
         if number not in known:
             raise self.error(f"{name} has the unknown type {number}")
@@ -231,26 +229,3 @@ def _aligned(position: int, alignment: int) -> int:
 
 def _shown(value: Any) -> str:
     return shortened(repr(value), 80)
-
-
-def find_gguf(path: str | Path) -> Path | None:
-    """Finds the GGUF file of a path: the path itself, or the only one of a directory.
-
-    A directory with a `config.json` is another kind of checkpoint, so the result is None.
-
-    Raises:
-        BaseFileError: the directory has several GGUF files.
-
-    Example:
-        >>> find_gguf("model.gguf").name, find_gguf("org/model")
-        ('model.gguf', None)
-    """
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return path
-    another = not os.path.isdir(path) or (path / "config.json").exists()
-    files = [] if another else sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise BaseFileError(f"{str(path)!r} holds {names}: give the path of one of them.")
-    return files[0] if files else None

@@ -4,10 +4,19 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.files.directories import field_problems
+from adapters_jax.files.settings import (
+    Rule,
+    field_problems,
+    is_number,
+    of,
+    one_of,
+    patterns,
+    rule,
+)
 
 Config = Mapping[str, Any]
 ROOT = "base_model.model."
@@ -17,19 +26,6 @@ TIED = (
     "tie_word_embeddings=False"
 )
 
-SUPPORTED = {
-    "LORA": {
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern"),
-        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "bias", "modules_to_save", "init_lora_weights", "fan_in_fan_out"),
-        *("target_parameters", "ensure_weight_tying"),
-    },
-    "ADAPTION_PROMPT": {"adapter_len", "adapter_layers", "target_modules"},
-    "IA3": {
-        *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"),
-        *("modules_to_save", "init_ia3_weights"),
-    },
-}
 # Bookkeeping, and fields that act only beside a field that is not supported.
 IDLE = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
@@ -40,31 +36,90 @@ DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": T
 # PEFT's initialisations that do not change the base, with our `a_init` that is nearest to each.
 STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
 STARTS |= dict.fromkeys(("orthogonal", "eva"), "uniform")
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": tuple(STARTS),
-    "bias": ("none", "all", "lora_only"),
-}
 _ADVICE = (
     " (this initialisation changes the base; to convert it, call PEFT's save_pretrained with "
     "path_initial_model_for_weight_conversion)"
 )
 # What PEFT does not do on parameters.
 NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out")
-_NUMBERS: dict[str, type] = {"r": int, "adapter_len": int, "adapter_layers": int}
-_NUMBERS |= dict.fromkeys(("lora_alpha", "lora_dropout"), float)
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "init_ia3_weights"), (bool,)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
-    **{
-        "feedforward_modules": (str, list),
-        "layers_pattern": (str, list),
-        "layers_to_transform": (int, list),
-        "target_parameters": (list,),
-        "ensure_weight_tying": (bool,),
-    },
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The facts about one `peft_type`.
+
+    Attributes:
+        reader, writer: the modules beside this one with its functions `read` and `write`.
+        methods: the names of the methods that it stores; a file has one of them.
+        leaves: our leaf's name for each of PEFT's tensor names.
+        rules: the supported fields of the configuration.
+        trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
+            as well as modules.
+    """
+
+    reader: str
+    writer: str
+    methods: tuple[str, ...]
+    leaves: Mapping[str, str]
+    rules: Mapping[str, Rule]
+    trains: str
+
+
+_WHOLE = rule(lambda n: type(n) is int and n >= 0, "a whole number")
+_NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
+_NAMES = patterns(str, list)
+_MODULES: dict[str, Rule] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _NAMES),
+    "fan_in_fan_out": of(bool),
 }
+KINDS = {
+    "LORA": Kind(
+        *("lora", "lora_writing", ("lora", "dora")),
+        leaves={
+            "lora_A": "a",
+            "lora_B": "b",
+            "lora_embedding_A": "a",
+            "lora_embedding_B": "b",
+            "lora_magnitude_vector": "magnitude",
+        },
+        rules={
+            **_MODULES,
+            "r": _WHOLE,
+            **dict.fromkeys(("lora_alpha", "lora_dropout"), _NUMBER),
+            **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), of(bool)),
+            **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
+            "layers_to_transform": of(int, list),
+            "layers_pattern": _NAMES,
+            "target_parameters": of(list),
+            "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
+            "bias": one_of("none", "all", "lora_only"),
+        },
+        trains="biases",
+    ),
+    "ADAPTION_PROMPT": Kind(
+        *("prompts", "prompts", ("llama_adapter",)),
+        leaves={"adaption_prompt": "embedding", "adaption_gate": "gate"},
+        rules={"adapter_len": _WHOLE, "adapter_layers": _WHOLE, "target_modules": _NAMES},
+        trains="nothing",
+    ),
+    "IA3": Kind(
+        *("ia3", "ia3", ("ia3",)),
+        leaves={"ia3_l": "scale"},
+        rules={**_MODULES, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
+        trains="modules",
+    ),
+}
+
+
+def factor_keys(module: str, of_embedding: bool = False) -> tuple[str, str]:
+    """The keys of a module's A and B: the weights of layers, or an embedding's own parameters.
+
+    Example:
+        >>> factor_keys("q")
+        ('base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight')
+    """
+    start, end = (".lora_embedding_", "") if of_embedding else (".lora_", ".weight")
+    return f"{ROOT}{module}{start}A{end}", f"{ROOT}{module}{start}B{end}"
 
 
 def value(config: Config, field: str) -> Any:
@@ -89,9 +144,9 @@ def config_problems(config: Config) -> list[str]:
         ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"]
     """
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in SUPPORTED:
-        return [f"peft_type={kind!r}, expected {' or '.join(SUPPORTED)}"]
-    problems = field_problems(config, SUPPORTED[kind], IDLE, _expected)
+    if not isinstance(kind, str) or kind not in KINDS:
+        return [f"peft_type={kind!r}, expected {' or '.join(KINDS)}"]
+    problems = field_problems(config, KINDS[kind].rules, IDLE)
     if config.get("target_parameters"):
         problems += [
             f"{field}={config[field]!r} with target_parameters is not supported"
@@ -101,45 +156,18 @@ def config_problems(config: Config) -> list[str]:
     return problems
 
 
-def _expected(field: str, found: Any) -> list[str]:
-    """What is expected of a field instead of the value found; empty if that is valid."""
-    if field in _CHOICES:
-        allowed = _CHOICES[field]
-        good = isinstance(found, bool | str) and found in allowed
-        advice = _ADVICE if field == "init_lora_weights" else ""
-        return [] if good else [f"expected one of {', '.join(map(repr, allowed))}{advice}"]
-    if field in _NUMBERS:
-        types = (int,) if _NUMBERS[field] is int else (int, float)
-        good = isinstance(found, types) and not isinstance(found, bool) and found >= 0
-        return (
-            [] if good else ["expected a whole number" if types == (int,) else "expected a number"]
-        )
-    if not isinstance(found, _TYPES[field]):
-        return [f"expected {' or '.join(each.__name__ for each in _TYPES[field])}"]
-    if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
-        return ["expected a number for each pattern"]
-    return _broken(found) if isinstance(found, str | dict) else []
+def number_at(config: Config, field: str, module: str) -> Any:
+    """The rank `r` or the `lora_alpha` of one module.
 
-
-def _broken(patterns: Iterable[str]) -> list[str]:
-    """The invalid regular expressions; `patterns` is one, or a mapping whose keys are several."""
-    problems = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"but {pattern!r} is not a regular expression: {error}")
-    return problems
-
-
-def number_at(config: Config, field: str, patterns: str, module: str) -> Any:
-    """The rank or alpha of one module: by the first pattern that matches it, else by the field.
+    The first pattern that matches it decides, or else the field itself.
 
     Example:
         >>> config = {"r": 8, "rank_pattern": {"q_proj": 4}}
-        >>> number_at(config, "r", "rank_pattern", "layers.0.q_proj")
+        >>> number_at(config, "r", "layers.0.q_proj")
         4
     """
+    patterns = "rank_pattern" if field == "r" else "alpha_pattern"
+    # PEFT matches the end of a name, and takes the first pattern, not the longest.
     for pattern, found in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return found
@@ -162,6 +190,7 @@ def is_target(config: Config, module: str) -> bool:
         return False
     if targets is None or targets == "all-linear":
         return True  # PEFT chose the modules; the file's tensors show which
+    # PEFT asks for layers only where a name matches by its end.
     exact = not isinstance(targets, str) and module in targets
     return exact or (_listed(targets, module) and _in_layers(config, module))
 

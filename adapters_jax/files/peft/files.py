@@ -7,38 +7,18 @@ the file holds.
 Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.errors import UserError
 from adapters_jax.files import directories, hub
-from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import (
-    ModuleMap,
-    Names,
-    as_in_file,
-    as_in_model,
-    find_modules,
-)
-from adapters_jax.files.names import NameTable
-from adapters_jax.files.peft import kinds
-from adapters_jax.files.peft.config import config_problems
+from adapters_jax.files.directories import PEFT
+from adapters_jax.files.module_map import Names, find_modules
+from adapters_jax.files.peft.convert import CLASSIFIES, from_peft, to_peft, unpooled
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
-
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_CLASSIFIES = "SEQ_CLS"
-_OTHER_TABLE = (
-    "give the base that the adapter is of, and the names of its family, such as "
-    "adapters_jax.finetune.models.FAMILIES['roberta'].classifier.names"
-)
-PICKLE_ADVICE = (
-    f"a pickled {PICKLE} is never opened, since unpickling runs code: convert it where you trust "
-    "it, with PEFT's PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR)"
-)
 
 
 def load_peft(
@@ -92,46 +72,9 @@ def load_peft(
         >>> adapters["query"]["lora"]["a"].shape
         (6, 2)
     """
-    directory = hub.find(directory, revision, (CONFIG, TENSORS))
-    config, tensors = _read(directory)
+    directory = hub.find(directory, revision, PEFT.files)
+    config, tensors = PEFT.read(directory)
     return from_peft(config, tensors, names, base, f"{directory} cannot be converted from PEFT")
-
-
-def from_peft(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Array],
-    names: Names,
-    base: Any,
-    caller: str = "from_peft",
-) -> tuple[Recipe, dict[str, Any]]:
-    """Converts the configuration and the tensors of an adapter of PEFT's; see `load_peft`.
-
-    Args:
-        config, tensors: the content of the files.
-        names, base: as in `load_peft`.
-        caller: the beginning of error messages.
-
-    Returns:
-        The recipe, and the trained leaves as a tree.
-
-    Raises:
-        AdapterFileError: as in `load_peft`.
-    """
-    module_map = find_modules(names, base)
-    problems = config_problems(config)
-    if not problems:
-        try:
-            methods, leaves, problems = kinds.read(config, tensors, module_map)
-            problems += _held_twice(names, leaves, module_map)
-            if config.get("task_type") == _CLASSIFIES:
-                problems += _unpooled(names, leaves, module_map)
-            if not problems:
-                return as_in_model(methods, leaves, names, module_map)
-        except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
-            problems = [str(error)]
-    if isinstance(names, NameTable) and any("names maps " in each for each in problems):
-        problems.append(_OTHER_TABLE)
-    raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
 
 
 def save_peft(
@@ -190,69 +133,11 @@ def save_peft(
         ['LORA', 2, 4, 'CAUSAL_LM']
     """
     flat = directories.flat_leaves("save_peft", adapters)
-    own = (CONFIG, TENSORS, *(beside or ()))
-    directory = directories.adapter_directory("PEFT", directory, own, "peft_type")
+    directory = PEFT.directory(directory, (*PEFT.files, *(beside or ())))
     config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
-    if fields.get("task_type", _CLASSIFIES) == _CLASSIFIES:
-        problems += _unpooled(names, flat, find_modules(names, base))
+    if fields.get("task_type", CLASSIFIES) == CLASSIFIES:
+        problems += unpooled(flat, find_modules(names, base))
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
-    config |= {"inference_mode": True, **fields}
-    files = directories.pair((CONFIG, config), (TENSORS, tensors))
+    files = PEFT.content(config | {"inference_mode": True, **fields}, tensors)
     return directories.write(directory, files, beside)
-
-
-def to_peft(
-    recipe: Recipe | Method,
-    leaves: Mapping[str, Array],
-    names: Names,
-    base: Any,
-    prefix: str | None = None,
-) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
-    """Converts an adapter; see `save_peft`.
-
-    Returns:
-        The configuration, the tensors, and a sentence for each thing that PEFT does not support.
-    """
-    module_map = find_modules(names, base)
-    unrolled = as_in_file(recipe, dict(leaves), names, module_map)
-    config, tensors, problems = kinds.write(*unrolled, module_map, prefix)
-    return config, tensors, problems + _held_twice(names, unrolled[1], module_map)
-
-
-def _held_twice(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
-    """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = names.held_twice if isinstance(names, NameTable) else ()
-    ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
-    return [
-        f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
-        "under another name; adapt other modules"
-        for path, name in ours.items()
-        if any(leaf.startswith(f"{path}/") for leaf in leaves)
-    ]
-
-
-def _unpooled(names: Names, leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
-    """The problem of a head in a model without the pooler that transformers' classifier has."""
-    if not isinstance(names, NameTable) or not any(leaf.startswith("head/") for leaf in leaves):
-        return []
-    paths, places = [*module_map.base, *leaves], {path.split("/")[0] for path in module_map.base}
-    return [
-        f"the head: there is no {place}/pooler, which transformers' classifier reads; build ours "
-        "with pooling='pooler', load its base with pooler=True, or, if the head reads every "
-        "token, give task_type='TOKEN_CLS'"
-        for place in sorted(places)
-        if any(rule.ours.startswith(f"{place}/pooler/") for rule in names.rules)
-        and not any(path.startswith(f"{place}/pooler/") for path in paths)
-    ]
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Returns the configuration and the tensors of a directory."""
-    config, tensors = directories.read_pair(directory, CONFIG, TENSORS, PICKLE, PICKLE_ADVICE)
-    if "peft_type" not in config:
-        raise AdapterFileError(
-            f"{directory / CONFIG} has no peft_type, so PEFT did not write it; use "
-            "load_adapter for what save_adapter wrote"
-        )
-    return config, tensors

@@ -9,18 +9,17 @@ Reference: https://huggingface.co/docs/peft/package_reference/ia3
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import WHOLE, Array, ModuleReference
-from adapters_jax.files.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
 from adapters_jax.recipe import Recipe
-
-LEAVES = {"ia3_l": "scale"}
 
 
 def scales_input(config: Config, module: str) -> bool:
@@ -37,10 +36,7 @@ def scales_input(config: Config, module: str) -> bool:
 
 
 def read(
-    config: Config,
-    added: Mapping[str, Mapping[str, Array]],
-    module_map: ModuleMap,
-    problems: list[str],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one IA3 for all modules, and its leaves by path."""
     leaves: dict[str, Array] = {}
@@ -51,18 +47,18 @@ def read(
             problems.append(f"names maps {module} to no layer of the base")
         elif not is_target(config, module):
             problems.append(f"{module} has a vector but is not among the target modules")
-        else:
-            scales = [_our_scale(reference, vector, inputs) for reference in there]
-            for reference, scale in zip(there, scales, strict=True):
-                if scale is None:
-                    axes = "inputs" if inputs else "outputs"
-                    problems.append(
-                        f"{module} has ia3_l {list(vector.shape)}, which does not fit the {axes} "
-                        f"of {reference.path} {list(reference.shape)}"
-                    )
-                else:
-                    leaves[reference.path] = scale.astype(np.float32)
-                    inner += [reference.path] if inputs else []
+            continue
+        for reference in there:
+            scale = _our_scale(reference, vector, inputs)
+            if scale is None:
+                axes = "inputs" if inputs else "outputs"
+                problems.append(
+                    f"{module} has ia3_l {list(vector.shape)}, which does not fit the {axes} of "
+                    f"{reference.path} {list(reference.shape)}"
+                )
+            else:
+                leaves[reference.path] = scale.astype(np.float32)
+                inner += [reference.path] if inputs else []
     if not leaves:
         problems += [] if problems else ["the file has no ia3_l tensor"]
         return [], {}
@@ -92,13 +88,8 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
 
 
 def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    prefix: str | None,
-    problems: list[str],
-) -> tuple[dict[str, Any], dict[str, Array]]:
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the vector of every module."""
     tensors: dict[str, Array] = {}
     targets: dict[str, bool] = {}
@@ -110,12 +101,12 @@ def write(
             continue
         kinds = {_at(recipe, p.path) for p, each in zip(parts, mine, strict=True) if each}
         scales = [each["scale"] if each else None for each in mine]
-        problem, vector = _their_vector(parts, scales, inputs=True in kinds)
-        if problem or len(kinds) > 1 or vector is None:
-            reason = problem or "it scales the inputs of some parts and the outputs of others"
+        try:
+            vector = _their_vector(parts, scales, kinds)
+        except UserError as reason:
             problems.append(f"{bare}: {reason}, which PEFT's IA3 does not support")
             continue
-        name = module_map.full(bare, prefix)
+        name = module_map.full(bare)
         targets[name] = True in kinds
         tensors[f"{ROOT}{name}.ia3_l"] = vector
     problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
@@ -140,31 +131,32 @@ def _at(recipe: Recipe, path: str) -> bool:
 
 
 def _their_vector(
-    parts: Sequence[ModuleReference], scales: Sequence[Array | None], inputs: bool
-) -> tuple[str, Array | None]:
-    """PEFT's vector of one module, or the problem; parts without a scale get ones."""
+    parts: Sequence[ModuleReference], scales: Sequence[Array | None], kinds: Collection[bool]
+) -> Array:
+    """PEFT's vector of one module, of inputs or outputs by `kinds`; parts without a scale get ones.
+
+    Raises:
+        UserError: PEFT has no such vector.
+    """
     present = [scale for scale in scales if scale is not None]
+    first, shape = present[0], parts[0].shape
     if any(reference.weight != "kernel" for reference in parts):
-        return "it is not a linear layer", None
-    if inputs:
-        first, shape = present[0], parts[0].shape
-        alike = len(present) == len(parts) and all(np.array_equal(first, x) for x in present)
-        if not alike:
-            return "its parts scale their common input differently", None
+        raise UserError("it is not a linear layer")
+    if len(kinds) > 1:
+        raise UserError("it scales the inputs of some parts and the outputs of others")
+    if True in kinds:
+        if len(present) < len(parts) or not all(np.array_equal(first, x) for x in present):
+            raise UserError("its parts scale their common input differently")
         if first.shape == shape[-2:-1]:
-            return "", first.reshape(1, -1, *(1,) * (len(shape) - 2))
-        fits = first.shape == shape[: first.ndim]
-        return ("", first.reshape(1, -1)) if fits else ("its scale does not fit its inputs", None)
-    axes = present[0].ndim
-    fits = all(
-        p.shape[-axes:] == x.shape for p, x in zip(parts, scales, strict=True) if x is not None
-    )
-    if not fits:
-        return "its scale does not fit its outputs", None
-    rows = [
-        np.ones(reference.shape[-axes:], np.float32) if x is None else x
-        for reference, x in zip(parts, scales, strict=True)
-    ]
+            return first.reshape(1, -1, *(1,) * (len(shape) - 2))
+        if first.shape != shape[: first.ndim]:
+            raise UserError("its scale does not fit its inputs")
+        return first.reshape(1, -1)
+    own = [reference.shape[-first.ndim :] for reference in parts]
+    if any(x is not None and x.shape != each for x, each in zip(scales, own, strict=True)):
+        raise UserError("its scale does not fit its outputs")
+    both = zip(scales, own, strict=True)
+    rows = [np.ones(each, np.float32) if x is None else x for x, each in both]
     whole = np.concatenate([row.ravel() for row in rows])
-    window = len(parts[0].shape) - axes - 1
-    return "", whole.reshape(1, -1, *(1,) * window) if window else whole.reshape(-1, 1)
+    window = len(shape) - first.ndim - 1
+    return whole.reshape(1, -1, *(1,) * window) if window else whole.reshape(-1, 1)

@@ -1,13 +1,19 @@
 """LoRA and DoRA out of PEFT's files: factors, ranks and alphas of every module and parameter.
 
+Three kinds of PEFT's modules have factors: modules, which may fuse several of ours; experts that
+are a linear layer each, and rows of one array here; and modules that hold parameters themselves,
+for which see `parameters`.
+
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors
 from adapters_jax.files.module_map import ModuleMap, shortest
 from adapters_jax.files.peft.config import (
@@ -19,63 +25,39 @@ from adapters_jax.files.peft.config import (
     number_at,
     value,
 )
-from adapters_jax.files.peft.experts import gathered
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key
 from adapters_jax.methods import DoRA, LoRA, Method
 from adapters_jax.targets import join
 
-LEAVES = {
-    "lora_A": "a",
-    "lora_B": "b",
-    "lora_embedding_A": "a",
-    "lora_embedding_B": "b",
-    "lora_magnitude_vector": "magnitude",
-}
+Factors = Mapping[str, Array]
+_NUMBERS = ("r", "lora_alpha")
 
 
 def read(
-    config: Config,
-    added: Mapping[str, Mapping[str, Array]],
-    module_map: ModuleMap,
-    problems: list[str],
+    config: Config, added: Mapping[str, Factors], module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one LoRA or DoRA for all targets, with patterns where ranks or alphas differ."""
-    leaves: dict[str, Array] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    added = _without_tied(config, added, module_map, problems)
-    added, stacks = gathered(config, added, module_map, problems)
-    for path, experts in stacks.items():
-        module, _, own = path.rpartition("/")
-        node = join(module, "lora", own)
-        leaves |= {f"{node}/{k}": x.astype(np.float32) for k, x in experts.pair.items()}
-        ranks[path], alphas[path] = experts.rank, experts.alpha
-    parameters = parameters_by_key(config, added, module_map, problems)
-    problems += _unmatched(config, added, parameters.values())
-    for key, found in added.items():
-        name = parameters.get(key, key)
-        if name is None:
-            continue
-        numbers = _number_name(config, name)
-        rank = number_at(config, "r", "rank_pattern", numbers)
-        problem = _lacking(config, name, found)
-        if problem is None and key in parameters:
-            problem, made = _of_parameter(config, name, found, rank, module_map)
-        elif problem is None:
-            problem, made = _of_module(config, key, found, rank, module_map)
-        if problem is not None:
-            problems.append(problem)
-            continue
-        for path, (prefix, factors) in made.items():
-            leaves |= {f"{prefix}/{k}": x.astype(np.float32) for k, x in factors.items()}
-            ranks[path] = rank
-            alphas[path] = number_at(config, "lora_alpha", "alpha_pattern", numbers)
+    reader = _Reader(config, module_map)
+    rest = _without_tied(config, added, module_map, problems)
+    keys = {module_map.bare(key): key for key in rest}
+    for path, modules in module_map.rows.items():
+        own = {key: rest.pop(key) for module in modules if (key := keys.get(module))}
+        if own:
+            lacking = [module for module in modules if module not in keys]
+            _collect(problems, reader.add_experts, path, own, lacking)
+    parameters = parameters_by_key(config, rest, module_map, problems)
+    problems += _unmatched(config, rest, parameters.values())
+    for key, found in rest.items():
+        if key not in parameters:
+            _collect(problems, reader.add_module, key, found)
+        elif (name := parameters[key]) is not None:
+            _collect(problems, reader.add_parameter, name, found)
+    ranks, alphas = reader.ranks, reader.alphas
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
-        return [], leaves
-    among = [*module_map.paths, *module_map.base]
+        return [], reader.leaves
     method = (DoRA if config.get("use_dora") else LoRA)(
-        shortest(ranks, among),
+        shortest(ranks, [*module_map.paths, *module_map.base]),
         rank=value(config, "r"),
         alpha=value(config, "lora_alpha"),
         dropout=value(config, "lora_dropout"),
@@ -84,15 +66,120 @@ def read(
         rank_pattern=_pattern(ranks, value(config, "r")),
         alpha_pattern=_pattern(alphas, value(config, "lora_alpha")),
     )
-    return [method], leaves
+    return [method], reader.leaves
+
+
+def _collect(problems: list[str], add: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function, and keeps the problem that it raises, so that a file has all in one."""
+    try:
+        add(*arguments)
+    except UserError as problem:
+        problems.append(str(problem))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Our leaves, and the rank and the alpha of each target, of what was added so far."""
+
+    config: Config
+    module_map: ModuleMap
+    leaves: dict[str, Array] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def numbers(self, name: str) -> tuple[int, float]:
+        """The rank and the alpha; patterns name a parameter by itself, others by their module."""
+        if is_parameter(self.config, f"{name}.weight"):
+            name = f"{name}.weight"
+        return number_at(self.config, "r", name), number_at(self.config, "lora_alpha", name)
+
+    def keep(self, target: str, node: str, factors: Factors, numbers: tuple[int, float]) -> None:
+        """Adds the leaves at a node, whose numbers the method has by the path of its target."""
+        self.leaves.update({f"{node}/{k}": x.astype(np.float32) for k, x in factors.items()})
+        self.ranks[target], self.alphas[target] = numbers
+
+    def check(self, name: str, found: Factors, rank: int, stored: int | None = None) -> None:
+        """Raises UserError unless the factors are those of the configuration's method and rank."""
+        expected = {"a", "b", "magnitude"} if self.config.get("use_dora") else {"a", "b"}
+        if found.keys() != expected:
+            raise UserError(
+                f"{name} has the tensors of {', '.join(sorted(found))}, expected {sorted(expected)}"
+            )
+        if stored not in (None, rank):
+            raise UserError(f"{name} has rank {stored}, expected {rank} by the configuration")
+
+    def add_module(self, module: str, found: Factors) -> None:
+        """Adds the factors of a module, which may fuse several of ours."""
+        numbers, there = self.numbers(module), self.module_map.at(module)
+        self.check(module, found, numbers[0])
+        if not there:
+            raise UserError(f"names maps {module} to no layer of the base")
+        a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+        if a.ndim < 2 or b.ndim < 2:
+            raise _misfit(module, found, there[0].path, there[0].shape)
+        is_embedding = there[0].weight == "embedding"
+        if is_parameter(self.config, f"{module}.weight"):
+            # As a parameter, an embedding and GPT-2's kernels are (out, in) to PEFT.
+            turned = is_embedding or self.module_map.fan_in_fan_out
+            a, b = (b.T, a.T) if turned else (a, b)
+        elif not is_target(self.config, module):
+            raise UserError(f"{module} has factors but is not among the target modules")
+        self.check(module, found, numbers[0], len(a))
+        if is_embedding and magnitude is not None:
+            raise UserError(f"{module}: DoRA on an embedding is not supported")
+        for reference in there:
+            factors = our_factors(reference, a, b, magnitude)
+            if factors is None:
+                raise _misfit(module, found, reference.path, reference.shape)
+            target, node = reference.path, join(reference.path, "lora")
+            if _has_several(reference, self.module_map):
+                target, node = join(target, reference.weight), join(node, reference.weight)
+            self.keep(target, node, factors, numbers)
+
+    def add_parameter(self, name: str, found: Factors) -> None:
+        """Adds the factors of a parameter that a module holds itself."""
+        numbers = self.numbers(name)
+        self.check(name, found, numbers[0])
+        reference = self.module_map.parameters[self.module_map.bare(name)]
+        pair = our_pair(reference, found, self.config.get("peft_version"))
+        if len(reference.shape) not in (2, 3) or pair is None:
+            raise _misfit(name, found, reference.path, reference.shape)
+        self.check(name, found, numbers[0], pair["a"].shape[-1])
+        self.keep(reference.path, _node(reference.path), pair, numbers)
+
+    def add_experts(self, path: str, found: Mapping[str, Factors], lacking: Sequence[str]) -> None:
+        """Adds the factors of experts, one pair with the experts on its first axis."""
+        _, inputs, outputs = self.module_map.base[path].shape
+        (first, *_), wrong = found, []
+        rank, _ = numbers = self.numbers(first)
+        expected = {"a": (rank, inputs), "b": (outputs, rank)}
+        for module, own in found.items():
+            shapes = {name: array.shape for name, array in own.items()}
+            if shapes != expected:
+                wrong.append(f"{module} has factors of {shapes}, expected {expected}")
+            if (each := self.numbers(module)) != numbers:
+                wrong.append(
+                    f"{module} has rank and alpha {each}, and {first} {numbers}; ours are alike"
+                )
+            if not is_target(self.config, module):
+                wrong.append(f"{module} has factors but is not among the target modules")
+        if lacking:
+            wrong.append(f"{path}: the file has no factors of {', '.join(lacking[:4])}")
+        if wrong:
+            raise UserError("; ".join(wrong))
+        pair = {k: np.stack([own[k].T for own in found.values()]) for k in ("a", "b")}
+        self.keep(path, _node(path), pair, numbers)
+
+
+def _node(path: str) -> str:
+    """The path of the leaves at one of our parameters."""
+    module, _, own = path.rpartition("/")
+    return join(module, "lora", own)
 
 
 def _without_tied(
-    config: Config,
-    added: Mapping[str, Mapping[str, Array]],
-    module_map: ModuleMap,
-    problems: list[str],
-) -> dict[str, Mapping[str, Array]]:
+    config: Config, added: Mapping[str, Factors], module_map: ModuleMap, problems: list[str]
+) -> dict[str, Factors]:
     """The factors without those of a tied output layer, which repeat the embedding's."""
     if module_map.tied is None:
         return dict(added)
@@ -107,17 +194,12 @@ def _without_tied(
     return rest
 
 
-def _alike(
-    config: Config, added: Mapping[str, Mapping[str, Array]], head: str, embedding: str
-) -> bool:
+def _alike(config: Config, added: Mapping[str, Factors], head: str, embedding: str) -> bool:
     """Whether an output layer's factors are the embedding's the other way round, as PEFT ties."""
     one, other = added[head], added[embedding]
-    numbers = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-    scaled = all(number_at(config, *n, head) == number_at(config, *n, embedding) for n in numbers)
-    pairs = one.keys() == other.keys() == {"a", "b"}
     return (
-        scaled
-        and pairs
+        all(number_at(config, n, head) == number_at(config, n, embedding) for n in _NUMBERS)
+        and one.keys() == other.keys() == {"a", "b"}
         and np.array_equal(one["a"], other["b"].T)
         and np.array_equal(one["b"], other["a"].T)
     )
@@ -136,67 +218,6 @@ def _unmatched(
             )
 
 
-def _number_name(config: Config, name: str) -> str:
-    """The name by which patterns give a rank and an alpha: a parameter's, or the module's."""
-    return f"{name}.weight" if is_parameter(config, f"{name}.weight") else name
-
-
-def _lacking(config: Config, name: str, found: Mapping[str, Array]) -> str | None:
-    expected = {"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}
-    if found.keys() == expected:
-        return None
-    return f"{name} has the tensors of {', '.join(sorted(found))}, expected {sorted(expected)}"
-
-
-_Made = dict[str, tuple[str, dict[str, Array]]]  # by target: the node's path, and its leaves
-
-
-def _of_parameter(
-    config: Config, name: str, found: Mapping[str, Array], rank: int, module_map: ModuleMap
-) -> tuple[str | None, _Made]:
-    """The problem of a parameter's factors, or our leaves of them."""
-    reference = module_map.parameters[module_map.bare(name)]
-    pair = our_pair(reference, found, config.get("peft_version"))
-    if len(reference.shape) not in (2, 3) or pair is None:
-        return _misfit(name, found, reference.path, reference.shape), {}
-    if pair["a"].shape[-1] != rank:
-        return _wrong_rank(name, pair["a"].shape[-1], rank), {}
-    module, _, own = reference.path.rpartition("/")
-    return None, {reference.path: (join(module, "lora", own), pair)}
-
-
-def _of_module(
-    config: Config, module: str, found: Mapping[str, Array], rank: int, module_map: ModuleMap
-) -> tuple[str | None, _Made]:
-    """The problem of a module's factors, or our leaves of them, for each of its parts."""
-    there = module_map.at(module)
-    if not there:
-        return f"names maps {module} to no layer of the base", {}
-    a, b, magnitude = found["a"], found["b"], found.get("magnitude")
-    if a.ndim < 2 or b.ndim < 2:
-        return _shape_problem(module, found, there[0]), {}
-    is_embedding = there[0].weight == "embedding"
-    if is_parameter(config, f"{module}.weight"):
-        # As a parameter, an embedding and GPT-2's kernels are (out, in) to PEFT.
-        a, b = (b.T, a.T) if is_embedding or module_map.fan_in_fan_out else (a, b)
-    elif not is_target(config, module):
-        return f"{module} has factors but is not among the target modules", {}
-    if len(a) != rank:
-        return _wrong_rank(module, len(a), rank), {}
-    if is_embedding and magnitude is not None:
-        return f"{module}: DoRA on an embedding is not supported", {}
-    made: _Made = {}
-    for reference in there:
-        factors = our_factors(reference, a, b, magnitude)
-        if factors is None:
-            return _shape_problem(module, found, reference), {}
-        target, node = reference.path, join(reference.path, "lora")
-        if _has_several(reference, module_map):
-            target, node = join(target, reference.weight), join(node, reference.weight)
-        made[target] = (node, factors)
-    return None, made
-
-
 def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
     """Whether a module of ours has several weights, which then are targets by their own path."""
     weights = [n for n, x in reference.leaves.items() if n != "bias" and len(x.shape) > 1]
@@ -204,19 +225,11 @@ def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
     return len(weights) > 1 or reference.path in others
 
 
-def _wrong_rank(name: str, rank: int, expected: int) -> str:
-    return f"{name} has rank {rank}, expected {expected} by the configuration"
-
-
-def _shape_problem(module: str, found: Mapping[str, Array], reference: ModuleReference) -> str:
-    return _misfit(module, found, reference.path, reference.shape)
-
-
-def _misfit(name: str, found: Mapping[str, Array], path: str, shape: tuple[int, ...]) -> str:
-    """A sentence that names the shapes of factors and weight."""
+def _misfit(name: str, found: Factors, path: str, shape: tuple[int, ...]) -> UserError:
+    """The error that names the shapes of factors and weight."""
     names = {"a": "A", "b": "B", "magnitude": "magnitude"}
     shapes = ", ".join(f"{names[own]} {list(x.shape)}" for own, x in found.items())
-    return f"{name} has {shapes}, which do not fit {path} of {list(shape)}"
+    return UserError(f"{name} has {shapes}, which do not fit {path} of {list(shape)}")
 
 
 def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:

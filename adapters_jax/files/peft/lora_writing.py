@@ -6,16 +6,14 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
-from adapters_jax.files.module_map import Added, ModuleMap, in_order
-from adapters_jax.files.names import ROW
-from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT
-from adapters_jax.files.peft.experts import modules_of
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order
+from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.placement import in_tree
@@ -23,50 +21,13 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.weights.axes import Axes
 
-Tensors = dict[str, Array]
+Factors = Mapping[str, Array]
 _THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The factors of one of our weights, with its inputs before its outputs.
-
-    Attributes:
-        method: the LoRA or DoRA.
-        target: the path of its target, by which the method has its scale.
-        leaves: its leaves by name.
-    """
-
-    method: Any
-    target: str
-    leaves: Mapping[str, Array]
-
-    @property
-    def scale(self) -> float:
-        return self.method.scale_at(self.target)
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """The rank and the alpha of every module and parameter in the file."""
-
-    rank_stabilized: bool
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-
-    def add(self, name: str, rank: int, scale: float) -> None:
-        self.ranks[name] = rank
-        self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.rank_stabilized else rank))
-
-
 def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    prefix: str | None,
-    problems: list[str],
-) -> tuple[dict[str, Any], Tensors]:
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the factors of every module and parameter."""
     methods: list[Any] = list(recipe.attached)
     if len({(m.dropout, m.rank_stabilized) for m in methods}) > 1:
@@ -78,15 +39,15 @@ def write(
             "a_init='pissa' changed the base's weights, but PEFT adapts the original base"
         )
     pairs = _pairs(recipe, added, leaves, module_map, problems)
-    numbers = _Numbers(methods[0].rank_stabilized, {}, {})
-    tensors = _of_modules(pairs, module_map, prefix, numbers, problems)
-    tensors |= _of_experts(pairs, module_map, prefix, numbers, problems)
-    modules = set(numbers.ranks)
-    tensors |= _of_parameters(pairs, module_map, prefix, numbers, problems)
-    parameters = sorted(numbers.ranks.keys() - modules, key=in_order)
+    writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
+    writer.add_modules()
+    writer.add_experts()
+    modules = set(writer.ranks)
+    writer.add_parameters()
+    parameters = sorted(writer.ranks.keys() - modules, key=in_order)
     unknown = sorted(pair.target for pair in pairs.values())
     problems += [f"names has no name for {path}; add it" for path in unknown]
-    fields = _fields(methods, numbers, sorted(modules, key=in_order), module_map)
+    fields = _fields(methods, writer, sorted(modules, key=in_order))
     if parameters:
         fields |= {"target_parameters": parameters, "peft_version": WRITTEN}
         problems += [
@@ -94,17 +55,52 @@ def write(
             for field in NOT_ON_PARAMETERS
             if fields[field]
         ]
-    if module_map.tied and module_map.full(module_map.tied[0], prefix) in modules:
+    if module_map.tied and module_map.full(module_map.tied[0]) in modules:
         fields["ensure_weight_tying"] = True
-    return fields, tensors
+    return fields, writer.tensors
+
+
+def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -> dict[str, Any]:
+    """Returns the configuration: the commonest rank and alpha, and patterns for the others."""
+    ranks, alphas = writer.ranks, writer.alphas
+    # Some servers ignore patterns, so as few modules as possible need one.
+    (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
+    (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": methods[0].dropout,
+        "use_rslora": methods[0].rank_stabilized,
+        "use_dora": methods[0].name == "dora",
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": list(modules),
+        "fan_in_fan_out": writer.module_map.fan_in_fan_out,
+        "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
+    }
+
+
+class _Pair(NamedTuple):
+    """The factors of one of our weights, with its inputs before its outputs.
+
+    Attributes:
+        method: the LoRA or DoRA.
+        target: the path of its target, by which the method has its scale.
+        leaves: its leaves by name.
+    """
+
+    method: Any
+    target: str
+    leaves: Factors
+
+    @property
+    def scale(self) -> float:
+        return self.method.scale_at(self.target)
 
 
 def _pairs(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    problems: list[str],
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> dict[str, _Pair]:
     """The factors of each weight, by its path; only those of `added`, which are complete."""
     owners = {path: owner for path in leaves if (owner := recipe.owner(path))}
@@ -123,10 +119,8 @@ def _pairs(
     return pairs
 
 
-def _inputs_first(
-    method: Any, axes: Axes, leaves: Mapping[str, Array]
-) -> Mapping[str, Array] | None:
-    """Leaves as of a weight whose inputs come before its outputs; None where there are none such.
+def _inputs_first(method: Any, axes: Axes, leaves: Factors) -> Factors | None:
+    """Leaves as of a weight whose inputs come before its outputs; None where that cannot be.
 
     A weight whose outputs come first has the same change with A and B the other way round.
     """
@@ -139,101 +133,101 @@ def _inputs_first(
     return {"a": np.moveaxis(leaves["b"], n, -1), "b": np.moveaxis(leaves["a"], -1, n)}
 
 
-def _of_modules(
-    pairs: dict[str, _Pair],
-    module_map: ModuleMap,
-    prefix: str | None,
-    numbers: _Numbers,
-    problems: list[str],
-) -> Tensors:
-    """The factors of PEFT's modules; takes them out of `pairs`."""
-    tensors: Tensors = {}
-    for bare, parts in module_map.modules.items():
-        mine = [pairs.pop(join(each.path, each.weight), None) for each in parts]
-        present = [pair for pair in mine if pair]
-        wrong = [p for p, pair in zip(parts, mine, strict=True) if pair and not _fits(p, pair)]
-        problems += [f"{p.path}: its factors do not fit its weight {list(p.shape)}" for p in wrong]
-        if wrong or not present:
-            continue
-        name = module_map.full(bare, prefix)
-        a, b, scale = _factors(parts, mine)
-        numbers.add(name, len(a), scale)
-        tensors |= _named(name, parts[0], a, b)
-        if present[0].method.name == "dora":
-            if len(present) < len(parts):
+@dataclass(frozen=True)
+class _Writer:
+    """PEFT's tensors, and the rank and the alpha of every module and parameter, added so far.
+
+    What is added leaves `pairs`, which has the rest by the paths of our weights.
+    """
+
+    module_map: ModuleMap
+    pairs: dict[str, _Pair]
+    rank_stabilized: bool
+    problems: list[str]
+    tensors: dict[str, Array] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def number(self, name: str, rank: int, scale: float) -> None:
+        """Adds the numbers of a module or a parameter."""
+        self.ranks[name] = rank
+        self.alphas[name] = rounded(scale * (math.sqrt(rank) if self.rank_stabilized else rank))
+
+    def factors(self, key: str, a: Array, b: Array, of_embedding: bool = False) -> None:
+        """Adds A and B."""
+        self.tensors.update(zip(factor_keys(key, of_embedding), (a, b), strict=True))
+
+    def add_modules(self) -> None:
+        """Adds the factors of PEFT's modules, which may fuse several of ours."""
+        module_map, problems = self.module_map, self.problems
+        for bare, parts in module_map.modules.items():
+            mine = [self.pairs.pop(join(each.path, each.weight), None) for each in parts]
+            present = [pair for pair in mine if pair]
+            both = list(zip(parts, mine, strict=True))
+            wrong = [part for part, pair in both if pair and not _fits(part, pair)]
+            problems += [
+                f"{p.path}: its factors do not fit its weight {list(p.shape)}" for p in wrong
+            ]
+            if wrong or not present:
+                continue
+            name, is_dora = module_map.full(bare), present[0].method.name == "dora"
+            a, b, scale = _fused(both)
+            self.number(name, len(a), scale)
+            self.factors(name, a, b, of_embedding=parts[0].weight == "embedding")
+            if is_dora and len(present) < len(parts):
                 problems.append(f"{bare}: PEFT's DoRA adapts all parts of a module or none")
                 continue
-            magnitudes = [pair.leaves["magnitude"].ravel() for pair in present]
-            tensors[f"{ROOT}{name}.lora_magnitude_vector"] = _magnitude(magnitudes, a)
-        if module_map.tied and bare == module_map.tied[1]:
-            if present[0].method.name == "dora":
-                problems.append(f"{parts[0].path}: PEFT's DoRA does not adapt a tied embedding")
-            head = module_map.full(module_map.tied[0], prefix)
-            numbers.add(head, len(a), scale)
-            tensors |= {f"{ROOT}{head}.lora_A.weight": b.T, f"{ROOT}{head}.lora_B.weight": a.T}
-    return tensors
+            if is_dora:
+                whole = np.concatenate([pair.leaves["magnitude"].ravel() for pair in present])
+                # The magnitudes of a convolution lie along its second axis.
+                shape = (-1,) if a.ndim == 2 else (1, -1, *(1,) * (a.ndim - 2))
+                self.tensors[f"{ROOT}{name}.lora_magnitude_vector"] = whole.reshape(shape)
+            if module_map.tied and bare == module_map.tied[1]:
+                if is_dora:
+                    problems.append(f"{parts[0].path}: PEFT's DoRA does not adapt a tied embedding")
+                head = module_map.full(module_map.tied[0])
+                self.number(head, len(a), scale)
+                self.factors(head, b.T, a.T)
 
-
-def _of_experts(
-    pairs: dict[str, _Pair],
-    module_map: ModuleMap,
-    prefix: str | None,
-    numbers: _Numbers,
-    problems: list[str],
-) -> Tensors:
-    """The factors of experts, each of which is a module of PEFT's; takes them out of `pairs`."""
-    tensors: Tensors = {}
-    for name, reference in module_map.parameters.items():
-        pair = pairs.pop(reference.path, None) if ROW in name else None
-        if pair is None:
-            continue
-        if pair.method.slices or pair.leaves.keys() != {"a", "b"}:
-            problems.append(f"{reference.path}: PEFT's files of experts have LoRA without slices")
-            continue
-        a, b = pair.leaves["a"], pair.leaves["b"]
-        for i, module in enumerate(modules_of(name, reference.shape[0])):
-            full = module_map.full(module, prefix)
-            numbers.add(full, a.shape[-1], pair.scale)
-            tensors |= {
-                f"{ROOT}{full}.lora_A.weight": a[i].T,
-                f"{ROOT}{full}.lora_B.weight": b[i].T,
-            }
-    return tensors
-
-
-def _of_parameters(
-    pairs: dict[str, _Pair],
-    module_map: ModuleMap,
-    prefix: str | None,
-    numbers: _Numbers,
-    problems: list[str],
-) -> Tensors:
-    """The factors of parameters, of which PEFT nests those of one module; see `parameters`."""
-    tensors: Tensors = {}
-    mine = [name for name, own in module_map.parameters.items() if own.path in pairs]
-    for module in dict.fromkeys(map(module_of, mine)):
-        names = [name for name in mine if module_of(name) == module]
-        full = module_map.full(module, prefix)
-        if full in numbers.ranks:
-            paths = ", ".join(module_map.parameters[name].path for name in names)
-            problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
-        for key, name in zip(nested(full, len(names)), names, strict=True):
-            reference = module_map.parameters[name]
-            pair = pairs.pop(reference.path)
-            a, b, shape = pair.leaves["a"], pair.leaves["b"], reference.shape
-            fits = (*a.shape[:-1], b.shape[-1]) == shape and len(shape) in (2, 3) and module
-            if not fits or pair.method.slices:
-                problems.append(
-                    f"{reference.path} of {list(shape)} has factors {list(a.shape)} and "
-                    f"{list(b.shape)}; PEFT adapts whole parameters of modules, (in, out) or "
-                    "(experts, in, out)"
-                )
+    def add_experts(self) -> None:
+        """Adds the factors of experts; each expert is a module of PEFT's."""
+        for path, modules in self.module_map.rows.items():
+            pair = self.pairs.pop(path, None)
+            if pair is None:
                 continue
-            a_theirs, b_theirs = their_pair(reference, a, b)
-            tensors |= {f"{ROOT}{key}.lora_A.weight": a_theirs}
-            tensors |= {f"{ROOT}{key}.lora_B.weight": b_theirs}
-            numbers.add(f"{full}.{name.rpartition('.')[2]}", a.shape[-1], pair.scale)
-    return tensors
+            if pair.method.slices or pair.leaves.keys() != {"a", "b"}:
+                self.problems.append(f"{path}: PEFT's files of experts have LoRA without slices")
+                continue
+            a, b = pair.leaves["a"], pair.leaves["b"]
+            for i, module in enumerate(modules):
+                name = self.module_map.full(module)
+                self.number(name, a.shape[-1], pair.scale)
+                self.factors(name, a[i].T, b[i].T)
+
+    def add_parameters(self) -> None:
+        """Adds the factors of parameters; PEFT nests those of one module, see `parameters`."""
+        parameters = self.module_map.parameters
+        mine = [name for name, own in parameters.items() if own.path in self.pairs]
+        for module in dict.fromkeys(map(module_of, mine)):
+            names = [name for name in mine if module_of(name) == module]
+            full = self.module_map.full(module)
+            if full in self.ranks:
+                paths = ", ".join(parameters[name].path for name in names)
+                self.problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
+            for key, name in zip(nested(full, len(names)), names, strict=True):
+                reference = parameters[name]
+                pair = self.pairs.pop(reference.path)
+                a, b, shape = pair.leaves["a"], pair.leaves["b"], reference.shape
+                fits = (*a.shape[:-1], b.shape[-1]) == shape and len(shape) in (2, 3) and module
+                if not fits or pair.method.slices:
+                    self.problems.append(
+                        f"{reference.path} of {list(shape)} has factors {list(a.shape)} and "
+                        f"{list(b.shape)}; PEFT adapts whole parameters of modules, (in, out) or "
+                        "(experts, in, out)"
+                    )
+                    continue
+                self.factors(key, *their_pair(reference, a, b))
+                self.number(f"{full}.{name.rpartition('.')[2]}", a.shape[-1], pair.scale)
 
 
 def _fits(reference: ModuleReference, pair: _Pair) -> bool:
@@ -243,67 +237,32 @@ def _fits(reference: ModuleReference, pair: _Pair) -> bool:
     return inputs + outputs == reference.shape or (sliced and inputs == reference.shape[:-1])
 
 
-def _factors(
-    parts: Sequence[ModuleReference], mine: Sequence[_Pair | None]
+def _fused(
+    parts: Sequence[tuple[ModuleReference, _Pair | None]],
 ) -> tuple[Array, Array, float]:
     """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
 
     If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets
     its own rows of A, and B has zeros for the rows of the others.
     """
-    made: list[tuple[Array, Array] | None] = []
-    scales: list[float] = []
-    for reference, own in zip(parts, mine, strict=True):
-        if own is None:
-            made.append(None)
+    scale = next(pair.scale for _, pair in parts if pair)
+    made: list[tuple[int, tuple[Array, Array] | None]] = []
+    for reference, pair in parts:
+        if pair is None:
+            made.append((reference.width, None))
             continue
-        scales.append(own.scale)
-        a, b = their_factors(reference, own.leaves, own.method.slices)
-        made.append((a, b if scales[-1] == scales[0] else b * (scales[-1] / scales[0])))
-    if len(made) == 1 and made[0]:
-        return *made[0], scales[0]
-    present = [pair for pair in made if pair]
+        a, b = their_factors(reference, pair.leaves, pair.method.slices)
+        made.append((reference.width, (a, b if pair.scale == scale else b * (pair.scale / scale))))
+    present = [factors for _, factors in made if factors]
+    if len(made) == 1:
+        return *present[0], scale
     shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
     a = present[0][0] if shared else np.concatenate([a for a, _ in present])
     rows, start = [], 0
-    for reference, pair in zip(parts, made, strict=True):
-        block = np.zeros((reference.width, len(a)), a.dtype)
-        if pair:
-            block[:, start : start + len(pair[0])] = pair[1]
-            start += 0 if shared else len(pair[0])
+    for width, factors in made:
+        block = np.zeros((width, len(a)), a.dtype)
+        if factors:
+            block[:, start : start + len(factors[0])] = factors[1]
+            start += 0 if shared else len(factors[0])
         rows.append(block)
-    return a, np.concatenate(rows), scales[0]
-
-
-def _named(name: str, reference: ModuleReference, a: Array, b: Array) -> Tensors:
-    if reference.weight == "embedding":
-        return {f"{ROOT}{name}.lora_embedding_A": a, f"{ROOT}{name}.lora_embedding_B": b}
-    return {f"{ROOT}{name}.lora_A.weight": a, f"{ROOT}{name}.lora_B.weight": b}
-
-
-def _magnitude(parts: Sequence[Array], a: Array) -> Array:
-    """The magnitudes of all outputs; for a convolution they lie along the second axis."""
-    whole = np.concatenate(parts)
-    return whole if a.ndim == 2 else whole.reshape(1, -1, *(1,) * (a.ndim - 2))
-
-
-def _fields(
-    methods: Sequence[Any], numbers: _Numbers, modules: Sequence[str], module_map: ModuleMap
-) -> dict[str, Any]:
-    """Returns the configuration: the commonest rank and alpha, and patterns for the others."""
-    ranks, alphas = numbers.ranks, numbers.alphas
-    (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
-    (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": methods[0].dropout,
-        "use_rslora": methods[0].rank_stabilized,
-        "use_dora": methods[0].name == "dora",
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": list(modules),
-        "fan_in_fan_out": module_map.fan_in_fan_out,
-        "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
-    }
+    return a, np.concatenate(rows), scale

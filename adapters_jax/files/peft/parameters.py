@@ -30,13 +30,8 @@ def parameters_by_key(
 ) -> dict[str, str | None]:
     """The parameter, by its name in the file, of each key that holds a parameter's factors.
 
-    It is None where a module has factors of more or fewer parameters than its targets are.
-
-    Args:
-        config: the configuration.
-        keys: the names before `.lora_A`, without PEFT's root.
-        module_map: the module map; it has the order of the parameters.
-        problems: gets a sentence for each such module.
+    Keys are the names before `.lora_A`, without PEFT's root. The parameter is None, and a problem,
+    where a module has factors of more or fewer parameters than its targets are.
     """
     modules = {key: re.sub(rf"({re.escape(INNER)})+$", "", key) for key in keys}
     counts, found = Counter(modules.values()), dict[str, str | None]()
@@ -80,10 +75,7 @@ def our_pair(
 ) -> dict[str, Array] | None:
     """Converts PEFT's A and B of one parameter to ours; returns None if they do not fit.
 
-    Args:
-        reference: the parameter.
-        found: A and B.
-        version: the version of PEFT that wrote them, None for those that did not say it.
+    The version is that of PEFT that wrote them, None for those that did not say it.
 
     Example:
         >>> import numpy as np

@@ -3,28 +3,23 @@
 Reference: https://huggingface.co/docs/peft/package_reference/llama_adapter
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Added, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import LlamaAdapter, Method
 from adapters_jax.recipe import Recipe
 
-LEAVES = {"adaption_prompt": "embedding", "adaption_gate": "gate"}
 # PEFT adds the prompts' values of a GPT-2 behind its output projection, not before it.
 _OTHER = "attn"
 _UNLIKE = "PEFT's prompts of a GPT-2 are not projected, and LLaMA-Adapter here projects them"
 
 
 def read(
-    config: Config,
-    added: Mapping[str, Mapping[str, Array]],
-    module_map: ModuleMap,
-    problems: list[str],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one LlamaAdapter with one gate for each layer, and its leaves by path."""
     leaves: dict[str, Array] = {}
@@ -55,13 +50,8 @@ def read(
 
 
 def write(
-    recipe: Recipe,
-    added: Added,
-    leaves: Mapping[str, Array],
-    module_map: ModuleMap,
-    prefix: str | None,
-    problems: list[str],
-) -> tuple[dict[str, Any], dict[str, Array]]:
+    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
     names = {ours: bare for bare, ours in module_map.attention.items()}
     known = added.keys() & names.keys()
@@ -82,7 +72,7 @@ def write(
                 f'{ours} has {len(gate)} gates; PEFT has one in each layer: use gate="layer"'
             )
         lengths.add(len(prompt))
-        root = f"{ROOT}{module_map.full(names[ours], prefix)}"
+        root = f"{ROOT}{module_map.full(names[ours])}"
         tensors[f"{root}.adaption_prompt"] = prompt[None]
         opened = np.tanh(gate) if method.gate_activation == "tanh" else gate  # PEFT applies no tanh
         tensors[f"{root}.adaption_gate"] = opened

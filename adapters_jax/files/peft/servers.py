@@ -16,7 +16,7 @@ sgl-project/sglang (`python/sglang/srt/lora/lora_config.py` at 0ceb81fe, and `lo
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,9 +25,8 @@ import numpy as np
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.files.layouts import Array, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
-from adapters_jax.files.peft import kinds
-from adapters_jax.files.peft.config import ROOT, Config, number_at
-from adapters_jax.files.peft.files import from_peft, to_peft
+from adapters_jax.files.peft.config import KINDS, ROOT, Config, factor_keys, number_at
+from adapters_jax.files.peft.convert import from_peft, split_tensors, to_peft
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
@@ -103,6 +102,12 @@ class _Pair:
     def rank(self) -> int:
         return len(self.a)
 
+    def filled(self, rank: int, scale: float) -> tuple[Array, Array]:
+        """A and B of a rank with zeros behind their own, and B for another scale."""
+        more = rank - self.rank
+        b = self.b if self.scale == scale else self.b * np.float32(self.scale / scale)
+        return np.pad(self.a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
+
 
 def check_decoder(server: Server, kind: str) -> None:
     """Raises UserError if a base is not of the kind "decoder"."""
@@ -154,16 +159,8 @@ def check_server(
         vLLM gets one rank, 2, for the ranks 1 and 2: zeros fill them up, and no output changes
         start it with --enable-lora --max-lora-rank 8
     """
-    config, tensors, problems = to_peft(recipe, _as_numpy(leaves), names, base)
-    problems = [*problems, *_problems(server, config, tensors, find_modules(names, base))]
-    if model_type and server.model_types and model_type not in server.model_types:
-        supported = ", ".join(sorted(server.model_types))
-        problems.append(f"it has LoRA for bases of the types {supported}, and not for {model_type}")
-    if problems:
-        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}; {MERGE}")
-    pairs = _pairs(config, tensors)
-    chosen = _rank(server, pairs, rank)
-    return [*_changes(server, config, pairs, chosen), _start(server, chosen)]
+    plan = _planned(server, recipe, leaves, names, base, model_type, rank)
+    return [*plan.changes(), plan.start()]
 
 
 def for_server(
@@ -193,35 +190,97 @@ def for_server(
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
     check_number("for_server", "max_error", max_error, low=0.0, high=1.0)
-    notes = check_server(server, recipe, leaves, names, base, model_type=model_type, rank=rank)
-    config, tensors, _ = to_peft(recipe, _as_numpy(leaves), names, base)
-    pairs = _pairs(config, tensors)
-    chosen = _rank(server, pairs, rank)
-    if not _changes(server, config, pairs, chosen):
-        return Served(Recipe(recipe), dict(leaves), notes)
-    module_map, made, lost = find_modules(names, base), dict[str, _Pair](), dict[str, _Lost]()
-    for name, pair in pairs.items():
-        if pair.magnitude is None and pair.rank <= chosen:
+    plan = _planned(server, recipe, leaves, names, base, model_type, rank)
+    notes = plan.changes()
+    if not notes:
+        return Served(Recipe(recipe), dict(leaves), [plan.start()])
+    made, lost = dict[str, _Pair](), dict[str, _Lost]()
+    for name, pair in plan.pairs.items():
+        if pair.magnitude is None and pair.rank <= plan.rank:
             made[name] = pair
-            continue
-        made[name], lost[name] = _nearest(name, pair, chosen, module_map)
+        else:
+            made[name], lost[name] = _nearest(name, pair, plan.rank, plan.module_map)
     if lost:
-        notes.insert(-1, _stated(server, lost, chosen, max_error))
+        notes.append(_stated(server, lost, plan.rank, max_error))
     usual = Counter(pair.scale for pair in made.values()).most_common(1)[0][0]
     written: dict[str, Array] = {}
     for name, pair in made.items():
-        outer = f"{ROOT}{name}.lora_embedding_A" in tensors
-        ends = ("embedding_A", "embedding_B") if outer else ("A.weight", "B.weight")
-        keys = (f"{ROOT}{name}.lora_{end}" for end in ends)
-        written |= dict(zip(keys, _filled(pair, chosen, usual), strict=True))
+        keys = factor_keys(name, of_embedding=factor_keys(name, True)[0] in plan.tensors)
+        written |= zip(keys, pair.filled(plan.rank, usual), strict=True)
     plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    config |= {**plain, "r": chosen, "lora_alpha": rounded(usual * chosen)}
+    config = {**plan.config, **plain, "r": plan.rank, "lora_alpha": rounded(usual * plan.rank)}
     found, tree = from_peft(config, written, names, base, f"for {server.owner}")
-    return Served(found, flatten(tree), notes)
+    return Served(found, flatten(tree), [*notes, plan.start()])
 
 
-def _as_numpy(leaves: Mapping[str, Any]) -> dict[str, Array]:
-    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+@dataclass(frozen=True)
+class _Plan:
+    """An adapter in PEFT's form, and the rank that it gets for a server."""
+
+    server: Server
+    config: Config
+    tensors: Mapping[str, Array]
+    module_map: ModuleMap
+    pairs: Mapping[str, _Pair]
+    rank: int
+
+    def changes(self) -> list[str]:
+        """A sentence for each change that the adapter needs."""
+        owner, rank = self.server.owner, self.rank
+        found, ranks = [], sorted({pair.rank for pair in self.pairs.values()})
+        shown = f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}" if ranks[1:] else str(ranks[0])
+        if self.config["use_dora"]:
+            found.append(f"{owner} has no DoRA: each change becomes LoRA of rank {rank}")
+        elif ranks[-1] > rank:
+            found.append(f"{owner} gets rank {rank} for {shown}: the nearest changes of it")
+        elif ranks != [rank]:
+            found.append(
+                f"{owner} gets one rank, {rank}, for the ranks {shown}: zeros fill them up, and no "
+                "output changes"
+            )
+        if len({pair.scale for pair in self.pairs.values()}) > 1:
+            found.append(f"{owner} gets one alpha: scales that differ are in B")
+        if self.config["use_rslora"] and not (self.server.reads_rank_stabilized and not found):
+            found.append(f"{owner} gets alpha / r with the value of rsLoRA's alpha / sqrt(r)")
+        return found
+
+    def start(self) -> str:
+        """How the server is started for the rank."""
+        limits = (limit for limit in self.server.ranks if limit >= self.rank)
+        return self.server.start.format(next(limits, self.rank))
+
+
+def _planned(
+    server: Server,
+    recipe: Recipe | Method,
+    leaves: Mapping[str, Any],
+    names: Names,
+    base: Any,
+    model_type: str,
+    rank: int | None,
+) -> _Plan:
+    """The plan; raises UserError if the server cannot load the adapter, whatever its numbers."""
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    config, tensors, problems = to_peft(recipe, arrays, names, base)
+    module_map = find_modules(names, base)
+    problems = [*problems, *_problems(server, config, tensors, module_map)]
+    if model_type and server.model_types and model_type not in server.model_types:
+        supported = ", ".join(sorted(server.model_types))
+        problems.append(f"it has LoRA for bases of the types {supported}, and not for {model_type}")
+    if problems:
+        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}; {MERGE}")
+    pairs = {}
+    for name, found in _factors(tensors).items():
+        own, alpha = number_at(config, "r", name), number_at(config, "lora_alpha", name)
+        scale = alpha / (math.sqrt(own) if config["use_rslora"] else own)
+        pairs[name] = _Pair(scale=scale, **found)
+    largest = max(pair.rank for pair in pairs.values())
+    most = server.ranks[-1] if server.ranks else max(rank or 0, largest)
+    chosen = min(largest, most) if rank is None else rank
+    check_size(server.owner, "rank", chosen)
+    if chosen > most:
+        raise UserError(f"{server.owner}: rank {chosen}, expected at most {most}")
+    return _Plan(server, config, tensors, module_map, pairs, chosen)
 
 
 def _problems(
@@ -260,55 +319,7 @@ def _outer(tensors: Mapping[str, Array], module_map: ModuleMap) -> list[str]:
 
 def _factors(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     """The factors by PEFT's names of modules."""
-    return kinds.by_module_and_leaf(tensors, kinds.KINDS["LORA"], [])[0]
-
-
-def _pairs(config: Config, tensors: Mapping[str, Array]) -> dict[str, _Pair]:
-    """The factors of each of PEFT's modules, with their scale."""
-    made = {}
-    for name, found in _factors(tensors).items():
-        rank = number_at(config, "r", "rank_pattern", name)
-        alpha = number_at(config, "lora_alpha", "alpha_pattern", name)
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        made[name] = _Pair(scale=scale, **found)
-    return made
-
-
-def _rank(server: Server, pairs: Mapping[str, _Pair], rank: int | None) -> int:
-    """The rank of all modules."""
-    most = server.ranks[-1] if server.ranks else None
-    if rank is None:
-        largest = max(pair.rank for pair in pairs.values())
-        return largest if most is None else min(largest, most)
-    check_size(server.owner, "rank", rank)
-    if most is not None and rank > most:
-        raise UserError(f"{server.owner}: rank {rank}, expected at most {most}")
-    return rank
-
-
-def _changes(server: Server, config: Config, pairs: Mapping[str, _Pair], rank: int) -> list[str]:
-    """A sentence for each change that an adapter needs."""
-    found, ranks = [], sorted({pair.rank for pair in pairs.values()})
-    shown = f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}" if ranks[1:] else str(ranks[0])
-    if config["use_dora"]:
-        found.append(f"{server.owner} has no DoRA: each change becomes LoRA of rank {rank}")
-    elif ranks[-1] > rank:
-        found.append(f"{server.owner} gets rank {rank} for {shown}: the nearest changes of it")
-    elif ranks != [rank]:
-        found.append(
-            f"{server.owner} gets one rank, {rank}, for the ranks {shown}: zeros fill them up, and "
-            "no output changes"
-        )
-    if len({pair.scale for pair in pairs.values()}) > 1:
-        found.append(f"{server.owner} gets one alpha: scales that differ are in B")
-    if config["use_rslora"] and not (server.reads_rank_stabilized and not found):
-        found.append(f"{server.owner} gets alpha / r with the value of rsLoRA's alpha / sqrt(r)")
-    return found
-
-
-def _start(server: Server, rank: int) -> str:
-    """How a server is started for a rank."""
-    return server.start.format(next((limit for limit in server.ranks if limit >= rank), rank))
+    return split_tensors(tensors, KINDS["LORA"], [])[0]
 
 
 class _Lost(NamedTuple):
@@ -369,10 +380,3 @@ def _stated(server: Server, lost: Mapping[str, _Lost], rank: int, max_error: flo
             f"{math.ceil(1000 * at[worst]) / 1000:g}; or {MERGE}"
         )
     return f"at rank {rank} it loses at most {at[worst]:.3g} of a change{beside} at {worst}"
-
-
-def _filled(pair: _Pair, rank: int, scale: float) -> Sequence[Array]:
-    """A and B of a rank with zeros behind their own, and B for another scale."""
-    more = rank - pair.rank
-    b = pair.b if pair.scale == scale else pair.b * np.float32(pair.scale / scale)
-    return np.pad(pair.a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))

@@ -5,44 +5,34 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.layouts import Array, our_leaf, their_leaf
-from adapters_jax.files.module_map import ModuleMap, as_in_base, in_order, trained_value
+from adapters_jax.files.layouts import Array
+from adapters_jax.files.module_map import (
+    Leaves,
+    ModuleMap,
+    as_in_base,
+    in_order,
+    our_leaves,
+    their_leaves,
+)
 from adapters_jax.files.peft.config import ROOT, TIED
 
-Tensors = dict[str, Array]
 
-
-def read_trained(
-    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> dict[str, Array]:
+def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
     """Returns the base's own parameters that the file holds, by path."""
-    leaves: dict[str, Array] = {}
+    leaves: Leaves = {}
     for key, tensor in _without_tied(plain, module_map, problems).items():
         name, _, kind = key.rpartition(".")
         module = name.removesuffix(".base_layer").removesuffix(".modules_to_save")
         there = module_map.at(module)
         if not there:
             problems.append(f"{key}: names maps {module} to no module of the base")
-        new: dict[str, Array] = {}
-        for reference in there:
-            leaf = "bias" if kind == "bias" else reference.weight
-            fits = leaf in reference.leaves and kind in ("bias", "weight")
-            array = our_leaf(reference, leaf, tensor, module_map.fan_in_fan_out) if fits else None
-            if array is None:
-                ours = f" {list(reference.leaves[leaf].shape)}" if leaf in reference.leaves else ""
-                problems.append(
-                    f"{key} is {list(tensor.shape)}, which does not fit {reference.path}{ours}"
-                )
-            else:
-                new[f"{reference.path}/{leaf}"] = array
+        new = our_leaves(key, kind, tensor, there, module_map.fan_in_fan_out, problems)
         if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
             leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
     return leaves
 
 
-def _without_tied(
-    plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
-) -> dict[str, Array]:
+def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
     """The tensors without those of a tied output layer, which repeat the embedding's."""
     rest = dict(plain)
     for inner in ("", ".base_layer") if module_map.tied else ():
@@ -60,7 +50,7 @@ def _without_tied(
 
 
 def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
-    """PEFT's heads that have several layers, of which some train: PEFT saves all of them."""
+    """The heads with several layers in PEFT that train in part; PEFT saves all their layers."""
     return {
         bare.split(".")[0]
         for bare, parts in module_map.modules.items()
@@ -70,14 +60,10 @@ def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
 
 
 def write_trained(
-    trained: Mapping[str, Array],
-    adapted_modules: Container[str],
-    module_map: ModuleMap,
-    prefix: str | None,
-    problems: list[str],
-) -> tuple[Tensors, dict[str, Any]]:
+    trained: Leaves, adapted_modules: Container[str], module_map: ModuleMap, problems: list[str]
+) -> tuple[Leaves, dict[str, Any]]:
     """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
-    tensors: Tensors = {}
+    tensors: Leaves = {}
     saved, biases, unknown = list[str](), set(), set(trained)
     heads = _heads(trained, module_map)
     for bare, parts in module_map.modules.items():
@@ -97,25 +83,21 @@ def write_trained(
                 f"{bare} has factors and its weight trains as well, which PEFT does not support"
             )
             continue
-        name = module_map.full(bare, prefix)
+        name = module_map.full(bare)
         biases |= {adapted} if alone else set()
         whole_head = head if head in heads else name
         saved += [] if alone or whole_head in saved else [whole_head]
-        for leaf in ["bias"] if alone else parts[0].leaves:
-            arrays = [
-                trained_value(f"{p.path}/{leaf}", trained, module_map, problems) for p in parts
-            ]
-            kind = "bias" if leaf == "bias" else "weight"
-            inner = ".base_layer" if adapted else ""
-            whole = their_leaf(leaf, arrays, module_map.fan_in_fan_out)
-            tensors[f"{ROOT}{name}{inner}.{kind}"] = whole
-        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties what these two names are of
-            tied = module_map.full(module_map.tied[0], prefix)
+        leaves, inner = ["bias"] if alone else parts[0].leaves, ".base_layer" if adapted else ""
+        turned = module_map.fan_in_fan_out
+        found = their_leaves(parts, leaves, trained, module_map.base, turned, problems)
+        tensors |= {f"{ROOT}{name}{inner}.{kind}": x for kind, x in found.items()}
+        if module_map.tied and bare == module_map.tied[1]:  # PEFT ties the weights of these two
+            tied = module_map.full(module_map.tied[0])
             saved.append(tied)
             tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
     problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
     fields: dict[str, Any] = {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
-    if module_map.tied and module_map.full(module_map.tied[0], prefix) in saved:
+    if module_map.tied and module_map.full(module_map.tied[0]) in saved:
         fields["ensure_weight_tying"] = True
     return tensors, fields

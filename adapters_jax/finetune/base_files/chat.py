@@ -52,11 +52,7 @@ def render_marked(
     """Renders a chat template, and finds what it marks as generated.
 
     Args:
-        template: as for `render`.
-        messages: as for `render`.
-        reply: as for `render`.
-        tools: as for `render`.
-        **tokens: as for `render`.
+        template, messages, reply, tools, **tokens: as for `render`.
 
     Returns:
         The text, and the first character and the end of each part of it that the template encloses
@@ -109,6 +105,7 @@ def _unmarked(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[int, i
 
 
 def _sandbox() -> Any:
+    # Not at the top, since jinja2 is optional: encoders and GGUF files are read without it.
     try:
         import jinja2  # noqa: F401
 

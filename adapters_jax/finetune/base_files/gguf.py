@@ -25,9 +25,10 @@ from adapters_jax.files.gguf.architectures import (
     REQUIRED,
     Layout,
 )
-from adapters_jax.files.gguf.header import GGUFTensor, find_gguf, read_header
+from adapters_jax.files.gguf.header import GGUFTensor, read_header
 from adapters_jax.files.gguf.tensors import dequantised, read_tensors
 from adapters_jax.files.names import Stored
+from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import chat
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ def read_gguf(path: str | Path) -> GGUF:
         The file, with configuration, weights, tokenizer and chat template.
 
     Raises:
-        BaseFileError: there is no such file, it is damaged, or it is of another architecture.
+        BaseFileError: the file does not exist, it is damaged, or it is of another architecture.
         MissingPackageError: the package `gguf` is not installed.
 
     Example:

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapters_jax.errors import (
@@ -49,7 +51,7 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
         The directory that holds the files.
 
     Raises:
-        BaseFileError: the directory lacks a file, or the Hub cannot be reached or has no such id.
+        BaseFileError: the directory lacks a file, or the Hub cannot be reached or lacks the id.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
     Example:
@@ -87,7 +89,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         The tensors by their names in the files, in the dtype stored (bfloat16 included).
 
     Raises:
-        BaseFileError: shards are absent, all of which the message names; a file or the index is
+        BaseFileError: shards are absent, and the message names them all; a file or the index is
             damaged, or two shards hold the same tensor. When a tensor is read, its numbers are not
             finite.
     """
@@ -151,8 +153,8 @@ def read_file(path: Path) -> dict[str, Stored]:
 
 
 def _read(path: Path, entries: Mapping[str, Any]) -> np.ndarray:
-    with untrusted.opened(path, BaseFileError) as (file, _):
-        (array,) = TensorFile(path, file, entries, BaseFileError).read().values()
+    with untrusted.opened(path, BaseFileError) as file:
+        (array,) = TensorFile(file, entries).read().values()
     return array
 
 
@@ -162,14 +164,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 class CheckpointConfig:
-    """A frozen dataclass whose fields have the names that `config.json` uses.
+    """The base class of configurations: frozen dataclasses, which are read from a `config.json`.
 
-    A subclass lists in `supported` the settings that change the arithmetic, with the values it
-    implements; any other value raises a `UserError`. All other keys of a `config.json` are
-    bookkeeping of the library that wrote it, and are ignored.
+    Other keys of a `config.json` are bookkeeping of the library that wrote it, and are ignored.
+
+    Attributes:
+        supported: the settings that change the arithmetic, with the values that are implemented;
+            any other value raises a `UserError`.
+        defaults: the values of settings that a `config.json` lacks, where these differ from the
+            fields' own.
+        renamed: fields by the name that a `config.json` has for them.
     """
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}
     num_hidden_layers: int
 
     @property
@@ -191,9 +200,13 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self)
         self._check(vars(self))
-        for name in _SIZES & vars(self).keys():
+        for name in filter(vars(self).__contains__, _SIZES):
             check_size(type(self).__name__, name, getattr(self, name))
         check_layers(type(self).__name__, self.num_layers)
+
+    def inputs(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """The shape of a batch of token ids, or of what else a model reads."""
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def identity(self) -> dict[str, Any]:
         """What tells a base from others in an adapter's manifest; JSON can hold it."""
@@ -216,9 +229,18 @@ class CheckpointConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Takes the fields from a parsed `config.json`; raises `UserError` for unsupported ones."""
+        # Checked twice: under their names for the message, and what `read` has taken from within.
+        values = {**cls.defaults, **values}
+        cls._check(values)
+        values = cls.read({cls.renamed.get(key, key): value for key, value in values.items()})
         cls._check(values)
         names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         return cls(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of fields, from those of a `config.json`; a subclass adds what they imply."""
+        return values
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -238,11 +260,11 @@ class CheckpointConfig:
             raise BaseFileError(f"{path}: {error}") from error
 
 
-_SIZES = {
+Config = TypeVar("Config", bound=CheckpointConfig)
+_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
-    *("max_position_embeddings", "n_positions", "n_embd", "n_head"),
-    *("image_size", "patch_size", "num_channels"),
-}
+    *("max_position_embeddings", "image_size", "patch_size", "num_channels"),
+)
 # Settings that change what the tensors mean, in all architectures.
 _OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 
@@ -253,6 +275,20 @@ def check_layers(owner: str, layers: int) -> None:
         raise UserError(
             f"{owner}: {layers} layers (num_hidden_layers), expected at most {MOST_LAYERS}"
         )
+
+
+def read_checkpoint(
+    config_class: type[Config], name_or_path: str | Path, revision: str | None = None
+) -> tuple[Config, dict[str, Stored]]:
+    """Finds a checkpoint, and reads its configuration and its list of tensors; see `resolve`.
+
+    The configuration is checked before any weight is used.
+    """
+    directory = resolve(name_or_path, revision)
+    config = config_class.from_json(directory / "config.json")
+    tensors = read_tensors(directory)
+    check_tensors(config, tensors)
+    return config, tensors
 
 
 def check_tensors(config: CheckpointConfig, tensors: Mapping[str, Any]) -> None:

@@ -225,6 +225,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateRuntimeError(f"a number has over {LARGEST} bits")
         return result
 
+    # The parameters have jinja's names, which no keyword of a template can be.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a function, a macro or a method."""
         owner = getattr(__obj, "__self__", None)
@@ -370,17 +371,13 @@ class _Metered(NodeTransformer):
             node.arg = _call(node, "spent", node.arg)
         return node
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+    def visit_Tuple(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        return _call(node, "spent", node)
+        # A tuple may also be what a loop or an assignment stores into; it makes nothing then.
+        stored = getattr(node, "ctx", "load") != "load"
+        return node if stored else _call(node, "spent", node)
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        self.generic_visit(node)
-        return _call(node, "spent", node)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _call(node, "spent", node) if node.ctx == "load" else node
+    visit_Dict = visit_List = visit_Tuple
 
 
 def _call(node: nodes.Node, method: str, *arguments: nodes.Expr) -> nodes.Call:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from adapters_jax.errors import file_errors
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.compare.comparison import ComparisonJob
 
 
 @dataclass(frozen=True)
-class Compare(CompareOptions):
+class Compare(CompareOptions, Command):
     """Compares recipes on one task: the score of each, and the parameters that it trains.
 
     Each recipe is trained with its learning rates and seeds. Each of these cells is a run of
     finetune, in its own directory. The learning rate is chosen on dev. The report shows the mean
     and standard deviation on test over the seeds. The same command continues a comparison that was
     interrupted, and trains nothing twice.
-
-    Args:
-        json: print JSON on stdout; everything else goes to stderr.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax compare --limit 1000 --seeds 0 1
   adapters-jax compare --recipes "houlsby --bottleneck-dim 8" \\
     "houlsby --bottleneck-dim 64" full
@@ -37,22 +34,8 @@ class Compare(CompareOptions):
   adapters-jax compare --model smollm2-135m --train e2e.csv --prompt mr \\
     --completion ref"""
 
-    json: bool = False
-
     def prepare(self, console: Console) -> ComparisonJob:
-        """Reads and checks everything, then makes the directory.
+        """Reads and checks everything, then makes the directory."""
+        from adapters_jax.finetune.compare.comparison import prepare_comparison
 
-        Raises:
-            UserError: flags, files or rows cannot be used.
-            RunError: the directory holds cells of another comparison, or another process uses it.
-            AssetError: the pinned model or the movie reviews could not be fetched.
-            FileSystemError: the directory cannot be made.
-        """
-        from adapters_jax.finetune.compare.comparison import ComparisonJob
-        from adapters_jax.finetune.run_directory import Run
-
-        options, grid, cells, out = self.check(console)
-        with file_errors(out, "made"):
-            out.mkdir(parents=True, exist_ok=True)
-        lock = Run(out).lock()
-        return ComparisonJob(options, grid, cells, out, console, lock)
+        return prepare_comparison(self, console)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
-from adapters_jax.finetune.data.files import DataError, Rows, check_even
+from adapters_jax.finetune.data.files import DataError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.data.summary import Lengths, Summary, inputs_of, summarize
 from adapters_jax.finetune.data.tables import choose_values
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.examples import Seen
@@ -20,15 +21,12 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 _WIDTH = 40  # of the longest bar
 _LABELS = 12  # shown of a column
-_MARKS = (
-    "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}",
-    "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}",
-)
+_MARKS = "\u27e6", "\u27e7"  # mathematical white square brackets
 _ROLES = ("text", "text_pair", "prompt", "completion")
 
 
 @dataclass(frozen=True)
-class DescribeData:
+class DescribeData(Command):
     """Shows what files of rows hold: their layout, columns, lengths, labels and duplicates.
 
     With several files, such as train and test, the rows that the others share with the first are
@@ -46,14 +44,13 @@ class DescribeData:
         completion: for a decoder, column of the completion.
         turns: tokens of conversations that count in the loss.
         max_length: count the rows that have more tokens than this.
-        json: print one JSON object for each file.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax data train.csv test.csv
   adapters-jax data chats.jsonl --model smollm2-135m --max-length 512
   adapters-jax data 'part-*.parquet' --model minilm --text review --json"""
-    positional: ClassVar[tuple[str, ...]] = ("files",)
+    positional = ("files",)
 
     files: tuple[Path, ...] = ()
     model: str | None = None
@@ -64,7 +61,6 @@ class DescribeData:
     completion: str | None = None
     turns: Literal["assistant", "last", "all"] = "assistant"
     max_length: int | None = None
-    json: bool = False
 
     @property
     def needs_jax(self) -> bool:
@@ -72,28 +68,20 @@ class DescribeData:
         return self.model is not None
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the files and, with a model, encodes their rows.
-
-        Raises:
-            DataError: a file cannot be used, or there is none.
-            UserError: the model cannot be used.
-        """
-        from adapters_jax.finetune.data.overlap import shared_rows
+        """Reads the files and, with a model, encodes their rows."""
+        from adapters_jax.finetune.data.datasets import shared_rows
 
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
         tables = [(path, read_file(path)) for path in self.files]
-        for path, rows in tables:
-            check_even(path, rows)
+        for _, rows in tables:
             if self.label is not None:
-                choose_values(path, rows, [self.label])
+                choose_values(rows, [self.label])
         first = inputs_of(tables[0][1])
         found = []
         for i, (path, rows) in enumerate(tables):
             shared = None if i == 0 else len(shared_rows(first, inputs_of(rows)))
-            found.append(
-                _Described(path, summarize(rows, self.label), shared, self._seen(path, rows))
-            )
+            found.append(_Described(path, summarize(rows, self.label), shared, self._seen(rows)))
 
         def report() -> None:
             for described in found:
@@ -103,13 +91,13 @@ class DescribeData:
 
         return report
 
-    def _seen(self, path: Path, rows: Rows) -> Seen | None:
+    def _seen(self, rows: Rows) -> Seen | None:
         if self.model is None:
             return None
         from adapters_jax.finetune.examples import see
 
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
-        return see(self.model, path, rows, columns, self.turns)
+        return see(self.model, rows, columns, self.turns)
 
     def _to_dict(self, described: _Described) -> dict[str, Any]:
         values = {"file": described.path.as_posix(), **described.summary.to_dict()}
@@ -135,7 +123,8 @@ class DescribeData:
         _show_columns(summary, console)
         _show_lengths(summary.lengths, "characters", console)
         for name, counts in summary.labels.items():
-            _show_labels(name, counts, console)
+            console.say(f"{name}: {len(counts)} different value{'s' * (len(counts) != 1)}")
+            _bars(dict(list(counts.items())[:_LABELS]), console)
         console.say(f"{summary.duplicates} rows are equal to an earlier one")
         if described.shared:
             console.say(
@@ -191,7 +180,7 @@ def _show_columns(summary: Summary, console: Console) -> None:
         lengths = column.lengths
         sizes = [lengths.least, lengths.median, lengths.most] if lengths else ["", "", ""]
         cells = [column.blank, column.distinct, *sizes]
-        rows.append([_visible(column.name), ", ".join(column.kinds) or "nothing", *map(str, cells)])
+        rows.append([column.name, ", ".join(column.kinds) or "nothing", *map(str, cells)])
     header = ["column", "values", "blank", "distinct", "shortest", "median", "longest"]
     console.table(header, rows, words=2)
 
@@ -205,26 +194,16 @@ def _show_lengths(lengths: Lengths, unit: str, console: Console) -> None:
     _bars(bars, console)
 
 
-def _show_labels(name: str, counts: Mapping[str, int], console: Console) -> None:
-    console.say(f"{_visible(name)}: {len(counts)} different value{'s' * (len(counts) != 1)}")
-    _bars(dict(list(counts.items())[:_LABELS]), console)
-
-
 def _bars(counts: Mapping[str, int], console: Console) -> None:
     """A picture of counts: a bar for each, in proportion."""
     most = max(counts.values())
     width = max(map(len, counts))
     for name, n in counts.items():
         bar = "\N{FULL BLOCK}" * -(-n * _WIDTH // most)
-        console.say(f"  {_visible(name):>{width}} {bar} {n}")
+        console.say(f"  {name:>{width}} {bar} {n}")
 
 
 def _marked(parts: Sequence[tuple[str, bool]]) -> str:
     """A text with brackets around what counts in the loss."""
     first, last = _MARKS
-    return "".join(f"{first}{_visible(t)}{last}" if learnt else _visible(t) for t, learnt in parts)
-
-
-def _visible(text: str) -> str:
-    """A text whose control characters are written out, since they would act on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(f"{first}{text}{last}" if learnt else text for text, learnt in parts)

@@ -1,32 +1,28 @@
-"""`adapters-jax doctor`: checks the installation and the devices by a tiny step."""
+"""`adapters-jax doctor` and `completion`: the installation, and the shell that it is used from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Literal
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Command):
     """Checks that versions go together, that jax uses the devices, and that a step is right.
 
     It lists versions, the environment's settings, and the devices with their memory; then it trains
     LoRA on one layer for a step, in float32 and bfloat16, and compares it with the formula. Where
     something is wrong, it says what to do, and its exit status is 2.
-
-    Args:
-        json: print JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax doctor
   adapters-jax doctor --json"""
-
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Returns a function that examines and reports.
@@ -45,5 +41,46 @@ class Doctor:
             if problems:
                 raise UserError("; ".join(problems))
             console.say("nothing is wrong")
+
+        return report
+
+
+@dataclass(frozen=True)
+class Completion(Command):
+    """Prints a script with which a shell completes commands, flags and their choices.
+
+    For bash, write it where bash-completion looks, or source it in ~/.bashrc. For zsh, write it as
+    _adapters-jax into a directory of $fpath, before compinit. New flags need a new script.
+
+    Args:
+        shell: bash, zsh or fish.
+    """
+
+    examples = """\
+  adapters-jax completion bash > \\
+    ~/.local/share/bash-completion/completions/adapters-jax
+  adapters-jax completion zsh > ~/.zfunc/_adapters-jax
+  adapters-jax completion fish > ~/.config/fish/completions/adapters-jax.fish"""
+    positional = ("shell",)
+
+    shell: Literal["bash", "zsh", "fish"]
+
+    @property
+    def needs_jax(self) -> bool:
+        """Whether jax is imported: a script has flags alone."""
+        return False
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads the flags of all commands, and returns a function that prints the script."""
+        from adapters_jax.finetune.cli.main import COMMANDS, about, command_of
+        from adapters_jax.finetune.options.parsing import completion
+
+        commands = {name: command_of(name) for name in COMMANDS}
+        script = completion("adapters-jax", commands, about, self.shell)
+
+        def report() -> None:
+            if not self.json:
+                print(script, end="")
+            console.result({"shell": self.shell, "script": script})
 
         return report

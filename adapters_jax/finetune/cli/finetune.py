@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import flag, given
 from adapters_jax.finetune.options.settings import RunOptions
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finetune(RunOptions):
+class Finetune(RunOptions, Command):
     """Fine-tunes a model with adapters, and compares with baselines.
 
     An encoder (BERT, DeBERTa, ModernBERT, ...) learns labels of texts, a decoder (Llama, Qwen, ...)
@@ -30,10 +31,9 @@ class Finetune(RunOptions):
         name: name of this run; by default the model, the task and the method.
         resume: directory of an interrupted run to continue; its result is the same as without the
             interruption. All other flags are the run's own.
-        json: print JSON on stdout; everything else goes to stderr.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax finetune
   adapters-jax finetune --method lora --rank 4 --learning-rate 2e-3 \\
     --name lora4
@@ -51,26 +51,16 @@ class Finetune(RunOptions):
   adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": (
-            "runs",
-            "name",
-            "resume",
-        ),
+        "Run": ("runs", "name", "resume"),
     }
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
-    json: bool = False
 
     def prepare(self, console: Console) -> Job:
         """Reads and checks everything, so that an error is reported before training.
 
         The run's directory is made last.
-
-        Raises:
-            UserError: flags, files, rows or a checkpoint cannot be used.
-            AssetError: the pinned model or the movie reviews could not be fetched.
-            FileSystemError: the directory cannot be made.
         """
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.finetune.runs.prepare import open_run, prepare_run, resume_run

@@ -11,13 +11,14 @@ from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.console import Console, stdin_lines
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import read_rows
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.inference import Generator
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Command):
     """Completes prompts with a finished run on a decoder, or talks with it.
 
     Args:
@@ -32,10 +33,9 @@ class Generate:
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of sampling.
-        json: print one JSON object for each prompt.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax generate runs/mine --prompt "name[The Eagle], food[French]" \\
     "name[Aromi]"
   adapters-jax generate runs/mine --prompt "name[Aromi]" --temperature 0.8 \\
@@ -45,24 +45,12 @@ class Generate:
   adapters-jax generate runs/mine --chat --system "Answer in one word."
   adapters-jax generate runs/mine --chat --prompt "Who are you?" And who \\
     made you?"""
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    positional = ("run",)
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Prompts": (
-            "prompt",
-            "file",
-            "column",
-        ),
-        "Conversation": (
-            "chat",
-            "system",
-        ),
-        "Sampling": (
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "seed",
-        ),
+        "Prompts": ("prompt", "file", "column"),
+        "Conversation": ("chat", "system"),
+        "Sampling": ("max_new_tokens", "temperature", "top_p", "seed"),
     }
     run: str
     prompt: tuple[str, ...] = ()
@@ -74,17 +62,9 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the prompts and loads the run.
-
-        Raises:
-            UserError: a setting is out of its range.
-            RunError: the run cannot be used.
-            DataError: the prompts cannot be used.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Reads the prompts and loads the run."""
         from adapters_jax.finetune.inference import load_generator
         from adapters_jax.finetune.run_directory import find_run
         from adapters_jax.finetune.tasks import read_run

@@ -1,17 +1,21 @@
-"""`adapters-jax methods` and `adapters-jax tasks`: list what there is, as `models` does."""
+"""`adapters-jax methods`, `tasks` and `models`: list what there is."""
 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import flag
 from adapters_jax.finetune.options.method import PRESETS
 from adapters_jax.finetune.options.parsing import UsageError
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.shapes import Entry
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Listing(ABC):
+class Listing(Command):
     """A command that lists what there is: as tables, as JSON, or as a page in Markdown.
 
     Args:
         markdown: print a page of the documentation.
-        json: print JSON.
 
     Raises:
         UsageError: both are asked for.
     """
 
     markdown: bool = False
-    json: bool = False
 
     def __post_init__(self) -> None:
         if self.markdown and self.json:
@@ -69,11 +71,7 @@ class Listing(ABC):
         """Finds what is listed."""
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Finds what is listed, and returns a function that prints it.
-
-        Raises:
-            UserError: nothing has the name that the user gave.
-        """
+        """Finds what is listed, and returns a function that prints it."""
         found = self.find()
 
         def report() -> None:
@@ -97,7 +95,7 @@ class ListMethods(Listing):
     The second table has the classes that recipes consist of, with those of installed packages.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax methods
   adapters-jax methods --json"""
 
@@ -106,27 +104,23 @@ class ListMethods(Listing):
         from adapters_jax import presets
         from adapters_jax.methods.registry import every_method
 
-        about = {name: _first(getattr(presets, name.replace("-", "_"))) for name in PRESETS}
-        values = [
+        values: list[dict[str, Any]] = [
             {
                 "method": name,
-                "about": about[name],
+                "about": _first(getattr(presets, name.replace("-", "_"))),
                 "learning_rate": preset.learning_rate,
                 "epochs": preset.epochs,
                 "flags": [*map(flag, preset.flags)],
             }
             for name, preset in PRESETS.items()
         ]
+        rows = [
+            [x["method"], x["about"], f"{x['learning_rate']:g}", ", ".join(x["flags"])]
+            for x in values
+        ]
         classes = [[name, cls.__name__, _first(cls)] for name, cls in every_method().items()]
         tables = [
-            Table(
-                ["method", "what it trains", "learning rate", "flags"],
-                [
-                    [name, about[name], f"{each.learning_rate:g}", ", ".join(map(flag, each.flags))]
-                    for name, each in PRESETS.items()
-                ],
-                words=4,
-            ),
+            Table(["method", "what it trains", "learning rate", "flags"], rows, words=4),
             Table(["in recipes", "class", "what it is"], classes, words=3),
         ]
         return Found(tables, lambda: values, lambda: _page("Methods", "methods", tables))
@@ -136,7 +130,7 @@ class ListMethods(Listing):
 class ListTasks(Listing):
     """Lists the tasks: what each learns, on which kind of model, its columns and metrics."""
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax tasks
   adapters-jax tasks --json"""
 
@@ -144,7 +138,7 @@ class ListTasks(Listing):
         """Finds the tasks of the registry."""
         from adapters_jax.finetune.tasks import TASKS
 
-        values = [
+        values: list[dict[str, Any]] = [
             {
                 "task": name,
                 "about": _first(type(task)),
@@ -157,16 +151,10 @@ class ListTasks(Listing):
             for name, task in TASKS.items()
         ]
         header = ["task", "what it learns", "model", "columns", "metrics", "command"]
+        shown = ("task", "about", "model", "columns", "metrics", "command")
         rows = [
-            [
-                name,
-                _first(type(task)),
-                task.kind,
-                ", ".join(task.columns),
-                ", ".join(task.metrics),
-                task.command,
-            ]
-            for name, task in TASKS.items()
+            [x if isinstance(x, str) else ", ".join(x) for x in map(each.__getitem__, shown)]
+            for each in values
         ]
         table = Table(header, rows, words=len(header))
         return Found([table], lambda: values, lambda: _page("Tasks", "tasks", [table]))
@@ -184,3 +172,99 @@ def _page(title: str, command: str, tables: Sequence[Table]) -> str:
         *(table.markdown() for table in tables),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+HEADER = ["family", "kind", "parameters", "commands", "files", "scan"]
+PAGE = """\
+# Families of models
+
+`adapters-jax models --markdown > docs/models.md` writes this page from the records of the families.
+
+Every family has `audit`, `plan` and `convert`, and `remat=True`, which recomputes the layers in the
+backward pass. `scan` says whether `scan=True` compiles one layer for all of them. Files are read
+and written where it does not say "read". A family has a method if its models have what the method
+targets by default; `--targets` names other modules. All methods are
+{methods}.
+
+{families}
+
+The published shapes, with their numbers of parameters. `audit` and `plan` take these names, their
+last parts and the names of tuned variants; other commands load weights from directories and from
+the Hugging Face Hub.
+
+{shapes}
+"""
+
+
+@dataclass(frozen=True)
+class ListModels(Listing):
+    """Lists the families of models, their published shapes, and what each family supports.
+
+    With a name, only what has it in its name, with the methods whose own targets the family has.
+    Commands that load weights take directories and ids of the Hub of any of these families.
+
+    Args:
+        name: a part of the name of a family or of a published shape.
+    """
+
+    examples = """\
+  adapters-jax models
+  adapters-jax models llama
+  adapters-jax models Qwen3-8B --json"""
+    positional = ("name",)
+
+    name: str = ""
+
+    def find(self) -> Found:
+        """Finds the families."""
+        from adapters_jax.finetune.shapes import catalog
+
+        entries = catalog(self.name)
+        shapes = [
+            [name, entry.family.name, f"{number:,}"]
+            for entry in entries
+            for name, number in entry.known.items()
+        ]
+        tables = [
+            Table(["published shape", "family", "parameters"], shapes, words=2),
+            Table(HEADER, list(map(_row, entries)), words=len(HEADER)),
+        ]
+
+        def values() -> list[dict[str, Any]]:
+            more = [{"methods": entry.methods} if self.name else {} for entry in entries]
+            return [e.to_dict() | each for e, each in zip(entries, more, strict=True)]
+
+        def notes() -> list[str]:
+            if not self.name:
+                return ["adapters-jax models NAME shows the methods of a family, too"]
+            return [f"{entry.family.name}: {', '.join(entry.methods)}" for entry in entries]
+
+        return Found(tables, values, lambda: page(entries), notes)
+
+
+def _row(entry: Entry) -> list[str]:
+    """What is in a row of the table of families."""
+    family = entry.family
+    lists = [", ".join(entry.commands) or "none", ", ".join(entry.files)]
+    return [family.name, family.kind, entry.sizes, *lists, "yes" if family.scans else "no"]
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """The page of the documentation, `docs/models.md`."""
+    rows = [[*_row(entry), _methods(entry)] for entry in entries]
+    shapes = [
+        [entry.family.name, ", ".join(f"{name} ({n:,})" for name, n in entry.known.items())]
+        for entry in entries
+    ]
+    return PAGE.format(
+        methods=", ".join(PRESETS),
+        families=Table([*HEADER, "methods"], rows).markdown(),
+        shapes=Table(["family", "published shapes"], shapes).markdown(),
+    )
+
+
+def _methods(entry: Entry) -> str:
+    """The methods of a family, those that are missing if these are fewer."""
+    own = entry.methods
+    missing = [name for name in PRESETS if name not in own]
+    return f"all but {', '.join(missing)}" if missing else "all"

@@ -20,9 +20,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from adapters_jax import __version__
 from adapters_jax.errors import MissingPackageError, UserError, shortened, visible
 from adapters_jax.finetune.cli.malloc import keep_freed
-from adapters_jax.version import __version__
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
@@ -41,17 +41,17 @@ COMMANDS = {
     "generate": ("adapters_jax.finetune.cli.generate", "Generate"),
     "serve": ("adapters_jax.finetune.cli.serve", "Serve"),
     "merge": ("adapters_jax.finetune.cli.merge", "Merge"),
-    "combine": ("adapters_jax.finetune.cli.combine", "Combine"),
+    "combine": ("adapters_jax.finetune.cli.merge", "Combine"),
     "convert": ("adapters_jax.finetune.cli.convert", "Convert"),
-    "push": ("adapters_jax.finetune.cli.push", "Push"),
-    "audit": ("adapters_jax.finetune.cli.audit", "CountParameters"),
+    "push": ("adapters_jax.finetune.cli.convert", "Push"),
+    "audit": ("adapters_jax.finetune.cli.plan", "CountParameters"),
     "plan": ("adapters_jax.finetune.cli.plan", "PlanTraining"),
-    "models": ("adapters_jax.finetune.cli.models", "ListModels"),
+    "models": ("adapters_jax.finetune.cli.listing", "ListModels"),
     "methods": ("adapters_jax.finetune.cli.listing", "ListMethods"),
     "tasks": ("adapters_jax.finetune.cli.listing", "ListTasks"),
     "report": ("adapters_jax.finetune.cli.report", "Report"),
     "doctor": ("adapters_jax.finetune.cli.doctor", "Doctor"),
-    "completion": ("adapters_jax.finetune.cli.completion", "Completion"),
+    "completion": ("adapters_jax.finetune.cli.doctor", "Completion"),
 }
 OTHERS = {"train": "finetune", "chat": "generate --chat"}  # commands of other programs
 HELP = """\
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"adapters-jax {__version__}")
         return 0
     if arguments is None:  # the process runs only this command
+        # glibc takes the setting before the first thread of XLA allocates.
         keep_freed()
         if not debug:
             sys.unraisablehook = _unraisable
@@ -159,7 +160,7 @@ def _start(name: str, command: Any) -> None:
     """Prepares a command, then does its work; says before the import of jax that it has begun."""
     from adapters_jax.finetune.console import Console
 
-    if "jax" not in sys.modules and getattr(command, "needs_jax", True):
+    if "jax" not in sys.modules and command.needs_jax:
         print(f"adapters-jax {name}: importing jax", file=sys.stderr, flush=True)
     command.prepare(Console(command.json))()
 
@@ -186,6 +187,7 @@ class _Lines(logging.Handler):
 @contextlib.contextmanager
 def _logging(debug: bool) -> Iterator[None]:
     """Within, the messages of the library, such as downloads, are printed on stderr."""
+    # huggingface_hub reads these when it is imported, which is later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides its retries
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -228,7 +230,9 @@ def _parse(name: str, flags: Sequence[str]) -> Any:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         meant = OTHERS.get(name) or next(iter(near), None)
         hint = f"; did you mean {meant}?" if meant else ""
-        raise UsageError(f"no such command{hint}; the commands are {', '.join(COMMANDS)}")
+        raise UsageError(
+            f"there is no command {name!r}{hint}; the commands are {', '.join(COMMANDS)}"
+        )
     command = command_of(name)
     try:
         return parse(command, flags, f"adapters-jax {name}", about(command))

@@ -1,54 +1,49 @@
-"""`adapters-jax merge`: merges a run's adapter into its base, as a Hugging Face checkpoint."""
+"""`adapters-jax merge` and `combine`: merge adapters into their base, or with each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.options.command import Command
+from adapters_jax.finetune.options.flags import given
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.merging import Written
+    from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder
+    from adapters_jax.finetune.run_directory import Run
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Command):
     """Merges the LoRA of a run into its base: a checkpoint that needs no adapter.
 
     The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. That of an
     encoder that reads its pooler is a classifier of transformers, with the names of the classes;
-    other encoders have their head in a file of its own. Methods that do not change a weight, such
+    other encoders have their head in a separate file. Methods that do not change a weight, such
     as bottlenecks and prompts, raise an error.
 
     Args:
         run: directory of the run.
         out: directory to write, which must not exist.
         dequantize: for a run with --quantize, merge into its weights as floats.
-        json: print what was written as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax merge runs/mine --out merged
   adapters-jax merge runs/mine --out merged --json"""
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    positional = ("run",)
 
     run: Path
     out: Path
     dequantize: bool = False
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Loads the run, and merges its adapter.
-
-        Raises:
-            DataError: --out exists, or the base is quantized and --dequantize is missing.
-            RunError: the run cannot be used.
-            RecipeError: the adapter cannot be merged.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Loads the run, and merges its adapter."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.transforms.quantize import dequantize
 
@@ -60,8 +55,8 @@ class Merge:
         quantized = config.get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
-                f"{self.run} has its base in {quantized}, in which a merge would lose much of the "
-                "adapter; add --dequantize to merge it into floats"
+                f"{self.run} has its base in {quantized}, and merging into so few bits would lose "
+                "much of the adapter; add --dequantize to merge it into floats"
             )
         opened: Callable[[Any], Any] = dequantize if quantized else lambda subject: subject
         merged = self._decoder if config.get("kind", "encoder") == "decoder" else self._encoder
@@ -105,3 +100,92 @@ class Merge:
         params = merge(predictor.model, opened(predictor.params), example)
         config = Run(self.run).read_config()
         return lambda: write_encoder(self.out, config, params)
+
+
+_ONLY_OF_TRAINING = ("summary", "stopped", "recipe", "options", "command", "data_sha256")
+
+
+@dataclass(frozen=True)
+class Combine(Command):
+    """Adds up the LoRA of several runs on one decoder, with weights, into a run that generates.
+
+    The sum is that of the changes scale * A B of each weight. "linear" is exact, and its rank is
+    the sum of all ranks. The other ways give a sum of full rank, which is reduced to --rank; the
+    loss is printed. Prompts are formatted as in the first run.
+
+    Args:
+        runs: directories of the runs.
+        weights: one weight for each run; a weight may be negative.
+        out: directory of the new run, which must not exist.
+        how: linear: the exact sum. svd: the sum at --rank. ties: the mean of the largest entries
+            that agree in sign. dare: the sum of randomly kept entries, which are scaled up.
+        rank: rank of the result; not for linear.
+        density: part of the entries that ties and dare keep; 0.5 by default.
+        seed: seed of dare.
+    """
+
+    examples = """\
+  adapters-jax combine runs/one runs/two --weights 0.7 0.3 --out runs/both
+  adapters-jax combine runs/one runs/two --weights 1 -0.5 --how svd --rank 8 \\
+    --out runs/both"""
+    positional = ("runs",)
+
+    runs: tuple[Path, ...]
+    weights: tuple[float, ...]
+    out: Path
+    how: Literal["linear", "svd", "ties", "dare"] = "linear"
+    rank: int | None = None
+    density: float = 0.5
+    seed: int = 0
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads the runs, and combines their adapters."""
+        import jax
+
+        from adapters_jax.files.adapter import read_adapter, save_adapter
+        from adapters_jax.finetune.run_directory import Run
+        from adapters_jax.transforms.combine import combine
+
+        out = Run(self.out)
+        out.refuse_existing()
+        runs = [Run(path) for path in self.runs]
+        configs = [run.read_config("decoder") for run in runs]
+        decoder = _decoder(runs, configs)
+        combined = combine(
+            decoder.model,
+            [read_adapter(run.adapter) for run in runs],
+            self.weights,
+            how=self.how,
+            rank=self.rank,
+            density=self.density,
+            key=jax.random.key(self.seed),
+        )
+        made = {**given(self), "runs": [run.path.as_posix() for run in runs]}
+        made = {k: v for k, v in made.items() if k not in ("out", "json")}
+        kept = {k: v for k, v in configs[0].items() if k not in _ONLY_OF_TRAINING}
+
+        def write() -> None:
+            out.create({**kept, "combined": {**made, "error": combined.error}})
+            adapters, recipe = combined.adapters, combined.recipe
+            save_adapter(out.adapter, adapters, recipe, base=decoder.identity)
+            lost = f"; the rank lost {combined.error:.2%} of the sum" if combined.error else ""
+            console.say(f"{out.path} holds the sum of {len(runs)} adapters{lost}")
+            console.result({"out": out.path.as_posix(), "error": combined.error})
+
+        return write
+
+
+def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> PretrainedDecoder:
+    """Loads the base model of all runs; raises RunError if it is not the same."""
+    from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
+    from adapters_jax.finetune.run_directory import RunError, check_base
+
+    for run, config in zip(runs, configs, strict=True):
+        if config["base_sha256"] != configs[0]["base_sha256"]:
+            raise RunError(
+                f"{run.path} was trained on {config['model']}, and {runs[0].path} on other weights "
+                f"({configs[0]['model']}); combine runs on one base"
+            )
+    decoder = load_pretrained_decoder(configs[0]["model"], configs[0]["dtype"])
+    check_base(runs[0], configs[0], decoder.sha256)
+    return decoder

@@ -1,14 +1,15 @@
-"""`adapters-jax plan`: computes the memory of a training on each device, without the devices."""
+"""`adapters-jax audit` and `plan`: parameters and memory of models, without their weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.console import Console, duration
+from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.method import MethodOptions
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ OFF = (
 
 
 @dataclass(frozen=True)
-class PlanTraining:
+class PlanTraining(Command):
     """Computes the memory of each device in training a recipe and in full fine-tuning.
 
     No weights are needed. With --device, the step is compiled by the compiler of a TPU or GPU,
@@ -52,10 +53,9 @@ class PlanTraining:
             that fits.
         largest: find the largest batch that fits; it compiles several steps.
         full: also plan full fine-tuning.
-        json: print JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax plan --model bert-large --method houlsby --batch-size 32 \\
     --length 128
   adapters-jax plan --model llama-7b --method lora --memory 80
@@ -65,26 +65,10 @@ class PlanTraining:
     --mesh fsdp=8,model=8"""
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Model": (
-            "model",
-            "dtype",
-            "quantize",
-            "attention",
-        ),
-        "Step": (
-            "batch_size",
-            "length",
-            "remat",
-        ),
-        "Devices": (
-            "device",
-            "mesh",
-            "memory",
-        ),
-        "Plans": (
-            "largest",
-            "full",
-        ),
+        "Model": ("model", "dtype", "quantize", "attention"),
+        "Step": ("batch_size", "length", "remat"),
+        "Devices": ("device", "mesh", "memory"),
+        "Plans": ("largest", "full"),
     }
     model: str
     method: MethodOptions = field(default_factory=lambda: MethodOptions("lora"))
@@ -99,17 +83,9 @@ class PlanTraining:
     memory: float | None = None
     largest: bool = True
     full: bool = True
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Checks the flags, and makes the mesh.
-
-        Raises:
-            UserError: the model or the recipe cannot be used, there is no such device, or the base
-                is quantised for the CPU, or is to use a kernel there.
-            ShardingError: the mesh is not valid, or the batch does not split over it.
-            MissingPackageError: the compiler of the device is not installed.
-        """
+        """Checks the flags, and makes the mesh."""
         check_size("the plan", "--length", self.length)
         if self.batch_size is not None:
             check_size("the plan", "--batch-size", self.batch_size)
@@ -159,6 +135,7 @@ class PlanTraining:
         from adapters_jax.distributed.devices import devices
         from adapters_jax.distributed.mesh import make_mesh, mesh_sizes
 
+        # A plan needs no accelerator, also where there is one: its memory may be in use.
         jax.config.update("jax_platforms", "cpu")
         if self.device is None:
             return _simulated(self._checked(mesh_sizes(self.mesh or "data=1")))
@@ -186,21 +163,11 @@ class PlanTraining:
     def _job(self, method: MethodOptions, mesh: Mesh, console: Console) -> Job:
         from adapters_jax.finetune.planning import Job
 
+        names = ("model", "length", "dtype", "quantize", "remat", "attention")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        shared |= {"accelerator": self.device is not None, "say": console.say}
         limit = self.limit if self.largest else None
-        return Job(
-            self.model,
-            method,
-            mesh,
-            self.rows(mesh.shape),
-            self.length,
-            self.dtype,
-            self.quantize,
-            self.remat,
-            self.attention,
-            self.device is not None,
-            limit,
-            console.say,
-        )
+        return Job(method=method, mesh=mesh, rows=self.rows(mesh.shape), limit=limit, **shared)
 
     def _show(self, results: dict[str, Planned], mesh: Mesh, console: Console) -> None:
         from adapters_jax.distributed.plan import PARTS
@@ -276,9 +243,42 @@ def _simulated(sizes: Mapping[str, int]) -> Mesh:
     from adapters_jax.distributed.mesh import ShardingError, make_mesh
 
     count = math.prod(sizes.values())
+    # jax makes its devices once, so this works only before anything has asked for them.
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # jax has its devices already
         if len(jax.devices()) < count:
             raise ShardingError(f"--mesh {_text(sizes)}: {error}") from error
     return make_mesh(sizes, jax.devices()[:count])
+
+
+@dataclass(frozen=True)
+class CountParameters(Command):
+    """Counts what a recipe adds to a model and trains in it, adapter by adapter; needs no weights.
+
+    Args:
+        model: a known shape such as bert-base, a pinned model, a directory with config.json, a GGUF
+            file, or an id on the Hugging Face Hub.
+        method: the recipe.
+    """
+
+    examples = """\
+  adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
+  adapters-jax audit --model gpt3-175b --method lora --rank 4 --json
+  adapters-jax audit --model bert-base --recipe recipe.json"""
+
+    model: str
+    method: MethodOptions = field(default_factory=MethodOptions)
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Counts, and returns a function that reports the counts."""
+        from adapters_jax.finetune.shapes import count_parameters
+
+        counts = count_parameters(self.model, self.method)
+
+        def report() -> None:
+            if not self.json:
+                console.show(counts)
+            console.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
+
+        return report

@@ -17,6 +17,7 @@ from adapters_jax.finetune.console import Console, stdin_lines
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import choose_values
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.inference import Prediction
@@ -27,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(Command):
     """Predicts with a finished run: the label and its probability, or the value.
 
     Args:
@@ -39,24 +40,18 @@ class Predict:
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
             columns of --file come first; a result whose name they have is predicted_NAME.
-        json: print one JSON object for each text.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." \\
     "Two hours I want back."
   adapters-jax predict runs/reviews --file new.csv --text review \\
     --out predictions.csv
   head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
-    positional: ClassVar[tuple[str, ...]] = ("run", "texts")
+    positional = ("run", "texts")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Texts": (
-            "texts",
-            "file",
-            "text",
-            "text_pair",
-        ),
+        "Texts": ("texts", "file", "text", "text_pair"),
     }
     run: str
     texts: tuple[str, ...] = ()
@@ -64,16 +59,9 @@ class Predict:
     text: str | None = None
     text_pair: str | None = None
     out: Path | None = None
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads the texts and loads the run.
-
-        Raises:
-            RunError: the run cannot be used.
-            DataError: the texts or a file cannot be used.
-            AssetError: the pinned model could not be fetched.
-        """
+        """Reads the texts and loads the run."""
         from adapters_jax.finetune.inference import load_predictor
         from adapters_jax.finetune.run_directory import find_run
         from adapters_jax.finetune.tasks import read_run
@@ -84,8 +72,8 @@ class Predict:
         if self.out is not None:
             _check_out(self.out)
             if self.file is not None:
-                values, _ = choose_values(self.file, rows, rows[0])
-                given = [dict(zip(rows[0], map(_finite, row), strict=True)) for row in values]
+                values, _ = choose_values(rows, rows.header)
+                given = [dict(zip(rows.header, map(_finite, row), strict=True)) for row in values]
         with console.waiting(f"loading {run.path}"):
             predictor = load_predictor(run.path)
         cut = predictor.count_cut(texts)
@@ -111,9 +99,10 @@ class Predict:
             if self.text_pair and len(columns) < 2:
                 raise DataError("--text-pair: the run was trained on single texts")
             named = [self.text, self.text_pair][: len(columns)]
-            chosen = [*map(_either, named, columns), *columns[2:]]
+            pairs = zip(named, columns, strict=False)
+            chosen = [*(name or column for name, column in pairs), *columns[2:]]
             rows = read_file(self.file)
-            return task.read_texts(self.file, rows, chosen), rows
+            return task.read_texts(rows, chosen), rows
         if self.text or self.text_pair:
             raise DataError("--text and --text-pair name columns of a file; add --file")
         if self.texts == ("-",):
@@ -126,7 +115,7 @@ class Predict:
             parts = list(self.texts)
             for path in filter(os.path.isfile, parts):
                 _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
-        return _rows(parts, columns), ([], [])
+        return _rows(parts, columns), Rows([], [])
 
     def _write(
         self, predictions: Sequence[Prediction], given: list[dict[str, Any]], console: Console
@@ -141,10 +130,6 @@ class Predict:
         if self.out is None and not self.json:
             header, *body = _cells(texts, [prediction.cells() for prediction in predictions])
             console.table(header, body, words=len(texts[0]))
-
-
-def _either(named: str | None, column: str) -> str:
-    return named or column
 
 
 def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ...]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Command):
     """Writes the page and the picture of a finished run or of a comparison anew, from its files.
 
     Nothing is trained, and no model is loaded. A run of an older version keeps no predictions, and
@@ -19,34 +19,30 @@ class Report:
 
     Args:
         run: directory of the run, or of the comparison.
-        json: print the path of the page as JSON on stdout; everything else goes to stderr.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax report runs/minilm-movie-reviews-houlsby
   adapters-jax report comparisons/minilm-movie-reviews"""
-    positional: ClassVar[tuple[str, ...]] = ("run",)
+    positional = ("run",)
 
     run: Path
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Reads and checks the files.
-
-        Raises:
-            RunError: there is no finished run and no comparison, or a file is damaged.
-        """
+        """Reads and checks the files."""
         from adapters_jax.finetune.compare.summary import PAGE, rewrite_comparison
         from adapters_jax.finetune.inference.comparison import SUMMARY
         from adapters_jax.finetune.report.findings import check_views
-        from adapters_jax.finetune.report.run import rewrite_report
-        from adapters_jax.finetune.run_directory import Run, RunError
+        from adapters_jax.finetune.report.run import write_report
+        from adapters_jax.finetune.run_directory import Run, RunError, damage_errors
         from adapters_jax.finetune.runs.config import comparable
         from adapters_jax.finetune.tasks import read_run
 
-        if (self.run / SUMMARY).is_file():
-            return lambda: self._write(rewrite_comparison, self.run / PAGE, console)
         run = Run(self.run)
+        if (self.run / SUMMARY).is_file():
+            return lambda: self._write(
+                lambda: rewrite_comparison(self.run), self.run / PAGE, console
+            )
         _, config = read_run(run)
         if "summary" not in config:
             raise RunError(
@@ -55,16 +51,19 @@ class Report:
             )
         check_views(run, config)
         known = comparable(run, config)
-        return lambda: self._write(
-            lambda path: rewrite_report(Run(path), known), run.report, console
-        )
 
-    def _write(self, write: Callable[[Path], None], page: Path, console: Console) -> None:
+        def rewrite() -> None:
+            with damage_errors(f"a file of {run.path}"):
+                write_report(run, known)
+
+        return lambda: self._write(rewrite, run.report, console)
+
+    def _write(self, write: Callable[[], None], page: Path, console: Console) -> None:
         from adapters_jax.finetune.run_directory import Run
 
         lock = Run(self.run).lock()
         try:
-            write(self.run)
+            write()
         finally:
             Run(self.run).unlock(lock)
         console.say(f"see {page}")

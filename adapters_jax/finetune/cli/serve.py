@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import HIDDEN, RecipeError, UserError, check_number, check_size
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.serving.adapters import Read
@@ -25,7 +26,7 @@ KEY = "ADAPTERS_JAX_API_KEY"
 
 
 @dataclass(frozen=True)
-class Serve:
+class Serve(Command):
     """Serves a base and many adapters over HTTP, as OpenAI's API: /v1/completions, /v1/chat/...
 
     An encoder's server labels texts by /predict instead.
@@ -51,12 +52,11 @@ class Serve:
         queue: requests that wait; further ones get the status 429.
         seconds: longest time of an answer, in the queue and computed.
         connections: connections at a time; further ones get the status 503.
-        stall: seconds in which a client has to send its request, and to go on reading its answer.
+        stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
-        json: print the address as JSON.
     """
 
-    examples: ClassVar[str] = """\
+    examples = """\
   adapters-jax serve smollm2-135m runs/reviews runs/e2e
   adapters-jax serve smollm2-135m french=runs/fr-v2 --room "lora --rank 16" \\
     --port 8080
@@ -64,27 +64,12 @@ class Serve:
     -d '{"model": "reviews", "prompt": "A moving film.", "max_tokens": 32}'
   curl -X PUT localhost:8000/v1/adapters/new -F files=@adapter_config.json \\
     -F files=@adapter_model.safetensors"""
-    positional: ClassVar[tuple[str, ...]] = ("base", "runs")
+    positional = ("base", "runs")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Adapters": (
-            "name",
-            "room",
-            "adapters",
-        ),
-        "Address": (
-            "host",
-            "port",
-            "connections",
-            "stall",
-        ),
-        "Work": (
-            "rows",
-            "context",
-            "queue",
-            "seconds",
-            "dtype",
-        ),
+        "Adapters": ("name", "room", "adapters"),
+        "Address": ("host", "port", "connections", "stall"),
+        "Work": ("rows", "context", "queue", "seconds", "dtype"),
     }
     base: str
     runs: tuple[str, ...] = ()
@@ -100,22 +85,14 @@ class Serve:
     connections: int = 512
     stall: float = 30.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    json: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Loads the base and the adapters.
-
-        Raises:
-            UserError: a setting is out of its range, the base or an adapter cannot be used, or
-                another address than this machine's has no key.
-            AssetError: the pinned asset could not be fetched.
-        """
+        """Loads the base and the adapters."""
         from adapters_jax.finetune.pretrained.locate import is_decoder
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.run_directory import find_run
         from adapters_jax.finetune.serving.api import application
-        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits
-        from adapters_jax.finetune.serving.server import serve
+        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits, serve
 
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))
@@ -216,8 +193,8 @@ class Serve:
             name, path = (name, path) if sign else (Path(text).name.partition("@")[0], text)
             if not matches_name(name) or name in named:
                 raise UserError(
-                    f"the adapter of {path} would be named {name!r}; write NAME={text} with a name "
-                    f"of its own like {NAME}"
+                    f"the adapter of {path} would be named {name!r}; write NAME={text} with "
+                    f"another name like {NAME}"
                 )
             named[name] = path
         if len(named) > self.adapters:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.finetune.compare.grid import Cell, Result
+from adapters_jax.auditing import audit
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.compare.grid import Candidate, Cell, Result
+from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.console import Console, Progress
 from adapters_jax.finetune.options.flags import words
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.config import changed_versions, differences, read_options
+from adapters_jax.finetune.runs.prepare import prepare_run
 
-_OWN = (
-    "seed",
-    "optimizer",
-    "options",
-    "command",
-    "summary",
-    "stopped",
-)  # settings that differ between cells
-_OWN_RATES = ("learning_rate", "head_learning_rate")  # settings of the optimizer that differ
+# Settings that differ between cells of a recipe, and those of the optimizer.
+_OWN = ("seed", "optimizer", "options", "command", "summary", "stopped")
+_OWN_RATES = ("learning_rate", "head_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,44 @@ class Checked:
     config: dict[str, Any]
     trainable_parameters: int
     base_parameters: int
+
+
+def check_recipes(
+    options: CompareOptions, candidates: Sequence[Candidate], directory: Path, console: Console
+) -> dict[str, Checked]:
+    """Attaches each recipe to the model; returns what it trains, by its text.
+
+    Raises:
+        UserError: the message has the problem of each recipe; a problem of all is named once.
+    """
+    found: dict[str, Checked] = {}
+    wrong: dict[str, str] = {}
+    quiet = CellConsole(console)
+    with console.progress("checking", len(candidates), "recipe") as progress:
+        for number, candidate in enumerate(candidates, 1):
+            cell = Cell(candidate.text, candidate.learning_rates[0], options.seeds[0])
+            run, began = Run(directory / cell.name), time.perf_counter()
+            try:
+                job = prepare_run(options.run_options(cell), run, quiet, began)
+                counts = audit(job.problem.model, job.problem.params)
+            except UserError as error:
+                wrong[candidate.text] = str(error)
+            else:
+                trainable = counts.trainable_parameters
+                base = counts.frozen_parameters + trainable - counts.adapter_parameters
+                found[candidate.text] = Checked(job.config, trainable, base)
+            progress.update(number, candidate.text)
+    if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
+        raise UserError(wrong[candidates[0].text])
+    if wrong:
+        raise UserError("; ".join(f"--recipes {text!r}: {e}" for text, e in wrong.items()))
+    seen: dict[str, str] = {}
+    for text, checked in found.items():
+        optimizer = {**checked.config["optimizer"], "learning_rate": None}
+        first = seen.setdefault(repr((checked.config["recipe"], optimizer)), text)
+        if first != text:
+            raise UserError(f"--recipes {first!r} and {text!r} are one recipe; leave one out")
+    return found
 
 
 @dataclass(frozen=True)
@@ -86,16 +123,13 @@ class Cells:
         expected = _shared(self.checked[cell.recipe].config)
         differing = differences(_shared(config), expected)
         if there or here:
-            path = self.run(cell).path
             what = f"{' '.join(there) or 'less'}, and now it is {' '.join(here) or 'less'}"
-            raise RunError(
-                f"{path} was made with {what}; put that back, or compare in another --out"
-            )
-        if differing:
-            raise RunError(
-                f"{self.run(cell).path} was made with another {', '.join(differing)} than there is "
-                "now; put that back, or compare in another --out"
-            )
+        elif differing:
+            what = f"another {', '.join(differing)} than there is now"
+        else:
+            return
+        path = self.run(cell).path
+        raise RunError(f"{path} was made with {what}; put that back, or compare in another --out")
 
     def results(self, cells: Sequence[Cell]) -> dict[Cell, Result]:
         """The results of the finished cells."""

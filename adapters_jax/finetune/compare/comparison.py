@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison one by one, and writes the results after each."""
+"""Checks a comparison, runs its cells one by one, and writes the results after each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ import jax
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
-from adapters_jax.errors import FileSystemError, UserError
-from adapters_jax.finetune.compare.cells import CellConsole, Cells
-from adapters_jax.finetune.compare.grid import Cell, Grid, Result
+from adapters_jax.errors import FileSystemError, UserError, file_errors
+from adapters_jax.finetune.compare.cells import CellConsole, Cells, check_recipes
+from adapters_jax.finetune.compare.grid import RECIPES, Cell, Grid, Result, read_candidates
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.compare.summary import summarize, write_comparison
 from adapters_jax.finetune.compare.together import train_together
-from adapters_jax.finetune.console import Console, Progress, duration
+from adapters_jax.finetune.console import Console, Pace, Progress, duration
 from adapters_jax.finetune.inference.comparison import comparison_table
-from adapters_jax.finetune.pace import Pace
-from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.pretrained.locate import is_decoder, pinned
+from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.prepare import open_run, prepare_run, resume_run
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
@@ -35,9 +35,43 @@ from adapters_jax.finetune.tasks.metrics import show_metric
 _CACHE = "jax_compilation_cache_dir"
 
 
+def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJob:
+    """Reads and checks everything, then makes the directory.
+
+    Every recipe is attached to the model, and existing cells must belong to this comparison.
+
+    Raises:
+        UserError: flags, files or rows cannot be used.
+        RunError: existing cells belong to another comparison, or another process uses it.
+        AssetError: the pinned model or the movie reviews could not be fetched.
+        FileSystemError: the directory cannot be made.
+    """
+    path = Path(options.model)
+    model = str(path.resolve()) if path.exists() else pinned(options.model)
+    options = replace(options, model=model)
+    if options.optimizer.learning_rate is not None:
+        raise UserError(
+            f"--learning-rate {options.optimizer.learning_rate:g}: write --learning-rates"
+        )
+    texts = options.recipes or RECIPES["decoder" if is_decoder(model) else "encoder"]
+    seeds, tuning = options.seeds, options.tuning_seeds
+    candidates = read_candidates(texts, options.learning_rates, seeds, tuning)
+    out = options.out or Path("comparisons", run_name(model, options.data.title))
+    for directory in (out, out / "cells"):
+        if directory.exists() and not directory.is_dir():
+            raise RunError(f"{directory} is a file; expected a directory of a comparison in --out")
+    checked = check_recipes(options, candidates, out / "cells", console)
+    metric = checked[candidates[0].text].config["metrics"][0]
+    grid, cells = Grid(candidates, seeds, tuning, metric), Cells(out / "cells", checked)
+    cells.check(grid.possible(), options.run_options, console)
+    with file_errors(out, "made"):
+        out.mkdir(parents=True, exist_ok=True)
+    return ComparisonJob(options, grid, cells, out, console, Run(out).lock())
+
+
 @dataclass(frozen=True)
 class ComparisonJob:
-    """A comparison that is ready to start or to continue; `Compare.prepare` makes it.
+    """A comparison that is ready to start or to continue; `prepare_comparison` makes it.
 
     Attributes:
         options: the options of the command.
@@ -94,6 +128,7 @@ class ComparisonJob:
                     self._write(results)
                     progress.update(pace.done, self._outcome(results[each], each), news=True)
         summary = self._write(results)
+        # The programs were there for the cells alone.
         shutil.rmtree(self.out / "compiled", ignore_errors=True)
         page = self.out / "comparison.html"
         took = f"finished in {duration(time.perf_counter() - began)}: see {page}"
@@ -101,6 +136,7 @@ class ComparisonJob:
 
     def _train(self, cell: Cell, console: Console) -> Result:
         """Trains or continues a cell; a cell that diverges has a result, too."""
+        # The programs and arrays of the cell before hold as much memory as this one needs.
         jax.clear_caches()
         gc.collect()
         run, job = self.cells.run(cell), self._opened(cell, console)
@@ -193,7 +229,7 @@ class _Pace:
         self.steps, self.whole = Pace(), None
 
     def show(self, progress: Progress, part: float, note: str) -> None:
-        """Shows the running cell's progress, of which a part from 0 to 1 is finished."""
+        """Shows the progress of the running cell; `part` is its finished fraction, from 0 to 1."""
         if not part:
             self.steps = Pace()  # as for the features of a head, and then for its training
         else:
@@ -247,4 +283,5 @@ def compiled_in(directory: Path) -> Iterator[None]:
 def _configure(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
+    # jax opens its cache once, and reads a new directory only after a reset.
     compilation_cache.reset_cache()

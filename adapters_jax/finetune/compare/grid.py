@@ -10,10 +10,12 @@ import math
 import re
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.options.flags import flag, words
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.parsing import UsageError, parse
@@ -28,6 +30,11 @@ SIZES = {
     "llama-adapter": "prompt_length",
     "prefix-tuning": "prompt_length",
     "last-layers": "layers",
+}
+_SIZED = ("houlsby --bottleneck-dim 8", "houlsby --bottleneck-dim 64", "lora --rank 8")
+RECIPES = {  # of a comparison that names none, by the kind of base
+    "encoder": (*_SIZED, "layer-norms", "bitfit", "last-layers --layers 1", "full"),
+    "decoder": (*_SIZED, "llama-adapter", "last-layers --layers 1", "full"),
 }
 Result = dict[str, Any]  # the result of a cell, which is a line of cells.jsonl
 
@@ -48,7 +55,7 @@ class Candidate:
 
     @property
     def size(self) -> int | None:
-        """The width, rank or number in which recipes of a family differ; None if not given."""
+        """The width, rank or number that distinguishes recipes of a family; None if not given."""
         return None if self.size_name is None else getattr(self.method, self.size_name)
 
     @property
@@ -107,11 +114,40 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
         raise UsageError(f"--recipes {text!r}: {error}") from error
     rates = written.learning_rates or tuple(learning_rates)
     rates = rates or (written.method.learning_rate,)
-    return Candidate(_without_rates(text), written.method, rates)
+    without = re.sub(rf"\s+{RATES}[=\s]+\S+(\s+(?!-)\S+)*", "", text).strip()
+    return Candidate(without, written.method, rates)
 
 
-def _without_rates(text: str) -> str:
-    return re.sub(rf"\s+{RATES}[=\s]+\S+(\s+(?!-)\S+)*", "", text).strip()
+def read_candidates(
+    texts: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], tuning_seeds: int
+) -> tuple[Candidate, ...]:
+    """Reads the recipes of a comparison, and checks its numbers.
+
+    Raises:
+        UserError: a text, a rate or a seed cannot be used, or two cells are the same.
+    """
+    if not seeds:
+        raise UserError("--seeds: expected at least one")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seeds {seed}: expected numbers from 0 to 2**32 - 1")
+    check_size("the comparison", "--tuning-seeds", tuning_seeds)
+    if tuning_seeds > len(seeds):
+        raise UserError(f"--tuning-seeds {tuning_seeds}: more than the {len(seeds)} --seeds")
+    candidates = tuple(read_candidate(text, learning_rates) for text in texts)
+    for candidate in candidates:
+        for rate in candidate.learning_rates:
+            check_number(f"{candidate.text!r}", "--learning-rates", rate)
+    twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
+    if twice:
+        raise UserError(f"--seeds {' '.join(twice)}: expected each seed once")
+    cells = (Cell(each.text, rate, seeds[0]) for each in candidates for rate in each.learning_rates)
+    same = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
+    if same:
+        raise UserError(
+            f"two recipes or rates would share the directory {same[0]}; leave one of them out"
+        )
+    return candidates
 
 
 @dataclass(frozen=True)
@@ -175,9 +211,6 @@ class Grid:
     def next(self, results: Mapping[Cell, Result]) -> Cell | None:
         """The next cell to run; all recipes run with one seed before the next seed.
 
-        Args:
-            results: the results of the finished cells.
-
         Returns:
             The cell; None if all are finished.
         """
@@ -190,12 +223,7 @@ class Grid:
         return None
 
     def beside(self, cell: Cell, results: Mapping[Cell, Result]) -> list[Cell]:
-        """The cells of a cell's recipe that can be trained now, that cell first.
-
-        Args:
-            cell: the next cell to run.
-            results: the results of the finished cells.
-        """
+        """The cells of a cell's recipe that can be trained now, that cell first."""
         (candidate,) = (each for each in self.candidates if each.text == cell.recipe)
         first, last = self.seeds[: self.tuning_seeds], self.seeds[self.tuning_seeds :]
         tuning = cell.seed in first

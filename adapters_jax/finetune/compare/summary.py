@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import UserError, file_errors
+from adapters_jax.errors import file_errors
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.untrusted import OF_DAMAGE
 from adapters_jax.finetune.compare.cells import Cells
 from adapters_jax.finetune.compare.grid import Cell, Grid, Result
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.compare.tradeoff import tradeoff
 from adapters_jax.finetune.console import duration
 from adapters_jax.finetune.inference.comparison import (
+    AGAIN,
     SUMMARY,
     comparison_table,
     read_summary,
@@ -29,7 +29,7 @@ from adapters_jax.finetune.report import pages
 from adapters_jax.finetune.report.papers import bibtex, papers_of
 from adapters_jax.finetune.report.pictures import svg, write_png
 from adapters_jax.finetune.report.run import notes, settings
-from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.run_directory import Run, RunError, damage_errors
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import Usage
 from adapters_jax.finetune.tasks.metrics import better, show_metric
@@ -43,15 +43,7 @@ _SHOWN = ("model", "base_sha256", "dtype", "quantize", "rows", "data_sha256", "m
 def summarize(
     options: CompareOptions, grid: Grid, cells: Cells, out: Path, results: Mapping[Cell, Result]
 ) -> Summary:
-    """Builds the content of `comparison.json`.
-
-    Args:
-        options: the options of the comparison.
-        grid: the recipes, their learning rates and the seeds.
-        cells: the directories of the cells, with the checked configuration of each recipe.
-        out: the directory of the comparison.
-        results: the result of each finished cell.
-    """
+    """Builds the content of `comparison.json`."""
     first = cells.checked[grid.candidates[0].text].config
     rows, papers = [], dict[str, None]()
     for candidate in grid.candidates:
@@ -101,13 +93,7 @@ def _best(
 
 
 def write_comparison(out: Path, summary: Summary, results: Sequence[Result]) -> None:
-    """Writes the files of a comparison; each file is replaced as a whole.
-
-    Args:
-        out: the directory of the comparison.
-        summary: the summary that `summarize` returns.
-        results: the result of each finished cell.
-    """
+    """Writes the files of a comparison; each file is replaced as a whole."""
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     write_file(out / CELLS, lines.encode())
     text = json.dumps(summary, indent=2, ensure_ascii=False)
@@ -124,16 +110,11 @@ def rewrite_comparison(out: Path) -> None:
     Raises:
         RunError: one of these two is absent or damaged.
     """
-    again = "the command that made the comparison writes it anew"
     summary = read_summary(out)
     with file_errors(out / CELLS, error=RunError):
         lines = (out / CELLS).read_text(encoding="utf-8").splitlines()
-    try:
+    with damage_errors(f"a file of {out}", AGAIN):
         write_comparison(out, summary, [json.loads(line) for line in lines])
-    except OF_DAMAGE as error:
-        if isinstance(error, UserError):
-            raise
-        raise RunError(f"the files of {out} are damaged: {error!r}; {again}") from error
 
 
 def _usage(out: Path, best: Mapping[str, Any]) -> Usage | None:

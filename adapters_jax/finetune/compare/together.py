@@ -18,14 +18,14 @@ import numpy as np
 
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.finetune.runs.job import Job
-from adapters_jax.finetune.runs.loop import Saving, Trained, Training
+from adapters_jax.finetune.runs.loop import Saving, Training
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
 from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_train_step
 from adapters_jax.training.together import stack_states, unstack_states
 
-_TIMED = 3  # steps of which the fastest counts
+_TIMED = 3  # steps; the fastest one counts
 
 
 def train_together(
@@ -95,13 +95,11 @@ class _Member:
     Attributes:
         training: its loop; its state is as old as the last score or checkpoint.
         saving: how it is saved.
-        accumulate: the parts of a batch.
         stopped: whether its loss was not finite.
     """
 
     training: Training
     saving: Saving
-    accumulate: int
     stopped: bool = False
 
     @property
@@ -112,13 +110,13 @@ class _Member:
 def _opened(job: Job, beside: int, interrupts: Interrupts, stack: contextlib.ExitStack) -> _Member:
     """A run's training, at its newest checkpoint."""
     checkpoints = stack.enter_context(Checkpoints(job.run.checkpoints))
-    saving = Saving(checkpoints, job.every, interrupts, lambda found, step: None, job.config)
+    every = job.options.checkpoint_every
+    saving = Saving(checkpoints, every, interrupts, lambda found: None, job.config)
     # The run itself writes its log and its best adapter, from the last checkpoint.
-    found = Trained(job.problem.metrics[0], lambda record: None, lambda state: None)
-    training = Training.begin(job.problem, job.optimizer, job.key, found, job.half)
+    training = Training.begin(job.problem, job.optimizer, job.key, job.half)
     training.beside = beside
     training.resume(saving)
-    return _Member(training, saving, job.optimizer.accumulate)
+    return _Member(training, saving)
 
 
 def _share_a_base(members: Sequence[_Member]) -> bool:
@@ -151,7 +149,7 @@ class _Group:
         base = trainings[0].state.base
         for training in trainings:
             training.state = replace(training.state, base=base)
-        accumulate = members[0].accumulate
+        accumulate = trainings[0].options.accumulate
         step = make_train_step(trainings[0].problem.loss, accumulate=accumulate)
         return cls(members, stack_states([training.state for training in trainings]), step)
 
@@ -228,7 +226,8 @@ def _stacked(batches: Sequence[Any]) -> Any:
 
 
 def fastest(step: Callable[..., Any], state: TrainState, batch: Any) -> float:
-    """The seconds of the fastest of some steps, of which nothing is kept."""
+    """The seconds of the fastest of a few steps, whose results are dropped."""
+    # A step donates what it gets; the base is not donated, and is not copied.
     kept, took = jax.tree.map(jnp.copy, replace(state, base=None)), []
     for _ in range(1 + _TIMED):
         began = time.perf_counter()

@@ -8,7 +8,9 @@ shape `(batch_size, bucket)`. A short last batch is filled with rows of weight 0
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -97,10 +99,17 @@ def tokenize(
     """
     if max_length < LEAST:
         raise UserError(f"max_length is {max_length}; it must be at least {LEAST} tokens")
-    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
-    tokenizer.no_padding()
+    tokenizer = bare(tokenizer)
     tokenizer.enable_truncation(max_length, **options)
     return tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
+
+
+def bare(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that neither pads nor cuts, as the files of some tokenizers make them do."""
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def row_of(encoding: Encoding) -> Row:
@@ -140,6 +149,7 @@ def choose_buckets(
     longest = int(lengths.max())
     if longest > max_length:
         raise UserError(f"a row has {longest} tokens, more than max_length {max_length}")
+    # Multiples of 8: the tiles of a TPU have 8 rows.
     widths = [*range(8, longest, 8), min(-(-longest // 8) * 8, max_length)]
     held = np.bincount(np.searchsorted(widths, lengths), minlength=len(widths)).tolist()
     while len(widths) > 1:
@@ -152,26 +162,103 @@ def choose_buckets(
     return tuple(widths) if widths[-1] == max_length else (*widths, max_length)
 
 
-class Batches:
-    """Endless shuffled batches; the batch of a step is a pure function of the seed and the step.
+class StepBatches(ABC):
+    """Endless batches; the batch of a step is a pure function of the seed and the step.
 
-    Every row comes exactly once in an epoch, and an epoch has `len(batches)` steps. Each epoch has
-    its own order: rows are shuffled within their bucket, and then batches with each other. To
-    resume exactly, keep the step number and nothing else. `batches[step]` is a dict of numpy
-    arrays: `input_ids`, `attention_mask` and `token_type_ids`, int32 `(batch, length)`; `labels`
-    and float32 `weight`, `(batch,)`. Filler rows repeat a real row, so that no computation sees an
-    empty row; their weight is 0. Iteration gives the first epoch.
+    Every row comes exactly once in an epoch of `len(batches)` steps; each epoch has its own order.
+    To resume exactly, keep the step number and nothing else. `batches[step]` is a dict of numpy
+    arrays: those that a subclass makes of rows, `labels` if there are any, and float32 `weight`,
+    `(batch,)`. Filler rows repeat a real row, so that no computation sees an empty row; their
+    weight is 0. Without a seed the order stays, and a batch also has an `index`, int32 `(batch,)`:
+    the position of each row, -1 for filler rows, so that outputs go back to their rows. Iteration
+    gives the first epoch.
+
+    Args:
+        buckets: the positions of the rows of each bucket; a batch has rows of one.
+        labels: class ids or floats, `(rows, ...)`; integers become int32, others float32. None for
+            rows without labels.
+        batch_size: the number of rows in a batch.
+        seed: the seed of the order; None keeps it: narrow buckets first, rows as they are.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[np.ndarray],
+        labels: ArrayLike | None,
+        batch_size: int,
+        seed: int | None,
+    ) -> None:
+        self.labels = None if labels is None else _labels(labels, sum(map(len, buckets)))
+        self.batch_size, self.seed = batch_size, seed
+        self._length = sum(-(-len(bucket) // batch_size) for bucket in buckets)
+        self._buckets = buckets
+
+    @abstractmethod
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of the rows at these positions, `(batch, ...)`."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[step] for step in range(len(self)))
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        step = operator.index(step)
+        if step < 0:
+            raise IndexError(f"step is {step}; steps count from 0")
+        rows = self.rows_of(step)
+        weight = (np.arange(self.batch_size) < len(self.real(step))).astype(np.float32)
+        batch = {**self.arrays(rows), "weight": weight}
+        if self.labels is not None:
+            batch["labels"] = self.labels[rows]
+        if self.seed is None:
+            batch["index"] = np.where(weight > 0, rows, -1).astype(np.int32)
+        return batch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """The positions of a batch's rows, `(batch,)`; filler rows repeat the first."""
+        real = self.real(step)
+        return np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
+
+    def real(self, step: int) -> np.ndarray:
+        """The positions of the rows of a step without filler rows."""
+        return self._plan[step]
+
+    @cached_property
+    def _plan(self) -> Any:
+        """The positions of every step's rows.
+
+        Grain's `shuffle` and `batch` derive the epoch from the index, so each epoch has its own
+        order: rows are shuffled within their bucket, and then batches with each other.
+        """
+        import grain  # its import takes most of a second
+
+        def shuffled(dataset: Any) -> Any:
+            return dataset if self.seed is None else dataset.seed(self.seed).shuffle()
+
+        buckets = [
+            shuffled(grain.MapDataset.source(rows)).batch(self.batch_size, batch_fn=np.array)
+            for rows in self._buckets
+        ]
+        return shuffled(grain.MapDataset.concatenate(buckets)).repeat()
+
+
+class Batches(StepBatches):
+    """`StepBatches` of token ids, in a few static shapes.
+
+    `batches[step]` has `input_ids`, `attention_mask` and `token_type_ids`, int32
+    `(batch, length)`.
 
     Args:
         rows: the rows that `encode` returns, or other named tuples of int32 arrays `(length,)` with
             a field `input_ids`; a batch has one array for each field. A row of several inputs has
             arrays `(inputs, length)`, and a field `attention_mask`.
-        labels: class ids or floats, `(rows, ...)`; integers become int32, others float32. None for
-            texts without labels: batches then have no `labels`.
-        batch_size: the number of rows in a batch.
-        seed: the seed of the order, at least 0 and below 2**32; None keeps the order, as
-            `Batches.in_order` does.
-        buckets: the widths in ascending order; None calls `choose_buckets`.
+        labels: as for `StepBatches`.
+        batch_size: as for `StepBatches`.
+        seed: as for `StepBatches`; at least 0 and below 2**32.
+        buckets: the widths in ascending order; None calls `choose_buckets`. The buckets of the
+            training batches save compilations of others.
         pad_id: the token id of padding.
 
     Raises:
@@ -210,104 +297,23 @@ class Batches:
                 f"a row has {lengths.max()} tokens and the widest bucket holds {buckets[-1]}; "
                 "encode with that max_length or add a wider bucket"
             )
-        self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
-        self.buckets = tuple(buckets)
-        self.labels = None if labels is None else _labels(labels, len(rows))
-        self._ordered = seed is None
+        self.rows, self.pad_id, self.buckets = rows, pad_id, tuple(buckets)
         self._bucket_of = np.searchsorted(self.buckets, lengths)
         members = [np.flatnonzero(self._bucket_of == b) for b in np.unique(self._bucket_of)]
-        self._length = sum(-(-len(bucket) // batch_size) for bucket in members)
-        self._plan = plan(members, batch_size, seed)
+        super().__init__(members, labels, batch_size, seed)
 
-    @classmethod
-    def in_order(
-        cls,
-        rows: Sequence[Any],
-        labels: ArrayLike | None,
-        batch_size: int,
-        buckets: Sequence[int] | None = None,
-        pad_id: int = 0,
-    ) -> Batches:
-        """Makes batches in a fixed order, for evaluation: narrow buckets first, rows not shuffled.
-
-        Each batch also has an `index`, int32 `(batch,)`: the position of each row in `rows`, and -1
-        for filler rows, so that outputs go back to their rows.
-
-        Args:
-            rows: as for `Batches`.
-            labels: as for `Batches`.
-            batch_size: as for `Batches`.
-            buckets: as for `Batches`; the buckets of the training batches save compilations.
-            pad_id: as for `Batches`.
-
-        Returns:
-            The batches.
-
-        Raises:
-            UserError: as for `Batches`.
-
-        Example:
-            >>> rows = [Row(np.full(n, n, np.int32), np.zeros(n, np.int32)) for n in (9, 5, 4)]
-            >>> outputs = np.zeros(3)
-            >>> for batch in Batches.in_order(rows, None, batch_size=2, buckets=(8, 16)):
-            ...     real = batch["weight"] > 0
-            ...     outputs[batch["index"][real]] = batch["input_ids"].max(axis=1)[real]
-            >>> outputs.tolist()
-            [9.0, 5.0, 4.0]
-        """
-        return cls(rows, labels, batch_size, None, buckets, pad_id)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return (self[step] for step in range(len(self)))
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        step = operator.index(step)
-        if step < 0:
-            raise IndexError(f"step is {step}; steps count from 0")
-        real = self._plan[step]
-        taken = self.rows_of(step)
-        rows = [self.rows[i] for i in taken]
-        width = self.buckets[self._bucket_of[real[0]]]
-        weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of rows, padded to the width of their bucket."""
+        taken, width = [self.rows[i] for i in rows], self.buckets[self._bucket_of[rows[0]]]
         fills = {"input_ids": self.pad_id, "labels": NOTHING}
         batch = {
-            name: _padded([getattr(row, name) for row in rows], width, fills.get(name, 0))
-            for name in rows[0]._fields
+            name: _padded([getattr(row, name) for row in taken], width, fills.get(name, 0))
+            for name in taken[0]._fields
         }
         if "attention_mask" not in batch:
-            ones = [np.ones_like(row.input_ids) for row in rows]
+            ones = [np.ones_like(row.input_ids) for row in taken]
             batch["attention_mask"] = _padded(ones, width, 0)
-        batch["weight"] = weight
-        if self.labels is not None:
-            batch["labels"] = self.labels[taken]
-        if self._ordered:
-            batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
         return batch
-
-    def rows_of(self, step: int) -> np.ndarray:
-        """The positions of a batch's rows in `rows`, `(batch,)`; filler rows repeat the first."""
-        real = self._plan[step]
-        return np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
-
-
-def plan(members: list[np.ndarray], batch_size: int, seed: int | None) -> Any:
-    """The row numbers of every step: `plan[step]` is `(rows,)`, shorter at the end of a bucket.
-
-    Grain's `shuffle` and `batch` derive the epoch from the index, so each epoch has its own order.
-    """
-    import grain  # its import takes most of a second
-
-    def shuffled(dataset):
-        return dataset if seed is None else dataset.seed(seed).shuffle()
-
-    buckets = [
-        shuffled(grain.MapDataset.source(rows)).batch(batch_size, batch_fn=np.array)
-        for rows in members
-    ]
-    return shuffled(grain.MapDataset.concatenate(buckets)).repeat()
 
 
 def _padded(arrays: Sequence[np.ndarray], width: int, fill: int) -> np.ndarray:

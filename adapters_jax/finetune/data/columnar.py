@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.finetune.data.files import DataError, Record, Rows
+from adapters_jax.finetune.data.files import DataError, Found, Record
 
 MOST_MEMORY = 2**32  # bytes of the values; a file of 1 MB may hold a text a billion times
 _ROWS = 256  # read at a time
 
 
-def read_parquet(path: Path, raw: bytes) -> Rows:
+def read_parquet(path: Path, raw: bytes) -> Found:
     """Reads a Parquet file."""
     return _read(path, raw, "parquet")
 
 
-def read_arrow(path: Path, raw: bytes) -> Rows:
+def read_arrow(path: Path, raw: bytes) -> Found:
     """Reads an Arrow file, or a stream as the `datasets` library saves it."""
     return _read(path, raw, "arrow")
 
 
-def _read(path: Path, raw: bytes, kind: str) -> Rows:
+def _read(path: Path, raw: bytes, kind: str) -> Found:
     try:
         import pyarrow
     except ImportError as error:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows, first_few, place
+from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.layouts import (
     COMPLETIONS,
     INSTRUCTIONS,
@@ -63,16 +62,17 @@ class Conversations(PlacedRows[Conversation]):
     def texts(self) -> list[tuple[str, str | None]]:
         """Each conversation as JSON, and its tools."""
         return [
-            (_as_text(row.messages), None if row.tools is None else _as_text(row.tools))
+            (as_json(row.messages), None if row.tools is None else as_json(row.tools))
             for row in self.rows
         ]
 
 
-def _as_text(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """A value as JSON, by which equal rows are found."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def read_conversations(path: FilePath, column: str | None = None) -> Conversations:
+def read_conversations(path: FilePath | Rows, column: str | None = None) -> Conversations:
     """Reads the conversations of a file, in any of the layouts of conversations.
 
     The layouts are `messages`; ShareGPT's `conversations`; `instruction`, `input` and `output`; and
@@ -90,82 +90,56 @@ def read_conversations(path: FilePath, column: str | None = None) -> Conversatio
             lists them.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> _ = path.write_text('{"instruction": "Add.", "input": "1, 2", "output": "3"}')
-        >>> for message in read_conversations(path).rows[0].messages: print(message)
+        >>> rows = Rows(["instruction", "input", "output"], [(1, ["Add.", "1, 2", "3"])])
+        >>> for message in read_conversations(rows).rows[0].messages: print(message)
         {'role': 'user', 'content': 'Add.\\n\\n1, 2'}
         {'role': 'assistant', 'content': '3'}
     """
-    path = Path(path)
-    return make_conversations(path, read_file(path), column)
-
-
-def make_conversations(path: Path, rows: Rows, column: str | None = None) -> Conversations:
-    """Makes conversations of rows; see `read_conversations`. `path` is for messages."""
-    header, records = rows
+    rows = read_file(path)
+    header = rows.header
     layout = MESSAGES if column else layout_of(header)
     if layout is None or layout not in _MAKERS or (column and column not in header):
         raise DataError(
-            f"{path.as_posix()}: no conversations; expected a column "
+            f"{rows.path}: no conversations; expected a column "
             f"{column or 'messages, or conversations, or instruction and output'}, and the columns "
             f"are {', '.join(header)}"
         )
-    found, lines, problems = [], [], []
-    for line, values in records:
-        row = dict(zip(header, values, strict=False))
-        conversation = _made(row, _MAKERS[layout], column or layout.columns[0])
-        if isinstance(conversation, str):
-            problems.append(f"{place(line)}: {conversation}")
-        else:
-            found.append(conversation)
-            lines.append(line)
-    if problems:
-        raise DataError(
-            f"{path.as_posix()}: {len(problems)} of {len(records)} conversations cannot be learnt; "
-            f"{first_few(problems)}; correct or remove them"
-        )
-    return Conversations(path.as_posix(), found, lines)
+    make, first = _MAKERS[layout], column or layout.columns[0]
+
+    def made(row: Mapping[str, Any]) -> Conversation:
+        return conversation_of(_parsed(make(row, first)), row)
+
+    return Conversations.of(rows, made, "conversations")
 
 
-def _made(
-    row: Mapping[str, Any], make: Callable[[Mapping[str, Any], str], Any], column: str
-) -> Conversation | str:
-    """The conversation of a row, or what is wrong with it."""
-    try:
-        return conversation_of(_parsed(make(row, column)), row)
-    except ValueError as error:
-        return f"not JSON: {error}"
-
-
-def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation | str:
-    """The conversation of messages with its row's system prompt and tools, or what is wrong.
+def conversation_of(messages: Any, row: Mapping[str, Any]) -> Conversation:
+    """The conversation of messages with its row's system prompt and tools.
 
     Raises:
+        RowError: it cannot be learnt.
         ValueError: the tools are a text that is not JSON.
 
     Example:
         >>> said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         >>> [message["role"] for message in conversation_of(said, {"system": "Be kind."}).messages]
         ['system', 'user', 'assistant']
-        >>> conversation_of([], {})
-        'it has no messages'
     """
     tools = _parsed(row.get("tools") or None)
     if not isinstance(messages, list) or not messages:
-        return "it has no messages"
+        raise RowError("it has no messages")
     if tools is not None and not isinstance(tools, list):
-        return f"its tools are a {type(tools).__name__}, expected a list of JSON schemas"
+        raise RowError(f"its tools are a {type(tools).__name__}, expected a list of JSON schemas")
     if not all(isinstance(message, Mapping) for message in messages):
-        return "a message is not an object with a role and a content"
+        raise RowError("a message is not an object with a role and a content")
     messages = [_message(message) for message in messages]
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0]["content"] != system:
-            return "its column system and its first message are two system prompts"
-    return problem_of(messages) or Conversation(messages, tools)
+            raise RowError("its column system and its first message are two system prompts")
+    _check(messages)
+    return Conversation(messages, tools)
 
 
 def _parsed(value: Any) -> Any:
@@ -185,29 +159,25 @@ def _message(message: Message) -> dict[str, Any]:
 _KEYS = ("role", "from", "content", "value")
 
 
-def problem_of(messages: Sequence[Message]) -> str | None:
-    """What keeps messages from being learnt; None if nothing does.
-
-    Example:
-        >>> problem_of([{"role": "assistant", "content": "Hello"}])
-        'it starts with assistant, expected system or user'
-    """
+def _check(messages: Sequence[Message]) -> None:
+    """Raises RowError if messages cannot be learnt."""
     for number, message in enumerate(messages, 1):
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            return f"message {number} has the role {role!r}, expected one of {', '.join(ROLES)}"
+            expected = f"expected one of {', '.join(ROLES)}"
+            raise RowError(f"message {number} has the role {role!r}, {expected}")
         if not isinstance(content, str):
-            return f"message {number} has a {type(content).__name__} as content, expected a text"
+            kind = type(content).__name__
+            raise RowError(f"message {number} has a {kind} as content, expected a text")
         if not content.strip() and not message.get("tool_calls"):
-            return f"message {number} of {role} is empty"
+            raise RowError(f"message {number} of {role} is empty")
         if "\0" in content:
-            return f"message {number} has the character 0"
+            raise RowError(f"message {number} has the character 0")
     first = next((m["role"] for m in messages if m["role"] != "system"), "system")
     if messages[0]["role"] not in _OPENING or first == "assistant":
-        return f"it starts with {first}, expected system or user"
+        raise RowError(f"it starts with {first}, expected system or user")
     if all(message["role"] != "assistant" for message in messages):
-        return "no message is of assistant, so there is nothing to learn"
-    return None
+        raise RowError("no message is of assistant, so there is nothing to learn")
 
 
 def _of_messages(row: Mapping[str, Any], column: str) -> Any:

@@ -1,4 +1,4 @@
-"""Datasets: texts with class ids or numbers as labels, split into train, dev and test."""
+"""Labels as class ids or numbers; and the rows of a task as train, dev and test."""
 
 from __future__ import annotations
 
@@ -7,53 +7,30 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.files import DataError, FilePath, count_rows, first_few, place
-from adapters_jax.finetune.data.readers import title_of
+from adapters_jax.finetune.data.files import (
+    DataError,
+    count_rows,
+    first_few,
+    place,
+    refuse,
+)
 from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
-from adapters_jax.finetune.data.tables import Table, Texts, read_rows
+from adapters_jax.finetune.data.tables import Table, Texts
 
 _LOG = logging.getLogger(__name__)
 _MISSING = ("nan", "none", "null", "na", "n/a", "-", "?")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Texts with their labels.
-
-    Args:
-        texts: `(text, second text or None)` for each row.
-        labels: int32 class ids or float32 numbers, `(rows,)`.
-        label_names: the names of the classes, in the order of their ids; empty for regression.
-    """
-
-    texts: Texts
-    labels: np.ndarray
-    label_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def is_regression(self) -> bool:
-        """Whether the labels are numbers, not classes."""
-        return not self.label_names
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> Dataset:
-        """The rows with these indices, in the given order."""
-        rows = np.asarray(rows, np.int64)
-        return Dataset([self.texts[i] for i in rows], self.labels[rows], self.label_names)
-
-
 def make_dataset(
     table: Table, task: str = "classification", label_names: Sequence[str] | None = None
-) -> Dataset:
-    """Makes a dataset from a table: its labels become class ids or numbers.
+) -> Table:
+    """Makes the labels of a table class ids or numbers.
 
     Args:
         table: a table with labels.
@@ -62,7 +39,7 @@ def make_dataset(
             the table's own labels, sorted, as numbers if all of them are numbers.
 
     Returns:
-        The dataset.
+        The table with these labels.
 
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
@@ -70,7 +47,7 @@ def make_dataset(
         UserError: another `task`, or a table without labels.
 
     Example:
-        >>> table = Table("stars.csv", [("a", None), ("b", None)], ["10", "9"], [2, 3])
+        >>> table = Table([("a", None), ("b", None)], ["10", "9"], lines=[2, 3])
         >>> make_dataset(table).label_names, make_dataset(table).labels.tolist()
         (('9', '10'), [1, 0])
         >>> make_dataset(table, task="regression").labels.tolist()
@@ -81,7 +58,7 @@ def make_dataset(
     if table.labels is None:
         raise UserError(f"{table.path} was read without labels; name its label column")
     if task == "regression":
-        return Dataset(table.texts, np.array(numbers_of(table), np.float32), ())
+        return replace(table, labels=np.array(numbers_of(table), np.float32))
     names = class_names(table) if label_names is None else tuple(label_names)
     ids = {name: i for i, name in enumerate(names)}
     _reject(
@@ -89,7 +66,8 @@ def make_dataset(
         [label not in ids for label in table.labels],
         f"that train lacks ({first_few(names)})",
     )
-    return Dataset(table.texts, np.array([ids[name] for name in table.labels], np.int32), names)
+    found = np.array([ids[name] for name in table.labels], np.int32)
+    return replace(table, labels=found, label_names=names)
 
 
 def class_names(table: Table) -> tuple[str, ...]:
@@ -133,12 +111,13 @@ def _check_joined(table: Table, names: Sequence[str]) -> None:
     """Raises DataError if labels are others joined by "|", as in `a|b`."""
     known = {name for name in names if "|" not in name}
     joined = [name for name in names if "|" in name and known.issuperset(name.split("|"))]
-    if joined:
-        raise DataError(
-            f"{table.path}: {first_few([repr(name) for name in joined])} are other labels with | "
-            "between: for several labels a row write --task multilabel --columns labels=COLUMN "
-            "--label-separator '|', or else rename these classes"
-        )
+    refuse(
+        table.path,
+        [*map(repr, joined)],
+        "",
+        " are other labels with | between: for several labels a row write --task multilabel "
+        "--columns labels=COLUMN --label-separator '|', or else rename these classes",
+    )
 
 
 def _alike(names: Sequence[str]) -> list[str]:
@@ -167,41 +146,7 @@ def _number(label: str) -> float:
 def _reject(table: Table, bad: list[bool], what: str) -> None:
     rows = list(zip(table.labels or (), table.lines, bad, strict=True))
     named = [f"{label!r} ({place(line)})" for label, line, is_bad in rows if is_bad]
-    if named:
-        raise DataError(f"{table.path}: {count_rows(named)} a label {what}: {first_few(named)}")
-
-
-def split(
-    dataset: Dataset, seed: int, dev: float = 0.1, test: float = 0.1
-) -> tuple[Dataset, Dataset, Dataset]:
-    """Holds rows out of a dataset for dev and test.
-
-    The split depends on the seed and the texts alone. Rows of the same text (but for case and
-    spacing) stay together in one split, and none is dropped. Each class is split in the same
-    proportions, rounded down; a class too small to share stays in train.
-
-    Args:
-        dataset: the dataset to split.
-        seed: the seed of the choice.
-        dev: the fraction of rows for dev.
-        test: the fraction of rows for test.
-
-    Returns:
-        Train, dev and test, each in the dataset's order.
-
-    Raises:
-        DataError: dev or test would be empty, but its fraction is above 0.
-        UserError: the fractions are negative, or leave nothing to train on.
-
-    Example:
-        >>> data = Dataset([(str(i), None) for i in range(40)], np.arange(40) % 2, ("no", "yes"))
-        >>> [len(part) for part in split(data, seed=0)]
-        [32, 4, 4]
-    """
-    keys = [key_of(*pair) for pair in dataset.texts]
-    strata = [0] * len(dataset) if dataset.is_regression else dataset.labels.tolist()
-    train_rows, dev_rows, test_rows = split_rows(keys, strata, seed, dev, test)
-    return dataset.take(train_rows), dataset.take(dev_rows), dataset.take(test_rows)
+    refuse(table.path, named, f"{count_rows(named)} a label {what}: ", "")
 
 
 @dataclass(frozen=True)
@@ -210,7 +155,7 @@ class TaskData:
 
     Args:
         name: the name of the data, for reports.
-        train: the rows to train on: a `Dataset`, or for a decoder a `Table`.
+        train: the rows to train on: mostly a `Table`.
         dev: the rows to select on.
         test: the rows to report on.
         metrics: names for `metrics.compute`; the first is the one selected on.
@@ -223,108 +168,96 @@ class TaskData:
     metrics: tuple[str, ...]
 
 
-def load_labelled(
-    train: FilePath,
-    dev: FilePath | None = None,
-    test: FilePath | None = None,
-    *,
-    text: str = "text",
-    text_pair: str | None = None,
-    label: str = "label",
-    task: str = "classification",
-    metrics: Sequence[str] | None = None,
-    split_seed: int = SPLIT_SEED,
-) -> TaskData:
-    """Loads texts and labels from one to three files with the same columns.
-
-    Args:
-        train: the file to train on.
-        dev: the file to select on; None holds out a tenth of `train`.
-        test: the file to report on; None holds out a tenth of `train`.
-        text: the text column.
-        text_pair: the second text column, for pairs.
-        label: the label column.
-        task: as for `make_dataset`.
-        metrics: their names, the one to select on first; None is accuracy and F1, or for regression
-            Pearson and Spearman.
-        split_seed: the seed that chooses the rows held out.
-
-    Returns:
-        The rows, named after the training file.
-
-    Raises:
-        DataError: as for `read_rows`, `make_dataset` and `split`.
-
-    Example:
-        >>> import json, tempfile
-        >>> from pathlib import Path
-        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
-        >>> lines = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
-        >>> _ = path.write_text("\\n".join(lines))
-        >>> data = load_labelled(path)
-        >>> data.name, len(data.train), len(data.dev), len(data.test), data.metrics
-        ('rows', 32, 4, 4, ('accuracy', 'f1'))
-    """
-    paths = {"train": train, "dev": dev, "test": test}
-    tables = {
-        part: read_rows(path, text, text_pair, label)
-        for part, path in paths.items()
-        if path is not None
-    }
-    if metrics is None:
-        metrics = ("pearson", "spearman") if task == "regression" else ("accuracy", "f1")
-    return hold_out(title_of(train), make_datasets(tables, task), metrics, split_seed)
-
-
-def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Dataset]:
-    """Makes each table a dataset; all of them have the classes of "train"."""
+def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Table]:
+    """Makes the labels of each table ids or numbers; all of them have the classes of "train"."""
     names = class_names(tables["train"]) if task == "classification" else None
     return {part: make_dataset(table, task, names) for part, table in tables.items()}
 
 
 def hold_out(
-    name: str, parts: Mapping[str, Dataset], metrics: Sequence[str], seed: int
-) -> TaskData:
-    """Completes the parts of a task: an absent "dev" or "test" is held out of "train"."""
-    train, dev, test = split(parts["train"], seed, **_fractions(parts))
-    data = TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
-    for part in ("dev", "test"):
-        _say_lacking(part, getattr(data, part), data.metrics)
-    return data
-
-
-def _say_lacking(part: str, rows: Dataset, metrics: Sequence[str]) -> None:
-    """Logs that the F1 of two classes is 0 where no row has the positive one."""
-    if "f1" in metrics and len(rows.label_names) == 2 and not (rows.labels == 1).any():
-        _LOG.warning(
-            "%s has no row of the class %r, so its F1 is 0 whatever is predicted; give it such "
-            "rows, or write --metrics accuracy",
-            part,
-            rows.label_names[1],
-        )
-
-
-def hold_out_rows(
     name: str,
     parts: Mapping[str, Any],
-    keys: Sequence[str],
     metrics: Sequence[str],
+    keys: Sequence[str] | None = None,
     strata: Sequence[int] | None = None,
+    seed: int = SPLIT_SEED,
+    dev: float = 0.1,
+    test: float = 0.1,
 ) -> TaskData:
-    """Completes the parts of a task as `hold_out` does, for rows of any type.
+    """Completes the parts of a task: an absent "dev" or "test" is held out of "train".
+
+    The split depends on the seed and the keys alone. Rows with the same key stay together in one
+    part, and none is dropped. Each stratum is split in the same proportions, rounded down; one too
+    small to share stays in train.
 
     Args:
         name: the name of the data.
         parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
-        keys: the key of each row of "train"; rows with the same key are held out together.
         metrics: the names of the metrics.
-        strata: the stratum of each row of "train", which keeps its proportion; None has one.
+        keys: the key of each row of "train"; None is its texts, but for case and spacing.
+        strata: the stratum of each row of "train"; None is its class, if it has one.
+        seed: the seed that chooses the rows held out.
+        dev: the fraction of "train" to hold out for "dev", if that is absent.
+        test: the fraction for "test".
+
+    Raises:
+        DataError: dev or test would be empty, but its fraction is above 0.
+        UserError: the fractions are negative, or leave nothing to train on.
+
+    Example:
+        >>> rows = Table([(str(i), None) for i in range(40)], np.arange(40) % 2, ("no", "yes"))
+        >>> data = hold_out("numbers", {"train": rows}, ("accuracy",))
+        >>> len(data.train), len(data.dev), len(data.test)
+        (32, 4, 4)
     """
-    rows = split_rows(keys, strata or [0] * len(keys), SPLIT_SEED, **_fractions(parts))
-    train, dev, test = (parts["train"].take(taken) for taken in rows)
-    return TaskData(name, train, parts.get("dev", dev), parts.get("test", test), tuple(metrics))
+    train = parts["train"]
+    names: tuple[str, ...] = getattr(train, "label_names", ())
+    if keys is None:
+        keys = [key_of(*texts) for texts in train.texts]
+    if strata is None:
+        strata = train.labels.tolist() if names else [0] * len(train)
+    shares = (0.0 if part in parts else share for part, share in (("dev", dev), ("test", test)))
+    rows = split_rows(keys, strata, seed, *shares)
+    held = dict(zip(("train", "dev", "test"), map(train.take, rows), strict=True))
+    whole = {**held, **{part: parts[part] for part in ("dev", "test") if part in parts}}
+    for part in ("dev", "test"):
+        if "f1" in metrics and len(names) == 2 and not (whole[part].labels == 1).any():
+            _LOG.warning(
+                "%s has no row of the class %r, so its F1 is 0 whatever is predicted; give it such "
+                "rows, or write --metrics accuracy",
+                part,
+                names[1],
+            )
+    return TaskData(name, **whole, metrics=tuple(metrics))
 
 
-def _fractions(parts: Mapping[str, Any]) -> dict[str, float]:
-    """The fraction of "train" to hold out for each part: a tenth if the part is absent."""
-    return {part: 0.0 if part in parts else 0.1 for part in ("dev", "test")}
+def shared_rows(train: Texts, held_out: Texts) -> list[int]:
+    """The positions of rows of `held_out` whose texts are in `train`, but for case and spacing.
+
+    Example:
+        >>> shared_rows([("A film", None), ("b", "c")], [("a  FILM", None), ("b", "d")])
+        [0]
+    """
+    keys = [key_of(*texts) for texts in held_out]
+    found = {key_of(*texts) for texts in train}.intersection(keys)
+    return [i for i, key in enumerate(keys) if key in found]
+
+
+def overlaps(data: TaskData) -> list[str]:
+    """A sentence for each part that is scored on rows that are also trained or selected on.
+
+    Example:
+        >>> tables = {p: Table([(x, None) for x in p]) for p in ("ab", "bc", "cd")}
+        >>> overlaps(TaskData("letters", tables["ab"], tables["cd"], tables["bc"], ()))
+        ['1 of 2 test rows are also in train, so the test scores are too good',
+         '1 of 2 test rows are also in dev, so the test scores are too good']
+    """
+    parts = {"train": data.train.texts, "dev": data.dev.texts, "test": data.test.texts}
+    pairs = ("dev", "train"), ("test", "train"), ("test", "dev")
+    counts = {(part, other): len(shared_rows(parts[other], parts[part])) for part, other in pairs}
+    return [
+        f"{count} of {len(parts[part])} {part} rows are also in {other}, so the {part} scores are "
+        "too good"
+        for (part, other), count in counts.items()
+        if count
+    ]

@@ -8,15 +8,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from adapters_jax.finetune.data.files import DataError, Record, Rows, text_of
+from adapters_jax.finetune.data.files import DataError, Found, Record, text_of
 
 _log = logging.getLogger(__name__)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 TOKENS, TAGS, TEXT = "tokens", "ner_tags", "text"
 
 
-def read_csv(path: Path, raw: bytes) -> Rows:
-    """Reads the rows of a CSV file, in which quotes enclose fields.
+def read_csv(path: Path, raw: bytes) -> Found:
+    """Reads the rows of a CSV file, where quotes enclose fields.
 
     Where the header has no comma, semicolons or tabs may separate the fields, which is logged.
     """
@@ -29,6 +29,7 @@ def read_csv(path: Path, raw: bytes) -> Rows:
 
 def _parse_csv(path: Path, text: str, separator: str) -> Iterator[Record]:
     """The fields of each record, of any length: the module's limit is for the whole process."""
+    # 131,072 characters by default, which a document exceeds.
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     line = 1
     try:
@@ -44,8 +45,9 @@ def _parse_csv(path: Path, text: str, separator: str) -> Iterator[Record]:
         csv.field_size_limit(limit)
 
 
-def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Rows:
+def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Found:
     """Reads the rows of a TSV file; quotes are plain text. `header` is for files without one."""
+    # Not splitlines(), which splits at characters such as U+2028 that texts have inside.
     lines = text_of(path, raw).split("\n")
     records: list[Record] = [
         (n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)
@@ -53,7 +55,7 @@ def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Row
     return _headed(path, records, header)
 
 
-def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Rows:
+def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Found:
     """Splits the header from the records; a blank line becomes a record of blank fields."""
     if header is None:
         header, records = records[0][1], records[1:]
@@ -63,7 +65,7 @@ def _headed(path: Path, records: list[Record], header: Sequence[str] | None = No
     return list(header), [(n, fields if any(fields) else blank) for n, fields in records]
 
 
-def read_conll(path: Path, raw: bytes) -> Rows:
+def read_conll(path: Path, raw: bytes) -> Found:
     """Reads sentences in CoNLL columns: a token a line, its tag last, a blank line between them.
 
     A row is a sentence: its tokens, each further column, and the tags, as lists. Documents begin
@@ -87,7 +89,7 @@ def read_conll(path: Path, raw: bytes) -> Rows:
     return _columns_of(path, sentences)
 
 
-def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Rows:
+def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Found:
     """Turns sentences of tokens into rows of columns; every token must have the same columns."""
     width = len(sentences[0][1][0])
     uneven = [
@@ -108,7 +110,7 @@ def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Row
     return [TOKENS, *between, TAGS], rows
 
 
-def read_txt(path: Path, raw: bytes) -> Rows:
+def read_txt(path: Path, raw: bytes) -> Found:
     """Reads the lines of a text file that are not blank, each a row with the column "text"."""
     lines = text_of(path, raw).split("\n")
     return [TEXT], [(n, [line.strip()]) for n, line in enumerate(lines, 1) if line.strip()]

@@ -1,7 +1,8 @@
 """Files as bytes and texts, and what every reader of rows returns.
 
 A row is a list of values, one for each column: texts, numbers, None, lists and mappings, as in
-JSON. `tables` makes texts of the columns that a task reads.
+JSON. `tables` makes texts of the columns that a task reads. `Rows.of` is where rows get their path
+and are found to be uneven; `refuse` lists rows that cannot be used.
 """
 
 from __future__ import annotations
@@ -10,23 +11,54 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from adapters_jax.errors import UserError
 
 FilePath = str | os.PathLike[str]
 Line = int | str  # the line that a row starts on; a text for formats without lines, as "row 3"
 Record = tuple[Line, list[Any]]  # the line, the values
-Rows = tuple[list[str], list[Record]]  # column names, records
+Found = tuple[list[str], list[Record]]  # column names, records
 Row = TypeVar("Row")
-Reader = Callable[[Path, bytes], Rows]
+Reader = Callable[[Path, bytes], Found]
 
 NAMED = "#"  # behind the path of a file without a header, before the names of its columns
 MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
 _CHUNK = 2**20
+
+
+class Rows(NamedTuple):
+    """The rows of a file of any format.
+
+    Attributes:
+        header: the names of the columns.
+        records: the place of each row, and its values.
+        path: the path of the file, for messages.
+    """
+
+    header: list[str]
+    records: list[Record]
+    path: str = ""
+
+    @classmethod
+    def of(cls, path: FilePath, header: list[str], records: list[Record]) -> Self:
+        """Rows that have as many values as there are columns, or else raises DataError."""
+        uneven = [
+            f"{place(line)} has {len(fields)}"
+            for line, fields in records
+            if len(fields) != len(header)
+        ]
+        name = Path(path).as_posix()
+        refuse(
+            name,
+            uneven,
+            f"expected {len(header)} fields, but {count_rows(uneven)} another number: ",
+            "; a CSV field with a comma in it needs quotes",
+        )
+        return cls(header, records, name)
 
 
 @dataclass(frozen=True)
@@ -49,6 +81,39 @@ class PlacedRows(Generic[Row]):
     def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
         return replace(self, rows=[self.rows[i] for i in rows], lines=[self.lines[i] for i in rows])
+
+    @classmethod
+    def of(cls, rows: Rows, make: Callable[[Mapping[str, Any]], Row], what: str) -> Self:
+        """Makes each row of its values by column.
+
+        Args:
+            rows: the rows of a file.
+            make: makes one, or raises RowError, or ValueError for a text that is not JSON.
+            what: the name of such rows, for messages.
+
+        Raises:
+            DataError: rows cannot be made; the message lists them.
+        """
+        found, lines, problems = list[Row](), list[Line](), []
+        for line, values in rows.records:
+            try:
+                found.append(make(dict(zip(rows.header, values, strict=True))))
+                lines.append(line)
+            except RowError as error:
+                problems.append(f"{place(line)}: {error}")
+            except ValueError as error:
+                problems.append(f"{place(line)}: not JSON: {error}")
+        refuse(
+            rows.path,
+            problems,
+            f"{len(problems)} of {len(rows.records)} {what} cannot be learnt; ",
+            "; correct or remove them",
+        )
+        return cls(rows.path, found, lines)
+
+
+class RowError(Exception):
+    """A row cannot be used; the message says what is wrong with it, and not where it is."""
 
 
 class DataError(UserError):
@@ -147,15 +212,7 @@ def without_header(path: Path) -> str:
     return f"; if its first line is a row, name the columns: '{path.as_posix()}{NAMED}text,label'"
 
 
-def check_even(path: Path, rows: Rows) -> None:
-    """Raises DataError if a row has another number of fields than there are columns."""
-    header, records = rows
-    uneven = [
-        f"{place(line)} has {len(fields)}" for line, fields in records if len(fields) != len(header)
-    ]
-    if uneven:
-        raise DataError(
-            f"{path.as_posix()}: {count_rows(uneven)} another number of fields than the "
-            f"{len(header)} columns: {first_few(uneven)}; "
-            "a CSV field with a comma in it needs quotes"
-        )
+def refuse(path: str, wrong: Sequence[str], before: str, after: str) -> None:
+    """Raises DataError if there is something wrong, with the first few between two texts."""
+    if wrong:
+        raise DataError(f"{path}: {before}{first_few(wrong)}{after}")

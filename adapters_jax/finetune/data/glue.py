@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters_jax.finetune.data.files import Found, Rows
 from adapters_jax.finetune.data.readers import DataError, FilePath, read_bytes, read_tsv
 from adapters_jax.finetune.data.splits import SPLIT_SEED
-from adapters_jax.finetune.data.tables import complete_rows, make_table
+from adapters_jax.finetune.data.tables import Table, read_rows
 
 if TYPE_CHECKING:
-    from adapters_jax.finetune.data.datasets import Dataset, TaskData
+    from adapters_jax.finetune.data.datasets import TaskData
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ GLUE = {
 }
 
 
-def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
+def read_glue(name: str, directory: FilePath) -> dict[str, Table]:
     """Reads the labelled files of a GLUE task, in the official layout.
 
     Broken rows of QQP's official files are left out, with a warning that counts them.
@@ -66,7 +68,7 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
         directory: the directory with `train.tsv` and `dev.tsv` (MNLI: `dev_matched.tsv`).
 
     Returns:
-        The datasets "train" and "dev".
+        The tables "train" and "dev".
 
     Raises:
         DataError: an unknown task, or as for `read_rows` and `make_dataset`.
@@ -85,10 +87,23 @@ def read_glue(name: str, directory: FilePath) -> dict[str, Dataset]:
     tables = {}
     for part, file in (("train", "train.tsv"), ("dev", spec.dev)):
         path = Path(directory) / file
-        rows = read_tsv(path, read_bytes(path), spec.header)
-        rows = complete_rows(path, rows) if spec.skips_incomplete else rows
-        tables[part] = make_table(path, rows, spec.text, spec.text_pair, spec.label)
+        found = read_tsv(path, read_bytes(path), spec.header)
+        found = _complete(path, found) if spec.skips_incomplete else found
+        tables[part] = read_rows(Rows.of(path, *found), spec.text, spec.text_pair, spec.label)
     return make_datasets(tables, spec.task)
+
+
+def _complete(path: Path, found: Found) -> Found:
+    """Leaves out rows that lack a field, with a warning that counts them."""
+    header, records = found
+    kept = [r for r in records if len(r[1]) == len(header) and all(f.strip() for f in r[1])]
+    if len(kept) < len(records):
+        warnings.warn(
+            f"{path.as_posix()}: left out {len(records) - len(kept)} of {len(records)} rows that "
+            "lack a field",
+            stacklevel=3,
+        )
+    return header, kept
 
 
 def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
@@ -105,7 +120,7 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
         The rows, with GLUE's metrics.
 
     Raises:
-        DataError: as for `read_glue` and `split`.
+        DataError: as for `read_glue` and `hold_out`.
 
     Example:
         >>> load_glue("boolq", "data")
@@ -116,7 +131,7 @@ cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli ...
     from adapters_jax.finetune.data.datasets import hold_out
 
     name = glue_name(name)
-    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, split_seed)
+    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, seed=split_seed)
 
 
 def glue_name(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapters_jax.files import hub
-from adapters_jax.finetune.data.files import DataError, Rows
+from adapters_jax.finetune.data.files import DataError, Found
 
 PREFIX = "hub:"
 CONVERTED = "refs/convert/parquet"
@@ -43,7 +43,7 @@ class HubData(NamedTuple):
         """Reads a name.
 
         Raises:
-            DataError: it is none.
+            DataError: it is not the name of a data set.
 
         Example:
             >>> HubData.of("hub:user/name#en:test")
@@ -58,7 +58,7 @@ class HubData(NamedTuple):
         return cls(found["id"], config, split or "train", revision or CONVERTED)
 
 
-def read_hub(name: str, read_files: Callable[[Sequence[Path]], Rows]) -> Rows:
+def read_hub(name: str, read_files: Callable[[Sequence[Path]], Found]) -> Found:
     """Reads a split of a data set.
 
     Args:
@@ -66,7 +66,7 @@ def read_hub(name: str, read_files: Callable[[Sequence[Path]], Rows]) -> Rows:
         read_files: reads several files as one.
 
     Raises:
-        DataError: there is no such data set, configuration or split, or the Hub cannot be reached
+        DataError: the data set, configuration or split does not exist, or the Hub cannot be reached
             and the cache lacks it.
         MissingPackageError: huggingface_hub is not installed.
     """
@@ -115,6 +115,7 @@ def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:
 def _by_config(split: str, files: Sequence[str]) -> Mapping[str, list[str]]:
     """The Parquet files of a split, by configuration; "default" is that of files without one."""
     found: dict[str, list[str]] = defaultdict(list)
+    # The names that the `datasets` library gives the parts of a split.
     begins = re.compile(rf"{re.escape(split)}(?:-\d+-of-\d+)?\.parquet")
     for file in sorted(files):
         *folders, last = file.split("/")

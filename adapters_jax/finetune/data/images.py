@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters_jax.finetune.data.files import DataError, Rows, check_even, first_few, place
+from adapters_jax.finetune.data.files import DataError, Found, Rows, place, refuse
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE, LABEL, FILE_NAME = "image", "label", "file_name"
 
 
-def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
+def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
     """Reads the paths of a directory's images.
 
     Args:
@@ -30,7 +30,7 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
     """
     table = next((directory / name for name in TABLES if (directory / name).is_file()), None)
     if table is not None:
-        return _of_table(directory, table, read_file(table))
+        return _of_table(directory, read_file(table))
     files = sorted(p for p in directory.glob("*/*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(
@@ -45,13 +45,11 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Rows:
     ]
 
 
-def _of_table(directory: Path, table: Path, rows: Rows) -> Rows:
-    check_even(table, rows)
-    header, records = rows
+def _of_table(directory: Path, rows: Rows) -> Found:
+    header, records, table = rows
     if FILE_NAME not in header:
         raise DataError(
-            f"{table.as_posix()}: no column {FILE_NAME!r} for the images; the columns are "
-            f"{', '.join(header)}"
+            f"{table}: no column {FILE_NAME!r} for the images; the columns are {', '.join(header)}"
         )
     at = header.index(FILE_NAME)
     inside = os.path.realpath(directory)
@@ -61,8 +59,7 @@ def _of_table(directory: Path, table: Path, rows: Rows) -> Rows:
         for (line, values), path in zip(records, paths, strict=True)
         if not os.path.isfile(path) or not Path(os.path.realpath(path)).is_relative_to(inside)
     ]
-    if wrong:
-        raise DataError(f"{table.as_posix()}: not an image in this directory: {first_few(wrong)}")
+    refuse(table, wrong, "not an image in this directory: ", "")
     named = [IMAGE if i == at else name for i, name in enumerate(header)]
     return named, [
         (line, [str(x) if i == at else x for i, x in enumerate(values)]) for line, values in records

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.files import DataError, Line, Rows, place, text_of
+from adapters_jax.finetune.data.files import DataError, Found, Line, place, text_of
 from adapters_jax.texts import parse_json
 
 MOST_ROW = 2**24  # characters of a line
 MOST_ARRAY = 2**28  # characters of a file that is parsed at once
 SPARSEST = 64  # columns for each value that a row has
+# An escaped backslash before "u0000" is text, so backslashes count in pairs.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
-def read_jsonl(path: Path, raw: bytes) -> Rows:
+def read_jsonl(path: Path, raw: bytes) -> Found:
     """Reads the rows of a file with one JSON object a line."""
     rows: list[tuple[Line, Mapping[str, Any]]] = []
     for number, line in enumerate(text_of(path, raw).split("\n"), 1):
@@ -34,7 +35,7 @@ def read_jsonl(path: Path, raw: bytes) -> Rows:
     return rows_of(path.as_posix(), rows)
 
 
-def read_json(path: Path, raw: bytes) -> Rows:
+def read_json(path: Path, raw: bytes) -> Found:
     """Reads a JSON array of objects, or SQuAD's layout; or JSON lines, whatever the suffix."""
     text = text_of(path, raw)
     first, _, rest = text.partition("\n")
@@ -54,8 +55,8 @@ def read_json(path: Path, raw: bytes) -> Rows:
     return rows_of(path.as_posix(), [(f"row {n}", row) for n, row in enumerate(items, 1)])
 
 
-def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
-    """Rows of mappings as rows of values; a key that a row lacks is None there.
+def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Found:
+    """Found of mappings as rows of values; a key that a row lacks is None there.
 
     Raises:
         DataError: rows share few keys, so that most values would be None.
@@ -64,8 +65,8 @@ def rows_of(place: str, rows: Sequence[tuple[Line, Mapping[str, Any]]]) -> Rows:
     given = sum(len(row) for _, row in rows)
     if len(header) * len(rows) > 2**20 + SPARSEST * given:
         raise DataError(
-            f"{place}: {len(header)} different keys in {len(rows)} rows, of which most lack most; "
-            "give all rows the same keys"
+            f"{place}: {len(header)} different keys in {len(rows)} rows, and most rows lack "
+            "most keys; give all rows the same keys"
         )
     return header, [(line, [row.get(key) for key in header]) for line, row in rows]
 

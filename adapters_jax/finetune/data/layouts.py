@@ -12,9 +12,9 @@ class Layout(NamedTuple):
     Attributes:
         name: its name.
         columns: the columns that it has; others may stand beside them.
-        inputs: those of them that a task's model reads; rows with equal ones are the same row.
+        inputs: the columns that a task's model reads; rows with equal ones are the same row.
         what: what a row is.
-        task: the task that learns it; None if there is none yet.
+        task: the task that learns it.
     """
 
     name: str
@@ -24,90 +24,54 @@ class Layout(NamedTuple):
     task: str
 
 
-MESSAGES = Layout("messages", ("messages",), ("messages",), "a conversation", "conversation")
-SHAREGPT = Layout(
-    "ShareGPT", ("conversations",), ("conversations",), "a conversation", "conversation"
-)
-INSTRUCTIONS = Layout(
-    "instruction/input/output",
-    ("instruction", "output"),
-    ("instruction", "input"),
+def _layout(columns: str, inputs: str, what: str, task: str, name: str = "") -> Layout:
+    names = tuple(columns.split())
+    return Layout(name or "/".join(names), names, tuple(inputs.split()), what, task)
+
+
+CONVERSATION, PREFERENCE, COMPLETION = OF_DECODERS = ("conversation", "preference", "completion")
+TAGGING = "token-classification"  # encoders learn all that is not in OF_DECODERS
+
+MESSAGES = _layout("messages", "messages", "a conversation", CONVERSATION)
+SHAREGPT = _layout("conversations", "conversations", "a conversation", CONVERSATION, "ShareGPT")
+INSTRUCTIONS = _layout(
+    "instruction output",
+    "instruction input",
     "an instruction with its output",
-    "conversation",
+    CONVERSATION,
+    "instruction/input/output",
 )
-PREFERENCES = Layout(
-    "chosen/rejected",
-    ("chosen", "rejected"),
-    ("prompt", "chosen", "rejected"),
-    "a preferred answer beside another one",
-    "preference",
+COMPLETIONS = _layout(
+    "prompt completion", "prompt completion", "a prompt with its completion", COMPLETION
 )
-JUDGED = Layout(
-    "prompt/completion/label",
-    ("prompt", "completion", "label"),
-    ("prompt", "completion"),
-    "a completion that is desirable or not",
-    "preference",
-)
-COMPLETIONS = Layout(
-    "prompt/completion",
-    ("prompt", "completion"),
-    ("prompt", "completion"),
-    "a prompt with its completion",
-    "completion",
-)
+ANSWERS, JUDGED = "a preferred answer beside another one", "a completion that is desirable or not"
+CHOICES = "premise choice1 choice2"
+# The first one whose columns are there is the layout, so one with more columns stands before
+# those that have some of them.
 LAYOUTS = (
     MESSAGES,
     SHAREGPT,
     INSTRUCTIONS,
-    PREFERENCES,
-    JUDGED,
+    _layout("chosen rejected", "prompt chosen rejected", ANSWERS, PREFERENCE),
+    _layout("prompt completion label", "prompt completion", JUDGED, PREFERENCE),
     COMPLETIONS,
-    Layout(
-        "tokens/ner_tags",
-        ("tokens", "ner_tags"),
-        ("tokens",),
-        "tokens with their tags",
-        "token-classification",
-    ),
-    Layout(
-        "tokens/tags",
-        ("tokens", "tags"),
-        ("tokens",),
-        "tokens with their tags",
-        "token-classification",
-    ),
-    Layout(
-        "context/question/answers",
-        ("context", "question", "answers"),
-        ("context", "question"),
+    _layout("tokens ner_tags", "tokens", "tokens with their tags", TAGGING),
+    _layout("tokens tags", "tokens", "tokens with their tags", TAGGING),
+    _layout(
+        "context question answers",
+        "context question",
         "a question with its answers in a context",
         "question-answering",
     ),
-    Layout(
-        "premise/choice1/choice2",
-        ("premise", "choice1", "choice2"),
-        ("premise", "choice1", "choice2"),
-        "a premise with two choices",
-        "multiple-choice",
-    ),
-    Layout("text/labels", ("text", "labels"), ("text",), "a text with its labels", "multilabel"),
-    Layout(
-        "image/label",
-        ("image", "label"),
-        ("image",),
-        "an image with its class",
-        "image-classification",
-    ),
-    Layout("text/label", ("text", "label"), ("text",), "a text with its label", "classification"),
+    _layout(CHOICES, CHOICES, "a premise with two choices", "multiple-choice"),
+    _layout("text labels", "text", "a text with its labels", "multilabel"),
+    _layout("image label", "image", "an image with its class", "image-classification"),
+    _layout("text label", "text", "a text with its label", "classification"),
 )
 
 
-OF_DECODERS = ("conversation", "preference", "completion")  # tasks; encoders learn all others
-
-
 def layout_of(columns: Sequence[str]) -> Layout | None:
-    """The layout of rows with these columns; None if it is none of `LAYOUTS`.
+    """The layout of rows with these columns; None if no one of `LAYOUTS` fits.
 
     Example:
         >>> layout_of(["id", "tokens", "ner_tags"]).what
@@ -122,6 +86,6 @@ def hint(columns: Sequence[str]) -> str:
     layout = layout_of(columns)
     if layout is None:
         return ""
-    about = f"this is the layout {layout.name}, a row of which is {layout.what}"
+    about = f"this is the layout {layout.name}, whose rows are each {layout.what}"
     base = "a decoder" if layout.task in OF_DECODERS else "an encoder"
     return f"; {about}; --task {layout.task} learns it, with {base} as --model"

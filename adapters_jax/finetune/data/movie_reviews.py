@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from adapters_jax.finetune.data.datasets import Dataset, TaskData, hold_out, numbers_of
+from adapters_jax.finetune.data.datasets import TaskData, hold_out, numbers_of
+from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.readers import DataError, FilePath, read_bytes, read_tsv
 from adapters_jax.finetune.data.splits import SPLIT_SEED
-from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.data.tables import Table, read_rows
 
 
-def movie_reviews(directory: FilePath) -> Dataset:
+def movie_reviews(directory: FilePath) -> Table:
     """Reads the 10,605 sentences of Hutto and Gilbert, positive if their valence is above 0.
 
     Args:
@@ -34,18 +36,16 @@ def movie_reviews(directory: FilePath) -> Dataset:
         of Social Media Text", ICWSM 2014.
     """
     path = Path(directory) / "movieReviewSnippets_GroundTruth.txt"
-    table = make_table(path, read_tsv(path, read_bytes(path)), "text", None, "sentiment")
+    rows = Rows.of(path, *read_tsv(path, read_bytes(path)))
+    table = read_rows(rows, label="sentiment")
     valence = numbers_of(table)
     if len(valence) != 10_605 or not all(-4 <= number <= 4 for number in valence):
         raise DataError(
             f"{path.as_posix()}: {len(valence)} rows with valences from {min(valence)} to "
             f"{max(valence)}, expected 10605 from -4 to 4; delete its directory and fetch it again"
         )
-    return Dataset(
-        table.texts,
-        np.array([number > 0 for number in valence], np.int32),
-        ("negative", "positive"),
-    )
+    labels = np.array([number > 0 for number in valence], np.int32)
+    return replace(table, labels=labels, label_names=("negative", "positive"))
 
 
 def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
@@ -67,4 +67,4 @@ def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> Tas
         adapters_jax.finetune.data.files.DataError: movieReviewSnippets_GroundTruth.txt: ...
     """
     parts = {"train": movie_reviews(directory)}
-    return hold_out("movie-reviews", parts, ("accuracy", "f1"), split_seed)
+    return hold_out("movie-reviews", parts, ("accuracy", "f1"), seed=split_seed)

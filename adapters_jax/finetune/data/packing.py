@@ -1,7 +1,7 @@
 """Packs short examples into sequences of one length, so that little padding is left.
 
 The examples of a sequence are its segments. A segment attends only to itself and counts its
-positions from 0, so its loss is the loss that it has in a sequence of its own.
+positions from 0, so its loss is the one that it has alone in a sequence.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Example(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """The token ids of one row, of which any may count in the loss.
+    """The token ids of one row; any of them may count in the loss.
 
     Attributes:
         ids: all token ids.
@@ -83,7 +83,7 @@ def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) ->
     Args:
         examples: the examples; none is longer than `length`.
         length: the number of tokens of a sequence.
-        seed: the seed of the order in which examples are packed; None keeps their order.
+        seed: the seed of the order of packing; None keeps their order.
 
     Returns:
         The positions in `examples` of the examples of each sequence.

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from adapters_jax.errors import MissingPackageError, UserError
-from adapters_jax.finetune.data.batches import plan
+from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.files import DataError, first_few
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Preprocessing:
         """Takes the settings from a parsed `preprocessor_config.json`.
 
         Raises:
-            UserError: a setting is none that image processors of ViT, CLIP or DINOv2 have.
+            UserError: image processors of ViT, CLIP and DINOv2 do not have such a setting.
         """
         found: dict[str, Any] = {"scale": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
         try:
@@ -119,6 +118,7 @@ class Preprocessing:
 
     def normalised(self, pixels: UInt8[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 3"]:
         """The bytes as the model reads them."""
+        # In float32, as transformers does it: float64 gives other last digits.
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
         return (pixels.astype(np.float32) * np.float32(self.scale) - mean) / std
 
@@ -242,6 +242,7 @@ def checked(paths: Sequence[str], preprocessing: Preprocessing) -> list[ImageRow
             wrong.append(str(error))
             continue
         room -= pixels.nbytes
+        # Of the pixels, not the file: a run is the same whatever format they are stored in.
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         rows.append(ImageRow(path, pixels if room >= 0 else None, digest))
     if wrong:
@@ -252,12 +253,8 @@ def checked(paths: Sequence[str], preprocessing: Preprocessing) -> list[ImageRow
     return rows
 
 
-@dataclass(frozen=True)
-class ImageBatches:
-    """Batches of images; a batch is a pure function of the seed and the step, as in `Batches`.
-
-    `batches[step]` has `pixels`, float32 `(batch, height, width, 3)`, `labels` if there are any,
-    and `weight`; in order, also `index`.
+class ImageBatches(StepBatches):
+    """`StepBatches` of images; they have `pixels`, float32 `(batch, height, width, 3)`.
 
     Args:
         rows: the images.
@@ -267,33 +264,19 @@ class ImageBatches:
         preprocessing: how they are read.
     """
 
-    rows: Sequence[ImageRow]
-    labels: np.ndarray | None
-    batch_size: int
-    seed: int | None
-    preprocessing: Preprocessing
+    def __init__(
+        self,
+        rows: Sequence[ImageRow],
+        labels: np.ndarray | None,
+        batch_size: int,
+        seed: int | None,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__([np.arange(len(rows))], labels, batch_size, seed)
+        self.rows, self.preprocessing = rows, preprocessing
 
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return (self[step] for step in range(len(self)))
-
-    @cached_property
-    def _plan(self) -> Any:
-        return plan([np.arange(len(self.rows))], self.batch_size, self.seed)
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        real = self._plan[step]
-        taken = np.concatenate([real, np.repeat(real[:1], self.batch_size - len(real))])
-        weight = (np.arange(self.batch_size) < len(real)).astype(np.float32)
-        images = [self._pixels(self.rows[i]) for i in taken]
-        batch = {"pixels": self.preprocessing.normalised(np.stack(images)), "weight": weight}
-        if self.labels is not None:
-            batch["labels"] = np.asarray(self.labels, np.int32)[taken]
-        if self.seed is None:
-            batch["index"] = np.where(weight > 0, taken, -1).astype(np.int32)
-        return batch
-
-    def _pixels(self, row: ImageRow) -> np.ndarray:
-        return self.preprocessing.read(row.path) if row.kept is None else row.kept
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The pixels of images."""
+        images, read = [self.rows[i] for i in rows], self.preprocessing.read
+        pixels = [read(each.path) if each.kept is None else each.kept for each in images]
+        return {"pixels": self.preprocessing.normalised(np.stack(pixels))}

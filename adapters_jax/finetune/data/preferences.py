@@ -6,15 +6,17 @@ other messages are its prompt.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.conversations import Conversation, Message, conversation_of
-from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, Rows, first_few, place
+from adapters_jax.finetune.data.conversations import (
+    Message,
+    as_json,
+    conversation_of,
+)
+from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.tables import cell
 from adapters_jax.texts import parse_json
@@ -57,7 +59,7 @@ class Preferences(PlacedRows[Preference]):
     @property
     def texts(self) -> list[tuple[str, str | None]]:
         """Each prompt and its completions, as JSON."""
-        return [(_as_text((row.prompt, row.tools)), _as_text(row.completions)) for row in self.rows]
+        return [(as_json((row.prompt, row.tools)), as_json(row.completions)) for row in self.rows]
 
     @property
     def labels(self) -> list[bool | None]:
@@ -84,11 +86,9 @@ def _goods(row: Preference) -> tuple[bool, ...]:
     return (True, False) if row.desirable is None else (row.desirable,)
 
 
-def _as_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def read_preferences(path: FilePath, columns: Mapping[str, str] | None = None) -> Preferences:
+def read_preferences(
+    path: FilePath | Rows, columns: Mapping[str, str] | None = None
+) -> Preferences:
     """Reads the preferences of a file.
 
     The layouts are `prompt`, `chosen` and `rejected` as texts; `chosen` and `rejected` as lists of
@@ -107,105 +107,85 @@ def read_preferences(path: FilePath, columns: Mapping[str, str] | None = None) -
         DataError: columns are missing, or rows cannot be compared; the message lists them.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "pairs.csv")
-        >>> _ = path.write_text("prompt,chosen,rejected\\n1 + 1 =,2,3\\n")
-        >>> read_preferences(path).rows[0].completions
+        >>> rows = Rows(["prompt", "chosen", "rejected"], [(2, ["1 + 1 =", "2", "3"])])
+        >>> read_preferences(rows).rows[0].completions
         ('2', '3')
     """
-    path = Path(path)
-    return make_preferences(path, read_file(path), columns or {})
-
-
-def make_preferences(path: Path, rows: Rows, columns: Mapping[str, str]) -> Preferences:
-    """Makes preferences of rows; see `read_preferences`. `path` is for messages."""
-    header, records = rows
-    names = {role: columns.get(role, role) for role in ROLES}
-    there = {role for role, name in names.items() if name in header}
+    rows = read_file(path)
+    names = {role: (columns or {}).get(role, role) for role in ROLES}
+    there = {role for role, name in names.items() if name in rows.header}
     roles = ("chosen", "rejected") if {"chosen", "rejected"} & there else ("completion", "label")
     missing = [names[role] for role in roles if role not in there]
     if not missing and roles[0] == "completion" and "prompt" not in there:
         missing = [names["prompt"]]
     if missing:
         raise DataError(
-            f"{path.as_posix()}: no column {' or '.join(missing)}; preferences are in the columns "
+            f"{rows.path}: no column {' or '.join(missing)}; preferences are in the columns "
             "prompt, chosen and rejected, or chosen and rejected as lists of messages, or prompt, "
-            f"completion and label, and the columns here are {', '.join(header)}"
+            f"completion and label, and the columns here are {', '.join(rows.header)}"
         )
-    found, lines, problems = [], [], []
-    for line, values in records:
-        row = dict(zip(header, values, strict=False))
-        given = {role: row.get(name) for role, name in names.items()}
+    make = _pair if roles[0] == "chosen" else _single
+
+    def made(row: Mapping[str, Any]) -> Preference:
+        return make({role: row.get(name) for role, name in names.items()}, row)
+
+    return Preferences.of(rows, made, "preferences")
+
+
+def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
+    """The pair of a row."""
+    sides = []
+    for role in ("chosen", "rejected"):
         try:
-            made = _pair(given, row) if roles[0] == "chosen" else _single(given, row)
-        except ValueError as error:
-            made = f"not JSON: {error}"
-        if isinstance(made, str):
-            problems.append(f"{place(line)}: {made}")
-        else:
-            found.append(made)
-            lines.append(line)
-    if problems:
-        raise DataError(
-            f"{path.as_posix()}: {len(problems)} of {len(records)} preferences cannot be learnt; "
-            f"{first_few(problems)}; correct or remove them"
-        )
-    return Preferences(path.as_posix(), found, lines)
-
-
-def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference | str:
-    """The pair of a row, or what is wrong with it."""
-    chosen, rejected = (_completed(given["prompt"], given[r], row) for r in ("chosen", "rejected"))
-    for role, side in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(side, str):
-            return f"{role}: {side}"
+            sides.append(_completed(given["prompt"], given[role], row))
+        except RowError as error:
+            raise RowError(f"{role}: {error}") from error
+    chosen, rejected = sides
     if chosen.talks != rejected.talks:
-        return "one of chosen and rejected is a text and the other a list of messages"
+        raise RowError("one of chosen and rejected is a text and the other a list of messages")
     if chosen.prompt != rejected.prompt:
-        return (
+        raise RowError(
             "the prompts of chosen and rejected differ, expected two lists that differ in their "
             "last message alone"
         )
     if chosen.completions == rejected.completions:
-        return "chosen and rejected are equal"
+        raise RowError("chosen and rejected are equal")
     return chosen._replace(completions=chosen.completions + rejected.completions)
 
 
-def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference | str:
-    """The judged completion of a row, or what is wrong with it."""
+def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
+    """The judged completion of a row."""
     label = given["label"]
     label = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(label, bool | str) or label not in _JUDGED:
-        return f"the label is {given['label']!r}, expected true or false"
+        raise RowError(f"the label is {given['label']!r}, expected true or false")
     found = _completed(given["prompt"], given["completion"], row)
-    return found if isinstance(found, str) else found._replace(desirable=_JUDGED[label])
+    return found._replace(desirable=_JUDGED[label])
 
 
-def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Any:
-    """A prompt with one completion as a `Preference`, or what is wrong with it."""
+def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Preference:
+    """A prompt with one completion."""
     prompt, completion = _parsed(prompt), _parsed(completion)
     if isinstance(completion, list):
         return _talked(prompt, completion, row)
     texts = cell(prompt), cell(completion)
     if not texts[1].strip():
-        return "it is empty"
+        raise RowError("it is empty")
     if not texts[0].strip():
-        return "there is no prompt beside this text"
+        raise RowError("there is no prompt beside this text")
     return Preference(texts[0], (texts[1],))
 
 
-def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Any:
-    """A list of messages as a `Preference`, or what is wrong with it."""
+def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Preference:
+    """A list of messages, the last one as the completion of the others."""
     first = messages[0] if messages else None
     if isinstance(first, Mapping) and first.get("role", first.get("from")) in ("assistant", "gpt"):
         said = prompt if isinstance(prompt, list) else [{"role": "user", "content": cell(prompt)}]
         messages = [*said, *messages]
     found = conversation_of(messages, row)
-    if not isinstance(found, Conversation):
-        return found
     *before, last = found.messages
     if last["role"] != "assistant":
-        return f"it ends with a message of {last['role']}, expected one of assistant"
+        raise RowError(f"it ends with a message of {last['role']}, expected one of assistant")
     return Preference(before, (last,), tools=found.tools)
 
 

@@ -1,8 +1,8 @@
 """Reads files as rows of values; a registry has the formats by suffix.
 
 A format is one function and one line of `READERS`. The function gets the file's bytes, unpacked if
-`.gz` follows the suffix, and returns `Rows`. Anything wrong with a file raises a `DataError` that
-names the file, the line and the remedy.
+`.gz` follows the suffix, and returns the names of the columns and the records. Anything wrong with
+a file raises a `DataError` that names the file, the line and the remedy.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adapters_jax.files.hub import is_id
 from adapters_jax.finetune.data.columnar import read_arrow, read_parquet
 from adapters_jax.finetune.data.delimited import read_conll, read_csv, read_tsv, read_txt
 from adapters_jax.finetune.data.files import (
     NAMED,
+    Found,
     Reader,
     Rows,
-    check_even,
     place,
     read_bytes,
     without_header,
@@ -43,20 +42,21 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_file(path: FilePath) -> Rows:
+def read_file(path: FilePath | Rows) -> Rows:
     """Reads the rows of a file, in the format of its suffix.
 
     Args:
         path: the path of the file, where `.gz` may follow the suffix; a pattern such as
             `"part-*.jsonl"`, whose files are read as one; `"rows.tsv#text,labels"` for a CSV or TSV
             file without a header; a directory of images; or a data set of the Hugging Face Hub, as
-            `"hub:user/name#config:split@revision"`.
+            `"hub:user/name#config:split@revision"`. Rows that are read already stay as they are.
 
     Returns:
         The names of the columns, and each record with the line that it starts on.
 
     Raises:
-        DataError: there is no such file, `READERS` lacks its suffix, or it does not parse.
+        DataError: there is no such file, `READERS` lacks its suffix, it does not parse, or a row
+            has more or fewer fields than there are columns.
         MissingPackageError: a Parquet or Arrow file without pyarrow, or a data set of the Hub
             without huggingface_hub.
 
@@ -65,8 +65,12 @@ def read_file(path: FilePath) -> Rows:
         >>> path = Path(tempfile.mkdtemp(), "rows.tsv")
         >>> _ = path.write_text("text\\tstars\\nGood\\t5\\n")
         >>> read_file(path)
-        (['text', 'stars'], [(2, ['Good', '5'])])
+        Rows(header=['text', 'stars'], records=[(2, ['Good', '5'])], path='.../rows.tsv')
     """
+    return path if isinstance(path, Rows) else Rows.of(path, *_read(path))
+
+
+def _read(path: FilePath) -> Found:
     if str(path).startswith(PREFIX):
         return read_hub(str(path), _read_files)
     path = Path(path)
@@ -76,6 +80,10 @@ def read_file(path: FilePath) -> Rows:
         return read_images(path, read_file)
     if glob.has_magic(str(path)) and not path.exists():
         return _read_files(_matching(path))
+    return _by_suffix(path)
+
+
+def _by_suffix(path: Path) -> Found:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in READERS:
         *others, last = READERS
@@ -90,7 +98,7 @@ def read_file(path: FilePath) -> Rows:
     return READERS[suffix](path, read_bytes(path))
 
 
-def _read_named(path: Path) -> Rows:
+def _read_named(path: Path) -> Found:
     """Reads a file whose first line is a row; its columns are named behind `NAMED`."""
     place, _, names = str(path).partition(NAMED)
     file, header = Path(place), [name.strip() for name in names.split(",")]
@@ -99,10 +107,8 @@ def _read_named(path: Path) -> Rows:
             f"{path.as_posix()}: expected the names of the columns behind {NAMED}, each once, of a "
             f"CSV or TSV file without a header, as in rows.tsv{NAMED}text,labels"
         )
-    first, records = read_file(file)
-    rows: Rows = header, [(1, list[Any](first)), *records]
-    check_even(file, rows)
-    return rows
+    first, records = _by_suffix(file)
+    return header, [(1, [*first]), *records]
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -112,17 +118,16 @@ def _matching(pattern: Path) -> list[Path]:
     return files
 
 
-def _read_files(files: Sequence[Path]) -> Rows:
+def _read_files(files: Sequence[Path]) -> Found:
     """Reads several files as one; a column that a file lacks is None there."""
     if len(files) == 1:
-        return read_file(files[0])
-    found = []
-    for file in files:
-        header, records = read_file(file)
-        found += [
-            (f"{place(line)} of {file.name}", dict(zip(header, values, strict=False)))
-            for line, values in records
-        ]
+        return _read(files[0])
+    found = [
+        (f"{place(line)} of {file.name}", dict(zip(rows.header, values, strict=True)))
+        for file in files
+        for rows in (read_file(file),)
+        for line, values in rows.records
+    ]
     return rows_of(f"{files[0].as_posix()} and others", found)
 
 

@@ -44,6 +44,7 @@ def split_rows(
     chosen: dict[str, list[int]] = {"test": [], "dev": [], "train": []}
     for groups in _groups(keys, strata, seed):
         rows = sum(map(len, groups))
+        # 1e-9: a product such as 0.29 * 100 is a little below the whole number that it means.
         room = {"test": int(rows * test + 1e-9), "dev": int(rows * dev + 1e-9), "train": rows}
         for group in groups:
             part = next(part for part in room if len(group) <= room[part])

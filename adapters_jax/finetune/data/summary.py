@@ -108,15 +108,12 @@ def summarize(rows: Rows, label: str | None = None) -> Summary:
 
     Example:
         >>> values = [["Good", 1], ["Bad", 0], ["Good", 1], ["Fine", 1]]
-        >>> found = summarize((["text", "label"], list(enumerate(values, 2))))
+        >>> found = summarize(Rows(["text", "label"], list(enumerate(values, 2))))
         >>> found.layout.name, found.duplicates, found.labels
         ('text/label', 1, {'label': {'1': 3, '0': 1}})
     """
-    header, records = rows
-    columns = {
-        name: [values[i] if i < len(values) else None for _, values in records]
-        for i, name in enumerate(header)
-    }
+    header, records, _ = rows
+    columns = {name: [values[i] for _, values in records] for i, name in enumerate(header)}
     keys = Counter(_key(values) for _, values in records)
     labels = {name: _labels(values, name == label) for name, values in columns.items()}
     return Summary(
@@ -133,14 +130,14 @@ def inputs_of(rows: Rows) -> Texts:
     """What a model reads in each row, to find equal rows: of an unknown layout the whole row.
 
     Example:
-        >>> inputs_of((["label", "text"], [(1, ["no", "A film"])]))
+        >>> inputs_of(Rows(["label", "text"], [(1, ["no", "A film"])]))
         [('A film', None)]
     """
     return [("\t".join(texts), None) for texts in _inputs(rows)]
 
 
 def _inputs(rows: Rows) -> list[list[str]]:
-    header, records = rows
+    header, records, _ = rows
     layout = layout_of(header)
     chosen = [i for i, name in enumerate(header) if layout is None or name in layout.inputs]
     return [list(_texts([values[i] for i in chosen])) for _, values in records]

@@ -5,7 +5,7 @@
 
 from adapters_jax.finetune.inference.comparison import Comparison, load_comparison
 from adapters_jax.finetune.inference.finished import load_generator, load_predictor
-from adapters_jax.finetune.tasks.completion import Generator
+from adapters_jax.finetune.tasks.generator import Generator
 from adapters_jax.finetune.tasks.prediction import Prediction, Predictor
 
 __all__ = [

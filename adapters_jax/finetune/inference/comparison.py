@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import UserError, visible
-from adapters_jax.files.untrusted import OF_DAMAGE, read_json
-from adapters_jax.finetune.run_directory import RunError
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.run_directory import RunError, damage_errors
 from adapters_jax.finetune.tasks.metrics import PERCENT, show_metric
 from adapters_jax.texts import html_table
 
 SUMMARY = "comparison.json"
+AGAIN = "the command that made the comparison writes it anew"
 MOST = 2**26  # bytes of a summary
 
 
@@ -96,11 +97,9 @@ def load_comparison(path: str | Path) -> Comparison:
         adapters_jax.finetune.run_directory.RunError: none/comparison.json...
     """
     found = Comparison(Path(path), read_summary(Path(path)))
-    try:
+    with damage_errors(found.path / SUMMARY, AGAIN):
+        # What a damaged summary lacks is found here, and not when it is shown.
         str(found), found.table("dev", "test")
-    except OF_DAMAGE as error:
-        again = "the command that made the comparison writes it anew"
-        raise RunError(f"{found.path / SUMMARY} is damaged: {error!r}; {again}") from error
     return found
 
 

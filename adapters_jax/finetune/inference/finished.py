@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_jax.finetune.run_directory import find_run
 from adapters_jax.finetune.tasks import read_run
-from adapters_jax.finetune.tasks.completion import Generator
+from adapters_jax.finetune.tasks.generator import Generator
 from adapters_jax.finetune.tasks.prediction import Predictor
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -83,7 +82,7 @@ class Family:
     masked_lm: Classifier | None = None
 
     def headed(self, pooling: str | None) -> Classifier | None:
-        """The model whose head reads this: the masked language model's is of its own."""
+        """The model with a head for this pooling; `MASKED` means the masked language model."""
         return self.masked_lm if pooling == MASKED else self.classifier
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -118,6 +117,4 @@ class Family:
 
     def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch: token ids of a length, or images."""
-        if self.kind == "vision":
-            return config.images(batch)
-        return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        return config.inputs(batch, length)

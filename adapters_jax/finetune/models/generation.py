@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.models.parts.layers import check_tokens
+from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.nnx.graph import AdapterParam
 
@@ -140,7 +140,7 @@ def generate(
     sampling = _Sampling(
         jnp.float32(temperature),
         jnp.float32(top_p),
-        jax.random.key(0) if key is None else key,
+        jax.random.key(0) if key is None else key,  # unused, but of the same program
         jnp.asarray(stop, jnp.int32),
     )
     prompts, mask = jnp.asarray(input_ids, jnp.int32), attention_mask != 0
@@ -224,6 +224,7 @@ def _generate(
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
         return model.logits(hidden, **given), cache
 
+    # The pass over the prompts is outside of the loop, since its shapes differ from a token's.
     batch = len(prompts)
     ones = jnp.ones((batch, 1), bool)
     logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, new, given))

@@ -8,16 +8,13 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.models import bert, deberta, decoder, modernbert, t5, vit
+from adapters_jax.finetune.models import decoder, encoder, t5
 from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *bert.FAMILIES,
-        modernbert.FAMILY,
-        deberta.FAMILY,
-        *vit.FAMILIES,
+        *encoder.FAMILIES,
         *decoder.FAMILIES,
         *t5.FAMILIES,
     )
@@ -54,7 +51,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         Traceback (most recent call last):
         adapters_jax.errors.UserError: 'mine' has model_type='bart'; expected one of bert, ...
     """
-    found = values.get("model_type")
+    found = values.get("model_type")  # any JSON value: the file is not checked yet
     if found is None and "base_sha256" in values:
         raise UserError(
             f"{name!r} is a run, expected a base; write the run's: {shown(values.get('model'))}"

@@ -22,19 +22,8 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-_ONLY_WITH_FILES = (
-    "dev",
-    "test",
-    "text",
-    "text_pair",
-    "label",
-    "prompt",
-    "completion",
-    "columns",
-    "label_separator",
-    "task",
-    "metrics",
-)
+_COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "columns")
+_ONLY_WITH_FILES = ("dev", "test", *_COLUMNS, "label_separator", "task", "metrics")
 
 
 @dataclass(frozen=True)
@@ -104,14 +93,14 @@ class DataOptions:
             model: the model's name, for messages.
 
         Raises:
-            UserError: there is no such task, or it is for the other kind of model.
+            UserError: the task is not known, or it is for the other kind of model.
         """
         from adapters_jax.finetune.tasks import TASKS, tasks_on
 
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
         name = self.task or of_glue or self._task_by_layout(kind) or tasks_on(kind)[0].name
         if name not in TASKS:
-            raise UserError(f"--task {name}: no such task; there are {', '.join(TASKS)}")
+            raise UserError(f"--task {name} is not known; there are {', '.join(TASKS)}")
         if TASKS[name].kind != kind:
             names = " or ".join(task.name for task in tasks_on(kind))
             raise UserError(
@@ -129,10 +118,10 @@ class DataOptions:
         """
         from adapters_jax.finetune.tasks import TASKS, tasks_on
 
-        named = {"text", "text_pair", "label", "prompt", "completion", "columns"} & {*given(self)}
+        named = {*_COLUMNS} & {*given(self)}
         if self.train is None or named:
             return None
-        layout = layout_of(read_file(self.train)[0])
+        layout = layout_of(read_file(self.train).header)
         if layout is None:
             return None
         found = f"{self.train.as_posix()} has the layout {layout.name}: a row is {layout.what}"

@@ -1,13 +1,16 @@
-"""Flags are the fields of frozen dataclasses; these functions convert one into the other."""
+"""Flags are the fields of frozen dataclasses: as words of a line, as JSON values, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from adapters_jax.finetune.options.stored import absolute
+from adapters_jax.errors import UserError, shown
+from adapters_jax.finetune.data.hub_rows import PREFIX
 
 Format = Literal["native", "peft", "adapterhub", "gguf"]  # the names of `files.formats.FORMATS`
 
@@ -93,3 +96,126 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [name, *map(str, value)]
     return [f"{name}={absolute(value) if isinstance(value, Path) else value}"]
+
+
+def plain(value: Any) -> Any:
+    """Converts a dataclass to JSON values; its paths become absolute.
+
+    Example:
+        >>> from adapters_jax.finetune.options.data import DataOptions
+        >>> plain(DataOptions(metrics=("f1",)))["metrics"]
+        ['f1']
+    """
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(x) for x in value]
+    return str(absolute(value)) if isinstance(value, Path) else value
+
+
+def absolute(path: Path) -> Path:
+    """A path that means the same in any directory; a data set of the Hub does already.
+
+    Example:
+        >>> absolute(Path("hub:user/name:train")).as_posix()
+        'hub:user/name:train'
+    """
+    return path if str(path).startswith(PREFIX) else path.resolve()
+
+
+def from_plain(cls: Any, values: Any) -> Any:
+    """Makes a dataclass from the values that `plain` returned; absent fields have their default.
+
+    Args:
+        cls: the dataclass, whose fields may be dataclasses.
+        values: the JSON values.
+
+    Raises:
+        UserError: names every key that the dataclass does not have, and every value of another
+            type, as `optimizer.epochs`.
+
+    Example:
+        >>> from adapters_jax.finetune.options.optimizer import OptimizerOptions
+        >>> from_plain(OptimizerOptions, {"epochs": 2.0}).epochs
+        2.0
+        >>> from_plain(OptimizerOptions, {"epochs": "two", "epoch": 1})
+        Traceback (most recent call last):
+        adapters_jax.errors.UserError: epochs='two', expected a number or null; epoch is unknown
+    """
+    problems: list[str] = []
+    made = _read(cls, values, "", problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    return made()
+
+
+def _read(hint: Any, value: Any, path: str, problems: list[str]) -> Callable[[], Any]:
+    """Checks a value; returns a function that makes it, to be called if there are no problems."""
+    if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
+        expected = misfit(value, hint)
+        if expected:
+            problems.append(f"{path or 'it'}={shown(value)}, expected {expected}")
+        return lambda: _typed(value, hint)
+    hints, above, made = get_type_hints(hint), f"{path}." if path else "", cast(Any, hint)
+    known = {k: _read(hints[k], v, above + k, problems) for k, v in value.items() if k in hints}
+    problems += [f"{above}{key} is unknown" for key in value if key not in hints]
+    return lambda: made(**{key: make() for key, make in known.items()})
+
+
+def misfit(value: Any, hint: Any) -> str | None:
+    """What a type expects, if a JSON value does not fit it; None if it fits."""
+    fits, expected = _fits(value, hint)
+    texts = value if isinstance(value, list) else [value]
+    if fits and any(isinstance(text, str) and "\0" in text for text in texts):
+        return f"{expected} without NUL characters"
+    return None if fits else expected
+
+
+_SIMPLE: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a text"),
+    Path: (str, "a path"),
+    type(None): (type(None), "null"),
+}
+
+
+def _fits(value: Any, hint: Any) -> tuple[bool, str]:
+    """Whether a JSON value fits a type, and the type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        found = [_fits(value, each) for each in inner]
+        return any(fits for fits, _ in found), " or ".join(words for _, words in found)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner, f"one of {', '.join(inner)}"
+    if origin is tuple:
+        words = f"a list, of each {_fits(None, inner[0])[1]}"
+        return isinstance(value, list) and all(_fits(x, inner[0])[0] for x in value), words
+    if origin is dict:
+        words = f"an object, of each {_fits(None, inner[1])[1]}"
+        fits = isinstance(value, dict) and all(_fits(x, inner[1])[0] for x in value.values())
+        return fits, words
+    if dataclasses.is_dataclass(hint):
+        return False, "an object"
+    kind, words = _SIMPLE[hint]
+    # In Python, True is an int as well; in JSON, it is no number.
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool)), words
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Converts a JSON value to a type that it fits."""
+    if isinstance(value, list):
+        inner = get_args(next(each for each in members(hint) if get_origin(each) is tuple))[0]
+        return tuple(_typed(x, inner) for x in value)
+    kinds = members(hint)
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    return float(value) if float in kinds and type(value) is int else value
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; for another type, that type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

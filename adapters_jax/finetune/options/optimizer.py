@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from adapters_jax.recipe import Recipe
 
+_LIMITS = dict.fromkeys(
+    ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"), math.inf
+) | {"warmup": 1.0, "dropout": 1.0}
+_ZERO = ("weight_decay", "clip", "warmup", "dropout")  # may be 0
 MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
 
 
@@ -38,7 +43,7 @@ class OptimizerOptions:
             question-answering 8, for a decoder 4.
         accumulate: number of parts that a batch is computed in, one by one, to save memory.
         weight_decay: weight decay of trained parameters other than biases and layer norms.
-        warmup: fraction of the steps in which the learning rate rises.
+        warmup: fraction of the steps while the learning rate rises.
         clip: largest global norm of a gradient; 0 for no clipping.
         evaluations: number of times in an epoch that the dev rows are scored.
     """
@@ -56,16 +61,13 @@ class OptimizerOptions:
     evaluations: int = 2
 
     def __post_init__(self) -> None:
+        for name, high in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_number("the optimizer", flag(name), value, high=high, closed=name in _ZERO)
         for name in ("batch_size", "accumulate", "evaluations"):
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
-        for name in ("learning_rate", "head_learning_rate", "lora_plus", "epochs"):
-            if getattr(self, name) is not None:
-                check_number("the optimizer", flag(name), getattr(self, name))
-        for name, high in (("weight_decay", float("inf")), ("warmup", 1.0), ("clip", float("inf"))):
-            check_number("the optimizer", flag(name), getattr(self, name), high=high, closed=True)
-        if self.dropout is not None:
-            check_number("the optimizer", "--dropout", self.dropout, high=1.0, closed=True)
         if self.batch_size is not None and self.batch_size % self.accumulate:
             raise UserError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
@@ -126,6 +128,7 @@ class OptimizerOptions:
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
         fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
+        # optax counts steps from 0, and the first step is to have a rate above 0.
         return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from adapters_jax.errors import UserError, file_errors, shown
-from adapters_jax.finetune.options.flags import flag
-from adapters_jax.finetune.options.stored import members, misfit
+from adapters_jax.finetune.options.flags import flag, members, misfit
 from adapters_jax.spelling import field_of, unneeded
 from adapters_jax.texts import parse_json
 
@@ -68,48 +67,31 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
         return app([_DASH if word == "-" else word for word in flags])
     except cyclopts.CycloptsError as error:
         error.verbose = False
-        message = (
-            _absent(error, flags) or _of_another_library(error, leaves) or _without_flag(error)
-        )
-        raise UsageError(message or str(error).rstrip(".")) from None
+        raise UsageError(_explained(error, flags, leaves) or str(error).rstrip(".")) from None
 
 
-def _absent(error: cyclopts.CycloptsError, flags: Sequence[str]) -> str | None:
-    """What an error says of a flag, or a word without one, that is absent; None of other errors."""
+def _explained(
+    error: cyclopts.CycloptsError, flags: Sequence[str], leaves: Sequence[_Leaf]
+) -> str | None:
+    """What is wrong, where we know more of it than cyclopts; None of other errors."""
     import cyclopts
 
-    argument = error.argument
-    if not isinstance(error, cyclopts.MissingArgumentError) or argument is None:
-        return None
-    if any(word.partition("=")[0] == argument.name for word in flags):
-        return None
-    name = argument.name if argument.index is None else argument.field_info.name.upper()
-    return f"{name} is missing: {argument.parameter.help}".rstrip(".")
-
-
-def _without_flag(error: cyclopts.CycloptsError) -> str | None:
-    """What an error says of words that no flag takes; None of other errors."""
-    import cyclopts
-
-    if not isinstance(error, cyclopts.UnusedCliTokensError):
-        return None
-    words = ", ".join(map(repr, error.unused_tokens or ()))
-    return f"no flag takes {words}; a value follows its flag"
-
-
-def _of_another_library(error: cyclopts.CycloptsError, leaves: Sequence[_Leaf]) -> str | None:
-    """Our flag for one that other libraries' scripts have; None of other errors."""
-    import cyclopts
-
-    if not isinstance(error, cyclopts.UnknownOptionError) or error.token.keyword is None:
-        return None
-    word = error.token.keyword.partition("=")[0]
-    field, _, value = (field_of(word) or "").partition(" ")
-    names = {leaf.name for leaf in leaves}
-    if field.rstrip(",") in names:
-        return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
-    if "epochs" in names and (reason := unneeded(word)):
-        return f"Unknown option: {word}. Leave it out: {reason}"
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        words = ", ".join(map(repr, error.unused_tokens or ()))
+        return f"no flag takes {words}; a value follows its flag"
+    if isinstance(error, cyclopts.MissingArgumentError) and (argument := error.argument):
+        if any(word.partition("=")[0] == argument.name for word in flags):
+            return None  # the flag is there, and its value is missing
+        name = argument.name if argument.index is None else argument.field_info.name.upper()
+        return f"{name} is missing: {argument.parameter.help}".rstrip(".")
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.keyword is not None:
+        word = error.token.keyword.partition("=")[0]
+        field, _, value = (field_of(word) or "").partition(" ")
+        names = {leaf.name for leaf in leaves}
+        if field.rstrip(",") in names:
+            return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
+        if "epochs" in names and (reason := unneeded(word)):
+            return f"Unknown option: {word}. Leave it out: {reason}"
     return None
 
 
@@ -143,6 +125,7 @@ class _Leaf(NamedTuple):
         help: the field's description in the docstring of its class.
         group: the flag's heading in the help: by `groups` of its class, which maps headings to
             names of fields, or the name of the field that nests it.
+        kinds: the types of the union that `hint` is, or `hint` alone.
     """
 
     path: tuple[str, ...]
@@ -150,21 +133,24 @@ class _Leaf(NamedTuple):
     default: Any
     help: str
     group: str
+    kinds: tuple[Any, ...]
 
     @property
     def name(self) -> str:
         """The name of the field."""
         return self.path[-1]
 
-    @property
-    def is_tuple(self) -> bool:
-        """Whether several words may follow the flag."""
-        return any(get_origin(member) is tuple for member in members(self.hint))
+    def takes(self, kind: type) -> bool:
+        """Whether several words may follow the flag: a `tuple` of values, or a `dict` of pairs."""
+        return any(get_origin(each) is kind for each in self.kinds)
 
-    @property
-    def is_dict(self) -> bool:
-        """Whether the words after the flag are pairs."""
-        return any(get_origin(member) is dict for member in members(self.hint))
+
+_FILE = "TOML or JSON file of flags, such as rank = 8."
+_SHOW = "show the traceback of a user error as well."
+_EXTRAS = (  # flags that are read before the command is made, which gets no value of them
+    _Leaf(("config",), Path | None, None, _FILE, EVERY, (Path,)),
+    _Leaf(("debug",), bool, False, _SHOW, EVERY, (bool,)),
+)
 
 
 def _leaves(
@@ -180,14 +166,13 @@ def _leaves(
             yield from _leaves(hint, inner, names, field.name.capitalize())
         else:
             heading = headings.get(field.name, group)
-            yield _Leaf(names, hint, value, helps.get(field.name, ""), heading)
+            yield _Leaf(names, hint, value, helps.get(field.name, ""), heading, members(hint))
 
 
 def _headings(owner: type) -> dict[str, str]:
-    """The headings of flags, by the `groups` of a class and its bases; --json has every command."""
+    """The headings of flags, by the `groups` of a class and its bases."""
     groups = [vars(cls).get("groups", {}) for cls in owner.__mro__]
-    found = {name: title for each in groups for title, names in each.items() for name in names}
-    return {"json": EVERY, **found}
+    return {name: title for each in groups for title, names in each.items() for name in names}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -216,26 +201,25 @@ def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclop
         title: cyclopts.Group(title, sort_key=place)
         for place, title in enumerate([*(title for title in order if title != EVERY), EVERY])
     }
-    options = [_parameter(leaf, leaf.name in positional, groups[leaf.group]) for leaf in leaves]
-    extras = [
-        _extra(groups[EVERY], name, hint, default, text)
-        for name, hint, default, text in (
-            ("config", Path | None, None, "TOML or JSON file of flags, such as rank = 8."),
-            ("debug", bool, False, "show the traceback of a user error as well."),
+    signature = inspect.Signature(
+        sorted(
+            (_parameter(leaf, leaf.name in positional, groups[leaf.group]) for leaf in leaves),
+            key=lambda parameter: parameter.kind,
         )
-    ]
-
-    signature = inspect.Signature([*sorted(options, key=lambda p: p.kind), *extras])
+        + [_parameter(leaf, False, groups[EVERY]) for leaf in _EXTRAS]
+    )
 
     def make(*args: Any, **kwargs: Any) -> Any:
         values = signature.bind(*args, **kwargs).arguments
         return _build(command, {leaf.path: values.get(leaf.name, leaf.default) for leaf in leaves})
 
+    # cyclopts reads the flags from the signature of the function that it calls.
     make.__signature__ = signature  # type: ignore[attr-defined]
     app = cyclopts.App(
         name=prog,
         help=about,
         help_format="plaintext",
+        # `main` prints errors and the version itself, and wants the command instead of an exit.
         version_flags=[],
         print_error=False,
         exit_on_error=False,
@@ -250,36 +234,28 @@ def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.
     import cyclopts
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    several = leaf.takes(tuple) or leaf.takes(dict)
     about = cyclopts.Parameter(
         help=leaf.help,
         group=group,
+        negative=() if leaf in _EXTRAS else None,
         negative_iterable=(),
         negative_none=(),
         show_default=leaf.default not in (None, (), False, ""),
-        consume_multiple=1 if leaf.is_dict or leaf.is_tuple else False,  # of them at least
-        allow_repeating=not (leaf.is_dict or leaf.is_tuple),  # the last value counts
+        consume_multiple=1 if several else False,  # of them at least
+        allow_repeating=not several,  # the last value counts
         **_reading(leaf),
     )
     hint: Any = Annotated[leaf.hint, about]  # type: ignore[name-defined]
     return inspect.Parameter(leaf.name, kind, annotation=hint, default=leaf.default)
 
 
-def _extra(
-    group: cyclopts.Group, name: str, hint: Any, default: Any, text: str
-) -> inspect.Parameter:
-    import cyclopts
-
-    about = cyclopts.Parameter(help=text, group=group, negative=())
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, annotation=Annotated[hint, about], default=default)
-
-
 def _reading(leaf: _Leaf) -> dict[str, Any]:
     """Settings for flags that cyclopts would read in another way."""
-    if leaf.is_dict:
+    if leaf.takes(dict):
         pairs = {"accepts_keys": False, "n_tokens": -1, "metavar": "PATTERN N..."}
         return {**pairs, "converter": _pairs}
-    if {int, tuple[int, ...]} & {*members(leaf.hint)}:
+    if {int, tuple[int, ...]} & {*leaf.kinds}:
         return {"converter": _whole}
     return {}
 
@@ -367,7 +343,7 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         elif expected := misfit(value, leaf.hint):
             problems.append(f"{key}={shown(value)}, expected {expected}")
         elif value is not None:
-            flat = [word for pair in value.items() for word in pair] if leaf.is_dict else value
+            flat = [word for pair in value.items() for word in pair] if leaf.takes(dict) else value
             found[leaf.name.rstrip("_")] = flat
     if problems:
         raise UsageError(f"{path}: {'; '.join(problems)}")

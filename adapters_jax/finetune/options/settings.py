@@ -52,27 +52,10 @@ class Settings:
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Model": (
-            "model",
-            "max_length",
-            "pooling",
-            "dtype",
-            "quantize",
-            "attention",
-        ),
+        "Model": ("model", "max_length", "pooling", "dtype", "quantize", "attention"),
         "Data": ("augment",),
-        "Decoders": (
-            "pack",
-            "turns",
-            "loss",
-            "beta",
-            "held_out",
-            "exact_match",
-        ),
-        "Run": (
-            "mesh",
-            "checkpoint_every",
-        ),
+        "Decoders": ("pack", "turns", "loss", "beta", "held_out", "exact_match"),
+        "Run": ("mesh", "checkpoint_every"),
     }
     model: str = "minilm"
     data: DataOptions = field(default_factory=DataOptions)
@@ -119,11 +102,7 @@ class RunOptions(Settings):
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": (
-            "seed",
-            "baselines",
-            "budget",
-        ),
+        "Run": ("seed", "baselines", "budget"),
     }
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0

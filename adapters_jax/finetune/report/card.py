@@ -24,7 +24,7 @@ PIPELINES = {"decoder": "text-generation", "encoder-decoder": "text2text-generat
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter, its base model, and its run; `export.open_source` reads it.
+    """An adapter, its base model, and its run; `leaving.open_source` reads it.
 
     Attributes:
         form: the format of the adapter.
@@ -55,13 +55,6 @@ def card_of(
     source: Source, to: AdapterFormat, name: str, license: str | None, notes: list[str]
 ) -> str:
     """Writes the card of an adapter; a run's card also has its training and results.
-
-    Args:
-        source: the adapter.
-        to: the format that the adapter is written in.
-        name: the name by which the card loads the adapter.
-        license: the license of the adapter.
-        notes: sentences about what the files lack.
 
     Returns:
         The card as Markdown.

@@ -14,14 +14,14 @@ from typing import Any
 from adapters_jax.auditing import Audit
 from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.untrusted import OF_DAMAGE, read_json
+from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.data.splits import spread
-from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.run_directory import Run, RunError, damage_errors
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.views import Judged
 
 MOST = 4 * 2**20  # characters of the rows of a part
-_LARGEST = 2**26  # bytes of a file, which has other things as well
+_LARGEST = 2**26  # bytes of the file, which holds more than rows
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,7 @@ class Findings:
 
 
 def write_findings(run: Run, counts: Audit, judged: Judged) -> None:
-    """Writes the file, which appears whole or not at all.
-
-    Args:
-        run: the run.
-        counts: the audit of what was trained.
-        judged: the predictions.
-    """
+    """Writes the file, which appears whole or not at all."""
     content = {
         "trained": counts.rows(),
         "totals": counts.totals(),
@@ -95,13 +89,10 @@ def read_findings(run: Run) -> Findings:
 
 
 def check_views(run: Run, config: Mapping[str, Any]) -> None:
-    """Raises RunError if the predictions are none of the run's task."""
+    """Raises RunError if the predictions do not fit the run's task."""
     judged = read_findings(run).judged
-    try:
+    with damage_errors(f"{run.findings} or {run.config}", _again(run)):
         task_of(config).views(config, judged)
-    except OF_DAMAGE as error:
-        where = f"{run.findings} or {run.config}"
-        raise RunError(f"{where} is damaged: {error!r}; {_again(run)}") from error
 
 
 def _again(run: Run) -> str:

@@ -15,7 +15,9 @@ from adapters_jax.errors import visible
 
 def _shown(value: Any) -> Any:
     """A value of a template: a text with its control characters written out."""
-    return visible(value) if type(value) is str else value  # not Markup, which is HTML already
+    if type(value) is not str or value.isprintable():  # Markup is HTML already
+        return value
+    return visible(value)
 
 
 _TEMPLATES = Environment(

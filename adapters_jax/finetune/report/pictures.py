@@ -45,6 +45,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.fonttype": "path",  # as wide on every machine
 }
+# A date or a version in a picture would make equal pages differ.
 _NO_METADATA: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _MARKS = re.compile(r'(\bid="|href="#|url\(#)')
 _TOP = re.compile(r"<svg [^>]*?viewBox=(\"[^\"]*\")[^>]*>", re.DOTALL)
@@ -111,6 +112,7 @@ def svg(figure: Any, alt: str) -> Markup:
     import matplotlib
 
     written = io.StringIO()
+    # With a salt, the marks in the SVG are the same in every process, so pages can be compared.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
         figure.savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     text = re.sub(r"<!--.*?-->\n?", "", written.getvalue(), flags=re.DOTALL)
@@ -214,7 +216,7 @@ def _legend_below(axes: Any) -> None:
 
 
 def histogram(view: Histogram) -> Picture:
-    """A histogram; the bars of each series are shares of its own values."""
+    """A histogram; each series has bars that add up to 100 %."""
     series = {name: found for name, found in view.series.items() if found}
     every = [value for found in series.values() for value in found]
     edges = _edges(np.array(every))

@@ -11,14 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from adapters_jax.auditing import HEADERS
-from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.untrusted import OF_DAMAGE
 from adapters_jax.finetune.console import duration
-from adapters_jax.finetune.options.flags import portable, portable_path, words
+from adapters_jax.finetune.options.flags import from_plain, portable, portable_path, words
 from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain
 from adapters_jax.finetune.report import pages
 from adapters_jax.finetune.report.findings import read_findings
 from adapters_jax.finetune.report.papers import bibtex, papers_of
@@ -127,20 +124,6 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
-
-
-def rewrite_report(run: Run, config: Mapping[str, Any]) -> None:
-    """Writes the page anew, as `write_report` does.
-
-    Raises:
-        RunError: a file of the run is damaged.
-    """
-    try:
-        write_report(run, config)
-    except OF_DAMAGE as error:
-        if isinstance(error, UserError):
-            raise
-        raise RunError(f"the files of {run.path} are damaged: {error!r}") from error
 
 
 def notes(views: Sequence[View]) -> list[str]:

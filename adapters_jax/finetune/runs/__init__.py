@@ -1,6 +1,6 @@
 """Prepares, trains, resumes and stops one run.
 
-- `prepare`: checks the options of a command; `build`: makes its job; `config`: stores it.
-- `job`: trains, compares and reports; `loop`: runs the steps; `log`: logs their metrics.
+- `prepare`: checks the options of a command, and makes its job; `config`: stores them.
+- `job`: trains, compares and reports; `loop`: runs the steps, and logs their metrics.
 - `stopping`: handles Ctrl-C and SIGTERM.
 """

@@ -15,7 +15,7 @@ import jax
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.options.optimizer import MOST_EPOCHS, OptimizerOptions
-from adapters_jax.finetune.runs.loop import Trained, Training
+from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.training.step import make_train_step
 
@@ -27,7 +27,7 @@ def seconds_of(text: str) -> float:
     """A time that people write, in seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: the text has another form.
 
     Example:
         >>> seconds_of("1h30m"), seconds_of("90s"), seconds_of("2.5m")
@@ -94,22 +94,14 @@ def measured(
     half: bool,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice.
-
-    Args:
-        problem: the problem to learn.
-        options: the settings of the training.
-        half: whether the model computes in float16.
-        clock: the time in seconds.
-    """
+    """Makes an epoch's batches, runs two steps of each of their shapes, and scores dev twice."""
 
     def timed(work: Callable[[], Any]) -> float:
         start = clock()
         jax.block_until_ready(work())
         return clock() - start
 
-    found = Trained(problem.metrics[0], lambda record: None, lambda state: None)
-    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), found, half)
+    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), half)
     state, step = training.state, make_train_step(problem.loss, accumulate=options.accumulate)
     counts: Counter[Any] = Counter()
     firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory
@@ -131,6 +123,7 @@ def measured(
             state, metrics = step(state, batch)
             return metrics
 
+        # The first step of a shape compiles its program, so the second one tells what a step takes.
         compiled, each = timed(advance), timed(advance)
         first, epoch = first + max(0.0, compiled - each), epoch + count * each
     scored = [timed(lambda: problem.score(state, "dev")) for _ in range(2)]

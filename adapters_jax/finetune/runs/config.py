@@ -16,10 +16,10 @@ import jax
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.options.flags import from_plain, plain
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.options.stored import from_plain, plain
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe, as_compared
@@ -93,7 +93,7 @@ def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
 
 
 def _with_turns(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which `turns` has its name, which is `loss` in older runs."""
+    """Settings with the key `turns`, which was called `loss` in older runs."""
     if settings.get("loss") not in _TURNS:
         return dict(settings)
     return {"turns": settings["loss"], **{k: v for k, v in settings.items() if k != "loss"}}
@@ -104,7 +104,7 @@ def _with_label(settings: Mapping[str, Any]) -> dict[str, Any]:
     data = settings.get("data")
     if not isinstance(data, dict) or data.get("label") != "label":
         return dict(settings)
-    scored = data.get("task") == "sentence-embedding"  # its default is none
+    scored = data.get("task") == "sentence-embedding"  # its default is no column
     return {**settings, "data": data if scored else {**data, "label": None}}
 
 
@@ -138,7 +138,7 @@ def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of the settings in which two configurations of runs differ.
+    """The names of the settings that differ between two configurations of runs.
 
     A data option at its default is no difference, since newer versions have more of them. Nor is
     `{a,b}` for `{a|b}` in a recipe.
@@ -168,6 +168,7 @@ def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _sha256(task: TaskData) -> str:
     """The SHA-256 of all texts and labels."""
     parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
+    # The hash is in the files of runs, so this form of the rows cannot change.
     text = json.dumps(parts, default=lambda labels: labels.tolist())
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,18 +19,17 @@ from adapters_jax.auditing import Audit, audit
 from adapters_jax.files.adapter import save_adapter
 from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.finetune.console import Console, Progress, duration
+from adapters_jax.finetune.console import Console, Progress, Speed, duration
 from adapters_jax.finetune.leaving import Way, sentences
+from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
-from adapters_jax.finetune.options.stored import plain
-from adapters_jax.finetune.pace import Speed
+from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.report.findings import write_findings
 from adapters_jax.finetune.report.run import notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.budget import fitted, measured, seconds_of
-from adapters_jax.finetune.runs.log import Record
-from adapters_jax.finetune.runs.loop import Saving, Trained, train
+from adapters_jax.finetune.runs.loop import Record, Saving, Training
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import (
@@ -52,31 +52,30 @@ class Job:
 
     Attributes:
         run: the directory of the run.
-        title: the name of the method in tables.
+        options: the options of the run.
         prepared: the problem and baselines that the task prepared.
         optimizer: the settings of the training, with a learning rate and epochs.
-        seed: the seed of dropout and of the order of rows in baselines.
-        baselines: whether to compare with baselines.
         config: the content of `config.json`.
         console: the console to print to.
         began: the time at which the command began, in seconds of `time.perf_counter`.
-        every: the number of steps between checkpoints.
         lock: the lock of this process on the run; None before `open_run`.
         ways: what the run can become.
     """
 
     run: Run
-    title: str
+    options: RunOptions
     prepared: Prepared
     optimizer: OptimizerOptions
-    seed: int
-    baselines: bool
     config: dict[str, Any]
     console: Console
     began: float
-    every: int
     lock: FileLock | None = None
     ways: Sequence[Way] = ()
+
+    @property
+    def title(self) -> str:
+        """The name of the method in tables."""
+        return self.options.method.title
 
     @property
     def problem(self) -> Problem:
@@ -127,18 +126,18 @@ class Job:
 
     def _in_budget(self) -> Job:
         """The job with as many epochs as fit into the time that was asked for, if one was."""
-        budget = self.config["options"]["budget"]
+        budget = self.options.budget
         if budget is None:
             return self
         self.console.say("measuring the steps; they are compiled for it")
         cost = measured(self.problem, self.optimizer, self.half)
         rows = self.config["rows"]
-        baselines = self.prepared.baselines() if self.baselines else []
+        baselines = self.prepared.baselines() if self.options.baselines else []
         passes = sum(self._passes(each) for each in baselines)
         beside = passes * cost.score * sum(rows.values()) / rows["dev"]
         left = seconds_of(budget) - (time.perf_counter() - self.began) - beside
         steps = len(self.problem.train)
-        asked = replace(self.optimizer, epochs=self.config["options"]["optimizer"]["epochs"])
+        asked = replace(self.optimizer, epochs=self.options.optimizer.epochs)
         optimizer = fitted(asked, cost, left, steps, budget)
         self.console.say(
             f"{optimizer.steps(steps)} steps, {optimizer.epochs:.3g} epochs, fit into {budget}"
@@ -155,14 +154,15 @@ class Job:
 
     def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         with Checkpoints(self.run.checkpoints) as checkpoints:
-            saving = Saving(checkpoints, self.every, interrupts, self._resumed, self.config)
+            every = self.options.checkpoint_every
+            saving = Saving(checkpoints, every, interrupts, self._resumed, self.config)
             found, results, judged = self.train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
             "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
             "trainable_parameters": counts.trainable_parameters,
-            "best_step": found.step,
+            "best_step": found.best_step,
             "dev": found.dev,
             "results": results,
         }
@@ -174,20 +174,21 @@ class Job:
             write_report(self.run, config)
         for note in notes(task_of(config).views(config, judged)):
             self.console.say(note)
+        # A run with a summary counts as finished, so this is written after its page and before its
+        # checkpoints go.
         self.run.write_config(config)  # the run is finished
         shutil.rmtree(self.run.checkpoints)
         table = results_table(results, self.problem.metrics)
         metric, steps = self.problem.metrics[0], self.optimizer.steps(len(self.problem.train))
         score = f"{metric} {show_metric(metric, found.dev[metric])}"
-        kept = f"step {found.step} of {steps} is kept, the best on dev ({score})"
+        kept = f"step {found.best_step} of {steps} is kept, the best on dev ({score})"
         took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
         self.console.finish(*table, took, summary)
 
-    def _resumed(self, found: Trained, step: int) -> None:
+    def _resumed(self, found: Training) -> None:
         """Rewrites the log of metrics up to the checkpoint, and prints the step."""
         self.run.write_log({"method": self.title, **record} for record in found.records)
-        steps = self.optimizer.steps(len(self.problem.train))
-        self.console.say(f"going on after step {step} of {steps}")
+        self.console.say(f"going on after step {found.step} of {found.steps}")
 
     def _stopped(self, error: NotFiniteError) -> StoppedError:
         """Records in the run that the training stopped; returns the error to raise."""
@@ -203,7 +204,7 @@ class Job:
     @property
     def key(self) -> PRNGKeyArray:
         """The seed of dropout."""
-        return jax.random.fold_in(jax.random.key(self.seed), 1)
+        return jax.random.fold_in(jax.random.key(self.options.seed), 1)
 
     @property
     def half(self) -> bool:
@@ -215,7 +216,7 @@ class Job:
         """The identity of the base model, for the adapter's file."""
         return self.prepared.identity
 
-    def train_all(self, saving: Saving) -> tuple[Trained, list[Result], Judged]:
+    def train_all(self, saving: Saving) -> tuple[Training, list[Result], Judged]:
         """Trains the method, then its baselines.
 
         Returns:
@@ -226,8 +227,8 @@ class Job:
         if samples := prepared.samples():
             row["samples"] = samples
         with self.console.waiting("predicting the rows of the report"):
-            judged = prepared.judged(problem, found.best)
-        baselines = prepared.baselines() if self.baselines else []
+            judged = prepared.judged(problem, found.best())
+        baselines = prepared.baselines() if self.options.baselines else []
         return found, [*map(self._compare, baselines), row], judged
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
@@ -262,7 +263,7 @@ class Job:
         optimizer: OptimizerOptions,
         tokens: int = 0,
         saving: Saving | None = None,
-    ) -> tuple[Trained, Result]:
+    ) -> tuple[Training, Result]:
         """Trains and logs one problem, and tests its best adapters once.
 
         Args:
@@ -275,28 +276,22 @@ class Job:
         Returns:
             The training, and its row of results.
         """
-        on_best = self.save if saving else lambda state: None
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
         steps = optimizer.steps(len(problem.train))
         with self.console.progress(title, steps, first="compiling") as progress:
             load_metrics(problem.metrics)  # the first scoring is to take no longer than others
             speed = Speed(tokens / len(problem.train))
-            log = self._logger(title, problem.metrics[0], progress, speed)
-            found = train(
-                problem,
-                optimizer,
-                self.key,
-                on_record=log,
-                on_first=lambda step: progress.update(step, ""),
-                on_best=on_best,
-                saving=saving,
-                half=self.half,
-            )
+            calls: dict[str, Any] = {"on_best": self.save} if saving else {}
+            calls["on_record"] = self._logger(title, problem.metrics[0], progress, speed)
+            calls["on_first"] = partial(progress.update, note="")
+            found = Training.begin(problem, optimizer, self.key, self.half, **calls)
+            found.train(saving)
+        best = found.best()
         with self.console.waiting("scoring the test rows"):
-            test = problem.score(found.best, "test")
-        self.run.log({"method": title, "step": found.step, "test": test})
-        size = sum(x.size for x in jax.tree.leaves(found.best.adapters))
+            test = problem.score(best, "test")
+        self.run.log({"method": title, "step": found.best_step, "test": test})
+        size = sum(x.size for x in jax.tree.leaves(best.adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
         return found, row
 

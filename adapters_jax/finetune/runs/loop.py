@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import numpy as np
 from flax.training.dynamic_scale import DynamicScale
 from jaxtyping import PRNGKeyArray
 
@@ -20,7 +21,6 @@ from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.distributed.sharding import shard
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
-from adapters_jax.finetune.runs.log import Log, Record
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
 from adapters_jax.finetune.tasks.base import NotFiniteError, Problem
 from adapters_jax.finetune.tasks.metrics import better
@@ -30,61 +30,76 @@ from adapters_jax.training.step import make_train_step
 # Steps in a row that overflow and stop a training in float16: the loss scale starts at 2**16 and is
 # halved by each, down to 1, which 16 of them reach.
 PATIENCE = 20
+Record = dict[str, Any]
 
 
-@dataclass
-class Trained:
-    """The result of a training so far.
+class Log:
+    """Collects metrics of steps, and reads them one window late, as records of means.
+
+    A mean is over the steps where a metric is a number; without such a step it is left out.
+
+    A step that is not finite changes nothing. With a loss scale, which starts too high, such steps
+    are skipped and counted, as "skipped" of a record, until there are `patience` in a row.
+
+    Args:
+        window: the number of steps in a record.
+        schedule: the learning rate by step.
+        patience: the number of steps in a row that are not finite and stop the training.
 
     Attributes:
-        metric: the metric that selects the best adapters.
-        on_record: called with every record.
-        on_best: called with a state that is the best so far.
-        step: the step of the best adapters.
-        dev: the dev metrics of the best adapters.
-        records: the logged records: losses by step, and evaluations.
-        seconds: the seconds that the training took in earlier processes.
-        adapters: the best adapters, in host memory, since steps donate; None before dev is scored.
-        best: the last state with the best adapters; None before the training is finished.
+        waiting: windows of `(step, metrics)` that are still on the device.
+        in_a_row: the number of steps that were not finite, since the last finite one.
     """
 
-    metric: str
-    on_record: Callable[[Record], None]
-    on_best: Callable[[TrainState], None]
-    step: int = 0
-    dev: dict[str, float] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    seconds: float = 0.0
-    adapters: Any = None
-    best: Any = None
+    _OWN = ("loss", "grad_norm", "finite", "loss_scale")
 
-    @property
-    def skipped(self) -> int:
-        """The number of steps that changed nothing, since they overflowed."""
-        return sum(record.get("skipped", 0) for record in self.records)
+    def __init__(self, window: int, schedule: Callable[[int], Any], patience: int = 1):
+        self.window, self.schedule, self.patience = window, schedule, patience
+        self.waiting: list[list[tuple[int, Any]]] = [[]]
+        self.in_a_row = 0
 
-    def note(self, records: list[Record]) -> None:
-        """Adds records to the log."""
-        for record in records:
-            self.records.append(record)
-            self.on_record(record)
+    def add(self, step: int, metrics: Any) -> list[Record]:
+        """Adds the metrics of a step; returns the records that are due."""
+        self.waiting[-1].append((step, {k: v for k, v in metrics.items() if k != "loss_scale"}))
+        if step % self.window:
+            return []
+        self.waiting.append([])
+        return self._read(self.waiting.pop(0)) if len(self.waiting) > 2 else []
 
-    def consider(self, state: TrainState, step: int, dev: dict[str, float]) -> None:
-        """Logs dev metrics, and keeps the state's adapters if they are the best so far."""
-        self.note([{"step": step, "dev": dev}])
-        if not self.dev or better(self.metric, dev[self.metric], self.dev[self.metric]):
-            self.step, self.dev = step, dev
-            self.adapters = jax.device_get(state.adapters)
-            self.on_best(state)
+    def flush(self) -> list[Record]:
+        """Returns all remaining records."""
+        waiting, self.waiting = self.waiting, [[]]
+        return [record for window in waiting for record in self._read(window)]
 
-    def with_best(self, state: TrainState) -> TrainState:
-        """Returns the state with the best adapters, or unchanged if dev was not scored yet."""
-        if self.adapters is None:
-            return state
-        placed = jax.tree.map(
-            lambda x, like: jax.device_put(x, like.sharding), self.adapters, state.adapters
-        )
-        return replace(state, adapters=placed)
+    def _read(self, window: list[tuple[int, Any]]) -> list[Record]:
+        if not window:
+            return []
+        # Python floats, which a checkpoint stores exactly.
+        values = [
+            {name: float(x) for name, x in metrics.items()}
+            for metrics in jax.device_get([metrics for _, metrics in window])
+        ]
+        steps = [step for step, _ in window]
+        for step, metrics in zip(steps, values, strict=True):
+            self.in_a_row = 0 if metrics["finite"] else self.in_a_row + 1
+            if self.in_a_row == self.patience:
+                what, more = "the loss or its gradient", self.patience - 1
+                if more:
+                    what = (
+                        f"in this and the next {more} steps, {what}, even with the smallest loss "
+                    )
+                    what += "scale,"
+                raise NotFiniteError(step - more, what)
+        good = [metrics for metrics in values if metrics["finite"]]
+        record: Record = {"step": steps[-1]}
+        if good:
+            names = ("loss", "grad_norm", *(k for k in good[0] if k not in self._OWN))
+            columns = {name: [m[name] for m in good if m[name] == m[name]] for name in names}
+            record |= {name: float(np.mean(column)) for name, column in columns.items() if column}
+            record["learning_rate"] = float(self.schedule(steps[-1] - 1))
+        if len(good) < len(values):
+            record["skipped"] = len(values) - len(good)
+        return [record]
 
 
 @dataclass
@@ -95,113 +110,63 @@ class Saving:
         checkpoints: the directory of the checkpoints.
         every: the number of steps between checkpoints.
         interrupts: the signals that stop the training, which is saved first.
-        on_resume: called with the training and its step after a checkpoint is restored.
+        on_resume: called with the training after a checkpoint is restored.
         config: the run's configuration, kept in every checkpoint as a second copy.
     """
 
     checkpoints: Checkpoints
     every: int
     interrupts: Interrupts
-    on_resume: Callable[[Trained, int], None]
+    on_resume: Callable[[Training], None]
     config: dict[str, Any]
-
-
-def train(
-    problem: Problem,
-    options: OptimizerOptions,
-    key: PRNGKeyArray,
-    *,
-    on_record: Callable[[Record], None] = lambda record: None,
-    on_best: Callable[[TrainState], None] = lambda state: None,
-    on_first: Callable[[int], None] = lambda step: None,
-    saving: Saving | None = None,
-    half: bool = False,
-) -> Trained:
-    """Trains the parameters of a recipe, and keeps the adapters that are best on dev.
-
-    Args:
-        problem: the problem to learn.
-        options: the settings of the training, with a learning rate and epochs.
-        key: the seed of dropout.
-        on_record: called with every record of the log.
-        on_best: called with the first state, and after each evaluation that is the best so far.
-        on_first: called with the number of steps when the first of this process is done, which was
-            compiled before.
-        saving: how to save and resume the training; None does neither.
-        half: whether the model computes in float16: then the loss is scaled, and steps that
-            overflow are skipped, up to 20 in a row.
-
-    Returns:
-        The finished training, with the best adapters in its state `best`.
-
-    Raises:
-        NotFiniteError: a loss or gradient is not finite; in float16, those of 20 steps in a row.
-            These steps changed no parameter, and the adapters before them are scored, unless their
-            outputs are not finite either.
-        InterruptedRunError: a signal stopped the training, which is saved.
-        CheckpointError: the training could not be saved, or a checkpoint cannot be read.
-    """
-    found = Trained(problem.metrics[0], on_record, on_best)
-    training = Training.begin(problem, options, key, found, half)
-    if saving is not None:
-        training.resume(saving)
-    on_best(found.with_best(training.state))
-    step = _first_noted(make_train_step(problem.loss, accumulate=options.accumulate), on_first)
-    try:
-        training.run(step, saving)
-    except NotFiniteError as error:
-        with contextlib.suppress(NotFiniteError):
-            state = training.state
-            found.consider(state, error.step - 1, problem.score(state, "dev"))
-        raise
-    found.best = found.with_best(training.state)
-    return found
-
-
-def _first_noted(step: Callable[..., Any], on_first: Callable[[int], None]) -> Callable[..., Any]:
-    """A step that calls a function once its first call is computed."""
-    first = True
-
-    def noted(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        nonlocal first
-        after, metrics = step(state, batch)
-        if first:
-            first = False
-            on_first(int(after.step))  # which waits for it
-        return after, metrics
-
-    return noted
 
 
 @dataclass
 class Training:
-    """The loop over steps, and its state.
+    """The loop over steps, its state, and the best adapters so far.
 
     Attributes:
         problem: the problem to learn.
+        options: the settings of the training, with a learning rate and epochs.
         state: the training state after `step` steps.
         log: the metrics of the steps.
-        found: the result so far.
         steps: the number of all steps.
         marks: the steps after which dev is scored.
+        on_record: called with every record of the log.
+        on_best: called with the first state, and with each state that is the best so far.
+        on_first: called with the number of steps when the first step of this process is computed,
+            which was compiled before; None once it was called.
         step: the number of steps so far.
         due: whether dev must be scored before the next step.
         saved: the step of the last checkpoint.
         began: the time at which this process began the training.
         beside: the number of trainings that share this process's time, with this one.
+        best_step: the step of the best adapters.
+        dev: the dev metrics of the best adapters.
+        adapters: the best adapters, in host memory, since steps donate; None before dev is scored.
+        records: the logged records: losses by step, and evaluations.
+        seconds: the seconds that the training took in earlier processes.
     """
 
     problem: Problem
+    options: OptimizerOptions
     state: TrainState
     log: Log
-    found: Trained
     steps: int
     marks: set[int]
+    on_record: Callable[[Record], None] = lambda record: None
+    on_best: Callable[[TrainState], None] = lambda state: None
+    on_first: Callable[[int], None] | None = None
     step: int = 0
     due: bool = False
     saved: int = 0
     began: float = field(default_factory=time.monotonic)
     beside: int = 1
+    best_step: int = 0
+    dev: dict[str, float] = field(default_factory=dict)
+    adapters: Any = None
+    records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
 
     @classmethod
     def begin(
@@ -209,10 +174,18 @@ class Training:
         problem: Problem,
         options: OptimizerOptions,
         key: PRNGKeyArray,
-        found: Trained,
-        half: bool,
+        half: bool = False,
+        **callbacks: Any,
     ) -> Training:
-        """A training before its first step; see `train`."""
+        """A training before its first step.
+
+        Args:
+            problem, options: as in `Training`.
+            key: the seed of dropout.
+            half: whether the model computes in float16: then the loss is scaled, and steps that
+                overflow are skipped, up to 20 in a row.
+            **callbacks: `on_record`, `on_best` and `on_first`.
+        """
         steps = options.steps(len(problem.train))
         tx = options.make(steps, problem.recipe)
         scale = DynamicScale(minimum_scale=1.0) if half else None
@@ -220,20 +193,56 @@ class Training:
         if problem.mesh is not None:
             state = shard(state, problem.mesh)
         rate = options.schedule(steps, options.learning_rate or 0.0)
+        # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
-        return cls(problem, state, log, found, steps, options.marks(len(problem.train)))
+        marks = options.marks(len(problem.train))
+        return cls(problem, options, state, log, steps, marks, **callbacks)
 
     @property
     def left(self) -> bool:
         """Whether anything is left to do."""
         return self.due or self.step < self.steps
 
-    def run(self, step: Callable[..., Any], saving: Saving | None) -> None:
-        """Runs the remaining steps."""
-        if saving is None:
-            interrupts, every = Interrupts(), self.steps + 1
-        else:
-            interrupts, every = saving.interrupts, saving.every
+    @property
+    def skipped(self) -> int:
+        """The number of steps that changed nothing, since they overflowed."""
+        return sum(record.get("skipped", 0) for record in self.records)
+
+    def best(self) -> TrainState:
+        """The state with the best adapters, or as it is if dev was not scored yet."""
+        if self.adapters is None:
+            return self.state
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), self.adapters, self.state.adapters
+        )
+        return replace(self.state, adapters=placed)
+
+    def train(self, saving: Saving | None = None) -> None:
+        """Runs the remaining steps; afterwards, `best` has the adapters that are best on dev.
+
+        Args:
+            saving: how to save and resume the training; None does neither.
+
+        Raises:
+            NotFiniteError: a loss or gradient is not finite; in float16, those of 20 steps in a
+                row. These steps changed no parameter, and the adapters before them are scored,
+                unless their outputs are not finite either.
+            InterruptedRunError: a signal stopped the training, which is saved.
+            CheckpointError: the training could not be saved, or a checkpoint cannot be read.
+        """
+        if saving is not None:
+            self.resume(saving)
+        self.on_best(self.best())
+        step = make_train_step(self.problem.loss, accumulate=self.options.accumulate)
+        try:
+            self._run(step, saving)
+        except NotFiniteError as error:
+            with contextlib.suppress(NotFiniteError):
+                self._consider(error.step - 1, self.problem.score(self.state, "dev"))
+            raise
+
+    def _run(self, step: Callable[..., Any], saving: Saving | None) -> None:
+        interrupts = Interrupts() if saving is None else saving.interrupts
         try:
             with interrupts.deferred():
                 while self.left:
@@ -241,55 +250,73 @@ class Training:
                         self.score(interrupts)
                     else:
                         self._advance(step)
-                    if self.saves(every):
+                    if saving is not None and self.saves(saving.every):
                         self.save(saving)
                     interrupts.check()
         except InterruptedRunError:
-            self.save(saving)
             if saving is not None:
+                self.save(saving)
                 saving.checkpoints.wait()
             raise
 
     def _advance(self, step: Callable[..., Any]) -> None:
         batch, mesh = self.problem.batch(self.step), self.problem.mesh
         self.state, metrics = step(self.state, shard_batch(batch, mesh) if mesh else batch)
+        if self.on_first is not None:
+            self.on_first(int(self.state.step))  # which waits for it
+            self.on_first = None
         self.made(metrics)
 
     def made(self, metrics: Any) -> None:
         """Notes that a step was made."""
         self.step += 1
         self.due = self.step in self.marks
-        self.found.note(self.log.add(self.step, metrics))
+        self._note(self.log.add(self.step, metrics))
+
+    def _note(self, records: list[Record]) -> None:
+        for record in records:
+            self.records.append(record)
+            self.on_record(record)
+
+    def score(self, interrupts: Interrupts) -> None:
+        """Scores dev, and keeps the adapters if they are the best so far."""
+        self._note(self.log.flush())
+        with interrupts.at_once():
+            dev = self.problem.score(self.state, "dev")
+        self._consider(self.step, dev)
+        self.due = False
+
+    def _consider(self, step: int, dev: dict[str, float]) -> None:
+        """Logs dev metrics, and keeps the state's adapters if they are the best so far."""
+        self._note([{"step": step, "dev": dev}])
+        metric = self.problem.metrics[0]
+        if not self.dev or better(metric, dev[metric], self.dev[metric]):
+            self.best_step, self.dev = step, dev
+            # The next step donates the state, so its arrays are copied to the host.
+            self.adapters = jax.device_get(self.state.adapters)
+            self.on_best(self.state)
 
     def saves(self, every: int) -> bool:
         """Whether the state of this step is to be saved, which waits until dev is scored."""
         now = self.step in self.marks or self.step % every == 0
         return now and not self.due and self.step != self.saved
 
-    def score(self, interrupts: Interrupts) -> None:
-        """Scores dev, and keeps the adapters if they are the best so far."""
-        self.found.note(self.log.flush())
-        with interrupts.at_once():
-            dev = self.problem.score(self.state, "dev")
-        self.found.consider(self.state, self.step, dev)
-        self.due = False
-
-    def save(self, saving: Saving | None) -> None:
+    def save(self, saving: Saving) -> None:
         """Saves the state of this step, once."""
-        if saving is None or self.step == self.saved:
+        if self.step == self.saved:
             return
-        found, self.saved = self.found, self.step
+        self.saved = self.step
         progress = {
             "due": self.due,
-            "step": found.step,
-            "dev": found.dev,
-            "records": list(found.records),
+            "step": self.best_step,
+            "dev": self.dev,
+            "records": list(self.records),
             "waiting": [list(window) for window in self.log.waiting],
             "in_a_row": self.log.in_a_row,
-            "seconds": found.seconds + (time.monotonic() - self.began) / self.beside,
+            "seconds": self.seconds + (time.monotonic() - self.began) / self.beside,
             "config": saving.config,
         }
-        saving.checkpoints.save(self.step, self.state, best=found.adapters, progress=progress)
+        saving.checkpoints.save(self.step, self.state, best=self.adapters, progress=progress)
 
     def resume(self, saving: Saving) -> None:
         """Restores the newest checkpoint, if there is one."""
@@ -297,9 +324,10 @@ class Training:
             return
         was = saving.checkpoints.restore(self.state)
         self.state, self.step, self.saved = was.state, was.step, was.step
+        # Steps whose metrics were not read yet are in the checkpoint, so the log has no gap.
         self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
-        self.log.in_a_row = was.progress.get("in_a_row", 0)
-        for name in ("step", "dev", "records", "seconds"):
-            setattr(self.found, name, was.progress[name])
-        self.found.adapters = jax.device_get(was.best)
-        saving.on_resume(self.found, self.step)
+        self.log.in_a_row = was.progress.get("in_a_row", 0)  # absent in older checkpoints
+        self.best_step, self.dev = was.progress["step"], was.progress["dev"]
+        self.records, self.seconds = was.progress["records"], was.progress["seconds"]
+        self.adapters = jax.device_get(was.best)
+        saving.on_resume(self)

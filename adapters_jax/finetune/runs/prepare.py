@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from adapters_jax.distributed.hosts import PROCESSES
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.data.datasets import overlaps
+from adapters_jax.finetune.data.splits import spread
+from adapters_jax.finetune.leaving import ways_out
+from adapters_jax.finetune.models.parts.attention import check_kernel
+from adapters_jax.finetune.options.flags import flag, given
+from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.pretrained.locate import pinned
+from adapters_jax.finetune.pretrained.locate import kind_of, pinned
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
 from adapters_jax.finetune.runs.budget import seconds_of
-from adapters_jax.finetune.runs.build import build_job
 from adapters_jax.finetune.runs.config import (
     check_same,
     check_unfinished,
     read_options,
     read_schedule,
+    shared_config,
 )
 from adapters_jax.finetune.runs.job import Job
-from adapters_jax.finetune.tasks import read_run
+from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
+from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.recipe import checked_before
+
+_LOG = logging.getLogger(__name__)
 
 
 def prepare_run(
@@ -49,6 +59,53 @@ def prepare_run(
         UserError: flags, files, rows or a checkpoint cannot be used.
         AssetError: the pinned model or the movie reviews could not be fetched.
     """
+    _check_numbers(options)
+    options = replace(options, model=pinned(options.model))
+    check_kernel(options.attention)
+    kind = kind_of(options.model)
+    if kind == "decoder" and options.method.method == HEAD_ONLY:
+        raise UserError(f"--method {HEAD_ONLY} is for encoders; a decoder has no head for a task")
+    task = options.data.task_on(kind, options.model)
+    _refuse_stray_flags(options, task)
+    data = options.data.load(task)
+    shared = overlaps(data)
+    if "held_out" in task.flags:
+        few = {p: getattr(data, p) for p in ("dev", "test")}
+        few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
+        data = replace(data, **few)
+    usual = training = _training(options, task)
+    prepared = task.prepare(data, _setup(options, training, task, console))
+    problem, steps = prepared.problem, len(prepared.problem.train)
+    if before:
+        training = replace(training, epochs=before.epochs, learning_rate=before.learning_rate)
+    elif not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
+        training = training.of_few_rows(task.least_steps, steps)
+    for sentence in shared:
+        _LOG.warning("warning: %s", sentence)
+    config = {
+        "kind": kind,
+        "task_type": task.name,
+        **shared_config(options, prepared.base_sha256, data, problem.recipe, training),
+        **prepared.config,
+    }
+    ways = ways_out(problem, config, prepared.identity)
+    if training != usual and not before:
+        rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
+        console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
+    return Job(
+        run=run,
+        options=options,
+        prepared=prepared,
+        optimizer=training,
+        config={**config, "ways_out": {way.name: str(way) for way in ways}},
+        ways=ways,
+        console=console,
+        began=began,
+    )
+
+
+def _check_numbers(options: RunOptions) -> None:
+    """Raises UserError for numbers out of their range, and for several processes."""
     if int(os.environ.get(PROCESSES) or 1) > 1:
         raise UserError(
             f"{PROCESSES} is {os.environ[PROCESSES]}, and this command is for one process; for "
@@ -64,8 +121,59 @@ def prepare_run(
         check_number("the loss of preferences", "--beta", options.beta)
     if options.budget is not None:
         seconds_of(options.budget)
-    options = replace(options, model=pinned(options.model))
-    return build_job(options, run, console, began, before)
+
+
+def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
+    """The settings of a task; most are options of the same name."""
+    names = {field.name for field in fields(options)} & {field.name for field in fields(Setup)}
+    own: dict[str, Any] = {name: getattr(options, name) for name in names}
+    # Where an option has no value, the task's default counts.
+    own = {name: value for name, value in own.items() if value is not None}
+    own |= {
+        "recipe": options.method.build,
+        "batch_size": training.batch_size or 1,
+        "columns": options.data.columns_of(task),
+        "dropout": training.dropout,
+        "accumulate": training.accumulate,
+        "mesh": options.make_mesh(training.batch_size),
+    }
+    return Setup(**own, say=console.say, progress=console.progress)
+
+
+def _training(options: RunOptions, task: Task) -> OptimizerOptions:
+    """Fills in the defaults of the training; the movie reviews need fewer epochs."""
+    chosen, method = options.optimizer, options.method.method
+    epochs = task.epochs if method != HEAD_ONLY else None
+    chosen = replace(
+        chosen,
+        learning_rate=chosen.learning_rate or options.method.learning_rate,
+        epochs=chosen.epochs or epochs,
+        batch_size=chosen.batch_size or task.batch_size,
+    )
+    if task.kind == "decoder":
+        return chosen.of_decoder(method)
+    if options.data.is_demo and chosen.epochs is None and method != HEAD_ONLY:
+        chosen = replace(chosen, epochs=1.5)
+    return chosen.of(method)
+
+
+def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
+    """Raises UserError for flags that other tasks read and this one does not."""
+    nested = [f.name for f in fields(options) if is_dataclass(getattr(options, f.name))]
+    found = [name for name in given(options) if name not in nested]
+    found = [*(n for part in nested for n in given(getattr(options, part))), *found]
+    readers = {
+        name: [each.name for each in TASKS.values() if name in (*each.columns, *each.flags)]
+        for name in found
+    }
+    stray = [name for name in found if readers[name] and task.name not in readers[name]]
+    if stray:
+        others = sorted({other for name in stray for other in readers[name]})
+        raise UserError(
+            f"{', '.join(map(flag, stray))}: allowed only with --task {' or '.join(others)}; "
+            f"{options.model!r}, a base of the kind {task.kind}, learns {task.name}, and can learn "
+            f"{' or '.join(other.name for other in tasks_on(task.kind))}"
+        )
 
 
 def open_run(job: Job) -> Job:
@@ -96,12 +204,13 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
     """Makes the job that continues an interrupted run, with the options it was started with.
 
     Raises:
-        RunError: there is no such run, it is finished, or its files have changed.
+        RunError: the run does not exist, is finished, or its files have changed.
         UserError: flags, files, rows or a checkpoint cannot be used.
     """
     config = _read_config(run, console)
     options = read_options(run, config)
     check_unfinished(run, config)
+    # A run that another version accepted goes on, also where a check of recipes is new.
     with checked_before():
         job = prepare_run(options, run, console, began, read_schedule(run, config))
     return open_run(job)

@@ -29,7 +29,7 @@ class Interrupts:
     """Handles signals to stop within a `with`, in the main thread of the process.
 
     `pending` holds the last signal. Outside of `deferred`, a signal also raises InterruptedRunError
-    at once; in a callback, in which Python ignores errors, the next `check` raises it instead.
+    at once; where Python ignores errors, as in callbacks, the next `check` raises it instead.
     Within `deferred`, the first signal waits for `check`, and a second one raises at once.
     """
 
@@ -48,23 +48,18 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, deferring: bool = True) -> Iterator[None]:
         """Within, a signal waits for `check`."""
-        before, self._deferring = self._deferring, True
+        before, self._deferring = self._deferring, deferring
         try:
             yield
         finally:
             self._deferring = before
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> contextlib.AbstractContextManager[None]:
         """Within a `deferred`, signals raise at once again, for work that takes long."""
         self.check()
-        before, self._deferring = self._deferring, False
-        try:
-            yield
-        finally:
-            self._deferring = before
+        return self.deferred(False)
 
     def check(self) -> None:
         """Raises InterruptedRunError if a signal is pending."""

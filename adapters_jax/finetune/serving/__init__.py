@@ -1,12 +1,12 @@
 """Serving: one base and many adapters, for many requests at a time.
 
-- `slots`: the rows of a batch, each with a cache and an adapter of its own; the compiled programs.
+- `slots`: the rows of a batch, each with its cache and its adapter; the compiled programs.
 - `engine`: the queue, and the thread that lets requests join and leave between steps.
 - `requests`: requests and the adapters that they name; sizes and counts.
 - `labels`: labels of texts by an encoder with many adapters.
 - `adapters`: reading adapters from anyone, and the recipe that has room for all of them.
-- `api`, `completions`, `schemas`, `metrics`: the HTTP interface, in OpenAI's form.
-- `guard`, `server`: what a request must pass; listening and draining.
+- `api`, `completions`, `schemas`: the HTTP interface, in OpenAI's form.
+- `guard`: listening and draining, and what a request must pass.
 - `texts`: tokens as pieces of text, and the texts that end a completion.
 """
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -18,80 +25,77 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from adapters_jax import __version__
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.serving import schemas
-from adapters_jax.finetune.serving.adapters import About, Read
+from adapters_jax.finetune.serving.adapters import About
 from adapters_jax.finetune.serving.guard import Guard, Limits, refused
-from adapters_jax.finetune.serving.metrics import Metrics
-from adapters_jax.finetune.serving.requests import (
-    BusyError,
-    Counts,
-    FullError,
-    Served,
-    UnknownModelError,
-)
-from adapters_jax.transforms.fitting import Fitted
-from adapters_jax.version import __version__
+from adapters_jax.finetune.serving.requests import BusyError, FullError, UnknownModelError
 
 # The page is one file, and asks no other host.
 _ALONE = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
-class Work(Protocol):
-    """What computes the answers of a server: an `Engine`, or a `Labeller`."""
-
-    adapters: dict[str, Served]
-    counts: Counts
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works on requests."""
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-
-    @property
-    def running(self) -> int:
-        """How many requests are computed."""
-
-    def fit(self, name: str, adapter: Any) -> Fitted:
-        """See `Engine.fit`."""
-
-    def put(self, name: str, fitted: Fitted, about: Any, *, replace: bool) -> Future[None]:
-        """See `Engine.put`."""
-
-    def drop(self, name: str) -> Future[None]:
-        """See `Engine.drop`."""
-
-
-class Base(Protocol):
-    """What reads adapters onto the base of a server.
+class Metrics:
+    """The figures of requests, and those that an engine counts itself.
 
     Attributes:
-        files: the names of the files that an adapter may have.
+        registry: what `/metrics` shows.
+        requests: requests by status.
+        first: the seconds until the first piece of an answer.
     """
 
-    files: frozenset[str]
+    def __init__(self, engine: Any) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "adapters_jax_http_requests", "Requests", ["status"], registry=self.registry
+        )
+        self.first = Histogram(
+            "adapters_jax_first_token_seconds",
+            "Time until the first piece of an answer",
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        self._engine = engine
+        self.registry.register(self)  # type: ignore[arg-type]
 
-    def read(self, directory: Path) -> Read:
-        """See `DecoderBase.read`."""
+    def collect(self) -> Iterator[Any]:
+        """What the engine has counted."""
+        counts = self._engine.counts
+        ended = CounterMetricFamily("adapters_jax_completions", "Answers by end", labels=["end"])
+        for why, n in dict(counts.ended).items():
+            ended.add_metric([why], n)
+        yield ended
+        for name, text, value in (
+            ("tokens", "New tokens", counts.tokens),
+            ("prompt_tokens", "Tokens of prompts", counts.prompt_tokens),
+            ("steps", "Turns of the engine", counts.steps),
+            ("adapter_changes", "Adapters added, replaced and dropped", counts.changes),
+        ):
+            yield CounterMetricFamily(f"adapters_jax_{name}", text, value)
+        for name, text, value in (
+            ("waiting", "Requests in the queue", self._engine.waiting),
+            ("running", "Requests with a row", self._engine.running),
+            ("adapters", "Adapters", len(self._engine.adapters)),
+        ):
+            yield GaugeMetricFamily(f"adapters_jax_{name}", text, value)
 
 
 class Api:
     """What the paths of every server do: the base, the adapters, and the server's health.
 
     Args:
-        base: what reads adapters onto the base.
-        engine: what computes the answers; it has been started.
+        base: what reads adapters onto the base: a `DecoderBase` or an `EncoderBase`.
+        engine: what computes the answers, an `Engine` or a `Labeller`; it has been started.
         name: what requests call the base.
         limits: the limits of requests.
     """
 
-    def __init__(self, base: Base, engine: Work, name: str, limits: Limits) -> None:
+    def __init__(self, base: Any, engine: Any, name: str, limits: Limits) -> None:
         self.files, self.reader = base.files, base
         self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine)
@@ -208,9 +212,9 @@ class Api:
         """Completes a prompt."""
         raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
 
-    async def chat(self, _: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Answers a conversation."""
-        raise UserError(f"{self.name} is an encoder, which writes no texts; use /predict")
+        return await self.complete(request)
 
     async def predict(self, _: Request) -> Response:
         """Labels texts."""
@@ -238,7 +242,7 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
         limits: the limits of requests.
         key: the API key that requests need; without one, only this machine's browsers may ask.
     """
-    description = schemas.openapi(__version__)
+    description = schemas.openapi(__version__, api.routes())
 
     async def show_page(_: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _ALONE})

@@ -25,7 +25,7 @@ from adapters_jax.finetune.serving.guard import Limits, failure, refused
 from adapters_jax.finetune.serving.requests import End
 from adapters_jax.finetune.serving.slots import Choice
 from adapters_jax.finetune.serving.texts import TextSink
-from adapters_jax.finetune.tasks.completion import NEW_TOKENS
+from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
 _BROKEN: dict[End, tuple[int, str]] = {
     "timeout": (408, "the answer took longer than the server's limit; ask for fewer tokens"),
@@ -53,6 +53,7 @@ class _Answer:
 
     def put(self, item: Any) -> None:
         """Hands on a piece of text, or the reason of the end; the engine's thread calls it."""
+        # The engine's thread must not touch the loop in another way: asyncio is not thread-safe.
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody reads it
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
@@ -203,6 +204,7 @@ async def _unless_gone(request: Request, work: Any) -> str:
     """The result of some work; if the client hangs up before, the work is cancelled."""
 
     async def gone() -> None:
+        # The body is read already, so what comes next is the end of the connection.
         while (await request.receive())["type"] != "http.disconnect":
             pass
 

@@ -105,8 +105,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Compiles every program, then begins to work, in a thread of its own; call it once."""
+        """Compiles every program, then begins to work in another thread; call it once."""
         self._slots.compile()
+        # Putting and dropping compile programs too, which is not to happen while answers run.
         idle = self._slots.bank.fit("idle", (self._slots.bank.recipe, {}))
         self._put("idle", Served("idle", {}), idle, False)
         self._drop("idle")
@@ -242,7 +243,7 @@ class Engine:
             name: what requests call it.
 
         Returns:
-            A future; it raises UnknownModelError if there is none of that name.
+            A future; it raises UnknownModelError if no adapter has that name.
 
         Raises:
             BusyError: the engine is closed.
@@ -296,6 +297,7 @@ class Engine:
     def _retire(self, key: str) -> None:
         """Frees a place of the bank once no request uses it."""
         self._retired.add(key)
+        # Requests of adapters that were retired before may have ended meanwhile, too.
         for each in [each for each in self._retired if not self._users[each]]:
             self._slots.bank = self._slots.bank.drop(each)
             self._retired.discard(each)
@@ -350,8 +352,10 @@ class Engine:
         rows = [(row, each) for row, each in enumerate(self._running) if each is not None]
         unread = [(row, each) for row, each in rows if each.read < len(each.prompt)]
         if unread:
+            # Prompts are read one after another, that of the earliest deadline first.
             self._read(*min(unread, key=lambda pair: pair[1].deadline))
         live = [(row, each) for row, each in enumerate(self._running) if each and each.made]
+        # A request that is alone is computed as a piece of one token, without the other rows.
         if len(live) == 1 and self.sizes.pieces[0] == 1:
             ((row, each),) = live
             token = self._slots.read(row, [each.last], False, each.adapter, _choice(each))

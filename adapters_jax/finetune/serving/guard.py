@@ -1,4 +1,7 @@
-"""What a request must pass before anything reads it: its origin, its key, its size and its time."""
+"""Listening, with bounded connections, and what a request must pass before anything reads it.
+
+That is its origin, its key, its size and its time. SIGTERM drains the server.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adapters_jax.errors import visible
 
@@ -100,10 +106,12 @@ class Guard:
         if self.key is None and name not in LOOPBACK:
             return 403, f"the Host is not this machine; ask {LOOPBACK[1]}"
         scheme, _, given_key = headers.get("authorization", "").partition(" ")
+        # compare_digest takes as long for every key, so the time does not tell how much is right.
         given = given_key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         wanted = (self.key or "").encode()
         if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, wanted):
             return 401, "the API key is missing or another one; send Authorization: Bearer KEY"
+        # A number of digits without end would be an integer without end: 20 of them are enough.
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > most:
             return 413, f"the body has {length[:20]} bytes, expected at most {most}"
@@ -138,3 +146,94 @@ def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
         return message
 
     return limited
+
+
+# Written to the socket as it is, since the application never sees the connection; 72 is the length
+# of the JSON with its spaces.
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 72\r\n\r\n"
+    b'{"error":{"message":"too many connections","type":"server_error"}}      '
+)
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """The protocol of a connection, with the limits of a server."""
+
+    class Limited(H11Protocol):
+        """Refuses connections beyond the limit, and ends those that stall."""
+
+        _stalled: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            """Takes a connection, or refuses it."""
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.write(_FULL)
+                transport.close()
+                return
+            self._wait_for_progress()
+
+        def data_received(self, data: bytes) -> None:
+            """Takes data; a request that has begun has some seconds to become whole headers."""
+            super().data_received(data)
+            if self.flow.write_paused:
+                return  # what it sends does not make it read
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._go_on()
+            elif self._stalled is None and not self.transport.is_closing():
+                self._wait_for_progress()
+
+        def pause_writing(self) -> None:
+            """The client reads slowly."""
+            super().pause_writing()
+            self._wait_for_progress()
+
+        def resume_writing(self) -> None:
+            """The client reads on."""
+            super().resume_writing()
+            self._go_on()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """The connection is gone."""
+            self._go_on()
+            super().connection_lost(exc)
+
+        def _wait_for_progress(self) -> None:
+            self._go_on()
+            self._stalled = self.loop.call_later(limits.receiving, self.transport.abort)
+
+        def _go_on(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
+
+    return Limited
+
+
+def serve(app: Starlette, host: str, port: int, limits: Limits, ready: Any) -> None:
+    """Serves until SIGTERM or Ctrl-C, which end it once the answers that run are whole."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol(limits),
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(limits.seconds) + 1,
+    )
+
+    class Server(uvicorn.Server):
+        """A server that says when it listens."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            """Listens."""
+            await super().startup(sockets)
+            if self.started:
+                ready(self.servers[0].sockets[0].getsockname()[1])
+
+    Server(config).run()

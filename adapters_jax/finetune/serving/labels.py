@@ -1,4 +1,4 @@
-"""Labels of texts by an encoder with many adapters, each with a head of its own.
+"""Labels of texts by an encoder with many adapters, each with its own head.
 
 One thread runs the model. The texts of all requests that wait are computed together, in batches of
 static shapes whose rows have an adapter each.
@@ -41,7 +41,7 @@ from adapters_jax.finetune.serving.requests import (
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tasks.base import in_row_order
 from adapters_jax.finetune.tasks.labelled_problem import apply_to_rows
-from adapters_jax.finetune.tasks.readout import Batching, Readout
+from adapters_jax.finetune.tasks.readout import Readout
 from adapters_jax.linen import init_adapters
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
@@ -190,6 +190,7 @@ class Labeller:
 
     def start(self) -> None:
         """Compiles every program."""
+        # Putting and dropping compile programs too, which is not to happen while answers run.
         idle = self._bank.fit("idle", (self._bank.recipe, {}))
         self._bank = self._bank.put("idle", idle, donate=True).drop("idle")
         for width in self._widths:
@@ -245,7 +246,7 @@ class Labeller:
 
         Raises:
             BusyError: too many requests wait.
-            UnknownModelError: there is no such adapter.
+            UnknownModelError: no adapter has this name.
         """
         self._served(name)
         wanted = _Wanted(name, texts)
@@ -301,7 +302,7 @@ class Labeller:
             mine = mine[..., : readout.width]
             if np.isfinite(mine).all():
                 self.counts.ended["labelled"] += 1
-                found = readout.predictions(each.texts, mine, inputs)
+                found = readout.predictions(each.texts, mine, inputs.where)
                 each.future.set_result([one.to_dict() for one in found])
             else:
                 each.future.set_exception(
@@ -311,9 +312,7 @@ class Labeller:
     def _compute(self, readout: Any, rows: Sequence[tuple[str, Any]]) -> np.ndarray:
         """The head's outputs for rows, each with the name of its adapter; any readout batches."""
         inputs = [row for _, row in rows]
-        batches = readout.batches(
-            self._base.encoder, inputs, None, Batching(BATCH, None, self._widths)
-        )
+        batches = readout.batches(self._base.encoder, inputs, None, BATCH, None, self._widths)
         params, bank = self._bank.params, self._bank
 
         def run(batch: Any) -> Any:

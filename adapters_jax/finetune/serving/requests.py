@@ -89,7 +89,7 @@ class Sizes:
     Args:
         rows: how many requests are computed at a time.
         context: the largest number of tokens of a request, prompt and completion together.
-        pieces: the numbers of tokens in which prompts are read, ascending; with 1 among them, a
+        pieces: the sizes of the parts that prompts are read in, ascending; with 1 among them, a
             request that is alone does not pay for the rows of others.
         queue: how many further requests wait.
         spare: places of the bank for adapters that are replaced or dropped while still in use.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,27 +123,26 @@ def parsed(kind: type[_B], data: bytes) -> _B:
     return body
 
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+class Problem(BaseModel):
+    """What an answer says that was not given."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """The answer to a request that was not done."""
+
+    error: Problem
+
+
 _FAILURES = {
     "400": "the request has another form, or cannot be done",
     "401": "the API key is missing or another one",
     "403": "the request comes from a page of another host",
-    "404": "there is no such adapter or path",
+    "404": "the adapter or the path does not exist",
     "408": "the request or its answer took too long",
     "409": "there is no room for a further adapter",
     "413": "the body is too large",
@@ -152,25 +152,9 @@ _FAILURES = {
 }
 
 
-def _operation(summary: str, *, body: Any = None, kind: str = "application/json") -> dict[str, Any]:
-    """An operation of a path."""
-    answer = {"description": "done", "content": {kind: {"schema": {}}}}
-    failures = {
-        status: {
-            "description": text,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-        }
-        for status, text in _FAILURES.items()
-    }
-    made: dict[str, Any] = {"summary": summary, "responses": {"200": answer, **failures}}
-    if body is not None:
-        made["requestBody"] = {"required": True, "content": body}
-    return made
-
-
-def openapi(version: str) -> dict[str, Any]:
-    """The OpenAPI description of the server."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
+def openapi(version: str, routes: Sequence[Any]) -> dict[str, Any]:
+    """The OpenAPI description of a server; what a path does is in its docstring."""
+    schemas: dict[str, Any] = {}
 
     def of(kind: type[BaseModel]) -> dict[str, Any]:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -178,37 +162,36 @@ def openapi(version: str) -> dict[str, Any]:
         schemas[kind.__name__] = schema
         return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    failures = {status: {"description": x, "content": of(Error)} for status, x in _FAILURES.items()}
     file = {"type": "string", "contentMediaType": "application/octet-stream"}
     files = {
         "type": "object",
         "required": ["files"],
         "properties": {"files": {"type": "array", "items": file}},
     }
-    put = _operation(
-        "Adds an adapter, or replaces one", body={"multipart/form-data": {"schema": files}}
-    )
-    put["responses"]["201"] = {"description": "added", "content": {"application/json": {}}}
-    paths = {
-        "/v1/models": {"get": _operation("The base and the adapters, as OpenAI lists models")},
-        "/v1/models/{name}": {
-            "parameters": [name],
-            "get": _operation("The base or an adapter"),
-        },
-        "/v1/completions": {"post": _operation("Completes a prompt", body=of(CompletionRequest))},
-        "/v1/chat/completions": {
-            "post": _operation("Answers a conversation", body=of(ChatRequest))
-        },
-        "/v1/adapters": {"get": _operation("The adapters, and what they are")},
-        "/v1/adapters/{name}": {
-            "parameters": [{**name, "schema": {"type": "string", "pattern": NAME}}],
-            "put": put,
-            "delete": _operation("Drops an adapter"),
-        },
-        "/predict": {"post": _operation("Labels texts by an encoder", body=of(PredictRequest))},
-        "/healthz": {"get": _operation("Whether the server works")},
-        "/metrics": {"get": _operation("Figures for Prometheus", kind="text/plain")},
+    bodies = {
+        "/v1/completions": of(CompletionRequest),
+        "/v1/chat/completions": of(ChatRequest),
+        "/v1/adapters/{name}": {"multipart/form-data": {"schema": files}},
+        "/predict": of(PredictRequest),
     }
+    paths: dict[str, Any] = {}
+    for route in routes:
+        path = route.path.replace(":path", "")
+        schema = {"type": "string", **({"pattern": NAME} if path in bodies else {})}
+        name = {"name": "name", "in": "path", "required": True, "schema": schema}
+        methods = paths.setdefault(path, {"parameters": [name]} if "{name}" in path else {})
+        kind = "text/plain" if path == "/metrics" else "application/json"
+        for method in route.methods - {"HEAD"}:
+            done = {"description": "done", "content": {kind: {"schema": {}}}}
+            made: dict[str, Any] = {"summary": route.endpoint.__doc__.partition(".")[0]}
+            made["responses"] = {"200": done, **failures}
+            if method in ("POST", "PUT"):
+                made["requestBody"] = {"required": True, "content": bodies[path]}
+            if method == "PUT":
+                added = {"description": "added", "content": {"application/json": {}}}
+                made["responses"]["201"] = added
+            methods[method.lower()] = made
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",

@@ -1,7 +1,7 @@
 """The rows of a decoder's batch, each with a cache, an adapter and a way to choose tokens.
 
 A prompt is read in pieces, a row at a time; then every call gives one token to each row that wants
-one. Rows are at different lengths, so the model is mapped over them: each has a cache of its own.
+one. Rows are at different lengths, so the model is mapped over them: each has its own cache.
 All shapes are static, so the programs are compiled once, whatever the requests are.
 """
 
@@ -81,6 +81,7 @@ class _Model:
     base: Any
 
     def merged(self) -> Any:
+        # Otherwise nnx.merge shares Variables with the state, and a trace writes into them.
         model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
         model.eval()
         return model
@@ -93,7 +94,7 @@ class Slots:
         bank: the adapters, with their NNX decoder.
         rows: the number of rows.
         context: the largest number of tokens of a row, prompt and completion together.
-        pieces: the lengths in which prompts are read, in ascending order.
+        pieces: the lengths of the parts that prompts are read in, in ascending order.
     """
 
     def __init__(self, bank: Bank, *, rows: int, context: int, pieces: Sequence[int]) -> None:

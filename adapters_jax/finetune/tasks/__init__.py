@@ -5,9 +5,8 @@ A task author provides one module with a `Task` and adds one line to `TASKS`;
 opens its runs. The `Task` names itself, its kind of base, and the columns and flags that it reads;
 any other flag raises an error. Its three methods do the work:
 
-1. `load` reads one to three files into a `TaskData`. Each part has a method `take`, and `texts` and
-   `labels` made of strings, numbers, lists or arrays; the run's configuration has a hash of them.
-   `data.tables.choose_columns` reads columns that `data.tables.Table` has no field for.
+1. `read` reads a file into rows, mostly a `data.tables.Table`; the rows to select on and to report
+   on are held out of them, those of one of `groups` together.
 2. `prepare` loads the base, encodes the rows and returns a `Prepared`: the `Problem` that training
    needs (model, batches, loss, score), the task's part of the run's configuration, and baselines.
 3. `open` rebuilds the adapted model from a finished run's configuration, and returns an object that
@@ -16,17 +15,18 @@ any other flag raises an error. Its three methods do the work:
 The page of a run shows what `views` makes of what `Prepared.judged` returns, by default nothing.
 
 A task on an encoder with a head derives from `labelled.EncoderTask`, which has `prepare` and
-`open`; its `Readout` says what differs. `tests/helpers/tagging.py` is a whole task without it.
+`open`; its `Readout` says what differs. One on a decoder derives from `decoder.DecoderTask`, which
+has `open`. `tests/helpers/tagging.py` is a whole task without them.
 
 - `base`: the interface of a task.
 - `classification`, `regression`, `multilabel`, `token_classification`, `question_answering` and
   `multiple_choice`: an encoder with a head; `sentence_embedding`: one without;
   `masked_language_modelling`: one with the checkpoint's own; `image_classification`: one of
-  images. `labelled` and `labelled_problem` have what all share, `readout` what differs, `head` the
-  baseline.
-- `completion`: completions of prompts; `completion_problem`, `completion_rows`, `prompts`.
+  images. `labelled` and `labelled_problem` have what all share, `readout` what differs.
+- `completion`: completions of prompts; `completion_problem`.
 - `conversation`: the assistant's turns of conversations; `conversation_rows` has their tokens.
-- `preference`: which of two completions is better; `preference_problem`, `preference_rows`.
+- `preference`: which of two completions is better; `preference_problem`.
+- `decoder` has what these three share, and `generator` uses their runs.
 - `views`: what the page of a run shows of its predictions.
 - `metrics`: accuracy, F1, correlations, perplexity, exact match; F1 of spans, answers and sets;
   retrieval.

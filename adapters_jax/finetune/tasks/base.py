@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -15,16 +15,22 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.batches import StepBatches
+from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.data.tables import make_table
+from adapters_jax.finetune.data.readers import title_of
+from adapters_jax.finetune.data.splits import key_of
+from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.tasks.views import Judged, View
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState
 
 Batch = Mapping[str, np.ndarray]
+HELD_OUT = ("dev", "test")
+PARTS = ("train", *HELD_OUT)
+Columns = Mapping[str, str | None]  # the roles of columns, each with its default name
 Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 
 
@@ -93,7 +99,9 @@ class Task(ABC):
             more than two texts, `texts` names the columns of all.
         head: AdapterHub's name for the kind of its head.
         metrics: the metrics that the user can choose with `--metrics`.
+        defaults: the metrics if the user chooses none; empty for all of them.
         columns: the roles of the columns it reads, each with its default name; None is optional.
+        grouped: the texts of a row that say which rows are held out together.
         flags: the flags of this task that not every task has, as fields of the options.
         needed: the keys of a run's configuration that `open` reads, with their types.
         epochs: the passes over the training rows, if not those of the method.
@@ -113,7 +121,9 @@ class Task(ABC):
     command: ClassVar[Literal["predict", "generate"]]
     head: ClassVar[str] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ()
-    columns: ClassVar[Mapping[str, str | None]]
+    defaults: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[Columns]
+    grouped: ClassVar[slice] = slice(None)
     flags: ClassVar[tuple[str, ...]] = ()
     needed: ClassVar[Mapping[str, type]] = {}
     epochs: ClassVar[float | None] = None
@@ -121,11 +131,44 @@ class Task(ABC):
     batch_size: ClassVar[int | None] = None
     example: ClassVar[str] = "--train rows.csv"
 
-    @abstractmethod
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Any:
+        """Reads the rows of one file, such as a `data.tables.Table`.
+
+        Args:
+            path: the file, as `data.readers.read_file` takes it.
+            columns: the columns of all roles.
+            metrics: the metrics of the run.
+
+        Returns:
+            The rows, with a method `take`, and `texts` and `labels` made of strings, numbers, lists
+            or arrays; the run's configuration has a hash of them.
+
+        Raises:
+            DataError: the file or its rows cannot be used.
+        """
+        raise NotImplementedError(f"the task {self.name} has neither read nor load")
+
+    def groups(self, train: Any) -> list[str]:
+        """The key of each training row; rows with one key are held out together."""
+        return [key_of(*texts[self.grouped]) for texts in train.texts]
+
+    def hold_out(self, name: str, parts: Mapping[str, Any], metrics: Sequence[str]) -> TaskData:
+        """Completes the parts: an absent "dev" or "test" is held out of "train", by `groups`.
+
+        Args:
+            name: the name of the data.
+            parts: what `read` returned for each file.
+            metrics: the metrics of the run.
+
+        Raises:
+            DataError: the files have rows of different kinds, or too few.
+        """
+        return hold_out(name, parts, metrics, self.groups(parts["train"]))
+
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
-        """Loads the rows to train on, to select on and to report on.
+        """Loads the rows to train on, to select on and to report on: what `read` returns.
 
         Args:
             files: "train", and maybe "dev" and "test", which are otherwise held out of "train".
@@ -136,6 +179,9 @@ class Task(ABC):
         Raises:
             DataError: files or rows cannot be used.
         """
+        named, chosen = self.of_columns(columns), tuple(metrics) or self.defaults or self.metrics
+        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
+        return self.hold_out(title_of(files["train"]), parts, chosen)
 
     @abstractmethod
     def prepare(self, data: TaskData, setup: Setup) -> Prepared:
@@ -184,11 +230,10 @@ class Task(ABC):
         """
         return []
 
-    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
+    def read_texts(self, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
         """Takes what `Predictor.predict` takes from the rows of a file.
 
         Args:
-            path: the file, for messages.
             rows: its rows, as `adapters_jax.finetune.data.readers.read_file` returns them.
             columns: the names of the column of texts and, if there is one, of second texts.
 
@@ -196,7 +241,7 @@ class Task(ABC):
             DataError: the file cannot be used.
         """
         pair = columns[1] if len(columns) > 1 else None
-        return make_table(path, rows, columns[0], pair, label=None).texts
+        return read_rows(rows, columns[0], pair, label=None).texts
 
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: those that the user named, and the defaults of the others."""
@@ -333,14 +378,6 @@ class TrainedHead:
     least_steps: int = 0
 
 
-class BatchSource(Protocol):
-    """Batches by step, such as `data.batches.Batches`; an epoch has `len(source)` steps."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, step: int) -> Batch: ...
-    def __iter__(self) -> Iterator[Batch]: ...
-
-
 class Problem(Protocol):
     """What is learnt: a model, its rows, a loss and a score."""
 
@@ -357,8 +394,8 @@ class Problem(Protocol):
         """The recipe: what trains."""
 
     @property
-    def train(self) -> BatchSource:
-        """Training batches."""
+    def train(self) -> StepBatches:
+        """Training batches; an epoch has `len(train)` steps."""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -379,7 +416,7 @@ class Problem(Protocol):
 
 
 def in_row_order(
-    run: Callable[[Batch], Any], batches: BatchSource
+    run: Callable[[Batch], Any], batches: Iterable[Batch]
 ) -> Float[np.ndarray, "rows ..."]:
     """Runs a function on batches and puts its outputs into the order of the rows.
 
@@ -389,7 +426,9 @@ def in_row_order(
     for batch in batches:
         index.append(batch["index"])
         pending.append(run(batch))
+    # One transfer at the end: jax computes a batch while the next one is made.
     found = jax.device_get(pending)
+    # Buckets differ in length, so outputs for each token do as well.
     shape = np.max([outputs.shape[1:] for outputs in found], axis=0).tolist()
     ordered: Any = np.zeros((np.concatenate(index).max() + 1, *shape), found[0].dtype)
     for rows, outputs in zip(index, found, strict=True):

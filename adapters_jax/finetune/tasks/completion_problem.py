@@ -1,31 +1,36 @@
-"""The problem of completions: the loss on their tokens, perplexity and exact match."""
+"""The problem of completions: rows as batches, the loss of their tokens, perplexity, matches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.finetune.data.batches import NOTHING
-from adapters_jax.finetune.pretrained.decoder import STEP, PretrainedDecoder, complete
-from adapters_jax.finetune.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
+from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
+from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.files import count_rows, place, refuse
+from adapters_jax.finetune.data.packing import Example, Marked, pack, pair, sequence
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.data.splits import spread
+from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.pretrained.decoder import (
+    STEP,
+    DecoderTokenizer,
+    PretrainedDecoder,
+    complete,
+    rounded,
+)
+from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Batch, NotFiniteError, Scores, Setup
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
 from adapters_jax.finetune.tasks.metrics import ROUGE, exact_match, perplexity, rouge
-from adapters_jax.nnx import recipe_of
-from adapters_jax.recipe import Recipe
-from adapters_jax.training.losses import TOKENS, cross_entropy, sequence_log_probs
+from adapters_jax.training.losses import cross_entropy, sequence_log_probs
 from adapters_jax.training.state import TrainState
-
-# Paths by which a recipe adapts the head of a model, which may be the embedding.
-HEADS = ("head", "head/kernel", "embeddings", "embeddings/embedding")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class HeldOut:
         new_tokens: the largest number of tokens to generate.
     """
 
-    batches: BatchSource
+    batches: Batches
     tokens: int
     prompts: Sequence[str] = ()
     prompt_ids: Sequence[Sequence[int]] = ()
@@ -50,53 +55,28 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class CompletionProblem:
-    """A decoder and the completions it learns; a `Problem`.
+class CompletionProblem(DecoderProblem):
+    """A decoder and the completions it learns; `parts` has a `HeldOut` of "dev" and of "test".
 
     Attributes:
-        model: the adapted model.
-        decoder: its base, with the tokenizer.
-        train: training batches of packed sequences, or of prompts beside completions.
-        held_out: the rows of "dev" and "test".
-        most: the largest number of tokens to learn in a sequence; only these get logits.
-        metrics: the names of the metrics, the one to select on first.
-        say: called with messages about slow work.
         generated: the texts generated last for each part.
-        mesh: the mesh of devices that batches are split over; None is one device.
-        params: None, since an NNX model holds its parameters.
     """
 
-    model: Any
-    decoder: PretrainedDecoder
-    train: BatchSource
-    held_out: Mapping[str, HeldOut]
-    most: int
-    metrics: Sequence[str]
-    say: Callable[[str], None] = lambda message: None
     generated: dict[str, list[str]] = field(default_factory=dict)
-    params: None = None
-    mesh: Mesh | None = None
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe: what trains."""
-        return recipe_of(self.model)
 
     def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of the tokens to learn in a batch."""
         hidden, labels = _learnt(model, batch, self.most)
+        # The loss is a sum over tokens, and `batch` scales for a mean over rows.
         weights = jnp.broadcast_to(batch["weight"][:, None] / len(labels), labels.shape)
-        return cross_entropy(hidden, model.logits, labels, weights, chunk=self._chunk(labels))
-
-    def _chunk(self, labels: Any) -> int:
-        """The positions whose logits are held at once."""
-        return chunk_of(self.recipe, len(labels), self.most, self.mesh)
+        return cross_entropy(hidden, model.logits, labels, weights, chunk=self.chunk(batch))
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighted so that `loss` is the mean over tokens."""
         batch = self.train[step]
         tokens = (batch["labels"] != NOTHING).sum(1)
         scale = len(tokens) / max((batch["weight"] * tokens).sum(), 1)
+        # A float64 would change the dtype of the weights, and so compile another step.
         return {**batch, "weight": batch["weight"] * np.float32(scale)}
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
@@ -107,28 +87,28 @@ class CompletionProblem:
         return {name: found[name] for name in self.metrics}
 
     def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
-        """Each sequence of "dev" or "test" with the mean loss of what it learns, for the report."""
-        sums = self._losses(state.model, part).astype(np.float64)[:, 0]
-        batches: Any = self.held_out[part].batches
-        found = []
-        for row, loss in zip(batches.rows, sums.tolist(), strict=True):
+        """Each sequence of a part with the mean loss of what it learns, for the report."""
+        sums = self.run(token_losses, state.model, part).astype(np.float64)
+        decode, found = self.decoder.tokenizer.decode, []
+        for row, loss in zip(self.parts[part].batches.rows, sums.tolist(), strict=True):
             learnt = row.labels[row.labels != NOTHING]
-            judged = {"loss": loss / max(len(learnt), 1), "learnt": len(learnt)}
-            found.append({**judged, "words": self._words(row.input_ids, learnt)})
+            sides = {"text": row.input_ids, "learnt": learnt}
+            words = {k: decode(x.tolist(), skip_special_tokens=False) for k, x in sides.items()}
+            mean = loss / max(len(learnt), 1)
+            found.append({"loss": mean, "learnt": len(learnt), "words": words})
         return found
 
-    def _words(self, ids: np.ndarray, learnt: np.ndarray) -> dict[str, str]:
-        """What a sequence says, and which of it is learnt."""
-        sides = {"text": ids, "learnt": learnt}
-        decode = self.decoder.tokenizer.decode
-        return {k: decode(x.tolist(), skip_special_tokens=False) for k, x in sides.items()}
+    def score_base(self) -> Scores:
+        """The metrics of the base without adapters."""
+        self.say("the base without adapters:")
+        return {part: self.score_model(self.decoder.model, part) for part in HELD_OUT}
 
     def score_model(self, model: nnx.Module, part: str) -> dict[str, float]:
         """All metrics of a model, which may be the base without adapters."""
-        rows = self.held_out[part]
+        rows = self.parts[part]
         also = f", {len(rows.prompts)} texts to generate" if rows.prompts else ""
         self.say(f"scoring {part}: {rows.tokens} tokens{also}")
-        losses = self._losses(model, part)
+        losses = self.run(token_losses, model, part)
         found = {"perplexity": perplexity(float(losses.astype(np.float64).sum()), rows.tokens)}
         if rows.prompts:
             texts = complete(model, self.decoder, rows.prompt_ids, rows.new_tokens)
@@ -137,27 +117,6 @@ class CompletionProblem:
             if {*ROUGE} & {*self.metrics}:
                 found |= rouge(texts, rows.references)
         return found
-
-    def _losses(self, model: nnx.Module, part: str) -> Float[np.ndarray, "rows 1"]:
-        """The loss of each sequence of a part, summed over its tokens."""
-        graphdef, state = nnx.split(model)
-
-        def run(batch: Batch) -> Array:
-            placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            chunk = self._chunk(batch["labels"])
-            return _token_losses(graphdef, state, placed, self.most, chunk)
-
-        return in_row_order(run, self.held_out[part].batches)
-
-
-def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -> int:
-    """The positions of each row whose logits are held at once: `TOKENS` on each device.
-
-    Dropout in the head draws one mask for all tokens, so it needs all logits at once.
-    """
-    if any(method.dropout for path in HEADS for method in recipe.at(path)):
-        return length
-    return -(-TOKENS * (mesh.size if mesh else 1) // rows)
 
 
 def _learnt(
@@ -174,25 +133,158 @@ def _learnt(
     return learnt_first(hidden, labels, most)
 
 
-def learnt_first(
-    hidden: Float[Array, "batch length d"], labels: Int[Array, "batch length"], most: int
-) -> tuple[Float[Array, "batch most d"], Int[Array, "batch most"]]:
-    """The hidden states and labels of each sequence's tokens to learn, and others behind them."""
-    learnt = jnp.argsort(labels == NOTHING, axis=1, stable=True)[:, :most]
-    hidden = jnp.take_along_axis(hidden, learnt[:, :, None], axis=1)
-    return hidden, jnp.take_along_axis(labels, learnt, axis=1)
-
-
 def token_losses(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, " batch"]:
     """The loss of each sequence, summed over its tokens to learn."""
     hidden, labels = _learnt(model, batch, most)
     return -sequence_log_probs(hidden, model.logits, labels, chunk=chunk)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _token_losses(
-    graphdef: Any, state: Any, batch: Batch, most: int, chunk: int
-) -> Float[Array, "batch 1"]:
-    model = nnx.merge(graphdef, state)
-    model.eval()
-    return token_losses(model, batch, most, chunk)[:, None]
+def encode_table(
+    table: Table, prompts: Prompts, decoder: DecoderTokenizer, max_length: int
+) -> tuple[list[Example], int]:
+    """Encodes the rows of a table as token ids, cut at `max_length`.
+
+    A plain text is encoded as the completion of its first token, which nothing predicts. Where an
+    encoder reads the prompt, it and the completion have this length each.
+
+    Args:
+        table: a table of prompts and completions, or of plain texts.
+        prompts: the format of prompts.
+        decoder: the decoder whose tokenizer encodes the rows.
+        max_length: the largest number of tokens that the model reads at once.
+
+    Returns:
+        One example for each row, and the number of rows that were cut.
+
+    Raises:
+        DataError: a prompt leaves no room for a completion.
+    """
+    examples = [encode_pair(prompt, each, prompts, decoder) for prompt, each in table.texts]
+    rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
+    long = [
+        f"{place(line)} ({len(prompt)} tokens)"
+        for line, (prompt, _), room in zip(table.lines, examples, rooms, strict=True)
+        if len(prompt) > max_length or room < 1
+    ]
+    what = "is too long for" if decoder.encodes else "leaves no room for a completion in"
+    before = f"{count_rows(long)} a prompt that {what} --max-length {max_length}: "
+    refuse(table.path, long, before, "; raise it or shorten them")
+    cut = sum(len(c) > room for (_, c), room in zip(examples, rooms, strict=True))
+    return [Example(p, c[:room]) for (p, c), room in zip(examples, rooms, strict=True)], cut
+
+
+def encode_pair(
+    prompt: str, completion: str | None, prompts: Prompts, decoder: DecoderTokenizer
+) -> Example:
+    """Encodes a prompt and its completion, which the end token follows; or a plain text."""
+    if completion is None:
+        first, *rest = decoder.tokenizer.encode(prompt).ids
+        return Example([first], [*rest, decoder.end])
+    # Encoded by itself, so that a completion has the same tokens after any prompt.
+    ids = decoder.tokenizer.encode(completion, add_special_tokens=False).ids
+    return Example(prompts.encode(prompt, decoder), [*ids, decoder.end])
+
+
+def build_completions(
+    data: TaskData,
+    decoder: PretrainedDecoder,
+    prompts: Prompts,
+    max_length: int,
+    packs: bool,
+    setup: Setup,
+) -> BuiltRows:
+    """Makes the batches of a task; messages count the rows that are cut and packed.
+
+    Args:
+        data: the rows.
+        decoder: the decoder whose tokenizer encodes them.
+        prompts: the format of prompts.
+        max_length: the largest number of tokens in a sequence.
+        packs: whether examples are packed into sequences, which an encoder does not read.
+        setup: has the size of batches, the seed, and the number of prompts to generate for.
+
+    Raises:
+        DataError: a prompt leaves no room for a completion.
+    """
+    examples: dict[str, list[Example]] = {}
+    for part in PARTS:
+        table = getattr(data, part)
+        examples[part], cut = encode_table(table, prompts, decoder, max_length)
+        if cut:
+            setup.say(f"{cut} of {len(table)} {part} rows are cut at {max_length} tokens")
+    built = build_batches(examples, max_length, packs, setup, encodes=decoder.encodes)
+    parts = {}
+    for part in HELD_OUT:
+        asked = _asked(getattr(data, part).texts, setup.exact_match)
+        ids = [prompts.encode(prompt, decoder) for prompt in asked]
+        longest = max((len(completion) for _, completion in examples[part]), default=1)
+        room = decoder.config.longest - max(map(len, ids), default=0)
+        if longest > room:
+            setup.say(
+                f"completions of {part} are generated up to {room} tokens of {longest}, as the "
+                f"model reads at most {decoder.config.longest}"
+            )
+        new = min(rounded(longest), room)
+        parts[part] = replace(
+            built.parts[part],
+            prompts=[*asked],
+            prompt_ids=ids,
+            references=[*asked.values()],
+            new_tokens=new,
+        )
+    return replace(built, parts=parts)
+
+
+def _asked(texts: Sequence[tuple[str, str | None]], most: int) -> dict[str, list[str]]:
+    """Distinct prompts to generate for, evenly spread, each with all its right completions."""
+    right: dict[str, list[str]] = defaultdict(list)
+    for prompt, completion in texts:
+        if completion is not None:
+            right[prompt].append(completion)
+    prompts = [*right]
+    return {prompts[i]: right[prompts[i]] for i in spread(len(right), most)}
+
+
+def build_batches(
+    examples: Mapping[str, Sequence[Example | Marked]],
+    max_length: int,
+    packs: bool,
+    setup: Setup,
+    encodes: bool = False,
+) -> BuiltRows:
+    """Makes the batches of examples; a message counts the rows that share a sequence.
+
+    Args:
+        examples: the examples of "train", "dev" and "test".
+        max_length: the largest number of tokens in a sequence.
+        packs: whether several examples share a sequence.
+        setup: has the number of sequences in a batch, and the seed of the order.
+        encodes: whether an encoder reads the prompts, which then stand beside the completions.
+    """
+
+    def rows_of(found: Sequence[Any]) -> list[Any]:
+        if encodes:
+            return [pair(example) for example in found]
+        one_each = [[i] for i in range(len(found))]
+        groups = pack(found, max_length, setup.seed) if packs else one_each
+        return [sequence([found[i] for i in group]) for group in groups]
+
+    rows = {part: rows_of(found) for part, found in examples.items()}
+    of, into = len(examples["train"]), len(rows["train"])
+    if into < of:
+        sequences = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
+        setup.say(f"{of} train rows are packed into {sequences}")
+    train, size = rows["train"], setup.batch_size
+    # Packed sequences are all about as long as they can be, so one shape wastes little.
+    buckets = (max_length,) if packs else choose_buckets(train, max_length, size)
+    parts = {
+        part: HeldOut(
+            Batches(rows[part], None, size, None, buckets),
+            sum(label != NOTHING for example in examples[part] for label in example.labels),
+        )
+        for part in HELD_OUT
+    }
+    most = max(int((row.labels != NOTHING).sum()) for found in rows.values() for row in found)
+    tokens = sum(len(example.ids) for example in examples["train"])
+    batches = Batches(train, None, size, setup.seed, buckets)
+    return BuiltRows(batches, parts, rounded(most), tokens)

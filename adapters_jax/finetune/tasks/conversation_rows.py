@@ -6,7 +6,7 @@ writes once the answer is there, up to its end token; or what it encloses in `{%
 
 Some templates change earlier answers when a conversation goes on, as those that leave out what a
 model thought. What they write for a whole conversation is then not what the model reads as it
-answers each turn, so each answer becomes a row of its own, after the messages before it.
+answers each turn, so each answer becomes a separate row, after the messages before it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import processors
 
 from adapters_jax.errors import ChatTemplateError
+from adapters_jax.finetune.data.batches import bare
 from adapters_jax.finetune.data.conversations import Conversation, Conversations
 from adapters_jax.finetune.data.files import DataError, Line, place
 from adapters_jax.finetune.data.packing import Marked
@@ -188,9 +189,7 @@ class ChatEncoder:
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
         """A copy whose offsets count white space, too; a template writes special tokens itself."""
-        copy = tokenizers.Tokenizer.from_str(self.decoder.tokenizer.to_str())
-        copy.no_padding()
-        copy.no_truncation()
+        copy = bare(self.decoder.tokenizer)
         copy.post_processor = processors.ByteLevel(trim_offsets=False)
         return copy
 

@@ -6,7 +6,6 @@ Images are read with the preprocessing of the checkpoint, which has the size tha
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,21 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.finetune.data.datasets import Dataset, TaskData, load_labelled
+from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.tasks.base import Batch, Setup, Usage
+from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.tasks.base import PARTS, Batch, Columns
 from adapters_jax.finetune.tasks.classification import Classes
-from adapters_jax.finetune.tasks.labelled import EncoderTask
-from adapters_jax.finetune.tasks.readout import Batching, Inputs
+from adapters_jax.finetune.tasks.labelled import LabelledTask
+from adapters_jax.finetune.tasks.readout import Inputs
 
 MARGIN = 8  # a crop moves an image by at most 1 / 8 of its side
 
 
 @dataclass(frozen=True)
 class ImageClasses(Classes):
-    """A `LabelReadout` of the classes of images; the texts of rows are paths.
+    """A `NamedReadout` of the classes of images; the texts of rows are paths.
 
     Args:
         names: the names of the classes, in the order of their ids.
@@ -40,14 +40,16 @@ class ImageClasses(Classes):
 
     augment: tuple[str, ...] = ()
     arrays = ("pixels",)
+    unsaved = ("augment",)
     max_length = 2**31  # every image has the tokens of the model
 
     @classmethod
-    def made(cls, train: Dataset, setup: Setup) -> ImageClasses:
-        """Makes it from a training set; raises MissingPackageError if augmenting needs dm-pix."""
-        if setup.augment:
+    def of(cls, train: Table, setup: Any = None) -> ImageClasses:
+        """The classes of a training set; raises MissingPackageError if augmenting needs dm-pix."""
+        augment = setup.augment if setup else ()
+        if augment:
             _pix()
-        return replace(cls(train.label_names), augment=setup.augment)
+        return cls(train.label_names, augment)
 
     def inputs(self, encoder: Any, texts: Sequence[Any], max_length: int) -> Inputs:
         """The images, which are read batch by batch."""
@@ -64,33 +66,21 @@ class ImageClasses(Classes):
         found = hashlib.sha256("".join(row.sha256 for row in rows).encode())
         return {"pixels_sha256": found.hexdigest()}
 
-    def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
-        """None: all images have one size."""
-        return ()
-
     def named(self, texts: Sequence[Any]) -> dict[str, str]:
         """The image's name and its folder's."""
         return {"image": "/".join(Path(texts[0]).parts[-2:])}
 
-    def lengths(self, batches: Any) -> Counter[int]:
-        """None: images have no tokens of their own."""
-        return Counter()
-
-    def tokens(self, rows: Sequence[Any]) -> int:
-        """0: images have no tokens of their own."""
-        return 0
-
-    def batches(
-        self, encoder: Any, rows: Sequence[Any], labels: Any, batching: Batching
-    ) -> ImageBatches:
+    def batches(self, encoder: Any, rows: Sequence[Any], labels: Any, *plan: Any) -> ImageBatches:
         """Batches of images."""
-        return ImageBatches(rows, labels, batching.size, batching.seed, encoder.preprocessing)
+        size, seed, _ = plan
+        return ImageBatches(rows, labels, size, seed, encoder.preprocessing)
 
     def augmented(self, batch: Batch, key: Any) -> Batch:
         """A training batch, whose images are moved and flipped by a key; cached features stay."""
         if not self.augment or "pixels" not in batch:
             return batch
         pixels: Any = jnp.asarray(batch["pixels"])
+        # The key is dropout's as well, so it is folded to draw other numbers.
         keys = jax.random.split(jax.random.fold_in(key, MARGIN), (2, len(pixels)))
         if "crop" in self.augment:
             gaps = [side // MARGIN for side in pixels.shape[1:3]]
@@ -111,7 +101,7 @@ def _pix() -> Any:
     return dm_pix
 
 
-class ImageClassification(EncoderTask):
+class ImageClassification(LabelledTask):
     """Classes of images."""
 
     name = "image-classification"
@@ -121,14 +111,11 @@ class ImageClassification(EncoderTask):
     metrics = ("accuracy", "f1", "matthews")
     defaults = ("accuracy", "f1")
     least_steps = 0  # a step on images takes many seconds on a processor
-    columns: ClassVar[Mapping[str, str | None]] = {"image": "image", "label": "label"}
-    flags = (*EncoderTask.flags, "augment")
+    columns: ClassVar[Columns] = {"image": "image", "label": "label"}
+    flags = (*LabelledTask.flags, "augment")
+    inputs = ("image",)
     readout = ImageClasses
     example = "--train DIR, with a folder of images for each class, or a table of paths and labels"
-
-    def texts(self, columns: Mapping[str, Any]) -> list[str]:
-        """The column of the paths."""
-        return [columns["image"]]
 
     def load(
         self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
@@ -137,32 +124,20 @@ class ImageClassification(EncoderTask):
 
         The paths are absolute: a run that is resumed reads the same ones in any directory.
         """
-        named: Any = self.of_columns(columns)
         files = {part: path.resolve() if path.exists() else path for part, path in files.items()}
-        data = load_labelled(
-            files["train"],
-            files.get("dev"),
-            files.get("test"),
-            text=named["image"],
-            label=named["label"],
-            metrics=metrics or self.defaults,
-        )
-        held_out = {part: files.get(part, files["train"]) for part in ("train", "dev", "test")}
-        parts = {
-            part: replace(rows, texts=_placed(path, rows.texts))
-            for part, path in held_out.items()
-            for rows in (getattr(data, part),)
-        }
-        return replace(data, **parts)
+        data = super().load(files, columns, metrics)
+        # Placed once rows are held out: what is drawn by paths is the same wherever they lie.
+        found = {part: getattr(data, part) for part in PARTS}
+        placed = {p: replace(x, texts=_placed(Path(x.path), x.texts)) for p, x in found.items()}
+        return replace(data, **placed)
 
-    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
+    def read_texts(self, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
         """The paths of images to predict."""
-        return _placed(path, super().read_texts(path, rows, columns))
+        return _placed(Path(rows.path), super().read_texts(rows, columns))
 
-    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """Examples with one image; see `Task.usage`."""
-        words = ["adapters-jax", "predict", run, "image.png"]
-        return Usage.of(words, "load_predictor", run, model, "predict([('image.png', None)])")
+    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
+        """One image."""
+        return [("image.png", None)]
 
 
 def _placed(table: Path, texts: Sequence[Any]) -> list[Any]:

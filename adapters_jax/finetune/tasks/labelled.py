@@ -5,7 +5,6 @@ The task's `Readout` has what a label is: a class, a number, the tags of words, 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,15 +18,17 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
-from adapters_jax.finetune.data.annotated import Annotated
-from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows, load_labelled
-from adapters_jax.finetune.data.readers import title_of
-from adapters_jax.finetune.data.splits import key_of
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.data.batches import StepBatches
+from adapters_jax.finetune.data.datasets import TaskData, make_datasets
+from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.run_directory import Run, RunError, check_base
 from adapters_jax.finetune.tasks.base import (
-    BatchSource,
+    HELD_OUT,
+    PARTS,
+    Batch,
+    Columns,
     Prepared,
     Problem,
     Scores,
@@ -38,11 +39,15 @@ from adapters_jax.finetune.tasks.base import (
     Usage,
     in_row_order,
 )
-from adapters_jax.finetune.tasks.head import head_problem
-from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem, apply_to_rows, one_by_one
+from adapters_jax.finetune.tasks.labelled_problem import (
+    LabelledProblem,
+    apply_to_rows,
+    head_problem,
+    one_by_one,
+)
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Batching, Inputs, Readout
-from adapters_jax.finetune.tasks.views import Judged, View, shared
+from adapters_jax.finetune.tasks.readout import Inputs, Readout
+from adapters_jax.finetune.tasks.views import Judged, View, lengths_of, shared
 from adapters_jax.linen import Adapted, init_adapters
 from adapters_jax.presets import HEAD, head_only
 from adapters_jax.recipe import Recipe
@@ -51,14 +56,13 @@ from adapters_jax.training.state import TrainState
 BATCH_SIZE = 32  # texts predicted at a time
 EPOCHS = 3.0  # of a head that reads all tokens, on the frozen base
 LEAST_STEPS = 340  # of a new head and an adapter: `python -m benchmarks defaults`
-PARTS = ("train", "dev", "test")
 
 
 class EncoderTask(Task):
     """A task that an encoder with a head learns.
 
     Attributes:
-        defaults: the metrics if the user chooses none.
+        inputs: the roles of the columns that are needed to predict a row.
         readout: the class of its `Readout`.
     """
 
@@ -72,65 +76,70 @@ class EncoderTask(Task):
         "text": str,
         "pairs": bool,
     }
-    defaults: ClassVar[tuple[str, ...]]
+    inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     readout: ClassVar[type[Readout]]
 
     def texts(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns of the texts that are needed to predict a row."""
-        return [columns[role] for role in ("text", "text_pair") if columns.get(role) is not None]
+        return [columns[role] for role in self.inputs if columns.get(role) is not None]
 
     def prepare(self, data: TaskData, setup: Setup) -> PreparedTexts:
         """Prepares an encoder with a head for the rows; see `Task.prepare`."""
-        readout = self.readout.made(data.train, setup)
+        readout = self.readout.of(data.train, setup)
         readout.check_batch(setup.batch_size // setup.accumulate)
         pooling = readout.pooling or setup.pooling
         encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
-        length = _length(setup, readout, encoder)
-        inputs = {
-            part: readout.encoded(encoder, getattr(data, part).texts, length) for part in PARTS
-        }
-        for part, found in inputs.items():
-            if found.cut:
-                count = len(getattr(data, part))
-                setup.say(f"{found.cut} of {count} {part} texts are cut at {length} tokens")
+        # The default length is at most what the model has positions for.
+        length = setup.max_length or min(readout.max_length, encoder.longest)
+        inputs: dict[str, Inputs] = {}
+        for part in PARTS:
+            texts = getattr(data, part).texts
+            inputs[part] = readout.encoded(encoder, texts, length)
+            if inputs[part].cut:
+                said = f"{inputs[part].cut} of {len(texts)} {part} texts"
+                setup.say(f"{said} are cut at {length} tokens")
         rows, labels = readout.targets(inputs["train"], data.train.labels)
-        size, buckets = setup.batch_size, readout.buckets(rows, length, setup.batch_size)
-        batches = readout.batches(encoder, rows, labels, Batching(size, setup.seed, buckets))
-        problem = self._problem(data, setup, encoder, readout, batches, inputs, buckets)
-        columns = self.texts(self.of_columns(setup.columns))
-        tokens = readout.tokens(rows)
-        return PreparedTexts(
-            problem,
-            encoder.sha256,
-            0 if problem.recipe == head_only() else tokens,
+        size = setup.batch_size
+        buckets = readout.buckets(rows, length, size)
+        batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets)
+        model, params = self._adapted(setup, encoder, readout, batches[0])
+        held_out = {part: inputs[part] for part in HELD_OUT}
+        problem = LabelledProblem(
+            model,
+            params,
+            readout.arrays,
+            readout,
+            batches,
             {
-                "max_length": length,
-                "metrics": list(data.metrics),
-                "pooling": encoder.pooling,
-                "target": readout.to_config(),
-                "text": columns[0],
-                "text_pair": columns[1] if len(columns) == 2 else None,
-                "pairs": len(columns) == 2,
-                **({"texts": columns} if len(columns) > 2 else {}),
-                **readout.checksums(inputs),
+                part: readout.batches(encoder, found.rows, None, size, None, buckets)
+                for part, found in held_out.items()
             },
-            data,
-            setup,
-            encoder,
-            readout.batches(encoder, rows, labels, Batching(size, None, buckets)),
-            self.least_steps,
+            {part: getattr(data, part) for part in held_out},
+            data.metrics,
+            setup.mesh,
+            {part: found.where for part, found in held_out.items()},
         )
+        columns = self.texts(self.of_columns(setup.columns))
+        config = {
+            "max_length": length,
+            "metrics": list(data.metrics),
+            "pooling": encoder.pooling,
+            "target": readout.to_config(),
+            "text": columns[0],
+            "text_pair": columns[1] if len(columns) == 2 else None,
+            "pairs": len(columns) == 2,
+            **({"texts": columns} if len(columns) > 2 else {}),
+            **readout.checksums(inputs),
+        }
+        tokens = 0 if model.recipe == head_only() else readout.tokens(rows)
+        in_order = readout.batches(encoder, rows, labels, size, None, buckets)
+        more = data, setup, encoder, in_order, self.least_steps
+        return PreparedTexts(problem, encoder.sha256, tokens, config, *more)
 
-    def _problem(
-        self,
-        data: TaskData,
-        setup: Setup,
-        encoder: Encoder,
-        readout: Readout,
-        batches: BatchSource,
-        inputs: Mapping[str, Inputs],
-        buckets: Sequence[int],
-    ) -> LabelledProblem:
+    def _adapted(
+        self, setup: Setup, encoder: Encoder, readout: Readout, batch: Batch
+    ) -> tuple[Adapted, Any]:
+        """The encoder with its head and the adapters of the recipe, and all parameters."""
         trains_head = readout.has_head and encoder.head is None
         recipe = setup.recipe(
             head=HEAD if trains_head else None, num_layers=encoder.config.num_layers
@@ -143,31 +152,15 @@ class EncoderTask(Task):
                 "images as they are; leave it out, or give another --method"
             )
         model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
+        # A separate key for the head: it starts equal with every method.
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))
-        example = [batches[0][name] for name in readout.arrays]
         params = init_adapters(
             model,
             encoder.init(readout.width, head_key) if readout.has_head else encoder.bare[1],
             adapters_key,
-            *map(one_by_one, example),
+            *(one_by_one(batch[name]) for name in readout.arrays),
         )
-        held_out = {part: inputs[part] for part in ("dev", "test")}
-        in_order = Batching(setup.batch_size, None, buckets)
-        return LabelledProblem(
-            model,
-            store_frozen(params, recipe, setup.dtype),
-            readout.arrays,
-            readout,
-            batches,
-            {
-                part: readout.batches(encoder, found.rows, None, in_order)
-                for part, found in held_out.items()
-            },
-            {part: getattr(data, part).labels for part in held_out},
-            data.metrics,
-            setup.mesh,
-            {part: found.where for part, found in held_out.items()},
-        )
+        return model, store_frozen(params, recipe, setup.dtype)
 
     def open(self, run: Run, config: Mapping[str, Any]) -> TextPredictor:
         """Opens a run as a predictor; see `Task.open`."""
@@ -193,12 +186,17 @@ class EncoderTask(Task):
             encoder, adapted, params, readout, config["max_length"], config["pairs"]
         )
 
-    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """Examples with two texts, or with one pair of texts; see `Task.usage`."""
+    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
+        """Rows that the examples of a run predict: two texts, or one pair of texts."""
         first, second = "A text of your own.", "Another one."
-        row = (first, second if config.get("pairs") else None)
-        words = ["adapters-jax", "predict", run, first, second]
-        return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
+        return [(first, second)] if config.get("pairs") else [(first, None), (second, None)]
+
+    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
+        """Examples with a few rows; see `Task.usage`."""
+        rows = self.samples(config)
+        texts = [text for row in rows for text in row if text is not None]
+        words = ["adapters-jax", "predict", run, *texts]
+        return Usage.of(words, "load_predictor", run, model, f"predict([{rows[0]!r}])")
 
     def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
         """Those of the readout, and those of every task; see `Task.views`."""
@@ -206,62 +204,35 @@ class EncoderTask(Task):
         return [*readout.views(judged, config["metrics"]), *shared(judged)]
 
 
-class AnnotatedTask(EncoderTask):
-    """A task whose rows have annotations of their own, such as a tag for each word."""
+class LabelledTask(EncoderTask):
+    """A task on rows with one label each, a class or a number.
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads the rows by `read`; rows with the same `grouped` are held out together."""
-        chosen = tuple(metrics) or self.defaults
-        named = self.of_columns(columns)
-        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
-        keys = [key_of(*self.grouped(texts)) for texts in parts["train"].texts]
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen)
+    Attributes:
+        learns: what `data.datasets.make_dataset` makes of the labels.
+    """
 
-    @abstractmethod
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads the rows of one file, by the columns of the task's roles."""
+    learns: ClassVar[str] = "classification"
 
-    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
-        """The texts of a row by which rows count as the same."""
-        return texts
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
+        """Reads rows and their labels."""
+        return read_rows(path, columns[self.inputs[0]], columns.get("text_pair"), columns["label"])
+
+    def hold_out(self, name: str, parts: Mapping[str, Table], metrics: Sequence[str]) -> TaskData:
+        """Makes the labels ids or numbers; classes keep their proportions. See `Task.hold_out`."""
+        return super().hold_out(name, make_datasets(parts, self.learns), metrics)
 
 
-class LabelledTexts(EncoderTask):
+class LabelledTexts(LabelledTask):
     """A task on texts, or pairs of texts, with one label each."""
 
     pipeline = "text-classification"
-    columns: ClassVar[Mapping[str, str | None]] = {
-        "text": "text",
-        "text_pair": None,
-        "label": "label",
-    }
-    flags = (*EncoderTask.flags, "glue", "data", "pooling")
-
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads texts or pairs of texts, and their labels; see `Task.load`."""
-        named: Any = self.of_columns(columns)
-        return load_labelled(
-            files["train"],
-            files.get("dev"),
-            files.get("test"),
-            **named,
-            task=self.name,
-            metrics=metrics or self.defaults,
-        )
+    columns: ClassVar[Columns] = {"text": "text", "text_pair": None, "label": "label"}
+    flags = (*LabelledTask.flags, "glue", "data", "pooling")
 
 
 def _width(encoder: Encoder, readout: Readout) -> int:
     """The number of outputs of the model."""
     return readout.width if readout.has_head else encoder.config.hidden_size
-
-
-def _length(setup: Setup, readout: Readout, encoder: Encoder) -> int:
-    """The largest number of tokens; the default is at most what the model has positions for."""
-    return setup.max_length or min(readout.max_length, encoder.longest)
 
 
 @dataclass(frozen=True)
@@ -280,7 +251,7 @@ class PreparedTexts(Prepared):
     data: TaskData
     setup: Setup
     encoder: Encoder
-    in_order: BatchSource
+    in_order: StepBatches
     least_steps: int
 
     @cached_property
@@ -311,13 +282,9 @@ class PreparedTexts(Prepared):
     def judged(self, problem: Any, state: TrainState) -> Judged:
         """The predictions of dev and test, and the lengths of all rows; see `Prepared.judged`."""
         parts: dict[str, Any] = {"train": self.in_order, **self.problem.held_out}
-        lengths = {
-            part: found
-            for part, batches in parts.items()
-            if (found := self.problem.readout.lengths(batches))
-        }
-        data = {part: getattr(self.data, part) for part in self.problem.held_out}
-        rows = {part: problem.judged(state, part, found) for part, found in data.items()}
+        counts = {part: lengths_of(batches.rows) for part, batches in parts.items()}
+        lengths = {part: found for part, found in counts.items() if found}
+        rows = {part: problem.judged(state, part) for part in self.problem.held_out}
         return Judged.of(lengths, **rows)
 
     @property
@@ -336,13 +303,10 @@ class PreparedTexts(Prepared):
 
     def _constant(self) -> Scores:
         problem = self.problem
+        found = {p: problem.readout.untrained(problem, self.data, p) for p in problem.rows}
         return {
-            part: problem.readout.score(
-                problem.metrics,
-                problem.readout.untrained(problem, self.data, part),
-                labels,
-            )
-            for part, labels in problem.labels.items()
+            part: problem.readout.score(problem.metrics, found[part], rows.labels)
+            for part, rows in problem.rows.items()
         }
 
 
@@ -388,8 +352,7 @@ class TextPredictor:
         inputs = self.readout.inputs(self.encoder, texts, self.max_length)
         readout = self.readout
         buckets = readout.buckets(inputs.rows, self.max_length, BATCH_SIZE)
-        in_order = Batching(BATCH_SIZE, None, buckets)
-        batches = readout.batches(self.encoder, inputs.rows, None, in_order)
+        batches = readout.batches(self.encoder, inputs.rows, None, BATCH_SIZE, None, buckets)
 
         @jax.jit
         def apply(params: Any, arrays: Sequence[Any]) -> Any:
@@ -399,4 +362,4 @@ class TextPredictor:
         outputs = in_row_order(
             lambda batch: apply(self.params, [batch[name] for name in readout.arrays]), batches
         )
-        return self.readout.predictions(texts, outputs, inputs)
+        return self.readout.predictions(texts, outputs, inputs.where)

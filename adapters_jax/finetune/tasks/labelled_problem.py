@@ -1,22 +1,40 @@
-"""The problem of labels: the outputs of a head, their loss and their metrics."""
+"""The problem of labels: the outputs of a head, their loss and their metrics.
+
+Beside it the baseline of a trained head on a frozen base.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.finetune.tasks.base import Batch, BatchSource, NotFiniteError, in_row_order
+from adapters_jax.files.base_model import MASKED
+from adapters_jax.finetune.data.batches import StepBatches
+from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.pretrained.encoder import Encoder
+from adapters_jax.finetune.tasks.base import (
+    Batch,
+    NotFiniteError,
+    Setup,
+    in_row_order,
+)
 from adapters_jax.finetune.tasks.readout import Readout
 from adapters_jax.linen import Adapted
+from adapters_jax.presets import HEAD, head_only
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_eval_step
@@ -33,7 +51,7 @@ class LabelledProblem:
         readout: maps the outputs to labels.
         train: training batches.
         held_out: the batches of "dev" and "test", in order.
-        labels: the labels of the held-out rows.
+        rows: the texts and labels of "dev" and "test".
         metrics: the names of the metrics, the one to select on first.
         mesh: the mesh of devices that batches are split over; None is one device.
         where: `Inputs.where` of the held-out rows, for readouts that need it.
@@ -43,9 +61,9 @@ class LabelledProblem:
     params: Any
     inputs: tuple[str, ...]
     readout: Readout
-    train: BatchSource
-    held_out: Mapping[str, BatchSource]
-    labels: Mapping[str, Any]
+    train: StepBatches
+    held_out: Mapping[str, StepBatches]
+    rows: Mapping[str, Table]
     metrics: Sequence[str]
     mesh: Mesh | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +97,7 @@ class LabelledProblem:
         """The training batch of a step, weighted so that `loss` is the mean over all losses."""
         batch = self.train[step]
         counts = self.readout.counts(batch)
+        # A batch without a single label, as of cut texts, would divide by 0.
         mean = max((batch["weight"] * counts).mean(), 1 / len(counts))
         return {**batch, "weight": batch["weight"] / mean}
 
@@ -88,28 +107,22 @@ class LabelledProblem:
 
     def score_params(self, params: Any, part: str) -> dict[str, float]:
         """The metrics of parameters that are not in training."""
-        reduced = jax.jit(self._reduced)
+        reduced = jax.jit(self._reduced)  # `_evaluate` takes a `TrainState` alone
         return self._score(lambda batch: reduced(params, batch), part, 0)
 
     def _score(self, run: Callable[[Batch], Any], part: str, step: int) -> dict[str, float]:
         outputs, readout = self._fitted(run, part, step)
         predictions = readout.decode(outputs, self.where.get(part))
         return {
-            **readout.score(self.metrics, predictions, self.labels[part]),
+            **readout.score(self.metrics, predictions, self.rows[part].labels),
             **readout.found(),
         }
 
-    def judged(self, state: TrainState, part: str, rows: Any) -> list[dict[str, Any]]:
-        """Each row of "dev" or "test" with its loss and its prediction, for the report.
-
-        Args:
-            state: the trained state.
-            part: the name of the part.
-            rows: its texts and labels.
-        """
+    def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
+        """Each row of "dev" or "test" with its loss and its prediction, for the report."""
         run = lambda batch: self._evaluate(state, batch)  # noqa: E731
         outputs, readout = self._fitted(run, part, int(state.step))
-        return readout.judged(rows, outputs, self.where.get(part))
+        return readout.judged(self.rows[part], outputs, self.where.get(part))
 
     def _fitted(
         self, run: Callable[[Batch], Any], part: str, step: int
@@ -118,11 +131,12 @@ class LabelledProblem:
         outputs, readout = self._outputs(run, part, step), self.readout
         if readout.fits:
             dev = outputs if part == "dev" else self._outputs(run, "dev", step)
-            readout = readout.fitted(self.metrics[0], dev, self.labels["dev"])
+            readout = readout.fitted(self.metrics[0], dev, self.rows["dev"].labels)
         return outputs, readout
 
     def _outputs(self, run: Callable[[Batch], Any], part: str, step: int) -> np.ndarray:
         def placed(batch: Batch) -> Any:
+            # Only what is read goes to the devices; `weight` and `index` stay on the host.
             inputs = {name: batch[name] for name in (*self.inputs, "labels") if name in batch}
             return run(shard_batch(inputs, self.mesh) if self.mesh else inputs)
 
@@ -155,3 +169,100 @@ def apply_to_rows(apply: Callable[..., Any], arrays: Sequence[Any]) -> Any:
 def one_by_one(array: Any) -> Any:
     """The inputs `(inputs, length)` of rows that have several; other arrays as they are."""
     return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
+
+
+class Head(nn.Module):
+    """The head alone; its parameters have the paths that they have in `BertClassifier`."""
+
+    num_labels: int
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "batch d"], deterministic: bool = True
+    ) -> Float[Array, "batch labels"]:
+        """The outputs of pooled features."""
+        return nn.Dense(self.num_labels, name="head")(features)
+
+
+class FeatureBatches(StepBatches):
+    """`StepBatches` of cached features.
+
+    Args:
+        features: the features, `(rows, d)`, or `(rows, inputs, d)`.
+        labels: the labels, `(rows, ...)`; None for batches without labels.
+        batch_size: the number of rows in a batch.
+        seed: the seed of the order; None keeps the order of the rows.
+    """
+
+    def __init__(
+        self, features: np.ndarray, labels: np.ndarray | None, batch_size: int, seed: int | None
+    ) -> None:
+        super().__init__([np.arange(len(features))], labels, batch_size, seed)
+        self.features = features
+
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The features of rows."""
+        return {"features": self.features[rows]}
+
+    def real(self, step: int) -> np.ndarray:
+        """The positions of the rows of a step."""
+        # Numpy's order and not grain's: a run that is resumed goes on in the order that it began.
+        epoch, batch = divmod(step, len(self))
+        rows = np.arange(len(self.features))
+        if self.seed is not None:
+            rows = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
+        return rows[batch * self.batch_size :][: self.batch_size]
+
+
+def head_problem(
+    problem: LabelledProblem, encoder: Encoder, train: Any, setup: Setup
+) -> LabelledProblem:
+    """Makes the problem of training the head alone.
+
+    A frozen base gives a row the same pooled features in every epoch. They are computed once, and
+    the head then learns from them in seconds. The states of all tokens would need too much memory;
+    a head that reads them learns in a few epochs beside the base.
+
+    Args:
+        problem: the problem on texts.
+        encoder: its base.
+        train: its training rows, in order.
+        setup: has the seed of the order in training, and shows the progress.
+    """
+    if encoder.pooling in (TOKENS, MASKED):
+        return dataclasses.replace(
+            problem,
+            model=adapt(encoder.classifier(problem.readout.width, dropout=0.0), head_only()),
+            params=encoder.under(problem.params[HEAD]),
+        )
+    size, done = train.batch_size, itertools.count(1)
+    steps = sum(map(len, (train, *problem.held_out.values())))
+    bare, frozen = encoder.bare
+    # The parameters are an argument: jit would store what it closes over in the program.
+    apply = jax.jit(
+        lambda params, arrays: apply_to_rows(
+            lambda *inputs: bare.apply({"params": params}, *inputs), arrays
+        )
+    )
+    with setup.progress("features", steps, unit="batch", first="compiling") as bar:
+
+        def computed(batch: Batch) -> Any:
+            arrays = [batch[name] for name in problem.inputs]
+            found = jax.block_until_ready(apply(frozen, arrays))
+            bar.update(next(done), "")
+            return found
+
+        def features(batches: StepBatches) -> np.ndarray:
+            return in_row_order(computed, batches)
+
+        return dataclasses.replace(
+            problem,
+            model=adapt(Head(problem.readout.width), head_only()),
+            params={HEAD: problem.params[HEAD]},
+            inputs=("features",),
+            train=FeatureBatches(features(train), train.labels, size, setup.seed),
+            held_out={
+                part: FeatureBatches(features(batches), None, size, None)
+                for part, batches in problem.held_out.items()
+            },
+        )

@@ -8,33 +8,30 @@ A checkpoint's own head stays frozen; where it has none, a new head trains.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.base_model import MASKED
-from adapters_jax.finetune.data.annotated import Annotated
-from adapters_jax.finetune.data.batches import LEAST, NOTHING, Batches
+from adapters_jax.finetune.data.batches import LEAST, NOTHING, Batches, bare
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.data.tables import read_rows
+from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.pretrained.encoder import INPUTS, Encoder
-from adapters_jax.finetune.tasks.base import Batch, Usage
-from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.metrics import perplexity
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Batching, Inputs, Readout
+from adapters_jax.finetune.tasks.readout import Inputs, Readout, count_labels, learnt_losses
 from adapters_jax.presets import HEAD
 
 SHARE = 0.15  # of tokens that are hidden
@@ -44,7 +41,7 @@ _OF_MODELS = (MASK, "<mask>")
 
 
 class Block(NamedTuple):
-    """A part of the texts, of which tokens are hidden; others are rows with masks to fill."""
+    """A part of the texts, whose tokens are hidden in training; a `Row` has masks to fill in."""
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
@@ -100,17 +97,9 @@ def _mask_of(tokenizer: tokenizers.Tokenizer) -> str:
     return found
 
 
-def _bare(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that neither pads nor cuts, as the files of some tokenizers say."""
-    copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
-
-
 def _ends(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens before and behind a text."""
-    found = _bare(tokenizer).encode("a")
+    found = bare(tokenizer).encode("a")
     inside = [i for i, special in enumerate(found.special_tokens_mask) if not special]
     first, last = (inside[0], inside[-1]) if inside else (len(found.ids) // 2,) * 2
     return found.ids[:first], found.ids[last + 1 :] if inside else found.ids[first:]
@@ -144,41 +133,43 @@ def hide(ids: Int[np.ndarray, " length"], vocabulary: Vocabulary, seed: Sequence
     return Hidden(shown, positions, np.asarray(ids)[positions])
 
 
-@dataclass(frozen=True)
-class MaskedBatches:
-    """Batches of rows with hidden tokens; a batch is a pure function of the seed and the step.
+class MaskedBatches(Batches):
+    """`Batches` of blocks, whose tokens each step hides anew, or of rows with masks to fill in.
 
     Args:
-        batches: the batches of whole rows.
-        hidden: `hidden(step, place in the batch, number of the row, tokens)` hides tokens.
-        most: the largest number of hidden tokens in a row.
+        rows: the blocks, or the rows with masks.
         vocabulary: what the tokens are of.
+        options: the other arguments of `Batches`, without the labels.
     """
 
-    batches: Batches
-    hidden: Callable[[int, int, int, np.ndarray], Hidden]
-    most: int
-    vocabulary: Vocabulary
+    def __init__(self, rows: Sequence[Any], vocabulary: Vocabulary, *options: Any) -> None:
+        super().__init__(rows, None, *options)
+        self.vocabulary = vocabulary
+        self._hides = isinstance(rows[0], Block)
+        masks = max(int((row.input_ids == vocabulary.mask).sum()) for row in rows)
+        self.most = max(1, round(SHARE * self.buckets[-1])) if self._hides else masks
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def _hidden(self, step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
+        """The hidden tokens of the row with a number, at a place of the batch of a step."""
+        if self._hides:
+            seed = [number] if self.seed is None else [self.seed, step, place]
+            return hide(ids, self.vocabulary, seed)
+        masks = np.flatnonzero(ids == self.vocabulary.mask)
+        return Hidden(ids, masks, np.full(len(masks), NOTHING))
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[step] for step in range(len(self)))
-
-    def __getitem__(self, step: int) -> Batch:
-        batch = dict(self.batches[step])
-        rows = self.batches.rows_of(step)
-        ids = np.array(batch["input_ids"])
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        batch, rows = super().__getitem__(step), self.rows_of(step)
+        ids = batch["input_ids"]
+        # As many places in every batch, so that all have one shape; those left over have no label.
         positions = np.zeros((len(rows), self.most), np.int32)
         labels = np.full_like(positions, NOTHING)
         for place, number in enumerate(rows.tolist()):
-            length = len(self.batches.rows[number].input_ids)
-            found = self.hidden(step, place, number, ids[place, :length])
+            length = len(self.rows[number].input_ids)
+            found = self._hidden(step, place, number, ids[place, :length])
             ids[place, :length] = found.input_ids
             positions[place, : len(found.positions)] = found.positions
             labels[place, : len(found.labels)] = found.labels
-        return {**batch, "input_ids": ids, "positions": positions, "labels": labels}
+        return {**batch, "positions": positions, "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -214,18 +205,9 @@ class MaskedTokens(Readout):
     width = 1
 
     @classmethod
-    def of(cls, train: Annotated) -> MaskedTokens:
+    def of(cls, train: Table, setup: Any = None) -> MaskedTokens:
         """Needs nothing of a training set."""
         return cls()
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> MaskedTokens:
-        """Needs nothing of a configuration."""
-        return cls()
-
-    def to_config(self) -> dict[str, Any]:
-        """No values."""
-        return {}
 
     def encoded(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Packs texts into blocks, the special token between texts that a text ends with."""
@@ -234,7 +216,7 @@ class MaskedTokens(Readout):
         size, least = max_length - len(before) - len(behind), max(LEAST, len(before + behind) + 1)
         if max_length < least:
             raise UserError(f"--max-length {max_length}: expected at least {least}")
-        tokenizer = _bare(encoder.tokenizer)
+        tokenizer = bare(encoder.tokenizer)
         found = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
         stream = np.concatenate([np.array([*each.ids, *behind], np.int32) for each in found])
         stream = stream[: len(stream) - len(behind)]
@@ -263,41 +245,27 @@ class MaskedTokens(Readout):
         return Inputs(found, cut, (encoder.tokenizer, counts))
 
     def batches(
-        self, encoder: Encoder, rows: Sequence[Any], labels: Any, batching: Batching
+        self, encoder: Encoder, rows: Sequence[Any], labels: Any, *plan: Any
     ) -> MaskedBatches:
         """Batches of blocks with hidden tokens, or of rows with masks."""
-        vocabulary, seed = Vocabulary.of(encoder), batching.seed
-        whole = super().batches(encoder, rows, None, batching)
-        if not isinstance(rows[0], Block):
-            masks = [np.flatnonzero(row.input_ids == vocabulary.mask) for row in rows]
-
-            def asked(step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
-                return Hidden(ids, masks[number], np.full(len(masks[number]), NOTHING))
-
-            return MaskedBatches(whole, asked, max(map(len, masks)), vocabulary)
-
-        def drawn(step: int, place: int, number: int, ids: np.ndarray) -> Hidden:
-            return hide(ids, vocabulary, [number] if seed is None else [seed, step, place])
-
-        most = max(1, round(SHARE * whole.buckets[-1]))
-        return MaskedBatches(whole, drawn, most, vocabulary)
+        return MaskedBatches(rows, Vocabulary.of(encoder), *plan, encoder.config.pad_token_id)
 
     def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
         """The number of hidden tokens of each row."""
-        return (batch["labels"] != NOTHING).sum(axis=1)
+        return count_labels(batch)
 
     def losses(
         self, outputs: Float[Array, "rows tokens vocab"], batch: Batch
     ) -> Float[Array, " rows"]:
         """The cross-entropy of each row, summed over its hidden tokens."""
-        return _losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
+        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
 
     def reduced(
         self, outputs: Float[Array, "rows tokens vocab"], batch: Batch
     ) -> Float[Array, "rows tokens 3"]:
         """Of each place its loss, whether its token is found, and whether one is hidden there."""
         labels = jnp.asarray(batch["labels"])
-        found = [_losses(outputs, labels), outputs.argmax(-1) == labels, labels != NOTHING]
+        found = [learnt_losses(outputs, labels), outputs.argmax(-1) == labels, labels != NOTHING]
         return jnp.stack([each.astype(jnp.float32) for each in found], axis=-1)
 
     def shown(self, outputs: Float[Array, "rows tokens vocab"]) -> Float[Array, "rows tokens n 2"]:
@@ -325,28 +293,22 @@ class MaskedTokens(Readout):
         """None: a block of several texts is no row of anybody's."""
         return []
 
-    def lengths(self, batches: Any) -> Counter[int]:
-        """How many blocks have a number of tokens."""
-        return super().lengths(batches.batches)
-
     def untrained(self, problem: LabelledProblem, data: TaskData, part: str) -> np.ndarray:
         """Of each hidden token its loss by how often it is in training, each counted once more."""
         whole: Any = problem.train
-        seen = np.concatenate([row.input_ids for row in whole.batches.rows])
+        seen = np.concatenate([row.input_ids for row in whole.rows])
         size = len(problem.params[HEAD]["bias"])
         counts = np.bincount(seen, minlength=size) + 1.0
-        special = whole.vocabulary.special
+        special = whole.vocabulary.special  # a tokenizer may have more tokens than the base
         counts[special[special < size]] = 1e-9  # these are never hidden
         losses = np.log(counts.sum()) - np.log(counts)
         labels = np.concatenate([b["labels"][b["weight"] > 0] for b in problem.held_out[part]])
         labels = labels[labels != NOTHING]
         return np.stack([losses[labels], labels == counts.argmax(), np.ones(len(labels))], axis=1)
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The best tokens of each mask."""
-        tokenizer, counts = inputs.where
+        tokenizer, counts = where
         found: list[Prediction] = []
         for (text, pair), row, count in zip(texts, outputs, counts, strict=True):
             ids = row[:count, :, 0].astype(int).tolist()
@@ -358,34 +320,23 @@ class MaskedTokens(Readout):
         return found
 
 
-def _losses(
-    outputs: Float[Array, "rows tokens vocab"], labels: Int[Array, "rows tokens"]
-) -> Float[Array, "rows tokens"]:
-    """The cross-entropy of each place, 0 where no token is hidden."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
-    return jnp.where(labels == NOTHING, 0.0, losses)
-
-
-class MaskedLanguageModelling(AnnotatedTask):
+class MaskedLanguageModelling(EncoderTask):
     """Hidden tokens of texts."""
 
     name = "masked-language-modelling"
     pipeline = "fill-mask"
     head = "masked_lm"
     metrics = ("perplexity", "loss", "accuracy")
-    defaults = ("perplexity", "loss", "accuracy")
     least_steps = 0  # its head is the checkpoint's
-    columns: ClassVar[Mapping[str, str | None]] = {"text": "text"}
+    columns: ClassVar[Columns] = {"text": "text"}
     readout = MaskedTokens
     example = "--train texts.txt, or --train rows.csv --text COLUMN"
 
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
         """Reads texts."""
-        texts = read_rows(path, columns["text"], None, None).texts
-        return Annotated([*texts], [None] * len(texts))
+        table = read_rows(path, columns["text"], None, None)
+        return replace(table, labels=[None] * len(table))
 
-    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """Examples with one mask; see `Task.usage`."""
-        text = f"The film was {MASK}."
-        words = ["adapters-jax", "predict", run, text]
-        return Usage.of(words, "load_predictor", run, model, f"predict([{(text, None)!r}])")
+    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
+        """A text with a mask."""
+        return [(f"The film was {MASK}.", None)]

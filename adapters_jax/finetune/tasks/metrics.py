@@ -32,117 +32,6 @@ def show_metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if name in PERCENT else f"{value:.3f}"
 
 
-def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The fraction of predictions that equal their label.
-
-    Args:
-        predictions: class ids, `(rows,)`.
-        labels: class ids, `(rows,)`.
-
-    Returns:
-        A number in [0, 1].
-
-    Example:
-        >>> accuracy([0, 1, 1, 1], [0, 1, 0, 1])
-        0.75
-    """
-    return float(np.mean(np.equal(predictions, labels)))
-
-
-def f1(predictions: ArrayLike, labels: ArrayLike, classes: int | None = None) -> float:
-    """F1: of the positive class for two classes, the mean over classes for more.
-
-    Of two classes, the positive one is 1, the last label. Of more, each class that occurs in
-    `predictions` or `labels` weighs the same (macro). A class that is never right has 0, also where
-    `labels` lack it.
-
-    Args:
-        predictions: class ids, `(rows,)`.
-        labels: class ids, `(rows,)`.
-        classes: the number of classes; None counts two where all ids are 0 or 1.
-
-    Returns:
-        A number in [0, 1].
-
-    Example:
-        >>> round(f1([0, 1, 1, 1], [0, 1, 0, 1]), 3)
-        0.8
-        >>> round(f1([0, 1, 2, 2], [0, 1, 1, 2]), 3)
-        0.778
-        >>> f1([0, 0], [0, 0]), f1([0, 0], [0, 0], classes=3)
-        (0.0, 1.0)
-    """
-    from sklearn.metrics import f1_score
-
-    if classes is None:
-        classes = max(np.asarray(predictions).max(), np.asarray(labels).max(), 1) + 1
-    counted = [1] if classes == 2 else None
-    return float(f1_score(labels, predictions, labels=counted, average="macro", zero_division=0))
-
-
-def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews' correlation coefficient of two or more classes; 0.0 when either side is constant.
-
-    Args:
-        predictions: class ids, `(rows,)`.
-        labels: class ids, `(rows,)`.
-
-    Returns:
-        A number in [-1, 1].
-
-    Example:
-        >>> round(matthews([0, 1, 1, 1], [0, 1, 0, 1]), 3)
-        0.577
-    """
-    from sklearn.metrics import matthews_corrcoef
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Pearson's correlation; 0.0 when either side is constant.
-
-    Args:
-        predictions: numbers, `(rows,)`.
-        labels: numbers, `(rows,)`.
-
-    Returns:
-        A number in [-1, 1].
-
-    Example:
-        >>> round(pearson([1.0, 2.0, 3.0], [1.0, 2.0, 4.0]), 3)
-        0.982
-    """
-    from scipy.stats import pearsonr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(pearsonr(np.asarray(predictions, float), np.asarray(labels, float)).statistic)
-
-
-def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Spearman's rank correlation, ties sharing their mean rank; 0.0 when either side is constant.
-
-    Args:
-        predictions: numbers, `(rows,)`.
-        labels: numbers, `(rows,)`.
-
-    Returns:
-        A number in [-1, 1].
-
-    Example:
-        >>> round(spearman([1.0, 2.0, 3.0], [1.0, 2.0, 4.0]), 3)
-        1.0
-    """
-    from scipy.stats import spearmanr
-
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(spearmanr(predictions, labels).statistic)
-
-
 def perplexity(nll: float, tokens: int) -> float:
     """The exponential of the mean negative log-likelihood of a token.
 
@@ -263,15 +152,25 @@ def span_scores(
         >>> scores["precision"], scores["recall"], scores["f1"]
         (0.5, 0.5, 0.5)
     """
-    found, right, both = 0, 0, 0
-    for predicted, gold in zip(predictions, labels, strict=True):
-        spans, expected = {*spans_of(predicted)}, {*spans_of(gold)}
-        found, right, both = found + len(spans), right + len(expected), both + len(spans & expected)
+    right, found, both = (counts.total() for counts in span_counts(predictions, labels))
     return {
         "precision": both / max(found, 1),
         "recall": both / max(right, 1),
         "f1": 2 * both / max(found + right, 1),
     }
+
+
+def span_counts(
+    predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """How many spans of each kind are in the labels, are predicted, and are both."""
+    right, found, both = Counter[str](), Counter[str](), Counter[str]()
+    for predicted, gold in zip(predictions, labels, strict=True):
+        spans, expected = {*spans_of(predicted)}, {*spans_of(gold)}
+        sets = (right, expected), (found, spans), (both, spans & expected)
+        for counts, each in sets:
+            counts.update(kind for kind, _, _ in each)
+    return right, found, both
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -393,9 +292,38 @@ def better(name: str, new: float, old: float) -> bool:
     return new < old if name in LOWER_IS_BETTER else new > old
 
 
+def _f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None) -> float:
+    from sklearn.metrics import f1_score
+
+    if classes is None:
+        classes = max(predictions.max(), labels.max(), 1) + 1
+    counted = [1] if classes == 2 else None
+    return f1_score(labels, predictions, labels=counted, average="macro", zero_division=0)
+
+
+def _correlation(module: str, name: str) -> Callable[[np.ndarray, np.ndarray, int | None], float]:
+    """A correlation of a library, 0.0 where either side is constant, for which it is undefined."""
+
+    def correlation(predictions: np.ndarray, labels: np.ndarray, classes: int | None) -> float:
+        # Values equal up to rounding count as constant: a correlation of rounding errors is noise.
+        if any(np.ptp(x) <= 1e-12 * np.abs(x).max() for x in (predictions, labels)):
+            return 0.0
+        correlate = getattr(importlib.import_module(module), name)
+        found = correlate(predictions.astype(float), labels.astype(float))
+        return getattr(found, "statistic", found)
+
+    return correlation
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray, int | None], float]] = {
+    "accuracy": lambda predictions, labels, classes: np.mean(predictions == labels),
+    "f1": _f1,
+    "matthews": _correlation("sklearn.metrics", "matthews_corrcoef"),
+    "pearson": _correlation("scipy.stats", "pearsonr"),
+    "spearman": _correlation("scipy.stats", "spearmanr"),
+}
 _OF_CLASSES = {"f1", "f1_micro", "f1_macro", "matthews"}
 _LIBRARIES = {"scipy.stats": {"pearson", "spearman"}, "sklearn.metrics": _OF_CLASSES}
-METRICS = {function.__name__: function for function in (accuracy, f1, matthews, pearson, spearman)}
 
 
 def load_metrics(names: Sequence[str]) -> None:
@@ -408,13 +336,19 @@ def load_metrics(names: Sequence[str]) -> None:
 def compute(
     names: Sequence[str], predictions: ArrayLike, labels: ArrayLike, classes: int | None = None
 ) -> dict[str, float]:
-    """Computes several metrics of the same predictions.
+    """Computes several metrics of the same predictions, by scikit-learn and scipy.
+
+    `accuracy` is the fraction of predictions that equal their label. `f1` is that of the positive
+    class of two, which is 1, the last label; of more, the mean over the classes that occur in
+    predictions or labels (macro), where a class that is never right has 0. `matthews`, `pearson`
+    and `spearman` are correlations in [-1, 1], the first of classes; each is 0.0 where either side
+    is constant.
 
     Args:
         names: keys of `METRICS`.
         predictions: class ids or numbers, `(rows,)`.
         labels: the same kind, `(rows,)`.
-        classes: the number of classes, for `f1`.
+        classes: the number of classes, for `f1`; None counts two where all ids are 0 or 1.
 
     Returns:
         Each name with its value, in the order of `names`.
@@ -424,8 +358,12 @@ def compute(
             number is not finite.
 
     Example:
-        >>> compute(["accuracy", "matthews"], [1, 1], [0, 1])
-        {'accuracy': 0.5, 'matthews': 0.0}
+        >>> compute(["accuracy", "f1", "matthews"], [0, 1, 1, 1], [0, 1, 0, 1])
+        {'accuracy': 0.75, 'f1': 0.8, 'matthews': 0.577...}
+        >>> compute(["f1"], [0, 0], [0, 0]), compute(["f1"], [0, 0], [0, 0], classes=3)
+        ({'f1': 0.0}, {'f1': 1.0})
+        >>> compute(["pearson", "spearman"], [1.0, 2.0, 3.0], [1.0, 2.0, 4.0])
+        {'pearson': 0.981..., 'spearman': 1.0}
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
@@ -440,11 +378,4 @@ def compute(
         )
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
         raise UserError("predictions and labels must be finite numbers, and some are not")
-    known: dict[str, Callable[..., float]] = {**METRICS, "f1": partial(f1, classes=classes)}
-    return {name: known[name](predictions, labels) for name in names}
-
-
-def _constant(values: ArrayLike) -> bool:
-    # Values equal up to rounding count as constant: a correlation of rounding errors is noise.
-    found = np.asarray(values)
-    return bool(np.ptp(found) <= 1e-12 * np.abs(found).max())
+    return {name: float(METRICS[name](predictions, labels, classes)) for name in names}

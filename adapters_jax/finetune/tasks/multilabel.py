@@ -12,18 +12,19 @@ import optax
 from jaxtyping import Array, Float
 from scipy.special import expit
 
-from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import Annotated, read_label_sets
 from adapters_jax.finetune.data.datasets import sorted_names
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.tasks.base import Batch
-from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.data.files import place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table, choose_columns, choose_values, items_of
+from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import set_scores
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
-from adapters_jax.finetune.tasks.views import Judged, View, of_part, per_class
+from adapters_jax.finetune.tasks.readout import NamedReadout
+from adapters_jax.finetune.tasks.views import Judged, View, per_class, sides
 
 THRESHOLDS = np.arange(1, 20) / 20
+_MARKS = {"0", "1", "0.0", "1.0", "false", "true"}  # of a row with a mark for every label
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class LabelSetPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class LabelSets(LabelReadout):
-    """A `LabelReadout` of sets of labels: the head's outputs are logits, one for each label.
+class LabelSets(NamedReadout):
+    """A `NamedReadout` of sets of labels: the head's outputs are logits, one for each label.
 
     Args:
         names: the names of the labels, in the order of the outputs.
@@ -60,35 +61,18 @@ class LabelSets(LabelReadout):
         [('joy',), ('joy', 'fear')]
     """
 
-    names: tuple[str, ...]
     threshold: float = 0.5
     constant_title = "most frequent labels"
-    fits = True
+    fits = ("threshold",)
+    least = 1
 
     @classmethod
-    def of(cls, train: Annotated) -> LabelSets:
+    def of(cls, train: Table, setup: Any = None) -> LabelSets:
         """The labels of a training set."""
         names = sorted_names("the training rows", [n for labels in train.labels for n in labels])
         if not names:
             raise DataError("no training row has a label; there is nothing to learn")
         return cls(tuple(names))
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> LabelSets:
-        """Reads what `to_config` wrote; raises KeyError, TypeError or UserError if it cannot."""
-        names = tuple(values["names"])
-        if not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"names={names}, expected the names of labels")
-        return cls(names)
-
-    def to_config(self) -> dict[str, Any]:
-        """The values for a run's configuration."""
-        return {"names": self.names}
-
-    @property
-    def width(self) -> int:
-        """The number of outputs of the head."""
-        return len(self.names)
 
     def encode(self, labels: Sequence[Sequence[str]]) -> Float[np.ndarray, "rows labels"]:
         """1.0 for each label of a row; labels that training lacks are left out."""
@@ -99,9 +83,7 @@ class LabelSets(LabelReadout):
         """The mean binary cross-entropy of each row's labels."""
         return optax.sigmoid_binary_cross_entropy(outputs, batch["labels"]).mean(axis=1)
 
-    def decode(
-        self, outputs: Float[np.ndarray, "rows labels"], where: Any = None
-    ) -> list[tuple[str, ...]]:
+    def decode(self, outputs: np.ndarray, where: Any = None) -> list[tuple[str, ...]]:
         """The labels whose probability reaches the threshold."""
         chosen = expit(outputs.astype(np.float64)) >= self.threshold
         return [
@@ -120,14 +102,6 @@ class LabelSets(LabelReadout):
             ),
         )
 
-    def found(self) -> dict[str, float]:
-        """The threshold."""
-        return {"threshold": self.threshold}
-
-    def restored(self, dev: Mapping[str, float]) -> LabelSets:
-        """The readout with the threshold that was best on dev in training."""
-        return replace(self, threshold=float(dev.get("threshold", self.threshold)))
-
     def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
         """F1 of sets of labels; a label that training lacks is never found."""
         names = [*self.names, *sorted({n for row in labels for n in row} - {*self.names})]
@@ -135,45 +109,36 @@ class LabelSets(LabelReadout):
         found = set_scores(every.encode(predictions), every.encode(labels))
         return {name: found[name] for name in metrics}
 
-    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """The right and the predicted labels of each row."""
-        return [
-            {
-                "gold": [*right],
-                "predicted": [*found],
-                "words": {"labels": ", ".join(right), "predicted": ", ".join(found)},
-            }
-            for right, found in zip(part.labels, self.decode(outputs), strict=True)
-        ]
+    def verdict(self, right: Sequence[str], found: LabelSetPrediction) -> dict[str, Any]:
+        """The right and the predicted labels of a row."""
+        words = {"labels": ", ".join(right), "predicted": ", ".join(found.labels)}
+        return {"gold": [*right], "predicted": found.labels, "words": words}
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """The figures of each label, of test."""
-        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
-        if not right:
-            return []
-        sides = self.encode(right), self.encode(found)
-        return [per_class("Labels", self.names, *sides, of_part(judged, "test"))]
+        right, found, about = sides(judged)
+        sets = self.encode(right), self.encode(found)
+        return [per_class("Labels", self.names, *sets, about)] if right else []
 
-    def constant(self, train: Annotated, part: Annotated) -> list[tuple[str, ...]]:
+    def constant(self, train: Table, part: Table) -> list[tuple[str, ...]]:
         """The most frequent labels, as many as have the best micro F1 in training."""
         counts = self.encode(train.labels).sum(axis=0)
         order = np.argsort(-counts, kind="stable")
+        # With the k most frequent labels everywhere, micro F1 = 2 hits / (k rows + labels).
         hits, many = np.cumsum(counts[order]), np.arange(1, len(order) + 1)
         best = int(np.argmax(2 * hits / (many * len(train) + counts.sum())))
         return [tuple(self.names[i] for i in order[: best + 1])] * len(part)
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The labels of each text."""
         shares = expit(outputs.astype(np.float64)).tolist()
         return [
-            LabelSetPrediction(text, pair, list(labels), dict(zip(self.names, share, strict=True)))
+            LabelSetPrediction(text, pair, [*labels], dict(zip(self.names, share, strict=True)))
             for (text, pair), labels, share in zip(texts, self.decode(outputs), shares, strict=True)
         ]
 
 
-class MultiLabel(AnnotatedTask):
+class MultiLabel(EncoderTask):
     """Sets of labels of texts."""
 
     name = "multilabel"
@@ -181,15 +146,38 @@ class MultiLabel(AnnotatedTask):
     head = "multilabel_classification"
     metrics = ("f1_micro", "f1_macro", "accuracy")
     defaults = ("f1_micro", "f1_macro")
-    columns: ClassVar[Mapping[str, str | None]] = {
-        "text": "text",
-        "labels": "labels",
-        "label_separator": None,
-    }
-    flags = (*AnnotatedTask.flags, "pooling")
+    columns: ClassVar[Columns] = {"text": "text", "labels": "labels", "label_separator": None}
+    flags = (*EncoderTask.flags, "pooling")
     readout = LabelSets
     example = "--train rows.jsonl with lists in a column labels, or --label-separator '|'"
 
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads texts with their labels."""
-        return read_label_sets(path, columns["text"], columns["labels"], columns["label_separator"])
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
+        """Reads texts with sets of labels: lists, which may be empty, or texts with a separator.
+
+        A row has the text `(text, None)`, and the tuple of labels as label.
+        """
+        rows, labels, separator = read_file(path), columns["labels"], columns["label_separator"]
+        cells, _ = choose_columns(rows, [columns["text"]])
+        values, lines = choose_values(rows, [labels])
+        placed = [(value, place(line)) for (value,), line in zip(values, lines, strict=True)]
+        if separator is None:
+            texts = [(value, at) for value, at in placed if isinstance(value, str)]
+            shown = f", such as {texts[0][0]!r}" if texts else ""
+            after = f"{shown}; say what separates the labels of a row: --label-separator '|'"
+            refuse(rows.path, [at for _, at in texts], f"{labels!r} is a text in ", after)
+        found = [items_of(value, separator) for value, _ in placed]
+        blank = [
+            at
+            for (value, at), row in zip(placed, found, strict=True)
+            if isinstance(value, Mapping) or not all(row)
+        ]
+        expected = f": {labels!r} has a label without a name; expected a list of names"
+        refuse(rows.path, blank, "", expected)
+        even = len(found) > 1 and len({*map(len, found)}) == 1 < len(found[0])
+        if even and {name for row in found for name in row} <= _MARKS:
+            raise DataError(
+                f"{rows.path}: {labels!r} has 0 or 1 for each of {len(found[0])} labels, as "
+                f"{found[0]} ({place(lines[0])}); expected the names of the labels that a text has"
+            )
+        sets = [tuple(dict.fromkeys(row)) for row in found]
+        return Table([(text, None) for (text,) in cells], sets, (), rows.path, lines)

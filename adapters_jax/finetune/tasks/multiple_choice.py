@@ -13,19 +13,19 @@ from typing import Any, ClassVar
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from scipy.special import softmax
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import Annotated, read_choices
 from adapters_jax.finetune.data.batches import together
-from adapters_jax.finetune.data.files import Rows
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.data.tables import choose_columns
+from adapters_jax.finetune.data.files import Rows, place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table, choose_columns
 from adapters_jax.finetune.pretrained.encoder import Encoder
-from adapters_jax.finetune.tasks.base import Batch, Usage
-from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
-from adapters_jax.finetune.tasks.views import Judged, View, confusion, of_part
+from adapters_jax.finetune.tasks.readout import Inputs, NamedReadout
+from adapters_jax.finetune.tasks.views import Judged, View, confusion, sides
 
 
 @dataclass(frozen=True)
@@ -48,37 +48,29 @@ class ChoicePrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Choices(LabelReadout):
-    """A `LabelReadout` of choices: the head's one output scores a text with a choice.
+class Choices(NamedReadout):
+    """A `NamedReadout` of choices: the head's one output scores a text with a choice.
 
-    Args:
-        names: the numbers of the choices, as texts.
+    Its names are the numbers of the choices, as texts.
 
     Example:
         >>> Choices(("0", "1")).decode(np.array([[[0.1], [2.0]], [[3.0], [1.0]]])).tolist()
         [1, 0]
     """
 
-    names: tuple[str, ...]
     constant_title = "most frequent position"
     width = 1
 
     @classmethod
-    def of(cls, train: Annotated) -> Choices:
+    def of(cls, train: Table, setup: Any = None) -> Choices:
         """The numbers of the choices of a training set."""
         return cls(tuple(map(str, range(len(train.texts[0]) - 1))))
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Choices:
-        """Reads what `to_config` wrote; raises KeyError or UserError if it cannot."""
-        names = tuple(values["names"])
-        if names != tuple(map(str, range(len(names)))) or len(names) < 2:
-            raise UserError(f"names={names}, expected 0, 1, ... for two or more choices")
-        return cls(names)
-
-    def to_config(self) -> dict[str, Any]:
-        """The values for a run's configuration."""
-        return {"names": self.names}
+    def expected(self) -> str:
+        """Says that the names are numbers from 0 on."""
+        numbers = tuple(map(str, range(self.count)))
+        able = self.names == numbers and self.count > 1
+        return "" if able else "expected 0, 1, ... for two or more choices"
 
     @property
     def count(self) -> int:
@@ -118,13 +110,11 @@ class Choices(LabelReadout):
         """The cross-entropy of each row over its choices."""
         return optax.softmax_cross_entropy_with_integer_labels(outputs[..., 0], batch["labels"])
 
-    def decode(
-        self, outputs: Float[np.ndarray, "rows choices 1"], where: Any = None
-    ) -> Int[np.ndarray, " rows"]:
+    def decode(self, outputs: np.ndarray, where: Any = None) -> Int[np.ndarray, " rows"]:
         """The numbers of the best choices."""
         return outputs[..., 0].argmax(axis=1)
 
-    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+    def verdicts(self, part: Table, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
         """The right and the predicted choice of each row."""
         found = zip(part.texts, part.labels, self.decode(outputs).tolist(), strict=True)
         return [
@@ -138,43 +128,38 @@ class Choices(LabelReadout):
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """The confusion matrix of positions, of test."""
-        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        right, found, about = sides(judged)
         names = [str(i + 1) for i in range(self.count)]
-        about = f"{of_part(judged, 'test')} The numbers are the positions of the choices."
+        about += " The numbers are the positions of the choices."
         return [confusion("Confusion matrix", names, right, found, about)] if right else []
 
-    def constant(self, train: Annotated, part: Annotated) -> Int[np.ndarray, " rows"]:
+    def constant(self, train: Table, part: Table) -> Int[np.ndarray, " rows"]:
         """The number that is right most often in training."""
         return np.full(len(part), np.bincount(train.labels).argmax())
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The choice of each row."""
-        scores = outputs[..., 0].astype(np.float64)
-        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
-        shares = (odds / odds.sum(axis=1, keepdims=True)).tolist()
+        shares = softmax(outputs[..., 0].astype(np.float64), axis=1).tolist()
         return [
-            ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], shares[n])
-            for n, (row, i) in enumerate(zip(texts, self.decode(outputs).tolist(), strict=True))
+            ChoicePrediction(" ".join(row[: -self.count]), None, i, row[i - self.count], share)
+            for row, i, share in zip(texts, self.decode(outputs).tolist(), shares, strict=True)
         ]
 
 
-class MultipleChoice(AnnotatedTask):
+class MultipleChoice(EncoderTask):
     """The right one of several choices."""
 
     name = "multiple-choice"
     pipeline = "multiple-choice"
     head = "multiple_choice"
     metrics = ("accuracy",)
-    defaults = ("accuracy",)
-    columns: ClassVar[Mapping[str, str | None]] = {
+    columns: ClassVar[Columns] = {
         "premise": "premise",
         "question": None,
         "choices": "choice1,choice2",
         "label": "label",
     }
-    flags = (*AnnotatedTask.flags, "pooling")
+    flags = (*EncoderTask.flags, "pooling")
     readout = Choices
     example = "--train rows.jsonl --columns premise=COLUMN choices=COLUMN,COLUMN,..."
 
@@ -183,22 +168,48 @@ class MultipleChoice(AnnotatedTask):
         asked = [columns[role] for role in ("premise", "question") if columns.get(role)]
         return [*asked, *_choices(columns)]
 
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads rows with their choices."""
-        choices = _choices(columns)
-        asked = self.texts(columns)[: -len(choices)]
-        return read_choices(path, asked, choices, columns["label"])
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
+        """Reads rows with several choices, one of them right.
 
-    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """Examples with one row; see `Task.usage`."""
+        The label is the number of the right choice from 0 on, the name of its column, or its text,
+        the same in all rows. A row has the texts, joined by spaces, and the choices.
+        """
+        rows, choices = read_file(path), _choices(columns)
+        cells, lines = choose_columns(rows, [*self.texts(columns), columns["label"]])
+        n = len(choices)
+        asked = [(" ".join(row[: -n - 1]), *row[-n - 1 : -1]) for row in cells]
+        # One reading for all rows: the text of a choice may be the number of another one.
+        readings = [
+            [
+                own.index(right) if right in own else -1
+                for (*_, right), row in zip(cells, asked, strict=True)
+                for own in ([*row[1:]] if names is None else names,)
+            ]
+            for names in ([*map(str, range(n))], choices, None)
+        ]
+        found = min(readings, key=lambda each: each.count(-1))
+        wrong = [
+            f"{row[-1]!r} ({place(line)})"
+            for line, row, i in zip(lines, cells, found, strict=True)
+            if i < 0
+        ]
+        refuse(
+            rows.path,
+            wrong,
+            "no choice: ",
+            f"; expected in {columns['label']!r} a number from 0 to {n - 1}, one of "
+            f"{', '.join(choices)}, or the right one's text",
+        )
+        return Table(asked, found, (), rows.path, lines)
+
+    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
+        """One row, of a text and its choices."""
         choices = (f"Choice {i}." for i in range(1, len(config["texts"])))
-        row = ("A text of your own.", *choices)
-        words = ["adapters-jax", "predict", run, *row]
-        return Usage.of(words, "load_predictor", run, model, f"predict([{row!r}])")
+        return [("A text of your own.", *choices)]
 
-    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    def read_texts(self, rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
         """The texts and choices of each row."""
-        return [tuple(row) for row in choose_columns(path, rows, columns)[0]]
+        return [tuple(row) for row in choose_columns(rows, columns)[0]]
 
 
 def _choices(columns: Mapping[str, Any]) -> list[str]:

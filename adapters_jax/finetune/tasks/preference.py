@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,62 +16,57 @@ import safetensors.numpy
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.tensors import open_tensors
-from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows
+from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.data.readers import title_of
-from adapters_jax.finetune.data.splits import key_of
-from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.run_directory import Run, RunError
-from adapters_jax.finetune.tasks.base import Prepared, Scores, Setup, Task, Untrained, Usage
-from adapters_jax.finetune.tasks.completion import (
-    Generator,
-    adapted,
+from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Columns, Setup
+from adapters_jax.finetune.tasks.decoder import (
+    DecoderTask,
+    PreparedDecoder,
+    check_chats,
     chosen_prompts,
-    ends_of_chat,
     length_of,
-    open_generator,
-    prompts_of,
+    load_base,
 )
-from adapters_jax.finetune.tasks.completion_rows import HELD_OUT
-from adapters_jax.finetune.tasks.conversation import check_chats
-from adapters_jax.finetune.tasks.preference_problem import Objective, PreferenceProblem
-from adapters_jax.finetune.tasks.preference_rows import PreferenceEncoder, build_preferences
+from adapters_jax.finetune.tasks.preference_problem import (
+    Objective,
+    PreferenceEncoder,
+    PreferenceProblem,
+    build_preferences,
+)
 from adapters_jax.finetune.tasks.views import Histogram, Judged, View, of_part, shared
 from adapters_jax.training.state import TrainState
 
-PARTS = ("train", *HELD_OUT)
 
-
-class PreferenceTask(Task):
+class PreferenceTask(DecoderTask):
     """Pairs of a preferred completion and another one, or single ones that are judged (`--loss`).
 
     The reference of DPO, IPO and KTO is the base without adapters.
     """
 
     name = "preference"
-    kind = "decoder"
-    pipeline = "text-generation"
-    command = "generate"
     metrics = ("accuracy", "margin")
-    columns: ClassVar[Mapping[str, str | None]] = {
+    columns: ClassVar[Columns] = {
         "prompt": "prompt",
         "chosen": "chosen",
         "rejected": "rejected",
         "completion": "completion",
         "label": "label",
     }
+    grouped = slice(1)  # the prompt
     flags = ("loss", "beta", "template", "chat", "held_out")
     needed: ClassVar[Mapping[str, type]] = {"prompts": dict, "messages": bool}
     example = "--train rows.jsonl, with columns prompt, chosen and rejected"
 
-    def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
-    ) -> TaskData:
-        """Loads rows; those with the same prompt are held out together. See `Task.load`.
+    def talks(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run's rows are lists of messages."""
+        return config["messages"]
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Preferences:
+        """Reads preferences; see `Task.read`.
 
         Example:
             >>> import tempfile
@@ -81,7 +77,10 @@ class PreferenceTask(Task):
             >>> len(data.train), len(data.dev), len(data.test)
             (32, 4, 4)
         """
-        parts = {part: read_preferences(path, columns) for part, path in files.items()}
+        return read_preferences(path, columns)
+
+    def hold_out(self, name: str, parts: Mapping[str, Any], metrics: Sequence[str]) -> TaskData:
+        """Single completions keep the proportions of their labels; see `Task.hold_out`."""
         train = parts["train"]
         for rows in parts.values():
             if rows.paired != train.paired:
@@ -89,17 +88,15 @@ class PreferenceTask(Task):
                     f"{rows.path} and {train.path}: one has pairs and the other single completions "
                     "with labels, expected the same in both"
                 )
-        keys = [key_of(prompt) for prompt, _ in train.texts]
         strata = None if train.paired else [int(label or 0) for label in train.labels]
-        chosen = tuple(metrics) or self.metrics
-        return hold_out_rows(title_of(files["train"]), parts, keys, chosen, strata)
+        return hold_out(name, parts, metrics, self.groups(train), strata)
 
-    def prepare(self, data: TaskData, setup: Setup) -> PreparedPreferences:
+    def prepare(self, data: Any, setup: Setup) -> PreparedPreferences:
         """Encodes the rows for a decoder; the baseline is the base. See `Task.prepare`."""
         objective = Objective(setup.loss, setup.beta)
         objective.check_batch(setup.batch_size // setup.accumulate)
         tables = {part: _compared(getattr(data, part), setup.loss, part) for part in PARTS}
-        decoder = load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
+        decoder = load_base(setup)
         talks = any(row.talks for table in tables.values() for row in table.rows)
         if talks or decoder.encodes:
             check_chats(decoder, setup.model, self.name)
@@ -111,18 +108,8 @@ class PreferenceTask(Task):
             )
         length = length_of(setup, decoder)
         encoder = PreferenceEncoder(decoder, prompts, length)
-        rows = build_preferences(tables, encoder, setup.batch_size, setup.seed, setup.say)
-        problem = PreferenceProblem(
-            model=adapted(setup, decoder),
-            decoder=decoder,
-            train=rows.train,
-            parts=rows.parts,
-            most=rows.most,
-            objective=objective,
-            metrics=data.metrics,
-            say=setup.say,
-            mesh=setup.mesh,
-        )
+        rows = build_preferences(tables, encoder, setup)
+        problem = PreferenceProblem.of(setup, decoder, rows, data.metrics, objective=objective)
         config = {
             "max_length": length,
             "metrics": list(data.metrics),
@@ -133,16 +120,6 @@ class PreferenceTask(Task):
         }
         computed = f"{decoder.sha256} {setup.dtype} {setup.quantize}"
         return PreparedPreferences(problem, decoder.sha256, rows.tokens, config, computed, tables)
-
-    def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
-        """Opens a run as a generator; see `Task.open`."""
-        return open_generator(self, run, config)
-
-    def asking(
-        self, run: Run, config: Mapping[str, Any], decoder: PretrainedDecoder
-    ) -> tuple[Prompts, tuple[int, ...]]:
-        """The format of a run's prompts, and the tokens that end its answers."""
-        return prompts_of(run, config), ends_of_chat(decoder) if config["messages"] else ()
 
     def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
         """The rewards of test, and what is shown of every task; see `Task.views`."""
@@ -159,13 +136,6 @@ class PreferenceTask(Task):
             }
             found.append(Histogram("Rewards", "reward of a completion", series, about))
         return [*found, *shared(judged)]
-
-    def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
-        """See `Task.usage`."""
-        prompt = "A prompt of your own."
-        talks = ["--chat"] if config["messages"] else []
-        words = ["adapters-jax", "generate", run, *talks, "--prompt", prompt]
-        return Usage.of(words, "load_generator", run, model, f"generate([{prompt!r}])")
 
 
 def words(row: Preference) -> dict[str, str]:
@@ -212,8 +182,8 @@ def _compared(rows: Preferences, loss: str, part: str) -> Preferences:
 
 
 @dataclass(frozen=True)
-class PreparedPreferences(Prepared):
-    """A decoder and its preferences; the baseline is the decoder without adapters.
+class PreparedPreferences(PreparedDecoder):
+    """A decoder and its preferences.
 
     Attributes:
         computed: what the reference's log-probabilities depend on beside the rows.
@@ -223,16 +193,6 @@ class PreparedPreferences(Prepared):
     problem: PreferenceProblem
     computed: str
     tables: Mapping[str, Preferences]
-
-    @property
-    def identity(self) -> BaseIdentity:
-        """The identity of the decoder."""
-        return self.decoder.identity
-
-    @property
-    def decoder(self) -> PretrainedDecoder:
-        """The base."""
-        return self.problem.decoder
 
     def begin(self, run: Run, progress: Callable[..., Any]) -> None:
         """Reads the reference's log-probabilities of all rows, or computes and keeps them."""
@@ -264,12 +224,11 @@ class PreparedPreferences(Prepared):
         problem, found = self.problem, {}
         steps = sum(len(part.batches) for part in problem.parts.values())
         with progress("reference", steps, unit="batch", first="compiling") as bar:
-            step = 0
+            step = itertools.count(1)
 
             def done() -> None:
-                nonlocal step
-                step += 1
-                bar.update(step, "", news=step == steps)
+                now = next(step)
+                bar.update(now, "", news=now == steps)
 
             for part in problem.parts:
                 found[part] = problem.log_probs(self.decoder.model, part, done)
@@ -302,17 +261,3 @@ class PreparedPreferences(Prepared):
                     rows.update(len(each).to_bytes(8, "little") + each.tobytes())
         found = {"rows": rows, "base": base}
         return {key: np.frombuffer(each.digest(), np.uint8) for key, each in found.items()}
-
-    def baselines(self) -> Sequence[Untrained]:
-        """The base without adapters."""
-        return [Untrained("base", self._base)]
-
-    def _base(self) -> Scores:
-        """Its metrics; where it is the reference itself, its rewards are 0."""
-        problem = self.problem
-        if problem.objective.refers:
-            return {part: problem.score_rows(problem.reference[part], part) for part in HELD_OUT}
-        problem.say("the base without adapters:")
-        model = self.decoder.model
-        found = {part: problem.log_probs(model, part) for part in HELD_OUT}
-        return {part: problem.score_rows(each, part) for part, each in found.items()}

@@ -1,28 +1,37 @@
-"""The problem of preferences: a loss on two completions a row, implicit rewards, their accuracy."""
+"""The problem of preferences: a loss on two completions a row, implicit rewards, their accuracy.
+
+A row is one sequence of two segments, as rows are packed for completions: a prompt with the
+preferred completion, and the prompt again with the other one. For KTO the second segment is the
+prompt with the completion of another row, whose prompt differs. It is chosen once, so that the
+reference's log-probabilities of it are computed once, too.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.batches import NOTHING, Batches
-from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder
-from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, in_row_order
-from adapters_jax.finetune.tasks.completion_problem import chunk_of, learnt_first
-from adapters_jax.finetune.tasks.preference_rows import Part
-from adapters_jax.nnx import recipe_of
-from adapters_jax.recipe import Recipe
+from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
+from adapters_jax.finetune.data.conversations import Conversation
+from adapters_jax.finetune.data.files import DataError, Line, count_rows, place, refuse
+from adapters_jax.finetune.data.packing import Example, Packed, sequence
+from adapters_jax.finetune.data.preferences import Preference, Preferences
+from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, rounded
+from adapters_jax.finetune.tasks.base import HELD_OUT, Batch, NotFiniteError, Scores, Setup
+from adapters_jax.finetune.tasks.completion_problem import encode_pair
+from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
+from adapters_jax.finetune.tasks.views import lengths_of
 from adapters_jax.training.losses import (
     dpo_loss,
     ipo_loss,
@@ -32,6 +41,186 @@ from adapters_jax.training.losses import (
     sequence_log_probs,
 )
 from adapters_jax.training.state import TrainState
+
+_ENDLESS = 2**31  # the prompt is cut, not the conversation's last turns
+
+
+@dataclass(frozen=True)
+class PreferenceEncoder:
+    """Encodes preferences.
+
+    Args:
+        decoder: the tokenizer and the chat template.
+        prompts: the format of prompts that are texts.
+        max_length: the largest number of tokens in a prompt with one completion. Where there are
+            more, the beginning of the prompt is cut; both completions keep the same prompt.
+    """
+
+    decoder: DecoderTokenizer
+    prompts: Prompts
+    max_length: int
+
+    def encode(self, rows: Preferences) -> tuple[list[tuple[Example, ...]], int]:
+        """Encodes each completion of each row after its prompt.
+
+        Returns:
+            The encoded rows, and the number of those whose prompts were cut.
+
+        Raises:
+            DataError: the chat template rejects a row, or a completion leaves no room for a prompt.
+        """
+        whole = [
+            self._encode(row, rows.path, line)
+            for row, line in zip(rows.rows, rows.lines, strict=True)
+        ]
+        fitting = [fitted(row, self.max_length) for row in whole]
+        long = [
+            f"{place(line)} ({max(len(each.completion) for each in row)} tokens)"
+            for line, row, fits in zip(rows.lines, whole, fitting, strict=True)
+            if fits is None
+        ]
+        before = f"{count_rows(long)} a completion that leaves no room for its prompt in "
+        before += f"--max-length {self.max_length}: "
+        refuse(rows.path, long, before, "; raise it or shorten them")
+        kept = [row for row in fitting if row is not None]
+        return kept, sum(row != before for row, before in zip(kept, whole, strict=True))
+
+    def _encode(self, row: Preference, path: str, line: Line) -> tuple[Example, ...]:
+        if isinstance(row.prompt, str):
+            return tuple(
+                encode_pair(row.prompt, each, self.prompts, self.decoder)
+                for each in row.completions
+            )
+        chat, found = ChatEncoder(self.decoder, _ENDLESS), []
+        for each in row.completions:
+            *_, answer = chat.answers_at(Conversation([*row.prompt, each], row.tools), path, line)
+            ids, learnt = chat.mark(answer.text, answer.spans)
+            if not any(learnt):
+                raise DataError(f"{path}, {place(line)}: the chat template leaves its answer out")
+            first, last = learnt.index(True), len(learnt) - learnt[::-1].index(True)
+            found.append(Example(ids[:first], ids[first:last]))
+        return tuple(found)
+
+
+def fitted(row: Sequence[Example], max_length: int) -> tuple[Example, ...] | None:
+    """Cuts the prompts of a row from the left, by as many tokens each; None if nothing is left.
+
+    Example:
+        >>> fitted([Example([1, 2, 3], [4]), Example([1, 2, 3], [5, 6])], 4)
+        (Example(prompt=[2, 3], completion=[4]), Example(prompt=[2, 3], completion=[5, 6]))
+    """
+    cut = max(0, *(len(each.ids) - max_length for each in row))
+    if cut >= min(len(each.prompt) for each in row):
+        return None
+    return tuple(Example(each.prompt[cut:], each.completion) for each in row)
+
+
+def mismatched(
+    rows: Sequence[tuple[Example, ...]], max_length: int, seed: int, path: str
+) -> list[tuple[Example, Example]]:
+    """Each single completion beside its prompt with the completion of another row.
+
+    The other row is the next one, in a random order, whose prompt is another.
+
+    Raises:
+        DataError: all rows have one prompt.
+
+    Example:
+        >>> rows = [(Example([i], [10 + i]),) for i in range(3)]
+        >>> found = mismatched(rows, 4, 0, "rows.csv")
+        >>> [other.prompt for _, other in found], sorted(other.completion for _, other in found)
+        ([[0], [1], [2]], [[10], [11], [12]])
+    """
+    own = [row[0] for row in rows]
+    if all(each.prompt == own[0].prompt for each in own):
+        raise DataError(
+            f"{path}: all rows have one prompt, and KTO estimates a divergence from completions of "
+            "other prompts; add rows of other prompts"
+        )
+    order = np.random.default_rng(seed).permutation(len(own)).tolist()
+    found: dict[int, tuple[Example, Example]] = {}
+    for position, i in enumerate(order):
+        others = (own[order[(position + k) % len(own)]] for k in range(1, len(own)))
+        (_, completion) = next(each for each in others if each.prompt != own[i].prompt)
+        room = max_length - len(completion)  # one or more, as its own prompt has some
+        found[i] = own[i], Example(own[i].prompt[-room:], completion)
+    return [found[i] for i in range(len(own))]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of "train", "dev" or "test".
+
+    Attributes:
+        batches: the batches of all rows, in order.
+        tokens: the number of tokens in both completions of each row, `(rows, 2)`.
+        desirable: whether each row's own completion is desirable, 1 or 0; None for pairs.
+    """
+
+    batches: Batches
+    tokens: np.ndarray
+    desirable: np.ndarray | None
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """How many completions, with their prompts, have a number of tokens."""
+        if self.desirable is None:
+            return lengths_of(self.batches.rows)
+        return Counter(int((row.segments == 1).sum()) for row in self.batches.rows)
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What a loss needs of these rows beside their tokens."""
+        found = {"tokens": self.tokens[rows]}
+        return found if self.desirable is None else {**found, "desirable": self.desirable[rows]}
+
+
+def build_preferences(
+    tables: Mapping[str, Preferences], encoder: PreferenceEncoder, setup: Setup
+) -> BuiltRows:
+    """Makes the batches of the parts of a task; a message counts the rows that are cut.
+
+    Args:
+        tables: the rows of "train", "dev" and "test".
+        encoder: encodes them.
+        setup: has the number of rows in a batch, and the seed of the order and of the choice of
+            mismatched completions.
+
+    Raises:
+        DataError: as for `PreferenceEncoder.encode` and `mismatched`.
+    """
+    rows: dict[str, list[Packed]] = {}
+    tokens: dict[str, np.ndarray] = {}
+    for part, table in tables.items():
+        encoded, cut = encoder.encode(table)
+        if cut:
+            setup.say(
+                f"{cut} of {len(table)} {part} rows lost the beginning of their prompt, as they "
+                f"have over {encoder.max_length} tokens"
+            )
+        if not table.paired:
+            encoded = [*mismatched(encoded, encoder.max_length, setup.seed, table.path)]
+        rows[part] = [sequence(pair) for pair in encoded]
+        lengths = [[len(each.completion) for each in pair] for pair in encoded]
+        tokens[part] = np.array(lengths, np.float32)
+    # Held-out rows have the widest bucket, whether training needs it or not.
+    longest = rounded(max(len(row.input_ids) for part in rows.values() for row in part))
+    size = setup.batch_size
+    buckets = choose_buckets(rows["train"], longest, size)
+    parts = {
+        part: Part(
+            Batches(rows[part], None, size, None, buckets),
+            tokens[part],
+            None if table.paired else np.array(table.labels, np.float32),
+        )
+        for part, table in tables.items()
+    }
+    return BuiltRows(
+        Batches(rows["train"], None, size, setup.seed, buckets),
+        parts,
+        rounded(int(max(each.max() for each in tokens.values()))),
+        sum(len(row.input_ids) for row in rows["train"]),
+    )
+
 
 SEGMENTS = (1, 2)  # of a row's own or preferred completion, and of the other one
 
@@ -112,50 +301,25 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class PreferenceProblem:
-    """A decoder and the preferences it learns; a `Problem`.
+class PreferenceProblem(DecoderProblem):
+    """A decoder and the preferences it learns; `parts` has "train", "dev" and "test".
 
     Attributes:
-        model: the adapted model.
-        decoder: its base, with the tokenizer; without adapters it is the reference.
-        train: training batches.
-        parts: the rows of "train", "dev" and "test", in order.
-        most: the largest number of tokens in a completion; only these get logits.
         objective: the loss.
-        metrics: the names of the metrics, the one to select on first.
-        say: called with messages about slow work.
         reference: the log-probabilities of each part's rows by the base, `(rows, 2)`; they are
             there before the first step.
-        mesh: the mesh of devices that batches are split over; None is one device.
-        params: None, since an NNX model holds its parameters.
     """
 
-    model: Any
-    decoder: PretrainedDecoder
-    train: Batches
     parts: Mapping[str, Part]
-    most: int
-    objective: Objective
-    metrics: Sequence[str]
-    say: Callable[[str], None] = lambda message: None
+    objective: Objective = Objective("dpo", 0.1)
     reference: dict[str, np.ndarray] = field(default_factory=dict)
-    mesh: Mesh | None = None
-    params: None = None
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe: what trains."""
-        return recipe_of(self.model)
+    sequences = 2
 
     def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Any:
         """The mean loss of a batch's rows, and the metrics of their rewards."""
-        log_probs = pair_log_probs(model, batch, self.most, self._chunk(batch))
+        log_probs = pair_log_probs(model, batch, self.most, self.chunk(batch))
         losses = self.objective.losses(log_probs, batch)
         return jnp.mean(batch["weight"] * losses), self.objective.metrics(log_probs, batch)
-
-    def _chunk(self, batch: Batch) -> int:
-        """The positions whose logits are held at once."""
-        return chunk_of(self.recipe, 2 * len(batch["weight"]), self.most, self.mesh)
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighted so that `loss` is the mean over rows."""
@@ -187,17 +351,13 @@ class PreferenceProblem:
         batch = self._whole(part)
         rewards = np.asarray(self.objective.rewards(jnp.asarray(log_probs), batch), np.float64)
         losses = np.asarray(self.objective.losses(jnp.asarray(log_probs), batch), np.float64)
-        desirable = self.parts[part].desirable
-        if desirable is not None:
-            return [
-                {"loss": loss, "own": own, "desirable": bool(good)}
-                for loss, (own, _), good in zip(
-                    losses.tolist(), rewards.tolist(), desirable, strict=True
-                )
-            ]
+        names, found = ("chosen", "rejected"), zip(losses.tolist(), rewards.tolist(), strict=True)
+        goods = self.parts[part].desirable
+        if goods is None:
+            return [{"loss": loss, **dict(zip(names, each, strict=True))} for loss, each in found]
         return [
-            {"loss": loss, "chosen": chosen, "rejected": rejected}
-            for loss, (chosen, rejected) in zip(losses.tolist(), rewards.tolist(), strict=True)
+            {"loss": loss, "own": own, "desirable": bool(good)}
+            for (loss, (own, _)), good in zip(found, goods.tolist(), strict=True)
         ]
 
     def _whole(self, part: str) -> dict[str, np.ndarray]:
@@ -214,26 +374,19 @@ class PreferenceProblem:
         }
         return {name: float(value) for name, value in found.items()}
 
+    def score_base(self) -> Scores:
+        """The metrics of the base; where it is the reference itself, its rewards are 0."""
+        if self.objective.refers:
+            return {part: self.score_rows(self.reference[part], part) for part in HELD_OUT}
+        self.say("the base without adapters:")
+        found = {part: self.log_probs(self.decoder.model, part) for part in HELD_OUT}
+        return {part: self.score_rows(each, part) for part, each in found.items()}
+
     def log_probs(
-        self, model: nnx.Module, part: str, done: Callable[[], None] = lambda: None
+        self, model: nnx.Module, part: str, done: Callable[[], None] | None = None
     ) -> Float[np.ndarray, "rows 2"]:
-        """The log-probabilities of a part's rows by a model, which may be the base.
-
-        Args:
-            model: the model.
-            part: "train", "dev" or "test".
-            done: called after each batch.
-        """
-        graphdef, state = nnx.split(model)
-
-        def run(batch: Batch) -> Array:
-            placed = shard_batch(batch, self.mesh) if self.mesh else batch
-            found = _pair_log_probs(graphdef, state, placed, self.most, self._chunk(batch))
-            found.block_until_ready()
-            done()
-            return found
-
-        return in_row_order(run, self.parts[part].batches)
+        """The log-probabilities of a part's rows by a model; see `run`."""
+        return self.run(pair_log_probs, model, part, done)
 
 
 def pair_log_probs(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, "batch 2"]:
@@ -246,12 +399,3 @@ def pair_log_probs(model: Any, batch: Batch, most: int, chunk: int) -> Float[Arr
     ]
     hidden, labels = (jnp.concatenate(each) for each in zip(*found, strict=True))
     return sequence_log_probs(hidden, model.logits, labels, chunk=chunk).reshape(2, -1).T
-
-
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _pair_log_probs(
-    graphdef: Any, state: Any, batch: Batch, most: int, chunk: int
-) -> Float[Array, "batch 2"]:
-    model = nnx.merge(graphdef, state)
-    model.eval()
-    return pair_log_probs(model, batch, most, chunk)

@@ -18,16 +18,18 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import Annotated, read_answers
 from adapters_jax.finetune.data.batches import row_of, tokenize
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.data.files import place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table as Questions
+from adapters_jax.finetune.data.tables import choose_columns, choose_values
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
-from adapters_jax.finetune.tasks.base import Batch
-from adapters_jax.finetune.tasks.labelled import AnnotatedTask
+from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import squad_scores, squad_words
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
+from adapters_jax.finetune.tasks.readout import Inputs, Readout
 from adapters_jax.finetune.tasks.views import Judged, Table, View, of_part, percent
 
 LONGEST_ANSWER = 30  # tokens
@@ -75,8 +77,8 @@ class AnswerPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Spans(LabelReadout):
-    """A `LabelReadout` of answers: the head's two outputs score a token as first and as last.
+class Spans(Readout):
+    """A `Readout` of answers: the head's two outputs score a token as first and as last.
 
     A window without the answer, and a question without one, have the first token as label.
 
@@ -95,23 +97,15 @@ class Spans(LabelReadout):
     width = 2
 
     @classmethod
-    def of(cls, train: Annotated) -> Spans:
+    def of(cls, train: Questions, setup: Any = None) -> Spans:
         """Finds whether every question of a training set has an answer."""
         if not any(train.labels):
             raise DataError("no training question has an answer; there is nothing to learn")
         return cls(not all(train.labels))
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Spans:
-        """Reads what `to_config` wrote; raises KeyError or UserError if it cannot."""
-        found = values["unanswerable"]
-        if not isinstance(found, bool):
-            raise UserError(f"unanswerable={found!r}, expected true or false")
-        return cls(found)
-
-    def to_config(self) -> dict[str, Any]:
-        """The values for a run's configuration."""
-        return {"unanswerable": self.unanswerable}
+    def expected(self) -> str:
+        """Says that it is true or false."""
+        return "" if isinstance(self.unanswerable, bool) else "expected true or false"
 
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes the windows of each context with its question; `where` has a `Window` a row.
@@ -124,6 +118,7 @@ class Spans(LabelReadout):
                 f"--max-length {max_length}: expected at least {SHORTEST} for a question with a "
                 "part of its context"
             )
+        # "only_second" cuts contexts alone, and fails where the question fills the window.
         asked = tokenize(encoder.tokenizer, [(q, None) for q, _ in texts], max_length // 2)
         short = [
             (question[: found.offsets[-2][1]] if found.overflowing else question, context)
@@ -142,10 +137,10 @@ class Spans(LabelReadout):
     def targets(self, inputs: Inputs, labels: Sequence[Any]) -> tuple[Sequence[Any], np.ndarray]:
         """The windows, and the first and last token of the first answer of each."""
         found = np.zeros((len(inputs.rows), 2), np.int32)
-        for place, window in zip(found, inputs.where, strict=True):
+        for ends, window in zip(found, inputs.where, strict=True):
             if labels[window.row]:
                 start, text = labels[window.row][0]
-                place[:] = _tokens_of(window, start, start + len(text))
+                ends[:] = _tokens_of(window, start, start + len(text))
         return inputs.rows, found
 
     def losses(self, outputs: Float[Array, "rows length 2"], batch: Batch) -> Float[Array, " rows"]:
@@ -187,16 +182,12 @@ class Spans(LabelReadout):
         of = [window.row for window in where]
         return (np.bincount(of, np.asarray(losses, np.float64)) / np.bincount(of)).tolist()
 
-    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """The right answers and the predicted one of each row, with SQuAD's scores."""
-        found = []
-        for answers, answer in zip(part.labels, self.decode(outputs, where), strict=True):
-            right = [text for _, text in answers]
-            words = {"answer": right[0] if right else NO_ANSWER}
-            words["predicted"] = answer.text or NO_ANSWER
-            scores = squad_scores([answer.text], [right])
-            found.append({"answers": len(right), **scores, "words": words})
-        return found
+    def verdict(self, right: Sequence[tuple[int, str]], found: AnswerPrediction) -> dict[str, Any]:
+        """The right answers and the predicted one of a row, with SQuAD's scores."""
+        answers = [text for _, text in right]
+        words = {"answer": [*answers, NO_ANSWER][0], "predicted": found.answer or NO_ANSWER}
+        scores = squad_scores([found.answer], [answers])
+        return {"answers": len(right), **scores, "words": words}
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """The scores of questions with and without an answer, of test."""
@@ -208,25 +199,22 @@ class Spans(LabelReadout):
         header = ["questions", "rows", *metrics]
         return [Table("Questions", header, rows, of_part(judged, "test"))] if rows else []
 
-    def constant(self, train: Annotated, part: Annotated) -> list[Answer]:
+    def constant(self, train: Questions, part: Questions) -> list[Answer]:
         """The sentence that shares most words with the question; none, if most have no answer."""
         if 2 * sum(map(bool, train.labels)) < len(train):
             return [Answer("", -1, 0.0)] * len(part)
-        return [_sentence(question or "", context or "") for question, context in part.texts]
+        return [_sentence(*row) for row in part.texts]
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The answer to each question."""
-        answers = self.decode(outputs, inputs.where)
+        found = zip(texts, self.decode(outputs, where), strict=True)
         return [
-            AnswerPrediction(question, context, answer.text, answer.start)
-            for (question, context), answer in zip(texts, answers, strict=True)
+            AnswerPrediction(asked, text, each.text, each.start) for (asked, text), each in found
         ]
 
 
 def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:
-    """The first and last token of a part of the context; (0, 0) if the window has not all of it."""
+    """The first and last token of a part of the context; (0, 0) if the window lacks some of it."""
     (inside,) = np.nonzero(window.inside)
     starts, ends = window.offsets[inside].T
     if not len(inside) or start < starts[0] or end > ends[-1]:
@@ -257,31 +245,73 @@ def _sentence(question: str, context: str) -> Answer:
     return Answer(best, context.find(best), 0.0)
 
 
-class QuestionAnswering(AnnotatedTask):
+class QuestionAnswering(EncoderTask):
     """Answers that are parts of contexts."""
 
     name = "question-answering"
     pipeline = "question-answering"
     head = "question_answering"
     metrics = ("f1", "exact_match")
-    defaults = ("f1", "exact_match")
-    columns: ClassVar[Mapping[str, str | None]] = {
+    columns: ClassVar[Columns] = {
         "question": "question",
         "context": "context",
         "answers": "answers",
     }
     epochs, batch_size = 4.0, 8  # it takes hundreds of steps before a head finds any answers
+    inputs = ("question", "context")
+    grouped = slice(1, None)  # the context, whose questions stay together
     readout = Spans
     example = "--train squad.json, or rows with the columns question, context and answers"
 
-    def texts(self, columns: Mapping[str, Any]) -> list[str]:
-        """The columns of the question and the context."""
-        return [columns["question"], columns["context"]]
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Questions:
+        """Reads questions with their contexts and answers.
 
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads questions with their contexts and answers."""
-        return read_answers(path, columns["question"], columns["context"], columns["answers"])
+        Answers are a mapping of lists `text` and `answer_start`, as SQuAD's, a list of texts, or a
+        text; they may be empty, for a question without an answer. A row has the texts `(question,
+        context)`, and the list of `(start, text)` as label.
+        """
+        rows = read_file(path)
+        texts, lines = choose_columns(rows, [columns["question"], columns["context"]])
+        values, _ = choose_values(rows, [columns["answers"]])
+        labels, wrong = [], []
+        for line, (_, inside), (value,) in zip(lines, texts, values, strict=True):
+            found = [_placed(inside, text, start) for text, start in _starts(value)]
+            labels.append([(start, text) for start, text in found if start >= 0])
+            wrong += [f"{text!r} ({place(line)})" for start, text in found if start < 0]
+        refuse(
+            rows.path,
+            wrong,
+            "not in their context where answer_start says: ",
+            "; expected a part of the context, letter by letter; leave answer_start out to search "
+            "it",
+        )
+        return Questions([(q, c) for q, c in texts], labels, (), rows.path, lines)
 
-    def grouped(self, texts: Sequence[Any]) -> Sequence[Any]:
-        """The context, so that its questions stay together."""
-        return texts[1:]
+
+def _starts(answers: Any) -> list[tuple[str, int | None]]:
+    """The answers of a row with where they start in the context, None if that is not given."""
+    starts: list[Any] = []
+    if isinstance(answers, Mapping) and "text" in answers:
+        texts, starts = _listed(answers["text"]), _listed(answers.get("answer_start"))
+    else:
+        texts = _listed(answers)
+    starts = starts or [None] * len(texts)
+    whole = len(starts) == len(texts)
+    return list(zip(map(str, texts), starts if whole else [-1] * len(texts), strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, and a single value as a list; None and "" have none."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None or value == "" else [value]
+
+
+def _placed(context: str, text: str, start: Any) -> tuple[int, str]:
+    """Where an answer starts, without the space around it; -1 if it is not there, or is empty."""
+    bare = text.strip()
+    if start is None:
+        return (context.find(bare) if bare else -1), bare
+    whole = isinstance(start, int) and start >= 0
+    there = whole and bare and context[start : start + len(text)] == text
+    return (start + text.index(bare) if there else -1), bare

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
 
-from adapters_jax.finetune.data.batches import Batches, choose_buckets
+from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.pretrained.encoder import INPUTS, Encoder
@@ -34,30 +38,18 @@ class Inputs(NamedTuple):
     where: Any = None
 
 
-class Batching(NamedTuple):
-    """How rows become batches; see `data.batches.Batches`.
-
-    Attributes:
-        size: the number of rows in a batch.
-        seed: the seed of the order; None keeps the order.
-        buckets: the widths of batches.
-    """
-
-    size: int
-    seed: int | None
-    buckets: Sequence[int] | None
-
-
+@dataclass(frozen=True)
 class Readout(ABC):
     """Maps texts to the inputs of a model, and its outputs to what a task predicts.
 
-    A task whose rows have labels derives from `LabelReadout`.
+    A frozen dataclass of what it takes from training rows; a run's configuration has its fields.
 
     Attributes:
         constant_title: the name of the best prediction without a model in tables.
         pooling: what the head reads; None leaves it to the user.
         max_length: the largest number of tokens if the user gives none.
-        fits: whether `fitted` learns from the outputs on dev.
+        fits: the fields that `fitted` learns from the outputs on dev.
+        unsaved: other fields that a run's configuration does not have.
         has_head: whether there is a head; otherwise the outputs are what it would read.
         arrays: the arrays of a batch that the model reads, in the order of its arguments.
     """
@@ -65,28 +57,41 @@ class Readout(ABC):
     constant_title: ClassVar[str]
     pooling: ClassVar[str | None] = None
     max_length: ClassVar[int] = 128
-    fits: ClassVar[bool] = False
+    fits: ClassVar[tuple[str, ...]] = ()
+    unsaved: ClassVar[tuple[str, ...]] = ()
     has_head: ClassVar[bool] = True
     arrays: ClassVar[tuple[str, ...]] = INPUTS
 
     @classmethod
     @abstractmethod
-    def of(cls, train: Any) -> Self:
-        """Makes it from a training set; raises DataError if there is nothing to learn."""
+    def of(cls, train: Any, setup: Any = None) -> Self:
+        """Makes it from a training set and the settings of a run.
+
+        Raises:
+            DataError: there is nothing to learn.
+        """
 
     @classmethod
-    def made(cls, train: Any, setup: Any) -> Self:
-        """Makes it from a training set and the settings of a run."""
-        return cls.of(train)
-
-    @classmethod
-    @abstractmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
+        stored = {field.name: values[field.name] for field in cls._stored()}
+        found = cls(**{k: tuple(x) if isinstance(x, list) else x for k, x in stored.items()})
+        expected = found.expected()
+        if expected:
+            raise UserError(f"{', '.join(f'{k}={x}' for k, x in stored.items())}: {expected}")
+        return found
 
-    @abstractmethod
+    def expected(self) -> str:
+        """What its fields should be, if they cannot be so; otherwise empty."""
+        return ""
+
     def to_config(self) -> dict[str, Any]:
         """The values for a run's configuration."""
+        return {field.name: getattr(self, field.name) for field in self._stored()}
+
+    @classmethod
+    def _stored(cls) -> list[Any]:
+        return [field for field in fields(cls) if field.name not in (*cls.fits, *cls.unsaved)]
 
     @property
     @abstractmethod
@@ -121,22 +126,28 @@ class Readout(ABC):
         return {}
 
     def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
-        """The widths of batches; see `data.batches.choose_buckets`."""
-        return choose_buckets(rows, length, size)
+        """The widths of batches; none where rows have no tokens, such as images."""
+        return choose_buckets(rows, length, size) if "input_ids" in self.arrays else ()
 
     def tokens(self, rows: Sequence[Any]) -> int:
-        """The number of tokens of all rows, to show the speed; 0 if it would mean nothing."""
-        return sum(row.input_ids.size for row in rows)
+        """The number of tokens of all rows, to show the speed; 0 where they have none."""
+        return sum(row.input_ids.size for row in rows) if "input_ids" in self.arrays else 0
 
     def augmented(self, batch: Batch, key: Any) -> Batch:
         """A training batch, varied at random."""
         return batch
 
-    def batches(
-        self, encoder: Encoder, rows: Sequence[Any], labels: Any, batching: Batching
-    ) -> Any:
-        """Batches of encoded rows."""
-        return Batches(rows, labels, *batching, encoder.config.pad_token_id)
+    def batches(self, encoder: Encoder, rows: Sequence[Any], labels: Any, *plan: Any) -> Any:
+        """Batches of encoded rows.
+
+        Args:
+            encoder: the base.
+            rows: the rows.
+            labels: as `targets` makes them; None for rows without labels.
+            *plan: the size, the seed and the buckets, as `data.batches.Batches` takes them.
+        """
+        size, seed, buckets = plan
+        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id)
 
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
         """The encoded rows to train on, and their labels for `Batches`."""
@@ -164,7 +175,7 @@ class Readout(ABC):
 
     @abstractmethod
     def decode(self, outputs: np.ndarray, where: Any = None) -> Any:
-        """The predictions from outputs in the order of the rows, and `Inputs.where`."""
+        """What is predicted, from outputs in the order of the rows, and `Inputs.where`."""
 
     def fitted(self, metric: str, outputs: np.ndarray, labels: Any) -> Self:
         """What the outputs on dev make of it, such as a threshold that is best for a metric."""
@@ -172,49 +183,22 @@ class Readout(ABC):
 
     def found(self) -> dict[str, float]:
         """What `fitted` learnt, by name; it stands beside the metrics."""
-        return {}
+        return {name: getattr(self, name) for name in self.fits}
 
     def restored(self, dev: Mapping[str, float]) -> Self:
         """The readout with what `fitted` learnt in training, from a run's results on dev."""
-        return self
+        return replace(self, **{name: float(dev[name]) for name in self.fits if name in dev})
 
     def score(self, metrics: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
-        """The metrics of predictions."""
+        """The metrics of what is predicted."""
         return compute(metrics, predictions, labels)
 
     @abstractmethod
-    def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
-        """Each row of a part with its loss, for the report; see `views.Judged`."""
-
-    def lengths(self, batches: Any) -> Counter[int]:
-        """How many rows have a number of tokens; empty if it would mean nothing."""
-        return views.lengths_of(batches.rows)
-
-    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
-        """What the report shows of the predictions, beside what it shows for every task.
-
-        Args:
-            judged: the rows with their verdicts; there may be none.
-            metrics: the metrics of the run.
-        """
-        return []
-
-    @abstractmethod
-    def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
-        """The predictions of the baseline without a model, on "dev" or "test" of a problem."""
-
-    @abstractmethod
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
-        """The prediction of each text."""
-
-
-class LabelReadout(Readout):
-    """A `Readout` of labels: each row has one, and the head's outputs predict it."""
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
+        """The `Prediction` of each text."""
 
     def judged(self, part: Any, outputs: np.ndarray, where: Any = None) -> list[dict[str, Any]]:
-        """Each row of a part with its loss and its verdict; see `Readout.judged`."""
+        """Each row of a part with its loss and its verdict, for the report; see `views.Judged`."""
         losses = self.row_losses(outputs, part.labels, where)
         verdicts = self.verdicts(part, outputs, where)
         return [
@@ -234,17 +218,71 @@ class LabelReadout(Readout):
         losses: Any = self.losses(np.asarray(outputs, np.float32), batch)
         return np.asarray(losses, np.float64).tolist()
 
-    @abstractmethod
     def verdicts(self, part: Any, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """What is right and what is predicted, for each row of a part, as plain values.
+        """The verdict on each row of a part."""
+        found = self.predictions(part.texts, outputs, where)
+        return [self.verdict(*each) for each in zip(part.labels, found, strict=True)]
 
-        Each has `words`, what the report shows of it beside the texts; `views` reads the others.
+    def verdict(self, right: Any, found: Any) -> dict[str, Any]:
+        """What is right and what is predicted for a row, as plain values.
+
+        It has `words`, what the report shows of it beside the texts; `views` reads the others.
+
+        Args:
+            right: the label.
+            found: the `Prediction`.
         """
+        raise NotImplementedError
 
-    @abstractmethod
+    def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
+        """What the report shows of the predictions, beside what it shows for every task.
+
+        Args:
+            judged: the rows with their verdicts; there may be none.
+            metrics: the metrics of the run.
+        """
+        return []
+
     def constant(self, train: Any, part: Any) -> Any:
-        """The best predictions without a model for a part: mostly the same for each row."""
+        """What is best predicted without a model for a part: mostly the same for each row."""
+        raise NotImplementedError
 
     def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
-        """What `constant` predicts; see `Readout.untrained`."""
+        """What the baseline without a model predicts on "dev" or "test" of a problem."""
         return self.constant(data.train, getattr(data, part))
+
+
+@dataclass(frozen=True)
+class NamedReadout(Readout):
+    """A `Readout` of labels with names: an output of the head is one of them.
+
+    Args:
+        names: the names of the labels, in the order of the outputs.
+    """
+
+    names: tuple[str, ...]
+    least: ClassVar[int] = 2  # names
+
+    def expected(self) -> str:
+        """Says that there have to be names."""
+        able = len(self.names) >= self.least and all(isinstance(n, str) for n in self.names)
+        return "" if able else f"expected at least {self.least} names"
+
+    @property
+    def width(self) -> int:
+        """The number of outputs of the head: one for each name."""
+        return len(self.names)
+
+
+def learnt_losses(
+    outputs: Float[Array, "rows tokens width"], labels: Int[Array, "rows tokens"]
+) -> Float[Array, "rows tokens"]:
+    """The cross-entropy of each token, 0 where it has no label."""
+    # The index of NOTHING is -1: it must not reach the gather, even where its loss is dropped.
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
+    return jnp.where(labels == NOTHING, 0.0, losses)
+
+
+def count_labels(batch: Batch) -> Int[np.ndarray, " rows"]:
+    """The number of tokens with a label in each row."""
+    return (batch["labels"] != NOTHING).sum(axis=1)

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.datasets import Dataset
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.tasks.base import Batch
 from adapters_jax.finetune.tasks.labelled import LabelledTexts
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
-from adapters_jax.finetune.tasks.views import Judged, View, numbers_judged, predicted_against_right
+from adapters_jax.finetune.tasks.readout import Readout
+from adapters_jax.finetune.tasks.views import Judged, View, number_judged, predicted_against_right
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class NumberPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Numbers(LabelReadout):
-    """A `LabelReadout` of numbers: the head's output is a standardised number.
+class Numbers(Readout):
+    """A `Readout` of numbers: the head's output is a standardised number.
 
     The labels are standardised by their mean and standard deviation in training, so that one
     learning rate suits every scale; predictions are on the scale of the labels.
@@ -56,9 +56,10 @@ class Numbers(LabelReadout):
     mean: float
     std: float
     constant_title = "mean"
+    width = 1
 
     @classmethod
-    def of(cls, train: Dataset) -> Numbers:
+    def of(cls, train: Table, setup: Any = None) -> Numbers:
         """The scale of a training set; raises DataError if all its labels are equal."""
         labels = train.labels.astype(np.float64)
         if not labels.std():
@@ -77,11 +78,6 @@ class Numbers(LabelReadout):
         """The values for a run's configuration, with the same keys as classification."""
         return {"names": (), "mean": self.mean, "std": self.std}
 
-    @property
-    def width(self) -> int:
-        """The number of outputs of the head."""
-        return 1
-
     def encode(self, labels: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
         """The labels for the loss: standardised."""
         return ((labels - self.mean) / self.std).astype(np.float32)
@@ -90,41 +86,32 @@ class Numbers(LabelReadout):
         """The squared error of each row."""
         return jnp.square(outputs[:, 0] - batch["labels"])
 
-    def decode(
-        self, outputs: Float[np.ndarray, "rows width"], where: Any = None
-    ) -> Float[np.ndarray, " rows"]:
+    def decode(self, outputs: np.ndarray, where: Any = None) -> Float[np.ndarray, " rows"]:
         """The numbers of outputs, on the scale of the labels."""
         return outputs[:, 0] * self.std + self.mean
 
-    def verdicts(self, part: Dataset, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """The right and the predicted number of each row."""
-        return numbers_judged(part.labels.tolist(), self.decode(outputs).tolist())
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
+        """The number of each text."""
+        found = zip(texts, self.decode(outputs).tolist(), strict=True)
+        return [NumberPrediction(text, pair, value) for (text, pair), value in found]
+
+    def verdict(self, right: float, found: NumberPrediction) -> dict[str, Any]:
+        """The right and the predicted number of a row."""
+        return number_judged(float(right), found.value)
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """Predicted against right numbers, of test."""
         return predicted_against_right(judged)
 
-    def constant(self, train: Dataset, part: Dataset) -> Float[np.ndarray, " rows"]:
+    def constant(self, train: Table, part: Table) -> Float[np.ndarray, " rows"]:
         """The mean of the training rows for each row of a part."""
         return np.full(len(part), self.mean)
-
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
-        """The number of each text."""
-        rows = zip(texts, outputs, strict=True)
-        return [self._predict(text, pair, row) for (text, pair), row in rows]
-
-    def _predict(
-        self, text: str, text_pair: str | None, outputs: Float[np.ndarray, " width"]
-    ) -> NumberPrediction:
-        return NumberPrediction(text, text_pair, float(self.decode(outputs[None])[0]))
 
 
 class Regression(LabelledTexts):
     """Numbers of texts."""
 
     name = "regression"
+    learns = "regression"
     metrics = ("pearson", "spearman")
-    defaults = ("pearson", "spearman")
     readout = Numbers

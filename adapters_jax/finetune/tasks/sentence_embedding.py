@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,27 +18,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import Annotated
 from adapters_jax.finetune.data.batches import together
-from adapters_jax.finetune.data.datasets import TaskData, hold_out_rows, numbers_of
-from adapters_jax.finetune.data.readers import DataError, title_of
-from adapters_jax.finetune.data.splits import key_of
+from adapters_jax.finetune.data.datasets import TaskData, numbers_of
+from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.data.tables import Table as Pairs
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.pretrained.encoder import Encoder
-from adapters_jax.finetune.tasks.base import Batch
+from adapters_jax.finetune.tasks import views
+from adapters_jax.finetune.tasks.base import Batch, Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import compute, places, retrieval
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
-from adapters_jax.finetune.tasks.views import (
-    Judged,
-    Table,
-    View,
-    numbers_judged,
-    of_part,
-    percent,
-    predicted_against_right,
-)
+from adapters_jax.finetune.tasks.readout import Inputs, Readout
+from adapters_jax.finetune.tasks.views import Judged, View
 
 SCALE = 20.0  # of cosines in the contrastive loss
 PLACES = (1, 3, 10, 30, 100)  # that the report counts
@@ -69,8 +61,8 @@ class EmbeddingPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Embeddings(LabelReadout):
-    """A `LabelReadout` of embeddings: the outputs are pooled states, two for a pair.
+class Embeddings(Readout):
+    """A `Readout` of embeddings: the outputs are pooled states, two for a pair.
 
     Args:
         scored: whether pairs have scores.
@@ -95,7 +87,7 @@ class Embeddings(LabelReadout):
     width = 0
 
     @classmethod
-    def of(cls, train: Annotated) -> Embeddings:
+    def of(cls, train: Pairs, setup: Any = None) -> Embeddings:
         """The scale of a training set's scores, if it has scores."""
         if isinstance(train.labels[0], tuple):
             return cls(False)
@@ -104,17 +96,10 @@ class Embeddings(LabelReadout):
             raise DataError(f"every training score is {low:g}; there is nothing to learn")
         return cls(True, low, high)
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Embeddings:
-        """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
-        found = cls(values["scored"], float(values["low"]), float(values["high"]))
-        if not isinstance(found.scored, bool) or not found.low < found.high:
-            raise UserError(f"{found}: expected scored as true or false, and low below high")
-        return found
-
-    def to_config(self) -> dict[str, Any]:
-        """The values for a run's configuration."""
-        return {"scored": self.scored, "low": self.low, "high": self.high}
+    def expected(self) -> str:
+        """Says that there is a scale."""
+        able = isinstance(self.scored, bool) and self.low < self.high
+        return "" if able else "expected scored as true or false, and low below high"
 
     def check(self, texts: Sequence[Any], pairs: bool) -> None:
         """Raises DataError unless all texts are single ones, or all are pairs."""
@@ -147,6 +132,7 @@ class Embeddings(LabelReadout):
 
     def losses(self, outputs: Float[Array, "rows 2 d"], batch: Batch) -> Float[Array, " rows"]:
         """The squared error of the cosine; or how badly a text knows its partner in the batch."""
+        # clip: a text whose states are all 0 has no direction.
         unit = outputs / jnp.linalg.norm(outputs, axis=-1, keepdims=True).clip(1e-9)
         if self.scored:
             return jnp.square((unit[:, 0] * unit[:, 1]).sum(axis=-1) - batch["labels"])
@@ -168,12 +154,12 @@ class Embeddings(LabelReadout):
         found = retrieval(predictions, _alike(_numbers(labels)))
         return {name: found[name] for name in metrics}
 
-    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
+    def verdicts(self, part: Pairs, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
         """The right score and the cosine on its scale; without scores, the place of the partner."""
         found = self.decode(outputs)
         if self.scored:
-            scaled = self.low + found * (self.high - self.low)
-            return numbers_judged(part.labels, scaled.tolist())
+            scaled = (self.low + found * (self.high - self.low)).tolist()
+            return [views.number_judged(*each) for each in zip(part.labels, scaled, strict=True)]
         place = places(found, _alike(_numbers(part.labels))).tolist()
         first = [part.texts[i][1] for i in found.argmax(axis=1)]
         return [
@@ -184,30 +170,32 @@ class Embeddings(LabelReadout):
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """Cosines against scores; without scores, the places of the partners; of test."""
         if self.scored:
-            return predicted_against_right(judged)
+            return views.predicted_against_right(judged)
         found = np.array(judged.column("test", "place"))
         ends = [end for end in PLACES if end <= len(found)]
-        rows = [[f"{n}", f"{(found <= n).sum():,}", percent((found <= n).mean())] for n in ends]
-        about = of_part(judged, "test")
-        header = ["among the first", "rows", "share"]
-        return [Table("Places of the right texts", header, rows, about, words=0)] if rows else []
+        if not ends:
+            return []
+        within = [(n, found <= n) for n in ends]
+        rows = [[f"{n}", f"{each.sum():,}", views.percent(each.mean())] for n, each in within]
+        title, header = "Places of the right texts", ["among the first", "rows", "share"]
+        return [views.Table(title, header, rows, views.of_part(judged, "test"), words=0)]
 
-    def constant(self, train: Annotated, part: Annotated) -> np.ndarray:
+    def constant(self, train: Pairs, part: Pairs) -> np.ndarray:
         """The words that two texts have in common, as a share of all words that they have."""
-        first, second = (
-            [{*(row[i] or "").casefold().split()} for row in part.texts] for i in (0, 1)
-        )
-        if self.scored:
-            return np.array([_shared(*pair) for pair in zip(first, second, strict=True)])
-        words = {word: i for i, word in enumerate(set[str]().union(*first, *second))}
-        found, others = (_word_sets(side, words) for side in (first, second))
-        both = (found @ others.T).toarray()
-        sums = np.add.outer([*map(len, first)], [*map(len, second)])
-        return both / np.maximum(sums - both, 1)
+        from sklearn.feature_extraction.text import CountVectorizer
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+        texts = [text for side in zip(*part.texts, strict=True) for text in side]
+        counter = CountVectorizer(analyzer=lambda text: text.casefold().split(), binary=True)
+        words = counter.fit_transform(texts).astype(int)  # sparse: all words would fill the memory
+        first, second = words[: len(part)], words[len(part) :]
+        sizes = [np.asarray(side.sum(axis=1)).ravel() for side in (first, second)]
+        if self.scored:
+            both = np.asarray(first.multiply(second).sum(axis=1)).ravel()
+            return both / np.maximum(sum(sizes) - both, 1)
+        both = (first @ second.T).toarray()
+        return both / np.maximum(np.add.outer(*sizes) - both, 1)
+
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The similarity of each pair, or the embedding of each single text."""
         unit = _unit(outputs)
         if unit.shape[1] == 1:
@@ -218,10 +206,6 @@ class Embeddings(LabelReadout):
             EmbeddingPrediction(text, pair, cosine, None)
             for (text, pair), cosine in zip(texts, cosines, strict=True)
         ]
-
-
-def _shared(first: set[str], second: set[str]) -> float:
-    return len(first & second) / max(len(first | second), 1)
 
 
 def _numbers(pairs: Sequence[tuple[str, str]]) -> Int[np.ndarray, "rows 2"]:
@@ -235,16 +219,6 @@ def _alike(numbers: Any) -> Any:
     return (numbers[:, None] == numbers[None]).any(axis=-1)
 
 
-def _word_sets(texts: Sequence[set[str]], words: Mapping[str, int]) -> Any:
-    """1 for each word of a text, a sparse `(texts, words)`."""
-    from scipy.sparse import csr_array
-
-    columns = [words[word] for text in texts for word in text]
-    ends = np.cumsum([0, *map(len, texts)])
-    shape = len(texts), len(words)
-    return csr_array((np.ones(len(columns)), columns, ends), shape=shape)
-
-
 def _unit(outputs: Float[np.ndarray, "rows texts d"]) -> Float[np.ndarray, "rows texts d"]:
     return outputs / np.linalg.norm(outputs, axis=-1, keepdims=True).clip(1e-9)
 
@@ -256,11 +230,8 @@ class SentenceEmbedding(EncoderTask):
     pipeline = "sentence-similarity"
     metrics = (*SCORED, *PAIRED)
     least_steps = 0  # it has no new head
-    columns: ClassVar[Mapping[str, str | None]] = {
-        "text": "sentence1",
-        "text_pair": "sentence2",
-        "label": None,
-    }
+    columns: ClassVar[Columns] = {"text": "sentence1", "text_pair": "sentence2", "label": None}
+    grouped = slice(1)  # the first text
     flags = ("metrics", "dropout", "pooling")
     readout = Embeddings
     example = "--train rows.tsv --text COLUMN --text-pair COLUMN, with or without --label COLUMN"
@@ -277,10 +248,9 @@ class SentenceEmbedding(EncoderTask):
             raise UserError(
                 f"--metrics {' '.join(wrong)}: pairs {scores} scores have {', '.join(allowed)}"
             )
-        parts = {}
-        for part, path in files.items():
-            table = read_rows(path, named["text"], named["text_pair"], named["label"])
-            labels: Any = numbers_of(table) if named["label"] else table.texts
-            parts[part] = Annotated([*table.texts], [*labels])
-        keys = [key_of(text) for text, _ in parts["train"].texts]
-        return hold_out_rows(title_of(files["train"]), parts, keys, tuple(metrics) or allowed)
+        return super().load(files, columns, tuple(metrics) or allowed)
+
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Pairs:
+        """Reads pairs of texts with their scores; without scores, with the texts as labels."""
+        table = read_rows(path, columns["text"], columns["text_pair"], columns["label"])
+        return replace(table, labels=numbers_of(table) if columns["label"] else [*table.texts])

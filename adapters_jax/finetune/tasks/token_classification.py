@@ -7,43 +7,37 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.annotated import Annotated, read_tagged, words_of
 from adapters_jax.finetune.data.batches import NOTHING, row_of, tokenize
-from adapters_jax.finetune.data.files import Rows
-from adapters_jax.finetune.data.readers import DataError
-from adapters_jax.finetune.models.parts.encoder import TOKENS
+from adapters_jax.finetune.data.files import Line, Rows, place, refuse
+from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.data.tables import Table, choose_values, items_of
+from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
-from adapters_jax.finetune.tasks.base import Batch
-from adapters_jax.finetune.tasks.labelled import AnnotatedTask
-from adapters_jax.finetune.tasks.metrics import span_scores, spans_of
+from adapters_jax.finetune.tasks import views
+from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.labelled import EncoderTask
+from adapters_jax.finetune.tasks.metrics import span_counts, span_scores, spans_of
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, LabelReadout
-from adapters_jax.finetune.tasks.views import (
-    Judged,
-    View,
-    class_table,
-    confusion,
-    of_part,
-    per_class,
-)
+from adapters_jax.finetune.tasks.readout import Inputs, NamedReadout, count_labels, learnt_losses
+from adapters_jax.finetune.tasks.views import Judged, View
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 OUTSIDE = "O"
+_BIO = re.compile(r"O|[BI]-.+")
 
 
 class TaggedRow(NamedTuple):
@@ -74,11 +68,8 @@ class TagPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Tags(LabelReadout):
-    """A `LabelReadout` of tags: the head's outputs are logits for each token.
-
-    Args:
-        names: the tags, in the order of their ids.
+class Tags(NamedReadout):
+    """A `NamedReadout` of tags: the head's outputs are logits for each token.
 
     Example:
         >>> tags = Tags(("B-a", "O"))
@@ -87,34 +78,16 @@ class Tags(LabelReadout):
         [['B-a', 'O', 'O']]
     """
 
-    names: tuple[str, ...]
     constant_title = "most frequent tag of each word"
     pooling = TOKENS
 
     @classmethod
-    def of(cls, train: Annotated) -> Tags:
+    def of(cls, train: Table, setup: Any = None) -> Tags:
         """The tags of a training set."""
         names = sorted({tag for tags in train.labels for tag in tags})
         if len(names) < 2:
             raise DataError(f"every tag of the training rows is {names[0]}; nothing to learn")
         return cls(tuple(names))
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Tags:
-        """Reads what `to_config` wrote; raises KeyError, TypeError or UserError if it cannot."""
-        names = tuple(values["names"])
-        if len(names) < 2 or not all(isinstance(name, str) for name in names):
-            raise UserError(f"names={names}, expected at least two tags")
-        return cls(names)
-
-    def to_config(self) -> dict[str, Any]:
-        """The values for a run's configuration."""
-        return {"names": self.names}
-
-    @property
-    def width(self) -> int:
-        """The number of outputs of the head for a token."""
-        return len(self.names)
 
     def inputs(self, encoder: Encoder, texts: Sequence[Any], max_length: int) -> Inputs:
         """Encodes texts; `where` is the token of each word's first piece, -1 if it has none."""
@@ -125,34 +98,31 @@ class Tags(LabelReadout):
         where = [first_pieces(*each) for each in zip(found, words, strict=True)]
         return Inputs([row_of(e) for e in found], sum(bool(e.overflowing) for e in found), where)
 
+    def _ids(self, first: np.ndarray, tags: Sequence[str], length: int) -> np.ndarray:
+        """The ids of the tags, at the first pieces of their words; `NOTHING` for unknown tags."""
+        ids, read = {name: i for i, name in enumerate(self.names)}, first >= 0
+        found = np.full(length, NOTHING, np.int32)
+        found[first[read]] = np.array([ids.get(tag, NOTHING) for tag in tags], np.int32)[read]
+        return found
+
     def targets(
         self, inputs: Inputs, labels: Sequence[Sequence[str]]
     ) -> tuple[list[TaggedRow], None]:
         """The rows with the ids of their tags."""
-        ids = {name: i for i, name in enumerate(self.names)}
-        rows = []
-        for row, first, tags in zip(inputs.rows, inputs.where, labels, strict=True):
-            found = np.full(len(row.input_ids), NOTHING, np.int32)
-            read = first >= 0
-            found[first[read]] = np.array([ids[tag] for tag in tags], np.int32)[read]
-            rows.append(TaggedRow(row.input_ids, row.token_type_ids, found))
-        return rows, None
+        found = zip(inputs.rows, inputs.where, labels, strict=True)
+        return [TaggedRow(a, b, self._ids(at, tags, len(a))) for (a, b), at, tags in found], None
 
     def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
         """The number of words of each row."""
-        return (batch["labels"] != NOTHING).sum(axis=1)
+        return count_labels(batch)
 
     def losses(
         self, outputs: Float[Array, "rows length width"], batch: Batch
     ) -> Float[Array, " rows"]:
         """The cross-entropy of each row, summed over its words."""
-        labels = jnp.asarray(batch["labels"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
-        return jnp.where(labels == NOTHING, 0.0, losses).sum(axis=1)
+        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
 
-    def decode(
-        self, outputs: Float[np.ndarray, "rows length width"], where: Any = None
-    ) -> list[list[str]]:
+    def decode(self, outputs: np.ndarray, where: Any = None) -> list[list[str]]:
         """The tags of the words; words without a token are outside."""
         ids = outputs.argmax(axis=-1)
         return [
@@ -168,64 +138,60 @@ class Tags(LabelReadout):
 
     def row_losses(self, outputs: np.ndarray, labels: Any, where: Any = None) -> list[float]:
         """The mean loss of a word of each row; words whose tags training lacks do not count."""
-        ids = {name: i for i, name in enumerate(self.names)}
-        known = np.full(outputs.shape[:2], NOTHING, np.int32)
-        for row, first, tags in zip(known, where, labels, strict=True):
-            read = first >= 0
-            row[first[read]] = np.array([ids.get(tag, NOTHING) for tag in tags], np.int32)[read]
+        length = outputs.shape[1]
+        found = zip(where, labels, strict=True)
+        known = np.stack([self._ids(first, tags, length) for first, tags in found])
         batch = {"labels": known}
         sums = np.asarray(self.losses(jnp.asarray(outputs), batch), np.float64)
         return (sums / np.maximum(self.counts(batch), 1)).tolist()
 
-    def verdicts(self, part: Annotated, outputs: np.ndarray, where: Any) -> list[dict[str, Any]]:
-        """The right and the predicted tags of each row; in words, as spans."""
-        found = []
-        for (text, *_), gold, tags in zip(
-            part.texts, part.labels, self.decode(outputs, where), strict=True
-        ):
-            sides = [
-                TagPrediction("", None, (text or "").split(), [*each]).cells()["tags"]
-                for each in (gold, tags)
-            ]
-            words = dict(zip(("tags", "predicted"), sides, strict=True))
-            found.append({"gold": [*gold], "predicted": [*tags], "words": words})
-        return found
+    def verdict(self, right: Sequence[str], found: TagPrediction) -> dict[str, Any]:
+        """The right and the predicted tags of a row; in words, as spans."""
+        gold = replace(found, tags=[*right])
+        words = {"tags": gold.cells()["tags"], "predicted": found.cells()["tags"]}
+        return {"gold": gold.tags, "predicted": found.tags, "words": words}
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """The figures of each kind of span, and which kinds words are taken for; of test."""
-        right, found = (judged.column("test", name) for name in ("gold", "predicted"))
+        right, found, about = views.sides(judged)
         if not right:
             return []
-        about = of_part(judged, "test")
         gold, guess = [*chain(*right)], [*chain(*found)]
         if any(tag.startswith("B-") for tag in self.names):
             kinds = sorted({_kind(tag) for tag in {*self.names, *gold}} - {OUTSIDE})
-            rows = ((kind, *_span_figures(kind, right, found)) for kind in kinds)
-            table = class_table("Entities", rows, f"{about} An entity counts as a whole.")
+            n, predicted, both = span_counts(found, right)
+            rows = [
+                (
+                    kind,
+                    _share(both[kind], predicted[kind]),
+                    _share(both[kind], n[kind]),
+                    _share(2 * both[kind], n[kind] + predicted[kind]),
+                    n[kind],
+                    predicted[kind],
+                )
+                for kind in kinds
+            ]
+            table = views.class_table("Entities", rows, f"{about} An entity counts as a whole.")
             gold, guess = [*map(_kind, gold)], [*map(_kind, guess)]
             names = [*kinds, OUTSIDE]
         else:
             names = [*self.names, *sorted({*gold} - {*self.names})]
-            table = per_class("Tags", names, gold, guess, about)
-        return [table, confusion("Confusion matrix of words", names, gold, guess, about)]
+            table = views.per_class("Tags", names, gold, guess, about)
+        return [table, views.confusion("Confusion matrix of words", names, gold, guess, about)]
 
-    def constant(self, train: Annotated, part: Annotated) -> list[list[str]]:
+    def constant(self, train: Table, part: Table) -> list[list[str]]:
         """The most frequent tag of each word in training; other words are outside."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for (text, _), tags in zip(train.texts, train.labels, strict=True):
-            for word, tag in zip((text or "").split(), tags, strict=True):
+            for word, tag in zip(text.split(), tags, strict=True):
                 counts[word][tag] += 1
         best = {word: count.most_common(1)[0][0] for word, count in counts.items()}
-        return [[best.get(w, OUTSIDE) for w in (text or "").split()] for text, _ in part.texts]
+        return [[best.get(w, OUTSIDE) for w in text.split()] for text, _ in part.texts]
 
-    def predictions(
-        self, texts: Sequence[Any], outputs: np.ndarray, inputs: Inputs
-    ) -> list[Prediction]:
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
         """The tags of each text."""
-        return [
-            TagPrediction(text, None, text.split(), tags)
-            for (text, _), tags in zip(texts, self.decode(outputs, inputs.where), strict=True)
-        ]
+        found = zip(texts, self.decode(outputs, where), strict=True)
+        return [TagPrediction(text, None, text.split(), tags) for (text, _), tags in found]
 
 
 def _kind(tag: str) -> str:
@@ -233,25 +199,14 @@ def _kind(tag: str) -> str:
     return tag.partition("-")[2] or tag
 
 
-def _span_figures(
-    kind: str, right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
-) -> tuple[float, float, float, int, int]:
-    """Precision, recall and F1 of the spans of a kind, their number, and that of predicted ones."""
-    sides = [
-        [[tag if _kind(tag) == kind else OUTSIDE for tag in tags] for tags in side]
-        for side in (right, found)
-    ]
-    n, predicted = (sum(len(spans_of(tags)) for tags in side) for side in sides)
-    scores = span_scores(sides[1], sides[0])
-    shares = (scores["precision"], predicted), (scores["recall"], n), (scores["f1"], n + predicted)
-    precision, recall, both = (share if of else math.nan for share, of in shares)
-    return precision, recall, both, n, predicted
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " words"]:
     """The token of each word's first piece, by the places of the tokens in the text.
 
-    A piece belongs to the word in which it ends, as it may begin with the space before it.
+    A piece belongs to the word where it ends, as it may begin with the space before the word.
 
     Args:
         encoding: the encoding of the words with spaces between.
@@ -271,27 +226,63 @@ def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " 
     return first
 
 
-class TokenClassification(AnnotatedTask):
+class TokenClassification(EncoderTask):
     """Tags of words."""
 
     name = "token-classification"
     pipeline = "token-classification"
     head = "tagging"
     metrics = ("f1", "precision", "recall", "accuracy")
-    defaults = ("f1", "precision", "recall", "accuracy")
-    columns: ClassVar[Mapping[str, str | None]] = {"tokens": "tokens", "tags": "ner_tags"}
+    columns: ClassVar[Columns] = {"tokens": "tokens", "tags": "ner_tags"}
+    inputs = ("tokens",)
     readout = Tags
     example = "--train rows.conll, or --train rows.jsonl --columns tokens=COLUMN tags=COLUMN"
 
-    def texts(self, columns: Mapping[str, Any]) -> list[str]:
-        """The column of the tokens."""
-        return [columns["tokens"]]
+    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
+        """Reads tokens with their tags, each a list or a text that is split at spaces.
 
-    def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Annotated:
-        """Reads tokens with their tags, which mark spans unless accuracy is the only metric."""
-        spans = tuple(metrics) != ("accuracy",)
-        return read_tagged(path, columns["tokens"], columns["tags"], spans)
+        The tags mark spans, and so are in BIO, unless accuracy is the only metric. A row has the
+        text `(tokens with spaces between, None)`, and the list of tags as label.
+        """
+        rows, tokens, tags = read_file(path), columns["tokens"], columns["tags"]
+        words, lines = _words(rows, tokens)
+        labels = [items_of(value) for (value,) in choose_values(rows, [tags])[0]]
+        uneven = [
+            f"{place(line)} has {len(row)} tokens and {len(found)} tags"
+            for line, row, found in zip(lines, words, labels, strict=True)
+            if len(row) != len(found)
+        ]
+        expected = f"; expected a tag in {tags!r} for each token in {tokens!r}"
+        refuse(rows.path, uneven, "", expected)
+        wrong = {
+            tag: line
+            for line, row in reversed([*zip(lines, labels, strict=True)])
+            for tag in row
+            if tuple(metrics) != ("accuracy",) and not _BIO.fullmatch(tag)
+        }
+        refuse(
+            rows.path,
+            [f"{tag!r} ({place(line)})" for tag, line in sorted(wrong.items())],
+            "not in BIO: ",
+            "; expected O, B-kind for the first token of a span and I-kind for its others; for "
+            "tags that mark no spans write --metrics accuracy",
+        )
+        return Table([(" ".join(row), None) for row in words], labels, (), rows.path, lines)
 
-    def read_texts(self, path: Path, rows: Rows, columns: Sequence[str]) -> list[tuple[str, None]]:
+    def read_texts(self, rows: Rows, columns: Sequence[str]) -> list[tuple[str, None]]:
         """The tokens of each row, or texts that are split at spaces."""
-        return [(" ".join(words), None) for words in words_of(path, rows, columns[0])[0]]
+        return [(" ".join(words), None) for words in _words(rows, columns[0])[0]]
+
+
+def _words(rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
+    """The tokens of each row; raises DataError if there are none, or a blank or spaced one."""
+    values, lines = choose_values(rows, [tokens])
+    words = [items_of(value) for (value,) in values]
+    wrong = [
+        place(line)
+        for line, row in zip(lines, words, strict=True)
+        if not row or any(word.split() != [word] for word in row)
+    ]
+    expected = "or a blank one or one with a space; expected the tokens of a text"
+    refuse(rows.path, wrong, "", f": no {tokens}, {expected}")
+    return words, lines

@@ -232,6 +232,8 @@ def shared(judged: Judged) -> list[View]:
 def lengths_of(rows: Iterable[Any]) -> Counter[int]:
     """How many encoded rows have a number of tokens; those of packed sequences count one by one.
 
+    Rows without tokens, such as images, do not count.
+
     Example:
         >>> from adapters_jax.finetune.data.batches import Row
         >>> lengths_of(Row(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (3, 5, 3))
@@ -241,7 +243,7 @@ def lengths_of(rows: Iterable[Any]) -> Counter[int]:
     for row in rows:
         if hasattr(row, "segments"):
             found.update(n for n in np.bincount(row.segments)[1:].tolist() if n)
-        else:
+        elif hasattr(row, "input_ids"):
             found[row.input_ids.shape[-1]] += 1
     return found
 
@@ -259,10 +261,16 @@ def of_part(judged: Judged, part: str) -> str:
     return f"Of the {whole:,} rows of {part}."
 
 
+def sides(judged: Judged) -> tuple[list[Any], list[Any], str]:
+    """What is right and what is predicted in the rows of test, and which rows they are."""
+    right, predicted = (judged.column("test", name) for name in ("gold", "predicted"))
+    return right, predicted, of_part(judged, "test")
+
+
 def absent_classes(judged: Judged, names: Sequence[str]) -> list[View]:
     """Sentences on classes without a row in dev or test, whose scores mean little.
 
-    Of a part of which not all rows are kept, nothing is known.
+    Nothing is said of a part if some of its rows are not kept.
     """
     found: list[View] = []
     for part in ("dev", "test"):
@@ -270,13 +278,11 @@ def absent_classes(judged: Judged, names: Sequence[str]) -> list[View]:
         lacking = [name for name in names if name not in there]
         whole = len(judged.rows.get(part, ())) == judged.counts.get(part)
         if there and lacking and whole:
+            what, it = ("class", "it") if len(lacking) == 1 else ("classes", "them")
             found.append(
                 Note(
-                    f"No row of {part} is of the class {_few(lacking)}, so the scores on {part} "
-                    "say nothing about it."
-                    if len(lacking) == 1
-                    else f"No row of {part} is of the classes {_few(lacking)}, so the scores on "
-                    f"{part} say nothing about them."
+                    f"No row of {part} is of the {what} {_few(lacking)}, so the scores on {part} "
+                    f"say nothing about {it}."
                 )
             )
     return found
@@ -362,21 +368,18 @@ def confusion(
     return Matrix(title, shown, counts.tolist(), about)
 
 
-def numbers_judged(right: Sequence[float], predicted: Sequence[float]) -> list[dict[str, Any]]:
-    """The verdicts of rows with a number each.
+def number_judged(right: float, predicted: float) -> dict[str, Any]:
+    """The verdict on a row with a number.
 
     Example:
-        >>> numbers_judged([2.0], [2.5])
-        [{'gold': 2.0, 'predicted': 2.5, 'words': {'right': '2', 'predicted': '2.5'}}]
+        >>> number_judged(2.0, 2.5)
+        {'gold': 2.0, 'predicted': 2.5, 'words': {'right': '2', 'predicted': '2.5'}}
     """
-    return [
-        {"gold": a, "predicted": b, "words": {"right": f"{a:.4g}", "predicted": f"{b:.4g}"}}
-        for a, b in zip(right, predicted, strict=True)
-    ]
+    words = {"right": f"{right:.4g}", "predicted": f"{predicted:.4g}"}
+    return {"gold": right, "predicted": predicted, "words": words}
 
 
 def predicted_against_right(judged: Judged) -> list[View]:
     """The picture of predicted against right numbers of test; nothing if there are none."""
-    right, predicted = (judged.column("test", name) for name in ("gold", "predicted"))
-    about = of_part(judged, "test")
+    right, predicted, about = sides(judged)
     return [Scatter("Predicted against right", right, predicted, about)] if right else []

@@ -87,7 +87,7 @@ class Architecture:
 
 
 def shape(*sizes: int, **more: Any) -> Values:
-    """The values of a published `config.json`, of which five are sizes."""
+    """The values of a published `config.json`, five sizes first."""
     return dict(zip(_SIZES, sizes, strict=True)) | more
 
 

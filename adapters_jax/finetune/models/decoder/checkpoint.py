@@ -1,20 +1,29 @@
 """Loads decoders from Hugging Face checkpoints and GGUF files, and saves checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
-from adapters_jax.files.gguf.header import find_gguf
 from adapters_jax.files.names import Tensor
+from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_files.gguf import GGUF, read_gguf
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
-from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+from adapters_jax.finetune.models.parts.checkpoint import (
+    SHARD,
+    filled,
+    save_tensors,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    from adapters_jax.finetune.base_files.gguf import GGUF
 
 
 def load_decoder(
@@ -43,8 +52,18 @@ def load_decoder(
         UserError: files are absent, or a setting is unsupported.
         MismatchError: the tensors do not fit; the message lists every difference.
     """
-    config, tensors = _read(name_or_path, revision)
-    huggingface.check_tensors(config, tensors)
+    config: DecoderConfig
+    tensors: Mapping[str, Tensor]
+    if isinstance(name_or_path, str | Path) and find_gguf(name_or_path):
+        from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
+
+        name_or_path = read_gguf(name_or_path)
+    if isinstance(name_or_path, str | Path):
+        config, tensors = huggingface.read_checkpoint(DecoderConfig, name_or_path, revision)
+    else:
+        config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
+        tensors = name_or_path.tensors()
+        huggingface.check_tensors(config, tensors)
     names = ARCHITECTURES[config.model_type].names
     return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
 
@@ -72,18 +91,4 @@ def save_decoder(
         UserError: the architecture of `config.model_type` is not that of the model.
     """
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
-    save_model(directory, {**more, **settings}, model, names, max_shard_size)
-
-
-def _read(
-    name_or_path: str | Path | GGUF, revision: str | None
-) -> tuple[DecoderConfig, Mapping[str, Tensor]]:
-    """Reads the configuration, which is checked before any weight is used, and the tensors."""
-    if not isinstance(name_or_path, GGUF) and find_gguf(name_or_path):
-        name_or_path = read_gguf(name_or_path)
-    if isinstance(name_or_path, GGUF):
-        config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
-        return config, name_or_path.tensors()
-    directory = huggingface.resolve(name_or_path, revision)
-    config = DecoderConfig.from_json(directory / "config.json")
-    return config, huggingface.read_tensors(directory)
+    save_tensors(directory, {**more, **settings}, tensors_of(model, names), max_shard_size)

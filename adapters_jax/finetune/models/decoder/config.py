@@ -3,23 +3,28 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.decoder import rope
-from adapters_jax.finetune.models.decoder.counts import parameters
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
-from adapters_jax.finetune.models.parts.rotary import RopeScaling
+from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-PLACEMENTS = ("pre", "post", "both")
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
 )
-
+# The values of flags, which are ours: a key of this name in a `config.json` means something else.
+_FLAGS: Mapping[str, tuple[Any, ...]] = {
+    "model_type": tuple(ARCHITECTURES),
+    "norm_placement": ("pre", "post", "both"),
+    "norm_type": ("rms", "layer"),
+    "qk_norm": (None, "head", "projection"),
+}
 # The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
 _DERIVED = {
     *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "no_rope_layers"),
@@ -31,20 +36,6 @@ _COUNTS = {
 }
 _NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
 _LISTS = {"layer_types", "no_rope_layers"}
-
-
-class LayerKind(NamedTuple):
-    """What tells the attention of a layer from that of others.
-
-    Attributes:
-        window: the number of tokens that a token sees, itself included; None sees all before it.
-        rope_theta: the base of the rotary frequencies; None rotates nothing.
-        rope_scaling: how these frequencies are scaled.
-    """
-
-    window: int | None
-    rope_theta: float | None
-    rope_scaling: RopeScaling | None
 
 
 @dataclass(frozen=True)
@@ -91,8 +82,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         logits_scaling: the divisor of the logits.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
-        num_experts: the number of feed-forwards of a layer, of which each token takes some; 0 has
-            one that all take.
+        num_experts: the number of feed-forwards of a layer, each for some of the tokens; 0 has one
+            that all take.
         num_experts_per_tok: how many a token takes.
         norm_topk_prob: whether the weights of a token's experts are scaled to sum to 1.
         moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.
@@ -147,6 +138,9 @@ class DecoderConfig(huggingface.CheckpointConfig):
     norm_topk_prob: bool = False
     moe_intermediate_size: int | None = None
 
+    query_init = 1.0  # a factor of the new weights of the query projection
+    mlp_first = "up"  # the name of the feed-forward's first layer, if there is no gate
+
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
         "attention_dropout": (0.0,),
@@ -154,14 +148,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(vars(self), {"model_type": tuple(ARCHITECTURES)})
+        self._check(vars(self), _FLAGS)
         for name in _SIZES:
             check_size("DecoderConfig", name, getattr(self, name))
         _check_given(vars(self))
-        check_choice("DecoderConfig", "norm_placement", self.norm_placement, PLACEMENTS)
-        check_choice("DecoderConfig", "norm_type", self.norm_type, ("rms", "layer"))
-        if self.qk_norm is not None:
-            check_choice("DecoderConfig", "qk_norm", self.qk_norm, ("head", "projection"))
         self._check_heads()
         self._check_layers()
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
@@ -256,6 +246,10 @@ None); choose another model_type.
         unset.add("max_position_embeddings")
         return {name: x for name, x in asdict(self).items() if name not in unset}
 
+    def deviation(self, inputs: int) -> float:
+        """The standard deviation of new weights of a layer with so many inputs."""
+        return self.initializer_range
+
     @property
     def kv_heads(self) -> int:
         """The number of key and value heads."""
@@ -269,7 +263,27 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        return parameters(self)
+        width, norm = self.hidden_size, 2 if self.norm_type == "layer" else 1
+        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        positions = self.max_position_embeddings * self.learned_positions
+        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
+        each = self._attention_parameters(norm) + self._mlp_parameters()
+        return (tokens + positions + norms * norm) * width + self.num_layers * each
+
+    def _attention_parameters(self, norm: int) -> int:
+        """Those of the attention of a layer; a norm has so many for each feature."""
+        width, head = self.hidden_size, self.head_width
+        queries, keys = head * self.num_attention_heads, head * self.kv_heads
+        normed = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
+        inputs = dense(width, queries + 2 * keys, self.attention_bias)
+        return inputs + dense(queries, width, self.has_output_bias) + normed * norm
+
+    def _mlp_parameters(self) -> int:
+        """Those of the feed-forward of a layer, of all its experts if it has some."""
+        width, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
+        if self.num_experts:
+            return self.num_experts * (width + 3 * width * (self.moe_intermediate_size or inner))
+        return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 
     @property
     def has_output_bias(self) -> bool:

@@ -1,11 +1,10 @@
-"""Experts: many feed-forwards in a layer, of which a router chooses some for each token.
+"""Experts: a layer has many feed-forwards, and a router chooses some of them for each token.
 
 Reference: Shazeer et al., Outrageously large neural networks (2017),
 https://arxiv.org/abs/1701.06538; Jiang et al., Mixtral of experts (2024),
 https://arxiv.org/abs/2401.04088
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated
 
 Rows = Float[Array, "rows d"]
@@ -24,9 +22,7 @@ Rows = Float[Array, "rows d"]
 class DecoderExperts(nnx.Module):
     """The weights of all experts, each an array with the experts on its first axis."""
 
-    def __init__(
-        self, config: DecoderConfig, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Any, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
         width = config.hidden_size
         inner = config.moe_intermediate_size or config.intermediate_size
         init = nnx.initializers.normal(config.initializer_range)
@@ -41,7 +37,7 @@ class DecoderExperts(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, rows: Rows, sizes: Int[Array, " experts"]) -> Rows:
-        """Transforms rows, of which the first `sizes[0]` are the first expert's, and so on."""
+        """Transforms rows: the first `sizes[0]` by the first expert, the next by the second, ..."""
 
         def product(x: Rows, weight: Any) -> Rows:
             x, kernel = promote_dtype((x, weight[...]), dtype=self.dtype)
@@ -54,14 +50,10 @@ class DecoderExperts(nnx.Module):
 class DecoderMixture(nnx.Module):
     """The feed-forward of a layer with experts: the weighted sum of those that a token takes."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        linear: Callable[..., nnx.Linear],
-        experts: Callable[[DecoderConfig], DecoderExperts],
-    ):
-        self.router = linear(config.hidden_size, config.num_experts, use_bias=False)
-        self.experts = experts(config)
+    def __init__(self, parts: Any):
+        config = parts.config
+        self.router = parts.linear(config.hidden_size, config.num_experts)
+        self.experts = DecoderExperts(config, **parts.rest)
         self.taken = config.num_experts_per_tok
         self.normalized = config.norm_topk_prob
 

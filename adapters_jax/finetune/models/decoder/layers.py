@@ -1,17 +1,20 @@
-"""The layers of a decoder: attention, feed-forward, norms and the block that they make."""
+"""The layers of a decoder (flax.nnx): attention, feed-forward, norms and the block that they make.
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+An encoder-decoder is made of them as well: its blocks have biases of positions, and those of its
+decoder attend to what the encoder has read.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from adapters_jax.finetune.models.decoder.config import DecoderConfig
-from adapters_jax.finetune.models.decoder.experts import DecoderExperts, DecoderMixture
-from adapters_jax.finetune.models.parts.cache import LayerCache
+from adapters_jax.finetune.models.decoder.experts import DecoderMixture
+from adapters_jax.finetune.models.parts.blocks import extend_nnx
+from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
 from adapters_jax.trace.masks import Mask
@@ -19,8 +22,27 @@ from adapters_jax.trace.registry import register_attention
 from adapters_jax.weights.meshes import split_rows
 
 Hidden = Float[Array, "batch length d"]
-Seen = Mask | Bool[Array, "#batch 1 length keys"]
-Linear = Callable[..., nnx.Linear]
+Heads = Float[Array, "batch length heads head_dim"]
+Seen = Mask | Bool[Array, "#batch 1 #length keys"]
+Source = Hidden | tuple[Heads, Heads]
+
+
+class Context(NamedTuple):
+    """What a block reads beside the hidden states.
+
+    Attributes:
+        mask: the keys that each query sees; None sees all.
+        rotation: the rotation of queries and keys by their positions.
+        bias: added to the scores of the self-attention.
+        source: what the cross-attention attends to, or its keys and values from `read`.
+        seen: the mask of these.
+    """
+
+    mask: Seen | None = None
+    rotation: Rotation | None = None
+    bias: Float[Array, "#batch heads length keys"] | None = None
+    source: Source | None = None
+    seen: Seen | None = None
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -48,7 +70,7 @@ class RMSNorm(nnx.RMSNorm):
         """Divides each row of `x` by its root mean square and scales it; takes no mask."""
         scale: Any = self.scale
         x, scale = self.promote_dtype((x, scale[...]), dtype=self.dtype)
-        if self.offset:  # in float32, in which 1 + scale has all digits of the scale
+        if self.offset:  # in float32, so that 1 + scale keeps all digits of the scale
             scale = self.offset + scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
         return normalize(x, scale, self.epsilon, False).astype(x.dtype)
 
@@ -67,54 +89,96 @@ class LayerNorm(nnx.LayerNorm):
 Norm = RMSNorm | LayerNorm
 
 
-class DecoderAttention(nnx.Module):
-    """Causal self-attention in which groups of query heads share a key and a value head.
+class Parts:
+    """Makes the layers of a block, with the settings of a model.
 
-    `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
-    `Mask` (a model's `attention` of your own gets an array), and with `softcap` where the
-    configuration bounds the scores. Query and key are rotated already. Key and value are not
-    repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a cache their length is
-    its number of slots.
+    Args:
+        config: its configuration.
+        attention_fn: the attention function.
+        dtype: the computation dtype.
+        param_dtype: the dtype of the parameters.
+        rngs: the random numbers of the initial parameters.
     """
 
     def __init__(
         self,
-        config: DecoderConfig,
-        linear: Linear,
-        norm: Callable[..., Norm],
+        config: Any,
         attention_fn: Callable[..., Array],
         dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
     ):
+        self.config, self.attention_fn, self.dtype = config, attention_fn, dtype
+        self.rest: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+    def linear(
+        self, inputs: int, outputs: int, use_bias: bool = False, factor: float = 1.0
+    ) -> nnx.Linear:
+        """A linear layer; `factor` multiplies the deviation of its new weights."""
+        init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
+        return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
+
+    def norm(self, width: int) -> Norm:
+        """A norm of this width."""
+        c = self.config
+        if c.norm_type == "layer":
+            return LayerNorm(width, epsilon=c.rms_norm_eps, **self.rest)
+        return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
+
+
+class DecoderAttention(nnx.Module):
+    """Attention in which groups of query heads share a key and a value head.
+
+    `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
+    `Mask` (a model's `attention` of your own gets an array), and with `bias` and `softcap` where
+    there are biases and bounds of the scores. Query and key are rotated already. Key and value are
+    not repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a cache their
+    length is its number of slots.
+    """
+
+    def __init__(self, parts: Parts):
+        config = parts.config
         width, self.head_dim = config.hidden_size, config.head_width
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
-        biased = partial(linear, use_bias=config.attention_bias)
-        self.query, self.key, self.value = (
-            biased(width, heads),
-            biased(width, kv_heads),
-            biased(width, kv_heads),
-        )
-        self.output = linear(heads, width, use_bias=config.has_output_bias)
+        biased = config.attention_bias
+        self.query = parts.linear(width, heads, biased, factor=config.query_init)
+        self.key = parts.linear(width, kv_heads, biased)
+        self.value = parts.linear(width, kv_heads, biased)
+        self.output = parts.linear(heads, width, config.has_output_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             by_head = self.qk_norm == "head"
-            self.query_norm = norm(self.head_dim if by_head else heads)
-            self.key_norm = norm(self.head_dim if by_head else kv_heads)
-        self.scale = _query_scale(config)
+            self.query_norm = parts.norm(self.head_dim if by_head else heads)
+            self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
+        # The factor of queries, by which `attention_fn`, dividing by a root, gets its own scale.
+        factor = config.attention_multiplier
+        self.scale = 1.0 if factor is None else factor * config.head_width**0.5
         self.softcap = config.attn_logit_softcapping
-        self.attention_fn = attention_fn
-        self.dtype = dtype
+        self.attention_fn = parts.attention_fn
+        self.dtype = parts.dtype
 
     def __call__(
-        self, x: Hidden, mask: Seen, rotation: Rotation | None, cache: LayerCache | None = None
+        self,
+        x: Hidden,
+        mask: Seen | None,
+        rotation: Rotation | None = None,
+        bias: Array | None = None,
+        source: Source | None = None,
+        cache: LayerCache | None = None,
     ) -> Hidden:
-        """Mixes, for each position, the values of the positions that `mask` lets it see."""
-        query, key = (self._heads(name, x) for name in ("query", "key"))
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        value = split_heads(self.value(x), self.head_dim)
-        if cache is not None:
-            key, value = cache.extend(key, value)
-        bounded = {} if self.softcap is None else {"softcap": self.softcap}
+        """Mixes, for each position, the values of the positions that `mask` lets it see.
+
+        Args:
+            x: what the queries are computed from.
+            mask, rotation, bias: see `Context`.
+            source: what it attends to, or keys and values from `read`; by default `x` itself.
+            cache: the earlier keys and values.
+        """
+        query = self._turned("query", x, rotation)
+        source = x if source is None else source
+        pair = source if isinstance(source, tuple) else self.read(source, rotation)
+        key, value = pair if cache is None else cache.extend(*pair)
+        more = {"bias": bias, "softcap": self.softcap}
         mixed = self.attention_fn(
             query if self.scale == 1.0 else query * self.scale,
             key,
@@ -125,48 +189,51 @@ class DecoderAttention(nnx.Module):
             broadcast_dropout=False,
             deterministic=True,
             dtype=self.dtype,
-            **bounded,
+            **{name: x for name, x in more.items() if x is not None},
         )
         return self.output(mixed.reshape(*x.shape[:-1], -1))
 
-    def _heads(self, name: str, x: Hidden) -> Float[Array, "batch length heads head_dim"]:
-        """Queries or keys, normalised where the configuration says so."""
+    def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
+        """The keys and the values of hidden states."""
+        key = self._turned("key", source, rotation)
+        return key, split_heads(self.value(source), self.head_dim)
+
+    def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
+        """Queries or keys, normalised where the configuration says so, and rotated."""
         y = getattr(self, name)(x)
-        match self.qk_norm:
-            case "head":
-                return getattr(self, f"{name}_norm")(split_heads(y, self.head_dim))
-            case "projection":
-                return split_heads(getattr(self, f"{name}_norm")(y), self.head_dim)
-            case _:
-                return split_heads(y, self.head_dim)
+        if self.qk_norm == "projection":
+            y = getattr(self, f"{name}_norm")(y)
+        y = split_heads(y, self.head_dim)
+        if self.qk_norm == "head":
+            y = getattr(self, f"{name}_norm")(y)
+        return y if rotation is None else rotate(y, rotation)
 
 
 register_attention(DecoderAttention)
 
 
-def _query_scale(config: DecoderConfig) -> float:
-    """The factor of queries, by which `attention_fn`, dividing by a root, gets its own scale."""
-    scale = config.attention_multiplier
-    return 1.0 if scale is None else scale * config.head_width**0.5
-
-
 class DecoderMLP(nnx.Module):
-    """The feed-forward: `output(act(gate(x)) * up(x))`, or `output(act(up(x)))` without a gate."""
+    """The feed-forward: `output(act(gate(x)) * up(x))`, or `output(act(up(x)))` without a gate.
 
-    def __init__(self, config: DecoderConfig, linear: Linear):
-        biased = partial(linear, use_bias=config.mlp_bias)
+    Without a gate the first layer may have another name than `up`.
+    """
+
+    def __init__(self, parts: Parts):
+        config = parts.config
+        width, inner, biased = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.first = "gate" if config.mlp_gate else config.mlp_first
         self.gated = config.mlp_gate
+        setattr(self, self.first, parts.linear(width, inner, biased))
         if self.gated:
-            self.gate = biased(config.hidden_size, config.intermediate_size)
-        self.up = biased(config.hidden_size, config.intermediate_size)
-        self.output = biased(config.intermediate_size, config.hidden_size)
+            self.up = parts.linear(width, inner, biased)
+        self.output = parts.linear(inner, width, biased)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden:
         """Transforms each position by itself."""
-        if not self.gated:
-            return self.output(self.activation(self.up(x)))
-        return self.output(gated(self.activation, self.gate(x), self.up(x)))
+        first = getattr(self, self.first)(x)
+        inner = gated(self.activation, first, self.up(x)) if self.gated else self.activation(first)
+        return self.output(inner)
 
 
 class DecoderSum(nnx.Module):
@@ -181,45 +248,79 @@ class DecoderSum(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One block: attention and feed-forward, with norms before them, after them or both."""
+    """One block: attention, perhaps cross-attention, and feed-forward.
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        linear: Linear,
-        norm: Callable[..., Norm],
-        attention_fn: Callable[..., Array],
-        dtype: Dtype | None,
-        experts: Callable[[DecoderConfig], DecoderExperts] | None = None,
-    ):
-        width, placement = config.hidden_size, config.norm_placement
+    Their norms are before them, after them or both.
+    """
+
+    def __init__(self, parts: Parts, crosses: bool = False):
+        config = parts.config
+        placement = config.norm_placement
         self.before, self.after = placement != "post", placement != "pre"
-        self.multiplier = config.residual_multiplier
-        if self.before:
-            self.attention_norm = norm(width)
-        self.attention = DecoderAttention(config, linear, norm, attention_fn, dtype)
-        if self.after:
-            self.attention_post_norm = norm(width)
-        self.attention_sum = DecoderSum()
-        if self.before:
-            self.mlp_norm = norm(width)
-        self.mlp = (
-            DecoderMixture(config, linear, experts) if experts else DecoderMLP(config, linear)
-        )
-        if self.after:
-            self.mlp_post_norm = norm(width)
-        self.mlp_sum = DecoderSum()
+        self.crosses, self.multiplier = crosses, config.residual_multiplier
 
-    def __call__(
-        self, x: Hidden, mask: Seen, rotation: Rotation | None, cache: LayerCache | None = None
-    ) -> Hidden:
+        def add(name: str, make: Callable[[Parts], nnx.Module]) -> None:
+            """Makes a sublayer, the norms around it and its residual sum."""
+            if self.before:
+                setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
+            setattr(self, name, make(parts))
+            if self.after:
+                setattr(self, f"{name}_post_norm", parts.norm(config.hidden_size))
+            setattr(self, f"{name}_sum", DecoderSum())
+
+        add("attention", DecoderAttention)
+        if crosses:
+            add("cross_attention", DecoderAttention)
+        add("mlp", DecoderMixture if config.num_experts else DecoderMLP)
+
+    def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
         """Computes the hidden states after the block."""
-        y = self.attention(self.attention_norm(x) if self.before else x, mask, rotation, cache)
-        x = self.attention_sum(x, self._output(y, "attention_post_norm"))
-        y = self.mlp(self.mlp_norm(x) if self.before else x)
-        return self.mlp_sum(x, self._output(y, "mlp_post_norm"))
+        mask, rotation, bias, source, seen = context
+        x = self._add("attention", x, mask, rotation, bias, cache=cache)
+        if self.crosses:
+            x = self._add("cross_attention", x, seen, source=source)
+        return self._add("mlp", x)
 
-    def _output(self, y: Hidden, norm: str) -> Hidden:
-        """What a sublayer adds to its input."""
-        y = getattr(self, norm)(y) if self.after else y
-        return y if self.multiplier == 1.0 else y * self.multiplier
+    def _add(self, name: str, x: Hidden, *args: Any, **options: Any) -> Hidden:
+        """The residual sum of hidden states and a sublayer of them."""
+        y = getattr(self, f"{name}_norm")(x) if self.before else x
+        y = getattr(self, name)(y, *args, **options)
+        y = getattr(self, f"{name}_post_norm")(y) if self.after else y
+        y = y if self.multiplier == 1.0 else y * self.multiplier
+        return getattr(self, f"{name}_sum")(x, y)
+
+
+def extend_layers(
+    layers: Any,
+    x: Hidden,
+    contexts: Sequence[Context],
+    kinds: Sequence[int],
+    cache: Cache,
+    *source: Any,
+) -> tuple[Hidden, Cache]:
+    """Runs blocks on further tokens, and extends a cache by them.
+
+    Args:
+        layers: from `make_nnx`.
+        x: the hidden states of these tokens.
+        contexts: of each kind of block.
+        kinds: the number of each block's kind.
+        cache: the cache, after `Cache.reserve` has given the tokens their slots.
+        *source: the keys and the values of cross-attentions, in the form of the cache's.
+
+    Returns:
+        The output of the last block, and the cache with the keys and values of the tokens.
+    """
+    start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
+
+    def step(x: Array, layer: Any, context: Context, *row: Array) -> tuple[Array, ...]:
+        key, value, *rest = row
+        source: Any = tuple(rest) or None
+        memory = LayerCache(key, value, start)
+        x = layer(x, context._replace(source=source), memory)
+        return x, memory.key, memory.value
+
+    x, keys, values = extend_nnx(
+        step, layers, x, contexts, kinds, cache.keys, cache.values, *source
+    )
+    return x, cache._replace(keys=keys, values=values)

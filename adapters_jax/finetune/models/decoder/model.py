@@ -17,15 +17,20 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
-from adapters_jax.finetune.models.decoder.config import DecoderConfig, LayerKind
-from adapters_jax.finetune.models.decoder.experts import DecoderExperts
-from adapters_jax.finetune.models.decoder.layers import DecoderLayer, LayerNorm, Norm, RMSNorm, Seen
+from adapters_jax.finetune.models.decoder.config import DecoderConfig
+from adapters_jax.finetune.models.decoder.layers import (
+    Context,
+    DecoderLayer,
+    Parts,
+    Seen,
+    extend_layers,
+)
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
-from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
-from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
-from adapters_jax.finetune.models.parts.functions import capped, token_positions
-from adapters_jax.finetune.models.parts.layers import check_tokens
-from adapters_jax.finetune.models.parts.rotary import Rotation, rotation
+from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
+from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.finetune.models.parts.functions import capped
+from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation
+from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
 from adapters_jax.trace.masks import Mask
 from adapters_jax.weights.meshes import split_rows
 
@@ -46,7 +51,7 @@ class Decoder(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `attention` or `remat` is none of the choices.
+        UserError: `attention` or `remat` is not one of the choices.
 
     Example:
         >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
@@ -69,39 +74,26 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        attention_fn = attention_function(attention)
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_range)
-        linear: Callable[..., nnx.Linear] = partial(nnx.Linear, kernel_init=init, **types)
-        norm: Callable[..., Norm] = (
-            partial(LayerNorm, epsilon=config.rms_norm_eps, **types)
-            if config.norm_type == "layer"
-            else partial(RMSNorm, epsilon=config.rms_norm_eps, offset=config.norm_offset, **types)
-        )
+        attention_fn = attention_function(attention)
         self.config = config
         self.dtype = dtype
         self.remat = remat
         self.scan = scan
 
-        def block(rngs: nnx.Rngs) -> DecoderLayer:
-            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
-            experts = partial(DecoderExperts, rngs=rngs, **types) if config.num_experts else None
-            return DecoderLayer(config, *parts, attention_fn, dtype, experts)
+        def parts(rngs: nnx.Rngs) -> Parts:
+            return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
-        self.embeddings = nnx.Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs, **types
-        )
+        width, own = config.hidden_size, parts(rngs)
+        embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
+        self.embeddings = embed(config.vocab_size, width)
         if config.learned_positions:
-            sizes = config.max_position_embeddings, config.hidden_size
-            self.position_embeddings = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
+            self.position_embeddings = embed(config.max_position_embeddings, width)
         length = config.num_hidden_layers
-        self.layers = (
-            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
-        )
-        self.norm = norm(config.hidden_size, rngs=rngs)
+        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
+        self.norm = own.norm(width)
         if not config.tie_word_embeddings:
-            sizes = config.hidden_size, config.vocab_size
-            self.head = linear(*sizes, use_bias=False, rngs=rngs)
+            self.head = own.linear(width, config.vocab_size)
 
     def __call__(
         self,
@@ -143,9 +135,11 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = token_positions(input_ids, attention_mask, segments)
         length = input_ids.shape[1]
-        contexts = self._contexts(self._masks(attention_mask, segments, length), positions, length)
+        masks = self._masks(attention_mask, segments, length)
+        contexts = self._contexts(masks, positions, length)
         x = self._embed(input_ids, positions)
-        return self.norm(run_nnx(self.layers, x, contexts, self._kinds, remat=self.remat))
+        kinds = distinct(self.config.layer_kinds)[1]
+        return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
 
     @property
     def longest(self) -> int | None:
@@ -162,15 +156,6 @@ class Decoder(nnx.Module):
             return x
         return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
 
-    @property
-    def _distinct(self) -> tuple[LayerKind, ...]:
-        return tuple(dict.fromkeys(self.config.layer_kinds))
-
-    @property
-    def _kinds(self) -> tuple[int, ...]:
-        """The number of each layer's kind among the distinct ones."""
-        return tuple(map(self._distinct.index, self.config.layer_kinds))
-
     def _masks(
         self,
         attention_mask: Num[Array, "batch length"] | None,
@@ -178,7 +163,7 @@ class Decoder(nnx.Module):
         length: int,
     ) -> list[Seen]:
         """The mask of each kind of layer, without a cache."""
-        windows = [kind.window for kind in self._distinct]
+        windows = [kind.window for kind in distinct(self.config.layer_kinds)[0]]
         masks = [Mask.of(attention_mask, segments, causal=True, window=each) for each in windows]
         if self.scan and len(set(windows)) > 1:  # one program for all, which reads its own array
             return [mask.dense(length, length) for mask in masks]
@@ -186,11 +171,11 @@ class Decoder(nnx.Module):
 
     def _contexts(
         self, masks: Sequence[Seen], positions: Int[Array, "#batch length"], longest: int
-    ) -> list[tuple[Seen, Rotation | None]]:
-        """The mask and the rotation of each kind of layer.
+    ) -> list[Context]:
+        """The context of each kind of layer.
 
         Args:
-            masks: the masks.
+            masks: their masks.
             positions: those of the rotation.
             longest: the length of the text, see `RopeScaling.frequencies`.
         """
@@ -201,7 +186,8 @@ class Decoder(nnx.Module):
             rotated = self.config.rotated
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
 
-        return [(mask, turned(kind)) for mask, kind in zip(masks, self._distinct, strict=True)]
+        kinds, _ = distinct(self.config.layer_kinds)
+        return [Context(mask, turned(kind)) for mask, kind in zip(masks, kinds, strict=True)]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
@@ -227,29 +213,14 @@ class Decoder(nnx.Module):
             The hidden states after the last norm, and the extended cache.
         """
         check_tokens(input_ids, attention_mask)
-        start = cache.used
         cache, positions, mask = cache.reserve(attention_mask)
         back = positions[:, None, :, None] - cache.positions[:, None, None, :]
-        masks = [
-            mask if kind.window is None else mask & (back < kind.window) for kind in self._distinct
-        ]
+        kinds, numbers = distinct(self.config.layer_kinds)
+        masks = [mask if kind.window is None else mask & (back < kind.window) for kind in kinds]
         contexts = self._contexts(masks, positions, cache.held.shape[1])
-
-        def step(x: Array, layer: Any, context: Any, key: Array, value: Array) -> tuple[Array, ...]:
-            memory = LayerCache(key, value, start)
-            x = layer(x, *context, memory)
-            return x, memory.key, memory.value
-
-        x, keys, values = extend_nnx(
-            step,
-            self.layers,
-            self._embed(input_ids, positions),
-            contexts,
-            self._kinds,
-            cache.keys,
-            cache.values,
-        )
-        return self.norm(x), cache._replace(keys=keys, values=values)
+        x = self._embed(input_ids, positions)
+        x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
+        return self.norm(x), cache
 
 
 def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:

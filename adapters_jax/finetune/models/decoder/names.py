@@ -3,26 +3,12 @@
 from dataclasses import replace
 
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
-from adapters_jax.transforms.stacking import Stack
+from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
-
-def of_layers(block: str = "layers", /, **names: str) -> tuple[Rule, ...]:
-    """Rules for modules of a layer: ours, with `__` for `/`, and the name of theirs."""
-    return tuple(
-        Rule(rf"layers/(\d+)/{ours.replace('__', '/')}", rf"{block}.\1.{theirs}")
-        for ours, theirs in names.items()
-    )
-
-
-def parts(theirs: str, *ours: str) -> tuple[Rule, ...]:
-    """Rules for modules of a layer that one of theirs fuses, in this order."""
-    return tuple(
-        Rule(rf"layers/(\d+)/{each}", theirs, part=(i, len(ours))) for i, each in enumerate(ours)
-    )
-
-
+LAYERS = NNX, "layers"  # our names of layers, and theirs
 MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), Rule("head", "lm_head"))
 PROJECTIONS = of_layers(
+    *LAYERS,
     attention__query="self_attn.q_proj",
     attention__key="self_attn.k_proj",
     attention__value="self_attn.v_proj",
@@ -34,19 +20,25 @@ PROJECTIONS = of_layers(
     mlp__output="mlp.down_proj",
 )
 NORMS_BEFORE = of_layers(
+    *LAYERS,
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
 )
 NORMS_AROUND = of_layers(
+    *LAYERS,
     attention_norm="input_layernorm",
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
 
-FUSED = (
-    *parts(r"layers.\1.self_attn.qkv_proj", "attention/query", "attention/key", "attention/value"),
-    *parts(r"layers.\1.mlp.gate_up_proj", "mlp/gate", "mlp/up"),
+FUSED = of_layers(
+    *LAYERS,
+    attention__query=("self_attn.qkv_proj", 0, 3),
+    attention__key=("self_attn.qkv_proj", 1, 3),
+    attention__value=("self_attn.qkv_proj", 2, 3),
+    mlp__gate=("mlp.gate_up_proj", 0, 2),
+    mlp__up=("mlp.gate_up_proj", 1, 2),
 )
 
 NAMES = NameTable(
@@ -54,7 +46,7 @@ NAMES = NameTable(
     prefixes=("model.",),
     # Rotary tables of older files; a head that is a copy of tied embeddings.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
-    stack=Stack("layers/{}", "layers"),
+    stack=NNX,
     tied=("lm_head", "embed_tokens"),
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))

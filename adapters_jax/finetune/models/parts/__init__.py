@@ -1,1 +1,1 @@
-"""The parts that models share: layers, blocks, functions, rotary positions, decoder cache."""
+"""What models share: attention, blocks, caches, checkpoints, names, positions, tokens."""

@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from adapters_jax.errors import UserError, check_choice
 from adapters_jax.finetune.models.parts.functions import dot_product_attention
@@ -43,35 +43,21 @@ class Attend:
         *,
         bias: Float[Array, "#batch #heads #length keys"] | None = None,
         mask: Mask | Bool[Array, "#batch #heads #length keys"] | None = None,
-        dropout_rng: PRNGKeyArray | None = None,
-        dropout_rate: float = 0.0,
-        broadcast_dropout: bool = False,
-        deterministic: bool = True,
-        dtype: Dtype | None = None,
         softcap: float | None = None,
+        dtype: Dtype | None = None,
+        **dropout: Any,
     ) -> Float[Array, "batch length heads width"]:
         """Computes what `functions.dot_product_attention` does, whose mask is `mask.dense`."""
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        drops = dropout_rate > 0.0 and not deterministic
+        drops = dropout.get("dropout_rate", 0.0) > 0.0 and not dropout.get("deterministic", True)
         rules = Mask() if mask is None else mask
         kernel, why = self._kernel(Problem(query, key, rules, bias is not None, drops, softcap))
         if kernel is not None and isinstance(rules, Mask):
             return kernel(query, key, value, rules, softcap)
         if why is not None:
             query = _refused.bind(query, why=why)
-        return dot_product_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            dropout_rng=dropout_rng,
-            dropout_rate=dropout_rate,
-            broadcast_dropout=broadcast_dropout,
-            deterministic=deterministic,
-            dtype=dtype,
-            softcap=softcap,
-        )
+        more = {"bias": bias, "mask": mask, "softcap": softcap, "dtype": dtype, **dropout}
+        return dot_product_attention(query, key, value, **more)
 
     def _kernel(self, problem: Problem) -> tuple[Kernel | None, str | None]:
         """The kernel to take, if any; and why a device cannot run what was asked for."""
@@ -119,8 +105,9 @@ def attention_function(choice: Choice) -> AttentionFn:
         A function of query, key and value, whose mask may be a `Mask`.
 
     Raises:
-        UserError: no such choice. When it is called, "flash" raises one where the kernel cannot
-            compute what the model asks for; when it is compiled or run, where there is no kernel.
+        UserError: `choice` is not one of these. When it is called, "flash" raises one where the
+            kernel cannot compute what the model asks for; when it is compiled or run, where there
+            is no kernel.
     """
     if callable(choice):
         return choice if isinstance(choice, Attend) else Own(choice)

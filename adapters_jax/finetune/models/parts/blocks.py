@@ -23,6 +23,7 @@ POLICIES = (
     "everything_saveable",
 )
 Module = TypeVar("Module", bound=nnx.Module)
+Kind = TypeVar("Kind")
 Contexts = Sequence[Any]  # of one structure each
 
 
@@ -53,48 +54,76 @@ same as 'nothing_saveable') or one of 'nothing_saveable', 'dots_with_no_batch_di
     return {"policy": getattr(jax.checkpoint_policies, remat)}
 
 
+def distinct(layers: Sequence[Kind]) -> tuple[list[Kind], tuple[int, ...]]:
+    """The kinds of layers that a model has, and the number of each layer's kind among them.
+
+    Example:
+        >>> distinct(["full", "sliding", "full"])
+        (['full', 'sliding'], (0, 1, 0))
+    """
+    kinds = list(dict.fromkeys(layers))
+    return kinds, tuple(map(kinds.index, layers))
+
+
 def run_linen(
-    layers: nn.Module | Sequence[nn.Module], x: Array, *args: Any, length: int, remat: bool | str
+    layers: nn.Module | Sequence[nn.Module],
+    x: Array,
+    contexts: Contexts,
+    kinds: Sequence[int],
+    *,
+    remat: bool | str,
 ) -> Array:
     """Runs linen blocks.
 
     Args:
         layers: a sequence of modules, one for each block, or one module to scan.
         x: the input of the first block.
-        args: further arguments, the same for every block.
-        length: the number of blocks.
+        contexts: the second argument of each kind of block; scanned blocks are of one kind.
+        kinds: the number of each block's kind.
         remat: see `check_remat`.
 
     Returns:
         The output of the last block.
     """
     scanned = isinstance(layers, nn.Module)
+    policy = check_remat(remat)
 
-    def block(layer: Any, x: Array) -> Array:
-        return layer(x, *args)
+    def block(context: Any) -> Callable[[Any, Array], Array]:
+        # The context is closed over: `nn.remat` would trace flags such as `deterministic`.
+        def run(layer: Any, x: Array) -> Array:
+            return layer(x, context)
+
+        # In a scan, the loop itself keeps XLA from merging the recomputation with the forward pass.
+        return nn.remat(run, prevent_cse=not scanned, **policy) if remat else run
+
+    blocks = list(map(block, contexts))
+    if not scanned:
+        for layer, kind in zip(layers, kinds, strict=True):  # type: ignore[call-overload]
+            x = blocks[kind](layer, x)
+        return x
 
     @scanning()
     def step(layer: Any, x: Array, _: None) -> tuple[Array, None]:
-        return block(layer, x), None
+        return blocks[0](layer, x), None
 
-    policy = check_remat(remat)
-    if remat:
-        block = nn.remat(block, prevent_cse=not scanned, **policy)
-    if not scanned:
-        for layer in layers:  # type: ignore[union-attr]
-            x = block(layer, x)
-        return x
     scan = nn.scan(
         step,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0},  # the latter for `capture_intermediates`
         split_rngs={"params": True, "dropout": True},
-        length=length,
+        length=len(kinds),
     )
     return scan(layers, x, None)[0]
 
 
-def stack_nnx(make: Callable[[nnx.Rngs], Module], length: int, rngs: nnx.Rngs) -> Module:
-    """Makes one module to scan from NNX blocks, each initialised from random numbers of its own."""
+def make_nnx(make: Callable[[nnx.Rngs], Module], length: int, scan: bool, rngs: nnx.Rngs) -> Any:
+    """Makes NNX blocks, each initialised from other random numbers.
+
+    Returns:
+        An `nnx.List` of blocks, or with `scan` one block whose leaves have the layers on their
+        first axis.
+    """
+    if not scan:
+        return nnx.List(make(rngs) for _ in range(length))
     return nnx.split_rngs(splits=length)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
@@ -104,9 +133,9 @@ def run_nnx(
     """Runs NNX blocks.
 
     Args:
-        layers: an `nnx.List` of blocks, or a module from `stack_nnx`.
+        layers: from `make_nnx`.
         x: the input of the first block.
-        contexts: further arguments, for each kind of block.
+        contexts: the second argument of each kind of block.
         kinds: the number of each block's kind.
         remat: see `check_remat`.
 
@@ -116,7 +145,7 @@ def run_nnx(
     scanned = not isinstance(layers, nnx.List)
 
     def block(layer: Any, x: Array, context: Any) -> Array:
-        return layer(x, *context)
+        return layer(x, context)
 
     if remat:
         block = nnx.remat(block, prevent_cse=not scanned, **check_remat(remat))
@@ -124,6 +153,7 @@ def run_nnx(
         for layer, kind in zip(layers, kinds, strict=True):  # type: ignore[call-overload]
             x = block(layer, x, contexts[kind])
         return x
+    # One traced body serves all layers, so a scanned number picks the context.
     context = _by_kind(contexts)
     scan = nnx.scan(
         scanning()(lambda x, layer, kind: block(layer, x, context(kind))),
@@ -139,35 +169,33 @@ def extend_nnx(
     x: Array,
     contexts: Contexts,
     kinds: Sequence[int],
-    keys: Any,
-    values: Any,
+    *rows: Any,
 ) -> tuple[Array, Any, Any]:
-    """Runs NNX blocks with a cache; see `run_nnx`.
+    """Runs NNX blocks with what a cache has for each; see `run_nnx`.
 
     Args:
-        step: called for each block as `step(x, layer, context, key, value)`, returns
-            `x, key, value`.
-        layers: an `nnx.List` of blocks, or a module from `stack_nnx`.
+        step: called for each block as `step(x, layer, context, *row)`, returns `x`, keys and
+            values.
+        layers: from `make_nnx`.
         x: the input of the first block.
         contexts: for each kind of block.
         kinds: the number of each block's kind.
-        keys: those in the cache, a tuple or an array with the layers on its first axis.
-        values: likewise.
+        *rows: a tuple with a value for each block, or an array with the layers on its first axis.
 
     Returns:
-        The output of the last block, the keys and the values, in the form in which they came.
+        The output of the last block, the keys and the values, in the form of the rows.
     """
     if not isinstance(layers, nnx.List):
         context = _by_kind(contexts)
         scan = nnx.scan(
-            scanning()(lambda x, layer, kind, *pair: step(x, layer, context(kind), *pair)),
-            in_axes=(nnx.Carry, 0, 0, 0, 0),
+            scanning()(lambda x, layer, kind, *row: step(x, layer, context(kind), *row)),
+            in_axes=(nnx.Carry, 0, 0, *(0 for _ in rows)),
             out_axes=(nnx.Carry, 0, 0),
         )
-        return scan(x, layers, jnp.array(kinds), keys, values)
+        return scan(x, layers, jnp.array(kinds), *rows)
     pairs = []
-    for layer, kind, key, value in zip(layers, kinds, keys, values, strict=True):
-        x, *pair = step(x, layer, contexts[kind], key, value)
+    for layer, kind, *row in zip(layers, kinds, *rows, strict=True):
+        x, *pair = step(x, layer, contexts[kind], *row)
         pairs.append(pair)
     return x, *zip(*pairs, strict=True)  # type: ignore[return-value]
 

@@ -39,6 +39,7 @@ class LayerCache:
         return self.key, self.value
 
     def _put(self, slots: Slots, new: Shaped[Array, "batch length kv_heads head_dim"]) -> Slots:
+        # XLA does this in place in the loop over tokens.
         return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), self.start, 1)
 
 

@@ -44,29 +44,9 @@ def filled(
     return model
 
 
-def save_model(
-    directory: str | Path,
-    settings: Mapping[str, Any],
-    model: nnx.Module,
-    names: NameTable,
-    max_shard_size: int,
-) -> None:
-    """Writes `config.json`, and `model.safetensors` or shards with their index.
-
-    Args:
-        directory: a directory, made if it is absent; a checkpoint in it is replaced,
-            file by file.
-        settings: the values of `config.json`, but for the dtype.
-        model: a model without adapters.
-        names: the names of its tensors.
-        max_shard_size: the largest number of bytes of tensors in a file; a larger tensor has a file
-            of its own.
-
-    Raises:
-        UserError: `max_shard_size` is not a number of at least 1, or the directory cannot be made.
-    """
-    tensors = to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
-    save_tensors(directory, settings, tensors, max_shard_size)
+def tensors_of(model: nnx.Module, names: NameTable) -> dict[str, np.ndarray]:
+    """The tensors of a model without adapters, by the names of its checkpoint."""
+    return to_tensors(nnx.to_pure_dict(nnx.state(model, nnx.Param)), names)
 
 
 def save_tensors(
@@ -75,7 +55,19 @@ def save_tensors(
     tensors: Mapping[str, np.ndarray],
     max_shard_size: int = SHARD,
 ) -> None:
-    """Writes a checkpoint of tensors by their names there; see `save_model`."""
+    """Writes `config.json`, and `model.safetensors` or shards with their index.
+
+    Args:
+        directory: a directory, made if it is absent; a checkpoint in it is replaced,
+            file by file.
+        settings: the values of `config.json`, but for the dtype.
+        tensors: the tensors by their names there.
+        max_shard_size: the largest number of bytes of tensors in a file; a larger tensor is
+            alone in its file.
+
+    Raises:
+        UserError: `max_shard_size` is not a number of at least 1, or the directory cannot be made.
+    """
     check_number("the checkpoint", "max_shard_size", max_shard_size, low=1, closed=True)
     dtype = str(next(iter(tensors.values())).dtype)
     values = {**settings, **dict.fromkeys(("dtype", "torch_dtype"), dtype)}  # new and old readers

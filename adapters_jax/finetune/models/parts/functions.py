@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from adapters_jax.trace.masks import Mask, as_array
 
@@ -256,26 +256,3 @@ def capped(x: Float[Array, "*batch"], bound: float | None) -> Float[Array, "*bat
         [0.0, 2.0]
     """
     return x if bound is None else bound * jnp.tanh(x / bound)
-
-
-def token_positions(
-    input_ids: Int[Array, "batch length"],
-    attention_mask: Num[Array, "batch length"] | None = None,
-    segments: Int[Array, "batch length"] | None = None,
-) -> Int[Array, "#batch length"]:
-    """The number of each token in its text, from 0, where padding does not count.
-
-    Example:
-        >>> ids = jnp.array([[0, 5, 6, 7]])
-        >>> token_positions(ids, jnp.array([[0, 1, 1, 1]])).tolist()
-        [[0, 0, 1, 2]]
-        >>> token_positions(ids, segments=jnp.array([[1, 1, 2, 2]])).tolist()
-        [[0, 1, 0, 1]]
-    """
-    positions = jnp.arange(input_ids.shape[1])[None]
-    if attention_mask is not None:
-        positions = jnp.maximum((attention_mask != 0).cumsum(1) - 1, 0)
-    if segments is None:
-        return positions
-    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    return positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)

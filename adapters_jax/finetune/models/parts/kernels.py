@@ -100,6 +100,7 @@ class Splash:
             _longer(x, 1, by).swapaxes(1, 2)
             for x, by in ((query, by_query), (key, by_key), (value, by_key))
         )
+        # The kernels of the forward and the backward pass each take block sizes; all get the same.
         sizes: dict[str, Any] = {f"block_{name}": by_query for name in ("q", "q_dkv", "q_dq")}
         sizes |= {f"block_{name}": by_key for name in ("kv", "kv_dkv", "kv_dq")}
         rules = _rules(mask, query.shape[2], pair[0].shape[2])
@@ -112,6 +113,7 @@ class Splash:
             interpret=self.interpret,
         )
         ids = mask.ids(batch, length, keys)
+        # Keys that only fill a block have to be hidden; a causal mask does that by itself.
         if ids is None and pair[0].shape[2] > keys and not mask.causal:
             ids = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
         if ids is None:
@@ -216,6 +218,7 @@ def _split(kernel: Callable[..., Rows], query: Rows, key: Rows, value: Rows, mas
     spec = P(rows, None, over(("model",), query.shape[2], key.shape[2]), None)
     batch = query.shape[0]
     mask = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), mask)
+    # Without `check_vma`, since kernels do not say over which axes of the mesh their outputs vary.
     run = jax.shard_map(
         kernel, mesh=mesh, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False
     )

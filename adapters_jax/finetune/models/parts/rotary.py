@@ -168,6 +168,20 @@ class RopeScaling:
         )
 
 
+class LayerKind(NamedTuple):
+    """What tells the attention of a layer from that of others.
+
+    Attributes:
+        window: the number of tokens that a token sees to a side, itself included; None sees all.
+        rope_theta: the base of the rotary frequencies; None rotates nothing.
+        rope_scaling: how these frequencies are scaled.
+    """
+
+    window: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+
+
 def frequencies(features: int, theta: float) -> Frequencies:
     """The frequency of each pair of features, in radians a position."""
     return theta ** -(np.arange(0, features, 2) / features)
@@ -199,12 +213,14 @@ def rotation(
     Returns:
         Cosines and sines, times the scaling's factor of queries and keys.
     """
+    # Layers that do not rotate may share a scan with others, which need arrays of the same shapes.
     if theta is None:
         ones = jnp.ones((*positions.shape, features // 2), jnp.float32)
         return Rotation(ones, 0 * ones)
     turns, factor = frequencies(features, theta), 1.0
     if scaling:
         turns, factor = scaling.frequencies(features, theta, length)
+    # In float32, since bfloat16 cannot tell positions beyond 256 apart.
     angles = positions[:, :, None] * jnp.asarray(turns, jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotation(cos, sin) if factor == 1.0 else Rotation(cos * factor, sin * factor)

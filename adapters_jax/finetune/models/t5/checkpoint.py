@@ -8,10 +8,15 @@ from jax.sharding import Mesh
 from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_model
+from adapters_jax.finetune.models.parts.checkpoint import (
+    SHARD,
+    filled,
+    save_tensors,
+    tensors_of,
+)
+from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.t5.config import T5Config
 from adapters_jax.finetune.models.t5.model import T5, abstract_t5
-from adapters_jax.transforms.stacking import Stack
 
 
 def _sublayer(stack: str, number: int, ours: str, theirs: str, **parts: str) -> tuple[Rule, ...]:
@@ -30,6 +35,7 @@ NAMES = NameTable(
         Rule("embeddings", "shared"),
         Rule("head", "lm_head"),
         Rule("(encoder|decoder)/norm", r"\1.final_layer_norm"),
+        # The first block of each stack holds the biases that all its blocks share.
         Rule(
             "(encoder|decoder)/position_bias",
             rf"\1.block.0.layer.0.{_SELF}.relative_attention_bias",
@@ -46,7 +52,7 @@ NAMES = NameTable(
         r"lm_head\.weight",
         rf"decoder\.block\.0\.layer\.1\.{_CROSS}\.relative_attention_bias\.weight",
     ),
-    stack=Stack("layers/{}", "layers"),
+    stack=NNX,
     tied=("lm_head", "shared"),
     held_twice=("shared",),  # as encoder.embed_tokens and decoder.embed_tokens
 )
@@ -64,10 +70,7 @@ def load_t5(
 
     Args:
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: the devices that get the parameters, each when it is read; see
-            `adapters_jax.layout`. None means the default device.
-        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        revision, mesh, rules: see `load_decoder`.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
 
     Returns:
@@ -77,25 +80,13 @@ def load_t5(
         UserError: files are absent, or a setting is unsupported.
         MismatchError: the tensors do not fit; the message lists every difference.
     """
-    directory = huggingface.resolve(name_or_path, revision)
-    config = T5Config.from_json(directory / "config.json")
-    tensors = huggingface.read_tensors(directory)
-    huggingface.check_tensors(config, tensors)
+    config, tensors = huggingface.read_checkpoint(T5Config, name_or_path, revision)
     return config, filled(abstract_t5(config, **options), tensors, NAMES, mesh, rules)
 
 
 def save_t5(
     directory: str | Path, config: T5Config, model: T5, *, max_shard_size: int = SHARD, **more: Any
 ) -> None:
-    """Writes a checkpoint in the layout of Hugging Face, which `load_t5` reads as well.
-
-    Args:
-        directory: a directory, made if it is absent; a checkpoint in it is replaced,
-            file by file.
-        config: the model's configuration.
-        model: a model without adapters; see `adapters_jax.transforms.merge`.
-        max_shard_size: the largest number of bytes in a file; more are split over shards.
-        **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
-            model take precedence.
-    """
-    save_model(directory, {**more, **config.to_dict()}, model, NAMES, max_shard_size)
+    """Writes a checkpoint that `load_t5` and transformers read; its arguments: `save_decoder`."""
+    settings = {**more, **config.to_dict()}
+    save_tensors(directory, settings, tensors_of(model, NAMES), max_shard_size)

@@ -1,10 +1,11 @@
 """The configuration of T5 1.0, T5 1.1, Flan-T5 and mT5."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Self
 
-from adapters_jax.errors import UserError, check_choice, check_number, check_size
+from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 
@@ -74,6 +75,19 @@ class T5Config(huggingface.CheckpointConfig):
     decoder_start_token_id: int = 0
     model_type: str = "t5"
 
+    # What the layers of `decoder` read.
+    hidden_size = property(attrgetter("d_model"))
+    intermediate_size = property(attrgetter("d_ff"))
+    num_attention_heads = kv_heads = property(attrgetter("num_heads"))
+    head_width = property(attrgetter("d_kv"))
+    attention_bias = has_output_bias = mlp_bias = False
+    attention_multiplier = residual_multiplier = 1.0
+    attn_logit_softcapping = qk_norm = None
+    norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
+    rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
+    num_experts = 0
+    mlp_first = "intermediate"
+
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": tuple(CLASSES),
         "feed_forward_proj": (*ACTIVATIONS, *(f"{GATED}{name}" for name in ACTIVATIONS)),
@@ -83,7 +97,6 @@ class T5Config(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("T5Config", "model_type", self.model_type, CLASSES)
         for name in _SIZES:
             check_size("T5Config", name, getattr(self, name))
         check_size("T5Config", "num_decoder_layers", self.decoder_layers)
@@ -115,33 +128,25 @@ class T5Config(huggingface.CheckpointConfig):
                 f"vocab_size={self.vocab_size}"
             )
         if self.model_type == "mt5" and self.tie_word_embeddings:
-            wrong.append("model_type='mt5' has a head of its own: tie_word_embeddings=False")
+            wrong.append("the head of model_type='mt5' is not tied: tie_word_embeddings=False")
         if wrong:
             raise UserError(f"T5Config: {'; '.join(wrong)}.")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes the fields from a parsed `config.json`, of transformers 4 or 5.
+    def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of fields, from a `config.json` of transformers 4 or 5.
 
         transformers 5 writes `tie_word_embeddings=True` for every model. Its T5 says by
         `scale_decoder_outputs` what the setting meant before; an mT5 always has its own head.
-
-        Raises:
-            UserError: a setting is not supported; the message names it.
 
         Example:
             >>> T5Config.from_dict({"model_type": "mt5"}).tie_word_embeddings
             False
         """
-        cls._check(values)
         mt5 = values.get("model_type") == "mt5"
         given = {name: value for name, value in values.items() if value is not None}
-        found = {**(_MT5 if mt5 else {}), **given}
-        found["tie_word_embeddings"] = not mt5 and given.get(
-            "scale_decoder_outputs", given.get("tie_word_embeddings", True)
-        )
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in names})
+        tied = given.get("scale_decoder_outputs", given.get("tie_word_embeddings", True))
+        return {**(_MT5 if mt5 else {}), **given, "tie_word_embeddings": not mt5 and tied}
 
     def to_dict(self) -> dict[str, Any]:
         """The values of a `config.json` that transformers reads as the same model.
@@ -171,7 +176,7 @@ class T5Config(huggingface.CheckpointConfig):
         """The number of parameters."""
         d, tables = self.d_model, 1 if self.tie_word_embeddings else 2
         attention = 4 * d * self.num_heads * self.d_kv + d  # each sublayer with its norm
-        mlp = (3 if self.gated else 2) * d * self.d_ff + d
+        mlp = (2 + self.mlp_gate) * d * self.d_ff + d
         ends = self.relative_attention_num_buckets * self.num_heads + d  # of each stack
         layers = self.num_layers * (attention + mlp) + self.decoder_layers * (2 * attention + mlp)
         return tables * self.vocab_size * d + 2 * ends + layers
@@ -182,12 +187,21 @@ class T5Config(huggingface.CheckpointConfig):
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
-    def gated(self) -> bool:
+    def mlp_gate(self) -> bool:
         """Whether the feed-forward has a gate."""
         return self.feed_forward_proj.startswith(GATED)
 
     @property
-    def activation(self) -> str:
+    def hidden_act(self) -> str:
         """The name of the feed-forward's activation, a key of `ACTIVATIONS`."""
         name = self.feed_forward_proj.removeprefix(GATED)
-        return "gelu_new" if self.gated and name == "gelu" else name
+        return "gelu_new" if self.mlp_gate and name == "gelu" else name
+
+    def deviation(self, inputs: int) -> float:
+        """The standard deviation of new weights of a layer with so many inputs."""
+        return self.initializer_factor * inputs**-0.5
+
+    @property
+    def query_init(self) -> float:
+        """The factor of a query's new weights, since the scores are not divided by a root."""
+        return self.d_kv**-0.5

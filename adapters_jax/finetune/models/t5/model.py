@@ -5,7 +5,6 @@ transformer (2020), https://arxiv.org/abs/1910.10683
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +13,20 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.finetune.models.decoder.layers import RMSNorm
+from adapters_jax.finetune.models.decoder.layers import (
+    Context,
+    DecoderLayer,
+    Hidden,
+    Parts,
+    Seen,
+    extend_layers,
+)
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
-from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, run_nnx, stack_nnx
-from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
-from adapters_jax.finetune.models.parts.layers import check_tokens
+from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, make_nnx, run_nnx
+from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.finetune.models.parts.relative import relative_buckets
+from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.finetune.models.t5.config import T5Config
-from adapters_jax.finetune.models.t5.layers import Bias, Hidden, Seen, T5Layer
-from adapters_jax.finetune.models.t5.positions import relative_buckets
 from adapters_jax.trace.masks import Mask
 
 Ids = Int[Array, "batch length"]
@@ -55,49 +60,34 @@ class T5Stack(nnx.Module):
 
     def __init__(
         self,
-        config: T5Config,
         length: int,
         causal: bool,
-        attention_fn: Callable[..., Array],
+        parts: Callable[[nnx.Rngs], Parts],
         remat: bool | str,
         scan: bool,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        factor = config.initializer_factor
-
-        def linear(inputs: int, outputs: int, std: float, *, rngs: nnx.Rngs) -> nnx.Linear:
-            init = nnx.initializers.normal(factor * std)
-            sizes = inputs, outputs
-            return nnx.Linear(*sizes, use_bias=False, kernel_init=init, rngs=rngs, **types)
-
-        norm = partial(RMSNorm, config.d_model, epsilon=config.layer_norm_epsilon, **types)
-
-        def block(rngs: nnx.Rngs) -> T5Layer:
-            parts = partial(linear, rngs=rngs), partial(norm, rngs=rngs)
-            return T5Layer(config, *parts, attention_fn, dtype, crosses=causal)
-
-        self.config, self.causal, self.length = config, causal, length
-        self.remat = remat
-        init = nnx.initializers.normal(factor * config.d_model**-0.5)
+        own = parts(rngs)
+        config = self.config = own.config
+        self.causal, self.remat = causal, remat
+        self.kinds = (0,) * length  # all blocks are of one kind
+        init = nnx.initializers.normal(config.deviation(config.d_model))
         sizes = config.relative_attention_num_buckets, config.num_heads
-        self.position_bias = nnx.Embed(*sizes, embedding_init=init, rngs=rngs, **types)
-        self.layers = (
-            stack_nnx(block, length, rngs) if scan else nnx.List(block(rngs) for _ in range(length))
-        )
-        self.norm = norm(rngs=rngs)
+        self.position_bias = nnx.Embed(*sizes, embedding_init=init, **own.rest)
+        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs), causal), length, scan, rngs)
+        self.norm = own.norm(config.d_model)
 
     def __call__(
         self, x: Hidden, mask: Seen | None, source: Hidden | None = None, seen: Seen | None = None
     ) -> Hidden:
-        """Computes the hidden states after the last norm; see `T5Layer`."""
+        """Computes the hidden states after the last norm; see `Context`."""
         at = jnp.arange(x.shape[1])[None]
-        context = mask, self.bias(at, at), source, seen
-        return self.norm(run_nnx(self.layers, x, [context], self._kinds, remat=self.remat))
+        context = Context(mask, bias=self.bias(at, at), source=source, seen=seen)
+        return self.norm(run_nnx(self.layers, x, [context], self.kinds, remat=self.remat))
 
-    def bias(self, at: Int[Array, "#batch length"], keys_at: Int[Array, "#batch keys"]) -> Bias:
+    def bias(
+        self, at: Int[Array, "#batch length"], keys_at: Int[Array, "#batch keys"]
+    ) -> Float[Array, "#batch heads length keys"]:
         """The biases of the scores of queries and keys at these positions."""
         distance = keys_at[:, None, :] - at[:, :, None]
         config = self.config
@@ -109,38 +99,23 @@ class T5Stack(nnx.Module):
         )
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
-    def read(self, source: Hidden, like: Cache) -> tuple[Any, Any]:
+    def read(self, source: Hidden) -> tuple[Any, Any]:
         """The keys and values of every cross-attention, in the form of a cache's."""
 
-        def step(x: Array, layer: Any, *_: Any) -> tuple[Array, ...]:
+        def step(x: Array, layer: Any, _: Any) -> tuple[Array, ...]:
             return x, *layer.cross_attention.read(x)
 
-        return extend_nnx(step, self.layers, source, [()], self._kinds, like.keys, like.values)[1:]
+        return extend_nnx(step, self.layers, source, [None], self.kinds)[1:]
 
     def extend(
         self, x: Hidden, attention_mask: Num[Array, "batch length"], cache: T5Cache
     ) -> tuple[Hidden, T5Cache]:
         """Computes the hidden states of further tokens, and extends the cache by them."""
-        start = cache.own.used
         own, positions, mask = cache.own.reserve(attention_mask)
-        context = mask, self.bias(positions, own.positions)
-
-        def step(x: Array, layer: Any, context: Any, keys: Any, values: Any) -> tuple[Array, ...]:
-            (key, source_key), (value, source_value) = keys, values
-            memory = LayerCache(key, value, start)
-            x = layer(x, *context, (source_key, source_value), cache.seen, memory)
-            return x, memory.key, memory.value
-
-        both: Any = (own.keys, cache.keys), (own.values, cache.values)
-        if isinstance(self.layers, nnx.List):  # a pair for each layer
-            both = [tuple(zip(*pair, strict=True)) for pair in both]
-        x, keys, values = extend_nnx(step, self.layers, x, [context], self._kinds, *both)
-        return self.norm(x), cache._replace(own=own._replace(keys=keys, values=values))
-
-    @property
-    def _kinds(self) -> tuple[int, ...]:
-        """All blocks are of one kind."""
-        return (0,) * self.length
+        context = Context(mask, bias=self.bias(positions, own.positions), seen=cache.seen)
+        pairs = cache.keys, cache.values
+        x, own = extend_layers(self.layers, x, [context], self.kinds, own, *pairs)
+        return self.norm(x), cache._replace(own=own)
 
 
 class T5(nnx.Module):
@@ -153,8 +128,8 @@ class T5(nnx.Module):
         dtype: the computation dtype; None means that of inputs and parameters together.
         param_dtype: the dtype of the parameters.
         attention: "auto" or "dense", or the attention function of every layer; see
-            `attention_function` and `T5Attention`. Kernels have no biases of positions, so "auto"
-            takes one in cross-attention alone.
+            `attention_function` and `DecoderAttention`. Kernels have no biases of positions, so
+            "auto" takes one in cross-attention alone.
         remat: True recomputes each block in the backward pass instead of storing its activations;
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the `layers` of encoder and decoder are one block each, with leaves stacked on
@@ -162,7 +137,7 @@ class T5(nnx.Module):
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `attention` or `remat` is none of the choices.
+        UserError: `attention` or `remat` is not one of the choices.
 
     Example:
         >>> config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
@@ -184,27 +159,21 @@ class T5(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         init = nnx.initializers.normal(config.initializer_factor)
+        attention_fn = attention_function(attention)
         self.config = config
         self.dtype = dtype
         self.scan = scan
-        self.embeddings = nnx.Embed(
-            config.vocab_size, config.d_model, embedding_init=init, rngs=rngs, **types
-        )
-        attention_fn = attention_function(attention)
-        options: tuple[Any, ...] = attention_fn, remat, scan, dtype, param_dtype, rngs
-        self.encoder = T5Stack(config, config.num_layers, False, *options)
-        self.decoder = T5Stack(config, config.decoder_layers, True, *options)
+
+        def parts(rngs: nnx.Rngs) -> Parts:
+            return Parts(config, attention_fn, dtype, param_dtype, rngs)
+
+        sizes, rest = (config.vocab_size, config.d_model), parts(rngs).rest
+        self.embeddings = nnx.Embed(*sizes, embedding_init=init, **rest)
+        self.encoder = T5Stack(config.num_layers, False, parts, remat, scan, rngs)
+        self.decoder = T5Stack(config.decoder_layers, True, parts, remat, scan, rngs)
         if not config.tie_word_embeddings:
-            self.head = nnx.Linear(
-                config.d_model,
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=init,
-                rngs=rngs,
-                **types,
-            )
+            self.head = nnx.Linear(*sizes[::-1], use_bias=False, kernel_init=init, **rest)
 
     def __call__(
         self,
@@ -297,7 +266,7 @@ class T5(nnx.Module):
         encoded = self.encode(input_ids, attention_mask)
         sizes = config.decoder_layers, batch, slots, config.num_heads, config.d_kv
         own = Cache.empty(*sizes, encoded.dtype, stacked=self.scan)
-        keys, values = self.decoder.read(encoded, own)
+        keys, values = self.decoder.read(encoded)
         seen = (attention_mask != 0)[:, None, None, :]
         first = jnp.full((batch, 1), config.decoder_start_token_id, jnp.int32)
         return first, jnp.ones((batch, 1), bool), T5Cache(own, keys, values, seen)

@@ -1,8 +1,8 @@
 """Gemma 1, 2 and 3 (text): scaled embeddings, norms with `1 + w`, tied heads.
 
 Gemma 2 has norms around each sublayer, bounds of scores and logits, and local attention in every
-other layer; Gemma 3 has norms of query and key instead of the bounds, and a rotary base of its own
-in local layers.
+other layer; Gemma 3 has norms of query and key instead of the bounds, and another rotary base in
+local layers.
 
 Reference: Gemma (2024), https://arxiv.org/abs/2403.08295; Gemma 2 (2024),
 https://arxiv.org/abs/2408.00118; Gemma 3 (2025), https://arxiv.org/abs/2503.19786

@@ -11,17 +11,19 @@ from typing import Any
 
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
-from adapters_jax.finetune.models.decoder.names import of_layers, parts
-from adapters_jax.transforms.stacking import Stack
+from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
 NAMES = NameTable(
     rules=(
         Rule("embeddings", "wte"),
         Rule("position_embeddings", "wpe"),
         Rule("norm", "ln_f"),
-        *parts(r"h.\1.attn.c_attn", "attention/query", "attention/key", "attention/value"),
         *of_layers(
+            NNX,
             "h",
+            attention__query=("attn.c_attn", 0, 3),
+            attention__key=("attn.c_attn", 1, 3),
+            attention__value=("attn.c_attn", 2, 3),
             attention__output="attn.c_proj",
             attention_norm="ln_1",
             mlp__up="mlp.c_fc",
@@ -33,7 +35,7 @@ NAMES = NameTable(
     # The causal mask's buffers, and the head that repeats the embeddings.
     ignored=(r"h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
     fan_in_fan_out=True,
-    stack=Stack("layers/{}", "layers"),
+    stack=NNX,
     tied=("lm_head", "wte"),
 )
 

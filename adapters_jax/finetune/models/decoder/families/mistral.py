@@ -1,4 +1,4 @@
-"""Mistral: Llama in which each token sees a window of those before it.
+"""Mistral: a Llama whose tokens see only a window of those before them.
 
 Reference: Jiang et al., Mistral 7B (2023), https://arxiv.org/abs/2310.06825
 """

@@ -1,20 +1,17 @@
 """Settings of layers whose attention slides, which several families have."""
 
+from collections.abc import Callable
 from typing import Any
 
 from adapters_jax.finetune.models.decoder.architecture import Values
 
 
 def alternating(values: Values, every: int) -> dict[str, Any]:
-    """Layer types of which each `every`-th has full attention, unless the values have their own."""
-    types = values.get("layer_types") or [
-        "sliding_attention" if (i + 1) % every else "full_attention"
-        for i in range(values.get("num_hidden_layers", 0))
-    ]
-    return {"layer_types": tuple(types)}
+    """The layer types of the values, or else full attention in each `every`-th layer."""
+    return {"layer_types": _types(values, lambda layer: (layer + 1) % every != 0)}
 
 
-def switched(values: Values, slides: Any) -> dict[str, Any]:
+def switched(values: Values, slides: Callable[[int], bool]) -> dict[str, Any]:
     """The window and the layer types where `use_sliding_window` switches them on.
 
     Args:
@@ -23,11 +20,13 @@ def switched(values: Values, slides: Any) -> dict[str, Any]:
     """
     if not values.get("use_sliding_window") or not values.get("sliding_window"):
         return {}
-    types = values.get("layer_types") or [
-        "sliding_attention" if slides(i) else "full_attention"
-        for i in range(values.get("num_hidden_layers", 0))
-    ]
-    return {"sliding_window": values["sliding_window"], "layer_types": tuple(types)}
+    return {"sliding_window": values["sliding_window"], "layer_types": _types(values, slides)}
+
+
+def _types(values: Values, slides: Callable[[int], bool]) -> tuple[str, ...]:
+    layers = range(values.get("num_hidden_layers", 0))
+    own = ("sliding_attention" if slides(layer) else "full_attention" for layer in layers)
+    return tuple(values.get("layer_types") or own)
 
 
 def as_switched(config: Any) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Checks of the settings in other libraries' files: a table of rules, one for each field."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+# A rule lists what is wrong with a value, as what was expected instead.
+Rule = Callable[[Any], list[str]]
+
+
+def rule(fits: Callable[[Any], bool], expected: str) -> Rule:
+    """A rule that a test makes; `expected` says what passes it."""
+    return lambda found: [] if fits(found) else [f"expected {expected}"]
+
+
+def anything(found: Any) -> list[str]:
+    """The rule that every value follows."""
+    return []
+
+
+def one_of(*allowed: Any, advice: str = "") -> Rule:
+    """One of some values."""
+    values = " or ".join(map(repr, allowed))
+
+    def check(found: Any) -> list[str]:
+        # 1 equals True, but says something else in JSON.
+        kind = isinstance(found, bool)
+        good = any(found == each and isinstance(each, bool) == kind for each in allowed)
+        return [] if good else [f"expected {values}{advice}"]
+
+    return check
+
+
+def of(*types: type) -> Rule:
+    """A value of one of some types; an int is no bool."""
+    names = " or ".join(each.__name__ for each in types)
+    return rule(lambda found: isinstance(found, types), names)
+
+
+def is_number(found: Any) -> bool:
+    """Whether a value is a number, and not a truth value."""
+    return isinstance(found, int | float) and not isinstance(found, bool)
+
+
+def patterns(*types: type) -> Rule:
+    """Regular expressions: a text, or the keys of a mapping to numbers; lists are plain names."""
+    of_type = of(*types)
+
+    def check(found: Any) -> list[str]:
+        if wrong := of_type(found):
+            return wrong
+        if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
+            return ["expected a number for each pattern"]
+        problems = []
+        for pattern in [found] if isinstance(found, str) else found if type(found) is dict else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"but {pattern!r} is not a regular expression: {error}")
+        return problems
+
+    return check
+
+
+def field_problems(
+    config: Mapping[str, Any], rules: Mapping[str, Rule], idle: Collection[str]
+) -> list[str]:
+    """Lists the unsupported settings, each as `field=value` with the reason.
+
+    Idle fields have no effect. All others without a rule must be null, false or empty.
+
+    Example:
+        >>> field_problems({"r": "4", "new": None, "other": 1}, {"r": of(int)}, ())
+        ["r='4', expected int", 'other=1 is not supported']
+    """
+    problems = []
+    for field, found in config.items():
+        if field in idle or found is None:
+            continue
+        if field in rules:
+            problems += [f"{field}={found!r}, {reason}" for reason in rules[field](found)]
+        elif found is not False and found not in ({}, [], ""):
+            problems.append(f"{field}={found!r} is not supported")
+    return problems

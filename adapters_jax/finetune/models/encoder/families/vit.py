@@ -1,0 +1,307 @@
+"""ViT, DINOv2 and CLIP's image tower: encoders of images with norms before sublayers.
+
+DINOv2 scales the outputs of its sublayers; CLIP normalises before the blocks and has its last norm
+in the pooler.
+
+Reference:
+    Dosovitskiy et al., ViT (2020), https://arxiv.org/abs/2010.11929
+    Oquab et al., DINOv2 (2023), https://arxiv.org/abs/2304.07193
+    Radford et al., CLIP (2021), https://arxiv.org/abs/2103.00020
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from adapters_jax.errors import UserError
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
+from adapters_jax.finetune.models.encoder.checkpoint import encoder_family
+from adapters_jax.finetune.models.encoder.config import EncoderConfig
+from adapters_jax.finetune.models.encoder.families.bert import LARGE
+from adapters_jax.finetune.models.family import Family
+from adapters_jax.finetune.models.parts.counts import dense
+from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
+from adapters_jax.finetune.models.parts.names import LINEN, of_layers
+
+
+@dataclass(frozen=True)
+class VitConfig(EncoderConfig):
+    """The shape of a ViT, under the names that `config.json` uses; by default the base.
+
+    Example:
+        >>> VitConfig().patches
+        196
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "model_type": ("vit",),
+        "hidden_act": tuple(ACTIVATIONS),
+        "qkv_bias": (True,),
+    }
+    base = "vit"
+    norm_first = True
+    final_norm = True  # otherwise the norm is in the pooler
+    # What a classifier reads: the first token, the mean of the patches, or both.
+    features: ClassVar[tuple[str, ...]] = ("first",)
+    embedding_norm = False
+    patch_bias = True
+    lead: ClassVar[tuple[int, ...]] = (1,)  # axes before those of the embeddings, as in the files
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise UserError(
+                f"image_size={self.image_size} does not divide into patches of {self.patch_size}"
+            )
+
+    @property
+    def pooling(self) -> str:
+        """What a classifier's head reads, in the words for encoders of texts: cls is the first."""
+        names = {"first": "cls", "mean": "mean"}
+        return " and ".join(names[each] for each in self.features)
+
+    @property
+    def patches(self) -> int:
+        """The number of an image's patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of every image."""
+        return self.patches + 1
+
+    @property
+    def head_features(self) -> int:
+        """The number of features that a head reads: of the first token, the patches, or both."""
+        return self.hidden_size * len(self.features)
+
+    def inputs(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """The shape of a batch of images."""
+        size = self.image_size
+        return jax.ShapeDtypeStruct((batch, size, size, self.num_channels), jnp.float32)
+
+    def _embedding_parameters(self) -> int:
+        width = self.hidden_size
+        patch = dense(self.num_channels * self.patch_size**2, width, self.patch_bias)
+        return patch + (self.patches + 2 + 2 * self.embedding_norm) * width
+
+
+@dataclass(frozen=True)
+class DinoConfig(VitConfig):
+    """The shape of a DINOv2, under the names that `config.json` uses; by default the base.
+
+    Example:
+        >>> DinoConfig.from_dict({"hidden_size": 384, "num_attention_heads": 6}).intermediate_size
+        1536
+    """
+
+    layer_norm_eps: float = 1e-6
+    image_size: int = 518
+    patch_size: int = 14
+    layerscale_value: float = 1.0
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **VitConfig.supported,
+        "model_type": ("dinov2",),
+        "use_swiglu_ffn": (False,),
+        "drop_path_rate": (0.0,),
+    }
+    features: ClassVar[tuple[str, ...]] = ("first", "mean")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with the inner width, for which `config.json` has a ratio."""
+        width, ratio = values.get("hidden_size", cls.hidden_size), values.get("mlp_ratio", 4)
+        if not isinstance(ratio, int) or ratio < 1:
+            raise UserError(f"mlp_ratio={ratio!r}, expected a whole number such as 4")
+        inner = width * ratio if isinstance(width, int) else cls.intermediate_size
+        return {"intermediate_size": inner, **values}
+
+    @property
+    def layer_scale(self) -> float:
+        """The first value of factors of each sublayer's output."""
+        return self.layerscale_value
+
+
+@dataclass(frozen=True)
+class ClipConfig(VitConfig):
+    """The shape of CLIP's image tower, under the names that `config.json` uses.
+
+    Example:
+        >>> ClipConfig.from_dict({"vision_config": {"patch_size": 16}}).patches
+        196
+    """
+
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    patch_size: int = 32
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "model_type": ("clip", "clip_vision_model"),
+        "hidden_act": tuple(ACTIVATIONS),
+    }
+    features: ClassVar[tuple[str, ...]] = ("mean",)
+    embedding_norm = True
+    final_norm = False
+    patch_bias = False
+    lead: ClassVar[tuple[int, ...]] = ()
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of the image tower, also from those of a whole CLIP."""
+        inner = values.get("vision_config", values)
+        if not isinstance(inner, Mapping):
+            raise UserError(f"vision_config={inner!r}, expected an object with the settings")
+        rate = inner.get("attention_dropout", cls.attention_probs_dropout_prob)
+        return {**inner, "attention_probs_dropout_prob": rate}
+
+
+_FIRST = (
+    ParameterRule("embeddings/first", "embeddings.cls_token"),
+    ParameterRule("embeddings/position", "embeddings.position_embeddings"),
+)
+
+
+def _like_vit(prefix: str, *unused: str, **names: str) -> NameTable:
+    """A table with ViT's names of attention; `names` are those of the rest of a block."""
+    return NameTable(
+        rules=(
+            Rule("embeddings/patch", "embeddings.patch_embeddings.projection"),
+            Rule("final_norm", "layernorm"),
+            *of_layers(
+                LINEN,
+                "encoder.layer",
+                attention__query="attention.attention.query",
+                attention__key="attention.attention.key",
+                attention__value="attention.attention.value",
+                attention__output__dense="attention.output.dense",
+                **names,
+            ),
+        ),
+        prefixes=(prefix,),
+        ignored=(rf"({'|'.join(unused)})\..*", r"embeddings\.mask_token"),
+        stack=LINEN,
+        parameters=_FIRST,
+    )
+
+
+VIT_NAMES = _like_vit(
+    "vit.",
+    *("pooler", "classifier", "decoder"),
+    attention_norm="layernorm_before",
+    mlp_norm="layernorm_after",
+    mlp__intermediate="intermediate.dense",
+    mlp__output__dense="output.dense",
+)
+DINO_NAMES = replace(
+    _like_vit(
+        "dinov2.",
+        "classifier",
+        attention_norm="norm1",
+        mlp_norm="norm2",
+        mlp__intermediate="mlp.fc1",
+        mlp__output__dense="mlp.fc2",
+    ),
+    parameters=(
+        *_FIRST,
+        ParameterRule(
+            r"layer_(\d+)/attention_scale/scale", r"encoder.layer.\1.layer_scale1.lambda1"
+        ),
+        ParameterRule(r"layer_(\d+)/mlp_scale/scale", r"encoder.layer.\1.layer_scale2.lambda1"),
+    ),
+)
+CLIP_NAMES = NameTable(
+    rules=(
+        Rule("embeddings/patch", "embeddings.patch_embedding"),
+        Rule("embeddings/norm", "pre_layrnorm"),
+        Rule("final_norm", "post_layernorm"),
+        *of_layers(
+            LINEN,
+            "encoder.layers",
+            attention__query="self_attn.q_proj",
+            attention__key="self_attn.k_proj",
+            attention__value="self_attn.v_proj",
+            attention__output__dense="self_attn.out_proj",
+            attention_norm="layer_norm1",
+            mlp_norm="layer_norm2",
+            mlp__intermediate="mlp.fc1",
+            mlp__output__dense="mlp.fc2",
+        ),
+    ),
+    prefixes=("vision_model.",),
+    ignored=(
+        r"(text_model|post_layernorm|classifier)\..*",
+        r"(visual|text)_projection\.weight",
+        r"logit_scale",
+        r"embeddings\.position_ids",
+    ),
+    stack=LINEN,
+    parameters=(
+        ParameterRule("embeddings/first", "embeddings.class_embedding"),
+        ParameterRule("embeddings/position", "embeddings.position_embedding.weight"),
+    ),
+)
+
+_SMALL: dict[str, Any] = {
+    **{"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+}
+_VIT_BASE, _DINO_BASE, _CLIP_32 = VitConfig(), DinoConfig(), ClipConfig()
+
+
+def _family(name: str, names: NameTable, known: Mapping[str, VitConfig], *types: str) -> Family:
+    """The record of a family of image encoders; `types` are the values of `model_type`."""
+    prefixes = dict.fromkeys(types, names.prefixes[0])
+    config = type(next(iter(known.values())))
+    return encoder_family(name, config, names, prefixes, known, kind="vision", one_layer=types)
+
+
+# The shapes of `config.json` in the repositories of these names on huggingface.co.
+FAMILIES = (
+    _family(
+        "vit",
+        VIT_NAMES,
+        {
+            "google/vit-base-patch16-224": _VIT_BASE,
+            "google/vit-base-patch16-384": replace(_VIT_BASE, image_size=384),
+            "google/vit-large-patch16-224": replace(_VIT_BASE, **LARGE),
+        },
+        "vit",
+    ),
+    _family(
+        "dinov2",
+        DINO_NAMES,
+        {
+            "facebook/dinov2-small": replace(_DINO_BASE, **_SMALL),
+            "facebook/dinov2-base": _DINO_BASE,
+            "facebook/dinov2-large": replace(_DINO_BASE, **LARGE),
+        },
+        "dinov2",
+    ),
+    _family(
+        "clip",
+        CLIP_NAMES,
+        {
+            "openai/clip-vit-base-patch32": _CLIP_32,
+            "openai/clip-vit-base-patch16": replace(_CLIP_32, patch_size=16),
+            "openai/clip-vit-large-patch14": replace(_CLIP_32, patch_size=14, **LARGE),
+        },
+        "clip",
+        "clip_vision_model",
+    ),
+)

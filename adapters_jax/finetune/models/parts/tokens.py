@@ -1,0 +1,56 @@
+"""Token ids as models take them: checks, and positions."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Num
+
+from adapters_jax.errors import UserError
+
+
+def check_tokens(
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Num[Array, "batch length"] | None = None,
+    longest: int | None = None,
+) -> None:
+    """Raises `UserError` unless these are at most `longest` token ids and a mask of their shape."""
+    wrong = []
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        wrong.append(
+            f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} of shape "
+            f"{input_ids.shape}"
+        )
+    elif longest is not None and input_ids.shape[1] > longest:
+        wrong.append(
+            f"input_ids have length {input_ids.shape[1]}, but the model has {longest} positions; "
+            "truncate them"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        wrong.append(
+            f"attention_mask must have the shape of input_ids, {input_ids.shape}, got "
+            f"{attention_mask.shape}"
+        )
+    if wrong:
+        raise UserError("; ".join(wrong) + ".")
+
+
+def token_positions(
+    input_ids: Int[Array, "batch length"],
+    attention_mask: Num[Array, "batch length"] | None = None,
+    segments: Int[Array, "batch length"] | None = None,
+) -> Int[Array, "#batch length"]:
+    """The number of each token in its text, from 0, where padding does not count.
+
+    Example:
+        >>> ids = jnp.array([[0, 5, 6, 7]])
+        >>> token_positions(ids, jnp.array([[0, 1, 1, 1]])).tolist()
+        [[0, 0, 1, 2]]
+        >>> token_positions(ids, segments=jnp.array([[1, 1, 2, 2]])).tolist()
+        [[0, 1, 0, 1]]
+    """
+    positions = jnp.arange(input_ids.shape[1])[None]
+    if attention_mask is not None:
+        positions = jnp.maximum((attention_mask != 0).cumsum(1) - 1, 0)
+    if segments is None:
+        return positions
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)

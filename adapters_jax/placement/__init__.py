@@ -1,0 +1,48 @@
+"""Where the adapters of a recipe are in a model, and how many parameters they have.
+
+- `placed`: `Placement`, one method on one module or weight, as models and files keep it; and how it
+  is read off a tree that says no more.
+- `finding`: the placements of a recipe in a model that ran, and checks of its patterns.
+- `counting`: the adapters of a tree, each against the closed form of its method.
+"""
+
+from adapters_jax.placement.counting import Counted, counted, left_over, without_adapter
+from adapters_jax.placement.finding import (
+    check_nested,
+    check_reached,
+    check_targets,
+    chosen,
+    on_outputs,
+    taken,
+    usable_paths,
+)
+from adapters_jax.placement.placed import (
+    Known,
+    Placement,
+    Placements,
+    Shape,
+    Shapes,
+    in_tree,
+    own_leaves,
+)
+
+__all__ = [
+    "Counted",
+    "Known",
+    "Placement",
+    "Placements",
+    "Shape",
+    "Shapes",
+    "check_nested",
+    "check_reached",
+    "check_targets",
+    "chosen",
+    "counted",
+    "in_tree",
+    "left_over",
+    "on_outputs",
+    "own_leaves",
+    "taken",
+    "usable_paths",
+    "without_adapter",
+]

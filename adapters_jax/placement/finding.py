@@ -1,0 +1,297 @@
+"""Finds the placements of a recipe in a model that ran, and checks that its patterns fit it."""
+
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from adapters_jax.errors import RecipeError, TargetError
+from adapters_jax.methods import Method, outputs
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.leaf import LeafMethod, axes_of
+from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
+from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.targets import join, matches, selects
+from adapters_jax.trace.reads import Tracked
+from adapters_jax.weights.axes import from_reads
+
+
+def chosen(
+    recipe: Recipe, reads: Mapping[str, Tracked], shapes: Shapes, layers: Mapping[str, int]
+) -> list[Placement]:
+    """The placements of the methods that change weights, from how a model reads them.
+
+    Args:
+        recipe: the recipe.
+        reads: how the model reads each float leaf of two or more axes, by path.
+        shapes: the shapes of all of the base's leaves by path.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
+
+    Raises:
+        RecipeError: two methods keep their arrays for one weight in one place, or a method that
+            reads the weight comes after one that changes it.
+    """
+    owned, found = own_leaves(shapes), list[Placement]()
+    methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
+    taken = {m: {p: None for p, leaf in reads.items() if _changes(m, p, leaf)} for m in methods}
+    beside = Counter((m.slot, p.rpartition("/")[0]) for m, paths in taken.items() for p in paths)
+    for method, paths in taken.items():
+        for path in paths:
+            module, _, name = path.rpartition("/")
+            recipe.check([other for other in methods if path in taken[other]], module)
+            own, leaf = owned[module], reads[path]
+            axes = from_reads(leaf.reads, len(own[name]), layers.get(module, 0))
+            alone = beside[method.slot, module] == 1 and selects(method.targets, module)
+            target = module if alone else path
+            placed = Placement(method, target, module, "", name, own[name], axes)
+            found.append(replace(_named_node(placed, own), reaches=leaf.reaches))
+    return found
+
+
+def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
+    """Whether a method changes a leaf: it is a target, and meets an input or is named."""
+    selected = selects(method.targets, path.rpartition("/")[0], path)
+    return selected and (_meets(leaf) or _named(method.targets, path))
+
+
+def _meets(leaf: Tracked) -> bool:
+    """Whether a leaf meets an input in a product or lookup that reaches the model's outputs."""
+    return leaf.reaches and any(read.inputs for read in leaf.reads)
+
+
+def _named(targets: Sequence[str], path: str) -> bool:
+    """Whether a pattern names a leaf: its last name has no wildcard."""
+    return any(
+        selects((p,), path) and "*" not in p.rpartition("/")[2] for p in targets if p[0] != "!"
+    )
+
+
+def _named_node(placed: Placement, own: Shapes) -> Placement:
+    """A placement with the first node whose path and shapes say all of it.
+
+    So a tree of arrays is enough to find it again. The shapes of the factors of a square weight
+    fit both ways, for example, and its node then names the roles of its axes.
+    """
+    placed, axes = placed.with_arrays(), axes_of(placed.point())
+    roles = placed.method.roles(axes, placed.path)
+    stated = f":{axes.text}"
+    nodes = ["", stated] if placed.path == placed.module else []
+    for node in (*nodes, placed.weight):
+        named = replace(placed, node=node)
+        weight, read = weight_in(named, own) or ("", axes)
+        if weight == placed.weight and placed.method.roles(read, placed.path) == roles:
+            return named
+    return replace(placed, path=placed.weight_path, node=placed.weight + stated).with_arrays()
+
+
+def on_outputs(recipe: Recipe, point: AttachmentPoint, layers: Shape = ()) -> Iterator[Placement]:
+    """The placements of the methods that act on the output or attention of the module at a point.
+
+    Args:
+        recipe: the recipe.
+        point: the module.
+        layers: the layer axes that it is stacked on.
+    """
+    for method in recipe.at(point.path):
+        seen = replace(outputs.seen_by(method, point), weight="")
+        if method.acts_on != "leaf" and method.fits(seen):
+            width = seen.width if method.acts_on == "output" else 0
+            sizes = seen.attention if method.acts_on == "attention" else None
+            placed = Placement(method, point.path, point.path, width=width, attention=sizes)
+            yield replace(placed, layers=layers, reaches=True).with_arrays()
+
+
+def check_targets(
+    recipe: Recipe,
+    found: Sequence[Placement],
+    modules: Mapping[str, Any],
+    points: Mapping[str, AttachmentPoint],
+    reads: Mapping[str, Tracked],
+    leaves: Mapping[str, Any],
+    tied: Mapping[str, str],
+    layers: Mapping[str, int],
+) -> None:
+    """Checks that the patterns of a recipe match what its methods can adapt in a model.
+
+    Args:
+        recipe: the recipe.
+        found: where its methods attach.
+        modules: the model's modules by path.
+        points: the attachment points by path of the modules that methods on outputs or attention
+            can attach to.
+        reads: how the model reads each weight, by path; of the weights whose use is known.
+        leaves: all of the base's leaves by path.
+        tied: further paths of shared modules and leaves, each with the path to use.
+        layers: how many layer axes the leaves of a module are stacked on, by its path.
+
+    Raises:
+        TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
+            weight is tied to one of another name, which would stay as it is.
+    """
+    meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
+    holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
+    for method in recipe:
+        other: dict[str, str | None] = {
+            path: None if selects(method.targets, own) else f"shared with {own}; use that path"
+            for path, own in tied.items()
+        }
+        targeted = [each.path for each in found if each.method == method]
+        if method.slot is None:
+            usable = list(leaves)
+        elif isinstance(method, LeafMethod):
+            usable = usable_paths(method, reads)
+            other |= {
+                path: "none of its weights meets an input that reaches the model's outputs"
+                if path in holding and _named(method.targets, path)
+                else None
+                for path in {**modules, **dict.fromkeys(holding)}
+            }
+            other |= {
+                path: _why_not(method, path, x, reads, layers, meeting)
+                for path, x in leaves.items()
+            }
+        else:
+            usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
+            other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
+            other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
+        fitting = set(usable)
+        unusable = {path: why for path, why in other.items() if path not in fitting}
+        _require_own_paths(method, (*usable, *unusable), tied)
+        require_points(method, usable, unusable, targeted)
+    further = {own: path for path, own in tied.items()}
+    for each in found:
+        weight = each.weight_path
+        if isinstance(each.method, LeafMethod) and weight in further:
+            raise TargetError(
+                f"{type(each.method).__name__}: {weight} is the same parameter as "
+                f"{further[weight]}, where an adapter on it would not act; share the module that "
+                f"holds it, or exclude it with '!{each.path}'"
+            )
+
+
+def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, str]) -> None:
+    """Checks that no target names something in a shared module by a further path of the module.
+
+    Raises:
+        TargetError: names each such target, and the path to write.
+    """
+    problems = []
+    for target in method.targets if tied else ():
+        if target.startswith("!") or any(matches(target, path) for path in paths):
+            continue
+        further = (
+            (f"{other}{path.removeprefix(own)}", path)
+            for other, own in tied.items()
+            for path in paths
+            if path.startswith(f"{own}/")
+        )
+        found = next((pair for pair in further if matches(target, pair[0])), None)
+        if found:
+            problems.append(
+                f"{type(method).__name__}: target {target!r} matches {found[0]}, which is shared "
+                f"with {found[1]}; use that path"
+            )
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
+    """Checks that the model's outputs depend on the modules that methods on outputs adapt.
+
+    Args:
+        found: where methods attach.
+        reached: the paths of the modules whose results the model's outputs depend on.
+
+    Raises:
+        TargetError: they do not depend on some, whose adapters could not act.
+    """
+    idle = [x for x in found if x.method.acts_on != "leaf" and x.module not in reached]
+    if idle:
+        paths = ", ".join(each.module or "(the model itself)" for each in idle[:_SHOWN])
+        more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
+        raise TargetError(
+            f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
+            f"{paths}{more} returns, so that an adapter there could not act; exclude it with "
+            f"'!{idle[0].module}'"
+        )
+
+
+def check_nested(found: Sequence[Placement]) -> None:
+    """Checks that no attention is adapted twice by one method, at its module and around it.
+
+    Raises:
+        TargetError: a prompt is attached to a module and to one inside it.
+    """
+    prompts = [each for each in found if each.method.acts_on == "attention"]
+    places = {(each.method, each.module) for each in prompts}
+    for each in prompts:
+        names = each.module.split("/")
+        for i in range(1, len(names)):
+            around = "/".join(names[:i])
+            if (each.method, around) in places:
+                raise TargetError(
+                    f"{type(each.method).__name__}: the targets {around} and {each.module} hold "
+                    f"the same attention; exclude one of them, as with '!{around}'"
+                )
+
+
+_SHOWN = 5
+_NO_MODULE = (
+    "it holds weights, and no module that this API calls; target the module around it, or pass "
+    "example_inputs=(...) where it is a linen module inside an NNX model"
+)
+
+
+def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
+    """What a method can target: weights that meet an input or are named, and their modules."""
+    meeting = {path for path, leaf in reads.items() if _meets(leaf)}
+    named = {
+        path
+        for path, leaf in reads.items()
+        if leaf.reads and leaf.reaches and _named(method.targets, path)
+    }
+    return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
+
+
+def _why_not(
+    method: Method,
+    path: str,
+    leaf: Any,
+    reads: Mapping[str, Tracked],
+    layers: Mapping[str, int],
+    meeting: Container[str],
+) -> str | None:
+    """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
+
+    That is so for scales and biases: they have one axis, beside those of stacked layers, or are
+    beside a weight that meets an input.
+    """
+    named = _named(method.targets, path)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"it is of {leaf.dtype}, expected floats" if named else None
+    seen = reads[path].reads if path in reads else []
+    module = path.rpartition("/")[0]
+    stacked = frozenset(range(layers.get(module, 0))).union(*(read.shared for read in seen))
+    wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in stacked]
+    if len(wide) < 2:
+        shape = list(leaf.shape)
+        return f"it has the shape {shape}, expected two axes or more" if named else None
+    if module in meeting and not named:
+        return None  # a bias
+    if path not in reads:
+        return "pass example_inputs=(...), which show how the model uses it"
+    if not reads[path].reaches and seen:
+        return "the model's outputs do not depend on it, so that an adapter could not act"
+    if not seen:
+        return "the example inputs run nothing that reads it; pass a method=... that does"
+    return "it meets no input in a product or lookup; name it by its own path to adapt it"
+
+
+def taken(module: str, method: Method) -> RecipeError:
+    """The error for a base that already uses the name of a method's arrays."""
+    return RecipeError(
+        f"{type(method).__name__} keeps its parameters in {join(module, method.slot)}, but the "
+        "base has something of that name there; rename it or do not target it"
+    )

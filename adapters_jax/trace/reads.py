@@ -1,0 +1,341 @@
+"""Who reads the leaves of a model, and how: where weights meet activations in a program.
+
+A weight meets an activation in a *product* (a matrix product or a convolution) or in a *lookup*
+(rows of a table). On its way there it may be cast, transposed, cut or chosen from a stack of
+layers; its axes are found again by what each operation does to them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapters_jax.trace.primitives import COPIES, LAYOUT, PRODUCTS, Labels, contraction, moved
+from adapters_jax.trace.program import Graph, Operation, reaching
+
+Axes = frozenset[int]
+_NONE = Axes()
+# Operations of one weight that look at it in another way.
+_VIEWS = {*COPIES, "broadcast_in_dim", "dynamic_slice", "layer", "neg", "reshape", "slice"}
+_VIEWS |= {"split", "squeeze", "transpose"}
+# What reads a weight in there gets the formed sum, as `weights.lazy` computes it: the gradients of
+# custom functions are the model's own, a while loop has none, and shards have parts of the axes. So
+# a wildcard does not adapt such a weight.
+_CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "while")
+
+
+@dataclass(frozen=True)
+class Read:
+    """One operation that reads a leaf.
+
+    Attributes:
+        operation: the name of the primitive.
+        how: "product" and "lookup" meet an input; "sum" is any other use of the weight.
+        inputs: axes of the leaf that are contracted with the input, or looked up.
+        window: those of them that run over positions of the input, as a convolution's do.
+        shared: axes of the leaf of which the operation sees one index, or batches.
+        outputs: the other axes of the leaf.
+    """
+
+    operation: str
+    how: str
+    inputs: Axes = _NONE
+    shared: Axes = _NONE
+    outputs: Axes = _NONE
+    window: Axes = _NONE
+
+
+@dataclass
+class Tracked:
+    """A leaf whose reads are recorded.
+
+    Attributes:
+        path: the path of the leaf.
+        reads: its reads so far.
+        reaches: whether the model's outputs depend on it.
+    """
+
+    path: str
+    reads: list[Read] = field(default_factory=list)
+    reaches: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """A value that is a leaf, seen in another way.
+
+    Attributes:
+        path: the path of the leaf.
+        axes: for each axis of the value, the leaf's axes in it.
+        indexed: axes of the leaf of which the value has one index.
+        looked_up: axes of the leaf of which the value has the rows that an input chose.
+        spent: the value is computed from the leaf, in whose place the leaf's axes are still found.
+    """
+
+    path: str
+    axes: Labels
+    indexed: Axes = _NONE
+    looked_up: Axes = _NONE
+    spent: bool = False
+
+    def within(self, axes: Sequence[int] | None = None) -> Axes:
+        """The leaf's axes in some axes of the value, by default in all."""
+        every = range(len(self.axes)) if axes is None else axes
+        return _NONE.union(*(self.axes[axis] for axis in every))
+
+    def read(
+        self, operation: str, how: str, inputs: Any = (), batch: Any = (), window: Any = ()
+    ) -> Read:
+        """A read that contracts or batches these axes of the value."""
+        shared = self.indexed | self.looked_up | self.within(batch)
+        used = self.within(inputs) - shared
+        how = "sum" if self.spent else how
+        if how == "lookup":
+            used, shared = self.looked_up, self.indexed
+        positions = self.within(window) & used
+        return Read(operation, how, used, shared, self.within() - used - shared, positions)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight that meets an activation.
+
+    Attributes:
+        leaves: the parameters that the weight is made of.
+        source: the activation.
+        contracted: how many numbers of the activation go into a sum.
+        kept: how many such sums there are.
+        window: the size of a convolution's window; 1 elsewhere.
+    """
+
+    leaves: frozenset[str]
+    source: int
+    contracted: int
+    kept: int
+    window: int = 1
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table whose rows are read; by the model's inputs, or by positions that are constants."""
+
+    leaves: frozenset[str]
+    rows: int
+    by_input: bool
+
+
+class Reads:
+    """Follows leaves through a graph, one operation after the other.
+
+    Args:
+        graph: the graph.
+        leaves: the path of each value that is a leaf, or a part of one.
+        inputs: the values that are activations; what does not depend on them counts as a constant,
+            such as random keys and a batch norm's averages.
+
+    Attributes:
+        active: for every value, whether it depends on the inputs.
+        leaves: for every value that does not, the leaves that it is made of.
+        found: the leaves by path, with their reads.
+        products, lookups: by the number of their operation.
+    """
+
+    def __init__(self, graph: Graph, leaves: Mapping[int, str], inputs: Iterable[int]):
+        n = len(graph.avals)
+        self.active = [False] * n
+        self.leaves: list[frozenset[str]] = [frozenset()] * n
+        self.found = {path: Tracked(path) for path in leaves.values()}
+        self.products: dict[int, Product] = {}
+        self.lookups: dict[int, Lookup] = {}
+        self._graph = graph
+        self._views: dict[int, View] = {}
+        self._onehot: set[int] = set()
+        self._ranks = {path: len(graph.shape(value)) for value, path in leaves.items()}
+        for value, path in leaves.items():
+            self.leaves[value] = frozenset([path])
+            axes = tuple(Axes([axis]) for axis in range(len(graph.shape(value))))
+            self._views[value] = View(path, axes)
+        for value in inputs:
+            self.begin(value)
+
+    def begin(self, value: int) -> None:
+        """An activation that comes from nowhere: an input of the model, or a learned one."""
+        self.active[value], self.leaves[value] = True, frozenset()
+        self._views.pop(value, None)
+
+    def visit(self, number: int, operation: Operation) -> bool:
+        """Notes an operation; says whether a weight meets an activation in it."""
+        name, inputs = operation.name, operation.inputs
+        # `jax.nn.one_hot` compares with "eq"; a product with its result looks rows up.
+        onehot = not self._onehot.isdisjoint(inputs) and name in LAYOUT
+        if onehot or name == "eq":
+            self._onehot.update(operation.outputs)
+        if name in PRODUCTS:
+            return self._meet(number, operation)
+        if name == "gather" and self.leaves[inputs[0]]:
+            return self._look_up(number, operation)
+        if name == "xor":  # only makes quantised weights wait for the layer's input
+            inputs = tuple(x for x in inputs if self.leaves[x]) or inputs
+        self._made_of(operation, inputs)
+        if any(x in self._views for x in inputs):
+            self._see(operation, inputs)
+        return False
+
+    def _made_of(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """Whether the results are activations, or else of which leaves they are made."""
+        active = any(self.active[x] for x in inputs)
+        leaves = (
+            frozenset[str]() if active else frozenset().union(*(self.leaves[x] for x in inputs))
+        )
+        for output in operation.outputs:
+            self.active[output], self.leaves[output] = active, leaves
+
+    def _meet(self, number: int, operation: Operation) -> bool:
+        """A product: of a weight and an activation, of two activations, or of two weights."""
+        self._made_of(operation, operation.inputs)
+        views = [side for side, x in enumerate(operation.inputs) if x in self._views]
+        for side in views[:1]:
+            met = contraction(operation.name, operation.params, side)
+            self._record(operation, operation.inputs[side], "product", *met)
+        for side in views[1:]:
+            self._record(operation, operation.inputs[side], "sum")
+        left, right = operation.inputs[:2]
+        for side, (weight, source) in enumerate(((left, right), (right, left))):
+            if self.active[source] and self.leaves[weight]:
+                leaves, shape = self._widest(self.leaves[weight]), self._graph.shape(weight)
+                met = contraction(operation.name, operation.params, side)
+                size = lambda axes, s=shape: math.prod(s[axis] for axis in axes)  # noqa: E731
+                window = size(met.window)
+                contracted = size(met.inputs) // max(window, 1)
+                kept = size(axis for axis in range(len(shape)) if axis not in met.gone)
+                if source in self._onehot:
+                    self.lookups[number] = Lookup(leaves, contracted, True)
+                else:
+                    self.products[number] = Product(leaves, source, contracted, kept, window)
+                return True
+        return False
+
+    def _look_up(self, number: int, operation: Operation) -> bool:
+        """Rows of a table, or a weight chosen from a stack of weights, by indices."""
+        (table, indices), (output,) = operation.inputs, operation.outputs
+        shape, sizes = self._graph.shape(table), tuple(operation.params["slice_sizes"])
+        rows = len(shape) == 2 and sizes == (1, shape[1])
+        by_input = self.active[indices]
+        if rows:
+            leaves = self._widest(self.leaves[table])
+            self.lookups[number] = Lookup(leaves, shape[0], by_input)
+        meets = self.active[output] = rows and by_input
+        self.leaves[output] = frozenset() if meets else self.leaves[table]
+        if table in self._views:
+            self._see_rows(operation, sizes)
+        return meets
+
+    def _see_rows(self, operation: Operation, sizes: Sequence[int]) -> None:
+        """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
+        (table, indices), (output,) = operation.inputs, operation.outputs
+        shape, numbers = self._graph.shape(table), operation.params["dimension_numbers"]
+        along = tuple(numbers.start_index_map)
+        whole = [i for i, size in enumerate(sizes) if size == shape[i]]
+        others = [i for i in range(len(shape)) if i not in along]
+        plain = not numbers.operand_batching_dims and numbers.collapsed_slice_dims == along
+        if len(along) > 1 or indices in self._views or not plain or {*others} - {*whole}:
+            return self._sum(operation, operation.inputs)
+        view = self._views[table]
+        axes = [_NONE] * len(self._graph.shape(output))
+        for old, new in zip(others, numbers.offset_dims, strict=True):
+            axes[new] = view.axes[old]
+        chosen = view.looked_up | view.within(along)
+        seen = replace(view, axes=tuple(axes), looked_up=chosen)
+        if len(shape) > 2:
+            self._views[output] = seen
+        else:
+            self._note(seen.read(operation.name, "lookup"), view.path)
+        return None
+
+    def _see(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """An operation that looks at a weight in another way, or one that uses it."""
+        first, *others = inputs
+        number = operation.name in ("mul", "div") and self._is_scaled(operation)
+        if number:
+            first = next(x for x in inputs if x in self._views)
+        elif operation.name not in _VIEWS or any(x in self._views for x in others):
+            return self._sum(operation, inputs)
+        view, old = self._views[first], self._graph.shape(first)
+        for output in operation.outputs:
+            new, origin = self._graph.shape(output), operation.params.get("broadcast_dimensions")
+            expanded = origin is not None and any(old[i] != new[j] for i, j in enumerate(origin))
+            if expanded or self._graph.is_float(first) > self._graph.is_float(output):
+                return self._sum(operation, inputs)
+            name = "copy" if number else operation.name
+            axes = moved(name, operation.params, view.axes, old, new)
+            indexed = view.indexed
+            if operation.name in ("squeeze", "layer"):
+                indexed |= view.within() - _NONE.union(*axes)
+            self._views[output] = replace(view, axes=axes, indexed=indexed)
+        return None
+
+    def _is_scaled(self, operation: Operation) -> bool:
+        """Whether a weight is multiplied or divided by a number."""
+        seen = [x in self._views for x in operation.inputs]
+        other = operation.inputs[1 - seen.index(True)]
+        alone = seen == [True, False] or (operation.name == "mul" and seen == [False, True])
+        return alone and not self._graph.shape(other)
+
+    def _sum(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """An operation that uses weights otherwise; a leaf's axes may be found in its results."""
+        views = {x: self._views[x] for x in inputs if x in self._views}
+        chosen = any(self.active[x] or (x in views and views[x].looked_up) for x in inputs)
+        alone = not chosen and operation.name not in _CLOSED
+        # Of several weights the one with the most axes is followed.
+        most = max(views, key=lambda x: len(views[x].within()))
+        for x, view in views.items():
+            if not alone or x != most:
+                self._record(operation, x, "lookup" if view.looked_up else "sum")
+        if not alone:
+            return
+        shape, view = self._graph.shape(most), views[most]
+        made = [x for x in operation.outputs if self._graph.shape(x) == shape]
+        made = [x for x in made if self._graph.is_float(x)]
+        self._views.update(dict.fromkeys(made, replace(view, spent=True)))
+        if not made and not view.spent:
+            self._record(operation, most, "sum")
+
+    def _record(self, operation: Operation, value: int, how: str, *axes: Sequence[int]) -> None:
+        view = self._views[value]
+        self._note(view.read(operation.name, how, *axes), view.path)
+
+    def _note(self, read: Read, path: str) -> None:
+        self.found[path].reads.append(read)
+
+    def _widest(self, leaves: frozenset[str]) -> frozenset[str]:
+        """The leaves with the most axes; others only scale them."""
+        most = max(self._ranks[leaf] for leaf in leaves)
+        return frozenset(leaf for leaf in leaves if self._ranks[leaf] == most)
+
+
+def reads_of(closed: Any, leaves: Mapping[int, str], inputs: Iterable[int]) -> dict[str, Tracked]:
+    """How a traced function reads the leaves among its arguments, by path.
+
+    Args:
+        closed: its jaxpr.
+        leaves: the paths of leaves, by the numbers of the arguments.
+        inputs: the numbers of the arguments that are activations.
+
+    Returns:
+        For each leaf its reads, and whether the function's results depend on it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> traced = jax.make_jaxpr(lambda w, x: x @ w.T)(jnp.ones((3, 4)), jnp.ones((2, 4)))
+        >>> found = reads_of(traced, {0: "kernel"}, [1])["kernel"]
+        >>> [(read.how, *read.inputs, *read.outputs) for read in found.reads]
+        [('product', 1, 0)]
+    """
+    graph = Graph(closed, _CLOSED)
+    followed = Reads(graph, leaves, inputs)
+    for number, operation in enumerate(graph.operations):
+        followed.visit(number, operation)
+    reached = reaching(graph)
+    for number, path in leaves.items():
+        followed.found[path].reaches = reached.inputs[number]
+    return followed.found
