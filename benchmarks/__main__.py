@@ -14,31 +14,31 @@ TITLES = {"cola": "CoLA", "movies": "movie reviews", "stsb": "STS-B", "wnut17": 
 # A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
 # part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
-    "accelerators": "a step by compilers of TPUs and GPUs, beside qwix, tunix, by hand; goes on",
-    "attention": "bytes of a step with attention dense and by a kernel; needs libtpu, CUDA's",
-    "bank": "batches whose rows have an adapter each, beside one adapter's; PEFT's too",
-    "baselines": "each task on its data: baselines, the default adapter, time; an hour, goes on",
-    "defaults": "passes and learning rates on 900 rows of four data sets; hours, goes on",
-    "estimate": "what a plan for a CPU is off by, beside that of a TPU's compiler; needs libtpu",
-    "files": "adapter files beside raw safetensors; what a checkpoint costs a training",
-    "latency": "a forward pass of GPT-2 medium and BERT-base with adapters, LoRA, and it merged",
-    "llama": "a decoder: the step beside one by hand, decoding with and without LoRA",
-    "losses": "a loss over a large vocabulary beside those of tokamax; needs libtpu and tokamax",
-    "memory": "what training holds: full fine-tuning beside LoRA, Houlsby and prompts",
+    "accelerators": "a step compiled for TPUs and GPUs; also of qwix, tunix, by hand; resumes",
+    "attention": "bytes of a step with dense attention and a kernel; needs libtpu and CUDA",
+    "bank": "batches with an adapter for each row, or one for all; also PEFT's",
+    "baselines": "each task on its data: baselines, default adapter, time; an hour, resumes",
+    "defaults": "passes and learning rates on 900 rows of four data sets; hours, resumes",
+    "estimate": "the error of a plan for a CPU against a TPU compiler's; needs libtpu",
+    "files": "adapter files against raw safetensors; the cost of a checkpoint in training",
+    "latency": "a forward pass of GPT-2 medium and BERT-base: adapters, LoRA, merged LoRA",
+    "llama": "a decoder: a step against one by hand; decoding with and without LoRA",
+    "losses": "a loss over a large vocabulary against tokamax's; needs libtpu and tokamax",
+    "memory": "memory of training: full fine-tuning, LoRA, Houlsby's adapters, prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
     "paths": "files, functions and moves between files that common work runs through",
-    "peers": "a step, latency and files beside PEFT, AdapterHub, qwix and nnx.LoRA",
-    "plan": "bytes of each device in training BERT-large, LLaMA-7B and GPT-3 175B, planned",
-    "scale": "compiling scanned and unrolled layers; FLOPs and traffic of devices; two processes",
-    "serve": "the server's engine: clients at once, new adapters, whose answer each one is",
-    "speedup": "a step of full fine-tuning over one of LoRA: FLOPs and time",
-    "step": "a training step beside one written by hand; adapting and auditing; import time",
-    "step-tunix": "the row of `step` on tunix's Llama alone: ours beside qwix's",
-    "switch": "another task's adapter under a jitted function: time, bytes, compilations",
+    "peers": "a step, latency and files against PEFT, AdapterHub, qwix and nnx.LoRA",
+    "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
+    "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",
+    "serve": "the server's engine: parallel clients, new adapters, answers compared",
+    "speedup": "full fine-tuning / LoRA: FLOPs and time of a step",
+    "step": "a training step against one by hand; adapting and auditing; import time",
+    "step-tunix": "only the row of `step` on tunix's Llama: our step against qwix's",
+    "switch": "switching adapters under a jitted function: time, bytes, compilations",
     "tasks": "whether training another task changes the outputs of the first one",
-    "tracing": "tracing models of 32 layers with LoRA, beside tracing their bases",
+    "tracing": "tracing models of 32 layers with LoRA, against tracing their bases",
     **{
-        f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, goes on"
+        f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, resumes"
         for data, what in TITLES.items()
     },
 }
@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Runs benchmarks on this machine. Run nothing else at the same time.",
         epilog=f"benchmarks:\n{known}\n\nexamples:\n"
-        "  python -m benchmarks step                 the whole, minutes\n"
+        "  python -m benchmarks step                 the whole benchmark, minutes\n"
         "  python -m benchmarks step --quick         toy sizes: does it run?\n"
-        "  python -m benchmarks --all --out /tmp/r   all of them, results elsewhere\n"
+        "  python -m benchmarks --all --out /tmp/r   all benchmarks, results elsewhere\n"
         "  python -m benchmarks readme               put the results into README and docs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="*", help="which to run; without a name all are listed")
+    parser.add_argument("name", nargs="*", help="which to run; without a name, lists all")
     parser.add_argument("--all", action="store_true", help="run every benchmark")
     parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds")
     parser.add_argument("--out", type=Path, help="directory of the results")

@@ -1,7 +1,7 @@
-"""Steps of training on shapes alone, to compile for accelerators: ours and those beside it.
+"""Training steps on shapes alone, to compile for accelerators: ours and those of others.
 
-Every side returns a lowered step. Sides that are compared have the same layers, unrolled or
-recomputed alike, the same loss where that is not what is compared, and the same dtype.
+Every side returns a lowered step. Sides that are compared have the same dtype and the same layers,
+unrolled and recomputed in the same way, and, unless the losses are compared, the same loss.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
-"""What the compilers of accelerators say of a step: peak memory, FLOPs, bytes moved, time.
+"""What the compilers of accelerators say about a step: peak memory, FLOPs, bytes moved, time.
 
 No accelerator is needed, and nothing is timed but the compilers. Steps are compiled for TPUs by
 libtpu and for GPUs by XLA's CUDA compiler; `adapters_jax.devices` describes the devices.
 
-A compiler counts the body of a loop once. So costs that are compared are those of two and of three
-unrolled layers, and the whole model's are computed from the two; a single layer has another peak,
-since nothing of a next one is there at the same time. Whole models are compiled as they are
-trained, with layers scanned and recomputed.
+A compiler counts the body of a loop once. So costs are compared for models of two and of three
+unrolled layers, and those of the whole model are computed from the two. A single layer would have
+another peak, since no next layer is in memory at the same time. Whole models are compiled as they
+are trained, with layers scanned and recomputed.
 
 Every cell is a line of a record as soon as it is compiled, and an interrupted run goes on behind
 it; to compile a cell anew, delete its line. Cells whose compiler or library is not installed are

@@ -1,4 +1,4 @@
-"""What attention by a kernel saves, by the compilers of a TPU and a GPU: bytes held and accessed.
+"""What an attention kernel saves, according to a TPU's and a GPU's compiler: bytes held, accessed.
 
 It needs libtpu or CUDA's compiler (`pip install "adapters-jax[tpu]"`, `"adapters-jax[cuda]"`), and
 no device. Each row is a training step of two layers of Llama 3.2 1B's shape with LoRA on query and

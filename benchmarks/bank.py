@@ -1,7 +1,7 @@
-"""A batch whose rows have an adapter each, beside the same batch for one adapter.
+"""A batch with a different adapter for each row, against the same batch with one adapter.
 
-Both run the same model on the same rows, in turn. PEFT mixes LoRA adapters in a batch as well, and
-does the same beside us, in its own process.
+Both run the same model on the same rows, in turn. PEFT can mix LoRA adapters in a batch, too; it
+runs the same comparison in its own process.
 """
 
 import time

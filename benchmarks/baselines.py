@@ -1,9 +1,9 @@
-"""Trains each task on its data with the default adapter, beside its baselines.
+"""Trains each task on its data with the default adapter, and compares it with its baselines.
 
-A cell is one command of `adapters-jax finetune` with its defaults. A cell whose row the results
-hold is not trained again, and one that was interrupted is resumed from comparisons/. The baselines
-are the best constant prediction and the frozen base, with a trained head where the task has a new
-one. An interrupted run reports what is done, and the same command goes on.
+A cell is one command of `adapters-jax finetune` with its defaults. A cell that has a row in the
+results is not trained again, and one that was interrupted is resumed from comparisons/. The
+baselines are the best constant prediction and the frozen base, with a trained head where the task
+has a new one. An interrupted run reports the finished cells, and the same command resumes it.
 """
 
 import contextlib

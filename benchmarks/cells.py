@@ -1,9 +1,8 @@
 """Trainings by `adapters-jax compare` that a benchmark needs, kept with its results.
 
 A cell is one training: a recipe on some rows of a data set, with a learning rate and a seed. The
-results of a benchmark hold each cell that is finished, and a cell that they hold is not trained
-again, also by another checkout: without its line in NAME-cells.jsonl it would be. A cell that was
-interrupted goes on in comparisons/.
+file NAME-cells.jsonl beside the results has a line for each finished cell. A cell that has a line
+is not trained again, not even in another checkout. An interrupted cell resumes in comparisons/.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""How far a plan for a CPU is off: the same steps, planned for a CPU and by a TPU's compiler.
+"""The error of a plan for a CPU: the same steps, planned for a CPU and by a TPU's compiler.
 
 It needs libtpu (`pip install "adapters-jax[tpu]"`), and no TPU. Each row is one device, with layers
-scanned and recomputed; a CPU's plan in bfloat16 is that of float32, halved.
+scanned and recomputed; a CPU's plan in bfloat16 is half of that in float32.
 """
 
 import itertools

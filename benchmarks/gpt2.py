@@ -1,8 +1,8 @@
-"""GPT-2 in flax.linen: the model of which the claims about GPT-2 were measured.
+"""GPT-2 in flax.linen: the model for the claims about GPT-2.
 
-The package's own is `adapters_jax.finetune.models.decoder`, in NNX. Each block is pre-norm: `x +
-output(attention(norm(x)))`, then the same around the feed-forward; both are those of BERT. There is
-no dropout.
+The package's own GPT-2 is `adapters_jax.finetune.models.decoder`, in NNX. Each block is pre-norm:
+`x + output(attention(norm(x)))`, then the same around the feed-forward layer. Attention and
+feed-forward layer are those of BERT. There is no dropout.
 """
 
 from dataclasses import dataclass

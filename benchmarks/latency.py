@@ -1,4 +1,4 @@
-"""Times what adapters add to a forward pass, and shows that merged LoRA adds nothing.
+"""Times the latency that adapters add to a forward pass; shows that merged LoRA adds none.
 
 The published figures are table 1 of Hu et al. 2021: GPT-2 medium on an NVIDIA Quadro RTX8000.
 Adapter^L is one adapter in each block with a layer norm before it (Lin et al. 2020), and Adapter^H

@@ -1,8 +1,9 @@
-"""What a loss over a large vocabulary holds and moves, ours beside tokamax's, by a TPU's compiler.
+"""Bytes that a loss over a large vocabulary holds and moves: ours and tokamax's, for a TPU.
 
-The loss and its gradient by 4 x 4096 hidden states, with Llama 3.2 1B's head (2048 x 128,256) in
-bfloat16: frozen, as adapters have it, or trained. It needs libtpu and tokamax (`pip install
-"adapters-jax[tpu]" tokamax`), and no device. tokamax's kernel knows the device by a mesh.
+It compiles the loss and its gradient for 4 x 4096 hidden states, with Llama 3.2 1B's head
+(2048 x 128,256) in bfloat16: frozen, as with adapters, or trained. It needs libtpu and tokamax
+(`pip install "adapters-jax[tpu]" tokamax`), and no device. A mesh tells tokamax's kernel the
+device.
 
 A compiler counts the body of a loop once: FLOPs and seconds are those of one body times its rounds,
 and empty where loops are nested.

@@ -1,9 +1,9 @@
 """Counts the files and functions that common work runs through, and the moves between files.
 
-The work is done once before it is counted, so that modules are imported, and jax's caches are
-cleared, so that it is traced again. Models are tiny and made here. Counted are only files of
-adapters_jax. A function is a `def`; lambdas and comprehensions are parts of theirs. A move is a
-call, or the resumption of a generator, from the code of one file into that of another; calls that
+The work runs once before it is counted, so that modules are imported, and jax's caches are
+cleared, so that it is traced again. Models are tiny and made here. Only files of adapters_jax are
+counted. A function is a `def`; lambdas and comprehensions belong to the one around them. A move is
+a call, or the resumption of a generator, from the code of one file into that of another; calls that
 come back through jax, flax or the standard library are not counted.
 """
 

@@ -35,9 +35,9 @@ BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- e
 def section(results: Path = RESULTS) -> str:
     """Builds the text of the page of results.
 
-    Every row names the command that reproduces it, and the section lists the figures that were not
-    reached. A second file of a benchmark, for example from another machine, is shown under its own
-    name.
+    Every row names the command that reproduces it, and the section lists the figures that miss
+    their limits. A second file of a benchmark, for example from another machine, is shown under
+    its own name.
 
     Args:
         results: the directory with the results.
@@ -53,9 +53,9 @@ def section(results: Path = RESULTS) -> str:
     parts = [
         *(["## Published claims", table(claims)] if claims else []),
         *(f"![{alt}]({LINK}/{name}.png)" for name, alt in _pictures(results)),
-        "## Figures that were asked for",
-        f"Of {len(figures)} figures that were asked for, {len(figures) - len(missed)} are reached.",
-        *(["Not reached:", table(missed)] if missed else []),
+        "## Figures with a limit",
+        f"{len(figures) - len(missed)} of {len(figures)} figures are within their limits.",
+        *(["Not within their limits:", table(missed)] if missed else []),
         "## All figures",
         table(figures),
         f"Measured on {'; '.join(machines)}. Medians, quartiles in brackets.",
@@ -115,7 +115,7 @@ def accelerators(results: Path = RESULTS) -> str:
     """The tables of the page of accelerators: the largest models, whole ones, and steps."""
     file = json.loads((results / "accelerators.json").read_text())
     titles = {
-        LARGEST: "The largest of them that fits a card",
+        LARGEST: "The largest compiled model that fits one device",
         WHOLE: "Memory of whole models, and what their devices exchange in a step",
         COSTS: "A step of each side",
     }
@@ -174,7 +174,7 @@ def write(
 
 
 def between_marks(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Replaces what stands between two marks of a page.
+    """Replaces the text between two marks of a page.
 
     Raises:
         ValueError: the page does not have each mark exactly once.

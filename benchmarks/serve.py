@@ -1,7 +1,8 @@
-"""The server's engine: clients at once beside one after the other, new adapters, whose answers.
+"""The server's engine: clients in parallel and one after the other, new adapters, right answers.
 
-The first two run on SmolLM2's shapes with random weights; the last one sends its requests to a toy
-decoder while the adapters change, and compares every answer with `generate` of that adapter alone.
+Timing clients and adding adapters runs on SmolLM2's shapes with random weights. The test of answers
+sends its requests to a toy decoder while the adapters change, and compares every answer with
+`generate` of that adapter alone.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Times tracing of deep models with LoRA, beside tracing of their bases.
+"""Times tracing of deep models with LoRA, against tracing of their bases.
 
 Tracing is Python's work before XLA compiles: `jax.make_jaxpr` of the outputs, and of the gradient
-of what trains; of a base alone that is every parameter. The caches of jax are cleared before each.
-Models are abstract. Tracing is one thread's work, so its CPU time is measured, without Python's
-garbage collector, as `timeit` does. `by hand` is a Llama whose linear layers compute
+of the trained parameters; in a base alone these are all parameters. The caches of jax are cleared
+before each. Models are abstract. Tracing is one thread's work, so its CPU time is measured, without
+Python's garbage collector, as `timeit` does. `by hand` is a Llama whose linear layers compute
 `x W + (x A) (s B)` in their own code.
 """
 

@@ -1,13 +1,13 @@
 """Compares scores with trainable parameters on MiniLM, as Houlsby et al. 2019 do (figures 1 and 3).
 
 A run takes one data set. Houlsby's adapters, m = 64, and full fine-tuning get the same rows, passes
-and seeds. The learning rate of each is the best on dev with the first seed, and one half and twice
-as high were worse: where the best one is at an end, a further one is tried. Dev is scored once in a
-pass, and the parameters that were best on dev are tested, so a training takes as many passes as dev
-asks for; the mean of those is shown. The difference is that of the means over the seeds, with
-Welch's interval of 95 %. The other recipes have the default rate of their method and one seed. The
-paper reaches 80.0 on GLUE with 3.6 % of the parameters for each task; full fine-tuning of
-BERT-large reaches 80.4. An interrupted run reports what is done, and the same command goes on.
+and seeds. The learning rate of each is the best on dev with the first seed. Half of it and twice
+it were worse: if the best rate is at an end of the grid, a further one is tried. Dev is scored
+once in a pass, and the parameters with the best dev score are tested. The mean number of passes to
+that score is shown. The difference is between the means over the seeds, with Welch's interval of
+95 %. The other recipes have the default rate of their method and one seed. The paper reaches 80.0
+on GLUE with 3.6 % of the parameters for each task; full fine-tuning of BERT-large reaches 80.4. An
+interrupted run reports the finished cells, and the same command resumes it.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""A training step of Llama 3 with LoRA on q, v: ours on tunix's model and ours, beside qwix's.
+"""A training step of Llama 3 with LoRA on q, v: ours on tunix's model and on ours, and qwix's.
 
-Both libraries adapt tunix's model, which neither knows; the decoder here gets its weights. All
+Both libraries adapt tunix's model without registration; our own decoder gets its weights. All
 start from the same random factors, and must have equal losses and trainable counts before they are
 timed.
 """

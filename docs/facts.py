@@ -1,4 +1,4 @@
-"""Tables of the documentation that are read from the library.
+"""Tables of the documentation, made from what the library says.
 
 In a page of the site, a fenced block `{facts} NAME` is the table of that name. The README's table
 of methods is text: `python -m docs.facts` renews it.
@@ -34,14 +34,14 @@ SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a table says of a method beside what the library knows.
+    """What a table says about a method, in addition to what the library says.
 
     Attributes:
         does: what the method adds or trains.
         count: the parameters of one adapter.
         source: the paper.
-        recipe: a recipe of it, for the two bases that the formats are asked about.
-        presets: functions of `aj` that make recipes of it.
+        recipe: a recipe with the method; it decides which formats can hold it on two bases.
+        presets: functions of `aj` that make recipes with the method.
     """
 
     does: str
@@ -61,7 +61,7 @@ ENTRIES = {
     ),
     "lora": Entry("`W + (alpha / r) A B`", "r(in + out)", "Hu et al. 2021", aj.lora, ("lora",)),
     "dora": Entry(
-        "LoRA, and a norm for every output",
+        "LoRA, and a trained norm for every output",
         "r(in + out) + out",
         "Liu et al. 2024",
         lambda: aj.lora(dora=True),
@@ -76,7 +76,7 @@ ENTRIES = {
         ("llama_adapter",),
     ),
     "prefix": Entry(
-        "keys and values before an attention's own",
+        "trained keys and values in attention",
         "2K · kv heads · head width",
         "Li and Liang 2021",
         aj.prefix_tuning,
@@ -84,7 +84,7 @@ ENTRIES = {
     ),
     "unfreeze": Entry(
         "trains the base's own parameters",
-        "their own",
+        "all that it matches",
         "Ben Zaken et al. 2022, for biases",
         lambda: aj.lora(bias="lora_only"),
         ("bitfit", "layer_norms", "last_layers", "full"),
@@ -93,9 +93,9 @@ ENTRIES = {
 
 
 def methods() -> str:
-    """One line for each method: what it is, and which of the library's parts take it."""
+    """One row for each method: what it adds, and which parts of the library support it."""
     names = [each.owner for each in FORMATS.values() if each.name != "native"]
-    rows = [("method", "adds", "parameters of one", "linen, NNX", "merges", *names, "paper")]
+    rows = [("method", "adds", "parameters of an adapter", "linen, NNX", "merges", *names, "paper")]
     for name, entry in ENTRIES.items():
         method, taken = METHODS[name], formats(name)
         rows.append(
@@ -119,7 +119,7 @@ def _paper(method: type[Method], entry: Entry) -> str:
 
 
 def merges(method: type[Method]) -> bool:
-    """Whether `aj.merge` takes the method; one without leaves changes the weights themselves."""
+    """Whether `aj.merge` supports the method; one without leaves trains weights of the base."""
     return method.slot is None or method.acts_on == "leaf" or method.merged is not Method.merged
 
 
@@ -169,7 +169,7 @@ def _llama(recipe: aj.Recipe) -> tuple[BaseModel, dict[str, Any]]:
 
 
 def settings(name: str) -> str:
-    """The settings of a method with their defaults, and what else the library knows of it."""
+    """The settings of a method with their defaults, and further facts about it."""
     method, entry = METHODS[name], ENTRIES[name]
     means = _meanings(method)
     fields = [
@@ -196,7 +196,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _meanings(method: type[Method]) -> dict[str, str]:
-    """What each setting means, as the docstrings of the method and of its bases say."""
+    """The meaning of each setting, from the docstrings of the method and of its base classes."""
     found: dict[str, str] = {}
     for each in reversed(method.__mro__):
         for parameter in parse(each.__doc__ or "").params:

@@ -334,7 +334,7 @@ def test_the_section_of_results(tmp_path):
     command = "[toy](../benchmarks/results/toy.md) | `python -m benchmarks toy`"
     assert f"| adapters are free | +0 % | +3 % | a forward | not reproduced | {command} |" in text
     assert f"| ours / theirs | 0.5 [0.4, 0.6] | 0.65 | yes | {command} |" in text
-    assert "Of 2 figures that were asked for, 1 are reached." in text
+    assert "1 of 2 figures are within their limits." in text
     assert text.count(f"| bytes | 7 | 6 | no | {command} |") == 2
 
     page = tmp_path / "results.md"
