@@ -39,6 +39,19 @@ def checked_key(caller: str, key: Any) -> Any:
     return key
 
 
+def nearest_factors(
+    matrix: Float[Array, "*layers in out"], rank: int, scale: float = 1.0
+) -> tuple[Float[Array, "*layers in rank"], Float[Array, "*layers rank out"], Array]:
+    """A and B whose product, times a scale, is nearest to a matrix; and its singular values.
+
+    The decomposition U S V^T gives A = U_r sqrt(S_r / scale), B = sqrt(S_r / scale) V_r^T.
+    """
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    # Each factor gets half of S, so that gradients of both are of one size.
+    root = jnp.sqrt(s[..., :rank] / scale)
+    return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], s
+
+
 def normal(std: float) -> Initializer:
     """Gaussian with mean zero and deviation `std`."""
     return lambda key, shape: std * jax.random.normal(key, shape)

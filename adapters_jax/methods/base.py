@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.methods.settings import check_fields
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.heads import Inline
@@ -32,7 +33,7 @@ class AttachmentPoint:
     Attributes:
         path: path of the module, or of a leaf where several of the module's are adapted.
         width: size of the last axis of the output that the method acts on, d; 0 where the module
-            returns no array of floats, or several of which none is plainly meant.
+            returns no array of floats, or several, and it is not plain which one is meant.
         weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
         axes: the roles of that weight's axes; None for a module without one.
         own: the shapes of all of the module's own leaves by name, with layer axes.
@@ -102,7 +103,7 @@ class Count:
 
 
 def nothing(name: str) -> None:
-    """A `Frozen` for a module without parameters of its own."""
+    """A `Frozen` for a module that holds no parameters itself."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
+        check_fields(self)
 
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
@@ -356,7 +358,7 @@ class Method:
         They may have layer axes. Where `from_weight` is "reads", `start` is called on them.
 
         Raises:
-            RecipeError: there are no such leaves, so that a bank cannot hold the method.
+            RecipeError: no leaves do that, so that a bank cannot hold the method.
         """
         raise RecipeError(
             f"Bank: {type(self).__name__} defines no `neutral`, with which rows without an adapter "
@@ -364,7 +366,7 @@ class Method:
         )
 
     def size(self, leaves: Leaves) -> int | None:
-        """The size of an axis of leaves in which the adapters of a bank may differ, as a rank."""
+        """The size that may differ between the adapters of a bank, such as a rank; else None."""
         return None
 
     def fitted(self, leaves: Leaves, path: str, whole: "Method") -> dict[str, Array]:
@@ -376,7 +378,7 @@ class Method:
             whole: a method of the same class, equal in all fields but targets and `size_fields`.
 
         Raises:
-            RecipeError: there are no such leaves.
+            RecipeError: no leaves compute that.
         """
         return dict(leaves)
 
@@ -384,7 +386,7 @@ class Method:
         """A and B in float32, whose product is the change of the weight at a path.
 
         Raises:
-            RecipeError: the change is not such a product.
+            RecipeError: the change is not a product of two factors.
         """
         raise RecipeError(
             f"combine: {type(self).__name__} at {path!r} changes no weight by a product A B; "

@@ -14,14 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import (
-    RecipeError,
-    UserError,
-    check_choice,
-    check_flag,
-    check_number,
-    check_size,
-)
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import (
     AttachmentPoint,
@@ -33,6 +26,7 @@ from adapters_jax.methods.base import (
     nothing,
     zeros_like,
 )
+from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -47,6 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "softplus": jax.nn.softplus,
     "identity": lambda x: x,
 }
+_PLACEMENTS = ("sequential", "parallel", "norm")
 _NORMS = ("norm_before", "norm_after")
 
 
@@ -111,15 +106,15 @@ class Bottleneck(Method):
     )
 
     targets: str | tuple[str, ...]
-    bottleneck_dim: int | None = None
-    reduction_factor: float | None = None
-    placement: Literal["sequential", "parallel", "norm"] = "sequential"
-    scale: float = 1.0
-    activation: str = "gelu"
-    dropout: float = 0.0
-    init_std: float = 1e-2
-    norm_before: bool = False
-    norm_after: bool = False
+    bottleneck_dim: int | None = size(None)
+    reduction_factor: float | None = number(None)
+    placement: Literal["sequential", "parallel", "norm"] = choice("sequential", _PLACEMENTS)
+    scale: float = number(1.0, low=-math.inf)
+    activation: str = choice("gelu", ACTIVATIONS)
+    dropout: float = number(0.0, high=1.0, closed=True)
+    init_std: float = number(1e-2, closed=True)
+    norm_before: bool = flag(False)
+    norm_after: bool = flag(False)
     output: str | int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -129,18 +124,6 @@ class Bottleneck(Method):
                 f"Bottleneck: bottleneck_dim={self.bottleneck_dim} and reduction_factor="
                 f"{self.reduction_factor}, expected exactly one of them, such as bottleneck_dim=64"
             )
-        if self.bottleneck_dim is not None:
-            check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
-        else:
-            check_number("Bottleneck", "reduction_factor", self.reduction_factor)
-        check_number("Bottleneck", "init_std", self.init_std, closed=True)
-        check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
-        check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
-        placements = ("sequential", "parallel", "norm")
-        check_choice("Bottleneck", "placement", self.placement, placements)
-        check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
-        for name in _NORMS:
-            check_flag("Bottleneck", name, getattr(self, name))
         object.__setattr__(self, "output", outputs.as_path("Bottleneck", self.output))
 
     @property
@@ -155,7 +138,7 @@ class Bottleneck(Method):
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module returns an array of floats, or several of which one is meant.
+        """Whether the module returns an array of floats, or several and it is plain which is meant.
 
         `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """

@@ -16,7 +16,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
-from adapters_jax.targets import as_patterns, selects
+from adapters_jax.targets import selects
 from adapters_jax.weights.axes import Axes, last_axes
 from adapters_jax.weights.changes import Change, Scale
 from adapters_jax.weights.factors import Factor
@@ -51,12 +51,6 @@ class IA3(LeafMethod):
     leaf_names: ClassVar[tuple[str, ...]] = ("scale",)  # type: ignore[misc]
 
     feed_forward: Any = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.feed_forward != ():
-            patterns = as_patterns(self.feed_forward, "IA3 feed_forward")
-            object.__setattr__(self, "feed_forward", patterns)
 
     def scales_input(self, path: str) -> bool:
         """Whether a target's input is scaled, not its output."""

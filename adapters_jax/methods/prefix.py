@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.errors import RecipeError, check_number, check_size
+from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Attended, Prompt, Tokens, counting, grouped
+from adapters_jax.methods.mixed import counting
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.settings import number, size
 from adapters_jax.trace.masks import Mask, as_array
 from adapters_jax.trace.registry import AttentionFn
 
@@ -68,13 +70,8 @@ class PrefixTuning(Prompt):
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
-    length: int = 20
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("PrefixTuning", "length", self.length)
-        check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+    length: int = size(20)
+    init_std: float = number(0.02, closed=True)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""

@@ -1,9 +1,7 @@
 """`Prompt`: the base class of methods that act inside an attention module."""
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,39 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method, zeros_like
+from adapters_jax.methods.mixed import counting
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
-
-
-# How many of a prompt's tokens count, by the path of its attention module.
-_LENGTHS: ContextVar[Mapping[str, Any] | None] = ContextVar("lengths", default=None)
-
-
-@contextlib.contextmanager
-def prompt_lengths(lengths: Mapping[str, Any]) -> Iterator[None]:
-    """In its body, prompts in these attention modules have only their first tokens.
-
-    Args:
-        lengths: their number, by the path of the module; may be traced.
-    """
-    token = _LENGTHS.set(lengths)
-    try:
-        yield
-    finally:
-        _LENGTHS.reset(token)
-
-
-def counting(path: str, tokens: int) -> Bool[Array, " tokens"] | None:
-    """Which tokens of a prompt count; None for all.
-
-    Args:
-        path: the path of the attention module.
-        tokens: the number of tokens that there are.
-    """
-    length = (_LENGTHS.get() or {}).get(path)
-    return None if length is None else jnp.arange(tokens) < length
 
 
 class Attended(NamedTuple):
@@ -70,7 +40,7 @@ class Prompt(Method):
 
     Where the module computes its attention in line, `joined` is all; where it calls an attention
     function, `attend` is run instead. A method that shares the softmax of the context needs
-    `context.total`, and an `attend` of its own, since attention functions do not give that.
+    `context.total`, and its own `attend`, since attention functions do not give that.
     """
 
     acts_on: ClassVar[Literal["output", "attention"]] = "attention"

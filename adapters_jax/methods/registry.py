@@ -28,7 +28,7 @@ def register_method(cls: M) -> M:
         The class.
 
     Raises:
-        TypeError: `cls` is no such class, or lacks members; the message names all of them.
+        TypeError: `cls` is another kind of class, or lacks members; the message names all of them.
         RecipeError: another method has its name or slot.
 
     Example:

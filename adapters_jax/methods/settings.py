@@ -1,0 +1,79 @@
+"""Fields of methods that say their own bounds; `Method` checks them when one is made."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields
+from functools import partial
+from typing import Any
+
+from adapters_jax.errors import UserError, check_choice, check_flag, check_number, check_size, shown
+from adapters_jax.targets import as_patterns
+
+
+def _field(default: Any, check: Callable[[str, str, Any], None]) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+def size(default: int | None) -> Any:
+    """A field for the size of an axis."""
+    return _field(default, check_size)
+
+
+def number(default: float | None, **bounds: Any) -> Any:
+    """A field for a number that float32 holds, above 0 or within the bounds of `check_number`."""
+    return _field(default, partial(check_number, **bounds))
+
+
+def choice(default: str, choices: Iterable[str]) -> Any:
+    """A field for one of several names."""
+    return _field(default, partial(check_choice, choices=choices))
+
+
+def flag(default: bool) -> Any:
+    """A field for True or False."""
+    return _field(default, check_flag)
+
+
+def check_fields(method: Any) -> None:
+    """Checks the fields of a method, and turns those of patterns into tuples.
+
+    None is a value of the fields whose default it is.
+
+    Raises:
+        UserError: a value is out of its range; a TargetError where patterns are none.
+    """
+    owner, checks = type(method).__name__, {}
+    for each in fields(method):
+        if "check" in each.metadata:
+            checks[each.name] = partial(_checked, each.metadata["check"], each.default)
+            checks[each.name](owner, each.name, getattr(method, each.name))
+    for name, usual in method.pattern_fields.items():
+        pairs = _pairs(owner, name, getattr(method, name))
+        for _, value in pairs:
+            checks.get(usual, lambda *_: None)(owner, usual, value)
+        object.__setattr__(method, name, pairs)
+    for name in method.subset_fields:
+        patterns = getattr(method, name)
+        patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
+        # The methods are frozen dataclasses, since jit hashes them; this is the way around it.
+        object.__setattr__(method, name, patterns)
+
+
+def _checked(check: Callable[..., None], default: Any, owner: str, name: str, value: Any) -> None:
+    if value is not None or default is not None:
+        check(owner, name, value)
+
+
+def _pairs(owner: str, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping from patterns, or its items, as checked pairs."""
+    items = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
+        raise UserError(
+            f"{owner}: {name}={shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
+        )
+    for pattern, _ in items:
+        as_patterns(pattern, f"{owner} {name}")
+    return tuple((pattern, each) for pattern, each in items)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
