@@ -212,7 +212,8 @@ def audit(
             parameters than its closed form; the message names every such adapter.
         TypeError: the model has no adapters, a linen model comes without its parameters, or an NNX
             model with some.
-        UserError: `params` is no tree of parameters, `tx` no optimiser, or the inputs do not fit.
+        UserError: `params` is not a tree of parameters, `tx` is not an optimiser, or the
+            inputs do not fit.
 
     Example:
         >>> import adapters_jax as aj, jax

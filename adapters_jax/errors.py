@@ -260,7 +260,7 @@ def visible(text: str, lines: bool = True) -> str:
 
 
 LARGEST = 2**31  # longer than any axis can be
-LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which models compute
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, the dtype that models compute with
 SMALLEST_FLOAT = 2.0**-126  # above 0, since XLA takes smaller ones for 0
 
 

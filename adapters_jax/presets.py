@@ -58,7 +58,7 @@ def houlsby(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> houlsby(32, head="head")
@@ -95,7 +95,7 @@ def pfeiffer(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> pfeiffer(reduction_factor=16)
@@ -126,7 +126,7 @@ def parallel(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> parallel(32)
@@ -194,7 +194,7 @@ def ia3(
 
     Raises:
         TargetError: `targets` or `feed_forward` are no patterns.
-        UserError: `head` is no text.
+        UserError: `head` is not a text.
 
     Example:
         >>> ia3(feed_forward="**/mlp/output")
@@ -230,7 +230,7 @@ def llama_adapter(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `LlamaAdapter` is out of its range, or `head` is no text.
+            `LlamaAdapter` is out of its range, or `head` is not a text.
 
     Example:
         >>> llama_adapter(last=2, num_layers=32)
@@ -266,7 +266,7 @@ def prefix_tuning(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `PrefixTuning` is out of its range, or `head` is no text.
+            `PrefixTuning` is out of its range, or `head` is not a text.
 
     Example:
         >>> prefix_tuning(10, layers=[0, 1])
@@ -310,7 +310,7 @@ def bitfit(*, head: str | None = None) -> Recipe:
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: `head` is no text.
+        UserError: `head` is not a text.
 
     Example:
         >>> bitfit(head="head")
@@ -330,8 +330,8 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
         head: path of the task's head, which trains whole.
 
     Raises:
-        TargetError: `targets` is no pattern.
-        UserError: `head` is no text.
+        TargetError: `targets` is not a pattern.
+        UserError: `head` is not a text.
 
     Example:
         >>> layer_norms()
@@ -354,7 +354,8 @@ def last_layers(
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is no text.
+        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is not a
+            text.
 
     Example:
         >>> last_layers(2, 12)

@@ -29,7 +29,7 @@ _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
 _MOST_NAMES = 12  # targets in names of other libraries that a message translates
 _SHOWN_KINDS = 3  # of those that a warning is about
-# What to do with JSON that is no recipe, by a key of it.
+# What to do with JSON that is not a recipe, by a key of it.
 _OTHER_JSON = {
     "peft_type": "; this is PEFT's configuration: write a recipe such as aj.lora(4, alpha=8), on "
     "the command line --method lora --rank 4 --alpha 8",
@@ -185,6 +185,11 @@ class Recipe:
     def owners(self, paths: Iterable[str]) -> dict[str, Owner]:
         """What parameters belong to, by path, without those of the base."""
         return {path: owner for path in paths if (owner := self.owner(path))}
+
+    def absent(self, paths: Iterable[str]) -> str:
+        """The names of the methods that none of the parameters belongs to, for a message."""
+        present = {owner.method for owner in self.owners(paths).values()}
+        return ", ".join(type(m).__name__ for m in self.attached if m not in present)
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""

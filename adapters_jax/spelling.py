@@ -80,9 +80,9 @@ _TASK = (
     "the base says its task, and aj.Unfreeze('head/**') beside the method in a recipe trains its "
     "head, as PEFT does for SEQ_CLS"
 )
-# What stands in place of a setting that is none of a method here.
+# What stands in place of a setting that no method here has.
 _SETTINGS = {
-    "aj.DoRA is a method of its own": "use_dora",
+    "aj.DoRA is a separate method": "use_dora",
     "aj.lora(bias=...) trains biases": "bias lora_bias",
     "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save head",
     "'!**/NAME' among the targets leaves a module out": "exclude_modules",

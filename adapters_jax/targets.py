@@ -1,7 +1,7 @@
 """The pattern language: which paths of a model a pattern matches.
 
 A path is the names from the root of a model to a module or parameter, joined by slashes
-(`layer_0/attention/query`). A pattern is a path in which
+(`layer_0/attention/query`). A pattern is a path with wildcards:
 
 * `*` matches any characters within one name,
 * `**` matches any number of whole names, also none,
@@ -251,7 +251,7 @@ def _problem(
     below = [path for path in usable if matches(inside, path)]
     if blocked:
         groups = [
-            f"{_some(paths, 3)} ({why or 'nothing of its own to adapt'})"
+            f"{_some(paths, 3)} ({why or 'it holds nothing itself to adapt'})"
             for why, paths in blocked.items()
         ]
         hint = f"; {sign + inside!r} matches what is in it, such as {below[0]}" if below else ""
@@ -272,9 +272,8 @@ def _problem(
     elif plain != pattern and any(matches(plain, path) for path in (*usable, *unusable)):
         problem += f"; paths begin and end with a name of the model: {sign + plain!r}"
     elif is_expression(pattern):
-        problem += (
-            "; it is no regular expression: * is anything within a name, ** any names, {a,b} either"
-        )
+        problem += "; it is not a regular expression: * is anything within a name, ** any names"
+        problem += ", {a,b} either"
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     whole = re.sub(r"(^|/)(\d+|\{[\d,|]*\})(?=/)", "", whole)
     if whole != pattern and any(matches(whole, path) for path in usable):

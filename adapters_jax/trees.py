@@ -98,8 +98,8 @@ def check_params(caller: str, params: Any, call: str) -> None:
 
     Raises:
         TypeError: it is None.
-        UserError: it is no nested mapping.
-        MismatchError: it holds all variables, of which it should be one.
+        UserError: it is not a nested mapping.
+        MismatchError: it holds all collections of variables, expected the parameters alone.
 
     Example:
         >>> check_params("merge", {"params": {}}, "aj.merge(model, params, *inputs)")
@@ -141,7 +141,7 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
         `(adapters, base)`: the leaves that train, and the frozen ones.
 
     Raises:
-        UserError: `params` is no nested mapping; where it holds all variables, a MismatchError.
+        UserError: `params` is not a nested mapping; where it holds all variables, a MismatchError.
 
     Example:
         >>> from adapters_jax import Unfreeze
@@ -170,7 +170,7 @@ def merge_trees(*trees: Tree) -> Tree:
 
     Raises:
         UserError: two parts have a leaf at one path, one a leaf where the other has a subtree, or a
-            part is no nested mapping.
+            part is not a nested mapping.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})

@@ -138,7 +138,7 @@ def devices(name: str) -> list[jax.Device]:
         The devices; a chip of `tpu7x` is two.
 
     Raises:
-        UserError: no such device or topology, or the compiler is not of jaxlib's version.
+        UserError: the device or its topology is unknown, or the compiler's version is not jaxlib's.
         MissingPackageError: the compiler is not installed; the extras `tpu` and `cuda` have it.
 
     Example:

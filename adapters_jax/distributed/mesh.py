@@ -63,7 +63,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
 
 
 def check_mesh(caller: str, mesh: Any) -> None:
-    """Raises ShardingError where an argument is no mesh."""
+    """Raises ShardingError where an argument is not a mesh."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         text = mesh if isinstance(mesh, str) and "=" in mesh else "data=-1"
         raise ShardingError(
@@ -93,7 +93,7 @@ def check_axes(names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in AXES]
     if unknown:
         raise ShardingError(
-            f"--mesh: {', '.join(map(repr, unknown))} is no axis of it; the axes are "
+            f"--mesh: {', '.join(map(repr, unknown))} is not an axis of it; the axes are "
             f"{', '.join(AXES)}"
         )
 
@@ -159,8 +159,8 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
         The batch on the mesh, `(rows, ...)`.
 
     Raises:
-        ShardingError: the mesh's parts do not divide the rows, or the batch has not the rows that
-            this process needs; or `mesh` is no mesh.
+        ShardingError: the mesh's parts do not divide the rows, or the batch lacks the rows that
+            this process needs; or `mesh` is not a mesh.
 
     Example:
         >>> batch = shard_batch(np.ones((8, 3)), make_mesh("data=-1"))

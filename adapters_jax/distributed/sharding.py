@@ -58,7 +58,7 @@ def layout(
     Raises:
         ShardingError: an axis is not of the mesh, or its size does not divide a dimension.
         TargetError: a rule matches no parameter.
-        UserError: `params` is no tree of parameters.
+        UserError: `params` is not a tree of parameters.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -79,23 +79,20 @@ def _layout(
 ) -> dict[str, NamedSharding]:
     rules = dict(rules or {})
     require_match("sharding rules", tuple(rules), leaves)
-    owners = recipe.owners(leaves) if recipe else {}
-    base = {
-        path: _stated(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
-        for path, (leaf, annotation) in leaves.items()
+    recipe = recipe or Recipe()
+    owners = recipe.owners(leaves)
+    shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
+    attached = {each.prefix: each for each in in_tree(recipe, shapes)}
+    stated = {path: _stated(path, *each, mesh, rules) for path, each in leaves.items()}
+    specs = {
+        path: stated[path] or _automatic(shape, mesh, small)
+        for path, shape in shapes.items()
         if path not in owners
     }
-    shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
-    attached = {each.prefix: each for each in in_tree(recipe, shapes)} if recipe else {}
-    specs = {}
-    for path, (leaf, annotation) in leaves.items():
-        owner = owners.get(path)
-        if owner is None:
-            specs[path] = base[path]
-        else:
-            stated = _stated(path, leaf, annotation, mesh, rules)
-            specs[path] = stated or _inherited(path, owner, leaves, base, attached, small)
-    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+    for path, owner in owners.items():
+        inherited = _inherited(owner, shapes[path], specs, attached, small)
+        specs[path] = stated[path] or inherited
+    return {path: NamedSharding(mesh, specs[path]) for path in leaves}
 
 
 def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
@@ -167,18 +164,17 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
 
 
 def _inherited(
-    path: str,
     owner: Owner,
-    leaves: Mapping[str, tuple[Any, Any]],
+    factor: Sequence[int],
     base: Mapping[str, P],
     attached: Mapping[str, Placement],
     small: int,
 ) -> P:
-    """The spec of an adapter's leaf: axes of the weight are split like the weight's.
+    """The spec of an adapter's leaf of a shape: axes of the weight are split like the weight's.
 
-    A leaf without such axes is whole on every device.
+    A leaf that shares no axis with the weight is whole on every device.
     """
-    each, factor = attached.get(owner.prefix), leaves[path][0].shape
+    each = attached.get(owner.prefix)
     if each is None or each.axes is None or math.prod(factor) < small:
         return P()
     axes = each.method.weight_axes(each.axes, each.path).get(owner.name)
@@ -207,9 +203,9 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         The same on the mesh; for an NNX model a new model.
 
     Raises:
-        ShardingError: as for `layout`, or `mesh` is no mesh.
+        ShardingError: as for `layout`, or `mesh` is not a mesh.
         TargetError: a rule matches no parameter.
-        UserError: `subject` is none of these.
+        UserError: `subject` is something else.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp

@@ -14,7 +14,7 @@ from adapters_jax.trees import Tree, path_of
 
 
 def check_optimizer(caller: str, tx: Any) -> None:
-    """Raises UserError where an argument is no optax optimiser."""
+    """Raises UserError where an argument is not an optax optimiser."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise UserError(
             f"{caller}: tx={shown(tx)}, expected an optax optimiser, such as optax.adam(1e-4)"
@@ -41,7 +41,7 @@ def freeze_base(
         A gradient transformation.
 
     Raises:
-        UserError: `tx` or a group's is no optimiser.
+        UserError: `tx` or a group's is not an optimiser.
         RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
@@ -100,11 +100,10 @@ def _in_groups(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        owners = {owner.method for owner in recipe.owners(paths).values()}
-        absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+        absent = recipe.absent(paths)
         if absent and not _is_part(params):
             raise RecipeError(
-                f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
+                f"freeze_base: the parameters hold nothing of {absent}; pass what "
                 "aj.init_adapters(model, params, key, *example_inputs) returned"
             )
         check(recipe.trained(paths))
@@ -140,8 +139,8 @@ def lora_plus(
         `freeze_base` with a group for B.
 
     Raises:
-        UserError: `optimizer` is no function, the ratio is not a positive number, or the learning
-            rate is negative, not finite or no number.
+        UserError: `optimizer` is not a function, the ratio is not a positive number, or the
+            learning rate is negative, not finite or no number.
         TargetError: `init` of the result raises it where no B trains.
 
     Example:

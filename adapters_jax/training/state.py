@@ -119,9 +119,9 @@ class TrainState:
         Raises:
             TypeError: the model has no adapters, params are missing, or params or collections are
                 given to an NNX model.
-            UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
-                no optimiser or does not take what trains, `key` no random key, or `loss_scale` no
-                `DynamicScale`.
+            UserError: `collections` is not a mapping of collections, or holds the parameters; `tx`
+                is not an optimiser or does not take what trains, `key` is not a random key, or
+                `loss_scale` is not a `DynamicScale`.
             MismatchError: the params have adapters of another rank, or of another recipe.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
@@ -349,13 +349,13 @@ def refuse_state(caller: str, model: Any, inputs: str = "") -> None:
 
 
 def check_state(caller: str, state: Any) -> None:
-    """Raises UserError for what is no `TrainState`, or one whose arrays a step has taken over."""
+    """Raises UserError for anything but a `TrainState` that no step has taken over."""
     check_kind(caller, state)
     check_alive(state)
 
 
 def check_kind(caller: str, state: Any) -> None:
-    """Raises UserError for what is no `TrainState`."""
+    """Raises UserError for anything but a `TrainState`."""
     if not isinstance(state, TrainState):
         raise UserError(
             f"{caller}: the state is a {full_name(type(state))}, expected an aj.TrainState; write "
@@ -375,7 +375,7 @@ def check_alive(state: TrainState) -> None:
 
 
 def _own_scale(loss_scale: Any) -> DynamicScale | None:
-    """The loss scale as arrays of its own, in the dtypes that steps return."""
+    """A copy of the loss scale, in the dtypes that steps return."""
     if loss_scale is None:
         return None
     if not isinstance(loss_scale, DynamicScale):
@@ -399,12 +399,11 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
             "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
         )
     flat = nn.meta.unbox(boxed)
-    owners = {owner.method for owner in recipe.owners(flat).values()}
-    absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+    absent = recipe.absent(flat)
     if absent or not flat:
         raise RecipeError(
             "TrainState.create: the parameters hold nothing of "
-            f"{', '.join(absent) or 'what the recipe unfreezes'}; pass what "
+            f"{absent or 'what the recipe unfreezes'}; pass what "
             "aj.init_adapters(model, params, key, *example_inputs) returned"
         )
     discrete = [

@@ -134,7 +134,7 @@ class Bank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the adapters, in the order in which they came."""
+        """The names of the adapters, in the order of their arrival."""
         return tuple(self._places)
 
     @property
@@ -180,11 +180,11 @@ class Bank:
                 the adapter is written. No other bank that shares them can be used afterwards.
 
         Raises:
-            UserError: the bank is full, the name is taken, or it is no text.
-            RecipeError: a method of the adapter is none of the bank's, or has other settings than
-                those of sizes and scales.
+            UserError: the bank is full, the name is taken, or it is not a text.
+            RecipeError: the bank's recipe lacks a method of the adapter, or the method differs in
+                more than sizes and scales.
             MismatchError: arrays do not fit, or are larger than there is room for.
-            TypeError: `adapter` is no pair of a recipe and a tree.
+            TypeError: `adapter` is not a pair of a recipe and a tree.
         """
         place = self._free_place(name, replace)
         made = adapter if isinstance(adapter, Fitted) else self.fit(name, adapter)
@@ -230,7 +230,7 @@ class Bank:
             A tree of small arrays; other names compile nothing.
 
         Raises:
-            UserError: the bank has no adapter of such a name, or there are no names.
+            UserError: the bank has no adapter of one of the names, or there are no names.
         """
         check_size("Bank.rows", "each", each)
         if isinstance(names, str) or not len(names):

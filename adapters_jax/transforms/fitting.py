@@ -81,8 +81,8 @@ def fitted(
         room: the shapes and dtypes of its leaves by path.
 
     Raises:
-        RecipeError: a method is none of the larger recipe's, or has other settings than those of
-            sizes and scales.
+        RecipeError: the larger recipe lacks a method, or has it with other settings than sizes and
+            scales.
         MismatchError: arrays do not fit, or are larger.
     """
     made: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
     if type(method) is not type(whole):
         raise RecipeError(
             f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
-            f"{type(whole).__name__}; make the bank of a recipe with both, at targets of their own"
+            f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
         )
     for field in dataclasses.fields(method):
         if field.name in ("targets", *method.size_fields):
@@ -149,7 +149,7 @@ def _no_room(caller: str, path: str, recipe: Recipe, whole: Recipe) -> Exception
     kind = type(owner.method).__name__ if owner else "an unfrozen parameter"
     others = ", ".join(dict.fromkeys(type(method).__name__ for method in whole))
     return MismatchError(
-        f"{caller}: it has {path} ({kind}), and the bank has no such leaf; it was made for "
+        f"{caller}: it has {path} ({kind}), and the bank has no leaf there; it was made for "
         f"{others}; make it of a recipe whose targets include that, or give an adapter of this base"
     )
 

@@ -38,7 +38,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Args:
         model: an adapted model.
         params: linen only: its whole parameter tree.
-        *args: linen only: example inputs, of which only shapes matter. The model knows where its
+        *args: linen only: example inputs; only their shapes matter. The model knows where its
             adapters are without them; with them, its parameters are compared with those that a run
             on these inputs needs.
         **kwargs: linen only: further arguments of the model's call.
@@ -49,7 +49,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        UserError: the model has no adapters, `params` is no tree of parameters, or the inputs do
+        UserError: the model has no adapters, `params` is not a tree of parameters, or the inputs do
             not fit the model.
         TypeError: a linen model comes without its parameters, or an NNX model with some.
 
@@ -81,7 +81,7 @@ def unmerge(
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
-        The base, in the form in which `merge` returns it; and a bound on the error: no entry of a
+        The base, as `merge` returns it; and a bound on the error: no entry of a
         weight differs from the original by more.
 
     Raises:

@@ -62,7 +62,7 @@ def quantize(
     Args:
         model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
         params: linen only: the parameter tree; arrays or abstract.
-        *args: example inputs, of which only shapes matter; they show how each weight meets its
+        *args: example inputs; only their shapes matter. They show how each weight meets its
             input. In NNX they come after the model, and flax's own layers need none.
         dtype: "int8", "int4", or "nf4" (QLoRA's 4-bit numbers, the quantiles of a normal).
         block: the number of entries along a weight's inputs, or along an embedding's row, that
@@ -77,7 +77,7 @@ def quantize(
     Raises:
         UserError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
         TargetError: a pattern matches no module with a weight.
-        TypeError: `model` is no linen or NNX module, or its parameters are missing or misplaced.
+        TypeError: `model` is not a linen or NNX module, or its parameters are missing or misplaced.
         MismatchError: `params` is not the tree of this model; every difference is listed.
         MissingPackageError: qwix is not installed.
 

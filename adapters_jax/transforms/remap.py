@@ -64,7 +64,7 @@ def _bare(method: Any) -> Any:
 
 
 def _differing(methods: Iterable[Any]) -> str:
-    """The fields in which methods differ, with their values."""
+    """The fields that differ between methods, with their values."""
     rows = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in methods]
     values = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
     return ", ".join(f"{k}={' and '.join(v)}" for k, v in values.items() if len(set(v)) > 1)

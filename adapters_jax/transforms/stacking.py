@@ -19,7 +19,7 @@ from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.remap import PathPairs, remap
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
-from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.quantized import unboxed
 
 ADVICE = "scanned layers are all alike; use the unrolled model (scan=False)"
 _Flat = dict[str, Any]
@@ -132,26 +132,28 @@ def _kind(leaf: Any) -> str:
 
 
 def _stacked(leaves: Sequence[Any]) -> Any:
-    first = leaves[0]
-    if isinstance(first, nnx.Variable):
-        return first.replace(_stacked([leaf.get_raw_value() for leaf in leaves]))
-    if isinstance(first, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
-    if is_quantized(first):
-        return jax.tree.map(lambda *arrays: _stacked(arrays), *leaves)
-    if not _has_axes(first):
-        return first
-    return (np if isinstance(first, np.ndarray) else jnp).stack(leaves)
+    """Leaves of layers as one; an NNX Variable or a quantised weight is a pytree of arrays."""
+
+    def stacked(*parts: Any) -> Any:
+        if isinstance(parts[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(parts), *parts[0].shape), parts[0].dtype)
+        if not _has_axes(parts[0]):
+            return parts[0]
+        # numpy's arrays, of a file, may be larger than the device: they stay on the host.
+        return (np if isinstance(parts[0], np.ndarray) else jnp).stack(parts)
+
+    return jax.tree.map(stacked, *leaves)
 
 
 def _row(leaf: Any, number: int) -> Any:
-    if isinstance(leaf, nnx.Variable):
-        return leaf.replace(_row(leaf.get_raw_value(), number))
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    if is_quantized(leaf):
-        return jax.tree.map(lambda array: _row(array, number), leaf)
-    return leaf[number] if _has_axes(leaf) else leaf
+    """One layer of a leaf."""
+
+    def row(part: Any) -> Any:
+        if isinstance(part, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(part.shape[1:], part.dtype)
+        return part[number] if _has_axes(part) else part
+
+    return jax.tree.map(row, leaf)
 
 
 def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | None = None) -> Any:
@@ -159,8 +161,8 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 
     Args:
         tree: a tree of parameters or of adapters alone, linen's or an `nnx.State`, concrete or
-            abstract; or the state of an optimiser such as Adam, whose moments are such trees. Or an
-            adapter: its recipe and its tree, as `read_adapter` returns them.
+            abstract; or the state of an optimiser such as Adam, whose moments are trees of
+            this kind. Or an adapter: its recipe and its tree, as `read_adapter` returns them.
         names: the `NAMES` beside a model, or a `Stack`.
         length: the number of layers; by default one more than the highest number of a layer.
 
@@ -188,7 +190,7 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 
 
 def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
-    """The inverse of `stack_layers`: each layer has leaves of its own, as in the unrolled model.
+    """The inverse of `stack_layers`: each layer has its own leaves, as in the unrolled model.
 
     Args:
         tree: as in `stack_layers`, with the leaves of all layers stacked on their first axis.
