@@ -38,6 +38,7 @@ class UserError(ValueError):
 
     def __init__(self, *args: object):
         super().__init__(*args)
+        # A note is printed below a traceback, and is not part of the message that commands print.
         for page in self.pages():
             self.add_note(page)
 
@@ -141,6 +142,8 @@ class AdapterRecipeError(AdapterFileError, TargetError):
 
 def warn(text: str) -> None:
     """Gives an `AdapterWarning` at the line of the caller's code, outside of the libraries."""
+    # jax and flax call back into this library, so a fixed `stacklevel` would name one of their
+    # lines; `skip_file_prefixes` is new in Python 3.12.
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -178,6 +181,7 @@ def file_errors(
     try:
         yield
     except OSError as problem:
+        # A FileSystemError of an inner block names its file already.
         if isinstance(problem, UserError):
             raise
         raised = error(f"{path} cannot be {verb}: {problem.strerror or problem}")
@@ -217,19 +221,25 @@ def compare_trees(
         for path in both
         if kind(got[path]) != kind(expected[path])
     ]
-    problems = [
-        _listed("missing", [path for path in expected if path not in got]),
-        _listed("unexpected", [path for path in got if path not in expected]),
-        _listed("different", differing),
-    ]
-    if any(problems):
-        raise error(f"{subject} does not fit: {'; '.join(filter(None, problems))}. {fix}")
+    problems = {
+        "missing": [path for path in expected if path not in got],
+        "unexpected": [path for path in got if path not in expected],
+        "different": differing,
+    }
+    listed = [f"{len(x)} {what}: {first_few(x, 12)}" for what, x in problems.items() if x]
+    if listed:
+        raise error(f"{subject} does not fit: {'; '.join(listed)}. {fix}")
 
 
-def _listed(what: str, items: Sequence[str], count: int = 12) -> str:
-    """The number of items and the first of them; an empty text for none."""
+def first_few(items: Sequence[str], count: int = 5, joint: str = ", ") -> str:
+    """The first of several texts for a message, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
     more = f" and {len(items) - count} more" if len(items) > count else ""
-    return f"{len(items)} {what}: {', '.join(items[:count])}{more}" if items else ""
+    return joint.join(items[:count]) + more
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -273,6 +283,7 @@ def check_number(
     closed: bool = False,
 ) -> None:
     """Raises UserError unless `value` is of float32, and in (low, high), or [low, high)."""
+    # True is an int for Python.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     held = number and (value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT)
     if not held or not (low < value < high or (closed and value == low)):
@@ -363,6 +374,7 @@ def full_name(kind: type) -> str:
 def shown(value: Any) -> str:
     """A value as a message prints it, in one line."""
     try:
+        # Others wrote the `repr`: an array's has lines, a list that holds itself has no end.
         text = repr(value)
         return shortened(" ".join(text.split()) if "\n" in text else text)
     except RecursionError:

@@ -25,6 +25,7 @@ _MODULES_HERE = {
     "head": "lm_head classifier score",
     "embeddings": "embed_tokens",
 }
+# Tables are written by our word, with all of theirs behind it, and read by theirs.
 MODULES = {name: ours for ours, names in _MODULES_HERE.items() for name in names.split()}
 
 
@@ -291,6 +292,7 @@ def patterns_here(target: str) -> list[str]:
         >>> patterns_here("layers.1.q_proj")
         ['layers/1/query']
     """
+    # PEFT's lists arrive on a command line as one text with commas.
     listed = "{" + target + "}" if "," in target and "{" not in target else target
     names = listed.replace(".", "/")
     before, _, last = names.rpartition("/")

@@ -58,6 +58,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
             f"mesh {text!r} does not multiply to the {len(devices)} devices that there are; "
             f"write data={len(devices)}, or factors of {len(devices)}"
         )
+    # Auto axes leave the choice to GSPMD. With explicit ones, which jax may make by default, every
+    # operation of a model would have to fit the shardings of its inputs.
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
@@ -115,9 +117,12 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    # device_put takes no array of one process to devices of another.
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # jax.make_array_from_callback takes numbers alone, and a key is words with a type around
+        # them.
         words = place(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     own = np.asarray(x)
@@ -142,6 +147,8 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
         slice(0, 8, None)
     """
     where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
+    # Devices of one process are neighbours in a mesh of jax.make_mesh, so that its rows are one
+    # range.
     taken = [index[0].indices(rows) for index in where.values() if index is not None]
     return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
 
@@ -195,4 +202,6 @@ def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
             f"a batch of {rows} rows does not split into {parts} parts "
             f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose a multiple of {parts}"
         )
+    # Axes of size 1 are left out: they would split nothing, and make equal shardings compare
+    # unequal.
     return NamedSharding(mesh, P(names) if names else P())

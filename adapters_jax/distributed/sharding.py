@@ -154,6 +154,7 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
     spec: list[str | None] = [None] * len(shape)
     if math.prod(shape) < small:
         return P()
+    # `model` first: it splits products, so it should get the largest axis; `fsdp` only stores.
     for name in (name for name in reversed(WEIGHTS) if mesh.shape.get(name, 1) > 1):
         free = [
             i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape[name] == 0
@@ -174,6 +175,7 @@ def _inherited(
 
     A leaf that shares no axis with the weight is whole on every device.
     """
+    # The rank is small and divides no mesh, so that only axes that are the weight's are split.
     each = attached.get(owner.prefix)
     if each is None or each.axes is None or math.prod(factor) < small:
         return P()
@@ -222,6 +224,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         adapted = any(isinstance(x, AdapterParam) for x in _variables(params))
         recipe = recipe_of(subject) if adapted else None
         where = layout(params, mesh, rules, recipe, **options)
+        # Copied, so that the Variables of the given model keep their arrays.
         return nnx.merge(graphdef, _put(params, where), _everywhere(other, mesh), copy=True)
     return _put(subject, layout(subject, mesh, rules, **options))
 
@@ -229,6 +232,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
 def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
     """Parameters as shapes, dtypes and shardings, into which a checkpoint can be read."""
     where = {} if mesh is None else layout(params, mesh, rules)
+    # Checkpoints know neither boxes nor Variables.
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
@@ -256,6 +260,7 @@ def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
 
     def fitting(x: Any) -> NamedSharding:
         parts = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        # A scale may stand for a whole axis, which then has the size 1.
         fits = [size % n == 0 for size, n in zip(x.shape, parts, strict=False)]
         kept = [axis if fit else None for axis, fit in zip(sharding.spec, fits, strict=True)]
         return NamedSharding(mesh, P(*kept))
@@ -277,6 +282,9 @@ def _shard_state(
     def of_optimizer(key_path: Any, leaf: Any) -> Any:
         """Lays a leaf out like the parameter whose path ends its own, if the shapes are equal."""
         names = path_of(key_path).split("/")
+        # optax wraps trees of the parameters' structure in tuples of its own:
+        # `0/mu/layer_0/query/lora/a`. Sizes are compared, since factored optimisers keep rows and
+        # columns under the same paths.
         ends = ("/".join(names[i:]) for i in range(len(names)))
         own = next((end for end in ends if shapes.get(end) == leaf.shape), None)
         return place(leaf, where[own] if own else NamedSharding(mesh, P()))

@@ -53,6 +53,8 @@ class AttachmentPoint:
     width: int = 0
     weight: str = ""
     axes: Axes | None = None
+    # A mapping of shapes cannot be hashed, so points are made anew and never static arguments of
+    # jit.
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
     attention: Attention | None = None
@@ -198,6 +200,8 @@ class Method:
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
+        # In `__new__`, since the `__init__` that dataclasses write would raise before anything of
+        # ours ran, without knowing the names of other libraries.
         if not settings.keys() <= cls.__dataclass_fields__.keys():  # dataclasses report the rest
             other_names().check_settings(cls.__name__, cls.__dataclass_fields__, settings)
         return super().__new__(cls)
@@ -211,6 +215,7 @@ class Method:
         if isinstance(other, Method):
             names = f"{type(self).__name__}(...), {type(other).__name__}(...)"
             raise TypeError(f"two methods are added; write aj.Recipe({names})")
+        # Python then asks the other side, so that `method + recipe` reaches `Recipe.__radd__`.
         return NotImplemented
 
     @property
@@ -410,6 +415,8 @@ def zeros_like(leaves: Leaves) -> dict[str, Array]:
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
     """The number of layer axes in front of a method's leaves that its own shapes lack."""
+    # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
+    # leaves are those of one layer.
     name, leaf = next(iter(method.leaves(point).items()))
     return len(leaves[name].shape) - len(leaf.shape)
 
@@ -422,6 +429,7 @@ def merged_stacked(
     def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
         return method.merged(leaves, point, own)
 
+    # A vmap, so that methods are written for one layer, and products stay per layer.
     return over_layers(merged, layer_axes(method, leaves, point))(dict(leaves), dict(own))
 
 
@@ -430,6 +438,7 @@ def started(
 ) -> tuple[dict[str, Array], Any]:
     """`Method.start`, also for a quantised weight; raises RecipeError if that would change."""
     packed = is_quantized(weight)
+    # In four bits the difference W - A B would round most of A B away.
     if packed and method.from_weight == "changes":
         raise RecipeError(
             f"{type(method).__name__} subtracts its initial factors from the weight at "
@@ -445,6 +454,7 @@ def missing_members(cls: type[Method]) -> list[str]:
     lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
         run = {"attention": "attend", "leaf": "changes"}.get(cls.acts_on, "forward")
+        # An inherited stub counts as missing: it would add nothing to a model, in silence.
         members = ("leaf_names", "fits", "leaves", "count", run)
         lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
         abstract = "__isabstractmethod__"  # of a base class between, such as `Prompt`

@@ -29,6 +29,7 @@ from adapters_jax.methods.base import (
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
+# By name, since a recipe is JSON; the names are those of jax.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
@@ -152,11 +153,14 @@ class Bottleneck(Method):
 
     def width(self, d: int) -> int:
         """The bottleneck's width m on an output of width d."""
+        # `__post_init__` has seen that one of both is given; `or 1` is for the type checker.
         return self.bottleneck_dim or max(1, int(d // (self.reduction_factor or 1)))
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
         d, m = point.width, self.width(point.width)
+        # Houlsby's code draws with TensorFlow's truncated_normal, whose deviation after truncation
+        # is below init_std as well; it is not corrected.
         kernel = arrays.truncated_normal(self.init_std)
         leaves = {
             "down/kernel": Leaf((d, m), kernel),
@@ -215,6 +219,8 @@ class Bottleneck(Method):
                 f"{self.placement} Bottleneck at {point.path!r}: input {shape} and output "
                 f"{y.shape} differ; target a module that keeps the shape"
             )
+        # A residual stream may be float32 beside a module that computes in bfloat16; the branch
+        # computes in the module's dtype.
         source = x if self.placement == "parallel" else y
         branch = self._branch(leaves, source.astype(y.dtype), point.precision, key)
         if self.placement != "norm":
@@ -223,6 +229,7 @@ class Bottleneck(Method):
             raise RecipeError(
                 "Bottleneck: placement='norm' runs the adapted norm again; attach it with aj.adapt"
             )
+        # Running the norm again needs no knowledge of its kind, epsilon or parameters.
         return point.again(x + branch.astype(x.dtype))
 
     def size(self, leaves: Leaves) -> int:
@@ -253,6 +260,8 @@ class Bottleneck(Method):
         self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
     ) -> Float[Array, "... d"]:
         """scale * up(f(down(x))), with the adapter's norms before and after it."""
+        # Cast here and not when they are stored: training keeps float32, products run in the dtype
+        # of the model.
         own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
         if self.norm_before:
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
@@ -262,6 +271,7 @@ class Bottleneck(Method):
         y = arrays.add_last(
             jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"]
         )
+        # An array of y's dtype, since a NumPy float64 as the scale would promote y.
         y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
         if self.norm_after:
             y = arrays.layer_norm(y, own["norm_after/scale"], own["norm_after/bias"])

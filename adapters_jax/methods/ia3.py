@@ -65,6 +65,8 @@ class IA3(LeafMethod):
         if self.scales_input(point.path):
             return (point.weight,)
         shape = self.leaves(point)["scale"].shape
+        # y * l is (x W + b) * l, so a bias is scaled with its weight. flax does not name biases
+        # apart: they are known by having the shape of the output.
         biases = (name for name, own in point.own.items() if own == shape)
         return (point.weight, *(name for name in biases if name != point.weight))
 
@@ -90,6 +92,7 @@ class IA3(LeafMethod):
     ) -> Count:
         """The closed form d: the size of the scaled axes, which the base weight must have too."""
         shape = shapes["scale"]
+        # The leaves do not say how many of their axes are layers, so the most that fit are taken.
         for n in reversed(range(len(shape))):
             layers, own, rest = shape[:n], shape[n:], weight[n:]
             ends = range(len(own), len(rest) + 1)
@@ -134,7 +137,9 @@ class IA3(LeafMethod):
         Raises:
             RecipeError: some l are zero or too near to it, so that what they scaled is lost.
         """
+        # In float32: XLA takes subnormal numbers for 0, whose reciprocal is not finite.
         reciprocal = 1 / leaves["scale"].astype(jnp.float32)
+        # A number for the message; `unmerge` is not meant to be traced.
         lost = int((~jnp.isfinite(reciprocal)).sum())
         if lost:
             raise RecipeError(

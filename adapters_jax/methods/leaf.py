@@ -89,10 +89,12 @@ class LeafMethod(Method):
         self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
         """The changed leaves: sums and products in float32, cast once to the leaf's dtype."""
+        # Without a key, and so without dropout: what is merged is what evaluation computes.
         changes = self.changes(leaves, point, lambda: own[point.weight])
         return {
             name: Changed.of(own[name], change).formed()
             for name, change in changes.items()
+            # (IA)^3 names biases by their shape, and a module may have none.
             if name in own
         }
 

@@ -24,6 +24,7 @@ from adapters_jax.weights.axes import Axes, from_factors
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import Factor
 
+# A fan-in counts all input axes: of a convolution its window times its channels.
 # Initialisers of A, given the fan-in and the rank; the paper's is Gaussian, without a deviation.
 INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
@@ -145,12 +146,16 @@ class LoRA(LeafMethod):
         if self.slices:
             fan_out = self._sliced(point)
             b_shape = (*b_shape[:-1], fan_out)
+        # A product of a higher rank has no more freedom than one at min(in, out), only more
+        # parameters, so such a rank is a mistake.
         if rank > min(fan_in, fan_out):
             raise RecipeError(
                 f"{type(self).__name__}: rank {rank} at {point.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{point.path!r}: {min(fan_in, fan_out)}}}"
             )
+        # One factor at zero makes the start exact, the other one at random gives it a gradient. In
+        # a lookup A is the table, which PEFT leaves at zero.
         a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
         b = arrays.normal(1.0) if axes.lookup else arrays.zeros
         return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
@@ -182,6 +187,7 @@ class LoRA(LeafMethod):
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B."""
+        # With slices B is narrower than the outputs, so that its width tells nothing of them.
         return from_factors(shapes["a"], shapes["b"], weight, widths=not self.slices)
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
@@ -193,7 +199,11 @@ class LoRA(LeafMethod):
     ) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
         rank, a, b = self.rank_at(path), shapes["a"], shapes["b"]
+        # Together A and B have the axes of the weight and the rank twice; axes of layers and
+        # experts are in both, and so once more.
         n = len(a) + len(b) - 2 - len(weight)
+        # Factors that disagree are wrong: the weight then says how many pairs are expected, and the
+        # audit reports the difference.
         copies = a[:n] if a[:n] == b[:n] else weight[:n]
         fan_in = math.prod(a[len(copies) : -1])
         fan_out = math.prod(weight) // (math.prod(copies) * fan_in)
@@ -218,6 +228,7 @@ class LoRA(LeafMethod):
 
     def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
         """The same change at the scale of `whole`, whose ratio goes into B."""
+        # Either factor could take the ratio; B does, so that A stays as it is in the file.
         ratio = self.scale_at(path) / whole.scale_at(path)  # type: ignore[attr-defined]
         return {**leaves, "b": leaves["b"] * ratio}
 
@@ -244,6 +255,7 @@ class LoRA(LeafMethod):
         if not self.slices:
             whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key, scale)
             return {point.weight: (whole,)}
+        # jnp.split takes where parts end, without the end of the last one.
         ends = list(itertools.accumulate(stop - start for start, stop in self.slices))[:-1]
         parts, (output,) = jnp.split(b, ends, axis=-1), axes.outputs
         return {

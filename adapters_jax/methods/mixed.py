@@ -87,6 +87,8 @@ class Rows:
         """
         if self.taken:
             return self, stacked
+        # A copy of a few small arrays; indexing the stack inside of the vmap would be a gather in
+        # every product.
         mine = jax.tree.map(lambda x: jnp.take(x, self.index, axis=0), stacked)
         return self.replace(taken=True), mine  # type: ignore[attr-defined]
 
@@ -199,7 +201,10 @@ def by_rows(
             f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
         )
     _, mine = rows.take(stacked)
+    # vmap would give every group the same key, and so the same dropout.
     own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
+    # Filled while `one` is traced, since vmap returns arrays alone, and not how they were nested or
+    # where their rows are.
     found: list[_Parts] = []
 
     def one(adapters: Any, lengths: Any, keys: Any, parts: list[Any]) -> list[Any]:
@@ -218,6 +223,8 @@ def by_rows(
         for i in split
     ]
     where = (0, 0, 0, [given.axes[i] for i in split])
+    # The base is in the closure of `run`, so vmap does not map it: its products stay those of the
+    # whole batch, each with one read of the weights.
     outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
     (made,) = found
     merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
@@ -226,6 +233,7 @@ def by_rows(
 
 def _fold(key: Any) -> Callable[[Array], Array]:
     """The key of a group by its number; of keys that are stacked over layers, each is folded."""
+    # Keys of jax.random.PRNGKey are pairs of uint32, an axis more than those of jax.random.key.
     single = 0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     return lambda i: over_layers(lambda k: jax.random.fold_in(k, i), key.ndim - single)(key)
 

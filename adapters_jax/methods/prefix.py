@@ -77,6 +77,8 @@ class PrefixTuning(Prompt):
         """Keys and values, each (K, kv_heads, head_dim)."""
         sizes = grouped(point, "PrefixTuning")
         shape = (self.length, sizes.kv_heads, sizes.head_dim)
+        # Zeros would be a saddle: queries would see no difference between tokens, and all of them
+        # would learn the same.
         return {name: Leaf(shape, arrays.normal(self.init_std)) for name in self.leaf_names}
 
     def size(self, leaves: Leaves) -> int:
@@ -102,6 +104,7 @@ class PrefixTuning(Prompt):
 
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The output of one softmax over the prefix and the context."""
+        # exp(p) / (exp(p) + exp(c)) for the totals p and c, without an overflow of either.
         share = jax.nn.sigmoid(prompt.total - context.total)[..., None]
         mixed = (1 - share) * context.output.astype(jnp.float32) + share * prompt.output
         return mixed.astype(context.output.dtype)
@@ -133,6 +136,7 @@ class PrefixTuning(Prompt):
             )
 
         def longer(context: Array, prefix: Array) -> Array:
+            # Attention functions expect keys of every row, though all rows have the same prefix.
             tokens = jnp.broadcast_to(prefix, (*context.shape[:-3], *prefix.shape))
             return jnp.concatenate([tokens.astype(context.dtype), context], axis=-3)
 
@@ -145,6 +149,7 @@ class PrefixTuning(Prompt):
 
         counts = counting(point.path, self.length)
         if counts is not None:
+            # A number of tokens that differs by row is an array, which masks by rule cannot hold.
             mask = as_array(mask, query, key)
             mask = jnp.ones((1,) * query.ndim, bool) if mask is None else mask
         seen: Mask | Array | None = (

@@ -83,6 +83,8 @@ class Prompt(Method):
         """The output of an attention function and what comes of the tokens; see `Method.attend`."""
         mixed = attention_fn(query, *args, **kwargs)
         key, value = self.tokens(leaves, point, _cast(project, query))
+        # Attention functions of flax scale the query themselves; what `attend_inline` gets is
+        # scaled already.
         scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
         cap = kwargs.get("softcap")  # the one of this library's decoders
 
@@ -90,6 +92,8 @@ class Prompt(Method):
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
         counts = counting(point.path, key.shape[0])
+        # jax.nn.dot_product_attention and its like return no denominator, so only methods with a
+        # softmax for the prompt alone can do with this.
         prompt = attend_to(scaled, key, value, logits, point.precision, counts)
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
@@ -128,8 +132,10 @@ def attend_to(
         counts: which tokens count; None for all.
     """
     key, value = key.astype(query.dtype), value.astype(query.dtype)
+    # Query heads are grouped by their key head, so that keys are not repeated in memory.
     groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
     products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
+    # A softmax over bfloat16 logits loses the differences between near ones.
     scores = logits(products.astype(jnp.float32))
     if counts is not None:  # a finite number, since there may be no token that counts
         scores = jnp.where(counts, scores, jnp.finfo(scores.dtype).min)
@@ -144,6 +150,8 @@ def inserted(
 ) -> Array:
     """What an attention in line gives, after methods that act in it."""
     first = lambda each: not getattr(each[0], "shares_softmax", False)  # noqa: E731
+    # Methods that share the softmax come first: their share is of the context's own denominator,
+    # which says nothing once another prompt has added to the output.
     for method, leaves, point in sorted(prompts, key=first):
         point = replace(point, attention=inline.sizes)
         mixed = method.attend_inline(leaves, point, inline, mixed)

@@ -60,10 +60,13 @@ def register_method(cls: M) -> M:
                 "'shift'"
             )
     for other in METHODS.values():
+        # A module that registers its class may be imported by its user and by its entry point.
         if other is cls:
             return cls
         if other.name == cls.name:
             raise RecipeError(f"register_method: {_taken(cls, 'name', other)}")
+        # DoRA shares LoRA's slot: no module has both, and files of one are near to those of the
+        # other.
         related = issubclass(cls, other) or issubclass(other, cls)
         if cls.slot is not None and other.slot == cls.slot and not related:
             raise RecipeError(f"register_method: {_taken(cls, 'slot', other)}")

@@ -93,6 +93,8 @@ def _in_groups(
         return "adapter" if group is None else f"group {group}"
 
     def labels(params: Tree) -> Tree:
+        # A function of the tree, as optax allows for labels: `init` and `update` may get the whole
+        # tree, the trained part, or an NNX state.
         return jax.tree_util.tree_map_with_path(label, params)
 
     own = {f"group {name}": group_tx for name, group_tx in groups.items()}
@@ -109,11 +111,14 @@ def _in_groups(
         check(recipe.trained(paths))
         return transform.init(params)
 
+    # With extra arguments, which optimisers such as L-BFGS ask for, passed on.
     return optax.GradientTransformationExtraArgs(init, transform.update)
 
 
 def _is_part(params: Tree) -> bool:
     """Whether optax left out leaves of the tree, which other optimisers then have."""
+    # `optax.masked` and `multi_transform` put these nodes in the place of leaves that they do not
+    # pass on.
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     return any(isinstance(node, optax.MaskedNode) for node in nodes)
 
@@ -160,6 +165,7 @@ def lora_plus(
             "learning rate; write aj.lora_plus(optax.adamw, 1e-4, recipe)"
         )
     check_number("lora_plus", "ratio", ratio)
+    # An array may be traced, as under `optax.inject_hyperparams`, and has no value to check then.
     if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
         check_number("lora_plus", "learning_rate", learning_rate, closed=True)
     if callable(learning_rate):

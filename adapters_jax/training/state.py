@@ -78,6 +78,8 @@ class TrainState:
     key: PRNGKeyArray
     other: Any = None
     loss_scale: DynamicScale | None = None
+    # What follows is static: jit compiles anew where one of these is another object. optax compares
+    # its transformations by identity, so keep one.
     tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
@@ -143,6 +145,8 @@ class TrainState:
                 )
             recipe = recipe_of(model)
             placements = Known(placements_of(model))
+            # AdapterParam first: it is a subclass of Param, and the first filter that fits takes a
+            # Variable.
             graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
             adapters, base, other = parts
         else:
@@ -155,6 +159,7 @@ class TrainState:
             _warn_of_rest(recipe, params)
         check_optimizer("TrainState.create", tx)
         key = checked_key("TrainState.create", key)
+        # Steps train float32 copies; `trained` and files have the model's own dtypes again.
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
         adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
@@ -176,6 +181,7 @@ class TrainState:
 
     def __repr__(self) -> str:
         kind = "a linen" if self.graphdef is None else "an NNX"
+        # The repr of a dataclass would print every array.
         lines = [f"  step={_value(self.step)}, of {kind} model"]
         for name in ("adapters", "base", "opt_state", "other"):
             lines.append(f"  {name}: {_totals(getattr(self, name))}")
@@ -202,6 +208,8 @@ class TrainState:
     @property
     def trained(self) -> Tree:
         """The trained leaves in the model's own dtypes."""
+        # The order of leaves is that of the dtypes, which are static and so cannot be a tree of
+        # arrays.
         leaves, structure = jax.tree.flatten(self.adapters)
         cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
         return jax.tree.unflatten(structure, cast)
@@ -251,6 +259,7 @@ def _value(x: Any) -> str:
 def _totals(tree: Any) -> str:
     """How many arrays a tree has, their elements and bytes; the word none for an empty tree."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    # In bits, since entries of int4 are smaller than a byte.
     size = sum(math.prod(x.shape) * bits_of(x.dtype) for x in leaves) // 8
     number = sum(math.prod(x.shape) for x in leaves)
     many = f"{len(leaves)} array{'s' * (len(leaves) != 1)}"
@@ -262,6 +271,7 @@ def _shapes(tree: Tree) -> list[str]:
     groups: dict[str, int] = {}
     for path, leaf in flatten(tree).items():
         x = unboxed(leaf)
+        # Layers differ in their numbers alone.
         line = f"{re.sub(r'[0-9]+', '*', path)} {x.dtype}{list(x.shape)}"
         groups[line] = groups.get(line, 0) + 1
     found = [line + (f" x {n}" if n > 1 else "") for line, n in groups.items()]
@@ -293,6 +303,7 @@ def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None
             f"{caller}: collections has {', '.join(map(str, wrong))}, expected a dictionary of the "
             'collections beside the parameters: {"batch_stats": variables["batch_stats"]}'
         )
+    # A FrozenDict is another pytree than a dict, and `apply` returns dicts.
     return core.unfreeze(dict(trees))
 
 
@@ -310,6 +321,8 @@ def _check_params(model: Adapted, params: Tree) -> None:
     with checked_before():
         for method in recipe.attached:
             own = [a.placed for a in adapters if a.placed.method == method]
+            # Each pattern still has to match something: a tree of another recipe may hold the same
+            # leaves.
             if own:  # where there is none at all, `_check_trained` says so
                 paths = [path for o in own for path in (o.path, o.module)]
                 require_points(_including(method), paths, {})
@@ -366,6 +379,8 @@ def check_kind(caller: str, state: Any) -> None:
 def check_alive(state: TrainState) -> None:
     """Raises UserError for a state whose arrays a step has taken over."""
     step = state.step
+    # jax has a message for a deleted array as well, but it names neither the step nor what to do.
+    # Within a trace arrays are not deleted.
     held = isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer)
     if held and step.is_deleted():
         raise UserError(
@@ -384,6 +399,8 @@ def _own_scale(loss_scale: Any) -> DynamicScale | None:
             "flax.training.dynamic_scale.DynamicScale()"
         )
     return loss_scale.replace(
+        # A Python number is weakly typed, which what a step returns is not: the second step would
+        # be compiled anew.
         scale=jnp.array(loss_scale.scale, jnp.float32),
         fin_steps=jnp.array(loss_scale.fin_steps, jnp.int32),
     )

@@ -243,6 +243,7 @@ def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> N
     if isinstance(function, Adapted) or not callable(function):
         raise UserError(f"{caller}: got {type(function).__name__}, expected a function {expected}")
     try:
+        # A call would fail as well, but inside of a trace and far from the line to correct.
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         raise UserError(
@@ -254,6 +255,7 @@ def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> N
 
 def _name(function: Any) -> str:
     """A function as a message calls it: a module by its class."""
+    # The repr of a module lists all of its parts.
     is_module = isinstance(function, nn.Module | nnx.Module)
     return f"the module {type(function).__name__}" if is_module else "the function"
 
@@ -302,6 +304,8 @@ def _laid_out(state: TrainState) -> TrainState:
     if state.layout is None:
         return state
     leaves, structure = jax.tree.flatten(state.checkpointed)
+    # Without it XLA chooses a layout for each output, and the next step, whose input has another
+    # one than the first had, is compiled again.
     kept = map(jax.lax.with_sharding_constraint, leaves, state.layout)
     return replace(state, **jax.tree.unflatten(structure, kept))
 
@@ -315,6 +319,8 @@ def _subject(state: TrainState) -> Any:
 
 def _after(model: nnx.Module, other: Any) -> Any:
     """An NNX model's state that is not parameters after a loss; what it sowed is dropped."""
+    # What a model sows was not in the state that came in; with it the state would have another
+    # structure after each step, and every step would be compiled anew.
     state = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate)))
     return nnx.merge_state(state, nnx.filter_state(other, nnx.Intermediate))
 
@@ -375,6 +381,8 @@ def _with_collections(other: Any, updated: Any) -> Any:
         )
     given, leaves = {name: other[name] for name in changed}, leaves_by_path(changed)
     compare_trees(
+        # A changed dtype or shape would compile every second step anew, and could not be chosen
+        # beside the old one under `cond`.
         "make_train_step: what the loss function returns as collections",
         leaves,
         leaves_by_path(given),
@@ -429,6 +437,7 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
     def run(state: TrainState, batch: Batch) -> Any:
         subject = _subject(state)
         if state.graphdef is not None:
+            # It sets flags of this copy, which `nnx.merge` made; the state keeps its own.
             subject.eval()
         with on_mesh(state.mesh):
             return fn(subject, batch)

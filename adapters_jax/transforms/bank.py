@@ -82,6 +82,8 @@ class Bank:
     def __init__(
         self, model: Adapted | nnx.Module, params: Tree = None, *, capacity: int = 32
     ) -> None:
+        # The capacity is an axis of every array, so that it is fixed: another one would be another
+        # program.
         check_size("Bank", "capacity", capacity)
         self.capacity = capacity
         self._places: dict[str, int] = {}
@@ -152,6 +154,7 @@ class Bank:
         """
         if isinstance(self._model, Adapted):
             return self._model
+        # A new model each time, as NNX models are mutable and a bank is not.
         return nnx.merge(*self.split)
 
     @property
@@ -188,6 +191,7 @@ class Bank:
         """
         place = self._free_place(name, replace)
         made = adapter if isinstance(adapter, Fitted) else self.fit(name, adapter)
+        # Banks that were made from this one share its arrays and may be in use.
         lengths = {path: x.copy() for path, x in self._lengths.items()}
         for path, counts in lengths.items():
             counts[place] = made.lengths.get(path, 0)
@@ -237,6 +241,7 @@ class Bank:
             raise UserError(
                 f"Bank.rows: names={shown(names)}, expected a list with a name or None for each row"
             )
+        # numpy until the end: each jnp operation on a new length would be compiled.
         index = np.array([_BASE if n is None else self._place(n) for n in names], np.int32)
         lengths = {path: jnp.asarray(x[index]) for path, x in self._lengths.items()}
         return Rows(jnp.asarray(index), lengths, each)
@@ -244,6 +249,7 @@ class Bank:
     def _with(self, places: dict[str, int], **changed: Any) -> Self:
         """A bank with these adapters, which shares what is not changed."""
         bank = object.__new__(type(self))
+        # Without `__init__`, which makes all arrays anew.
         vars(bank).update(vars(self), _places=places, **changed)
         return bank
 
@@ -284,5 +290,6 @@ def _with_adapter(stacked: dict[str, Any], leaves: dict[str, Any], place: Any) -
     return {path: x.at[place].set(leaves[path]) for path, x in stacked.items()}
 
 
+# The place is a traced number, so one program writes all of them.
 _written = jax.jit(_with_adapter)
 _written_in_place = jax.jit(_with_adapter, donate_argnums=0)

@@ -115,6 +115,7 @@ def combine(
         if how == "linear":
             made[prefix] = _concatenated(parts)
             continue
+        # By path, so that one adapter more does not change what is drawn for another weight.
         own = None if key is None else arrays.key_at(key, path)
         made[prefix], missing, total = _at_rank(parts, how, rank or 0, density, own)
         lost, whole = lost + missing, whole + total
@@ -170,6 +171,7 @@ class _Change:
     path: str
 
     def product(self) -> Float[Array, "*layers in out"]:
+        # A TPU would multiply in bfloat16, and TIES compares the products by size.
         return jnp.matmul(self.a, self.b, precision="highest")
 
 
@@ -189,6 +191,7 @@ def _changes(
         method.factors({}, method.targets[0])  # raises, with the name of the method
     for each in in_tree(recipe, whole):
         a, b = each.method.factors(each.leaves(flat), each.path)
+        # Layers and experts are axes of both factors, and once of the weight.
         layers = a.ndim + b.ndim - 2 - len(each.shape)
         found[each.prefix] = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
@@ -202,6 +205,7 @@ def _changes(
 def _concatenated(parts: Sequence[tuple[_Change, float]]) -> tuple[Array, Array]:
     """The factors of a weighted sum: side by side, the weights in B."""
     a = jnp.concatenate([change.a for change, _ in parts], axis=-1)
+    # A negative weight has no root, so that it cannot be split between both factors.
     b = jnp.concatenate([weight * change.b for change, weight in parts], axis=-2)
     return _in_shape(a, b, parts[0][0])
 
@@ -232,6 +236,7 @@ def _at_rank(
     if how == "ties":
         whole = _ties(products, weights, density)
     elif how == "dare" and key is not None:
+        # Divided by the density, so that the expectation of the sum is that of all entries.
         keep = jax.random.bernoulli(key, density, products.shape)
         whole = (weights * jnp.where(keep, products / density, 0.0)).sum(0)
     else:
@@ -252,5 +257,7 @@ def _ties(
     ordered = jnp.sort(magnitudes.reshape(*products.shape[:-2], size), axis=-1)
     least = ordered[..., size - kept, None, None]
     parts = weights * jnp.where(magnitudes >= least, products, 0.0)
+    # The sign is that of the sum, not of the majority: a large entry counts more than two small
+    # ones.
     agreeing = jnp.where(jnp.sign(parts) == jnp.sign(parts.sum(0)), parts, 0.0)
     return agreeing.sum(0) / jnp.maximum((agreeing != 0).sum(0), 1)

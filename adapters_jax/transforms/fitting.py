@@ -15,6 +15,7 @@ from adapters_jax.placement import Known
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import join
 
+# Finite, since the gradient of a softmax over -inf is NaN where all logits of a row are.
 _UNSEEN = -1e9  # a logit that no softmax gives a share
 
 
@@ -60,6 +61,8 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
         if method.from_weight == "changes":
             raise _changed_base(method, owner.path)
         leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
+        # LoRA starts at zero change but with a random A; a bank wants arrays that are the same in
+        # every process.
         idle = method.neutral(leaves)
         if method.from_weight:
             each = placed[owner.prefix]
@@ -102,6 +105,7 @@ def fitted(
         leaves = {n: np.asarray(flat[path]) for n, path in paths.items()}  # compiles nothing
         size = owner.method.size(leaves)
         most = mine.method.size({n: room[path] for n, path in paths.items()})
+        # Padded tokens of zeros would still take a share of the softmax, so they are counted out.
         if is_prompt(owner):
             lengths[owner.path] = size or 0
         for n, leaf in owner.method.fitted(leaves, owner.path, mine.method).items():
@@ -159,6 +163,8 @@ def _padded(
 ) -> np.ndarray:
     """A leaf with zeros behind its entries on the one axis that is a size of its method."""
     pairs = list(zip(leaf.shape, room.shape, strict=False))
+    # Only the axis of the method's size may differ; by its lengths in both, since leaves do not
+    # name their axes.
     known = [own == other or (own, other) == (size, most) for own, other in pairs]
     if leaf.ndim != len(room.shape) or not all(known):
         raise MismatchError(

@@ -103,6 +103,8 @@ def unmerge(
     def taken_back(
         method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
+        # The inverse is a change like any other, so that it runs the same code, with layer axes and
+        # all dtypes.
         left = merged_stacked(method, method.inverse(leaves, point), point, own)
         bounds.extend(_rounding(own[name], left[name]) for name in left)
         return left
@@ -113,6 +115,8 @@ def unmerge(
 
 def _rounding(merged: Array, left: Array) -> float:
     """The largest error of an entry by the roundings of a change and of its inverse together."""
+    # Folding and unfolding each round to the weight's dtype once, by at most eps / 2 of the largest
+    # entry; two eps of float32 are ample for the arithmetic of both.
     units = jnp.finfo(merged.dtype).eps + 2 * jnp.finfo(jnp.float32).eps
     both = (jnp.abs(x.astype(jnp.float32)).max() for x in (merged, left))
     return float(units * jnp.maximum(*both))
@@ -136,6 +140,7 @@ def _folded(caller: str, model: Any, params: Tree, args: Any, kwargs: Any, chang
 
 def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
     """Raises RecipeError where a method cannot be merged, or the weight is quantised."""
+    # Before anything is computed, so that a model is folded whole or not at all.
     if type(method).merged is Method.merged:
         method.merged({}, point, {})  # raises, with the reason of the method
     packed = [name for name, leaf in own.items() if is_quantized(leaf)]
@@ -157,6 +162,8 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
             "Pass the whole parameter tree of this very model, with its adapters.",
         )
     else:
+        # Without inputs nothing runs the model, so that names and shapes are all there is to
+        # compare.
         model.check_adapters(params)
         found = model.placements_in(params)
         shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
@@ -179,6 +186,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
+    # NNX modules are changed in place, and the caller keeps the adapted one.
     merged = copy(model)
     for module, held, point in adapted_points(merged):
         own = own_params(module)
