@@ -365,9 +365,11 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     lora, adapter = LoRA("**/query"), Bottleneck("**/{output,adapter}", 4)
     recipe = Recipe(lora, adapter, Unfreeze("head/**"))
     query, output = "l/query/lora", "l/output/adapter"
-    assert recipe.owner("l/query/lora/a") == ("l/query", "l/query", lora, query, "a")
-    down = "down/kernel"
-    assert recipe.owner(join(output, down)) == ("l/output", "l/output", adapter, output, down)
+    low_rank, down = recipe.owner("l/query/lora/a"), "down/kernel"
+    assert low_rank == ("l/query", "l/query", lora, "", "a") and low_rank.prefix == query
+    bottleneck = recipe.owner(join(output, down))
+    assert bottleneck == ("l/output", "l/output", adapter, "", down)
+    assert bottleneck.prefix == output
     assert recipe.owner("adapter/adapter/up/bias")[:3] == ("adapter", "adapter", adapter)
     experts = Recipe(LoRA("**/experts/{up,down}"))
     nested = experts.owner("l/experts/lora/up/a")

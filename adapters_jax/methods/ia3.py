@@ -65,8 +65,6 @@ class IA3(LeafMethod):
         if self.scales_input(point.path):
             return (point.weight,)
         shape = self.leaves(point)["scale"].shape
-        # y * l is (x W + b) * l, so a bias is scaled with its weight. flax does not name biases
-        # apart: they are known by having the shape of the output.
         biases = (name for name, own in point.own.items() if own == shape)
         return (point.weight, *(name for name in biases if name != point.weight))
 

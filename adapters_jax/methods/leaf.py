@@ -94,7 +94,7 @@ class LeafMethod(Method):
         return {
             name: Changed.of(own[name], change).formed()
             for name, change in changes.items()
-            # (IA)^3 names biases by their shape, and a module may have none.
+            # A method may also name leaves, such as biases, that this module does not have.
             if name in own
         }
 
