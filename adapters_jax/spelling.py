@@ -119,7 +119,7 @@ _IDLE = (
     *("auto_mapping", "init_ia3_weights", "megatron_config", "megatron_core", "peft_version"),
     *("qalora_group_size", "runtime_config"),
 )
-_LEFT_OUT = (None, False, "none")  # values with which a setting changes nothing
+_LEFT_OUT = (None, False, "none")  # with these values a setting changes nothing
 # What stands in place of functions and classes, and of the methods of models.
 _SENTENCES = {
     "write aj.LoRA('**/{query,value}', rank=8, alpha=16), or aj.lora(8, alpha=16)": (

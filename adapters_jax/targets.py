@@ -117,11 +117,9 @@ def either(pattern: str) -> str:
         >>> either("**/{query,value}/bias")
         '**/{query|value}/bias'
     """
-    depth, made = 0, ""
-    for character in pattern:
-        depth += (character == "{") - (character == "}")
-        made += "|" if character == "," and depth else character
-    return made
+    for start, end in _braces(pattern):
+        pattern = pattern[:start] + pattern[start:end].replace(",", "|") + pattern[end:]
+    return pattern
 
 
 def matches(pattern: str, path: str) -> bool:

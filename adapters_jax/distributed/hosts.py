@@ -63,7 +63,7 @@ def join_hosts(
         try:
             initialize()
         except ValueError as error:
-            # There is no class of its own for a missing cluster, and other ValueErrors are
+            # There is no separate class for a missing cluster, and other ValueErrors are
             # mistakes.
             if "coordinator_address" not in str(error):  # jax's message where it finds no cluster
                 raise

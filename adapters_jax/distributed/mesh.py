@@ -14,7 +14,7 @@ from adapters_jax.errors import UserError, shown
 from adapters_jax.trees import Tree
 from adapters_jax.weights.meshes import BATCH
 
-AXES = ("data", "fsdp", "model")  # of `--mesh`; rules of one's own may name others
+AXES = ("data", "fsdp", "model")  # of `--mesh`; your own rules may name others
 
 
 class ShardingError(UserError):
@@ -101,7 +101,7 @@ def check_axes(names: Iterable[str]) -> None:
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:
-    """The number of parts into which a mesh with axes of these sizes splits a batch."""
+    """The number of parts that a mesh with axes of these sizes splits a batch into."""
     return math.prod(sizes.get(name, 1) for name in BATCH)
 
 

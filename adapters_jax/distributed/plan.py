@@ -235,7 +235,7 @@ def largest_batch(
     Args:
         planned: gives the plan for a number of rows.
         memory: of a device, in bytes.
-        unit: the rows are a multiple of it: the number of parts into which a batch is split.
+        unit: the rows are a multiple of it: the number of parts that a batch is split into.
         most: the largest number of rows to plan.
 
     Returns:

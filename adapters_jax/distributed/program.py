@@ -181,7 +181,7 @@ class Hlo:
         return limits.get(tests[0], 1) if tests else 1
 
     def times(self) -> dict[str, int]:
-        """How often each computation runs, along the first way on which it is reached."""
+        """How often each computation runs, by the first way that reaches it."""
         found, left = {self.entry: 1}, [self.entry]
         while left:
             name = left.pop()

@@ -230,7 +230,7 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
 
 
 def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
-    """Parameters as shapes, dtypes and shardings, into which a checkpoint can be read."""
+    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
     where = {} if mesh is None else layout(params, mesh, rules)
     # Checkpoints know neither boxes nor Variables.
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
@@ -282,7 +282,7 @@ def _shard_state(
     def of_optimizer(key_path: Any, leaf: Any) -> Any:
         """Lays a leaf out like the parameter whose path ends its own, if the shapes are equal."""
         names = path_of(key_path).split("/")
-        # optax wraps trees of the parameters' structure in tuples of its own:
+        # optax wraps trees of the parameters' structure in its own tuples:
         # `0/mu/layer_0/query/lora/a`. Sizes are compared, since factored optimisers keep rows and
         # columns under the same paths.
         ends = ("/".join(names[i:]) for i in range(len(names)))

@@ -358,7 +358,7 @@ class Method:
         )
 
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Leaves of the shapes of the given ones, with which the method leaves the base as it is.
+        """Leaves of the same shapes that make the method leave the base as it is.
 
         They may have layer axes. Where `from_weight` is "reads", `start` is called on them.
 
@@ -366,8 +366,8 @@ class Method:
             RecipeError: no leaves do that, so that a bank cannot hold the method.
         """
         raise RecipeError(
-            f"Bank: {type(self).__name__} defines no `neutral`, with which rows without an adapter "
-            "would be the base's; leave it out of the bank's recipe"
+            f"Bank: {type(self).__name__} defines no `neutral`, which rows without an adapter need "
+            "to compute what the base does; leave it out of the bank's recipe"
         )
 
     def size(self, leaves: Leaves) -> int | None:

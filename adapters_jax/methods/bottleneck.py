@@ -139,7 +139,7 @@ class Bottleneck(Method):
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module returns an array of floats, or several and it is plain which is meant.
+        """Whether the module returns one array of floats that is plainly meant.
 
         `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """

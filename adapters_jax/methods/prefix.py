@@ -127,7 +127,7 @@ class PrefixTuning(Prompt):
         Args: as in `Method.attend`; `mask` and `bias` cover the context without the prefix.
 
         Raises:
-            RecipeError: `is_causal=True`, with which the function would mask the prefix too.
+            RecipeError: `is_causal=True`, since the function would then mask the prefix too.
         """
         if kwargs.get("is_causal"):
             raise RecipeError(

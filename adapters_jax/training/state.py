@@ -128,32 +128,7 @@ class TrainState:
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
-        if isinstance(model, Adapted):
-            call = "aj.TrainState.create(model, params, tx=tx, key=key)"
-            check_params("TrainState.create", params, call)
-            recipe = model.recipe
-            _check_params(model, params)
-            placements = Known(model.placements_in(params))
-            adapters, base = partition(params, recipe)
-            graphdef: Any = None
-            other: Any = checked_collections("TrainState.create", collections)
-        elif isinstance(model, nnx.Module):
-            if params is not None or collections is not None:
-                raise TypeError(
-                    "TrainState.create: an NNX model holds its parameters and statistics; pass no "
-                    "params and no collections"
-                )
-            recipe = recipe_of(model)
-            placements = Known(placements_of(model))
-            # AdapterParam first: it is a subclass of Param, and the first filter that fits takes a
-            # Variable.
-            graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
-            adapters, base, other = parts
-        else:
-            raise TypeError(
-                f"TrainState.create: {type(model).__name__} has no adapters; "
-                "call aj.adapt(model, recipe) first"
-            )
+        recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
         _check_trained(recipe, adapters)
         if params is not None:
             _warn_of_rest(recipe, params)
@@ -232,6 +207,35 @@ class TrainState:
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
         return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def _parts(model: Any, params: Tree, collections: Any) -> tuple[Any, ...]:
+    """The recipe, placements and structure of an adapted model, and its arrays in three parts.
+
+    These are what trains, the frozen parameters, and all that is not parameters.
+    """
+    if isinstance(model, Adapted):
+        check_params(
+            "TrainState.create", params, "aj.TrainState.create(model, params, tx=tx, key=key)"
+        )
+        _check_params(model, params)
+        placements = Known(model.placements_in(params))
+        other = checked_collections("TrainState.create", collections)
+        return model.recipe, placements, None, *partition(params, model.recipe), other
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"TrainState.create: {type(model).__name__} has no adapters; "
+            "call aj.adapt(model, recipe) first"
+        )
+    if params is not None or collections is not None:
+        raise TypeError(
+            "TrainState.create: an NNX model holds its parameters and statistics; pass no "
+            "params and no collections"
+        )
+    recipe, placements = recipe_of(model), Known(placements_of(model))
+    # AdapterParam first: it is a subclass of Param, and the first filter that fits takes a
+    # Variable.
+    return recipe, placements, *nnx.split(model, AdapterParam, nnx.Param, ...)
 
 
 def _initial(tx: optax.GradientTransformation, adapters: Tree) -> optax.OptState:

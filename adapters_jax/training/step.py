@@ -51,7 +51,7 @@ def make_train_step(
             ignore it. If the state has linen collections, it is `loss_fn(variables, batch, key)`
             with `variables` for `model.apply`; `(loss, metrics, collections)` returns those that
             `apply(..., mutable=[...])` changed.
-        accumulate: the number of parts into which the batch's leading axis is split. They run one
+        accumulate: the number of parts that the batch's leading axis is split into. They run one
             after the other in the memory of one; their gradients, losses and metrics are averaged
             with equal weight. Statistics go from each part to the next.
 
@@ -106,7 +106,7 @@ def make_train_step(
     _check_function("make_train_step", loss_fn, ("params", "batch", "key"))
     measured = functools.partial(_measured, functools.partial(_loss, loss_fn), accumulate)
 
-    # The base is an argument of its own, since jit donates whole arguments, and the base's buffers
+    # The base is a separate argument, since jit donates whole arguments, and the base's buffers
     # have to outlive the step. It is no constant of the closure either: jit would copy it into the
     # program.
     @functools.partial(jax.jit, donate_argnums=0)

@@ -129,7 +129,7 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
         _check_alike(i, first, state)
     optimizers = Optimizers.of([state.tx for state in states])
     stacked = jax.tree.map(_stacked, *[_without_optimizer(state) for state in states])
-    # Apart from the rest of the state: each optimiser has a structure of its own for the trainings
+    # Apart from the rest of the state: each optimiser has its own structure for the trainings
     # that use it.
     opt_state = tuple(
         jax.tree.map(_stacked, *[states[i].opt_state for i in own]) for _, own in optimizers.groups

@@ -43,7 +43,7 @@ def is_prompt(owner: Owner) -> bool:
 
 
 def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, Array]:
-    """The leaves with which a model is its base: what its methods add does nothing.
+    """The leaves that make a model its base: what its methods add does nothing.
 
     Args:
         recipe: the recipe of the model.

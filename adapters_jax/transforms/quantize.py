@@ -82,7 +82,7 @@ def quantize(
         MissingPackageError: qwix is not installed.
 
     Warns:
-        AdapterWarning: NNX without inputs: weights of modules of your own, whose use is not known,
+        AdapterWarning: NNX without inputs: weights of your own modules, whose use is not known,
             stay in float.
 
     Example:

@@ -228,7 +228,7 @@ def stack_of(names: Names | Stack) -> Stack:
     stack = names if isinstance(names, Stack) else getattr(names, "stack", None)
     if stack is None:
         raise UserError(
-            "names says nothing of layers; give the NAMES beside a model, or "
+            "names does not name layers; give the NAMES beside a model, or "
             "Stack('layer_{}', 'layers') with the names of one layer and of all as one"
         )
     return stack

@@ -46,7 +46,7 @@ def dpo_loss(
         UserError: the shapes differ, or `beta` is not a finite number above 0.
 
     Example:
-        A step of DPO on a model of one's own. The log-probabilities of the reference are those of
+        A step of DPO on your own model. The log-probabilities of the reference are those of
         `base.apply`, on the base's own parameters:
 
         >>> import adapters_jax as aj, optax
