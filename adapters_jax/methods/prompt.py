@@ -82,7 +82,6 @@ class Prompt(Method):
     ) -> Float[Array, "... length heads head_dim"]:
         """The output of an attention function and what comes of the tokens; see `Method.attend`."""
         mixed = attention_fn(query, *args, **kwargs)
-        key, value = self.tokens(leaves, point, _cast(project, query))
         # Attention functions of flax scale the query themselves; what `attend_inline` gets is
         # scaled already.
         scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
@@ -91,26 +90,31 @@ class Prompt(Method):
         def logits(scores: Array) -> Array:
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-        counts = counting(point.path, key.shape[0])
+        prompt = self._prompt(leaves, point, project, scaled, logits)
         # jax.nn.dot_product_attention and its like return no denominator, so only methods with a
         # softmax for the prompt alone can do with this.
-        prompt = attend_to(scaled, key, value, logits, point.precision, counts)
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
     def attend_inline(
         self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
     ) -> Array:
         """What an attention in line gives, (..., heads, head_dim), and what comes of the tokens."""
-        key, value = self.tokens(leaves, point, _cast(inline.project, inline.query))
-        counts = counting(point.path, key.shape[0])
-        prompt = attend_to(inline.query, key, value, inline.logits, point.precision, counts)
+        prompt = self._prompt(leaves, point, inline.project, inline.query, inline.logits)
         total = inline.total() if self.shares_softmax else jnp.zeros(())
         return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)
 
-
-def _cast(project: Callable[[str, Array], Array], query: Array) -> Callable[[str, Array], Array]:
-    """Projects in the dtype of the query."""
-    return lambda name, x: project(name, x.astype(query.dtype))
+    def _prompt(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        project: Callable[[str, Array], Array],
+        query: Array,
+        logits: Callable[[Array], Array],
+    ) -> Attended:
+        """What scaled queries get from the tokens, which are projected in the dtype of queries."""
+        key, value = self.tokens(leaves, point, lambda n, x: project(n, x.astype(query.dtype)))
+        counts = counting(point.path, key.shape[0])
+        return attend_to(query, key, value, logits, point.precision, counts)
 
 
 def attend_to(
