@@ -289,14 +289,12 @@ def _shard_state(
         own = next((end for end in ends if shapes.get(end) == leaf.shape), None)
         return place(leaf, where[own] if own else NamedSharding(mesh, P()))
 
+    small_parts = ("step", "key", "other", "loss_scale")
     laid = replace(
         state,
         adapters=_put(state.adapters, where),
         base=_put(state.base, where),
         opt_state=jax.tree_util.tree_map_with_path(of_optimizer, state.opt_state),
-        step=_everywhere(state.step, mesh),
-        key=_everywhere(state.key, mesh),
-        other=_everywhere(state.other, mesh),
-        loss_scale=_everywhere(state.loss_scale, mesh),
+        **{name: _everywhere(getattr(state, name), mesh) for name in small_parts},
     )
     return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.checkpointed)))
