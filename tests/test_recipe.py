@@ -377,10 +377,12 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     assert experts.owner("l/experts/lora/a") is None
     turned = recipe.owner("l/query/lora/:1>0/a")
     assert turned[:2] == ("l/query", "l/query") and turned.prefix == "l/query/lora/:1>0"
+    named_like_a_factor = recipe.owner("l/query/lora/a/b")  # of a weight that is called `a`
+    assert named_like_a_factor[:2] == ("l/query/a", "l/query") and named_like_a_factor.name == "b"
     for path in (
         "l/key/lora/a",
         "l/query/lora/c",
-        "l/query/lora/a/b",
+        "l/query/lora/a/c",
         "l/query/kernel",
         "lora/a",
         "l/lora/query/kernel",
@@ -389,7 +391,7 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     ):
         assert recipe.owner(path) is None and not recipe.trains(path), path
     assert recipe.trains("head/kernel") and recipe.owner("head/kernel") is None
-    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "lora", "b")
+    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "", "b")
 
 
 def test_patterns_for_ranks_and_alphas_must_match_a_target():
