@@ -273,8 +273,9 @@ def _problem(
     elif plain != pattern and any(matches(plain, path) for path in (*usable, *unusable)):
         problem += f"; paths begin and end with a name of the model: {sign + plain!r}"
     elif is_expression(pattern):
-        problem += "; it is not a regular expression: * is anything within a name, ** any names"
-        problem += ", {a,b} either"
+        problem += (
+            "; it is no regular expression: * is anything within a name, ** any names, {a,b} either"
+        )
     whole = re.sub(r"layer(s/|_)(\d+|\{[^{}]*\})", "layers", pattern)
     whole = re.sub(r"(^|/)(\d+|\{[\d,|]*\})(?=/)", "", whole)
     if whole != pattern and any(matches(whole, path) for path in usable):
