@@ -374,7 +374,7 @@ def full_name(kind: type) -> str:
 def shown(value: Any) -> str:
     """A value as a message prints it, in one line."""
     try:
-        # Others wrote the `repr`: an array's has lines, a list that holds itself has no end.
+        # Others wrote the `repr`: an array's has lines, and deeply nested lists run out of stack.
         text = repr(value)
         return shortened(" ".join(text.split()) if "\n" in text else text)
     except RecursionError:

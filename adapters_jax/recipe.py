@@ -155,7 +155,7 @@ class Recipe:
                 "model has adapters of another recipe, adapt its base once for each (aj.Bank holds "
                 "many adapters)"
             )
-        # DoRA's norm and PiSSA's factors are computed from the base's weight once, when they start.
+        # DoRA's magnitudes and PiSSA's factors come from the base's weight once, when they start.
         changed = [type(m).merged is not Method.merged for m in methods]
         late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
         if late:

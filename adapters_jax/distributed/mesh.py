@@ -147,8 +147,7 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
         slice(0, 8, None)
     """
     where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
-    # Devices of one process are neighbours in a mesh of jax.make_mesh, so that its rows are one
-    # range.
+    # One range is enough: jax.make_mesh puts the devices of a process side by side.
     taken = [index[0].indices(rows) for index in where.values() if index is not None]
     return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
 

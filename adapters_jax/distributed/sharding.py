@@ -175,7 +175,7 @@ def _inherited(
 
     A leaf that shares no axis with the weight is whole on every device.
     """
-    # The rank is small and divides no mesh, so that only axes that are the weight's are split.
+    # Only axes that are the weight's are split: a rank is too small to gain from it.
     each = attached.get(owner.prefix)
     if each is None or each.axes is None or math.prod(factor) < small:
         return P()

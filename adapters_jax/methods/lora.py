@@ -177,7 +177,7 @@ class LoRA(LeafMethod):
         if self.a_init != "pissa":
             return dict(leaves), weight
         axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
-        # LAPACK has no half precision, and the difference W - scale A B would lose its last bits.
+        # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
         a, b, _ = arrays.nearest_factors(axes.as_matrix(weight.astype(jnp.float32)), rank, scale)
         # By default a TPU multiplies float32 in bfloat16, whose error the weight would keep.
         product = scale * jnp.matmul(a, b, precision="highest")

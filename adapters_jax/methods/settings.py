@@ -54,7 +54,7 @@ def check_fields(method: Any) -> None:
     for name in method.subset_fields:
         patterns = getattr(method, name)
         patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
-        # The methods are frozen dataclasses, since jit hashes them; this is the way around it.
+        # Methods are frozen, since jit hashes them; only so can `__post_init__` set a field.
         object.__setattr__(method, name, patterns)
 
 

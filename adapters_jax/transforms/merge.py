@@ -140,7 +140,6 @@ def _folded(caller: str, model: Any, params: Tree, args: Any, kwargs: Any, chang
 
 def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
     """Raises RecipeError where a method cannot be merged, or the weight is quantised."""
-    # Before anything is computed, so that a model is folded whole or not at all.
     if type(method).merged is Method.merged:
         method.merged({}, point, {})  # raises, with the reason of the method
     packed = [name for name, leaf in own.items() if is_quantized(leaf)]

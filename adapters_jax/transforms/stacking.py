@@ -47,7 +47,7 @@ class Stack(NamedTuple):
 
     def number(self, path: str) -> tuple[str, int] | None:
         """The scanned path and the layer's number; None where the path is of no unrolled layer."""
-        # The shortest prefix first, as a model may hold others that have layers too.
+        # `.*?` finds the outermost layer, where the parts of a layer are numbered like it.
         before, after = map(re.escape, self.unrolled.split("{}"))
         match = re.fullmatch(rf"((?:.*?/)?){before}(\d+){after}((?:/.*)?)", path)
         return match and (f"{match[1]}{self.scanned}{match[3]}", int(match[2]))
