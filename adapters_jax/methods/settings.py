@@ -10,7 +10,13 @@ from adapters_jax.targets import as_patterns
 
 
 def _field(default: Any, check: Callable[[str, str, Any], None]) -> Any:
-    return field(default=default, metadata={"check": check})
+    """A field that `check(owner, name, value)` checks; None passes where it is the default."""
+
+    def checked(owner: str, name: str, value: Any) -> None:
+        if value is not None or default is not None:
+            check(owner, name, value)
+
+    return field(default=default, metadata={"check": checked})
 
 
 def size(default: int | None) -> Any:
@@ -36,31 +42,23 @@ def flag(default: bool) -> Any:
 def check_fields(method: Any) -> None:
     """Checks the fields of a method, and turns those of patterns into tuples.
 
-    None is a value of the fields whose default it is.
-
     Raises:
         UserError: a value is out of its range; a TargetError where patterns are none.
     """
-    owner, checks = type(method).__name__, {}
-    for each in fields(method):
-        if "check" in each.metadata:
-            checks[each.name] = partial(_checked, each.metadata["check"], each.default)
-            checks[each.name](owner, each.name, getattr(method, each.name))
+    owner = type(method).__name__
+    checks = {x.name: x.metadata["check"] for x in fields(method) if "check" in x.metadata}
+    for name, check in checks.items():
+        check(owner, name, getattr(method, name))
     for name, usual in method.pattern_fields.items():
         pairs = _pairs(owner, name, getattr(method, name))
-        for _, value in pairs:
-            checks.get(usual, lambda *_: None)(owner, usual, value)
+        for _, value in pairs if usual in checks else ():
+            checks[usual](owner, usual, value)
         object.__setattr__(method, name, pairs)
     for name in method.subset_fields:
         patterns = getattr(method, name)
         patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
         # Methods are frozen, since jit hashes them; only so can `__post_init__` set a field.
         object.__setattr__(method, name, patterns)
-
-
-def _checked(check: Callable[..., None], default: Any, owner: str, name: str, value: Any) -> None:
-    if value is not None or default is not None:
-        check(owner, name, value)
 
 
 def _pairs(owner: str, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
