@@ -176,12 +176,6 @@ def memory_of(device: Any) -> int | None:
     return next((each.memory for each in known if each.kind == device.device_kind), None)
 
 
-def is_described(device: Any) -> bool:
-    """Whether a device is one of `devices`: it can be compiled for, and nothing runs on it."""
-    # jax has no public name for clients that only compile.
-    return "CompileOnly" in type(device.client).__name__
-
-
 def _tpus(generation: str, shape: str) -> list[jax.Device]:
     tpu = TPUS[generation]
     _check_compiler(generation, "libtpu", "tpu", _pinned())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,43 +222,6 @@ def _forward(state: TrainState, loss_fn: LossFn, batch: Tree, accumulate: int) -
     alone = compile_program(forward.jitted.lower(state, part))  # type: ignore[attr-defined]
     # Arguments are counted with the step.
     return max(0, alone.total - alone.arguments) if isinstance(alone, Program) else 0
-
-
-def largest_batch(
-    planned: Callable[[int], Plan], memory: float, unit: int = 1, most: int = 2**20
-) -> Plan | None:
-    """Finds the largest batch that fits a device.
-
-    A step's memory grows almost linearly with its rows. The line through a batch that fits and one
-    that does not gives the next batch to plan, until the two are neighbours.
-
-    Args:
-        planned: gives the plan for a number of rows.
-        memory: of a device, in bytes.
-        unit: the rows are a multiple of it: the number of parts that a batch is split into.
-        most: the largest number of rows to plan.
-
-    Returns:
-        The plan of the largest batch; None where not even `unit` rows fit.
-    """
-    fits, above = planned(unit), None
-    if fits.total > memory:
-        return None
-    tried = planned(2 * unit)
-    slope = (tried.total - fits.total) / unit
-    while True:
-        fits, above = (tried, above) if tried.total <= memory else (fits, tried)
-        end = most + unit if above is None else above.batch
-        if above is not None:
-            slope = (above.total - fits.total) / (above.batch - fits.batch)
-        # A slope of 0 would divide by it: small batches may be padded to one size.
-        rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
-        low, high = fits.batch + unit, end - unit
-        if above is None:
-            high = min(high, 16 * fits.batch)  # the line of small batches misleads
-        if low > high:
-            return fits
-        tried = planned(int(min(max(rows, low), high)) // unit * unit)
 
 
 def _shape(x: Any) -> Any:
