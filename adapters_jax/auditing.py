@@ -213,7 +213,8 @@ def audit(
             parameters than its closed form; the message names every such adapter.
         TypeError: the model has no adapters, a linen model comes without its parameters, or an NNX
             model with some.
-        UserError: `params` is no tree of parameters, `tx` no optimiser, or the inputs do not fit.
+        UserError: `params` is not a tree of parameters, `tx` is not an optimiser, or the
+            inputs do not fit.
 
     Example:
         >>> import adapters_jax as aj, jax
@@ -236,6 +237,8 @@ def audit(
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
+    # A TrainState keeps the trained leaves in float32, and optimisers have the dtypes of what they
+    # get.
     trained = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
     tx = optax.adam(1e-3) if tx is None else tx
     optimizer = jax.eval_shape(tx.init, unflatten(trained))
@@ -286,6 +289,7 @@ def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tupl
         if isinstance(model, Adapted):
             run_abstractly(model, params, inputs)
         else:
+            # A copy, as a run changes statistics and the counters of random streams.
             nnx.eval_shape(lambda m: jax.tree.leaves(inputs.call(m)), copy(model))
     how = {"sum": "sum", "product": "thin", "lookup": "thin"}
     return {
@@ -350,6 +354,7 @@ def _pattern(paths: list[str]) -> str:
 def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
     owners = [owner for path in shapes if (owner := recipe.owner(path))]
+    # A pattern may name the weight itself, `**/experts/up`.
     weights = (f"{owner.module}/" for owner in owners if owner.method.acts_on == "leaf")
     inside = {path for path in shapes if path.startswith(tuple(weights))}
     owned = {path for owner in owners for path in (owner.path, owner.module)} | inside
@@ -363,4 +368,5 @@ def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
 
 
 def _size(tree: Any) -> int:
+    # Bits are added up before they become bytes: two numbers of int4 share one.
     return sum(math.prod(x.shape) * bits_of(x.dtype) for x in jax.tree.leaves(tree)) // 8

@@ -8,12 +8,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from importlib import metadata
-from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 # Controls but for \t and \n, marks of direction, separators of lines, halves of characters.
@@ -38,6 +35,7 @@ class UserError(ValueError):
 
     def __init__(self, *args: object):
         super().__init__(*args)
+        # A note is printed below a traceback, and is not part of the message that commands print.
         for page in self.pages():
             self.add_note(page)
 
@@ -141,6 +139,8 @@ class AdapterRecipeError(AdapterFileError, TargetError):
 
 def warn(text: str) -> None:
     """Gives an `AdapterWarning` at the line of the caller's code, outside of the libraries."""
+    # jax and flax call back into this library, so a fixed `stacklevel` would name one of their
+    # lines; `skip_file_prefixes` is new in Python 3.12.
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -178,6 +178,7 @@ def file_errors(
     try:
         yield
     except OSError as problem:
+        # A FileSystemError of an inner block names its file already.
         if isinstance(problem, UserError):
             raise
         raised = error(f"{path} cannot be {verb}: {problem.strerror or problem}")
@@ -217,19 +218,25 @@ def compare_trees(
         for path in both
         if kind(got[path]) != kind(expected[path])
     ]
-    problems = [
-        _listed("missing", [path for path in expected if path not in got]),
-        _listed("unexpected", [path for path in got if path not in expected]),
-        _listed("different", differing),
-    ]
-    if any(problems):
-        raise error(f"{subject} does not fit: {'; '.join(filter(None, problems))}. {fix}")
+    problems = {
+        "missing": [path for path in expected if path not in got],
+        "unexpected": [path for path in got if path not in expected],
+        "different": differing,
+    }
+    listed = [f"{len(x)} {what}: {first_few(x, 12)}" for what, x in problems.items() if x]
+    if listed:
+        raise error(f"{subject} does not fit: {'; '.join(listed)}. {fix}")
 
 
-def _listed(what: str, items: Sequence[str], count: int = 12) -> str:
-    """The number of items and the first of them; an empty text for none."""
+def first_few(items: Sequence[str], count: int = 5, joint: str = ", ") -> str:
+    """The first of several texts for a message, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
     more = f" and {len(items) - count} more" if len(items) > count else ""
-    return f"{len(items)} {what}: {', '.join(items[:count])}{more}" if items else ""
+    return joint.join(items[:count]) + more
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -260,7 +267,7 @@ def visible(text: str, lines: bool = True) -> str:
 
 
 LARGEST = 2**31  # longer than any axis can be
-LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which models compute
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, the dtype that models compute with
 SMALLEST_FLOAT = 2.0**-126  # above 0, since XLA takes smaller ones for 0
 
 
@@ -273,6 +280,7 @@ def check_number(
     closed: bool = False,
 ) -> None:
     """Raises UserError unless `value` is of float32, and in (low, high), or [low, high)."""
+    # True is an int for Python.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     held = number and (value == 0 or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT)
     if not held or not (low < value < high or (closed and value == low)):
@@ -305,55 +313,6 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> N
         raise UserError(f"{owner}: {name}={shown(value)}, expected one of {', '.join(choices)}")
 
 
-def check_settings(owner: str, settings: Any) -> None:
-    """Raises UserError if a field of a dataclass is not of its type, not finite or too large.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass
-        ... class Shape:
-        ...     width: int = 4
-        >>> check_settings("Shape", Shape(2**40))
-        Traceback (most recent call last):
-        adapters_jax.errors.UserError: Shape: width=1099511627776, expected a whole number >= 0 ...
-    """
-    types = get_type_hints(type(settings))
-    problems = []
-    for name in (field.name for field in fields(settings)):
-        value, kind = getattr(settings, name), types[name]
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if not any(_is_of(value, each) for each in kinds):
-            expected = " or ".join(map(_described, kinds))
-            problems.append(f"{name}={shown(value)}, expected {expected}")
-    if problems:
-        raise UserError(f"{owner}: {'; '.join(problems)}")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, numbers finite and whole ones those of an axis."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_of(each, get_args(kind)[0]) for each in value)
-    if kind in (int, float):
-        number = isinstance(value, Integral if kind is int else Real)
-        low, high = (0, LARGEST - 1) if kind is int else (-LARGEST_FLOAT, LARGEST_FLOAT)
-        return number and not isinstance(value, bool) and low <= value <= high
-    return isinstance(value, kind)
-
-
-def _described(kind: Any) -> str:
-    """A type as a message names it."""
-    if get_origin(kind) is tuple:
-        return f"a list, each {_described(get_args(kind)[0])}"
-    names = {
-        int: f"a whole number >= 0 and < {LARGEST}",
-        float: "a finite number",
-        bool: "True or False",
-        str: "a text",
-        type(None): "None",
-    }
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
-
-
 def full_name(kind: type) -> str:
     """A class's name with its module, since other libraries have classes of the same name."""
     at = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
@@ -363,6 +322,7 @@ def full_name(kind: type) -> str:
 def shown(value: Any) -> str:
     """A value as a message prints it, in one line."""
     try:
+        # Others wrote the `repr`: an array's has lines, and deeply nested lists run out of stack.
         text = repr(value)
         return shortened(" ".join(text.split()) if "\n" in text else text)
     except RecursionError:

@@ -17,7 +17,10 @@ from adapters_jax.methods import (
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, either
 
+# As the models of this library name them; other models are adapted by `targets`.
 OUTPUTS = ("**/attention/output", "**/mlp/output")
+# `attention_norm`, flax's `LayerNorm_0`, GPT-2's `ln_1`. One of the parts is enough, hence the
+# bars: RMSNorm has no bias.
 LAYER_NORMS = "**/*{norm|Norm|ln}*/{scale|bias}"
 
 
@@ -58,7 +61,7 @@ def houlsby(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> houlsby(32, head="head")
@@ -95,7 +98,7 @@ def pfeiffer(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> pfeiffer(reduction_factor=16)
@@ -126,7 +129,7 @@ def parallel(
         **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is no text.
+        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
 
     Example:
         >>> parallel(32)
@@ -174,6 +177,7 @@ def lora(
     """
     check_choice("lora", "bias", bias, ("none", "all", "lora_only"))
     factors = (DoRA if dora else LoRA)(targets, rank, alpha, **fields)
+    # A projection of the targets may have no bias, which is no mistake here.
     own = tuple(f"{either(target)}/bias" for target in factors.targets)
     biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}
     return _recipe(factors, biases[bias], head=head)
@@ -194,7 +198,7 @@ def ia3(
 
     Raises:
         TargetError: `targets` or `feed_forward` are no patterns.
-        UserError: `head` is no text.
+        UserError: `head` is not a text.
 
     Example:
         >>> ia3(feed_forward="**/mlp/output")
@@ -230,7 +234,7 @@ def llama_adapter(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `LlamaAdapter` is out of its range, or `head` is no text.
+            `LlamaAdapter` is out of its range, or `head` is not a text.
 
     Example:
         >>> llama_adapter(last=2, num_layers=32)
@@ -238,8 +242,8 @@ def llama_adapter(
           LlamaAdapter(targets=('layers/30/attention', 'layers/31/attention')),
         )
     """
-    numbers = _numbers("llama_adapter", last, num_layers, layers)
-    return _recipe(LlamaAdapter(_per_layer(targets, numbers), prompt_length, **fields), head=head)
+    chosen = _chosen("llama_adapter", targets, last, num_layers, layers)
+    return _recipe(LlamaAdapter(chosen, prompt_length, **fields), head=head)
 
 
 def prefix_tuning(
@@ -266,7 +270,7 @@ def prefix_tuning(
     Raises:
         UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
             `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `PrefixTuning` is out of its range, or `head` is no text.
+            `PrefixTuning` is out of its range, or `head` is not a text.
 
     Example:
         >>> prefix_tuning(10, layers=[0, 1])
@@ -274,33 +278,40 @@ def prefix_tuning(
           PrefixTuning(targets=('layers/0/attention', 'layers/1/attention'), length=10),
         )
     """
-    numbers = _numbers("prefix_tuning", last, num_layers, layers)
-    return _recipe(PrefixTuning(_per_layer(targets, numbers), length, **fields), head=head)
+    chosen = _chosen("prefix_tuning", targets, last, num_layers, layers)
+    return _recipe(PrefixTuning(chosen, length, **fields), head=head)
 
 
-def _numbers(
-    owner: str, last: int | None, num_layers: int | None, layers: Iterable[int] | None
-) -> tuple[int, ...] | None:
-    """The numbers of the chosen layers; None means all layers."""
-    if last is None:
-        return None if layers is None else tuple(layers)
-    if layers is not None or num_layers is None:
-        raise UserError(f"{owner}: give last together with num_layers, or layers alone")
-    if not 1 <= last <= num_layers:
-        raise UserError(f"{owner}: last={last}, expected 1 to num_layers={num_layers}")
-    return tuple(range(num_layers - last, num_layers))
-
-
-def _per_layer(targets: str, numbers: tuple[int, ...] | None) -> tuple[str, ...]:
-    """One pattern for each chosen layer, so that a layer that does not exist raises an error.
-
-    The pattern of all layers matches scanned layers as well, whose paths have no number.
-    """
-    if numbers is None:
+def _chosen(
+    owner: str,
+    targets: str,
+    last: int | None,
+    num_layers: int | None,
+    layers: Iterable[int] | None,
+) -> tuple[str, ...]:
+    """The patterns of the chosen layers; of all, where neither `last` nor `layers` is given."""
+    if last is not None:
+        if layers is not None or num_layers is None:
+            raise UserError(f"{owner}: give last together with num_layers, or layers alone")
+        layers = _top(owner, "last", last, num_layers)
+    if layers is None:
+        # Scanned layers are one module, whose path has no number.
         return (targets.replace("/{}/", "/**/").replace("{}", "*"),)
-    if "{}" not in targets:
-        raise UserError(f"targets={targets!r}, expected {{}} where the layer's number is")
-    return tuple(targets.replace("{}", str(number)) for number in numbers)
+    return _numbered(owner, "targets", targets, layers)
+
+
+def _top(owner: str, name: str, count: int, num_layers: int) -> range:
+    """The numbers of the top layers."""
+    if not 1 <= count <= num_layers:
+        raise UserError(f"{owner}: {name}={count}, expected 1 to num_layers={num_layers}")
+    return range(num_layers - count, num_layers)
+
+
+def _numbered(owner: str, name: str, pattern: str, layers: Iterable[int]) -> tuple[str, ...]:
+    """One pattern for each layer, so that a layer that does not exist raises an error."""
+    if "{}" not in pattern:
+        raise UserError(f"{owner}: {name}={pattern!r}, expected {{}} where the layer's number is")
+    return tuple(pattern.replace("{}", str(number)) for number in layers)
 
 
 def bitfit(*, head: str | None = None) -> Recipe:
@@ -310,7 +321,7 @@ def bitfit(*, head: str | None = None) -> Recipe:
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: `head` is no text.
+        UserError: `head` is not a text.
 
     Example:
         >>> bitfit(head="head")
@@ -330,8 +341,8 @@ def layer_norms(*, targets: str = LAYER_NORMS, head: str | None = None) -> Recip
         head: path of the task's head, which trains whole.
 
     Raises:
-        TargetError: `targets` is no pattern.
-        UserError: `head` is no text.
+        TargetError: `targets` is not a pattern.
+        UserError: `head` is not a text.
 
     Example:
         >>> layer_norms()
@@ -354,7 +365,8 @@ def last_layers(
         head: path of the task's head, which trains whole.
 
     Raises:
-        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is no text.
+        UserError: k is not between 1 and `num_layers`, `layer` has no `{}`, or `head` is not a
+            text.
 
     Example:
         >>> last_layers(2, 12)
@@ -362,11 +374,7 @@ def last_layers(
           Unfreeze(targets=('**/layer_10/**', '**/layer_11/**')),
         )
     """
-    if not 1 <= k <= num_layers:
-        raise UserError(f"last_layers: k={k}, expected 1 to num_layers={num_layers}")
-    if "{}" not in layer:
-        raise UserError(f"last_layers: layer={layer!r}, expected {{}} where the layer's number is")
-    names = [layer.replace("{}", str(i)) for i in range(num_layers - k, num_layers)]
+    names = _numbered("last_layers", "layer", layer, _top("last_layers", "k", k, num_layers))
     return _recipe(Unfreeze(tuple(f"{name}/**" for name in names)), head=head)
 
 

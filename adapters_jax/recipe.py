@@ -29,12 +29,14 @@ _LONGEST_NAME = 200
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
 _MOST_NAMES = 12  # targets in names of other libraries that a message translates
 _SHOWN_KINDS = 3  # of those that a warning is about
-# What to do with JSON that is no recipe, by a key of it.
+# What to do with JSON that is not a recipe, by a key of it.
 _OTHER_JSON = {
     "peft_type": "; this is PEFT's configuration: write a recipe such as aj.lora(4, alpha=8), on "
     "the command line --method lora --rank 4 --alpha 8",
     "recipe": '; this file holds one under its key "recipe": give a file with that value alone',
 }
+# No argument: between those who set it (reading an adapter's file, resuming a run) and the check
+# stand flax's `init`, which traces the model, and public functions such as `aj.adapt`.
 _CHECKED: ContextVar[bool] = ContextVar("checked", default=False)  # see `checked_before`
 
 
@@ -92,6 +94,7 @@ class Recipe:
         flat: list[Method] = []
         for item in methods:
             flat.extend(_members(item))
+        # Frozen, since a recipe is a static argument of jit, which hashes it.
         object.__setattr__(self, "methods", tuple(flat))
 
     def __iter__(self) -> Iterator[Method]:
@@ -152,6 +155,7 @@ class Recipe:
                 "model has adapters of another recipe, adapt its base once for each (aj.Bank holds "
                 "many adapters)"
             )
+        # DoRA's magnitudes and PiSSA's factors come from the base's weight once, when they start.
         changed = [type(m).merged is not Method.merged for m in methods]
         late = [m for i, m in enumerate(methods) if m.from_weight and any(changed[:i])]
         if late:
@@ -169,6 +173,7 @@ class Recipe:
             'layer_0/query'
         """
         names = path.split("/")
+        # A name of a path may be a slot by accident, so every occurrence is tried.
         nested = None
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
@@ -185,6 +190,11 @@ class Recipe:
     def owners(self, paths: Iterable[str]) -> dict[str, Owner]:
         """What parameters belong to, by path, without those of the base."""
         return {path: owner for path in paths if (owner := self.owner(path))}
+
+    def absent(self, paths: Iterable[str]) -> str:
+        """The names of the methods that none of the parameters belongs to, for a message."""
+        present = {owner.method for owner in self.owners(paths).values()}
+        return ", ".join(type(m).__name__ for m in self.attached if m not in present)
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""
@@ -256,6 +266,8 @@ def require_points(
         ]
     reasons = [why for path, why in unusable.items() if why and selects(wanted, path)]
     unseen = any("example_inputs" in why for why in reasons)  # no other target is needed
+    # Where nothing fits at all, the recipe was written for another model: one hint says more than a
+    # list of near paths for each pattern.
     if problems and not unseen and not any(selects(wanted, path) for path in usable):
         meant = other_names().ALL_LINEAR if "all-linear" in wanted else _meant(wanted, usable)
         problems = [] if meant else problems  # the nearest paths would be far from what is meant
@@ -294,6 +306,7 @@ def _theirs(method: Method, usable: Sequence[str], paths: Sequence[str]) -> dict
         fits = here and any(selects([here, *excluded], path) for path in usable)
         if fits and here not in method.targets:
             found[target] = here
+        # Each name is compared with all paths, which may be thousands.
         if len(found) == _MOST_NAMES:
             break
     return found
@@ -424,6 +437,7 @@ def _method(row: Any) -> Method:
     cls = method_named(got)
     fields = {f.name for f in dataclasses.fields(cls)}
     problems = []
+    # A file from elsewhere may have thousands of keys.
     for key in sorted(set(row) - fields - {"method"})[:5]:
         near = difflib.get_close_matches(key, fields, 1)
         problems.append(

@@ -25,6 +25,7 @@ _MODULES_HERE = {
     "head": "lm_head classifier score",
     "embeddings": "embed_tokens",
 }
+# Tables are written by our word, with all of theirs behind it, and read by theirs.
 MODULES = {name: ours for ours, names in _MODULES_HERE.items() for name in names.split()}
 
 
@@ -80,9 +81,9 @@ _TASK = (
     "the base says its task, and aj.Unfreeze('head/**') beside the method in a recipe trains its "
     "head, as PEFT does for SEQ_CLS"
 )
-# What stands in place of a setting that is none of a method here.
+# What stands in place of a setting that no method here has.
 _SETTINGS = {
-    "aj.DoRA is a method of its own": "use_dora",
+    "aj.DoRA is a separate method": "use_dora",
     "aj.lora(bias=...) trains biases": "bias lora_bias",
     "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save head",
     "'!**/NAME' among the targets leaves a module out": "exclude_modules",
@@ -118,7 +119,7 @@ _IDLE = (
     *("auto_mapping", "init_ia3_weights", "megatron_config", "megatron_core", "peft_version"),
     *("qalora_group_size", "runtime_config"),
 )
-_LEFT_OUT = (None, False, "none")  # values with which a setting changes nothing
+_LEFT_OUT = (None, False, "none")  # with these values a setting changes nothing
 # What stands in place of functions and classes, and of the methods of models.
 _SENTENCES = {
     "write aj.LoRA('**/{query,value}', rank=8, alpha=16), or aj.lora(8, alpha=16)": (
@@ -212,70 +213,6 @@ _MODULES = {
     "adapters_jax.finetune.models.t5": "load_t5 save_t5",
 }
 ELSEWHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
-# Flags of other training scripts, and the fields of our commands; for settings there is `OURS`.
-FLAGS = {
-    "lr": "learning_rate",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lora_dropout": "adapter_dropout",
-    "lora_target_modules": "targets",
-    "lora_bias": "bias",
-    "use_dora": "dora",
-    "model_name_or_path": "model",
-    "model_name": "model",
-    "base_model": "model",
-    "train_file": "train",
-    "validation_file": "dev",
-    "test_file": "test",
-    "text_column": "text",
-    "text_column_name": "text",
-    "text_column_names": "text",
-    "label_column": "label",
-    "label_column_name": "label",
-    "max_seq_length": "max_length",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulate",
-    "warmup_ratio": "warmup",
-    "max_grad_norm": "clip",
-    "output_dir": "runs",
-    "resume_from_checkpoint": "resume",
-    "max_train_samples": "limit",
-    "max_seq_len": "max_length",
-    "num_virtual_tokens": "prompt_length",
-    "prefix_length": "prompt_length",
-    "adapter_layers": "last",
-    "block_size": "max_length",
-    "run_name": "name",
-    "max_steps": "epochs, which may be a fraction",
-    "eval_steps": "evaluations, the number in an epoch",
-    "save_steps": "checkpoint_every",
-    "dataset_name": "train hub:USER/NAME",
-    "bf16": "dtype bfloat16",
-    "fp16": "dtype float16",
-    "load_in_8bit": "quantize int8",
-    "load_in_4bit": "quantize nf4",
-}
-# Flags of theirs that name what a training does here anyway, or that have nothing like them.
-_UNNEEDED = {
-    "finetune trains, scores dev and test, and keeps the best adapter": (
-        "do_train do_eval do_predict load_best_model_at_end eval_strategy evaluation_strategy "
-        "save_strategy"
-    ),
-    "the rate rises over --warmup of the steps and falls linearly": "lr_scheduler_type",
-    "the optimiser is AdamW": "optim",
-    "--method names the method": "use_peft peft_type",
-    "the model and the columns say the task, or --task": "task_type lora_task_type",
-    "an encoder's head always trains; a recipe (--recipe) trains other modules": (
-        "modules_to_save lora_modules_to_save"
-    ),
-    "a run's metrics.jsonl and report.html have every step": "report_to logging_steps logging_dir",
-    "--name names a new run": "overwrite_output_dir",
-    "adapters-jax push uploads a finished run": "push_to_hub hub_model_id",
-    "--accumulate saves memory": "gradient_checkpointing",
-}
-UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.split()}
 
 
 def patterns_here(target: str) -> list[str]:
@@ -291,6 +228,7 @@ def patterns_here(target: str) -> list[str]:
         >>> patterns_here("layers.1.q_proj")
         ['layers/1/query']
     """
+    # PEFT's lists arrive on a command line as one text with commas.
     listed = "{" + target + "}" if "," in target and "{" not in target else target
     names = listed.replace(".", "/")
     before, _, last = names.rpartition("/")
@@ -316,35 +254,6 @@ def instead_of(name: str) -> str:
     if name in ELSEWHERE:
         return f"; write from {ELSEWHERE[name]} import {name}"
     return f", a name of another library; {NAMES[name]}" if name in NAMES else ""
-
-
-def field_of(flag: str) -> str | None:
-    """The field of our commands that a flag of another library's scripts means; None if none.
-
-    After the field may come its value, or a remark.
-
-    Example:
-        >>> field_of("--lora-r"), field_of("--target_modules"), field_of("--rank")
-        ('rank', 'targets', None)
-        >>> field_of("--load_in_4bit")
-        'quantize nf4'
-    """
-    name = _as_name(flag)
-    return FLAGS.get(name) or (OURS[name][0] if name in OURS else None)
-
-
-def unneeded(flag: str) -> str | None:
-    """Why a training here needs no flag of another library's scripts; None of other flags.
-
-    Example:
-        >>> unneeded("--optim"), unneeded("--rank")
-        ('the optimiser is AdamW', None)
-    """
-    return UNNEEDED.get(_as_name(flag))
-
-
-def _as_name(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")
 
 
 def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The pattern language: which paths of a model a pattern matches.
 
 A path is the names from the root of a model to a module or parameter, joined by slashes
-(`layer_0/attention/query`). A pattern is a path in which
+(`layer_0/attention/query`). A pattern is a path with wildcards:
 
 * `*` matches any characters within one name,
 * `**` matches any number of whole names, also none,
@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from adapters_jax.errors import TargetError, shortened
+from adapters_jax.errors import TargetError, first_few, shortened
 
 MOST = 65_536  # characters that one pattern may expand to
 _DETAILED = 12  # failing patterns that a message explains
@@ -38,6 +38,7 @@ def _compile(pattern: str) -> Callable[[str], Any]:
     atomic group, `(?>...)`, since whatever can follow a later match can follow the first one too.
     """
     if not re.search(r"[*{}]", pattern):
+        # Most patterns of large recipes are plain paths, one for each layer.
         return f"/{pattern}".__eq__
     return re.compile("|".join(map(_regex, _expanded(pattern)[0]))).fullmatch
 
@@ -67,6 +68,8 @@ def _expanded(pattern: str) -> tuple[list[str], int]:
     Also their length, the characters of every step. Raises TargetError for an unbalanced brace and
     for more than `MOST` characters.
     """
+    # A recipe may come from a file of others: `{a,b}` twenty times in a row would be a million
+    # patterns.
     forms, made = [pattern], len(pattern)
     while "{" in forms[0] or "}" in forms[0]:
         wider = []
@@ -114,11 +117,9 @@ def either(pattern: str) -> str:
         >>> either("**/{query,value}/bias")
         '**/{query|value}/bias'
     """
-    depth, made = 0, ""
-    for character in pattern:
-        depth += (character == "{") - (character == "}")
-        made += "|" if character == "," and depth else character
-    return made
+    for start, end in _braces(pattern):
+        pattern = pattern[:start] + pattern[start:end].replace(",", "|") + pattern[end:]
+    return pattern
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -251,7 +252,7 @@ def _problem(
     below = [path for path in usable if matches(inside, path)]
     if blocked:
         groups = [
-            f"{_some(paths, 3)} ({why or 'nothing of its own to adapt'})"
+            f"{_some(paths, 3)} ({why or 'it holds nothing itself to adapt'})"
             for why, paths in blocked.items()
         ]
         hint = f"; {sign + inside!r} matches what is in it, such as {below[0]}" if below else ""
@@ -370,6 +371,7 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
     for form in _expanded(pattern)[0][:3]:
         plain = form.replace("**/", "").replace("/**", "")
         n = plain.count("/") + 1
+        # All layers have the same last names, so that one of them stands for all.
         by_tail: dict[str, str] = {}
         for path in paths:
             by_tail.setdefault("/".join(path.split("/")[-n:]), path)
@@ -379,10 +381,5 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 5) -> list[str]:
 
 
 def _some(paths: Sequence[str], count: int = 5) -> str:
-    """The first few paths, and how many more there are, as a message prints them."""
-    shown = ", ".join(map(_shown, paths[:count]))
-    return shown if len(paths) <= count else f"{shown} and {len(paths) - count} more"
-
-
-def _shown(path: str) -> str:
-    return path or "(the model itself)"
+    """The first few paths as a message prints them."""
+    return first_few([path or "(the model itself)" for path in paths], count)

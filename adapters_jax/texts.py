@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 from adapters_jax.errors import UserError, shortened, visible
 
 DEEPEST = 32  # nested lists and objects
+_TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 MOST_DIGITS = 40  # of an integer; transformers writes 10**30 for "no limit"
-_TOKEN = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def parse_json(text: str) -> Any:
@@ -31,15 +31,21 @@ def parse_json(text: str) -> Any:
         Traceback (most recent call last):
         adapters_jax.errors.UserError: duplicate key 'r'
     """
-    _check_depth(text)
-    values = json.loads(
-        text,
-        object_pairs_hook=_object,
-        parse_int=_int,
-        parse_float=_float,
-        parse_constant=_no_number,
-    )
+    try:
+        values = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_int,
+            parse_float=_float,
+            parse_constant=_no_number,
+        )
+    except RecursionError:  # json stops well above the depth that is allowed here
+        raise UserError(_TOO_DEEP) from None
+    # Most rows of data have few brackets, and need no walk; brackets in texts only cost one.
+    if text.count("[") + text.count("{") > DEEPEST:
+        check_nesting(values)
     if "\\u" in text:  # a lone surrogate is valid JSON, but not text
+        # UnicodeEncodeError is a ValueError, as documented.
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     return values
 
@@ -52,23 +58,13 @@ def check_nesting(value: Any) -> None:
         level = [y for x in inner for y in (x.values() if isinstance(x, Mapping) else x)]
         if not inner:
             return
-    raise UserError(f"it is nested more than {DEEPEST} deep")
-
-
-def _check_depth(text: str) -> None:
-    """Raises UserError if lists and objects are nested too deep; brackets in texts do not count."""
-    if text.count("[") + text.count("{") <= DEEPEST:  # as in most rows of data
-        return
-    depth = 0
-    for found in _TOKEN.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
-        if depth > DEEPEST:
-            raise UserError(f"its JSON is nested more than {DEEPEST} deep")
+    raise UserError(_TOO_DEEP)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
+        # json keeps the last of equal keys, and other readers the first.
         keys = [key for key, _ in pairs]
         raise UserError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
     return values
@@ -87,6 +83,7 @@ def _no_number(text: str) -> Any:
     raise UserError(f"{shortened(text, 30)} is not a finite number of at most {MOST_DIGITS} digits")
 
 
+# Besides Markdown's own characters: GitHub turns @name, https:// and www. into links.
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|~$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
@@ -161,6 +158,7 @@ def html_table(
             _cell(line, "td", text, i < words)
     for note in notes:
         ElementTree.SubElement(page, "div").text = visible(note)
+    # ElementTree escapes every text and attribute, so that no label becomes a tag.
     return ElementTree.tostring(page, encoding="unicode", method="html")
 
 

@@ -25,6 +25,7 @@ Adapter = tuple[Recipe | Method, Tree]  # a recipe, and the tree of its trained 
 def flatten(tree: Tree) -> dict[str, Any]:
     """The leaves of a nested mapping or NNX state by path, `{"layer_0/query/kernel": leaf}`."""
     if isinstance(tree, nnx.State):
+        # A quantised weight is one parameter, though it is a pytree of two arrays.
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
         return {path_of(path): leaf for path, leaf in leaves}
     return {"/".join(map(str, path)): leaf for path, leaf in _flat(tree).items()}
@@ -54,6 +55,7 @@ def unflatten(flat: Mapping[str, Any], *like: Tree) -> Tree:
 def _other_keys(trees: Iterable[Tree]) -> dict[str, tuple[Any, ...]]:
     """The keys that lead to each node by its path, where they are not the names in the path."""
     keys = {path[:i] for tree in trees for path in _flat(tree) for i in range(1, len(path) + 1)}
+    # `("a", 0)` and `("a/b",)` are such keys.
     paths = (("/".join(map(str, each)), each) for each in keys)
     return {path: each for path, each in paths if each != tuple(path.split("/"))}
 
@@ -80,6 +82,7 @@ def _flat(tree: Tree) -> dict[tuple[Any, ...], Any]:
             f"expected parameters as a nested mapping, got {type(tree).__name__}; in linen pass "
             'variables["params"]'
         )
+    # flax flattens dict and FrozenDict alone, and takes other mappings for leaves.
     return traverse_util.flatten_dict(_plain(tree))
 
 
@@ -98,8 +101,8 @@ def check_params(caller: str, params: Any, call: str) -> None:
 
     Raises:
         TypeError: it is None.
-        UserError: it is no nested mapping.
-        MismatchError: it holds all variables, of which it should be one.
+        UserError: it is not a nested mapping.
+        MismatchError: it holds all collections of variables, expected the parameters alone.
 
     Example:
         >>> check_params("merge", {"params": {}}, "aj.merge(model, params, *inputs)")
@@ -141,7 +144,7 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
         `(adapters, base)`: the leaves that train, and the frozen ones.
 
     Raises:
-        UserError: `params` is no nested mapping; where it holds all variables, a MismatchError.
+        UserError: `params` is not a nested mapping; where it holds all variables, a MismatchError.
 
     Example:
         >>> from adapters_jax import Unfreeze
@@ -170,7 +173,7 @@ def merge_trees(*trees: Tree) -> Tree:
 
     Raises:
         UserError: two parts have a leaf at one path, one a leaf where the other has a subtree, or a
-            part is no nested mapping.
+            part is not a nested mapping.
 
     Example:
         >>> merge_trees({"a": {"x": 1}}, {"a": {"y": 2}})
@@ -183,6 +186,7 @@ def merge_trees(*trees: Tree) -> Tree:
         part = {_keys("/".join(map(str, path)), other): x for path, x in _flat(tree).items()}
         twice |= part.keys() & whole.keys()
         whole.update(part)
+    # unflatten_dict would let one of the two replace the other without a word.
     twice |= {path[:i] for path in whole for i in range(1, len(path)) if path[:i] in whole}
     if twice:
         paths = sorted("/".join(map(str, path)) for path in twice)
@@ -200,6 +204,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
         name = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
         names.append(str(name))
     if isinstance(key_path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        # Paths are those of linen: a Variable's value has no name there.
         names.pop()
     return "/".join(names)
 

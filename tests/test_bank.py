@@ -397,10 +397,10 @@ class TestBadInput:
         ("adapter", "error", "match"),
         [
             (aj.LoRA("**/up", rank=3), aj.MismatchError, r"\[8, 3\], and the bank has room for"),
-            (aj.LoRA("**/output", rank=2), aj.MismatchError, "the bank has no such leaf; it was"),
+            (aj.LoRA("**/output", rank=2), aj.MismatchError, "the bank has no leaf there; it was"),
             (aj.DoRA("**/up", rank=2), aj.MismatchError, r"lora/magnitude \(DoRA\)"),
             (aj.LoRA("**/up", rank=2, a_init="pissa"), aj.RecipeError, "which changes the base's"),
-            (aj.IA3("**/up"), aj.MismatchError, r"ia3/scale \(IA3\), and the bank has no such"),
+            (aj.IA3("**/up"), aj.MismatchError, r"ia3/scale \(IA3\), and the bank has no leaf"),
             (aj.Unfreeze("**/bias"), aj.MismatchError, r"\(an unfrozen parameter\)"),
         ],
     )

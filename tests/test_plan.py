@@ -18,9 +18,10 @@ from helpers.tiny import write_llama, write_model
 from test_sharding import environment
 
 import adapters_jax as aj
-from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
+from adapters_jax.distributed.plan import Plan, abstract_state, plan
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.planning import largest_batch
 from adapters_jax.finetune.shapes import count_parameters
 
 WIDTH, RANK = 64, 4

@@ -365,9 +365,11 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     lora, adapter = LoRA("**/query"), Bottleneck("**/{output,adapter}", 4)
     recipe = Recipe(lora, adapter, Unfreeze("head/**"))
     query, output = "l/query/lora", "l/output/adapter"
-    assert recipe.owner("l/query/lora/a") == ("l/query", "l/query", lora, query, "a")
-    down = "down/kernel"
-    assert recipe.owner(join(output, down)) == ("l/output", "l/output", adapter, output, down)
+    low_rank, down = recipe.owner("l/query/lora/a"), "down/kernel"
+    assert low_rank == ("l/query", "l/query", lora, "", "a") and low_rank.prefix == query
+    bottleneck = recipe.owner(join(output, down))
+    assert bottleneck == ("l/output", "l/output", adapter, "", down)
+    assert bottleneck.prefix == output
     assert recipe.owner("adapter/adapter/up/bias")[:3] == ("adapter", "adapter", adapter)
     experts = Recipe(LoRA("**/experts/{up,down}"))
     nested = experts.owner("l/experts/lora/up/a")
@@ -375,10 +377,12 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     assert experts.owner("l/experts/lora/a") is None
     turned = recipe.owner("l/query/lora/:1>0/a")
     assert turned[:2] == ("l/query", "l/query") and turned.prefix == "l/query/lora/:1>0"
+    named_like_a_factor = recipe.owner("l/query/lora/a/b")  # of a weight that is called `a`
+    assert named_like_a_factor[:2] == ("l/query/a", "l/query") and named_like_a_factor.name == "b"
     for path in (
         "l/key/lora/a",
         "l/query/lora/c",
-        "l/query/lora/a/b",
+        "l/query/lora/a/c",
         "l/query/kernel",
         "lora/a",
         "l/lora/query/kernel",
@@ -387,7 +391,7 @@ def test_the_owner_of_a_parameter_follows_from_its_path_and_leaf():
     ):
         assert recipe.owner(path) is None and not recipe.trains(path), path
     assert recipe.trains("head/kernel") and recipe.owner("head/kernel") is None
-    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "lora", "b")
+    assert Recipe(LoRA("**")).owner("lora/b") == ("", "", LoRA("**"), "", "b")
 
 
 def test_patterns_for_ranks_and_alphas_must_match_a_target():

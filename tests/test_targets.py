@@ -130,7 +130,7 @@ def test_a_part_that_matches_nothing_is_named_with_its_nearest_paths_and_reasons
     with raises(TargetError, *data) as error:
         require_match("LoRA", ("**/{query,vlaue,norm}",), LAYERS, unusable)
     assert len(str(error.value).split("\n")) == 2
-    with raises(TargetError, "'layer_0' of target", "layer_0 (nothing"):
+    with raises(TargetError, "'layer_0' of target", "layer_0 (it holds nothing"):
         require_match("LoRA", ("{layer_0,**/query}",), LAYERS, unusable)
     many = "{" + ",".join(f"n{i}" for i in range(99)) + ",**}"
     with raises(TargetError, "'n0' of", "'n11' of", "LoRA: other targets") as error:

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from adapters_jax.errors import MissingPackageError, UserError, install_command, shortened
 
 GIB = 2**30
+# v5e and v6e have a network of two dimensions, v5p and TPU7x of three.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 # Without them the compilers look for devices of this machine, and complain that it has none.
@@ -77,6 +78,8 @@ class Gpu:
     @property
     def target(self) -> str:
         """XLA's `GpuTargetConfigProto` as text."""
+        # XLA checks kernels against these limits. Those written as numbers are the same for all
+        # GPUs in the table; dnn_version_info makes it choose cuDNN's attention.
         return f"""gpu_device_info {{
             threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
             registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -138,7 +141,7 @@ def devices(name: str) -> list[jax.Device]:
         The devices; a chip of `tpu7x` is two.
 
     Raises:
-        UserError: no such device or topology, or the compiler is not of jaxlib's version.
+        UserError: the device or its topology is unknown, or the compiler's version is not jaxlib's.
         MissingPackageError: the compiler is not installed; the extras `tpu` and `cuda` have it.
 
     Example:
@@ -173,11 +176,6 @@ def memory_of(device: Any) -> int | None:
     return next((each.memory for each in known if each.kind == device.device_kind), None)
 
 
-def is_described(device: Any) -> bool:
-    """Whether a device is one of `devices`: it can be compiled for, and nothing runs on it."""
-    return "CompileOnly" in type(device.client).__name__
-
-
 def _tpus(generation: str, shape: str) -> list[jax.Device]:
     tpu = TPUS[generation]
     _check_compiler(generation, "libtpu", "tpu", _pinned())
@@ -185,6 +183,7 @@ def _tpus(generation: str, shape: str) -> list[jax.Device]:
     try:
         return _described(f"{generation}:{shape}", "tpu")
     except RuntimeError as error:
+        # XLA's errors have no classes; the code is at the beginning of the text.
         if not str(error).startswith("INVALID_ARGUMENT"):
             raise
         raise UserError(
@@ -253,6 +252,7 @@ def _installed(package: str) -> str | None:
 
 def _pinned() -> str | None:
     """The versions of libtpu that this jax goes with, such as `0.0.50.*`; None if it says none."""
+    # jax states the libtpu of its extra `tpu` exactly, as in `libtpu==0.0.50.*; extra == "tpu"`.
     stated = (each.partition(";")[0].strip() for each in requires("jax") or ())
     return next((x.partition("==")[2] for x in stated if x.startswith("libtpu==")), None)
 

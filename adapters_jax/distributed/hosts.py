@@ -45,6 +45,8 @@ def join_hosts(
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _number(PROCESSES) if processes is None else processes
     process = _number(PROCESS) if process is None else process
+    # jax waits 100 seconds for a process that does not answer; a job on preemptible machines should
+    # start again sooner.
     initialize = functools.partial(
         jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat_seconds
     )
@@ -61,6 +63,8 @@ def join_hosts(
         try:
             initialize()
         except ValueError as error:
+            # There is no separate class for a missing cluster, and other ValueErrors are
+            # mistakes.
             if "coordinator_address" not in str(error):  # jax's message where it finds no cluster
                 raise
             return False

@@ -14,7 +14,7 @@ from adapters_jax.errors import UserError, shown
 from adapters_jax.trees import Tree
 from adapters_jax.weights.meshes import BATCH
 
-AXES = ("data", "fsdp", "model")  # of `--mesh`; rules of one's own may name others
+AXES = ("data", "fsdp", "model")  # of `--mesh`; your own rules may name others
 
 
 class ShardingError(UserError):
@@ -58,12 +58,14 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
             f"mesh {text!r} does not multiply to the {len(devices)} devices that there are; "
             f"write data={len(devices)}, or factors of {len(devices)}"
         )
+    # Auto axes leave the choice to GSPMD. With explicit ones, which jax may make by default, every
+    # operation of a model would have to fit the shardings of its inputs.
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
 def check_mesh(caller: str, mesh: Any) -> None:
-    """Raises ShardingError where an argument is no mesh."""
+    """Raises ShardingError where an argument is not a mesh."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         text = mesh if isinstance(mesh, str) and "=" in mesh else "data=-1"
         raise ShardingError(
@@ -93,13 +95,13 @@ def check_axes(names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in AXES]
     if unknown:
         raise ShardingError(
-            f"--mesh: {', '.join(map(repr, unknown))} is no axis of it; the axes are "
+            f"--mesh: {', '.join(map(repr, unknown))} is not an axis of it; the axes are "
             f"{', '.join(AXES)}"
         )
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:
-    """The number of parts into which a mesh with axes of these sizes splits a batch."""
+    """The number of parts that a mesh with axes of these sizes splits a batch into."""
     return math.prod(sizes.get(name, 1) for name in BATCH)
 
 
@@ -115,9 +117,12 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    # device_put takes no array of one process to devices of another.
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # jax.make_array_from_callback takes numbers alone, and a key is words with a type around
+        # them.
         words = place(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     own = np.asarray(x)
@@ -142,6 +147,7 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
         slice(0, 8, None)
     """
     where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
+    # One range is enough: jax.make_mesh puts the devices of a process side by side.
     taken = [index[0].indices(rows) for index in where.values() if index is not None]
     return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
 
@@ -159,8 +165,8 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
         The batch on the mesh, `(rows, ...)`.
 
     Raises:
-        ShardingError: the mesh's parts do not divide the rows, or the batch has not the rows that
-            this process needs; or `mesh` is no mesh.
+        ShardingError: the mesh's parts do not divide the rows, or the batch lacks the rows that
+            this process needs; or `mesh` is not a mesh.
 
     Example:
         >>> batch = shard_batch(np.ones((8, 3)), make_mesh("data=-1"))
@@ -195,4 +201,6 @@ def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
             f"a batch of {rows} rows does not split into {parts} parts "
             f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); choose a multiple of {parts}"
         )
+    # Axes of size 1 are left out: they would split nothing, and make equal shardings compare
+    # unequal.
     return NamedSharding(mesh, P(names) if names else P())

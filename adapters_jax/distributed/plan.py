@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,20 +126,15 @@ def abstract_state(
         >>> abstract_state(model, tx=optax.sgd(0.1)).adapters["lora"]["a"].shape
         (8, 2)
     """
-    key = jax.random.key(0)
-    if isinstance(model, nnx.Module):
-        graphdef, state = nnx.split(model)
+    # An NNX model holds its arrays; split, they go through `eval_shape` as linen's parameters do.
+    graphdef, held = nnx.split(model) if isinstance(model, nnx.Module) else (None, None)
 
-        def create(state: Any) -> TrainState:
-            model = nnx.merge(graphdef, state)
-            return TrainState.create(model, params, collections=collections, tx=tx, key=key)
+    def create(held: Any, params: Tree, collections: Any) -> TrainState:
+        whole = model if graphdef is None else nnx.merge(graphdef, held)
+        key = jax.random.key(0)
+        return TrainState.create(whole, params, collections=collections, tx=tx, key=key)
 
-        return jax.eval_shape(create, state)
-
-    def of_linen(params: Tree, collections: Any) -> TrainState:
-        return TrainState.create(model, params, collections=collections, tx=tx, key=key)
-
-    return jax.eval_shape(of_linen, params, collections)
+    return jax.eval_shape(create, held, params, collections)
 
 
 def plan(
@@ -189,6 +184,7 @@ def plan(
     step = make_train_step(loss_fn, accumulate=accumulate)
     # A device holds the frozen parameters even where the step does not use them.
     whole = jax.jit(step.jitted.__wrapped__, donate_argnums=0, keep_unused=True)  # type: ignore[attr-defined]
+    # As `step` calls it: the base is not donated.
     split = dataclasses.replace(state, base=None)
     found = compile_program(whole.lower(split, state.base, batch))
     program = found if isinstance(found, Program) else None
@@ -200,6 +196,8 @@ def plan(
     }
     inputs = program.arguments - sum(held.values()) if program else 0
     working = max(0, found.total - inputs - sum(held.values()))
+    # The compiler does not say what is a gradient; they are as large as the adapters, and all of
+    # them are there at the end of the backward pass.
     gradients = min(held["adapters"], working)
     once = _forward(state, loss_fn, batch, accumulate) if program else 0
     temporaries = min(once, working - gradients)
@@ -222,43 +220,8 @@ def _forward(state: TrainState, loss_fn: LossFn, batch: Tree, accumulate: int) -
     forward = make_eval_step(lambda subject, batch: loss_fn(subject, batch, jax.random.key(0)))
     part = jax.tree.map(lambda x: _part(x, accumulate), batch)
     alone = compile_program(forward.jitted.lower(state, part))  # type: ignore[attr-defined]
+    # Arguments are counted with the step.
     return max(0, alone.total - alone.arguments) if isinstance(alone, Program) else 0
-
-
-def largest_batch(
-    planned: Callable[[int], Plan], memory: float, unit: int = 1, most: int = 2**20
-) -> Plan | None:
-    """Finds the largest batch that fits a device.
-
-    A step's memory grows almost linearly with its rows. The line through a batch that fits and one
-    that does not gives the next batch to plan, until the two are neighbours.
-
-    Args:
-        planned: gives the plan for a number of rows.
-        memory: of a device, in bytes.
-        unit: the rows are a multiple of it: the number of parts into which a batch is split.
-        most: the largest number of rows to plan.
-
-    Returns:
-        The plan of the largest batch; None where not even `unit` rows fit.
-    """
-    fits, above = planned(unit), None
-    if fits.total > memory:
-        return None
-    tried = planned(2 * unit)
-    slope = (tried.total - fits.total) / unit
-    while True:
-        fits, above = (tried, above) if tried.total <= memory else (fits, tried)
-        end = most + unit if above is None else above.batch
-        if above is not None:
-            slope = (above.total - fits.total) / (above.batch - fits.batch)
-        rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
-        low, high = fits.batch + unit, end - unit
-        if above is None:
-            high = min(high, 16 * fits.batch)  # the line of small batches misleads
-        if low > high:
-            return fits
-        tried = planned(int(min(max(rows, low), high)) // unit * unit)
 
 
 def _shape(x: Any) -> Any:

@@ -12,6 +12,9 @@ import jax
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
 BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
 BITS |= {"f8e4m3fn": 8, "f8e5m2": 8}
+# A line of HLO, as the patterns below read it:
+#   %all-reduce.3 = f32[8,768]{1,0} all-reduce(%dot.2), channel_id=4, to_apply=%add
+# Ends of asynchronous pairs, `...-done`, are left out, since their start has been counted.
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(rf"\b({'|'.join(BITS)})\[([\d,]*)\]")
@@ -20,13 +23,17 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXHAUSTED = re.compile(
     r"RESOURCE_EXHAUSTED.*required.*?\(([\d.]+[KMGT])\).*available.*?\(([\d.]+[KMGT])\)", re.S
 )
+# ENTRY %main.12 (p0: f32[8]) -> f32[8] {
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)|_computations=\{(.*?)\}")
 _INSIDE = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(?:, |$)")
+# These only name memory, or run computations whose own operations are counted.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional"}
 _AHEAD = {"copy-start", "copy-done", "slice-start", "slice-done"}
 _JOINED = 'custom_call_target="ConcatBitcast"'  # slices that were copied ahead
+# %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body,
+#   backend_config={"known_trip_count":{"n":"12"}}
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 _LIMIT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
@@ -92,6 +99,7 @@ class Program:
         summed = arguments + outputs - aliased + temporaries + code
         return cls(
             *parts,
+            # The field is new in JAX 0.12.
             getattr(memory, "total_allocation_bytes", 0) or summed,
             costs.get("flops"),
             costs.get("bytes accessed"),
@@ -167,12 +175,13 @@ class Hlo:
         if stated := _TRIPS.search(line):
             return int(stated[1])
         body = self.lines.get(condition, [])
+        # A scan counts from 0 and goes on while its counter is below a constant.
         limits = {found[1]: int(found[2]) for x in body if (found := _LIMIT.search(x))}
         tests = [found[1] for x in body if (found := _TEST.search(x))]
         return limits.get(tests[0], 1) if tests else 1
 
     def times(self) -> dict[str, int]:
-        """How often each computation runs, along the first way on which it is reached."""
+        """How often each computation runs, by the first way that reaches it."""
         found, left = {self.entry: 1}, [self.entry]
         while left:
             name = left.pop()
@@ -192,6 +201,7 @@ class Hlo:
             >>> Hlo(text + "  ROOT %b = bf16[2,3] convert(%a)\\n}").moved()
             36
         """
+        # A fusion's operations pass values in registers, so only the fusion itself moves bytes.
         inside = {
             name for lines in self.lines.values() for x in lines for name in _INSIDE.findall(x)
         }
@@ -229,6 +239,7 @@ class Hlo:
                     continue
                 channel = _CHANNEL.search(line)
                 key = (match[2], channel[1]) if channel else object()
+                # Else an exchange in four parts would count four times.
                 if key not in seen:
                     seen.add(key)
                     size = _bytes(match[1], match[2], bool(match[3])) * times.get(name, 1)

@@ -58,7 +58,7 @@ def layout(
     Raises:
         ShardingError: an axis is not of the mesh, or its size does not divide a dimension.
         TargetError: a rule matches no parameter.
-        UserError: `params` is no tree of parameters.
+        UserError: `params` is not a tree of parameters.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -79,23 +79,20 @@ def _layout(
 ) -> dict[str, NamedSharding]:
     rules = dict(rules or {})
     require_match("sharding rules", tuple(rules), leaves)
-    owners = recipe.owners(leaves) if recipe else {}
-    base = {
-        path: _stated(path, leaf, annotation, mesh, rules) or _automatic(leaf.shape, mesh, small)
-        for path, (leaf, annotation) in leaves.items()
+    recipe = recipe or Recipe()
+    owners = recipe.owners(leaves)
+    shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
+    attached = {each.prefix: each for each in in_tree(recipe, shapes)}
+    stated = {path: _stated(path, *each, mesh, rules) for path, each in leaves.items()}
+    specs = {
+        path: stated[path] or _automatic(shape, mesh, small)
+        for path, shape in shapes.items()
         if path not in owners
     }
-    shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
-    attached = {each.prefix: each for each in in_tree(recipe, shapes)} if recipe else {}
-    specs = {}
-    for path, (leaf, annotation) in leaves.items():
-        owner = owners.get(path)
-        if owner is None:
-            specs[path] = base[path]
-        else:
-            stated = _stated(path, leaf, annotation, mesh, rules)
-            specs[path] = stated or _inherited(path, owner, leaves, base, attached, small)
-    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+    for path, owner in owners.items():
+        inherited = _inherited(owner, shapes[path], specs, attached, small)
+        specs[path] = stated[path] or inherited
+    return {path: NamedSharding(mesh, specs[path]) for path in leaves}
 
 
 def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
@@ -157,6 +154,7 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
     spec: list[str | None] = [None] * len(shape)
     if math.prod(shape) < small:
         return P()
+    # `model` first: it splits products, so it should get the largest axis; `fsdp` only stores.
     for name in (name for name in reversed(WEIGHTS) if mesh.shape.get(name, 1) > 1):
         free = [
             i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape[name] == 0
@@ -167,18 +165,18 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
 
 
 def _inherited(
-    path: str,
     owner: Owner,
-    leaves: Mapping[str, tuple[Any, Any]],
+    factor: Sequence[int],
     base: Mapping[str, P],
     attached: Mapping[str, Placement],
     small: int,
 ) -> P:
-    """The spec of an adapter's leaf: axes of the weight are split like the weight's.
+    """The spec of an adapter's leaf of a shape: axes of the weight are split like the weight's.
 
-    A leaf without such axes is whole on every device.
+    A leaf that shares no axis with the weight is whole on every device.
     """
-    each, factor = attached.get(owner.prefix), leaves[path][0].shape
+    # Only axes that are the weight's are split: a rank is too small to gain from it.
+    each = attached.get(owner.prefix)
     if each is None or each.axes is None or math.prod(factor) < small:
         return P()
     axes = each.method.weight_axes(each.axes, each.path).get(owner.name)
@@ -207,9 +205,9 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         The same on the mesh; for an NNX model a new model.
 
     Raises:
-        ShardingError: as for `layout`, or `mesh` is no mesh.
+        ShardingError: as for `layout`, or `mesh` is not a mesh.
         TargetError: a rule matches no parameter.
-        UserError: `subject` is none of these.
+        UserError: `subject` is something else.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -226,13 +224,15 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
         adapted = any(isinstance(x, AdapterParam) for x in _variables(params))
         recipe = recipe_of(subject) if adapted else None
         where = layout(params, mesh, rules, recipe, **options)
+        # Copied, so that the Variables of the given model keep their arrays.
         return nnx.merge(graphdef, _put(params, where), _everywhere(other, mesh), copy=True)
     return _put(subject, layout(subject, mesh, rules, **options))
 
 
 def laid_out(params: Tree, mesh: Mesh | None, rules: Rules | None = None) -> Tree:
-    """Parameters as shapes, dtypes and shardings, into which a checkpoint can be read."""
+    """Parameters as shapes, dtypes and shardings, for a checkpoint to be read into."""
     where = {} if mesh is None else layout(params, mesh, rules)
+    # Checkpoints know neither boxes nor Variables.
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else nn.meta.unbox(params)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
@@ -260,6 +260,7 @@ def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
 
     def fitting(x: Any) -> NamedSharding:
         parts = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        # A scale may stand for a whole axis, which then has the size 1.
         fits = [size % n == 0 for size, n in zip(x.shape, parts, strict=False)]
         kept = [axis if fit else None for axis, fit in zip(sharding.spec, fits, strict=True)]
         return NamedSharding(mesh, P(*kept))
@@ -281,18 +282,19 @@ def _shard_state(
     def of_optimizer(key_path: Any, leaf: Any) -> Any:
         """Lays a leaf out like the parameter whose path ends its own, if the shapes are equal."""
         names = path_of(key_path).split("/")
+        # optax wraps trees of the parameters' structure in its own tuples:
+        # `0/mu/layer_0/query/lora/a`. Sizes are compared, since factored optimisers keep rows and
+        # columns under the same paths.
         ends = ("/".join(names[i:]) for i in range(len(names)))
         own = next((end for end in ends if shapes.get(end) == leaf.shape), None)
         return place(leaf, where[own] if own else NamedSharding(mesh, P()))
 
+    small_parts = ("step", "key", "other", "loss_scale")
     laid = replace(
         state,
         adapters=_put(state.adapters, where),
         base=_put(state.base, where),
         opt_state=jax.tree_util.tree_map_with_path(of_optimizer, state.opt_state),
-        step=_everywhere(state.step, mesh),
-        key=_everywhere(state.key, mesh),
-        other=_everywhere(state.other, mesh),
-        loss_scale=_everywhere(state.loss_scale, mesh),
+        **{name: _everywhere(getattr(state, name), mesh) for name in small_parts},
     )
     return replace(laid, layout=tuple(x.sharding for x in jax.tree.leaves(laid.checkpointed)))

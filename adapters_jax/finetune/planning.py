@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.mesh import batch_parts
-from adapters_jax.distributed.plan import Plan, abstract_state, largest_batch, plan
+from adapters_jax.distributed.plan import Plan, abstract_state, plan
 from adapters_jax.distributed.program import Program
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
@@ -131,6 +131,43 @@ class Job:
         (two,) = more_layers
         more = find_shape(self.model)[1].num_layers - 1
         return {name: _along(one.get(name), two.get(name), more) for name in stated}
+
+
+def largest_batch(
+    planned: Callable[[int], Plan], memory: float, unit: int = 1, most: int = 2**20
+) -> Plan | None:
+    """Finds the largest batch that fits a device.
+
+    A step's memory grows almost linearly with its rows. The line through a batch that fits and one
+    that does not gives the next batch to plan, until the two are neighbours.
+
+    Args:
+        planned: gives the plan for a number of rows.
+        memory: of a device, in bytes.
+        unit: the rows are a multiple of it: the number of parts that a batch is split into.
+        most: the largest number of rows to plan.
+
+    Returns:
+        The plan of the largest batch; None where not even `unit` rows fit.
+    """
+    fits, above = planned(unit), None
+    if fits.total > memory:
+        return None
+    tried = planned(2 * unit)
+    slope = (tried.total - fits.total) / unit
+    while True:
+        fits, above = (tried, above) if tried.total <= memory else (fits, tried)
+        end = most + unit if above is None else above.batch
+        if above is not None:
+            slope = (above.total - fits.total) / (above.batch - fits.batch)
+        # A slope of 0 would divide by it: small batches may be padded to one size.
+        rows = fits.batch + (memory - fits.total) / max(slope, 1e-9)
+        low, high = fits.batch + unit, end - unit
+        if above is None:
+            high = min(high, 16 * fits.batch)  # the line of small batches misleads
+        if low > high:
+            return fits
+        tried = planned(int(min(max(rows, low), high)) // unit * unit)
 
 
 def _stated(program: Program) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
 
 def key_at(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """The key of a path, the same whatever else a recipe adds."""
+    # CRC-32 and not `hash`, which differs from process to process.
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -32,11 +33,25 @@ def checked_key(caller: str, key: Any) -> Any:
     key = key[...] if isinstance(key, nnx.RngKey) else key
     dtype = key.dtype if isinstance(key, jax.Array | np.ndarray | jax.ShapeDtypeStruct) else None
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    # jax.random.PRNGKey gives raw words, which jax still takes everywhere.
     old = dtype == np.uint32 and key.ndim == 1
     if not old and not (typed and key.ndim == 0):
         got = f"{dtype}{list(key.shape)}" if dtype is not None else shown(key)
         raise UserError(f"{caller}: key={got}, expected a random key; write jax.random.key(0)")
     return key
+
+
+def nearest_factors(
+    matrix: Float[Array, "*layers in out"], rank: int, scale: float = 1.0
+) -> tuple[Float[Array, "*layers in rank"], Float[Array, "*layers rank out"], Array]:
+    """A and B whose product, times a scale, is nearest to a matrix; and its singular values.
+
+    The decomposition U S V^T gives A = U_r sqrt(S_r / scale), B = sqrt(S_r / scale) V_r^T.
+    """
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    # Each factor gets half of S, so that gradients of both are of one size.
+    root = jnp.sqrt(s[..., :rank] / scale)
+    return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], s
 
 
 def normal(std: float) -> Initializer:
@@ -66,6 +81,7 @@ def ones(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array, "... d"]:
     """x + bias along the last axis, without implicit rank promotion."""
+    # Tests run with jax_numpy_rank_promotion="raise", and so may users.
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
@@ -73,6 +89,7 @@ def layer_norm(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "... d"]:
     """Layer normalisation with PyTorch's epsilon, 1e-5, and statistics in float32."""
+    # A bfloat16 mean of squares has an error of about 1/256, which the division would keep.
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)

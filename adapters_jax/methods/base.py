@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.methods.settings import check_fields
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.heads import Inline
@@ -32,7 +33,7 @@ class AttachmentPoint:
     Attributes:
         path: path of the module, or of a leaf where several of the module's are adapted.
         width: size of the last axis of the output that the method acts on, d; 0 where the module
-            returns no array of floats, or several of which none is plainly meant.
+            returns no array of floats, or several, and it is not plain which one is meant.
         weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
         axes: the roles of that weight's axes; None for a module without one.
         own: the shapes of all of the module's own leaves by name, with layer axes.
@@ -54,6 +55,8 @@ class AttachmentPoint:
     width: int = 0
     weight: str = ""
     axes: Axes | None = None
+    # A mapping of shapes cannot be hashed, so points are made anew and never static arguments of
+    # jit.
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
     attention: Attention | None = None
@@ -105,7 +108,7 @@ class Count:
 
 
 def nothing(name: str) -> None:
-    """A `Frozen` for a module without parameters of its own."""
+    """A `Frozen` for a module that holds no parameters itself."""
 
 
 @dataclass(frozen=True)
@@ -200,18 +203,22 @@ class Method:
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
+        # In `__new__`, since the `__init__` that dataclasses write would raise before anything of
+        # ours ran, without knowing the names of other libraries.
         if not settings.keys() <= cls.__dataclass_fields__.keys():  # dataclasses report the rest
             other_names().check_settings(cls.__name__, cls.__dataclass_fields__, settings)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
+        check_fields(self)
 
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
         if isinstance(other, Method):
             names = f"{type(self).__name__}(...), {type(other).__name__}(...)"
             raise TypeError(f"two methods are added; write aj.Recipe({names})")
+        # Python then asks the other side, so that `method + recipe` reaches `Recipe.__radd__`.
         return NotImplemented
 
     @property
@@ -354,20 +361,20 @@ class Method:
         )
 
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Leaves of the shapes of the given ones, with which the method leaves the base as it is.
+        """Leaves of the same shapes that make the method leave the base as it is.
 
         They may have layer axes. Where `from_weight` is "reads", `start` is called on them.
 
         Raises:
-            RecipeError: there are no such leaves, so that a bank cannot hold the method.
+            RecipeError: no leaves do that, so that a bank cannot hold the method.
         """
         raise RecipeError(
-            f"Bank: {type(self).__name__} defines no `neutral`, with which rows without an adapter "
-            "would be the base's; leave it out of the bank's recipe"
+            f"Bank: {type(self).__name__} defines no `neutral`, which rows without an adapter need "
+            "to compute what the base does; leave it out of the bank's recipe"
         )
 
     def size(self, leaves: Leaves) -> int | None:
-        """The size of an axis of leaves in which the adapters of a bank may differ, as a rank."""
+        """The size that may differ between the adapters of a bank, such as a rank; else None."""
         return None
 
     def fitted(self, leaves: Leaves, path: str, whole: "Method") -> dict[str, Array]:
@@ -379,7 +386,7 @@ class Method:
             whole: a method of the same class, equal in all fields but targets and `size_fields`.
 
         Raises:
-            RecipeError: there are no such leaves.
+            RecipeError: no leaves compute that.
         """
         return dict(leaves)
 
@@ -387,7 +394,7 @@ class Method:
         """A and B in float32, whose product is the change of the weight at a path.
 
         Raises:
-            RecipeError: the change is not such a product.
+            RecipeError: the change is not a product of two factors.
         """
         raise RecipeError(
             f"combine: {type(self).__name__} at {path!r} changes no weight by a product A B; "
@@ -411,6 +418,8 @@ def zeros_like(leaves: Leaves) -> dict[str, Array]:
 
 def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
     """The number of layer axes in front of a method's leaves that its own shapes lack."""
+    # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
+    # leaves are those of one layer.
     name, leaf = next(iter(method.leaves(point).items()))
     return len(leaves[name].shape) - len(leaf.shape)
 
@@ -423,6 +432,7 @@ def merged_stacked(
     def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
         return method.merged(leaves, point, own)
 
+    # A vmap, so that methods are written for one layer, and products stay per layer.
     return over_layers(merged, layer_axes(method, leaves, point))(dict(leaves), dict(own))
 
 
@@ -431,6 +441,7 @@ def started(
 ) -> tuple[dict[str, Array], Any]:
     """`Method.start`, also for a quantised weight; raises RecipeError if that would change."""
     packed = is_quantized(weight)
+    # In four bits the difference W - A B would round most of A B away.
     if packed and method.from_weight == "changes":
         raise RecipeError(
             f"{type(method).__name__} subtracts its initial factors from the weight at "
@@ -446,6 +457,7 @@ def missing_members(cls: type[Method]) -> list[str]:
     lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
         run = {"attention": "attend", "leaf": "changes"}.get(cls.acts_on, "forward")
+        # An inherited stub counts as missing: it would add nothing to a model, in silence.
         members = ("leaf_names", "fits", "leaves", "count", run)
         lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
         abstract = "__isabstractmethod__"  # of a base class between, such as `Prompt`

@@ -14,14 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import (
-    RecipeError,
-    UserError,
-    check_choice,
-    check_flag,
-    check_number,
-    check_size,
-)
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import (
     AttachmentPoint,
@@ -33,8 +26,10 @@ from adapters_jax.methods.base import (
     nothing,
     zeros_like,
 )
+from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
+# By name, since a recipe is JSON; the names are those of jax.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
@@ -47,6 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "softplus": jax.nn.softplus,
     "identity": lambda x: x,
 }
+_PLACEMENTS = ("sequential", "parallel", "norm")
 _NORMS = ("norm_before", "norm_after")
 
 
@@ -111,15 +107,15 @@ class Bottleneck(Method):
     )
 
     targets: str | tuple[str, ...]
-    bottleneck_dim: int | None = None
-    reduction_factor: float | None = None
-    placement: Literal["sequential", "parallel", "norm"] = "sequential"
-    scale: float = 1.0
-    activation: str = "gelu"
-    dropout: float = 0.0
-    init_std: float = 1e-2
-    norm_before: bool = False
-    norm_after: bool = False
+    bottleneck_dim: int | None = size(None)
+    reduction_factor: float | None = number(None)
+    placement: Literal["sequential", "parallel", "norm"] = choice("sequential", _PLACEMENTS)
+    scale: float = number(1.0, low=-math.inf)
+    activation: str = choice("gelu", ACTIVATIONS)
+    dropout: float = number(0.0, high=1.0, closed=True)
+    init_std: float = number(1e-2, closed=True)
+    norm_before: bool = flag(False)
+    norm_after: bool = flag(False)
     output: str | int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -129,18 +125,6 @@ class Bottleneck(Method):
                 f"Bottleneck: bottleneck_dim={self.bottleneck_dim} and reduction_factor="
                 f"{self.reduction_factor}, expected exactly one of them, such as bottleneck_dim=64"
             )
-        if self.bottleneck_dim is not None:
-            check_size("Bottleneck", "bottleneck_dim", self.bottleneck_dim)
-        else:
-            check_number("Bottleneck", "reduction_factor", self.reduction_factor)
-        check_number("Bottleneck", "init_std", self.init_std, closed=True)
-        check_number("Bottleneck", "dropout", self.dropout, high=1.0, closed=True)
-        check_number("Bottleneck", "scale", self.scale, low=float("-inf"))
-        placements = ("sequential", "parallel", "norm")
-        check_choice("Bottleneck", "placement", self.placement, placements)
-        check_choice("Bottleneck", "activation", self.activation, ACTIVATIONS)
-        for name in _NORMS:
-            check_flag("Bottleneck", name, getattr(self, name))
         object.__setattr__(self, "output", outputs.as_path("Bottleneck", self.output))
 
     @property
@@ -155,7 +139,7 @@ class Bottleneck(Method):
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module returns an array of floats, or several of which one is meant.
+        """Whether the module returns one array of floats that is plainly meant.
 
         `placement="norm"` runs the module twice, and needs one that is not a linear layer.
         """
@@ -169,11 +153,14 @@ class Bottleneck(Method):
 
     def width(self, d: int) -> int:
         """The bottleneck's width m on an output of width d."""
+        # `__post_init__` has seen that one of both is given; `or 1` is for the type checker.
         return self.bottleneck_dim or max(1, int(d // (self.reduction_factor or 1)))
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
         d, m = point.width, self.width(point.width)
+        # Houlsby's code draws with TensorFlow's truncated_normal, whose deviation after truncation
+        # is below init_std as well; it is not corrected.
         kernel = arrays.truncated_normal(self.init_std)
         leaves = {
             "down/kernel": Leaf((d, m), kernel),
@@ -232,6 +219,8 @@ class Bottleneck(Method):
                 f"{self.placement} Bottleneck at {point.path!r}: input {shape} and output "
                 f"{y.shape} differ; target a module that keeps the shape"
             )
+        # A residual stream may be float32 beside a module that computes in bfloat16; the branch
+        # computes in the module's dtype.
         source = x if self.placement == "parallel" else y
         branch = self._branch(leaves, source.astype(y.dtype), point.precision, key)
         if self.placement != "norm":
@@ -240,6 +229,7 @@ class Bottleneck(Method):
             raise RecipeError(
                 "Bottleneck: placement='norm' runs the adapted norm again; attach it with aj.adapt"
             )
+        # Running the norm again needs no knowledge of its kind, epsilon or parameters.
         return point.again(x + branch.astype(x.dtype))
 
     def size(self, leaves: Leaves) -> int:
@@ -270,6 +260,8 @@ class Bottleneck(Method):
         self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
     ) -> Float[Array, "... d"]:
         """scale * up(f(down(x))), with the adapter's norms before and after it."""
+        # Cast here and not when they are stored: training keeps float32, products run in the dtype
+        # of the model.
         own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
         if self.norm_before:
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
@@ -279,6 +271,7 @@ class Bottleneck(Method):
         y = arrays.add_last(
             jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"]
         )
+        # An array of y's dtype, since a NumPy float64 as the scale would promote y.
         y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
         if self.norm_after:
             y = arrays.layer_norm(y, own["norm_after/scale"], own["norm_after/bias"])

@@ -55,6 +55,7 @@ class DoRA(LoRA):
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors, and the magnitude of the weight's output axes."""
         axes, shape = axes_of(point), point.weight_shape
+        # Each layer and each expert has a magnitude for each of its outputs.
         own = tuple(shape[i] for i in (*axes.shared, *axes.outputs))
         return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
 
@@ -95,7 +96,11 @@ class DoRA(LoRA):
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change, then the ratio of the magnitude to the norm."""
         axes, (change,) = axes_of(point), super().changes(leaves, point, weight, key)[point.weight]
+        # Section 4.3: the norm is a constant for the gradient, which saves a backward pass through
+        # a formed weight. The weight itself is frozen.
         fixed = jax.tree.map(jax.lax.stop_gradient, (change,))
+        # In float32, since a bfloat16 sum of squares over thousands of inputs stops growing when a
+        # term is below 1/256 of it.
         norm = axes.norm(Changed.of(weight().astype(jnp.float32), fixed).formed())
         ratio = leaves["magnitude"].astype(jnp.float32) / norm
         return {point.weight: (change, Scale(Factor(ratio, (*axes.shared, *axes.outputs))))}

@@ -16,7 +16,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
-from adapters_jax.targets import as_patterns, selects
+from adapters_jax.targets import selects
 from adapters_jax.weights.axes import Axes, last_axes
 from adapters_jax.weights.changes import Change, Scale
 from adapters_jax.weights.factors import Factor
@@ -51,12 +51,6 @@ class IA3(LeafMethod):
     leaf_names: ClassVar[tuple[str, ...]] = ("scale",)  # type: ignore[misc]
 
     feed_forward: Any = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.feed_forward != ():
-            patterns = as_patterns(self.feed_forward, "IA3 feed_forward")
-            object.__setattr__(self, "feed_forward", patterns)
 
     def scales_input(self, path: str) -> bool:
         """Whether a target's input is scaled, not its output."""
@@ -109,6 +103,7 @@ class IA3(LeafMethod):
     ) -> Count:
         """The closed form d: the size of the scaled axes, which the base weight must have too."""
         shape = shapes["scale"]
+        # The leaves do not say how many of their axes are layers, so the most that fit are taken.
         for n in reversed(range(len(shape))):
             layers, own, rest = shape[:n], shape[n:], weight[n:]
             ends = range(len(own), len(rest) + 1)
@@ -153,7 +148,9 @@ class IA3(LeafMethod):
         Raises:
             RecipeError: some l are zero or too near to it, so that what they scaled is lost.
         """
+        # In float32: XLA takes subnormal numbers for 0, whose reciprocal is not finite.
         reciprocal = 1 / leaves["scale"].astype(jnp.float32)
+        # A number for the message; `unmerge` is not meant to be traced.
         lost = int((~jnp.isfinite(reciprocal)).sum())
         if lost:
             raise RecipeError(

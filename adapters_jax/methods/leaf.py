@@ -18,8 +18,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class LeafMethod(Method):
     """A method that changes a weight: `W' = scale * (W + A B)` in all that reads W.
 
-    Its targets are modules, of which it changes the weights that meet an input (float leaves with
-    two or more axes), or leaves by their own path. Its arrays have the layer axes of the weight.
+    Its targets are modules, whose weights it changes if they meet an input (float leaves with two
+    or more axes), or leaves by their own path. Its arrays have the layer axes of the weight.
     Merging is the same change once and for all, so that the merged model computes what the adapted
     one computes.
 
@@ -93,10 +93,12 @@ class LeafMethod(Method):
         self, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
         """The changed leaves: sums and products in float32, cast once to the leaf's dtype."""
+        # Without a key, and so without dropout: what is merged is what evaluation computes.
         changes = self.changes(leaves, point, lambda: own[point.weight])
         return {
             name: Changed.of(own[name], change).formed()
             for name, change in changes.items()
+            # A method may also name leaves, such as biases, that this module does not have.
             if name in own
         }
 

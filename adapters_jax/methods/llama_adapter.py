@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.errors import check_choice, check_number, check_size
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.settings import choice, number, size
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
 
@@ -68,26 +68,19 @@ class LlamaAdapter(Prompt):
     paper: ClassVar[str] = "2303.16199"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]
     size_fields: ClassVar[tuple[str, ...]] = ("prompt_length", "init_std")
-    unmergeable: ClassVar[str] = "its prompt has a softmax of its own"
+    unmergeable: ClassVar[str] = "its prompt has a separate softmax"
 
     targets: str | tuple[str, ...]
-    prompt_length: int = 10
-    gate: Literal["head", "layer"] = "head"
-    gate_activation: str = "tanh"
-    init_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("LlamaAdapter", "prompt_length", self.prompt_length)
-        check_choice("LlamaAdapter", "gate", self.gate, ("head", "layer"))
-        check_choice("LlamaAdapter", "gate_activation", self.gate_activation, ACTIVATIONS)
-        check_number("LlamaAdapter", "init_std", self.init_std)
+    prompt_length: int = size(10)
+    gate: Literal["head", "layer"] = choice("head", ("head", "layer"))
+    gate_activation: str = choice("tanh", ACTIVATIONS)
+    init_std: float = number(1.0)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The prompt (K, d), and the gates, (heads,) or (1,).
 
         Raises:
-            RecipeError: the number of query heads is no multiple of the number of key heads.
+            RecipeError: the number of query heads is not a multiple of the number of key heads.
         """
         sizes = grouped(point, "LlamaAdapter")
         return {

@@ -14,24 +14,17 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import (
-    LARGEST,
-    RecipeError,
-    UserError,
-    check_choice,
-    check_flag,
-    check_number,
-    check_size,
-    shown,
-)
+from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
-from adapters_jax.targets import as_patterns, matches
+from adapters_jax.methods.settings import choice, flag, number, size
+from adapters_jax.targets import matches
 from adapters_jax.weights.axes import Axes, from_factors
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import Factor
 
+# A fan-in counts all input axes: of a convolution its window times its channels.
 # Initialisers of A, given the fan-in and the rank; the paper's is Gaussian, without a deviation.
 INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
@@ -62,8 +55,8 @@ class LoRA(LeafMethod):
 
     A has the weight's input axes and the rank, B the rank and the weight's output axes: (in, r) and
     (r, out) for a dense layer, (window, in, r) and (r, out) for a convolution, (vocabulary, r) and
-    (r, d) for an embedding. Both have the axes of stacked layers and experts, each of which has a
-    pair of its own: (experts, in, r) and (experts, r, out). B starts at zero and A random; for an
+    (r, d) for an embedding. Both have the axes of stacked layers and experts, since each of these
+    has its own pair: (experts, in, r) and (experts, r, out). B starts at zero and A random; for an
     embedding A starts at zero and B from N(0, 1). The scale is alpha / r. Leaves are float32 and
     are cast to the dtype of the weight's input.
 
@@ -75,7 +68,7 @@ class LoRA(LeafMethod):
         rank: r.
         alpha: None means r, for a scale of 1 (the paper sets alpha to the first r tried).
         dropout: probability of zeroing an entry of the product's input while training; a lookup,
-            and a sum that is formed, have no such input, and so no dropout.
+            and a sum that is formed, have no input to zero, and so no dropout.
         a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
             1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
             "gaussian"); "pissa" sets A and B to the weight's r principal components and
@@ -107,33 +100,22 @@ class LoRA(LeafMethod):
     )
 
     targets: str | tuple[str, ...]
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    a_init: str = "gaussian"
-    rank_stabilized: bool = False
+    rank: int = size(8)
+    alpha: float | None = number(None)
+    dropout: float = number(0.0, high=1.0, closed=True)
+    a_init: str = choice("gaussian", INITS)
+    rank_stabilized: bool = flag(False)
     rank_pattern: Any = ()
     alpha_pattern: Any = ()
     slices: Any = ()
 
     def __post_init__(self) -> None:
-        owner = type(self).__name__
         super().__post_init__()
-        for field in self.pattern_fields:
-            object.__setattr__(self, field, pairs(field, getattr(self, field)))
-        for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            check_size(owner, "rank", rank)
-        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
-            if alpha is not None:
-                check_number(owner, "alpha", alpha)
-        check_number(owner, "dropout", self.dropout, high=1.0, closed=True)
-        check_choice(owner, "a_init", self.a_init, INITS)
-        check_flag(owner, "rank_stabilized", self.rank_stabilized)
         object.__setattr__(self, "slices", ranges(self.slices))
         if self.slices and self.from_weight:
             raise UserError(
-                f"{owner}: slices={shown(self.slices)}, unsupported with a_init='pissa' and "
-                "with DoRA; write slices=(), which changes the whole weight"
+                f"{type(self).__name__}: slices={shown(self.slices)}, unsupported with "
+                "a_init='pissa' and with DoRA; write slices=(), which changes the whole weight"
             )
 
     @property
@@ -164,12 +146,16 @@ class LoRA(LeafMethod):
         if self.slices:
             fan_out = self._sliced(point)
             b_shape = (*b_shape[:-1], fan_out)
+        # A product of a higher rank has no more freedom than one at min(in, out), only more
+        # parameters, so such a rank is a mistake.
         if rank > min(fan_in, fan_out):
             raise RecipeError(
                 f"{type(self).__name__}: rank {rank} at {point.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
                 f"with rank_pattern={{{point.path!r}: {min(fan_in, fan_out)}}}"
             )
+        # One factor at zero makes the start exact, the other one at random gives it a gradient. In
+        # a lookup A is the table, which PEFT leaves at zero.
         a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
         b = arrays.normal(1.0) if axes.lookup else arrays.zeros
         return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
@@ -187,16 +173,13 @@ class LoRA(LeafMethod):
     def start(
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
-        """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA.
-
-        The decomposition W = U S V^T gives A = U_r sqrt(S_r / scale), B = sqrt(S_r / scale) V_r^T.
-        """
+        """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
         if self.a_init != "pissa":
             return dict(leaves), weight
         axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
-        u, s, v = jnp.linalg.svd(axes.as_matrix(weight.astype(jnp.float32)), full_matrices=False)
-        root = jnp.sqrt(s[..., :rank] / scale)
-        a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+        # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
+        a, b, _ = arrays.nearest_factors(axes.as_matrix(weight.astype(jnp.float32)), rank, scale)
+        # By default a TPU multiplies float32 in bfloat16, whose error the weight would keep.
         product = scale * jnp.matmul(a, b, precision="highest")
         rest = weight.astype(jnp.float32) - axes.from_matrix(product, weight.shape)
         factors = {"a": a.reshape(leaves["a"].shape), "b": b.reshape(leaves["b"].shape)}
@@ -204,10 +187,11 @@ class LoRA(LeafMethod):
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B."""
+        # With slices B is narrower than the outputs, so that its width tells nothing of them.
         return from_factors(shapes["a"], shapes["b"], weight, widths=not self.slices)
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
-        """The weight's axes of A and B; `RANK` is none of them."""
+        """The weight's axes of A and B; `RANK` marks the one that the weight does not have."""
         return {"a": axes.a, "b": axes.b}
 
     def count(
@@ -215,7 +199,11 @@ class LoRA(LeafMethod):
     ) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
         rank, a, b = self.rank_at(path), shapes["a"], shapes["b"]
+        # Together A and B have the axes of the weight and the rank twice; axes of layers and
+        # experts are in both, and so once more.
         n = len(a) + len(b) - 2 - len(weight)
+        # Factors that disagree are wrong: the weight then says how many pairs are expected, and the
+        # audit reports the difference.
         copies = a[:n] if a[:n] == b[:n] else weight[:n]
         fan_in = math.prod(a[len(copies) : -1])
         fan_out = math.prod(weight) // (math.prod(copies) * fan_in)
@@ -240,6 +228,7 @@ class LoRA(LeafMethod):
 
     def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
         """The same change at the scale of `whole`, whose ratio goes into B."""
+        # Either factor could take the ratio; B does, so that A stays as it is in the file.
         ratio = self.scale_at(path) / whole.scale_at(path)  # type: ignore[attr-defined]
         return {**leaves, "b": leaves["b"] * ratio}
 
@@ -266,6 +255,7 @@ class LoRA(LeafMethod):
         if not self.slices:
             whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key, scale)
             return {point.weight: (whole,)}
+        # jnp.split takes where parts end, without the end of the last one.
         ends = list(itertools.accumulate(stop - start for start, stop in self.slices))[:-1]
         parts, (output,) = jnp.split(b, ends, axis=-1), axes.outputs
         return {
@@ -274,18 +264,6 @@ class LoRA(LeafMethod):
                 for part, (start, _) in zip(parts, self.slices, strict=True)
             )
         }
-
-
-def pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """A mapping from patterns, or its items, as checked pairs."""
-    items = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
-        raise UserError(
-            f"LoRA: {field}={shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
-        )
-    for pattern, _ in items:
-        as_patterns(pattern, f"LoRA {field}")
-    return tuple((pattern, number) for pattern, number in items)
 
 
 def ranges(value: Any) -> tuple[tuple[int, int], ...]:
@@ -305,7 +283,3 @@ def ranges(value: Any) -> tuple[tuple[int, int], ...]:
 def _is_range(item: Any) -> bool:
     pair = isinstance(item, tuple | list) and len(item) == 2 and all(type(x) is int for x in item)
     return pair and 0 <= item[0] < item[1] < LARGEST
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)

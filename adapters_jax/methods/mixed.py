@@ -1,4 +1,4 @@
-"""Calls of a model in which each row of the batch has an adapter of its own.
+"""Calls of a model where each row of the batch has its own adapter.
 
 The model runs once, mapped over the rows: the base's arrays are shared, so that its products stay
 those of the whole batch, and each row brings its adapter's arrays. So a row's output is what the
@@ -15,19 +15,27 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.methods.arrays import over_layers
-from adapters_jax.methods.prompt import prompt_lengths
 
-_MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
+# Set while a model is traced under a vmap over adapters: for each prompt how many of its tokens
+# count, by the path of its attention module. Between `by_rows` and the methods and kernels that
+# read it lies the user's own model, whose calls take no argument of ours; and jax does not show
+# under a vmap that it is one, since tracers have the shapes of a single row.
+_MAPPED: ContextVar[Mapping[str, Any] | None] = ContextVar("mapped", default=None)
 
 
 @contextlib.contextmanager
-def mapping() -> Iterator[None]:
-    """What is traced in the body is mapped over adapters."""
-    token = _MAPPED.set(True)
+def mapping(lengths: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """What is traced in the body is mapped over adapters.
+
+    Args:
+        lengths: of the prompts that have fewer tokens than their arrays hold, the number that
+            counts, by the path of the attention module; may be traced.
+    """
+    token = _MAPPED.set(lengths or {})
     try:
         yield
     finally:
@@ -36,7 +44,13 @@ def mapping() -> Iterator[None]:
 
 def mapped() -> bool:
     """Whether what is traced now is mapped over adapters, which some kernels do not stand."""
-    return _MAPPED.get()
+    return _MAPPED.get() is not None
+
+
+def counting(path: str, tokens: int) -> Bool[Array, " tokens"] | None:
+    """Which of a prompt's tokens count, by the path of its attention module; None for all."""
+    length = (_MAPPED.get() or {}).get(path)
+    return None if length is None else jnp.arange(tokens) < length
 
 
 @struct.dataclass
@@ -73,12 +87,14 @@ class Rows:
         """
         if self.taken:
             return self, stacked
+        # A copy of a few small arrays; indexing the stack inside of the vmap would be a gather in
+        # every product.
         mine = jax.tree.map(lambda x: jnp.take(x, self.index, axis=0), stacked)
         return self.replace(taken=True), mine  # type: ignore[attr-defined]
 
 
 def checked_rows(rows: Any) -> Rows:
-    """The rows; raises UserError for what no bank gave."""
+    """The rows; raises UserError for anything else."""
     if not isinstance(rows, Rows):
         raise UserError(f"adapters={shown(rows)}, expected rows of a bank; write bank.rows([...])")
     return rows
@@ -110,7 +126,7 @@ class Grouped:
     tree: Any
 
 
-_SHARED, _NONE = -1, -2  # the axis of the rows of an array that has none
+_SHARED, _NONE = -1, -2  # in place of an axis, for arrays without rows
 
 
 def _is_grouped(node: Any) -> bool:
@@ -165,7 +181,7 @@ def by_rows(
         stacked: a tree of adapters, stacked on a first axis, or what `rows.take` made of it.
         inputs: the model's inputs. Arrays whose first axis is as long as there are rows, and those
             that a `HasRows` says, are split; everything else is for all rows.
-        keys: random keys, from which each group of rows gets keys of its own.
+        keys: random keys; each group of rows gets its own keys, derived from them.
 
     Returns:
         The outputs: arrays whose first axis is the rows, or the axis that a `HasRows` says, in the
@@ -173,7 +189,7 @@ def by_rows(
         rows that were taken, a `HasRows` comes as `Grouped`, which the next call takes as it is.
 
     Raises:
-        UserError: no input has as many rows, or `rows` is of no bank.
+        UserError: no input has as many rows, or `rows` does not come from a bank.
     """
     rows = checked_rows(rows)
     groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
@@ -185,14 +201,17 @@ def by_rows(
             f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
         )
     _, mine = rows.take(stacked)
+    # vmap would give every group the same key, and so the same dropout.
     own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
+    # Filled while `one` is traced, since vmap returns arrays alone, and not how they were nested or
+    # where their rows are.
     found: list[_Parts] = []
 
     def one(adapters: Any, lengths: Any, keys: Any, parts: list[Any]) -> list[Any]:
         leaves = list(given.leaves)
         for i, part in zip(split, parts, strict=True):
             leaves[i] = part
-        with mapping(), prompt_lengths(lengths):
+        with mapping(lengths):
             y = run(adapters, _plain(jax.tree.unflatten(given.structure, leaves)), keys)
         if rows.taken:
             y = jax.tree.map(lambda n: Grouped(n) if _has_rows(n) else n, y, is_leaf=_has_rows)
@@ -204,6 +223,8 @@ def by_rows(
         for i in split
     ]
     where = (0, 0, 0, [given.axes[i] for i in split])
+    # The base is in the closure of `run`, so vmap does not map it: its products stay those of the
+    # whole batch, each with one read of the weights.
     outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
     (made,) = found
     merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
@@ -212,6 +233,7 @@ def by_rows(
 
 def _fold(key: Any) -> Callable[[Array], Array]:
     """The key of a group by its number; of keys that are stacked over layers, each is folded."""
+    # Keys of jax.random.PRNGKey are pairs of uint32, an axis more than those of jax.random.key.
     single = 0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     return lambda i: over_layers(lambda k: jax.random.fold_in(k, i), key.ndim - single)(key)
 

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from adapters_jax.errors import RecipeError, check_number, check_size
+from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Attended, Prompt, Tokens, counting, grouped
+from adapters_jax.methods.mixed import counting
+from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.settings import number, size
 from adapters_jax.trace.masks import Mask, as_array
 from adapters_jax.trace.registry import AttentionFn
 
@@ -68,18 +70,15 @@ class PrefixTuning(Prompt):
     unmergeable: ClassVar[str] = "its keys and values are a context, not a change of a weight"
 
     targets: str | tuple[str, ...]
-    length: int = 20
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("PrefixTuning", "length", self.length)
-        check_number("PrefixTuning", "init_std", self.init_std, closed=True)
+    length: int = size(20)
+    init_std: float = number(0.02, closed=True)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """Keys and values, each (K, kv_heads, head_dim)."""
         sizes = grouped(point, "PrefixTuning")
         shape = (self.length, sizes.kv_heads, sizes.head_dim)
+        # Zeros would be a saddle: queries would see no difference between tokens, and all of them
+        # would learn the same.
         return {name: Leaf(shape, arrays.normal(self.init_std)) for name in self.leaf_names}
 
     def size(self, leaves: Leaves) -> int:
@@ -105,6 +104,7 @@ class PrefixTuning(Prompt):
 
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The output of one softmax over the prefix and the context."""
+        # exp(p) / (exp(p) + exp(c)) for the totals p and c, without an overflow of either.
         share = jax.nn.sigmoid(prompt.total - context.total)[..., None]
         mixed = (1 - share) * context.output.astype(jnp.float32) + share * prompt.output
         return mixed.astype(context.output.dtype)
@@ -127,7 +127,7 @@ class PrefixTuning(Prompt):
         Args: as in `Method.attend`; `mask` and `bias` cover the context without the prefix.
 
         Raises:
-            RecipeError: `is_causal=True`, with which the function would mask the prefix too.
+            RecipeError: `is_causal=True`, since the function would then mask the prefix too.
         """
         if kwargs.get("is_causal"):
             raise RecipeError(
@@ -136,6 +136,7 @@ class PrefixTuning(Prompt):
             )
 
         def longer(context: Array, prefix: Array) -> Array:
+            # Attention functions expect keys of every row, though all rows have the same prefix.
             tokens = jnp.broadcast_to(prefix, (*context.shape[:-3], *prefix.shape))
             return jnp.concatenate([tokens.astype(context.dtype), context], axis=-3)
 
@@ -148,6 +149,7 @@ class PrefixTuning(Prompt):
 
         counts = counting(point.path, self.length)
         if counts is not None:
+            # A number of tokens that differs by row is an array, which masks by rule cannot hold.
             mask = as_array(mask, query, key)
             mask = jnp.ones((1,) * query.ndim, bool) if mask is None else mask
         seen: Mask | Array | None = (

@@ -1,9 +1,7 @@
 """`Prompt`: the base class of methods that act inside an attention module."""
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,39 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method, zeros_like
+from adapters_jax.methods.mixed import counting
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
-
-
-# How many of a prompt's tokens count, by the path of its attention module.
-_LENGTHS: ContextVar[Mapping[str, Any] | None] = ContextVar("lengths", default=None)
-
-
-@contextlib.contextmanager
-def prompt_lengths(lengths: Mapping[str, Any]) -> Iterator[None]:
-    """In its body, prompts in these attention modules have only their first tokens.
-
-    Args:
-        lengths: their number, by the path of the module; may be traced.
-    """
-    token = _LENGTHS.set(lengths)
-    try:
-        yield
-    finally:
-        _LENGTHS.reset(token)
-
-
-def counting(path: str, tokens: int) -> Bool[Array, " tokens"] | None:
-    """Which tokens of a prompt count; None for all.
-
-    Args:
-        path: the path of the attention module.
-        tokens: the number of tokens that there are.
-    """
-    length = (_LENGTHS.get() or {}).get(path)
-    return None if length is None else jnp.arange(tokens) < length
 
 
 class Attended(NamedTuple):
@@ -70,7 +40,7 @@ class Prompt(Method):
 
     Where the module computes its attention in line, `joined` is all; where it calls an attention
     function, `attend` is run instead. A method that shares the softmax of the context needs
-    `context.total`, and an `attend` of its own, since attention functions do not give that.
+    `context.total`, and its own `attend`, since attention functions do not give that.
     """
 
     acts_on: ClassVar[Literal["output", "attention"]] = "attention"
@@ -112,31 +82,39 @@ class Prompt(Method):
     ) -> Float[Array, "... length heads head_dim"]:
         """The output of an attention function and what comes of the tokens; see `Method.attend`."""
         mixed = attention_fn(query, *args, **kwargs)
-        key, value = self.tokens(leaves, point, _cast(project, query))
+        # Attention functions of flax scale the query themselves; what `attend_inline` gets is
+        # scaled already.
         scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
         cap = kwargs.get("softcap")  # the one of this library's decoders
 
         def logits(scores: Array) -> Array:
             return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-        counts = counting(point.path, key.shape[0])
-        prompt = attend_to(scaled, key, value, logits, point.precision, counts)
+        prompt = self._prompt(leaves, point, project, scaled, logits)
+        # jax.nn.dot_product_attention and its like return no denominator, so only methods with a
+        # softmax for the prompt alone can do with this.
         return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
 
     def attend_inline(
         self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
     ) -> Array:
         """What an attention in line gives, (..., heads, head_dim), and what comes of the tokens."""
-        key, value = self.tokens(leaves, point, _cast(inline.project, inline.query))
-        counts = counting(point.path, key.shape[0])
-        prompt = attend_to(inline.query, key, value, inline.logits, point.precision, counts)
+        prompt = self._prompt(leaves, point, inline.project, inline.query, inline.logits)
         total = inline.total() if self.shares_softmax else jnp.zeros(())
         return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)
 
-
-def _cast(project: Callable[[str, Array], Array], query: Array) -> Callable[[str, Array], Array]:
-    """Projects in the dtype of the query."""
-    return lambda name, x: project(name, x.astype(query.dtype))
+    def _prompt(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        project: Callable[[str, Array], Array],
+        query: Array,
+        logits: Callable[[Array], Array],
+    ) -> Attended:
+        """What scaled queries get from the tokens, which are projected in the dtype of queries."""
+        key, value = self.tokens(leaves, point, lambda n, x: project(n, x.astype(query.dtype)))
+        counts = counting(point.path, key.shape[0])
+        return attend_to(query, key, value, logits, point.precision, counts)
 
 
 def attend_to(
@@ -158,8 +136,10 @@ def attend_to(
         counts: which tokens count; None for all.
     """
     key, value = key.astype(query.dtype), value.astype(query.dtype)
+    # Query heads are grouped by their key head, so that keys are not repeated in memory.
     groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
     products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
+    # A softmax over bfloat16 logits loses the differences between near ones.
     scores = logits(products.astype(jnp.float32))
     if counts is not None:  # a finite number, since there may be no token that counts
         scores = jnp.where(counts, scores, jnp.finfo(scores.dtype).min)
@@ -174,6 +154,8 @@ def inserted(
 ) -> Array:
     """What an attention in line gives, after methods that act in it."""
     first = lambda each: not getattr(each[0], "shares_softmax", False)  # noqa: E731
+    # Methods that share the softmax come first: their share is of the context's own denominator,
+    # which says nothing once another prompt has added to the output.
     for method, leaves, point in sorted(prompts, key=first):
         point = replace(point, attention=inline.sizes)
         mixed = method.attend_inline(leaves, point, inline, mixed)

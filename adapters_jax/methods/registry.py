@@ -4,7 +4,7 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, full_name
 from adapters_jax.methods.base import Method, missing_members
 
 METHODS: dict[str, type[Method]] = {}
@@ -28,7 +28,7 @@ def register_method(cls: M) -> M:
         The class.
 
     Raises:
-        TypeError: `cls` is no such class, or lacks members; the message names all of them.
+        TypeError: `cls` is another kind of class, or lacks members; the message names all of them.
         RecipeError: another method has its name or slot.
 
     Example:
@@ -60,26 +60,25 @@ def register_method(cls: M) -> M:
                 "'shift'"
             )
     for other in METHODS.values():
+        # A module that registers its class may be imported by its user and by its entry point.
         if other is cls:
             return cls
-        if other.name == cls.name:
-            raise RecipeError(f"register_method: {_taken(cls, 'name', other)}")
+        # DoRA shares LoRA's slot: no module has both, and files of one are near to those of the
+        # other.
         related = issubclass(cls, other) or issubclass(other, cls)
-        if cls.slot is not None and other.slot == cls.slot and not related:
-            raise RecipeError(f"register_method: {_taken(cls, 'slot', other)}")
+        taken = cls.slot is not None and other.slot == cls.slot and not related
+        what = "name" if other.name == cls.name else "slot" * taken
+        if what:
+            raise RecipeError(
+                f"register_method: the {what} {getattr(cls, what)!r} of {full_name(cls)} is taken "
+                f"by {full_name(other)}; choose another {what}"
+            )
     METHODS[cls.name] = cls
     return cls
 
 
 def _is_own_dataclass(cls: type) -> bool:
     return "__dataclass_params__" in vars(cls) and dataclasses.is_dataclass(cls)
-
-
-def _taken(cls: type[Method], what: str, other: type[Method]) -> str:
-    return (
-        f"the {what} {getattr(cls, what)!r} of {cls.__module__}.{cls.__qualname__} is taken by "
-        f"{other.__module__}.{other.__qualname__}; choose another {what}"
-    )
 
 
 def method_named(name: str) -> type[Method]:

@@ -97,7 +97,7 @@ def on_outputs(recipe: Recipe, point: AttachmentPoint, layers: Shape = ()) -> It
         layers: the layer axes that it is stacked on.
     """
     for method in recipe.at(point.path):
-        seen = replace(outputs.seen_by(method, point), weight="")
+        seen = outputs.seen_by(method, point)
         if method.acts_on != "leaf" and method.fits(seen):
             width = seen.width if method.acts_on == "output" else 0
             sizes = seen.attention if method.acts_on == "attention" else None

@@ -14,7 +14,7 @@ from adapters_jax.trees import Tree, path_of
 
 
 def check_optimizer(caller: str, tx: Any) -> None:
-    """Raises UserError where an argument is no optax optimiser."""
+    """Raises UserError where an argument is not an optax optimiser."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise UserError(
             f"{caller}: tx={shown(tx)}, expected an optax optimiser, such as optax.adam(1e-4)"
@@ -41,7 +41,7 @@ def freeze_base(
         A gradient transformation.
 
     Raises:
-        UserError: `tx` or a group's is no optimiser.
+        UserError: `tx` or a group's is not an optimiser.
         RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
@@ -93,6 +93,8 @@ def _in_groups(
         return "adapter" if group is None else f"group {group}"
 
     def labels(params: Tree) -> Tree:
+        # A function of the tree, as optax allows for labels: `init` and `update` may get the whole
+        # tree, the trained part, or an NNX state.
         return jax.tree_util.tree_map_with_path(label, params)
 
     own = {f"group {name}": group_tx for name, group_tx in groups.items()}
@@ -100,21 +102,23 @@ def _in_groups(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        owners = {owner.method for owner in recipe.owners(paths).values()}
-        absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+        absent = recipe.absent(paths)
         if absent and not _is_part(params):
             raise RecipeError(
-                f"freeze_base: the parameters hold nothing of {', '.join(absent)}; pass what "
+                f"freeze_base: the parameters hold nothing of {absent}; pass what "
                 "aj.init_adapters(model, params, key, *example_inputs) returned"
             )
         check(recipe.trained(paths))
         return transform.init(params)
 
+    # With extra arguments, which optimisers such as L-BFGS ask for, passed on.
     return optax.GradientTransformationExtraArgs(init, transform.update)
 
 
 def _is_part(params: Tree) -> bool:
     """Whether optax left out leaves of the tree, which other optimisers then have."""
+    # `optax.masked` and `multi_transform` put these nodes in the place of leaves that they do not
+    # pass on.
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     return any(isinstance(node, optax.MaskedNode) for node in nodes)
 
@@ -140,8 +144,8 @@ def lora_plus(
         `freeze_base` with a group for B.
 
     Raises:
-        UserError: `optimizer` is no function, the ratio is not a positive number, or the learning
-            rate is negative, not finite or no number.
+        UserError: `optimizer` is not a function, the ratio is not a positive number, or the
+            learning rate is negative, not finite or no number.
         TargetError: `init` of the result raises it where no B trains.
 
     Example:
@@ -161,6 +165,7 @@ def lora_plus(
             "learning rate; write aj.lora_plus(optax.adamw, 1e-4, recipe)"
         )
     check_number("lora_plus", "ratio", ratio)
+    # An array may be traced, as under `optax.inject_hyperparams`, and has no value to check then.
     if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):
         check_number("lora_plus", "learning_rate", learning_rate, closed=True)
     if callable(learning_rate):

@@ -79,6 +79,8 @@ class TrainState:
     key: PRNGKeyArray
     other: Any = None
     loss_scale: DynamicScale | None = None
+    # What follows is static: jit compiles anew where one of these is another object. optax compares
+    # its transformations by identity, so keep one.
     tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
     recipe: Recipe = struct.field(pytree_node=False, default=None)
     graphdef: Any = struct.field(pytree_node=False, default=None)
@@ -120,42 +122,20 @@ class TrainState:
         Raises:
             TypeError: the model has no adapters, params are missing, or params or collections are
                 given to an NNX model.
-            UserError: `collections` is no mapping of collections, or holds the parameters; `tx` is
-                no optimiser or does not take what trains, `key` no random key, or `loss_scale` no
-                `DynamicScale`.
+            UserError: `collections` is not a mapping of collections, or holds the parameters; `tx`
+                is not an optimiser or does not take what trains, `key` is not a random key, or
+                `loss_scale` is not a `DynamicScale`.
             MismatchError: the params have adapters of another rank, or of another recipe.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
-        if isinstance(model, Adapted):
-            call = "aj.TrainState.create(model, params, tx=tx, key=key)"
-            check_params("TrainState.create", params, call)
-            recipe = model.recipe
-            _check_params(model, params)
-            placements = Known(model.placements_in(params))
-            adapters, base = partition(params, recipe)
-            graphdef: Any = None
-            other: Any = checked_collections("TrainState.create", collections)
-        elif isinstance(model, nnx.Module):
-            if params is not None or collections is not None:
-                raise TypeError(
-                    "TrainState.create: an NNX model holds its parameters and statistics; pass no "
-                    "params and no collections"
-                )
-            recipe = recipe_of(model)
-            placements = Known(placements_of(model))
-            graphdef, *parts = nnx.split(model, AdapterParam, nnx.Param, ...)
-            adapters, base, other = parts
-        else:
-            raise TypeError(
-                f"TrainState.create: {type(model).__name__} has no adapters; "
-                "call aj.adapt(model, recipe) first"
-            )
+        recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
         _check_trained(recipe, adapters)
         if params is not None:
             _warn_of_rest(recipe, params)
         check_optimizer("TrainState.create", tx)
         key = checked_key("TrainState.create", key)
+        # Steps train float32 copies; `trained` and files have the model's own dtypes again.
         dtypes = tuple(x.dtype for x in jax.tree.leaves(adapters))
         adapters, other = jax.tree.map(jnp.copy, (jax.tree.map(in_full, adapters), other))
         base = jax.tree.map(jnp.asarray, base)  # Variables of our own, around the same arrays
@@ -177,6 +157,7 @@ class TrainState:
 
     def __repr__(self) -> str:
         kind = "a linen" if self.graphdef is None else "an NNX"
+        # The repr of a dataclass would print every array.
         lines = [f"  step={_value(self.step)}, of {kind} model"]
         for name in ("adapters", "base", "opt_state", "other"):
             lines.append(f"  {name}: {_totals(getattr(self, name))}")
@@ -203,6 +184,8 @@ class TrainState:
     @property
     def trained(self) -> Tree:
         """The trained leaves in the model's own dtypes."""
+        # The order of leaves is that of the dtypes, which are static and so cannot be a tree of
+        # arrays.
         leaves, structure = jax.tree.flatten(self.adapters)
         cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
         return jax.tree.unflatten(structure, cast)
@@ -225,6 +208,35 @@ class TrainState:
         if self.graphdef is None:
             raise TypeError("this state is of a linen model; use state.params")
         return nnx.merge(self.graphdef, self.trained, self.base, self.other, copy=True)
+
+
+def _parts(model: Any, params: Tree, collections: Any) -> tuple[Any, ...]:
+    """The recipe, placements and structure of an adapted model, and its arrays in three parts.
+
+    These are what trains, the frozen parameters, and all that is not parameters.
+    """
+    if isinstance(model, Adapted):
+        check_params(
+            "TrainState.create", params, "aj.TrainState.create(model, params, tx=tx, key=key)"
+        )
+        _check_params(model, params)
+        placements = Known(model.placements_in(params))
+        other = checked_collections("TrainState.create", collections)
+        return model.recipe, placements, None, *partition(params, model.recipe), other
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"TrainState.create: {type(model).__name__} has no adapters; "
+            "call aj.adapt(model, recipe) first"
+        )
+    if params is not None or collections is not None:
+        raise TypeError(
+            "TrainState.create: an NNX model holds its parameters and statistics; pass no "
+            "params and no collections"
+        )
+    recipe, placements = recipe_of(model), Known(placements_of(model))
+    # AdapterParam first: it is a subclass of Param, and the first filter that fits takes a
+    # Variable.
+    return recipe, placements, *nnx.split(model, AdapterParam, nnx.Param, ...)
 
 
 def _initial(tx: optax.GradientTransformation, adapters: Tree) -> optax.OptState:
@@ -252,6 +264,7 @@ def _value(x: Any) -> str:
 def _totals(tree: Any) -> str:
     """How many arrays a tree has, their elements and bytes; the word none for an empty tree."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    # In bits, since entries of int4 are smaller than a byte.
     size = sum(math.prod(x.shape) * bits_of(x.dtype) for x in leaves) // 8
     number = sum(math.prod(x.shape) for x in leaves)
     many = f"{len(leaves)} array{'s' * (len(leaves) != 1)}"
@@ -263,6 +276,7 @@ def _shapes(tree: Tree) -> list[str]:
     groups: dict[str, int] = {}
     for path, leaf in flatten(tree).items():
         x = unboxed(leaf)
+        # Layers differ in their numbers alone.
         line = f"{re.sub(r'[0-9]+', '*', path)} {x.dtype}{list(x.shape)}"
         groups[line] = groups.get(line, 0) + 1
     found = [line + (f" x {n}" if n > 1 else "") for line, n in groups.items()]
@@ -294,6 +308,7 @@ def checked_collections(caller: str, collections: Any) -> dict[str, Tree] | None
             f"{caller}: collections has {', '.join(map(str, wrong))}, expected a dictionary of the "
             'collections beside the parameters: {"batch_stats": variables["batch_stats"]}'
         )
+    # A FrozenDict is another pytree than a dict, and `apply` returns dicts.
     return core.unfreeze(dict(trees))
 
 
@@ -311,6 +326,8 @@ def _check_params(model: Adapted, params: Tree) -> None:
     with checked_before():
         for method in recipe.attached:
             own = [a.placed for a in adapters if a.placed.method == method]
+            # Each pattern still has to match something: a tree of another recipe may hold the same
+            # leaves.
             if own:  # where there is none at all, `_check_trained` says so
                 paths = [path for o in own for path in (o.path, o.module)]
                 require_points(_including(method), paths, {})
@@ -350,13 +367,13 @@ def refuse_state(caller: str, model: Any, inputs: str = "") -> None:
 
 
 def check_state(caller: str, state: Any) -> None:
-    """Raises UserError for what is no `TrainState`, or one whose arrays a step has taken over."""
+    """Raises UserError for anything but a `TrainState` that no step has taken over."""
     check_kind(caller, state)
     check_alive(state)
 
 
 def check_kind(caller: str, state: Any) -> None:
-    """Raises UserError for what is no `TrainState`."""
+    """Raises UserError for anything but a `TrainState`."""
     if not isinstance(state, TrainState):
         raise UserError(
             f"{caller}: the state is a {full_name(type(state))}, expected an aj.TrainState; write "
@@ -367,6 +384,8 @@ def check_kind(caller: str, state: Any) -> None:
 def check_alive(state: TrainState) -> None:
     """Raises UserError for a state whose arrays a step has taken over."""
     step = state.step
+    # jax has a message for a deleted array as well, but it names neither the step nor what to do.
+    # Within a trace arrays are not deleted.
     held = isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer)
     if held and step.is_deleted():
         raise UserError(
@@ -376,7 +395,7 @@ def check_alive(state: TrainState) -> None:
 
 
 def _own_scale(loss_scale: Any) -> DynamicScale | None:
-    """The loss scale as arrays of its own, in the dtypes that steps return."""
+    """A copy of the loss scale, in the dtypes that steps return."""
     if loss_scale is None:
         return None
     if not isinstance(loss_scale, DynamicScale):
@@ -385,6 +404,8 @@ def _own_scale(loss_scale: Any) -> DynamicScale | None:
             "flax.training.dynamic_scale.DynamicScale()"
         )
     return loss_scale.replace(
+        # A Python number is weakly typed, which what a step returns is not: the second step would
+        # be compiled anew.
         scale=jnp.array(loss_scale.scale, jnp.float32),
         fin_steps=jnp.array(loss_scale.fin_steps, jnp.int32),
     )
@@ -400,12 +421,11 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
             "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
         )
     flat = nn.meta.unbox(boxed)
-    owners = {owner.method for owner in recipe.owners(flat).values()}
-    absent = [type(method).__name__ for method in recipe.attached if method not in owners]
+    absent = recipe.absent(flat)
     if absent or not flat:
         raise RecipeError(
             "TrainState.create: the parameters hold nothing of "
-            f"{', '.join(absent) or 'what the recipe unfreezes'}; pass what "
+            f"{absent or 'what the recipe unfreezes'}; pass what "
             "aj.init_adapters(model, params, key, *example_inputs) returned"
         )
     discrete = [

@@ -51,7 +51,7 @@ def make_train_step(
             ignore it. If the state has linen collections, it is `loss_fn(variables, batch, key)`
             with `variables` for `model.apply`; `(loss, metrics, collections)` returns those that
             `apply(..., mutable=[...])` changed.
-        accumulate: the number of parts into which the batch's leading axis is split. They run one
+        accumulate: the number of parts that the batch's leading axis is split into. They run one
             after the other in the memory of one; their gradients, losses and metrics are averaged
             with equal weight. Statistics go from each part to the next.
 
@@ -68,10 +68,10 @@ def make_train_step(
         the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
 
     Raises:
-        UserError: `loss_fn` is no function of three arguments, or uses variables that the state has
-            not; `accumulate` is not a positive whole number, or does not divide the batch; a
+        UserError: `loss_fn` is not a function of three arguments, or uses variables that the state
+            lacks; `accumulate` is not a positive whole number, or does not divide the batch; a
             metric of the loss function has a name that the step itself uses; it returns
-            collections that the state does not have; the loss is no float scalar; or a step was
+            collections that the state does not have; the loss is not a float scalar; or a step was
             given the state before.
         MismatchError: a returned collection has other arrays than the state's.
 
@@ -104,60 +104,11 @@ def make_train_step(
     """
     check_size("make_train_step", "accumulate", accumulate)
     _check_function("make_train_step", loss_fn, ("params", "batch", "key"))
+    measured = functools.partial(_measured, functools.partial(_loss, loss_fn), accumulate)
 
-    def loss_of(adapters: Tree, base: Tree, state: TrainState, other: Any, batch: Batch, key: Any):
-        whole = _subject(replace(state, adapters=adapters, base=base, other=other))
-        with _explained(state):
-            result = loss_fn(whole, batch, key)
-        loss, metrics, updated = _results(result)
-        _check_loss(loss)
-        taken = sorted(_OWN_METRICS & set(metrics))
-        if taken:
-            raise UserError(
-                f"make_train_step: the loss function returns metrics named {', '.join(taken)}, "
-                "which the step reports itself; give them other names"
-            )
-        if state.graphdef is None:
-            _check_metrics(metrics, state.other or {})
-            return loss, (metrics, _with_collections(other, updated))
-        if updated is not None:
-            raise UserError(
-                "make_train_step: the loss function returns three values for an NNX model, whose "
-                "statistics the step takes from the model itself; return (loss, metrics)"
-            )
-        return loss, (metrics, _after(whole, other))
-
-    def one(state: TrainState, base: Tree, changed: Any, batch: Batch, key: PRNGKeyArray):
-        other, scale = changed
-        arguments = (state.adapters, base, state, other, batch, key)
-        if scale is None:
-            gradient = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (metrics, other)), grads = gradient(*arguments)
-        else:
-            gradient = scale.value_and_grad(loss_of, has_aux=True)
-            scale, _, (loss, (metrics, other)), grads = gradient(*arguments)
-        return (other, scale), (grads, {**metrics, "loss": loss})
-
-    def gradients(state: TrainState, base: Tree, batch: Batch):
-        key, changed = jax.random.fold_in(state.key, state.step), (state.other, state.loss_scale)
-        if accumulate == 1:
-            return one(state, base, changed, batch, key)
-        parts = jax.tree.map(functools.partial(_split, accumulate), batch)
-        keys = jax.random.split(key, accumulate)
-        changed, stacked = jax.lax.scan(
-            lambda changed, part: one(state, base, changed, *part), changed, (parts, keys)
-        )
-        return changed, jax.tree.map(lambda x: x.mean(0), stacked)
-
-    def measured(state: TrainState, base: Tree, batch: Batch) -> tuple[Any, Tree, Metrics]:
-        """What the loss leaves behind, the gradients and the metrics."""
-        changed, (grads, metrics) = gradients(state, base, batch)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        if state.loss_scale is not None:
-            metrics["loss_scale"] = state.loss_scale.scale
-        return changed, grads, {**metrics, "grad_norm": norm, "finite": finite}
-
+    # The base is a separate argument, since jit donates whole arguments, and the base's buffers
+    # have to outlive the step. It is no constant of the closure either: jit would copy it into the
+    # program.
     @functools.partial(jax.jit, donate_argnums=0)
     def update(
         state: TrainState,
@@ -167,24 +118,11 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         several = isinstance(state.tx, Optimizers)
         each = jax.vmap(measured, (0, None, 0)) if several else measured
+        # The optimisers' states are stacked by optimiser and not by training, so vmap cannot take
+        # them with the rest of the state.
         with on_mesh(state.mesh), mapping() if several else contextlib.nullcontext():
-            (other, scale), grads, metrics = each(replace(state, opt_state=None), base, batch)
-        takes = metrics["finite"] if active is None else metrics["finite"] & active
-
-        def after() -> tuple[Any, ...]:
-            return *_updated(state.tx, grads, state.adapters, state.opt_state), other
-
-        before = state.adapters, state.opt_state, state.other
-        if several:
-            adapters, opt_state, other = state.tx.chosen(takes, after(), before)
-        else:
-            adapters, opt_state, other = jax.lax.cond(takes, after, lambda: before)
-        if active is not None:
-            scale = picked(active, scale, state.loss_scale)
-        changed = {"adapters": adapters, "opt_state": opt_state, "other": other}
-        made = 1 if active is None else active.astype(jnp.int32)
-        state = replace(state, step=state.step + made, loss_scale=scale, **changed)
-        state = _laid_out(state)
+            changed, grads, metrics = each(replace(state, opt_state=None), base, batch)
+        state = _laid_out(_updated(state, changed, grads, metrics["finite"], active))
         return state, {**metrics, "finite": metrics["finite"].astype(jnp.float32)}
 
     began = False
@@ -196,6 +134,7 @@ def make_train_step(
         check_state("make_train_step", state)
         check_step(state, batch, active)
         updated, metrics = update(replace(state, base=None), state.base, batch, active)
+        # Reading a metric waits for the device, which later steps should not do.
         if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
             began = True
             _check_gradient(metrics)
@@ -205,12 +144,106 @@ def make_train_step(
     return step
 
 
+def _loss(
+    loss_fn: LossFn, adapters: Tree, base: Tree, state: TrainState, other: Any, batch: Any, key: Any
+) -> tuple[Array, tuple[Metrics, Any]]:
+    """The loss of what trains; beside it the metrics, and what the loss function changed."""
+    whole = _subject(replace(state, adapters=adapters, base=base, other=other))
+    with _explained(state):
+        result = loss_fn(whole, batch, key)
+    loss, metrics, updated = _results(result)
+    _check_metrics(metrics, state)
+    if state.graphdef is None:
+        return loss, (metrics, _with_collections(other, updated))
+    if updated is not None:
+        raise UserError(
+            "make_train_step: the loss function returns three values for an NNX model, whose "
+            "statistics the step takes from the model itself; return (loss, metrics)"
+        )
+    return loss, (metrics, _after(whole, other))
+
+
+def _gradient(
+    loss: Callable[..., Any], state: TrainState, base: Tree, changed: Any, batch: Any, key: Any
+) -> tuple[Any, tuple[Tree, Metrics]]:
+    """What a batch changes besides parameters; its gradients and metrics."""
+    other, scale = changed
+    arguments = (state.adapters, base, state, other, batch, key)
+    if scale is None:
+        (loss_value, (metrics, other)), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
+    else:
+        # flax's DynamicScale unscales in float32. Its own flag leaves out the loss, so that the
+        # step computes one itself.
+        gradient = scale.value_and_grad(loss, has_aux=True)
+        scale, _, (loss_value, (metrics, other)), grads = gradient(*arguments)
+    return (other, scale), (grads, {**metrics, "loss": loss_value})
+
+
+def _measured(
+    loss: Callable[..., Any], accumulate: int, state: TrainState, base: Tree, batch: Batch
+) -> tuple[Any, Tree, Metrics]:
+    """What the loss leaves behind, the gradients and the metrics."""
+    one = functools.partial(_gradient, loss, state, base)
+    # The number of the step is folded in, rather than the key split and carried on, so that a run
+    # that goes on from a checkpoint draws what it would have drawn.
+    key, changed = jax.random.fold_in(state.key, state.step), (state.other, state.loss_scale)
+    if accumulate == 1:
+        changed, (grads, metrics) = one(changed, batch, key)
+    else:
+        parts = jax.tree.map(functools.partial(_split, accumulate), batch)
+        # A scan, since the memory of one part is the point: XLA may interleave unrolled parts.
+        changed, stacked = jax.lax.scan(
+            lambda changed, part: one(changed, *part),
+            changed,
+            (parts, jax.random.split(key, accumulate)),
+        )
+        grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+    norm = optax.tree.norm(grads)
+    # A norm of squares is not finite if any gradient is not, so one number tells of all leaves.
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    metrics = {**metrics, "grad_norm": norm, "finite": finite}
+    if state.loss_scale is not None:
+        metrics["loss_scale"] = jnp.asarray(state.loss_scale.scale)
+    return changed, grads, metrics
+
+
+def _updated(
+    state: TrainState, changed: Any, grads: Tree, finite: Array, active: Array | None
+) -> TrainState:
+    """The state after a step: its number and loss scale alone where something is not finite."""
+    other, scale = changed
+
+    def after() -> tuple[Any, ...]:
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.adapters)
+        return optax.apply_updates(state.adapters, updates), opt_state, other
+
+    before = state.adapters, state.opt_state, state.other
+    if isinstance(state.tx, Optimizers):
+        # Under a vmap both branches of a cond run in any case.
+        takes = finite if active is None else finite & active
+        adapters, opt_state, other = state.tx.chosen(takes, after(), before)
+    else:
+        adapters, opt_state, other = jax.lax.cond(finite, after, lambda: before)
+    if active is not None:
+        scale = picked(active, scale, state.loss_scale)
+    made = 1 if active is None else active.astype(jnp.int32)
+    return replace(
+        state,
+        step=state.step + made,
+        adapters=adapters,
+        opt_state=opt_state,
+        other=other,
+        loss_scale=scale,
+    )
+
+
 def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> None:
     """Raises UserError for an adapted model, and for what does not take the arguments."""
     expected = f"f({', '.join(arguments)}), in NNX f({', '.join(('model', *arguments[1:]))})"
     if isinstance(function, Adapted) or not callable(function):
         raise UserError(f"{caller}: got {type(function).__name__}, expected a function {expected}")
     try:
+        # A call would fail as well, but inside of a trace and far from the line to correct.
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         raise UserError(
@@ -222,6 +255,7 @@ def _check_function(caller: str, function: Any, arguments: tuple[str, ...]) -> N
 
 def _name(function: Any) -> str:
     """A function as a message calls it: a module by its class."""
+    # The repr of a module lists all of its parts.
     is_module = isinstance(function, nn.Module | nnx.Module)
     return f"the module {type(function).__name__}" if is_module else "the function"
 
@@ -265,34 +299,13 @@ def _check_gradient(metrics: Metrics) -> None:
         )
 
 
-def _check_loss(loss: Any) -> None:
-    """Raises UserError unless a loss is a float scalar."""
-    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
-        raise UserError(
-            f"make_train_step: the loss function returns a {type(loss).__name__}, expected a float "
-            "scalar, or (loss, metrics)"
-        )
-    dtype = jnp.result_type(loss)
-    if jnp.shape(loss) != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(
-            f"make_train_step: the loss function returns {dtype} of shape {jnp.shape(loss)}, "
-            "expected a float scalar; take the mean"
-        )
-
-
-def _updated(
-    tx: optax.GradientTransformation, grads: Tree, adapters: Tree, opt_state: optax.OptState
-) -> tuple[Tree, optax.OptState]:
-    """Adapters and optimiser state after an update."""
-    updates, opt_state = tx.update(grads, opt_state, adapters)
-    return optax.apply_updates(adapters, updates), opt_state
-
-
 def _laid_out(state: TrainState) -> TrainState:
     """A state whose leaves keep the shardings of its layout, so that nothing is compiled again."""
     if state.layout is None:
         return state
     leaves, structure = jax.tree.flatten(state.checkpointed)
+    # Without it XLA chooses a layout for each output, and the next step, whose input has another
+    # one than the first had, is compiled again.
     kept = map(jax.lax.with_sharding_constraint, leaves, state.layout)
     return replace(state, **jax.tree.unflatten(structure, kept))
 
@@ -306,6 +319,8 @@ def _subject(state: TrainState) -> Any:
 
 def _after(model: nnx.Module, other: Any) -> Any:
     """An NNX model's state that is not parameters after a loss; what it sowed is dropped."""
+    # What a model sows was not in the state that came in; with it the state would have another
+    # structure after each step, and every step would be compiled anew.
     state = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate)))
     return nnx.merge_state(state, nnx.filter_state(other, nnx.Intermediate))
 
@@ -313,27 +328,38 @@ def _after(model: nnx.Module, other: Any) -> Any:
 def _results(result: Any) -> tuple[Array, Metrics, Any]:
     """The loss, the metrics and the collections that a loss function returned."""
     values: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
-    if not 0 < len(values) < 4:
-        raise UserError(
-            f"make_train_step: the loss function returns {len(values)} values, expected the loss, "
-            "(loss, metrics) or (loss, metrics, collections)"
-        )
     defaults: tuple[Any, ...] = (None, {}, None)
-    loss, metrics, updated = values + defaults[len(values) :]
-    if not isinstance(metrics, Mapping):
-        raise UserError(
-            f"make_train_step: the loss function returns a {type(metrics).__name__} as metrics, "
-            'expected a dictionary; return loss, {"accuracy": accuracy}'
-        )
+    loss, metrics, updated = (*values, *defaults[len(values) :])[:3] if values else defaults
+    problem = ""
+    if not 0 < len(values) < 4:
+        problem = f"{len(values)} values, expected the loss, (loss, metrics) or (loss, metrics, "
+        problem += "collections)"
+    elif not isinstance(metrics, Mapping):
+        problem = f"a {type(metrics).__name__} as metrics, expected a dictionary; return loss, "
+        problem += '{"accuracy": accuracy}'
+    elif not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
+        problem = f"a {type(loss).__name__}, expected a float scalar, or (loss, metrics)"
+    elif jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        problem = f"{jnp.result_type(loss)} of shape {jnp.shape(loss)}, expected a float scalar; "
+        problem += "take the mean"
+    if problem:
+        raise UserError(f"make_train_step: the loss function returns {problem}")
     return loss, dict(metrics), updated
 
 
-def _check_metrics(metrics: Metrics, other: Any) -> None:
-    """Raises UserError where the collections of a linen state are returned as metrics."""
-    taken = [name for name, x in metrics.items() if name in other and isinstance(x, Mapping)]
+def _check_metrics(metrics: Metrics, state: TrainState) -> None:
+    """Raises UserError for metrics with names of the step's own, and for collections among them."""
+    taken = sorted(_OWN_METRICS & set(metrics))
     if taken:
         raise UserError(
-            f"make_train_step: the loss function returns the collections {', '.join(taken)} as "
+            f"make_train_step: the loss function returns metrics named {', '.join(taken)}, "
+            "which the step reports itself; give them other names"
+        )
+    names = state.other or {} if state.graphdef is None else {}
+    misplaced = [name for name, x in metrics.items() if name in names and isinstance(x, Mapping)]
+    if misplaced:
+        raise UserError(
+            f"make_train_step: the loss function returns the collections {', '.join(misplaced)} as "
             "metrics, so that the state would not have them; return loss, {}, updated"
         )
 
@@ -355,6 +381,8 @@ def _with_collections(other: Any, updated: Any) -> Any:
         )
     given, leaves = {name: other[name] for name in changed}, leaves_by_path(changed)
     compare_trees(
+        # A changed dtype or shape would compile every second step anew, and could not be chosen
+        # beside the old one under `cond`.
         "make_train_step: what the loss function returns as collections",
         leaves,
         leaves_by_path(given),
@@ -389,8 +417,8 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
         Each new shape of a batch compiles it anew.
 
     Raises:
-        UserError: `fn` is no function of two arguments; or the state is no `TrainState`, or a step
-            took it over.
+        UserError: `fn` is not a function of two arguments; or the state is not a `TrainState`, or a
+            step took it over.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax
@@ -409,6 +437,7 @@ def make_eval_step(fn: Callable[[Any, Batch], Any]) -> Callable[[TrainState, Bat
     def run(state: TrainState, batch: Batch) -> Any:
         subject = _subject(state)
         if state.graphdef is not None:
+            # It sets flags of this copy, which `nnx.merge` made; the state keeps its own.
             subject.eval()
         with on_mesh(state.mesh):
             return fn(subject, batch)

@@ -32,6 +32,8 @@ class Optimizers:
         """Trainings with one optimiser share its operations; each keeps its own state."""
         each: dict[int, list[int]] = {}
         for i, tx in enumerate(optimizers):
+            # By identity, since optax's transformations are closures: two of one rate do not
+            # compare equal.
             each.setdefault(id(tx), []).append(i)
         return cls(tuple((optimizers[own[0]], tuple(own)) for own in each.values()))
 
@@ -44,6 +46,7 @@ class Optimizers:
             after.append(state)
         if len(parts) == 1:
             return parts[0], tuple(after)
+        # The parts come optimiser by optimiser, and leaves are stacked training by training.
         order = np.argsort([i for _, own in self.groups for i in own])
         return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *parts), tuple(after)
 
@@ -70,6 +73,7 @@ def picked(takes: Bool[Array, " states"], after: Any, before: Any) -> Any:
     """Stacked leaves: of each training the new ones where it takes them, else the old ones."""
 
     def one(new: Array, old: Array) -> Array:
+        # A select and no arithmetic: NaN times zero would still be NaN.
         return jnp.where(takes.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(one, after, before)
@@ -77,6 +81,7 @@ def picked(takes: Bool[Array, " states"], after: Any, before: Any) -> Any:
 
 def _rows(tree: Tree, own: Sequence[int]) -> Tree:
     """The part of stacked leaves that belongs to some trainings."""
+    # No gather where one optimiser has all trainings, as in most programs.
     if list(own) == list(range(jax.tree.leaves(tree)[0].shape[0])):
         return tree
     return jax.tree.map(lambda x: x[np.array(own)], tree)
@@ -124,14 +129,13 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
         _check_alike(i, first, state)
     optimizers = Optimizers.of([state.tx for state in states])
     stacked = jax.tree.map(_stacked, *[_without_optimizer(state) for state in states])
+    # Apart from the rest of the state: each optimiser has its own structure for the trainings
+    # that use it.
     opt_state = tuple(
         jax.tree.map(_stacked, *[states[i].opt_state for i in own]) for _, own in optimizers.groups
     )
     stacked = replace(stacked, base=first.base, opt_state=opt_state, tx=optimizers)
-    if first.layout is None:
-        return stacked
-    layout = tuple(x.sharding for x in jax.tree.leaves(stacked.checkpointed))
-    return replace(stacked, layout=layout)
+    return _laid_out_as(first, stacked)
 
 
 def unstack_states(state: TrainState) -> list[TrainState]:
@@ -166,10 +170,7 @@ def unstack_states(state: TrainState) -> list[TrainState]:
             if i in own:
                 own_state = jax.tree.map(lambda x, at=own.index(i): x[at], opt_state)
                 one = replace(one, base=state.base, opt_state=own_state, tx=tx)
-        if state.layout is not None:
-            layout = tuple(x.sharding for x in jax.tree.leaves(one.checkpointed))
-            one = replace(one, layout=layout)
-        states.append(one)
+        states.append(_laid_out_as(state, one))
     return states
 
 
@@ -206,9 +207,17 @@ def _without_optimizer(state: TrainState) -> TrainState:
     return replace(state, base=None, opt_state=None, tx=None, layout=None)
 
 
+def _laid_out_as(given: TrainState, made: TrainState) -> TrainState:
+    """A state that keeps the shardings of its leaves, if the one that it comes from does."""
+    if given.layout is None:
+        return made
+    return replace(made, layout=tuple(x.sharding for x in jax.tree.leaves(made.checkpointed)))
+
+
 def _stacked(*leaves: Any) -> Any:
     """Leaves on a new first axis, on the devices where they were."""
     whole = jnp.stack(leaves)
+    # jnp.stack decides itself where its result lies.
     where = getattr(leaves[0], "sharding", None)
     if isinstance(where, NamedSharding):
         return jax.device_put(whole, NamedSharding(where.mesh, P(None, *where.spec)))
@@ -232,6 +241,7 @@ def _check_alike(i: int, first: TrainState, state: TrainState) -> None:
         dtypes=True,
     )
     mine, others = jax.tree.leaves(state.base), jax.tree.leaves(first.base)
+    # By identity: to compare values, every device would read all of its base.
     if len(mine) != len(others) or any(x is not y for x, y in zip(mine, others, strict=True)):
         raise UserError(
             f"stack_states: state {i} has other arrays as its base than state 0; make all of them "

@@ -83,6 +83,8 @@ class Bank:
     def __init__(
         self, model: Adapted | nnx.Module, params: Tree = None, *, capacity: int = 32
     ) -> None:
+        # The capacity is an axis of every array, so that it is fixed: another one would be another
+        # program.
         check_size("Bank", "capacity", capacity)
         self.capacity = capacity
         self._places: dict[str, int] = {}
@@ -135,7 +137,7 @@ class Bank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the adapters, in the order in which they came."""
+        """The names of the adapters, in the order of their arrival."""
         return tuple(self._places)
 
     @property
@@ -153,6 +155,7 @@ class Bank:
         """
         if isinstance(self._model, Adapted):
             return self._model
+        # A new model each time, as NNX models are mutable and a bank is not.
         return nnx.merge(*self.split)
 
     @property
@@ -181,14 +184,15 @@ class Bank:
                 the adapter is written. No other bank that shares them can be used afterwards.
 
         Raises:
-            UserError: the bank is full, the name is taken, or it is no text.
-            RecipeError: a method of the adapter is none of the bank's, or has other settings than
-                those of sizes and scales.
+            UserError: the bank is full, the name is taken, or it is not a text.
+            RecipeError: the bank's recipe lacks a method of the adapter, or the method differs in
+                more than sizes and scales.
             MismatchError: arrays do not fit, or are larger than there is room for.
-            TypeError: `adapter` is no pair of a recipe and a tree.
+            TypeError: `adapter` is not a pair of a recipe and a tree.
         """
         place = self._free_place(name, replace)
         made = adapter if isinstance(adapter, Fitted) else self.fit(name, adapter)
+        # Banks that were made from this one share its arrays and may be in use.
         lengths = {path: x.copy() for path, x in self._lengths.items()}
         for path, counts in lengths.items():
             counts[place] = made.lengths.get(path, 0)
@@ -231,13 +235,14 @@ class Bank:
             A tree of small arrays; other names compile nothing.
 
         Raises:
-            UserError: the bank has no adapter of such a name, or there are no names.
+            UserError: the bank has no adapter of one of the names, or there are no names.
         """
         check_size("Bank.rows", "each", each)
         if isinstance(names, str) or not len(names):
             raise UserError(
                 f"Bank.rows: names={shown(names)}, expected a list with a name or None for each row"
             )
+        # numpy until the end: each jnp operation on a new length would be compiled.
         index = np.array([_BASE if n is None else self._place(n) for n in names], np.int32)
         lengths = {path: jnp.asarray(x[index]) for path, x in self._lengths.items()}
         return Rows(jnp.asarray(index), lengths, each)
@@ -245,6 +250,7 @@ class Bank:
     def _with(self, places: dict[str, int], **changed: Any) -> Self:
         """A bank with these adapters, which shares what is not changed."""
         bank = object.__new__(type(self))
+        # Without `__init__`, which makes all arrays anew.
         vars(bank).update(vars(self), _places=places, **changed)
         return bank
 
@@ -285,5 +291,6 @@ def _with_adapter(stacked: dict[str, Any], leaves: dict[str, Any], place: Any) -
     return {path: x.at[place].set(leaves[path]) for path, x in stacked.items()}
 
 
+# The place is a traced number, so one program writes all of them.
 _written = jax.jit(_with_adapter)
 _written_in_place = jax.jit(_with_adapter, donate_argnums=0)

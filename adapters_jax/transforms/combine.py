@@ -5,7 +5,7 @@ of factors means nothing. The sum is of scale * A B, the changes of the weight.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,8 @@ def combine(
     - "dare": of each D_i a random part `density` of the entries is kept and divided by `density`;
       then the sum of w_i D_i.
 
-    The last three give changes of full rank, of which the best approximation of rank `rank` is
-    kept; `error` is the part that is lost.
+    The last three give changes of full rank. Their best approximation at rank `rank` is kept, and
+    `error` is the part that is lost.
 
     Args:
         base: the base's parameter tree, or the NNX model; only shapes of weights are read.
@@ -115,13 +115,14 @@ def combine(
         if how == "linear":
             made[prefix] = _concatenated(parts)
             continue
+        # By path, so that one adapter more does not change what is drawn for another weight.
         own = None if key is None else arrays.key_at(key, path)
         made[prefix], missing, total = _at_rank(parts, how, rank or 0, density, own)
         lost, whole = lost + missing, whole + total
     ranks = {paths[prefix]: factors[0].shape[-1] for prefix, factors in made.items()}
     usual = max(ranks.values())
     other = {path: r for path, r in ranks.items() if r != usual}
-    # A model that is itself the layer has the empty path, which is no pattern.
+    # A model that is itself the layer has the empty path, which is not a pattern.
     recipe = Recipe(LoRA(tuple(path or "**" for path in sorted(ranks)), usual, rank_pattern=other))
     flat = {join(s, n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
     return Combined(recipe, unflatten(flat), math.sqrt(lost / whole) if whole else 0.0)
@@ -170,6 +171,7 @@ class _Change:
     path: str
 
     def product(self) -> Float[Array, "*layers in out"]:
+        # A TPU would multiply in bfloat16, and TIES compares the products by size.
         return jnp.matmul(self.a, self.b, precision="highest")
 
 
@@ -189,6 +191,7 @@ def _changes(
         method.factors({}, method.targets[0])  # raises, with the name of the method
     for each in in_tree(recipe, whole):
         a, b = each.method.factors(each.leaves(flat), each.path)
+        # Layers and experts are axes of both factors, and once of the weight.
         layers = a.ndim + b.ndim - 2 - len(each.shape)
         found[each.prefix] = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
@@ -202,6 +205,7 @@ def _changes(
 def _concatenated(parts: Sequence[tuple[_Change, float]]) -> tuple[Array, Array]:
     """The factors of a weighted sum: side by side, the weights in B."""
     a = jnp.concatenate([change.a for change, _ in parts], axis=-1)
+    # A negative weight has no root, so that it cannot be split between both factors.
     b = jnp.concatenate([weight * change.b for change, weight in parts], axis=-2)
     return _in_shape(a, b, parts[0][0])
 
@@ -221,7 +225,6 @@ def _at_rank(
 ) -> tuple[tuple[Array, Array], float, float]:
     """The factors nearest to a combined change; the squared norms of the lost part and of all."""
     like = parts[0][0]
-    layers = like.a.ndim - 2
     if rank > min(like.a.shape[-2], like.b.shape[-1]):
         raise RecipeError(
             f"combine: rank {rank} exceeds min(in, out) = "
@@ -229,38 +232,32 @@ def _at_rank(
         )
     products = jnp.stack([change.product() for change, _ in parts])
     weights = jnp.asarray([weight for _, weight in parts], jnp.float32)
-    weights = weights.reshape(-1, *(1,) * (layers + 2))
+    weights = weights.reshape(-1, *(1,) * like.a.ndim)
     if how == "ties":
-        one = lambda products, weights: _ties(products, weights, density)  # noqa: E731
-        whole = _each_layer(one, layers)(products, weights)
+        whole = _ties(products, weights, density)
     elif how == "dare" and key is not None:
+        # Divided by the density, so that the expectation of the sum is that of all entries.
         keep = jax.random.bernoulli(key, density, products.shape)
         whole = (weights * jnp.where(keep, products / density, 0.0)).sum(0)
     else:
         whole = (weights * products).sum(0)
-    u, s, v = jnp.linalg.svd(whole, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank])
-    a, b = u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]
-    squares = jnp.square(s)
+    a, b, singular = arrays.nearest_factors(whole, rank)
+    # By Eckart and Young, the squares of the values that are left out are what the rank loses.
+    squares = jnp.square(singular)
     return _in_shape(a, b, like), float(squares[..., rank:].sum()), float(squares.sum())
 
 
-def _each_layer(function: Callable[..., Array], layers: int) -> Callable[..., Array]:
-    """A function of matrices stacked on a first axis, for those with layer axes behind it."""
-    for _ in range(layers):
-        function = jax.vmap(function, in_axes=(1, None), out_axes=0)
-    return function
-
-
 def _ties(
-    products: Float[Array, "adapters rows columns"], weights: Array, density: float
-) -> Float[Array, "rows columns"]:
-    """Trim, elect the sign, and average the entries that have it."""
-    weights = weights.reshape(-1, 1, 1)
-    size = products[0].size
+    products: Float[Array, "adapters *layers rows columns"], weights: Array, density: float
+) -> Float[Array, "*layers rows columns"]:
+    """Trim each layer's entries, elect the sign, and average the entries that have it."""
+    size = products.shape[-2] * products.shape[-1]
     kept = max(1, round(density * size))
-    magnitudes = jnp.abs(products.reshape(len(products), size))
-    least = jnp.sort(magnitudes, axis=-1)[:, size - kept].reshape(-1, 1, 1)
-    parts = weights * jnp.where(jnp.abs(products) >= least, products, 0.0)
+    magnitudes = jnp.abs(products)
+    ordered = jnp.sort(magnitudes.reshape(*products.shape[:-2], size), axis=-1)
+    least = ordered[..., size - kept, None, None]
+    parts = weights * jnp.where(magnitudes >= least, products, 0.0)
+    # The sign is that of the sum, not of the majority: a large entry counts more than two small
+    # ones.
     agreeing = jnp.where(jnp.sign(parts) == jnp.sign(parts.sum(0)), parts, 0.0)
     return agreeing.sum(0) / jnp.maximum((agreeing != 0).sum(0), 1)

@@ -15,6 +15,7 @@ from adapters_jax.placement import Known
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import join
 
+# Finite, since the gradient of a softmax over -inf is NaN where all logits of a row are.
 _UNSEEN = -1e9  # a logit that no softmax gives a share
 
 
@@ -42,7 +43,7 @@ def is_prompt(owner: Owner) -> bool:
 
 
 def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, Array]:
-    """The leaves with which a model is its base: what its methods add does nothing.
+    """The leaves that make a model its base: what its methods add does nothing.
 
     Args:
         recipe: the recipe of the model.
@@ -60,6 +61,8 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
         if method.from_weight == "changes":
             raise _changed_base(method, owner.path)
         leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
+        # LoRA starts at zero change but with a random A; a bank wants arrays that are the same in
+        # every process.
         idle = method.neutral(leaves)
         if method.from_weight:
             each = placed[owner.prefix]
@@ -81,8 +84,8 @@ def fitted(
         room: the shapes and dtypes of its leaves by path.
 
     Raises:
-        RecipeError: a method is none of the larger recipe's, or has other settings than those of
-            sizes and scales.
+        RecipeError: the larger recipe lacks a method, or has it with other settings than sizes and
+            scales.
         MismatchError: arrays do not fit, or are larger.
     """
     made: dict[str, Any] = {}
@@ -102,6 +105,7 @@ def fitted(
         leaves = {n: np.asarray(flat[path]) for n, path in paths.items()}  # compiles nothing
         size = owner.method.size(leaves)
         most = mine.method.size({n: room[path] for n, path in paths.items()})
+        # Padded tokens of zeros would still take a share of the softmax, so they are counted out.
         if is_prompt(owner):
             lengths[owner.path] = size or 0
         for n, leaf in owner.method.fitted(leaves, owner.path, mine.method).items():
@@ -122,7 +126,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
     if type(method) is not type(whole):
         raise RecipeError(
             f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
-            f"{type(whole).__name__}; make the bank of a recipe with both, at targets of their own"
+            f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
         )
     for field in dataclasses.fields(method):
         if field.name in ("targets", *method.size_fields):
@@ -149,7 +153,7 @@ def _no_room(caller: str, path: str, recipe: Recipe, whole: Recipe) -> Exception
     kind = type(owner.method).__name__ if owner else "an unfrozen parameter"
     others = ", ".join(dict.fromkeys(type(method).__name__ for method in whole))
     return MismatchError(
-        f"{caller}: it has {path} ({kind}), and the bank has no such leaf; it was made for "
+        f"{caller}: it has {path} ({kind}), and the bank has no leaf there; it was made for "
         f"{others}; make it of a recipe whose targets include that, or give an adapter of this base"
     )
 
@@ -159,6 +163,8 @@ def _padded(
 ) -> np.ndarray:
     """A leaf with zeros behind its entries on the one axis that is a size of its method."""
     pairs = list(zip(leaf.shape, room.shape, strict=False))
+    # Only the axis of the method's size may differ; by its lengths in both, since leaves do not
+    # name their axes.
     known = [own == other or (own, other) == (size, most) for own, other in pairs]
     if leaf.ndim != len(room.shape) or not all(known):
         raise MismatchError(

@@ -38,7 +38,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Args:
         model: an adapted model.
         params: linen only: its whole parameter tree.
-        *args: linen only: example inputs, of which only shapes matter. The model knows where its
+        *args: linen only: example inputs; only their shapes matter. The model knows where its
             adapters are without them; with them, its parameters are compared with those that a run
             on these inputs needs.
         **kwargs: linen only: further arguments of the model's call.
@@ -49,7 +49,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
         MismatchError: `params` is not the tree of this model; every difference is listed.
-        UserError: the model has no adapters, `params` is no tree of parameters, or the inputs do
+        UserError: the model has no adapters, `params` is not a tree of parameters, or the inputs do
             not fit the model.
         TypeError: a linen model comes without its parameters, or an NNX model with some.
 
@@ -81,7 +81,7 @@ def unmerge(
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
-        The base, in the form in which `merge` returns it; and a bound on the error: no entry of a
+        The base, as `merge` returns it; and a bound on the error: no entry of a
         weight differs from the original by more.
 
     Raises:
@@ -103,6 +103,8 @@ def unmerge(
     def taken_back(
         method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
     ) -> dict[str, Array]:
+        # The inverse is a change like any other, so that it runs the same code, with layer axes and
+        # all dtypes.
         left = merged_stacked(method, method.inverse(leaves, point), point, own)
         bounds.extend(_rounding(own[name], left[name]) for name in left)
         return left
@@ -113,6 +115,8 @@ def unmerge(
 
 def _rounding(merged: Array, left: Array) -> float:
     """The largest error of an entry by the roundings of a change and of its inverse together."""
+    # Folding and unfolding each round to the weight's dtype once, by at most eps / 2 of the largest
+    # entry; two eps of float32 are ample for the arithmetic of both.
     units = jnp.finfo(merged.dtype).eps + 2 * jnp.finfo(jnp.float32).eps
     both = (jnp.abs(x.astype(jnp.float32)).max() for x in (merged, left))
     return float(units * jnp.maximum(*both))
@@ -157,6 +161,8 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
             "Pass the whole parameter tree of this very model, with its adapters.",
         )
     else:
+        # Without inputs nothing runs the model, so that names and shapes are all there is to
+        # compare.
         model.check_adapters(params)
         found = model.placements_in(params)
         shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
@@ -179,6 +185,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
+    # NNX modules are changed in place, and the caller keeps the adapted one.
     merged = copy(model)
     for module, held, point in adapted_points(merged):
         own = own_params(module)

@@ -62,7 +62,7 @@ def quantize(
     Args:
         model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
         params: linen only: the parameter tree; arrays or abstract.
-        *args: example inputs, of which only shapes matter; they show how each weight meets its
+        *args: example inputs; only their shapes matter. They show how each weight meets its
             input. In NNX they come after the model, and flax's own layers need none.
         dtype: "int8", "int4", or "nf4" (QLoRA's 4-bit numbers, the quantiles of a normal).
         block: the number of entries along a weight's inputs, or along an embedding's row, that
@@ -77,12 +77,12 @@ def quantize(
     Raises:
         UserError: an unknown dtype, a weight that is not float, or one that blocks do not divide.
         TargetError: a pattern matches no module with a weight.
-        TypeError: `model` is no linen or NNX module, or its parameters are missing or misplaced.
+        TypeError: `model` is not a linen or NNX module, or its parameters are missing or misplaced.
         MismatchError: `params` is not the tree of this model; every difference is listed.
         MissingPackageError: qwix is not installed.
 
     Warns:
-        AdapterWarning: NNX without inputs: weights of modules of your own, whose use is not known,
+        AdapterWarning: NNX without inputs: weights of your own modules, whose use is not known,
             stay in float.
 
     Example:
@@ -186,6 +186,7 @@ class _Plan:
         whole = tuple(i for i in range(len(weight.shape)) if tiles.get(i, 1) == 1)
         blocks = tuple((i, size) for i, size in tiles.items() if size > 1)
         how = functools.partial(pack, qtype=self.qtype, whole=whole, blocks=blocks)
+        # A plan quantises bases that are nowhere in memory.
         abstract = isinstance(weight, jax.ShapeDtypeStruct)
         array = jax.eval_shape(how, weight) if abstract else how(jnp.asarray(weight))
         return Quantized(array, jnp.dtype(weight.dtype), spec)
@@ -193,6 +194,8 @@ class _Plan:
 
 def _shared(axes: Axes, shape: tuple[int, ...]) -> dict[int, int]:
     """The sizes of the axes along which scales are shared: a weight's inputs, a table's row."""
+    # A product sums over its inputs, whose common scale can be taken out of the sum; a lookup takes
+    # a row, which has its own scale.
     return {i: shape[i] for i in (axes.outputs if axes.lookup else axes.inputs)}
 
 
@@ -204,6 +207,7 @@ def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
         ({1: 32, 0: 2}, {1: 16, 0: 1}, None)
     """
     tiles = {}
+    # The last axis is contiguous in memory, so blocks run along it first.
     for axis, size in sorted(sizes.items(), reverse=True):
         tiles[axis] = math.gcd(block, size)
         if tiles[axis] < min(block, size):
@@ -218,6 +222,7 @@ def _unfit(
     """The message about weights that blocks do not divide."""
     path, *others = bad
     numbers = " x ".join(map(str, shared[path].values()))
+    # 1 divides everything, so that there is always an answer.
     fits = next(n for n in range(block, 0, -1) if all(_tiles(s, n) for s in shared.values()))
     more = f" (so do {len(others)} others, such as {others[0]})" if others else ""
     return (
@@ -287,6 +292,7 @@ def _warn_of_unknown(
         and weight not in trained
         and not is_quantized(value := x.get_raw_value())
         and jnp.issubdtype(value.dtype, jnp.floating)
+        # A stack of biases has two axes as well.
         and value.ndim > 1 + _layers(weight, weights)
         and selects(targets, path, weight)
     ]

@@ -1,11 +1,13 @@
 """Layer stacking: trees of unrolled layers as trees of scanned ones and back, bit for bit.
 
 An unrolled model has a module for each layer, `layer_3/attention/query`; a scanned one has one for
-all of them, `layers/attention/query`, whose leaves have the layers on their first axis.
+all of them, `layers/attention/query`, whose leaves have the layers on their first axis. An adapter
+changes with its model: `remap` gives the recipe for leaves that have other paths now.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import MismatchError, RecipeError, UserError
+from adapters_jax.errors import MismatchError, RecipeError, UserError, first_few
 from adapters_jax.methods import Method
-from adapters_jax.recipe import Recipe
-from adapters_jax.transforms.remap import PathPairs, remap
+from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.targets import join as join_names
+from adapters_jax.targets import matches, selects
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
-from adapters_jax.weights.quantized import is_quantized, unboxed
+from adapters_jax.weights.quantized import unboxed
 
 ADVICE = "scanned layers are all alike; use the unrolled model (scan=False)"
 _Flat = dict[str, Any]
+PathPairs = Sequence[tuple[str, str]]  # the old and the new path of leaves, or of modules
 
 
 class Stack(NamedTuple):
@@ -43,6 +47,7 @@ class Stack(NamedTuple):
 
     def number(self, path: str) -> tuple[str, int] | None:
         """The scanned path and the layer's number; None where the path is of no unrolled layer."""
+        # `.*?` finds the outermost layer, where the parts of a layer are numbered like it.
         before, after = map(re.escape, self.unrolled.split("{}"))
         match = re.fullmatch(rf"((?:.*?/)?){before}(\d+){after}((?:/.*)?)", path)
         return match and (f"{match[1]}{self.scanned}{match[3]}", int(match[2]))
@@ -79,6 +84,8 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
         length = 1 + max((i for layers in found.values() for i in layers), default=-1)
     for path, layers in found.items():
         numbers = sorted(layers)
+        # jnp.stack would promote dtypes, and the layers of the unrolled model would come back in
+        # others.
         kinds = {_kind(layers[i]): i for i in reversed(numbers)}
         if numbers != list(range(length)):
             where = ", ".join(map(str, numbers))
@@ -87,7 +94,7 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
             shapes = " and ".join(f"{kind} in layer {i}" for kind, i in reversed(kinds.items()))
             problems.append(f"{path} is {shapes}")
     if problems:
-        raise MismatchError(f"stack_layers: {_some(problems)}; {ADVICE}")
+        raise MismatchError(f"stack_layers: {first_few(problems, 6, '; ')}; {ADVICE}")
     return rest | {p: _stacked([each[i] for i in range(length)]) for p, each in found.items()}
 
 
@@ -113,13 +120,10 @@ def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
     if len(set(axes.values())) > 1 or () in axes.values():
         problems += [f"{path} has {axis or 'no'} layers" for path, axis in axes.items()]
     if problems:
-        raise MismatchError(f"unstack_layers: {_some(problems)}; expected scanned layers")
+        raise MismatchError(
+            f"unstack_layers: {first_few(problems, 6, '; ')}; expected scanned layers"
+        )
     return next((axis[0] for axis in axes.values()), 0)
-
-
-def _some(problems: Sequence[str], count: int = 6) -> str:
-    more = f" and {len(problems) - count} more" if len(problems) > count else ""
-    return "; ".join(problems[:count]) + more
 
 
 def _has_axes(leaf: Any) -> bool:
@@ -132,26 +136,28 @@ def _kind(leaf: Any) -> str:
 
 
 def _stacked(leaves: Sequence[Any]) -> Any:
-    first = leaves[0]
-    if isinstance(first, nnx.Variable):
-        return first.replace(_stacked([leaf.get_raw_value() for leaf in leaves]))
-    if isinstance(first, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
-    if is_quantized(first):
-        return jax.tree.map(lambda *arrays: _stacked(arrays), *leaves)
-    if not _has_axes(first):
-        return first
-    return (np if isinstance(first, np.ndarray) else jnp).stack(leaves)
+    """Leaves of layers as one; an NNX Variable or a quantised weight is a pytree of arrays."""
+
+    def stacked(*parts: Any) -> Any:
+        if isinstance(parts[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(parts), *parts[0].shape), parts[0].dtype)
+        if not _has_axes(parts[0]):
+            return parts[0]
+        # numpy's arrays, of a file, may be larger than the device: they stay on the host.
+        return (np if isinstance(parts[0], np.ndarray) else jnp).stack(parts)
+
+    return jax.tree.map(stacked, *leaves)
 
 
 def _row(leaf: Any, number: int) -> Any:
-    if isinstance(leaf, nnx.Variable):
-        return leaf.replace(_row(leaf.get_raw_value(), number))
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    if is_quantized(leaf):
-        return jax.tree.map(lambda array: _row(array, number), leaf)
-    return leaf[number] if _has_axes(leaf) else leaf
+    """One layer of a leaf."""
+
+    def row(part: Any) -> Any:
+        if isinstance(part, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(part.shape[1:], part.dtype)
+        return part[number] if _has_axes(part) else part
+
+    return jax.tree.map(row, leaf)
 
 
 def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | None = None) -> Any:
@@ -159,8 +165,8 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 
     Args:
         tree: a tree of parameters or of adapters alone, linen's or an `nnx.State`, concrete or
-            abstract; or the state of an optimiser such as Adam, whose moments are such trees. Or an
-            adapter: its recipe and its tree, as `read_adapter` returns them.
+            abstract; or the state of an optimiser such as Adam, whose moments are trees of
+            this kind. Or an adapter: its recipe and its tree, as `read_adapter` returns them.
         names: the `NAMES` beside a model, or a `Stack`.
         length: the number of layers; by default one more than the highest number of a layer.
 
@@ -188,7 +194,7 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
 
 
 def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
-    """The inverse of `stack_layers`: each layer has leaves of its own, as in the unrolled model.
+    """The inverse of `stack_layers`: each layer has its own leaves, as in the unrolled model.
 
     Args:
         tree: as in `stack_layers`, with the leaves of all layers stacked on their first axis.
@@ -222,7 +228,7 @@ def stack_of(names: Names | Stack) -> Stack:
     stack = names if isinstance(names, Stack) else getattr(names, "stack", None)
     if stack is None:
         raise UserError(
-            "names says nothing of layers; give the NAMES beside a model, or "
+            "names does not name layers; give the NAMES beside a model, or "
             "Stack('layer_{}', 'layers') with the names of one layer and of all as one"
         )
     return stack
@@ -242,7 +248,7 @@ def _converted(
     made, problems = change(flat), list[str]()
     recipe = remap(recipe, pairs(flat), problems)
     if problems:
-        raise RecipeError(f"stack_layers: {_some(problems)}; {ADVICE}")
+        raise RecipeError(f"stack_layers: {first_few(problems, 6, '; ')}; {ADVICE}")
     return recipe, unflatten(made)
 
 
@@ -257,6 +263,7 @@ def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
     def changed(node: Any) -> Any:
         if isinstance(node, nnx.State):
             flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(node)}
+            # A state has the numbers of lists as integers, which texts would not match.
             new: Any = {_keys(path): leaf for path, leaf in change(flat).items()}
             return nnx.from_flat_state(new)
         if isinstance(node, Mapping):
@@ -270,3 +277,111 @@ def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
 def _keys(path: str) -> tuple[str | int, ...]:
     """A path as NNX has it, numbers as integers."""
     return tuple(int(name) if name.isdecimal() else name for name in path.split("/"))
+
+
+def remap(recipe: Recipe, pairs: PathPairs, problems: list[str]) -> Recipe:
+    """The recipe with the same methods for leaves at new paths; several may share a new path.
+
+    Patterns that match the new paths stay as they are; others are replaced by the paths themselves.
+
+    Args:
+        recipe: says what trained at the old paths.
+        pairs: old and new paths of the trained leaves.
+        problems: gets a line for each new path whose old paths have different settings.
+
+    Example:
+        >>> from adapters_jax import LoRA
+        >>> remap(Recipe(LoRA("a/q"), LoRA("**/v")), [("a/q/lora/a", "b/q/lora/a")], [])
+        Recipe(
+          LoRA(targets=('b/q',)),
+          LoRA(targets=('**/v',)),
+        )
+    """
+    pairs_of: dict[Method, list[tuple[str, str]]] = {method: [] for method in recipe}
+    settings: dict[tuple[str, str | None], dict[Method, None]] = {}
+    for old, new in pairs:
+        owner = recipe.owner(old)
+        if owner is None:
+            for method in recipe:
+                if method.slot is None and selects(method.targets, old):
+                    pairs_of[method].append((old, new))
+        else:
+            method, path = owner.method, _remapped(owner, old, new)
+            pairs_of[method].append((owner.path, path))
+            settings.setdefault((path, method.slot), {})[_bare(method)] = None
+    problems += [
+        f"{path} has {_differing(methods)}"
+        for (path, _), methods in settings.items()
+        if len(methods) > 1
+    ]
+    made = [_retargeted(method, pairs_of[method], problems) for method in recipe]
+    return Recipe(*dict.fromkeys(made))
+
+
+def _remapped(owner: Owner, old: str, new: str) -> str:
+    """The new path of a target, from the old and the new path of one of its leaves."""
+    module = owner.prefix.rpartition(f"{owner.method.slot}")[0].rstrip("/")
+    path = new.removesuffix(old[len(module) :])
+    return join_names(path, owner.path[len(module) :].strip("/"))
+
+
+def _bare(method: Any) -> Any:
+    """A method without its targets and without its settings for single targets."""
+    own = (*method.pattern_fields, *method.subset_fields)
+    return dataclasses.replace(method, targets="**", **dict.fromkeys(own, ()))
+
+
+def _differing(methods: Iterable[Any]) -> str:
+    """The fields that differ between methods, with their values."""
+    rows = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in methods]
+    values = {k: [repr(row.get(k)) for row in rows] for row in rows for k in row}
+    return ", ".join(f"{k}={' and '.join(v)}" for k, v in values.items() if len(set(v)) > 1)
+
+
+def _retargeted(method: Any, pairs: PathPairs, problems: list[str]) -> Method:
+    """A method with patterns for the new paths of its targets."""
+    paths = list(dict.fromkeys(new for _, new in pairs))
+    changes: dict[str, Any] = {}
+    if not all(selects(method.targets, p) for p in paths) or _unused(method.targets, paths):
+        changes["targets"] = tuple(paths)
+    for field in method.subset_fields:
+        changes |= _subset(method, field, pairs, problems)
+    for field, name in method.pattern_fields.items():
+        patterns, usual = getattr(method, field), getattr(method, name)
+        values: dict[str, dict[Any, None]] = {}
+        for old, new in pairs if patterns else ():
+            values.setdefault(new, {})[_value_at(patterns, old, usual)] = None
+        problems += [
+            f"{path} has {name}={' and '.join(map(str, several))}"
+            for path, several in values.items()
+            if len(several) > 1
+        ]
+        numbers = {path: next(iter(several)) for path, several in values.items()}
+        stays = all(_value_at(patterns, path, usual) == value for path, value in numbers.items())
+        if not stays or _unused([pattern for pattern, _ in patterns], paths):
+            changes[field] = {path: value for path, value in numbers.items() if value != usual}
+    return dataclasses.replace(method, **changes)
+
+
+def _subset(method: Any, field: str, pairs: PathPairs, problems: list[str]) -> dict[str, Any]:
+    """The new patterns of a field whose patterns match some of the targets; empty to keep it."""
+    patterns = getattr(method, field)
+    if not patterns:
+        return {}
+    matched = {new for old, new in pairs if selects(patterns, old)}
+    others = {new for old, new in pairs if not selects(patterns, old)}
+    problems += [f"{path} is in {field} of some layers only" for path in matched & others]
+    stays = all(selects(patterns, new) == (new in matched) for _, new in pairs)
+    paths = [new for _, new in pairs]
+    return {} if stays and not _unused(patterns, paths) else {field: tuple(sorted(matched))}
+
+
+def _value_at(pairs: Iterable[tuple[str, Any]], path: str, usual: Any) -> Any:
+    """The value of the first pattern that matches a path."""
+    return next((value for pattern, value in pairs if matches(pattern, path)), usual)
+
+
+def _unused(patterns: Iterable[str], paths: Sequence[str]) -> bool:
+    """Whether some pattern, also one that excludes, matches none of the paths."""
+    used = [any(matches(pattern, path) for path in paths) for pattern in patterns]
+    return bool(paths) and not all(used)

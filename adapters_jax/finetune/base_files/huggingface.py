@@ -20,13 +20,13 @@ from adapters_jax.errors import (
     BaseFileError,
     BaseMismatchError,
     UserError,
-    check_settings,
     check_size,
     shown,
 )
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.names import Stored
 from adapters_jax.files.tensors import TensorFile, open_tensors
+from adapters_jax.finetune.base_files.typed_settings import check_settings
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_ty
 
 from adapters_jax.errors import UserError, file_errors, shown
 from adapters_jax.finetune.options.flags import flag, members, misfit
-from adapters_jax.spelling import field_of, unneeded
+from adapters_jax.finetune.options.foreign_flags import field_of, unneeded
 from adapters_jax.texts import parse_json
 
 if TYPE_CHECKING:

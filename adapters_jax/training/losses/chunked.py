@@ -82,6 +82,8 @@ def cross_entropy(
 
     part = jax.ShapeDtypeStruct((batch, size, hidden.shape[-1]), hidden.dtype)
     try:
+        # custom_vjp differentiates arguments alone, and a head holds its weights in its closure:
+        # closure_convert makes them arguments.
         pure, held = jax.closure_convert(head, part)
     except TraceContextError as error:
         raise UserError(
@@ -138,6 +140,7 @@ def sequence_log_probs(
     if chunk >= length:
         return -_losses(head, hidden, labels, weights).sum(-1)
 
+    # A row at a time under vmap, since `cross_entropy` adds up all of its tokens.
     def one(*row: Array) -> Array:
         hidden, labels, weights = (x[None] for x in row)
         return -cross_entropy(hidden, head, labels, weights, chunk=chunk)
@@ -183,6 +186,8 @@ def _losses(head: Head, hidden: Array, labels: Array, weights: Array, *held: Arr
     return weights * (jax.nn.logsumexp(logits, -1) - own)
 
 
+# jax would save every chunk's logits for the backward pass of this scan. So the gradients of a
+# chunk are computed together with its loss, and are all that is saved.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(head: Head, rows: Rows, held: tuple[Array, ...]) -> Array:
     """The loss of all chunks; `held` are the arrays that the head reads."""
@@ -215,10 +220,12 @@ def _total_with_gradients(head: Head, rows: Any, held: Any) -> tuple[Array, Any]
         sums = {i: sums[i] + grads[i].astype(sums[i].dtype) for i in by_head}
         return (total + found, sums), {i: grads[i] for i in by_row}
 
+    # Sums over many chunks in bfloat16 would stop growing.
     wide = {i: jnp.promote_types(values[i].dtype, jnp.float32) for i in by_head}
     zeros = {i: jnp.zeros(values[i].shape, wide[i]) for i in by_head}
     start = jnp.zeros((), values[2].dtype), zeros
     (total, sums), grads = jax.lax.scan(add, start, tuple(values[:3]))
+    # Residuals are arrays; a scalar of each dtype says what the gradients have to be.
     kinds = [jnp.zeros((), x.dtype) for x in values]
     return total, (kinds, [(grads | sums).get(i) for i in range(len(values))])
 
@@ -226,6 +233,7 @@ def _total_with_gradients(head: Head, rows: Any, held: Any) -> tuple[Array, Any]
 def _gradients(head: Head, kept: Any, change: Any) -> Any:
     """The gradients, times that of the loss."""
     kinds, grads = kept
+    # Nothing depends on the loss, as in a part of a program that is not used.
     if isinstance(change, SymbolicZero):
         change = jnp.zeros(change.shape, change.dtype)
     scaled = [
@@ -235,4 +243,6 @@ def _gradients(head: Head, kept: Any, change: Any) -> Any:
     return tuple(scaled[:3]), tuple(scaled[3:])
 
 
+# Symbolic zeros tell which arguments are differentiated: a frozen head of 500 million weights needs
+# no sum of gradients.
 _total.defvjp(_total_with_gradients, _gradients, symbolic_zeros=True)

@@ -46,7 +46,7 @@ def dpo_loss(
         UserError: the shapes differ, or `beta` is not a finite number above 0.
 
     Example:
-        A step of DPO on a model of one's own. The log-probabilities of the reference are those of
+        A step of DPO on your own model. The log-probabilities of the reference are those of
         `base.apply`, on the base's own parameters:
 
         >>> import adapters_jax as aj, optax
@@ -77,6 +77,7 @@ def dpo_loss(
     """
     _check("dpo_loss", beta, chosen, rejected, reference_chosen, reference_rejected)
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    # log(sigmoid(x)) would be log(0) for a margin below about -88 in float32.
     return -jax.nn.log_sigmoid(beta * margin)
 
 
@@ -175,6 +176,7 @@ def kto_divergence(
     """
     weights = jnp.ones_like(log_probs) if weights is None else weights
     _check("kto_divergence", 1.0, log_probs, reference, weights)
+    # Without rows the mean is 0, not NaN.
     mean = jnp.sum(weights * (log_probs - reference)) / jnp.maximum(weights.sum(), 1e-12)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
@@ -221,9 +223,12 @@ def kto_loss(
 
 def _log_rest(log_probs: Values) -> Values:
     """`log(1 - p)` of `log p`, exact for p near 0 and near 1."""
+    # 1 - p loses its digits for p near 0, and log(1 - p) for p near 1: log1p and expm1 each keep
+    # them on one side of p = 1/2, which is log p = -0.6931.
     near_one = log_probs > -0.6931
     # Each branch sees harmless values where the other one is taken, so that no gradient is NaN.
     small = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, log_probs)))
+    # log p may round to 0, for which log(1 - p) is not finite.
     tiny = jnp.finfo(log_probs.dtype).tiny
     large = jnp.log(-jnp.expm1(jnp.minimum(jnp.where(near_one, log_probs, -0.5), -tiny)))
     return jnp.where(near_one, large, small)

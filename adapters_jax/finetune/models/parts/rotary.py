@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from adapters_jax.errors import UserError, check_choice, check_settings
+from adapters_jax.errors import UserError, check_choice
+from adapters_jax.finetune.base_files.typed_settings import check_settings
 
 Frequencies = Float64[np.ndarray, " half"]
 REQUIRED = {

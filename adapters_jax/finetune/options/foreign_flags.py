@@ -1,0 +1,100 @@
+"""Flags of other libraries' training scripts, and what our commands call them.
+
+It is asked once a flag has failed. For settings of methods there is `adapters_jax.spelling`.
+"""
+
+from adapters_jax.spelling import OURS
+
+# The fields of our commands by the flags of other training scripts.
+FLAGS = {
+    "lr": "learning_rate",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_dropout": "adapter_dropout",
+    "lora_target_modules": "targets",
+    "lora_bias": "bias",
+    "use_dora": "dora",
+    "model_name_or_path": "model",
+    "model_name": "model",
+    "base_model": "model",
+    "train_file": "train",
+    "validation_file": "dev",
+    "test_file": "test",
+    "text_column": "text",
+    "text_column_name": "text",
+    "text_column_names": "text",
+    "label_column": "label",
+    "label_column_name": "label",
+    "max_seq_length": "max_length",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "warmup_ratio": "warmup",
+    "max_grad_norm": "clip",
+    "output_dir": "runs",
+    "resume_from_checkpoint": "resume",
+    "max_train_samples": "limit",
+    "max_seq_len": "max_length",
+    "num_virtual_tokens": "prompt_length",
+    "prefix_length": "prompt_length",
+    "adapter_layers": "last",
+    "block_size": "max_length",
+    "run_name": "name",
+    "max_steps": "epochs, which may be a fraction",
+    "eval_steps": "evaluations, the number in an epoch",
+    "save_steps": "checkpoint_every",
+    "dataset_name": "train hub:USER/NAME",
+    "bf16": "dtype bfloat16",
+    "fp16": "dtype float16",
+    "load_in_8bit": "quantize int8",
+    "load_in_4bit": "quantize nf4",
+}
+# Flags of theirs that name what a training does here anyway, or that have nothing like them.
+_UNNEEDED = {
+    "finetune trains, scores dev and test, and keeps the best adapter": (
+        "do_train do_eval do_predict load_best_model_at_end eval_strategy evaluation_strategy "
+        "save_strategy"
+    ),
+    "the rate rises over --warmup of the steps and falls linearly": "lr_scheduler_type",
+    "the optimiser is AdamW": "optim",
+    "--method names the method": "use_peft peft_type",
+    "the model and the columns say the task, or --task": "task_type lora_task_type",
+    "an encoder's head always trains; a recipe (--recipe) trains other modules": (
+        "modules_to_save lora_modules_to_save"
+    ),
+    "a run's metrics.jsonl and report.html have every step": "report_to logging_steps logging_dir",
+    "--name names a new run": "overwrite_output_dir",
+    "adapters-jax push uploads a finished run": "push_to_hub hub_model_id",
+    "--accumulate saves memory": "gradient_checkpointing",
+}
+UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.split()}
+
+
+def field_of(flag: str) -> str | None:
+    """The field of our commands that a flag of another library's scripts means; None if none.
+
+    After the field may come its value, or a remark.
+
+    Example:
+        >>> field_of("--lora-r"), field_of("--target_modules"), field_of("--rank")
+        ('rank', 'targets', None)
+        >>> field_of("--load_in_4bit")
+        'quantize nf4'
+    """
+    name = _as_name(flag)
+    return FLAGS.get(name) or (OURS[name][0] if name in OURS else None)
+
+
+def unneeded(flag: str) -> str | None:
+    """Why a training here needs no flag of another library's scripts; None of other flags.
+
+    Example:
+        >>> unneeded("--optim"), unneeded("--rank")
+        ('the optimiser is AdamW', None)
+    """
+    return UNNEEDED.get(_as_name(flag))
+
+
+def _as_name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")

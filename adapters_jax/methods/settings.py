@@ -1,0 +1,77 @@
+"""Fields of methods that say their own bounds; `Method` checks them when one is made."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields
+from functools import partial
+from typing import Any
+
+from adapters_jax.errors import UserError, check_choice, check_flag, check_number, check_size, shown
+from adapters_jax.targets import as_patterns
+
+
+def _field(default: Any, check: Callable[[str, str, Any], None]) -> Any:
+    """A field that `check(owner, name, value)` checks; None passes where it is the default."""
+
+    def checked(owner: str, name: str, value: Any) -> None:
+        if value is not None or default is not None:
+            check(owner, name, value)
+
+    return field(default=default, metadata={"check": checked})
+
+
+def size(default: int | None) -> Any:
+    """A field for the size of an axis."""
+    return _field(default, check_size)
+
+
+def number(default: float | None, **bounds: Any) -> Any:
+    """A field for a number that float32 holds, above 0 or within the bounds of `check_number`."""
+    return _field(default, partial(check_number, **bounds))
+
+
+def choice(default: str, choices: Iterable[str]) -> Any:
+    """A field for one of several names."""
+    return _field(default, partial(check_choice, choices=choices))
+
+
+def flag(default: bool) -> Any:
+    """A field for True or False."""
+    return _field(default, check_flag)
+
+
+def check_fields(method: Any) -> None:
+    """Checks the fields of a method, and turns those of patterns into tuples.
+
+    Raises:
+        UserError: a value is out of its range; a TargetError where patterns are none.
+    """
+    owner = type(method).__name__
+    checks = {x.name: x.metadata["check"] for x in fields(method) if "check" in x.metadata}
+    for name, check in checks.items():
+        check(owner, name, getattr(method, name))
+    for name, usual in method.pattern_fields.items():
+        pairs = _pairs(owner, name, getattr(method, name))
+        for _, value in pairs if usual in checks else ():
+            checks[usual](owner, usual, value)
+        object.__setattr__(method, name, pairs)
+    for name in method.subset_fields:
+        patterns = getattr(method, name)
+        patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
+        # Methods are frozen, since jit hashes them; only so can `__post_init__` set a field.
+        object.__setattr__(method, name, patterns)
+
+
+def _pairs(owner: str, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping from patterns, or its items, as checked pairs."""
+    items = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, tuple | list) or not all(map(_is_pair, items)):
+        raise UserError(
+            f"{owner}: {name}={shown(value)}, expected a mapping such as {{'layer_0/**': 4}}"
+        )
+    for pattern, _ in items:
+        as_patterns(pattern, f"{owner} {name}")
+    return tuple((pattern, each) for pattern, each in items)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
