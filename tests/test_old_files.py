@@ -18,11 +18,13 @@ from flax import linen as nn
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.files.checksums import CHECKSUMS, write_checksums
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures" / "adapters"
 RUNS = Path(__file__).parent / "fixtures" / "runs"
+MADE_IN = b"/srv/example"
 D = 6
 
 
@@ -157,8 +159,17 @@ def test_an_old_adapter_computes_what_it_did(api, name):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A copy of a finished run and of an interrupted one, beside their base and rows."""
+    """A copy of a finished run and of an interrupted one, beside their base and rows.
+
+    They were made in the directory `MADE_IN`, whose path is in their files.
+    """
     shutil.copytree(RUNS, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and MADE_IN in (data := file.read_bytes()):
+            file.write_bytes(data.replace(MADE_IN, bytes(tmp_path)))
+    checkpoint = tmp_path / "interrupted" / "checkpoints" / "2"
+    (checkpoint / CHECKSUMS).unlink()
+    write_checksums(checkpoint)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
