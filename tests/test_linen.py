@@ -412,6 +412,27 @@ def test_nn_jit_takes_up_no_trace_of_the_base_or_of_another_recipe_or_path(part)
 
 
 @pytest.mark.parametrize("part", [JitClass, JitMethod])
+def test_nn_jit_takes_up_no_trace_without_a_bottleneck_or_with_another(part):
+    """nn.jit looks traces up by the hash of a scope's flags, where the interceptor is."""
+    base, plain = Jitted(part), Jitted(Plain)
+    base.apply({"params": drawn_like(abstract(base, X))}, X)
+    for scales in ((1.0, 1.0), (3.0, 1.0), (1.0, 3.0)):
+        recipe = aj.Recipe(
+            *(aj.Bottleneck(f"{n}/dense", 2, scale=s) for n, s in zip(("one", "two"), scales))
+        )
+        model, params = grown(base, recipe)
+        other = aj.adapt(plain, recipe)
+        close(model.apply({"params": params}, X), other.apply({"params": params}, X))
+    recipe = aj.Bottleneck("*/dense", 2, dropout=0.5)
+    model, params = grown(base, recipe)
+    other, rngs = aj.adapt(plain, recipe), {"dropout": KEY}
+    expected = other.apply({"params": params}, X, True, rngs=rngs)
+    for deterministic in (True, False, True, False):
+        got = model.apply({"params": params}, X, deterministic, rngs=rngs)
+        assert np.allclose(got, expected, rtol=1e-3, atol=1e-3) == deterministic
+
+
+@pytest.mark.parametrize("part", [JitClass, JitMethod])
 def test_nn_jit_takes_up_no_trace_of_training_in_evaluation(part):
     model, params = grown(Jitted(part), lora("*/dense", dropout=0.5))
     rngs = {"dropout": KEY}
