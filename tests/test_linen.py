@@ -347,6 +347,20 @@ def test_scanned_layers_start_each_from_numbers_of_its_own():
     assert a.shape == (3, D, R) and len(np.unique(a)) == a.size
 
 
+class MadeInSetup(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(D)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+def test_what_setup_makes_is_there_of_a_bound_model():
+    model, params = grown(MadeInSetup(), lora("dense"))
+    bound = model.bind({"params": params})
+    close(bound.dense(X), model.apply({"params": params}, X))
+
+
 class Jitted(nn.Module):
     """A part traced by nn.jit, which flax keeps for modules of equal fields."""
 
@@ -418,7 +432,10 @@ def test_nn_jit_takes_up_no_trace_without_a_bottleneck_or_with_another(part):
     base.apply({"params": drawn_like(abstract(base, X))}, X)
     for scales in ((1.0, 1.0), (3.0, 1.0), (1.0, 3.0)):
         recipe = aj.Recipe(
-            *(aj.Bottleneck(f"{n}/dense", 2, scale=s) for n, s in zip(("one", "two"), scales))
+            *(
+                aj.Bottleneck(f"{n}/dense", 2, scale=s)
+                for n, s in zip(("one", "two"), scales, strict=True)
+            )
         )
         model, params = grown(base, recipe)
         other = aj.adapt(plain, recipe)
