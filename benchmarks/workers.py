@@ -149,6 +149,8 @@ def serve(side: str) -> None:
     """Answers the parent until it closes the pipe; libraries print to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # Otherwise what libraries print would come at the end of the process, behind its error.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     made = importlib.import_module(f"benchmarks.{side}").make(json.loads(sys.stdin.readline()))
     answer = made.about
     while True:
