@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from adapters_jax.trees import Tree, leaves_by_path, path_of
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+_LOOKS, _PAUSE = 100, 0.02  # seconds between looks for the remains of a save that failed
 _BESIDE, _BESIDE_EACH = 2**20, 2**13  # bytes of orbax's own files, and of those of each array
 # What orbax raises of files that have another content; tensorstore's is a ValueError.
 _OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -232,7 +234,7 @@ class Checkpoints:
             if saved and jax.process_index() == 0:
                 write_checksums(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore's is a ValueError
-            self._clean()
+            self._clean_up_failure()
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
                 f"{_short(error)}; {self._intact()}"
@@ -359,10 +361,25 @@ class Checkpoints:
             message = f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
             raise CheckpointError(message) from error
 
-    def _clean(self) -> None:
-        """Removes the remains of interrupted saves."""
-        for path in self.directory.glob(_TEMPORARY):
+    def _clean(self) -> bool:
+        """Removes the remains of interrupted saves; says whether there were some."""
+        left = list(self.directory.glob(_TEMPORARY))
+        for path in left:
             remove(path)
+        return bool(left)
+
+    def _clean_up_failure(self) -> None:
+        """Removes the remains of a save that has just failed.
+
+        Where one part of a save fails, orbax's threads go on with the others for a moment, and make
+        the directory again. So this looks until nothing new has come for a while.
+        """
+        quiet = 0
+        for _ in range(_LOOKS):
+            quiet = 0 if self._clean() else quiet + 1
+            if quiet == 3:
+                return
+            time.sleep(_PAUSE)
 
     def _rename_damaged(self) -> None:
         """Renames damaged checkpoints, with a warning, so that orbax finds only whole ones."""
