@@ -33,7 +33,7 @@ class Command(ABC):
 
     @property
     def needs_jax(self) -> bool:
-        """Whether jax is imported, which takes seconds that the user is told of."""
+        """Whether jax is imported, which takes seconds and is announced."""
         return True
 
     @abstractmethod

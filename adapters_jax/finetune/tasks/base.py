@@ -146,7 +146,7 @@ class Task(ABC):
         Raises:
             DataError: the file or its rows cannot be used.
         """
-        raise NotImplementedError(f"the task {self.name} has neither read nor load")
+        raise TypeError(f"the task {self.name!r} defines neither `read` nor `load`")
 
     def groups(self, train: Any) -> list[str]:
         """The key of each training row; rows with one key are held out together."""

@@ -232,7 +232,7 @@ class Readout(ABC):
             right: the label.
             found: the `Prediction`.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
 
     def views(self, judged: Judged, metrics: Sequence[str]) -> list[View]:
         """What the report shows of the predictions, beside what it shows for every task.
@@ -245,7 +245,7 @@ class Readout(ABC):
 
     def constant(self, train: Any, part: Any) -> Any:
         """What is best predicted without a model for a part: mostly the same for each row."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
 
     def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
         """What the baseline without a model predicts on "dev" or "test" of a problem."""

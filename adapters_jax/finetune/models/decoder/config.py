@@ -247,7 +247,7 @@ None); choose another model_type.
         return {name: x for name, x in asdict(self).items() if name not in unset}
 
     def deviation(self, inputs: int) -> float:
-        """The standard deviation of new weights of a layer with so many inputs."""
+        """The standard deviation of new weights of a layer with that number of inputs."""
         return self.initializer_range
 
     @property
@@ -271,7 +271,7 @@ None); choose another model_type.
         return (tokens + positions + norms * norm) * width + self.num_layers * each
 
     def _attention_parameters(self, norm: int) -> int:
-        """Those of the attention of a layer; a norm has so many for each feature."""
+        """Those of the attention of a layer; a norm has this number for each feature."""
         width, head = self.hidden_size, self.head_width
         queries, keys = head * self.num_attention_heads, head * self.kv_heads
         normed = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]

@@ -198,7 +198,7 @@ class T5Config(huggingface.CheckpointConfig):
         return "gelu_new" if self.mlp_gate and name == "gelu" else name
 
     def deviation(self, inputs: int) -> float:
-        """The standard deviation of new weights of a layer with so many inputs."""
+        """The standard deviation of new weights of a layer with that number of inputs."""
         return self.initializer_factor * inputs**-0.5
 
     @property
