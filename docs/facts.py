@@ -1,12 +1,17 @@
 """Tables of the documentation, made from what the library says.
 
 In a page of the site, a fenced block `{facts} NAME` is the table of that name. The README's table
-of methods is text: `python -m docs.facts` renews it.
+of methods is text: `python -m docs.facts` renews it. `python -m docs.facts sizes` prints the sizes
+of the package's rooms.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import io
+import sys
+import tokenize
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -214,6 +219,46 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return Table(rows[0], rows[1:]).markdown()
 
 
+def sizes() -> str:
+    """The files and lines of each room of the package, of them docstrings and comments."""
+    package = Path(aj.__file__).parent
+    rooms: dict[str, list[Path]] = {}
+    for path in sorted(package.rglob("*.py")):
+        inside = path.relative_to(package).parts
+        depth = 2 if inside[0] == "finetune" and len(inside) > 2 else 1
+        rooms.setdefault("/".join(inside[:depth]) if len(inside) > 1 else "*.py", []).append(path)
+    rows = {
+        room: [sum(n) for n in zip(*map(_lines, files), strict=True)]
+        for room, files in rooms.items()
+    }
+    application = [n for room, n in rows.items() if room.startswith("finetune")]
+    library = [n for room, n in rows.items() if not room.startswith("finetune")]
+    for name, several in (("the library", library), ("the application", application)):
+        rows[name] = [sum(n) for n in zip(*several, strict=True)]
+    return table(
+        [
+            ("room", "files", "lines", "docstrings", "comments"),
+            *((room, *(f"{n:,}" for n in counts)) for room, counts in rows.items()),
+        ]
+    )
+
+
+def _lines(path: Path) -> tuple[int, int, int, int]:
+    """One file, its lines, and how many of them are in docstrings and have comments."""
+    source = path.read_text()
+    nodes = ast.walk(ast.parse(source))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = [node for node in nodes if isinstance(node, kinds) and ast.get_docstring(node)]
+    texts: list[Any] = [node.body[0] for node in documented]
+    docstrings = sum(each.end_lineno - each.lineno + 1 for each in texts)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = sum(
+        token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# noqa"))
+        for token in tokens
+    )
+    return 1, len(source.splitlines()), docstrings, comments
+
+
 def text(name: str) -> str:
     """The table of a name: `methods`, `presets`, `tasks`, or the name of a method."""
     if name in METHODS:
@@ -242,4 +287,7 @@ def setup(app: Any) -> None:
 if __name__ == "__main__":
     from benchmarks.readme import between_marks
 
-    between_marks(README, methods(), BEGIN, END)
+    if sys.argv[1:] == ["sizes"]:
+        print(sizes())
+    else:
+        between_marks(README, methods(), BEGIN, END)
