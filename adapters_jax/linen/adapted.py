@@ -74,7 +74,9 @@ class Adapted(nn.Module):
     def setup(self) -> None:
         """Shares the scope with the base, whose parameters so keep their paths."""
         scope: Any = self.scope
-        scope.reservations.pop("inner", None)  # the base may have a part of this name
+        # flax has reserved the name of the field for a submodule. The base takes over this scope
+        # instead, so that its paths are those of its checkpoints, and may have a part of that name.
+        scope.reservations.pop("inner", None)
         nn.share_scope(self, self.inner)
         _with_paths(self.inner, scope.path)
 
@@ -88,7 +90,7 @@ class Adapted(nn.Module):
         if name.startswith("__") or self.__dict__.get("scope") is None:
             owner, instead = type(self).__name__, other_names().instead_of(name)
             raise AttributeError(f"{owner!r} object has no attribute {name!r}{instead}")
-        self._try_setup()
+        self._try_setup()  # `bind` does not, and before it the base has no scope
         return getattr(Part(self, self.inner), name)
 
     @nn.nowrap
@@ -159,6 +161,8 @@ class Adapted(nn.Module):
         with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
             with self._intercepted():
                 y = lowered(function(*args, **kwargs))
+        # While it initialises, the base runs without changed weights, whose arrays are not there
+        # yet; how it reads them is then seen in another run.
         if init and method is None:
             own = flatten(inner.scope.variables().get("params", {}))
             given = Inputs(args, kwargs)
@@ -228,6 +232,8 @@ class Adapted(nn.Module):
             elif evaluation is False:
                 inner.make_rng("dropout")  # raises, as flax's own dropout
         placements = self.placements_in(own)
+        # `put_variable` would need a mutable collection. Submodules take their part of this one when
+        # they are called, so they see the change, and nobody else does after the call.
         inner.scope._variables["params"] = changed_weights(own, placements, trace, key)
         try:
             yield
@@ -289,7 +295,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
         def method(self: Adapted, *args: Any, **kwargs: Any) -> Any:
             return self._call(name, args, kwargs)
 
-        del method.__wrapped__
+        del method.__wrapped__  # flax would take the signature of the base's function for ours
         return method
 
     def read(name: str) -> property:

@@ -64,6 +64,7 @@ def evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) ->
 
 def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Repeats a call of a compact module, in a scope in which all names are free again."""
+    # flax gives a name in a scope once; a bound module is frozen but for this.
     object.__setattr__(module, "scope", module.scope.rewound())
     return run(*args, **kwargs)
 
@@ -159,6 +160,7 @@ class Interceptor:
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
         self._running = [_Running()]
+        # Scopes below inherit flags, and `nn.jit` looks its traces up by them: see `__hash__`.
         module.scope.flags = module.scope.flags.copy({self.flag(module): self})
 
     @staticmethod

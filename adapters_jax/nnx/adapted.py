@@ -236,6 +236,7 @@ def _grown(
     for path, owner in recipe.owners(frozen).items():
         if type(frozen[path]) is not AdapterParam:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
+    # The class of the Variable says what trains, so that filters of NNX select it by its type.
     for path in recipe.trained(frozen):
         frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
     adapted.adapter_recipe = whole

@@ -74,6 +74,7 @@ def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
     for containers, functions in _CONTAINERS.items():
         body |= functions if issubclass(cls, containers) else {}
     about = {"adapted_from": cls, "__module__": cls.__module__}
+    # Cached: jax compares the types of two models' nodes to find a compiled program again.
     return type(f"Adapted{cls.__name__}", (cls,), {**body, **about})
 
 
@@ -260,6 +261,7 @@ def _floats(module: Any, name: str) -> Array:
 
 def _seen(variable: nnx.Variable[Any], value: Any) -> Any:
     """A weight as the module's code sees it: a Variable of the same class with another value."""
+    # A copy, since a Variable of the model must not hold a value of a trace after the call.
     seen = variable.copy(value, seen_from=variable)
     seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
     return seen

@@ -36,6 +36,7 @@ def chosen(
     owned, found = own_leaves(shapes), list[Placement]()
     methods = [method for method in recipe.attached if isinstance(method, LeafMethod)]
     taken = {m: {p: None for p, leaf in reads.items() if _changes(m, p, leaf)} for m in methods}
+    # A module's slot holds the arrays of one weight; with several, each has its own node there.
     beside = Counter((m.slot, p.rpartition("/")[0]) for m, paths in taken.items() for p in paths)
     for method, paths in taken.items():
         for path in paths:

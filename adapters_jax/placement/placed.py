@@ -119,6 +119,7 @@ class Placement:
 
     def with_arrays(self) -> "Placement":
         """The placement with the shapes of its arrays, which follow from the method."""
+        # The roles of a weight's axes include its layer axes; outputs are those of one layer.
         front = () if self.method.acts_on == "leaf" else self.layers
         leaves = self.method.leaves(self.point())
         return replace(self, arrays=tuple((n, (*front, *leaf.shape)) for n, leaf in leaves.items()))
@@ -166,6 +167,7 @@ class Placements(tuple[Placement, ...]):
                 found.append(f"{prefix} adapts {described(one)}, and here {described(two)}")
             elif weights[0] != weights[1]:
                 found.append(f"{prefix} changes {weights[0]}, and here it is {weights[1]}")
+            # Not the axes themselves: shapes tell of them only what the method uses.
             elif one.axes and two.axes and one.roles() != two.roles():
                 axes = [each.axes.text for each in (one, two) if each.axes]
                 found.append(f"{prefix} has the axes {axes[0]} (inputs>outputs), here {axes[1]}")
@@ -213,6 +215,7 @@ class Known:
         Raises:
             MismatchError: as for `in_tree`.
         """
+        # One model may be given the parameters of another width, whose placements differ.
         if self.placements is not None and self.placements.fit(recipe, shapes):
             return self.placements
         return in_tree(recipe, shapes)
