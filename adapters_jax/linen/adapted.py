@@ -232,8 +232,8 @@ class Adapted(nn.Module):
             elif evaluation is False:
                 inner.make_rng("dropout")  # raises, as flax's own dropout
         placements = self.placements_in(own)
-        # `put_variable` would need a mutable collection. Submodules take their part of this one when
-        # they are called, so they see the change, and nobody else does after the call.
+        # `put_variable` would need a mutable collection. Submodules take their part of this one
+        # when they are called, so they see the change, and nobody else does after the call.
         inner.scope._variables["params"] = changed_weights(own, placements, trace, key)
         try:
             yield
