@@ -102,9 +102,9 @@ def module_at(model: Any, path: str, weight: str) -> Any:
         child = as_module(vars(node)[name])
         if child is None:
             raise RecipeError(
-                f"{weight!r} cannot be changed: the container around it is none of nnx.Dict, "
-                "nnx.List, list, tuple and dictionary; keep it in one of these, or exclude it: "
-                f"'!{weight}'"
+                f"{weight!r} cannot be changed: the container around it must be an nnx.Dict, an "
+                "nnx.List, a list, a tuple or a dictionary; keep it in one of these, or exclude "
+                f"it: '!{weight}'"
             )
         vars(node)[name] = node = child
     return node

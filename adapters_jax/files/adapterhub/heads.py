@@ -187,12 +187,19 @@ def write(
         )
     if head_type == "multiple_choice" and len(labels) < 2:
         problems.append("labels must name the choices of a multiple_choice head")
+    return _settings(blocks, head_type, labels, len(order), known == "pooler"), tensors
+
+
+def _settings(
+    blocks: Blocks, head_type: str, labels: Sequence[str], layers: int, pooler: bool
+) -> dict[str, Any]:
+    """The settings of a head of some layers, which reads the pooler or not."""
     config = {
         "head_type": head_type,
-        "num_labels": _at(module_map, HEAD)[0].width,
-        "layers": len(order),
+        "num_labels": _at(blocks.module_map, HEAD)[0].width,
+        "layers": layers,
         "activation_function": blocks.architecture.pooler,
-        "use_pooler": known == "pooler" and len(order) == 1,
+        "use_pooler": pooler and layers == 1,
         "bias": True,
         "dropout_prob": None,
         "label2id": {label: i for i, label in enumerate(labels)} or None,
@@ -204,7 +211,7 @@ def write(
     # Each kind has its own settings, and AdapterHub takes no others.
     others = {"multiple_choice": ("num_labels", "bias")}
     others |= dict.fromkeys(OF_TOKENS, ("use_pooler", "bias"))
-    return {name: x for name, x in config.items() if name not in others.get(head_type, ())}, tensors
+    return {name: x for name, x in config.items() if name not in others.get(head_type, ())}
 
 
 def _own(reference: Any) -> list[str]:

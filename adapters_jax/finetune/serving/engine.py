@@ -186,9 +186,7 @@ class Engine:
             served = None if model is None else self._served(model)
             self._check_open()
             if len(self._waiting) >= self.sizes.queue:
-                raise BusyError(
-                    f"{self.sizes.queue} requests are waiting, which is the most; try again later"
-                )
+                raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
             key = served.key if served else None
             request = Request(list(prompt), key, most, choice, stop, sink, until)
             if key:
@@ -273,7 +271,7 @@ class Engine:
             raise UserError(f"the name {name!r} is taken; give another one, or replace it")
         bank = self._slots.bank
         if name not in self.adapters and len(self.adapters) >= bank.capacity - self.sizes.spare:
-            raise FullError(f"there are {len(self.adapters)} adapters, which is the most; drop one")
+            raise FullError(f"the bank is full ({len(self.adapters)} adapters); remove one")
         if len(bank) == bank.capacity:
             raise FullError(
                 "adapters that were replaced or dropped are still in use, so no place is free; try "
