@@ -113,7 +113,8 @@ def _read_checkpoint(directory: Path) -> None:
 
 def _configs(_: Path) -> Mapping[str, Files]:
     found = sorted(FIXTURES.glob("*/config.json")) + sorted(FIXTURES.glob("*/*/config.json"))
-    return {p.parent.name: {"config.json": p.read_bytes()} for p in found}
+    bases = [path for path in found if path.parents[1].name != "runs"]
+    return {path.parent.name: {"config.json": path.read_bytes()} for path in bases}
 
 
 def _read_config(directory: Path) -> None:
