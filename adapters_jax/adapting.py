@@ -1,11 +1,14 @@
-"""`adapt`: one function for both APIs, linen and NNX."""
+"""`adapt`: one function for linen, NNX, plain functions, Equinox and Haiku."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 from flax import linen as nn
 from flax import nnx
 
+from adapters_jax.functions import AdaptedFunction
+from adapters_jax.functions import adapt as adapt_function
+from adapters_jax.functions.function import is_function
 from adapters_jax.linen import Adapted
 from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.methods import Method
@@ -15,49 +18,70 @@ from adapters_jax.trace.inputs import Inputs
 
 
 @overload
-def adapt(model: nn.Module, recipe: Recipe | Method) -> Adapted: ...
+def adapt(model: nn.Module, recipe: Recipe | Method, /) -> Adapted: ...
 
 
 @overload
 def adapt(
     model: nnx.Module,
     recipe: Recipe | Method,
+    /,
     *,
     rngs: nnx.Rngs,
     example_inputs: Iterable[Any] | Inputs | None = None,
 ) -> nnx.Module: ...
 
 
+@overload
+def adapt(
+    model: Callable[..., Any],
+    params: Any,
+    recipe: Recipe | Method,
+    /,
+    *,
+    example_inputs: Iterable[Any] | Inputs,
+) -> AdaptedFunction: ...
+
+
 def adapt(
     model: Any,
-    recipe: Recipe | Method,
+    params: Any = None,
+    recipe: Recipe | Method | None = None,
     *,
     rngs: nnx.Rngs | None = None,
     example_inputs: Iterable[Any] | Inputs | None = None,
 ) -> Any:
     """Gives a model adapters without editing it.
 
+    `adapt(model, recipe)` is for linen, NNX (with `rngs`) and Equinox (with `example_inputs`), and
+    `adapt(fn, params, recipe, example_inputs=...)` for a function `fn(params, *inputs)`.
+
     Args:
-        model: a linen or NNX module; it is not changed. A model that has adapters gets more.
-        recipe: which modules get adapters, and what else trains.
+        model: a linen, NNX or Equinox module, or a function of its parameters, such as the `apply`
+            of Haiku; it is not changed. A model that has adapters gets more.
+        params: functions only: the parameters, arrays or `jax.ShapeDtypeStruct` in any pytree.
+        recipe: which modules or arrays get adapters, and what else trains.
         rngs: NNX only: seeds of the adapters and of their dropout.
-        example_inputs: NNX only: inputs of the model, arrays or `jax.ShapeDtypeStruct`, in a tuple
-            or as `aj.inputs(x, mask=m)`. Needed where a target is not a single layer of flax, to
-            find how the model uses its weights, and the width of its output; so also for a
-            bottleneck on `nnx.MultiHeadAttention`.
+        example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, in a tuple or as
+            `aj.inputs(x, mask=m)`. In NNX they are needed where a target is not a single layer of
+            flax, to find how the model uses its weights, and the width of its output; so also for a
+            bottleneck on `nnx.MultiHeadAttention`. Functions and Equinox always need them; linen
+            gets them from `init_adapters`.
 
     Returns:
         For linen, a module with the same methods and parameter paths, whose adapter leaves
-        `init_adapters` makes. For NNX, a model with adapters that shares the base's arrays.
+        `init_adapters` makes. For NNX, a model with adapters that shares the base's arrays. For a
+        function or an Equinox module, a function of the tree that `init_adapters` makes.
 
     Raises:
-        TargetError: NNX: a pattern matches no module that its method can attach to. A linen model
-            has no modules before it runs, so there `init_adapters` and `model.init` raise it.
-        RecipeError: NNX: a method's settings do not fit a module, or two methods keep their arrays
-            at one path; for linen it comes where TargetError does.
-        UserError: `example_inputs` are no tuple of inputs.
-        TypeError: `model` is no linen or NNX module, `recipe` no recipe, an argument belongs to the
-            other API, or `rngs` are missing.
+        TargetError: a pattern matches no module that its method can attach to. A linen model has no
+            modules before it runs, so there `init_adapters` and `model.init` raise it.
+        RecipeError: a method's settings do not fit a module, or two methods keep their arrays at
+            one path; for linen it comes where TargetError does.
+        UserError: `example_inputs` are no tuple of inputs, or a function does not take them, or
+            reads none of its parameters.
+        TypeError: `model` is none of these, `recipe` no recipe, an argument belongs to another
+            kind of model, or `rngs` or the inputs are missing.
 
     Warns:
         AdapterWarning: targets also match modules with weights that their method cannot adapt; the
@@ -71,11 +95,17 @@ def adapt(
         >>> adapted.lora["a"].shape, hasattr(model, "lora")
         ((4, 2), False)
     """
-    if not isinstance(model, nn.Module | nnx.Module):
+    flax = isinstance(model, nn.Module | nnx.Module)
+    if recipe is None:
+        params, recipe = None, params
+    elif flax or isinstance(params, Recipe | Method):
         raise TypeError(
-            f"adapt: got {_described(model)}, expected a linen or NNX module; write "
-            "aj.adapt(model, recipe)"
+            f"adapt: got {_described(params)} between {_described(model)} and the recipe; write "
+            "aj.adapt(model, recipe) for a model, aj.adapt(fn, params, recipe, "
+            "example_inputs=(...)) for a function"
         )
+    if not flax:
+        return _adapted_function(model, params, recipe, rngs, example_inputs)
     recipe = Recipe(recipe)
     if isinstance(model, nn.Module):
         if rngs is not None or example_inputs is not None:
@@ -90,6 +120,21 @@ def adapt(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"
         )
     return adapt_nnx(model, recipe, rngs, example_inputs)
+
+
+def _adapted_function(model: Any, params: Any, recipe: Any, rngs: Any, inputs: Any) -> Any:
+    """The adapted function, after the checks of what it is."""
+    if not is_function(model):
+        raise TypeError(
+            f"adapt: got {_described(model)}, expected a linen, NNX or Equinox module, or a "
+            "function; write aj.adapt(model, recipe)"
+        )
+    if rngs is not None:
+        raise TypeError(
+            "adapt: rngs are for NNX models; write aj.adapt(fn, params, recipe, "
+            "example_inputs=(...))"
+        )
+    return adapt_function(model, params, Recipe(recipe), inputs)
 
 
 def _described(model: Any) -> str:

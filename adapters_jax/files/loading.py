@@ -37,6 +37,7 @@ from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.model_state import state_by_path, with_state
 from adapters_jax.files.tensors import TensorFile
+from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
 from adapters_jax.linen.adapted import grown
 from adapters_jax.nnx import AdapterParam
@@ -102,8 +103,9 @@ def load_adapter(
 
     Args:
         directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
-        model: the base, a linen or NNX module without adapters.
-        params: linen only: the base's parameter tree.
+        model: the base, a linen, NNX or Equinox module, or a function of parameters, without
+            adapters.
+        params: linen and functions only: the base's parameters.
         *args: example inputs, of which only shapes matter; for NNX `example_inputs` says the same.
             They are needed only where the file does not say where in the model the adapter is, or
             is of another base: then the model is run on them.
@@ -114,12 +116,12 @@ def load_adapter(
             layers loads onto unrolled ones, and the other way round.
         collections: linen only: the base's collections beside its parameters, such as
             `{"batch_stats": variables["batch_stats"]}`.
-        example_inputs: NNX only: the inputs that `adapt` got, if it got any.
+        example_inputs: NNX and Equinox only: the inputs that `adapt` got, if it got any.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
-        linen: `(adapted model, params)`; `(adapted model, params, collections)` if collections are
-        given. NNX: the adapted model, with the adapters' dropout on until `model.eval()`. Its
+        linen and functions: `(adapted model, params)`; `(adapted model, params, collections)` if
+        collections are given. NNX: the adapted model, with the adapters' dropout on until `model.eval()`. Its
         statistics, and linen's collections, are those of the file. If the file has none, they are
         the base's, with a warning.
 
@@ -143,6 +145,10 @@ def load_adapter(
         ...     aj.load_adapter(saved, base).lora["a"].shape
         (3, 1)
     """
+    if is_function(model):
+        given = Inputs.of(example_inputs) or Inputs.of_call(args, kwargs)
+        model, params = function_of(model, params, given)
+        args, kwargs, example_inputs = (given,) if given.args or given.kwargs else (), {}, None
     _check_order(directory, model)
     in_nnx = isinstance(model, nnx.Module)
     if in_nnx and (params is not None or collections is not None or kwargs):

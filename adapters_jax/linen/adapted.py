@@ -202,6 +202,21 @@ class Adapted(nn.Module):
             )
 
     @nn.nowrap
+    def named(self, params: Any) -> Tree:
+        """The base's parameters as a nested mapping of arrays by path, which those of linen are."""
+        return params
+
+    @nn.nowrap
+    def restored(self, params: Tree) -> Any:
+        """The inverse of `named`, of the base's parameters."""
+        return params
+
+    @nn.nowrap
+    def inputs(self, given: Inputs) -> Inputs:
+        """The example inputs to run on, where these are given."""
+        return given
+
+    @nn.nowrap
     def placements_in(self, params: Tree) -> Placements:
         """Where the adapters in parameters are.
 
@@ -334,7 +349,8 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
     """
     if isinstance(model, Adapted):
         return adapt(model.inner, model.recipe + recipe)
-    return _adapted_class(type(model))(inner=model, recipe=recipe)  # type: ignore[arg-type]
+    wrapper = getattr(model, "adapted_class", None) or _adapted_class(type(model))  # type: ignore[arg-type]
+    return wrapper(inner=model, recipe=recipe)
 
 
 def points(
@@ -422,10 +438,11 @@ def init_adapters(
         if isinstance(model, nnx.Module):
             fix = "a linen model; an NNX model has its adapters from aj.adapt"
         raise TypeError(f"init_adapters: got {type(model).__name__}, expected {fix}")
+    params = model.named(params)
     check_params("init_adapters", params, call)
     key = arrays.checked_key("init_adapters", key)
     given = shapes_of(without_adapters(params, model.recipe))
-    inputs = Inputs.of_call(args, kwargs, method)
+    inputs = model.inputs(Inputs.of_call(args, kwargs, method))
     found, whole = points_of(model.inner, model.recipe, inputs, given)
     compare_trees(
         "params",

@@ -156,7 +156,7 @@ class Interceptor:
         self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
-        self._init = init
+        self.init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)
         self._running = [_Running()]
@@ -202,7 +202,7 @@ class Interceptor:
         try:
             with without_dropout(evaluation is True):
                 y = self._prompted(module, path, here, run, args, kwargs)
-            if self._init and names:
+            if self.init and names:
                 note_returned(names[-1], y)
         finally:
             self._running.pop()
@@ -230,7 +230,7 @@ class Interceptor:
             attention=here.attention,
             no_attention=here.no_attention,
         )
-        if self._init and path not in self.visited:
+        if self.init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
         self.visited[path] = (module, point)
         acting = [
@@ -240,7 +240,7 @@ class Interceptor:
         ]
         again = calls.with_input(run, module, args, kwargs)
         y = outputs.adapted(acting, path, again, x, y)
-        return named(y, path) if self._init and self.recipe.at(path) else y
+        return named(y, path) if self.init and self.recipe.at(path) else y
 
     def _prompted(
         self, module: Any, path: str, here: _Running, run: Any, args: Any, kwargs: Any
@@ -254,7 +254,7 @@ class Interceptor:
         names = registry.names_of(module)
         if names is not None:
             attend = functools.partial(self._attend, module, path, here, names)
-            look = looking((args, kwargs)) if self._init else contextlib.nullcontext()
+            look = looking((args, kwargs)) if self.init else contextlib.nullcontext()
             with registry.replaced(module, names.attention_fn, attend), look:
                 y = run(*args, **kwargs)
             here.no_attention = "" if here.attention else registry.why_not(names)
@@ -263,7 +263,7 @@ class Interceptor:
         each = [(m, _held(module, m), point) for m in prompts if _has_leaves(module, m)]
 
         def make(sizes: Attention) -> None:
-            if self._init and not each:
+            if self.init and not each:
                 sized = dataclasses.replace(point, attention=sizes)
                 each.extend((m, self._made(module, m, sized), point) for m in prompts)
 
@@ -281,7 +281,7 @@ class Interceptor:
             make(found.attention)
         if found.attention is None:
             here.no_attention = found.why_not()
-            if self._init:
+            if self.init:
                 for method, *_ in each:
                     module.scope._mutable_collection("params").pop(method.slot)
             elif each and here.where[1] == "__call__":
@@ -324,7 +324,7 @@ class Interceptor:
         precision = getattr(module, "precision", None)
         point = AttachmentPoint(path, precision=precision, attention=here.attention)
         methods = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
-        if self._init and path not in self.visited:
+        if self.init and path not in self.visited:
             self._refuse_taken_names(module, point, methods)
         for method in methods:
             scope = module.scope.push(method.slot, reuse=True)

@@ -106,6 +106,17 @@ class Inputs:
         args, kwargs = filled((self.args, dict(self.kwargs)))
         return Inputs(args, kwargs, self.method)
 
+    def shapes(self) -> "Inputs":
+        """The inputs with shapes and dtypes for their arrays, so that they keep no memory."""
+
+        def shape(x: Any) -> Any:
+            if not is_array(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+        args, kwargs = jax.tree.map(shape, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs, self.method)
+
     def split(self) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], "Inputs"]]:
         """Its arrays as shapes and dtypes, and the inputs as a function of others in their place.
 

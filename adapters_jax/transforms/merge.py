@@ -180,7 +180,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
             join(each.module, name): nn.meta.replace_boxed(boxed[name], x)
             for name, x in made.items()
         }
-    return unflatten(merged, params)
+    return model.restored(unflatten(merged, params))
 
 
 def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:

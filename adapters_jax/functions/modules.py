@@ -1,0 +1,256 @@
+"""The modules of a function: calls that a library of modules marks inside a plain function.
+
+A function has no modules by itself. Where its parameters are modules, as in Equinox, or where it
+calls some, as in Haiku, a `Front` of that library shows each call to a `Calls`, which records it
+while adapters are placed, and runs the adapters on outputs and in attention elsewhere. What changes
+weights needs none of this.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.linen.interceptor import Interceptor
+from adapters_jax.methods import Method, outputs
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.prompt import inserted
+from adapters_jax.placement import on_outputs
+from adapters_jax.recipe import Recipe
+from adapters_jax.trace import calls
+from adapters_jax.trace.calls import Returned
+from adapters_jax.trace.program import named
+from adapters_jax.trace.watch import Found, looking, note_returned, watched
+from adapters_jax.trees import Tree, flatten, join, unflatten
+
+# The arrays of a module's adapters: by the slot of a method, by their names.
+Held = Mapping[str, Mapping[str, Any]]
+
+
+class Front(Protocol):
+    """How a library marks the calls of its modules.
+
+    Attributes:
+        keeps_others: whether its modules may have leaves that are no arrays.
+    """
+
+    keeps_others: bool
+
+    def static(self, tree: Any) -> dict[str, Any]:
+        """What of modules is no part of the tree, by its path there, for messages."""
+
+    def entered(self, tree: Any, run: "Calls", held: Mapping[str, Held]) -> Any:
+        """A context; it yields the tree to call the function with, and passes every call to `run`.
+
+        Args:
+            tree: the function's parameters.
+            run: what runs a call of a module; see `Calls`.
+            held: the arrays of the adapters of each module that has some, by its path.
+        """
+
+
+@dataclass(eq=False)  # so that it has a hash, as what Equinox keeps beside arrays needs
+class Calls:
+    """Runs the calls of modules with their adapters; while they are placed, it records the calls.
+
+    Attributes:
+        interceptor: what records the calls, and has the recipe.
+        shapes: the arrays of the function by name, as shapes and dtypes.
+        init: whether adapters are being placed.
+    """
+
+    interceptor: Interceptor
+    shapes: Mapping[str, Any]
+    init: bool
+
+    def __call__(
+        self,
+        path: str,
+        module: Any,
+        arrays: Callable[[], Mapping[str, Any] | None],
+        run: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        held: Held,
+    ) -> Any:
+        """Runs one call.
+
+        Args:
+            path: the path of the module.
+            module: the module.
+            arrays: gives, once it ran, the arrays in it by their paths there, as its code sees
+                them; None where it is not the module at this path.
+            run: its function.
+            args: the arguments by position.
+            kwargs: the arguments by name.
+            held: the arrays of its adapters.
+        """
+        if self.init:
+            return self._seen(path, module, arrays, run, args, kwargs)
+        methods = [m for m in self.interceptor.recipe.at(path) if m.slot in held]
+        leaves = {m: {n: flatten(held[m.slot])[n] for n in m.leaf_names} for m in methods}
+        point = AttachmentPoint(path)
+        prompts = [(m, leaves[m], point) for m in methods if m.acts_on == "attention"]
+        again = run
+        if prompts:
+            again = functools.partial(_prompted, prompts, path, module, run)
+        y = again(*args, **kwargs)
+        own = arrays()
+        if own is None:
+            if prompts:
+                raise RecipeError(
+                    f"{type(prompts[0][0]).__name__}: {path!r} is adapted, and another module of "
+                    "that name runs inside a loop over layers; rename one of them"
+                )
+            return y
+        acting = [
+            (m, functools.partial(_forward, m, leaves[m], point, own))
+            for m in methods
+            if m.acts_on == "output"
+        ]
+        again = calls.with_input(again, module, args, kwargs)
+        return outputs.adapted(acting, path, again, calls.input_of(module, args, kwargs), y)
+
+    def _seen(self, path: str, module: Any, arrays: Any, run: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a call and records it."""
+        prompts = [m for m in self.interceptor.recipe.at(path) if m.acts_on == "attention"]
+        total = any(getattr(method, "shares_softmax", False) for method in prompts)
+        look = looking((args, kwargs), total) if prompts else contextlib.nullcontext(Found())
+        with look as found:
+            y = run(*args, **kwargs)
+        note_returned(path, y)
+        inside = arrays()
+        if inside is None:
+            return y
+        own = {name: tuple(x.shape) for name, x in inside.items()}
+        returned = Returned.of(calls.input_of(module, args, kwargs), y)
+        why = found.why_not() if prompts and not found.attention else ""
+        point = AttachmentPoint(
+            path, own=own, attention=found.attention, no_attention=why, returned=returned
+        )
+        self.interceptor.visited[path] = (module, point)
+        return named(y, path)
+
+    def placed(self) -> dict[str, Any]:
+        """Zeros for the arrays of methods on outputs and attention at the recorded calls, by path.
+
+        Raises:
+            RecipeError: such a method has dropout.
+        """
+        found = {}
+        for path, (_, point) in self.interceptor.visited.items():
+            for each in on_outputs(self.interceptor.recipe, point) if path else ():
+                if each.method.dropout:
+                    raise RecipeError(
+                        f"{type(each.method).__name__} has dropout {each.method.dropout} and "
+                        f"targets {path!r}, a module of a function, whose calls get no random key "
+                        f"for it; write dropout=0.0, or exclude it: '!{path}'"
+                    )
+                layers = self._layers(path, point.own)
+                for name, shape in each.array_shapes.items():
+                    found[name] = jnp.zeros((*layers, *shape))
+        return found
+
+    def _layers(self, path: str, own: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The layer axes that a module is stacked on: those that its code does not see."""
+        for name, inside in own.items():
+            outside = self.shapes[join(path, name)].shape
+            return tuple(outside[: len(outside) - len(inside)])
+        return ()
+
+
+def _prompted(
+    prompts: Sequence[Any], path: str, module: Any, run: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Runs a call with prompts in its attention."""
+    with watched(functools.partial(inserted, prompts)) as watch:
+        args, kwargs = watch.enter((args, kwargs))
+        y = run(*args, **kwargs)
+    watch.found.check(type(prompts[0][0]).__name__, path, module)
+    return y
+
+
+def _forward(
+    method: Method,
+    leaves: Mapping[str, Any],
+    point: AttachmentPoint,
+    arrays: Mapping[str, Any],
+    again: Any,
+    x: Any,
+    y: Any,
+) -> Any:
+    """Applies a method to an output."""
+    at = AttachmentPoint(point.path, y.shape[-1], again=again)
+    return method.forward(leaves, at, x, y, None, arrays.get)
+
+
+@contextlib.contextmanager
+def attached(fronts: Sequence[Front], module: Any, shapes: Mapping[str, Any]) -> Iterator[Any]:
+    """Shows the calls of a function's modules to the interceptor of its scope.
+
+    Args:
+        fronts: the libraries whose modules it may call.
+        module: the function as a linen module, bound.
+        shapes: the function's arrays by name, as shapes and dtypes.
+
+    Yields:
+        What takes the function's parameters as a tree, and all variables, and returns the
+        parameters to call the function with.
+    """
+    scope = module.scope
+    found = scope.flags.get(Interceptor.flag(module))
+    on_modules = found and any(m.acts_on != "leaf" for m in found.recipe.attached)
+    if not (fronts and on_modules):
+        yield lambda tree, params: tree
+        return
+    run = Calls(found, shapes, found.init)
+    with contextlib.ExitStack() as stack:
+
+        def enter(tree: Any, params: Tree) -> Any:
+            held = _held(found.recipe, params, shapes)
+            for front in fronts:
+                tree = stack.enter_context(front.entered(tree, run, held))
+            return tree
+
+        yield enter
+    for name, part in unflatten(run.placed()).items() if found.init else ():
+        kept = scope.variables()["params"].get(name, {})
+        merged = unflatten({**flatten(kept), **flatten(part)})
+        scope.put_variable("params", name, merged)
+
+
+def _held(recipe: Recipe, params: Tree, own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arrays of methods on outputs and attention, by the path of the module and the slot."""
+    found: dict[str, dict[str, Any]] = {}
+    leaves = {path: x for path, x in flatten(params).items() if path not in own}
+    for path, owner in recipe.owners(leaves).items():
+        if owner.method.acts_on != "leaf":
+            slots = found.setdefault(owner.module, {})
+            slots.setdefault(owner.method.slot, {})[owner.name] = leaves[path]
+    return {path: {s: unflatten(x) for s, x in slots.items()} for path, slots in found.items()}
+
+
+def is_equinox(x: Any) -> bool:
+    """Whether x is a module of Equinox, which is not imported for it."""
+    return "equinox" in sys.modules and isinstance(x, sys.modules["equinox"].Module)
+
+
+def fronts_of(params: Any) -> list[Front]:
+    """The libraries of modules that a function may use: those of its parameters, and Haiku.
+
+    Nothing is imported that the caller has not imported.
+    """
+    found: list[Front] = []
+    if any(map(is_equinox, jax.tree.leaves(params, is_leaf=is_equinox))):
+        found.append(importlib.import_module("adapters_jax.functions.equinox").FRONT)
+    if "haiku" in sys.modules:
+        haiku = importlib.import_module("adapters_jax.functions.haiku")
+        found += [haiku.FRONT] if haiku.has_parameters(params) else []
+    return found
