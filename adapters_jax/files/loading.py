@@ -121,9 +121,9 @@ def load_adapter(
 
     Returns:
         linen and functions: `(adapted model, params)`; `(adapted model, params, collections)` if
-        collections are given. NNX: the adapted model, with the adapters' dropout on until `model.eval()`. Its
-        statistics, and linen's collections, are those of the file. If the file has none, they are
-        the base's, with a warning.
+        collections are given. NNX: the adapted model, with the adapters' dropout on until
+        `model.eval()`. Its statistics, and linen's collections, are those of the file. If the file
+        has none, they are the base's, with a warning.
 
     Raises:
         OtherBaseError: the adapter was trained on another base: one whose parameters have other

@@ -70,7 +70,7 @@ def _shown(node: Any, path: str, run: Calls, held: Mapping[str, Held]) -> Any:
 
 def _adapted(module: Any, path: str, run: Calls, held: Held) -> Any:
     """A module of the subclass, with the arrays of its adapters."""
-    new = object.__new__(_adapted_class(type(module)))
+    new = object.__new__(_adapted_class(type(module)))  # type: ignore[arg-type]
     for field in dataclasses.fields(module):
         # A field may have been left out by the module's own `__init__`.
         if hasattr(module, field.name):
@@ -93,8 +93,12 @@ def _adapted_class(cls: type[Any]) -> type[Any]:
     functools.update_wrapper(call, cls.__call__)
     fields = {_NAME: Any, "adapters_jax_call": Any}
     about = {"__call__": call, "__annotations__": fields, "__module__": cls.__module__}
-    defaults = {_NAME: eqx.field(default=None), "adapters_jax_call": eqx.field(static=True, default=None)}
-    return type(cls)(cls.__name__, (cls,), {**about, **defaults})
+    defaults = {
+        _NAME: eqx.field(default=None),
+        "adapters_jax_call": eqx.field(static=True, default=None),
+    }
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), {**about, **defaults})
 
 
 def _arrays(module: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ function. The function itself gets its own tree, with changed arrays.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,11 @@ def names_of(tree: Any) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     # A tree that is one array has no names.
     return [(jax.tree_util.keystr(p, simple=True, separator="/") or "w", x) for p, x in leaves]
+
+
+def arrays_of(tree: Any) -> Tree:
+    """The arrays in a pytree as a nested dictionary by their names."""
+    return unflatten({path: x for path, x in names_of(tree) if is_array(x)})
 
 
 class Signature:
@@ -117,6 +122,8 @@ class Function(nn.Module):
         signature: how it is called.
     """
 
+    adapted_class: ClassVar[Any] = None  # below, since each of the two names the other
+
     fn: Callable[..., Any]
     signature: Signature
 
@@ -154,7 +161,12 @@ class AdaptedFunction(Adapted):
 
     @nn.nowrap
     def __call__(
-        self, params: Tree, *args: Any, adapters: Rows | None = None, rngs: Any = None, **kwargs: Any
+        self,
+        params: Tree,
+        *args: Any,
+        adapters: Rows | None = None,
+        rngs: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Calls the function with its adapters.
 
@@ -175,7 +187,7 @@ class AdaptedFunction(Adapted):
     @nn.nowrap
     def named(self, params: Any) -> Tree:
         """The arrays of the function's own parameters as a nested dictionary by their names."""
-        return unflatten({path: x for path, x in names_of(params) if is_array(x)})
+        return arrays_of(params)
 
     @nn.nowrap
     def restored(self, params: Tree) -> Any:
@@ -219,7 +231,7 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
     if inputs.args or inputs.kwargs:
         _check_call(model, params, inputs)
     base = Function(model, Signature(params, inputs, fronts_of(params)))
-    return base, unflatten({path: x for path, x in names_of(params) if is_array(x)})
+    return base, arrays_of(params)
 
 
 def call(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +268,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
         if not _reads(base):
             raise _unread(base) from error
         others = base.signature.others(recipe)
-        raise TargetError(f"{error}\n{others}") from error if others else error
+        raise TargetError(f"{error}\n{others}".strip()) from error
     if not (recipe.attached or _reads(base)):
         raise _unread(base)
     return adapted

@@ -242,8 +242,9 @@ def check_nested(found: Sequence[Placement]) -> None:
 
 _SHOWN = 5
 _NO_MODULE = (
-    "it holds weights, and no module that this API calls; target the module around it, or pass "
-    "example_inputs=(...) where it is a linen module inside an NNX model"
+    "it holds weights, and no module that this API calls; target the module around it, pass "
+    "example_inputs=(...) where it is a linen module inside an NNX model, or change its weights, "
+    "as LoRA does, in a plain function, which has no modules"
 )
 
 
