@@ -197,7 +197,9 @@ class AdaptedFunction(Adapted):
     @nn.nowrap
     def inputs(self, given: Inputs) -> Inputs:
         """The given inputs, or the example inputs of `aj.adapt` where there are none."""
-        return given if given.args or given.kwargs else self.inner.signature.example
+        inputs = given if given.args or given.kwargs else self.inner.signature.example
+        _check_call(self.inner.fn, inputs)
+        return inputs
 
 
 Function.adapted_class = AdaptedFunction
@@ -222,21 +224,14 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
         UserError: the function does not take the inputs, or the parameters are not all arrays.
     """
     if is_equinox(model) and params is None:
-        model, params = call, model
+        model, params = type(model).__call__, model
     if params is None:
         raise TypeError(
             "a function needs its parameters; write aj.adapt(fn, params, recipe, "
             "example_inputs=(...)), or aj.load_adapter(directory, fn, params, *inputs)"
         )
-    if inputs.args or inputs.kwargs:
-        _check_call(model, params, inputs)
     base = Function(model, Signature(params, inputs, fronts_of(params)))
     return base, arrays_of(params)
-
-
-def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a model; with the model as parameters it is a plain function."""
-    return model(*args, **kwargs)
 
 
 def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> AdaptedFunction:
@@ -254,14 +249,15 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
         TargetError: a pattern matches nothing that its method can attach to.
     """
     inputs = Inputs.of(example_inputs)
+    base, _ = function_of(model, params, inputs or Inputs((), {}))
     if inputs is None:
         raise TypeError(
             "adapt: a function needs example inputs, to see how it uses its parameters; write "
             "aj.adapt(fn, params, recipe, example_inputs=(x,)), for an Equinox module without "
             "params"
         )
-    base, _ = function_of(model, params, inputs)
     adapted = AdaptedFunction(inner=base, recipe=recipe)
+    inputs = adapted.inputs(inputs)
     try:
         points(adapted, inputs)
     except TargetError as error:
@@ -274,7 +270,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
     return adapted
 
 
-def _check_call(fn: Callable[..., Any], params: Any, inputs: Inputs) -> None:
+def _check_call(fn: Callable[..., Any], inputs: Inputs) -> None:
     """Raises UserError where the function does not take its example inputs, or takes ours."""
     try:
         signature = inspect.signature(fn)
@@ -288,12 +284,12 @@ def _check_call(fn: Callable[..., Any], params: Any, inputs: Inputs) -> None:
             f"fn(params, x, {taken[0]}=how)"
         )
     try:
-        signature.bind(params, *inputs.args, **inputs.kwargs)
+        signature.bind(None, *inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise UserError(
-            f"adapt: the function cannot be called with params and the example inputs "
-            f"({inputs_text(inputs.args, inputs.kwargs)}): {error}; write aj.adapt(fn, params, "
-            "recipe, example_inputs=(...)) with all arguments after params"
+            f"the function cannot be called with its parameters and the example inputs "
+            f"({inputs_text(inputs.args, inputs.kwargs)}): {error}; give all its arguments after "
+            "the parameters, as in aj.adapt(fn, params, recipe, example_inputs=(...))"
         ) from error
 
 
