@@ -268,7 +268,8 @@ class Interceptor:
                 each.extend((m, self._made(module, m, sized), point) for m in prompts)
 
         def insert(inline: Inline, mixed: Array) -> Array:
-            if not watch.found.checkpoints:  # flax makes no parameters in there
+            # flax makes no parameters in there; a single head may be one of several.
+            if not watch.found.checkpoints and inline.sizes.heads > 1:
                 make(inline.sizes)
             return inserted(each, inline, mixed)
 

@@ -26,7 +26,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
 from adapters_jax.trace.activations import Operation, Seen
 from adapters_jax.trace.following import facts_of, read
-from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at, together
 from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
 from adapters_jax.trace.through import Through
@@ -40,26 +40,30 @@ class Found:
     """What a watch saw.
 
     Attributes:
-        sizes: the sizes of the attentions.
+        attentions: the attentions.
         reasons: why prompts cannot act in others.
         checkpoints: how many bodies of `jax.checkpoint` are running.
     """
 
-    sizes: list[Attention] = field(default_factory=list)
+    attentions: list[Inline] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     checkpoints: int = 0
 
     @property
     def attention(self) -> Attention | None:
-        """The only attention; None if there is none, or another one."""
-        return self.sizes[0] if len(self.sizes) == 1 and not self.reasons else None
+        """The only attention, perhaps head by head; None if there is none, or another one."""
+        return None if self.reasons else together(self.attentions)
 
     def why_not(self) -> str:
         """Why there is not one attention, as the end of a sentence about the module."""
         if self.reasons:
             return self.reasons[0]
-        if self.sizes:
-            return f"computes {len(self.sizes)} attentions; target the module of each"
+        if self.attentions:
+            return (
+                f"computes {len(self.attentions)} attentions, which are no single heads of one "
+                "input; target modules inside it that compute one each, or adapt its projections, "
+                "as with aj.LoRA"
+            )
         return (
             "shows no softmax between two products of activations, of queries and keys and then of "
             "weights and values, in its own call; prompts act there"
@@ -307,11 +311,12 @@ class Watch(Through):
         try:
             with jex.set_current_trace(self.parent):
                 inline, there, back = attention_at(Second.of(left, right, params), y)  # type: ignore[arg-type]
+                inline = inline.after(self.found.attentions)
                 changed = back(self.insert(inline, there))
         except UnknownAttention as why:
             self.found.reasons.append(str(why))
             return y
-        self.found.sizes.append(inline.sizes)
+        self.found.attentions.append(inline)
         return changed
 
 
