@@ -37,17 +37,19 @@ def decoder_params():
     return definition.unflatten(map(jnp.asarray, drawings))
 
 
+def layer(x, w):
+    """A layer of the decoder: einsums, a softmax, a feed-forward network."""
+    q, k, v = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", x, w["wqkv"]), 2, 0)
+    scores = jnp.einsum("bqhk,bthk->bhqt", q, k) / 2
+    mixed = jnp.einsum("bhqt,bthk->bqhk", jax.nn.softmax(scores), v)
+    x = x + jnp.einsum("bqhk,hkd->bqd", mixed, w["wo"])
+    return x + jax.nn.gelu(x @ w["up"]) @ w["down"]
+
+
 def decoder(params, ids):
-    """A decoder of plain jax.numpy: einsums, a softmax, a scan with remat over its layers."""
-
-    def layer(x, w):
-        q, k, v = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", x, w["wqkv"]), 2, 0)
-        scores = jnp.einsum("bqhk,bthk->bhqt", q, k) / 2
-        mixed = jnp.einsum("bhqt,bthk->bqhk", jax.nn.softmax(scores), v)
-        x = x + jnp.einsum("bqhk,hkd->bqd", mixed, w["wo"])
-        return x + jax.nn.gelu(x @ w["up"]) @ w["down"], None
-
-    x, _ = jax.lax.scan(jax.checkpoint(layer), params["embed"][ids], params["layers"])
+    """A decoder of plain jax.numpy with a scan with remat over its layers."""
+    body = jax.checkpoint(lambda x, w: (layer(x, w), None))
+    x, _ = jax.lax.scan(body, params["embed"][ids], params["layers"])
     return x @ params["head"]
 
 
@@ -271,10 +273,67 @@ def test_other_parameters_than_at_adapt_are_named():
         adapted(IDS)
 
 
-def test_what_acts_on_modules_says_that_a_function_has_none():
-    for method in (aj.Bottleneck("layers", 2), aj.LlamaAdapter("layers", 2)):
-        with pytest.raises(TargetError, match="plain function, which has no modules"):
-            aj.adapt(decoder, decoder_params(), method, example_inputs=(IDS,))
+def test_a_bottleneck_says_that_a_function_has_no_modules():
+    with pytest.raises(TargetError, match="plain function, which has no modules"):
+        aj.adapt(decoder, decoder_params(), aj.Bottleneck("layers", 2), example_inputs=(IDS,))
+
+
+def decoder_by_formula(params, prefix, ids):
+    """The decoder in float64, each layer with keys and values of a prefix before its own."""
+    w = {path: double(x) for path, x in flatten(params).items()}
+    x = w["embed"][ids]
+    for i in range(LAYERS):
+        q, k, v = np.moveaxis(np.einsum("btd,dchk->btchk", x, w["layers/wqkv"][i]), 2, 0)
+        own = [double(prefix[name][i]) for name in ("key", "value")]
+        k, v = (
+            np.concatenate([np.broadcast_to(o, (len(x), *o.shape)), y], 1)
+            for o, y in zip(own, (k, v), strict=True)
+        )
+        share = np.exp(np.einsum("bqhk,bthk->bhqt", q, k) / 2)
+        mixed = np.einsum("bhqt,bthk->bqhk", share / share.sum(-1, keepdims=True), v)
+        x = x + np.einsum("bqhk,hkd->bqd", mixed, w["layers/wo"][i])
+        inner = double(jax.nn.gelu(jnp.asarray(x @ w["layers/up"][i], jnp.float32)))
+        x = x + inner @ w["layers/down"][i]
+    return x @ w["head"]
+
+
+def test_prompts_act_in_the_attention_of_a_loop_over_layers():
+    params = decoder_params()
+    adapted = aj.adapt(decoder, params, aj.PrefixTuning("layers", 3), example_inputs=(IDS,))
+    tree = drawn_adapters(adapted, params)
+    prefix = tree["layers"]["prefix"]
+    assert prefix["key"].shape == (LAYERS, 3, HEADS, D // HEADS)
+    expected = decoder_by_formula(params, prefix, IDS)
+    assert_near(jax.jit(adapted)(tree, IDS), expected)
+    assert_near(adapted(tree, IDS), expected)  # where operations run at once
+    assert moved(adapted(tree, IDS), decoder(params, IDS))
+    assert aj.audit(adapted, tree).adapter_parameters == 2 * LAYERS * 3 * D
+
+
+@pytest.mark.parametrize("method", [aj.LlamaAdapter, aj.PrefixTuning])
+def test_prompts_in_a_loop_are_those_of_its_layers(method):
+    params = decoder_params()
+
+    def looped(params, ids):
+        x = params["embed"][ids]
+        for weights in params["layers"]:
+            jax.lax.cond(
+                x.sum() > 0, lambda x: None, lambda x: None, x
+            )  # an operation without results
+            x = layer(x, weights)
+        return x @ params["head"]
+
+    rows = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(LAYERS)]
+    unrolled = {**params, "layers": rows}
+    one = aj.adapt(decoder, params, method("layers", 3), example_inputs=(IDS,))
+    tree = drawn_adapters(one, params)
+    many = aj.adapt(looped, unrolled, method("layers/*", 3), example_inputs=(IDS,))
+    layers = aj.init_adapters(many, unrolled, jax.random.key(1))
+    adapters = aj.partition(tree, one.recipe)[0]["layers"]
+    each = {str(i): jax.tree.map(lambda x, i=i: x[i], adapters) for i in range(LAYERS)}
+    layers = aj.merge_trees({"layers": each}, aj.partition(layers, many.recipe)[1])
+    assert_near(one(tree, IDS), many(layers, IDS))
+    assert moved(one(tree, IDS), decoder(params, IDS))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import TargetError, UserError, first_few, shortened
+from adapters_jax.functions.attention import Attending, attentions_of
 from adapters_jax.functions.modules import Front, attached, fronts_of, is_equinox
 from adapters_jax.linen import Adapted, points
 from adapters_jax.methods.mixed import Rows
@@ -52,6 +53,7 @@ class Signature:
         example: the example inputs, whose arrays are shapes and dtypes.
         fronts: as given.
         shapes: the arrays of the tree by name, as shapes and dtypes.
+        attentions: its attentions, once they were asked for.
 
     Raises:
         UserError: a leaf is no array, two arrays have one name, or there is no array.
@@ -67,6 +69,7 @@ class Signature:
 
     def __init__(self, tree: Any, example: Inputs, fronts: Sequence[Front] = ()):
         self.example, self.fronts = example.shapes(), fronts
+        self.attentions: list[Attending] | None = None
         self._definition = jax.tree.structure(tree)
         leaves = names_of(tree)
         self._others = {path: x for path, x in leaves if not is_array(x)}
@@ -135,9 +138,21 @@ class Function(nn.Module):
             zeros = {p: jnp.zeros(x.shape, x.dtype) for p, x in self.signature.shapes.items()}
             for name, part in unflatten(zeros).items():
                 scope.put_variable("params", name, part)
-        params = scope.variables()["params"]
-        with attached(self.signature.fronts, self, self.signature.shapes) as enter:
-            return self.fn(enter(self.signature.tree(params), params), *args, **kwargs)
+        params, signature = scope.variables()["params"], self.signature
+        with attached(signature.fronts, self, signature.shapes, self._attentions) as call:
+            return call(self.fn, signature.tree(params), params, args, kwargs)
+
+    @nn.nowrap
+    def _attentions(self) -> list[Attending]:
+        """The attentions of the function, where it has no modules."""
+        signature = self.signature
+        if signature.attentions is None:
+            signature.attentions = attentions_of(
+                lambda named, *args, **kwargs: self.fn(signature.tree(named), *args, **kwargs),
+                signature.shapes,
+                signature.example,
+            )
+        return signature.attentions
 
 
 class AdaptedFunction(Adapted):

@@ -153,7 +153,7 @@ class Interceptor:
 
     def __init__(self, recipe: Recipe, module: Any, init: bool, at: str = ""):
         self.recipe, self.root, self.at = recipe, tuple(module.scope.path), at
-        self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
+        self.visited: dict[str, tuple[Any, AttachmentPoint]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
         self.init = init

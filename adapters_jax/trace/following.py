@@ -265,6 +265,8 @@ RULES: dict[str, Rule] = {
 
 def facts_of(op: Operation) -> list[Seen]:
     """What is known of the results of an operation, some of whose inputs are activations."""
+    if not op.shapes:
+        return []
     rule, first = RULES.get(op.name), next(seen for seen in op.known if seen)
     found = rule and rule(op)
     if not found:
