@@ -349,6 +349,14 @@ def test_swapped_and_missing_arguments(call, text):
         call()
 
 
+def test_what_is_suggested_for_a_function():
+    found = aj.suggest(decoder, decoder_params(), IDS)
+    assert found.arguments("llama_adapter") == {"targets": "layers"}
+    assert found.arguments("lora") == {"targets": "**/wqkv"}
+    with pytest.raises(TypeError, match="a function needs its parameters"):
+        aj.suggest(decoder)
+
+
 # Equinox
 
 

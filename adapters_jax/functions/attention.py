@@ -163,7 +163,7 @@ def _staged(run: Callable[..., Any]) -> Callable[..., Any]:
 
         def staged(arrays: Mapping[int, Any]) -> list[Any]:
             whole = [arrays.get(i, x) for i, x in enumerate(leaves)]
-            found, structure = jax.tree.flatten(run(*definition.unflatten(whole)))
+            found, structure = jax.tree.flatten(run(*jax.tree.unflatten(definition, whole)))
             others[:] = [structure, [None if is_array(x) else x for x in found]]
             return [x if is_array(x) else None for x in found]
 
