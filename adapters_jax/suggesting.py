@@ -264,15 +264,16 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
         )
     """
     if is_equinox(model) or isinstance(model, types.FunctionType | functools.partial):
-        params, *args = (None, *args) if is_equinox(model) else args or (None,)
-        model, _ = function_of(model, params, Inputs.of_call(tuple(args), kwargs))
+        params, *rest = (None, *args) if is_equinox(model) else args or (None,)
+        args = tuple(rest)
+        model, _ = function_of(model, params, Inputs.of_call(args, kwargs))
     if not isinstance(model, nn.Module | nnx.Module):
         inner = getattr(model, "module", None)
         hint = "; pass model.module" if isinstance(inner, nn.Module) else ""
         raise TypeError(
             f"suggest: got {type(model).__name__}, expected a linen or NNX module{hint}"
         )
-    traced = traced_call(model, Inputs.of_call(tuple(args), kwargs))
+    traced = traced_call(model, Inputs.of_call(args, kwargs))
     paths = dict.fromkeys([*sorted(traced.modules), *traced.parameters.values()])
     return Suggestion(find_roles(traced), tuple(filter(None, paths)))
 
