@@ -22,7 +22,7 @@ import adapters_jax as aj
 from adapters_jax.files.jax_lora import as_peft
 from adapters_jax.files.peft import save_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning")  # qwix's
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
 RANK, ALPHA = 2, 6.0
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.dtypes import canonicalize_dtype
 
 from adapters_jax.errors import MismatchError, OtherBaseError, RecipeError, UserError, first_few
-from adapters_jax.files.jax_lora.pairs import Flat, Pair, find_pairs, leaves_of
+from adapters_jax.files.jax_lora.pairs import Flat, Pair, find_pairs, leaves_of, nested
 from adapters_jax.files.module_map import pattern_of, shortest
 from adapters_jax.methods import LoRA
 from adapters_jax.methods.leaf import axes_of
@@ -86,7 +86,7 @@ def from_jax_lora(
         model = adapt_at(base, recipe, placements)
         nnx.update(model, with_leaves(nnx.state(model, AdapterParam), arrays))
         return model
-    return recipe, unflatten({**leaves, **arrays}, *[base] * isinstance(base, Mapping))
+    return recipe, nested({**leaves, **arrays}, tree, base)
 
 
 def merge_jax_lora(
@@ -125,7 +125,7 @@ def merge_jax_lora(
         leaves[pair.weight] = nn.meta.replace_boxed(
             boxed, total.astype(canonicalize_dtype(weight.dtype))
         )
-    return unflatten(leaves, *[base] * isinstance(base, Mapping))
+    return nested(leaves, tree, base)
 
 
 def to_jax_lora(
@@ -188,7 +188,7 @@ def to_jax_lora(
         made |= zip(pair.paths, _theirs(pair, placed, flat) if placed else same, strict=True)
     if isinstance(like, nnx.State):
         return with_leaves(like, made)
-    return unflatten({**theirs, **made}, *[like] * isinstance(like, Mapping))
+    return nested({**theirs, **made}, like)
 
 
 def as_peft(

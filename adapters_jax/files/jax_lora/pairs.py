@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import (
@@ -35,7 +36,7 @@ from adapters_jax.errors import (
     file_errors,
     first_few,
 )
-from adapters_jax.trees import flatten
+from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.axes import Axes, Shape
 from adapters_jax.weights.factors import RANK, Factor
 from adapters_jax.weights.quantized import unboxed
@@ -153,7 +154,17 @@ def _restored(directory: Path) -> Any:
             "directory of the parameters, such as 100/params or 100/model_params"
         )
     with file_errors(directory, error=AdapterFileError), ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.resolve())
+        found = checkpointer.metadata(directory.resolve()).item_metadata.tree
+        each = ocp.RestoreArgs(restore_type=np.ndarray)  # not on its old devices
+        args = jax.tree.map(lambda _: each, found)
+        return checkpointer.restore(directory.resolve(), restore_args=args)
+
+
+def nested(leaves: Flat, *trees: Any) -> Tree:
+    """The nested mapping of leaves by path, with the keys of trees, such as numbers of layers."""
+    states = [nnx.state(x, nnx.Param) if isinstance(x, nnx.Module) else x for x in trees]
+    pure = [nnx.to_pure_dict(x) if isinstance(x, nnx.State) else x for x in states]
+    return unflatten(leaves, *(x for x in pure if isinstance(x, Mapping)))
 
 
 def find_pairs(flat: Flat, base: Flat) -> tuple[list[Pair], dict[str, Any]]:
