@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx, traverse_util
+from flax.nnx import bridge
 from helpers.errors import raises
 from safetensors.numpy import load_file
 
@@ -368,7 +369,12 @@ BAD = {
     "another shape": ({"q": {"w": jnp.ones((9, 6)), "w_lora_a": A, "w_lora_b": B}}, "q/w", [9, 6]),
     "another rank": ({"q": {"w": W, "w_lora_a": A, "w_lora_b": jnp.ones((3, 6))}}, "q/w", [3, 6]),
     "no weight": ({"q": {"v": W, "w_lora_a": A, "w_lora_b": B}}, "q/w_lora_a", "no q/w"),
-    "two scales": ({"q": {**GOOD["q"], "lora_a": A, "lora_b": B}}, "q/w", "openpi", "qwix"),
+    "two scales": ({"q": {**GOOD["q"], "lora_a": A, "lora_b": B}}, "q/w", "q/w_lora_a, q/lora_a"),
+    "a pair for each call": (
+        {"q": {"w": W} | {f"_LoRAEinsum_{i}": {"lora": {"a": A, "b": B}} for i in (0, 1)}},
+        *("q/w", "q/_LoRAEinsum_1/lora/a"),
+    ),
+    "halves of two": ({"q": {"w": W, "w_lora_a": A, "lora_b": B}}, "q/w_lora_a"),
     "left over": ({**GOOD, "k": {"lora_c": A}}, "k/lora_c"),
     "not told by sizes": (
         {"q": {"w": jnp.ones((4, 8, 8)), "w_lora_a": A, "w_lora_b": jnp.ones((2, 4, 8))}},
@@ -405,6 +411,8 @@ def test_another_base():
         aj.from_jax_lora(GOOD, {**base, "norm": {"scale": 2 * jnp.ones(8)}}, alpha=4)
     with raises(aj.OtherBaseError, "norm/scale"):
         aj.merge_jax_lora(GOOD, {"q": base["q"]}, alpha=4)
+    with raises(aj.MismatchError, "q/w_lora_a"):
+        aj.merge_jax_lora(GOOD, GOOD, alpha=4)  # the base has LoRA
     with raises(aj.MismatchError, "q/w", [8, 7]):
         aj.from_jax_lora(only(GOOD), {"q": {"w": jnp.ones((8, 7))}}, alpha=4)
 
@@ -422,11 +430,8 @@ def test_what_their_pairs_cannot_hold():
     experts = {"up": jnp.ones((3, 8, 6)), "lora": {"up": {"a": jnp.ones((3, 8, 2))}}}
     experts["lora"]["up"]["b"] = drawn(jnp.zeros((3, 2, 6)))
     like = {"up_lora_a": jnp.ones((3, 8, 2)), "up_lora_b": B}
-    lora = aj.LoRA("up", rank=2)
     with raises(aj.MismatchError, "up", "0;1>2", "01>2"):
-        aj.to_jax_lora((lora, experts), like)
-    experts["lora"]["up"]["b"] = jnp.stack([B] * 3)
-    assert (aj.to_jax_lora((lora, experts), like)["up_lora_b"] == B).all()
+        aj.to_jax_lora((aj.LoRA("up", rank=2), experts), like)
 
 
 def test_quantised_weight():
@@ -436,3 +441,26 @@ def test_quantised_weight():
     tree = {"kernel_lora_a": jnp.ones((64, 2)), "kernel_lora_b": jnp.ones((2, 64))}
     with raises(aj.RecipeError, "kernel", "quantised"):
         aj.merge_jax_lora(tree, base, alpha=2)
+
+
+class Robot(nnx.Module):
+    """A linen model inside of an NNX model, as openpi's."""
+
+    def __init__(self, model, rngs):
+        self.llm = bridge.lazy_init(bridge.ToNNX(model, rngs=rngs), X)
+        self.head = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.llm(x))
+
+
+def test_openpi_inside_nnx():
+    model, base = Robot(Pi(RANK, ALPHA / RANK), nnx.Rngs(0)), Robot(Pi(), nnx.Rngs(0))
+    nnx.update(model, drawn(nnx.state(model, nnx.Param)))
+    recipe, params = aj.from_jax_lora(model, alpha=ALPHA)
+    with raises(aj.OtherBaseError, "head/bias"):
+        aj.from_jax_lora(model, base, alpha=ALPHA)
+    nnx.update(base, aj.partition(params, recipe)[1])
+    adapted = aj.from_jax_lora(model, base, alpha=ALPHA)
+    assert away(adapted(X), model(X)) < 2e-5 < 0.1 < away(base(X), model(X))
+    assert away(aj.merge(adapted)(X), model(X)) < 2e-5

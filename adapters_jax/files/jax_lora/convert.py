@@ -376,39 +376,26 @@ def _theirs(pair: Pair, placed: Placement, flat: Flat) -> tuple[jax.Array, ...]:
     """Our factors in the shapes of a pair of theirs; raises MismatchError where they do not fit."""
     layout, ours = pair.layout, axes_of(placed.point())
     a, b = (jnp.asarray(unboxed(flat[path]), jnp.float32) for path in placed.paths().values())
-    axes = [[i for group in groups for i in group] for groups in (layout.a(), layout.b())]
-    ratio = placed.method.scale_at(placed.path) / pair.scale
-    own = Factor(a, ours.a), Factor(b if ratio == 1 else ratio * b, ours.b)
-    # An axis that only one of our factors has may be in both of theirs, which then repeat it. One
-    # that both of ours have may be in one of theirs if the other does not vary along it.
-    missing = [set(mine.axes) - set(their) for mine, their in zip(own, axes, strict=True)]
-    further = [set(their) - set(mine.axes) for mine, their in zip(own, axes, strict=True)]
-    varies = any(
-        _varies(mine, axis) for mine, gone in zip(own, missing, strict=True) for axis in gone
-    )
-    if varies or not all(new <= set(axes[1 - i]) for i, new in enumerate(further)):
-        raise MismatchError(
-            f"to_jax_lora: our factors of {pair.weight} have the axes {ours.text}, and theirs "
-            f"{layout.axes.text} (inputs>outputs), which cannot hold them; merge the adapter"
-        )
     if a.shape[-1] != pair.rank:
         raise MismatchError(
             f"to_jax_lora: {pair.weight} has rank {a.shape[-1]}, and {pair.rank} in like"
         )
+    ratio = placed.method.scale_at(placed.path) / pair.scale
+    factors = Factor(a, ours.a), Factor(b if ratio == 1 else ratio * b, ours.b)
+    theirs = [[i for group in groups for i in group] for groups in (layout.a(), layout.b())]
     made = []
-    for i, (mine, their) in enumerate(zip(own, axes, strict=True)):
-        for axis in missing[i]:
-            mine = _at(mine, axis, 0)
-        for axis in further[i]:
+    for factor, axes, others, like in zip(factors, theirs, theirs[::-1], pair.arrays, strict=True):
+        # An axis that only one of our factors has may be in both of theirs: the other repeats.
+        repeated = set(axes) - set(factor.axes)
+        if set(factor.axes) - set(axes) or repeated - set(others):
+            raise MismatchError(
+                f"to_jax_lora: our factors of {pair.weight} have the axes {ours.text}, and theirs "
+                f"{layout.axes.text} (inputs>outputs), which cannot hold them; merge the adapter"
+            )
+        for axis in repeated:
             n = pair.shape[axis]
-            array = mine.array / n if axis in layout.summed else mine.array
-            mine = Factor(jnp.broadcast_to(array, (n, *array.shape)), (axis, *mine.axes))
-        array, like = mine.array.transpose(mine.at(their)), pair.arrays[i]
-        made.append(array.reshape(like.shape).astype(canonicalize_dtype(like.dtype)))
+            array = factor.array / n if axis in layout.summed else factor.array
+            factor = Factor(jnp.broadcast_to(array, (n, *array.shape)), (axis, *factor.axes))
+        array = factor.array.transpose(factor.at(axes)).reshape(like.shape)
+        made.append(array.astype(canonicalize_dtype(like.dtype)))
     return tuple(made)
-
-
-def _varies(factor: Factor, axis: int) -> bool:
-    """Whether a factor's values differ along an axis."""
-    first = jnp.expand_dims(_at(factor, axis, 0).array, factor.axes.index(axis))
-    return not bool(jnp.all(factor.array == first))

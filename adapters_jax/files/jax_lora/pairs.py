@@ -179,12 +179,12 @@ def find_pairs(flat: Flat, base: Flat) -> tuple[list[Pair], dict[str, Any]]:
         AdapterMismatchError: names every half of a pair, weight that has several pairs, is not in
             the base or is of other shapes, and leaf of LoRA that belongs to no pair.
     """
-    groups: dict[str, dict[str, dict[str, str]]] = {}
+    groups: dict[str, dict[str, list[tuple[str, str]]]] = {}
     rest = dict(flat)
     for path in flat:
         if found := _factor(path):
             library, weight, factor = found
-            groups.setdefault(weight, {}).setdefault(library, {})[factor] = path
+            groups.setdefault(weight, {"a": [], "b": []})[factor].append((library, path))
             del rest[path]
     if not groups:
         raise UserError(
@@ -192,29 +192,29 @@ def find_pairs(flat: Flat, base: Flat) -> tuple[list[Pair], dict[str, Any]]:
             f"w_lora_a; it has {first_few(list(flat)) or 'no leaves'}"
         )
     leaves = {path: unboxed(leaf) for path, leaf in {**rest, **base, **flat}.items()}
-    problems = [
+    problems = [f"{path} is LoRA, in the base" for path in base if _factor(path)]
+    problems += [
         f"{path} belongs to no pair" for path in rest if "lora" in path.lower() and path not in base
     ]
     pairs, openpi = [], _from_openpi(groups, leaves)
-    for weight, libraries in groups.items():
-        (library, paths), *others = libraries.items()
-        if others:
-            problems.append(f"{weight} has pairs of {' and '.join(libraries)}, which is one scale")
-        elif len(paths) == 1:
-            problems.append(f"{next(iter(paths.values()))} is half of a pair")
+    for weight, factors in groups.items():
+        libraries, paths = zip(*factors["a"], *factors["b"], strict=True)
+        if len(paths) > 2:
+            problems.append(f"{weight} has several pairs, at {first_few(paths)}, and one scale")
+        elif not factors["a"] or len(paths) < 2 or len(set(libraries)) > 1:
+            problems.append(f"{paths[0]} is half of a pair")
         elif weight not in leaves:
-            problems.append(f"{paths['a']}: the base has no {weight}")
+            problems.append(f"{paths[0]}: the base has no {weight}")
         else:
-            both = paths["a"], paths["b"]
-            a, b = (leaves[path] for path in both)
+            a, b = (leaves[path] for path in paths)
             shape, name = tuple(leaves[weight].shape), weight.rpartition("/")[2]
-            own = openpi and library in ("openpi", "qwix")
+            own = openpi and libraries[0] in ("openpi", "qwix")
             layout = _layout(weight, shape, tuple(a.shape), tuple(b.shape), own)
             if isinstance(layout, str):
                 problems.append(layout)
             else:
-                unscaled = library in _UNSCALED or (own and name in _FEED_FORWARD)
-                pairs.append(Pair(weight, shape, both, (a, b), layout, unscaled))
+                unscaled = libraries[0] in _UNSCALED or (own and name in _FEED_FORWARD)
+                pairs.append(Pair(weight, shape, paths, (a, b), layout, unscaled))
     if problems:
         raise AdapterMismatchError(
             f"the LoRA does not fit its base: {first_few(problems, joint='; ')}"
@@ -235,13 +235,16 @@ def _factor(path: str) -> tuple[str, str, str] | None:
 
 def _from_openpi(groups: Mapping[str, Mapping[str, Any]], leaves: Flat) -> bool:
     """Whether names that openpi and qwix share are openpi's, whose factors keep all axes."""
-    alike = (
-        len(leaves[path].shape) == len(leaves[weight].shape)
-        for weight, libraries in groups.items()
-        if weight.endswith("gating_einsum") and weight in leaves
-        for path in libraries.get("qwix", {}).values()
+    return any(
+        library == "openpi"
+        or (
+            weight.endswith("gating_einsum")
+            and weight in leaves
+            and len(leaves[path].shape) == len(leaves[weight].shape)
+        )
+        for weight, factors in groups.items()
+        for library, path in (*factors["a"], *factors["b"])
     )
-    return any("openpi" in libraries for libraries in groups.values()) or any(alike)
 
 
 def _layout(path: str, weight: Shape, a: Shape, b: Shape, openpi: bool) -> Layout | str:
