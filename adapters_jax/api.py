@@ -21,6 +21,7 @@ from adapters_jax.errors import (
 from adapters_jax.files.adapter import read_adapter, save_adapter
 from adapters_jax.files.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from adapters_jax.files.identity import BaseIdentity, base_identity
+from adapters_jax.files.jax_lora import from_jax_lora, merge_jax_lora, to_jax_lora
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.files.model_card import model_card
 from adapters_jax.linen import init_adapters
@@ -115,6 +116,7 @@ __all__ = [
     "dequantize",
     "devices",
     "freeze_base",
+    "from_jax_lora",
     "full",
     "houlsby",
     "ia3",
@@ -137,6 +139,7 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "merge",
+    "merge_jax_lora",
     "merge_trees",
     "model_card",
     "nnx",
@@ -157,6 +160,7 @@ __all__ = [
     "stack_layers",
     "stack_states",
     "suggest",
+    "to_jax_lora",
     "unmerge",
     "unstack_layers",
     "unstack_states",

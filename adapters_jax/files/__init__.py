@@ -10,6 +10,7 @@
   share `directories`, which reads and writes the files, `settings`, which checks what they say,
   `module_map`, which finds a model's modules by their names in PyTorch, `names`, which maps
   tensors' names to our paths, and `layouts`, which converts the arrays.
+- `jax_lora`: LoRA of other JAX libraries, which is in their trees of parameters, both ways.
 - `formats`: one class for each adapter format, ours included, in one registry; `base_model`
   describes a base model to them.
 """

@@ -378,6 +378,13 @@ def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(chosen, key=in_order))
 
 
+def pattern_of(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """Patterns of modules for each number that differs from the usual one."""
+    others = sorted({number for number in numbers.values() if number != usual})
+    groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
+    return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
+
+
 def in_order(path: str) -> list[tuple[int, str]]:
     """A sort key that compares the numbers in paths as numbers."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]

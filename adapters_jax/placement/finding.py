@@ -49,7 +49,7 @@ def chosen(
             added = [bias.rpartition("/") for bias in dict.fromkeys(leaf.biases)]
             biases = tuple(bias for around, _, bias in added if around == module)
             placed = Placement(method, target, module, "", name, own[name], axes, biases)
-            found.append(replace(_named_node(placed, own), reaches=leaf.reaches))
+            found.append(replace(named_node(placed, own), reaches=leaf.reaches))
     return found
 
 
@@ -95,7 +95,7 @@ def _named(targets: Sequence[str], path: str) -> bool:
     )
 
 
-def _named_node(placed: Placement, own: Shapes) -> Placement:
+def named_node(placed: Placement, own: Shapes) -> Placement:
     """A placement with the first node whose path and shapes say all of it.
 
     So a tree of arrays is enough to find it again. The shapes of the factors of a square weight

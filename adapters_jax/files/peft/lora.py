@@ -15,7 +15,7 @@ import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors
-from adapters_jax.files.module_map import ModuleMap, shortest
+from adapters_jax.files.module_map import ModuleMap, pattern_of, shortest
 from adapters_jax.files.peft.config import (
     STARTS,
     TIED,
@@ -63,8 +63,8 @@ def read(
         dropout=value(config, "lora_dropout"),
         a_init=STARTS[value(config, "init_lora_weights")],
         rank_stabilized=bool(config.get("use_rslora")),
-        rank_pattern=_pattern(ranks, value(config, "r")),
-        alpha_pattern=_pattern(alphas, value(config, "lora_alpha")),
+        rank_pattern=pattern_of(ranks, value(config, "r")),
+        alpha_pattern=pattern_of(alphas, value(config, "lora_alpha")),
     )
     return [method], reader.leaves
 
@@ -230,10 +230,3 @@ def _misfit(name: str, found: Factors, path: str, shape: tuple[int, ...]) -> Use
     names = {"a": "A", "b": "B", "magnitude": "magnitude"}
     shapes = ", ".join(f"{names[own]} {list(x.shape)}" for own, x in found.items())
     return UserError(f"{name} has {shapes}, which do not fit {path} of {list(shape)}")
-
-
-def _pattern(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Patterns of modules for each number that differs from the usual one."""
-    others = sorted({number for number in numbers.values() if number != usual})
-    groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
-    return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
