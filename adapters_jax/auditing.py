@@ -18,7 +18,7 @@ from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Counted, Placements, Shape, counted
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import matches, selects
+from adapters_jax.targets import around, matches_any, selects
 from adapters_jax.texts import bytes_text, html_table
 from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.training.optimizers import check_optimizer
@@ -355,15 +355,15 @@ def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
     owners = [owner for path in shapes if (owner := recipe.owner(path))]
     # A pattern may name the weight itself, `**/experts/up`.
-    weights = (f"{owner.module}/" for owner in owners if owner.method.acts_on == "leaf")
-    inside = {path for path in shapes if path.startswith(tuple(weights))}
+    weights = {owner.module for owner in owners if owner.method.acts_on == "leaf"}
+    inside = {path for path in shapes if not weights.isdisjoint(around(path))}
     owned = {path for owner in owners for path in (owner.path, owner.module)} | inside
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
     patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
     return tuple(
         pattern
         for pattern, paths in patterns
-        if pattern[0] != "!" and not any(matches(pattern, path) for path in paths)
+        if pattern[0] != "!" and not matches_any(pattern, paths)
     )
 
 

@@ -20,7 +20,7 @@ import difflib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adapters_jax.errors import TargetError, first_few, shortened
@@ -37,10 +37,33 @@ def _compile(pattern: str) -> Callable[[str], Any]:
     Matching never backtracks far: the text between two wildcards is fixed at its first match by an
     atomic group, `(?>...)`, since whatever can follow a later match can follow the first one too.
     """
-    if not re.search(r"[*{}]", pattern):
-        # Most patterns of large recipes are plain paths, one for each layer.
+    if _is_plain(pattern):
         return f"/{pattern}".__eq__
     return re.compile("|".join(map(_regex, _expanded(pattern)[0]))).fullmatch
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a pattern is a path, as most are in large recipes, one for each layer."""
+    return not re.search(r"[*{}]", pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def _any_of(patterns: tuple[str, ...]) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
+    """Two functions that tell whether a path is matched by any pattern, and by any that excludes.
+
+    All plain paths are compared at once, so that a recipe may have as many as a model has layers.
+    """
+
+    def any_of(several: Sequence[str]) -> Callable[[str], bool]:
+        plain = frozenset(filter(_is_plain, several))
+        others = [_compile(p) for p in several if p not in plain]
+        return lambda path: (
+            path in plain or any(match(f"/{path}" if path else "") for match in others)
+        )
+
+    return any_of([p for p in patterns if p[0] != "!"]), any_of(
+        [p[1:] for p in patterns if p[0] == "!"]
+    )
 
 
 def _regex(form: str) -> str:
@@ -97,6 +120,18 @@ def join(*names: str) -> str:
     return "/".join(filter(None, names))
 
 
+def around(path: str) -> Iterator[str]:
+    """The paths of what is around a path, the nearest first, without that of the whole model.
+
+    Example:
+        >>> list(around("layer_0/attention/query"))
+        ['layer_0/attention', 'layer_0']
+    """
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
 def weight(pattern: str) -> int:
     """How many characters the braces of a pattern expand to: what compiling it costs.
 
@@ -138,6 +173,16 @@ def matches(pattern: str, path: str) -> bool:
     return bool(_compile(pattern)(f"/{path}" if path else ""))
 
 
+def matches_any(pattern: str, paths: Collection[str]) -> bool:
+    """Whether a pattern matches one of several paths.
+
+    Example:
+        >>> matches_any("*/query", ["layer_0/key", "layer_0/query"])
+        True
+    """
+    return pattern in paths if _is_plain(pattern) else any(matches(pattern, p) for p in paths)
+
+
 def selects(patterns: Sequence[str], *paths: str) -> bool:
     """Whether several patterns together match something that has one path, or several.
 
@@ -146,11 +191,8 @@ def selects(patterns: Sequence[str], *paths: str) -> bool:
         >>> selects(patterns, "layer_1/query"), selects(patterns, "layer_0/query")
         (True, False)
     """
-    wanted = [p for p in patterns if p[0] != "!"]
-    excluded = [p[1:] for p in patterns if p[0] == "!"]
-    return any(matches(p, path) for p in wanted for path in paths) and not any(
-        matches(p, path) for p in excluded for path in paths
-    )
+    wanted, excluded = _any_of(tuple(patterns))
+    return any(map(wanted, paths)) and not any(map(excluded, paths))
 
 
 def as_patterns(targets: str | Iterable[str], owner: str) -> tuple[str, ...]:
@@ -229,7 +271,7 @@ def _failures(
             what = f"target {pattern!r}" if part is None else f"{part!r} of target {pattern!r}"
             why = _problem(narrowed, paths, {} if excludes else unusable, "!" * excludes)
             yield f"{owner}: {what} {why}"
-    matched = [path for path in usable if any(matches(p, path) for p in patterns if p[0] != "!")]
+    matched = list(filter(_any_of(tuple(patterns))[0], usable))
     if matched and not any(selects(patterns, path) for path in matched):
         excluding = shortened(", ".join(repr(p) for p in patterns if p[0] == "!"))
         yield f"{owner}: {excluding} excludes everything of {_some(matched)}"
@@ -309,7 +351,7 @@ def _unmatched(pattern: str, paths: Sequence[str], parts: bool) -> Iterator[tupl
     """
 
     def matched(narrowed: str) -> bool:
-        return any(matches(narrowed, path) for path in paths)
+        return matches_any(narrowed, paths)
 
     if not matched(pattern):
         yield None, pattern

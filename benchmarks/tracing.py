@@ -5,11 +5,15 @@ of the trained parameters; in a base alone these are all parameters. The caches 
 before each. Models are abstract. Tracing is one thread's work, so its CPU time is measured, without
 Python's garbage collector, as `timeit` does. `by hand` is a Llama whose linear layers compute
 `x W + (x A) (s B)` in their own code.
+
+Before it is traced, a model is adapted, audited with example inputs, and later merged: the second
+table has the seconds of each at several depths, for LoRA on all linear layers of small models.
 """
 
+import functools
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,15 +27,16 @@ from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report
 
 SLACK, RANK, SCALE = 1.3, 8, 2.0
-BASE, HAND = "none", "by hand on all linear layers"
+BASE, ALL, HAND = "none", "LoRA on all linear layers", "by hand on all linear layers"
 TARGETS = {
     "LoRA on q, v": "**/attention/{query,value}",
     "LoRA on q, k, v": "**/attention/{query,key,value}",
-    "LoRA on all linear layers": "**/layer*/**",
+    ALL: "**/layer*/**",
 }
 RECIPES = {
     name: aj.Recipe(aj.LoRA(targets, RANK, alpha=SCALE * RANK)) for name, targets in TARGETS.items()
 }
+FEW = jnp.zeros((1, 8), jnp.int32)
 IDS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
 Traces = dict[str, Callable[[], Any]]
 
@@ -123,11 +128,51 @@ def seconds_of(trace: Callable[[], Any]) -> float:
     return took
 
 
+def linen_work(layers: int) -> Iterator[float]:
+    """The seconds to adapt, audit and merge a small BERT."""
+    base = BertClassifier(BertConfig(64, 32, layers, 4, 64, max_position_embeddings=8), 2)
+    shapes = jax.eval_shape(base.init, jax.random.key(0), FEW)["params"]
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    model = aj.adapt(base, RECIPES[ALL])
+    yield seconds_of(lambda: aj.init_adapters(model, params, jax.random.key(0), FEW))
+    whole = aj.init_adapters(model, params, jax.random.key(0), FEW)
+    yield seconds_of(lambda: aj.audit(model, whole, inputs=(FEW,)))
+    yield seconds_of(lambda: aj.merge(model, whole, FEW))
+
+
+def nnx_work(layers: int) -> Iterator[float]:
+    """The seconds to adapt, audit and merge a small Llama."""
+    base = Decoder(DecoderConfig(64, 32, 64, layers, 4), rngs=nnx.Rngs(0))
+    adapt = functools.partial(aj.adapt, base, RECIPES[ALL], rngs=nnx.Rngs(0), example_inputs=(FEW,))
+    yield seconds_of(adapt)
+    model = adapt()
+    yield seconds_of(lambda: aj.audit(model, inputs=(FEW,)))
+    yield seconds_of(lambda: aj.merge(model))
+
+
+def layer_by_layer(report: Report, quick: bool) -> None:
+    """Times adapting, auditing and merging at three depths, and the layers between them."""
+    depths, rounds = ((1, 2, 3), 1) if quick else ((12, 48, 192), 3)
+    few, more, most = depths
+    for name, work in {"BERT, linen": linen_work, "Llama, NNX": nnx_work}.items():
+        found = {depth: [list(work(depth)) for _ in range(rounds)] for depth in depths}
+        for i, what in enumerate(("adapt", "audit with inputs", "merge")):
+            took = {depth: Spread.of(each[i] for each in found[depth]) for depth in depths}
+            columns = {f"{depth} layers": spread for depth, spread in took.items()}
+            report.add("Depth, seconds", of=f"{what}, {name}", **columns)
+            first, later = (
+                (took[b].median - took[a].median) / (b - a) for a, b in ((few, more), (more, most))
+            )
+            claim = f"time to {what}, {name}, each layer after {more} / after {few}"
+            report.claim(claim, later / first, SLACK)
+
+
 MODELS = {"BERT, linen": linen_sides, "Llama, NNX": nnx_sides}
 
 
 def run(report: Report, quick: bool) -> None:
     """Runs the whole benchmark; with two layers if quick."""
+    layer_by_layer(report, quick)
     layers, rounds = (2, 2) if quick else (32, 9)
     for name, make in MODELS.items():
         sides = make(layers)

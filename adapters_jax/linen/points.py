@@ -23,7 +23,7 @@ from adapters_jax.placement import (
     taken,
 )
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import join
+from adapters_jax.targets import around, join
 from adapters_jax.trace.inputs import MISFITS, Inputs, explained, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trace.reads import Tracked
@@ -60,10 +60,10 @@ def points_of(
     check_reached(found, interceptor.reached)
     check_nested(found)
     numbered = numbered_paths(like)
+    held = {*own, *(above for path in own for above in around(path))}
     for each in found:
         if each.method.acts_on == "leaf":
-            start = join(each.module, each.method.slot)
-            if any(path == start or path.startswith(f"{start}/") for path in own):
+            if join(each.module, each.method.slot) in held:
                 raise taken(each.module, each.method)
             if each.weight_path in numbered:
                 raise RecipeError(

@@ -17,8 +17,9 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight, last_axis
 from adapters_jax.nnx.linen_inside import LinenCall, inside
-from adapters_jax.placement import Placement, chosen, on_outputs
+from adapters_jax.placement import Placement, chosen, on_outputs, own_leaves
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import around
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.inputs import Inputs, explained, is_array
@@ -68,7 +69,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
         _traced(model, inputs, recipe) if inputs else Run(known, known_reads(model), {*modules}, [])
     )
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
-    axes = _roles(run.reads, shapes)
+    axes, owned = _roles(run.reads, shapes), own_leaves(shapes)
     points, layers = {}, {}
     for path, module in modules.items():
         call = run.calls.get(path, Call(None, known[path].layers))
@@ -77,7 +78,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
         n = len(call.layers)
         weight = next((name for name, shape in own.items() if len(shape) > n + 1), "")
         precision = getattr(module, "precision", None)
-        sizes = call.attention or (_attention(path, module, axes, shapes) if call.attends else None)
+        sizes = call.attention or (_attention(path, module, axes, owned) if call.attends else None)
         why = "" if sizes else call.no_attention
         points[path] = AttachmentPoint(
             path, 0, weight, None, own, precision, sizes, why, returned=call.returned
@@ -154,11 +155,11 @@ def known_reads(model: nnx.Module) -> dict[str, Tracked]:
 
 
 def _attention(
-    path: str, module: Any, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
+    path: str, module: Any, axes: Mapping[str, Axes], owned: Mapping[str, Mapping[str, Layers]]
 ) -> Attention | None:
     """The sizes of an attention module, read off its projections; None for other modules."""
     names = registry.names_of(module)
-    found = names and [_projection(join(path, n), axes, shapes) for n in (names.query, names.key)]
+    found = names and [_projection(join(path, n), axes, owned) for n in (names.query, names.key)]
     if not names or not found or not all(found):
         return None
     (_, query), (width, key) = found  # type: ignore[misc]
@@ -167,13 +168,13 @@ def _attention(
 
 
 def _projection(
-    path: str, axes: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]
+    path: str, axes: Mapping[str, Axes], owned: Mapping[str, Mapping[str, Layers]]
 ) -> tuple[Layers, Layers] | None:
     """The input and output sizes of the one weight of a module."""
-    own = [weight for weight in axes if weight.rpartition("/")[0] == path]
+    own = [name for name in owned.get(path, ()) if join(path, name) in axes]
     if len(own) != 1:
         return None
-    shape, roles = shapes[own[0]], axes[own[0]]
+    shape, roles = owned[path][own[0]], axes[join(path, own[0])]
     return tuple(shape[i] for i in roles.inputs), tuple(shape[i] for i in roles.outputs)
 
 
@@ -191,14 +192,12 @@ def _layers_of_others(
     modules: Mapping[str, Any], stacked: Mapping[str, Layers]
 ) -> dict[str, Layers]:
     """The layer axes of modules that are not flax's: those of all of flax's beside them."""
-    found = {}
+    found, beside = {}, dict[str, set[Layers]]()
+    for path, layer in modules.items():
+        for above in around(path) if known_weight(layer) else ():
+            beside.setdefault(above, set()).add(stacked[path])
     for path, module in modules.items():
-        parent = path.rpartition("/")[0]
-        known = {
-            stacked[other]
-            for other, layer in modules.items()
-            if other.startswith(f"{parent}/") and known_weight(layer)
-        }
+        known = beside.get(path.rpartition("/")[0], set())
         own = own_params(module).values()
         if not stacked[path] and len(known) == 1 and own:
             (axes,) = known
@@ -332,8 +331,10 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
 
 def _first_shape(module: nnx.Module) -> Layers:
     """The shape of a module's first Variable that is no random stream; empty without one."""
-    leaves = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngState)))
-    return leaves[0].shape if leaves else ()
+    # `nnx.state` would go through all of the module first.
+    variables = (x for _, x in nnx.iter_graph(module) if isinstance(x, nnx.Variable))
+    values = (x.get_raw_value() for x in variables if not isinstance(x, nnx.RngState))
+    return next((leaf.shape for value in values for leaf in jax.tree.leaves(value)), ())
 
 
 # Layers without a weight whose scale shows their width and their layer axes.

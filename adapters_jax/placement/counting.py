@@ -20,7 +20,7 @@ from adapters_jax.placement.placed import (
     own_leaves,
 )
 from adapters_jax.recipe import Owner, Recipe
-from adapters_jax.targets import join, selects
+from adapters_jax.targets import around, join, selects
 
 
 class Counted(NamedTuple):
@@ -95,9 +95,12 @@ def _as_counted(recipe: Recipe, shapes: Shapes) -> list[Placement | str]:
     found: list[Placement | str] = [
         f"{path} belongs to no target" for path in _strays(recipe, shapes)
     ]
+    inside: dict[str, list[str]] = {owner.prefix: [] for owner, _ in groups}
+    for path in shapes:
+        for node in inside.keys() & set(around(path)):
+            inside[node].append(path.removeprefix(f"{node}/"))
     for owner, parts in groups:
-        names, within = owner.method.leaf_names, f"{owner.prefix}/"
-        held = [path.removeprefix(within) for path in shapes if path.startswith(within)]
+        names, held = owner.method.leaf_names, inside[owner.prefix]
         if set(held) == set(names):
             found.append(_nearest(owner, parts, owned.get(owner.module, {})))
         else:
@@ -133,11 +136,13 @@ def without_adapter(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     found = []
     for method in recipe.attached:
         have = {own.module for own in owners.values() if own.method == method}
-        alike = [kinds[module] for module in have if module in kinds]
+        alike = {frozenset(kinds[module].items()) for module in have if module in kinds}
         found += [
             f"{path} ({type(method).__name__})"
             for path, kind in kinds.items()
-            if path not in have and kind in alike and _targeted(method, path, kind)
+            if path not in have
+            and frozenset(kind.items()) in alike
+            and _targeted(method, path, kind)
         ]
     return found
 

@@ -1,5 +1,6 @@
 """Finds the placements of a recipe in a model that ran, and checks that its patterns fit it."""
 
+import functools
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.leaf import LeafMethod, axes_of
 from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
 from adapters_jax.recipe import Recipe, require_points
-from adapters_jax.targets import join, matches, selects
+from adapters_jax.targets import around, join, matches, selects
 from adapters_jax.trace.reads import Tracked
 from adapters_jax.weights.axes import from_reads
 
@@ -90,9 +91,13 @@ def _obstacle(leaf: Tracked) -> str:
 
 def _named(targets: Sequence[str], path: str) -> bool:
     """Whether a pattern names a leaf: its last name has no wildcard."""
-    return any(
-        selects((p,), path) and "*" not in p.rpartition("/")[2] for p in targets if p[0] != "!"
-    )
+    return selects(_naming(tuple(targets)), path)
+
+
+@functools.lru_cache(maxsize=1024)
+def _naming(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns whose last name has no wildcard."""
+    return tuple(p for p in targets if p[0] != "!" and "*" not in p.rpartition("/")[2])
 
 
 def named_node(placed: Placement, own: Shapes) -> Placement:
@@ -252,13 +257,11 @@ def check_nested(found: Sequence[Placement]) -> None:
     prompts = [each for each in found if each.method.acts_on == "attention"]
     places = {(each.method, each.module) for each in prompts}
     for each in prompts:
-        names = each.module.split("/")
-        for i in range(1, len(names)):
-            around = "/".join(names[:i])
-            if (each.method, around) in places:
+        for above in around(each.module):
+            if (each.method, above) in places:
                 raise TargetError(
-                    f"{type(each.method).__name__}: the targets {around} and {each.module} hold "
-                    f"the same attention; exclude one of them, as with '!{around}'"
+                    f"{type(each.method).__name__}: the targets {above} and {each.module} hold "
+                    f"the same attention; exclude one of them, as with '!{above}'"
                 )
 
 

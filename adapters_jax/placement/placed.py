@@ -16,7 +16,7 @@ from adapters_jax.errors import MismatchError
 from adapters_jax.methods.base import AttachmentPoint, Count
 from adapters_jax.methods.leaf import LeafMethod, axes_of
 from adapters_jax.recipe import Owner, Recipe
-from adapters_jax.targets import join, selects
+from adapters_jax.targets import around, join, selects
 from adapters_jax.trace.registry import Attention
 from adapters_jax.weights.axes import Axes, from_text
 from adapters_jax.weights.factors import RANK
@@ -144,8 +144,8 @@ class Placements(tuple[Placement, ...]):
         weights = {each.weight_path: each.shape for each in self if each.weight}
         present = all(shapes.get(path) == shape for path, shape in {**weights, **arrays}.items())
         others = [path for path in shapes if path not in arrays]
-        nodes = tuple(f"{each.prefix}/" for each in self)
-        inside = any(path.startswith(nodes) for path in others)
+        nodes = {each.prefix for each in self}
+        inside = any(not nodes.isdisjoint(around(path)) for path in others)
         return present and not inside and not recipe.owners(others)
 
     def differences(self, other: "Placements") -> list[str]:

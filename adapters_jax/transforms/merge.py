@@ -9,12 +9,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError, compare_trees
-from adapters_jax.linen import Adapted, points, shapes_of
+from adapters_jax.linen import Adapted, shapes_of
+from adapters_jax.linen.points import points_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
 from adapters_jax.placement import counted, own_leaves
 from adapters_jax.recipe import checked_before
+from adapters_jax.trace.inputs import Inputs
 from adapters_jax.training.state import refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
 from adapters_jax.weights.quantized import is_quantized, unboxed
@@ -152,11 +154,15 @@ def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line:
 
 def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change) -> Tree:
     if args or kwargs:
+        inputs = Inputs.of_call(args, kwargs, kwargs.pop("method", None))
+        given = shapes_of(params)
         with checked_before():
-            found, whole = points(model, *args, **kwargs)
+            base = without_adapters(given, model.recipe)
+            found, whole = points_of(model.inner, model.recipe, inputs, base)
+        model.adapter_placements.placements = found
         compare_trees(
             "params",
-            flatten(shapes_of(params)),
+            flatten(given),
             flatten(whole),
             "Pass the whole parameter tree of this very model, with its adapters.",
         )
