@@ -111,11 +111,13 @@ def copy(model: Any) -> Any:
 STACKED = "adapters_stacked"  # the mark of a bank's model
 
 
-class AdapterParam(nnx.Param):
+class AdapterParam(nnx.LoRAParam):
     """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen.
 
     An adapter's own is float32; an unfrozen one keeps its dtype, and its own class beside this.
-    As a filter of NNX it selects what trains.
+    As a filter of NNX it selects what trains. So does `nnx.LoRAParam`, by which other trainers
+    select, as long as the base has no `nnx.LoRA` layers: their parameters are the base's, and
+    `AdapterParam` leaves them frozen.
 
     Args: as in `nnx.Param`.
 
