@@ -59,6 +59,13 @@ def params_of(model: nnx.Module) -> dict[str, Any]:
     return {variable_path(path): node for path, node in nodes if isinstance(node, nnx.Param)}
 
 
+def frozen_leaves(model: nnx.Module) -> dict[str, Any]:
+    """The arrays of the parameters that no recipe trains, by path."""
+    # Not the arrays that modules read, which may be changed ones, or opened ones.
+    frozen = {p: x for p, x in params_of(model).items() if not isinstance(x, AdapterParam)}
+    return {path: variable.get_raw_value() for path, variable in frozen.items()}
+
+
 def own_params(module: Any) -> dict[str, Any]:
     """The parameters of a module itself by name, without those of its submodules.
 
