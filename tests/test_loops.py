@@ -385,15 +385,14 @@ def test_entries_of_other_processes_are_left_out():
     assert fingerprints._correlation(old, new)[0] == (here.sum(), pytest.approx(1.0))
 
 
-@pytest.mark.parametrize(
-    "then",
-    [
-        lambda x: x + 1e-3,
-        lambda x: np.where(x > 0, np.nan, x),
-        lambda x: x + 1.2 * drawn(x.shape, 3),
-    ],
-    ids=["a little", "not a number", "by more than its spread"],
-)
+MOVES = {
+    "a little": lambda x: x + 1e-3,
+    "by more than its spread": lambda x: x + 1.2 * drawn(x.shape, 3),
+    "to what is no number": lambda x: np.where(x > 0, np.nan, x),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
 def test_a_move_is_seen(move, dtype):
     x = drawn((30, 40)).astype(dtype)
