@@ -79,9 +79,8 @@ def remember(base: Mapping[str, Any]) -> None:
 def check_unmoved(caller: str, base: Mapping[str, Any], in_nnx: bool) -> None:
     """Raises MismatchError where a base moved after it was remembered.
 
-    A leaf may be any that was remembered at its path, also rounded to another dtype. A base that
-    does not correlate with them is another one, which somebody put there: training moves a base,
-    and keeps it correlated with what it was.
+    A leaf may be any that was remembered at its path, also rounded to another dtype. A base that is
+    unrelated to those that are known is another one, which somebody put there.
 
     Args:
         caller: the function that compares, for the message.
@@ -89,13 +88,13 @@ def check_unmoved(caller: str, base: Mapping[str, Any], in_nnx: bool) -> None:
         in_nnx: whether they are of an NNX model, for the message.
     """
     moved: dict[str, tuple[float, float]] = {}
-    votes: list[tuple[int, float]] = []
+    votes: list[np.ndarray] = []
     for key, now in _fingerprints(base):
         if known := _known.get(key):
             with np.errstate(over="ignore", invalid="ignore"):
                 distances = [_distance(before, now) for before in known]
                 nearest = int(np.argmin(distances))
-                votes += _correlation(known[nearest], now)
+                votes += _likeness(known[nearest], now)
             if distances[nearest] > 0:
                 moved[key[0]] = distances[nearest], float(np.abs(known[nearest].values).max())
     if not moved or _is_another(votes):
@@ -185,25 +184,32 @@ def _equal(one: Fingerprint, two: Fingerprint) -> bool:
     return one.dtype == two.dtype and all(map(np.array_equal, one[:2], two[:2]))
 
 
-def _correlation(before: Fingerprint, now: Fingerprint) -> list[tuple[int, float]]:
-    """The number of entries and their correlation; nothing where it says nothing of the base."""
+def _likeness(before: Fingerprint, now: Fingerprint) -> list[np.ndarray]:
+    """The number of entries, and times it their correlation and the part that is left.
+
+    Nothing for zeros and ones, which do not say what base they are of.
+    """
     both = before.held & now.held
     old, new = before.values[both], now.values[both]
-    if (old == old[:1]).all():  # zeros, or ones
+    if (old == old[:1]).all():
         return []
     old, new = old - old.mean(), new - new.mean()
-    norm = np.linalg.norm(old) * np.linalg.norm(new)
-    return [(len(old), np.vdot(old, new).real / norm if norm else 0.0)]
+    product, norms = np.vdot(old, new).real, (np.linalg.norm(old), np.linalg.norm(new))
+    correlation = product / (norms[0] * norms[1]) if norms[1] else 0.0
+    return [len(old) * np.array([1.0, correlation, product / norms[0] ** 2])]
 
 
-def _is_another(votes: list[tuple[int, float]]) -> bool:
-    """Whether a base correlates with another one by no more than chance.
+def _is_another(votes: list[np.ndarray]) -> bool:
+    """Whether a base is not one that is known, moved.
 
-    Where training moved each entry by three times the spread of its weight, 0.3 is left.
+    A moved base is the known one and a change: all of it is left, however large the change, and of
+    an unrelated base nothing, up to chance. Chance is larger where there are few entries.
     """
-    entries = sum(n for n, _ in votes)
-    limit = min(0.9, 0.3 + 2 / math.sqrt(max(entries, 1)))
-    return sum(n * correlation for n, correlation in votes) < limit * entries
+    if not votes:
+        return False
+    entries, correlation, left = np.sum(votes, axis=0)
+    by_chance = min(0.9, 2 / math.sqrt(entries))
+    return bool(correlation < by_chance * entries or left < 0.5 * entries)
 
 
 def _distance(before: Fingerprint, now: Fingerprint) -> float:
