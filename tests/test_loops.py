@@ -1,5 +1,8 @@
 """Loops of others: what they train, and bases that moved in them."""
 
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -419,3 +422,98 @@ def test_the_oldest_of_many_bases_is_forgotten():
     fingerprints.check_unmoved("audit", {"a": x + 8}, True)
     with raises(aj.MismatchError, "a by 1 "):
         fingerprints.check_unmoved("audit", {"a": x + 7}, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("float32", "bfloat16"),
+        ("float32", "float8_e4m3fn"),
+        ("float64", "float32"),
+        ("bfloat16", "float16"),
+    ],
+)
+def test_a_rounding_is_no_move_in_either_direction(before, after):
+    x = drawn((30, 40)).astype(before)
+    coarse = x.astype(after)
+    for known, now in [(x, coarse), (coarse, x)]:
+        fingerprints.remember({f"{known.dtype}": known})
+        fingerprints.check_unmoved("audit", {f"{known.dtype}": now}, True)
+        with raises(aj.MismatchError, f"{known.dtype} by"):
+            moved = (now.astype(np.float32) * 1.3).astype(now.dtype)
+            fingerprints.check_unmoved("audit", {f"{known.dtype}": moved}, True)
+
+
+def test_numbers_that_a_device_flushes_to_zero_are_no_move():
+    x = drawn((30, 40))
+    x[::2] = 1e-40
+    fingerprints.remember({"a": x})
+    fingerprints.check_unmoved("audit", {"a": np.where(x == np.float32(1e-40), 0, x)}, True)
+
+
+def test_values_are_read_inside_of_a_trace():
+    small = aj.quantize(nnx.Linear(128, 24, rngs=nnx.Rngs(0)), dtype="int4", block=16)
+    weight = small.kernel.get_raw_value()
+    fingerprints._known.clear()
+    jax.jit(lambda: fingerprints.remember({"a": weight}))()
+    ((taken,),) = fingerprints._known.values()
+    np.testing.assert_array_equal(taken.values, fingerprints._fingerprint(weight).values)
+
+
+def test_a_linen_base_that_is_quantised_or_loaded_with_an_adapter_is_known(tmp_path):
+    model = aj.adapt(LinenNet(), LINEN)
+    params = aj.init_adapters(model, linen(), jax.random.key(1), X)
+    saved = aj.save_adapter(tmp_path / "a", aj.partition(params, LINEN)[0], LINEN)
+    small = aj.quantize(model, params, X, dtype="int8")
+    aj.audit(model, small)
+    floats = aj.dequantize(small)
+    aj.merge(model, floats)
+    fingerprints._known.clear()
+    near = jax.tree.map(lambda x: x * 1.01, linen())
+    for base in (linen(), near):
+        model, params = aj.load_adapter(saved, LinenNet(), base, X)
+        aj.audit(model, params)
+    with raises(aj.MismatchError, "hidden/kernel"):
+        aj.audit(model, jax.tree.map(lambda x: x * 1.02, params))
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from adapters_jax.weights import fingerprints
+mesh = jax.make_mesh((2, 4), ("a", "b"))
+x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+fingerprints.remember({"x": x})
+(known,), = fingerprints._known.values()
+for spec in (P(), P("a"), P("b", "a"), P(None, ("a", "b")), P(("b", "a"))):
+    laid = jax.device_put(x, NamedSharding(mesh, spec))
+    taken = fingerprints._fingerprint(laid)
+    assert taken.held.all() and (taken.values == known.values).all(), spec
+    fingerprints.check_unmoved("audit", {"x": laid}, True)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_arrays_that_are_split_over_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED]
+    assert subprocess.check_output(command, text=True, env=environment).strip() == "done"
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [
+        ((4, 3), lambda x: 0.9 * x + 3 * drawn(x.shape, 2)),  # few entries, and large ones
+        ((30, 40), lambda x: 0.3 * x + drawn(x.shape, 2)),  # sisters, such as of one data set
+    ],
+)
+def test_an_unrelated_base_is_no_move(shape, other):
+    many = {f"{i}/kernel": drawn(shape, 10 + i) for i in range(1 if shape == (4, 3) else 20)}
+    fingerprints.remember({**many, "scale": np.ones(40)})
+    others = {path: other(x) for path, x in many.items()}
+    fingerprints.check_unmoved("audit", {**others, "scale": drawn((40,), 5)}, True)
+    with raises(aj.MismatchError, f"{len(many)} of {len(many) + 1} frozen"):
+        moved = {path: x + 0.5 * drawn(x.shape, 2) for path, x in many.items()}
+        fingerprints.check_unmoved("audit", {**moved, "scale": np.ones(40)}, True)
