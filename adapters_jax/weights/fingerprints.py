@@ -141,7 +141,8 @@ def _fingerprint(leaf: Any) -> Fingerprint:
         values, held = _entries(array.qvalue, index)
         blocks = tuple(i // (n // m) for i, n, m in zip(index, leaf.shape, sizes, strict=True))
         numbers = np.array(NF4)[values.astype(int)] if array.qtype == "nf4" else values
-        scales, _ = _entries(array.scale, blocks)
+        scales, there = _entries(array.scale, blocks)
+        held &= there
         values = (numbers.astype(np.float32) * scales).astype(leaf.dtype)
     double = np.complex128 if np.iscomplexobj(values) else np.float64
     return Fingerprint(values.astype(double), held, leaf.dtype)
