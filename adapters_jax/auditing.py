@@ -24,6 +24,7 @@ from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.training.state import in_full, refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, unflatten
+from adapters_jax.weights.fingerprints import check_unmoved
 from adapters_jax.weights.lazy import recording
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
@@ -210,7 +211,8 @@ def audit(
     Raises:
         RecipeError: a linen model's parameters have no adapters.
         MismatchError: an adapter lacks arrays, has unknown ones, or holds another number of
-            parameters than its closed form; the message names every such adapter.
+            parameters than its closed form; the message names every such adapter. Or frozen
+            parameters moved since the model got its adapters.
         TypeError: the model has no adapters, a linen model comes without its parameters, or an NNX
             model with some.
         UserError: `params` is not a tree of parameters, `tx` is not an optimiser, or the
@@ -236,6 +238,7 @@ def audit(
     entries = (*adapters, *_in_order(_unfrozen(recipe, shapes)))
     trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
+    check_unmoved("audit", frozen, isinstance(model, nnx.Module))
     added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
     # A TrainState keeps the trained leaves in float32, and optimisers have the dtypes of what they
     # get.

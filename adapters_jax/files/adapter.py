@@ -44,6 +44,7 @@ from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState, check_alive, checked_collections
 from adapters_jax.trees import Tree, flatten
+from adapters_jax.weights.fingerprints import check_unmoved
 from adapters_jax.weights.quantized import unboxed
 
 TENSORS, STATE = "adapter.safetensors", "state.safetensors"
@@ -88,6 +89,7 @@ def save_adapter(
         UserError: the path holds something else, the recipe does not train a leaf, the file format
             cannot hold a leaf, a trained number is not finite, an NNX model has no adapters, or
             `base` or `recipe` is not that of the state or model.
+        MismatchError: frozen parameters moved since the model got its adapters.
         TypeError: `directory` is no path, the recipe is missing, `adapters` is not a tree, or
             collections are given beside a `TrainState` or a model.
         FileSystemError: the disk is full or cannot be written; the old directory is unchanged.
@@ -188,6 +190,8 @@ def _parts_of(
             f"save_adapter: the recipe {recipe} is given, and what is saved has the recipe {own}; "
             "leave the recipe out"
         )
+    in_nnx = isinstance(subject, nnx.Module) or subject.graphdef is not None
+    check_unmoved("save_adapter", flatten(frozen), in_nnx)
     tree = tree_sha256((adapters, frozen), own)
     leaves = {**flatten(adapters), **flatten(frozen)}
     placements = known.of(own, {path: tuple(unboxed(x).shape) for path, x in leaves.items()})

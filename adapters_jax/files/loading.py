@@ -56,6 +56,7 @@ from adapters_jax.trees import (
     unflatten,
     with_leaves,
 )
+from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import unboxed
 
 _LOG = logging.getLogger(__name__)
@@ -283,7 +284,9 @@ def _load_linen(
     tensors, state = adapter.trained.read(), adapter.state.read()
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
         params = grown(recipe, placements, params, key)
-    params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    base = partition(params, recipe)[1]
+    remember(flatten(base))
+    params = merge_trees(base, unflatten(tensors))
     adapted = adapt(model, recipe)
     adapted.adapter_placements.placements = placements
     if other is None:

@@ -34,6 +34,7 @@ from adapters_jax.trees import (
     unflatten,
     without_adapters,
 )
+from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.lazy import lowered, thin
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -452,7 +453,9 @@ def init_adapters(
         f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}).",
     )
     model.adapter_placements.placements = found
-    return grown(model.recipe, found, params, key)
+    params = grown(model.recipe, found, params, key)
+    remember(flatten(partition(params, model.recipe)[1]))
+    return params
 
 
 def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:

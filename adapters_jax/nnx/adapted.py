@@ -14,6 +14,7 @@ from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import (
     AdapterParam,
     copy,
+    frozen_leaves,
     holds,
     leaves_of,
     modules_of,
@@ -34,6 +35,7 @@ from adapters_jax.placement import (
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_abstract
+from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -245,6 +247,7 @@ def _grown(
             if isinstance(module, bridge.ToNNX):
                 setattr(module, INSIDE, (path, whole))
     refresh_all(adapted)
+    remember(frozen_leaves(adapted))
     return adapted
 
 

@@ -59,6 +59,13 @@ def params_of(model: nnx.Module) -> dict[str, Any]:
     return {variable_path(path): node for path, node in nodes if isinstance(node, nnx.Param)}
 
 
+def frozen_leaves(model: nnx.Module) -> dict[str, Any]:
+    """The arrays of the parameters that no recipe trains, by path."""
+    # Not the arrays that modules read, which may be changed ones, or opened ones.
+    frozen = {p: x for p, x in params_of(model).items() if not isinstance(x, AdapterParam)}
+    return {path: variable.get_raw_value() for path, variable in frozen.items()}
+
+
 def own_params(module: Any) -> dict[str, Any]:
     """The parameters of a module itself by name, without those of its submodules.
 
@@ -111,11 +118,13 @@ def copy(model: Any) -> Any:
 STACKED = "adapters_stacked"  # the mark of a bank's model
 
 
-class AdapterParam(nnx.Param):
+class AdapterParam(nnx.LoRAParam):
     """A parameter that the recipe trains: an adapter's own, or one of the base that is unfrozen.
 
     An adapter's own is float32; an unfrozen one keeps its dtype, and its own class beside this.
-    As a filter of NNX it selects what trains.
+    As a filter of NNX it selects what trains. So does `nnx.LoRAParam`, by which other trainers
+    select, as long as the base has no `nnx.LoRA` layers: their parameters are the base's, and
+    `AdapterParam` leaves them frozen.
 
     Args: as in `nnx.Param`.
 

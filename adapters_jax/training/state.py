@@ -35,6 +35,7 @@ from adapters_jax.texts import bytes_text
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition
+from adapters_jax.weights.fingerprints import check_unmoved, remember
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
 _LINES = 12  # of shapes in the repr of a state
@@ -125,12 +126,15 @@ class TrainState:
             UserError: `collections` is not a mapping of collections, or holds the parameters; `tx`
                 is not an optimiser or does not take what trains, `key` is not a random key, or
                 `loss_scale` is not a `DynamicScale`.
-            MismatchError: the params have adapters of another rank, or of another recipe.
+            MismatchError: the params have adapters of another rank, or of another recipe, or frozen
+                parameters moved since the model got its adapters.
             RecipeError: the params lack the adapters, or the recipe trains leaves that are not
                 floats and so have no gradient.
         """
         recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
         _check_trained(recipe, adapters)
+        check_unmoved("TrainState.create", flatten(base), in_nnx=graphdef is not None)
+        remember(flatten(base))
         if params is not None:
             _warn_of_rest(recipe, params)
         check_optimizer("TrainState.create", tx)

@@ -14,11 +14,21 @@ from adapters_jax.linen.points import points_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
+from adapters_jax.nnx.graph import frozen_leaves
 from adapters_jax.placement import counted, own_leaves
 from adapters_jax.recipe import checked_before
 from adapters_jax.trace.inputs import Inputs
 from adapters_jax.training.state import refuse_state
-from adapters_jax.trees import Tree, check_params, flatten, join, unflatten, without_adapters
+from adapters_jax.trees import (
+    Tree,
+    check_params,
+    flatten,
+    join,
+    partition,
+    unflatten,
+    without_adapters,
+)
+from adapters_jax.weights.fingerprints import check_unmoved
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
 # New values of a module's parameters, from the method, its leaves, its attachment point and the
@@ -50,7 +60,8 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
 
     Raises:
         RecipeError: a method of the recipe cannot be folded in.
-        MismatchError: `params` is not the tree of this model; every difference is listed.
+        MismatchError: `params` is not the tree of this model; every difference is listed. Or
+            frozen parameters moved since the model got its adapters.
         UserError: the model has no adapters, `params` is not a tree of parameters, or the inputs do
             not fit the model.
         TypeError: a linen model comes without its parameters, or an NNX model with some.
@@ -64,7 +75,12 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
         >>> type(merged).__name__, bool(jnp.allclose(merged(x), adapted(x)))
         ('Linear', True)
     """
-    return _folded("merge", model, params, args, kwargs, merged_stacked)
+    merged = _folded("merge", model, params, args, kwargs, merged_stacked)
+    if isinstance(model, Adapted):
+        check_unmoved("merge", flatten(partition(params, model.recipe)[1]), in_nnx=False)
+    else:
+        check_unmoved("merge", frozen_leaves(model), in_nnx=True)
+    return merged
 
 
 def unmerge(

@@ -33,6 +33,7 @@ from adapters_jax.targets import as_patterns, join, require_match, selects
 from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
+from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
 
 # By our name: the name in qwix, and the default block.
@@ -260,6 +261,7 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     flat = flatten(params)
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
     made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
+    remember(made)
     return unflatten(flat | made, params)
 
 
@@ -276,6 +278,7 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
         _warn_of_unknown(model, plan.targets, weights, trained)
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
     quantized_in_place(small, values)
+    remember(values)
     return small
 
 

@@ -4,6 +4,7 @@
 - `lazy`: the trace in which operations read changed weights without forming them; `rules`: how each
   operation does; `products`: products and convolutions of an input and a changed weight.
 - `axes`: which axes of a weight each factor has; it follows from the reads.
+- `fingerprints`: whether frozen weights moved since they got adapters.
 - `quantized`: a frozen weight in few bits, and how it is read.
 - `meshes`: how what is traced lies over devices.
 """
