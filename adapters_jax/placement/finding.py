@@ -223,14 +223,14 @@ def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, 
 
 
 def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
-    """Checks that the model's outputs depend on the modules that methods on outputs adapt.
+    """Checks that gradients of the outputs get to the modules that methods on outputs adapt.
 
     Args:
         found: where methods attach.
-        reached: the paths of the modules whose results the model's outputs depend on.
+        reached: the paths of the modules to whose results they get.
 
     Raises:
-        TargetError: they do not depend on some, whose adapters could not act.
+        TargetError: they do not get to some, whose adapters could not train.
     """
     idle = [x for x in found if x.method.acts_on != "leaf" and x.module not in reached]
     if idle:
@@ -238,8 +238,8 @@ def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
         more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
         raise TargetError(
             f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
-            f"{paths}{more} returns, so that an adapter there could not act; exclude it with "
-            f"'!{idle[0].module}'"
+            f"{paths}{more} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
+            f"that an adapter there could not train; exclude it with '!{idle[0].module}'"
         )
 
 
@@ -265,7 +265,8 @@ def check_nested(found: Sequence[Placement]) -> None:
 _SHOWN = 5
 _NO_MODULE = (
     "it holds weights, and no module that this API calls; target the module around it, or pass "
-    "example_inputs=(...) where it is a linen module inside an NNX model"
+    "example_inputs=(...) where it is a linen module inside an NNX model, or inputs with a "
+    "method=... that runs it"
 )
 
 
