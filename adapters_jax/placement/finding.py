@@ -1,5 +1,6 @@
 """Finds the placements of a recipe in a model that ran, and checks that its patterns fit it."""
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -88,6 +89,12 @@ def _obstacle(leaf: Tracked) -> str:
     return ""
 
 
+def _outputs(leaf: Tracked) -> int:
+    """How many outputs a weight has, of all layers together."""
+    _, fan_out, copies = from_reads(leaf.reads, len(leaf.shape)).sizes(leaf.shape)
+    return fan_out * copies
+
+
 def _named(targets: Sequence[str], path: str) -> bool:
     """Whether a pattern names a leaf: its last name has no wildcard."""
     return any(
@@ -157,7 +164,12 @@ def check_targets(
         TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
             weight is tied to one of another name, which would stay as it is.
     """
-    biases = {bias for leaf in reads.values() for bias in leaf.biases}
+    biases = {
+        bias
+        for leaf in reads.values()
+        for bias in leaf.biases
+        if math.prod(leaves[bias].shape) == _outputs(leaf)  # not a table beside the product
+    }
     for method in recipe:
         other: dict[str, str | None] = {
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
