@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers.errors import raises
@@ -165,6 +166,29 @@ def test_what_never_trains_and_complex_numbers_are_left_out_by_name(make):
         make(aj.LoRA(("head", "wave"), R))
     with raises(aj.TargetError, "Bottleneck", "stop_gradient", "'!frozen'"):
         make(aj.Bottleneck(("frozen", "head"), R))
+
+
+class Tables(nn.Module):
+    """Two embeddings, of which one gets no gradient."""
+
+    @nn.compact
+    def __call__(self, ids):
+        fixed = jax.lax.stop_gradient(nn.Embed(7, D, name="fixed")(ids))
+        return nn.Embed(7, D, name="words")(ids) + fixed
+
+
+def test_what_a_run_left_out_is_said_once():
+    ids, model = jnp.ones((2, 3), int), aj.adapt(Tables(), aj.LoRA("**", R))
+    params = Tables().init(jax.random.key(0), ids)["params"]
+    (text,) = warned(
+        lambda: aj.TrainState.create(
+            model,
+            aj.init_adapters(model, params, jax.random.key(1), ids),
+            tx=optax.sgd(0.1),
+            key=jax.random.key(2),
+        )
+    )
+    assert "fixed/embedding" in text and "words" not in text
 
 
 class Two(nn.Module):
