@@ -207,6 +207,12 @@ COSTS = {
             lambda h, p: (jnp.sin(h @ p[0] + (h @ p[1]) @ p[2]), None), x, (w, a, b)
         )[0],
     ),
+    "unstacked": (
+        {"w": (IN, 2, OUT)},
+        (16, IN),
+        lambda w, x: jnp.sin(sum(x @ each for each in jnp.unstack(w["w"], axis=1))),
+        lambda w, a, b, x: jnp.sin(sum(x @ w[:, i] + (x @ a[i]) @ b[i] for i in range(2))),
+    ),
     "remat": (
         {"w": (IN, OUT)},
         (16, IN),
@@ -224,6 +230,33 @@ COSTS = {
 }
 
 
+TOGETHER = {
+    "concatenated": (
+        lambda w, x: jnp.sin(x @ jnp.concatenate([w["v"], w["w"]], 1)),
+        lambda w, f, x: jnp.sin(
+            x @ jnp.concatenate([w["v"], w["w"]], 1)
+            + jnp.concatenate([(x @ f[n]["a"]) @ f[n]["b"] for n in "vw"], 1)
+        ),
+    ),
+    "stacked_and_scanned": (
+        lambda w, x: scanned(jnp.stack([w["v"], w["w"]]), x),
+        lambda w, f, x: scanned(
+            jnp.stack([w["v"], w["w"]]),
+            x,
+            *(jnp.stack([f[n][name] for n in "vw"]) for name in "ab"),
+        ),
+    ),
+}
+
+
+def scanned(w, x, *factors):
+    def layer(h, each):
+        w, *f = each
+        return jnp.sin(h @ w + (h @ f[0]) @ f[1] if f else h @ w), None
+
+    return jax.lax.scan(layer, x, (w, *factors))[0]
+
+
 def convolution(x, w):
     return jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
@@ -236,8 +269,19 @@ def gradient_flops(loss, *args):
 @pytest.mark.witness("dense", "tied_head", "scan", "experts")
 @pytest.mark.parametrize("name", COSTS)
 def test_the_gradient_costs_what_it_does_by_hand(name):
-    shapes, of_x, run, by_hand = COSTS[name]
-    x = jax.ShapeDtypeStruct(of_x, jnp.int32 if name == "tied_head" else jnp.float32)
+    shapes, of_x, run, hand = COSTS[name]
+    by_hand = lambda w, f, x: hand(w["w"], f["a"], f["b"], x)  # noqa: E731
+    check_cost(shapes, of_x, run, by_hand)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_weights_that_are_put_together_cost_what_they_do_by_hand(name):
+    shapes = {"v": (256, 256), "w": (256, 256)}
+    check_cost(shapes, (16, 256), *TOGETHER[name])
+
+
+def check_cost(shapes, of_x, run, by_hand):
+    x = jax.ShapeDtypeStruct(of_x, jnp.float32 if len(of_x) > 1 else jnp.int32)
     base = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     model = aj.adapt(Raw(shapes, run), aj.LoRA("**", RANK))
     params = aj.init_adapters(model, base, jax.random.key(0), x)
@@ -247,7 +291,7 @@ def test_the_gradient_costs_what_it_does_by_hand(name):
     )
     thin_cost = gradient_flops(whole, adapters, frozen, x)
     factors = adapters["lora"]
-    hand = gradient_flops(lambda f, w, x: by_hand(w, f["a"], f["b"], x), factors, base["w"], x)
+    hand = gradient_flops(lambda f, w, x: by_hand(w, f, x), factors, base, x)
     merged = lambda adapters, frozen, x: model.inner.apply(  # noqa: E731
         {"params": aj.merge(model, aj.merge_trees(adapters, frozen), x)}, x
     )

@@ -433,7 +433,20 @@ def twice(w, x):
     )
 
 
+def of_two_inputs(w, x):
+    """Two heads, of which the second one reads its keys from another input."""
+    mixed = []
+    for head, other in enumerate((x, x[:, ::-1])):
+        q, k, v = (
+            jnp.einsum("btd,dw->btw", y, w[n][:, head])
+            for n, y in zip("qkv", (x, other, other), strict=True)
+        )
+        mixed.append(jax.nn.softmax(jnp.einsum("btw,bsw->bts", q, k)) @ v)
+    return jnp.tile(jnp.concatenate(mixed, -1), 2)
+
+
 REFUSED = {
+    "heads of two inputs": (Style(of_two_inputs), "computes 2 attentions"),
     "no softmax": (Style(lookalike), "no softmax between two products"),
     "a loop over keys": (Style(flash), "no softmax between two products"),
     "a scale for each head": (

@@ -18,7 +18,9 @@ from adapters_jax.weights import products
 from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
 from adapters_jax.weights.changes import Changed, LowRank, Scale
 from adapters_jax.weights.factors import RANK, Factor, contracted
+from adapters_jax.weights.joining import concatenated, stacked
 from adapters_jax.weights.lazy import Lazy, formed, lowered, thin
+from adapters_jax.weights.quantized import Quantized, pack
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 F = frozenset
@@ -229,6 +231,57 @@ def test_ranges_of_layers_are_formed():
     np.testing.assert_allclose(got, plain(changed), **CLOSE)
 
 
+# --- several weights as one
+
+
+def pieces(*shapes):
+    """Changed weights of some shapes; of the same seeds, and so of the same factors, none."""
+    return [
+        Changed.of(jnp.asarray(drawn(shape, i)), (low_rank(shape, DENSE, 10 * i),))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_side_by_side(axis):
+    shapes = [(4, 3), (4, 5), (4, 1)]
+    parts = pieces(*(shape[:: 1 if axis else -1] for shape in shapes))
+    parts.insert(1, Changed.of(jnp.asarray(drawn(parts[0].shape, 9))))
+    whole = concatenated(parts, axis)
+    np.testing.assert_allclose(
+        whole.formed(), np.concatenate([plain(part) for part in parts], axis), **CLOSE
+    )
+    assert [change.start for change in whole.changes] == [(axis, 0), (axis, 6), (axis, 11)]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_weights_as_layers(axis):
+    parts = pieces((4, 3), (4, 3))
+    expected = np.stack([plain(part) for part in parts], axis)
+    whole = stacked(parts, axis)
+    np.testing.assert_allclose(whole.formed(), expected, **CLOSE)
+    wide = [part.reshaped(np.expand_dims(part.base, axis).shape) for part in parts]
+    again = concatenated(wide, axis)  # as a stack is written too
+    np.testing.assert_allclose(again.formed(), expected, **CLOSE)
+    assert all(axis in factor.axes for factor in again.changes[0].factors)
+    half = [part.cast(jnp.bfloat16) for part in parts]
+    assert stacked(half, axis).formed().dtype == jnp.bfloat16
+
+
+def test_weights_that_have_no_thin_form_together():
+    one, other = pieces((4, 3), (4, 3))
+    scaled = one.scaled(2.0)
+    ranged = Changed.of(one.base, (low_rank((4, 3), DENSE, start=(1, 1), width=2),))
+    shared = Changed.of(jnp.ones((2, 4, 3)), (low_rank((2, 4, 3), Axes((1,), (2,), (0,))),))
+    for several, axis in (([scaled, other], 1), ([ranged, other], 1), ([shared, shared], 0)):
+        assert concatenated(several, axis) is None
+    wider = Changed.of(one.base, (low_rank((4, 3), DENSE, rank=1),))
+    for several in ([scaled, other], [Changed.of(one.base), other], [wider, other]):
+        assert stacked(several, 0) is None
+    packed = Changed.of(Quantized(pack(one.base, jnp.int8, (1,), ()), jnp.float32), one.changes)
+    assert concatenated([packed, packed], 0) is None
+
+
 # --- any chain of views, then a product
 
 SHAPE = (2, 4, 6)
@@ -243,15 +296,14 @@ ROLES = [
 ]
 
 
+KINDS = ["turn", "merge", "split", "cut", "index", "cast", "new", "beside", "stack"]
+
+
 @st.composite
 def views(draw):
     """A chain of ways to look at a weight of SHAPE, each a function and what it is of."""
     shape, steps, rough = SHAPE, [], False
-    for kind in draw(
-        st.lists(
-            st.sampled_from(["turn", "merge", "split", "cut", "index", "cast", "new"]), max_size=4
-        )
-    ):
+    for kind in draw(st.lists(st.sampled_from(KINDS), max_size=4)):
         n = len(shape)
         if kind == "turn":
             order = tuple(draw(st.permutations(range(n))))
@@ -274,6 +326,15 @@ def views(draw):
             at = draw(st.integers(0, shape[0] - 1))
             steps.append(lambda w, at=at: w[at])
             shape = shape[1:]
+        elif kind == "beside":
+            i = draw(st.integers(0, n - 1))
+            one = [1 if j == i else size for j, size in enumerate(shape)]
+            steps.append(lambda w, i=i, one=one: jnp.concatenate([jnp.ones(one), w], i))
+            shape = (*shape[:i], shape[i] + 1, *shape[i + 1 :])
+        elif kind == "stack" and n < 4:
+            i = draw(st.integers(0, n))
+            steps.append(lambda w, i=i: jnp.stack([w, w], i))
+            shape = (*shape[:i], 2, *shape[i:])
         elif kind == "cast":
             steps.append(lambda w: w.astype(jnp.float16).astype(jnp.float32))
             rough = True

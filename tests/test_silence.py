@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers.errors import raises
@@ -114,6 +115,133 @@ def test_what_wildcards_skip_is_one_warning_with_numbers_and_kinds(targets):
     for text, data in zip(found, LINEN[targets], strict=True):
         assert [datum for datum in data if datum not in text] == [], text
         assert "norm" not in text and "!PATH" in text
+
+
+class Stopped(nn.Module):
+    """Has a table and a part to which it lets no gradient, and complex numbers."""
+
+    @nn.compact
+    def __call__(self, x):
+        wave = self.param("wave", lambda key, shape: jnp.ones(shape, jnp.complex64), (D, D))
+        table = self.param("table", nn.initializers.ones, (3, D))
+        x = jax.lax.stop_gradient(nn.Dense(D, name="frozen")(x) + table)
+        return nn.Dense(D, name="head")(x) + (x @ wave).real
+
+
+class NnxStopped(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.wave = nnx.Param(jnp.ones((D, D), jnp.complex64))
+        self.table = nnx.Param(jnp.ones((3, D)))
+        self.frozen = nnx.Linear(D, D, rngs=rngs)
+        self.head = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.lax.stop_gradient(self.frozen(x) + self.table[...])
+        return self.head(x) + (x @ self.wave[...]).real
+
+
+def stopped(method):
+    model = Stopped()
+    params = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
+    return aj.init_adapters(aj.adapt(model, method), params, jax.random.key(1), X)
+
+
+def stopped_in_nnx(method):
+    model = aj.adapt(NnxStopped(), method, rngs=nnx.Rngs(1), example_inputs=(X,))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("make", [stopped, stopped_in_nnx])
+def test_what_never_trains_and_complex_numbers_are_left_out_by_name(make):
+    made = []
+    (text,) = warned(lambda: made.append(make(aj.LoRA("**", R))))
+    assert {p.partition("/lora")[0] for p in flatten(made[0]) if "lora" in p} == {"head"}
+    for datum in (" 3 paths", "2 such as ", "/kernel (", "stop_gradient", "wave (", "complex64"):
+        assert datum in text
+    for target in ("frozen", "frozen/kernel", "table"):
+        with raises(aj.TargetError, f"'{target}'", "no gradient", "stop_gradient"):
+            make(aj.LoRA(("head", target), R))
+    with raises(aj.TargetError, "'wave'", "complex"):
+        make(aj.LoRA(("head", "wave"), R))
+    with raises(aj.TargetError, "Bottleneck", "stop_gradient", "'!frozen'"):
+        make(aj.Bottleneck(("frozen", "head"), R))
+
+
+class Tables(nn.Module):
+    """Two embeddings, of which one gets no gradient."""
+
+    @nn.compact
+    def __call__(self, ids):
+        fixed = jax.lax.stop_gradient(nn.Embed(7, D, name="fixed")(ids))
+        return nn.Embed(7, D, name="words")(ids) + fixed
+
+
+def test_what_a_run_left_out_is_said_once():
+    ids, model = jnp.ones((2, 3), int), aj.adapt(Tables(), aj.LoRA("**", R))
+    params = Tables().init(jax.random.key(0), ids)["params"]
+    (text,) = warned(
+        lambda: aj.TrainState.create(
+            model,
+            aj.init_adapters(model, params, jax.random.key(1), ids),
+            tx=optax.sgd(0.1),
+            key=jax.random.key(2),
+        )
+    )
+    assert "fixed/embedding" in text and "words" not in text
+
+
+class Two(nn.Module):
+    """Has a part that only its second function runs."""
+
+    def setup(self):
+        self.body, self.second = nn.Dense(D), nn.Dense(D)
+
+    def __call__(self, x):
+        return self.body(x)
+
+    def both(self, x):
+        return self.second(self(x))
+
+
+class NnxTwo(nnx.Module):
+    def __init__(self):
+        self.body, self.second = (nnx.Linear(D, D, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    def __call__(self, x):
+        return self.body(x)
+
+    def both(self, x):
+        return self.second(self(x))
+
+
+def test_what_the_call_does_not_touch_is_said_with_the_argument_that_does():
+    model = Two()
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), X, method="both"))["params"]
+
+    def make(recipe, *inputs, **given):
+        adapted = aj.adapt(model, recipe)
+        return aj.init_adapters(adapted, params, jax.random.key(1), *inputs, **given)
+
+    nnx_make = lambda method, given: aj.adapt(  # noqa: E731
+        NnxTwo(), method, rngs=nnx.Rngs(1), example_inputs=given
+    )
+    for method in (aj.LoRA("second", R), aj.LoRA("second/kernel", R), aj.Bottleneck("second", R)):
+        with raises(aj.TargetError, "second", "method=..."):
+            make(method, X)
+    with (
+        raises(aj.MismatchError, "second/kernel", "method=..."),
+        pytest.warns(aj.AdapterWarning, match=r"second/kernel \(.*method=\.\.\."),
+    ):
+        make(aj.LoRA("**", R), X)
+    with raises(aj.TargetError, "second", "aj.inputs(..., method=...)"):
+        nnx_make(aj.LoRA("second", R), (X,))
+    (text,) = warned(lambda: nnx_make(aj.LoRA("**", R), (X,)))
+    assert "second/kernel" in text and "aj.inputs(..., method=...)" in text
+    whole = aj.inputs(X, method="both")
+    assert "second/lora/a" in flatten(make(aj.LoRA("**", R), X, method="both"))
+    assert "second/lora/a" in flatten(make(aj.LoRA("**", R), whole))
+    assert hasattr(nnx_make(aj.LoRA("**", R), whole).second, "lora")
 
 
 class Twice(nn.Module):

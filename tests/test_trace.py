@@ -60,6 +60,41 @@ def test_what_an_output_depends_on_in_loops_and_branches(function, expected):
     assert reaching(traced).inputs == expected
 
 
+@jax.custom_vjp
+def hard(x):
+    """Zeros and ones by a comparison, with the gradient of the identity."""
+    return (x > 0).astype(float)
+
+
+hard.defvjp(lambda x: (hard(x), None), lambda _, g: (g,))
+
+
+def repeated(a, b, c):
+    """A loop whose second round uses what the first one had behind a `stop_gradient`."""
+
+    def body(carry, _):
+        return (carry[1], jax.lax.stop_gradient(carry[0])), None
+
+    return jax.lax.scan(body, (a, b), None, length=3)[0][0] + c
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda a, b, c: a + jax.lax.stop_gradient(b), [True, False, False]),
+        (lambda a, b, c: jnp.where(b > 0, a, c), [True, False, True]),
+        (lambda a, b, c: a + jax.lax.stop_gradient(jnp.sin(b) * c) + c, [True, False, True]),
+        (lambda a, b, c: a + hard(b) + jnp.round(c), [True, True, True]),
+        (lambda a, b, c: b + jax.lax.stop_gradient(jnp.sign(b) - b), [False, True, False]),
+        (lambda a, b, c: (a + jax.lax.stop_gradient(b) > 0, c.astype(int)), [True, False, True]),
+        (repeated, [False, True, True]),
+    ],
+)
+def test_what_a_gradient_of_an_output_gets_to(function, expected):
+    traced = jax.make_jaxpr(lambda *xs: function(*xs))(1.0, 2.0, 3.0)
+    assert reaching(traced, gradient=True).inputs == expected
+
+
 def test_names_in_a_loop_that_only_its_next_round_needs():
     def body(carry, _):
         a, b, c = carry
@@ -124,6 +159,56 @@ def kernel(w, x):
             [("sum", set(), set(), {0, 1}), ("sum", {0}, set(), {1})],
         ),
         ((4, 5), (4, 5), lambda w, x: x * w, [("sum", set(), set(), {0, 1})]),
+        ((4, 5), (4, 5), lambda w, x: (x * w).sum(0), [("sum", {0}, set(), {1})]),
+        (
+            (4, 5),
+            (4, 5),
+            lambda w, x: (y := x * w).sum(0) + y,
+            [("sum", set(), set(), {0, 1})],
+        ),
+        (
+            (5, 4),
+            (3, 4),
+            lambda w, x: (x[:, None] * w).swapaxes(0, 1).sum(2),
+            [("sum", {1}, set(), {0})],
+        ),
+        ((4, 5), (3, 4), lambda w, x: x @ jax.nn.relu(w), [("sum", {0}, set(), {1})]),
+        (
+            (2, 4, 5),
+            (3, 4),
+            lambda w, x: x @ jnp.unstack(w)[1],
+            [("product", {1}, {0}, {2})],
+        ),
+        (
+            (4, 5),
+            (3, 4),
+            lambda w, x: x @ jnp.concatenate([w, jnp.ones((4, 1))], 1),
+            [("sum", {0}, set(), {1})],
+        ),
+        (
+            (4, 5),
+            (3, 4),
+            lambda w, x: jnp.einsum("bd,dnf->bnf", x, jnp.stack([w, 2 * w], 1)),
+            [("sum", {0}, set(), {1})],
+        ),
+        (
+            (4, 4),
+            (4, 2),
+            lambda w, x: jax.scipy.linalg.solve_triangular(w, x),
+            [("sum", {0}, set(), {1})],
+        ),
+        (
+            (4, 4),
+            (2, 4),
+            lambda w, x: jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: h @ w, x),
+            [("product", {0}, set(), {1})],
+        ),
+        (
+            (3, 4),
+            (3, 4),
+            lambda w, x: x + jnp.take(w, 1, axis=0),
+            [("sum", set(), {0}, {1})],
+        ),
         ((4, 5), (3, 4), lambda w, x: x, []),
     ],
 )

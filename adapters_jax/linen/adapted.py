@@ -450,7 +450,9 @@ def init_adapters(
         flatten(given),
         flatten(without_adapters(whole, model.recipe)),
         "Pass the base's own parameter tree, variables['params'], of this very model, and example "
-        f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}).",
+        f"inputs as it takes them (it ran on {inputs_text(inputs.args, inputs.kwargs)}). For "
+        "parameters that __call__ does not use, give a function that does: "
+        "init_adapters(..., method=...).",
     )
     model.adapter_placements.placements = found
     params = grown(model.recipe, found, params, key)

@@ -56,7 +56,10 @@ def points_of(
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     points = {path: point for path, (_, point) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
-    check_targets(recipe, found, modules, points, reads, own, {}, layers)
+    given = flatten(params or {})
+    unused = {p: x for p, x in given.items() if p not in own} if own.keys() <= given.keys() else {}
+    every = {**{path: Tracked(path) for path in unused}, **reads}
+    check_targets(recipe, found, modules, points, every, {**own, **unused}, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
     numbered = numbered_paths(like)
@@ -167,7 +170,7 @@ def seen(base: nn.Module, recipe: Recipe, inputs: Inputs, at: str = "") -> tuple
         traced, (y, variables) = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
     (interceptor,) = interceptors
     counted = [i < len(y) for i in range(len(traced.jaxpr.outvars))]
-    interceptor.reached = reaching(traced.jaxpr, counted).names
+    interceptor.reached = reaching(traced.jaxpr, counted, gradient=True).names
     return interceptor, variables
 
 

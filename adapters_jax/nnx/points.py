@@ -326,7 +326,7 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
     weights = {path: leaf for path, leaf in reads.items() if ranks[path] > 1}
-    return Run(seen, weights, reaching(traced).names, linen)
+    return Run(seen, weights, reaching(traced, gradient=True).names, linen)
 
 
 def _first_shape(module: nnx.Module) -> Layers:

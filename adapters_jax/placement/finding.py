@@ -1,6 +1,7 @@
 """Finds the placements of a recipe in a model that ran, and checks that its patterns fit it."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -89,6 +90,12 @@ def _obstacle(leaf: Tracked) -> str:
     return ""
 
 
+def _outputs(leaf: Tracked) -> int:
+    """How many outputs a weight has, of all layers together."""
+    _, fan_out, copies = from_reads(leaf.reads, len(leaf.shape)).sizes(leaf.shape)
+    return fan_out * copies
+
+
 def _named(targets: Sequence[str], path: str) -> bool:
     """Whether a pattern names a leaf: its last name has no wildcard."""
     return selects(_naming(tuple(targets)), path)
@@ -162,7 +169,12 @@ def check_targets(
         TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
             weight is tied to one of another name, which would stay as it is.
     """
-    biases = {bias for leaf in reads.values() for bias in leaf.biases}
+    biases = {
+        bias
+        for leaf in reads.values()
+        for bias in leaf.biases
+        if math.prod(leaves[bias].shape) == _outputs(leaf)  # not a table beside the product
+    }
     for method in recipe:
         other: dict[str, str | None] = {
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
@@ -228,14 +240,14 @@ def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, 
 
 
 def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
-    """Checks that the model's outputs depend on the modules that methods on outputs adapt.
+    """Checks that gradients of the outputs get to the modules that methods on outputs adapt.
 
     Args:
         found: where methods attach.
-        reached: the paths of the modules whose results the model's outputs depend on.
+        reached: the paths of the modules to whose results they get.
 
     Raises:
-        TargetError: they do not depend on some, whose adapters could not act.
+        TargetError: they do not get to some, whose adapters could not train.
     """
     idle = [x for x in found if x.method.acts_on != "leaf" and x.module not in reached]
     if idle:
@@ -243,8 +255,8 @@ def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
         more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
         raise TargetError(
             f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
-            f"{paths}{more} returns, so that an adapter there could not act; exclude it with "
-            f"'!{idle[0].module}'"
+            f"{paths}{more} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
+            f"that an adapter there could not train; exclude it with '!{idle[0].module}'"
         )
 
 
@@ -267,9 +279,10 @@ def check_nested(found: Sequence[Placement]) -> None:
 
 _SHOWN = 5
 _NO_MODULE = (
-    "it holds weights, and no module that this API calls; target the module around it, pass "
-    "example_inputs=(...) where it is a linen module inside an NNX model, or change its weights, "
-    "as LoRA does, in a plain function, which has no modules"
+    "it holds weights, and no module that this API calls; target the module around it, or pass "
+    "example_inputs=(...) where it is a linen module inside an NNX model, or inputs with a "
+    "method=... that runs it; in a plain function, which has no modules, change its weights, as "
+    "LoRA does"
 )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,7 @@ class Inline:
         logits: the logits of products of queries and keys, by the module's scales and soft caps.
         total: gives the logarithm of the sum of the exponentials of all logits, (..., heads), in
             float32.
-        inputs: what the projections of its query, key and value read.
-        keys: which columns of which projections its keys and values begin with.
+        computed: the attention without its arrays.
         before: how many attentions its module has computed before.
         keys_before: how many keys before its own those had.
     """
@@ -45,19 +44,31 @@ class Inline:
     project: Callable[[str, Array], Array]
     logits: Step
     total: Callable[[], Array]
-    inputs: tuple[Any, ...] = ()
-    keys: tuple[Any, ...] = ()
+    computed: "Computed"
     before: int = 0
     keys_before: int = 0
 
-    def after(self, others: Sequence["Inline"]) -> "Inline":
+    def after(self, others: Sequence["Computed"]) -> "Inline":
         """The attention, computed after others of its module."""
-        distinct = list(dict.fromkeys(other.keys for other in others))
-        own = distinct.index(self.keys) if self.keys in distinct else len(distinct)
-        return replace(self, before=len(others), keys_before=own)
+        keys = list(dict.fromkeys(other.keys for other in (*others, self.computed)))
+        return replace(self, before=len(others), keys_before=keys.index(self.computed.keys))
 
 
-def together(each: Sequence[Inline]) -> Attention | None:
+class Computed(NamedTuple):
+    """An attention that a module computed.
+
+    Attributes:
+        sizes: its sizes.
+        inputs: the ids of what the projections of its query, key and value read.
+        keys: the ids of the projections of its keys and values, and the columns they begin with.
+    """
+
+    sizes: Attention
+    inputs: tuple[int, ...]
+    keys: tuple[tuple[int, int], ...]
+
+
+def together(each: Sequence[Computed]) -> Attention | None:
     """The sizes of the one attention that a module computes, perhaps head by head; None for others.
 
     Args:
@@ -67,8 +78,7 @@ def together(each: Sequence[Inline]) -> Attention | None:
         return each[0].sizes if each else None
     first = each[0]
     for other in each:
-        same = [a is b for a, b in zip(first.inputs, other.inputs, strict=True)]
-        if other.sizes != first.sizes or other.sizes.heads != 1 or not all(same):
+        if other.sizes.heads != 1 or other[:2] != first[:2]:
             return None
     kv_heads = len({other.keys for other in each})
     return replace(first.sizes, heads=len(each), kv_heads=kv_heads)
@@ -197,9 +207,9 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     own = jnp.broadcast_to(_in_order(query.value, into).reshape(*held, *shape[-2:]), shape)
     total = _total(state, [*rows, *heads, position], shape[:-1])
     made = (query.columns, columns["key"], columns["value"])
-    inputs = tuple(each.projection.source for each in made)
-    keys = tuple((each.projection, each.low) for each in made[1:])
-    return Inline(sizes, own, project, logits, total, inputs, keys), there, back
+    inputs = tuple(id(each.projection.source) for each in made)
+    keys = tuple((id(each.projection), each.low) for each in made[1:])
+    return Inline(sizes, own, project, logits, total, Computed(sizes, inputs, keys)), there, back
 
 
 def _position(second: Second, scores: Scores) -> int:

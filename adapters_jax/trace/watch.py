@@ -26,7 +26,14 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
 from adapters_jax.trace.activations import Operation, Seen
 from adapters_jax.trace.following import facts_of, read
-from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at, together
+from adapters_jax.trace.heads import (
+    Computed,
+    Inline,
+    Second,
+    UnknownAttention,
+    attention_at,
+    together,
+)
 from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
 from adapters_jax.trace.through import Through
@@ -45,7 +52,7 @@ class Found:
         checkpoints: how many bodies of `jax.checkpoint` are running.
     """
 
-    attentions: list[Inline] = field(default_factory=list)
+    attentions: list[Computed] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     checkpoints: int = 0
 
@@ -383,7 +390,7 @@ class Watch(Through):
         except UnknownAttention as why:
             self.found.reasons.append(str(why))
             return y
-        self.found.attentions.append(inline)
+        self.found.attentions.append(inline.computed)
         return changed
 
 

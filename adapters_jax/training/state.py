@@ -29,7 +29,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.nnx.adapted import placements_of
-from adapters_jax.placement import Known, counted, left_over, without_adapter
+from adapters_jax.placement import Known, Placements, counted, left_over, without_adapter
 from adapters_jax.recipe import Recipe, checked_before, require_points
 from adapters_jax.texts import bytes_text
 from adapters_jax.trace.inputs import is_abstract
@@ -135,8 +135,8 @@ class TrainState:
         _check_trained(recipe, adapters)
         check_unmoved("TrainState.create", flatten(base), in_nnx=graphdef is not None)
         remember(flatten(base))
-        if params is not None:
-            _warn_of_rest(recipe, params)
+        if isinstance(model, Adapted):
+            _warn_of_rest(recipe, params, model.adapter_placements.placements)
         check_optimizer("TrainState.create", tx)
         key = checked_key("TrainState.create", key)
         # Steps train float32 copies; `trained` and files have the model's own dtypes again.
@@ -347,11 +347,15 @@ def _including(method: Any) -> Any:
     return dataclasses.replace(method, **wanted)
 
 
-def _warn_of_rest(recipe: Recipe, params: Tree) -> None:
-    """Gives an AdapterWarning for targets without an adapter, and for leaves of other adapters."""
+def _warn_of_rest(recipe: Recipe, params: Tree, known: Placements | None) -> None:
+    """Gives an AdapterWarning for targets without an adapter, and for leaves of other adapters.
+
+    Where a run has shown the placements in this very tree, it said itself what it left out.
+    """
     shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(params).items()}
     fix = "pass what aj.init_adapters(model, params, key, *example_inputs) returned for this model"
-    if bare := without_adapter(recipe, shapes):
+    shown = known is not None and known.fit(recipe, shapes)
+    if not shown and (bare := without_adapter(recipe, shapes)):
         warn(
             f"TrainState.create: the recipe targets {shortened(', '.join(bare))}, and the params "
             f"have no adapter there, so nothing is learnt there; if the model runs it, {fix}"

@@ -27,8 +27,7 @@ class Model:
         axes: a letter for each axis of a weight, by the pattern of its path, where it is not the
             usual (inputs ..., outputs): `i` is contracted, `o` is kept, `e` is both, as experts
             are.
-        skipped: the parameters that LoRA("**") warns of, since they meet no input.
-        stopped: patterns of the modules through which the model lets no gradient.
+        skipped: the parameters that LoRA("**") warns of, since they meet no input or no gradient.
     """
 
     name: str
@@ -44,4 +43,3 @@ class Model:
     slices: tuple[tuple[int, int], ...] = ()
     axes: Mapping[str, str] = field(default_factory=dict)
     skipped: Targets = ()
-    stopped: Targets = ()

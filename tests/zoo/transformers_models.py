@@ -301,7 +301,7 @@ TRANSFORMERS = (
         attention=CROSS,
         embedding=("**/embed_tokens",),
         norms=("**/*layer_norm/{scale,bias}",),
-        stopped=("model/encoder/embed_positions",),
+        skipped=("model/encoder/embed_positions/embedding",),
         **LIKE_BART,
     ),
     model(
