@@ -716,7 +716,8 @@ def test_two_adaptations_give_one_class_and_one_structure():
     one, two = (adapt(Net(rngs(i)), aj.LoRA("mlp/*", 2)) for i in range(2))
     assert type(one.mlp.up) is type(two.mlp.up) is type(one.mlp.down)
     assert type(one.mlp.up).__name__ == "AdaptedLinear"
-    assert isinstance(one.mlp.up, nnx.Linear) and type(one.mlp) is Mlp
+    assert isinstance(one.mlp.up, nnx.Linear) and isinstance(one.mlp, Mlp)
+    assert type(one.mlp) is type(two.mlp) and type(one.mlp).__name__ == "AdaptedMlp"
     assert nnx.split(one)[0] == nnx.split(two)[0]
     calls = []
 

@@ -5,8 +5,10 @@ Every trained parameter is an `AdapterParam`, so `nnx.split`, `nnx.DiffState` an
 in `adapter_methods`, and their Variables in a child that has the name of the method's slot.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from flax import nnx
@@ -15,6 +17,7 @@ from jaxtyping import Array
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, Frozen
 from adapters_jax.placement import Placement
+from adapters_jax.trace.program import named
 
 
 def variable_path(path: tuple[Any, ...]) -> str:
@@ -109,6 +112,7 @@ def copy(model: Any) -> Any:
 
 
 STACKED = "adapters_stacked"  # the mark of a bank's model
+CALLS = "_adapter_calls"  # of a module around adapters: what is known of its calls
 
 
 class AdapterParam(nnx.Param):
@@ -159,9 +163,32 @@ def original(cls: type[Any]) -> type[Any]:
     return cls
 
 
+READ = "adapters_jax: read"  # the name of a value that is read as an attribute, or by a method
+_MARKING: ContextVar[bool] = ContextVar("marking", default=False)
+
+
+@contextlib.contextmanager
+def marking() -> Iterator[None]:
+    """In its body, what is read of weights and adapters by attributes and methods has a name."""
+    token = _MARKING.set(True)
+    try:
+        yield
+    finally:
+        _MARKING.reset(token)
+
+
+def marked(value: Any) -> Any:
+    """A value that is read as an attribute, or by a method; with its name in `marking()`.
+
+    Not where a model differentiates its own parameters, whose gradients are those of its state.
+    """
+    differentiated = hasattr(value, "tangent")  # only jax's tracers of derivatives have it
+    return named(value, READ) if _MARKING.get() and not differentiated else value
+
+
 def read(child: Any, method: Method) -> dict[str, Array]:
     """A method's arrays by name, read from the node that holds them."""
-    return {name: _step(child, name.split("/"))[...] for name in method.leaf_names}
+    return {name: marked(_step(child, name.split("/"))[...]) for name in method.leaf_names}
 
 
 def _step(node: Any, names: Iterable[str]) -> Any:

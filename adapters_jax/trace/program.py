@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from adapters_jax.trace.primitives import operands_of_scan
+from adapters_jax.trace.primitives import COPIES, operands_of_scan
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +247,43 @@ def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
                 at = loop.end  # the body once more, now with these
                 break
     return Reach([value in live for value in graph.inputs], names)
+
+
+# What transforms of flax do with state that they hand on.
+_HANDED_ON = {*COPIES, "layer", "layers", "select_n", "transpose"} - {"convert_element_type"}
+
+
+def read_without(graph: Graph, leaves: Mapping[int, str], name: str) -> dict[str, str]:
+    """The leaves that a program reads, or returns, otherwise than by values of a name.
+
+    Args:
+        graph: the program.
+        leaves: the paths of leaves, by the numbers of the program's inputs.
+        name: the name of a leaf's value, as `named` gives it.
+
+    Returns:
+        For each leaf that is read otherwise the first operation, or "return".
+
+    Example:
+        >>> traced = jax.make_jaxpr(lambda x, y: (named(x, "seen") + 1.0, y.T + 2.0))
+        >>> read_without(Graph(traced(1.0, 2.0)), {0: "x", 1: "y"}, "seen")
+        {'y': 'add'}
+    """
+    held = {graph.inputs[number]: path for number, path in leaves.items()}
+    found: dict[str, str] = {}
+    for operation in graph.operations:
+        if operation.name == "name" and operation.params["name"] == name:
+            continue
+        inputs = operation.inputs[operation.name == "select_n" :]
+        paths = {held[x] for x in inputs if x in held}
+        if len(paths) == 1 and operation.name in _HANDED_ON and all(x in held for x in inputs):
+            held.update(dict.fromkeys(operation.outputs, *paths))
+            continue
+        for path in (held[x] for x in operation.inputs if x in held):
+            found.setdefault(path, operation.name)
+    for path in (held[x] for x in graph.outputs if x in held):
+        found.setdefault(path, "return")
+    return found
 
 
 def _of_next_round(loop: Loop, live: set[int]) -> set[int]:
