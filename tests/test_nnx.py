@@ -90,7 +90,8 @@ X = draw(5, 3, seed=9)
 
 def array(x):
     """The numbers of a Variable; of a changed weight, those of the weight itself."""
-    x = x.get_metadata().get("seen_from", x) if isinstance(x, nnx.Variable) else x
+    if isinstance(x, nnx.Variable) and "seen_from" in x.get_metadata():
+        x = x.get_metadata()["seen_from"].variable
     return np.asarray(x[...], np.float64)
 
 

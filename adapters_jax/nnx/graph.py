@@ -7,10 +7,11 @@ in `adapter_methods`, and their Variables in a child that has the name of the me
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
+import jax.extend.core as jex
 from flax import nnx
 from jaxtyping import Array
 
@@ -164,17 +165,17 @@ def original(cls: type[Any]) -> type[Any]:
 
 
 READ = "adapters_jax: read"  # the name of a value that is read as an attribute, or by a method
-_MARKING: ContextVar[bool] = ContextVar("marking", default=False)
+_MARKED: ContextVar[dict[Any, Any] | None] = ContextVar("marked", default=None)
 
 
 @contextlib.contextmanager
 def marking() -> Iterator[None]:
     """In its body, what is read of weights and adapters by attributes and methods has a name."""
-    token = _MARKING.set(True)
+    token = _MARKED.set({})
     try:
         yield
     finally:
-        _MARKING.reset(token)
+        _MARKED.reset(token)
 
 
 def marked(value: Any) -> Any:
@@ -183,7 +184,19 @@ def marked(value: Any) -> Any:
     Not where a model differentiates its own parameters, whose gradients are those of its state.
     """
     differentiated = hasattr(value, "tangent")  # only jax's tracers of derivatives have it
-    return named(value, READ) if _MARKING.get() and not differentiated else value
+    return named(value, READ) if _MARKED.get() is not None and not differentiated else value
+
+
+def once(variable: Any, make: Callable[[Any, Any], Any]) -> Any:
+    """What is made of a Variable and its `marked` value; in `marking()` once in each trace."""
+    value, known = variable.get_raw_value(), _MARKED.get()
+    if known is None:
+        return make(variable, value)
+    with jex.take_current_trace() as trace, jex.set_current_trace(trace):
+        key = id(variable), id(value), id(trace)
+        if key not in known:  # it also keeps what the numbers are of
+            known[key] = make(variable, marked(value)), variable, value, trace
+        return known[key][0]
 
 
 def read(child: Any, method: Method) -> dict[str, Array]:

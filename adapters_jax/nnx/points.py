@@ -244,11 +244,8 @@ def _marked_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
 
 def mark(model: Any) -> None:
     """Gives the modules of a model classes whose weights are told from the model's state."""
-    # A tied parameter has its first path alone, and is adapted there: elsewhere it is state.
-    known = {id(x): path for path, x in params_of(model).items()}
-    for path, module in modules_of(model).items():
-        own = {name for name, x in own_params(module).items() if known[id(x)] == join(path, name)}
-        own |= {name for name, x in vars(module).items() if _has_params(x)}
+    for module in modules_of(model).values():
+        own = {*own_params(module), *(name for name, x in vars(module).items() if _has_params(x))}
         names = {name for name in own if not isinstance(vars(type(module)).get(name), Seen)}
         if names:
             module.__class__ = _marked_class(type(module), frozenset(names))
@@ -340,9 +337,10 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
         seen[path] = seen[path]._replace(layers=layers)
     ranks = {path: len(program.shapes[path]) for path in reads}
     weights = {path: leaf for path, leaf in reads.items() if ranks[path] > 1}
-    graph = Graph(program.jaxpr)
-    stated = read_without(graph, program.leaves, READ)
-    return Run(seen, weights, reaching(graph).names, linen, stated)
+    return Run(seen, weights, reaching(program.graph).names, linen, program.stated())
+
+
+LAST = "adapters_jax: in the end "  # the name, with the path behind it, of what a call leaves
 
 
 class Program(NamedTuple):
@@ -353,12 +351,23 @@ class Program(NamedTuple):
         leaves: the paths of its floats, by the numbers of the program's inputs.
         shapes: their shapes by path.
         activations: the numbers of the program's inputs that are example inputs.
+        graph: the program, written out.
     """
 
     jaxpr: Any
     leaves: dict[int, str]
     shapes: dict[str, Layers]
     activations: range
+    graph: Graph
+
+    def stated(self, paths: Container[str] | None = None) -> dict[str, str]:
+        """The leaves that are read or written as state, each with an operation.
+
+        Args:
+            paths: those that count; by default all.
+        """
+        counted = {i: path for i, path in self.leaves.items() if paths is None or path in paths}
+        return read_without(self.graph, counted, READ, LAST)
 
 
 def traced(model: Any, inputs: Inputs) -> Program:
@@ -377,16 +386,18 @@ def traced(model: Any, inputs: Inputs) -> Program:
         # By their values: the path of a shared Variable may be another one in the state.
         order = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
         merged = nnx.merge(graphdef, state)
-        for path, variable in params_of(merged).items():
-            if path in shapes:
-                leaves[order[id(variable.get_raw_value())]] = path
+        weights = {path: x for path, x in params_of(merged).items() if path in shapes}
+        for path, variable in weights.items():
+            leaves[order[id(variable.get_raw_value())]] = path
         with marking():
             y = whole(arrays).call(merged)
+        for path, variable in weights.items():
+            named(variable.get_raw_value(), LAST + path)
         return [x for x in jax.tree.leaves(y) if is_array(x)]
 
     jaxpr = jax.make_jaxpr(run)(state, arrays)
     n = len(jax.tree.leaves(state))
-    return Program(jaxpr, leaves, shapes, range(n, n + len(arrays)))
+    return Program(jaxpr, leaves, shapes, range(n, n + len(arrays)), Graph(jaxpr))
 
 
 def _first_shape(module: nnx.Module) -> Layers:

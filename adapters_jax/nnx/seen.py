@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.nnx.containers import plain
-from adapters_jax.nnx.graph import holds, key_of, leaves_of, marked, node_of, point_of
+from adapters_jax.nnx.graph import holds, key_of, leaves_of, marked, node_of, once, point_of
 from adapters_jax.trees import join
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import current, lazy
@@ -65,7 +65,7 @@ def _as_marked(x: Any) -> Any:
         return type(x)(map(_as_marked, x))
     if not isinstance(x, nnx.Variable) or x.get_raw_value() is None:
         return x
-    return seen_as(x, marked(x.get_raw_value()))
+    return once(x, seen_as)
 
 
 def changed_weight(module: Any, name: str, training: bool) -> Changed:
@@ -94,9 +94,16 @@ def _floats(module: Any, name: str) -> Array:
 def seen_as(variable: nnx.Variable[Any], value: Any) -> Any:
     """A weight as the module's code sees it: a Variable of the same class with another value."""
     # A copy, since a Variable of the model must not hold a value of a trace after the call.
-    seen = variable.copy(value, seen_from=variable)
+    seen = variable.copy(value, seen_from=_Origin(variable))
     seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
     return seen
+
+
+class _Origin:
+    """A weight as metadata of what is seen of it, which flax compares: it equals itself alone."""
+
+    def __init__(self, variable: nnx.Variable[Any]):
+        self.variable = variable
 
 
 @functools.cache
@@ -105,7 +112,7 @@ def _seen_class(cls: type[Any]) -> type[Any]:
 
     def forwarded(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self.get_metadata()["seen_from"], name)(*args, **kwargs)
+            return getattr(self.get_metadata()["seen_from"].variable, name)(*args, **kwargs)
 
         return method
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.errors import TraceContextError
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.nnx.classes import leaf_names, without_adapters
-from adapters_jax.nnx.graph import READ, copy, holds, modules_of
+from adapters_jax.nnx.graph import copy, holds, modules_of, original
 from adapters_jax.nnx.points import mark, traced
 from adapters_jax.trace.inputs import Inputs, is_array
-from adapters_jax.trace.program import Graph, read_without
 from adapters_jax.trees import join
 
 # What stops an abstract run of a model that computes on numbers: it may read all as its state.
@@ -92,12 +92,24 @@ def _flag(x: Any) -> Any:
 
 def _flags(model: Any) -> tuple[Any, ...]:
     """The attributes of modules that are true or false, such as `deterministic`."""
-    return tuple(
-        (path, name, value)
-        for path, module in modules_of(model).items()
-        for name, value in vars(module).items()
-        if isinstance(value, bool)
-    )
+    # Each call asks for this, so that it may not take the time of a walk with paths.
+    flags, seen = list[Any](), set[int]()
+
+    def walk(node: Any) -> None:
+        if type(node) in (list, tuple):
+            parts: Any = node
+        elif nnx.Module in type(node).__mro__ and id(node) not in seen:
+            seen.add(id(node))
+            own = vars(node)
+            parts = [own[name] for name in sorted(own)]
+            flags.append(tuple(name for name in sorted(own) if own[name] is True))
+        else:
+            parts = node.values() if type(node) is dict else ()
+        for part in parts:
+            walk(part)
+
+    walk(model)
+    return tuple(flags)
 
 
 def _leaf_modules(model: Any) -> tuple[str, ...]:
@@ -110,8 +122,7 @@ def _read(model: Any, inputs: Inputs) -> dict[str, str]:
     bare = copy(model)
     without_adapters(bare)
     mark(bare)
-    program = traced(bare, inputs)
-    return read_without(Graph(program.jaxpr), program.leaves, READ)
+    return traced(bare, inputs).stated()
 
 
 def _check(model: Any, inputs: Inputs, read: Mapping[str, str]) -> None:
@@ -128,14 +139,10 @@ def _check(model: Any, inputs: Inputs, read: Mapping[str, str]) -> None:
         for held in holds(module):
             names = (join(path, *held.nodes, name) for name in held.method.leaf_names)
             own.update(dict.fromkeys(names, path))
-    program = traced(copy(model), inputs)
-    tracked = {number: path for number, path in program.leaves.items() if path in own}
-    left = read_without(Graph(program.jaxpr), tracked, READ)
-    if left:
+    if left := traced(copy(model), inputs).stated(own):
         path, operation = next(iter(left.items()))
-        module = own[path]
         raise RecipeError(
-            f"{type(model).__name__} reads parameters as state, as by nnx.state or jax.tree.map, "
-            f"and would read {path!r} with them, in {operation!r}; exclude the module, "
-            f"'!{module}', or read the weights as attributes, as in layer.kernel[...]"
+            f"{original(type(model)).__name__} reads parameters as state, as by nnx.state or "
+            f"jax.tree.map, and would read {path!r} with them, in {operation!r}; exclude the "
+            f"module, '!{own[path]}', or read the weights as attributes, as in layer.kernel[...]"
         )

@@ -253,16 +253,19 @@ def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
 _HANDED_ON = {*COPIES, "layer", "layers", "select_n", "transpose"} - {"convert_element_type"}
 
 
-def read_without(graph: Graph, leaves: Mapping[int, str], name: str) -> dict[str, str]:
-    """The leaves that a program reads, or returns, otherwise than by values of a name.
+def read_without(
+    graph: Graph, leaves: Mapping[int, str], name: str, last: str = ""
+) -> dict[str, str]:
+    """The leaves that a program reads, returns or writes otherwise than by values of a name.
 
     Args:
         graph: the program.
         leaves: the paths of leaves, by the numbers of the program's inputs.
         name: the name of a leaf's value, as `named` gives it.
+        last: the name, without the path behind it, of what a leaf is in the end.
 
     Returns:
-        For each leaf that is read otherwise the first operation, or "return".
+        For each leaf that is read otherwise the first operation, or "return", or "write".
 
     Example:
         >>> traced = jax.make_jaxpr(lambda x, y: (named(x, "seen") + 1.0, y.T + 2.0))
@@ -272,7 +275,13 @@ def read_without(graph: Graph, leaves: Mapping[int, str], name: str) -> dict[str
     held = {graph.inputs[number]: path for number, path in leaves.items()}
     found: dict[str, str] = {}
     for operation in graph.operations:
-        if operation.name == "name" and operation.params["name"] == name:
+        given = operation.params.get("name") if operation.name == "name" else None
+        if given == name:
+            continue
+        if last and given and given.startswith(last):
+            path = given.removeprefix(last)
+            if held.get(operation.inputs[0]) != path:
+                found.setdefault(path, "write")
             continue
         inputs = operation.inputs[operation.name == "select_n" :]
         paths = {held[x] for x in inputs if x in held}
@@ -283,7 +292,7 @@ def read_without(graph: Graph, leaves: Mapping[int, str], name: str) -> dict[str
             found.setdefault(path, operation.name)
     for path in (held[x] for x in graph.outputs if x in held):
         found.setdefault(path, "return")
-    return found
+    return {path: found[path] for path in leaves.values() if path in found}
 
 
 def _of_next_round(loop: Loop, live: set[int]) -> set[int]:
