@@ -90,7 +90,8 @@ X = draw(5, 3, seed=9)
 
 def array(x):
     """The numbers of a Variable; of a changed weight, those of the weight itself."""
-    x = x.get_metadata().get("seen_from", x) if isinstance(x, nnx.Variable) else x
+    if isinstance(x, nnx.Variable) and "seen_from" in x.get_metadata():
+        x = x.get_metadata()["seen_from"].variable
     return np.asarray(x[...], np.float64)
 
 
@@ -716,7 +717,8 @@ def test_two_adaptations_give_one_class_and_one_structure():
     one, two = (adapt(Net(rngs(i)), aj.LoRA("mlp/*", 2)) for i in range(2))
     assert type(one.mlp.up) is type(two.mlp.up) is type(one.mlp.down)
     assert type(one.mlp.up).__name__ == "AdaptedLinear"
-    assert isinstance(one.mlp.up, nnx.Linear) and type(one.mlp) is Mlp
+    assert isinstance(one.mlp.up, nnx.Linear) and isinstance(one.mlp, Mlp)
+    assert type(one.mlp) is type(two.mlp) and type(one.mlp).__name__ == "AdaptedMlp"
     assert nnx.split(one)[0] == nnx.split(two)[0]
     calls = []
 

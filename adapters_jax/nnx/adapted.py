@@ -9,9 +9,10 @@ from flax.nnx import bridge
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint, started
-from adapters_jax.nnx.classes import refresh
+from adapters_jax.nnx.classes import refresh_all, without_adapters
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import (
+    CALLS,
     AdapterParam,
     copy,
     frozen_leaves,
@@ -25,6 +26,7 @@ from adapters_jax.nnx.graph import (
 )
 from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
+from adapters_jax.nnx.state import Calls
 from adapters_jax.placement import (
     Placement,
     Placements,
@@ -110,12 +112,6 @@ def module_at(model: Any, path: str, weight: str) -> Any:
             )
         vars(node)[name] = node = child
     return node
-
-
-def refresh_all(model: Any) -> None:
-    """Gives every module of a model the class that it needs."""
-    for module in list(modules_of(model).values()):
-        refresh(module)
 
 
 def _other_names(model: nnx.Module) -> dict[str, str]:
@@ -204,7 +200,11 @@ def _adapted(
     )
     check_reached(attached, found.reached)
     check_nested(attached)
-    return _grown(adapted, recipe, attached, rngs)
+    first = not hasattr(model, "adapter_recipe")  # else the run was not one of the base
+    adapted = _grown(adapted, recipe, attached, rngs)
+    if inputs is not None and first and not callable(inputs.method):
+        vars(adapted)[CALLS].note(adapted, inputs, found.stated)
+    return adapted
 
 
 def adapt_at(model: nnx.Module, recipe: Recipe, placements: Sequence[Placement]) -> nnx.Module:
@@ -246,9 +246,23 @@ def _grown(
         for path, module in modules_of(adapted).items():
             if isinstance(module, bridge.ToNNX):
                 setattr(module, INSIDE, (path, whole))
+    _note_calls(adapted)
     refresh_all(adapted)
     remember(frozen_leaves(adapted))
     return adapted
+
+
+def _note_calls(model: Any) -> None:
+    """Gives the model, and each module around adapters, its notes of calls."""
+    modules = modules_of(model)
+    adapted = [path for path, module in modules.items() if holds(module)]
+    around = {"", *adapted}
+    for path in adapted:
+        names = path.split("/")
+        around |= {"/".join(names[:i]) for i in range(1, len(names))}
+    for path in around & modules.keys():
+        if not isinstance(modules[path], nnx.List | nnx.Dict):  # their attributes are their parts
+            setattr(modules[path], CALLS, Calls())
 
 
 def recipe_of(model: Any) -> Recipe:
@@ -324,15 +338,8 @@ def detach(model: Any) -> None:
         >>> type(adapted).__name__, list(params_of(adapted))
         ('Linear', ['bias', 'kernel'])
     """
-    for module in list(modules_of(model).values()):
-        for name in dict.fromkeys(placed.nodes[0] for placed in holds(module)):
-            delattr(module, name)
-        if holds(module):
-            del module.adapter_methods
-        if hasattr(module, INSIDE):
-            delattr(module, INSIDE)
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
     del model.adapter_recipe
-    refresh_all(model)
+    without_adapters(model)

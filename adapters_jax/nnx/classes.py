@@ -7,10 +7,9 @@ it as `adapters_jax.weights.lazy` describes.
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax import nnx
@@ -30,6 +29,7 @@ from adapters_jax.nnx.containers import (
     standing,
 )
 from adapters_jax.nnx.graph import (
+    CALLS,
     STACKED,
     AdapterParam,
     frozen_of,
@@ -43,14 +43,14 @@ from adapters_jax.nnx.graph import (
     params_of,
     point_of,
 )
-from adapters_jax.nnx.linen_inside import called
+from adapters_jax.nnx.linen_inside import INSIDE, called
+from adapters_jax.nnx.seen import Seen, changed_weight
 from adapters_jax.placement import Placement
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.registry import AttentionFn
 from adapters_jax.trace.watch import watched
 from adapters_jax.trees import join
-from adapters_jax.weights.changes import Changed
-from adapters_jax.weights.lazy import computed_thin, current, lazy
+from adapters_jax.weights.lazy import Thin, computed_thin, current, lazy, lowered, thin
 from adapters_jax.weights.quantized import is_quantized
 
 
@@ -128,7 +128,91 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
-    return registry.calls_base(computed_thin(method))
+    return registry.calls_base(_outermost(method, name))
+
+
+# Within a call: what it calls sees the state as the call does.
+_CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
+
+
+def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of a module class, computed thin, and with the state that the base would have."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current():
+            return method(self, *args, **kwargs)
+        calls = vars(self).get(CALLS)
+        if calls is None or _CALLED.get() or isinstance(kwargs.get("adapters"), Rows):
+            with thin():
+                return lowered(method(self, *args, **kwargs))
+        stated = calls.stated(self, name, args, kwargs)
+        token = _CALLED.set(True)
+        try:
+            with thin() as trace, _as_base(self, stated, trace):
+                return lowered(method(self, *args, **kwargs))
+        finally:
+            _CALLED.reset(token)
+
+    return run
+
+
+@contextlib.contextmanager
+def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
+    """In its body, modules are as those of the base, with the changed weights for their own.
+
+    Transforms of flax, which split a module and write it back, then take the changed weights as
+    they would take those of the base. What is written to such a weight lasts as long as the body.
+
+    Args:
+        model: an adapted model.
+        stated: the paths of the modules.
+        trace: the trace of the body.
+    """
+    if not stated:
+        yield
+        return
+    modules = modules_of(model)
+    chosen, values = [modules[path] for path in stated], dict[int, Any]()
+    for module in chosen:
+        for name in leaf_names(module):
+            variable, path = vars(module)[name], join(holds(module)[0].module, name)
+            value = lazy(trace, changed_weight(module, name, training=True), path)
+            values[id(variable)] = seen = variable.copy(value)
+            if is_quantized(variable.get_raw_value()):
+                seen.__class__ = original(type(variable))
+    before = [(module, type(module), dict(vars(module))) for module in modules.values()]
+    try:
+        for module in chosen:
+            _without_leaves(module)
+        put = set[tuple[int, str]]()
+        for module in modules.values():
+            for name, x in vars(module).items():
+                if id(x) in values:
+                    vars(module)[name] = values[id(x)]
+                    put.add((id(module), name))
+        yield
+    finally:
+        for module, cls, attributes in before:
+            for name, x in attributes.items():
+                own = name == "adapter_methods" or name not in vars(module)
+                if own or (id(module), name) in put:
+                    vars(module)[name] = x
+            object.__setattr__(module, "__class__", cls)
+
+
+def _without_leaves(module: Any) -> None:
+    """Takes the methods on weights from a module: their placements, arrays and descriptors."""
+    weights, held = leaf_names(module), holds(module)
+    rest = tuple(each for each in held if each.method.acts_on != "leaf")
+    for slot in {each.nodes[0] for each in held} - {each.nodes[0] for each in rest}:
+        del vars(module)[slot]
+    vars(module)["adapter_methods"] = rest
+    cls = original(type(module))
+    seen = {name for name, x in vars(type(module)).items() if isinstance(x, Seen)} - weights
+    if seen or rest or isinstance(module, bridge.ToNNX):
+        cls = adapted_class(cls, frozenset(seen))
+    object.__setattr__(module, "__class__", cls)
 
 
 def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -209,83 +293,11 @@ def run_method(
     return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))
 
 
-class Seen:
-    """The attribute of a module class whose value is a changed weight, or a container of some.
-
-    Under `thin()` a weight is computed as the reader needs it, elsewhere it is formed.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __get__(self, module: Any, owner: Any = None) -> Any:
-        if module is None:
-            return self
-        variable = vars(module)[self.name]
-        if not isinstance(variable, nnx.Variable):
-            return plain(variable)
-        value = variable.get_raw_value()
-        if value is None:
-            return variable
-        trace = current()
-        changed = _changed(module, self.name, training=trace is not None)
-        if trace is None and not changed.changes:
-            return variable  # of a quantised weight, which opens itself
-        path = next((join(held.module, self.name) for held in holds(module)), self.name)
-        return _seen(variable, lazy(trace, changed, path) if trace else changed.formed())
-
-    def __set__(self, module: Any, value: Any) -> None:
-        given = isinstance(value, dataclasses.Field)  # by nnx.data, which newer flax passes on
-        vars(module)[self.name] = value.metadata["nnx_value"] if given else value
-
-    def __delete__(self, module: Any) -> None:
-        del vars(module)[self.name]
-
-
-def _changed(module: Any, name: str, training: bool) -> Changed:
-    """A weight of a module with the changes of its methods, whose dropout may be in training."""
-    changes: list[Any] = []
-    for held in holds(module):
-        if held.method.acts_on == "leaf":
-            read = functools.partial(_floats, module, held.weight)
-            key = key_of(node_of(module, held)) if training else None
-            found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)
-            changes += found.get(name, ())
-    return Changed.of(vars(module)[name].get_raw_value(), changes)
-
-
-def _floats(module: Any, name: str) -> Array:
-    value = vars(module)[name].get_raw_value()
-    return value.unbox() if is_quantized(value) else value
-
-
-def _seen(variable: nnx.Variable[Any], value: Any) -> Any:
-    """A weight as the module's code sees it: a Variable of the same class with another value."""
-    # A copy, since a Variable of the model must not hold a value of a trace after the call.
-    seen = variable.copy(value, seen_from=variable)
-    seen.__class__ = _seen_class(type(variable))  # type: ignore[assignment]
-    return seen
-
-
-@functools.cache
-def _seen_class(cls: type[Any]) -> type[Any]:
-    """The class of a changed weight as code sees it: what is written to it goes to the weight."""
-
-    def forwarded(name: str) -> Callable[..., Any]:
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self.get_metadata()["seen_from"], name)(*args, **kwargs)
-
-        return method
-
-    names = ("set_value", "set_raw_value", "update_from_state", "copy_from")
-    about = {"adapted_from": cls, "__module__": cls.__module__, "__slots__": ()}
-    return type(cls.__name__, (cls,), {**about, **{name: forwarded(name) for name in names}})
-
-
 def refresh(module: Any) -> None:
     """Gives a module the class that its adapters and quantised weights need.
 
-    A whole model computes thin, and so does a linen module inside with parameters that train.
+    A module around adapters computes thin, and so does a linen module inside with parameters that
+    train.
     """
     names = _changed_names(module)
     for name in standing(module):
@@ -297,7 +309,7 @@ def refresh(module: Any) -> None:
         else:
             vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
     cls: Any = original(type(module))
-    thin = "adapter_recipe" in vars(module) or (
+    thin = CALLS in vars(module) or (
         isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values()))
     )
     adapted = names or holds(module) or thin
@@ -305,14 +317,34 @@ def refresh(module: Any) -> None:
     object.__setattr__(module, "__class__", new)  # flax would list it among the attributes
 
 
+def refresh_all(model: Any) -> None:
+    """Gives every module of a model the class that it needs."""
+    for module in list(modules_of(model).values()):
+        refresh(module)
+
+
+def without_adapters(model: Any) -> None:
+    """Takes all adapters out of a model, in place, and restores its modules' classes."""
+    for module in list(modules_of(model).values()):
+        for name in dict.fromkeys(placed.nodes[0] for placed in holds(module)):
+            delattr(module, name)
+        for name in ("adapter_methods", CALLS, INSIDE):
+            if name in vars(module):
+                delattr(module, name)
+    refresh_all(model)
+
+
 def _changed_names(module: Any) -> set[str]:
     """The names of a module's own weights that are quantised or changed by adapters."""
     own = own_params(module)
-    names = {name for name, x in own.items() if is_quantized(x.get_raw_value())}
-    for held in holds(module):
-        if held.method.acts_on == "leaf":
-            names |= set(held.method.names(point_of(module, held)))
-    return names
+    quantized = {name for name, x in own.items() if is_quantized(x.get_raw_value())}
+    return quantized | leaf_names(module)
+
+
+def leaf_names(module: Any) -> set[str]:
+    """The names of a module's own weights that its methods change."""
+    leaf = [held for held in holds(module) if held.method.acts_on == "leaf"]
+    return {name for held in leaf for name in held.method.names(point_of(module, held))}
 
 
 def _is_needed(module: Any) -> bool:

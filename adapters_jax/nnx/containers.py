@@ -55,7 +55,8 @@ def as_module(value: Any) -> nnx.Module | None:
 def names_of(module: Any) -> list[str]:
     """The names of the attributes of a module, without those of flax and of adapters."""
     held = vars(module).get("adapter_methods", ())
-    own = {"adapter_methods", "adapter_recipe", *(each.method.slot for each in held)}
+    own = {"adapter_methods", "adapter_recipe", "_adapter_calls"}
+    own |= {each.method.slot for each in held}
     return [n for n in vars(module) if n not in own and not n.startswith("_pytree__")]
 
 

@@ -5,16 +5,20 @@ Every trained parameter is an `AdapterParam`, so `nnx.split`, `nnx.DiffState` an
 in `adapter_methods`, and their Variables in a child that has the name of the method's slot.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
+import jax.extend.core as jex
 from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, Frozen
 from adapters_jax.placement import Placement
+from adapters_jax.trace.program import named
 
 
 def variable_path(path: tuple[Any, ...]) -> str:
@@ -116,6 +120,7 @@ def copy(model: Any) -> Any:
 
 
 STACKED = "adapters_stacked"  # the mark of a bank's model
+CALLS = "_adapter_calls"  # of a module around adapters: what is known of its calls
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -168,9 +173,44 @@ def original(cls: type[Any]) -> type[Any]:
     return cls
 
 
+READ = "adapters_jax: read"  # the name of a value that is read as an attribute, or by a method
+_MARKED: ContextVar[dict[Any, Any] | None] = ContextVar("marked", default=None)
+
+
+@contextlib.contextmanager
+def marking() -> Iterator[None]:
+    """In its body, what is read of weights and adapters by attributes and methods has a name."""
+    token = _MARKED.set({})
+    try:
+        yield
+    finally:
+        _MARKED.reset(token)
+
+
+def marked(value: Any) -> Any:
+    """A value that is read as an attribute, or by a method; with its name in `marking()`.
+
+    Not where a model differentiates its own parameters, whose gradients are those of its state.
+    """
+    differentiated = hasattr(value, "tangent")  # only jax's tracers of derivatives have it
+    return named(value, READ) if _MARKED.get() is not None and not differentiated else value
+
+
+def once(variable: Any, make: Callable[[Any, Any], Any]) -> Any:
+    """What is made of a Variable and its `marked` value; in `marking()` once in each trace."""
+    value, known = variable.get_raw_value(), _MARKED.get()
+    if known is None:
+        return make(variable, value)
+    with jex.take_current_trace() as trace, jex.set_current_trace(trace):
+        key = id(variable), id(value), id(trace)
+        if key not in known:  # it also keeps what the numbers are of
+            known[key] = make(variable, marked(value)), variable, value, trace
+        return known[key][0]
+
+
 def read(child: Any, method: Method) -> dict[str, Array]:
     """A method's arrays by name, read from the node that holds them."""
-    return {name: _step(child, name.split("/"))[...] for name in method.leaf_names}
+    return {name: marked(_step(child, name.split("/"))[...]) for name in method.leaf_names}
 
 
 def _step(node: Any, names: Iterable[str]) -> Any:

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from adapters_jax import methods
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.adapted import children_of, grow, refresh
+from adapters_jax.nnx.adapted import children_of, grow
+from adapters_jax.nnx.classes import refresh
 from adapters_jax.nnx.graph import key_of, read
 from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes

@@ -14,16 +14,17 @@ from flax import nnx
 from flax.nnx import bridge
 
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.nnx.graph import copy, modules_of, own_params, params_of
+from adapters_jax.nnx.graph import READ, copy, marking, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight, last_axis
-from adapters_jax.nnx.linen_inside import LinenCall, inside
+from adapters_jax.nnx.linen_inside import LinenCall, called, inside
+from adapters_jax.nnx.seen import Marked, Seen
 from adapters_jax.placement import Placement, chosen, on_outputs, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.inputs import Inputs, explained, is_array
-from adapters_jax.trace.program import named, reaching
+from adapters_jax.trace.program import Graph, named, reaching, read_without
 from adapters_jax.trace.reads import Read, Tracked, reads_of
 from adapters_jax.trace.registry import Attention
 from adapters_jax.trace.watch import Found, check_names, looking, note_returned
@@ -45,6 +46,7 @@ class Points(NamedTuple):
         layers: how many layer axes each module is stacked on.
         reached: the paths of modules whose results the model's outputs depend on; all, where no
             example inputs show it.
+        stated: the weights that the model reads as its state, each with an operation.
     """
 
     attached: list[Placement]
@@ -53,6 +55,7 @@ class Points(NamedTuple):
     reads: dict[str, Tracked]
     layers: dict[str, int]
     reached: Container[str]
+    stated: dict[str, str]
 
 
 def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
@@ -66,7 +69,9 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     modules = modules_of(model)
     known = _known_calls(modules)
     run = (
-        _traced(model, inputs, recipe) if inputs else Run(known, known_reads(model), {*modules}, [])
+        _traced(model, inputs, recipe)
+        if inputs
+        else Run(known, known_reads(model), {*modules}, [], {})
     )
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes, owned = _roles(run.reads, shapes), own_leaves(shapes)
@@ -96,7 +101,7 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     found.sort(key=lambda each: order[each.method])
     modules, points = {**modules, **within.modules}, {**points, **within.points}
     reached = {*run.reached, *within.reached}
-    return Points(found, modules, points, run.reads, counts, reached)
+    return Points(found, modules, points, run.reads, counts, reached, run.stated)
 
 
 def _is_float(x: Any) -> bool:
@@ -229,6 +234,30 @@ class Call(NamedTuple):
 
 
 @functools.cache
+def _marked_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
+    """The subclass of a module class whose weights, read as attributes, are told from its state."""
+    body: dict[str, Any] = {name: Marked(name) for name in names}
+    if issubclass(cls, bridge.ToNNX):
+        body["__call__"] = called
+    return type(cls.__name__, (cls,), {**body, "adapted_from": cls, "__module__": cls.__module__})
+
+
+def mark(model: Any) -> None:
+    """Gives the modules of a model classes whose weights are told from the model's state."""
+    for module in modules_of(model).values():
+        own = {*own_params(module), *(name for name, x in vars(module).items() if _has_params(x))}
+        names = {name for name in own if not isinstance(vars(type(module)).get(name), Seen)}
+        if names:
+            module.__class__ = _marked_class(type(module), frozenset(names))
+
+
+def _has_params(x: Any) -> bool:
+    """Whether a plain container has parameters in it."""
+    parts = x.values() if type(x) is dict else x if type(x) in (list, tuple) else ()
+    return any(isinstance(part, nnx.Param) or _has_params(part) for part in parts)
+
+
+@functools.cache
 def _recording_class(cls: type[Any]) -> type[Any]:
     """The subclass of a module class that passes every call to the `_RECORDER`."""
 
@@ -262,12 +291,14 @@ class Run(NamedTuple):
         reads: how the model reads its weights, by path.
         reached: the paths of modules whose results the model's outputs depend on.
         linen: the calls of linen modules inside.
+        stated: the weights that the model reads as its state, each with an operation.
     """
 
     calls: dict[str, Call]
     reads: dict[str, Tracked]
     reached: set[str]
     linen: list[LinenCall]
+    stated: dict[str, str]
 
 
 def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
@@ -282,6 +313,7 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             linen.append(LinenCall.of(path, module, args, kwargs, layers))
 
     probe = copy(model)
+    mark(probe)
     modules = modules_of(probe)
     bare = {path for path, module in modules.items() if not _first_shape(module)}
     for path, module in list(modules.items()):
@@ -291,42 +323,81 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    ranks, leaves = dict[str, int](), dict[int, str]()
-    for path, variable in params_of(probe).items():
-        value = variable.get_raw_value()
-        if is_quantized(value):  # how it is opened is no reading of it
-            variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
-        if _is_float(value) and value.shape:
-            ranks[path] = len(value.shape)
-    arrays, whole = inputs.split()
-
     token = _RECORDER.set(record)
     try:
         with explained(model, inputs):
-            graphdef, state = nnx.split(probe)
-
-            def run(state: Any, arrays: Any) -> Any:
-                # By their values: the path of a shared Variable may be another one in the state.
-                order = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
-                merged = nnx.merge(graphdef, state)
-                for path, variable in params_of(merged).items():
-                    if path in ranks:
-                        leaves[order[id(variable.get_raw_value())]] = path
-                y = whole(arrays).call(merged)
-                return [x for x in jax.tree.leaves(y) if is_array(x)]
-
-            traced = jax.make_jaxpr(run)(state, arrays)
+            program = traced(probe, inputs)
     finally:
         _RECORDER.reset(token)
-    n = len(jax.tree.leaves(state))
-    reads = reads_of(traced, leaves, range(n, n + len(arrays)))
+    reads = reads_of(program.jaxpr, program.leaves, program.activations)
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
         seen[path] = seen[path]._replace(layers=layers)
+    ranks = {path: len(program.shapes[path]) for path in reads}
     weights = {path: leaf for path, leaf in reads.items() if ranks[path] > 1}
-    return Run(seen, weights, reaching(traced, gradient=True).names, linen)
+    return Run(seen, weights, reaching(program.graph, gradient=True).names, linen, program.stated())
+
+
+LAST = "adapters_jax: in the end "  # the name, with the path behind it, of what a call leaves
+
+
+class Program(NamedTuple):
+    """A model on example inputs, traced.
+
+    Attributes:
+        jaxpr: the program.
+        leaves: the paths of its floats, by the numbers of the program's inputs.
+        shapes: their shapes by path.
+        activations: the numbers of the program's inputs that are example inputs.
+        graph: the program, written out.
+    """
+
+    jaxpr: Any
+    leaves: dict[int, str]
+    shapes: dict[str, Layers]
+    activations: range
+    graph: Graph
+
+    def stated(self, paths: Container[str] | None = None) -> dict[str, str]:
+        """The leaves that are read or written as state, each with an operation.
+
+        Args:
+            paths: those that count; by default all.
+        """
+        counted = {i: path for i, path in self.leaves.items() if paths is None or path in paths}
+        return read_without(self.graph, counted, READ, LAST)
+
+
+def traced(model: Any, inputs: Inputs) -> Program:
+    """Runs a model abstractly, which it may change; weights in few bits count as floats."""
+    shapes, leaves = dict[str, Layers](), dict[int, str]()
+    for path, variable in params_of(model).items():
+        value = variable.get_raw_value()
+        if is_quantized(value):  # how it is opened is no reading of it
+            variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
+        if _is_float(value) and value.shape:
+            shapes[path] = tuple(value.shape)
+    arrays, whole = inputs.split()
+    graphdef, state = nnx.split(model)
+
+    def run(state: Any, arrays: Any) -> Any:
+        # By their values: the path of a shared Variable may be another one in the state.
+        order = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
+        merged = nnx.merge(graphdef, state)
+        weights = {path: x for path, x in params_of(merged).items() if path in shapes}
+        for path, variable in weights.items():
+            leaves[order[id(variable.get_raw_value())]] = path
+        with marking():
+            y = whole(arrays).call(merged)
+        for path, variable in weights.items():
+            named(variable.get_raw_value(), LAST + path)
+        return [x for x in jax.tree.leaves(y) if is_array(x)]
+
+    jaxpr = jax.make_jaxpr(run)(state, arrays)
+    n = len(jax.tree.leaves(state))
+    return Program(jaxpr, leaves, shapes, range(n, n + len(arrays)), Graph(jaxpr))
 
 
 def _first_shape(module: nnx.Module) -> Layers:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from adapters_jax.trace.primitives import operands_of_scan
+from adapters_jax.trace.primitives import COPIES, operands_of_scan
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +269,52 @@ def _stops(graph: Graph, operation: Operation, floats: bool) -> bool:
     if operation.name == "stop_gradient":
         return True
     return floats and not any(map(graph.is_float, operation.outputs))
+
+
+# What transforms of flax do with state that they hand on.
+_HANDED_ON = {*COPIES, "layer", "layers", "select_n", "transpose"} - {"convert_element_type"}
+
+
+def read_without(
+    graph: Graph, leaves: Mapping[int, str], name: str, last: str = ""
+) -> dict[str, str]:
+    """The leaves that a program reads, returns or writes otherwise than by values of a name.
+
+    Args:
+        graph: the program.
+        leaves: the paths of leaves, by the numbers of the program's inputs.
+        name: the name of a leaf's value, as `named` gives it.
+        last: the name, without the path behind it, of what a leaf is in the end.
+
+    Returns:
+        For each leaf that is read otherwise the first operation, or "return", or "write".
+
+    Example:
+        >>> traced = jax.make_jaxpr(lambda x, y: (named(x, "seen") + 1.0, y.T + 2.0))
+        >>> read_without(Graph(traced(1.0, 2.0)), {0: "x", 1: "y"}, "seen")
+        {'y': 'add'}
+    """
+    held = {graph.inputs[number]: path for number, path in leaves.items()}
+    found: dict[str, str] = {}
+    for operation in graph.operations:
+        given = operation.params.get("name") if operation.name == "name" else None
+        if given == name:
+            continue
+        if last and given and given.startswith(last):
+            path = given.removeprefix(last)
+            if held.get(operation.inputs[0]) != path:
+                found.setdefault(path, "write")
+            continue
+        inputs = operation.inputs[operation.name == "select_n" :]
+        paths = {held[x] for x in inputs if x in held}
+        if len(paths) == 1 and operation.name in _HANDED_ON and all(x in held for x in inputs):
+            held.update(dict.fromkeys(operation.outputs, *paths))
+            continue
+        for path in (held[x] for x in operation.inputs if x in held):
+            found.setdefault(path, operation.name)
+    for path in (held[x] for x in graph.outputs if x in held):
+        found.setdefault(path, "return")
+    return {path: found[path] for path in leaves.values() if path in found}
 
 
 def _of_next_round(loop: Loop, live: set[int]) -> set[int]:
