@@ -172,6 +172,25 @@ def kernel(w, x):
             lambda w, x: (x[:, None] * w).swapaxes(0, 1).sum(2),
             [("sum", {1}, set(), {0})],
         ),
+        (
+            (4, 5),
+            (5, 4),
+            lambda w, x: x @ jnp.where(x.T > 0, w, 0.0),
+            [("sum", {0}, set(), {1})],
+        ),
+        (
+            (4, 5),
+            (5, 4),
+            lambda w, x: x @ (w * (x.T > 0) / 0.5 + x.T).T.T,
+            [("sum", {0}, set(), {1})],
+        ),
+        ((3, 4), (3, 4), lambda w, x: (x * w) @ jnp.ones((4, 2)), [("sum", set(), set(), {0, 1})]),
+        (
+            (2, 4),
+            (3, 2, 4),
+            lambda w, x: jnp.einsum("bhd,chd->hbc", x * w, x),
+            [("sum", set(), set(), {0, 1})],
+        ),
         ((4, 5), (3, 4), lambda w, x: x @ jax.nn.relu(w), [("sum", {0}, set(), {1})]),
         (
             (2, 4, 5),

@@ -171,7 +171,7 @@ class Reads:
         self.between: dict[str, Read] = {}
         self._graph = graph
         self._views: dict[int, Views] = {}
-        self._scaled: dict[int, tuple[str, Views]] = {}  # times an input, by which operation
+        self._mixed: dict[int, tuple[str, Views]] = {}  # with an input, by which operation
         self._uses = Counter(x for each in graph.operations for x in each.inputs)
         self._uses.update(2 * graph.outputs)
         self._onehot: set[int] = set()
@@ -205,8 +205,8 @@ class Reads:
         self._made_of(operation, inputs)
         if any(x in self._sums for x in inputs):
             self._add(operation, inputs)
-        if any(x in self._scaled for x in inputs):
-            self._add_up(operation, inputs)
+        if any(x in self._mixed for x in inputs):
+            self._go_on(operation, inputs)
         elif any(x in self._views for x in inputs):
             self._see(operation, inputs)
         return False
@@ -242,9 +242,14 @@ class Reads:
         """A product: of a weight and an activation, of two activations, or of two weights."""
         self._made_of(operation, operation.inputs)
         left, right = operation.inputs[:2]
-        for x in (left, right):
-            if x in self._scaled:
-                self._drop(*self._scaled[x])
+        for side, (x, other) in enumerate(((left, right), (right, left))):
+            name, views = self._mixed.get(x, ("", {}))
+            if self.active[other] and self._is_whole(x, views):
+                axes = contraction(operation.name, operation.params, side)
+                for path, view in views.items():
+                    self._note(view.read(operation.name, "sum", *axes), path)
+            else:
+                self._drop(name, views)
         if left in self._views and right in self._views:
             self._join(operation, left, right)
         for side, (weight, source) in enumerate(((left, right), (right, left))):
@@ -261,8 +266,8 @@ class Reads:
                     self.lookups[number] = Lookup(leaves, contracted, True)
                 else:
                     self.products[number] = Product(leaves, source, contracted, kept, window)
-                if view := self._alone(weight):
-                    self._sums[operation.outputs[0]] = view.path
+                if alone := self._alone(weight):
+                    self._sums[operation.outputs[0]] = alone.path
                 return True
         return False
 
@@ -388,32 +393,54 @@ class Reads:
     def _use(self, operation: Operation, views: Mapping[int, Views]) -> None:
         """An operation of weights and activations that is no product."""
         name, (output, *_) = operation.name, operation.outputs
-        scales = name in ("mul", "div") and len(views) == 1 and self._uses[output] == 1
         for x, each in views.items():
             ndim = len(self._graph.shape(x))
-            looked_up = any(view.looked_up for view in each.values())
-            if scales and not looked_up:
-                self._scaled[output] = name, {p: replace(v, spent=True) for p, v in each.items()}
-            elif name in _SOLVES and ndim > 1:
+            if name in _SOLVES and ndim > 1:
                 self._record(operation, x, "sum", (ndim - 2,), range(ndim - 2))
+            elif len(views) == 1 and self._mixes(operation, x, each):
+                self._mixed[output] = name, {p: replace(v, spent=True) for p, v in each.items()}
             else:
                 self._drop(name, each)
 
-    def _add_up(self, operation: Operation, inputs: Sequence[int]) -> None:
-        """An operation on a weight times an input: one that sums, or one that goes on with it."""
-        first, (output, *_) = next(x for x in inputs if x in self._scaled), operation.outputs
-        name, views = self._scaled[first]
-        if operation.name == "reduce_sum":
+    def _mixes(self, operation: Operation, value: int, views: Views) -> bool:
+        """Whether an operation with an input, number by number, may be a part of a product.
+
+        So is a multiplication before a sum, and what is done to a weight as a whole, as by a mask.
+        """
+        output, shape = operation.outputs[0], self._graph.shape(value)
+        if self._uses[output] != 1 or any(view.looked_up for view in views.values()):
+            return False
+        if operation.name in ("mul", "div"):
+            return len(self._graph.shape(output)) == len(shape)
+        return self._graph.shape(output) == shape and self._is_whole(value, views)
+
+    def _is_whole(self, value: int, views: Views) -> bool:
+        """Whether a value has the axes of its leaves and no others, such as those of a batch."""
+        shape = self._graph.shape(value)
+        return all(
+            axes or n == 1
+            for view in views.values()
+            for n, axes in zip(shape, view.axes, strict=True)
+        )
+
+    def _go_on(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """An operation on a weight with an input: one that sums, or one that goes on with it."""
+        first, (output, *_) = next(x for x in inputs if x in self._mixed), operation.outputs
+        name, views = self._mixed[first]
+        others = [x for x in inputs if x != first and (x in self._mixed or x in self._views)]
+        seen = operation.name in _VIEWS and len(inputs) == 1 and self._uses[output] == 1
+        if operation.name == "reduce_sum" and name in ("mul", "div"):
             for path, view in views.items():
                 self._note(view.read(operation.name, "sum", operation.params["axes"]), path)
-        elif operation.name in _VIEWS and len(inputs) == 1 and self._uses[output] == 1:
-            self._scaled[output] = (
+        elif not others and (seen or self._mixes(operation, first, views)):
+            name = name if seen else operation.name
+            self._mixed[output] = (
                 name,
                 {path: self._moved(operation, view, first, output) for path, view in views.items()},
             )
         else:
-            for x in inputs:
-                self._drop(*self._scaled.get(x, (operation.name, self._views.get(x, {}))))
+            for x in {first, *others}:
+                self._drop(*self._mixed.get(x, (operation.name, self._views.get(x, {}))))
 
     def _record(self, operation: Operation, value: int, how: str, *axes: Sequence[int]) -> None:
         for path, view in self._views[value].items():
