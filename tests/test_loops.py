@@ -504,6 +504,20 @@ def test_arrays_that_are_split_over_devices():
     assert subprocess.check_output(command, text=True, env=environment).strip() == "done"
 
 
+def test_a_base_is_compared_with_one_known_base_and_not_leaf_by_leaf_with_many():
+    body, head = drawn((30, 40)), drawn((4,))
+    fingerprints.remember({"body": body})  # of a recipe that trains the head
+    fingerprints.remember({"body": body + drawn(body.shape, 2), "head": np.zeros(4, "f4")})
+    fingerprints.check_unmoved("audit", {"body": body, "head": head}, True)
+    with raises(aj.MismatchError, "1 of 2 frozen", "body"):
+        fingerprints.check_unmoved("audit", {"body": body + 1e-3, "head": head}, True)
+
+
+def test_a_checkpoint_in_the_place_of_zeros_is_no_move():
+    fingerprints.remember({"a": np.zeros((30, 40), "f4"), "b": np.ones(4, "f4")})
+    fingerprints.check_unmoved("audit", {"a": drawn((30, 40)), "b": drawn((4,))}, True)
+
+
 @pytest.mark.parametrize(
     ("shape", "other"),
     [

@@ -74,9 +74,7 @@ def remember(base: Mapping[str, Any]) -> None:
     """
     taken = dict(_fingerprints(base))
     if taken:
-        others = [
-            known for known in _known if known.keys() != taken.keys() or _changed(known, taken)
-        ]
+        others = (known for known in _known if not _holds(taken, known))
         _known[:] = [*others, taken][-BASES:]
 
 
@@ -93,7 +91,7 @@ def check_unmoved(caller: str, base: Mapping[str, Any], in_nnx: bool) -> None:
         in_nnx: whether they are of an NNX model, for the message.
     """
     now, bases = dict(_fingerprints(base)), list(_known)
-    if not now or any(now.keys() <= known.keys() and not _changed(known, now) for known in bases):
+    if any(_holds(known, now) for known in bases):
         return
     with np.errstate(over="ignore", invalid="ignore"):
         likeness = [_likeness(known, now) for known in bases]
@@ -190,10 +188,10 @@ def _gather(x: jax.Array, index: Any) -> jax.Array:
     return x[index]
 
 
-def _changed(known: Base, now: Base) -> bool:
-    """Whether a leaf has other entries, or another dtype, than in a known base."""
-    return any(
-        known[key].dtype != x.dtype or not all(map(np.array_equal, known[key][:2], x[:2]))
+def _holds(known: Base, now: Base) -> bool:
+    """Whether all leaves of a base are those of another one, which may have more."""
+    return now.keys() <= known.keys() and all(
+        known[key].dtype == x.dtype and all(map(np.array_equal, known[key][:2], x[:2]))
         for key, x in now.items()
     )
 
@@ -227,8 +225,8 @@ def _is_another(entries: float, correlation: float, left: float) -> bool:
     """Whether a base does not come from the known one that it is most like.
 
     A moved base is the known one and a change: all of it is left, however large the change, and of
-    an unrelated base nothing, up to chance. Chance is larger where there are few entries. Nothing is
-    known of a base of zeros, in which a checkpoint takes its place.
+    an unrelated base nothing, up to chance. Chance is larger where there are few entries. A base of
+    zeros makes room for a checkpoint.
     """
     by_chance = min(0.9, 2 / math.sqrt(max(entries, 1)))
     return not entries or correlation < by_chance * entries or left < 0.5 * entries
