@@ -27,7 +27,7 @@ from adapters_jax.nnx import (
     quantized_in_place,
     weights_of,
 )
-from adapters_jax.nnx.graph import original
+from adapters_jax.nnx.graph import frozen_leaves, original
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, join, require_match, selects
 from adapters_jax.trace.inputs import Inputs, explained
@@ -261,8 +261,9 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     flat = flatten(params)
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
     made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
-    remember(made)
-    return unflatten(flat | made, params)
+    small = unflatten(flat | made, params)
+    remember({path: x for path, x in flatten(small).items() if not recipe.trains(path)})
+    return small
 
 
 def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
@@ -278,7 +279,7 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
         _warn_of_unknown(model, plan.targets, weights, trained)
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
     quantized_in_place(small, values)
-    remember(values)
+    remember(frozen_leaves(small))
     return small
 
 

@@ -4,7 +4,7 @@ Other people's loops update every parameter that they are told to, and an adapte
 that it was trained on. So a base is remembered when it gets adapters, and compared where an adapter
 is saved, counted or merged.
 
-Fingerprints are kept by path and shape for the whole process, not in a model. `nnx.jit` gives a
+The last bases are known for the whole process, not in a model. `nnx.jit` gives a
 model the static attributes of the first model that it was traced with, whose base may be another
 one; as a Variable, a fingerprint would be in every state and checkpoint.
 """
@@ -21,7 +21,7 @@ from adapters_jax.errors import MismatchError, shortened
 from adapters_jax.weights.quantized import NF4, bits_of, is_quantized, unboxed
 
 ENTRIES = 64  # of a leaf
-BASES = 32  # that are kept of one path and shape; the oldest goes first
+BASES = 64  # that are known; the oldest is forgotten first
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly
 _NNX = (
@@ -53,7 +53,8 @@ class Fingerprint(NamedTuple):
     dtype: Any
 
 
-_known: dict[Key, tuple[Fingerprint, ...]] = {}
+Base = Mapping[Key, Fingerprint]
+_known: list[Base] = []
 
 
 def remember(base: Mapping[str, Any]) -> None:
@@ -71,33 +72,39 @@ def remember(base: Mapping[str, Any]) -> None:
         Traceback (most recent call last):
         adapters_jax.errors.MismatchError: merge: 1 of 1 frozen parameters moved after they got ...
     """
-    for key, taken in _fingerprints(base):
-        kept = (known for known in _known.get(key, ()) if not _equal(known, taken))
-        _known[key] = (*kept, taken)[-BASES:]
+    taken = dict(_fingerprints(base))
+    if taken:
+        others = (known for known in _known if not _holds(taken, known))
+        _known[:] = [*others, taken][-BASES:]
 
 
 def check_unmoved(caller: str, base: Mapping[str, Any], in_nnx: bool) -> None:
     """Raises MismatchError where a base moved after it was remembered.
 
-    A leaf may be any that was remembered at its path, also rounded to another dtype. A base that is
-    unrelated to those that are known is another one, which somebody put there.
+    The base is compared with that of the known ones which it is most like. Rounded to another
+    dtype it has not moved. Where it is unrelated to all of them, it is another base, which somebody
+    put there.
 
     Args:
         caller: the function that compares, for the message.
         base: frozen leaves by path, as in `remember`.
         in_nnx: whether they are of an NNX model, for the message.
     """
-    moved: dict[str, tuple[float, float]] = {}
-    votes: list[np.ndarray] = []
-    for key, now in _fingerprints(base):
-        if known := _known.get(key):
-            with np.errstate(over="ignore", invalid="ignore"):
-                distances = [_distance(before, now) for before in known]
-                nearest = int(np.argmin(distances))
-                votes += _likeness(known[nearest], now)
-            if distances[nearest] > 0:
-                moved[key[0]] = distances[nearest], float(np.abs(known[nearest].values).max())
-    if not moved or _is_another(votes):
+    now, bases = dict(_fingerprints(base)), list(_known)
+    if any(_holds(known, now) for known in bases):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        likeness = [_likeness(known, now) for known in bases]
+        order = sorted(range(len(bases)), key=lambda i: (likeness[i][0], i))
+        if not bases or _is_another(*likeness[order[-1]][1:]):
+            return
+        before = bases[order[-1]]
+        moved = {
+            key[0]: (distance, float(np.abs(before[key].values).max()))
+            for key in before.keys() & now.keys()
+            if (distance := _distance(before[key], now[key]))
+        }
+    if not moved:
         return
     most = sorted(moved, key=lambda path: -moved[path][0])
     texts = [f"{p} by {moved[p][0]:.2g} (entries up to {moved[p][1]:.2g})" for p in most[:3]]
@@ -181,36 +188,48 @@ def _gather(x: jax.Array, index: Any) -> jax.Array:
     return x[index]
 
 
-def _equal(one: Fingerprint, two: Fingerprint) -> bool:
-    return one.dtype == two.dtype and all(map(np.array_equal, one[:2], two[:2]))
+def _holds(known: Base, now: Base) -> bool:
+    """Whether all leaves of a base are those of another one, which may have more."""
+    return now.keys() <= known.keys() and all(
+        known[key].dtype == x.dtype and all(map(np.array_equal, known[key][:2], x[:2]))
+        for key, x in now.items()
+    )
 
 
-def _likeness(before: Fingerprint, now: Fingerprint) -> list[np.ndarray]:
-    """The number of entries, and times it their correlation and the part that is left.
+def _likeness(known: Base, now: Base) -> np.ndarray:
+    """How much of a base comes from a known one.
 
-    Nothing for zeros and ones, which do not say what base they are of.
+    Returns:
+        The sum over its leaves of 2 for equal ones down to 0 for unrelated ones; the number of
+        entries; and, times this, their correlation with the known entries, and the part of these
+        that is left in them. The last three are without the leaves that were of one number, as
+        zeros and ones do not say what base they are of.
     """
-    both = before.held & now.held
-    old, new = before.values[both], now.values[both]
-    if (old == old[:1]).all():
-        return []
-    old, new = old - old.mean(), new - new.mean()
-    product, norms = np.vdot(old, new).real, (np.linalg.norm(old), np.linalg.norm(new))
-    correlation = product / (norms[0] * norms[1]) if norms[1] else 0.0
-    return [len(old) * np.array([1.0, correlation, product / norms[0] ** 2])]
+    found = np.zeros(4)
+    for key in known.keys() & now.keys():
+        both = known[key].held & now[key].held
+        old, new = known[key].values[both], now[key].values[both]
+        if not len(old) or (old == old[0]).all():
+            found[0] += 2 * np.array_equal(old, new)
+            continue
+        old, new, gap = old - old.mean(), new - new.mean(), np.linalg.norm(old - new)
+        product, size = np.vdot(old, new).real, np.linalg.norm(old)
+        correlation = product / (size * (np.linalg.norm(new) or 1.0))
+        left = product / size**2
+        found[0] += np.nan_to_num(max(0.0, 1 - (gap / size) ** 2) + correlation**2)
+        found[1:] += len(old) * np.array([1.0, correlation, left])
+    return found
 
 
-def _is_another(votes: list[np.ndarray]) -> bool:
-    """Whether a base is not one that is known, moved.
+def _is_another(entries: float, correlation: float, left: float) -> bool:
+    """Whether a base does not come from the known one that it is most like.
 
     A moved base is the known one and a change: all of it is left, however large the change, and of
-    an unrelated base nothing, up to chance. Chance is larger where there are few entries.
+    an unrelated base nothing, up to chance. Chance is larger where there are few entries. A base of
+    zeros makes room for a checkpoint.
     """
-    if not votes:
-        return False
-    entries, correlation, left = np.sum(votes, axis=0)
-    by_chance = min(0.9, 2 / math.sqrt(entries))
-    return bool(correlation < by_chance * entries or left < 0.5 * entries)
+    by_chance = min(0.9, 2 / math.sqrt(max(entries, 1)))
+    return not entries or correlation < by_chance * entries or left < 0.5 * entries
 
 
 def _distance(before: Fingerprint, now: Fingerprint) -> float:
