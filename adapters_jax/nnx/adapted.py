@@ -200,9 +200,9 @@ def _adapted(
     )
     check_reached(attached, found.reached)
     check_nested(attached)
-    first = not hasattr(model, "adapter_recipe")  # else the run was not one of the base
     adapted = _grown(adapted, recipe, attached, rngs)
-    if inputs is not None and first and not callable(inputs.method):
+    base = not hasattr(model, "adapter_recipe")  # it is what has run
+    if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, found.stated)
     return adapted
 
@@ -253,13 +253,11 @@ def _grown(
 
 
 def _note_calls(model: Any) -> None:
-    """Gives the model, and each module around adapters, its notes of calls."""
-    modules = modules_of(model)
-    adapted = [path for path, module in modules.items() if holds(module)]
-    around = {"", *adapted}
-    for path in adapted:
+    """Gives each module around adapters what is to be known of its calls."""
+    modules, around = modules_of(model), set[str]()
+    for path in [path for path, module in modules.items() if holds(module)]:
         names = path.split("/")
-        around |= {"/".join(names[:i]) for i in range(1, len(names))}
+        around |= {"/".join(names[:i]) for i in range(len(names) + 1)}
     for path in around & modules.keys():
         if not isinstance(modules[path], nnx.List | nnx.Dict):  # their attributes are their parts
             setattr(modules[path], CALLS, Calls())

@@ -181,38 +181,32 @@ def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
             values[id(variable)] = seen = variable.copy(value)
             if is_quantized(variable.get_raw_value()):
                 seen.__class__ = original(type(variable))
-    before = [(module, type(module), dict(vars(module))) for module in modules.values()]
+    before = [(module, type(module), _without_leaves(module)) for module in chosen]
+    for module in modules.values():
+        put = {name: x for name, x in vars(module).items() if id(x) in values}
+        vars(module).update({name: values[id(x)] for name, x in put.items()})
+        before.append((module, type(module), put))
     try:
-        for module in chosen:
-            _without_leaves(module)
-        put = set[tuple[int, str]]()
-        for module in modules.values():
-            for name, x in vars(module).items():
-                if id(x) in values:
-                    vars(module)[name] = values[id(x)]
-                    put.add((id(module), name))
         yield
     finally:
-        for module, cls, attributes in before:
-            for name, x in attributes.items():
-                own = name == "adapter_methods" or name not in vars(module)
-                if own or (id(module), name) in put:
-                    vars(module)[name] = x
+        for module, cls, attributes in reversed(before):
+            vars(module).update(attributes)
             object.__setattr__(module, "__class__", cls)
 
 
-def _without_leaves(module: Any) -> None:
-    """Takes the methods on weights from a module: their placements, arrays and descriptors."""
+def _without_leaves(module: Any) -> dict[str, Any]:
+    """Takes the methods on weights from a module, and returns the attributes that they had."""
     weights, held = leaf_names(module), holds(module)
     rest = tuple(each for each in held if each.method.acts_on != "leaf")
-    for slot in {each.nodes[0] for each in held} - {each.nodes[0] for each in rest}:
-        del vars(module)[slot]
+    slots = {each.nodes[0] for each in held} - {each.nodes[0] for each in rest}
+    taken = {slot: vars(module).pop(slot) for slot in slots}
     vars(module)["adapter_methods"] = rest
-    cls = original(type(module))
+    cls: Any = original(type(module))
     seen = {name for name, x in vars(type(module)).items() if isinstance(x, Seen)} - weights
     if seen or rest or isinstance(module, bridge.ToNNX):
         cls = adapted_class(cls, frozenset(seen))
     object.__setattr__(module, "__class__", cls)
+    return {**taken, "adapter_methods": held}
 
 
 def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -309,8 +303,10 @@ def refresh(module: Any) -> None:
         else:
             vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
     cls: Any = original(type(module))
-    thin = CALLS in vars(module) or (
-        isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values()))
+    thin = (
+        CALLS in vars(module)
+        or "adapter_recipe" in vars(module)
+        or (isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values())))
     )
     adapted = names or holds(module) or thin
     new = adapted_class(cls, frozenset(names)) if adapted else cls

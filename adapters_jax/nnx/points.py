@@ -248,7 +248,7 @@ def mark(model: Any) -> None:
         own = {*own_params(module), *(name for name, x in vars(module).items() if _has_params(x))}
         names = {name for name in own if not isinstance(vars(type(module)).get(name), Seen)}
         if names:
-            module.__class__ = _marked_class(type(module), frozenset(names))
+            module.__class__ = _marked_class(type(module), frozenset(names))  # type: ignore[arg-type]
 
 
 def _has_params(x: Any) -> bool:
@@ -381,11 +381,14 @@ def traced(model: Any, inputs: Inputs) -> Program:
             shapes[path] = tuple(value.shape)
     arrays, whole = inputs.split()
     graphdef, state = nnx.split(model)
+    values, structure = jax.tree.flatten(state)
+    given = {i: x for i, x in enumerate(values) if is_array(x)}  # others may be functions
 
-    def run(state: Any, arrays: Any) -> Any:
+    def run(given: dict[int, Any], arrays: Any) -> Any:
         # By their values: the path of a shared Variable may be another one in the state.
-        order = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
-        merged = nnx.merge(graphdef, state)
+        order = {id(x): n for n, x in enumerate(given.values())}
+        whole_state = [given.get(i, x) for i, x in enumerate(values)]
+        merged = nnx.merge(graphdef, jax.tree.unflatten(structure, whole_state))
         weights = {path: x for path, x in params_of(merged).items() if path in shapes}
         for path, variable in weights.items():
             leaves[order[id(variable.get_raw_value())]] = path
@@ -395,8 +398,8 @@ def traced(model: Any, inputs: Inputs) -> Program:
             named(variable.get_raw_value(), LAST + path)
         return [x for x in jax.tree.leaves(y) if is_array(x)]
 
-    jaxpr = jax.make_jaxpr(run)(state, arrays)
-    n = len(jax.tree.leaves(state))
+    jaxpr = jax.make_jaxpr(run)(given, arrays)
+    n = len(given)
     return Program(jaxpr, leaves, shapes, range(n, n + len(arrays)), Graph(jaxpr))
 
 
