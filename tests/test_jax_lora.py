@@ -251,6 +251,9 @@ def test_directory_of_orbax(tmp_path):
     assert away(run(Pi(), aj.merge_jax_lora(str(tmp_path / "linen"), alpha=ALPHA)), pi()[2]) < 2e-5
     with raises(aj.AdapterFileError, tmp_path, "_METADATA"):
         aj.from_jax_lora(tmp_path, base, alpha=ALPHA)
+    (tmp_path / "nnx" / "_METADATA").write_bytes(b"{}")
+    with raises(aj.AdapterFileError, tmp_path / "nnx"):
+        aj.from_jax_lora(tmp_path / "nnx", base, alpha=ALPHA)
 
 
 def test_flax_nnx():

@@ -41,7 +41,7 @@ _TEMPORARY = "*.orbax-checkpoint-tmp*"
 _LOOKS, _PAUSE = 100, 0.02  # seconds between looks for the remains of a save that failed
 _BESIDE, _BESIDE_EACH = 2**20, 2**13  # bytes of orbax's own files, and of those of each array
 # What orbax raises of files that have another content; tensorstore's is a ValueError.
-_OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+OF_ORBAX = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -353,7 +353,7 @@ class Checkpoints:
         """Turns what orbax raises of a spoilt checkpoint into a CheckpointError."""
         try:
             yield
-        except _OF_ORBAX as error:
+        except OF_ORBAX as error:
             again = "open the directory again to go on with the one before it"
             one, fix = (
                 (f"the checkpoint of step {step}", again) if step else ("a checkpoint", "remove it")

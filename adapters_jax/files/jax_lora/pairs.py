@@ -33,9 +33,10 @@ from adapters_jax.errors import (
     AdapterFileError,
     AdapterMismatchError,
     UserError,
-    file_errors,
     first_few,
+    shortened,
 )
+from adapters_jax.files.checkpoint import OF_ORBAX
 from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.axes import Axes, Shape
 from adapters_jax.weights.factors import RANK, Factor
@@ -153,11 +154,16 @@ def _restored(directory: Path) -> Any:
             f"{directory} is no tree that orbax wrote, since it lacks _METADATA; give the "
             "directory of the parameters, such as 100/params or 100/model_params"
         )
-    with file_errors(directory, error=AdapterFileError), ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(directory.resolve()).item_metadata.tree
-        each = ocp.RestoreArgs(restore_type=np.ndarray)  # not on its old devices
-        args = jax.tree.map(lambda _: each, found)
-        return checkpointer.restore(directory.resolve(), restore_args=args)
+    directory, host = directory.resolve(), ocp.RestoreArgs(restore_type=np.ndarray)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.metadata(directory).item_metadata.tree
+            args = jax.tree.map(lambda _: host, found)  # else onto the devices of the past
+            return checkpointer.restore(directory, restore_args=args)
+    except OF_ORBAX as problem:
+        raise AdapterFileError(
+            f"{directory} is damaged, or no tree that orbax wrote: {shortened(str(problem))}"
+        ) from problem
 
 
 def nested(leaves: Flat, *trees: Any) -> Tree:
