@@ -5,6 +5,7 @@ that adapters live beside them as in a linen model, and whatever takes a linen m
 function. The function itself gets its own tree, with changed arrays.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from adapters_jax.linen import Adapted, points
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
-from adapters_jax.trace.inputs import Inputs, inputs_text, is_array
+from adapters_jax.trace.inputs import Inputs, filled, inputs_text, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trees import Tree, flatten, unflatten
 
@@ -85,6 +86,12 @@ class Signature:
                 "adapt: params holds no array, so there is nothing to adapt; pass the arrays that "
                 "the function computes with as its first argument, fn(params, x), where it closes "
                 "over them now"
+            )
+        if any(path.split("/")[0] == "params" for path in arrays):
+            raise UserError(
+                "adapt: params has 'params' at its top, which flax takes for a mistake; adapt what "
+                "is below it, lambda p, x: fn({'params': p, **rest}, x), or put the whole into a "
+                "list: aj.adapt(lambda p, x: fn(p[0], x), [params], recipe, ...)"
             )
         parents = {path[:i] for path in arrays for i, c in enumerate(path) if c == "/"}
         twice = sorted({p for p in self._paths if self._paths.count(p) > 1} | (parents & {*arrays}))
@@ -230,7 +237,9 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
         )
     if inputs.args or inputs.kwargs:
         _check_call(model, params, inputs)
-    base = Function(model, Signature(params, inputs, fronts_of(params)))
+    given = inputs.args or inputs.kwargs
+    run = functools.partial(_run, model, params, inputs) if given else None
+    base = Function(model, Signature(params, inputs, fronts_of(params, run)))
     return base, arrays_of(params)
 
 
@@ -308,6 +317,11 @@ def _reads(base: Function) -> bool:
 
     traced = jax.make_jaxpr(run)(unflatten(signature.shapes))
     return any(reaching(traced.jaxpr).inputs)
+
+
+def _run(fn: Callable[..., Any], params: Any, inputs: Inputs) -> Any:
+    """Calls a function on zeros."""
+    return inputs.zeros().call(functools.partial(fn, filled(params)))
 
 
 def _unread(base: Function) -> UserError:

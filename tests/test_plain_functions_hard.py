@@ -1,0 +1,173 @@
+"""Functions, Equinox and Haiku in styles that are easy to get wrong."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.arrays import drawn, drawn_like
+from helpers.errors import raises
+
+import adapters_jax as aj
+
+eqx, hk = pytest.importorskip("equinox"), pytest.importorskip("haiku")
+KEY, X = jax.random.key(0), drawn((5, 4), 1)
+
+
+def grown(fn, params, recipe, *inputs, seed=3):
+    """An adapted function and its tree with random adapters."""
+    model = aj.adapt(fn, params, recipe, example_inputs=inputs)
+    tree = aj.init_adapters(model, params, KEY)
+    trained, base = aj.partition(tree, aj.Recipe(recipe))
+    return model, aj.merge_trees(drawn_like(trained, seed), base)
+
+
+def bottleneck(leaves, x, scale=1.0):
+    """A bottleneck's output, by the formula."""
+    down, up = leaves["down"], leaves["up"]
+    hidden = jax.nn.relu(x @ down["kernel"] + down["bias"])
+    return x + scale * (hidden @ up["kernel"] + up["bias"])
+
+
+def test_a_tree_with_params_at_its_top_is_refused_with_what_to_write():
+    fn, tree = lambda p, x: x @ p["params"]["w"], {"params": {"w": drawn((4, 3))}}
+    with raises(aj.UserError, "'params'", "[params]"):
+        aj.adapt(fn, tree, aj.LoRA("**", 2), example_inputs=(X,))
+    model, adapted = grown(lambda p, x: fn(p[0], x), [tree], aj.LoRA("**", 2), X)
+    merged = aj.merge(model, adapted)
+    assert jnp.allclose(model(adapted, X), fn(merged[0], X), rtol=1e-5, atol=1e-5)
+
+
+class TestHaiku:
+    recipe = aj.Bottleneck("**/linear", 3, activation="relu")
+
+    def model(self, body):
+        """A Haiku function of a body, which gets a module that returns as many numbers as X has."""
+        fn = hk.without_apply_rng(hk.transform(body))
+        return fn.apply, drawn_like(fn.init(KEY, X), 2)
+
+    def linear(self, params, x):
+        return x @ params["w"] + params["b"]
+
+    def test_in_a_loop_over_layers_each_layer_has_its_adapter(self):
+        def body(x):
+            stack = hk.experimental.layer_stack(3)
+            return stack(lambda x: jnp.tanh(hk.Linear(4)(x)))(x)
+
+        fn, params = self.model(body)
+        ((name, own),) = params.items()
+        model, tree = grown(fn, params, self.recipe, X)
+        leaves, expected = tree[name.split("/")[0]]["linear"]["adapter"], X
+        for i in range(3):
+            layer, adapter = jax.tree.map(lambda x, i=i: x[i], (own, leaves))
+            expected = jnp.tanh(bottleneck(adapter, self.linear(layer, expected)))
+        assert jnp.allclose(model(tree, X), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("lift", ["remat", "vmap"])
+    def test_in_a_transformation_and_outside_of_it_one_module_has_one_adapter(self, lift):
+        lifts = {"remat": hk.remat, "vmap": functools.partial(hk.vmap, split_rng=False)}
+
+        def body(x):
+            linear = hk.Linear(4)
+            return linear(jnp.tanh(lifts[lift](linear)(x)))
+
+        fn, params = self.model(body)
+        model, tree = grown(fn, params, aj.Bottleneck("linear", 3, activation="relu"), X)
+        run = lambda x: bottleneck(  # noqa: E731
+            tree["linear"]["adapter"], self.linear(params["linear"], x)
+        )
+        assert jnp.allclose(model(tree, X), run(jnp.tanh(run(X))), atol=1e-5)
+
+    def test_a_jitted_apply_takes_up_no_trace_of_another_call(self):
+        fn, params = self.model(lambda x: hk.Linear(4)(x))
+        jitted, recipe = jax.jit(fn), aj.Bottleneck("linear", 3, activation="relu")
+        base = jitted(params, X)
+        model, tree = grown(jitted, params, recipe, X)
+        _, other = grown(jitted, params, recipe, X, seed=4)
+        for each in (tree, other):
+            assert jnp.allclose(model(each, X), bottleneck(each["linear"]["adapter"], base))
+        assert (jitted(params, X) == base).all()
+
+    def test_an_ensemble_and_two_models_in_one_tree(self):
+        fn, params = self.model(lambda x: hk.Linear(4)(x))
+        both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+        model, tree = grown(
+            lambda p, x: jax.vmap(fn, (0, None))(p["a"], fn(p["b"], x)),
+            {"a": both, "b": params},
+            aj.Bottleneck("{a,b}/linear", 3, activation="relu"),
+            X,
+        )
+        x = bottleneck(tree["b"]["linear"]["adapter"], self.linear(params["linear"], X))
+        for i, y in enumerate(model(tree, X)):
+            leaves, own = jax.tree.map(
+                lambda x, i=i: x[i], (tree["a"]["linear"]["adapter"], both["linear"])
+            )
+            assert jnp.allclose(y, bottleneck(leaves, self.linear(own, x)), atol=1e-5)
+
+    def test_a_function_without_modules_sees_its_own_tree(self):
+        seen = []
+
+        def fn(params, x):
+            seen.append(jax.tree.map(jnp.shape, params))
+            return x @ params["layer"]["w"]
+
+        params = {"layer": {"w": drawn((4, 3))}}
+        model, tree = grown(fn, params, aj.Bottleneck(("**", "!layer"), 3), X)
+        model(tree, X)
+        assert "haiku" in sys.modules and seen[-1] == {"layer": {"w": (4, 3)}}
+        assert all(each == seen[-1] for each in seen)
+
+
+class TestEquinox:
+    def test_a_module_whose_array_is_tied_to_another(self):
+        class Tied(eqx.Module):
+            shared: eqx.nn.Shared
+
+            def __init__(self, key):
+                table = eqx.nn.Embedding(7, 4, key=key)
+                head = eqx.nn.Linear(4, 7, use_bias=False, key=key)
+                where = lambda pair: pair[1].weight  # noqa: E731
+                self.shared = eqx.nn.Shared((table, head), where, lambda pair: pair[0].weight)
+
+            def __call__(self, token):
+                table, head = self.shared()
+                return head(table(token))
+
+        base = Tied(KEY)
+        recipe = aj.Bottleneck("shared/pytree/1", 3, activation="relu")
+        model = aj.adapt(base, recipe, example_inputs=(jnp.array(3),))
+        tree = aj.init_adapters(model, base, KEY)
+        trained, rest = aj.partition(tree, aj.Recipe(recipe))
+        tree = aj.merge_trees(drawn_like(trained), rest)
+        leaves = tree["shared"]["pytree"]["1"]["adapter"]
+        expected = bottleneck(leaves, base(jnp.array(3)))
+        assert jnp.allclose(model(tree, jnp.array(3)), expected, atol=1e-5)
+
+    def test_a_jitted_part_of_a_module_is_traced_once(self):
+        traced = []
+
+        class Net(eqx.Module):
+            layer: eqx.nn.Linear
+
+            @eqx.filter_jit
+            def run(self, x):
+                traced.append(1)
+                return jax.vmap(self.layer)(x)
+
+            def __call__(self, x):
+                return self.run(x)
+
+        base = Net(eqx.nn.Linear(4, 4, key=KEY))
+        recipe = aj.Bottleneck("layer", 3, activation="relu")
+        model = aj.adapt(base, recipe, example_inputs=(X,))
+        tree = aj.init_adapters(model, base, KEY)
+        trained, rest = aj.partition(tree, aj.Recipe(recipe))
+        outputs, counts = [], []
+        for seed in range(3):
+            tree = aj.merge_trees(drawn_like(trained, seed), rest)
+            outputs.append(model(tree, X))
+            counts.append(len(traced))
+            expected = bottleneck(tree["layer"]["adapter"], base(X))
+            assert jnp.allclose(outputs[-1], expected, atol=1e-5)
+        assert counts[0] == counts[2] - 1  # the base's own call
