@@ -171,3 +171,26 @@ class TestEquinox:
             expected = bottleneck(tree["layer"]["adapter"], base(X))
             assert jnp.allclose(outputs[-1], expected, atol=1e-5)
         assert counts[0] == counts[2] - 1  # the base's own call
+
+
+def test_rows_that_a_batch_looks_up_one_by_one_are_a_lookup():
+    """As of `eqx.nn.Embedding`, which takes one index; jax gathers then with starts on all axes."""
+    table, ids = {"w": drawn((7, 4))}, jnp.array([[6, 2, 0], [2, 5, 6]])
+    one = lambda p, i: jnp.tanh(p["w"][i])  # noqa: E731
+    fn = jax.vmap(jax.vmap(one, (None, 0)), (None, 0))
+    model, tree = grown(fn, table, aj.LoRA("**", 2), ids)
+    whole = table["w"] + tree["lora"]["a"] @ tree["lora"]["b"]
+    assert jnp.allclose(model(tree, ids), jnp.tanh(whole[ids]), atol=1e-5)
+    assert "computed thin: 1 of 1" in str(aj.audit(model, tree, inputs=(ids,)))
+
+
+def test_loaded_functions_equal_adapted_ones(tmp_path):
+    fn, params = lambda p, x: x @ p["w"], {"w": drawn((4, 3))}
+    recipe = aj.Recipe(aj.LoRA("**", 2))
+    model, tree = grown(fn, params, recipe, X)
+    aj.save_adapter(tmp_path / "a", aj.partition(tree, recipe)[0], recipe)
+    loaded, again = aj.load_adapter(tmp_path / "a", fn, params, X)
+    assert loaded == model and hash(loaded) == hash(model)
+    assert all((x == y).all() for x, y in zip(*map(jax.tree.leaves, (again, tree)), strict=True))
+    assert loaded != aj.adapt(lambda p, x: fn(p, x), params, recipe, example_inputs=(X,))
+    assert loaded != aj.adapt(fn, {"w": drawn((4, 2))}, recipe, example_inputs=(X,))

@@ -68,7 +68,7 @@ class Signature:
 
     def __init__(self, tree: Any, example: Inputs, fronts: Sequence[Front] = ()):
         self.example, self.fronts = example.shapes(), fronts
-        self._definition = jax.tree.structure(tree)
+        self._definition: Any = jax.tree.structure(tree)
         leaves = names_of(tree)
         self._others = {path: x for path, x in leaves if not is_array(x)}
         self._static = {path: x for front in fronts for path, x in front.static(tree).items()}
@@ -100,6 +100,14 @@ class Signature:
                 f"adapt: several parts of params have the path {first_few(twice)}; use keys "
                 "without a slash, or rename one"
             )
+
+    def __eq__(self, other: Any) -> bool:
+        """Whether trees of both are nested alike; functions of such trees may then be equal."""
+        same = isinstance(other, Signature) and self._definition == other._definition
+        return same and (self.shapes, self._others) == (other.shapes, other._others)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._paths))
 
     def others(self, recipe: Recipe) -> str:
         """What targets of a recipe match that is no array, for a message; empty where none does."""

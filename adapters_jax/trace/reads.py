@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapters_jax.trace.primitives import COPIES, LAYOUT, PRODUCTS, Labels, contraction, moved
+from adapters_jax.trace.primitives import (
+    COPIES,
+    LAYOUT,
+    PRODUCTS,
+    Labels,
+    contraction,
+    moved,
+    rows_of,
+)
 from adapters_jax.trace.program import Graph, Operation, reaching
 
 Axes = frozenset[int]
@@ -249,22 +257,20 @@ class Reads:
         meets = self.active[output] = rows and by_input
         self.leaves[output] = frozenset() if meets else self.leaves[table]
         if table in self._views:
-            self._see_rows(operation, sizes)
+            self._see_rows(operation)
         return meets
 
-    def _see_rows(self, operation: Operation, sizes: Sequence[int]) -> None:
+    def _see_rows(self, operation: Operation) -> None:
         """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
         (table, indices), (output,) = operation.inputs, operation.outputs
-        shape, numbers = self._graph.shape(table), operation.params["dimension_numbers"]
-        along = tuple(numbers.start_index_map)
-        whole = [i for i, size in enumerate(sizes) if size == shape[i]]
+        shape = self._graph.shape(table)
+        along, places = rows_of(operation.params, shape)
         others = [i for i in range(len(shape)) if i not in along]
-        plain = not numbers.operand_batching_dims and numbers.collapsed_slice_dims == along
-        if len(along) > 1 or indices in self._views or not plain or {*others} - {*whole}:
+        if not along or indices in self._views:
             return self._sum(operation, operation.inputs)
         view = self._views[table]
         axes = [_NONE] * len(self._graph.shape(output))
-        for old, new in zip(others, numbers.offset_dims, strict=True):
+        for old, new in zip(others, places, strict=True):
             axes[new] = view.axes[old]
         chosen = view.looked_up | view.within(along)
         seen = replace(view, axes=tuple(axes), looked_up=chosen)
