@@ -2,6 +2,7 @@
 
 import contextvars
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from flax import nnx
 
 from adapters_jax import presets
 from adapters_jax.errors import RecipeError, check_choice
+from adapters_jax.functions.function import function_of
+from adapters_jax.functions.modules import is_equinox
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.recipe import Recipe
@@ -214,7 +217,8 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
     stream. Names play no part.
 
     Args:
-        model: a linen or NNX module, which is not changed. Its adapters, if any, are left out.
+        model: a linen, NNX or Equinox module, or a function, whose first argument is then its
+            parameters; it is not changed. Its adapters, if any, are left out.
         *args: example inputs of the model, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
             Lengths of two and more tell axes apart. For another function than `__call__`, one
             `aj.inputs(x, method="encode")`.
@@ -226,7 +230,7 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
 
     Raises:
         UserError: the example inputs do not fit the model.
-        TypeError: `model` is no linen or NNX module.
+        TypeError: `model` is none of these.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -259,6 +263,10 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
           Unfreeze(targets=('before/{scale,bias}',)),
         )
     """
+    if is_equinox(model) or isinstance(model, types.FunctionType | functools.partial):
+        params, *rest = (None, *args) if is_equinox(model) else args or (None,)
+        args = tuple(rest)
+        model, _ = function_of(model, params, Inputs.of_call(args, kwargs))
     if not isinstance(model, nn.Module | nnx.Module):
         inner = getattr(model, "module", None)
         hint = "; pass model.module" if isinstance(inner, nn.Module) else ""

@@ -228,7 +228,32 @@ def repeated_work(w, x):
     return jax.checkpoint(jax.jit(fused))(w, x)
 
 
+def one_by_one(w, x):
+    """A loop over the heads, each with its columns of the projections."""
+    q, k, v = (x @ w[n] for n in "qkv")
+    mixed = []
+    for head in range(H):
+        own, of = (slice(i * W, (i + 1) * W) for i in (head, head * k.shape[-1] // q.shape[-1]))
+        scores = jnp.where(MASK, q[..., own] @ k[..., of].swapaxes(1, 2) * W**-0.5, -1e30)
+        mixed.append(jax.nn.softmax(scores) @ v[..., of])
+    return jnp.concatenate(mixed, -1)
+
+
+def products_by_head(w, x):
+    """A loop over the heads, each with products of its own."""
+    mixed = []
+    for head in range(H):
+        q, k, v = (jnp.einsum("btd,dw->btw", x, w[n][:, head]) for n in "qkv")
+        scores = jnp.where(MASK, jnp.einsum("btw,bsw->bts", q, k) * W**-0.5, -1e30)
+        mixed.append(jnp.einsum("bts,bsw->btw", jax.nn.softmax(scores), v))
+    return jnp.concatenate(mixed, -1)
+
+
 STYLES = {
+    "heads one by one": Style(one_by_one, flat),
+    "heads in groups one by one": Style(one_by_one, flat, kv=2),
+    "products by head": Style(products_by_head),
+    "heads one by one in a checkpoint": Style(jax.checkpoint(one_by_one), flat),
     "separate": Style(separate(), flat, biased=True),
     "keys first": Style(separate(swap=True), flat, biased=True),
     "repeated keys": Style(separate(halves), flat, 2, halves, biased=True),

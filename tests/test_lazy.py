@@ -419,7 +419,7 @@ def test_what_has_no_thin_form_gets_the_sum_and_the_record_says_so(function, ope
 
         def changed(w, x, leaf=leaf):
             with thin() as trace:
-                return lowered(function(Lazy(trace, Changed.of(w, [change]), leaf), x))
+                return lowered(function(Lazy(trace, Changed.of(w, [change]), (leaf,)), x))
 
         np.testing.assert_allclose(run(changed)(jnp.asarray(w), x), expected, **CLOSE)
         assert [(read.operation, read.how) for read in leaf.reads] == [(operation, "sum")]

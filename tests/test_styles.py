@@ -3,6 +3,7 @@
 Each style is run in both APIs, adapted and merged, and compared with a plain formula in float64.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
+from jax.sharding import PartitionSpec
 
 import adapters_jax as aj
 from adapters_jax.linen import reads_of
@@ -68,8 +70,9 @@ class Style:
         roles: for each weight that is adapted, the path of its factors, its shared axes and its
             input axes.
         x: its input.
-        how: how each weight is read, where not in products alone.
+        how: how the weights are read, where not in products alone; perhaps by path.
         targets: the targets of LoRA.
+        left: what a warning says of the weights that it leaves out.
         linen: the linen model, if it is not one of raw parameters.
         nnx: a function that makes the NNX model, likewise.
     """
@@ -81,6 +84,7 @@ class Style:
     x: Any = None
     how: Any = "product"
     targets: Any = "**"
+    left: Any = ()
     linen: Any = None
     nnx: Any = None
 
@@ -92,6 +96,17 @@ class Style:
     @property
     def recipe(self):
         return aj.Recipe(aj.LoRA(self.targets, RANK, ALPHA))
+
+    @contextlib.contextmanager
+    def warned(self):
+        """Around an adaptation that leaves weights out."""
+        if not self.left:
+            yield
+            return
+        with pytest.warns(aj.AdapterWarning) as caught:
+            yield
+        (text,) = (str(warning.message) for warning in caught)
+        assert [datum for datum in self.left if datum not in text] == [], text
 
     def weights(self):
         """Weights, drawn."""
@@ -114,6 +129,21 @@ def straight_through(w):
 
 
 straight_through.defvjp(lambda w: (jnp.sign(w), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def product(x, w):
+    """A product with a gradient of its own."""
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, g: (g @ xw[1].T, xw[0].T @ g))
+
+
+def in_shards(w, x):
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec()), "out_specs": PartitionSpec()}
+    mesh = jax.make_mesh((1,), ("data",))
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)(w, x)
 
 
 def standardised(w, of=np):
@@ -244,9 +274,8 @@ STYLES = {
         {"kernel": (4, 5), "bias": (5,)},
         None,
         lambda w, x: x @ np.maximum(w["kernel"], 0) + w["bias"],
-        {"kernel": ("lora/kernel", (), (0,))},
+        {"kernel": ("lora", (), (0,))},
         how="sum",
-        targets="kernel",
         linen=PositiveDense(5),
         nnx=lambda: PositiveLinear(4, 5, rngs=nnx.Rngs(0)),
     ),
@@ -357,9 +386,7 @@ STYLES = {
             lambda state: state[0] < 2, lambda state: (state[0] + 1, state[1] @ w["w"]), (0, x)
         )[1],
         lambda w, x: x @ w["w"] @ w["w"],
-        {"w": ("lora/w", (), (0,))},
-        how="sum",
-        targets="w",
+        {"w": ("lora", (), (0,))},
     ),
     "counted_loop": Style(
         {"w": (4, 4)},
@@ -371,9 +398,123 @@ STYLES = {
         {"w": (4, 5)},
         lambda w, x: x @ straight_through(w["w"]),
         lambda w, x: x @ np.sign(w["w"]),
-        {"w": ("lora/w", (), (0,))},
+        {"w": ("lora", (), (0,))},
         how="sum",
-        targets="w",
+    ),
+    "product_with_a_gradient_of_its_own": Style(
+        {"w": (4, 5)},
+        lambda w, x: product(x, w["w"]),
+        lambda w, x: x @ w["w"],
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "in_shards": Style(
+        {"w": (4, 5)},
+        lambda w, x: in_shards(w["w"], x),
+        lambda w, x: x @ w["w"],
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "number_by_number": Style(
+        {"w": (5, 4)},
+        lambda w, x: (x[:, None] * w["w"]).sum(-1),
+        lambda w, x: x @ w["w"].T,
+        {"w": ("lora", (), (1,))},
+        how="sum",
+    ),
+    "equations": Style(
+        {"w": (4, 4)},
+        lambda w, x: jnp.linalg.solve(w["w"] + 3 * jnp.eye(4), x.T),
+        lambda w, x: np.linalg.solve(w["w"] + 3 * np.eye(4), x.T),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "dropped_connections": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ (w["w"] * jax.random.bernoulli(KEY, 0.5, (4, 5))),
+        lambda w, x: x @ (w["w"] * np.asarray(jax.random.bernoulli(KEY, 0.5, (4, 5)))),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "unstacked": Style(
+        {"qkv": (4, 3, 5)},
+        lambda w, x: (lambda q, k, v: (x @ q) * (x @ k) + x @ v)(*jnp.unstack(w["qkv"], axis=1)),
+        lambda w, x: (x @ w["qkv"][:, 0]) * (x @ w["qkv"][:, 1]) + x @ w["qkv"][:, 2],
+        {"qkv": ("lora", (1,), (0,))},
+    ),
+    "stacked_on_the_fly": Style(
+        {"v": (4, 4), "w": (4, 4)},
+        lambda w, x: jax.lax.scan(lambda h, w: (h @ w, None), x, jnp.stack([w["v"], w["w"]]))[0],
+        lambda w, x: x @ w["v"] @ w["w"],
+        {"v": ("lora/v", (), (0,)), "w": ("lora/w", (), (0,))},
+        how="sum",
+    ),
+    "stacked_as_outputs": Style(
+        {"v": (4, 5), "w": (4, 5)},
+        lambda w, x: jnp.einsum("bd,dnf->bnf", x, jnp.stack([w["v"], w["w"]], 1)),
+        lambda w, x: np.stack([x @ w["v"], x @ w["w"]], 1),
+        {"v": ("lora/v", (), (0,)), "w": ("lora/w", (), (0,))},
+        how="sum",
+    ),
+    "inputs_joined": Style(
+        {"v": (3, 5), "w": (1, 5)},
+        lambda w, x: x @ jnp.concatenate([w["v"], w["w"]]),
+        lambda w, x: x @ np.concatenate([w["v"], w["w"]]),
+        {"v": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "padded": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ jnp.pad(w["w"], ((0, 0), (0, 2))),
+        lambda w, x: x @ np.pad(w["w"], ((0, 0), (0, 2))),
+        {"w": ("lora", (), (0,))},
+        how="sum",
+    ),
+    "behind_another_weight": Style(
+        {"up": (4, 3), "down": (3, 5)},
+        lambda w, x: x @ (w["up"] @ w["down"]),
+        lambda w, x: x @ w["up"] @ w["down"],
+        {"up": ("lora/up", (), (1,)), "down": ("lora/down", (), (0,))},
+        how={"up": {"product", "sum"}, "down": "sum"},
+    ),
+    "mixture_of_bases": Style(
+        {"of": (2,), "w": (2, 4, 5)},
+        lambda w, x: x @ jnp.tensordot(w["of"], w["w"], 1),
+        lambda w, x: x @ np.tensordot(w["of"], w["w"], 1),
+        {"w": ("lora", (), (1,))},
+        how="sum",
+    ),
+    "table_that_is_added": Style(
+        {"pos": (3, 4), "w": (4, 5)},
+        lambda w, x: (x + w["pos"]) @ w["w"],
+        lambda w, x: (x + w["pos"]) @ w["w"],
+        {"w": ("lora", (), (0,))},
+        left=(" 1 path ", "pos (", "read by add"),
+    ),
+    "scale_with_two_axes": Style(
+        {"scale": (3, 4), "w": (4, 5)},
+        lambda w, x: (x * w["scale"]) @ w["w"],
+        lambda w, x: (x * w["scale"]) @ w["w"],
+        {"w": ("lora", (), (0,))},
+        left=(" 1 path ", "scale (", "read by mul"),
+    ),
+    "biases_with_two_axes": Style(
+        {"kernel": (4, 2, 3), "bias": (2, 3)},
+        lambda w, x: jnp.einsum("bd,dnh->bnh", x, w["kernel"]) + w["bias"],
+        lambda w, x: np.einsum("bd,dnh->bnh", x, w["kernel"]) + w["bias"],
+        {"kernel": ("lora", (), (0,))},
+    ),
+    "one_row": Style(
+        {"pos": (3, 4), "w": (4, 5)},
+        lambda w, x: (x + jnp.take(w["pos"], 1, axis=0)) @ w["w"],
+        lambda w, x: (x + w["pos"][1]) @ w["w"],
+        {"w": ("lora", (), (0,))},
+    ),
+    "one_kind": Style(
+        {"kind": (1, 4), "w": (4, 5)},
+        lambda w, x: (x + w["kind"][jnp.asarray(x[:, 0] > 9, int)]) @ w["w"],
+        lambda w, x: (x + w["kind"][0]) @ w["w"],
+        {"w": ("lora", (), (0,))},
     ),
     "ragged": Style(
         {"w": (4, 4, 5)},
@@ -435,7 +576,6 @@ STYLES = {
         lambda w, x: np.concatenate([x @ w["w"], x @ w["v"]], 1),
         {"w": ("lora/w", (), (0,)), "v": ("lora/v", (), (0,))},
         how="sum",
-        targets=("w", "v"),
     ),
     "twice_in_a_row": Style(
         {"w": (4, 4)},
@@ -461,9 +601,8 @@ STYLES = {
         {"w": (4, 5), "v": (4, 5)},
         lambda w, x: x @ (w["w"] + w["v"]),
         lambda w, x: x @ (w["w"] + w["v"]),
-        {"w": ("lora/w", (), (0,))},
+        {"w": ("lora/w", (), (0,)), "v": ("lora/v", (), (0,))},
         how="sum",
-        targets="w",
     ),
     "gathered_experts": Style(
         {"w": (5, 4, 3)},
@@ -479,7 +618,8 @@ def test_adapted_is_merged_is_the_formula(name):
     style = STYLES[name]
     base = unflatten(style.weights())
     model = aj.adapt(style.linen, style.recipe)
-    params = drawn_like(aj.init_adapters(model, base, KEY, style.x), 7)
+    with style.warned():
+        params = drawn_like(aj.init_adapters(model, base, KEY, style.x), 7)
     flat = flatten(params)
     added = {path.rpartition("/")[0] for path in flat.keys() - style.shapes.keys()}
     assert added == {node for node, *_ in style.roles.values()}
@@ -491,7 +631,8 @@ def test_adapted_is_merged_is_the_formula(name):
     np.testing.assert_allclose(model.apply({"params": params}, style.x), expected, **close)
     np.testing.assert_allclose(style.linen.apply({"params": merged}, style.x), expected, **close)
 
-    other = aj.adapt(style.nnx(), style.recipe, rngs=nnx.Rngs(0), example_inputs=(style.x,))
+    with style.warned():
+        other = aj.adapt(style.nnx(), style.recipe, rngs=nnx.Rngs(0), example_inputs=(style.x,))
     nnx.update(other, params)
     np.testing.assert_allclose(other(style.x), expected, **close)
     np.testing.assert_allclose(aj.merge(other)(style.x), expected, **close)
@@ -503,5 +644,65 @@ def test_the_record_says_how_each_weight_is_read(name):
     variables = {"params": unflatten(jax.eval_shape(lambda: style.weights()))}
     reads, _ = reads_of(style.linen, variables, Inputs((style.x,), {}))
     for path in style.roles:
-        how = {read.how for read in reads[path].reads}
-        assert how == (style.how if isinstance(style.how, set) else {style.how}), path
+        how = style.how[path] if isinstance(style.how, dict) else style.how
+        found = {read.how for read in reads[path].reads}
+        assert found == (how if isinstance(how, set) else {how}), path
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    {
+        "concatenated": "2 of 2",
+        "stacked_on_the_fly": "2 of 2",
+        "stacked_as_outputs": "2 of 2",
+        "unstacked": "1 of 1",
+        "repeated_until": "1 of 1",
+        "inputs_joined": "0 of 1",
+        "product_with_a_gradient_of_its_own": "0 of 1",
+        "in_shards": "0 of 1",
+        "number_by_number": "0 of 1",
+        "equations": "0 of 1",
+    }.items(),
+)
+def test_the_audit_says_what_is_computed_thin(name, computed):
+    style = STYLES[name]
+    model, base = aj.adapt(style.linen, style.recipe), unflatten(style.weights())
+    params = aj.init_adapters(model, base, KEY, style.x)
+    said = aj.audit(model, params, inputs=(style.x,)).computed()
+    assert said[0] == f"computed thin: {computed} changed weights"
+    assert all(("sum" in line) == computed.startswith("0") for line in said[1:])
+
+
+class Memory(nnx.Module):
+    """A recurrent cell over a sequence."""
+
+    def __init__(self, cell):
+        self.rnn = nnx.RNN(cell(4, 3, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x):
+        return self.rnn(x)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell"])
+def test_every_kernel_of_a_recurrent_cell_trains(name):
+    x, lora = drawn((2, 3, 4), 1), aj.LoRA("**", RANK, ALPHA)
+    base = nn.RNN(getattr(nn, name)(3))
+    model, params = aj.adapt(base, lora), base.init(KEY, x)["params"]
+    kernels = {path for path in flatten(params) if path.endswith("/kernel")}
+    params = drawn_like(aj.init_adapters(model, params, KEY, x), 7)
+    assert {path for path in flatten(params) if path.endswith("/lora/a")} == {
+        path.replace("kernel", "lora/a") for path in kernels
+    }
+    run = lambda params: model.apply({"params": params}, x)  # noqa: E731
+    merged = aj.merge(model, params, x)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(run(params), base.apply({"params": merged}, x), **close)
+    slopes = flatten(jax.grad(lambda params: jnp.square(run(params)).sum())(params))
+    assert all(np.abs(slope).max() > 1e-5 for slope in slopes.values())
+    assert "thin: 0" not in repr(aj.audit(model, params, inputs=(x,)))
+
+    other = aj.adapt(Memory(getattr(nnx, name)), lora, rngs=nnx.Rngs(0), example_inputs=(x,))
+    nnx.update(other, drawn_like(nnx.state(other, nnx.Param), 7))
+    paths = flatten(nnx.state(other, nnx.Param))
+    assert sum(path.endswith("/a") for path in paths) == sum(path.endswith("l") for path in paths)
+    np.testing.assert_allclose(other(x), aj.merge(other)(x), **close)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import TargetError, UserError, first_few, shortened
+from adapters_jax.functions.attention import Attending, attentions_of
 from adapters_jax.functions.modules import Front, attached, fronts_of, is_equinox
 from adapters_jax.linen import Adapted, points
 from adapters_jax.methods.mixed import Rows
@@ -53,6 +54,7 @@ class Signature:
         example: the example inputs, whose arrays are shapes and dtypes.
         fronts: as given.
         shapes: the arrays of the tree by name, as shapes and dtypes.
+        attentions: its attentions, once they were asked for.
 
     Raises:
         UserError: a leaf is no array, two arrays have one name, or there is no array.
@@ -68,6 +70,7 @@ class Signature:
 
     def __init__(self, tree: Any, example: Inputs, fronts: Sequence[Front] = ()):
         self.example, self.fronts = example.shapes(), fronts
+        self.attentions: list[Attending] | None = None
         self._definition: Any = jax.tree.structure(tree)
         leaves = names_of(tree)
         self._others = {path: x for path, x in leaves if not is_array(x)}
@@ -150,9 +153,21 @@ class Function(nn.Module):
             zeros = {p: jnp.zeros(x.shape, x.dtype) for p, x in self.signature.shapes.items()}
             for name, part in unflatten(zeros).items():
                 scope.put_variable("params", name, part)
-        params = scope.variables()["params"]
-        with attached(self.signature.fronts, self, self.signature.shapes) as enter:
-            return self.fn(enter(self.signature.tree(params), params), *args, **kwargs)
+        params, signature = scope.variables()["params"], self.signature
+        with attached(signature.fronts, self, signature.shapes, self._attentions) as call:
+            return call(self.fn, signature.tree(params), params, args, kwargs)
+
+    @nn.nowrap
+    def _attentions(self) -> list[Attending]:
+        """The attentions of the function, where it has no modules."""
+        signature = self.signature
+        if signature.attentions is None:
+            signature.attentions = attentions_of(
+                lambda named, *args, **kwargs: self.fn(signature.tree(named), *args, **kwargs),
+                signature.shapes,
+                signature.example,
+            )
+        return signature.attentions
 
 
 class AdaptedFunction(Adapted):
@@ -212,7 +227,9 @@ class AdaptedFunction(Adapted):
     @nn.nowrap
     def inputs(self, given: Inputs) -> Inputs:
         """The given inputs, or the example inputs of `aj.adapt` where there are none."""
-        return given if given.args or given.kwargs else self.inner.signature.example
+        inputs = given if given.args or given.kwargs else self.inner.signature.example
+        _check_call(self.inner.fn, inputs)
+        return inputs
 
 
 Function.adapted_class = AdaptedFunction
@@ -237,23 +254,18 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
         UserError: the function does not take the inputs, or the parameters are not all arrays.
     """
     if is_equinox(model) and params is None:
-        model, params = call, model
+        model, params = type(model).__call__, model
     if params is None:
         raise TypeError(
             "a function needs its parameters; write aj.adapt(fn, params, recipe, "
             "example_inputs=(...)), or aj.load_adapter(directory, fn, params, *inputs)"
         )
+    run = None
     if inputs.args or inputs.kwargs:
-        _check_call(model, params, inputs)
-    given = inputs.args or inputs.kwargs
-    run = functools.partial(_run, model, params, inputs) if given else None
+        _check_call(model, inputs)
+        run = functools.partial(_run, model, params, inputs)
     base = Function(model, Signature(params, inputs, fronts_of(params, run)))
     return base, arrays_of(params)
-
-
-def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a model; with the model as parameters it is a plain function."""
-    return model(*args, **kwargs)
 
 
 def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> AdaptedFunction:
@@ -271,14 +283,15 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
         TargetError: a pattern matches nothing that its method can attach to.
     """
     inputs = Inputs.of(example_inputs)
+    base, _ = function_of(model, params, inputs or Inputs((), {}))
     if inputs is None:
         raise TypeError(
             "adapt: a function needs example inputs, to see how it uses its parameters; write "
             "aj.adapt(fn, params, recipe, example_inputs=(x,)), for an Equinox module without "
             "params"
         )
-    base, _ = function_of(model, params, inputs)
     adapted = AdaptedFunction(inner=base, recipe=recipe)
+    inputs = adapted.inputs(inputs)
     try:
         points(adapted, inputs)
     except TargetError as error:
@@ -291,7 +304,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
     return adapted
 
 
-def _check_call(fn: Callable[..., Any], params: Any, inputs: Inputs) -> None:
+def _check_call(fn: Callable[..., Any], inputs: Inputs) -> None:
     """Raises UserError where the function does not take its example inputs, or takes ours."""
     try:
         signature = inspect.signature(fn)
@@ -305,12 +318,12 @@ def _check_call(fn: Callable[..., Any], params: Any, inputs: Inputs) -> None:
             f"fn(params, x, {taken[0]}=how)"
         )
     try:
-        signature.bind(params, *inputs.args, **inputs.kwargs)
+        signature.bind(None, *inputs.args, **inputs.kwargs)
     except TypeError as error:
         raise UserError(
-            f"adapt: the function cannot be called with params and the example inputs "
-            f"({inputs_text(inputs.args, inputs.kwargs)}): {error}; write aj.adapt(fn, params, "
-            "recipe, example_inputs=(...)) with all arguments after params"
+            f"the function cannot be called with its parameters and the example inputs "
+            f"({inputs_text(inputs.args, inputs.kwargs)}): {error}; give all its arguments after "
+            "the parameters, as in aj.adapt(fn, params, recipe, example_inputs=(...))"
         ) from error
 
 

@@ -11,13 +11,14 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from adapters_jax.errors import RecipeError
+from adapters_jax.functions.attention import Attending, Held, prompted
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint
@@ -29,9 +30,6 @@ from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.program import named
 from adapters_jax.trace.watch import Found, looking, note_returned, watched
 from adapters_jax.trees import Tree, flatten, join, unflatten
-
-# The arrays of a module's adapters: by the slot of a method, by their names.
-Held = Mapping[str, Mapping[str, Any]]
 
 
 class Front(Protocol):
@@ -64,11 +62,13 @@ class Calls:
         interceptor: what records the calls, and has the recipe.
         shapes: the arrays of the function by name, as shapes and dtypes.
         init: whether adapters are being placed.
+        layers: the layer axes of what was recorded, by path.
     """
 
     interceptor: Interceptor
     shapes: Mapping[str, Any]
     init: bool
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     # `jax.jit` finds earlier traces by them: those with the same adapters, and never a record.
     def __eq__(self, other: Any) -> bool:
@@ -134,6 +134,11 @@ class Calls:
             path, own=own, attention=found.attention, no_attention=why, returned=returned
         )
         self.interceptor.visited[path] = (module, point)
+        # The layer axes that a module is stacked on are those that its code does not see. A tied
+        # array, as of `eqx.nn.Shared`, is in the tree only where it is kept.
+        known = ((self.shapes.get(join(path, name)), shape) for name, shape in own.items())
+        pairs = ((x.shape, shape) for x, shape in known if x is not None)
+        self.layers[path] = next((a[: len(a) - len(b)] for a, b in pairs), ())
         return named(y, path)
 
     def placed(self) -> dict[str, Any]:
@@ -144,26 +149,24 @@ class Calls:
         """
         found = {}
         for path, (_, point) in self.interceptor.visited.items():
-            for each in on_outputs(self.interceptor.recipe, point) if path else ():
+            for each in on_outputs(self.interceptor.recipe, point) if path in self.layers else ():
                 if each.method.dropout:
                     raise RecipeError(
                         f"{type(each.method).__name__} has dropout {each.method.dropout} and "
                         f"targets {path!r}, a module of a function, whose calls get no random key "
                         f"for it; write dropout=0.0, or exclude it: '!{path}'"
                     )
-                layers = self._layers(path, point.own)
                 for name, shape in each.array_shapes.items():
-                    found[name] = jnp.zeros((*layers, *shape))
+                    found[name] = jnp.zeros((*self.layers[path], *shape))
         return found
 
-    def _layers(self, path: str, own: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """The layer axes that a module is stacked on: those that its code does not see."""
-        for name, inside in own.items():
-            # A tied array, as of `eqx.nn.Shared`, is in the tree only where it is kept.
-            if join(path, name) in self.shapes:
-                outside = self.shapes[join(path, name)].shape
-                return tuple(outside[: len(outside) - len(inside)])
-        return ()
+    def note(self, attentions: Sequence[Attending]) -> None:
+        """Records the attentions of a function without modules."""
+        for each in attentions:
+            # One whose weights are at the top belongs to the function itself, a module like others.
+            if each.path:
+                self.interceptor.visited[each.path] = (each, each.point)
+                self.layers[each.path] = each.layers
 
 
 def _prompted(
@@ -192,34 +195,42 @@ def _forward(
 
 
 @contextlib.contextmanager
-def attached(fronts: Sequence[Front], module: Any, shapes: Mapping[str, Any]) -> Iterator[Any]:
-    """Shows the calls of a function's modules to the interceptor of its scope.
+def attached(
+    fronts: Sequence[Front], module: Any, shapes: Mapping[str, Any], attentions: Callable[[], Any]
+) -> Iterator[Callable[..., Any]]:
+    """Shows the modules of a function, or its attentions, to the interceptor of its scope.
 
     Args:
         fronts: the libraries whose modules it may call.
         module: the function as a linen module, bound.
         shapes: the function's arrays by name, as shapes and dtypes.
+        attentions: gives the attentions of a function without modules.
 
     Yields:
-        What takes the function's parameters as a tree, and all variables, and returns the
-        parameters to call the function with.
+        What calls the function: it takes the function, its parameters as a tree, all variables, and
+        its arguments by position and by name.
     """
     scope = module.scope
     found = scope.flags.get(Interceptor.flag(module))
-    on_modules = found and any(m.acts_on != "leaf" for m in found.recipe.attached)
-    if not (fronts and on_modules):
-        yield lambda tree, params: tree
+    kinds = {method.acts_on for method in found.recipe.attached} if found else set()
+    if not kinds - {"leaf"}:
+        yield lambda fn, tree, params, args, kwargs: fn(tree, *args, **kwargs)
         return
     run = Calls(found, shapes, found.init)
-    with contextlib.ExitStack() as stack:
+    plain = [] if fronts or "attention" not in kinds else attentions()
+    if found.init:
+        run.note(plain)
 
-        def enter(tree: Any, params: Tree) -> Any:
-            held = _held(found.recipe, params, shapes)
+    def call(fn: Any, tree: Any, params: Tree, args: Any, kwargs: Any) -> Any:
+        held = _held(found.recipe, params, shapes)
+        if plain and (held or found.init):
+            return prompted(plain, found.recipe, fn, tree, held, (args, kwargs))
+        with contextlib.ExitStack() as stack:
             for front in fronts:
                 tree = stack.enter_context(front.entered(tree, run, held))
-            return tree
+            return fn(tree, *args, **kwargs)
 
-        yield enter
+    yield call
     for name, part in unflatten(run.placed()).items() if found.init else ():
         kept = scope.variables()["params"].get(name, {})
         merged = unflatten({**flatten(kept), **flatten(part)})

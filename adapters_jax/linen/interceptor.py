@@ -153,7 +153,7 @@ class Interceptor:
 
     def __init__(self, recipe: Recipe, module: Any, init: bool, at: str = ""):
         self.recipe, self.root, self.at = recipe, tuple(module.scope.path), at
-        self.visited: dict[str, tuple[nn.Module, AttachmentPoint]] = {}
+        self.visited: dict[str, tuple[Any, AttachmentPoint]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
         self.init = init
@@ -268,7 +268,8 @@ class Interceptor:
                 each.extend((m, self._made(module, m, sized), point) for m in prompts)
 
         def insert(inline: Inline, mixed: Array) -> Array:
-            if not watch.found.checkpoints:  # flax makes no parameters in there
+            # flax makes no parameters in there; a single head may be one of several.
+            if not watch.found.checkpoints and inline.sizes.heads > 1:
                 make(inline.sizes)
             return inserted(each, inline, mixed)
 

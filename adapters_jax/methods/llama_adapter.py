@@ -113,6 +113,11 @@ class LlamaAdapter(Prompt):
         key, value = (project(name, leaves["embedding"]) for name in ("key", "value"))
         return key.reshape(shape), value.reshape(shape)
 
+    def of_head(self, leaves: Leaves, head: int, key_head: int) -> Leaves:
+        """The arrays with the gate of one head."""
+        gate = leaves["gate"]
+        return {**leaves, "gate": gate[head : head + 1] if self.gate == "head" else gate}
+
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The attention's output plus the gated output over the prompt."""
         dtype = prompt.output.dtype

@@ -102,6 +102,10 @@ class PrefixTuning(Prompt):
         """The trained keys and values, each (K, kv_heads, head_dim)."""
         return leaves["key"], leaves["value"]
 
+    def of_head(self, leaves: Leaves, head: int, key_head: int) -> Leaves:
+        """The keys and values of one head."""
+        return {name: x[:, key_head : key_head + 1] for name, x in leaves.items()}
+
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The output of one softmax over the prefix and the context."""
         # exp(p) / (exp(p) + exp(c)) for the totals p and c, without an overflow of either.

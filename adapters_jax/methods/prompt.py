@@ -66,6 +66,16 @@ class Prompt(Method):
     def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
         """The module's output, (..., heads, head_dim), before its output projection."""
 
+    def of_head(self, leaves: Leaves, head: int, key_head: int) -> Leaves:
+        """The arrays of one head, for modules that compute their heads one by one.
+
+        Args:
+            leaves: the arrays of all heads.
+            head: its number.
+            key_head: the number of its key head.
+        """
+        return leaves
+
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
         """Zeros; a bank gives rows without an adapter a prompt of no tokens."""
         return zeros_like(leaves)
@@ -99,6 +109,8 @@ class Prompt(Method):
         self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
     ) -> Array:
         """What an attention in line gives, (..., heads, head_dim), and what comes of the tokens."""
+        if inline.sizes.heads == 1:
+            leaves = self.of_head(leaves, inline.before, inline.keys_before)
         prompt = self._prompt(leaves, point, inline.project, inline.query, inline.logits)
         total = inline.total() if self.shares_softmax else jnp.zeros(())
         return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)

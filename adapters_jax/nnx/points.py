@@ -146,7 +146,8 @@ def known_reads(model: nnx.Module) -> dict[str, Tracked]:
             roles = map(frozenset, (axes.inputs, axes.shared, axes.outputs, axes.window))
             read = Read(type(module).__name__, "lookup" if axes.lookup else "product", *roles)
             weight = paths.get(id(vars(module)[name]), join(path, name))
-            leaf = tracked.setdefault(weight, Tracked(weight, []))
+            shape = tuple(vars(module)[name].shape)
+            leaf = tracked.setdefault(weight, Tracked(weight, [], shape))
             leaf.reads.append(read)
             leaf.biases += [join(path, "bias")] if "bias" in own_params(module) else []
     return tracked

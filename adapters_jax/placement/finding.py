@@ -56,12 +56,36 @@ def chosen(
 def _changes(method: LeafMethod, path: str, leaf: Tracked) -> bool:
     """Whether a method changes a leaf: it is a target, and meets an input or is named."""
     selected = selects(method.targets, path.rpartition("/")[0], path)
-    return selected and (_meets(leaf) or _named(method.targets, path))
+    return selected and (not _obstacle(leaf) or _named(method.targets, path))
 
 
-def _meets(leaf: Tracked) -> bool:
-    """Whether a leaf meets an input in a product or lookup that reaches the model's outputs."""
-    return leaf.reaches and any(read.inputs for read in leaf.reads)
+def _obstacle(leaf: Tracked) -> str:
+    """Why wildcards pass over a leaf of two axes or more; empty where they do not."""
+    if not leaf.reads:
+        return (
+            "the example inputs run nothing that reads it; give them with a function that does, as "
+            "aj.inputs(..., method=...), or in linen init_adapters(..., method=...)"
+        )
+    if not leaf.reaches:
+        return "the model's outputs do not depend on it, so that an adapter could not act"
+    if not leaf.trains:
+        return (
+            "no gradient of the model's outputs gets to it, as jax.lax.stop_gradient or integers "
+            "are in between, so that an adapter could never train"
+        )
+    reads = ", ".join(dict.fromkeys(read.operation for read in leaf.reads))
+    if not any(read.inputs for read in leaf.reads):
+        return (
+            "it meets no input in a lookup, or in a product that sums over one of its axes (it is "
+            f"read by {reads}); name it by its own path to adapt it"
+        )
+    fan_in, fan_out, _ = from_reads(leaf.reads, len(leaf.shape)).sizes(leaf.shape)
+    if min(fan_in, fan_out) == 1 and not any(read.how == "product" for read in leaf.reads):
+        return (
+            f"it is read as {fan_in} x {fan_out} by {reads}, where no change has a lower rank than "
+            "the weight; name it by its own path to adapt it with rank 1"
+        )
+    return ""
 
 
 def _named(targets: Sequence[str], path: str) -> bool:
@@ -133,8 +157,7 @@ def check_targets(
         TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
             weight is tied to one of another name, which would stay as it is.
     """
-    meeting = {path.rpartition("/")[0] for path, leaf in reads.items() if _meets(leaf)}
-    holding = {path.rpartition("/")[0] for path, leaf in leaves.items() if len(leaf.shape) > 1}
+    biases = {bias for leaf in reads.values() for bias in leaf.biases}
     for method in recipe:
         other: dict[str, str | None] = {
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
@@ -145,16 +168,15 @@ def check_targets(
             usable = list(leaves)
         elif isinstance(method, LeafMethod):
             usable = usable_paths(method, reads)
+            why = {p: _why_not(method, p, x, reads, layers, biases) for p, x in leaves.items()}
+            inside = {path.rpartition("/")[0]: reason for path, reason in why.items() if reason}
             other |= {
-                path: "none of its weights meets an input that reaches the model's outputs"
-                if path in holding and _named(method.targets, path)
+                path: f"of its weights: {inside[path]}"
+                if path in inside and _named(method.targets, path)
                 else None
-                for path in {**modules, **dict.fromkeys(holding)}
+                for path in {**modules, **inside}
             }
-            other |= {
-                path: _why_not(method, path, x, reads, layers, meeting)
-                for path, x in leaves.items()
-            }
+            other |= why
         else:
             usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
             other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
@@ -250,11 +272,11 @@ _NO_MODULE = (
 
 def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
-    meeting = {path for path, leaf in reads.items() if _meets(leaf)}
+    meeting = {path for path, leaf in reads.items() if not _obstacle(leaf)}
     named = {
         path
         for path, leaf in reads.items()
-        if leaf.reads and leaf.reaches and _named(method.targets, path)
+        if leaf.reads and leaf.reaches and leaf.trains and _named(method.targets, path)
     }
     return [*sorted({path.rpartition("/")[0] for path in meeting}), *sorted(meeting | named)]
 
@@ -265,32 +287,29 @@ def _why_not(
     leaf: Any,
     reads: Mapping[str, Tracked],
     layers: Mapping[str, int],
-    meeting: Container[str],
+    biases: Container[str],
 ) -> str | None:
     """Why a leaf cannot be adapted; None where a wildcard may pass over it without a word.
 
-    That is so for scales and biases: they have one axis, beside those of stacked layers, or are
-    beside a weight that meets an input.
+    That is so for scales and biases, which have one axis beside those of stacked layers or are
+    added to a product, and for integers.
     """
-    named = _named(method.targets, path)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"it is of {leaf.dtype}, expected floats" if named else None
+    named, module = _named(method.targets, path), path.rpartition("/")[0]
     seen = reads[path].reads if path in reads else []
-    module = path.rpartition("/")[0]
     stacked = frozenset(range(layers.get(module, 0))).union(*(read.shared for read in seen))
     wide = [i for i, size in enumerate(leaf.shape) if size > 1 and i not in stacked]
-    if len(wide) < 2:
-        shape = list(leaf.shape)
-        return f"it has the shape {shape}, expected two axes or more" if named else None
-    if module in meeting and not named:
-        return None  # a bias
+    if len(wide) < 2 or path in biases:
+        if not named:
+            return None
+        if len(wide) < 2:
+            return f"it has the shape {list(leaf.shape)}, expected two axes or more"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        complex_ = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        kind = "complex, of " if complex_ else "of "
+        return f"it is {kind}{leaf.dtype}, expected floats" if named or complex_ else None
     if path not in reads:
         return "pass example_inputs=(...), which show how the model uses it"
-    if not reads[path].reaches and seen:
-        return "the model's outputs do not depend on it, so that an adapter could not act"
-    if not seen:
-        return "the example inputs run nothing that reads it; pass a method=... that does"
-    return "it meets no input in a product or lookup; name it by its own path to adapt it"
+    return _obstacle(reads[path]) or None
 
 
 def taken(module: str, method: Method) -> RecipeError:

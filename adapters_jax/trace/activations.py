@@ -20,11 +20,13 @@ class Projection:
         width: the size of the axis of x that is summed.
         columns: how many sums there are.
         project: `project(x)` for x (rows, width) is (rows, columns).
+        source: x, where the projection is computed, and not only read.
     """
 
     width: int
     columns: int
     project: Step
+    source: Any = None
 
 
 @dataclass(frozen=True)

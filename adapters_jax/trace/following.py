@@ -198,7 +198,8 @@ def _product(op: Operation) -> Result:
     shape = jnp.shape(weight)
     kept = [n for i, n in enumerate(shape) if i not in contracted]
     width = math.prod(shape[i] for i in contracted)
-    projection = Projection(width, math.prod(kept), _projector(weight, contracted, op.params))
+    projector = _projector(weight, contracted, op.params)
+    projection = Projection(width, math.prod(kept), projector, op.values[1 - side])
     own = [(Part(n, projection, 0, math.prod(kept[i + 1 :])),) for i, n in enumerate(kept)]
     rows = parts.rows(op.shapes[0])
     n = len(rows) - len(kept)
@@ -264,6 +265,8 @@ RULES: dict[str, Rule] = {
 
 def facts_of(op: Operation) -> list[Seen]:
     """What is known of the results of an operation, some of whose inputs are activations."""
+    if not op.shapes:
+        return []
     rule, first = RULES.get(op.name), next(seen for seen in op.known if seen)
     found = rule and rule(op)
     if not found:

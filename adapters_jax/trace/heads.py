@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -34,6 +34,10 @@ class Inline:
         logits: the logits of products of queries and keys, by the module's scales and soft caps.
         total: gives the logarithm of the sum of the exponentials of all logits, (..., heads), in
             float32.
+        inputs: what the projections of its query, key and value read.
+        keys: which columns of which projections its keys and values begin with.
+        before: how many attentions its module has computed before.
+        keys_before: how many keys before its own those had.
     """
 
     sizes: Attention
@@ -41,6 +45,33 @@ class Inline:
     project: Callable[[str, Array], Array]
     logits: Step
     total: Callable[[], Array]
+    inputs: tuple[Any, ...] = ()
+    keys: tuple[Any, ...] = ()
+    before: int = 0
+    keys_before: int = 0
+
+    def after(self, others: Sequence["Inline"]) -> "Inline":
+        """The attention, computed after others of its module."""
+        distinct = list(dict.fromkeys(other.keys for other in others))
+        own = distinct.index(self.keys) if self.keys in distinct else len(distinct)
+        return replace(self, before=len(others), keys_before=own)
+
+
+def together(each: Sequence[Inline]) -> Attention | None:
+    """The sizes of the one attention that a module computes, perhaps head by head; None for others.
+
+    Args:
+        each: what the module computes, in order.
+    """
+    if len(each) < 2:
+        return each[0].sizes if each else None
+    first = each[0]
+    for other in each:
+        same = [a is b for a, b in zip(first.inputs, other.inputs, strict=True)]
+        if other.sizes != first.sizes or other.sizes.heads != 1 or not all(same):
+            return None
+    kv_heads = len({other.keys for other in each})
+    return replace(first.sizes, heads=len(each), kv_heads=kv_heads)
 
 
 @dataclass(frozen=True)
@@ -165,7 +196,10 @@ def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
     held = [1 if into[i] is None else n for i, n in enumerate(shape[: len(rows)])]
     own = jnp.broadcast_to(_in_order(query.value, into).reshape(*held, *shape[-2:]), shape)
     total = _total(state, [*rows, *heads, position], shape[:-1])
-    return Inline(sizes, own, project, logits, total), there, back
+    made = (query.columns, columns["key"], columns["value"])
+    inputs = tuple(each.projection.source for each in made)
+    keys = tuple((each.projection, each.low) for each in made[1:])
+    return Inline(sizes, own, project, logits, total, inputs, keys), there, back
 
 
 def _position(second: Second, scores: Scores) -> int:

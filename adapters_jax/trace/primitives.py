@@ -52,6 +52,10 @@ def origin_of_axes(name: str, params: Mapping[str, Any], ndim: int, shape: Seque
         return [axis for axis in range(ndim) if axis not in gone]
     if name == "layer":
         return list(range(1, ndim))
+    if name == "unstack":
+        return [axis for axis in range(ndim) if axis != params["axis"]]
+    if name == "stack":
+        return [*range(params["axis"]), None, *range(params["axis"], ndim)]
     return list(range(ndim))
 
 

@@ -59,6 +59,8 @@ class Graph:
     Args:
         closed: a traced function.
         whole: the names of primitives with a body that is not written out.
+        entered: the names of those whose operands each pass an operation of that name before the
+            body, which is written out.
 
     Attributes:
         operations: in the order of the program.
@@ -67,6 +69,7 @@ class Graph:
         inputs: the values of the function's arguments, flattened.
         outputs: the values that it returns.
         loops: the loops, the inner ones before those around them.
+        own_gradient: the numbers of operations within functions that have a gradient of their own.
 
     Example:
         >>> graph = Graph(jax.make_jaxpr(jax.jit(lambda x: jnp.sin(x) + 1))(jnp.ones(2)))
@@ -74,12 +77,13 @@ class Graph:
         ['sin', 'add']
     """
 
-    def __init__(self, closed: Any, whole: Collection[str] = ()):
-        self._whole = whole
+    def __init__(self, closed: Any, whole: Collection[str] = (), entered: Collection[str] = ()):
+        self._whole, self._entered = whole, entered
         self.operations: list[Operation] = []
         self.avals: list[Any] = []
         self.literals: dict[int, Any] = {}
         self.loops: list[Loop] = []
+        self.own_gradient: set[int] = set()
         self.inputs = [self._value(var) for var in getattr(closed, "jaxpr", closed).invars]
         self.outputs = self._inlined(closed, self.inputs)
 
@@ -146,7 +150,14 @@ class Graph:
         # references to its results, and stays closed.
         for body in _bodies(params):
             if [_rank(var) for var in body.invars] == [_rank(atom) for atom in eqn.invars]:
-                return self._inlined(body, inputs)
+                if name in self._entered:
+                    pairs = zip(inputs, body.invars, strict=True)
+                    inputs = [self._new(name, [x], [var])[0] for x, var in pairs]
+                begin = len(self.operations)
+                outputs = self._inlined(body, inputs)
+                if name.startswith("custom_"):
+                    self.own_gradient.update(range(begin, len(self.operations)))
+                return outputs
         return self._new(name, inputs, eqn.outvars, eqn)
 
     def _scan(self, params: Mapping[str, Any], inputs: list[int], outvars: Any) -> list[int]:
@@ -214,12 +225,14 @@ def named(tree: Any, name: str) -> Any:
     return jax.tree.map(mark, tree)
 
 
-def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
+def reaching(closed: Any, outputs: Sequence[bool] | None = None, gradient: bool = False) -> Reach:
     """What the outputs of a traced function depend on.
 
     Args:
         closed: its jaxpr, or its `Graph`.
         outputs: which of the outputs count; by default all.
+        gradient: only what a gradient of the outputs gets to counts. `stop_gradient` lets none
+            through, nor does what gives no floats, unless all of the outputs are such.
 
     Example:
         >>> traced = jax.make_jaxpr(lambda x, y: (named(x, "one") + 1.0, named(y, "two"))[:1])
@@ -229,6 +242,7 @@ def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
     graph = closed if isinstance(closed, Graph) else Graph(closed)
     counted = [True] * len(graph.outputs) if outputs is None else outputs
     live = {value for value, counts in zip(graph.outputs, counted, strict=True) if counts}
+    floats = any(map(graph.is_float, live))
     names: set[str] = set()
     loops: dict[int, list[Loop]] = {}
     for loop in graph.loops:
@@ -237,7 +251,8 @@ def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
     while at:
         at -= 1
         operation = graph.operations[at]
-        if operation.effects or not live.isdisjoint(operation.outputs):
+        stops = gradient and at not in graph.own_gradient and _stops(graph, operation, floats)
+        if (operation.effects or not live.isdisjoint(operation.outputs)) and not stops:
             live.update(operation.inputs)
             if operation.name == "name":
                 names.add(operation.params["name"])
@@ -247,6 +262,13 @@ def reaching(closed: Any, outputs: Sequence[bool] | None = None) -> Reach:
                 at = loop.end  # the body once more, now with these
                 break
     return Reach([value in live for value in graph.inputs], names)
+
+
+def _stops(graph: Graph, operation: Operation, floats: bool) -> bool:
+    """Whether an operation lets no gradient through."""
+    if operation.name == "stop_gradient":
+        return True
+    return floats and not any(map(graph.is_float, operation.outputs))
 
 
 def _of_next_round(loop: Loop, live: set[int]) -> set[int]:

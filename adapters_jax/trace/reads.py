@@ -2,10 +2,13 @@
 
 A weight meets an activation in a *product* (a matrix product or a convolution) or in a *lookup*
 (rows of a table). On its way there it may be cast, transposed, cut or chosen from a stack of
-layers; its axes are found again by what each operation does to them.
+layers; its axes are found again by what each operation does to them. So they are where a product
+reads a *sum*, what else the model computes of weights: a concatenation of several, one with a mask,
+or what a function with a gradient of its own gets.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,13 +28,14 @@ Axes = frozenset[int]
 _NONE = Axes()
 # Operations of one weight that look at it in another way.
 _VIEWS = {*COPIES, "broadcast_in_dim", "dynamic_slice", "layer", "neg", "reshape", "slice"}
-_VIEWS |= {"split", "squeeze", "transpose"}
+_VIEWS |= {"split", "squeeze", "transpose", "unstack"}
 # What reads a weight in there gets the formed sum, as `weights.lazy` computes it: the gradients of
-# custom functions are the model's own, a while loop has none, and shards have parts of the axes. So
-# a wildcard does not adapt such a weight.
+# custom functions are the model's own, and shards have parts of the axes.
+_SUMMED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map")
 # Operations after which a product is the same numbers, to which a bias may then be added.
 _KEPT = {*COPIES, "broadcast_in_dim", "layer", "layers", "reshape", "squeeze", "transpose"}
-_CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "while")
+# Systems of equations, which sum over the last axis but one of the matrix and of the other side.
+_SOLVES = ("custom_linear_solve", "triangular_solve", "tridiagonal_solve")
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,17 @@ class Tracked:
     Attributes:
         path: the path of the leaf.
         reads: its reads so far.
+        shape: its shape, where that is known.
         reaches: whether the model's outputs depend on it.
+        trains: whether a gradient of the outputs gets to it.
         biases: the paths of the leaves that are added to its products, and to nothing else there.
     """
 
     path: str
     reads: list[Read] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
     reaches: bool = True
+    trains: bool = True
     biases: list[str] = field(default_factory=list)
 
 
@@ -94,6 +102,11 @@ class View:
         """The leaf's axes in some axes of the value, by default in all."""
         every = range(len(self.axes)) if axes is None else axes
         return _NONE.union(*(self.axes[axis] for axis in every))
+
+    def on(self, axes: Sequence[int | None], spent: bool = True) -> "View":
+        """What is computed from the value, whose axes the result has in this order; None is new."""
+        kept = tuple(_NONE if axis is None else self.axes[axis] for axis in axes)
+        return replace(self, axes=kept, spent=spent)
 
     def read(
         self, operation: str, how: str, inputs: Any = (), batch: Any = (), window: Any = ()
@@ -136,6 +149,9 @@ class Lookup:
     by_input: bool
 
 
+Views = dict[str, View]  # the leaves that a value is made of, by path
+
+
 class Reads:
     """Follows leaves through a graph, one operation after the other.
 
@@ -150,24 +166,29 @@ class Reads:
         leaves: for every value that does not, the leaves that it is made of.
         found: the leaves by path, with their reads.
         products, lookups: by the number of their operation.
+        between: the reads of leaves by other weights, by path.
     """
 
     def __init__(self, graph: Graph, leaves: Mapping[int, str], inputs: Iterable[int]):
         n = len(graph.avals)
         self.active = [False] * n
         self.leaves: list[frozenset[str]] = [frozenset()] * n
-        self.found = {path: Tracked(path) for path in leaves.values()}
+        self.found = {path: Tracked(path, [], graph.shape(x)) for x, path in leaves.items()}
         self.products: dict[int, Product] = {}
         self.lookups: dict[int, Lookup] = {}
+        self.between: dict[str, Read] = {}
         self._graph = graph
-        self._views: dict[int, View] = {}
+        self._views: dict[int, Views] = {}
+        self._scaled: dict[int, tuple[str, Views]] = {}  # times an input, by which operation
+        self._uses = Counter(x for each in graph.operations for x in each.inputs)
+        self._uses.update(2 * graph.outputs)
         self._onehot: set[int] = set()
         self._sums: dict[int, str] = {}  # values that are a product of a weight, and its biases
         self._ranks = {path: len(graph.shape(value)) for value, path in leaves.items()}
         for value, path in leaves.items():
             self.leaves[value] = frozenset([path])
             axes = tuple(Axes([axis]) for axis in range(len(graph.shape(value))))
-            self._views[value] = View(path, axes)
+            self._views[value] = {path: View(path, axes)}
         for value in inputs:
             self.begin(value)
 
@@ -192,7 +213,9 @@ class Reads:
         self._made_of(operation, inputs)
         if any(x in self._sums for x in inputs):
             self._add(operation, inputs)
-        if any(x in self._views for x in inputs):
+        if any(x in self._scaled for x in inputs):
+            self._add_up(operation, inputs)
+        elif any(x in self._views for x in inputs):
             self._see(operation, inputs)
         return False
 
@@ -204,10 +227,15 @@ class Reads:
         if operation.name in _KEPT and len(inputs) == 1:
             self._sums.update(dict.fromkeys(operation.outputs, path))
         elif operation.name in ("add", "add_any") and len(summed) == len(others) == 1:
-            bias = self._views.get(others[0])
+            bias = self._alone(others[0])
             if bias is not None and not bias.spent and not bias.looked_up:
                 self.found[path].biases.append(bias.path)
                 self._sums[operation.outputs[0]] = path
+
+    def _alone(self, value: int) -> View | None:
+        """The leaf that a value is; None where it is made of several, or of none."""
+        views = self._views.get(value, {})
+        return next(iter(views.values())) if len(views) == 1 else None
 
     def _made_of(self, operation: Operation, inputs: Sequence[int]) -> None:
         """Notes whether the results are activations, and else the leaves that they are made of."""
@@ -221,17 +249,18 @@ class Reads:
     def _meet(self, number: int, operation: Operation) -> bool:
         """A product: of a weight and an activation, of two activations, or of two weights."""
         self._made_of(operation, operation.inputs)
-        views = [side for side, x in enumerate(operation.inputs) if x in self._views]
-        for side in views[:1]:
-            met = contraction(operation.name, operation.params, side)
-            self._record(operation, operation.inputs[side], "product", *met)
-        for side in views[1:]:
-            self._record(operation, operation.inputs[side], "sum")
         left, right = operation.inputs[:2]
+        for x in (left, right):
+            if x in self._scaled:
+                self._drop(*self._scaled[x])
+        if left in self._views and right in self._views:
+            self._join(operation, left, right)
         for side, (weight, source) in enumerate(((left, right), (right, left))):
+            met = contraction(operation.name, operation.params, side)
+            if weight in self._views and source not in self._views:
+                self._record(operation, weight, "product", *met)
             if self.active[source] and self.leaves[weight]:
                 leaves, shape = self._widest(self.leaves[weight]), self._graph.shape(weight)
-                met = contraction(operation.name, operation.params, side)
                 size = lambda axes, s=shape: math.prod(s[axis] for axis in axes)  # noqa: E731
                 window = size(met.window)
                 contracted = size(met.inputs) // max(window, 1)
@@ -240,10 +269,28 @@ class Reads:
                     self.lookups[number] = Lookup(leaves, contracted, True)
                 else:
                     self.products[number] = Product(leaves, source, contracted, kept, window)
-                if weight in self._views:
-                    self._sums[operation.outputs[0]] = self._views[weight].path
+                if view := self._alone(weight):
+                    self._sums[operation.outputs[0]] = view.path
                 return True
         return False
+
+    def _join(self, operation: Operation, left: int, right: int) -> None:
+        """A product of two weights, in whose result the axes that both keep are found."""
+        met = [contraction(operation.name, operation.params, side) for side in (0, 1)]
+        self._record(operation, left, "product", *met[0])
+        for path, view in self._views[right].items():
+            self.between.setdefault(path, view.read(operation.name, "sum", *met[1]))
+        views: Views = {}
+        if operation.name == "dot_general":
+            free = [
+                [axis for axis in range(len(self._graph.shape(x))) if axis not in side.gone]
+                for x, side in zip((left, right), met, strict=True)
+            ]
+            for side, x in enumerate((left, right)):
+                around = [[None] * len(axes) if i != side else axes for i, axes in enumerate(free)]
+                axes = (*met[side].batch, *around[0], *around[1])
+                views |= {path: view.on(axes) for path, view in self._views[x].items()}
+        self._views[operation.outputs[0]] = views
 
     def _look_up(self, number: int, operation: Operation) -> bool:
         """Rows of a table, or a weight chosen from a stack of weights, by indices."""
@@ -257,27 +304,32 @@ class Reads:
         meets = self.active[output] = rows and by_input
         self.leaves[output] = frozenset() if meets else self.leaves[table]
         if table in self._views:
-            self._see_rows(operation)
+            loops = (loop.begin <= number < loop.end for loop in self._graph.loops)
+            one = not by_input and len(self._graph.shape(indices)) == 1 and not any(loops)
+            self._see_rows(operation, one)
         return meets
 
-    def _see_rows(self, operation: Operation) -> None:
-        """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
+    def _see_rows(self, operation: Operation, one: bool) -> None:
+        """Rows along one axis; of a matrix they are activations, else the rows may be weights.
+
+        So may be `one` row at a position that is a constant.
+        """
         (table, indices), (output,) = operation.inputs, operation.outputs
         shape = self._graph.shape(table)
         along, places = rows_of(operation.params, shape)
         others = [i for i in range(len(shape)) if i not in along]
         if not along or indices in self._views:
             return self._sum(operation, operation.inputs)
-        view = self._views[table]
-        axes = [_NONE] * len(self._graph.shape(output))
+        axes: list[int | None] = [None] * len(self._graph.shape(output))
         for old, new in zip(others, places, strict=True):
-            axes[new] = view.axes[old]
-        chosen = view.looked_up | view.within(along)
-        seen = replace(view, axes=tuple(axes), looked_up=chosen)
-        if len(shape) > 2:
-            self._views[output] = seen
-        else:
-            self._note(seen.read(operation.name, "lookup"), view.path)
+            axes[new] = old
+        for path, view in self._views[table].items():
+            chosen, name = view.within(along), "indexed" if one else "looked_up"
+            seen = replace(view.on(axes, view.spent), **{name: getattr(view, name) | chosen})
+            if one or len(shape) > 2:
+                self._views.setdefault(output, {})[path] = seen
+            else:
+                self._note(seen.read(operation.name, "lookup"), path)
         return None
 
     def _see(self, operation: Operation, inputs: Sequence[int]) -> None:
@@ -288,19 +340,26 @@ class Reads:
             first = next(x for x in inputs if x in self._views)
         elif operation.name not in _VIEWS or any(x in self._views for x in others):
             return self._sum(operation, inputs)
-        view, old = self._views[first], self._graph.shape(first)
+        old, origin = self._graph.shape(first), operation.params.get("broadcast_dimensions")
         for output in operation.outputs:
-            new, origin = self._graph.shape(output), operation.params.get("broadcast_dimensions")
+            new = self._graph.shape(output)
             expanded = origin is not None and any(old[i] != new[j] for i, j in enumerate(origin))
             if expanded or self._graph.is_float(first) > self._graph.is_float(output):
                 return self._sum(operation, inputs)
-            name = "copy" if number else operation.name
-            axes = moved(name, operation.params, view.axes, old, new)
-            indexed = view.indexed
-            if operation.name in ("squeeze", "layer"):
-                indexed |= view.within() - _NONE.union(*axes)
-            self._views[output] = replace(view, axes=axes, indexed=indexed)
+            self._views[output] = {
+                path: self._moved(operation, view, first, output)
+                for path, view in self._views[first].items()
+            }
         return None
+
+    def _moved(self, operation: Operation, view: View, value: int, output: int) -> View:
+        """A view of a value in a result that has its axes, moved or cut."""
+        old, new = self._graph.shape(value), self._graph.shape(output)
+        axes = moved(operation.name, operation.params, view.axes, old, new)
+        indexed = view.indexed
+        if operation.name in ("squeeze", "layer", "unstack"):
+            indexed |= view.within() - _NONE.union(*axes)
+        return replace(view, axes=axes, indexed=indexed)
 
     def _is_scaled(self, operation: Operation) -> bool:
         """Whether a weight is multiplied or divided by a number."""
@@ -310,27 +369,66 @@ class Reads:
         return alone and not self._graph.shape(other)
 
     def _sum(self, operation: Operation, inputs: Sequence[int]) -> None:
-        """An operation that uses weights otherwise; a leaf's axes may be found in its results."""
+        """An operation that uses weights otherwise; their axes may be found in its results."""
         views = {x: self._views[x] for x in inputs if x in self._views}
-        chosen = any(self.active[x] or (x in views and views[x].looked_up) for x in inputs)
-        alone = not chosen and operation.name not in _CLOSED
-        # Of several weights the one with the most axes is followed.
-        most = max(views, key=lambda x: len(views[x].within()))
-        for x, view in views.items():
-            if not alone or x != most:
-                self._record(operation, x, "lookup" if view.looked_up else "sum")
-        if not alone:
-            return
-        shape, view = self._graph.shape(most), views[most]
-        made = [x for x in operation.outputs if self._graph.shape(x) == shape]
-        made = [x for x in made if self._graph.is_float(x)]
-        self._views.update(dict.fromkeys(made, replace(view, spent=True)))
-        if not made and not view.spent:
-            self._record(operation, most, "sum")
+        chosen = any(view.looked_up for each in views.values() for view in each.values())
+        if chosen or any(self.active[x] for x in inputs):
+            return self._use(operation, views)
+        found: set[str] = set()
+        for output in operation.outputs:
+            for x, each in views.items():
+                fits = self._graph.is_float(output) and self._fits(operation, x, output)
+                for path, view in each.items() if fits else ():
+                    found.add(path)
+                    seen = replace(self._moved(operation, view, x, output), spent=True)
+                    self._views.setdefault(output, {}).setdefault(path, seen)
+        for each in views.values():
+            self._drop(operation.name, {p: view for p, view in each.items() if p not in found})
+        return None
+
+    def _fits(self, operation: Operation, value: int, output: int) -> bool:
+        """Whether the axes of a value are found in a result by `moved`."""
+        old, new = self._graph.shape(value), self._graph.shape(output)
+        return len(old) == len(new) or operation.name in ("stack", "broadcast_in_dim")
+
+    def _use(self, operation: Operation, views: Mapping[int, Views]) -> None:
+        """An operation of weights and activations that is no product."""
+        name, (output, *_) = operation.name, operation.outputs
+        scales = name in ("mul", "div") and len(views) == 1 and self._uses[output] == 1
+        for x, each in views.items():
+            ndim = len(self._graph.shape(x))
+            looked_up = any(view.looked_up for view in each.values())
+            if scales and not looked_up:
+                self._scaled[output] = name, {p: replace(v, spent=True) for p, v in each.items()}
+            elif name in _SOLVES and ndim > 1:
+                self._record(operation, x, "sum", (ndim - 2,), range(ndim - 2))
+            else:
+                self._drop(name, each)
+
+    def _add_up(self, operation: Operation, inputs: Sequence[int]) -> None:
+        """An operation on a weight times an input: one that sums, or one that goes on with it."""
+        first, (output, *_) = next(x for x in inputs if x in self._scaled), operation.outputs
+        name, views = self._scaled[first]
+        if operation.name == "reduce_sum":
+            for path, view in views.items():
+                self._note(view.read(operation.name, "sum", operation.params["axes"]), path)
+        elif operation.name in _VIEWS and len(inputs) == 1 and self._uses[output] == 1:
+            self._scaled[output] = (
+                name,
+                {path: self._moved(operation, view, first, output) for path, view in views.items()},
+            )
+        else:
+            for x in inputs:
+                self._drop(*self._scaled.get(x, (operation.name, self._views.get(x, {}))))
 
     def _record(self, operation: Operation, value: int, how: str, *axes: Sequence[int]) -> None:
-        view = self._views[value]
-        self._note(view.read(operation.name, how, *axes), view.path)
+        for path, view in self._views[value].items():
+            self._note(view.read(operation.name, how, *axes), path)
+
+    def _drop(self, name: str, views: Views) -> None:
+        """An operation behind which the axes of leaves are not found."""
+        for path, view in views.items():
+            self._note(view.read(name, "lookup" if view.looked_up else "sum"), path)
 
     def _note(self, read: Read, path: str) -> None:
         self.found[path].reads.append(read)
@@ -359,11 +457,15 @@ def reads_of(closed: Any, leaves: Mapping[int, str], inputs: Iterable[int]) -> d
         >>> [(read.how, *read.inputs, *read.outputs) for read in found.reads]
         [('product', 1, 0)]
     """
-    graph = Graph(closed, _CLOSED)
+    graph = Graph(closed, entered=_SUMMED)
     followed = Reads(graph, leaves, inputs)
     for number, operation in enumerate(graph.operations):
         followed.visit(number, operation)
-    reached = reaching(graph)
+    for path, read in followed.between.items():
+        reads = followed.found[path].reads
+        reads += [] if any(other.inputs for other in reads) else [read]
+    reached, trained = reaching(graph), reaching(graph, gradient=True)
     for number, path in leaves.items():
-        followed.found[path].reaches = reached.inputs[number]
+        leaf = followed.found[path]
+        leaf.reaches, leaf.trains = reached.inputs[number], trained.inputs[number]
     return followed.found

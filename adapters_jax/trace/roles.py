@@ -58,6 +58,16 @@ def find_roles(traced: Trace) -> Roles:
     return _Finder(traced).roles()
 
 
+def around_attentions(traced: Trace) -> list[str]:
+    """The path of each attention in the order of the program: what holds the weights before it."""
+    finder = _Finder(traced)
+    products = finder.flow.products_in
+    return [
+        finder._around([n for x in (a.query, a.key, a.value) for n in products(x)])
+        for a in finder.flow.attentions
+    ]
+
+
 class _Finder:
     def __init__(self, traced: Trace):
         self.flow = flow = Flow(traced)

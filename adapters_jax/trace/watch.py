@@ -26,7 +26,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.trace import parts
 from adapters_jax.trace.activations import Operation, Seen
 from adapters_jax.trace.following import facts_of, read
-from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at
+from adapters_jax.trace.heads import Inline, Second, UnknownAttention, attention_at, together
 from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
 from adapters_jax.trace.through import Through
@@ -40,26 +40,30 @@ class Found:
     """What a watch saw.
 
     Attributes:
-        sizes: the sizes of the attentions.
+        attentions: the attentions.
         reasons: why prompts cannot act in others.
         checkpoints: how many bodies of `jax.checkpoint` are running.
     """
 
-    sizes: list[Attention] = field(default_factory=list)
+    attentions: list[Inline] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     checkpoints: int = 0
 
     @property
     def attention(self) -> Attention | None:
-        """The only attention; None if there is none, or another one."""
-        return self.sizes[0] if len(self.sizes) == 1 and not self.reasons else None
+        """The only attention, perhaps head by head; None if there is none, or another one."""
+        return None if self.reasons else together(self.attentions)
 
     def why_not(self) -> str:
         """Why there is not one attention, as the end of a sentence about the module."""
         if self.reasons:
             return self.reasons[0]
-        if self.sizes:
-            return f"computes {len(self.sizes)} attentions; target the module of each"
+        if self.attentions:
+            return (
+                f"computes {len(self.attentions)} attentions, which are no single heads of one "
+                "input; target modules inside it that compute one each, or adapt its projections, "
+                "as with aj.LoRA"
+            )
         return (
             "shows no softmax between two products of activations, of queries and keys and then of "
             "weights and values, in its own call; prompts act there"
@@ -79,17 +83,52 @@ class Found:
             )
 
 
+class Layered:
+    """Arrays with layer axes, whose layers a loop over layers in watched code gets beside its own.
+
+    Args:
+        arrays: the arrays by a number, each with its layer axes.
+
+    Attributes:
+        arrays: those of the layer that is running.
+        around: the lengths of the loops that are running.
+        count: how many attentions were seen; one in a loop is one, however often its body is read.
+    """
+
+    def __init__(self, arrays: Mapping[int, tuple[tuple[int, ...], Any]]):
+        self.arrays, self.count = dict(arrays), 0
+        self.around: tuple[int, ...] = ()
+
+    def of_loop(self, length: int) -> tuple[dict[int, Any], Callable[[Any], Any]]:
+        """The arrays that a loop of some length may need, and a context in which one layer runs."""
+        begin = self.count
+        own = {i: x for i, (layers, x) in self.arrays.items() if layers[:1] == (length,)}
+
+        @contextlib.contextmanager
+        def layer(rows: Mapping[int, Any]) -> Iterator[None]:
+            kept, around = self.arrays, self.around
+            self.arrays = kept | {i: (kept[i][0][1:], x) for i, x in rows.items()}
+            self.around, self.count = (*around, length), begin
+            try:
+                yield
+            finally:
+                self.arrays, self.around = kept, around
+
+        return own, layer
+
+
 @contextlib.contextmanager
-def watched(insert: Insert) -> Iterator["Watch"]:
+def watched(insert: Insert, layered: Layered | None = None) -> Iterator["Watch"]:
     """Watches the code in its body; its inputs are to be those that the watch's `enter` returns.
 
     Args:
         insert: gets every attention with its result, and returns what the code goes on with.
+        layered: arrays for loops over layers, whose bodies are then watched as well.
     """
     with jex.take_current_trace() as current:
         outer = current if isinstance(current, Watch) else None
         # Beside an outer watch, not on top of it: an attention belongs to the innermost one.
-        watch = Watch(outer.parent if outer else current, insert, Found())
+        watch = Watch(outer.parent if outer else current, insert, Found(), layered)
         # Where operations run at once, jax would call its compiled functions past the watch.
         at_once = contextlib.nullcontext() if _stages(watch.parent) else jax.disable_jit()
         with at_once, jex.set_current_trace(watch):
@@ -170,9 +209,9 @@ class Watch(Through):
 
     watches_whole_weights = True  # `weights.lazy` computes beneath it
 
-    def __init__(self, parent: Any, insert: Insert, found: Found):
+    def __init__(self, parent: Any, insert: Insert, found: Found, layered: Layered | None = None):
         super().__init__(parent)
-        self.insert, self.found = insert, found
+        self.insert, self.found, self.layered = insert, found, layered
         # By the id of the value, since arrays compare by their numbers. Both hold the value itself,
         # since Python gives the id of an object that is gone to the next one.
         self._seen: dict[int, Seen] = {}  # activations
@@ -223,6 +262,8 @@ class Watch(Through):
             return self.inlined(params, values)
         if name in ("remat2", "checkpoint"):
             return self._remat(known, values, params)
+        if name == "scan" and self.layered:
+            return self._scan(self.layered, known, values, params)
         result = self.parent.process_primitive(primitive, values, params)
         outputs = result if primitive.multiple_results else [result]
         facts: Facts = known
@@ -273,20 +314,50 @@ class Watch(Through):
         """The body of `jax.checkpoint`, checkpointed again; an attention is in it as a whole."""
 
         def body(*inside: Any) -> Any:
-            # jax traces the body anew, with values that this watch has never seen.
-            with jex.take_current_trace() as current:
-                inner = Watch(current, self.insert, self.found)
-                inner.begin([x for x, seen in zip(inside, known, strict=True) if seen])
-                self.found.checkpoints += 1
-                with jex.set_current_trace(inner):
-                    results = jax.core.eval_jaxpr(params["jaxpr"], (), *inside)
-                self.found.checkpoints -= 1
-                return results
+            self.found.checkpoints += 1
+            results = self._within(params["jaxpr"], (), known, inside)
+            self.found.checkpoints -= 1
+            return results
 
         with jex.set_current_trace(self.parent):
             results = self.checkpointed(body, params)(*values)
         self.begin(results)
         return results
+
+    def _within(self, jaxpr: Any, consts: Any, known: Facts, values: Sequence[Any]) -> Any:
+        """Runs a body that jax traces anew, with values that this watch has never seen."""
+        with jex.take_current_trace() as current:
+            inner = Watch(current, self.insert, self.found, self.layered)
+            inner.begin([x for x, seen in zip(values, known, strict=True) if seen])
+            with jex.set_current_trace(inner):
+                return jax.core.eval_jaxpr(jaxpr, consts, *values)
+
+    def _scan(
+        self, layered: Layered, known: Facts, values: Sequence[Any], params: Mapping[str, Any]
+    ) -> Any:
+        """A loop, written again so that its body is watched and gets rows of `layered`."""
+        closed, length = params["jaxpr"], params["length"]
+        consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        arrays, layer = layered.of_loop(length)
+
+        def body(carry: Any, rows: Any) -> Any:
+            own, mine = rows
+            inside = (*values[:consts], *carry, *own)
+            with layer(mine):
+                results = self._within(closed.jaxpr, closed.consts, known, inside)
+            return results[: len(carry)], results[len(carry) :]
+
+        with jex.set_current_trace(self.parent):
+            carry, rows = jax.lax.scan(
+                body,
+                list(values[consts:carried]),
+                (list(values[carried:]), arrays),
+                length=length,
+                reverse=params["reverse"],
+                unroll=params["unroll"],
+            )
+        self.begin([*carry, *rows])
+        return [*carry, *rows]
 
     def _note_repeated(self, name: str, values: Any, params: Any, result: Any) -> None:
         """Notes along which axes a value that is no activation repeats itself."""
@@ -307,11 +378,12 @@ class Watch(Through):
         try:
             with jex.set_current_trace(self.parent):
                 inline, there, back = attention_at(Second.of(left, right, params), y)  # type: ignore[arg-type]
+                inline = inline.after(self.found.attentions)
                 changed = back(self.insert(inline, there))
         except UnknownAttention as why:
             self.found.reasons.append(str(why))
             return y
-        self.found.sizes.append(inline.sizes)
+        self.found.attentions.append(inline)
         return changed
 
 

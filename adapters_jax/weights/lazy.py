@@ -43,8 +43,8 @@ def recording() -> Iterator[dict[str, Tracked]]:
 def lazy(trace: "Thin", changed: Changed, path: str) -> "Lazy":
     """A changed weight for the code that reads it, recorded where somebody asks."""
     records = _RECORDS.get()
-    leaf = None if records is None else records.setdefault(path, Tracked(path))
-    return Lazy(trace, changed, leaf)
+    leaves = () if records is None else (records.setdefault(path, Tracked(path)),)
+    return Lazy(trace, changed, leaves)
 
 
 class Lazy(jax.core.Tracer):
@@ -52,21 +52,21 @@ class Lazy(jax.core.Tracer):
 
     Attributes:
         changed: the weight, as the code sees it.
-        leaf: records the reads; None where nobody asks.
+        leaves: record the reads, one for each weight that it is made of; none where nobody asks.
         looked_up: the code sees rows of the weight that an input chose.
     """
 
-    __slots__ = ("changed", "leaf", "looked_up")
+    __slots__ = ("changed", "leaves", "looked_up")
 
     def __init__(
         self,
         trace: "Thin",
         changed: Changed,
-        leaf: Tracked | None = None,
+        leaves: tuple[Tracked, ...] = (),
         looked_up: bool = False,
     ):
         super().__init__(trace, jax.core.ShapedArray(changed.shape, changed.dtype))
-        self.changed, self.leaf, self.looked_up = changed, leaf, looked_up
+        self.changed, self.leaves, self.looked_up = changed, leaves, looked_up
 
     def full_lower(self) -> Any:
         """The sum, for traces that know nothing of changed weights."""
@@ -81,16 +81,16 @@ class Lazy(jax.core.Tracer):
         """This weight after an operation that looks at it in another way; None for none."""
         if changed is None:
             return None
-        return Lazy(self._trace, changed, self.leaf, self.looked_up or looked_up)
+        return Lazy(self._trace, changed, self.leaves, self.looked_up or looked_up)
 
     def within(self, trace: "Thin", changed: Changed | None = None) -> "Lazy":
         """This weight, or what another trace has of it, as a value of that trace."""
-        return Lazy(trace, changed or self.changed, self.leaf, self.looked_up)
+        return Lazy(trace, changed or self.changed, self.leaves, self.looked_up)
 
     def record(self, operation: str, how: str = "sum") -> None:
         """Records how an operation reads the weight, where somebody asks."""
-        if self.leaf is not None:
-            self.leaf.reads.append(Read(operation, how))
+        for leaf in self.leaves:
+            leaf.reads.append(Read(operation, how))
 
 
 # By the name of a primitive: `rule(trace, primitive, values, params, where)` computes it for the

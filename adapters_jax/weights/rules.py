@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from adapters_jax.trace.primitives import operands_of_scan, rows_of
+from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.joining import concatenated, stacked
 from adapters_jax.weights.lazy import (
     RULES,
     Lazy,
@@ -97,6 +99,27 @@ def _split(x: Lazy, params: Any) -> list[Lazy] | None:
         part = _cut(x, [size if i == along else n for i, n in enumerate(x.shape)], one)
         found += [part] if part is not None else []
     return found if len(found) == len(sizes) else None
+
+
+def _unstack(x: Lazy, params: Any) -> list[Lazy] | None:
+    axis = params["axis"]
+    each = {**params, "sizes": (1,) * x.shape[axis]}
+    parts = [_squeeze(part, {"dimensions": (axis,)}) for part in _split(x, each) or ()]
+    found = [part for part in parts if part is not None]
+    return found if len(found) == x.shape[axis] else None
+
+
+def _joined(join: Callable[..., Changed | None], axis: str) -> Rule:
+    """The rule of an operation that puts weights, some of them changed, side by side."""
+
+    def rule(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+        lazies = [x for x in values if isinstance(x, Lazy)]
+        pieces = [x.changed if isinstance(x, Lazy) else Changed.of(x) for x in values]
+        whole = None if any(x.looked_up for x in lazies) else join(pieces, params[axis])
+        leaves = {leaf.path: leaf for x in lazies for leaf in x.leaves}
+        return None if whole is None else Lazy(trace, whole, tuple(leaves.values()))
+
+    return rule
 
 
 def _dynamic_slice(
@@ -257,6 +280,31 @@ def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     return [*carry, *made]
 
 
+def _while(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
+    """A loop until something is so, with the changed weights that it reads in every round."""
+    n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    if params["cond_jaxpr"].out_avals[0].shape:  # of a batch, as jax's own function cannot have it
+        return None
+    for x in values[m:]:
+        if isinstance(x, Lazy):
+            x.record("while")
+
+    def thinly(jaxpr: Any, consts: Sequence[Any]) -> Callable[[Any], Any]:
+        def run(carry: Any) -> Any:
+            with thin() as inner:
+                own = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
+                return lowered(jex.jaxpr_as_fun(jaxpr)(*own, *carry))
+
+        return run
+
+    goes_on, body = params["cond_jaxpr"], params["body_jaxpr"]
+    return jax.lax.while_loop(
+        lambda carry: thinly(goes_on, values[:n])(carry)[0],
+        thinly(body, values[n:m]),
+        [formed(x) for x in values[m:]],
+    )
+
+
 RULES.update(
     {
         "transpose": _view(_transpose),
@@ -268,6 +316,9 @@ RULES.update(
         "name": _view(lambda x, params: x),
         "slice": _view(_slice),
         "split": _view(_split),
+        "unstack": _view(_unstack),
+        "concatenate": _joined(concatenated, "dimension"),
+        "stack": _joined(stacked, "axis"),
         "dynamic_slice": _dynamic_slice,
         "gather": _gather,
         "sharding_constraint": _constraint,
@@ -281,5 +332,6 @@ RULES.update(
         "checkpoint": _remat,
         "scan": _scan,
         "cond": _cond,
+        "while": _while,
     }
 )
