@@ -144,6 +144,23 @@ class TestEquinox:
         expected = bottleneck(leaves, base(jnp.array(3)))
         assert jnp.allclose(model(tree, jnp.array(3)), expected, atol=1e-5)
 
+    def test_a_static_part_that_is_closed_over_takes_changed_weights_alone(self):
+        base = eqx.nn.MLP(4, 4, 6, 1, key=KEY)
+        arrays, static = eqx.partition(base, eqx.is_array)
+        fn = lambda arrays, x: jax.vmap(eqx.combine(arrays, static))(x)  # noqa: E731
+        model, tree = grown(fn, arrays, aj.LoRA("**", 2), X)
+        assert jnp.allclose(model(tree, X), fn(aj.merge(model, tree), X), atol=1e-5)
+        with raises(aj.UserError, "eqx.partition(model, eqx.is_array)"):
+            aj.adapt(fn, arrays, aj.Bottleneck("layers/0", 3), example_inputs=(X,))
+        whole = lambda model, x: fn(eqx.filter(model, eqx.is_array), x)  # noqa: E731
+        with raises(aj.UserError, "eqx.partition(model, eqx.is_array)"):
+            aj.adapt(whole, base, aj.Bottleneck("layers/0", 3), example_inputs=(X,))
+
+        def parted(model, x):
+            return jax.vmap(eqx.combine(*eqx.partition(model, eqx.is_array)))(x)
+
+        aj.adapt(parted, base, aj.Bottleneck("layers/0", 3), example_inputs=(X,))
+
     def test_a_jitted_part_of_a_module_is_traced_once(self):
         traced = []
 

@@ -398,7 +398,7 @@ FUNCTIONS = (
     model(
         "ESM2 (esm2quinox)",
         build=esm2,
-        inner=("**/linear2",),
+        inner=("layers/{**/,}linear2",),
         outputs=("layers/{**/,}{attn,linear2}",),
         attention=("**/attn",),
         embedding=("logit_head/linear2",),
