@@ -1,6 +1,8 @@
 """Functions, Equinox and Haiku in styles that are easy to get wrong."""
 
 import functools
+import os
+import subprocess
 import sys
 
 import jax
@@ -211,3 +213,65 @@ def test_loaded_functions_equal_adapted_ones(tmp_path):
     assert all((x == y).all() for x, y in zip(*map(jax.tree.leaves, (again, tree)), strict=True))
     assert loaded != aj.adapt(lambda p, x: fn(p, x), params, recipe, example_inputs=(X,))
     assert loaded != aj.adapt(fn, {"w": drawn((4, 2))}, recipe, example_inputs=(X,))
+
+
+def test_the_base_of_an_adapted_function_is_quantised():
+    fn, params = (
+        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+        {"a": drawn((4, 6)), "b": drawn((6, 3))},
+    )
+    with raises(TypeError, "aj.quantize(adapted, params)"):
+        aj.quantize(fn, params, X)
+    model, tree = grown(fn, params, aj.LoRA("a", 2), X)
+    small = aj.quantize(model, tree, dtype="int8")
+    again = aj.dequantize(small)
+    assert not (again["a"] == tree["a"]).all() and jnp.allclose(again["a"], tree["a"], atol=0.05)
+    assert jnp.allclose(model(small, X), model(again, X), atol=1e-5)
+    pairs = zip(*map(jax.tree.leaves, (small["lora"], tree["lora"])), strict=True)
+    assert all((x == y).all() for x, y in pairs)
+
+
+ON_FOUR_DEVICES = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+from helpers.arrays import drawn, drawn_like
+import adapters_jax as aj
+
+params, x = {"a": drawn((4, 6), 1), "b": drawn((6, 3), 2)}, drawn((8, 4), 3)
+specs = {"a": P(None, "model"), "b": P("model", None)}
+
+def placed(p, x):
+    return jnp.einsum("bf,fd->bd", jnp.tanh(x @ p["a"]), p["b"], out_sharding=P("data", None))
+
+def sharded(p, x):
+    def run(p, x):
+        return jax.lax.psum(jnp.tanh(x @ p["a"]) @ p["b"], "model")
+    return jax.shard_map(run, in_specs=(specs, P("data")), out_specs=P("data"))(p, x)
+
+for kind, fn in ((AxisType.Explicit, placed), (AxisType.Auto, sharded)):
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2)):
+        own = jax.tree.map(jax.device_put, params, specs)
+        rows, recipe = jax.device_put(x, P("data", None)), aj.Recipe(aj.LoRA(("a", "b"), 2))
+        model = aj.adapt(fn, own, recipe, example_inputs=(rows,))
+        trained, base = aj.partition(aj.init_adapters(model, own, jax.random.key(0)), recipe)
+        assert (model(aj.merge_trees(trained, base), rows) == fn(own, rows)).all()
+        tree = aj.merge_trees(drawn_like(trained), base)
+        y = jax.jit(model.__call__)(tree, rows)
+        assert y.sharding.spec[0] == "data" and len(y.sharding.device_set) == 4
+        merged = aj.merge(model, tree)
+        assert jnp.abs(fn(merged, rows) - y).max() < 2e-5 * jnp.abs(y).max()
+        grads = jax.grad(lambda t: jnp.square(model(aj.merge_trees(t, base), rows)).mean())(trained)
+        assert all(jnp.abs(grads["lora"][name]["b"]).max() > 0 for name in "ab")
+        print("exact", kind)
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_lie_on_several_devices_explicitly_or_in_shards():
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    variables = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags}
+    run = subprocess.run(
+        [sys.executable, "-c", ON_FOUR_DEVICES], env=variables, capture_output=True, text=True
+    )
+    assert run.stdout.count("exact") == 2, run.stderr[-3000:]
