@@ -66,6 +66,21 @@ class TestHaiku:
             expected = jnp.tanh(bottleneck(adapter, self.linear(layer, expected)))
         assert jnp.allclose(model(tree, X), expected, atol=1e-5)
 
+    def test_in_a_loop_over_layers_a_module_without_parameters_is_not_adapted(self):
+        class Act(hk.Module):
+            def __call__(self, x):
+                return jnp.tanh(x)
+
+        layer = lambda x: Act()(hk.Linear(4)(x))  # noqa: E731
+        fn, params = self.model(lambda x: hk.experimental.layer_stack(2)(layer)(x))
+        with raises(aj.TargetError, "**/act"):
+            aj.adapt(fn, params, aj.Bottleneck("**/act", 3), example_inputs=(X,))
+        fn, params = self.model(layer)
+        model, tree = grown(fn, params, aj.Bottleneck("act", 3, activation="relu"), X)
+        assert jnp.allclose(
+            model(tree, X), bottleneck(tree["act"]["adapter"], fn(params, X)), atol=1e-5
+        )
+
     @pytest.mark.parametrize("lift", ["remat", "vmap"])
     def test_in_a_transformation_and_outside_of_it_one_module_has_one_adapter(self, lift):
         lifts = {"remat": hk.remat, "vmap": functools.partial(hk.vmap, split_rng=False)}

@@ -40,7 +40,7 @@ class _Front:
         def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != "__call__":  # `__init__`, in which it has no name yet
                 return function(*args, **kwargs)
-            start, carried = _carried()
+            start, stacked, carried = _carried(shapes)
             path = None if start is None else join(start, context.module.module_name)
             if path is None or not (run.init or path in held):
                 return function(*args, **kwargs)
@@ -50,9 +50,12 @@ class _Front:
                     f"it runs; target a module around it, or exclude it: '!{path}'"
                 )
             arrays = functools.partial(_arrays, context.module)
+            if run.init and stacked and not arrays():  # nothing says how many layers it has
+                return function(*args, **kwargs)
             here = unflatten(carried.get(path, {}))
             return run(path, context.module, arrays, function, args, kwargs, here)
 
+        shapes = {path: own[min(own)].shape for path, own in modules(tree).items()}
         with hk.intercept_methods(call), _running(run):
             yield _carrying(tree, held) if run.init or held else tree
 
@@ -91,7 +94,7 @@ def _carrying(tree: Any, held: Mapping[str, Held]) -> Any:
     """The tree with what its modules carry."""
     found = modules(tree)
     # What loops and batches do with an array of its own, they can do with its mark.
-    added = {path: {_named(path): next(iter(own.values()))} for path, own in found.items()}
+    added = {path: {_named(path): own[min(own)]} for path, own in found.items()}
     for path, slots in held.items():
         carrier = next((x for x in found if f"{x}/".startswith(f"{path}/")), next(iter(found)))
         added[carrier] |= {_named(path, name): x for name, x in flatten(slots).items()}
@@ -110,12 +113,13 @@ def _with(tree: Any, added: Mapping[str, Tree], path: str = "") -> Any:
     return {**parts, **added.get(path, {})}
 
 
-def _carried() -> tuple[str | None, dict[str, Tree]]:
+def _carried(shapes: Mapping[str, Any]) -> tuple[str | None, bool, dict[str, Tree]]:
     """The path of the running function's parameters in the tree, and the adapters in them.
 
-    The path is None where they are no part of the tree.
+    The path is None where they are no part of the tree. Between both is whether the function sees
+    less axes than the tree has, by the shapes of the first array of each module there.
     """
-    start, found = None, dict[str, Tree]()
+    start, stacked, found = None, False, dict[str, Tree]()
     for module, own in hk.get_params().items():
         for key, x in own.items():
             if key.startswith(_MARK + _BETWEEN):
@@ -124,7 +128,8 @@ def _carried() -> tuple[str | None, dict[str, Tree]]:
                     found.setdefault(path, {})[name] = x
                 elif path.endswith(module):
                     start = path.removesuffix(module).rstrip("/")
-    return start, found
+                    stacked |= x.ndim < len(shapes[path])
+    return start, stacked, found
 
 
 def _arrays(module: Any) -> dict[str, Any]:

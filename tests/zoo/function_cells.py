@@ -101,6 +101,7 @@ def table(found: dict[tuple[str, str], cells.Cell]) -> str:
 
 def main() -> None:
     """Checks everything and writes the page."""
+    jax.config.update("jax_disable_most_optimizations", True)  # as the tests do
     found = {}
     for name in MODELS:
         for method in filter(functools.partial(applies, name), METHODS):

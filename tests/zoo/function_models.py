@@ -358,32 +358,32 @@ def plain() -> Functions:
         return x * scale * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
     def layer(x: Any, own: Mapping[str, Any]) -> Any:
-        h = norm(x, own["attention_norm"])
-        q, k, v = (jnp.einsum("btd,dhk->bthk", h, own[name]) for name in ("wq", "wk", "wv"))
+        attention, mlp = own["attention"], own["mlp"]
+        h = norm(x, attention["norm"])
+        q, k, v = (jnp.einsum("btd,dhk->bthk", h, attention[name]) for name in ("wq", "wk", "wv"))
         scores = jnp.einsum("bqhk,bthk->bhqt", q, k) * (D // HEADS) ** -0.5
         scores = jnp.where(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), scores, -1e9)
         mixed = jnp.einsum("bhqt,bthk->bqhk", jax.nn.softmax(scores), v)
-        x = placed(x + jnp.einsum("bqhk,hkd->bqd", mixed, own["wo"]), "data")
-        h = norm(x, own["mlp_norm"])
-        gated = placed(jax.nn.silu(h @ own["w_gate"]) * (h @ own["w_up"]), "data", None, "model")
-        return placed(x + gated @ own["w_down"], "data"), None
+        x = placed(x + jnp.einsum("bqhk,hkd->bqd", mixed, attention["wo"]), "data")
+        h = norm(x, mlp["norm"])
+        gated = placed(jax.nn.silu(h @ mlp["gate"]) * (h @ mlp["up"]), "data", None, "model")
+        return placed(x + gated @ mlp["down"], "data"), None
 
     def fn(params: Any, ids: Any) -> Any:
         x = placed(params["embed"][ids], "data")
         x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
         return norm(x, params["norm"]) @ params["unembed"]
 
-    sizes = {
-        **dict.fromkeys(("wq", "wk", "wv"), (D, HEADS, D // HEADS)),
-        **dict.fromkeys(("w_gate", "w_up"), (D, FEED_FORWARD)),
-        **dict.fromkeys(("attention_norm", "mlp_norm"), (D,)),
-        "wo": (HEADS, D // HEADS, D),
-        "w_down": (FEED_FORWARD, D),
-    }
+    heads, wide = (D, HEADS, D // HEADS), (D, FEED_FORWARD)
     shape = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)  # noqa: E731
-    layers = {name: shape(LAYERS, *size) for name, size in sizes.items()}
+    attention = {"wq": heads, "wk": heads, "wv": heads, "wo": (*heads[1:], D), "norm": (D,)}
+    mlp = {"gate": wide, "up": wide, "down": wide[::-1], "norm": (D,)}
+    layers = {
+        part: {name: shape(LAYERS, *size) for name, size in sizes.items()}
+        for part, sizes in {"attention": attention, "mlp": mlp}.items()
+    }
     others = {"embed": shape(VOCAB, D), "norm": shape(D), "unembed": shape(D, VOCAB)}
-    rules = {"**/{wq,wk,wv,w_gate,w_up}": PartitionSpec(None, None, "model")}
+    rules = {"**/{wq,wk,wv,gate,up}": PartitionSpec(None, None, "model")}
     state = functools.partial(aj.shard, mesh=mesh, rules=rules)
     ids = np.resize(IDS, (2 * count, LENGTH))
     return Functions(fn, {"layers": layers, **others}, ids, placed=state)
@@ -472,7 +472,7 @@ FUNCTIONS = (
         build=resnet,
         query_value=("**/conv_0",),
         key_value=("**/conv_0",),
-        inner=("**/conv_1",),
+        inner=("**/logits",),
         outputs=("**/conv_1",),
         attention=(),
         embedding=("**/initial_conv",),
@@ -494,11 +494,11 @@ FUNCTIONS = (
         build=plain,
         query_value=("**/{wq,wv}",),
         key_value=("**/{wk,wv}",),
-        inner=("**/w_down",),
+        inner=("**/down",),
         outputs=(),
-        attention=(),
+        attention=("**/attention",),
         embedding=("embed",),
-        norms=("**/{norm,attention_norm,mlp_norm}",),
+        norms=("**/norm",),
         axes={"**/{wq,wk,wv}": "ioo", "**/wo": "iio"},
     ),
 )
