@@ -383,7 +383,7 @@ def plain() -> Functions:
         for part, sizes in {"attention": attention, "mlp": mlp}.items()
     }
     others = {"embed": shape(VOCAB, D), "norm": shape(D), "unembed": shape(D, VOCAB)}
-    rules = {"**/{wq,wk,wv,gate,up}": PartitionSpec(None, None, "model")}
+    rules = {"layers/*/{wq,wk,wv,gate,up}": PartitionSpec(None, None, "model")}
     state = functools.partial(aj.shard, mesh=mesh, rules=rules)
     ids = np.resize(IDS, (2 * count, LENGTH))
     return Functions(fn, {"layers": layers, **others}, ids, placed=state)
