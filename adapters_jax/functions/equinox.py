@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from adapters_jax.errors import UserError
 from adapters_jax.functions.modules import Calls, Held
 from adapters_jax.trace.inputs import is_array
 from adapters_jax.trees import join
@@ -42,7 +43,17 @@ class _Front:
     @contextlib.contextmanager
     def entered(self, tree: Any, run: Calls, held: Mapping[str, Held]) -> Iterator[Any]:
         """Gives every module that is adapted, or all while adapters are placed, its subclass."""
-        yield _shown(tree, "", run, held)
+        try:
+            yield _shown(tree, "", run, held)
+        except ValueError as error:
+            if "pytree structure error" not in str(error):
+                raise
+            raise UserError(
+                "the function combines parts of modules that are adapted, each with its adapters, "
+                "with modules that are not in its parameters, or with one another; give it whole "
+                "modules, as in aj.adapt(lambda model, x: fn(eqx.partition(model, eqx.is_array), "
+                "x), model, recipe, ...), or target weights, as LoRA does"
+            ) from error
 
 
 FRONT = _Front()

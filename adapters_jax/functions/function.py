@@ -5,6 +5,7 @@ that adapters live beside them as in a linen model, and whatever takes a linen m
 function. The function itself gets its own tree, with changed arrays.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from adapters_jax.linen import Adapted, points
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
-from adapters_jax.trace.inputs import Inputs, inputs_text, is_array
+from adapters_jax.trace.inputs import Inputs, filled, inputs_text, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trees import Tree, flatten, unflatten
 
@@ -70,7 +71,7 @@ class Signature:
     def __init__(self, tree: Any, example: Inputs, fronts: Sequence[Front] = ()):
         self.example, self.fronts = example.shapes(), fronts
         self.attentions: list[Attending] | None = None
-        self._definition = jax.tree.structure(tree)
+        self._definition: Any = jax.tree.structure(tree)
         leaves = names_of(tree)
         self._others = {path: x for path, x in leaves if not is_array(x)}
         self._static = {path: x for front in fronts for path, x in front.static(tree).items()}
@@ -89,6 +90,12 @@ class Signature:
                 "the function computes with as its first argument, fn(params, x), where it closes "
                 "over them now"
             )
+        if any(path.split("/")[0] == "params" for path in arrays):
+            raise UserError(
+                "adapt: params has 'params' at its top, which flax takes for a mistake; adapt what "
+                "is below it, lambda p, x: fn({'params': p, **rest}, x), or put the whole into a "
+                "list: aj.adapt(lambda p, x: fn(p[0], x), [params], recipe, ...)"
+            )
         parents = {path[:i] for path in arrays for i, c in enumerate(path) if c == "/"}
         twice = sorted({p for p in self._paths if self._paths.count(p) > 1} | (parents & {*arrays}))
         if twice:
@@ -96,6 +103,14 @@ class Signature:
                 f"adapt: several parts of params have the path {first_few(twice)}; use keys "
                 "without a slash, or rename one"
             )
+
+    def __eq__(self, other: Any) -> bool:
+        """Whether trees of both are nested alike; functions of such trees may then be equal."""
+        same = isinstance(other, Signature) and self._definition == other._definition
+        return same and (self.shapes, self._others) == (other.shapes, other._others)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._paths))
 
     def others(self, recipe: Recipe) -> str:
         """What targets of a recipe match that is no array, for a message; empty where none does."""
@@ -245,7 +260,11 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
             "a function needs its parameters; write aj.adapt(fn, params, recipe, "
             "example_inputs=(...)), or aj.load_adapter(directory, fn, params, *inputs)"
         )
-    base = Function(model, Signature(params, inputs, fronts_of(params)))
+    run = None
+    if inputs.args or inputs.kwargs:
+        _check_call(model, inputs)
+        run = functools.partial(_run, model, params, inputs)
+    base = Function(model, Signature(params, inputs, fronts_of(params, run)))
     return base, arrays_of(params)
 
 
@@ -319,6 +338,11 @@ def _reads(base: Function) -> bool:
 
     traced = jax.make_jaxpr(run)(unflatten(signature.shapes))
     return any(reaching(traced.jaxpr).inputs)
+
+
+def _run(fn: Callable[..., Any], params: Any, inputs: Inputs) -> Any:
+    """Calls a function on zeros."""
+    return inputs.zeros().call(functools.partial(fn, filled(params)))
 
 
 def _unread(base: Function) -> UserError:

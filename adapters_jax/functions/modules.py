@@ -54,7 +54,7 @@ class Front(Protocol):
         """
 
 
-@dataclass(eq=False)  # so that it has a hash, as what Equinox keeps beside arrays needs
+@dataclass(eq=False)
 class Calls:
     """Runs the calls of modules with their adapters; while they are placed, it records the calls.
 
@@ -70,11 +70,19 @@ class Calls:
     init: bool
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    # `jax.jit` finds earlier traces by them: those with the same adapters, and never a record.
+    def __eq__(self, other: Any) -> bool:
+        recorded = self.init or not isinstance(other, Calls) or other.init
+        return self is other if recorded else self.interceptor.recipe == other.interceptor.recipe
+
+    def __hash__(self) -> int:
+        return hash((self.init and id(self), self.interceptor.recipe))
+
     def __call__(
         self,
         path: str,
         module: Any,
-        arrays: Callable[[], Mapping[str, Any] | None],
+        arrays: Callable[[], Mapping[str, Any]],
         run: Callable[..., Any],
         args: Any,
         kwargs: Any,
@@ -86,7 +94,7 @@ class Calls:
             path: the path of the module.
             module: the module.
             arrays: gives, once it ran, the arrays in it by their paths there, as its code sees
-                them; None where it is not the module at this path.
+                them.
             run: its function.
             args: the arguments by position.
             kwargs: the arguments by name.
@@ -103,13 +111,6 @@ class Calls:
             again = functools.partial(_prompted, prompts, path, module, run)
         y = again(*args, **kwargs)
         own = arrays()
-        if own is None:
-            if prompts:
-                raise RecipeError(
-                    f"{type(prompts[0][0]).__name__}: {path!r} is adapted, and another module of "
-                    "that name runs inside a loop over layers; rename one of them"
-                )
-            return y
         acting = [
             (m, functools.partial(_forward, m, leaves[m], point, own))
             for m in methods
@@ -126,18 +127,17 @@ class Calls:
         with look as found:
             y = run(*args, **kwargs)
         note_returned(path, y)
-        inside = arrays()
-        if inside is None:
-            return y
-        own = {name: tuple(x.shape) for name, x in inside.items()}
+        own = {name: tuple(x.shape) for name, x in arrays().items()}
         returned = Returned.of(calls.input_of(module, args, kwargs), y)
         why = found.why_not() if prompts and not found.attention else ""
         point = AttachmentPoint(
             path, own=own, attention=found.attention, no_attention=why, returned=returned
         )
         self.interceptor.visited[path] = (module, point)
-        # The layer axes that a module is stacked on are those that its code does not see.
-        pairs = ((self.shapes[join(path, name)].shape, shape) for name, shape in own.items())
+        # The layer axes that a module is stacked on are those that its code does not see. A tied
+        # array, as of `eqx.nn.Shared`, is in the tree only where it is kept.
+        known = ((self.shapes.get(join(path, name)), shape) for name, shape in own.items())
+        pairs = ((x.shape, shape) for x, shape in known if x is not None)
         self.layers[path] = next((a[: len(a) - len(b)] for a, b in pairs), ())
         return named(y, path)
 
@@ -242,7 +242,7 @@ def _held(recipe: Recipe, params: Tree, own: Mapping[str, Any]) -> dict[str, dic
     found: dict[str, dict[str, Any]] = {}
     leaves = {path: x for path, x in flatten(params).items() if path not in own}
     for path, owner in recipe.owners(leaves).items():
-        if owner.method.acts_on != "leaf":
+        if owner.method.acts_on != "leaf" and owner.module:  # the function itself is linen's
             slots = found.setdefault(owner.module, {})
             slots.setdefault(owner.method.slot, {})[owner.name] = leaves[path]
     return {path: {s: unflatten(x) for s, x in slots.items()} for path, slots in found.items()}
@@ -253,15 +253,20 @@ def is_equinox(x: Any) -> bool:
     return "equinox" in sys.modules and isinstance(x, sys.modules["equinox"].Module)
 
 
-def fronts_of(params: Any) -> list[Front]:
-    """The libraries of modules that a function may use: those of its parameters, and Haiku.
+def fronts_of(params: Any, run: Callable[[], Any] | None) -> list[Front]:
+    """The libraries of modules that a function uses: those of its parameters, and Haiku.
 
     Nothing is imported that the caller has not imported.
+
+    Args:
+        params: the function's parameters.
+        run: calls it with them and its example inputs; None where there are none.
     """
     found: list[Front] = []
     if any(map(is_equinox, jax.tree.leaves(params, is_leaf=is_equinox))):
         found.append(importlib.import_module("adapters_jax.functions.equinox").FRONT)
     if "haiku" in sys.modules:
         haiku = importlib.import_module("adapters_jax.functions.haiku")
-        found += [haiku.FRONT] if haiku.has_parameters(params) else []
+        if haiku.modules(params) and (run is None or haiku.calls_modules(run)):
+            found.append(haiku.FRONT)
     return found

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jax.lax import GatherScatterMode
+
 # Operations whose outputs are their first operand's numbers, moved, cast or copied.
 COPIES = (
     "convert_element_type", "copy", "copy_p", "mesh_cast", "name", "pvary", "reduce_precision",
@@ -55,6 +57,34 @@ def origin_of_axes(name: str, params: Mapping[str, Any], ndim: int, shape: Seque
     if name == "stack":
         return [*range(params["axis"]), None, *range(params["axis"], ndim)]
     return list(range(ndim))
+
+
+def rows_of(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The axis along which a gather takes whole rows, and where the other axes are in its result.
+
+    Args:
+        params: the gather's parameters.
+        shape: the shape of what it gathers from.
+
+    Returns:
+        Lists with the one axis and the places; without anything where it gathers otherwise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> traced = jax.make_jaxpr(lambda x, i: x[i])(jnp.ones((7, 4)), jnp.arange(3))
+        >>> rows_of(traced.eqns[-1].params, (7, 4))
+        ([0], [1])
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    # `x[i]` in a batch also has starts along the whole axes, which are clipped to 0.
+    clipped = params["mode"] != GatherScatterMode.FILL_OR_DROP
+    starts = [i for i in numbers.start_index_map if not (clipped and sizes[i] == shape[i])]
+    kept = [i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims]
+    whole = all(size == (1 if i in starts else shape[i]) for i, size in enumerate(sizes))
+    if len(starts) != 1 or not whole or numbers.operand_batching_dims:
+        return [], []
+    places = zip(kept, numbers.offset_dims, strict=True)
+    return starts, [place for i, place in places if i not in starts]
 
 
 class Contraction(NamedTuple):

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapters_jax.trace.primitives import COPIES, LAYOUT, PRODUCTS, Labels, contraction, moved
+from adapters_jax.trace.primitives import (
+    COPIES,
+    LAYOUT,
+    PRODUCTS,
+    Labels,
+    contraction,
+    moved,
+    rows_of,
+)
 from adapters_jax.trace.program import Graph, Operation, reaching
 
 Axes = frozenset[int]
@@ -303,24 +311,22 @@ class Reads:
         if table in self._views:
             loops = (loop.begin <= number < loop.end for loop in self._graph.loops)
             one = not by_input and len(self._graph.shape(indices)) == 1 and not any(loops)
-            self._see_rows(operation, sizes, one)
+            self._see_rows(operation, one)
         return meets
 
-    def _see_rows(self, operation: Operation, sizes: Sequence[int], one: bool) -> None:
+    def _see_rows(self, operation: Operation, one: bool) -> None:
         """Rows along one axis; of a matrix they are activations, else the rows may be weights.
 
         So may be `one` row at a position that is a constant.
         """
         (table, indices), (output,) = operation.inputs, operation.outputs
-        shape, numbers = self._graph.shape(table), operation.params["dimension_numbers"]
-        along = tuple(numbers.start_index_map)
-        whole = [i for i, size in enumerate(sizes) if size == shape[i]]
+        shape = self._graph.shape(table)
+        along, places = rows_of(operation.params, shape)
         others = [i for i in range(len(shape)) if i not in along]
-        plain = not numbers.operand_batching_dims and numbers.collapsed_slice_dims == along
-        if len(along) > 1 or indices in self._views or not plain or {*others} - {*whole}:
+        if not along or indices in self._views:
             return self._sum(operation, operation.inputs)
         axes: list[int | None] = [None] * len(self._graph.shape(output))
-        for old, new in zip(others, numbers.offset_dims, strict=True):
+        for old, new in zip(others, places, strict=True):
             axes[new] = old
         for path, view in self._views[table].items():
             chosen, name = view.within(along), "indexed" if one else "looked_up"

@@ -61,7 +61,8 @@ def quantize(
     during one layer's call, and again for its gradient. `audit` reports how much is quantised.
 
     Args:
-        model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float.
+        model: a base, or an adapted model, whose adapters and unfrozen parameters stay in float;
+            a function has to be adapted.
         params: linen only: the parameter tree; arrays or abstract.
         *args: example inputs; only their shapes matter. They show how each weight meets its
             input. In NNX they come after the model, and flax's own layers need none.
@@ -106,7 +107,10 @@ def quantize(
     if isinstance(model, nnx.Module):
         given = args if params is None else (params, *args)
         return _nnx(model, plan, Inputs.of_call(given, kwargs) if given or kwargs else None)
-    raise TypeError(f"quantize: expected a linen or NNX module, got {type(model).__name__}")
+    raise TypeError(
+        f"quantize: expected a linen or NNX module, got {type(model).__name__}; of a function, "
+        "quantise the tree once it has adapters: params = aj.quantize(adapted, params)"
+    )
 
 
 def dequantize(subject: Any) -> Any:
@@ -237,7 +241,8 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     check_params("quantize", params, "params = aj.quantize(model, params, *example_inputs)")
     adapted = isinstance(model, Adapted)
     base, recipe = (model.inner, model.recipe) if adapted else (model, Recipe())
-    inputs = Inputs.of_call(args, kwargs)
+    given = Inputs.of_call(args, kwargs)
+    inputs = model.inputs(given) if isinstance(model, Adapted) else given
     interceptor, variables = seen(base, Recipe(), inputs)
     whole = variables.get("params", {})
     compare_trees(

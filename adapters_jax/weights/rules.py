@@ -13,7 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from adapters_jax.trace.primitives import operands_of_scan
+from adapters_jax.trace.primitives import operands_of_scan, rows_of
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.joining import concatenated, stacked
 from adapters_jax.weights.lazy import (
@@ -139,15 +139,19 @@ def _dynamic_slice(
 def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """Rows along one axis; of a matrix they are activations, else the rows may be weights."""
     x, ids = values
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if where or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+    numbers = params["dimension_numbers"]
+    along, places = rows_of(params, x.shape)
+    if where or not along:
         return None
-    (axis,) = numbers.start_index_map
-    whole = all(size == (1 if i == axis else x.shape[i]) for i, size in enumerate(sizes))
-    if not whole or numbers.collapsed_slice_dims != (axis,):
+    (axis,) = along
+    single = [i for i in numbers.offset_dims if i not in places]  # the axis of a row by itself
+    if single and x.ndim > 2:
         return None
+    starts = numbers.start_index_map.index(axis)
+    ids = ids[..., starts : starts + 1]
+    places = [place - sum(i < place for i in single) for place in places]
     rows = ids.ndim - 1
-    outside = [i for i in range(rows + x.ndim - 1) if i not in numbers.offset_dims]
+    outside = [i for i in range(rows + x.ndim - 1) if i not in places]
 
     def take(array: Array, position: dict[int, int]) -> Array:
         """The rows, whose axes are in front of the others."""
@@ -159,13 +163,13 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
         new = {**params, "dimension_numbers": own, "slice_sizes": (1, *array.shape[1:])}
         return primitive.bind(array, ids, **new)
 
-    others = dict(zip((i for i in range(x.ndim) if i != axis), numbers.offset_dims, strict=True))
+    others = dict(zip((i for i in range(x.ndim) if i != axis), places, strict=True))
     changed = x.changed.taken(take, axis, outside, others)
     seen = x.seen_as(changed, looked_up=True)
     if seen is None or x.ndim > 2:
         return seen  # as of experts, whose matrices meet an input later
     seen.record("gather", "lookup")
-    return seen.formed()
+    return jnp.expand_dims(seen.formed(), single)
 
 
 def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:

@@ -8,4 +8,6 @@
 - `methods`: the recipe of each method for a model, and how many parameters it should add.
 - `cells`: one model with one method: what has to hold.
 - `table`: the results as Markdown.
+- `function_models`, `function_cells`: the same of functions, Equinox and Haiku;
+  `python -m tests.zoo.function_cells` writes their part.
 """
