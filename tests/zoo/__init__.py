@@ -3,7 +3,8 @@
     python -m tests.zoo        # checks the models of the libraries that are installed, and writes
                                # their part of docs/zoo.md
 
-- `models`: what a model of the zoo is, and all of them; `transformers_models`, `tunix_models`.
+- `models`: what a model of the zoo is; `transformers_models`, `transformers_further`,
+  `tunix_models` and `other_models` have them.
 - `subjects`: a model in linen or NNX, with the same functions for the checks.
 - `methods`: the recipe of each method for a model, and how many parameters it should add.
 - `cells`: one model with one method: what has to hold.

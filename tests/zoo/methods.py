@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import adapters_jax as aj
 from adapters_jax.targets import matches, selects
 
-from .models import HEADS, D, Model, Targets
+from .models import HEADS, Model, Targets
 
 R, ALPHA, M, K = 2, 4.0, 3, 3
 Shape = tuple[int, ...]
@@ -23,7 +23,7 @@ METHODS: dict[str, Callable[[Model], aj.Method | aj.Recipe]] = {
     "lora embedding": lambda m: aj.LoRA(m.embedding, R, ALPHA),
     "dora": lambda m: aj.DoRA(m.query_value, R, ALPHA),
     "ia3": lambda m: aj.ia3(targets=m.key_value, feed_forward=m.inner),
-    "llama_adapter": lambda m: aj.LlamaAdapter(m.attention, K),
+    "llama_adapter": lambda m: aj.LlamaAdapter(m.attention or "**", K),
     "norms": lambda m: aj.layer_norms(targets=m.norms),
     "int8, lora q, v": _lora,
 }
@@ -38,9 +38,9 @@ def _parameters(model: Model, method: aj.Method, shapes: Mapping[str, Shape]) ->
     if isinstance(method, aj.Unfreeze):
         return sum(math.prod(x) for path, x in shapes.items() if selects(method.targets, path))
     if isinstance(method, aj.LlamaAdapter):
-        return len(_modules(method.targets, shapes)) * (K * D + HEADS)
+        return _copies(model, method.targets, shapes) * (K * model.width + HEADS)
     if isinstance(method, aj.Bottleneck):
-        return len(_modules(method.targets, shapes)) * (2 * M * D + M + D)
+        return _copies(model, method.targets, shapes) * ((2 * M + 1) * model.width + M)
     total = 0
     for path, shape in _weights(model, method.targets, shapes).items():
         inputs, outputs, each = _sizes(model, path, shape)
@@ -55,12 +55,17 @@ def _parameters(model: Model, method: aj.Method, shapes: Mapping[str, Shape]) ->
 
 def _sizes(model: Model, path: str, shape: Shape) -> tuple[int, int, int]:
     """The sizes of a weight's contracted axes, of the kept ones, and of those that are both."""
-    usual = "i" * (len(shape) - 1) + "o"
-    axes = next((axes for p, axes in model.axes.items() if matches(p, path)), usual)
+    axes = _axes(model, path, shape)
     inputs, outputs, each = (
         math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == kind) for kind in "ioe"
     )
     return inputs, outputs, each
+
+
+def _axes(model: Model, path: str, shape: Shape) -> str:
+    """A letter for each axis of a weight."""
+    usual = "i" * (len(shape) - 1) + "o"
+    return next((axes for p, axes in model.axes.items() if matches(p, path)), usual)
 
 
 def _weights(model: Model, targets: Targets, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -68,13 +73,19 @@ def _weights(model: Model, targets: Targets, shapes: Mapping[str, Shape]) -> dic
     return {
         path: shape
         for path, shape in shapes.items()
-        if sum(n > 1 for n in shape) > 1 and path not in model.skipped and _selected(targets, path)
+        if sum(n > 1 for n in shape) > 1 and _axes(model, path, shape)
+        if path not in model.skipped and _selected(targets, path)
     }
 
 
 def _selected(targets: Targets, path: str) -> bool:
     """Whether patterns select a weight, or the module that holds it."""
     return selects(targets, path) or selects(targets, path.rpartition("/")[0])
+
+
+def _copies(model: Model, targets: Targets, shapes: Mapping[str, Shape]) -> int:
+    """How many modules patterns select, each as often as it has layers."""
+    return sum(1 + selects(model.scanned, path) for path in _modules(targets, shapes))
 
 
 def _modules(targets: Targets, shapes: Mapping[str, Shape]) -> set[str]:

@@ -20,14 +20,18 @@ class Model:
         key_value: those of the keys and values, for (IA)^3.
         inner: the feed-forward's last projections, modules or weights.
         outputs: the modules after which Houlsby's adapters stand; each returns (..., D).
-        attention: the attention modules.
+        attention: the attention modules; none where the model has no attention.
         embedding: the modules of the token embedding, or of the patches.
         norms: the parameters of the norms.
         slices: the queries and values among the outputs of a fused projection.
         axes: a letter for each axis of a weight, by the pattern of its path, where it is not the
             usual (inputs ..., outputs): `i` is contracted, `o` is kept, `e` is both, as experts
-            are.
+            are. No letter says that it is no weight.
         skipped: the parameters that LoRA("**") warns of, since they meet no input or no gradient.
+        stopped: patterns of the modules through which the model lets no gradient, or experts that
+            no token chooses.
+        scanned: patterns of the modules that hold both layers.
+        width: the size of the last axis of what `outputs` return, and of what keys are made of.
     """
 
     name: str
@@ -43,3 +47,6 @@ class Model:
     slices: tuple[tuple[int, int], ...] = ()
     axes: Mapping[str, str] = field(default_factory=dict)
     skipped: Targets = ()
+    stopped: Targets = ()
+    scanned: Targets = ()
+    width: int = D

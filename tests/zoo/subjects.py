@@ -20,12 +20,12 @@ from adapters_jax.trees import path_of
 Pair = tuple[Any, Any]
 
 
-def drawn(shapes: Any, seed: int = 0) -> Any:
+def drawn(shapes: Any, seed: int = 0, scale: float = 0.3) -> Any:
     """Random weights of the given shapes; what has one axis, as norms have, is near one."""
     rng = np.random.default_rng(seed)
 
     def draw(x: Any) -> jax.Array:
-        noise = 0.3 * rng.standard_normal(x.shape)
+        noise = scale * rng.standard_normal(x.shape)
         return jnp.asarray(noise + (len(x.shape) == 1), x.dtype)
 
     return jax.tree.map(draw, shapes)
@@ -43,6 +43,73 @@ def shaken(tree: Any, recipe: aj.Recipe, seed: int = 5) -> Any:
 
 
 class Linen:
+    """A linen module.
+
+    Args:
+        module: the module, whose weights are drawn.
+        inputs: the arguments of its call.
+        read: takes the array to compare out of its output.
+        scale: the standard deviation of its weights.
+    """
+
+    prompt: Any = None  # it generates nothing
+
+    def __init__(
+        self,
+        module: Any,
+        inputs: Sequence[Any],
+        read: Callable[[Any], jax.Array] = lambda y: y,
+        scale: float = 0.3,
+    ):
+        self.inputs: Any = tuple(inputs)
+        self.read, self.args, self.kwargs = read, self.inputs, dict[str, Any]()
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *self.args)["params"]
+        self.base: Pair = (module, drawn(shapes, scale=scale))
+        self.run_base = jax.jit(functools.partial(self.run, module))
+
+    def run(self, module: Any, params: Any, inputs: Any) -> jax.Array:
+        """The output of a module."""
+        return self.read(module.apply({"params": params}, *inputs))
+
+    def adapt(self, recipe: aj.Recipe, base: Pair) -> Pair:
+        """A base with adapters."""
+        model, key = aj.adapt(base[0], recipe), jax.random.key(1)
+        return model, aj.init_adapters(model, base[1], key, *self.args, **self.kwargs)
+
+    def quantized(self) -> Pair:
+        """The base in int8."""
+        return self.base[0], aj.quantize(*self.base, *self.args, **self.kwargs, dtype="int8")
+
+    def float_again(self, pair: Pair) -> Pair:
+        """The same with float weights."""
+        return pair[0], aj.dequantize(pair[1])
+
+    def train_state(self, pair: Pair, tx: Any) -> aj.TrainState:
+        """The training state before the first step."""
+        return aj.TrainState.create(*pair, tx=tx, key=jax.random.key(2))
+
+    def output_of(self, pair: Pair) -> Callable[[Any, Any], jax.Array]:
+        """The output by what a loss gets, and the inputs."""
+        return functools.partial(self.run, pair[0])
+
+    def trained(self, pair: Pair, recipe: aj.Recipe) -> Any:
+        """What trains."""
+        return aj.partition(pair[1], recipe)[0]
+
+    def audit(self, pair: Pair) -> aj.Audit:
+        """The audit."""
+        return aj.audit(*pair)
+
+    def loaded(self, directory: Any, base: Pair) -> Pair:
+        """What `load_adapter` makes of a directory and a base."""
+        return aj.load_adapter(directory, *base, *self.args, **self.kwargs)
+
+    def merged(self, pair: Pair) -> Any:
+        """The base's tree with the adapters folded in."""
+        return aj.merge(*pair, *self.args, **self.kwargs)
+
+
+class Transformers(Linen):
     """A linen model of transformers, called as transformers calls it.
 
     Args:
@@ -101,89 +168,32 @@ class Linen:
         start, name = self.prompt
         return {**self.inputs, name: tokens}, start.shape[1] if name == "input_ids" else 1
 
-    def adapt(self, recipe: aj.Recipe, base: Pair) -> Pair:
-        """A base with adapters."""
-        model, key = aj.adapt(base[0], recipe), jax.random.key(1)
-        return model, aj.init_adapters(model, base[1], key, *self.args, **self.kwargs)
-
-    def quantized(self) -> Pair:
-        """The base in int8."""
-        return self.base[0], aj.quantize(*self.base, *self.args, **self.kwargs, dtype="int8")
-
-    def float_again(self, pair: Pair) -> Pair:
-        """The same with float weights."""
-        return pair[0], aj.dequantize(pair[1])
-
-    def train_state(self, pair: Pair, tx: Any) -> aj.TrainState:
-        """The training state before the first step."""
-        return aj.TrainState.create(*pair, tx=tx, key=jax.random.key(2))
-
-    def output_of(self, pair: Pair) -> Callable[[Any, Any], jax.Array]:
-        """The output by what a loss gets, and the inputs."""
-        return functools.partial(self.run, pair[0])
-
-    def trained(self, pair: Pair, recipe: aj.Recipe) -> Any:
-        """What trains."""
-        return aj.partition(pair[1], recipe)[0]
-
-    def audit(self, pair: Pair) -> aj.Audit:
-        """The audit."""
-        return aj.audit(*pair)
-
-    def loaded(self, directory: Any, base: Pair) -> Pair:
-        """What `load_adapter` makes of a directory and a base."""
-        return aj.load_adapter(directory, *base, *self.args, **self.kwargs)
-
-    def merged(self, pair: Pair) -> Any:
-        """The base's tree with the adapters folded in."""
-        return aj.merge(*pair, *self.args, **self.kwargs)
-
 
 class Nnx:
-    """An NNX model of tunix, with the same functions as `Linen`.
+    """An NNX model, with the same functions as `Linen`.
 
     Args:
         make: makes the model.
         inputs: the arguments of its call.
-        sampler: makes the library's sampler of a model.
-        prompt: the token ids to sample from.
+        read: takes the array to compare out of its output.
     """
+
+    prompt: Any = None  # it generates nothing
 
     def __init__(
         self,
         make: Callable[[], nnx.Module],
         inputs: Sequence[Any],
-        sampler: Callable[[nnx.Module], Any],
-        prompt: Any,
+        read: Callable[[Any], jax.Array] = lambda y: y,
     ):
-        self.inputs, self.sampler, self.prompt = tuple(inputs), sampler, prompt
+        self.inputs, self.read = tuple(inputs), read
         graphdef, shapes = nnx.split(nnx.eval_shape(make))
         self.base: Pair = (graphdef, drawn(shapes))
         self.run_base = jax.jit(functools.partial(self.run, graphdef))
-        self._sampler = sampler(nnx.merge(*self.base))
 
     def run(self, graphdef: Any, state: Any, inputs: Any) -> jax.Array:
         """The output of a model."""
-        return nnx.merge(graphdef, state)(*inputs)[0]
-
-    def generate(self, graphdef: Any, state: Any) -> jax.Array:
-        """The tokens that the library's own sampler gives, greedily."""
-        return self._sampled(self.sampler(nnx.merge(graphdef, state)))
-
-    def generate_base(self, state: Any) -> jax.Array:
-        """The same for the base with another tree, without compiling again."""
-        self._sampler.transformer_state = state
-        return self._sampled(self._sampler)
-
-    def _sampled(self, sampler: Any) -> jax.Array:
-        texts = [" ".join(map(str, row)) for row in self.prompt]
-        steps = self.inputs[0].shape[1] - self.prompt.shape[1]
-        out = sampler(texts, max_generation_steps=steps, echo=True)
-        return jnp.asarray(np.stack(out.tokens))
-
-    def scored(self, tokens: jax.Array) -> tuple[Any, int]:
-        """Inputs that hold generated tokens, and how many of these were given."""
-        return (tokens, *self.inputs[1:]), self.prompt.shape[1]
+        return self.read(nnx.merge(graphdef, state)(*inputs))
 
     def adapt(self, recipe: aj.Recipe, base: Pair) -> Pair:
         """A base with adapters."""
@@ -204,7 +214,7 @@ class Nnx:
 
     def output_of(self, pair: Pair) -> Callable[[Any, Any], jax.Array]:
         """The output by what a loss gets, and the inputs."""
-        return lambda model, inputs: model(*inputs)[0]
+        return lambda model, inputs: self.read(model(*inputs))
 
     def trained(self, pair: Pair, recipe: aj.Recipe) -> Any:
         """What trains."""
@@ -221,3 +231,44 @@ class Nnx:
     def merged(self, pair: Pair) -> Any:
         """The base's tree with the adapters folded in."""
         return nnx.state(aj.merge(nnx.merge(*pair)))
+
+
+class Tunix(Nnx):
+    """An NNX model of tunix.
+
+    Args:
+        make: makes the model.
+        inputs: the arguments of its call.
+        sampler: makes the library's sampler of a model.
+        prompt: the token ids to sample from.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nnx.Module],
+        inputs: Sequence[Any],
+        sampler: Callable[[nnx.Module], Any],
+        prompt: Any,
+    ):
+        super().__init__(make, inputs, lambda y: y[0])
+        self.sampler, self.prompt = sampler, prompt
+        self._sampler = sampler(nnx.merge(*self.base))
+
+    def generate(self, graphdef: Any, state: Any) -> jax.Array:
+        """The tokens that the library's own sampler gives, greedily."""
+        return self._sampled(self.sampler(nnx.merge(graphdef, state)))
+
+    def generate_base(self, state: Any) -> jax.Array:
+        """The same for the base with another tree, without compiling again."""
+        self._sampler.transformer_state = state
+        return self._sampled(self._sampler)
+
+    def _sampled(self, sampler: Any) -> jax.Array:
+        texts = [" ".join(map(str, row)) for row in self.prompt]
+        steps = self.inputs[0].shape[1] - self.prompt.shape[1]
+        out = sampler(texts, max_generation_steps=steps, echo=True)
+        return jnp.asarray(np.stack(out.tokens))
+
+    def scored(self, tokens: jax.Array) -> tuple[Any, int]:
+        """Inputs that hold generated tokens, and how many of these were given."""
+        return (tokens, *self.inputs[1:]), self.prompt.shape[1]

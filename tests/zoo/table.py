@@ -10,7 +10,20 @@ from .cells import MODELS
 from .methods import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
-PACKAGES = {"transformers": "transformers", "tunix": "google-tunix"}
+NONE = "no attention"
+PACKAGES = {
+    "transformers": ("transformers",),
+    "tunix": ("google-tunix",),
+    "others": (
+        "diffusers",
+        "flaxdiff",
+        "gemma",
+        "google-tunix",
+        "recurrentgemma",
+        "mamba2-jax",
+        "nano-moe-jax",
+    ),
+}
 Cells = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
@@ -19,7 +32,8 @@ def part(library: str, cells: Cells) -> str:
     names = [name for name, model in MODELS.items() if model.library == library]
     rows = [["model", *METHODS, "its own generation"], ["---"] * (len(METHODS) + 2)]
     for name in names:
-        row = [f"{cells[name, method]['parameters']:,}" for method in METHODS]
+        counts = [cells[name, method]["parameters"] for method in METHODS]
+        row = [NONE if count is None else f"{count:,}" for count in counts]
         generates = {cells[name, method]["tokens"] for method in METHODS} == {True}
         rows.append([name, *row, "the same tokens" if generates else "has none"])
     merged = max(cell["merged"] or 0.0 for (name, _), cell in cells.items() if name in names)
@@ -29,7 +43,7 @@ def part(library: str, cells: Cells) -> str:
 
 
 def _versions(library: str) -> str:
-    packages = (PACKAGES[library], "flax", "jax")
+    packages = (*PACKAGES[library], "flax", "jax")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 

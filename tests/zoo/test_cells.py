@@ -10,14 +10,14 @@ from .cells import MODELS, adapted, away, check, subject
 from .methods import METHODS
 from .subjects import shaken
 
-PARTS = {"transformers": "transformers.modeling_flax_utils", "tunix": "tunix.models"}
+PARTS = {
+    "transformers": ("transformers", "transformers.modeling_flax_utils"),
+    "tunix": ("tunix", "tunix.models"),
+    "others": ("mamba2_jax", "recurrentgemma"),
+}
 
 
-def installed(package, part):
-    return importlib.util.find_spec(package) and importlib.util.find_spec(part)
-
-
-LIBRARIES = [package for package, part in PARTS.items() if installed(package, part)]
+LIBRARIES = [name for name, parts in PARTS.items() if all(map(importlib.util.find_spec, parts))]
 if not LIBRARIES:
     pytest.skip(
         "needs tunix, or transformers with Flax models: pip install 'adapters-jax[zoo-test]'",

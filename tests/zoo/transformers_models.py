@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .models import FEED_FORWARD, HEADS, LENGTH, VOCAB, D, Model
-from .subjects import Linen
+from .subjects import Transformers
 
 QUIET = {"eos_token_id": VOCAB, "pad_token_id": 0, "bos_token_id": 1}  # no token ends a text
 
@@ -31,14 +31,14 @@ def built(
     prompt: Any = None,
     remat: bool = False,
     **config: Any,
-) -> Linen:
+) -> Transformers:
     """The subject of a class of transformers, `Flax{name}{head}`, with a configuration."""
     import transformers
 
     model = getattr(transformers, f"Flax{name}{head}")
     configuration = getattr(transformers, f"{name}Config")(**config)
     options = {"gradient_checkpointing": True} if remat else {}
-    return Linen(
+    return Transformers(
         model(configuration, _do_init=False, **options),
         inputs,
         lambda y: jnp.concatenate([y[part] for part in read]),

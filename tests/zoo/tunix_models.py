@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from .models import FEED_FORWARD, HEADS, LENGTH, VOCAB, D, Model
-from .subjects import Nnx
+from .subjects import Tunix
 
 HEAD_DIM = 6
 IDS = np.random.default_rng(0).integers(2, VOCAB, (2, LENGTH), np.int32)
@@ -33,7 +33,7 @@ class Numbers:
     pad_id = eos_id
 
 
-def built(package: str, name: str, **config: Any) -> Nnx:
+def built(package: str, name: str, **config: Any) -> Tunix:
     """The subject of a class of `tunix.models`, with a configuration."""
     from tunix.generate.sampler import CacheConfig, Sampler
 
@@ -44,7 +44,7 @@ def built(package: str, name: str, **config: Any) -> Nnx:
     cache = CacheConfig(LENGTH, num_layers=2, num_kv_heads=heads, head_dim=HEAD_DIM)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
     mask = np.tile(np.tril(np.ones((LENGTH, LENGTH), bool)), (2, 1, 1))
-    return Nnx(
+    return Tunix(
         lambda: getattr(module, name)(configuration, rngs=nnx.Rngs(0)),
         (IDS, positions, None, mask),
         lambda model: Sampler(model, Numbers(), cache),
