@@ -17,7 +17,7 @@ from adapters_jax.testing.subjects import bits
 from adapters_jax.trees import flatten
 
 from .methods import METHODS, parameters
-from .models import Model, Targets
+from .models import Model
 from .other_models import OTHERS
 from .subjects import Pair, shaken
 from .transformers_further import FURTHER
