@@ -160,6 +160,7 @@ def kernel(w, x):
         ),
         ((4, 5), (4, 5), lambda w, x: x * w, [("sum", set(), set(), {0, 1})]),
         ((4, 5), (4, 5), lambda w, x: (x * w).sum(0), [("sum", {0}, set(), {1})]),
+        ((4, 5), (4, 5), lambda w, x: (x + w).sum(0), [("sum", set(), set(), {0, 1})]),
         (
             (4, 5),
             (4, 5),

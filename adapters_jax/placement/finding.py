@@ -173,7 +173,8 @@ def check_targets(
         bias
         for leaf in reads.values()
         for bias in leaf.biases
-        if math.prod(leaves[bias].shape) == _outputs(leaf)  # not a table beside the product
+        # A table that is added to a product is no bias.
+        if bias in leaves and math.prod(leaves[bias].shape) == _outputs(leaf)
     }
     for method in recipe:
         other: dict[str, str | None] = {

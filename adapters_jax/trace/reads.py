@@ -295,7 +295,8 @@ class Reads:
                 around = [[None] * len(axes) if i != side else axes for i, axes in enumerate(free)]
                 axes = (*met[side].batch, *around[0], *around[1])
                 views |= {path: view.on(axes) for path, view in self._views[x].items()}
-        self._views[operation.outputs[0]] = views
+        if views:
+            self._views[operation.outputs[0]] = views
 
     def _look_up(self, number: int, operation: Operation) -> bool:
         """Rows of a table, or a weight chosen from a stack of weights, by indices."""

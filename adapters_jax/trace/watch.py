@@ -73,7 +73,8 @@ class Found:
             )
         return (
             "shows no softmax between two products of activations, of queries and keys and then of "
-            "weights and values, in its own call; prompts act there"
+            "weights and values, in its own call and outside of loops such as lax.scan; prompts "
+            "act there, and aj.LoRA acts on its projections anywhere"
         )
 
     def check(self, owner: str, path: str, module: Any) -> None:
