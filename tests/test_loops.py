@@ -394,7 +394,7 @@ def test_entries_of_other_processes_are_left_out():
     assert fingerprints._distance(old, new) == 0.0
     assert fingerprints._distance(old, new._replace(values=new.values * 1.5)) > 0.1
     found = fingerprints._likeness({("a", x.shape): old}, {("a", x.shape): new})
-    np.testing.assert_allclose(found, [2, *[here.sum()] * 3])
+    np.testing.assert_allclose(found, [2, here.sum(), 0, 0, 0])
 
 
 MOVES = {
@@ -511,6 +511,18 @@ def test_a_base_is_compared_with_one_known_base_and_not_leaf_by_leaf_with_many()
     fingerprints.check_unmoved("audit", {"body": body, "head": head}, True)
     with raises(aj.MismatchError, "1 of 2 frozen", "body"):
         fingerprints.check_unmoved("audit", {"body": body + 1e-3, "head": head}, True)
+
+
+def test_a_base_that_shares_leaves_with_a_known_one_is_another():
+    body, head = drawn((30, 40)), drawn((40, 5), 2)
+    fingerprints.remember({"body": body, "head": head, "scale": np.ones(40, "f4")})
+    now = {"body": body, "head": drawn((40, 5), 3), "scale": np.ones(40, "f4")}
+    fingerprints.check_unmoved("audit", now, True)
+    with raises(aj.MismatchError, "1 of 3 frozen", "head"):
+        fingerprints.check_unmoved("audit", {**now, "head": head + 1e-3}, True)
+    with raises(aj.MismatchError, "1 of 3 frozen", "scale"):
+        moved = {"body": body, "head": head, "scale": np.ones(40, "f4") + 1e-3}
+        fingerprints.check_unmoved("audit", moved, True)
 
 
 def test_a_checkpoint_in_the_place_of_zeros_is_no_move():

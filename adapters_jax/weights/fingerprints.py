@@ -201,35 +201,36 @@ def _likeness(known: Base, now: Base) -> np.ndarray:
 
     Returns:
         The sum over its leaves of 2 for equal ones down to 0 for unrelated ones; the number of
-        entries; and, times this, their correlation with the known entries, and the part of these
-        that is left in them. The last three are without the leaves that were of one number, as
-        zeros and ones do not say what base they are of.
+        equal entries and that of others; and, times the latter, their correlation with the known
+        entries, and the part of these that is left in them. Leaves that were of one number count
+        in the first alone, as zeros and ones do not say what base they are of.
     """
-    found = np.zeros(4)
+    found = np.zeros(5)
     for key in known.keys() & now.keys():
         both = known[key].held & now[key].held
         old, new = known[key].values[both], now[key].values[both]
-        if not len(old) or (old == old[0]).all():
-            found[0] += 2 * np.array_equal(old, new)
+        equal, constant = np.array_equal(old, new), not len(old) or (old == old[0]).all()
+        if equal or constant:
+            found[:2] += 2 * equal, 0 if constant else len(old)
             continue
         old, new, gap = old - old.mean(), new - new.mean(), np.linalg.norm(old - new)
         product, size = np.vdot(old, new).real, np.linalg.norm(old)
         correlation = product / (size * (np.linalg.norm(new) or 1.0))
         left = product / size**2
         found[0] += np.nan_to_num(max(0.0, 1 - (gap / size) ** 2) + correlation**2)
-        found[1:] += len(old) * np.array([1.0, correlation, left])
+        found[2:] += len(old) * np.array([1.0, correlation, left])
     return found
 
 
-def _is_another(entries: float, correlation: float, left: float) -> bool:
-    """Whether a base does not come from the known one that it is most like.
+def _is_another(equal: float, entries: float, correlation: float, left: float) -> bool:
+    """Whether what is not equal does not come from the known base that is most like it.
 
     A moved base is the known one and a change: all of it is left, however large the change, and of
     an unrelated base nothing, up to chance. Chance is larger where there are few entries. A base of
     zeros makes room for a checkpoint.
     """
     by_chance = min(0.9, 2 / math.sqrt(max(entries, 1)))
-    return not entries or correlation < by_chance * entries or left < 0.5 * entries
+    return not equal if not entries else correlation < by_chance * entries or left < entries / 2
 
 
 def _distance(before: Fingerprint, now: Fingerprint) -> float:
