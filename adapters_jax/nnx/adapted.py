@@ -148,7 +148,8 @@ def adapt(
     Raises:
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
             not depend on a target, or one method attaches to an attention twice.
-        RecipeError: methods on one module exclude each other, or the base has a name of theirs.
+        RecipeError: methods on one module exclude each other, or the base has a name of theirs; or
+            the model reads its parameters as state, and would read an adapter of an output so.
         UserError: `rngs` lacks a stream, or the model takes other arguments than the inputs.
         TypeError: `rngs` is no `nnx.Rngs`.
 

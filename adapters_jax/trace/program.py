@@ -272,7 +272,7 @@ def _stops(graph: Graph, operation: Operation, floats: bool) -> bool:
 
 
 # What transforms of flax do with state that they hand on.
-_HANDED_ON = {*COPIES, "layer", "layers", "select_n", "transpose"} - {"convert_element_type"}
+_HANDED_ON = {*COPIES, "layer", "layers", "transpose"} - {"convert_element_type"}
 
 
 def read_without(
@@ -305,12 +305,11 @@ def read_without(
             if held.get(operation.inputs[0]) != path:
                 found.setdefault(path, "write")
             continue
-        inputs = operation.inputs[operation.name == "select_n" :]
-        paths = {held[x] for x in inputs if x in held}
-        if len(paths) == 1 and operation.name in _HANDED_ON and all(x in held for x in inputs):
+        paths = [held[x] for x in operation.inputs if x in held]
+        if paths and operation.name in _HANDED_ON:  # all of them have one operand
             held.update(dict.fromkeys(operation.outputs, *paths))
             continue
-        for path in (held[x] for x in operation.inputs if x in held):
+        for path in paths:
             found.setdefault(path, operation.name)
     for path in (held[x] for x in graph.outputs if x in held):
         found.setdefault(path, "return")
