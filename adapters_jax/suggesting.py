@@ -2,7 +2,6 @@
 
 import contextvars
 import functools
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from flax import nnx
 
 from adapters_jax import presets
 from adapters_jax.errors import RecipeError, check_choice
-from adapters_jax.functions.function import function_of
+from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.functions.modules import is_equinox
 from adapters_jax.linen import Adapted
 from adapters_jax.nnx import copy, detach, modules_of
@@ -263,7 +262,7 @@ def suggest(model: nn.Module | nnx.Module, *args: Any, **kwargs: Any) -> Suggest
           Unfreeze(targets=('before/{scale,bias}',)),
         )
     """
-    if is_equinox(model) or isinstance(model, types.FunctionType | functools.partial):
+    if is_function(model) and not isinstance(getattr(model, "module", None), nn.Module):
         params, *rest = (None, *args) if is_equinox(model) else args or (None,)
         args = tuple(rest)
         model, _ = function_of(model, params, Inputs.of_call(args, kwargs))

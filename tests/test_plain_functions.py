@@ -350,7 +350,7 @@ def test_swapped_and_missing_arguments(call, text):
 
 
 def test_what_is_suggested_for_a_function():
-    found = aj.suggest(decoder, decoder_params(), IDS)
+    found = aj.suggest(jax.jit(decoder), decoder_params(), IDS)
     assert found.arguments("llama_adapter") == {"targets": "layers"}
     assert found.arguments("lora") == {"targets": "**/wqkv"}
     with pytest.raises(TypeError, match="a function needs its parameters"):
