@@ -28,8 +28,7 @@ class Model:
             usual (inputs ..., outputs): `i` is contracted, `o` is kept, `e` is both, as experts
             are. No letter says that it is no weight.
         skipped: the parameters that LoRA("**") warns of, since they meet no input or no gradient.
-        stopped: patterns of the modules through which the model lets no gradient, or experts that
-            no token chooses.
+        stopped: patterns of the experts that no token chooses, which so get no gradient.
         scanned: patterns of the modules that hold both layers.
         width: the size of the last axis of what `outputs` return, and of what keys are made of.
     """
