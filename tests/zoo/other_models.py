@@ -36,7 +36,7 @@ def unet():
     )
     given = noise(2, 4, 4, 4), np.array([1, 7]), noise(2, 3, CHANNELS)
     # Larger weights of its convolutions, which sum 576 products, would magnify rounding.
-    return Linen(module, given, lambda y: y.sample, scale=0.02)
+    return Linen(module, given, lambda y: y.sample, scale=0.1)
 
 
 def dit():
