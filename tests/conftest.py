@@ -147,3 +147,11 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def no_known_bases():
+    """Forgets the bases of other tests: all are drawn from the same few seeds, and so related."""
+    fingerprints = sys.modules.get("adapters_jax.weights.fingerprints")
+    if fingerprints is not None:
+        fingerprints._known.clear()
