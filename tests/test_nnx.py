@@ -872,3 +872,17 @@ def test_adapters_of_several_tasks_share_one_base():
     assert np.abs(models[0](X) - models[1](X)).max() > 1e-3
     nnx.update(models[0], nnx.state(models[1], AdapterParam))
     np.testing.assert_array_equal(models[0](X), models[1](X))
+
+
+def test_a_second_recipe_adapts_the_base_and_not_the_first_adapter():
+    """`**` is no factor of LoRA, and (IA)^3 scales the bias that LoRA's product has beside it."""
+    base, x = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), drawn((2, 4))
+    base.bias[...] = jnp.asarray(drawn((4,), 1))
+    model = aj.adapt(base, aj.LoRA("**", 2), rngs=nnx.Rngs(1), example_inputs=(x,))
+    model = aj.adapt(model, aj.IA3("**"), rngs=nnx.Rngs(2), example_inputs=(x,))
+    nnx.update(model, drawn_like(nnx.state(model, aj.nnx.AdapterParam)))
+    assert [placed.prefix for _, placed, _ in aj.nnx.adapted_points(model)] == ["lora", "ia3"]
+    weight = double(base.kernel[...]) + double(model.lora["a"][...]) @ double(model.lora["b"][...])
+    expected = (double(x) @ weight + double(base.bias[...])) * double(model.ia3["scale"][...])
+    np.testing.assert_allclose(model(x), expected, atol=1e-5)
+    np.testing.assert_allclose(aj.merge(model)(x), expected, atol=1e-5)

@@ -192,17 +192,18 @@ def _adapted(
     model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, inputs: Inputs | None
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks."""
-    adapted = copy(model)
-    found = points_of(adapted, recipe, inputs)
-    attached, frozen = found.attached, params_of(adapted)
-    others = _other_names(adapted)
+    adapted, bare = copy(model), copy(model)
+    base = not hasattr(model, "adapter_recipe")
+    if not base:
+        detach(bare)  # else its adapters would be weights, and hide how the base's are read
+    found = points_of(bare, recipe, inputs)
+    attached, frozen, others = found.attached, params_of(bare), _other_names(bare)
     check_targets(
         recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
     )
     check_reached(attached, found.reached)
     check_nested(attached)
     adapted = _grown(adapted, recipe, attached, rngs)
-    base = not hasattr(model, "adapter_recipe")  # it is what has run
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, found.stated)
     return adapted
