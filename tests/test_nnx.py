@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers.arrays import drawn, drawn_like
+from helpers.arrays import double, drawn, drawn_like
 from helpers.errors import raises
 
 import adapters_jax as aj
