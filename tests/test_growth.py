@@ -12,6 +12,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.finetune.models.bert import BertClassifier, BertConfig
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.weights.fingerprints import _known
 
 LIBRARY = str(Path(aj.__file__).parent)
 IDS = jnp.zeros((1, 4), jnp.int32)
@@ -83,6 +84,7 @@ def work(api, kind, layers):
     adapt, audit, merge = (linen if api == "linen" else in_nnx)(
         layers, aj.Recipe(RECIPES[kind](api, layers))
     )
+    _known.clear()  # with each known base, a new one is compared
     model, adapting = lines_of(adapt)
     found = {"adapt": adapting, "audit": lines_of(lambda: audit(model))[1]}
     return found if kind == "outputs" else {**found, "merge": lines_of(lambda: merge(model))[1]}
