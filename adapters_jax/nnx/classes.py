@@ -200,7 +200,10 @@ def _without_leaves(module: Any) -> dict[str, Any]:
     rest = tuple(each for each in held if each.method.acts_on != "leaf")
     slots = {each.nodes[0] for each in held} - {each.nodes[0] for each in rest}
     taken = {slot: vars(module).pop(slot) for slot in slots}
-    vars(module)["adapter_methods"] = rest
+    # A dictionary of flax lists all of its attributes as its parts.
+    del vars(module)["adapter_methods"]
+    if rest:
+        vars(module)["adapter_methods"] = rest
     cls: Any = original(type(module))
     seen = {name for name, x in vars(type(module)).items() if isinstance(x, Seen)} - weights
     if seen or rest or isinstance(module, bridge.ToNNX):
