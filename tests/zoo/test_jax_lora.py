@@ -17,12 +17,13 @@ from adapters_jax.trees import flatten
 
 from . import tunix_models
 from .subjects import drawn
-from .test_cells import OLD, installed
+from .test_cells import LIBRARIES, OLD
 
 QWIX = "ignore::DeprecationWarning:qwix"
 pytestmark = [pytest.mark.slow, *map(pytest.mark.filterwarnings, (*OLD, QWIX))]
-tunix = pytest.mark.skipif(not installed("tunix", "tunix.models"), reason="needs tunix")
-gemma = pytest.mark.skipif(not importlib.util.find_spec("gemma"), reason="needs gemma")
+tunix = pytest.mark.skipif("tunix" not in LIBRARIES, reason="needs tunix")
+GEMMA = all(map(importlib.util.find_spec, ("gemma", "kauldron")))  # which `gm` imports
+gemma = pytest.mark.skipif(not GEMMA, reason="needs gemma and kauldron")
 RANK, ALPHA = 2, 6.0
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
 
