@@ -14,6 +14,7 @@ from helpers.arrays import double, drawn, drawn_like
 
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, RecipeError, TargetError, UserError
+from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.trees import flatten
 
 LAYERS, D, HEADS, VOCABULARY = 3, 8, 2, 11
@@ -180,6 +181,36 @@ def test_training_files_banks_and_quantising(tmp_path):
     opened = aj.dequantize(packed)
     assert_near(adapted(packed, IDS), adapted(opened, IDS))
     assert moved(adapted(packed, IDS), decoder(params, IDS))
+
+
+def test_a_training_resumes_and_its_adapter_goes_to_peft_and_back(tmp_path):
+    params = {"layers": [{"q_proj": {"kernel": jnp.asarray(drawn((4, 4), i))}} for i in range(2)]}
+    x = drawn((3, 4), 5)
+
+    def run(params, x):
+        for layer in params["layers"]:
+            x = jnp.tanh(x @ layer["q_proj"]["kernel"])
+        return x
+
+    adapted = aj.adapt(run, params, aj.LoRA("**/q_proj", 2, alpha=4), example_inputs=(x,))
+    tree, tx = aj.init_adapters(adapted, params, jax.random.key(1)), optax.adam(0.1)
+    state = aj.TrainState.create(adapted, tree, tx=tx, key=jax.random.key(2))
+    step = aj.make_train_step(lambda tree, batch, key: ((adapted(tree, batch) - 1) ** 2).mean())
+    state, _ = step(state, x)
+    with aj.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state)
+        other = aj.TrainState.create(adapted, tree, tx=tx, key=jax.random.key(3))
+        restored = checkpoints.restore(other).state
+    (one, _), (two, _) = step(state, x), step(restored, x)
+    for path, leaf in flatten(one.adapters).items():
+        np.testing.assert_array_equal(leaf, flatten(two.adapters)[path])
+
+    names = {f"model.layers.{i}.self_attn.q_proj": f"layers/{i}/q_proj" for i in range(2)}
+    adapters, base = aj.partition(one.params, adapted.recipe)
+    save_peft(tmp_path / "peft", adapted.recipe, adapters, names, base)
+    recipe, again = load_peft(tmp_path / "peft", names, base)[:2]
+    loaded = aj.adapt(run, params, recipe, example_inputs=(x,))
+    np.testing.assert_array_equal(loaded(aj.merge_trees(again, base), x), adapted(one.params, x))
 
 
 def test_any_pytree_holds_the_parameters():
