@@ -267,7 +267,8 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
     made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
     small = unflatten(flat | made, params)
-    remember({path: x for path, x in flatten(small).items() if not recipe.trains(path)})
+    for base in (flat, flatten(small)):  # an adapter fits the floats as well
+        remember({path: x for path, x in base.items() if not recipe.trains(path)})
     return small
 
 
@@ -284,7 +285,8 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
         _warn_of_unknown(model, plan.targets, weights, trained)
     values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
     quantized_in_place(small, values)
-    remember(frozen_leaves(small))
+    for base in (model, small):  # an adapter fits the floats as well
+        remember(frozen_leaves(base))
     return small
 
 
