@@ -34,6 +34,7 @@ from adapters_jax.trace.heads import (
     attention_at,
     together,
 )
+from adapters_jax.trace.primitives import operands_of_scan
 from adapters_jax.trace.program import Graph
 from adapters_jax.trace.registry import Attention, Names
 from adapters_jax.trace.through import Through
@@ -345,12 +346,12 @@ class Watch(Through):
     ) -> Any:
         """A loop, written again so that its body is watched and gets rows of `layered`."""
         closed, length = params["jaxpr"], params["length"]
-        consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, initial, xs = operands_of_scan(values, params)
         arrays, layer = layered.of_loop(length)
 
         def body(carry: Any, rows: Any) -> Any:
             own, mine = rows
-            inside = (*values[:consts], *carry, *own)
+            inside = (*consts, *carry, *own)
             with layer(mine):
                 results = self._within(closed.jaxpr, closed.consts, known, inside)
             return results[: len(carry)], results[len(carry) :]
@@ -358,8 +359,8 @@ class Watch(Through):
         with jex.set_current_trace(self.parent):
             carry, rows = jax.lax.scan(
                 body,
-                list(values[consts:carried]),
-                (list(values[carried:]), arrays),
+                initial,
+                (xs, arrays),
                 length=length,
                 reverse=params["reverse"],
                 unroll=params["unroll"],
