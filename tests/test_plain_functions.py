@@ -213,6 +213,21 @@ def test_a_training_resumes_and_its_adapter_goes_to_peft_and_back(tmp_path):
     np.testing.assert_array_equal(loaded(aj.merge_trees(again, base), x), adapted(one.params, x))
 
 
+def test_ia3_scales_the_bias_beside_a_weight_that_a_vector_scales():
+    params = {"w": drawn((4, 3)), "gain": drawn((3,), 1), "b": drawn((3,), 2)}
+    x = drawn((5, 4), 3)
+
+    def run(params, x):
+        return x @ (params["w"] * params["gain"]) + params["b"]
+
+    adapted = aj.adapt(run, params, aj.IA3("w"), example_inputs=(x,))
+    tree = drawn_adapters(adapted, params)
+    (scale,) = flatten(aj.partition(tree, adapted.recipe)[0]).values()
+    expected = run({name: double(w) for name, w in params.items()}, double(x)) * double(scale)
+    assert_near(adapted(tree, x), expected)
+    assert_near(run(aj.merge(adapted, tree), x), expected)
+
+
 def test_any_pytree_holds_the_parameters():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass

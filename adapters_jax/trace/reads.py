@@ -274,8 +274,10 @@ class Reads:
                     self.lookups[number] = Lookup(leaves, contracted, True)
                 else:
                     self.products[number] = Product(leaves, source, contracted, kept, window)
-                if alone := self._alone(weight):
-                    self._sums[operation.outputs[0]] = alone.path
+                # A vector may have scaled the weight, whose bias this is all the same.
+                views = self._views.get(weight, {})
+                if len(wide := [path for path in views if self._ranks[path] > 1]) == 1:
+                    self._sums[operation.outputs[0]] = wide[0]
                 return True
         return False
 
