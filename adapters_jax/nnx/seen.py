@@ -50,7 +50,7 @@ class Seen:
 
 
 class Marked(Seen):
-    """The attribute of a module class whose value is told from what is stored, in `marking()`."""
+    """An attribute whose reads carry a name in `marking()`; reads of the stored value do not."""
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
