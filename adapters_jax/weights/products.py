@@ -1,5 +1,7 @@
 """Products of an input with a changed weight, without the changed weight: `x W + (x A) B`."""
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -72,26 +74,44 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
     """The product of an input and a changed weight, from the last change to the first."""
     if not changed.changes:
         return _unchanged(changed, x, rest, meeting)
-    *before, last = changed.changes
-    inside = replace(changed, changes=tuple(before))
+    last = changed.changes[-1]
     if isinstance(last, Scale):
-        axes = last.by.axes
+        inside, axes = replace(changed, changes=changed.changes[:-1]), last.by.axes
         if axes and {*axes} <= {*meeting.inner, *meeting.batch}:
             x = x * beside(last.by, meeting.seen, x.dtype)
             return _product(inside, x, rest, meeting)
         y = _product(inside, x, rest, meeting)
         return y * beside(last.by, meeting.out, y.dtype)
-    dropped = dropout(x, last.dropout, last.key)
+    added = [*itertools.takewhile(lambda c: isinstance(c, LowRank), reversed(changed.changes))]
+    inside = replace(changed, changes=changed.changes[: -len(added)])
     y = _product(inside, x, rest, meeting)
-    part = meeting.thin(meeting, last, dropped, rest)
-    if last.start is not None:  # zeros around the range that the change is for
-        axis = last.start[0]
-        part = last.placed(part, changed.shape[axis], meeting.out.index(axis))
-    return y + cast(part, y.dtype)
+    for change in reversed(added):
+        part = meeting.thin(meeting, change, dropout(x, change.dropout, change.key), rest)
+        if change.start is not None:  # zeros around the range that the change is for
+            axis = change.start[0]
+            part = change.placed(part, changed.shape[axis], meeting.out.index(axis))
+        y = y + cast(part, y.dtype)
+    return _stored_once(y)
 
 
 # So it is traced and differentiated once for all layers that are alike.
 _jitted_product = jax.jit(_product, static_argnums=3, inline=True)
+
+
+@jax.custom_jvp
+def _stored_once(y: Array) -> Array:
+    """A sum of products that a gradient reads again as one array.
+
+    XLA's CPU compiler would store both products for the gradient and add them in each reader.
+    jaxlib 0.10 drops the barrier.
+    """
+    return y
+
+
+@_stored_once.defjvp
+def _stored_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(*primals, cpu=barrier, default=lambda y: y), *tangents
 
 
 def _unchanged(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:
@@ -140,9 +160,28 @@ def _dot_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any]) 
     first, second = (f.cast(x.dtype) for f in both)
     precision, out = dict(meeting.params)["precision"], meeting.out
     h = contracted(Factor(x, meeting.seen), first, (*second.axes, *out), precision)
-    # In the order of the operands, so that XLA transposes nothing.
-    last = (second, h) if meeting.where == 0 else (h, second)
-    return beside(contracted(*last, out, precision), out, x.dtype)
+
+    def times(second: Factor, h: Factor, out: Axes) -> Array:
+        # In the order of the operands, so that XLA transposes nothing.
+        last = (second, h) if meeting.where == 0 else (h, second)
+        return beside(contracted(*last, out, precision), out, x.dtype)
+
+    rows = [i for i in meeting.seen if i in out and i not in meeting.batch]
+    if len(rows) < 2:
+        return times(second, h, out)
+
+    def in_rows(second: Factor, h: Factor) -> Array:
+        # For the gradient of B, XLA's CPU compiler contracts several axes by a transposed copy of
+        # the cotangent. Others need one axis no more, and devices may split each of them.
+        start, sizes = h.axes.index(rows[0]), [h.array.shape[i] for i in h.at(rows)]
+        one = jax.lax.collapse(h.array, start, start + len(rows))
+        fewer = tuple(i for i in out if i not in rows[1:])
+        y = times(second, Factor(one, tuple(i for i in h.axes if i not in rows[1:])), fewer)
+        start = fewer.index(rows[0])
+        return y.reshape(*y.shape[:start], *sizes, *y.shape[start + 1 :])
+
+    run = functools.partial(times, out=out)
+    return jax.lax.platform_dependent(second, h, cpu=in_rows, default=run)
 
 
 def _conv(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:
@@ -175,8 +214,9 @@ def _conv_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any])
     precision = params["precision"]  # of both operands, or of each
     one = precision[0] if isinstance(precision, tuple) else precision
     matrix = _ordered(b, [RANK, kept], x.dtype)
-    y = jnp.matmul(jnp.moveaxis(h, feature, -1), matrix, precision=one)
-    return jnp.moveaxis(y, -1, feature)
+    h = jnp.moveaxis(h, feature, -1)
+    y = jnp.matmul(h.reshape(-1, h.shape[-1]), matrix, precision=one)
+    return jnp.moveaxis(y.reshape(*h.shape[:-1], -1), -1, feature)
 
 
 def _groups(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:
