@@ -1,13 +1,13 @@
 """Products of an input with a changed weight, without the changed weight: `x W + (x A) B`."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from adapters_jax.weights.changes import Changed, LowRank, Scale, dropout
@@ -15,6 +15,7 @@ from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.quantized import is_quantized, once
 
 Axes = tuple[int, ...]
+ADAPTED_PRODUCT = "adapted_product"  # what a policy of `jax.checkpoint` calls `x W + (x A) B`
 
 
 class Meeting(NamedTuple):
@@ -82,10 +83,10 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
             return _product(inside, x, rest, meeting)
         y = _product(inside, x, rest, meeting)
         return y * beside(last.by, meeting.out, y.dtype)
-    added = [*itertools.takewhile(lambda c: isinstance(c, LowRank), reversed(changed.changes))]
-    inside = replace(changed, changes=changed.changes[: -len(added)])
-    y = _product(inside, x, rest, meeting)
-    for change in reversed(added):
+    scales = [i for i, change in enumerate(changed.changes) if isinstance(change, Scale)]
+    first = scales[-1] + 1 if scales else 0
+    y = _product(replace(changed, changes=changed.changes[:first]), x, rest, meeting)
+    for change in (c for c in changed.changes[first:] if isinstance(c, LowRank)):
         part = meeting.thin(meeting, change, dropout(x, change.dropout, change.key), rest)
         if change.start is not None:  # zeros around the range that the change is for
             axis = change.start[0]
@@ -111,7 +112,8 @@ def _stored_once(y: Array) -> Array:
 @_stored_once.defjvp
 def _stored_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     barrier = jax.lax.optimization_barrier
-    return jax.lax.platform_dependent(*primals, cpu=barrier, default=lambda y: y), *tangents
+    y = jax.lax.platform_dependent(*primals, cpu=barrier, default=lambda y: y)
+    return checkpoint_name(y, ADAPTED_PRODUCT), *tangents
 
 
 def _unchanged(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
-from adapters_jax.finetune.models.parts.blocks import extend_nnx
+from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
 from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
@@ -231,9 +231,13 @@ class DecoderMLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Transforms each position by itself."""
-        first = getattr(self, self.first)(x)
-        inner = gated(self.activation, first, self.up(x)) if self.gated else self.activation(first)
-        return self.output(inner)
+        products = [getattr(self, name)(x) for name in (self.first, *["up"] * self.gated)]
+
+        def rest(output: nnx.Linear, *products: Hidden) -> Hidden:
+            act = self.activation
+            return output(gated(act, *products) if self.gated else act(*products))
+
+        return recomputed(rest, self.output, *products)
 
 
 class DecoderSum(nnx.Module):

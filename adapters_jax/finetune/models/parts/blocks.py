@@ -14,13 +14,18 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.models.parts.functions import scanning
+from adapters_jax.finetune.models.parts.functions import is_scanning, scanning
+from adapters_jax.weights.products import ADAPTED_PRODUCT
 
 POLICIES = (
     "nothing_saveable",
     "dots_with_no_batch_dims_saveable",
     "dots_saveable",
     "everything_saveable",
+)
+_SAVED = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(ADAPTED_PRODUCT),
 )
 Module = TypeVar("Module", bound=nnx.Module)
 Kind = TypeVar("Kind")
@@ -52,6 +57,19 @@ same as 'nothing_saveable') or one of 'nothing_saveable', 'dots_with_no_batch_di
             f"'nothing_saveable') or one of {', '.join(map(repr, POLICIES))}."
         )
     return {"policy": getattr(jax.checkpoint_policies, remat)}
+
+
+def recomputed(run: Callable[..., Array], *inputs: Any) -> Array:
+    """`run(*inputs)`, for whose gradient only products are stored.
+
+    An adapted product needs its input again. Where that is an activation of a stored product, it is
+    cheaper to compute it a second time than to store it.
+
+    Args:
+        run: a function of modules and arrays.
+        inputs: those.
+    """
+    return nnx.remat(run, prevent_cse=not is_scanning(), policy=_SAVED)(*inputs)
 
 
 def distinct(layers: Sequence[Kind]) -> tuple[list[Kind], tuple[int, ...]]:

@@ -178,8 +178,13 @@ def split_heads(
         x: what a projection returns.
         width: that of a head.
     """
-    x = jax.lax.optimization_barrier(x) if _SCANNING.get() else x
+    x = jax.lax.optimization_barrier(x) if is_scanning() else x
     return x.reshape(*x.shape[:-1], -1, width)
+
+
+def is_scanning() -> bool:
+    """Whether what is traced now is the body of a scan over layers."""
+    return _SCANNING.get()
 
 
 @contextlib.contextmanager
