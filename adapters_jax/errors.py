@@ -319,11 +319,11 @@ def full_name(kind: type) -> str:
     return f"{at}{kind.__qualname__}"
 
 
-def shown(value: Any) -> str:
-    """A value as a message prints it, in one line."""
+def shown(value: Any, most: int = 300) -> str:
+    """A value as a message prints it, in one line of at most `most` characters."""
     try:
         # Others wrote the `repr`: an array's has lines, and deeply nested lists run out of stack.
         text = repr(value)
-        return shortened(" ".join(text.split()) if "\n" in text else text)
+        return shortened(" ".join(text.split()) if "\n" in text else text, most)
     except RecursionError:
         return f"a {type(value).__name__} that is nested too deep to print"

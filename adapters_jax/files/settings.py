@@ -1,8 +1,10 @@
-"""Checks of the settings in other libraries' files: a table of rules, one for each field."""
+"""Checks of the values in files of unknown origin: a table of rules, one for each field."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from adapters_jax.errors import shown
 
 # A rule lists what is wrong with a value, as what was expected instead.
 Rule = Callable[[Any], list[str]]
@@ -73,12 +75,25 @@ def field_problems(
         >>> field_problems({"r": "4", "new": None, "other": 1}, {"r": of(int)}, ())
         ["r='4', expected int", 'other=1 is not supported']
     """
-    problems = []
-    for field, found in config.items():
-        if field in idle or found is None:
-            continue
-        if field in rules:
-            problems += [f"{field}={found!r}, {reason}" for reason in rules[field](found)]
-        elif found is not False and found not in ({}, [], ""):
-            problems.append(f"{field}={found!r} is not supported")
-    return problems
+    given = {k: x for k, x in config.items() if k not in idle and x is not None}
+    return value_problems(given, rules) + [
+        f"{field}={shown(found)} is not supported"
+        for field, found in given.items()
+        if field not in rules and found is not False and found not in ({}, [], "")
+    ]
+
+
+def value_problems(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """Lists the values that break a rule, each as `field=value` with the reason."""
+    return [
+        f"{field}={shown(found)}, {reason}"
+        for field, found in values.items()
+        for reason in (rules[field](found) if field in rules else ())
+    ]
+
+
+def key_problems(values: Collection[str], needed: Iterable[str], more: Iterable[str]) -> list[str]:
+    """Lists the keys that are needed and missing, and the first that are neither these nor more."""
+    known = {*needed, *more}
+    unknown = [f"unknown key {shown(key, 80)}" for key in values if key not in known][:5]
+    return unknown + [f"{key!r} is missing" for key in needed if key not in values]

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, UserError, shortened
+from adapters_jax.errors import AdapterFileError, UserError, shown
 from adapters_jax.files.untrusted import MOST_JSON, Untrusted, opened, parse
 
 LONGEST_NAME = 512
@@ -197,24 +197,22 @@ def _entry(name: str, value: Any, start: int) -> _Entry:
         raise UserError(f"{name} must have exactly the keys dtype, shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{name} has the dtype {_shown(kind)}, expected one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"{name} has the dtype {shown(kind, 80)}, expected one of {', '.join(DTYPES)}"
+        )
     # A size of 0 counts as 1, so that it does not hide others that are too large.
     if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
-        raise UserError(f"{name} has the shape {_shown(shape)}, expected a list of sizes")
+        raise UserError(f"{name} has the shape {shown(shape, 80)}, expected a list of sizes")
     if not _sizes(offsets, 2**63) or len(offsets) != 2:
-        raise UserError(f"{name} has the data_offsets {_shown(offsets)}, expected two numbers")
+        raise UserError(f"{name} has the data_offsets {shown(offsets, 80)}, expected two numbers")
     dtype, (begin, end) = DTYPES[kind], offsets
     extent = math.prod(shape) * dtype.itemsize
     if end - begin != extent:
         raise UserError(
-            f"{name} is {kind}{_shown(shape)}, {extent} bytes, but its data_offsets span "
+            f"{name} is {kind}{shown(shape, 80)}, {extent} bytes, but its data_offsets span "
             f"{end - begin}"
         )
     return _Entry(dtype, tuple(shape), start + begin, start + end)
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)
 
 
 def _sizes(value: Any, most: int) -> bool:
@@ -232,5 +230,5 @@ def name_problem(name: str) -> str:
     parts = name.split("/")
     plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
     if len(name) > LONGEST_NAME or not plain:
-        return f"the name {shortened(repr(name), 80)} is not a plain path"
+        return f"the name {shown(name, 80)} is not a plain path"
     return ""
