@@ -15,7 +15,6 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.adapting import adapt
 from adapters_jax.errors import (
     AdapterMismatchError,
     AdapterRecipeError,
@@ -32,15 +31,18 @@ from adapters_jax.files.adapter import (
     opened_adapter,
     read_arrays,
     read_state,
+    state_by_path,
+    with_state,
 )
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.model_state import state_by_path, with_state
-from adapters_jax.files.tensors import TensorFile
+from adapters_jax.files.untrusted import TensorFile
 from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
+from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.linen.adapted import grown
 from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placements, in_tree, taken
 from adapters_jax.recipe import Recipe, checked_before
@@ -275,7 +277,7 @@ def _load_linen(
     recipe, shapes, key = adapter.recipe, shapes_of(params), jax.random.key(0)
 
     def run(recipe: Recipe) -> Placements:
-        found = adapt(model, recipe)
+        found = adapt_linen(model, recipe)
         init_adapters(found, shapes, key, *args, **kwargs)
         return found.adapter_placements.placements or Placements()
 
@@ -287,7 +289,7 @@ def _load_linen(
     base = partition(params, recipe)[1]
     remember(flatten(base))
     params = merge_trees(base, unflatten(tensors))
-    adapted = adapt(model, recipe)
+    adapted = adapt_linen(model, recipe)
     adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params
@@ -299,7 +301,7 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
 
     def run(recipe: Recipe) -> Placements:
-        found = placements_of(adapt(shapes, recipe, rngs=nnx.Rngs(0), example_inputs=inputs))
+        found = placements_of(adapt_nnx(shapes, recipe, nnx.Rngs(0), inputs))
         return Placements(each for each in found if each.method in recipe.attached)
 
     advice = "" if inputs else _NO_INPUTS

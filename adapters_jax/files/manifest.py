@@ -12,8 +12,7 @@ from adapters_jax import __version__
 from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.settings import Rule, anything, key_problems, rule, value_problems
-from adapters_jax.files.tensors import LONGEST_NAME, name_problem
-from adapters_jax.files.untrusted import check_size, read_json
+from adapters_jax.files.untrusted import LONGEST_NAME, check_size, name_problem, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
@@ -163,7 +162,7 @@ _RULES: dict[str, Rule] = {
 def _recipe(values: Any) -> Recipe:
     """The recipe; raises UserError if its patterns are too much work to match."""
     texts = list(_texts(values))
-    if len(texts) > MOST_TEXTS or sum(map(weight, texts)) > MOST:
+    if len(texts) > MOST_TEXTS or weight(*texts) > MOST:
         raise UserError(
             f"it has over {MOST_TEXTS} patterns, or their braces expand to over {MOST} characters; "
             "write * or ** instead of some braces"

@@ -46,8 +46,8 @@ class Gguf(AdapterFormat):
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
-        """See `check_server`; and the base's type."""
-        from adapters_jax.files.peft.servers import SERVERS, check_decoder, check_server
+        """See `for_server`; and the base's type."""
+        from adapters_jax.files.peft.servers import SERVERS, check_decoder, for_server
 
         server = SERVERS[self.owner]
         try:
@@ -56,7 +56,8 @@ class Gguf(AdapterFormat):
             from adapters_jax.files.gguf.adapters import layout_of
 
             layout_of(base.model_type)
-            check_server(server, adapter.recipe, adapter.leaves, base.names, base.params)
+            about = adapter.recipe, adapter.leaves, base.names, base.params
+            for_server(server, *about, trained=False)
         except UserError as error:
             return [str(error)]
         return [_NEAREST] * any(isinstance(method, DoRA) for method in adapter.recipe)

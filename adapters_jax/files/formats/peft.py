@@ -55,7 +55,7 @@ class Peft(AdapterFormat):
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
-        from adapters_jax.files.peft.files import load_peft
+        from adapters_jax.files.peft.convert import load_peft
 
         recipe, leaves = load_peft(directory, base.names, base.params)
         return recipe, flatten(leaves)
@@ -69,7 +69,7 @@ class Peft(AdapterFormat):
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
-        from adapters_jax.files.peft.files import save_peft
+        from adapters_jax.files.peft.convert import save_peft
 
         task = _task(base, adapter.leaves)
         save_peft(

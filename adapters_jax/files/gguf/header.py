@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.errors import BaseFileError, MissingPackageError, shown
-from adapters_jax.files.tensors import name_problem
-from adapters_jax.files.untrusted import Untrusted, opened
+from adapters_jax.files.untrusted import Untrusted, name_problem, opened
 
 VERSIONS = (2, 3)
 MOST_HEADER = 2**26  # bytes; the longest vocabularies take some 20 million

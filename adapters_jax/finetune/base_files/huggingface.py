@@ -25,7 +25,7 @@ from adapters_jax.errors import (
 )
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.names import Stored
-from adapters_jax.files.tensors import TensorFile, open_tensors
+from adapters_jax.files.untrusted import TensorFile, open_tensors
 from adapters_jax.finetune.base_files.typed_settings import check_settings
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
