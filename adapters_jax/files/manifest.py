@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,16 @@ from typing import Any
 from adapters_jax import __version__
 from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.settings import Rule, anything, key_problems, rule, value_problems
+from adapters_jax.files.settings import (
+    Rule,
+    anything,
+    key_problems,
+    of,
+    rule,
+    value_problems,
+    whole,
+    wholes,
+)
 from adapters_jax.files.untrusted import LONGEST_NAME, check_size, name_problem, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
@@ -147,15 +156,11 @@ def _is_base(base: Any) -> bool:
     return isinstance(name, str) and len(name) <= LONGEST_NAME and all(hashes)
 
 
-def _at_least(least: int) -> Rule:
-    return rule(lambda n: type(n) is int and n >= least, "a number")
-
-
 _RULES: dict[str, Rule] = {
-    **{"parameters": _at_least(0), "tensors": _at_least(0), _STATE: _at_least(1)},
-    "adapters_jax": rule(lambda x: isinstance(x, str), "a version"),
+    **{"parameters": whole(), "tensors": whole(), _STATE: whole(1)},
+    "adapters_jax": of(str),
     "base": rule(_is_base, "null or an object of a base's identity"),
-    _PLACEMENTS: rule(lambda x: isinstance(x, list), "a list"),
+    _PLACEMENTS: of(list),
 }
 
 
@@ -196,13 +201,6 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and (not value or not name_problem(value))
 
 
-def _are_sizes(value: Any, lengths: Container[int] = range(MOST_AXES + 1)) -> bool:
-    """Whether a value is a short list of sizes or numbers of axes."""
-    short = isinstance(value, list) and len(value) in lengths
-    return short and all(type(x) is int and 0 <= x < LARGEST for x in value)
-
-
-_FLAG = rule(lambda x: type(x) is bool, "true or false")
 # Of what a placement has; what is left out is the default.
 _OF_PLACEMENT: dict[str, Rule] = {
     "method": anything,
@@ -216,12 +214,9 @@ _OF_PLACEMENT: dict[str, Rule] = {
         ),
         f"a list of at most {MOST_AXES} names",
     ),
-    **dict.fromkeys(_SIZES, rule(_are_sizes, f"at most {MOST_AXES} whole numbers")),
-    **{"lookup": _FLAG, "reaches": _FLAG},
-    "width": rule(lambda n: _are_sizes([n]), "a whole number"),
-    "attention": rule(
-        lambda x: _are_sizes(x, (0, len(_ATTENTION))), f"{len(_ATTENTION)} whole numbers"
-    ),
+    **dict.fromkeys(_SIZES, wholes(range(MOST_AXES + 1), LARGEST)),
+    **{"lookup": of(bool), "reaches": of(bool), "width": whole(0, LARGEST)},
+    "attention": wholes((0, len(_ATTENTION)), LARGEST),
 }
 
 

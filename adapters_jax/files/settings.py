@@ -1,5 +1,6 @@
 """Checks of the values in files of unknown origin: a table of rules, one for each field."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -37,6 +38,23 @@ def of(*types: type) -> Rule:
     """A value of one of some types; an int is no bool."""
     names = " or ".join(each.__name__ for each in types)
     return rule(lambda found: isinstance(found, types), names)
+
+
+def whole(least: float = 0, below: float = math.inf) -> Rule:
+    """A whole number from `least` on and below a limit."""
+    return rule(lambda n: type(n) is int and least <= n < below, "a whole number")
+
+
+def wholes(lengths: Collection[int], below: float) -> Rule:
+    """A list of one of some lengths, of whole numbers from 0 on and below a limit."""
+    return rule(
+        lambda found: (
+            isinstance(found, list)
+            and len(found) in lengths
+            and all(type(n) is int and 0 <= n < below for n in found)
+        ),
+        f"{max(lengths)} whole numbers or fewer",
+    )
 
 
 def is_number(found: Any) -> bool:
