@@ -152,7 +152,13 @@ def load_adapter(
         given = Inputs.of(example_inputs) or Inputs.of_call(args, kwargs)
         model, params = function_of(model, params, given)
         args, kwargs, example_inputs = (given,) if given.args or given.kwargs else (), {}, None
-    _check_order(directory, model)
+    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
+    check_directory("load_adapter", directory, call)
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
+            f"write {call}"
+        )
     in_nnx = isinstance(model, nnx.Module)
     if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
@@ -171,7 +177,9 @@ def load_adapter(
     stack = None if names is None else stack_of(names)
     other = checked_collections("load_adapter", collections)
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
-        tree, own = nnx.state(model, nnx.Param) if in_nnx else params, _recipe_of(model)
+        tree = nnx.state(model, nnx.Param) if in_nnx else params
+        name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
+        own = getattr(model, name, Recipe())  # of the adapters that it has already
         sha256 = tree_sha256([tree], own)
         if not any_base:
             _check_base(file, manifest, tree, own, sha256, base, stack)
@@ -187,20 +195,9 @@ def load_adapter(
         if stack:
             adapter = _as_in_model(adapter, tree, stack)
         with checked_before():
-            if in_nnx:
+            if isinstance(model, nnx.Module):
                 return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
-
-
-def _check_order(directory: Any, model: Any) -> None:
-    """Raises TypeError where the first arguments are no path and no model, as if swapped."""
-    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
-    check_directory("load_adapter", directory, call)
-    if not isinstance(model, nn.Module | nnx.Module):
-        raise TypeError(
-            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
-            f"write {call}"
-        )
 
 
 def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
@@ -237,12 +234,6 @@ def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
     }
     scanned = any(map(stack.holds, shapes))
     return (unstack_layers if scanned else stack_layers)(unflatten(shapes), stack)
-
-
-def _recipe_of(model: Any) -> Recipe:
-    """The recipe of the adapters that a model has already."""
-    name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
-    return getattr(model, name, Recipe())
 
 
 def _check_base(

@@ -20,26 +20,23 @@ def changes(
 ) -> list[str]:
     """Describes each difference between an adapter and what was read back, one sentence each."""
     (old, ours), (new, theirs) = before, after
+    both = ours.keys() & theirs.keys()
+    unequal = sorted(path for path in both if not np.array_equal(ours[path], theirs[path]))
     found = [
         f"{len(paths)} tensors {word}, such as {paths[0]}"
         for word, paths in (
             ("are missing", sorted(ours.keys() - theirs.keys())),
             ("are new", sorted(theirs.keys() - ours.keys())),
-            ("are different", _unequal(ours, theirs)),
+            ("are different", unequal),
         )
         if paths
     ]
     fields: dict[str, None] = {}
-    for path in ours.keys() & theirs.keys():
+    for path in both:
         pair = old.owner(path), new.owner(path)
         if pair[0] and pair[1]:
             fields |= dict.fromkeys(_fields(pair[0].method, pair[1].method))
     return found + sorted(fields)
-
-
-def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    both = ours.keys() & theirs.keys()
-    return sorted(path for path in both if not np.array_equal(ours[path], theirs[path]))
 
 
 def _fields(old: Any, new: Any) -> list[str]:

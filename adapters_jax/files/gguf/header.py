@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
             if name in fields:
                 raise header.error(f"the field {shown(name, 80)} is there twice")
             fields[name] = header.value(name)
-        return fields, header.tensors(tensors, _alignment(header, fields))
-
-
-def _alignment(header: _Header, fields: Mapping[str, Any]) -> int:
-    found = fields.get(ALIGNMENT, 32)
-    if type(found) is not int or not 0 < found <= MOST_ALIGNMENT or found & (found - 1):
-        raise header.error(f"{ALIGNMENT}={shown(found, 80)}, expected a power of two")
-    return found
+        found = fields.get(ALIGNMENT, 32)
+        if type(found) is not int or not 0 < found <= MOST_ALIGNMENT or found & (found - 1):
+            raise header.error(f"{ALIGNMENT}={shown(found, 80)}, expected a power of two")
+        return fields, header.tensors(tensors, found)
 
 
 @dataclass
