@@ -100,14 +100,10 @@ def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
     if isinstance(params, nnx.State):
         specs = dict(flatten(nnx.get_partition_spec(params)))
         return {path: (leaf, specs[path] or None) for path, leaf in flatten(params).items()}
-    return {path: _annotated(leaf) for path, leaf in flatten(params).items()}
-
-
-def _annotated(leaf: Any) -> tuple[Any, P | None]:
-    if is_quantized(leaf):
-        return leaf, leaf.spec
-    spec = leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else None
-    return unboxed(leaf), spec
+    flat = flatten(params)
+    specs = {k: x.get_partition_spec() for k, x in flat.items() if isinstance(x, nn.Partitioned)}
+    specs |= {path: leaf.spec for path, leaf in flat.items() if is_quantized(leaf)}
+    return {path: (unboxed(leaf), specs.get(path)) for path, leaf in flat.items()}
 
 
 def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:

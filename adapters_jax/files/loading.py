@@ -22,6 +22,7 @@ from adapters_jax.errors import (
     OtherBaseError,
     RecipeError,
     compare_trees,
+    first_few,
     shortened,
 )
 from adapters_jax.files.adapter import (
@@ -83,7 +84,6 @@ class _Adapter(NamedTuple):
 
 
 _NO_STATE = _Tensors({}, dict)
-_SHOWN = 5  # differences in a message
 _NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
 
 
@@ -368,10 +368,9 @@ def _check_placements(adapter: _Adapter, found: Placements) -> None:
     own = Placements(each for each in found if each.method in adapter.recipe.attached)
     wrong = [] if adapter.placements is None else adapter.placements.differences(own)
     if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise AdapterMismatchError(
             f"the placements in {adapter.directory / CONFIG} are not those of this model: "
-            f"{'; '.join(wrong[:_SHOWN])}{more}. Load it onto the base it was trained on; if the "
+            f"{first_few(wrong, joint='; ')}. Load it onto the base it was trained on; if the "
             "file was edited, save the adapter again"
         )
 

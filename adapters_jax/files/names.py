@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import place
-from adapters_jax.errors import BaseMismatchError, UserError, compare_trees
+from adapters_jax.errors import BaseMismatchError, UserError, compare_trees, first_few
 from adapters_jax.files.layouts import WHOLE, Span, outputs_first, outputs_last, spans
 from adapters_jax.transforms.stacking import Stack
 
@@ -197,18 +197,15 @@ class NameTable:
         """The tensors by their names without prefix; gamma and beta of old files are renamed."""
         theirs: dict[str, str] = {}
         for name in tensors:
-            clash = theirs.setdefault(self._canonical_name(name), name)
+            # Checkpoints converted from TensorFlow have its names of a norm's parameters.
+            bare = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+            bare = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", bare)
+            for prefix in self.prefixes:
+                bare = bare.removeprefix(prefix)
+            clash = theirs.setdefault(bare, name)
             if clash != name:
                 raise UserError(f"{clash} and {name} name the same tensor; keep one of them.")
         return {name: tensors[original] for name, original in theirs.items()}
-
-    def _canonical_name(self, name: str) -> str:
-        # Checkpoints converted from TensorFlow have its names of a norm's parameters.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        for prefix in self.prefixes:
-            name = name.removeprefix(prefix)
-        return name
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
@@ -280,9 +277,8 @@ def _check_floats(tensors: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise BaseMismatchError(
-            f"the checkpoint holds no floating-point numbers in {', '.join(wrong[:12])}"
-            f"{f' and {len(wrong) - 12} more' if len(wrong) > 12 else ''}; a quantised base cannot "
-            "be read: give the one that it was made from."
+            f"the checkpoint holds no floating-point numbers in {first_few(wrong, 12)}; a "
+            "quantised base cannot be read: give the one that it was made from."
         )
 
 

@@ -32,6 +32,7 @@ from adapters_jax.errors import (
     BaseFileError,
     UserError,
     file_errors,
+    first_few,
     shortened,
     shown,
 )
@@ -258,7 +259,7 @@ def not_finite(arrays: Mapping[str, np.ndarray]) -> str:
         'b'
     """
     wrong = [name for name, array in arrays.items() if not _finite(array)]
-    return ", ".join(wrong[:12]) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+    return first_few(wrong, 12)
 
 
 def _finite(array: np.ndarray) -> bool:
