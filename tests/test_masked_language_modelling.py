@@ -20,8 +20,8 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.names import to_tensors
+from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
 from adapters_jax.finetune.data.readers import DataError, read_file

@@ -14,8 +14,8 @@ import adapters_jax as aj
 from adapters_jax.errors import BaseFileError
 from adapters_jax.files.peft import save_peft
 from adapters_jax.files.peft.config import ROOT
-from adapters_jax.files.peft.servers import SERVERS, Server, for_server
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.formats.servers import SERVERS, Server, for_server
 from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.merging import check_checkpoint
 from adapters_jax.transforms.merge import merge

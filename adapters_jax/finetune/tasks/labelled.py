@@ -15,9 +15,9 @@ import jax
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
+from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows

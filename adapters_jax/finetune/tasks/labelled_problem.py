@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.files.base_model import MASKED
+from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.models.encoder import TOKENS

@@ -20,7 +20,7 @@ import tokenizers
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.base_model import MASKED
+from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.data.batches import LEAST, NOTHING, Batches, bare
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.readers import DataError

@@ -8,9 +8,9 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import Adapter, AdapterFormat
 from adapters_jax.files.untrusted import find_gguf
+from adapters_jax.finetune.base_model import BaseModel
+from adapters_jax.finetune.formats.base import Adapter, AdapterFormat
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
@@ -47,7 +47,7 @@ class Gguf(AdapterFormat):
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
         """See `for_server`; and the base's type."""
-        from adapters_jax.files.peft.servers import SERVERS, check_decoder, for_server
+        from adapters_jax.finetune.formats.servers import SERVERS, check_decoder, for_server
 
         server = SERVERS[self.owner]
         try:
@@ -66,7 +66,7 @@ class Gguf(AdapterFormat):
         """Writes what `for_server` makes of the adapter, in one file."""
         from adapters_jax.files.gguf.adapters import layout_of, to_gguf
         from adapters_jax.files.peft.convert import to_peft
-        from adapters_jax.files.peft.servers import SERVERS, for_server
+        from adapters_jax.finetune.formats.servers import SERVERS, for_server
 
         layout_of(base.model_type)
         server = SERVERS[self.owner]

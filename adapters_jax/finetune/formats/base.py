@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.untrusted import open_tensors
+from adapters_jax.finetune.base_model import BaseModel
 from adapters_jax.recipe import Recipe
 
 HEAD = "head/"  # the paths of a head's leaves begin with it

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.files import hub
-from adapters_jax.files.base_model import MASKED, BaseModel
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.formats.base import (
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.base_model import MASKED, BaseModel
+from adapters_jax.finetune.formats.base import (
     HEAD,
     Adapter,
     AdapterFormat,
@@ -19,7 +20,6 @@ from adapters_jax.files.formats.base import (
     pooling_problem,
     shape_in,
 )
-from adapters_jax.files.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
