@@ -155,7 +155,7 @@ def test_the_core_imports_nothing_of_the_application():
     }
 
 
-OF_OTHERS = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub", "peft")}
+OF_OTHERS = {f"adapters_jax.{name}" for name in ("finetune.gguf", "files.adapterhub", "files.peft")}
 
 
 def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_path):
@@ -204,7 +204,7 @@ def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
         "(problem,) = FORMATS['gguf'].problems(adapter, encoder)\n"
         "assert 'encoder' in problem\n"
     )
-    others = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub")}
+    others = {"adapters_jax.finetune.gguf", "adapters_jax.files.adapterhub"}
     assert not imported & {
         *others,
         "adapters_jax.files.peft.ia3",

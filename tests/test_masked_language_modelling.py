@@ -20,7 +20,6 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
@@ -35,6 +34,7 @@ from adapters_jax.finetune.serving.labels import EncoderBase
 from adapters_jax.finetune.tasks import TASKS
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
+from adapters_jax.finetune.tensors import to_tensors
 
 TASK = "masked-language-modelling"
 VOCAB = (*WORDS, "[MASK]")

@@ -20,12 +20,13 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.config import is_target
 from adapters_jax.files.peft.ia3 import scales_input
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.finetune.tensors import from_tensors, to_tensors
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 

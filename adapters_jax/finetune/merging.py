@@ -20,7 +20,6 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.models.family import Family
@@ -29,6 +28,7 @@ from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, Pretraine
 from adapters_jax.finetune.pretrained.locate import find_family, locate, read_config
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import Problem
+from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import checked_before
 from adapters_jax.transforms.merge import merge

@@ -34,8 +34,8 @@ class Gguf(AdapterFormat):
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `from_gguf`."""
-        from adapters_jax.files.gguf.adapters import from_gguf
         from adapters_jax.files.peft.convert import from_peft
+        from adapters_jax.finetune.gguf.adapters import from_gguf
 
         path = find_gguf(directory)
         if path is None:
@@ -53,7 +53,7 @@ class Gguf(AdapterFormat):
         try:
             check_decoder(server, base.kind)
             # Only now, so that a run of an encoder, which asks every format, reads nothing of GGUF.
-            from adapters_jax.files.gguf.adapters import layout_of
+            from adapters_jax.finetune.gguf.adapters import layout_of
 
             layout_of(base.model_type)
             about = adapter.recipe, adapter.leaves, base.names, base.params
@@ -64,9 +64,9 @@ class Gguf(AdapterFormat):
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes what `for_server` makes of the adapter, in one file."""
-        from adapters_jax.files.gguf.adapters import layout_of, to_gguf
         from adapters_jax.files.peft.convert import to_peft
         from adapters_jax.finetune.formats.servers import SERVERS, for_server
+        from adapters_jax.finetune.gguf.adapters import layout_of, to_gguf
 
         layout_of(base.model_type)
         server = SERVERS[self.owner]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
-from adapters_jax.files.names import Tensor
 from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
@@ -21,6 +20,7 @@ from adapters_jax.finetune.models.parts.checkpoint import (
     save_tensors,
     tensors_of,
 )
+from adapters_jax.finetune.tensors import Tensor
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.base_files.gguf import GGUF
