@@ -7,8 +7,8 @@
 - `atomic`, `checksums`: files that appear whole or not at all, and a check that they are undamaged.
 - `checkpoint`: a training run that can be resumed exactly; `lock`: one process at a time.
 - `hub`: repositories of the Hugging Face Hub; `model_card`: the README.md beside an adapter.
-- `peft`, `adapterhub`: adapters of these libraries, both ways. They share `directories`, which reads
-  and writes the files, `module_map`, which finds a model's modules by their names in PyTorch,
+- `peft`, `adapterhub`: adapters of these libraries, both ways. They share `directories`, which
+  reads and writes the files, `module_map`, which finds a model's modules by their names in PyTorch,
   `names`, which maps tensors' names to our paths, and `layouts`, which converts the arrays.
 - `jax_lora`: LoRA of other JAX libraries, which is in their trees of parameters, both ways.
 """

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_jax.errors import BaseFileError, shown
-from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import chat
+from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.gguf.architectures import (
     ARCHITECTURES,
     CHECKED,
