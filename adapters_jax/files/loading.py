@@ -60,7 +60,6 @@ from adapters_jax.trees import (
     with_leaves,
 )
 from adapters_jax.weights.fingerprints import remember
-from adapters_jax.weights.quantized import unboxed
 
 _LOG = logging.getLogger(__name__)
 
@@ -190,7 +189,7 @@ def load_adapter(
             _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
             _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
             manifest.placements,
-            same and not len(own),
+            same and not own.methods,
         )
         if stack:
             adapter = _as_in_model(adapter, tree, stack)
@@ -332,8 +331,9 @@ def _placed(
             placements = run(recipe)
         _check_placements(adapter, placements)
     expected = {path: base[path] for path in recipe.trained(base)}
+    attached = recipe.attached
     for placed in placements:
-        shapes = placed.array_shapes if placed.method in recipe.attached else {}
+        shapes = placed.array_shapes if placed.method in attached else {}
         for path, shape in shapes.items():
             expected[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
     _check_fit(adapter, expected, advice)
@@ -346,7 +346,7 @@ def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
     Raises:
         AdapterMismatchError: names the first differences.
     """
-    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in base.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in base.items()}
     if owners := adapter.recipe.owners(shapes):
         taken_here = next(iter(owners.values()))
         raise AdapterRecipeError(
@@ -365,7 +365,8 @@ def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
 
 def _check_placements(adapter: _Adapter, found: Placements) -> None:
     """Raises AdapterMismatchError where the placements in a file are others than those here."""
-    own = Placements(each for each in found if each.method in adapter.recipe.attached)
+    attached = adapter.recipe.attached
+    own = Placements(each for each in found if each.method in attached)
     wrong = [] if adapter.placements is None else adapter.placements.differences(own)
     if wrong:
         raise AdapterMismatchError(

@@ -14,14 +14,13 @@ from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.settings import (
     Rule,
     anything,
-    key_problems,
+    object_problems,
     of,
     rule,
-    value_problems,
     whole,
     wholes,
 )
-from adapters_jax.files.untrusted import LONGEST_NAME, check_size, name_problem, read_json
+from adapters_jax.files.untrusted import LONGEST_NAME, check_size, is_path, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
@@ -109,7 +108,7 @@ class Manifest:
             )
         needed, more = (*_KEYS, *_OF_FORMAT[number]), ["base"]
         more += [_STATE] if number == FORMAT_WITH_PLACEMENTS else []
-        wrong = key_problems(values, needed, more) + value_problems(values, _RULES)
+        wrong = object_problems(values, {key: _RULES[key] for key in (*needed, *more)}, needed)
         if wrong:
             raise AdapterFileError(f"{path} is not of format {number}: {'; '.join(wrong)}")
         base = values.get("base") and BaseIdentity(**values["base"])
@@ -160,7 +159,7 @@ _RULES: dict[str, Rule] = {
     **{"parameters": whole(), "tensors": whole(), _STATE: whole(1)},
     "adapters_jax": of(str),
     "base": rule(_is_base, "null or an object of a base's identity"),
-    _PLACEMENTS: of(list),
+    **{"format": anything, "recipe": anything, _PLACEMENTS: of(list)},
 }
 
 
@@ -196,21 +195,16 @@ _PLAIN = ("node", "weight", "biases", "shape", "layers", "width")
 _ATTENTION = tuple(Attention.__dataclass_fields__)
 
 
-def _is_path(value: Any) -> bool:
-    """Whether a value is a path of names, or empty."""
-    return isinstance(value, str) and (not value or not name_problem(value))
-
-
 # Of what a placement has; what is left out is the default.
 _OF_PLACEMENT: dict[str, Rule] = {
     "method": anything,
     **dict.fromkeys(
         ("path", "module", "node", "weight"),
-        rule(_is_path, f"a path of at most {LONGEST_NAME} characters"),
+        rule(is_path, f"a path of at most {LONGEST_NAME} characters"),
     ),
     "biases": rule(  # null where they are not known
         lambda x: (
-            x is None or (isinstance(x, list) and x[MOST_AXES:] == [] and all(map(_is_path, x)))
+            x is None or (isinstance(x, list) and x[MOST_AXES:] == [] and all(map(is_path, x)))
         ),
         f"a list of at most {MOST_AXES} names",
     ),
@@ -278,12 +272,11 @@ def _problems(row: Any, recipe: Recipe) -> list[str]:
     """What is wrong with a JSON object as a placement."""
     if not isinstance(row, Mapping):
         return [f"{shown(row, 80)}, expected an object"]
-    wrong = key_problems(row, ("method", "path"), _OF_PLACEMENT)
+    wrong = object_problems(row, _OF_PLACEMENT, ("method", "path"))
     method = row.get("method")
     adding = [i for i, each in enumerate(recipe) if each.slot is not None]
     if type(method) is not int or method not in adding:
         wrong.append(f"method={shown(method, 80)}, expected the position of one that adds arrays")
-    wrong += value_problems(row, _OF_PLACEMENT)
     if not wrong and row.get("weight"):
         axes = sorted([*row.get("inputs", ()), *row.get("outputs", ()), *row.get("shared", ())])
         if axes != list(range(len(row.get("shape", ())))):

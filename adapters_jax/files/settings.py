@@ -110,8 +110,15 @@ def value_problems(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> list
     ]
 
 
-def key_problems(values: Collection[str], needed: Iterable[str], more: Iterable[str]) -> list[str]:
-    """Lists the keys that are needed and missing, and the first that are neither these nor more."""
-    known = {*needed, *more}
-    unknown = [f"unknown key {shown(key, 80)}" for key in values if key not in known][:5]
-    return unknown + [f"{key!r} is missing" for key in needed if key not in values]
+def object_problems(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], needed: Iterable[str]
+) -> list[str]:
+    """Lists the first keys without a rule, the needed keys that lack, and values that break a rule.
+
+    Example:
+        >>> object_problems({"r": -1, "s": 1}, {"r": whole(), "t": whole()}, ("r", "t"))
+        ["unknown key 's'", "'t' is missing", 'r=-1, expected a whole number']
+    """
+    unknown = [f"unknown key {shown(key, 80)}" for key in values if key not in rules][:5]
+    lacking = [f"{key!r} is missing" for key in needed if key not in values]
+    return unknown + lacking + value_problems(values, rules)

@@ -370,3 +370,8 @@ def name_problem(name: str) -> str:
     if len(name) > LONGEST_NAME or not plain:
         return f"the name {shown(name, 80)} is not a plain path"
     return ""
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value is a plain path, or an empty text."""
+    return isinstance(value, str) and (not value or not name_problem(value))
