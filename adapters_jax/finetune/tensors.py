@@ -63,7 +63,7 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
     Example:
         >>> like = {"query": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
         >>> from adapters_jax.files.names import Rule
-    >>> table = NameTable((Rule("query", "q_proj"),))
+        >>> table = NameTable((Rule("query", "q_proj"),))
         >>> from_tensors({"q_proj.weight": np.ones((3, 2))}, table, like)["query"]["kernel"].shape
         (2, 3)
     """
@@ -176,7 +176,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
 
     Example:
         >>> from adapters_jax.files.names import Rule
-    >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
+        >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
         >>> tensors = to_tensors({"query": {"kernel": np.ones((2, 3))}}, table)
         >>> tensors["model.q_proj.weight"].shape
         (3, 2)
