@@ -147,6 +147,17 @@ def warn(text: str) -> None:
     warnings.warn(visible(text), AdapterWarning, stacklevel=level)
 
 
+@contextlib.contextmanager
+def needed(
+    subject: str, package: str, extra: str = "finetune", instead: str = ""
+) -> Iterator[None]:
+    """Turns an ImportError of its body into the MissingPackageError of these arguments."""
+    try:
+        yield
+    except ImportError as problem:
+        raise MissingPackageError(subject, package, extra, instead) from problem
+
+
 def other_names() -> Any:
     """The module `spelling`, which has the names of other libraries.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
+from adapters_jax.errors import AdapterFileError, UserError, needed
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
@@ -110,14 +110,9 @@ def _fetch(
     name: str, revision: str | None, files: Sequence[str], what: str, error: type[UserError]
 ) -> Path:
     """Fetches these files of a repository; returns its snapshot in the cache."""
-    try:
+    subject = f"{name!r} is not a directory here, and reading it from the Hugging Face Hub"
+    with needed(subject, "huggingface_hub", instead="give a directory"):
         import huggingface_hub
-    except ImportError as problem:
-        raise MissingPackageError(
-            f"{name!r} is not a directory here, and reading it from the Hugging Face Hub",
-            "huggingface_hub",
-            instead="give a directory",
-        ) from problem
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -128,8 +123,8 @@ def _fetch(
             )
         )
     except problems() as problem:
-        reason = why(revision, problem)
-        raise error(f"{name!r} is neither a directory here nor {what} {reason}") from problem
+        text = f"{name!r} is neither a directory here nor {what} {why(revision, problem)}"
+        raise error(text) from problem
 
 
 def why(revision: str | None, problem: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters_jax import __version__
 from adapters_jax.auditing import HEADERS, Audit
-from adapters_jax.errors import MissingPackageError, visible
+from adapters_jax.errors import needed, visible
 from adapters_jax.files import hub
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.methods import Method
@@ -76,10 +76,8 @@ def model_card(
         ```
         <BLANKLINE>
     """
-    try:
+    with needed("a model card", "huggingface_hub"):
         import huggingface_hub as hf
-    except ImportError as problem:
-        raise MissingPackageError("a model card", "huggingface_hub") from problem
     recipe = Recipe(recipe)
     known = base.id if base and base.id and hub.is_id(base.id) and "/" in base.id else None
     identity = [(key, value) for key, value in vars(base).items() if value] if base else []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import UserError, needed
 from adapters_jax.files import hub
 from adapters_jax.finetune.data.files import DataError, Found
 
@@ -133,13 +133,9 @@ def _fetched(
     name: str, revision: str, choose: Callable[[Sequence[str]], Sequence[str]]
 ) -> list[Path]:
     """Fetches files of a data set, chosen by their paths; `HF_HUB_OFFLINE=1` needs them cached."""
-    try:
+    with needed(f"the data set {name!r} of the Hugging Face Hub", "huggingface_hub"):
         import huggingface_hub
         from huggingface_hub import constants
-    except ImportError as problem:
-        raise MissingPackageError(
-            f"the data set {name!r} of the Hugging Face Hub", "huggingface_hub"
-        ) from problem
     try:
         if constants.HF_HUB_OFFLINE:
             cached = _cached_dataset(name, revision)

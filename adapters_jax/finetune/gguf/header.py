@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import BaseFileError, MissingPackageError, shown
+from adapters_jax.errors import BaseFileError, needed, shown
 from adapters_jax.files.untrusted import Untrusted, name_problem, opened
 
 VERSIONS = (2, 3)
@@ -209,10 +209,8 @@ class _Header:
 
     def _kind(self, name: str, number: int) -> tuple[Any, tuple[int, int]]:
         """A type of tensors, with the number of elements and of bytes of its blocks."""
-        try:
+        with needed(f"reading {self.file.path.name!r}", "gguf"):
             import gguf
-        except ImportError as error:
-            raise MissingPackageError(f"reading {self.file.path.name!r}", "gguf") from error
         known = {kind.value: kind for kind in gguf.GGML_QUANT_SIZES}
         if number not in known:
             raise self.error(f"{name} has the unknown type {number}")
