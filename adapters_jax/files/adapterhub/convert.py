@@ -1,6 +1,6 @@
 """Converts AdapterHub's configuration and tensors to our methods and leaves, and back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from adapters_jax.files.layouts import Array, our_factors, rounded, their_factor
 from adapters_jax.files.module_map import Added, Leaves, shortest
 from adapters_jax.methods import Bottleneck, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 
 _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
 # By layer and location: the settings, and for an attention which of its matrices have factors.
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
+Own = Mapping[str, Placement]  # of one method, by path
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
@@ -182,16 +184,20 @@ def _our_loras(
 
 
 def write(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, problems: list[str]
+    recipe: Recipe,
+    added: Placements,
+    leaves: Leaves,
+    blocks: Blocks,
+    name: str,
+    problems: list[str],
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the settings and the tensors by names without prefix, and adds the problems."""
     tensors: Leaves = {}
-    configs = _configs(
-        None, _their_bottlenecks(recipe, added, blocks, name, tensors, problems), blocks
-    )
-    configs += _configs(
-        "lora", _their_loras(recipe, added, blocks, name, tensors, problems), blocks
-    )
+    configs: list[dict[str, Any]] = []
+    for kind, convert in ((None, _their_bottlenecks), ("lora", _their_loras)):
+        own = {each.path: each for each in added if each.method.name == (kind or "bottleneck")}
+        settings = convert(own, leaves, blocks, name, tensors, problems)
+        configs += _configs(kind, settings, blocks)
     others = {type(m).__name__ for m in recipe.attached if m.name not in ("bottleneck", "lora")}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
@@ -206,13 +212,13 @@ def write(
 
 
 def _their_bottlenecks(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
     settings: Settings = {}
     roles = blocks.roles()
-    for path, leaves in _of("bottleneck", recipe, added):
-        method: Any = next(m for m in recipe.at(path) if m.name == "bottleneck")
+    for path, each in own.items():
+        method, leaves = each.method, each.leaves(flat)
         point, role = roles.get(path, ((0, ""), ""))
         fields = _fields(method, role, blocks)
         if isinstance(fields, str):
@@ -277,11 +283,11 @@ def _their_factor(method: Bottleneck, width: int, m: int) -> float:
 
 
 def _their_loras(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}
-    left = dict(_of("lora", recipe, added))
+    left = dict(own)
     for point, every in blocks.loras.items():
         made: dict[str, list[tuple[Array, Array]]] = {}
         fields: list[dict[str, Any]] = []
@@ -289,11 +295,11 @@ def _their_loras(
         projections = blocks.projections(point)
         for matrix, module in ((m, name) for m, names in every.items() for name in names):
             reference = projections[module][matrix]
-            leaves = left.pop(reference.path, None) if reference else None
-            if reference is None or leaves is None:
+            each = left.pop(reference.path, None) if reference else None
+            if reference is None or each is None:
                 continue
-            lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
-            a, b = their_factors(reference, leaves, lora.slices)
+            lora = each.method
+            a, b = their_factors(reference, each.leaves(flat), lora.slices)
             if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
                 problems.append(f"{reference.path}: its factors do not fit its weight")
                 continue
@@ -324,14 +330,6 @@ def _their_loras(
                 tensors[f"{module}.loras.{name}.{factor}"] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings
-
-
-def _of(kind: str, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The modules that the method named `kind` adapts, each with that method's leaves."""
-    for path, leaves in added.items():
-        for method in recipe.at(path):
-            if method.name == kind:
-                yield path, {name: leaves[name] for name in method.leaf_names}
 
 
 def _configs(kind: str | None, settings: Settings, blocks: Blocks) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from adapters_jax.files.module_map import (
     Names,
     as_in_file,
     as_in_model,
-    by_module,
+    placed,
     shortest,
 )
 from adapters_jax.methods import Method, Unfreeze
@@ -211,8 +211,8 @@ def to_adapterhub(
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
     unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
-    added, trained = by_module(unrolled, flat, problems)
-    config, tensors = convert.write(unrolled, added, blocks, name, problems)
+    added, trained = placed(unrolled, flat, blocks.module_map, problems)
+    config, tensors = convert.write(unrolled, added, flat, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
     return config, tensors, head, problems
 

@@ -22,8 +22,8 @@ from adapters_jax.files.module_map import (
     Names,
     as_in_file,
     as_in_model,
-    by_module,
     find_modules,
+    placed,
     shortest,
 )
 from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
@@ -214,7 +214,7 @@ def to_peft(
     problems: list[str] = []
     module_map = find_modules(names, base, prefix)
     recipe, leaves = as_in_file(recipe, leaves, module_map)
-    added, trained = by_module(recipe, leaves, problems)
+    added, trained = placed(recipe, leaves, module_map, problems)
     held = _held_twice(leaves, module_map)
     found = {method.name for method in recipe.attached}
     kind = next((k for k in KINDS.values() if len(found) == 1 and found <= set(k.methods)), None)
@@ -232,7 +232,7 @@ def to_peft(
             for path in trained
         ]
         return fields, tensors, problems + held
-    adapted = {owner.module for path in leaves if (owner := recipe.owner(path))}
+    adapted = {each.module for each in added}
     more, trains = write_trained(trained, adapted, module_map, problems)
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
