@@ -197,7 +197,7 @@ def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
         "names = {'q_proj': 'query'}\n"
         f"saved = save_peft({str(tmp_path / 'a')!r}, aj.LoRA('query', 2), leaves, names, base)\n"
         "load_peft(saved, names, base)\n"
-        "from adapters_jax.finetune.base_model import BaseModel\n"
+        "from adapters_jax.finetune.formats.base import BaseModel\n"
         "from adapters_jax.finetune.formats import FORMATS, Adapter\n"
         "encoder = BaseModel('mine', 'encoder', names, '', base, aj.BaseIdentity(), '')\n"
         "adapter = Adapter(aj.Recipe(aj.LoRA('query', 2)), {})\n"

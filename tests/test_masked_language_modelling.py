@@ -20,10 +20,10 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.finetune.base_model import MASKED
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
 from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.merging import write_encoder
 from adapters_jax.finetune.models import FAMILIES

@@ -22,8 +22,8 @@ from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
-from adapters_jax.finetune.base_model import BaseModel
 from adapters_jax.finetune.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.pretrained.base_model import described, heads_of, load_base_model

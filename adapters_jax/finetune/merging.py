@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.base_model import MASKED
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder

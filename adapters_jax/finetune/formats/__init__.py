@@ -1,7 +1,7 @@
 """Recognises, reads and writes adapter formats.
 
 `base` has the contract `AdapterFormat`; `native`, `peft`, `adapterhub` and `gguf` implement it, and
-`FORMATS` lists them. `changes` says how an adapter differs after it was written and read again.
+`FORMATS` lists them. `servers` changes an adapter into what servers of language models load.
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ from adapters_jax.finetune.formats.base import (
     Adapter,
     AdapterFormat,
     Head,
+    changes,
     has_head,
     stand_ins,
 )
-from adapters_jax.finetune.formats.changes import changes
 from adapters_jax.finetune.formats.gguf import Gguf
 from adapters_jax.finetune.formats.native import Native
 from adapters_jax.finetune.formats.peft import Peft

@@ -10,10 +10,10 @@ from typing import Any
 from adapters_jax.errors import UserError
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
 from adapters_jax.files.untrusted import read_json
-from adapters_jax.finetune.base_model import BaseModel
 from adapters_jax.finetune.formats.base import (
     Adapter,
     AdapterFormat,
+    BaseModel,
     Head,
     has_head,
     pooling_problem,

@@ -8,8 +8,7 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
-from adapters_jax.finetune.base_model import BaseModel
-from adapters_jax.finetune.formats.base import Adapter, AdapterFormat
+from adapters_jax.finetune.formats.base import Adapter, AdapterFormat, BaseModel
 from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.recipe import Recipe

@@ -10,11 +10,12 @@ from typing import Any
 from adapters_jax.files import hub
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.untrusted import read_json
-from adapters_jax.finetune.base_model import MASKED, BaseModel
 from adapters_jax.finetune.formats.base import (
     HEAD,
+    MASKED,
     Adapter,
     AdapterFormat,
+    BaseModel,
     Head,
     has_head,
     pooling_problem,
