@@ -73,21 +73,16 @@ class Source(NamedTuple):
             return (*shape[:-2], shape[-1], shape[-2])
         return (*shape[:-3:-1], *shape[:-2]) if self.transposed else shape
 
-    def ours(self, array: np.ndarray) -> np.ndarray:
-        """Their array with its axes in our order: a kernel's outputs last, its window first."""
+    def turned(self, array: np.ndarray, back: bool = False) -> np.ndarray:
+        """Their array with its axes in our order, a kernel's outputs last; or ours in theirs."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        return outputs_last(array) if self.transposed else array
-
-    def theirs(self, array: np.ndarray) -> np.ndarray:
-        """Our array with its axes in their order."""
-        if self.swapped:
-            return np.swapaxes(array, -1, -2)
-        return outputs_first(array) if self.transposed else array
+        turn = outputs_first if back else outputs_last
+        return turn(array) if self.transposed else array
 
     def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
         """Takes our array, this part of their tensor, out of it; their shape is checked before."""
-        turned = self.ours(tensor)
+        turned = self.turned(tensor)
         return turned if span is WHOLE else span.of(turned)  # type: ignore[return-value]
 
 

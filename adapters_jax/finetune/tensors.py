@@ -201,4 +201,4 @@ def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
     count = source.part[1] if source.part else 1
     if len(arrays) != count:
         raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
-    return source.theirs(np.concatenate(arrays, axis=-1) if count > 1 else first)
+    return source.turned(np.concatenate(arrays, axis=-1) if count > 1 else first, back=True)
