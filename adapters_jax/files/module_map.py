@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import UserError, shown
+from adapters_jax.errors import MismatchError, UserError, shown
 from adapters_jax.files.layouts import (
     Array,
     ModuleReference,
@@ -270,11 +270,7 @@ def as_in_file(
 def placed(
     recipe: Recipe, leaves: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
 ) -> tuple[Placements, Leaves]:
-    """Where the methods of an adapter are in the base, and the base's own leaves that train.
-
-    Raises:
-        MismatchError: leaves fit no weight of their module.
-    """
+    """Where the methods of an adapter are in the base, and the base's own leaves that train."""
     owners = recipe.owners(leaves)
     trained = {p: leaf for p, leaf in leaves.items() if p not in owners and recipe.trains(p)}
     if frozen := [path for path in leaves if path not in owners and path not in trained]:
@@ -290,7 +286,11 @@ def placed(
             problems.append(f"{owner.path} lacks {', '.join(sorted(names))}")
     whole = {path: leaves[path] for path, own in owners.items() if own.prefix not in incomplete}
     shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **whole}.items()}
-    return in_tree(recipe, shapes), trained
+    try:
+        return in_tree(recipe, shapes), trained
+    except MismatchError as problem:
+        problems.append(str(problem))
+        return Placements(), trained
 
 
 def our_leaves(
