@@ -21,9 +21,9 @@ else:  # a type checker that sees `__getattr__` takes any name
         if name.isidentifier() and importlib.util.find_spec(path):
             return importlib.import_module(path)
         if name == "__all__" or not name.startswith("__"):
-            api = importlib.import_module("adapters_jax.api")
-            public = {each: getattr(api, each) for each in api.__all__}
-            globals().update(public, __all__=api.__all__)
+            api = vars(importlib.import_module("adapters_jax.api"))
+            public = {each: api[each] for each in sorted(api) if not each.startswith("_")}
+            globals().update(public, __all__=list(public))
         if name not in globals():
             instead = importlib.import_module("adapters_jax.spelling").instead_of(name)
             message = f"module {__name__!r} has no attribute {name!r}{instead}"
@@ -32,4 +32,4 @@ else:  # a type checker that sees `__getattr__` takes any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *importlib.import_module("adapters_jax.api").__all__})
+    return sorted({*globals(), *sys.modules[__name__].__all__})

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.nnx.adapted import placements_of
-from adapters_jax.placement import Counted, Placements, Shape, counted
+from adapters_jax.placement import Counted, Placement, Placements, Shape, counted
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, matches_any, selects
 from adapters_jax.texts import bytes_text, html_table
@@ -234,27 +234,28 @@ def audit(
     recipe, leaves, known = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     computed = _computed(model, params, Inputs.of(inputs)) if inputs is not None else {}
-    adapters = _in_order(_adapters(counted(recipe, shapes, known), computed))
-    entries = (*adapters, *_in_order(_unfrozen(recipe, shapes)))
-    trained = {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
-    frozen = {path: leaf for path, leaf in leaves.items() if not recipe.trains(path)}
+    found = counted(recipe, shapes, known)
+    trains = recipe.trained(leaves)
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trains}
     check_unmoved("audit", frozen, isinstance(model, nnx.Module))
-    added = [math.prod(shapes[path]) for path in trained if recipe.owner(path)]
+    arrays = {path for each in found for path in each.placed.paths().values()}
+    unfrozen = {path: shapes[path] for path in trains if path not in arrays}
     # A TrainState keeps the trained leaves in float32, and optimisers have the dtypes of what they
     # get.
-    trained = {p: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in trained.items()}
+    kept = ((path, leaves[path]) for path in trains)
+    trained = {path: in_full(jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in kept}
     tx = optax.adam(1e-3) if tx is None else tx
     optimizer = jax.eval_shape(tx.init, unflatten(trained))
     return Audit(
-        entries=entries,
-        adapter_parameters=sum(added),
+        entries=(*_in_order(_adapters(found, computed)), *_in_order(_unfrozen(recipe, unfrozen))),
+        adapter_parameters=sum(each.actual for each in found),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
         trainable_bytes=_size(trained),
         gradient_bytes=_size(trained),
         optimizer_bytes=_size(optimizer),
         frozen_bytes=_size(frozen),
-        unmatched=_unmatched(recipe, shapes),
+        unmatched=_unmatched(recipe, shapes, [each.placed for each in found]),
         quantized_parameters=sum(math.prod(x.shape) for x in frozen.values() if is_quantized(x)),
     )
 
@@ -328,7 +329,7 @@ def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:
 
 
 def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
-    """An entry for each parameter of the base that trains."""
+    """An entry for each of the base's parameters that train, of these shapes by path."""
     return [
         AuditEntry(
             path,
@@ -339,7 +340,6 @@ def _unfrozen(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[AuditEntry]:
             math.prod(shape),
         )
         for path, shape in shapes.items()
-        if recipe.trains(path) and not recipe.owner(path)
     ]
 
 
@@ -354,13 +354,14 @@ def _pattern(paths: list[str]) -> str:
     return "".join(part[0] if len({*part}) == 1 else "*" for part in parts)
 
 
-def _unmatched(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+def _unmatched(
+    recipe: Recipe, shapes: Mapping[str, Shape], placements: Sequence[Placement]
+) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
-    owners = [owner for path in shapes if (owner := recipe.owner(path))]
     # A pattern may name the weight itself, `**/experts/up`.
-    weights = {owner.module for owner in owners if owner.method.acts_on == "leaf"}
+    weights = {each.module for each in placements if each.method.acts_on == "leaf"}
     inside = {path for path in shapes if not weights.isdisjoint(around(path))}
-    owned = {path for owner in owners for path in (owner.path, owner.module)} | inside
+    owned = {path for each in placements for path in (each.path, each.module)} | inside
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]
     patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
     return tuple(

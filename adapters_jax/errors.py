@@ -147,6 +147,17 @@ def warn(text: str) -> None:
     warnings.warn(visible(text), AdapterWarning, stacklevel=level)
 
 
+@contextlib.contextmanager
+def needed(
+    subject: str, package: str, extra: str = "finetune", instead: str = ""
+) -> Iterator[None]:
+    """Turns an ImportError of its body into the MissingPackageError of these arguments."""
+    try:
+        yield
+    except ImportError as problem:
+        raise MissingPackageError(subject, package, extra, instead) from problem
+
+
 def other_names() -> Any:
     """The module `spelling`, which has the names of other libraries.
 
@@ -319,11 +330,11 @@ def full_name(kind: type) -> str:
     return f"{at}{kind.__qualname__}"
 
 
-def shown(value: Any) -> str:
-    """A value as a message prints it, in one line."""
+def shown(value: Any, most: int = 300) -> str:
+    """A value as a message prints it, in one line of at most `most` characters."""
     try:
         # Others wrote the `repr`: an array's has lines, and deeply nested lists run out of stack.
         text = repr(value)
-        return shortened(" ".join(text.split()) if "\n" in text else text)
+        return shortened(" ".join(text.split()) if "\n" in text else text, most)
     except RecursionError:
         return f"a {type(value).__name__} that is nested too deep to print"

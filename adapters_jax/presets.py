@@ -91,14 +91,11 @@ def pfeiffer(
     AdapterHub calls seq_bn: the adapter reads the norm's output and adds to the norm's input.
 
     Args:
-        bottleneck_dim: m; 64 where neither width field is given.
-        reduction_factor: as in `Bottleneck`.
+        bottleneck_dim, reduction_factor, head, **fields: as in `houlsby`.
         targets: patterns of the output projections of the feed-forward layers.
-        head: path of the task's head, which trains whole.
-        **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
+        UserError: as in `houlsby`.
 
     Example:
         >>> pfeiffer(reduction_factor=16)
@@ -121,15 +118,12 @@ def parallel(
     """He et al. 2022, arXiv:2110.04366: an adapter beside the feed-forward layer, scaled by 4.
 
     Args:
-        bottleneck_dim: m; 64 where neither width field is given.
-        reduction_factor: as in `Bottleneck`.
+        bottleneck_dim, reduction_factor, head, **fields: as in `houlsby`.
         targets: patterns of whole feed-forward layers, whose input the adapter reads.
         scale: factor on the adapter's output.
-        head: path of the task's head, which trains whole.
-        **fields: further fields of `Bottleneck`.
 
     Raises:
-        UserError: a field of `Bottleneck` is out of its range, or `head` is not a text.
+        UserError: as in `houlsby`.
 
     Example:
         >>> parallel(32)
@@ -260,17 +254,11 @@ def prefix_tuning(
 
     Args:
         length: K, tokens of each layer's prefix.
-        last: how many layers get a prefix, counted from the top; needs `num_layers`.
-        num_layers: how many layers the model has.
-        layers: instead of `last`: the layers' numbers, such as `range(2, 32)`; all by default.
-        targets: pattern of one layer's attention, with `{}` for the layer's number.
-        head: path of the task's head, which trains whole.
+        last, num_layers, layers, targets, head: as in `llama_adapter`.
         **fields: further fields of `PrefixTuning`.
 
     Raises:
-        UserError: `last` is not between 1 and `num_layers`, `last` comes with `layers` or without
-            `num_layers`, or layers are chosen and `targets` has no `{}`; or a field of
-            `PrefixTuning` is out of its range, or `head` is not a text.
+        UserError: as in `llama_adapter`.
 
     Example:
         >>> prefix_tuning(10, layers=[0, 1])

@@ -76,6 +76,7 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "is_parallel": ("placement", _placement),
 }
 _STARTS = "a_init is gaussian, uniform, gaussian_rank or pissa"
+_OF_STARTS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
 _NOTHING = "there is nothing like it here"
 _TASK = (
     "the base says its task, and aj.Unfreeze('head/**') beside the method in a recipe trains its "
@@ -105,7 +106,7 @@ _SETTINGS = {
         "token_dim num_transformer_submodules num_attention_heads num_layers"
     ),
     "aj.base_identity(base, id=...) goes to aj.save_adapter": "base_model_name_or_path revision",
-    _STARTS: ("init_lora_weights loftq_config eva_config corda_config lora_ga_config"),
+    _STARTS: _OF_STARTS,
     _NOTHING: (
         "layer_replication trainable_token_indices use_qalora arrow_config use_gating "
         "alora_invocation_tokens prefix_projection encoder_hidden_size init_weights kasa_config "
@@ -291,10 +292,13 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
         problems.append(_ALL_NAMES)
     if idle := [name for name in others if name in _IDLE or _changes_nothing(name, given[name])]:
         problems.append(f"leave out {_listed(idle)}")
+    instead = (
+        INSTEAD
+        if "a_init" in fields
+        else {**INSTEAD, **dict.fromkeys(_OF_STARTS.split(), _NOTHING)}
+    )
     problems += [
-        f"{name} is no setting of it: {_sentence(name, fields)}"
-        for name in others
-        if name not in idle
+        f"{name} is no setting of it: {instead[name]}" for name in others if name not in idle
     ]
     problems += [f"{name} is unknown" for name in unknown if name not in (*ours, *others)]
     raise UserError(f"{method}: {'; '.join(problems)}")
@@ -303,12 +307,6 @@ def check_settings(method: str, fields: Iterable[str], given: Mapping[str, Any])
 def _counterpart(name: str, value: Any, fields: set[str]) -> bool:
     """Whether a setting of another library, with this value, is one of the fields."""
     return name in OURS and OURS[name][0] in fields and OURS[name][1](value) is not None
-
-
-def _sentence(name: str, fields: set[str]) -> str:
-    """What stands in place of a setting in a method with these fields."""
-    lacks_start = INSTEAD[name] == _STARTS and "a_init" not in fields
-    return _NOTHING if lacks_start else INSTEAD[name]
 
 
 def _changes_nothing(name: str, value: Any) -> bool:

@@ -132,17 +132,17 @@ def around(path: str) -> Iterator[str]:
         yield path
 
 
-def weight(pattern: str) -> int:
-    """How many characters the braces of a pattern expand to: what compiling it costs.
+def weight(*patterns: str) -> int:
+    """How many characters the braces of patterns expand to: what compiling them costs.
 
     Raises:
-        TargetError: there are more than `MOST`, or a brace is unbalanced.
+        TargetError: there are more than `MOST` of one, or a brace is unbalanced.
 
     Example:
-        >>> weight("{a,b}_{0,1}"), weight("a_0")
-        (43, 0)
+        >>> weight("{a,b}_{0,1}", "a_0")
+        43
     """
-    return _expanded(pattern)[1] if re.search(r"[*{}]", pattern) else 0
+    return sum(_expanded(pattern)[1] for pattern in patterns if not _is_plain(pattern))
 
 
 def either(pattern: str) -> str:

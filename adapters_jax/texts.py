@@ -35,8 +35,8 @@ def parse_json(text: str) -> Any:
         values = json.loads(
             text,
             object_pairs_hook=_object,
-            parse_int=_int,
-            parse_float=_float,
+            parse_int=lambda text: int(text) if len(text) <= MOST_DIGITS else _no_number(text),
+            parse_float=lambda text: x if math.isfinite(x := float(text)) else _no_number(text),
             parse_constant=_no_number,
         )
     except RecursionError:  # json stops well above the depth that is allowed here
@@ -68,15 +68,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise UserError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
     return values
-
-
-def _int(text: str) -> int:
-    return int(text) if len(text) <= MOST_DIGITS else _no_number(text)
-
-
-def _float(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
 
 
 def _no_number(text: str) -> Any:

@@ -220,15 +220,11 @@ def adapter_leaves(adapter: Adapter, caller: str) -> tuple[Recipe, dict[str, Any
         TypeError: `adapter` is not a pair of a recipe and a tree.
     """
     if not (isinstance(adapter, tuple) and len(adapter) == 2):
+        given = repr(adapter) if isinstance(adapter, str) else f"a {type(adapter).__name__}"
         raise TypeError(
-            f"{caller}: got {_given(adapter)} for an adapter, expected its recipe and its tree; "
+            f"{caller}: got {given} for an adapter, expected its recipe and its tree; "
             "write aj.read_adapter(directory), (state.recipe, state.trained) for a TrainState, or "
             "(aj.nnx.recipe_of(model), nnx.state(model, aj.nnx.AdapterParam))"
         )
     recipe, tree = adapter
     return Recipe(recipe), {path: nn.meta.unbox(leaf) for path, leaf in flatten(tree).items()}
-
-
-def _given(adapter: Any) -> str:
-    """What was given for an adapter: a text itself, else its type."""
-    return repr(adapter) if isinstance(adapter, str) else f"a {type(adapter).__name__}"

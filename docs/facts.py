@@ -23,10 +23,9 @@ from docstring_parser import parse
 from flax import nnx
 
 import adapters_jax as aj
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats import FORMATS
-from adapters_jax.files.formats.base import Adapter, stand_ins
 from adapters_jax.finetune.cli.listing import ListMethods, ListTasks, Table
+from adapters_jax.finetune.formats import FORMATS
+from adapters_jax.finetune.formats.base import Adapter, BaseModel, stand_ins
 from adapters_jax.finetune.models import bert, decoder
 from adapters_jax.finetune.options.method import PRESETS
 from adapters_jax.methods import METHODS, Method

@@ -522,7 +522,7 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     lora(f"{query}: a_init='pissa'", aj.LoRA(query, 2, a_init="pissa"))
     lora("one LoRA", aj.LoRA(query, 2), aj.LoRA(second, 3))
     wrong = {f"{query}/lora/a": np.ones((5, 2)), f"{query}/lora/b": np.ones((2, 32))}
-    saving("bert", aj.LoRA(query, 2), wrong, f"{query}:")
+    saving("bert", aj.LoRA(query, 2), wrong, query, "[5, 2]")
 
 
 def test_what_save_adapterhub_writes_and_what_it_replaces(tmp_path):

@@ -37,13 +37,13 @@ from adapters_jax.errors import (
     TargetError,
     UserError,
 )
-from adapters_jax.files.formats import FORMATS
-from adapters_jax.files.peft.servers import MAX_ERROR
 from adapters_jax.finetune import console
 from adapters_jax.finetune.cli.convert import Convert
 from adapters_jax.finetune.cli.main import COMMANDS, _unraisable, command_of, main
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.formats import FORMATS
+from adapters_jax.finetune.formats.servers import MAX_ERROR
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.options.flags import Format
 from adapters_jax.finetune.options.method import MethodName

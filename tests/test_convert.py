@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 import adapters_jax as aj
 from adapters_jax.files.adapter import STATE
 from adapters_jax.files.directories import Pair
-from adapters_jax.files.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
-from adapters_jax.files.formats.native import Native
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
+from adapters_jax.finetune.formats.native import Native
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.leaving import open_source
 from adapters_jax.finetune.models.decoder import load_decoder

@@ -17,12 +17,12 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, AdapterRecipeError
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
-from adapters_jax.files.names import Stored, from_tensors, to_tensors
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts import blocks
+from adapters_jax.finetune.tensors import Stored, from_tensors, to_tensors
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten, unflatten
 

@@ -16,13 +16,13 @@ from helpers.tiny import write_reviews, write_words
 from tokenizers import Tokenizer
 
 import adapters_jax as aj
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.models import FAMILIES, KNOWN, family_of
 from adapters_jax.finetune.models.encoder.families.modernbert import ModernBertConfig
 from adapters_jax.finetune.models.parts.relative import relative_positions
+from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,9 +14,9 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, UserError
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.names import from_tensors
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.finetune.tensors import from_tensors
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
 

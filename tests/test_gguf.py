@@ -15,10 +15,10 @@ from helpers.errors import raises
 from test_decoder_model import TINY, build
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
-from adapters_jax.files.gguf.tensors import half_split
-from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import chat
 from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.gguf import find_gguf
+from adapters_jax.finetune.gguf.tensors import half_split
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.finetune.pretrained.assets import cached
 

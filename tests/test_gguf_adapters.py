@@ -14,9 +14,9 @@ from test_gguf_families import CARRIED, FIXTURES, NAMES, tensors_of, values_of
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, BaseFileError
-from adapters_jax.files.formats import FORMATS, Adapter, changes
-from adapters_jax.files.formats.gguf import ADAPTER
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.formats import FORMATS, Adapter, changes
+from adapters_jax.finetune.formats.gguf import ADAPTER
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 
 

@@ -14,8 +14,8 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 
 from adapters_jax.errors import BaseFileError, BaseMismatchError
-from adapters_jax.files.gguf.architectures import ARCHITECTURES
 from adapters_jax.finetune.base_files.gguf import read_gguf
+from adapters_jax.finetune.gguf.architectures import ARCHITECTURES
 from adapters_jax.finetune.models.decoder import DecoderConfig, load_decoder
 from adapters_jax.finetune.models.registry import family_of
 

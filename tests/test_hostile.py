@@ -21,8 +21,7 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterMismatchError, AdapterRecipeError
 from adapters_jax.files.adapter import TENSORS, read_adapter
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.tensors import open_tensors, read_tensors
-from adapters_jax.files.untrusted import read_json
+from adapters_jax.files.untrusted import open_tensors, read_json, read_tensors
 
 pytestmark = pytest.mark.hostile
 

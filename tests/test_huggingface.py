@@ -16,10 +16,11 @@ from helpers.errors import raises
 from safetensors.numpy import load_file, save_file
 
 from adapters_jax.errors import MismatchError, MissingPackageError, UserError
-from adapters_jax.files.names import NameTable, Rule, from_tensors, to_tensors
+from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files.huggingface import resolve
 from adapters_jax.finetune.models.bert import NAMES, Bert, load_bert
 from adapters_jax.finetune.models.decoder import load_decoder, save_decoder
+from adapters_jax.finetune.tensors import from_tensors, to_tensors
 from adapters_jax.transforms.stacking import Stack
 
 FIXTURES = Path(__file__).parent / "fixtures"

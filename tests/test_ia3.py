@@ -290,7 +290,7 @@ def test_scales_of_convolutions_for_peft_and_back(tmp_path, kernel, inner, numbe
     [
         (aj.IA3("word"), leaves(word=np.ones(6)), "word"),
         (aj.IA3("q", feed_forward="q"), leaves(q=np.ones(6)), "h.0.attn.qk"),
-        (aj.IA3("heads"), leaves(heads=np.ones((3, 3))), "h.0.heads"),
+        (aj.IA3("heads"), leaves(heads=np.ones((3, 3))), "heads/ia3"),
         (
             aj.Recipe(aj.IA3("down"), aj.Unfreeze("q/bias")),
             {**leaves(down=np.ones(4)), "q": {"bias": np.ones(4)}},

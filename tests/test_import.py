@@ -155,7 +155,8 @@ def test_the_core_imports_nothing_of_the_application():
     }
 
 
-OF_OTHERS = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub", "peft")}
+GGUF = {f"adapters_jax.finetune.gguf.{name}" for name in ("adapters", "header", "tensors")}
+OF_OTHERS = {"adapters_jax.files.adapterhub", "adapters_jax.files.peft", *GGUF}
 
 
 def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_path):
@@ -172,7 +173,7 @@ def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_p
         "import adapters_jax.finetune.cli.finetune, adapters_jax.finetune.runs.job\n"
         "import adapters_jax.finetune.inference\n"
         "from adapters_jax.finetune.data.readers import read_file\n"
-        "from adapters_jax.files.formats import every_file, format_of\n"
+        "from adapters_jax.finetune.formats import every_file, format_of\n"
         "class Model(nnx.Module):\n"
         "    def __init__(self):\n"
         "        self.query = nnx.Linear(4, 4, rngs=nnx.Rngs(0))\n"
@@ -183,7 +184,7 @@ def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_p
         "assert format_of(lora).name == 'native' and every_file()\n"
         f"read_file({str(tmp_path / 'rows.csv')!r})\n"
     )
-    assert "adapters_jax.files.formats.native" in imported
+    assert "adapters_jax.finetune.formats.native" in imported
     assert not imported & OF_OTHERS
 
 
@@ -197,16 +198,16 @@ def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
         "names = {'q_proj': 'query'}\n"
         f"saved = save_peft({str(tmp_path / 'a')!r}, aj.LoRA('query', 2), leaves, names, base)\n"
         "load_peft(saved, names, base)\n"
-        "from adapters_jax.files.base_model import BaseModel\n"
-        "from adapters_jax.files.formats import FORMATS, Adapter\n"
+        "from adapters_jax.finetune.formats.base import BaseModel\n"
+        "from adapters_jax.finetune.formats import FORMATS, Adapter\n"
         "encoder = BaseModel('mine', 'encoder', names, '', base, aj.BaseIdentity(), '')\n"
         "adapter = Adapter(aj.Recipe(aj.LoRA('query', 2)), {})\n"
         "(problem,) = FORMATS['gguf'].problems(adapter, encoder)\n"
         "assert 'encoder' in problem\n"
     )
-    others = {f"adapters_jax.files.{name}" for name in ("gguf", "adapterhub")}
     assert not imported & {
-        *others,
+        *GGUF,
+        "adapters_jax.files.adapterhub",
         "adapters_jax.files.peft.ia3",
         "adapters_jax.files.peft.prompts",
     }

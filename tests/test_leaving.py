@@ -15,14 +15,14 @@ from helpers.tiny import write_model, write_words
 from safetensors.numpy import load_file
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.formats import FORMATS
-from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.cli.main import COMMANDS, main
 from adapters_jax.finetune.cli.main import command_of as class_of
+from adapters_jax.finetune.formats import FORMATS
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.merging import MERGED
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.bert import Bert
+from adapters_jax.finetune.tensors import from_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 slow = pytest.mark.slow

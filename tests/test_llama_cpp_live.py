@@ -17,8 +17,8 @@ from test_gguf_adapters import drawn, outside_experts
 from test_gguf_families import FIXTURES, values_of, written
 
 import adapters_jax as aj
-from adapters_jax.files.formats import FORMATS, Adapter
-from adapters_jax.files.formats.gguf import ADAPTER
+from adapters_jax.finetune.formats import FORMATS, Adapter
+from adapters_jax.finetune.formats.gguf import ADAPTER
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")

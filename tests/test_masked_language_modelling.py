@@ -20,11 +20,10 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
-from adapters_jax.files.base_model import MASKED
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import NOTHING
 from adapters_jax.finetune.data.readers import DataError, read_file
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.merging import write_encoder
 from adapters_jax.finetune.models import FAMILIES
@@ -35,6 +34,7 @@ from adapters_jax.finetune.serving.labels import EncoderBase
 from adapters_jax.finetune.tasks import TASKS
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.masked_language_modelling import MaskedTokens, Vocabulary, hide
+from adapters_jax.finetune.tensors import to_tensors
 
 TASK = "masked-language-modelling"
 VOCAB = (*WORDS, "[MASK]")

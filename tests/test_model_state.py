@@ -20,8 +20,8 @@ import adapters_jax as aj
 from adapters_jax.distributed.plan import abstract_state, plan
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError
 from adapters_jax.files.adapter import STATE, TENSORS, read_adapter
-from adapters_jax.files.formats.native import Native
 from adapters_jax.files.manifest import CONFIG
+from adapters_jax.finetune.formats.native import Native
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import leaves_by_path
 

@@ -20,12 +20,13 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.config import is_target
 from adapters_jax.files.peft.ia3 import scales_input
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.finetune.tensors import from_tensors, to_tensors
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 
@@ -423,9 +424,12 @@ def test_ia3_on_a_fused_module(tmp_path):
     equal(flatten(load_peft(source, fused, PARAMS)[1]), scales)
     unlike = scales | {"block_1/q/ia3/scale": drawn(6, seed=1)}
     first = dict(list(scales.items())[:1])
-    for wrong in (unlike, dict.fromkeys(scales, drawn(5)), first):
+    for wrong in (unlike, first):
         with raises(UserError, "h.qk"):
             save_peft(tmp_path / "b", recipe, unflatten(wrong), fused, PARAMS)
+    with raises(UserError, "block_0/q", [5], [6, 4]):
+        misfit = unflatten(dict.fromkeys(scales, drawn(5)))
+        save_peft(tmp_path / "b", recipe, misfit, fused, PARAMS)
     odd = {"base_model.model.h.qk.ia3_l": drawn(7, 1)}
     safetensors.numpy.save_file(odd, source / TENSORS)
     config = json.loads((source / CONFIG).read_text())

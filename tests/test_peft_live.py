@@ -15,12 +15,13 @@ from test_peft import BASES, FIXTURE_NAMES, FIXTURES, base_of
 
 import adapters_jax as aj
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.models import decoder
 from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.finetune.tensors import from_tensors
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

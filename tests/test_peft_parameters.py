@@ -19,9 +19,10 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.layouts import ParameterReference
-from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors, to_tensors
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.parameters import WRITTEN, our_pair, their_pair
+from adapters_jax.finetune.tensors import from_tensors, to_tensors
 from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten, unflatten
 

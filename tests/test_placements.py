@@ -119,6 +119,7 @@ def edited(directory, edit):
         (lambda row: row.update(inputs=[0, 1]), ["[0, 1, 1]"]),
         (lambda row: row.update(shape=["x"]), ["shape=['x']"]),
         (lambda row: row.update(path="../x"), ["'../x'"]),
+        (lambda row: row.pop("path"), ["'path' is missing"]),
         (lambda row: row.update(depth=1), ["'depth'"]),
         (lambda row: row.update(lookup=1), ["lookup=1"]),
         (lambda row: row.update(width=-1), ["width=-1"]),

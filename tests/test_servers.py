@@ -14,8 +14,8 @@ import adapters_jax as aj
 from adapters_jax.errors import BaseFileError
 from adapters_jax.files.peft import save_peft
 from adapters_jax.files.peft.config import ROOT
-from adapters_jax.files.peft.servers import SERVERS, Server, check_server, for_server
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.formats.servers import SERVERS, Server, for_server
 from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.merging import check_checkpoint
 from adapters_jax.transforms.merge import merge
@@ -198,7 +198,9 @@ def shapes_alone(leaves):
 def test_the_check_reads_shapes_alone():
     base = jax.eval_shape(lambda: BASE)
     recipe, leaves = dora()
-    notes = check_server(VLLM, recipe, shapes_alone(leaves), NAMES, base, rank=16)
+    notes = for_server(
+        VLLM, recipe, shapes_alone(leaves), NAMES, base, rank=16, trained=False
+    ).notes
     assert "DoRA" in notes[0] and notes[-1].endswith("--max-lora-rank 16")
     with raises(aj.UserError, "q_proj", "values"):
         for_server(VLLM, recipe, leaves, NAMES, base)
@@ -228,7 +230,7 @@ def test_what_a_server_never_loads_is_refused_with_the_way(case):
     recipe, leaves, datum = REFUSED[case]
     recipe = aj.Recipe(*recipe) if isinstance(recipe, list) else recipe
     with raises(aj.UserError, "vLLM", datum, "adapters-jax merge"):
-        check_server(VLLM, recipe, leaves, NAMES, BASE)
+        for_server(VLLM, recipe, leaves, NAMES, BASE)
 
 
 def test_biases_convolutions_embeddings_and_other_bases_are_refused():
@@ -237,17 +239,17 @@ def test_biases_convolutions_embeddings_and_other_bases_are_refused():
     recipe = aj.Recipe(aj.LoRA("query", 2), aj.Unfreeze("query/bias"))
     names = {"q_proj": "query"}
     with raises(aj.UserError, "biases"):
-        check_server(VLLM, recipe, {**leaves, "query/bias": draw(2, 10)}, names, with_bias)
+        for_server(VLLM, recipe, {**leaves, "query/bias": draw(2, 10)}, names, with_bias)
     with raises(aj.UserError, "gpt2", "llama"):
-        check_server(VLLM, aj.LoRA("query", 2), leaves, names, with_bias, model_type="gpt2")
+        for_server(VLLM, aj.LoRA("query", 2), leaves, names, with_bias, model_type="gpt2")
     window = {"query": {"kernel": draw(0, 3, 3, 4, 5)}}
     factors = {"query/lora/a": draw(1, 3, 3, 4, 2), "query/lora/b": draw(2, 2, 5)}
     with raises(aj.UserError, "convolutions", "q_proj"):
-        check_server(VLLM, aj.LoRA("query", 2), factors, names, window)
+        for_server(VLLM, aj.LoRA("query", 2), factors, names, window)
     table = {"words": {"embedding": draw(0, 9, 4)}}
     factors = {"words/lora/a": draw(1, 9, 2), "words/lora/b": draw(2, 2, 4)}
     with raises(aj.UserError, "embed_tokens"):
-        check_server(VLLM, aj.LoRA("words", 2), factors, {"embed_tokens": "words"}, table)
+        for_server(VLLM, aj.LoRA("words", 2), factors, {"embed_tokens": "words"}, table)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from test_image_classification import FIXTURES, write_vit
 
 import adapters_jax as aj
 from adapters_jax.files.adapterhub import save_adapterhub
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.peft import save_peft
 from adapters_jax.finetune.data.pixels import Preprocessing
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.registry import FAMILIES
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 

@@ -12,12 +12,12 @@ from helpers.commands import command_raises
 from helpers.errors import raises
 
 import adapters_jax as aj
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.models import KNOWN, family_of
 from adapters_jax.finetune.models.encoder import ImageClassifier, ImageEncoder
+from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"

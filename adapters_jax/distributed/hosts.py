@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Mapping
 
 import jax
 
@@ -55,8 +54,9 @@ def join_hosts(
         initialize(coordinator, processes, process)
     elif any(value is not None for value in known.values()):
         absent = ", ".join(name for name, value in known.items() if value is None)
+        given = ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
         raise UserError(
-            f"join_hosts: {absent} is not set, and {_shown(known)} is; set all three, or none "
+            f"join_hosts: {absent} is not set, and {given} is; set all three, or none "
             "on a cluster that jax knows"
         )
     else:
@@ -76,7 +76,3 @@ def _number(name: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise UserError(f"join_hosts: {name}={text!r}, expected a whole number")
     return None if text is None else int(text)
-
-
-def _shown(known: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)

@@ -210,7 +210,11 @@ def plan(
         batch=max(x.shape[0] for x in jax.tree.leaves(batch) if x.shape),
         devices=1 if mesh is None else mesh.size,
         trainable_parameters=sum(x.size for x in adapters),
-        parameters=sum(math.prod(x.shape) for x in [*adapters, *_parameters(state.base)]),
+        # Each quantised weight is one leaf.
+        parameters=sum(
+            math.prod(x.shape)
+            for x in [*adapters, *jax.tree.leaves(state.base, is_leaf=is_quantized)]
+        ),
         program=program,
     )
 
@@ -233,11 +237,6 @@ def _part(x: Any, parts: int) -> Any:
     if not x.shape or parts == 1:
         return x
     return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=x.sharding)
-
-
-def _parameters(base: Tree) -> list[Any]:
-    """The leaves of a base, each quantised weight as one leaf."""
-    return jax.tree.leaves(base, is_leaf=is_quantized)
 
 
 def _held(x: Any) -> int:

@@ -22,7 +22,7 @@ from adapters_jax.distributed.mesh import ShardingError, check_mesh, place
 from adapters_jax.errors import shown
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.placement import Placement, in_tree
-from adapters_jax.recipe import Owner, Recipe
+from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, flatten, path_of
@@ -79,19 +79,18 @@ def _layout(
 ) -> dict[str, NamedSharding]:
     rules = dict(rules or {})
     require_match("sharding rules", tuple(rules), leaves)
-    recipe = recipe or Recipe()
-    owners = recipe.owners(leaves)
     shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
-    attached = {each.prefix: each for each in in_tree(recipe, shapes)}
+    placements = in_tree(recipe or Recipe(), shapes)
+    added = {path for each in placements for path in each.paths().values()}
     stated = {path: _stated(path, *each, mesh, rules) for path, each in leaves.items()}
     specs = {
         path: stated[path] or _automatic(shape, mesh, small)
         for path, shape in shapes.items()
-        if path not in owners
+        if path not in added
     }
-    for path, owner in owners.items():
-        inherited = _inherited(owner, shapes[path], specs, attached, small)
-        specs[path] = stated[path] or inherited
+    for each in placements:
+        for name, path in each.paths().items():
+            specs[path] = stated[path] or _inherited(each, name, shapes[path], specs, small)
     return {path: NamedSharding(mesh, specs[path]) for path in leaves}
 
 
@@ -100,14 +99,10 @@ def _leaves(params: Tree) -> dict[str, tuple[Any, P | None]]:
     if isinstance(params, nnx.State):
         specs = dict(flatten(nnx.get_partition_spec(params)))
         return {path: (leaf, specs[path] or None) for path, leaf in flatten(params).items()}
-    return {path: _annotated(leaf) for path, leaf in flatten(params).items()}
-
-
-def _annotated(leaf: Any) -> tuple[Any, P | None]:
-    if is_quantized(leaf):
-        return leaf, leaf.spec
-    spec = leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else None
-    return unboxed(leaf), spec
+    flat = flatten(params)
+    specs = {k: x.get_partition_spec() for k, x in flat.items() if isinstance(x, nn.Partitioned)}
+    specs |= {path: leaf.spec for path, leaf in flat.items() if is_quantized(leaf)}
+    return {path: (unboxed(leaf), specs.get(path)) for path, leaf in flat.items()}
 
 
 def _stated(path: str, leaf: Any, annotation: P | None, mesh: Mesh, rules: Rules) -> P | None:
@@ -165,27 +160,22 @@ def _automatic(shape: Sequence[int], mesh: Mesh, small: int) -> P:
 
 
 def _inherited(
-    owner: Owner,
-    factor: Sequence[int],
-    base: Mapping[str, P],
-    attached: Mapping[str, Placement],
-    small: int,
+    placed: Placement, name: str, array: Sequence[int], base: Mapping[str, P], small: int
 ) -> P:
-    """The spec of an adapter's leaf of a shape: axes of the weight are split like the weight's.
+    """The spec of an adapter's array of a shape: axes of the weight are split like the weight's.
 
-    A leaf that shares no axis with the weight is whole on every device.
+    An array that shares no axis with the weight is whole on every device.
     """
     # Only axes that are the weight's are split: a rank is too small to gain from it.
-    each = attached.get(owner.prefix)
-    if each is None or each.axes is None or math.prod(factor) < small:
+    if placed.axes is None or math.prod(array) < small:
         return P()
-    axes = each.method.weight_axes(each.axes, each.path).get(owner.name)
-    shape, spec = each.shape, [*base[each.weight_path]]
+    axes = placed.method.weight_axes(placed.axes, placed.path).get(name)
+    shape, spec = placed.shape, [*base[placed.weight_path]]
     spec += [None] * (len(shape) - len(spec))
     return P(
         *(
-            spec[axis] if axis != RANK and factor[i] == shape[axis] else None
-            for i, axis in enumerate(axes or [RANK] * len(factor))
+            spec[axis] if axis != RANK and array[i] == shape[axis] else None
+            for i, axis in enumerate(axes or [RANK] * len(array))
         )
     )
 

@@ -2,15 +2,13 @@
 
 - `adapter`: an adapter's directory, saved and read; `loading` puts it onto a model.
 - `manifest`: `adapter_config.json`; `identity`: which base an adapter belongs to.
-- `tensors`, `untrusted`: safetensors and JSON files of unknown origin, checked before use.
+- `untrusted`: JSON and safetensors files of unknown origin, checked before use; `settings`: rules
+  for the values in them.
 - `atomic`, `checksums`: files that appear whole or not at all, and a check that they are undamaged.
 - `checkpoint`: a training run that can be resumed exactly; `lock`: one process at a time.
 - `hub`: repositories of the Hugging Face Hub; `model_card`: the README.md beside an adapter.
-- `peft`, `adapterhub`: adapters of these libraries, both ways; `gguf`: adapters for llama.cpp. They
-  share `directories`, which reads and writes the files, `settings`, which checks what they say,
-  `module_map`, which finds a model's modules by their names in PyTorch, `names`, which maps
-  tensors' names to our paths, and `layouts`, which converts the arrays.
+- `peft`, `adapterhub`: adapters of these libraries, both ways. They share `directories`, which
+  reads and writes the files, `module_map`, which finds a model's modules by their names in PyTorch,
+  `names`, which maps tensors' names to our paths, and `layouts`, which converts the arrays.
 - `jax_lora`: LoRA of other JAX libraries, which is in their trees of parameters, both ways.
-- `formats`: one class for each adapter format, ours included, in one registry; `base_model`
-  describes a base model to them.
 """

@@ -2,8 +2,9 @@
 
 A directory holds `adapter.safetensors`, its tensors named by their slash paths, and
 `adapter_config.json` with the recipe, the base's identity, versions and counts. State that is not a
-parameter, such as a batch norm's statistics, is in `state.safetensors`. docs/format.md specifies
-them. A file may come from anyone: see `untrusted`.
+parameter, such as a batch norm's statistics, is in `state.safetensors`: it belongs to what was
+trained, as does every Variable of a class of the user's own, but not caches, sown values and random
+streams. docs/format.md specifies the files. They may come from anyone: see `untrusted`.
 """
 
 import contextlib
@@ -28,8 +29,7 @@ from adapters_jax.files import hub
 from adapters_jax.files.atomic import Content, write_directory
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.model_state import state_by_path
-from adapters_jax.files.tensors import (
+from adapters_jax.files.untrusted import (
     DTYPES,
     TensorFile,
     check_header,
@@ -43,12 +43,14 @@ from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState, check_alive, checked_collections
-from adapters_jax.trees import Tree, flatten
+from adapters_jax.trees import Tree, flatten, leaves_by_path, with_leaves
 from adapters_jax.weights.fingerprints import check_unmoved
 from adapters_jax.weights.quantized import unboxed
 
 TENSORS, STATE = "adapter.safetensors", "state.safetensors"
 FILES = (CONFIG, TENSORS, STATE)
+_NOT_KEPT = nnx.Any(nnx.Param, nnx.RngState, nnx.Cache, nnx.Intermediate)
+_COLLECTIONS_NOT_KEPT = ("cache", "intermediates", "perturbations")
 _LOG = logging.getLogger(__name__)
 
 
@@ -196,6 +198,61 @@ def _parts_of(
     leaves = {**flatten(adapters), **flatten(frozen)}
     placements = known.of(own, {path: tuple(unboxed(x).shape) for path, x in leaves.items()})
     return adapters, own, with_tree(base, tree, "save_adapter"), other, placements
+
+
+def state_by_path(other: Any) -> dict[str, Any]:
+    """The state that an adapter's files hold, by path.
+
+    Args:
+        other: linen's collections, or an `nnx.State`; arrays or abstract.
+
+    Returns:
+        The leaves by their paths in the model, in linen without the collection's name, so that both
+        APIs have the same paths. Arrays that are no Variables are constants, and left out.
+
+    Raises:
+        UserError: two collections have an array at one path.
+
+    Example:
+        >>> state_by_path({"batch_stats": {"norm": {"mean": 1.0}}, "cache": {"index": 3}})
+        {'norm/mean': 1.0}
+    """
+    found: dict[str, Any] = {}
+    twice: list[str] = []
+    for part in _parts(other).values():
+        leaves = {path: x for path, x in leaves_by_path(part).items() if not _is_key(x)}
+        twice += sorted(found.keys() & leaves.keys())
+        found |= leaves
+    if twice:
+        raise UserError(
+            f"two collections of {', '.join(other)} have an array at {', '.join(twice)}, and an "
+            "adapter's files name state by its path alone; rename one of the variables"
+        )
+    return found
+
+
+def with_state(other: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """State with new leaves by path, the inverse of `state_by_path`; what it leaves out stays.
+
+    Example:
+        >>> with_state({"batch_stats": {"norm": {"mean": 1.0}}}, {"norm/mean": 2.0})
+        {'batch_stats': {'norm': {'mean': 2.0}}}
+    """
+    parts = {name: with_leaves(part, leaves) for name, part in _parts(other).items()}
+    return parts[""] if isinstance(other, nnx.State) else {**other, **parts}
+
+
+def _parts(other: Any) -> dict[str, Tree]:
+    """What is kept: linen's collections by name, or one `nnx.State` under an empty name."""
+    if isinstance(other, nnx.State):
+        kept = nnx.All(nnx.Variable, nnx.Not(_NOT_KEPT))
+        return {"": nnx.filter_state(other, kept)}
+    return {name: x for name, x in (other or {}).items() if name not in _COLLECTIONS_NOT_KEPT}
+
+
+def _is_key(x: Any) -> bool:
+    """Whether a leaf is a random key."""
+    return jax.dtypes.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def _writer(tensors: Mapping[str, np.ndarray], target: Path) -> Callable[[Path], None]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from adapters_jax.errors import AdapterFileError, file_errors
@@ -28,7 +27,8 @@ def write_checksums(root: Path) -> None:
         ...     whole, damage(root)
         (None, 'a has 2 bytes, expected 1')
     """
-    checksums = {path: [*_checksum(root / path)] for path in _files(root)}
+    files = (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.is_file())
+    checksums = {path: [*_checksum(root / path)] for path in files}
     write_file(root / CHECKSUMS, json.dumps(checksums).encode())
 
 
@@ -54,11 +54,6 @@ def damage(root: Path) -> str | None:
     except (ValueError, TypeError):
         return f"{CHECKSUMS} does not hold checksums"
     return None
-
-
-def _files(root: Path) -> Iterator[str]:
-    """The files below a directory, in order."""
-    return (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.is_file())
 
 
 def _checksum(path: Path) -> tuple[int, str]:

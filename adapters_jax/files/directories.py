@@ -17,8 +17,7 @@ from adapters_jax.files.adapter import TENSORS, texts
 from adapters_jax.files.atomic import write_directory
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
-from adapters_jax.files.tensors import read_tensors
-from adapters_jax.files.untrusted import read_json
+from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.trees import Tree, flatten
 
 

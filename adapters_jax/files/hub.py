@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
+from adapters_jax.errors import AdapterFileError, UserError, needed
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
@@ -110,14 +110,9 @@ def _fetch(
     name: str, revision: str | None, files: Sequence[str], what: str, error: type[UserError]
 ) -> Path:
     """Fetches these files of a repository; returns its snapshot in the cache."""
-    try:
+    subject = f"{name!r} is not a directory here, and reading it from the Hugging Face Hub"
+    with needed(subject, "huggingface_hub", instead="give a directory"):
         import huggingface_hub
-    except ImportError as problem:
-        raise MissingPackageError(
-            f"{name!r} is not a directory here, and reading it from the Hugging Face Hub",
-            "huggingface_hub",
-            instead="give a directory",
-        ) from problem
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -128,68 +123,11 @@ def _fetch(
             )
         )
     except problems() as problem:
-        why = _why(revision, problem)
-        raise error(f"{name!r} is neither a directory here nor {what} {why}") from problem
+        text = f"{name!r} is neither a directory here nor {what} {why(revision, problem)}"
+        raise error(text) from problem
 
 
-def fetch_dataset(
-    name: str,
-    revision: str,
-    choose: Callable[[Sequence[str]], Sequence[str]],
-    error: type[UserError],
-) -> list[Path]:
-    """Fetches files of a data set; `HF_HUB_OFFLINE=1` searches the cache only.
-
-    Args:
-        name: the id of its repository.
-        revision: a branch, tag or commit.
-        choose: chooses files by their paths in the repository.
-        error: the class of the error to raise.
-
-    Returns:
-        The chosen files in the Hub's cache.
-
-    Raises:
-        UserError: (as `error`) there is no such data set or revision, or the Hub cannot be reached.
-        MissingPackageError: `huggingface_hub` is not installed.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError as problem:
-        raise MissingPackageError(
-            f"the data set {name!r} of the Hugging Face Hub", "huggingface_hub"
-        ) from problem
-    try:
-        if constants.HF_HUB_OFFLINE:
-            cached = _cached_dataset(name, revision)
-            paths = [p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file()]
-            return [cached / path for path in choose(paths)]
-        api = huggingface_hub.HfApi()
-        chosen = choose(api.list_repo_files(name, repo_type="dataset", revision=revision))
-        directory = api.snapshot_download(
-            name, repo_type="dataset", revision=revision, allow_patterns=list(chosen)
-        )
-        return [Path(str(directory), path) for path in chosen]
-    except UserError:
-        raise
-    except problems() as problem:
-        raise error(f"{name!r} is no data set {_why(revision, problem)}") from problem
-
-
-def _cached_dataset(name: str, revision: str) -> Path:
-    """The snapshot of a data set in the cache, which may have a part of its files."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
-    ref = folder / "refs" / revision
-    snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-    if not snapshot.is_dir():
-        raise FileNotFoundError(snapshot)
-    return snapshot
-
-
-def _why(revision: str | None, problem: Exception) -> str:
+def why(revision: str | None, problem: Exception) -> str:
     """Why a repository was not found, for a message."""
     from huggingface_hub import constants
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import UserError, shortened
+from adapters_jax.errors import UserError, shown
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree, flatten
@@ -49,7 +49,7 @@ class BaseIdentity:
         """
         pairs = {key: (getattr(self, key), getattr(other, key)) for key in vars(self)}
         return "; ".join(
-            f"{_WORDS.get(key, key)} {shortened(repr(was), 80)}, here {shortened(repr(here), 80)}"
+            f"{_WORDS.get(key, key)} {shown(was, 80)}, here {shown(here, 80)}"
             for key, (was, here) in pairs.items()
             if None not in (was, here) and was != here
         )

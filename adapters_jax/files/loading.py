@@ -15,7 +15,6 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.adapting import adapt
 from adapters_jax.errors import (
     AdapterMismatchError,
     AdapterRecipeError,
@@ -23,6 +22,7 @@ from adapters_jax.errors import (
     OtherBaseError,
     RecipeError,
     compare_trees,
+    first_few,
     shortened,
 )
 from adapters_jax.files.adapter import (
@@ -32,15 +32,18 @@ from adapters_jax.files.adapter import (
     opened_adapter,
     read_arrays,
     read_state,
+    state_by_path,
+    with_state,
 )
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.model_state import state_by_path, with_state
-from adapters_jax.files.tensors import TensorFile
+from adapters_jax.files.untrusted import TensorFile
 from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
+from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.linen.adapted import grown
 from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placements, in_tree, taken
 from adapters_jax.recipe import Recipe, checked_before
@@ -57,7 +60,6 @@ from adapters_jax.trees import (
     with_leaves,
 )
 from adapters_jax.weights.fingerprints import remember
-from adapters_jax.weights.quantized import unboxed
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,7 +83,6 @@ class _Adapter(NamedTuple):
 
 
 _NO_STATE = _Tensors({}, dict)
-_SHOWN = 5  # differences in a message
 _NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
 
 
@@ -150,7 +151,13 @@ def load_adapter(
         given = Inputs.of(example_inputs) or Inputs.of_call(args, kwargs)
         model, params = function_of(model, params, given)
         args, kwargs, example_inputs = (given,) if given.args or given.kwargs else (), {}, None
-    _check_order(directory, model)
+    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
+    check_directory("load_adapter", directory, call)
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
+            f"write {call}"
+        )
     in_nnx = isinstance(model, nnx.Module)
     if in_nnx and (params is not None or collections is not None or kwargs):
         raise TypeError(
@@ -169,7 +176,9 @@ def load_adapter(
     stack = None if names is None else stack_of(names)
     other = checked_collections("load_adapter", collections)
     with opened_adapter(find_adapter(directory, revision)) as (manifest, file, state):
-        tree, own = nnx.state(model, nnx.Param) if in_nnx else params, _recipe_of(model)
+        tree = nnx.state(model, nnx.Param) if in_nnx else params
+        name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
+        own = getattr(model, name, Recipe())  # of the adapters that it has already
         sha256 = tree_sha256([tree], own)
         if not any_base:
             _check_base(file, manifest, tree, own, sha256, base, stack)
@@ -180,25 +189,14 @@ def load_adapter(
             _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
             _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
             manifest.placements,
-            same and not len(own),
+            same and not own.methods,
         )
         if stack:
             adapter = _as_in_model(adapter, tree, stack)
         with checked_before():
-            if in_nnx:
+            if isinstance(model, nnx.Module):
                 return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
-
-
-def _check_order(directory: Any, model: Any) -> None:
-    """Raises TypeError where the first arguments are no path and no model, as if swapped."""
-    call = "load_adapter(directory, model, params, *inputs), in NNX load_adapter(directory, model)"
-    check_directory("load_adapter", directory, call)
-    if not isinstance(model, nn.Module | nnx.Module):
-        raise TypeError(
-            f"load_adapter: the model is a {type(model).__name__}, expected a linen or NNX module; "
-            f"write {call}"
-        )
 
 
 def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
@@ -237,12 +235,6 @@ def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
     return (unstack_layers if scanned else stack_layers)(unflatten(shapes), stack)
 
 
-def _recipe_of(model: Any) -> Recipe:
-    """The recipe of the adapters that a model has already."""
-    name = "recipe" if isinstance(model, Adapted) else "adapter_recipe"
-    return getattr(model, name, Recipe())
-
-
 def _check_base(
     file: TensorFile,
     manifest: Manifest,
@@ -275,7 +267,7 @@ def _load_linen(
     recipe, shapes, key = adapter.recipe, shapes_of(params), jax.random.key(0)
 
     def run(recipe: Recipe) -> Placements:
-        found = adapt(model, recipe)
+        found = adapt_linen(model, recipe)
         init_adapters(found, shapes, key, *args, **kwargs)
         return found.adapter_placements.placements or Placements()
 
@@ -287,7 +279,7 @@ def _load_linen(
     base = partition(params, recipe)[1]
     remember(flatten(base))
     params = merge_trees(base, unflatten(tensors))
-    adapted = adapt(model, recipe)
+    adapted = adapt_linen(model, recipe)
     adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params
@@ -299,7 +291,7 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
 
     def run(recipe: Recipe) -> Placements:
-        found = placements_of(adapt(shapes, recipe, rngs=nnx.Rngs(0), example_inputs=inputs))
+        found = placements_of(adapt_nnx(shapes, recipe, nnx.Rngs(0), inputs))
         return Placements(each for each in found if each.method in recipe.attached)
 
     advice = "" if inputs else _NO_INPUTS
@@ -339,8 +331,9 @@ def _placed(
             placements = run(recipe)
         _check_placements(adapter, placements)
     expected = {path: base[path] for path in recipe.trained(base)}
+    attached = recipe.attached
     for placed in placements:
-        shapes = placed.array_shapes if placed.method in recipe.attached else {}
+        shapes = placed.array_shapes if placed.method in attached else {}
         for path, shape in shapes.items():
             expected[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
     _check_fit(adapter, expected, advice)
@@ -353,7 +346,7 @@ def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
     Raises:
         AdapterMismatchError: names the first differences.
     """
-    shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in base.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in base.items()}
     if owners := adapter.recipe.owners(shapes):
         taken_here = next(iter(owners.values()))
         raise AdapterRecipeError(
@@ -372,13 +365,13 @@ def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
 
 def _check_placements(adapter: _Adapter, found: Placements) -> None:
     """Raises AdapterMismatchError where the placements in a file are others than those here."""
-    own = Placements(each for each in found if each.method in adapter.recipe.attached)
+    attached = adapter.recipe.attached
+    own = Placements(each for each in found if each.method in attached)
     wrong = [] if adapter.placements is None else adapter.placements.differences(own)
     if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise AdapterMismatchError(
             f"the placements in {adapter.directory / CONFIG} are not those of this model: "
-            f"{'; '.join(wrong[:_SHOWN])}{more}. Load it onto the base it was trained on; if the "
+            f"{first_few(wrong, joint='; ')}. Load it onto the base it was trained on; if the "
             "file was edited, save the adapter again"
         )
 

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax import __version__
-from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened
+from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.tensors import LONGEST_NAME, name_problem
-from adapters_jax.files.untrusted import check_size, read_json
+from adapters_jax.files.settings import (
+    Rule,
+    anything,
+    object_problems,
+    of,
+    rule,
+    whole,
+    wholes,
+)
+from adapters_jax.files.untrusted import LONGEST_NAME, check_size, is_path, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import MOST, weight
@@ -22,7 +30,7 @@ from adapters_jax.weights.axes import Axes
 FORMAT, FORMAT_WITH_STATE, FORMAT_WITH_PLACEMENTS = 1, 2, 3
 CONFIG = "adapter_config.json"
 MOST_TEXTS = 4096  # patterns and other texts of a recipe; each is matched against each path
-_KEYS = ("format", "adapters_jax", "base", "parameters", "tensors", "recipe")
+_KEYS = ("format", "adapters_jax", "parameters", "tensors", "recipe")
 _STATE = "state_tensors"  # a key of the formats with state
 _PLACEMENTS = "placements"  # a key of the format with placements
 _OF_FORMAT = {FORMAT: (), FORMAT_WITH_STATE: (_STATE,), FORMAT_WITH_PLACEMENTS: (_PLACEMENTS,)}
@@ -95,14 +103,12 @@ class Manifest:
         number = values.get("format")
         if type(number) is not int or number not in _OF_FORMAT:
             raise AdapterFileError(
-                f"{path} has format={_shown(number)}, expected {', '.join(map(str, _OF_FORMAT))}; "
-                "it needs another version of adapters_jax"
+                f"{path} has format={shown(number, 80)}, expected "
+                f"{', '.join(map(str, _OF_FORMAT))}; it needs another version of adapters_jax"
             )
-        needed = (*_KEYS, *_OF_FORMAT[number])
-        keys = (*needed, _STATE) if number == FORMAT_WITH_PLACEMENTS else needed
-        wrong = [f"unknown key {_shown(key)}" for key in values if key not in keys][:5]
-        wrong += [f"{key!r} is missing" for key in needed if key not in values and key != "base"]
-        wrong += _of_wrong_type(values)
+        needed, more = (*_KEYS, *_OF_FORMAT[number]), ["base"]
+        more += [_STATE] if number == FORMAT_WITH_PLACEMENTS else []
+        wrong = object_problems(values, {key: _RULES[key] for key in (*needed, *more)}, needed)
         if wrong:
             raise AdapterFileError(f"{path} is not of format {number}: {'; '.join(wrong)}")
         base = values.get("base") and BaseIdentity(**values["base"])
@@ -139,35 +145,28 @@ def _counts(arrays: Mapping[str, Any]) -> tuple[int, int]:
     return sum(math.prod(x.shape) for x in arrays.values()), len(arrays)
 
 
-def _of_wrong_type(values: Mapping[str, Any]) -> list[str]:
-    """The values of a configuration that have the wrong type, for a message."""
-    wrong = [
-        f"{key}={_shown(values[key])}, expected a number"
-        for key, least in (("parameters", 0), ("tensors", 0), (_STATE, 1))
-        if key in values and (type(values[key]) is not int or values[key] < least)
-    ]
-    if not isinstance(values.get("adapters_jax", ""), str):
-        wrong.append(f"adapters_jax={_shown(values['adapters_jax'])}, expected a version")
-    base = values.get("base")
-    if base is not None and not _is_base(base):
-        wrong.append(f"base={_shown(base)}, expected null or an object of a base's identity")
-    return wrong
-
-
 def _is_base(base: Any) -> bool:
-    """Whether a JSON value is the identity of a base."""
+    """Whether a JSON value is the identity of a base, or null."""
     if not isinstance(base, dict) or base.keys() != set(BaseIdentity.__dataclass_fields__):
-        return False
+        return base is None
     known = {key: value for key, value in base.items() if value is not None}
     name = known.pop("id", "")
     hashes = (isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in known.values())
     return isinstance(name, str) and len(name) <= LONGEST_NAME and all(hashes)
 
 
+_RULES: dict[str, Rule] = {
+    **{"parameters": whole(), "tensors": whole(), _STATE: whole(1)},
+    "adapters_jax": of(str),
+    "base": rule(_is_base, "null or an object of a base's identity"),
+    **{"format": anything, "recipe": anything, _PLACEMENTS: of(list)},
+}
+
+
 def _recipe(values: Any) -> Recipe:
     """The recipe; raises UserError if its patterns are too much work to match."""
     texts = list(_texts(values))
-    if len(texts) > MOST_TEXTS or sum(map(weight, texts)) > MOST:
+    if len(texts) > MOST_TEXTS or weight(*texts) > MOST:
         raise UserError(
             f"it has over {MOST_TEXTS} patterns, or their braces expand to over {MOST} characters; "
             "write * or ** instead of some braces"
@@ -187,22 +186,32 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)
-
-
 # Placements: one JSON object each, checked when it is read.
 
 MOST_AXES = 16  # of an array, as in a file of tensors
 _ROLES = ("inputs", "outputs", "shared", "window")
-# What a placement of each kind has beside "method" and "path"; what is left out is the default.
-_TEXTS = ("module", "node", "weight")
-_NAMES = "biases"  # null where they are not known
-_PLAIN = ("node", "weight", _NAMES, "shape", "layers", "width")
 _SIZES = ("shape", "layers", *_ROLES)
-_FLAGS = ("lookup", "reaches")
+_PLAIN = ("node", "weight", "biases", "shape", "layers", "width")
 _ATTENTION = tuple(Attention.__dataclass_fields__)
-_OF_PLACEMENT = ("method", "path", *_TEXTS, _NAMES, *_SIZES, *_FLAGS, "width", "attention")
+
+
+# Of what a placement has; what is left out is the default.
+_OF_PLACEMENT: dict[str, Rule] = {
+    "method": anything,
+    **dict.fromkeys(
+        ("path", "module", "node", "weight"),
+        rule(is_path, f"a path of at most {LONGEST_NAME} characters"),
+    ),
+    "biases": rule(  # null where they are not known
+        lambda x: (
+            x is None or (isinstance(x, list) and x[MOST_AXES:] == [] and all(map(is_path, x)))
+        ),
+        f"a list of at most {MOST_AXES} names",
+    ),
+    **dict.fromkeys(_SIZES, wholes(range(MOST_AXES + 1), LARGEST)),
+    **{"lookup": of(bool), "reaches": of(bool), "width": whole(0, LARGEST)},
+    "attention": wholes((0, len(_ATTENTION)), LARGEST),
+}
 
 
 def placements_as_json(placements: Sequence[Placement], recipe: Recipe) -> list[dict[str, Any]]:
@@ -228,21 +237,20 @@ def placements_as_json(placements: Sequence[Placement], recipe: Recipe) -> list[
 def _row(placed: Placement, method: int) -> dict[str, Any]:
     """The JSON object of one placement."""
     axes, sizes = placed.axes, placed.attention
-    row: dict[str, Any] = {"method": method, "path": placed.path}
-    rest: dict[str, Any] = {
+    values: dict[str, Any] = {
         **{name: getattr(placed, name) for name in _PLAIN},
         **({} if axes is None else {name: getattr(axes, name) for name in (*_ROLES, "lookup")}),
         "attention": [] if sizes is None else [getattr(sizes, name) for name in _ATTENTION],
         "reaches": placed.reaches,
     }
+    row: dict[str, Any] = {"method": method, "path": placed.path}
     if placed.module != placed.path:
         row["module"] = placed.module  # "" is the model itself
-    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in rest.items()}
-    row |= {_NAMES: None} if placed.biases is None else {}
-    return row | {name: value for name, value in plain.items() if value}
+    row |= {"biases": None} if placed.biases is None else {}
+    return row | {k: list(x) if isinstance(x, tuple) else x for k, x in values.items() if x}
 
 
-def placements_of_json(values: Any, recipe: Recipe, path: Path) -> Placements:
+def placements_of_json(values: Sequence[Any], recipe: Recipe, path: Path) -> Placements:
     """The placements that JSON values are.
 
     Args:
@@ -251,10 +259,8 @@ def placements_of_json(values: Any, recipe: Recipe, path: Path) -> Placements:
         path: the file, for messages.
 
     Raises:
-        AdapterFileError: they are no list of such objects, or an object is not what it should be.
+        AdapterFileError: an object is not what it should be.
     """
-    if not isinstance(values, list):
-        raise AdapterFileError(f"{path}: placements={_shown(values)}, expected a list")
     rows = enumerate(values)
     problems = [f"placement {i}: {each}" for i, row in rows for each in _problems(row, recipe)]
     if problems:
@@ -265,50 +271,17 @@ def placements_of_json(values: Any, recipe: Recipe, path: Path) -> Placements:
 def _problems(row: Any, recipe: Recipe) -> list[str]:
     """What is wrong with a JSON object as a placement."""
     if not isinstance(row, Mapping):
-        return [f"{_shown(row)}, expected an object"]
-    wrong = [f"unknown key {_shown(key)}" for key in row if key not in _OF_PLACEMENT]
+        return [f"{shown(row, 80)}, expected an object"]
+    wrong = object_problems(row, _OF_PLACEMENT, ("method", "path"))
     method = row.get("method")
     adding = [i for i, each in enumerate(recipe) if each.slot is not None]
     if type(method) is not int or method not in adding:
-        wrong.append(f"method={_shown(method)}, expected the position of one that adds arrays")
-    names = [row.get("path", ""), *(row.get(name, "") for name in _TEXTS)]
-    biases = row.get(_NAMES) or []
-    if not isinstance(biases, list) or len(biases) > MOST_AXES:
-        wrong.append(f"{_NAMES}={_shown(biases)}, expected a list of at most {MOST_AXES} names")
-    else:
-        names += biases
-    most = f"of at most {LONGEST_NAME} characters"
-    wrong += [f"{_shown(x)}, expected a path {most}" for x in names if not _is_name(x)]
-    wrong += [
-        f"{name}={_shown(row[name])}, expected at most {MOST_AXES} whole numbers"
-        for name in (*_SIZES, "attention")
-        if name in row and not _are_sizes(row[name])
-    ]
-    wrong += [
-        f"{name}={_shown(row[name])}, expected true or false"
-        for name in _FLAGS
-        if name in row and type(row[name]) is not bool
-    ]
-    if not wrong and row.get("attention") and len(row["attention"]) != len(_ATTENTION):
-        wrong.append(f"attention={_shown(row['attention'])}, expected {len(_ATTENTION)} numbers")
-    if not _are_sizes([row.get("width", 0)]):
-        wrong.append(f"width={_shown(row['width'])}, expected a whole number")
+        wrong.append(f"method={shown(method, 80)}, expected the position of one that adds arrays")
     if not wrong and row.get("weight"):
         axes = sorted([*row.get("inputs", ()), *row.get("outputs", ()), *row.get("shared", ())])
         if axes != list(range(len(row.get("shape", ())))):
             wrong.append(f"the axes {axes} are not those of the shape {row.get('shape')}")
     return wrong
-
-
-def _is_name(value: Any) -> bool:
-    """Whether a value is a path of names, or empty."""
-    return isinstance(value, str) and (not value or not name_problem(value))
-
-
-def _are_sizes(value: Any) -> bool:
-    """Whether a value is a short list of sizes or numbers of axes."""
-    short = isinstance(value, list) and len(value) <= MOST_AXES
-    return short and all(type(x) is int and 0 <= x < LARGEST for x in value)
 
 
 def _placement(row: Mapping[str, Any], recipe: Recipe) -> Placement:
@@ -324,7 +297,7 @@ def _placement(row: Mapping[str, Any], recipe: Recipe) -> Placement:
         row.get("node", ""),
         row.get("weight", ""),
         axes=axes,
-        biases=None if row.get(_NAMES, ()) is None else tuple(row.get(_NAMES, ())),
+        biases=None if row.get("biases", ()) is None else tuple(row.get("biases", ())),
         width=row.get("width", 0),
         attention=attention,
         reaches=row.get("reaches", False),

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters_jax import __version__
 from adapters_jax.auditing import HEADERS, Audit
-from adapters_jax.errors import MissingPackageError, visible
+from adapters_jax.errors import needed, visible
 from adapters_jax.files import hub
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.methods import Method
@@ -76,9 +76,11 @@ def model_card(
         ```
         <BLANKLINE>
     """
-    hf = _hub_library()
+    with needed("a model card", "huggingface_hub"):
+        import huggingface_hub as hf
     recipe = Recipe(recipe)
     known = base.id if base and base.id and hub.is_id(base.id) and "/" in base.id else None
+    identity = [(key, value) for key, value in vars(base).items() if value] if base else []
     kinds = sorted({method.name for method in recipe.attached})
     data = hf.ModelCardData(
         base_model=known,
@@ -89,12 +91,13 @@ def model_card(
         tags=["adapters_jax", "jax", *kinds],
         **_results(hf, title, metrics, task, dataset),
     )
+    of = f"on the test rows of {dataset}" if dataset else "value"
     parts = {
         "How to load it": markdown_block(load.strip(), "python"),
         "Recipe": markdown_block(repr(recipe), "python"),
-        "Base": _base(base),
+        "Base": table(["what", "value"], identity, code=(1,)),
         "Parameters": _counts(counts),
-        "Metrics": _metrics(metrics, dataset),
+        "Metrics": table(["metric", of], [[k, f"{v:.4g}"] for k, v in (metrics or {}).items()]),
         **(sections or {}),
         "Made with": f"adapters_jax {__version__}",
     }
@@ -103,14 +106,6 @@ def model_card(
     body = "".join(f"\n## {name}\n\n{part}\n" for name, part in parts.items() if part)
     page = f"# {markdown(title)}\n\n{words}\n{body}"
     return str(hf.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page}"))
-
-
-def _hub_library() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as problem:
-        raise MissingPackageError("a model card", "huggingface_hub") from problem
-    return huggingface_hub
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], code: Sequence[int] = ()) -> str:
@@ -159,21 +154,9 @@ def _results(
     return {"model_name": visible(title), "eval_results": results}
 
 
-def _base(base: BaseIdentity | None) -> str:
-    """The known fields of the base's identity, as a table."""
-    known = {key: value for key, value in vars(base).items() if value} if base else {}
-    return table(["what", "value"], list(known.items()), code=(1,))
-
-
 def _counts(counts: Audit | None) -> str:
     """The audit as a table: the parameters of each adapter, counted and by its closed form."""
     if counts is None:
         return ""
     totals = "\n\n".join(line.capitalize() for line in counts.totals()[:1])
     return f"{table(HEADERS, counts.rows(), code=(0, 2, 3))}\n\n{totals}"
-
-
-def _metrics(metrics: Mapping[str, float] | None, dataset: str | None) -> str:
-    """The metrics as a table."""
-    of = f"on the test rows of {dataset}" if dataset else "value"
-    return table(["metric", of], [[k, f"{v:.4g}"] for k, v in (metrics or {}).items()])

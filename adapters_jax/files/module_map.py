@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import UserError, shown
+from adapters_jax.errors import MismatchError, UserError, shown
 from adapters_jax.files.layouts import (
     Array,
     ModuleReference,
@@ -24,6 +24,7 @@ from adapters_jax.files.layouts import (
 )
 from adapters_jax.files.names import HEADS, ROW, NameTable
 from adapters_jax.methods import Method
+from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects
 from adapters_jax.transforms.stacking import count_layers, split, stack_layers, unstack_layers
@@ -33,7 +34,7 @@ from adapters_jax.weights.quantized import unboxed
 _WRAPPER = "base_model.model."  # before every name in PEFT's files
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
-Added = dict[str, Leaves]  # by module, then by the leaf's name
+Added = dict[str, Leaves]  # by module of theirs, then by the leaf's name
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,7 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
     scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
     if stack and scanned:
         leaves = split(leaves, stack, _row)
-    by_path: dict[str, dict[str, Any]] = {}
-    for path, leaf in leaves.items():
-        module, _, name = path.rpartition("/")
-        by_path.setdefault(module, {})[name] = leaf
+    by_path: dict[str, dict[str, Any]] = own_leaves(leaves)
     if not isinstance(names, NameTable | Mapping):
         raise TypeError(
             f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
@@ -269,33 +267,30 @@ def as_in_file(
     return unrolled, flatten(tree)
 
 
-def by_module(
-    recipe: Recipe, leaves: Mapping[str, Array], problems: list[str]
-) -> tuple[Added, Leaves]:
-    """Splits leaves into those that methods add, by module, and the base's own that train."""
-    added: Added = {}
-    trained: Leaves = {}
-    frozen = []
-    for path, leaf in leaves.items():
-        owner = recipe.owner(path)
-        if owner is not None:
-            added.setdefault(owner.path, {})[owner.name] = leaf
-        elif recipe.trains(path):
-            trained[path] = leaf
-        else:
-            frozen.append(path)
-    if frozen:
+def placed(
+    recipe: Recipe, leaves: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> tuple[Placements, Leaves]:
+    """Where the methods of an adapter are in the base, and the base's own leaves that train."""
+    owners = recipe.owners(leaves)
+    trained = {p: leaf for p, leaf in leaves.items() if p not in owners and recipe.trains(p)}
+    if frozen := [path for path in leaves if path not in owners and path not in trained]:
         problems.append(
             f"the recipe does not train {len(frozen)} of these leaves, such as {frozen[0]}; give "
             "the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
-    for module in list(added):
-        names = {name for method in recipe.at(module) for name in method.leaf_names}
-        lacking = sorted(names - added[module].keys())
-        if lacking:
-            problems.append(f"{module} lacks {', '.join(lacking)}")
-            del added[module]
-    return added, trained
+    incomplete = set()
+    for owner in {owner.prefix: owner for owner in owners.values()}.values():
+        names = [name for name in owner.method.leaf_names if f"{owner.prefix}/{name}" not in leaves]
+        if names:
+            incomplete.add(owner.prefix)
+            problems.append(f"{owner.path} lacks {', '.join(sorted(names))}")
+    whole = {path: leaves[path] for path, own in owners.items() if own.prefix not in incomplete}
+    shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **whole}.items()}
+    try:
+        return in_tree(recipe, shapes), trained
+    except MismatchError as problem:
+        problems.append(str(problem))
+        return Placements(), trained
 
 
 def our_leaves(

@@ -1,24 +1,17 @@
-"""Converts parameters between checkpoints of PyTorch ("theirs") and our trees.
+"""The names and layouts of checkpoints of PyTorch ("theirs") for the parameters of our trees.
 
-Each model's package has its own `NameTable`; this module has the code that all models share.
+Each model's package has its own `NameTable`; `finetune.tensors` converts by it.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from adapters_jax.distributed.mesh import place
-from adapters_jax.errors import BaseMismatchError, UserError, compare_trees
-from adapters_jax.files.layouts import WHOLE, Span, outputs_first, outputs_last, spans
+from adapters_jax.errors import UserError
+from adapters_jax.files.layouts import WHOLE, Span, outputs_first, outputs_last
 from adapters_jax.transforms.stacking import Stack
 
 HEADS = ("lm_head", "classifier", "score")
@@ -80,47 +73,17 @@ class Source(NamedTuple):
             return (*shape[:-2], shape[-1], shape[-2])
         return (*shape[:-3:-1], *shape[:-2]) if self.transposed else shape
 
-    def ours(self, array: np.ndarray) -> np.ndarray:
-        """Their array with its axes in our order: a kernel's outputs last, its window first."""
+    def turned(self, array: np.ndarray, back: bool = False) -> np.ndarray:
+        """Their array with its axes in our order, a kernel's outputs last; or ours in theirs."""
         if self.swapped:
             return np.swapaxes(array, -1, -2)
-        return outputs_last(array) if self.transposed else array
-
-    def theirs(self, array: np.ndarray) -> np.ndarray:
-        """Our array with its axes in their order."""
-        if self.swapped:
-            return np.swapaxes(array, -1, -2)
-        return outputs_first(array) if self.transposed else array
+        turn = outputs_first if back else outputs_last
+        return turn(array) if self.transposed else array
 
     def take(self, tensor: np.ndarray, span: Span = WHOLE) -> np.ndarray:
         """Takes our array, this part of their tensor, out of it; their shape is checked before."""
-        turned = self.ours(tensor)
+        turned = self.turned(tensor)
         return turned if span is WHOLE else span.of(turned)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file, which `numpy.asarray` reads anew each time.
-
-    Args:
-        shape: its shape, known without reading it.
-        dtype: its dtype, likewise.
-        read: reads the array.
-
-    Example:
-        >>> np.asarray(Stored((2,), np.float64, lambda: np.ones(2)))
-        array([1., 1.])
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read() if dtype is None else self.read().astype(dtype)
-
-
-Tensor = np.ndarray | Stored
 
 
 @dataclass(frozen=True)
@@ -193,183 +156,20 @@ class NameTable:
             return {layer: self.source(layer) for layer in each}, True
         return {path: self.source(path)}, False
 
-    def canonical(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def canonical(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors by their names without prefix; gamma and beta of old files are renamed."""
         theirs: dict[str, str] = {}
         for name in tensors:
-            clash = theirs.setdefault(self._canonical_name(name), name)
+            # Checkpoints converted from TensorFlow have its names of a norm's parameters.
+            bare = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+            bare = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", bare)
+            for prefix in self.prefixes:
+                bare = bare.removeprefix(prefix)
+            clash = theirs.setdefault(bare, name)
             if clash != name:
                 raise UserError(f"{clash} and {name} name the same tensor; keep one of them.")
         return {name: tensors[original] for name, original in theirs.items()}
 
-    def _canonical_name(self, name: str) -> str:
-        # Checkpoints converted from TensorFlow have its names of a norm's parameters.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        for prefix in self.prefixes:
-            name = name.removeprefix(prefix)
-        return name
-
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
-
-
-def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> Any:
-    """Converts a checkpoint's tensors to a model's parameters.
-
-    Args:
-        tensors: the checkpoint's tensors by name; see `read_tensors`. They are read one by one.
-        names: the model's table.
-        like: the model's parameters, which may be abstract; they set the structure, dtypes and
-            shardings of the result.
-
-    Returns:
-        A tree of arrays.
-
-    Raises:
-        BaseMismatchError: tensors are missing, unexpected, of another shape or no floating-point
-            numbers; the message names all of them by path and by name, with the shapes that a
-            checkpoint has.
-
-    Example:
-        >>> like = {"query": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
-        >>> table = NameTable((Rule("query", "q_proj"),))
-        >>> from_tensors({"q_proj.weight": np.ones((3, 2))}, table, like)["query"]["kernel"].shape
-        (2, 3)
-    """
-    found = names.canonical(tensors)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    # In the error, our arrays have both names, and unused tensors have only theirs.
-    expected: dict[str, Any] = {}
-    got: dict[str, Any] = {}
-    used, reads = set(), []
-    for keys, leaf in leaves:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        reads.append((*names.sources(path, leaf.shape), leaf))
-    parts = _parts(reads)
-    for sources, stacked, leaf in reads:
-        for own, source in sources.items():
-            shape = leaf.shape[1:] if stacked else leaf.shape
-            whole = source.shape(shape, parts.get(own, WHOLE))
-            for name in source.names(shape):
-                label = f"{own} ({name})"
-                expected[label] = jax.ShapeDtypeStruct(whole, leaf.dtype)
-                used.add(name)
-                if name in found:
-                    got[label] = found[name]
-    got |= {name: t for name, t in found.items() if name not in used and not names.ignores(name)}
-    fix = "Is it of this architecture and size?"
-    compare_trees("the checkpoint", got, expected, fix, error=BaseMismatchError)
-    _check_floats(got)
-
-    def read(sources: Mapping[str, Source], stacked: bool, leaf: Any) -> jax.Array:
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        arrays = (
-            _of(source, found, shape, parts.get(own, WHOLE)) for own, source in sources.items()
-        )
-        return _stacked(arrays, leaf) if stacked else _placed(next(arrays), leaf)
-
-    return jax.tree_util.tree_unflatten(structure, [read(*each) for each in reads])
-
-
-def _check_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Raises BaseMismatchError for tensors of integers, as quantised checkpoints have them."""
-    wrong = [
-        f"{k} ({x.dtype})" for k, x in tensors.items() if not jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    if wrong:
-        raise BaseMismatchError(
-            f"the checkpoint holds no floating-point numbers in {', '.join(wrong[:12])}"
-            f"{f' and {len(wrong) - 12} more' if len(wrong) > 12 else ''}; a quantised base cannot "
-            "be read: give the one that it was made from."
-        )
-
-
-def _of(
-    source: Source, found: Mapping[str, Tensor], shape: tuple[int, ...], span: Span
-) -> np.ndarray:
-    """Our array of one layer, of their tensors."""
-    rows = [source.take(np.asarray(found[name]), span) for name in source.names(shape)]
-    return np.stack(rows) if ROW in source.name else rows[0]
-
-
-def _parts(reads: Iterable[tuple[Mapping[str, Source], bool, Any]]) -> dict[str, Span]:
-    """Which part of their tensor each of our arrays is, by our path, where theirs is fused."""
-    fused: dict[str, list[tuple[int, str, int]]] = {}
-    for sources, stacked, leaf in reads:
-        size = math.prod(leaf.shape[1:] if stacked else leaf.shape)
-        for own, source in sources.items():
-            if source.part:
-                fused.setdefault(source.name, []).append((source.part[0], own, size))
-    found: dict[str, Span] = {}
-    for each in map(sorted, fused.values()):
-        found |= zip((own for _, own, _ in each), spans([size for *_, size in each]), strict=True)
-    return found
-
-
-def _stacked(layers: Iterable[np.ndarray], like: Any) -> jax.Array:
-    """Stacks layers along a first axis one by one, so that memory holds at most one twice."""
-    where = row = getattr(like, "sharding", None)
-    if isinstance(where, NamedSharding):
-        row = NamedSharding(where.mesh, P(*where.spec[1:]))
-    one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=row)
-    whole = jnp.zeros(like.shape, like.dtype, device=where)
-    # Without the wait, JAX would queue the copies of all layers, and hold them at the same time.
-    for i, layer in enumerate(layers):
-        whole = jax.block_until_ready(_put(whole, _placed(layer, one), i, where))
-    return whole
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(whole: jax.Array, layer: jax.Array, i: int, where: Any) -> jax.Array:
-    """Replaces one row of an array in place."""
-    whole = whole.at[i].set(layer)
-    return whole if where is None else jax.lax.with_sharding_constraint(whole, where)
-
-
-def _placed(array: np.ndarray, like: Any) -> jax.Array:
-    """Converts an array to the dtype and sharding of another."""
-    sharding = getattr(like, "sharding", None)
-    if sharding is None:
-        return jnp.asarray(array, like.dtype)
-    return place(array.astype(like.dtype, copy=False), sharding)
-
-
-def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
-    """Converts a model's parameters to a checkpoint's tensors; the inverse of `from_tensors`.
-
-    Args:
-        tree: the parameters, also of scanned layers.
-        names: the model's table; its first prefix begins every name but the heads'.
-
-    Raises:
-        UserError: the tree lacks some of the arrays that one of their tensors fuses.
-
-    Example:
-        >>> table = NameTable((Rule("query", "q_proj"),), prefixes=("model.",))
-        >>> tensors = to_tensors({"query": {"kernel": np.ones((2, 3))}}, table)
-        >>> tensors["model.q_proj.weight"].shape
-        (3, 2)
-    """
-    parts: dict[str, list[tuple[Source, np.ndarray]]] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array, path = np.asarray(leaf), jax.tree_util.keystr(keys, simple=True, separator="/")
-        sources, stacked = names.sources(path, array.shape)
-        for own, source in zip(array if stacked else [array], sources.values(), strict=True):
-            own_head = source.name.split(".")[0] in names.heads
-            prefix = "" if own_head else "".join(names.prefixes[:1])
-            rows = own if ROW in source.name else [own]
-            for name, row in zip(source.names(own.shape), rows, strict=True):
-                parts.setdefault(prefix + name, []).append((source, row))
-    return {name: np.ascontiguousarray(_fused(name, each)) for name, each in parts.items()}
-
-
-def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
-    """Their tensor, of the arrays of ours that it fuses."""
-    ordered = sorted(parts, key=lambda each: each[0].part or (0, 1))
-    arrays, (source, first) = [array for _, array in ordered], ordered[0]
-    count = source.part[1] if source.part else 1
-    if len(arrays) != count:
-        raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
-    return source.theirs(np.concatenate(arrays, axis=-1) if count > 1 else first)

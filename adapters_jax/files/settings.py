@@ -1,8 +1,11 @@
-"""Checks of the settings in other libraries' files: a table of rules, one for each field."""
+"""Checks of the values in files of unknown origin: a table of rules, one for each field."""
 
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from adapters_jax.errors import shown
 
 # A rule lists what is wrong with a value, as what was expected instead.
 Rule = Callable[[Any], list[str]]
@@ -35,6 +38,23 @@ def of(*types: type) -> Rule:
     """A value of one of some types; an int is no bool."""
     names = " or ".join(each.__name__ for each in types)
     return rule(lambda found: isinstance(found, types), names)
+
+
+def whole(least: float = 0, below: float = math.inf) -> Rule:
+    """A whole number from `least` on and below a limit."""
+    return rule(lambda n: type(n) is int and least <= n < below, "a whole number")
+
+
+def wholes(lengths: Collection[int], below: float) -> Rule:
+    """A list of one of some lengths, of whole numbers from 0 on and below a limit."""
+    return rule(
+        lambda found: (
+            isinstance(found, list)
+            and len(found) in lengths
+            and all(type(n) is int and 0 <= n < below for n in found)
+        ),
+        f"{max(lengths)} whole numbers or fewer",
+    )
 
 
 def is_number(found: Any) -> bool:
@@ -73,12 +93,32 @@ def field_problems(
         >>> field_problems({"r": "4", "new": None, "other": 1}, {"r": of(int)}, ())
         ["r='4', expected int", 'other=1 is not supported']
     """
-    problems = []
-    for field, found in config.items():
-        if field in idle or found is None:
-            continue
-        if field in rules:
-            problems += [f"{field}={found!r}, {reason}" for reason in rules[field](found)]
-        elif found is not False and found not in ({}, [], ""):
-            problems.append(f"{field}={found!r} is not supported")
-    return problems
+    given = {k: x for k, x in config.items() if k not in idle and x is not None}
+    return value_problems(given, rules) + [
+        f"{field}={shown(found)} is not supported"
+        for field, found in given.items()
+        if field not in rules and found is not False and found not in ({}, [], "")
+    ]
+
+
+def value_problems(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """Lists the values that break a rule, each as `field=value` with the reason."""
+    return [
+        f"{field}={shown(found)}, {reason}"
+        for field, found in values.items()
+        for reason in (rules[field](found) if field in rules else ())
+    ]
+
+
+def object_problems(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], needed: Iterable[str]
+) -> list[str]:
+    """Lists the first keys without a rule, the needed keys that lack, and values that break a rule.
+
+    Example:
+        >>> object_problems({"r": -1, "s": 1}, {"r": whole(), "t": whole()}, ("r", "t"))
+        ["unknown key 's'", "'t' is missing", 'r=-1, expected a whole number']
+    """
+    unknown = [f"unknown key {shown(key, 80)}" for key in values if key not in rules][:5]
+    lacking = [f"{key!r} is missing" for key in needed if key not in values]
+    return unknown + lacking + value_problems(values, rules)

@@ -1,31 +1,58 @@
-"""Finds and opens files of unknown origin, and reads their JSON.
+"""Finds and opens files of unknown origin, and reads their JSON and their safetensors.
 
 Anything wrong with a file raises an `AdapterFileError`, or the error that the caller asks for, and
-the message names the file.
+the message names the file. A file of tensors has its whole header checked before a tensor is read,
+and nothing is allocated before its size is known to fit the file.
+
+The package safetensors checks dtypes, offsets and sizes as well, but accepts duplicate names,
+further keys, a header of up to 100 MB and any name. It has no float8 for numpy, and it maps the
+file, so a signal ends the process if the file becomes shorter. This module therefore reads files
+itself.
+
+Reference: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adapters_jax.errors import (
     AdapterFileError,
-    BaseFileError,
     UserError,
     file_errors,
+    first_few,
     shortened,
+    shown,
 )
 from adapters_jax.texts import parse_json
 
 MOST_JSON = 2**20  # bytes; enough for 4000 patterns of 200 characters, and parsed within 0.3 s
+LONGEST_NAME = 512
+LONGEST_HEADER = 2**23  # bytes; enough for 60,000 tensors of usual names
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
+    "C64": np.dtype(np.complex64),
+    **{f"{kind.upper()}{n}": np.dtype(f"{kind}{n // 8}") for kind in "iu" for n in (8, 16, 32, 64)},
+    "BOOL": np.dtype(np.bool_),
+}
+_EXPONENTS = {np.dtype(np.float16): 0x7C00, jnp.dtype(jnp.bfloat16): 0x7F80}
+_CHUNK = 2**16  # numbers checked at a time, so that the check needs little memory
 # What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
 OF_DAMAGE = (
     *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
@@ -154,24 +181,197 @@ def parse(data: bytes, path: Path, error: type[UserError] = AdapterFileError) ->
     return values
 
 
-def find_gguf(path: str | Path) -> Path | None:
-    """Finds the GGUF file of a path: the path itself, or the only one of a directory.
+@dataclass(frozen=True)
+class _Entry:
+    """The dtype, the shape and the byte range of a tensor in a file."""
 
-    A directory with a `config.json` is another kind of checkpoint, so the result is None.
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
-    Raises:
-        BaseFileError: the directory has several GGUF files.
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file with a checked header; `open_tensors` makes it."""
+
+    file: Untrusted
+    entries: Mapping[str, _Entry]
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.file.path
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shape and dtype of each tensor by name."""
+        return {n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in self.entries.items()}
+
+    def read(self, finite: bool = True) -> dict[str, np.ndarray]:
+        """Reads all tensors by name.
+
+        Args:
+            finite: whether every number must be finite.
+
+        Raises:
+            AdapterFileError: (or `error`) the file became shorter, or a number is not finite; the
+                message names the tensors that have such numbers.
+        """
+        arrays = {name: np.empty(e.shape, e.dtype) for name, e in self.entries.items()}
+        for name, entry in self.entries.items():
+            self.file.fill(arrays[name], entry.begin)
+        wrong = not_finite(arrays) if finite else ""
+        if wrong:
+            raise self.file.error(f"{self.file.path} has numbers that are not finite in {wrong}")
+        return arrays
+
+
+def not_finite(arrays: Mapping[str, np.ndarray]) -> str:
+    """The names of the arrays that hold NaN or infinity, for a message; empty if there are none.
 
     Example:
-        >>> find_gguf("model.gguf").name, find_gguf("org/model")
-        ('model.gguf', None)
+        >>> not_finite({"a": np.ones(2), "b": np.array([0.0, np.nan])})
+        'b'
     """
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return path
-    another = not os.path.isdir(path) or (path / "config.json").exists()
-    files = [] if another else sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise BaseFileError(f"{str(path)!r} holds {names}: give the path of one of them.")
-    return files[0] if files else None
+    wrong = [name for name, array in arrays.items() if not _finite(array)]
+    return first_few(wrong, 12)
+
+
+def _finite(array: np.ndarray) -> bool:
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return True
+    flat = array.reshape(-1)
+    chunks = (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK))
+    mask = _EXPONENTS.get(array.dtype)
+    if mask is not None:  # numpy's own test of 16 bits is up to ten times slower than this
+        return all(((chunk.view(np.uint16) & mask) != mask).all() for chunk in chunks)
+    with np.errstate(invalid="ignore"):  # a signalling NaN would warn
+        return all(np.isfinite(chunk).all() for chunk in chunks)
+
+
+def check_header(
+    length: int, size: int, path: Path, error: type[UserError] = AdapterFileError
+) -> None:
+    """Raises AdapterFileError (or `error`) if a header is too long for a file of this size."""
+    if not 0 < length <= size - 8:
+        raise error(
+            f"{path} is damaged: it has {size} bytes, but its header is to have {length} of them"
+        )
+    most = min(max(MOST_JSON, size // 32), LONGEST_HEADER)
+    if length > most:
+        raise error(f"{path} has a header of {length} bytes, expected at most {most}")
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, error: type[UserError] = AdapterFileError) -> Iterator[TensorFile]:
+    """Opens a safetensors file and checks its whole header before any tensor is read.
+
+    The header must be JSON of at most 1 MiB (or a 32nd of the file, up to 8 MiB), each name a
+    plain path and each dtype known, and the tensors must fill the file to its end, without overlap
+    or hole.
+
+    Raises:
+        AdapterFileError: (or `error`) it is not an ordinary file, or breaks one of these rules.
+    """
+    with opened(path, error) as file:
+        length = int.from_bytes(file.take(min(file.size, 8)), "little")
+        check_header(length, file.size, path, error)
+        header = file.take(length)
+        if not header.startswith(b"{"):
+            raise error(f"{path} is damaged: its header is not a JSON object")
+        values = parse(header, path, error)
+        try:
+            entries = _entries(values, 8 + length, file.size)
+        except UserError as problem:
+            raise error(f"{path} is damaged: {problem}") from problem
+        yield TensorFile(file, entries)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a safetensors file by name.
+
+    Raises:
+        AdapterFileError: as for `open_tensors` and `TensorFile.read`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "a.safetensors")
+        ...     save_file({"x": np.ones(2, np.float32)}, path)
+        ...     read_tensors(path)
+        {'x': array([1., 1.], dtype=float32)}
+    """
+    with open_tensors(path) as file:
+        return file.read()
+
+
+def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
+    """The entries of a header by name; raises UserError if it breaks a rule of the format."""
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise UserError("its __metadata__ is not a mapping from text to text")
+    entries = {name: _entry(name, value, start) for name, value in header.items()}
+    position = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            what = (
+                "overlaps another tensor" if entry.begin < position else "leaves a hole before it"
+            )
+            raise UserError(f"{name} {what}: it begins at {entry.begin}, expected {position}")
+        position = entry.end
+    if position != size:
+        raise UserError(f"its tensors end at byte {position}, and the file has {size}")
+    return entries
+
+
+def _entry(name: str, value: Any, start: int) -> _Entry:
+    """One tensor's entry, from its value in the header."""
+    problem = name_problem(name)
+    if problem:
+        raise UserError(problem)
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{name} must have exactly the keys dtype, shape and data_offsets")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise UserError(
+            f"{name} has the dtype {shown(kind, 80)}, expected one of {', '.join(DTYPES)}"
+        )
+    # A size of 0 counts as 1, so that it does not hide others that are too large.
+    if not _sizes(shape, 2**31) or len(shape) > 16 or math.prod(n or 1 for n in shape) > 2**48:
+        raise UserError(f"{name} has the shape {shown(shape, 80)}, expected a list of sizes")
+    if not _sizes(offsets, 2**63) or len(offsets) != 2:
+        raise UserError(f"{name} has the data_offsets {shown(offsets, 80)}, expected two numbers")
+    dtype, (begin, end) = DTYPES[kind], offsets
+    extent = math.prod(shape) * dtype.itemsize
+    if end - begin != extent:
+        raise UserError(
+            f"{name} is {kind}{shown(shape, 80)}, {extent} bytes, but its data_offsets span "
+            f"{end - begin}"
+        )
+    return _Entry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _sizes(value: Any, most: int) -> bool:
+    """Whether a value is a list of whole numbers, each at least 0 and below `most`."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < most for n in value)
+
+
+def name_problem(name: str) -> str:
+    """What is wrong with a tensor's name, for a message; empty if it is a plain path.
+
+    Example:
+        >>> name_problem("layer_0/query/lora/a"), name_problem("../a")
+        ('', "the name '../a' is not a plain path")
+    """
+    parts = name.split("/")
+    plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
+    if len(name) > LONGEST_NAME or not plain:
+        return f"the name {shown(name, 80)} is not a plain path"
+    return ""
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value is a plain path, or an empty text."""
+    return isinstance(value, str) and (not value or not name_problem(value))

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from adapters_jax.errors import AdapterFileError, UserError, shortened
-from adapters_jax.files import formats, hub
-from adapters_jax.files.base_model import BaseModel
+from adapters_jax.files import hub
 from adapters_jax.files.directories import empty_directory
-from adapters_jax.files.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune import formats
+from adapters_jax.finetune.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.pretrained.base_model import described, heads_of, load_base_model
@@ -74,7 +75,12 @@ class Serving:
     def made_of(self, source: Source) -> tuple[Source, list[str]]:
         """The adapter as the server loads it, and sentences about that; see `for_server`."""
         # Few runs leave for a server, and PEFT's code is only for them.
-        from adapters_jax.files.peft.servers import MAX_ERROR, SERVERS, check_decoder, for_server
+        from adapters_jax.finetune.formats.servers import (
+            MAX_ERROR,
+            SERVERS,
+            check_decoder,
+            for_server,
+        )
 
         base = source.base
         check_decoder(SERVERS[self.name], base.kind)

@@ -20,15 +20,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
-from adapters_jax.files.base_model import MASKED
-from adapters_jax.files.names import to_tensors
 from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
 from adapters_jax.finetune.pretrained.locate import find_family, locate, read_config
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import Problem
+from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import checked_before
 from adapters_jax.transforms.merge import merge

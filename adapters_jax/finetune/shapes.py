@@ -15,7 +15,7 @@ from adapters_jax.adapting import adapt
 from adapters_jax.auditing import Audit, audit
 from adapters_jax.errors import TargetError, UserError
 from adapters_jax.files.adapterhub.architectures import MODEL_TYPES
-from adapters_jax.files.gguf import architectures as gguf
+from adapters_jax.finetune.gguf import architectures as gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known, near_known
 from adapters_jax.finetune.models.registry import FAMILIES, family_of

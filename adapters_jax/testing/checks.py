@@ -198,13 +198,9 @@ def shards(linen: Any) -> None:
     where = layout(params, mesh, None, linen.recipe, small=1)
     leaves = flatten(nn.meta.unbox(params))
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
-    attached = {each.prefix: each for each in in_tree(linen.recipe, shapes)}
-    for path in flatten(linen.adapters):
-        owner = linen.recipe.owner(path)
-        if owner is None:
-            continue
-        each = attached[owner.prefix]
-        axes = each.method.weight_axes(each.axes, owner.path).get(owner.name) if each.axes else None
+    placements = in_tree(linen.recipe, shapes)
+    for each, name, path in ((x, *item) for x in placements for item in x.paths().items()):
+        axes = each.method.weight_axes(each.axes, each.path).get(name) if each.axes else None
         spec = [*where[path].spec, *[None] * leaves[path].ndim][: leaves[path].ndim]
         if axes is None:
             expect(

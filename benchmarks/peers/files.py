@@ -16,12 +16,13 @@ from safetensors.numpy import save_file
 
 import adapters_jax as aj
 from adapters_jax.files.adapterhub import save_adapterhub
-from adapters_jax.files.names import NameTable, to_tensors
+from adapters_jax.files.names import NameTable
 from adapters_jax.files.peft import save_peft
 from adapters_jax.finetune.models import bert
 from adapters_jax.finetune.models.bert import BERT_BASE, FAMILY, BertClassifier, BertConfig
 from adapters_jax.finetune.models.decoder import NAMES as LLAMA_NAMES
 from adapters_jax.finetune.models.decoder import DecoderConfig, save_decoder
+from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.trees import flatten, unflatten
 from benchmarks import llama
 from benchmarks.sides.job import LABELS, Job

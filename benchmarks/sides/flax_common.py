@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from adapters_jax.files.adapter import read_adapter
-from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, BertConfig
+from adapters_jax.finetune.tensors import from_tensors
 from adapters_jax.trees import flatten
 from benchmarks.by_hand import Sizes
 from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions

@@ -19,7 +19,6 @@ from helpers import hostile, tiny
 import adapters_jax as aj
 from adapters_jax.files import adapterhub, peft, untrusted
 from adapters_jax.files.adapter import read_adapter
-from adapters_jax.files.names import from_tensors
 from adapters_jax.finetune.base_files import chat, huggingface
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.data.batches import encode
@@ -36,6 +35,7 @@ from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import read_tokenizer
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.tasks import read_run
+from adapters_jax.finetune.tensors import from_tensors
 
 from .mutators import Fixed, bad_recipe, overwritten
 from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads

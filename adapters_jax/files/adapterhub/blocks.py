@@ -110,7 +110,9 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
     ours = module_map.table is not None
     own = module_map.prefixes[:1]
     for architecture in sorted(ARCHITECTURES, key=lambda each: each.prefix not in own):
-        if found := _matches(architecture, module_map):
+        every = ((stack, name) for stack in architecture.stacks for name in module_map.modules)
+        matches = ((stack, re.fullmatch(stack.pattern, name)) for stack, name in every)
+        if found := [(stack, match) for stack, match in matches if match]:
             break
     else:
         known = ", ".join(each.model_type for each in ARCHITECTURES)
@@ -162,15 +164,6 @@ def _present(block: str, names: Sequence[str], module_map: ModuleMap) -> list[st
     """Those of the modules of a matrix that a model has, or else the first of them."""
     whole = [block + name for name in names]
     return [name for name in whole if module_map.at(name)] or whole[:1]
-
-
-def _matches(
-    architecture: Architecture, module_map: ModuleMap
-) -> list[tuple[Stack, re.Match[str]]]:
-    """The modules of an architecture's stacks, as their patterns match them."""
-    each = ((stack, name) for stack in architecture.stacks for name in module_map.modules)
-    matches = ((stack, re.fullmatch(stack.pattern, name)) for stack, name in each)
-    return [(stack, match) for stack, match in matches if match]
 
 
 def _layers(

@@ -7,7 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from adapters_jax.files.settings import Rule, field_problems, is_number, one_of, rule
+from adapters_jax.files.settings import (
+    Rule,
+    field_problems,
+    is_number,
+    of,
+    one_of,
+    rule,
+    whole,
+)
 from adapters_jax.methods import Bottleneck
 
 Config = Mapping[str, Any]
@@ -54,7 +62,6 @@ _DROPOUT = (
     "0.0: AdapterHub applies it after the up-projection, we between the projections; set it to "
     "0.0 in the file, which changes no prediction"
 )
-_BOOL = rule(lambda found: isinstance(found, bool), "True or False")
 _NUMBER = rule(is_number, "a number")
 _OF_ALL: dict[str, Rule] = {
     "stochastic_depth": one_of(0.0),
@@ -68,9 +75,7 @@ _OF_ALL: dict[str, Rule] = {
 RULES: dict[str | None, dict[str, Rule]] = {
     None: {
         **_OF_ALL,
-        **dict.fromkeys(("original_ln_before", "original_ln_after", "residual_before_ln"), _BOOL),
-        **dict.fromkeys(("ln_before", "ln_after", "is_parallel"), _BOOL),
-        **dict.fromkeys((*LOCATIONS[None], "adapter_residual_before_ln"), _BOOL),
+        **{name: of(bool) for name, x in DEFAULTS[None].items() if type(x) is bool},
         "scaling": _NUMBER,
         "dropout": rule(lambda found: found == 0.0, _DROPOUT),
         "reduction_factor": rule(
@@ -87,9 +92,9 @@ RULES: dict[str | None, dict[str, Rule]] = {
     },
     "lora": {
         **_OF_ALL,
-        **dict.fromkeys(LOCATIONS["lora"], _BOOL),
+        **{name: of(bool) for name, x in DEFAULTS["lora"].items() if type(x) is bool},
         **dict.fromkeys(("alpha", "dropout"), _NUMBER),
-        "r": rule(lambda found: type(found) is int, "a whole number"),
+        "r": whole(),
         "attn_matrices": rule(
             lambda found: (
                 isinstance(found, list) and "q" in found and {*map(str, found)} <= {*"qkv"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories, hub
-from adapters_jax.files.adapterhub import heads, reading, writing
+from adapters_jax.files.adapterhub import convert, heads
 from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.files.adapterhub.config import VERSION
@@ -25,7 +25,7 @@ from adapters_jax.files.module_map import (
     Names,
     as_in_file,
     as_in_model,
-    by_module,
+    placed,
     shortest,
 )
 from adapters_jax.methods import Method, Unfreeze
@@ -93,7 +93,7 @@ def load_adapterhub(
     whole, tensors = ADAPTERHUB.read(directory)
     of_head = (*ADAPTERHUB_HEAD.files, ADAPTERHUB_HEAD.pickle)
     try:
-        methods, leaves, problems = reading.read(whole, tensors, blocks)
+        methods, leaves, problems = convert.read(whole, tensors, blocks)
         if with_head and any((directory / name).exists() for name in of_head):
             trained, more = heads.read(*ADAPTERHUB_HEAD.read(directory), blocks, pooling)
             methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
@@ -211,8 +211,8 @@ def to_adapterhub(
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
     unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
-    added, trained = by_module(unrolled, flat, problems)
-    config, tensors = writing.write(unrolled, added, blocks, name, problems)
+    added, trained = placed(unrolled, flat, blocks.module_map, problems)
+    config, tensors = convert.write(unrolled, added, flat, blocks, name, problems)
     head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
     return config, tensors, head, problems
 

@@ -149,7 +149,7 @@ def write(
         path: m
         for m in (HEAD, POOLER)
         for reference in _at(module_map, m)
-        for path in _own(reference)
+        for path in (f"{reference.path}/{leaf}" for leaf in reference.leaves)
     }
     problems += [
         f"{path} trains as well, but AdapterHub's files support no base parameters besides a "
@@ -212,8 +212,3 @@ def _settings(
     others = {"multiple_choice": ("num_labels", "bias")}
     others |= dict.fromkeys(OF_TOKENS, ("use_pooler", "bias"))
     return {name: x for name, x in config.items() if name not in others.get(head_type, ())}
-
-
-def _own(reference: Any) -> list[str]:
-    """The paths of a module's parameters."""
-    return [f"{reference.path}/{leaf}" for leaf in reference.leaves]

@@ -16,6 +16,7 @@ from adapters_jax.files.settings import (
     one_of,
     patterns,
     rule,
+    whole,
 )
 
 Config = Mapping[str, Any]
@@ -65,7 +66,6 @@ class Kind:
     trains: str
 
 
-_WHOLE = rule(lambda n: type(n) is int and n >= 0, "a whole number")
 _NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
 _NAMES = patterns(str, list)
 _MODULES: dict[str, Rule] = {
@@ -84,7 +84,7 @@ KINDS = {
         },
         rules={
             **_MODULES,
-            "r": _WHOLE,
+            "r": whole(),
             **dict.fromkeys(("lora_alpha", "lora_dropout"), _NUMBER),
             **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), of(bool)),
             **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
@@ -99,7 +99,7 @@ KINDS = {
     "ADAPTION_PROMPT": Kind(
         *("prompts", "prompts", ("llama_adapter",)),
         leaves={"adaption_prompt": "embedding", "adaption_gate": "gate"},
-        rules={"adapter_len": _WHOLE, "adapter_layers": _WHOLE, "target_modules": _NAMES},
+        rules={"adapter_len": whole(), "adapter_layers": whole(), "target_modules": _NAMES},
         trains="nothing",
     ),
     "IA3": Kind(

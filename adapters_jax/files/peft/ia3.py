@@ -19,6 +19,7 @@ from adapters_jax.files.layouts import WHOLE, Array, ModuleReference
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
+from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 
 
@@ -88,19 +89,20 @@ def _our_scale(reference: ModuleReference, vector: Array, inputs: bool) -> Array
 
 
 def write(
-    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the vector of every module."""
     tensors: dict[str, Array] = {}
     targets: dict[str, bool] = {}
-    unknown = set(added)
+    here = {each.path: each for each in added}
+    unknown = set(here)
     for bare, parts in module_map.modules.items():
-        mine = [added.get(reference.path) for reference in parts]
+        mine = [here.get(reference.path) for reference in parts]
         unknown -= {reference.path for reference in parts}
         if not any(mine):
             continue
-        kinds = {_at(recipe, p.path) for p, each in zip(parts, mine, strict=True) if each}
-        scales = [each["scale"] if each else None for each in mine]
+        kinds = {each.method.scales_input(each.path) for each in mine if each}
+        scales = [each.leaves(leaves)["scale"] if each else None for each in mine]
         try:
             vector = _their_vector(parts, scales, kinds)
         except UserError as reason:
@@ -122,12 +124,6 @@ def write(
         f"{name} ends like a feed-forward module, so PEFT would scale its input" for name in wrong
     ]
     return fields, tensors
-
-
-def _at(recipe: Recipe, path: str) -> bool:
-    """Whether the recipe scales the input of a module."""
-    method: Any = next(method for method in recipe.at(path) if method.slot == "ia3")
-    return method.scales_input(path)
 
 
 def _their_vector(

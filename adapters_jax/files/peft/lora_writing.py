@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order
+from adapters_jax.files.module_map import Leaves, ModuleMap, in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
 from adapters_jax.methods.leaf import axes_of
-from adapters_jax.placement import in_tree
+from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 from adapters_jax.weights.axes import Axes
@@ -26,7 +26,7 @@ _THEIR_STARTS = {"gaussian_rank": "gaussian"}
 
 
 def write(
-    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the factors of every module and parameter."""
     methods: list[Any] = list(recipe.attached)
@@ -38,7 +38,7 @@ def write(
         problems.append(
             "a_init='pissa' changed the base's weights, but PEFT adapts the original base"
         )
-    pairs = _pairs(recipe, added, leaves, module_map, problems)
+    pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
     writer.add_modules()
     writer.add_experts()
@@ -99,17 +99,10 @@ class _Pair(NamedTuple):
         return self.method.scale_at(self.target)
 
 
-def _pairs(
-    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
-) -> dict[str, _Pair]:
-    """The factors of each weight, by its path; only those of `added`, which are complete."""
-    owners = {path: owner for path in leaves if (owner := recipe.owner(path))}
-    complete = {path: leaves[path] for path, owner in owners.items() if owner.path in added}
-    shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **complete}.items()}
+def _pairs(added: Placements, leaves: Leaves, problems: list[str]) -> dict[str, _Pair]:
+    """The factors of each weight, by its path."""
     pairs = {}
-    for each in in_tree(recipe, shapes):
-        if each.method.acts_on != "leaf":
-            continue
+    for each in added:
         own = _inputs_first(each.method, axes_of(each.point()), each.leaves(leaves))
         if own is None:
             shape = list(each.shape)

@@ -11,6 +11,7 @@ from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import LlamaAdapter, Method
+from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 
 # PEFT adds the prompts' values of a GPT-2 behind its output projection, not before it.
@@ -50,14 +51,15 @@ def read(
 
 
 def write(
-    recipe: Recipe, added: Added, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, prompts and gates; PEFT adapts the last layers, with one gate in each."""
     names = {ours: bare for bare, ours in module_map.attention.items()}
-    known = added.keys() & names.keys()
+    here = {each.path: each for each in added}
+    known = here.keys() & names.keys()
     if any(_word(names[path]) == _OTHER for path in known):
         problems.append(_UNLIKE)
-    for path in sorted(added.keys() - known, key=in_order):
+    for path in sorted(here.keys() - known, key=in_order):
         problems.append(f"names has no module name for {path}; add it")
     last = sorted(names, key=in_order)[len(names) - len(known) :]
     unlike = sorted(known ^ set(last), key=in_order)
@@ -65,8 +67,8 @@ def write(
         problems.append(f"PEFT adapts the last layers only; {', '.join(unlike)} differ")
     tensors, lengths = {}, set()
     for ours in sorted(known, key=in_order):
-        method: Any = next(m for m in recipe.at(ours) if m.slot == "prompt")
-        prompt, gate = added[ours]["embedding"], added[ours]["gate"]
+        method, own = here[ours].method, here[ours].leaves(leaves)
+        prompt, gate = own["embedding"], own["gate"]
         if len(gate) != 1:
             problems.append(
                 f'{ours} has {len(gate)} gates; PEFT has one in each layer: use gate="layer"'
@@ -78,7 +80,7 @@ def write(
         tensors[f"{root}.adaption_gate"] = opened
     if len(lengths) > 1:
         problems.append(f"PEFT expects prompts of one length; these have {sorted(lengths)}")
-    words = {_word(names[ours]) for ours in added if ours in names}
+    words = {_word(names[ours]) for ours in known}
     fields = {
         "peft_type": "ADAPTION_PROMPT",
         "adapter_len": max(lengths, default=0),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from adapters_jax.errors import ChatTemplateError, MissingPackageError, UserError, shortened
+from adapters_jax.errors import ChatTemplateError, UserError, needed, shortened
 
 
 def render(
@@ -106,12 +106,10 @@ def _unmarked(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[int, i
 
 def _sandbox() -> Any:
     # Not at the top, since jinja2 is optional: encoders and GGUF files are read without it.
-    try:
+    with needed("a chat template", "jinja2"):
         import jinja2  # noqa: F401
 
         from adapters_jax.finetune.base_files import sandbox
-    except ImportError as error:
-        raise MissingPackageError("a chat template", "jinja2") from error
     return sandbox
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_jax.errors import BaseFileError, shown
-from adapters_jax.files.gguf.architectures import (
+from adapters_jax.finetune.base_files import chat
+from adapters_jax.finetune.gguf import find_gguf
+from adapters_jax.finetune.gguf.architectures import (
     ARCHITECTURES,
     CHECKED,
     MIXTRAL,
@@ -25,11 +27,9 @@ from adapters_jax.files.gguf.architectures import (
     REQUIRED,
     Layout,
 )
-from adapters_jax.files.gguf.header import GGUFTensor, read_header
-from adapters_jax.files.gguf.tensors import dequantised, read_tensors
-from adapters_jax.files.names import Stored
-from adapters_jax.files.untrusted import find_gguf
-from adapters_jax.finetune.base_files import chat
+from adapters_jax.finetune.gguf.header import GGUFTensor, read_header
+from adapters_jax.finetune.gguf.tensors import dequantised, read_tensors
+from adapters_jax.finetune.tensors import Stored
 
 if TYPE_CHECKING:
     import tokenizers

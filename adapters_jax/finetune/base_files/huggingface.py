@@ -24,9 +24,9 @@ from adapters_jax.errors import (
     shown,
 )
 from adapters_jax.files import hub, untrusted
-from adapters_jax.files.names import Stored
-from adapters_jax.files.tensors import TensorFile, open_tensors
+from adapters_jax.files.untrusted import TensorFile, open_tensors
 from adapters_jax.finetune.base_files.typed_settings import check_settings
+from adapters_jax.finetune.tensors import Stored
 
 FILES = ("*.json", "*.jinja", "*.safetensors", "vocab.txt", "merges.txt")
 INDEX = "model.safetensors.index.json"

@@ -229,7 +229,7 @@ def _check_token() -> None:
 
 def _stale(directory: Path) -> list[str]:
     """Names of files of other formats, which would contradict the files in a directory."""
-    from adapters_jax.files.formats import every_file
+    from adapters_jax.finetune.formats import every_file
     from adapters_jax.finetune.leaving import RUN_CONFIG
 
     every = {RUN_CONFIG, *every_file()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import MissingPackageError
+from adapters_jax.errors import needed
 from adapters_jax.finetune.data.files import DataError, Found, Record
 
 MOST_MEMORY = 2**32  # bytes of the values; a file of 1 MB may hold a text a billion times
@@ -25,15 +25,9 @@ def read_arrow(path: Path, raw: bytes) -> Found:
 
 
 def _read(path: Path, raw: bytes, kind: str) -> Found:
-    try:
+    subject, instead = f"{path.as_posix()}: reading it", "save it as JSON lines"
+    with needed(subject, "pyarrow", "parquet", instead):
         import pyarrow
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{path.as_posix()}: reading it",
-            "pyarrow",
-            extra="parquet",
-            instead="save it as JSON lines",
-        ) from error
     header: list[str] = []
     records: list[Record] = []
     size = 0

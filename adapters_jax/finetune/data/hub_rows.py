@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from adapters_jax.errors import UserError, needed
 from adapters_jax.files import hub
 from adapters_jax.finetune.data.files import DataError, Found
 
@@ -75,7 +76,7 @@ def read_hub(name: str, read_files: Callable[[Sequence[Path]], Found]) -> Found:
     def choose(files: Sequence[str]) -> list[str]:
         return choose_files(name, data, files)
 
-    return read_files(hub.fetch_dataset(data.id, data.revision, choose, DataError))
+    return read_files(_fetched(data.id, data.revision, choose))
 
 
 def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:
@@ -126,3 +127,39 @@ def _by_config(split: str, files: Sequence[str]) -> Mapping[str, list[str]]:
         config = "/".join(folders)
         found["default" if config in ("", "data") else config].append(file)
     return found
+
+
+def _fetched(
+    name: str, revision: str, choose: Callable[[Sequence[str]], Sequence[str]]
+) -> list[Path]:
+    """Fetches files of a data set, chosen by their paths; `HF_HUB_OFFLINE=1` needs them cached."""
+    with needed(f"the data set {name!r} of the Hugging Face Hub", "huggingface_hub"):
+        import huggingface_hub
+        from huggingface_hub import constants
+    try:
+        if constants.HF_HUB_OFFLINE:
+            cached = _cached_dataset(name, revision)
+            paths = [p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file()]
+            return [cached / path for path in choose(paths)]
+        api = huggingface_hub.HfApi()
+        chosen = choose(api.list_repo_files(name, repo_type="dataset", revision=revision))
+        directory = api.snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=list(chosen)
+        )
+        return [Path(str(directory), path) for path in chosen]
+    except UserError:
+        raise
+    except hub.problems() as problem:
+        raise DataError(f"{name!r} is no data set {hub.why(revision, problem)}") from problem
+
+
+def _cached_dataset(name: str, revision: str) -> Path:
+    """The snapshot of a data set in the cache, which may have a part of its files."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    ref = folder / "refs" / revision
+    snapshot = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+    if not snapshot.is_dir():
+        raise FileNotFoundError(snapshot)
+    return snapshot

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import UserError, needed
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.files import DataError, first_few
 
@@ -175,10 +175,8 @@ def read_image(path: str | Path) -> Image.Image:
             `MAX_IMAGE_PIXELS`, which a small file can claim to have.
         MissingPackageError: Pillow is not installed.
     """
-    try:
+    with needed("reading images", "pillow", "images"):
         from PIL import Image, ImageOps
-    except ImportError as error:
-        raise MissingPackageError("reading images", "pillow", "images") from error
     path = Path(path)
     try:
         with warnings.catch_warnings():

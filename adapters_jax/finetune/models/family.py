@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.names import NameTable
+from adapters_jax.finetune.formats.base import MASKED
 
 Kind = Literal["encoder", "decoder", "encoder-decoder", "vision"]
 

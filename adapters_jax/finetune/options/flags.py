@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from adapters_jax.errors import UserError, shown
 from adapters_jax.finetune.data.hub_rows import PREFIX
 
-Format = Literal["native", "peft", "adapterhub", "gguf"]  # the names of `files.formats.FORMATS`
+Format = Literal["native", "peft", "adapterhub", "gguf"]  # the names of `finetune.formats.FORMATS`
 
 
 def given(options: Any) -> dict[str, Any]:

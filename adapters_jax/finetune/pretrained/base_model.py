@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adapters_jax.files.base_model import BaseModel
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.locate import identity_of, locate, read_config, sha256_of

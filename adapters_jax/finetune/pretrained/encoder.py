@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from adapters_jax.errors import BaseFileError, UserError, check_choice
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.base_files.huggingface import read_json
 from adapters_jax.finetune.data.batches import Row, encode
 from adapters_jax.finetune.data.pixels import Preprocessing
 from adapters_jax.finetune.data.tables import Texts
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.family import Classifier
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,

@@ -12,6 +12,7 @@ from adapters_jax.errors import BaseFileError, UserError, shown
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known
 from adapters_jax.finetune.models.registry import FAMILIES, family_of
@@ -40,7 +41,7 @@ def locate(name: str) -> Path:
     """
     path = _path(name)
     # os.path, here and below: Path.is_dir raises for names that are too long for the file system.
-    return untrusted.find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
+    return find_gguf(path) or huggingface.resolve(path if os.path.isdir(path) else name)
 
 
 def _path(name: str) -> Path:
@@ -104,7 +105,7 @@ def is_decoder(name: str) -> bool:
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = untrusted.find_gguf(_path(name))
+    path = find_gguf(_path(name))
     if path is None:
         return huggingface.read_json(_config_file(name))
     from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.auditing import audit
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats import HEAD, AdapterFormat
 from adapters_jax.files.model_card import model_card, table
+from adapters_jax.finetune.formats import HEAD, AdapterFormat
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe

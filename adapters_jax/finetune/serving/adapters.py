@@ -15,10 +15,10 @@ from flax import nnx
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
-from adapters_jax.files import formats
-from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.run_directory import Run, check_base, check_finished
 from adapters_jax.finetune.tasks import read_run

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
-from adapters_jax.files import formats
-from adapters_jax.files.base_model import MASKED, BaseModel
+from adapters_jax.finetune import formats
+from adapters_jax.finetune.formats.base import MASKED, BaseModel
 from adapters_jax.finetune.pretrained.encoder import INPUTS, load_encoder, store_frozen
 from adapters_jax.finetune.run_directory import Run, check_base, check_finished
 from adapters_jax.finetune.serving import schemas

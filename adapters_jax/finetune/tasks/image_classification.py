@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from adapters_jax.errors import MissingPackageError
+from adapters_jax.errors import needed
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
@@ -94,10 +94,8 @@ class ImageClasses(Classes):
 
 
 def _pix() -> Any:
-    try:
+    with needed("--augment", "dm-pix", "images"):
         import dm_pix
-    except ImportError as error:
-        raise MissingPackageError("--augment", "dm-pix", "images") from error
     return dm_pix
 
 

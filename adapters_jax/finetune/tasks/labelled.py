@@ -15,12 +15,12 @@ import jax
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.run_directory import Run, RunError, check_base

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.tables import Table
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import (

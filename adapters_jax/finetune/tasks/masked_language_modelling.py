@@ -20,11 +20,11 @@ import tokenizers
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.base_model import MASKED
 from adapters_jax.finetune.data.batches import LEAST, NOTHING, Batches, bare
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.finetune.tasks.base import Batch, Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adapters_jax.errors import MissingPackageError, UserError
+from adapters_jax.errors import UserError, needed
 
 _SHARES = ("precision", "recall", "exact_match", "recall_at_1")
 PERCENT = ("accuracy", "f1", "f1_micro", "f1_macro", *_SHARES)
@@ -97,10 +97,8 @@ def rouge(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
 def rouge_scorer() -> ModuleType:
     """The module of rouge-score; raises MissingPackageError if it is not installed."""
-    try:
+    with needed("ROUGE", "rouge-score", extra="rouge"):
         from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise MissingPackageError("ROUGE", "rouge-score", extra="rouge") from error
     return rouge_scorer
 
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.tensors import open_tensors
+from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences

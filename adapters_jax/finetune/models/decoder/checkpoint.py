@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
-from adapters_jax.files.names import Tensor
-from adapters_jax.files.untrusted import find_gguf
 from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
@@ -21,6 +20,7 @@ from adapters_jax.finetune.models.parts.checkpoint import (
     save_tensors,
     tensors_of,
 )
+from adapters_jax.finetune.tensors import Tensor
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.base_files.gguf import GGUF

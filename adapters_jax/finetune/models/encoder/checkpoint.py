@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from adapters_jax.distributed.sharding import Rules, laid_out
 from adapters_jax.errors import BaseMismatchError, UserError
-from adapters_jax.files.names import NameTable, ParameterRule, Rule, from_tensors
+from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.encoder.config import EncoderConfig
 from adapters_jax.finetune.models.encoder.heads import (
@@ -25,6 +25,7 @@ from adapters_jax.finetune.models.encoder.heads import (
 )
 from adapters_jax.finetune.models.encoder.model import Encoder, ImageEncoder
 from adapters_jax.finetune.models.family import Classifier, Family, Kind
+from adapters_jax.finetune.tensors import from_tensors
 
 
 class Prediction(NamedTuple):

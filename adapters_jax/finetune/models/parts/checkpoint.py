@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 
 from adapters_jax.distributed.sharding import Rules, laid_out
 from adapters_jax.errors import check_number, file_errors
-from adapters_jax.files.names import NameTable, Tensor, from_tensors, to_tensors
+from adapters_jax.files.names import NameTable
 from adapters_jax.finetune.base_files.huggingface import INDEX
+from adapters_jax.finetune.tensors import Tensor, from_tensors, to_tensors
 
 Model = TypeVar("Model", bound=nnx.Module)
 SHARD = 5 * 10**9  # bytes, as in transformers 4

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
-from adapters_jax.files.gguf.architectures import ARCHITECTURES, LLAMA, MIXTRAL, Layout
-from adapters_jax.files.gguf.header import GGUFTensor, read_header
-from adapters_jax.files.gguf.tensors import (
+from adapters_jax.errors import AdapterFileError, UserError, needed
+from adapters_jax.files.layouts import Array
+from adapters_jax.files.peft.config import ROOT, factor_keys
+from adapters_jax.finetune.gguf.architectures import ARCHITECTURES, LLAMA, MIXTRAL, Layout
+from adapters_jax.finetune.gguf.header import GGUFTensor, read_header
+from adapters_jax.finetune.gguf.tensors import (
     dequantised,
     half_split,
     neighbours,
     stored_name,
     tensor_name,
 )
-from adapters_jax.files.layouts import Array
-from adapters_jax.files.peft.config import ROOT, factor_keys
 
 ADAPTER = "adapter.gguf"
 # llama.cpp's name and layout of each type of base; it has some as Llamas.
@@ -92,10 +92,8 @@ def _heads(name: str, layout: Layout, heads: Heads) -> int:
 
 
 def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> bytes:
-    try:
+    with needed("writing a GGUF file", "gguf"):
         import gguf
-    except ImportError as error:
-        raise MissingPackageError("writing a GGUF file", "gguf") from error
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, ADAPTER)

@@ -2,19 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from flax import nnx
 
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.tensors import open_tensors
+from adapters_jax.files import hub
+from adapters_jax.files.identity import BaseIdentity
+from adapters_jax.files.names import NameTable
+from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten
 
+MASKED = "masked tokens"  # what the head of a masked language model reads
+_FREE = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
+_SIZES = ("bottleneck_dim", "reduction_factor")
+_BEFORE = ", which matters only before training"
 HEAD = "head/"  # the paths of a head's leaves begin with it
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model, described for adapter formats.
+
+    Attributes:
+        name: a directory or id, as the user, the run or the file names it.
+        kind: "encoder", "decoder" for a model that continues texts, "encoder-decoder" for one that
+            answers them, or "vision".
+        names: maps its modules to PyTorch's names.
+        prefix: begins PyTorch's module names in the class that has a head as well.
+        params: a tree of parameters, or an NNX model.
+        identity: identifies the base in an adapter's files.
+        sha256: the checksum of the weights' files.
+        classifies: whether a head for labels is on top of it.
+        pooling: what that head reads; None if there is no head or its pooling is unknown.
+        model_type: its type in `config.json`.
+        one_layer: whether its architecture's classifier in transformers also has one layer.
+        heads: a decoder's numbers of heads of queries and of keys.
+    """
+
+    name: str
+    kind: Literal["encoder", "decoder", "encoder-decoder", "vision"]
+    names: NameTable
+    prefix: str
+    params: Any
+    identity: BaseIdentity
+    sha256: str
+    classifies: bool = False
+    pooling: str | None = None
+    model_type: str = ""
+    one_layer: bool = False
+    heads: tuple[int, int] = (0, 0)
+
+    @property
+    def public(self) -> str | None:
+        """Its id on the Hub, without a revision; None for a base that is not of the Hub."""
+        found = self.identity.id
+        return found if found and "/" in found and hub.is_id(found) else None
+
+    def flat(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters by path; an adapter's leaves are added or replace the base's."""
+        state = self.params  # of NNX without other state, such as keys and statistics
+        state = nnx.state(state, nnx.Param) if isinstance(state, nnx.Module) else state
+        return {**flatten(state), **leaves}
 
 
 @dataclass(frozen=True)
@@ -169,3 +224,40 @@ def pooling_problem(base: BaseModel, owner: str, poolings: Sequence[str]) -> str
         pooled = base.pooling in ("mean", "cls")  # others are those of a task, not chosen
         return f"{problem}: train with --pooling pooler to keep it" if pooled else problem
     return ""
+
+
+def changes(
+    before: tuple[Recipe, Mapping[str, Any]], after: tuple[Recipe, Mapping[str, Any]]
+) -> list[str]:
+    """Describes each difference between an adapter and what was read back, one sentence each."""
+    (old, ours), (new, theirs) = before, after
+    both = ours.keys() & theirs.keys()
+    unequal = sorted(path for path in both if not np.array_equal(ours[path], theirs[path]))
+    found = [
+        f"{len(paths)} tensors {word}, such as {paths[0]}"
+        for word, paths in (
+            ("are missing", sorted(ours.keys() - theirs.keys())),
+            ("are new", sorted(theirs.keys() - ours.keys())),
+            ("are different", unequal),
+        )
+        if paths
+    ]
+    fields: dict[str, None] = {}
+    for path in both:
+        pair = old.owner(path), new.owner(path)
+        if pair[0] and pair[1]:
+            fields |= dict.fromkeys(_fields(pair[0].method, pair[1].method))
+    return found + sorted(fields)
+
+
+def _fields(old: Any, new: Any) -> list[str]:
+    """Describes the fields of a method that differ; the tensors already show its sizes."""
+    kind = type(old).__name__
+    if type(new) is not type(old):
+        return [f"{kind} is read as {type(new).__name__}"]
+    pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)]
+    return [
+        f"{kind}.{name} {was!r} is read as {now!r}" + _BEFORE * ("init" in name)
+        for name, was, now in pairs
+        if was != now and name not in (*_FREE, *_SIZES)
+    ]

@@ -8,9 +8,8 @@ from typing import Any
 
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import Adapter, AdapterFormat
-from adapters_jax.files.untrusted import find_gguf
+from adapters_jax.finetune.formats.base import Adapter, AdapterFormat, BaseModel
+from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
@@ -34,8 +33,8 @@ class Gguf(AdapterFormat):
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `from_gguf`."""
-        from adapters_jax.files.gguf.adapters import from_gguf
         from adapters_jax.files.peft.convert import from_peft
+        from adapters_jax.finetune.gguf.adapters import from_gguf
 
         path = find_gguf(directory)
         if path is None:
@@ -46,26 +45,27 @@ class Gguf(AdapterFormat):
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
-        """See `check_server`; and the base's type."""
-        from adapters_jax.files.peft.servers import SERVERS, check_decoder, check_server
+        """See `for_server`; and the base's type."""
+        from adapters_jax.finetune.formats.servers import SERVERS, check_decoder, for_server
 
         server = SERVERS[self.owner]
         try:
             check_decoder(server, base.kind)
             # Only now, so that a run of an encoder, which asks every format, reads nothing of GGUF.
-            from adapters_jax.files.gguf.adapters import layout_of
+            from adapters_jax.finetune.gguf.adapters import layout_of
 
             layout_of(base.model_type)
-            check_server(server, adapter.recipe, adapter.leaves, base.names, base.params)
+            about = adapter.recipe, adapter.leaves, base.names, base.params
+            for_server(server, *about, trained=False)
         except UserError as error:
             return [str(error)]
         return [_NEAREST] * any(isinstance(method, DoRA) for method in adapter.recipe)
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """Writes what `for_server` makes of the adapter, in one file."""
-        from adapters_jax.files.gguf.adapters import layout_of, to_gguf
         from adapters_jax.files.peft.convert import to_peft
-        from adapters_jax.files.peft.servers import SERVERS, for_server
+        from adapters_jax.finetune.formats.servers import SERVERS, for_server
+        from adapters_jax.finetune.gguf.adapters import layout_of, to_gguf
 
         layout_of(base.model_type)
         server = SERVERS[self.owner]

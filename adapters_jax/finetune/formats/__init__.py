@@ -1,27 +1,27 @@
 """Recognises, reads and writes adapter formats.
 
 `base` has the contract `AdapterFormat`; `native`, `peft`, `adapterhub` and `gguf` implement it, and
-`FORMATS` lists them. `changes` says how an adapter differs after it was written and read again.
+`FORMATS` lists them. `servers` changes an adapter into what servers of language models load.
 """
 
 from pathlib import Path
 
 from adapters_jax.errors import AdapterFileError
-from adapters_jax.files.formats.adapterhub import AdapterHub
-from adapters_jax.files.formats.base import (
+from adapters_jax.files.manifest import CONFIG
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.formats.adapterhub import AdapterHub
+from adapters_jax.finetune.formats.base import (
     HEAD,
     Adapter,
     AdapterFormat,
     Head,
+    changes,
     has_head,
     stand_ins,
 )
-from adapters_jax.files.formats.changes import changes
-from adapters_jax.files.formats.gguf import Gguf
-from adapters_jax.files.formats.native import Native
-from adapters_jax.files.formats.peft import Peft
-from adapters_jax.files.manifest import CONFIG
-from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.formats.gguf import Gguf
+from adapters_jax.finetune.formats.native import Native
+from adapters_jax.finetune.formats.peft import Peft
 
 __all__ = [
     "FORMATS",

@@ -9,11 +9,17 @@ from typing import Any
 
 from adapters_jax.errors import AdapterMismatchError, OtherBaseError
 from adapters_jax.files.adapter import FILES, STATE, TENSORS, read_adapter, save_adapter
-from adapters_jax.files.base_model import BaseModel
-from adapters_jax.files.formats.base import HEAD, Adapter, AdapterFormat, Head, has_head
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.tensors import open_tensors
+from adapters_jax.files.untrusted import open_tensors
+from adapters_jax.finetune.formats.base import (
+    HEAD,
+    Adapter,
+    AdapterFormat,
+    BaseModel,
+    Head,
+    has_head,
+)
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
 

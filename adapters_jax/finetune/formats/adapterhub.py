@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.base_model import BaseModel
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
-from adapters_jax.files.formats.base import (
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.formats.base import (
     Adapter,
     AdapterFormat,
+    BaseModel,
     Head,
     has_head,
     pooling_problem,
     shape_in,
 )
-from adapters_jax.files.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 

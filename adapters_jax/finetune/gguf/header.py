@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import BaseFileError, MissingPackageError, shortened
-from adapters_jax.files.tensors import name_problem
-from adapters_jax.files.untrusted import Untrusted, opened
+from adapters_jax.errors import BaseFileError, needed, shown
+from adapters_jax.files.untrusted import Untrusted, name_problem, opened
 
 VERSIONS = (2, 3)
 MOST_HEADER = 2**26  # bytes; the longest vocabularies take some 20 million
@@ -98,16 +96,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         for _ in range(count):
             name = header.text("the name of a field")
             if name in fields:
-                raise header.error(f"the field {_shown(name)} is there twice")
+                raise header.error(f"the field {shown(name, 80)} is there twice")
             fields[name] = header.value(name)
-        return fields, header.tensors(tensors, _alignment(header, fields))
-
-
-def _alignment(header: _Header, fields: Mapping[str, Any]) -> int:
-    found = fields.get(ALIGNMENT, 32)
-    if type(found) is not int or not 0 < found <= MOST_ALIGNMENT or found & (found - 1):
-        raise header.error(f"{ALIGNMENT}={_shown(found)}, expected a power of two")
-    return found
+        found = fields.get(ALIGNMENT, 32)
+        if type(found) is not int or not 0 < found <= MOST_ALIGNMENT or found & (found - 1):
+            raise header.error(f"{ALIGNMENT}={shown(found, 80)}, expected a power of two")
+        return fields, header.tensors(tensors, found)
 
 
 @dataclass
@@ -156,25 +150,27 @@ class _Header:
             return self._values(kind, 1, name)[0]
         kind, count = self.numbers("<IQ")
         if kind == _ARRAY:
-            raise self.error(f"{_shown(name)} holds arrays of arrays")
+            raise self.error(f"{shown(name, 80)} holds arrays of arrays")
         # A list of Python takes many times the bytes of the file, so its length has a limit.
         self.items += count
         if self.items > MOST_ITEMS:
-            raise self.error(f"{_shown(name)} has {count} items, over {MOST_ITEMS} with the others")
+            raise self.error(
+                f"{shown(name, 80)} has {count} items, over {MOST_ITEMS} with the others"
+            )
         return self._values(kind, count, name)
 
     def _values(self, kind: int, count: int, name: str) -> list[Any]:
         if kind == _STRING:
             self.check(8 * count)
-            return [self.text(f"a text of {_shown(name)}") for _ in range(count)]
+            return [self.text(f"a text of {shown(name, 80)}") for _ in range(count)]
         if kind not in _NUMBERS:
-            raise self.error(f"{_shown(name)} has the unknown type {kind}")
+            raise self.error(f"{shown(name, 80)} has the unknown type {kind}")
         dtype = np.dtype(_NUMBERS[kind])
         values = np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
         if kind != _BOOL:
             return values
         if not set(values) <= {0, 1}:
-            raise self.error(f"{_shown(name)} has a truth value that is neither 0 nor 1")
+            raise self.error(f"{shown(name, 80)} has a truth value that is neither 0 nor 1")
         return list(map(bool, values))
 
     def tensors(self, count: int, alignment: int) -> dict[str, GGUFTensor]:
@@ -184,7 +180,7 @@ class _Header:
         found: dict[str, GGUFTensor] = {}
         for name, shape, kind, offset, size in sorted(entries, key=lambda entry: entry[3]):
             if name in found:
-                raise self.error(f"the tensor {_shown(name)} is there twice")
+                raise self.error(f"the tensor {shown(name, 80)} is there twice")
             if start + offset != position or position + size > self.file.size:
                 raise self.error(
                     f"{name} has {size} bytes from {start + offset} on, expected from {position} "
@@ -213,10 +209,8 @@ class _Header:
 
     def _kind(self, name: str, number: int) -> tuple[Any, tuple[int, int]]:
         """A type of tensors, with the number of elements and of bytes of its blocks."""
-        try:
+        with needed(f"reading {self.file.path.name!r}", "gguf"):
             import gguf
-        except ImportError as error:
-            raise MissingPackageError(f"reading {self.file.path.name!r}", "gguf") from error
         known = {kind.value: kind for kind in gguf.GGML_QUANT_SIZES}
         if number not in known:
             raise self.error(f"{name} has the unknown type {number}")
@@ -225,7 +219,3 @@ class _Header:
 
 def _aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)

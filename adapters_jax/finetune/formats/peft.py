@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.files import hub
-from adapters_jax.files.base_model import MASKED, BaseModel
 from adapters_jax.files.directories import PEFT
-from adapters_jax.files.formats.base import (
+from adapters_jax.files.untrusted import read_json
+from adapters_jax.finetune.formats.base import (
     HEAD,
+    MASKED,
     Adapter,
     AdapterFormat,
+    BaseModel,
     Head,
     has_head,
     pooling_problem,
     shape_in,
 )
-from adapters_jax.files.untrusted import read_json
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
@@ -55,7 +56,7 @@ class Peft(AdapterFormat):
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
-        from adapters_jax.files.peft.files import load_peft
+        from adapters_jax.files.peft.convert import load_peft
 
         recipe, leaves = load_peft(directory, base.names, base.params)
         return recipe, flatten(leaves)
@@ -69,7 +70,7 @@ class Peft(AdapterFormat):
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
-        from adapters_jax.files.peft.files import save_peft
+        from adapters_jax.files.peft.convert import save_peft
 
         task = _task(base, adapter.leaves)
         save_peft(

@@ -117,52 +117,6 @@ def check_decoder(server: Server, kind: str) -> None:
         )
 
 
-def check_server(
-    server: Server,
-    recipe: Recipe | Method,
-    leaves: Mapping[str, Any],
-    names: Names,
-    base: Any,
-    *,
-    model_type: str = "",
-    rank: int | None = None,
-) -> list[str]:
-    """Says what a server will load of an adapter; only shapes are read, so before training too.
-
-    Args:
-        server: one of `SERVERS`.
-        recipe: the adapter's recipe.
-        leaves: its leaves by path: arrays of these shapes, whatever numbers they have.
-        names, base: as in `load_peft`; abstract parameters will do.
-        model_type: the base's type in `config.json`.
-        rank: the rank that all modules get; by default the largest that the adapter has.
-
-    Returns:
-        A sentence for each change that the adapter needs, and how the server is started.
-
-    Raises:
-        UserError: the server cannot load it, whatever the numbers are; the message names every
-            reason, and what to do instead.
-
-    Example:
-        >>> import numpy as np
-        >>> import adapters_jax as aj
-        >>> base = {name: {"kernel": np.ones((6, 4))} for name in ("query", "value")}
-        >>> leaves = {
-        ...     f"{name}/lora/{factor}": np.ones(shape)
-        ...     for name, r in (("query", 1), ("value", 2))
-        ...     for factor, shape in (("a", (6, r)), ("b", (r, 4)))}
-        >>> recipe = aj.LoRA(("query", "value"), 1, rank_pattern={"value": 2})
-        >>> names = {"q_proj": "query", "v_proj": "value"}
-        >>> for note in check_server(SERVERS["vllm"], recipe, leaves, names, base):
-        ...     print(note)
-        vLLM gets one rank, 2, for the ranks 1 and 2: zeros fill them up, and no output changes
-        start it with --enable-lora --max-lora-rank 8
-    """
-    plan = _planned(server, recipe, leaves, names, base, model_type, rank)
-    return [*plan.changes(), plan.start()]
-
-
 def for_server(
     server: Server,
     recipe: Recipe | Method,
@@ -173,93 +127,46 @@ def for_server(
     model_type: str = "",
     rank: int | None = None,
     max_error: float = MAX_ERROR,
+    trained: bool = True,
 ) -> Served:
-    """Changes an adapter into one that a server loads.
+    """Changes an adapter into one that a server loads, or says before training what that will take.
 
     Args:
-        server, recipe, leaves, names, base, model_type, rank: as in `check_server`; of DoRA the
-            base needs its values.
+        server: one of `SERVERS`.
+        recipe: the adapter's recipe.
+        leaves: its leaves by path; those of one that is not trained need shapes alone.
+        names, base: as in `load_peft`; of DoRA the base needs its values.
+        model_type: the base's type in `config.json`.
+        rank: the rank that all modules get; by default the largest that the adapter has.
         max_error: the largest part of a weight's change that may be lost, by the Frobenius norm.
+        trained: whether the leaves have their numbers.
 
     Returns:
-        The adapter; the one that was given, where the server loads that.
+        The adapter, with a sentence for each change that it needs, and how the server is started;
+        the one that was given, where the server loads that or where it is not trained.
 
     Raises:
-        UserError: the server cannot load it, or at this rank it would lose more.
+        UserError: the server cannot load it, whatever the numbers are, or at this rank it would
+            lose more; the message names every reason, and what to do instead.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> base = {name: {"kernel": np.ones((6, 4))} for name in ("query", "value")}
+        >>> leaves = {
+        ...     f"{name}/lora/{factor}": np.ones(shape)
+        ...     for name, r in (("query", 1), ("value", 2))
+        ...     for factor, shape in (("a", (6, r)), ("b", (r, 4)))}
+        >>> recipe = aj.LoRA(("query", "value"), 1, rank_pattern={"value": 2})
+        >>> names = {"q_proj": "query", "v_proj": "value"}
+        >>> served = for_server(SERVERS["vllm"], recipe, leaves, names, base)
+        >>> for note in served.notes:
+        ...     print(note)
+        vLLM gets one rank, 2, for the ranks 1 and 2: zeros fill them up, and no output changes
+        start it with --enable-lora --max-lora-rank 8
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
     check_number("for_server", "max_error", max_error, low=0.0, high=1.0)
-    plan = _planned(server, recipe, leaves, names, base, model_type, rank)
-    notes = plan.changes()
-    if not notes:
-        return Served(Recipe(recipe), dict(leaves), [plan.start()])
-    made, lost = dict[str, _Pair](), dict[str, _Lost]()
-    for name, pair in plan.pairs.items():
-        if pair.magnitude is None and pair.rank <= plan.rank:
-            made[name] = pair
-        else:
-            made[name], lost[name] = _nearest(name, pair, plan.rank, plan.module_map)
-    if lost:
-        notes.append(_stated(server, lost, plan.rank, max_error))
-    usual = Counter(pair.scale for pair in made.values()).most_common(1)[0][0]
-    written: dict[str, Array] = {}
-    for name, pair in made.items():
-        keys = factor_keys(name, of_embedding=factor_keys(name, True)[0] in plan.tensors)
-        written |= zip(keys, pair.filled(plan.rank, usual), strict=True)
-    plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    config = {**plan.config, **plain, "r": plan.rank, "lora_alpha": rounded(usual * plan.rank)}
-    found, tree = from_peft(config, written, names, base, f"for {server.owner}")
-    return Served(found, flatten(tree), [*notes, plan.start()])
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """An adapter in PEFT's form, and the rank that it gets for a server."""
-
-    server: Server
-    config: Config
-    tensors: Mapping[str, Array]
-    module_map: ModuleMap
-    pairs: Mapping[str, _Pair]
-    rank: int
-
-    def changes(self) -> list[str]:
-        """A sentence for each change that the adapter needs."""
-        owner, rank = self.server.owner, self.rank
-        found, ranks = [], sorted({pair.rank for pair in self.pairs.values()})
-        shown = f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}" if ranks[1:] else str(ranks[0])
-        if self.config["use_dora"]:
-            found.append(f"{owner} has no DoRA: each change becomes LoRA of rank {rank}")
-        elif ranks[-1] > rank:
-            found.append(f"{owner} gets rank {rank} for {shown}: the nearest changes of it")
-        elif ranks != [rank]:
-            found.append(
-                f"{owner} gets one rank, {rank}, for the ranks {shown}: zeros fill them up, and no "
-                "output changes"
-            )
-        if len({pair.scale for pair in self.pairs.values()}) > 1:
-            found.append(f"{owner} gets one alpha: scales that differ are in B")
-        if self.config["use_rslora"] and not (self.server.reads_rank_stabilized and not found):
-            found.append(f"{owner} gets alpha / r with the value of rsLoRA's alpha / sqrt(r)")
-        return found
-
-    def start(self) -> str:
-        """How the server is started for the rank."""
-        limits = (limit for limit in self.server.ranks if limit >= self.rank)
-        return self.server.start.format(next(limits, self.rank))
-
-
-def _planned(
-    server: Server,
-    recipe: Recipe | Method,
-    leaves: Mapping[str, Any],
-    names: Names,
-    base: Any,
-    model_type: str,
-    rank: int | None,
-) -> _Plan:
-    """The plan; raises UserError if the server cannot load the adapter, whatever its numbers."""
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     config, tensors, problems = to_peft(recipe, arrays, names, base)
     module_map = find_modules(names, base)
@@ -270,17 +177,64 @@ def _planned(
     if problems:
         raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}; {MERGE}")
     pairs = {}
-    for name, found in _factors(tensors).items():
+    for name, factors in _factors(tensors).items():
         own, alpha = number_at(config, "r", name), number_at(config, "lora_alpha", name)
         scale = alpha / (math.sqrt(own) if config["use_rslora"] else own)
-        pairs[name] = _Pair(scale=scale, **found)
+        pairs[name] = _Pair(scale=scale, **factors)
+    rank = _chosen(server, pairs, rank)
+    notes = _changes(server, config, pairs, rank)
+    limits = (limit for limit in server.ranks if limit >= rank)
+    start = server.start.format(next(limits, rank))
+    if not notes or not trained:
+        return Served(Recipe(recipe), dict(leaves), [*notes, start])
+    made, lost = dict[str, _Pair](), dict[str, _Lost]()
+    for name, pair in pairs.items():
+        if pair.magnitude is None and pair.rank <= rank:
+            made[name] = pair
+        else:
+            made[name], lost[name] = _nearest(name, pair, rank, module_map)
+    if lost:
+        notes.append(_stated(server, lost, rank, max_error))
+    usual = Counter(pair.scale for pair in made.values()).most_common(1)[0][0]
+    written: dict[str, Array] = {}
+    for name, pair in made.items():
+        keys = factor_keys(name, of_embedding=factor_keys(name, True)[0] in tensors)
+        written |= zip(keys, pair.filled(rank, usual), strict=True)
+    plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    config = {**config, **plain, "r": rank, "lora_alpha": rounded(usual * rank)}
+    found, tree = from_peft(config, written, names, base, f"for {server.owner}")
+    return Served(found, flatten(tree), [*notes, start])
+
+
+def _chosen(server: Server, pairs: Mapping[str, _Pair], rank: int | None) -> int:
+    """The rank that all modules get."""
     largest = max(pair.rank for pair in pairs.values())
     most = server.ranks[-1] if server.ranks else max(rank or 0, largest)
     chosen = min(largest, most) if rank is None else rank
     check_size(server.owner, "rank", chosen)
     if chosen > most:
         raise UserError(f"{server.owner}: rank {chosen}, expected at most {most}")
-    return _Plan(server, config, tensors, module_map, pairs, chosen)
+    return chosen
+
+
+def _changes(server: Server, config: Config, pairs: Mapping[str, _Pair], rank: int) -> list[str]:
+    """A sentence for each change that an adapter needs."""
+    owner, found, ranks = server.owner, [], sorted({pair.rank for pair in pairs.values()})
+    shown = f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}" if ranks[1:] else str(ranks[0])
+    if config["use_dora"]:
+        found.append(f"{owner} has no DoRA: each change becomes LoRA of rank {rank}")
+    elif ranks[-1] > rank:
+        found.append(f"{owner} gets rank {rank} for {shown}: the nearest changes of it")
+    elif ranks != [rank]:
+        found.append(
+            f"{owner} gets one rank, {rank}, for the ranks {shown}: zeros fill them up, and no "
+            "output changes"
+        )
+    if len({pair.scale for pair in pairs.values()}) > 1:
+        found.append(f"{owner} gets one alpha: scales that differ are in B")
+    if config["use_rslora"] and not (server.reads_rank_stabilized and not found):
+        found.append(f"{owner} gets alpha / r with the value of rsLoRA's alpha / sqrt(r)")
+    return found
 
 
 def _problems(

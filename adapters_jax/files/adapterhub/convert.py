@@ -1,6 +1,6 @@
-"""Converts our methods and leaves to AdapterHub's configuration and tensors."""
+"""Converts AdapterHub's configuration and tensors to our methods and leaves, and back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,192 @@ from adapters_jax.files.adapterhub.config import (
     LOCATIONS,
     POST_NORM,
     PRE_NORM,
+    Config,
+    children,
+    placement,
     tensor_names,
 )
-from adapters_jax.files.layouts import Array, rounded, their_factors
-from adapters_jax.files.module_map import Added, Leaves
-from adapters_jax.methods import Bottleneck
+from adapters_jax.files.layouts import Array, our_factors, rounded, their_factors
+from adapters_jax.files.module_map import Added, Leaves, shortest
+from adapters_jax.methods import Bottleneck, LoRA, Method
+from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 
+_LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
 # By layer and location: the settings, and for an attention which of its matrices have factors.
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
+Own = Mapping[str, Placement]  # of one method, by path
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
+def read(
+    whole: Config, tensors: Mapping[str, Array], blocks: Blocks
+) -> tuple[list[Method], dict[str, Array], list[str]]:
+    """Returns the methods, their leaves by path, and a sentence for each problem."""
+    configs, problems = children(whole)
+    if problems:
+        return [], {}, problems
+    found = _sorted(tensors, str(whole["name"]), blocks, problems)
+    methods: list[Method] = []
+    leaves: dict[str, Array] = {}
+    # AdapterHub applies LoRA before the bottleneck, so LoRA comes first in the recipe.
+    for config in sorted(configs, key=lambda config: config["architecture"] is None):
+        add = _our_bottlenecks if config["architecture"] is None else _our_loras
+        methods += add(config, found, blocks, leaves, problems)
+    problems += [
+        f"{module} has tensors, but the configuration does not adapt it" for module in found
+    ]
+    return methods, leaves, problems
+
+
+def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: list[str]) -> Added:
+    """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name."""
+    found: Added = {}
+    for key, tensor in tensors.items():
+        modern = key  # the first versions had other names for adapters of tasks and of languages
+        for legacy in _LEGACY:
+            modern = modern.replace(legacy, "adapters")
+        for kind in ("adapters", "loras"):
+            module, mark, rest = modern.partition(f".{kind}.{name}.")
+            if mark:
+                found.setdefault(f"{blocks.module_map.bare(module)}.{kind}", {})[rest] = tensor
+                break
+        else:
+            problems.append(f"{key} belongs to no bottleneck or LoRA of the adapter {name!r}")
+    return found
+
+
+def _points(config: Config, among: Mapping[Point, Any]) -> list[Point]:
+    """The points that a configuration adapts."""
+    return [(n, name) for n, name in among if n not in config["leave_out"] and config[name]]
+
+
+def _our_bottlenecks(
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
+) -> list[Method]:
+    """Returns one Bottleneck for each reduction factor, and adds its leaves."""
+    sublayers = {point: blocks.bottlenecks[point] for point in _points(config, blocks.bottlenecks)}
+    mine = {point: found.pop(f"{own.module}.adapters", {}) for point, own in sublayers.items()}
+    if config["cross_adapter"] and not any(
+        name == "cross_adapter" for _, name in blocks.bottlenecks
+    ):
+        problems.append("cross_adapter=True, but the base has no attention to an encoder")
+    kind = placement(config, blocks.architecture.post_norm)
+    if isinstance(kind, str):
+        problems.append(kind)
+        return []
+    role, where = kind
+    groups: dict[float, list[str]] = {}
+    fields: dict[str, Any] = {
+        "placement": where,
+        "scale": config["scaling"],
+        "activation": ACTIVATIONS[config["non_linearity"].lower()],
+        "norm_before": config["ln_before"],
+        "norm_after": config["ln_after"],
+    }
+    for point, (module, paths, width) in sublayers.items():
+        path, factor = paths.get(role), _our_factor(config, point[0])
+        if factor is None:
+            problems.append(f"reduction_factor has neither layer {point[0]} nor a default")
+        elif path is None or not width:
+            problems.append(
+                f"names has no path for the {role} of {module}, or for the projection before it"
+            )
+        else:
+            method = Bottleneck(path, reduction_factor=factor, **fields)
+            new = _leaves(method, path, width, mine[point], module, problems)
+            leaves |= {f"{path}/adapter/{name}": x for name, x in new.items()}
+            groups.setdefault(factor, []).append(path)
+    return [
+        Bottleneck(shortest(paths, blocks.paths), reduction_factor=factor, **fields)
+        for factor, paths in groups.items()
+    ]
+
+
+def _our_factor(config: Config, layer: int) -> float | None:
+    """The reduction factor of a layer."""
+    factor = config["reduction_factor"]
+    if isinstance(factor, Mapping):
+        return factor.get(str(layer), factor.get("default"))
+    return factor
+
+
+def _leaves(
+    method: Bottleneck, path: str, width: int, got: Leaves, module: str, problems: list[str]
+) -> Leaves:
+    """Our leaves of one bottleneck; adds a problem if the tensors do not fit the settings."""
+    # AdapterHub stores the norm before a bottleneck under two names.
+    for kind in ("weight", "bias") if method.norm_before else ():
+        twin = got.pop(f"adapter_down.0.{kind}", None)
+        if twin is None:
+            continue
+        if not np.array_equal(got.setdefault(f"adapter_norm_before.{kind}", twin), twin):
+            problems.append(f"{module}: adapter_down.0 and adapter_norm_before differ")
+    names = tensor_names(method)
+    expected = {
+        names[leaf]: list(spec.shape[::-1])
+        for leaf, spec in method.leaves(AttachmentPoint(path, width)).items()
+    }
+    shapes = {name: list(tensor.shape) for name, tensor in got.items()}
+    if shapes != expected:
+        problems.append(f"{module} has {shapes or 'no tensors'}, expected {expected}")
+        return {}
+    return {leaf: got[name].T.astype(np.float32) for leaf, name in names.items()}
+
+
+def _our_loras(
+    config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
+) -> list[Method]:
+    """Returns one LoRA, and adds its leaves; a fused layer has stacked factors of each matrix."""
+    rank, paths = config["r"], []
+    for point in _points(config, blocks.loras):
+        for module, every in blocks.projections(point).items():
+            # Feed-forward modules have no matrices, and so the name "".
+            own = [each for m, each in every.items() if not m or m in config["attn_matrices"]]
+            if not own:
+                continue
+            got = found.pop(f"{module}.loras", {})
+            if None in own or got.keys() != {"lora_A", "lora_B"}:
+                what = "no path in names" if None in own else f"the tensors {sorted(got)}"
+                problems.append(f"{module} has {what}, expected a path and lora_A, lora_B")
+                continue
+            a, b = got["lora_A"], got["lora_B"]
+            for i, reference in enumerate(filter(None, own)):
+                out = len(b) // len(own)
+                rows, columns = a[i * rank : (i + 1) * rank], b[i * out : (i + 1) * out]
+                fits = len(a) == rank * len(own) and a.ndim == b.ndim == 2
+                factors = our_factors(reference, rows, columns) if fits else None
+                if factors is None:
+                    problems.append(
+                        f"{module} has A {list(a.shape)} and B {list(b.shape)}, which do not fit "
+                        f"{reference.path} of {list(reference.shape)} with r={rank}"
+                    )
+                    break
+                paths.append(reference.path)
+                new = {f"{reference.path}/lora/{k}": x for k, x in factors.items()}
+                leaves |= {path: x.astype(np.float32) for path, x in new.items()}
+    if not paths:
+        return []
+    targets = shortest(paths, blocks.paths)
+    return [LoRA(targets, rank, config["alpha"], config["dropout"], a_init="uniform")]
+
+
 def write(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, problems: list[str]
+    recipe: Recipe,
+    added: Placements,
+    leaves: Leaves,
+    blocks: Blocks,
+    name: str,
+    problems: list[str],
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the settings and the tensors by names without prefix, and adds the problems."""
     tensors: Leaves = {}
-    configs = _configs(None, _bottlenecks(recipe, added, blocks, name, tensors, problems), blocks)
-    configs += _configs("lora", _loras(recipe, added, blocks, name, tensors, problems), blocks)
+    configs: list[dict[str, Any]] = []
+    for kind, convert in ((None, _their_bottlenecks), ("lora", _their_loras)):
+        own = {each.path: each for each in added if each.method.name == (kind or "bottleneck")}
+        settings = convert(own, leaves, blocks, name, tensors, problems)
+        configs += _configs(kind, settings, blocks)
     others = {type(m).__name__ for m in recipe.attached if m.name not in ("bottleneck", "lora")}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
@@ -44,14 +211,14 @@ def write(
     return configs[0] if len(configs) == 1 else union, tensors
 
 
-def _bottlenecks(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+def _their_bottlenecks(
+    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
     settings: Settings = {}
     roles = blocks.roles()
-    for path, leaves in _of("bottleneck", recipe, added):
-        method: Any = next(m for m in recipe.at(path) if m.name == "bottleneck")
+    for path, each in own.items():
+        method, leaves = each.method, each.leaves(flat)
         point, role = roles.get(path, ((0, ""), ""))
         fields = _fields(method, role, blocks)
         if isinstance(fields, str):
@@ -64,7 +231,7 @@ def _bottlenecks(
         if leaves["down/kernel"].ndim != 2 or width != sublayer.width:
             problems.append(f"{path}: its leaves do not fit one layer of this base")
             continue
-        settings[point] = fields | {"reduction_factor": _factor(method, width, m)}, ()
+        settings[point] = fields | {"reduction_factor": _their_factor(method, width, m)}, ()
         module = f"{sublayer.module}.adapters.{name}"
         names = tensor_names(method)
         tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
@@ -106,7 +273,7 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
     )
 
 
-def _factor(method: Bottleneck, width: int, m: int) -> float:
+def _their_factor(method: Bottleneck, width: int, m: int) -> float:
     """A reduction factor from which AdapterHub computes the width `m` again."""
     if method.reduction_factor is not None:
         return method.reduction_factor
@@ -115,12 +282,12 @@ def _factor(method: Bottleneck, width: int, m: int) -> float:
     return exact if int(width // exact) == m else width / (m + 0.5)
 
 
-def _loras(
-    recipe: Recipe, added: Added, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+def _their_loras(
+    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}
-    left = dict(_of("lora", recipe, added))
+    left = dict(own)
     for point, every in blocks.loras.items():
         made: dict[str, list[tuple[Array, Array]]] = {}
         fields: list[dict[str, Any]] = []
@@ -128,11 +295,11 @@ def _loras(
         projections = blocks.projections(point)
         for matrix, module in ((m, name) for m, names in every.items() for name in names):
             reference = projections[module][matrix]
-            leaves = left.pop(reference.path, None) if reference else None
-            if reference is None or leaves is None:
+            each = left.pop(reference.path, None) if reference else None
+            if reference is None or each is None:
                 continue
-            lora: Any = next(m for m in recipe.at(reference.path) if m.name == "lora")
-            a, b = their_factors(reference, leaves, lora.slices)
+            lora = each.method
+            a, b = their_factors(reference, each.leaves(flat), lora.slices)
             if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
                 problems.append(f"{reference.path}: its factors do not fit its weight")
                 continue
@@ -163,14 +330,6 @@ def _loras(
                 tensors[f"{module}.loras.{name}.{factor}"] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings
-
-
-def _of(kind: str, recipe: Recipe, added: Added) -> Iterable[tuple[str, Leaves]]:
-    """The modules that the method named `kind` adapts, each with that method's leaves."""
-    for path, leaves in added.items():
-        for method in recipe.at(path):
-            if method.name == kind:
-                yield path, {name: leaves[name] for name in method.leaf_names}
 
 
 def _configs(kind: str | None, settings: Settings, blocks: Blocks) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ from functools import partial
 import numpy as np
 
 from adapters_jax.errors import BaseFileError, UserError
-from adapters_jax.files.gguf.architectures import LLAMA, Layout
-from adapters_jax.files.gguf.header import GGUFTensor
-from adapters_jax.files.names import ROW, Stored
-from adapters_jax.files.tensors import not_finite
+from adapters_jax.files.names import ROW
+from adapters_jax.files.untrusted import not_finite
+from adapters_jax.finetune.gguf.architectures import LLAMA, Layout
+from adapters_jax.finetune.gguf.header import GGUFTensor
+from adapters_jax.finetune.tensors import Stored
 
 _MODEL = {
     "token_embd": "model.embed_tokens",

@@ -1,1 +1,0 @@
-"""GGUF files (llama.cpp's): `header`, `tensors` by their `architectures`, and `adapters`."""
