@@ -48,7 +48,7 @@ class Served:
         self.recipe = covering(read.values())
         self.engine = Engine(
             Bank(self.base.adapted(self.recipe), capacity=5),
-            Sizes(rows=2, context=48, pieces=(1, 16), queue=2, spare=1),
+            Sizes(rows=2, context=48, pieces=(1, 16), queue=2, adapters=4),
         )
         self.engine.start()
         for name, each in read.items():
