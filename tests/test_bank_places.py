@@ -99,6 +99,7 @@ def test_a_bank_does_not_change(api):
         subject.check(bank, [content, None], bank.rows(["a", None]))
     with pytest.raises(aj.UserError, match="no adapter is named 'a'; it is empty"):
         third.rows(["a"])
+    assert repr(first.rows(["a", None], each=2)) == "Rows(4 rows, 2 leaves)"
 
 
 def test_arrays_of_the_user_are_copied():
@@ -262,7 +263,9 @@ class TestBadInput:
         """It says how many fit, and those do."""
         size = sum(x.nbytes for x in Subject("linen", 1).bank._idle.values())
         monkeypatch.setattr(places.os, "sysconf", {"SC_PHYS_PAGES": 9, "SC_PAGE_SIZE": size}.get)
-        with pytest.raises(aj.UserError, match=r"capacity=9 .*: 8 adapters of this recipe fit"):
+        with pytest.raises(
+            aj.UserError, match=r"capacity=9 .*: 8 adapters of this recipe fit at a time"
+        ):
             Subject("linen", capacity=9)
         assert Subject("linen", capacity=8).bank.capacity == 8
 

@@ -326,6 +326,19 @@ def test_after_a_bug_nobody_waits_for_ever():
     engine.close()  # joins the thread, whose error is this test's
 
 
+def test_more_adapters_than_places():
+    """They are fetched as their requests come, and each answer is that of its adapter."""
+    engine = started(Sizes(rows=2, context=32, pieces=(1, 8), queue=16), capacity=2)
+    prompts = [[i, i + 1, 7] for i in range(12)]
+    sinks = [Collected() for _ in prompts]
+    names = [*ADAPTERS, None] * 3
+    for name, prompt, sink in zip(names, prompts, sinks, strict=True):
+        engine.submit(prompt, sink, model=name, most=4)
+    for name, prompt, sink in zip(names, prompts, sinks, strict=True):
+        assert sink.wait() == (offline(name, prompt, 4), "length")
+    engine.close()
+
+
 def test_the_step_of_a_choice_is_the_engines(engine):
     found = []
     for step in (0, 5):

@@ -37,6 +37,8 @@ def labelling(folder):
     engine.start()
     for name, each in read.items():
         engine.put(name, engine.fit(name, (each.recipe, each.leaves)), each.about).result()
+    with pytest.raises(UserError, match="a bank of 3 places: expected at least 4"):
+        Labeller(base, base.bank(covering(read.values()), 2, 3), 12, queue=2, adapters=4)
     api = LabelApi(base, engine, "tiny", LIMITS)
     yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()

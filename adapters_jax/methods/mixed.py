@@ -70,6 +70,10 @@ class Rows:
     each: int = struct.field(pytree_node=False, default=1)
     grouped: bool = struct.field(pytree_node=False, default=False)
 
+    def __repr__(self) -> str:
+        # The repr of a dataclass would print every array.
+        return f"Rows({self.total} rows, {len(self.adapters)} leaves)"
+
     @property
     def groups(self) -> int:
         """The number of groups."""

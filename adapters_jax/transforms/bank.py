@@ -320,7 +320,7 @@ class Bank:
 
 def _check_memory(idle: Mapping[str, Array], capacity: int) -> None:
     """Raises UserError if a device has no room for that many adapters and the base's."""
-    device = min(next(iter(idle.values())).devices(), key=lambda each: each.id)
+    device: Any = next(iter(next(iter(idle.values())).sharding.addressable_devices))
     shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in idle.values()]
     each = sum(math.prod(shape) * size for shape, size in shapes)
     stats = device.memory_stats() or {}
@@ -331,8 +331,8 @@ def _check_memory(idle: Mapping[str, Array], capacity: int) -> None:
         fit = max(0, room // each - 1)
         raise UserError(
             f"Bank: capacity={capacity} takes {bytes_text((capacity + 1) * each)}, and "
-            f"{device.device_kind} has {bytes_text(room)}: {fit} adapters of this recipe fit. "
-            f"Give capacity={fit}: any number more can be in the bank, and wait on the host"
+            f"{device.device_kind} has {bytes_text(room)}: {fit} adapters of this recipe fit at a "
+            "time; any number more can be in the bank, and wait on the host"
         )
 
 
