@@ -1,7 +1,7 @@
 """A batch with a different adapter for each row, against the same batch with one adapter.
 
 Both run the same model on the same rows, in turn. PEFT can mix LoRA adapters in a batch, too; it
-runs the same comparison in its own process.
+runs the same comparison in its own process. Then banks of more and more places run in turn.
 """
 
 import time
@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.finetune.models import generation
-from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.trees import Tree, merge_trees, partition
 from benchmarks import llama
 from benchmarks.harness import Spread, interleave, ratio
@@ -26,6 +27,7 @@ from benchmarks.workers import PeerError, Worker
 
 ONE, MIXED = "one adapter", "an adapter each"
 FORWARD, DECODE, STEP, PUT = 1.05, 1.10, 1.05, 0.05  # the limits that are wanted
+MANY = {"forward": 1.05, "put": 1.5}  # of a bank of the most places, over one of the fewest
 
 
 def several(tree: Tree, n: int) -> list[Tree]:
@@ -66,13 +68,12 @@ def forward(report: Report, subject: Subject, name: str, rounds: int) -> None:
     model, params = subject.adapted(recipe, base)
     own, frozen = partition(params, model.recipe)
     bank = aj.Bank(model, params, capacity=subject.batch)
-    took = []
-    for i, tree in enumerate(several(own, subject.batch)):
+    took, names = [], [str(i) for i in range(subject.batch)]
+    for name, tree in zip(names, several(own, subject.batch), strict=True):
         start = time.perf_counter()
-        bank = bank.put(str(i), (model.recipe, tree), donate=True)
-        jax.block_until_ready(bank.params)
+        bank = bank.put(name, (model.recipe, tree))
+        jax.block_until_ready(bank.rows([name]).adapters)
         took.append(time.perf_counter() - start)
-    rows = bank.rows([str(i) for i in range(subject.batch)])
 
     def one(own: Tree, frozen: Tree, ids: jax.Array) -> jax.Array:
         return model.apply({"params": merge_trees(own, frozen)}, ids)
@@ -80,22 +81,27 @@ def forward(report: Report, subject: Subject, name: str, rounds: int) -> None:
     def mixed(params: Tree, rows: Any, ids: jax.Array) -> jax.Array:
         return model.apply({"params": params}, ids, adapters=rows)
 
-    given: dict[str, tuple[Any, ...]] = {ONE: (own, frozen, ids), MIXED: (bank.params, rows, ids)}
+    given: dict[str, Callable[[], tuple[Any, ...]]] = {
+        ONE: lambda: (own, frozen, ids),
+        MIXED: lambda: (bank.params, bank.rows(names), ids),
+    }
     functions = {ONE: one, MIXED: mixed}
-    compiled = {n: jax.jit(f).lower(*given[n]).compile() for n, f in functions.items()}
-    first = [np.asarray(compiled[n](*given[n]))[0] for n in (ONE, MIXED)]
+    compiled = {n: jax.jit(f).lower(*given[n]()).compile() for n, f in functions.items()}
+    first = [np.asarray(compiled[n](*given[n]()))[0] for n in (ONE, MIXED)]
     apart = float(np.abs(first[0] - first[1]).max() / np.abs(first[0]).max())
     report.claim(f"logits of the first row apart, {subject}, {name}", apart, 1e-5)
 
     def run(n: str) -> Callable[[], None]:
         def go() -> None:
-            jax.block_until_ready(compiled[n](*given[n]))
+            jax.block_until_ready(compiled[n](*given[n]()))
 
         return go
 
     runs = {n: run(n) for n in functions}
     compare(report, f"forward, {subject}, {name}", compiled, runs, rounds, FORWARD)
-    report.claim(f"seconds to add an adapter in place, {subject}, {name}", Spread.of(took[1:]), PUT)
+    report.claim(
+        f"seconds to add an adapter and fetch it, {subject}, {name}", Spread.of(took[1:]), PUT
+    )
 
 
 def peft(report: Report, subject: Subject, rounds: int) -> None:
@@ -199,6 +205,40 @@ def decode(report: Report, size: llama.Size, base: Decoder, rounds: int, batch: 
     report.claim(f"time of a token, {case}, / one adapter's", took, DECODE)
 
 
+def places(report: Report, quick: bool, rounds: int) -> None:
+    """Full banks of more and more places: a forward pass, and a put until it is on the device."""
+    sizes = (4, 16) if quick else (32, 1024, 4096)
+    (batch, length), d = ((4, 8), 32) if quick else ((16, 64), 512)
+    config = DecoderConfig(1024, d, 2 * d, 8, 8, 8)
+    model = aj.adapt(Decoder(config, rngs=nnx.Rngs(0)), aj.lora(8), rngs=nnx.Rngs(1))
+    recipe, tree = aj.nnx.recipe_of(model), nnx.state(model, aj.nnx.AdapterParam)
+    ids, names = jnp.ones((batch, length), jnp.int32), [str(i) for i in range(batch)]
+    forward = nnx.jit(lambda model, ids, rows: model(ids, adapters=rows))
+    runs: dict[tuple[str, int], Callable[[], None]] = {}
+    for n in sizes:
+        bank = aj.Bank(model, capacity=n)
+        fitted = [bank.fit("", (recipe, own)) for own in several(tree, batch)]
+        for i in range(n):
+            bank = bank.put(str(i), fitted[i % batch])
+
+        def call(bank: aj.Bank = bank, model: Any = bank.model) -> None:
+            jax.block_until_ready(forward(model, ids, bank.rows(names)))
+
+        def put(bank: aj.Bank = bank) -> None:
+            new = bank.put("0", (recipe, tree), replace=True)
+            jax.block_until_ready(new.rows(["0"]).adapters)
+
+        runs |= {("forward", n): call, ("put", n): put}
+    seconds = interleave(runs, rounds)
+    for what, limit in MANY.items():
+        case = f"{what}, 8 layers, {batch} x {length}"
+        report.samples(case, {str(n): seconds[what, n] for n in sizes})
+        each = {f"{n:,}": Spread.of(1e3 * s for s in seconds[what, n]) for n in sizes}
+        report.add("Milliseconds by places", case=case, **each)
+        took = ratio(seconds, (what, sizes[-1]), (what, sizes[0]))
+        report.claim(f"time, {case}, a bank of {sizes[-1]:,} / of {sizes[0]:,}", took, limit)
+
+
 def run(report: Report, quick: bool) -> None:
     """Runs the whole benchmark; at toy sizes if quick."""
     subject = Subject("toy BERT", 4, 16) if quick else Subject("BERT-base", 32, 128)
@@ -212,3 +252,4 @@ def run(report: Report, quick: bool) -> None:
     size = toy if quick else llama.Size()
     base = Decoder(size.config, rngs=nnx.Rngs(0))
     decode(report, size, base, rounds, 4 if quick else 16)
+    places(report, quick, rounds)

@@ -252,11 +252,13 @@ def test_bad_requests_and_adapters_change_nothing(engine):
         engine.put("small", engine.fit("x", ADAPTERS["large"]), "").result(60)
     with raises(aj.MismatchError, "query", [32, 5], [32, 4]):
         engine.fit("x", trained(aj.LoRA("**/query", rank=5), 1)[0])
+    with pytest.raises(TypeError, match="got tuple, expected what engine.fit"):
+        engine.put("raw", ADAPTERS["large"], "")
     assert engine.adapters == before and not sink.ids
 
 
 def test_a_full_queue_and_a_closed_engine():
-    sizes = Sizes(rows=1, context=8, pieces=(8,), queue=2)
+    sizes = Sizes(rows=1, context=8, pieces=(8,), queue=2, adapters=1)
     engine = started(sizes, {"small": ADAPTERS["small"]}, capacity=5)
     with raises(FullError, 1):
         engine.put("large", engine.fit("x", ADAPTERS["large"]), "").result(60)
@@ -314,7 +316,7 @@ def test_after_a_bug_nobody_waits_for_ever():
     engine.submit([1], Failing(), most=2)
     waiting = Collected()
     engine.submit([1], waiting, most=2)
-    bug, later = engine.put("bug", None, ""), engine.drop("later")
+    bug, later = engine._order(lambda: {}["bug"]), engine.drop("later")
     go_on.set()
     assert (running.wait()[1], waiting.wait()[1]) == ("closed", "closed")
     for future in (bug, later):
@@ -322,6 +324,19 @@ def test_after_a_bug_nobody_waits_for_ever():
             future.result(60)
     assert not engine.alive
     engine.close()  # joins the thread, whose error is this test's
+
+
+def test_more_adapters_than_places():
+    """They are fetched as their requests come, and each answer is that of its adapter."""
+    engine = started(Sizes(rows=2, context=32, pieces=(1, 8), queue=16), capacity=2)
+    prompts = [[i, i + 1, 7] for i in range(12)]
+    sinks = [Collected() for _ in prompts]
+    names = [*ADAPTERS, None] * 3
+    for name, prompt, sink in zip(names, prompts, sinks, strict=True):
+        engine.submit(prompt, sink, model=name, most=4)
+    for name, prompt, sink in zip(names, prompts, sinks, strict=True):
+        assert sink.wait() == (offline(name, prompt, 4), "length")
+    engine.close()
 
 
 def test_the_step_of_a_choice_is_the_engines(engine):
@@ -341,7 +356,7 @@ def test_what_an_engine_cannot_serve():
     adapted = aj.adapt(t5, aj.LoRA("**/query", rank=1), rngs=nnx.Rngs(1))
     with raises(UserError, "T5"):
         Engine(aj.Bank(adapted, capacity=1))
-    with raises(UserError, "2 places", "4 spare"):
+    with raises(UserError, "2 places", "at least 3"):
         started(capacity=2)
     for wrong in [{"rows": 0}, {"pieces": (8, 1)}, {"pieces": ()}]:
         with raises(UserError, *wrong):

@@ -48,7 +48,7 @@ class Served:
         self.recipe = covering(read.values())
         self.engine = Engine(
             Bank(self.base.adapted(self.recipe), capacity=5),
-            Sizes(rows=2, context=48, pieces=(1, 16), queue=2, spare=1),
+            Sizes(rows=2, context=48, pieces=(1, 16), queue=2, adapters=4),
         )
         self.engine.start()
         for name, each in read.items():
@@ -398,6 +398,7 @@ def test_bad_flags(served, monkeypatch):
         (["--host", "0.0.0.0"], UserError, ["0.0.0.0", "ADAPTERS_JAX_API_KEY"]),
         (["--port", "70000"], UserError, [70000]),
         (["--rows", "0"], UserError, ["--rows", 0]),
+        (["--places", "0"], UserError, ["--places", 0]),
         ([f"x={run}", f"x={run}"], UserError, ["'x'", run]),
         ([f"a b={run}"], UserError, ["'a b'"]),
         ([run, f"b={run}", "--adapters", "1"], UserError, ["--adapters 1", 2]),

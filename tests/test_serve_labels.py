@@ -33,10 +33,12 @@ def labelling(folder):
         runs = {"words": folder / of_words, "numbers": folder / encoder_run(numbers, "numbers")}
         base = EncoderBase(str(folder / "tiny"), "pooler")
         read = {name: base.read(path) for name, path in runs.items()}
-    engine = Labeller(base, base.bank(covering(read.values()), 2, 3), 12, queue=2)
+    engine = Labeller(base, base.bank(covering(read.values()), 2, 3), 12, queue=2, adapters=3)
     engine.start()
     for name, each in read.items():
         engine.put(name, engine.fit(name, (each.recipe, each.leaves)), each.about).result()
+    with pytest.raises(UserError, match="a bank of 3 places: expected at least 4"):
+        Labeller(base, base.bank(covering(read.values()), 2, 3), 12, queue=2, adapters=4)
     api = LabelApi(base, engine, "tiny", LIMITS)
     yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()
@@ -126,7 +128,7 @@ def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monke
     )
     read = base.read(run)
     engine = Labeller(
-        base, base.bank(covering([read]), read.about.readout.width + 1, 2), 16, queue=2
+        base, base.bank(covering([read]), read.about.readout.width + 1, 2), 16, 2, adapters=2
     )
     engine.start()
     engine.put("run", engine.fit("run", (read.recipe, read.leaves)), read.about).result()

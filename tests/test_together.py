@@ -1,5 +1,8 @@
 """Trainings together: each is what it would be alone."""
 
+import re
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ import adapters_jax as aj
 from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.testing.subjects import bits, ids, shaken
+from adapters_jax.training.together import Optimizers
 from adapters_jax.trees import flatten
 
 RECIPE = aj.Recipe(aj.LoRA("**/up", rank=2, dropout=0.3), aj.Bottleneck("**/output", 3))
@@ -121,6 +125,68 @@ def test_each_stops_and_fails_for_itself(api):
     together, _ = step(together, (x, jnp.ones(3)), jnp.array([True, True, True]))
     assert together.step.tolist() == [2, 2, 1]
     assert step.jitted._cache_size() == 2  # this one and that of a state alone
+
+
+def bits_of(state):
+    """The bits of all that a step may change, also of random keys."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    plain = lambda x: jax.random.key_data(x) if is_key(x) else x  # noqa: E731
+    return bits(jax.tree.map(plain, state.checkpointed))
+
+
+@BOTH
+def test_some_of_many_make_a_step(api):
+    """They are what they are alone, and no bit of the others changes."""
+    model, *params = adapted(api)
+    new = lambda i: aj.TrainState.create(  # noqa: E731
+        model, *params, tx=SHARED, key=jax.random.key(i)
+    )
+    step = aj.make_train_step(loss_of(api, model))
+    together, alone = aj.stack_states([new(i) for i in range(5)]), {3: new(3), 1: new(1)}
+    before = [bits_of(state) for state in aj.unstack_states(together)]
+    for x, y in batches(2, steps=3):
+        together, metrics = step(together, (x, y), only=[3, 1])
+        for part, i in enumerate(alone):
+            alone[i], own = step(alone[i], (x[part], y[part]))
+            for name, value in own.items():
+                np.testing.assert_allclose(metrics[name][part], value, rtol=2e-4, err_msg=name)
+    after = aj.unstack_states(together)
+    assert together.step.tolist() == [0, 3, 0, 3, 0]
+    for i, state in enumerate(after):
+        if i in alone:
+            assert_close(state.adapters, alone[i].adapters)
+            assert_close(state.opt_state[0].nu, alone[i].opt_state[0].nu)
+        else:
+            assert bits_of(state) == before[i]
+    together, _ = step(together, (x, y), only=np.array([0, 4]))
+    assert together.step.tolist() == [1, 3, 0, 3, 1]
+    assert step.jitted._cache_size() == 2  # this one and that of a state alone
+
+
+@BOTH
+def test_a_step_of_some_does_not_cost_what_all_are(api):
+    """Bytes, temporaries and what is not in place are those of the trainings that make it."""
+    model, *params = adapted(api)
+    state = aj.TrainState.create(model, *params, tx=SHARED, key=jax.random.key(0))
+    step = aj.make_train_step(loss_of(api, model))
+    found = {}
+    for n in (32, 4096):
+        many = lambda x, n=n: jax.ShapeDtypeStruct((n, *x.shape), x.dtype)  # noqa: E731
+        own = jax.tree.map(many, replace(state, base=None, tx=None, opt_state=None))
+        opt_state = (jax.tree.map(many, state.opt_state),)
+        own = replace(own, opt_state=opt_state, tx=Optimizers(((SHARED, tuple(range(n))),)))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own.adapters)) * 3
+        (batch,), only = batches(2, steps=1), np.array([n - 1, 0])
+        program = step.jitted.lower(own, state.base, batch, None, only).compile()
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes > size
+        written = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        found[n] = written, memory.temp_size_in_bytes
+        # What makes arrays for each of the trainings: rows are written into those that came.
+        made = re.findall(rf"= \w+\[{n},\S+ ([\w-]+)\(", program.as_text())
+        rows = {"fusion", "scatter", "dynamic-update-slice", "while", "get-tuple-element"}
+        assert {*made} <= {"parameter", *rows}
+    assert found[4096] == found[32]
 
 
 def test_each_has_its_loss_scale():
@@ -233,3 +299,19 @@ class TestBadInput:
             step(together, x, jnp.array([1, 0]))
         with pytest.raises(aj.UserError, match="active= is for stacked states"):
             step(state, ids(), jnp.array([True]))
+
+    def test_some_that_are_not_there(self, state):
+        step = aj.make_train_step(lambda params, batch, key: batch.mean())
+        together, x = aj.stack_states([state, state]), jnp.stack([ids(), ids()])
+        for only in ([0, 2], [-1, 0], [1, 1], [], [True, False], 1, "0"):
+            with pytest.raises(aj.UserError, match="expected numbers of trainings from 0 to 1"):
+                step(together, x, only=only)
+        with pytest.raises(aj.UserError, match="expected a first axis of 1"):
+            step(together, x, only=[1])
+        with pytest.raises(aj.UserError, match="only= is for stacked states"):
+            step(state, ids(), only=[0])
+        with pytest.raises(aj.UserError, match="give one of them"):
+            step(together, x, jnp.array([True, True]), only=[0, 1])
+        other = replace(state, tx=optax.adam(2e-2))
+        with pytest.raises(aj.UserError, match="share an optimiser, and these have 2"):
+            step(aj.stack_states([state, other]), x, only=[0, 1])

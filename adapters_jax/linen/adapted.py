@@ -29,9 +29,11 @@ from adapters_jax.trees import (
     Tree,
     check_params,
     flatten,
+    leaves_by_path,
     merge_trees,
     partition,
     unflatten,
+    with_leaves,
     without_adapters,
 )
 from adapters_jax.weights.fingerprints import remember
@@ -47,7 +49,7 @@ class Adapted(nn.Module):
     Args:
         inner: the base.
         recipe: the recipe of its adapters.
-        adapters_stacked: whether the leaves are those of a bank; calls then need `adapters`.
+        adapters_by_rows: whether it is a bank's model, whose calls need `adapters`.
         adapter_placements: where its adapters are, once `init_adapters`, `load_adapter` or `init`
             has found it; until then it is read off the shapes of the parameters.
 
@@ -69,7 +71,7 @@ class Adapted(nn.Module):
 
     inner: nn.Module
     recipe: Recipe
-    adapters_stacked: bool = False  # of a bank, so that a call has to say which each row has
+    adapters_by_rows: bool = False  # of a bank, so that a call brings those of its rows
     adapter_placements: Known = dataclasses.field(default_factory=Known, repr=False)
 
     def setup(self) -> None:
@@ -106,10 +108,10 @@ class Adapted(nn.Module):
         """As in flax; a function given as `method` gets the base, which runs with its adapters.
 
         Args:
-            variables: the collections, "params" with the adapters' leaves, or a bank's.
+            variables: the collections, "params" with the adapters' leaves, or a bank's parameters.
             *args: the inputs of the base.
             method: the function to run, a name or a function of the base; by default `__call__`.
-            adapters: which adapter of a bank each row has, as `Bank.rows` gives it.
+            adapters: the adapter of each row, as `Bank.rows` gives them.
             **kwargs: further arguments of the function, and flax's, such as `rngs`, `mutable`.
 
         Returns:
@@ -127,24 +129,25 @@ class Adapted(nn.Module):
     def _by_rows(
         self, variables: Tree, args: Any, method: Any, rows: Rows, kwargs: dict[str, Any]
     ) -> Any:
-        """Applies the model to rows with an adapter each, whose leaves are stacked.
+        """Applies the model to rows with an adapter each.
 
         Of the collections, a cache has rows; statistics and others are the same for all of them,
         also where an axis is as long as there are rows.
         """
         params, rngs = variables["params"], kwargs.pop("rngs", None)
-        stacked, base = partition(params, self.recipe)
+        own, base = partition(params, self.recipe)
         cache = Cache.of(variables.get("cache", {}), checked_rows(rows).total)
 
-        def run(trained: Tree, inputs: Any, keys: Any) -> Any:
+        def run(leaves: Any, inputs: Any, keys: Any) -> Any:
             cache, args, kwargs = inputs
-            whole = {**variables, "params": merge_trees(trained, base)}
+            whole = {**variables, "params": merge_trees(with_leaves(own, leaves), base)}
             whole |= {"cache": cache.tree} if cache.tree else {}
             result = single.apply(whole, *args, method=method, rngs=keys, **kwargs)
             return cache.marking(result) if kwargs.get("mutable") else result
 
-        single = self.clone(adapters_stacked=False)
-        result = by_rows(run, rows, stacked, (cache, args, kwargs), rngs)
+        single = self.clone(adapters_by_rows=False)
+        mine = rows.within("", leaves_by_path(own))
+        result = by_rows(run, mine, (cache, args, kwargs), rngs)
         return plain(result)
 
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
@@ -153,7 +156,7 @@ class Adapted(nn.Module):
         function = Inputs(args, kwargs, method).function(inner)
         if inner.scope is None:
             return function(*args, **kwargs)
-        if self.adapters_stacked:
+        if self.adapters_by_rows:
             raise needs_rows(type(inner))
         init = self.is_initializing()
         called = "__call__" if method is None else method

@@ -55,42 +55,54 @@ def counting(path: str, tokens: int) -> Bool[Array, " tokens"] | None:
 
 @struct.dataclass
 class Rows:
-    """Which adapter of a bank each row of a batch has; `Bank.rows` makes it.
+    """The adapter of each row of a batch; `Bank.rows` makes it.
 
     Attributes:
-        index: the adapter's place in the bank, for each group of rows.
+        adapters: the leaves by path, on a first axis for the groups of rows with one adapter.
         lengths: for each prompt, by the path of its attention module, how many of its tokens the
             group's adapter has.
         each: how many consecutive rows are a group.
-        taken: whether the model's tree has the adapters of these groups, in their order, and not
-            those of a bank; see `take`.
+        grouped: whether outputs that have rows come as `Grouped`, which the next call takes so.
     """
 
-    index: Int[Array, " groups"]
+    adapters: Mapping[str, Array]
     lengths: Mapping[str, Int[Array, " groups"]] = struct.field(default_factory=dict)
     each: int = struct.field(pytree_node=False, default=1)
-    taken: bool = struct.field(pytree_node=False, default=False)
+    grouped: bool = struct.field(pytree_node=False, default=False)
+
+    def __repr__(self) -> str:
+        # The repr of a dataclass would print every array.
+        return f"Rows({self.total} rows, {len(self.adapters)} leaves)"
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return next(iter(self.adapters.values())).shape[0]
 
     @property
     def total(self) -> int:
         """The number of rows."""
-        return self.index.shape[0] * self.each
+        return self.groups * self.each
 
-    def take(self, stacked: Any) -> tuple["Rows", Any]:
-        """The adapters of the groups, for several calls with the same rows.
+    def within(self, path: str, own: Mapping[str, Any]) -> "Rows":
+        """The rows for a part of the model, with paths that begin there.
 
         Args:
-            stacked: a bank's tree of adapters.
+            path: the part's path; "" for the whole model.
+            own: the part's adapter leaves by path.
 
-        Returns:
-            The rows for a model that has the tree which follows.
+        Raises:
+            UserError: these are not the leaves that the rows have.
         """
-        if self.taken:
-            return self, stacked
-        # A copy of a few small arrays; indexing the stack inside of the vmap would be a gather in
-        # every product.
-        mine = jax.tree.map(lambda x: jnp.take(x, self.index, axis=0), stacked)
-        return self.replace(taken=True), mine  # type: ignore[attr-defined]
+        start = f"{path}/" if path else ""
+        mine = {p.removeprefix(start): x for p, x in self.adapters.items() if p.startswith(start)}
+        other = sorted(mine.keys() ^ own.keys())
+        if other:
+            raise UserError(
+                f"adapters=: the rows are of a bank of another model: only one has {other[0]}; "
+                "give rows of the bank that the model is from"
+            )
+        return self.replace(adapters=mine)  # type: ignore[attr-defined]
 
 
 def checked_rows(rows: Any) -> Rows:
@@ -103,7 +115,7 @@ def checked_rows(rows: Any) -> Rows:
 def needs_rows(cls: type) -> UserError:
     """The error of a bank's model, of that class, that is called without `Rows`."""
     return UserError(
-        f"{cls.__name__} has the stacked adapters of a bank: say which one each row has, with "
+        f"{cls.__name__} is the model of a bank: say which adapter each row has, with "
         "adapters=bank.rows([...]) beside the inputs"
     )
 
@@ -170,29 +182,26 @@ class _Parts:
         return cls(leaves, jax.tree.leaves(found), jax.tree.leaves(marked), structure)
 
 
-def by_rows(
-    run: Callable[[Any, Any, Any], Any], rows: Rows, stacked: Any, inputs: Any, keys: Any = None
-) -> Any:
+def by_rows(run: Callable[[Any, Any, Any], Any], rows: Rows, inputs: Any, keys: Any = None) -> Any:
     """Runs a model on a batch whose rows have an adapter each.
 
     Args:
-        run: `run(adapters, inputs, keys)` gives the model's outputs for some rows of one adapter.
+        run: `run(adapters, inputs, keys)` gives the model's outputs for some rows of one adapter,
+            whose leaves it gets by path.
         rows: the adapter of each row.
-        stacked: a tree of adapters, stacked on a first axis, or what `rows.take` made of it.
         inputs: the model's inputs. Arrays whose first axis is as long as there are rows, and those
             that a `HasRows` says, are split; everything else is for all rows.
         keys: random keys; each group of rows gets its own keys, derived from them.
 
     Returns:
         The outputs: arrays whose first axis is the rows, or the axis that a `HasRows` says, in the
-        order of the rows; of arrays without rows, one for each group, stacked on a first axis. For
-        rows that were taken, a `HasRows` comes as `Grouped`, which the next call takes as it is.
+        order of the rows; of arrays without rows, one for each group, stacked on a first axis. If
+        the rows are `grouped`, a `HasRows` comes as `Grouped`, which the next call takes as it is.
 
     Raises:
-        UserError: no input has as many rows, or `rows` does not come from a bank.
+        UserError: no input has as many rows.
     """
-    rows = checked_rows(rows)
-    groups, given = rows.index.shape[0], _Parts.of(inputs, rows.total)
+    groups, given = rows.groups, _Parts.of(inputs, rows.total)
     split = [i for i, axis in enumerate(given.axes) if axis >= 0]
     if not split:
         shapes = ", ".join(str(list(x.shape)) for x in given.leaves if jnp.ndim(x))
@@ -200,7 +209,6 @@ def by_rows(
             f"adapters= names the adapters of {rows.total} rows, and the inputs are of "
             f"{shapes or 'no shape'}, expected a first axis of {rows.total}"
         )
-    _, mine = rows.take(stacked)
     # vmap would give every group the same key, and so the same dropout.
     own = jax.tree.map(lambda key: jax.vmap(_fold(key))(jnp.arange(groups)), keys)
     # Filled while `one` is traced, since vmap returns arrays alone, and not how they were nested or
@@ -213,7 +221,7 @@ def by_rows(
             leaves[i] = part
         with mapping(lengths):
             y = run(adapters, _plain(jax.tree.unflatten(given.structure, leaves)), keys)
-        if rows.taken:
+        if rows.grouped:
             y = jax.tree.map(lambda n: Grouped(n) if _has_rows(n) else n, y, is_leaf=_has_rows)
         found.append(_Parts.of(y, rows.each))
         return found[-1].leaves
@@ -225,7 +233,8 @@ def by_rows(
     where = (0, 0, 0, [given.axes[i] for i in split])
     # The base is in the closure of `run`, so vmap does not map it: its products stay those of the
     # whole batch, each with one read of the weights.
-    outputs = jax.vmap(one, in_axes=where)(mine, dict(rows.lengths), own, parts)
+    given_rows = dict(rows.adapters), dict(rows.lengths)
+    outputs = jax.vmap(one, in_axes=where)(*given_rows, own, parts)
     (made,) = found
     merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
     return jax.tree.unflatten(made.structure, merged)

@@ -29,8 +29,8 @@ from adapters_jax.nnx.containers import (
     standing,
 )
 from adapters_jax.nnx.graph import (
+    BY_ROWS,
     CALLS,
-    STACKED,
     AdapterParam,
     frozen_of,
     holds,
@@ -49,7 +49,7 @@ from adapters_jax.placement import Placement
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.registry import AttentionFn
 from adapters_jax.trace.watch import watched
-from adapters_jax.trees import join
+from adapters_jax.trees import join, leaves_by_path, with_leaves
 from adapters_jax.weights.lazy import Thin, computed_thin, current, lazy, lowered, thin
 from adapters_jax.weights.quantized import is_quantized
 
@@ -115,7 +115,7 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("adapters"), Rows):
             return _by_rows(self, name, args, kwargs)
-        if name == "__call__" and STACKED in vars(self):
+        if name == "__call__" and BY_ROWS in vars(self):
             raise needs_rows(original(type(self)))
         with attending(self, name) as enter:
             args, kwargs = enter((args, kwargs))
@@ -213,23 +213,24 @@ def _without_leaves(module: Any) -> dict[str, Any]:
 
 
 def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Calls a function of a model on rows with an adapter each, whose leaves are stacked.
+    """Calls a function of a model, or of a part, on rows with an adapter each.
 
     The model's other Variables stay as they are.
     """
     rows = kwargs.pop("adapters")
     parts: Any = nnx.split(model, nnx.RngKey, AdapterParam, ...)
-    graphdef, keys, stacked, rest = parts
+    graphdef, keys, own, rest = parts
 
-    def run(trained: Any, inputs: Any, keys: Any) -> Any:
+    def run(leaves: Any, inputs: Any, keys: Any) -> Any:
         args, kwargs = inputs
-        single = nnx.merge(graphdef, keys, trained, rest, copy=True)
+        single = nnx.merge(graphdef, keys, with_leaves(own, leaves), rest, copy=True)
         for module in modules_of(single).values():
-            if STACKED in vars(module):
-                delattr(module, STACKED)
+            if BY_ROWS in vars(module):
+                delattr(module, BY_ROWS)
         return getattr(single, name)(*args, **kwargs)
 
-    return by_rows(run, rows, stacked, (args, kwargs), keys)
+    mine = rows.within(vars(model).get(BY_ROWS, ""), leaves_by_path(own))
+    return by_rows(run, mine, (args, kwargs), keys)
 
 
 # The paths of the modules whose attention is being watched.

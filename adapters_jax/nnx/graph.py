@@ -119,7 +119,7 @@ def copy(model: Any) -> Any:
     return nnx.merge(*nnx.split(model), copy=True)
 
 
-STACKED = "adapters_stacked"  # the mark of a bank's model
+BY_ROWS = "adapters_by_rows"  # the mark of a module of a bank's model: its path
 CALLS = "_adapter_calls"  # of a module around adapters: what is known of its calls
 
 

@@ -7,7 +7,7 @@ returns the base: its arrays stay the same buffers for the whole of training.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,13 @@ from flax.errors import (
     ScopeCollectionNotFound,
     TraceContextError,
 )
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from adapters_jax.errors import UserError, check_size, compare_trees, warn
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.mixed import mapping
 from adapters_jax.training.state import TrainState, check_state, checked_collections
-from adapters_jax.training.together import Optimizers, check_step, picked
+from adapters_jax.training.together import Optimizers, check_step, picked, put_back, taken
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
 from adapters_jax.weights.meshes import on_mesh
 
@@ -66,6 +66,8 @@ def make_train_step(
         Each new shape of a batch compiles the step anew.
         Of a state that `stack_states` made, each training makes its own step, on its own part of
         the batch's first axis; `step(state, batch, active)` leaves out those that are not active.
+        `step(state, batch, only=[7, 2])` makes the steps of these alone, in place, on a batch with
+        a part for each of them, at the cost of these. They have to share an optimiser.
 
     Raises:
         UserError: `loss_fn` is not a function of three arguments, or uses variables that the state
@@ -115,25 +117,32 @@ def make_train_step(
         base: Tree,
         batch: Batch,
         active: Bool[Array, " states"] | None = None,
+        only: Int[Array, " some"] | None = None,
     ) -> tuple[TrainState, Metrics]:
-        several = isinstance(state.tx, Optimizers)
+        several, whole = isinstance(state.tx, Optimizers), state
+        if only is not None:
+            state = taken(whole, only)
         each = jax.vmap(measured, (0, None, 0)) if several else measured
         # The optimisers' states are stacked by optimiser and not by training, so vmap cannot take
         # them with the rest of the state.
         with on_mesh(state.mesh), mapping() if several else contextlib.nullcontext():
             changed, grads, metrics = each(replace(state, opt_state=None), base, batch)
-        state = _laid_out(_updated(state, changed, grads, metrics["finite"], active))
+        state = _updated(state, changed, grads, metrics["finite"], active)
+        state = _laid_out(state if only is None else put_back(whole, state, only))
         return state, {**metrics, "finite": metrics["finite"].astype(jnp.float32)}
 
     began = False
 
     def step(
-        state: TrainState, batch: Batch, active: Bool[Array, " states"] | None = None
+        state: TrainState,
+        batch: Batch,
+        active: Bool[Array, " states"] | None = None,
+        only: Sequence[int] | Int[Array, " some"] | None = None,
     ) -> tuple[TrainState, Metrics]:
         nonlocal began
         check_state("make_train_step", state)
-        check_step(state, batch, active)
-        updated, metrics = update(replace(state, base=None), state.base, batch, active)
+        only = check_step(state, batch, active, only)
+        updated, metrics = update(replace(state, base=None), state.base, batch, active, only)
         # Reading a metric waits for the device, which later steps should not do.
         if not began and not isinstance(metrics["grad_norm"], jax.core.Tracer):
             began = True

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
-from adapters_jax.errors import UserError, compare_trees
+from adapters_jax.errors import UserError, compare_trees, shown
 from adapters_jax.training.state import TrainState
 from adapters_jax.trees import Tree, leaves_by_path
 
@@ -174,17 +174,35 @@ def unstack_states(state: TrainState) -> list[TrainState]:
     return states
 
 
-def check_step(state: TrainState, batch: Any, active: Any) -> None:
-    """Checks the arguments of a step.
+def taken(state: TrainState, only: Int[Array, " some"]) -> TrainState:
+    """The state of some of the trainings, which share an optimiser, without the base."""
+    ((tx, _),) = state.tx.groups  # type: ignore[attr-defined]
+    part = jax.tree.map(lambda x: x[only], replace(state, base=None))
+    return replace(part, tx=Optimizers(((tx, tuple(range(only.shape[0]))),)))
+
+
+def put_back(whole: TrainState, part: TrainState, only: Int[Array, " some"]) -> TrainState:
+    """The state of all trainings with what `taken` took, after a step."""
+    part = replace(part, tx=whole.tx)
+    return jax.tree.map(lambda x, new: x.at[only].set(new, unique_indices=True), whole, part)
+
+
+def check_step(state: TrainState, batch: Any, active: Any, only: Any) -> Any:
+    """Checks the arguments of a step, and returns `only` as an array.
 
     Raises:
-        UserError: the batch has no axis for the trainings, or `active` is not one flag for each.
+        UserError: the batch has no axis for the trainings, `active` is not one flag for each, or
+            `only` is not the numbers of some, each once.
     """
     if not isinstance(state.tx, Optimizers):
-        if active is not None:
-            raise UserError("make_train_step: active= is for stacked states; leave it out")
-        return
+        if active is not None or only is not None:
+            name = "active=" if only is None else "only="
+            raise UserError(f"make_train_step: {name} is for stacked states; leave it out")
+        return None
     n = state.step.shape[0]
+    if only is not None:
+        only = _checked_only(state.tx, n, active, only)
+        n = only.shape[0]
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     wrong = [list(shape) for shape in shapes if shape[:1] != (n,)]
     if wrong:
@@ -193,13 +211,35 @@ def check_step(state: TrainState, batch: Any, active: Any) -> None:
             f"of {n}, one for each training"
         )
     if active is None:
-        return
+        return only
     shape, dtype = jnp.shape(active), jnp.result_type(active)
     if shape != (n,) or not jnp.issubdtype(dtype, jnp.bool_):
         raise UserError(
             f"make_train_step: active is {dtype}{list(shape)}, expected bool[{n}], which of the "
             "trainings make a step"
         )
+    return None
+
+
+def _checked_only(tx: Optimizers, n: int, active: Any, only: Any) -> Any:
+    """The numbers of some of n trainings, as an array."""
+    if active is not None:
+        raise UserError("make_train_step: got active= and only=; give one of them")
+    if len(tx.groups) > 1:
+        raise UserError(
+            f"make_train_step: only= is for trainings that share an optimiser, and these have "
+            f"{len(tx.groups)}; give active=, or make the states with one optimiser object"
+        )
+    if isinstance(only, jax.core.Tracer):
+        return only
+    given = np.asarray(only)
+    right = given.ndim == 1 and given.size and np.issubdtype(given.dtype, np.integer)
+    if not right or len({*given.tolist()}) < given.size or given.min() < 0 or given.max() >= n:
+        raise UserError(
+            f"make_train_step: only={shown(only)}, expected numbers of trainings from 0 to "
+            f"{n - 1}, each once"
+        )
+    return given.astype(np.int32)
 
 
 def _without_optimizer(state: TrainState) -> TrainState:

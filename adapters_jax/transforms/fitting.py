@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +19,12 @@ from adapters_jax.trees import join
 _UNSEEN = -1e9  # a logit that no softmax gives a share
 
 
-class Fitted(NamedTuple):
-    """An adapter in other shapes.
+@dataclasses.dataclass(frozen=True, eq=False)  # so that it is a key by its identity
+class Fitted:
+    """An adapter in other shapes, on the host.
 
     Attributes:
-        leaves: its leaves by path; it has none where it adapts nothing.
+        leaves: its leaves by path, numpy; it has none where it adapts nothing.
         lengths: how many tokens its prompts have, by the path of the attention module.
     """
 

@@ -46,7 +46,9 @@ class Serve(Command):
         name: what requests call the base; by default its own name.
         room: adapters that may be added later, each a method and its flags as for finetune, such as
             "lora --rank 16"; without runs, that one.
-        adapters: how many adapters there is room for.
+        adapters: how many adapters can be named at a time.
+        places: how many of them are on the device at a time, by default all; the others wait on the
+            host until a request names them.
         rows: requests computed at a time.
         context: largest number of tokens of a prompt and its answer together.
         queue: requests that wait; further ones get the status 429.
@@ -67,7 +69,7 @@ class Serve(Command):
     positional = ("base", "runs")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Adapters": ("name", "room", "adapters"),
+        "Adapters": ("name", "room", "adapters", "places"),
         "Address": ("host", "port", "connections", "stall"),
         "Work": ("rows", "context", "queue", "seconds", "dtype"),
     }
@@ -78,6 +80,7 @@ class Serve(Command):
     name: str | None = None
     room: tuple[str, ...] = ()
     adapters: int = 32
+    places: int | None = None
     rows: int = 8
     context: int = 1024
     queue: int = 64
@@ -85,6 +88,11 @@ class Serve(Command):
     connections: int = 512
     stall: float = 30.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def _on_device(self) -> int:
+        """The places for adapters on the device."""
+        return self.adapters if self.places is None else self.places
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Loads the base and the adapters."""
@@ -96,6 +104,7 @@ class Serve(Command):
 
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))
+        check_size("serve", "--places", self._on_device)
         check_number("serve", "--seconds", self.seconds)
         check_number("serve", "--stall", self.stall)
         if not 0 <= self.port < 2**16:
@@ -157,15 +166,15 @@ class Serve(Command):
         later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
         model = _together(lambda: base.adapted(covering([*read.values(), *later])))
         context = min(self.context, base.decoder.config.longest)
-        sizes = Sizes(self.rows, context, queue=self.queue)
-        engine = Engine(Bank(model, capacity=self.adapters + sizes.spare), sizes)
+        sizes = Sizes(self.rows, context, queue=self.queue, adapters=self.adapters)
+        engine = Engine(Bank(model, capacity=max(self.rows, self._on_device)), sizes)
         return TextApi(base, engine, called, limits), engine, read
 
     def _labelling(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
         """The server of an encoder."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.finetune.serving.adapters import covering
-        from adapters_jax.finetune.serving.labels import EncoderBase, LabelApi, Labeller
+        from adapters_jax.finetune.serving.labels import BATCH, EncoderBase, LabelApi, Labeller
         from adapters_jax.finetune.tasks import read_run
 
         if self.room or not runs:
@@ -178,9 +187,10 @@ class Serve(Command):
         read = {name: base.read(path) for name, path in runs.items()}
         abouts: list[Any] = [each.about for each in read.values()]
         width = max(about.readout.width for about in abouts)
-        bank = _together(lambda: base.bank(covering(read.values()), width, self.adapters))
+        places = max(BATCH, self._on_device)
+        bank = _together(lambda: base.bank(covering(read.values()), width, places))
         longest = max(about.max_length for about in abouts)
-        engine = Labeller(base, bank, longest, self.queue)
+        engine = Labeller(base, bank, longest, self.queue, self.adapters)
         return LabelApi(base, engine, called, limits), engine, read
 
     def _named(self) -> dict[str, str]:

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.nnx.graph import AdapterParam
 
 
 class CachedModel(Protocol):
@@ -211,10 +210,8 @@ def _generate(
     new: int,
 ) -> Generated:
     given: dict[str, Rows] = {}
-    if adapters is not None:  # the rows' adapters are taken once, and not for each token
-        stacked, rest = nnx.split_state(state, AdapterParam, ...)
-        given["adapters"], mine = adapters.take(stacked)
-        state = nnx.merge_state(rest, mine)
+    if adapters is not None:  # each token writes into the cache that the one before left
+        given["adapters"] = adapters.replace(grouped=True)  # type: ignore[attr-defined]
 
     def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
         """The cache extended by tokens, and the logits after the last token of each row."""

@@ -5,18 +5,16 @@ bounded length, and changes of the adapters. In each turn the thread reads one p
 then makes one token for every row whose prompt is read; so a long prompt delays the others by a
 piece at a time.
 
-A request keeps the adapter that it came with. One that is replaced or dropped meanwhile stays in
-the bank until its last request has ended.
+A request keeps the adapter that it came with, also if that is replaced or dropped meanwhile.
 
 Reference: Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models
 (2022), https://www.usenix.org/conference/osdi22/presentation/yu
 """
 
 import contextlib
-import itertools
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -44,8 +42,7 @@ class Engine:
     """A decoder with many adapters that completes requests as they come.
 
     Args:
-        bank: the adapters' bank over an NNX decoder, with `sizes.spare` places more than adapters
-            can be named. The engine takes it over: its arrays are written in place.
+        bank: a bank over an NNX decoder, of at least as many places as there are rows.
         sizes: the sizes.
 
     Attributes:
@@ -56,7 +53,7 @@ class Engine:
 
     Raises:
         UserError: the model has positions for fewer tokens than the context, an encoder reads its
-            prompts, or the bank has no more than the spare places.
+            prompts, or the bank has fewer places than there are rows.
 
     Example:
         >>> import jax.numpy as jnp, adapters_jax as aj
@@ -86,9 +83,10 @@ class Engine:
                 f"a context of {sizes.context} tokens: expected at most {longest}, the positions "
                 "of the model"
             )
-        if bank.capacity <= sizes.spare:
+        if bank.capacity < sizes.rows:
             raise UserError(
-                f"a bank of {bank.capacity} places: expected more than the {sizes.spare} spare ones"
+                f"a bank of {bank.capacity} places: expected at least {sizes.rows}, one for the "
+                "adapter of each row"
             )
         self.sizes, self.counts = sizes, Counts()
         self.vocabulary: int = model.config.vocab_size
@@ -97,9 +95,6 @@ class Engine:
         self._running: list[Request | None] = [None] * sizes.rows
         self._waiting: deque[Request] = deque()
         self._orders: deque[tuple[Future[None], Callable[[], None]]] = deque()
-        self._users: Counter[str] = Counter()
-        self._retired: set[str] = set()
-        self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -107,10 +102,6 @@ class Engine:
     def start(self) -> None:
         """Compiles every program, then begins to work in another thread; call it once."""
         self._slots.compile()
-        # Putting and dropping compile programs too, which is not to happen while answers run.
-        idle = self._slots.bank.fit("idle", (self._slots.bank.recipe, {}))
-        self._put("idle", Served("idle", {}), idle, False)
-        self._drop("idle")
         self.counts = Counts()
         self._thread.start()
 
@@ -187,10 +178,8 @@ class Engine:
             self._check_open()
             if len(self._waiting) >= self.sizes.queue:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
-            key = served.key if served else None
-            request = Request(list(prompt), key, most, choice, stop, sink, until)
-            if key:
-                self._users[key] += 1
+            adapter = served.fitted if served else None
+            request = Request(list(prompt), adapter, most, choice, stop, sink, until)
             self._waiting.append(request)
             self._changed.notify()
         return request
@@ -226,13 +215,18 @@ class Engine:
             replace: whether one of that name is replaced. Its requests go on with it.
 
         Returns:
-            A future; it raises FullError if there is no place, and UserError if the name is taken.
+            A future; it raises FullError if there are too many, and UserError if the name is taken.
 
         Raises:
             BusyError: the engine is closed.
+            TypeError: `fitted` is not what `fit` returned.
         """
-        served = Served(f"{name}#{next(self._numbers)}", about)
-        return self._order(lambda: self._put(name, served, fitted, replace))
+        if not isinstance(fitted, Fitted):
+            raise TypeError(
+                f"Engine.put: got {type(fitted).__name__}, expected what engine.fit(name, adapter) "
+                "returns"
+            )
+        return self._order(lambda: self._put(name, Served(fitted, about), replace))
 
     def drop(self, name: str) -> "Future[None]":
         """Takes an adapter away between two steps; its requests go on with it.
@@ -266,40 +260,20 @@ class Engine:
             raise UnknownModelError(f"no adapter is named {name!r}")
         return self.adapters[name]
 
-    def _put(self, name: str, served: Served, fitted: Fitted, replace: bool) -> None:
-        if name in self.adapters and not replace:
-            raise UserError(f"the name {name!r} is taken; give another one, or replace it")
-        bank = self._slots.bank
-        if name not in self.adapters and len(self.adapters) >= bank.capacity - self.sizes.spare:
-            raise FullError(f"the bank is full ({len(self.adapters)} adapters); remove one")
-        if len(bank) == bank.capacity:
-            raise FullError(
-                "adapters that were replaced or dropped are still in use, so no place is free; try "
-                "again when their requests have ended"
-            )
-        self._slots.bank = self._slots.bank.put(served.key, fitted, donate=True)
+    def _put(self, name: str, served: Served, replace: bool) -> None:
         with self._changed:
-            old = self.adapters.get(name)
+            if name in self.adapters and not replace:
+                raise UserError(f"the name {name!r} is taken; give another one, or replace it")
+            if name not in self.adapters and len(self.adapters) >= self.sizes.adapters:
+                raise FullError(f"there are {len(self.adapters)} adapters, the most; remove one")
             self.adapters = {**self.adapters, name: served}
             self.counts.changes += 1
-        if old is not None:
-            self._retire(old.key)
 
     def _drop(self, name: str) -> None:
         with self._changed:
-            served = self._served(name)
+            self._served(name)
             self.adapters = {n: each for n, each in self.adapters.items() if n != name}
             self.counts.changes += 1
-        self._retire(served.key)
-
-    def _retire(self, key: str) -> None:
-        """Frees a place of the bank once no request uses it."""
-        self._retired.add(key)
-        # Requests of adapters that were retired before may have ended meanwhile, too.
-        for each in [each for each in self._retired if not self._users[each]]:
-            self._slots.bank = self._slots.bank.drop(each)
-            self._retired.discard(each)
-            del self._users[each]
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -431,11 +405,6 @@ class Engine:
         self._slots.free(row)
 
     def _end(self, request: Request, why: End) -> None:
-        with self._changed:
-            if request.adapter:
-                self._users[request.adapter] -= 1
-        if request.adapter in self._retired:
-            self._retire(request.adapter)
         self.counts.ended[why] += 1
         request.sink.end(why)
 

@@ -166,9 +166,21 @@ class Labeller:
         bank: the bank of its adapters, which the labeller takes over.
         longest: the largest number of tokens of a text.
         queue: how many requests wait.
+        adapters: how many adapters can be named at a time.
+
+    Raises:
+        UserError: the bank has fewer places than a batch can name adapters.
     """
 
-    def __init__(self, base: EncoderBase, bank: Bank, longest: int, queue: int) -> None:
+    def __init__(
+        self, base: EncoderBase, bank: Bank, longest: int, queue: int, adapters: int
+    ) -> None:
+        if bank.capacity < min(BATCH, adapters):
+            raise UserError(
+                f"a bank of {bank.capacity} places: expected at least {min(BATCH, adapters)}, one "
+                "for each adapter that a batch can name"
+            )
+        self._most = adapters
         self.adapters: dict[str, Served] = {}
         self.counts = Counts()
         self.running = 0
@@ -190,9 +202,6 @@ class Labeller:
 
     def start(self) -> None:
         """Compiles every program."""
-        # Putting and dropping compile programs too, which is not to happen while answers run.
-        idle = self._bank.fit("idle", (self._bank.recipe, {}))
-        self._bank = self._bank.put("idle", idle, donate=True).drop("idle")
         for width in self._widths:
             inputs = [jnp.zeros((BATCH, width), jnp.int32) for _ in INPUTS]
             self._outputs(self._bank.params, inputs, self._bank.rows([None] * BATCH))
@@ -222,10 +231,10 @@ class Labeller:
             )
 
         def work() -> None:
-            if name not in self._bank and len(self._bank) == self._bank.capacity:
+            if name not in self._bank and len(self._bank) >= self._most:
                 raise FullError(f"there are {len(self._bank)} adapters, the most; drop one")
-            self._bank = self._bank.put(name, fitted, replace=replace, donate=True)
-            self.adapters = {**self.adapters, name: Served(name, about)}
+            self._bank = self._bank.put(name, fitted, replace=replace)
+            self.adapters = {**self.adapters, name: Served(fitted, about)}
             self.counts.changes += 1
 
         return self._thread.submit(work)

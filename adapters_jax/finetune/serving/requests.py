@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from adapters_jax.errors import UserError, check_size
 from adapters_jax.finetune.serving.slots import Choice
+from adapters_jax.transforms.fitting import Fitted
 
 End = Literal["stop", "length", "cancelled", "timeout", "not finite", "closed"]
 
@@ -20,7 +21,7 @@ class UnknownModelError(UserError):
 
 
 class FullError(UserError):
-    """There is no place for a further adapter."""
+    """There are as many adapters as can be named."""
 
 
 class Sink(Protocol):
@@ -38,11 +39,11 @@ class Served:
     """An adapter that requests can name.
 
     Attributes:
-        key: its name in the bank, which no other one ever had.
+        fitted: what `fit` made of it.
         about: what it is.
     """
 
-    key: str
+    fitted: Fitted
     about: Any
 
 
@@ -52,7 +53,7 @@ class Request:
 
     Attributes:
         prompt: the ids of the prompt's tokens.
-        adapter: the adapter's name in the bank; None is the base.
+        adapter: what `fit` made of its adapter; None is the base.
         most: the largest number of new tokens.
         choice: how tokens are chosen.
         stop: ids of tokens that end it.
@@ -70,7 +71,7 @@ class Request:
     """
 
     prompt: Sequence[int]
-    adapter: str | None
+    adapter: Fitted | None
     most: int
     choice: Choice
     stop: frozenset[int]
@@ -92,14 +93,14 @@ class Sizes:
         pieces: the sizes of the parts that prompts are read in, ascending; with 1 among them, a
             request that is alone does not pay for the rows of others.
         queue: how many further requests wait.
-        spare: places of the bank for adapters that are replaced or dropped while still in use.
+        adapters: how many adapters can be named at a time.
 
     Raises:
         UserError: a size is no positive whole number, or `pieces` do not ascend.
 
     Example:
         >>> Sizes(rows=2, context=256)
-        Sizes(rows=2, context=256, pieces=(1, 16, 64), queue=64, spare=4)
+        Sizes(rows=2, context=256, pieces=(1, 16, 64), queue=64, adapters=64)
         >>> Sizes(rows=0)
         Traceback (most recent call last):
         adapters_jax.errors.UserError: Sizes: rows=0, expected a whole number >= 1
@@ -109,10 +110,10 @@ class Sizes:
     context: int = 1024
     pieces: tuple[int, ...] = (1, 16, 64)
     queue: int = 64
-    spare: int = 4
+    adapters: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("rows", "context", "queue", "spare"):
+        for name in ("rows", "context", "queue", "adapters"):
             check_size("Sizes", name, getattr(self, name))
         if not self.pieces or list(self.pieces) != sorted({*self.pieces}) or self.pieces[0] < 1:
             raise UserError(

@@ -20,6 +20,7 @@ from adapters_jax.finetune.models.generation import nucleus
 from adapters_jax.finetune.models.parts.cache import Cache
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.transforms.bank import Bank
+from adapters_jax.transforms.fitting import Fitted
 
 
 class Choice(NamedTuple):
@@ -74,7 +75,7 @@ class Token(NamedTuple):
 )
 @dataclass(frozen=True)
 class _Model:
-    """A decoder with its bank, as the programs take it."""
+    """A bank's decoder, as the programs take it."""
 
     graphdef: Any
     adapters: Any
@@ -91,7 +92,7 @@ class Slots:
     """The rows, their caches, and the adapters that they use.
 
     Args:
-        bank: the adapters, with their NNX decoder.
+        bank: the places of adapters on the device, with their NNX decoder.
         rows: the number of rows.
         context: the largest number of tokens of a row, prompt and completion together.
         pieces: the lengths of the parts that prompts are read in, in ascending order.
@@ -106,22 +107,11 @@ class Slots:
         self._used = [0] * rows
         one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
-        self.bank = bank
-
-    @property
-    def bank(self) -> Bank:
-        """The adapters."""
-        return self._bank
-
-    @bank.setter
-    def bank(self, bank: Bank) -> None:
-        self._bank = bank
-        self._model = _Model(
-            *jax.block_until_ready(bank.split)
-        )  # so that a step need not wait for it
+        self.bank, self._model = bank, _Model(*bank.split)
+        self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
     def read(
-        self, row: int, ids: Sequence[int], first: bool, adapter: str | None, choice: Choice
+        self, row: int, ids: Sequence[int], first: bool, adapter: Fitted | None, choice: Choice
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -130,7 +120,7 @@ class Slots:
             ids: tokens, at most as many as the longest piece. Only the last ones of a prompt may be
                 fewer.
             first: whether a prompt begins with them.
-            adapter: the name of the adapter in the bank; None is the base.
+            adapter: what the bank's `fit` made of the adapter; None is the base.
             choice: how the token after them is chosen.
 
         Returns:
@@ -139,7 +129,7 @@ class Slots:
         padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
         padded[: len(ids)] = ids
         place = np.array([row, len(ids), first], np.int32)
-        rows, feed = self._bank.rows([adapter]), Choice.stacked([choice])
+        rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
         self._caches, token = _read(self._model, self._caches, padded, place, rows, feed)
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
@@ -148,7 +138,7 @@ class Slots:
     def step(
         self,
         last: Sequence[int | None],
-        adapters: Sequence[str | None],
+        adapters: Sequence[Fitted | None],
         choices: Sequence[Choice],
     ) -> list[Token]:
         """The next token of each row.
@@ -160,7 +150,7 @@ class Slots:
         """
         live = np.array([token is not None for token in last])
         ids = np.array([token or 0 for token in last], np.int32)
-        rows, feed = self._bank.rows(adapters), Choice.stacked(choices)
+        rows, feed = self._rows_of(adapters), Choice.stacked(choices)
         # A row that is not live writes behind its last token, too; nothing sees what it writes.
         most = 1 + max(self._used)
         width = next((width for width in self._widths if width >= most), self._widths[-1])
@@ -168,6 +158,15 @@ class Slots:
             self._used[row] += 1
         self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width)
         return _tokens(token)
+
+    def _rows_of(self, adapters: Sequence[Fitted | None]) -> Rows:
+        """The rows' adapters, which are the same from most steps to the next."""
+        before, rows = self._last.get(len(adapters), (None, None))
+        if rows is None or before != adapters:
+            del rows  # with its arrays, before the next are made
+            self._last.pop(len(adapters), None)
+            self._last[len(adapters)] = adapters, self.bank.rows(adapters)
+        return self._last[len(adapters)][1]
 
     def free(self, row: int) -> None:
         """Forgets a row's tokens, so that steps need not be wide enough for them."""
