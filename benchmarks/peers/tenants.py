@@ -12,11 +12,11 @@ from benchmarks.peers.contenders import OURS, SKYRL, TX, Contender, Group
 from benchmarks.peers.linear import NAMES
 from benchmarks.peers.steps import MIB, check_equal
 from benchmarks.report import Report
+from benchmarks.workers import HERE
 
-SIDES = {OURS: ("ours", "here"), SKYRL: ("skyrl", TX)}
+SIDES = {OURS: ("ours", HERE), SKYRL: ("skyrl", TX)}
 TENANTS = 8
 LIMIT = 1.05  # of the time of all tenants / one with as many rows
-AHEAD = 1.0
 
 
 def run(report: Report, quick: bool) -> None:
@@ -39,24 +39,27 @@ def run(report: Report, quick: bool) -> None:
                 check_equal(losses, {name: about["trainable"] for name, about in abouts.items()})
             seconds = group.time({name: (name, {}) for name in group.workers}, rounds)
             peaks = group.ask("peak", list(seconds))
+            counts = group.ask("analysis", [named(OURS, n) for n in cases])
     for n, case in cases.items():
         for name in [name for name in SIDES if named(name, n) in peaks]:
-            took, peak = Spread.of(seconds[named(name, n)]), peaks[named(name, n)] / MIB
-            row = {"tenants, rows, tokens": case, "side": name, "seconds": took}
-            report.add("Tenants", **row, **{"peak MiB, whole process": peak})
-    for name in SIDES:
-        if named(name, 1) in seconds and named(name, most) in seconds:
-            took = ratio(seconds, named(name, most), named(name, 1))
-            report.add("Several tenants / one", side=name, time=took)
-            if name == OURS:
-                report.claim(f"time of a step, {cases[most]} / {cases[1]}, {OURS}", took, LIMIT)
-    for n, case in cases.items():
-        if named(OURS, n) in seconds and named(SKYRL, n) in seconds:
-            took = ratio(seconds, named(OURS, n), named(SKYRL, n))
-            report.claim(f"time of a step, tenants {case}, {OURS} / {SKYRL}", took, AHEAD)
+            key, one, counted = named(name, n), named(name, 1), counts.get(named(name, n), {})
+            row = {"tenants, rows, tokens": case, "side": name, "seconds": Spread.of(seconds[key])}
+            row["times one tenant"] = ratio(seconds, key, one) if one in seconds else None
+            row["peak MiB, whole process"] = peaks[key] / MIB
+            row["GFLOP by XLA"] = counted["flops"] / 1e9 if counted else None
+            row["temporary MiB by XLA"] = counted["temporary"] / MIB if counted else None
+            report.add("Tenants", **row)
+            if name == OURS and n > 1 and one in seconds:
+                what = f"{case} / {cases[1]}, {OURS}"
+                report.claim(f"time of a step of tenants, {what}", row["times one tenant"], LIMIT)
+                if counted and one in counts:
+                    flops = counted["flops"] / counts[one]["flops"]
+                    report.claim(f"FLOPs of a step of tenants, {what}", flops, LIMIT)
+            if name == OURS and named(SKYRL, n) in seconds:
+                took = ratio(seconds, key, named(SKYRL, n))
+                report.claim(f"time of a step of tenants, {case}, {OURS} / {SKYRL}", took, 1.0)
     bars = {name: Spread.of(values) for name, values in seconds.items()}
-    ours = [bar for bar in bars if bar.startswith(OURS)]
-    report.panel("A step of tenants", "seconds", bars, ours=ours)
+    report.panel("A step of tenants", "seconds", bars, ours=[named(OURS, n) for n in cases])
 
 
 def named(name: str, tenants: int) -> str:
