@@ -34,6 +34,18 @@ SMOLLM2 = DecoderConfig(
     rope_theta=1e5,
     tie_word_embeddings=True,
 )
+QWEN = DecoderConfig(  # Qwen 3 of 8 layers, as wide as SmolLM2
+    vocab_size=4096,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    tie_word_embeddings=True,
+    model_type="qwen3",
+    qk_norm="head",
+)
 TINY = replace(SMOLLM2, vocab_size=64, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
 TX = optax.adamw(1e-3)
 STEP_SLACK, DECODE_SLACK = 1.03, 1.08

@@ -13,20 +13,44 @@ README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 PAGE, DEVICES, TASKS = DOCS / "results.md", DOCS / "accelerators.md", DOCS / "tasks.md"
 LINK = "../benchmarks/results"  # from the pages
-COMPARED = (  # the README's rows, from both files of `peers`
-    "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
-    "time of a step, LoRA, SmolLM2-135M, adapters_jax / qwix",
-    "time of a step, Houlsby, BERT-base, adapters_jax / AdapterHub",
-    "peak memory of the whole process, LoRA, BERT-base, adapters_jax / PEFT",
-    "latency of one example, LoRA / its base",
-)
-PEERS = {"peers": "EPYC family 25 (Zen 4)", "peers-zen5": "Zen 5, an earlier version"}
+COMPARED = {  # the README's rows, by the file of results that has to be there
+    "peers": (
+        "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
+        "time of a step, LoRA, SmolLM2-135M, adapters_jax / qwix",
+        "time of a step, Houlsby, BERT-base, adapters_jax / AdapterHub",
+        "peak memory of the whole process, LoRA, BERT-base, adapters_jax / PEFT",
+        "latency of one example, LoRA / its base",
+    ),
+    "peers-linear": (
+        "time of a step, all linear / q and v, Qwen 3 of 8 layers, 32 x 128",
+        "time of a step, all linear, adapters_jax / PEFT, Qwen 3 of 8 layers, 32 x 128",
+        "time of a step, all linear, adapters_jax / PEFT, SmolLM2-135M, 4 x 256",
+        "time of a step, all linear, adapters_jax / qwix, SmolLM2-135M, 4 x 256",
+    ),
+    "peers-generation": (
+        "time of 64 tokens after 32, batch 1, SmolLM2-135M, base, adapters_jax / transformers",
+        "time of 64 tokens after 32, batch 16, SmolLM2-135M, base, adapters_jax / transformers",
+    ),
+    "peers-tenants": (
+        "time of a step of tenants, 8 x 4 x 128 / 1 x 32 x 128, adapters_jax",
+        "time of a step of tenants, 8 x 4 x 128, adapters_jax / SkyRL",
+    ),
+}
+LATER = "EPYC family 26 (Zen 5)"
+PEERS = {  # the README's columns, by file
+    "peers": "EPYC family 25 (Zen 4)",
+    "peers-zen5": "Zen 5, an earlier version",
+    **dict.fromkeys(("peers-linear", "peers-generation", "peers-tenants"), LATER),
+}
 PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
     "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
     "tradeoff-wnut17": "WNUT-17: F1 of entities on test against trainable parameters",
     "peers": "Step time, memory and latency beside other libraries",
+    "peers-linear": "A step with LoRA on all linear layers beside other libraries",
+    "peers-generation": "Generation beside transformers",
+    "peers-tenants": "A step of one tenant and of eight, beside SkyRL",
     "latency": "What unmerged adapters add to a forward pass of GPT-2 medium",
 }
 BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- end of results -->"
@@ -131,18 +155,16 @@ def tasks(results: Path = RESULTS) -> str:
 
 
 def compared(results: Path = RESULTS) -> str:
-    """The README's table: a few figures beside other libraries, on two processors."""
-    files = {name: json.loads((results / f"{name}.json").read_text()) for name in PEERS}
-    columns = {
-        title: {row["claim"]: _shown(row["measured"]) for row in _rows(files[name], FIGURES)}
-        for name, title in PEERS.items()
-    }
-    return table(
-        [
-            {"figure": claim, **{title: column[claim] for title, column in columns.items()}}
-            for claim in COMPARED
-        ]
-    )
+    """The README's table: a few figures beside other libraries, by processor."""
+    columns: dict[str, Row] = {}
+    there = {name: path for name in PEERS if (path := results / f"{name}.json").exists()}
+    for name, path in there.items():
+        rows = _rows(json.loads(path.read_text()), FIGURES)
+        column = columns.setdefault(PEERS[name], {})
+        column |= {row["claim"]: _shown(row["measured"]) for row in rows}
+    claims = [claim for name in COMPARED if name in there for claim in COMPARED[name]]
+    shown = [{title: column.get(claim) for title, column in columns.items()} for claim in claims]
+    return table([{"figure": claim, **row} for claim, row in zip(claims, shown, strict=True)])
 
 
 def write(

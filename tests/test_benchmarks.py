@@ -347,6 +347,23 @@ def test_the_section_of_results(tmp_path):
     assert page.read_text() == "no marks"
 
 
+def test_the_readme_compares_what_was_measured(tmp_path):
+    """A part of `peers` that has results adds its rows, in the column of its processor."""
+    for name in ("peers", "peers-tenants"):
+        report = Report(name, f"python -m benchmarks {name}", tmp_path)
+        for i, claim in enumerate(readme.COMPARED[name]):
+            report.claim(claim, i + 0.5, 1.0)
+        report.finish()
+    rows = readme.compared(tmp_path).splitlines()
+    assert rows[0] == f"| figure | {readme.PEERS['peers']} | {readme.LATER} |"
+    assert rows[2:4] == [
+        f"| {readme.COMPARED['peers'][0]} | 0.5 |  |",
+        f"| {readme.COMPARED['peers'][1]} | 1.5 |  |",
+    ]
+    assert rows[-1] == f"| {readme.COMPARED['peers-tenants'][1]} |  | 1.5 |"
+    assert len(rows) == 2 + sum(len(readme.COMPARED[n]) for n in ("peers", "peers-tenants"))
+
+
 @pytest.mark.slow
 def test_files_may_be_read_before_they_are_written_in_a_round(tmp_path):
     """Every round has an order of its own; the whole runs at toy sizes."""

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from helpers.errors import raises
 
-from benchmarks.peers import contenders, files, latency, steps, uses
-from benchmarks.peers.contenders import Contender, Group
+from adapters_jax.finetune.models.decoder import load_decoder
+from benchmarks import __main__
+from benchmarks.harness import Spread
+from benchmarks.peers import contenders, files, generation, latency, linear, steps, uses
+from benchmarks.peers.contenders import OURS, PEFT, QWIX, Contender, Group
 from benchmarks.report import FIGURES, Report
 from benchmarks.workers import HERE, PeerError, Worker, forget_peak, peak_bytes
 
@@ -17,6 +20,7 @@ WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[i
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*")
 TOY = replace(files.TOY, bert=replace(files.TOY.bert, num_hidden_layers=1))
 TOY = replace(TOY, llama=replace(TOY.llama, num_hidden_layers=1))
+TOY = replace(TOY, qwen=replace(TOY.qwen, num_hidden_layers=1))
 JAX = {"ours", "hand", "nnx_lora", "qwix_lora"}
 CASES = [("bert", "lora"), ("bert", "houlsby"), ("llama", "lora")]
 
@@ -25,17 +29,20 @@ CASES = [("bert", "lora"), ("bert", "houlsby"), ("llama", "lora")]
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("peers")
     files.write(directory, TOY)
+    files.write_decoder(directory, TOY, "qwen", "lora", "lora-all")
     return directory
 
 
-def side(name, directory, task, model="bert", method="lora"):
-    job = TOY.job(task, directory, model, method)
+def side(name, directory, task, model="bert", method="lora", **settings):
+    job = replace(TOY.job(task, directory, model, method), **settings)
     return importlib.import_module(f"benchmarks.sides.{name}").make(job.as_json())
 
 
-def checked(names, directory, model, method):
+def checked(names, directory, model, method, **settings):
     """The sides of a step, after the check of the benchmark."""
-    found = {name: side(name, directory, "step", model, method) for name in sorted(names)}
+    found = {
+        name: side(name, directory, "step", model, method, **settings) for name in sorted(names)
+    }
     losses = {name: step.losses(3) for name, step in found.items()}
     steps.check_equal(losses, {name: step.about["trainable"] for name, step in found.items()})
     return found, losses
@@ -51,9 +58,99 @@ def test_sides_on_jax_do_equal_work(directory, model, method):
     # The derivatives of our activations, norms and softmax take a little more or less.
     slack = 0.03 * counted["hand"]["flops"]
     assert -slack <= extra <= 14 * found["ours"].about["trainable"] + slack
-    assert all(0 < c["temporary"] < c["live"] for c in counted.values())
+    assert all(0 < c["temporary"] < c["live"] < c["bytes"] for c in counted.values())
     first, _, third = losses["ours"]
     assert third < first
+
+
+def test_all_linear_layers_train_on_both_sides_and_in_chunks(directory):
+    more = {"batch": 8, "length": 160, "chunked": True}  # chunks of 80 tokens
+    found, losses = checked({"ours", "qwix_lora"}, directory, "qwen", "lora-all", **more)
+    sizes, rank = TOY.qwen, TOY.rank
+    d, m, heads = sizes.hidden_size, sizes.intermediate_size, 9 * sizes.head_dim
+    axes = [(d, heads), *[(d, heads // 3)] * 2, (heads, d), (d, m), (d, m), (m, d)]
+    assert found["ours"].about["trainable"] == sum(rank * (a + b) for a, b in axes)
+    whole = side("ours", directory, "step", "qwen", "lora-all", **{**more, "chunked": False})
+    assert whole.losses(3) == pytest.approx(losses["ours"], rel=1e-5)
+
+
+def test_a_tenant_has_the_losses_that_it_has_alone(directory):
+    """The first tenant has the adapter of the file and the first half of the rows."""
+    more = {"chunked": True}
+    both = side("ours", directory, "step", "qwen", "lora-all", tenants=2, **more)
+    alone = side("ours", directory, "step", "qwen", "lora-all", batch=4, **more)
+    losses = np.array(both.losses(3))
+    np.testing.assert_allclose(losses[:, 0], alone.losses(3), rtol=1e-5)
+    assert np.all(np.abs(losses[:, 1] - losses[:, 0]) > 1e-4)
+    assert both.about["trainable"] == 2 * alone.about["trainable"]
+    steps.check_equal({"a": losses, "b": losses}, {})
+    with raises(ValueError, "step 2"):
+        steps.check_equal({"a": losses, "b": np.add(losses, [[0, 0], [0, 0], [0, 1]])}, {})
+
+
+def test_generated_tokens_are_the_likeliest_and_lora_changes_them(directory):
+    job = TOY.job("generate", directory, "qwen", "lora-all")
+    job = replace(job, batch=3, length=5, tokens=4)
+    works = importlib.import_module("benchmarks.sides.ours").make(job.as_json())
+    tokens = {(OURS, variant): works.result(variant) for variant in generation.VARIANTS}
+    model = load_decoder(job.base)[1]
+    ids = job.data()["ids"]
+    for _ in range(job.tokens):
+        ids = np.concatenate([ids, np.argmax(model(ids)[:, -1:], -1)], 1)
+    assert tokens[OURS, "base"] == ids[:, job.length :].tolist()
+    other = {(PEFT, variant): found for (_, variant), found in tokens.items()}
+    assert set(generation.check_equal({**tokens, **other}).values()) == {1.0}
+    with raises(ValueError, (PEFT, "base"), 0.0):
+        none = [[-1] * job.tokens] * job.batch
+        generation.check_equal({**tokens, **other, (PEFT, "base"): none})
+    with raises(ValueError, "changes no token", PEFT):
+        base = tokens[OURS, "base"]
+        generation.check_equal({**tokens, (PEFT, "base"): base, (PEFT, "LoRA"): base})
+
+
+def test_our_step_beside_others_and_its_limits(tmp_path):
+    """Twice as long as qwix's, half as long as q and v would have to be."""
+    seconds = {OURS: [2.0, 2.0], QWIX: [1.0, 1.0], linear.FEWER: [4.0, 4.0]}
+    counted = {OURS: 6.0, QWIX: 3.0, linear.FEWER: 5.0}
+    found = {
+        name: steps.Found(name, seconds, {}, {"steps": n, "flops": n, "temporary": n}, None)
+        for name, n in counted.items()
+    }
+    report = Report("toy", "python -m benchmarks toy", tmp_path)
+    linear.compare(report, "Qwen 3 of 8 layers, 32 x 128", found)
+    rows = {row["beside"]: row for row in report.rows if "beside" in row}
+    assert rows[QWIX]["time"] == Spread(2.0, 2.0, 2.0, 2)
+    assert rows[QWIX]["temporary, by XLA"] == 2.0 and rows[QWIX]["bytes, by XLA"] is None
+    claims = {row["claim"]: row["met"] for row in report.rows if row["table"] == FIGURES}
+    assert claims == {
+        "time of a step, all linear / q and v, Qwen 3 of 8 layers, 32 x 128": True,
+        "temporaries of a step, all linear / q and v, Qwen 3 of 8 layers, 32 x 128": False,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["linear", "generation", "tenants"])
+def test_a_part_runs_by_itself_and_without_its_peers(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "Worker", Here)
+    monkeypatch.setattr(files, "TOY", TOY)
+    why = "could not be installed"
+    monkeypatch.setattr(contenders, "unavailable", lambda name: None if name == HERE else why)
+    assert __main__.main([f"peers-{part}", "--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / f"peers-{part}.json").read_text())["rows"]
+    failed = {row["contender"].split(",")[0] for row in rows if row["table"] == contenders.FAILED}
+    peers = {"linear": {PEFT, "SkyRL", "matmul"}, "generation": {PEFT}, "tenants": {"SkyRL"}}
+    assert failed - {"matmul"} == peers[part] - {"matmul"}
+    sides = [row["side"] for row in rows if row["table"] in ("Step", "Generation", "Tenants")]
+    n = {"linear": 2 * 3, "generation": 2 * 2, "tenants": 2}
+    assert len(sides) == n[part] and OURS in sides
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_skyrl_does_the_same_work(directory):
+    pytest.importorskip("tx", reason="needs skyrl-tx and jax<0.11 in this environment")
+    for tenants in (1, 2):
+        more = {"chunked": True, "tenants": tenants, "room": 2}
+        checked({"ours", "skyrl"}, directory, "qwen", "lora-all", **more)
 
 
 @pytest.mark.parametrize("name", ["nnx_lora", "qwix_lora"])
@@ -171,11 +268,12 @@ def test_a_case_without_pytorch(directory, tmp_path, monkeypatch, worker):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("model", "method"), CASES)
+@pytest.mark.parametrize(("model", "method"), [*CASES, ("qwen", "lora-all")])
 def test_pytorch_does_the_same_work(directory, model, method):
     for package in ("torch", "transformers", "peft", "adapters"):
         pytest.importorskip(package, reason=WHY)
-    names = {"ours", "torch_adapters"} | ({"torch_peft"} if method == "lora" else set())
+    names = {"ours"} | ({"torch_peft"} if method != "houlsby" else set())
+    names |= {"torch_adapters"} if method != "lora-all" else set()
     checked(names, directory, model, method)
 
 

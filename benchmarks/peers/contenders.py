@@ -11,7 +11,7 @@ from benchmarks.report import Report
 from benchmarks.sides.job import Job
 from benchmarks.workers import HERE, PeerError, Worker, interpreter
 
-TORCH = "torch"
+TORCH, TX = "torch", "skyrl"
 FAILED = "Not done"
 # By default, glibc returns each step's temporaries to the system, and allocating them again costs
 # page faults. With these variables it keeps them. The main comparison does not set them.
@@ -25,15 +25,23 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A side, the environment of its packages, and environment variables of its process."""
+    """A side, the environment of its packages, and what is set for it.
+
+    Attributes:
+        side: the name of its module in `benchmarks.sides`.
+        environment: as for `benchmarks.workers.interpreter`.
+        env: environment variables of its process.
+        settings: fields of the job that are others than the group's.
+    """
 
     side: str
     environment: str = HERE
     env: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 OURS, HAND, PEFT, HUB, QWIX = "adapters_jax", "by hand, Flax", "PEFT", "AdapterHub", "qwix"
-NNX_LORA = "flax nnx.LoRA"
+NNX_LORA, SKYRL = "flax nnx.LoRA", "SkyRL"
 CONTENDERS = {
     OURS: Contender("ours"),
     HAND: Contender("hand"),
@@ -98,7 +106,7 @@ class Group:
         def make(contender: Contender) -> Worker | PeerError:
             if why := missing[contender.environment]:
                 return PeerError(why)
-            side, settings = f"sides.{contender.side}", job.as_json()
+            side, settings = f"sides.{contender.side}", {**job.as_json(), **contender.settings}
             try:
                 return Worker(contender.environment, side, settings, contender.env)
             except PeerError as error:

@@ -42,7 +42,8 @@ def check_equal(losses: Mapping[str, Sequence[float]], trainable: Mapping[str, i
     """Raises ValueError if losses or trainable counts of the sides differ."""
     problems = [f"trainable parameters {trainable}"] if len(set(trainable.values())) > 1 else []
     for i, found in enumerate(zip(*losses.values(), strict=True)):
-        if not np.ptp(found) <= (LATER_LOSS if i else FIRST_LOSS) * max(map(abs, found)):
+        near = (LATER_LOSS if i else FIRST_LOSS) * np.abs(found).max()
+        if not np.all(np.ptp(found, axis=0) <= near):
             problems.append(f"losses at step {i} {dict(zip(losses, found, strict=True))}")
     if problems:
         raise ValueError(f"the sides do not do the same work: {'; '.join(problems)}")
@@ -73,18 +74,22 @@ def run_case(report: Report, case: str, job: Job, rounds: int) -> None:
 def measured(
     report: Report, case: str, contenders: Mapping[str, Contender], job: Job, rounds: int
 ) -> list["Found"]:
-    """Starts contenders, checks for equal work, times them in turn, and reads their memory."""
+    """Starts contenders, checks for equal work, times them in turn, and reads their memory.
+
+    Those with settings of their own do other work, which is not checked.
+    """
     with Group(report, f"a step, {case}") as group:
         group.start(contenders, job)
         losses = group.ask("losses", steps=3)
         abouts = {name: group.workers[name].about for name in losses}
-        check_equal(losses, {name: about["trainable"] for name, about in abouts.items()})
+        same = {name: x for name, x in losses.items() if not contenders[name].settings}
+        check_equal(same, {name: abouts[name]["trainable"] for name in same})
         used = {contender.environment for contender in contenders.values()}
         products = {name: c for name, c in matmuls().items() if c.environment in used}
         group.start(products, replace(job, task="matmul", method="lora"))
         seconds = group.time({name: (name, {}) for name in group.workers}, rounds)
         return [
-            Found(name, seconds, abouts[name], bytes_, MATMULS[group.environments[name]])
+            Found(name, seconds, abouts[name], bytes_, MATMULS.get(group.environments[name]))
             for name, bytes_ in memory(group, list(losses)).items()
         ]
 
@@ -112,18 +117,18 @@ class Found:
         seconds: the seconds of all contenders, by name.
         about: the side's description of itself.
         counted: the bytes of its memory, and XLA's counts.
-        matmul: the name of the matrix product in its environment.
+        matmul: the name of the matrix product in its environment, if there is one.
     """
 
     name: str
     seconds: Mapping[str, Sequence[float]]
     about: Mapping[str, Any]
     counted: Mapping[str, float]
-    matmul: str
+    matmul: str | None
 
     def of_rate(self, matmul: int, flops: float) -> Spread | None:
         """The rate of the matmul over that of the step, round by round."""
-        if self.matmul not in self.seconds:
+        if self.matmul is None or self.matmul not in self.seconds:
             return None
         part = 2 * matmul**3 / flops
         pairs = zip(self.seconds[self.name], self.seconds[self.matmul], strict=True)
@@ -133,12 +138,13 @@ class Found:
         """The row of the report; without XLA's count, the rate uses the FLOPs by hand."""
         took, flops = Spread.of(self.seconds[self.name]), self.counted.get("flops", by_hand)
         rate = self.of_rate(matmul, flops) if flops else None
-        xla = {name: self.counted.get(name) for name in ("flops", "temporary", "live")}
+        xla = {name: self.counted.get(name) for name in ("flops", "bytes", "temporary", "live")}
         return {
             "side": self.name,
             "trainable": self.about["trainable"],
             "seconds": took,
             "GFLOP by XLA": xla["flops"] and xla["flops"] / 1e9,
+            "GB accessed by XLA": xla["bytes"] and xla["bytes"] / 1e9,
             "GFLOP/s": flops and flops / 1e9 / took.median,
             f"% of {matmul}^3 matmul's rate": rate and 100 / rate.median,
             "peak MiB, whole process": self.counted["whole"] / MIB,

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import adapters_jax as aj
 from adapters_jax.files.adapter import read_adapter
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, BertConfig
 from adapters_jax.finetune.tensors import from_tensors
 from adapters_jax.trees import flatten
 from benchmarks.by_hand import Sizes
+from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides.job import DECAY, LABELS, RATE, Job, Step, versions
 
 TX = optax.adamw(RATE, weight_decay=DECAY)
@@ -53,8 +55,9 @@ class FlaxStep(Step):
         memory = compiled.memory_analysis()
         live = memory.argument_size_in_bytes + memory.output_size_in_bytes
         live += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        flops = float(compiled.cost_analysis()["flops"])
-        return {"flops": flops, "temporary": memory.temp_size_in_bytes, "live": live}
+        counted = {"temporary": memory.temp_size_in_bytes, "live": live}
+        cost = compiled.cost_analysis()
+        return {"flops": cost["flops"], "bytes": cost["bytes accessed"], **counted}
 
 
 def step_of(step: Any, adapters: Any, base: Any, batch: Any, *packages: str) -> FlaxStep:
@@ -74,6 +77,16 @@ def step_of(step: Any, adapters: Any, base: Any, batch: Any, *packages: str) -> 
 
 def batch_of(job: Job) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in job.data().items()}
+
+
+def decoder_loss(job: Job) -> Callable[[Any, jax.Array], jax.Array]:
+    """The loss of a model's next tokens, `loss(model, ids)`."""
+
+    def chunked(model: Any, ids: jax.Array) -> jax.Array:
+        labels = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        return aj.losses.cross_entropy(model.hidden(ids), model.logits, labels)
+
+    return chunked if job.chunked else lambda model, ids: next_token_loss(model(ids), ids)
 
 
 def load_classifier(base: Path) -> tuple[BertClassifier, Any]:

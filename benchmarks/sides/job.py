@@ -17,15 +17,19 @@ class Job:
     """The settings of a side.
 
     Attributes:
-        task: "step", "forward", "uses" (adapt, save, load, switch) or "matmul".
+        task: "step", "forward", "generate", "uses" (adapt, save, load, switch) or "matmul".
         directory: the directory that `benchmarks.peers.files` filled.
-        model: "bert" or "llama".
-        method: "lora" or "houlsby".
+        model: "bert", or a decoder: "llama" or "qwen".
+        method: "lora" on queries and values, "lora-all" on all linear layers, or "houlsby".
         batch, length: the shape of the tokens.
         vocab: the size of the vocabulary.
         rank: the rank and alpha of LoRA.
         bottleneck: the width of Houlsby's adapters.
         matmul: n of the n^3 product.
+        chunked: whether the logits of a decoder are held for some tokens at a time, in JAX.
+        tenants: the number of adapters, each of which trains on its own part of the rows.
+        room: the number of adapters that a server of tenants has room for.
+        tokens: how many to generate.
     """
 
     task: str
@@ -38,6 +42,10 @@ class Job:
     rank: int = 8
     bottleneck: int = 64
     matmul: int = 2048
+    chunked: bool = False
+    tenants: int = 1
+    room: int = 1
+    tokens: int = 64
 
     @property
     def base(self) -> Path:
@@ -56,6 +64,10 @@ class Job:
             mask[-1, -self.length // 4 :] = 0
         ids = rng.integers(0, self.vocab, mask.shape).astype(np.int32)
         return {"ids": ids, "mask": mask, "labels": rng.integers(0, LABELS, self.batch, np.int32)}
+
+    def factor(self, tenant: int) -> float:
+        """What the arrays of the adapter are multiplied by for a tenant."""
+        return 1 + 0.1 * tenant
 
     def square(self) -> np.ndarray:
         """A matrix to multiply by itself."""
@@ -86,12 +98,12 @@ class Step:
     def run(self) -> None:
         raise NotImplementedError
 
-    def losses(self, steps: int) -> list[float]:
-        """The losses of further steps."""
+    def losses(self, steps: int) -> list[Any]:
+        """The losses of further steps, of each tenant if there are several."""
         found = []
         for _ in range(steps):
             self.run()
-            found.append(float(self.loss))
+            found.append(np.asarray(self.loss).tolist())
         return found
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import load_decoder
+from adapters_jax.finetune.models.generation import generate
 from benchmarks.by_hand import cross_entropy
-from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common
 from benchmarks.sides.job import Job, Works, seconds, versions
 
@@ -19,7 +21,7 @@ def make(settings: dict[str, Any]) -> Any:
     job = Job(**settings)
     if job.task == "step":
         return bert_step(job) if job.model == "bert" else llama_step(job)
-    return {"forward": forward, "uses": uses}[job.task](job)
+    return {"forward": forward, "generate": generation, "uses": uses}[job.task](job)
 
 
 def _step(state: aj.TrainState, loss: Any, batch: Any) -> common.FlaxStep:
@@ -50,10 +52,33 @@ def bert_step(job: Job) -> common.FlaxStep:
 
 
 def llama_step(job: Job) -> common.FlaxStep:
-    model = aj.load_adapter(job.adapter("ours"), load_decoder(job.base)[1])
-    state = aj.TrainState.create(model, tx=common.TX, key=jax.random.key(0))
-    ids = common.batch_of(job)["ids"]
-    return _step(state, lambda model, ids, key: next_token_loss(model(ids), ids), ids)
+    """A step of one adapter, or of several on their own rows."""
+    model, loss = load_adapted(job), common.decoder_loss(job)
+    ids, adapters = common.batch_of(job)["ids"], nnx.state(model, aj.nnx.AdapterParam)
+    states = []
+    for i in range(job.tenants):
+        nnx.update(model, jax.tree.map(lambda x, i=i: job.factor(i) * x, adapters))
+        states.append(aj.TrainState.create(model, tx=common.TX, key=jax.random.key(i)))
+    if job.tenants > 1:
+        ids = ids.reshape(job.tenants, -1, job.length)
+    state = aj.stack_states(states) if job.tenants > 1 else states[0]
+    return _step(state, lambda model, ids, key: loss(model, ids), ids)
+
+
+def load_adapted(job: Job) -> Any:
+    return aj.load_adapter(job.adapter("ours"), load_decoder(job.base)[1])
+
+
+def generation(job: Job) -> Works:
+    """The likeliest tokens after each prompt, by the base and with LoRA that is not merged."""
+    ids, models = common.batch_of(job)["ids"], {"base": load_decoder(job.base)[1]}
+    models["LoRA"] = load_adapted(job)
+
+    def run(model: Any) -> Any:
+        return lambda: np.asarray(generate(model, ids, max_new_tokens=job.tokens).ids)
+
+    works = {name: run(model) for name, model in models.items()}
+    return Works("adapters_jax", works, {"versions": versions("adapters-jax", *common.PACKAGES)})
 
 
 def forward(job: Job) -> Works:

@@ -9,7 +9,6 @@ from flax import nnx, traverse_util
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.trees import path_of
 from benchmarks.by_hand import cross_entropy, make_step
-from benchmarks.llama_by_hand import next_token_loss
 from benchmarks.sides import flax_common as common
 from benchmarks.sides.job import Job, Works, versions
 
@@ -18,14 +17,15 @@ NAME = "qwix"
 
 def make(settings: dict[str, Any]) -> Any:
     job = Job(**settings)
-    common.only(job, NAME, "lora")
+    common.only(job, NAME, "lora", "lora-all")
     if job.task == "uses":
         return uses(job)
     return bert_step(job) if job.model == "bert" else llama_step(job)
 
 
 def rule_of(job: Job) -> qwix.LoraRule:
-    return qwix.LoraRule(module_path=".*/attention/(query|value)", rank=job.rank, alpha=job.rank)
+    names = "(query|key|value|output|gate|up)" if job.method == "lora-all" else "(query|value)"
+    return qwix.LoraRule(module_path=f".*/{names}", rank=job.rank, alpha=job.rank)
 
 
 def provider(job: Job) -> qwix.LoraProvider:
@@ -59,8 +59,10 @@ def bert_step(job: Job) -> common.FlaxStep:
 
 def llama_step(job: Job) -> common.FlaxStep:
     ids, factors = common.batch_of(job)["ids"], common.factors_of(job)
+    model, loss_of = load_decoder(job.base)[1], common.decoder_loss(job)
+    called = "hidden" if job.chunked else "__call__"  # qwix changes the method that is called
     model = qwix.apply_lora_to_model(
-        load_decoder(job.base)[1], provider(job), ids[:, :1], rngs=nnx.Rngs(0)
+        model, provider(job), ids[:, :1], rngs=nnx.Rngs(0), methods=(called,)
     )
     graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     adapters = jax.tree_util.tree_map_with_path(
@@ -68,7 +70,7 @@ def llama_step(job: Job) -> common.FlaxStep:
     )
 
     def loss(adapters: Any, base: Any, ids: jax.Array) -> jax.Array:
-        return next_token_loss(nnx.merge(graphdef, adapters, base)(ids), ids)
+        return loss_of(nnx.merge(graphdef, adapters, base), ids)
 
     return common.step_of(make_step(loss, common.TX), adapters, base, ids, NAME)
 

@@ -18,6 +18,7 @@ PACKAGES = ("torch", "transformers")
 CLASSES = {
     "bert": transformers.BertForSequenceClassification,
     "llama": transformers.LlamaForCausalLM,
+    "qwen": transformers.Qwen3ForCausalLM,
 }
 
 
@@ -38,7 +39,7 @@ def load_base(job: Job) -> Any:
 def inputs_of(job: Job, labels: bool = True) -> dict[str, Any]:
     """The keyword arguments of the model."""
     tensors = {name: torch.from_numpy(x).long() for name, x in job.data().items()}
-    if job.model == "llama":
+    if job.model != "bert":
         return {"input_ids": tensors["ids"], "labels": tensors["ids"], "use_cache": False}
     inputs = {"input_ids": tensors["ids"], "attention_mask": tensors["mask"]}
     return inputs | {"labels": tensors["labels"]} if labels else inputs

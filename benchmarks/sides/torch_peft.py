@@ -3,6 +3,7 @@
 from typing import Any
 
 import peft
+import torch
 
 from benchmarks.sides import torch_common as common
 from benchmarks.sides.job import Job, Works
@@ -14,9 +15,9 @@ TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
 
 def make(settings: dict[str, Any]) -> Any:
     job = Job(**settings)
-    if job.method != "lora":
-        raise ValueError(f"PEFT {peft.__version__} does not support {job.method}, only lora")
-    return {"step": step, "forward": forward, "uses": uses}[job.task](job)
+    if job.method not in ("lora", "lora-all"):
+        raise ValueError(f"PEFT {peft.__version__} does not support {job.method}, only LoRA")
+    return {"step": step, "forward": forward, "generate": generation, "uses": uses}[job.task](job)
 
 
 def load(model: Any, job: Job, trains: bool = False) -> Any:
@@ -38,6 +39,21 @@ def forward(job: Job) -> Works:
         "LoRA, merged": load(merged, job).merge_and_unload(),
     }
     return common.forwards(NAME, models, job, PACKAGE)
+
+
+def generation(job: Job) -> Works:
+    """The likeliest tokens after each prompt, by transformers' `generate`, base and LoRA."""
+    models = {"base": common.load_base(job), "LoRA": load(common.load_base(job), job)}
+    ids = common.inputs_of(job)["input_ids"]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    given |= {"max_new_tokens": job.tokens, "do_sample": False}
+
+    def run(model: Any) -> Any:
+        model.eval().generation_config.eos_token_id = None  # all rows have as many new tokens
+        return lambda: model.generate(**given)[:, job.length :].numpy()
+
+    works = {name: run(model) for name, model in models.items()}
+    return Works(NAME, works, common.about(models["base"], PACKAGE))
 
 
 def uses(job: Job) -> Works:
