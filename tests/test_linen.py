@@ -780,3 +780,22 @@ def test_the_table_of_an_adapted_model_shows_its_adapters_without_a_warning():
         table = adapted.tabulate(jax.random.key(0), jnp.ones((1, 4)))
     assert not seen
     assert "lora" in table and "Total Parameters: 61" in table  # 4*5+5 + 5*3+3 + 2*(4+5)
+
+
+def test_a_call_on_its_adapters_traces_no_initialiser(monkeypatch):
+    """flax's `param` does, in each call of each layer."""
+    drawn_shapes = []
+
+    def normal(std):
+        return lambda key, shape: drawn_shapes.append(shape) or jnp.full(shape, 0.1)
+
+    monkeypatch.setattr("adapters_jax.methods.arrays.truncated_normal", normal)
+    model, base = aj.adapt(Mlp(), aj.Bottleneck("up", 2)), Mlp().init(KEY, X)["params"]
+    params = aj.init_adapters(model, base, KEY, X)
+    assert (D, 2) in drawn_shapes
+    drawn_shapes.clear()
+    model.apply({"params": params}, X)
+    assert drawn_shapes == []
+    params["up"]["adapter"]["down"]["kernel"] = jnp.ones((D, 3))
+    with pytest.raises(Exception, match="shape"):
+        model.apply({"params": params}, X)

@@ -16,6 +16,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.nnx import AdapterParam, weights_of
+from adapters_jax.nnx.adapted import _drawn
 from adapters_jax.trees import flatten
 
 D = 4
@@ -62,6 +63,16 @@ def trained(model):
 
 def shapes(model):
     return {path: x.shape for path, x in flatten(nnx.state(model, AdapterParam)).items()}
+
+
+def test_an_adapter_is_drawn_with_the_next_key_of_the_stream():
+    """As a call of the stream gives it, in a trace too."""
+    stream, other = nnx.Rngs(3).params, nnx.Rngs(3).params
+    drawn = [_drawn(stream), nnx.jit(_drawn)(stream), _drawn(stream)]
+    called = [other(), other(), other()]
+    assert [*map(str, map(jax.random.key_data, drawn))] == [
+        *map(str, map(jax.random.key_data, called))
+    ]
 
 
 class Mlp(nnx.Module):

@@ -73,8 +73,7 @@ def adapted_shape(
     recipe = method.build(num_layers=config.num_layers, layer=family.layer)
     if isinstance(model, nnx.Module):
         model = quantized(model, *inputs, dtype=quantize) if quantize else model
-        rngs = nnx.Rngs(0)
-        return nnx.eval_shape(lambda: adapt(model, recipe, rngs=rngs, example_inputs=inputs)), None
+        return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs), None
     adapted = adapt(model, recipe)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     if quantize:

@@ -351,7 +351,10 @@ def leaves_in(scope: Any, method: Method, point: AttachmentPoint) -> dict[str, A
     for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
         holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
-        leaves[name] = nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+        # `param` traces the initialiser in each call, to compare its shape with the array's.
+        held = nn.meta.unbox(holder.get_variable("params", last))
+        fits = held is not None and held.shape == leaf.shape
+        leaves[name] = held if fits else nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
     return leaves
 
 

@@ -1,11 +1,13 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx import bridge
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods.base import AttachmentPoint, started
@@ -50,12 +52,21 @@ def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
-        holder[last] = AdapterParam(leaf.init(rngs.params(), shapes[name]))
+        holder[last] = AdapterParam(leaf.init(_drawn(rngs.params), shapes[name]))
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
         if placed.layers:
             drop.rngs = drop.rngs.split(placed.layers)
     return children
+
+
+def _drawn(stream: nnx.RngStream) -> Array:
+    """The next key of a stream, as a call of it gives."""
+    # `count[...] += 1` asks a tracer for its sharding, and jax writes the history of the tracer
+    # into the error that flax then drops: a sixth of the time of adapting an abstract model.
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return key
 
 
 def grow(module: Any, placed: Placement, rngs: nnx.Rngs) -> None:
@@ -114,9 +125,8 @@ def module_at(model: Any, path: str, weight: str) -> Any:
     return node
 
 
-def _other_names(model: nnx.Module) -> dict[str, str]:
-    """The further paths of shared modules and tied parameters, each with the path to use."""
-    known = modules_of(model).keys() | params_of(model).keys()
+def _other_names(model: nnx.Module, known: Container[str]) -> dict[str, str]:
+    """The further paths of shared modules and tied parameters, each with the known one to use."""
     names: dict[str, str] = {}
     for paths in nnx.find_duplicates(model):
         every = list(map(variable_path, paths))
@@ -192,12 +202,12 @@ def _adapted(
     model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, inputs: Inputs | None
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks."""
-    adapted, bare = copy(model), copy(model)
     base = not hasattr(model, "adapter_recipe")
+    adapted, bare = copy(model), model if base else copy(model)
     if not base:
         detach(bare)  # else its adapters would be weights, and hide how the base's are read
-    found = points_of(bare, recipe, inputs)
-    attached, frozen, others = found.attached, params_of(bare), _other_names(bare)
+    found, frozen = points_of(bare, recipe, inputs), params_of(bare)
+    attached, others = found.attached, _other_names(bare, {**found.modules, **frozen})
     check_targets(
         recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
     )

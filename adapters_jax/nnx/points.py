@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -242,9 +242,9 @@ def _marked_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
     return type(cls.__name__, (cls,), {**body, "adapted_from": cls, "__module__": cls.__module__})
 
 
-def mark(model: Any) -> None:
-    """Gives the modules of a model classes whose weights are told from the model's state."""
-    for module in modules_of(model).values():
+def mark(modules: Iterable[Any]) -> None:
+    """Gives modules classes whose weights are told from the model's state."""
+    for module in modules:
         own = {*own_params(module), *(name for name, x in vars(module).items() if _has_params(x))}
         names = {name for name in own if not isinstance(vars(type(module)).get(name), Seen)}
         if names:
@@ -313,15 +313,16 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             linen.append(LinenCall.of(path, module, args, kwargs, layers))
 
     probe = copy(model)
-    mark(probe)
     modules = modules_of(probe)
-    bare = {path for path, module in modules.items() if not _first_shape(module)}
-    for path, module in list(modules.items()):
+    mark(modules.values())
+    first = {path: _first_shape(module) for path, module in modules.items()}
+    bare = {path for path, shape in first.items() if not shape}
+    for path, module in modules.items():
         if callable(module):
             # flax's bridge takes all attributes for variables, but those with this prefix.
             prompts = [method for method in recipe.at(path) if method.acts_on == "attention"]
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
-            module.to_nnx__adapter_trace = (path, _first_shape(module), bool(prompts), total)
+            module.to_nnx__adapter_trace = (path, first[path], bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
     token = _RECORDER.set(record)
     try:

@@ -121,7 +121,7 @@ def _read(model: Any, inputs: Inputs) -> dict[str, str]:
     """The weights that a model without its adapters reads as state, each with an operation."""
     bare = copy(model)
     without_adapters(bare)
-    mark(bare)
+    mark(modules_of(bare).values())
     return traced(bare, inputs).stated()
 
 

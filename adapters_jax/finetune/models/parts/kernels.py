@@ -15,8 +15,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -93,6 +91,9 @@ class Splash:
         return _split(kernel, query, key, value, mask)
 
     def _local(self, query: Rows, key: Rows, value: Rows, mask: Mask, cap: float | None) -> Rows:
+        # Here, since Pallas for TPUs takes a fifth as long to import as jax.
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
         batch, length, heads, width = query.shape
         keys, by_query, by_key = key.shape[1], _block(length), _block(key.shape[1])
         query = query / jnp.sqrt(width).astype(query.dtype)
@@ -105,7 +106,7 @@ class Splash:
         sizes |= {f"block_{name}": by_key for name in ("kv", "kv_dkv", "kv_dq")}
         rules = _rules(mask, query.shape[2], pair[0].shape[2])
         run = splash.make_splash_mha(
-            splash_mask.MultiHeadMask([rules] * heads),
+            splash.MultiHeadMask([rules] * heads),
             block_sizes=splash.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=1,
@@ -238,19 +239,21 @@ def _longer(x: Array, axis: int, step: int, fill: Any = 0) -> Array:
     return jnp.pad(x, edge, constant_values=fill) if edge[axis][1] else x
 
 
-def _rules(mask: Mask, queries: int, keys: int) -> splash_mask.Mask:
+def _rules(mask: Mask, queries: int, keys: int) -> Any:
     """The part of a mask that positions decide, as splash attention takes it."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     shape = queries, keys
     if mask.window is not None:
         reach = mask.window - 1, 0 if mask.causal else mask.window - 1
-        seen = splash_mask.LocalMask(shape, reach, mask.prefix)
+        seen = masks.LocalMask(shape, reach, mask.prefix)
         if not mask.prefix:
             return seen
         front = np.broadcast_to(np.arange(keys) < mask.prefix, shape)
-        return splash_mask.LogicalOr(seen, splash_mask.NumpyMask(front))
+        return masks.LogicalOr(seen, masks.NumpyMask(front))
     if mask.causal:
-        return splash_mask.CausalMask(shape, mask.prefix)
-    return splash_mask.FullMask(shape)
+        return masks.CausalMask(shape, mask.prefix)
+    return masks.FullMask(shape)
 
 
 def _widest() -> int:
