@@ -233,9 +233,9 @@ class DecoderMLP(nnx.Module):
         """Transforms each position by itself."""
         products = [getattr(self, name)(x) for name in (self.first, *["up"] * self.gated)]
 
-        def rest(output: nnx.Linear, *products: Hidden) -> Hidden:
+        def rest(*products: Hidden) -> Hidden:
             act = self.activation
-            return output(gated(act, *products) if self.gated else act(*products))
+            return self.output(gated(act, *products) if self.gated else act(*products))
 
         return recomputed(rest, self.output, *products)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.parts.functions import is_scanning, scanning
+from adapters_jax.nnx import AdapterParam
 from adapters_jax.weights.products import ADAPTED_PRODUCT
 
 POLICIES = (
@@ -59,17 +60,22 @@ same as 'nothing_saveable') or one of 'nothing_saveable', 'dots_with_no_batch_di
     return {"policy": getattr(jax.checkpoint_policies, remat)}
 
 
-def recomputed(run: Callable[..., Array], *inputs: Any) -> Array:
-    """`run(*inputs)`, for whose gradient only products are stored.
+def recomputed(run: Callable[..., Array], last: nnx.Module, *inputs: Array) -> Array:
+    """`run(*inputs)`, for whose gradient only products are stored, if its last one is adapted.
 
     An adapted product needs its input again. Where that is an activation of a stored product, it is
     cheaper to compute it a second time than to store it.
 
     Args:
-        run: a function of modules and arrays.
-        inputs: those.
+        run: a function of arrays.
+        last: the module of its last product.
+        inputs: those of `run`.
     """
-    return nnx.remat(run, prevent_cse=not is_scanning(), policy=_SAVED)(*inputs)
+    kinds = {type(x) for _, x in nnx.iter_graph(last)}
+    # flax lets nobody draw keys, as for dropout, within `jax.checkpoint`.
+    if AdapterParam not in kinds or any(issubclass(kind, nnx.RngState) for kind in kinds):
+        return run(*inputs)
+    return jax.checkpoint(run, prevent_cse=not is_scanning(), policy=_SAVED)(*inputs)
 
 
 def distinct(layers: Sequence[Kind]) -> tuple[list[Kind], tuple[int, ...]]:
