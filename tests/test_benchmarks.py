@@ -184,8 +184,12 @@ def test_layers_traced_by_hand_have_the_operations_of_ours():
     sides = tracing.nnx_sides(layers=1)
     names = tracing.BASE, "LoRA on all linear layers", tracing.HAND
     base, ours, hand = (operations(sides[name]["outputs"]()) for name in names)
-    assert ours == hand
-    assert ours - base == {"dot_general": 14, "mul": 7, "add": 7}
+    products, branches = {"dot_general": 14, "mul": 7, "add": 7}, ("platform_index", "cond")
+    assert hand - base == products
+    # Beside the products, how a CPU computes and stores them, and what it computes again.
+    forms = {name: 7 for name in (*branches, "custom_jvp_call")} | {"reshape": 14, "remat2": 1}
+    assert ours - hand == forms
+    assert not hand - ours
 
 
 @pytest.mark.witness("NNX")
