@@ -166,6 +166,17 @@ def test_a_product_and_its_gradient_are_those_of_the_weight_in_floats(name, dtyp
 
 
 @pytest.mark.usefixtures("accelerator")
+def test_blocks_are_for_many_outputs_and_long_enough(monkeypatch):
+    monkeypatch.setattr(packed, "OUTPUTS", 16)
+    layer = nn.Dense(136, use_bias=False)
+    for rows, block, expected in ((8, 32, False), (9, 32, True), (8, 2, True)):
+        x = drawn((rows, 64))
+        model, small, _ = both(layer, x, "int4", block, "float32")
+        sizes = scaled_sizes(lambda x: model.apply({"params": small}, x), x)  # noqa: B023
+        assert (64 * 136 in sizes) == expected
+
+
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(("api", "case", "variant", "dtype"), MODELS)
 def test_whole_models_train_as_on_floats(api, case, variant, dtype):
     """Scanned, recomputed, convolved, under DoRA and with bottlenecks."""

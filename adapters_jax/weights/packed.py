@@ -20,9 +20,9 @@ from adapters_jax.weights.quantized import Quantized, numbers_of, waiting
 
 _BLOCK = 1000  # axis i of a weight has the number i, and that of its blocks _BLOCK + i
 # What a product by blocks takes: so many numbers of a block, since fewer would leave a unit for
-# products idle, and more than so many outputs for each row of the input. The compiler turns the
-# input and its gradient around, and where there are more rows, that moves more than the weight.
-NARROWEST, OUTPUTS = 16, 2
+# products idle, and more than so many outputs for each row of the input, as heads have. A TPU's
+# compiler turns the input and its gradient around for it, which moves more than a narrower weight.
+NARROWEST, OUTPUTS = 16, 16
 
 
 class View(NamedTuple):
@@ -153,8 +153,9 @@ class Packed:
 
     def _product(self, pair: Sequence[Factor], kept: Sequence[int], wide: Any) -> Factor:
         """What the numbers and an array give, of each block, in the dtype `wide`."""
+        first, second = pair
         precision = self._params["precision"]
-        return contracted(*pair, (*self._blocks, *kept), precision, wide)
+        return contracted(first, second, (*self._blocks, *kept), precision, wide)
 
     def _read(self, weight: Quantized, before: Array) -> tuple[Factor, Factor]:
         """The numbers, in blocks, and the scales; XLA computes an array of their dtype before."""

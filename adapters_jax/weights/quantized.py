@@ -199,9 +199,8 @@ def _once(run: Callable[..., Any], packed: Any, weights: Any, inputs: Any) -> An
     if packed is None:
         return floats(weights, inputs)
     # By the platform that a program is compiled for, which need not be the one that runs here.
-    return jax.lax.platform_dependent(
-        weights, inputs, default=floats, **dict.fromkeys(packed.platforms, packed.forward)
-    )
+    forms = dict.fromkeys(packed.platforms, packed.forward)
+    return jax.lax.platform_dependent(weights, inputs, default=floats, **forms)
 
 
 def _forward(run: Callable[..., Any], packed: Any, weights: Any, inputs: Any) -> Any:
@@ -213,11 +212,11 @@ def _backward(run: Callable[..., Any], packed: Any, kept: Any, gradient: Any) ->
         _, pull = jax.vjp(functools.partial(run, _read(weights, gradient)), inputs)
         return pull(gradient)[0]
 
+    weights, inputs = kept
     if packed is None:
-        return None, floats(*kept, gradient)
-    return None, jax.lax.platform_dependent(
-        *kept, gradient, default=floats, **dict.fromkeys(packed.platforms, packed.backward)
-    )
+        return None, floats(weights, inputs, gradient)
+    forms = dict.fromkeys(packed.platforms, packed.backward)
+    return None, jax.lax.platform_dependent(weights, inputs, gradient, default=floats, **forms)
 
 
 _once.defvjp(_forward, _backward)
