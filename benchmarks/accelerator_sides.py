@@ -38,14 +38,14 @@ def ours(
         layers: how many of its layers.
         rows: sequences in the batch.
         length: tokens in a sequence.
-        **how: `method` ("lora", "houlsby", "full"), `dtype`, `remat`, `chunk`, the positions
-            whose logits are held at once (None holds all), and `trainings`, by which the batch is
-            divided, each with an adapter of its own.
+        **how: `method` ("lora", "houlsby", "full"), `dtype`, `quantize`, `remat`, `chunk`, the
+            positions whose logits are held at once (None holds all), and `trainings`, by which the
+            batch is divided, each with an adapter of its own.
     """
     method, dtype = how.get("method", "lora"), jnp.dtype(how.get("dtype", "bfloat16"))
     options = MethodOptions(method, rank=RANK) if method == "lora" else MethodOptions(method)
     types = {"dtype": dtype, "param_dtype": dtype, "remat": how.get("remat", False)}
-    adapted, params = adapted_shape(model, options, None, layers, **types)
+    adapted, params = adapted_shape(model, options, how.get("quantize"), layers, **types)
     family, config = find_shape(model)
     inputs = family.inputs(config, rows, length)
 

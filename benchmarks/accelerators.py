@@ -35,6 +35,12 @@ from benchmarks.shapes import agreement
 
 ATTENTION = "dense"  # the attention function of our models
 QWIX, HAND, PEAK, MIXED = 1.0, 1.01, 0.5, 1.05
+PACKED = {  # estimated time, bytes and temporaries of a quantised base / of one in bfloat16
+    ("int8", "v5p"): (1.00, 0.90, 1.00),
+    ("int8", "v5e"): (0.92, 0.75, 1.00),
+    **{(dtype, "v5p"): (1.02, 0.90, 1.00) for dtype in ("int4", "nf4")},
+    **{(dtype, "v5e"): (0.90, 0.70, 1.00) for dtype in ("int4", "nf4")},
+}
 EACH, FULL = "ours, an adapter for each 4 rows", "full fine-tuning"
 COUNTED = ("flops", "bytes_accessed", "moved", "seconds", "total", "temporaries")
 
@@ -177,6 +183,11 @@ CELLS: tuple[Cost | Whole, ...] = (
         Cost(side, "meta-llama-3-8b", 32, 1, 2048, "v5p")
         for side in ("ours", FULL, "ours, tunix's model", "qwix, tunix's model")
     ),
+    Cost("ours", "meta-llama-3-8b", 32, 1, 2048, "v5e"),
+    *(
+        Cost("ours", "meta-llama-3-8b", 32, 1, 2048, device, {"quantize": dtype})
+        for dtype, device in PACKED
+    ),
 )
 
 
@@ -238,6 +249,9 @@ def show(report: Report, cells: list[Any], rows: Mapping[str, Row]) -> None:
     ):
         _claim(report, done, first, second, limits)
     for cell, row in done.items():
+        if isinstance(cell, Cost) and "quantize" in cell.how:
+            _claim_packed(report, cell, row, done.get(replace(cell, how={}), {}))
+    for cell, row in done.items():
         beside = cell.beside(FULL) if isinstance(cell, Cost) and cell.side == "ours" else None
         if isinstance(cell, Cost) and beside in done:
             _published(report, cell, row, done[beside])
@@ -269,7 +283,7 @@ def largest(cells: Iterable[Whole], rows: Mapping[str, Row]) -> list[Row]:
 def _add_cost(report: Report, cell: Cost, row: Row) -> None:
     report.add(
         COSTS,
-        side=cell.side,
+        side=", ".join(filter(None, (cell.side, cell.how.get("quantize")))),
         **_named(cell, row),
         **{"peak GiB": _in(row["total"], 2**30), "TFLOP": _in(row["flops"], 1e12)},
         **{"GB moved": _in(row["moved"], 1e9), "GB accessed": _in(row["bytes_accessed"], 1e9)},
@@ -333,6 +347,21 @@ def _claim(
                     tokens = ", ".join(filter(None, (cell.model, method, tokens)))
                     found = round(row[name] / done[other][name], 3)
                     report.claim(f"{what} of a step, {tokens}: {first} / {second}", found, limit)
+
+
+def _claim_packed(report: Report, cell: Cost, row: Row, floats: Row) -> None:
+    """The costs of a layer on a quantised base over those on a base in bfloat16."""
+    dtype = cell.how["quantize"]
+    names = ("seconds", "bytes_accessed", "temporaries")
+    for name, limit in zip(names, PACKED[dtype, cell.device], strict=True):
+        if not floats or row["two"][name] is None:
+            continue
+        mine, others = (
+            each["two"][name] if name == "temporaries" else each["three"][name] - each["two"][name]
+            for each in (row, floats)
+        )
+        what = f"{name.replace('_', ' ')} of a layer, {cell.model}, {cell.device}"
+        report.claim(f"{what}: {dtype} / bfloat16", round(mine / others, 3), limit)
 
 
 def _described(lowered: jax.stages.Lowered) -> Row:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from helpers.floor import products
 from helpers.gates import (
+    FLOATS,
     HIDDEN,
     MATRICES,
     MODELS,
@@ -23,12 +24,14 @@ from helpers.gates import (
     exchanged,
     floor_of,
     stored,
+    written,
 )
 
 import adapters_jax as aj
 from adapters_jax import methods
 from adapters_jax.distributed import devices as described
 from adapters_jax.training.losses import cross_entropy
+from adapters_jax.weights import packed
 
 slow = pytest.mark.slow
 tpu = pytest.mark.skipif(
@@ -163,6 +166,37 @@ def test_a_base_that_is_widened_or_copied_does_not_pass():
         state, loss = MODELS["NNX"](RECIPES["lora"], scan, "bf16")
         found = copies(compiled(state, turns(loss, kernel_of, dtype)).text, scan, True)
         assert any(each.startswith(expected) for each in found), found
+
+
+# The weights with so many outputs that their products are taken block by block, and the table; with
+# the numbers in blocks of 64, and turned around.
+WIDE = {(D, HIDDEN), (D, VOCAB), (VOCAB, D), (D // 64, 64, HIDDEN), (D // 64, 64, VOCAB)}
+
+
+def in_floats(text):
+    """The shapes of what a program writes in floats."""
+    return {shape for dtype, shape, _ in written(text) if dtype in FLOATS}
+
+
+@tpu
+@slow
+def test_a_wide_weight_in_blocks_is_written_in_no_floats(monkeypatch):
+    """Nor is a table whose rows are looked up; nor would it pass if they were."""
+    state, loss = MODELS["NNX"](RECIPES["lora"], False, "int4")
+    monkeypatch.setattr(packed, "OUTPUTS", 2)  # the vocabulary is a toy's
+    assert not WIDE & in_floats(compiled(state, loss).text)
+    monkeypatch.setattr(packed, "OUTPUTS", VOCAB)
+    assert {(D, HIDDEN), (D, VOCAB)} <= in_floats(compiled(state, loss).text)
+
+
+@cuda
+@slow
+def test_a_gpu_writes_no_weight_of_int8_in_floats(monkeypatch):
+    state, loss = MODELS["NNX"](RECIPES["lora"], False, "int8")
+    whole = {(D, HIDDEN), (HIDDEN, D), (D, VOCAB), (VOCAB, D)}
+    assert not whole & in_floats(compiled(state, loss, "h100").text)
+    monkeypatch.setattr(packed.Packed, "platforms", ())
+    assert (D, HIDDEN) in in_floats(compiled(state, loss, "h100").text)
 
 
 @cuda

@@ -5,7 +5,6 @@ weights are quantised: layers get them in floats, one at a time, and compute as 
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
 from adapters_jax.weights.fingerprints import remember
+from adapters_jax.weights.packed import tiles_of
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened, pack, unboxed
 
 # By our name: the name in qwix, and the default block.
@@ -178,7 +178,7 @@ class _Plan:
                 )
         shared = {p: _shared(layer, weight.shape) for p, (layer, weight) in weights.items()}
         block = self.block or 1
-        bad = [path for path, sizes in shared.items() if _tiles(sizes, block) is None]
+        bad = [path for path, sizes in shared.items() if tiles_of(sizes, block) is None]
         if bad:
             raise UserError(_unfit(bad, weights[bad[0]][1].shape, shared, block))
 
@@ -187,7 +187,7 @@ class _Plan:
         spec = box.get_partition_spec() if isinstance(box, nn.Partitioned) else None
         weight = unboxed(box)
         shared = _shared(layer, weight.shape)
-        tiles = shared if self.block is None else _tiles(shared, self.block) or {}
+        tiles = shared if self.block is None else tiles_of(shared, self.block) or {}
         whole = tuple(i for i in range(len(weight.shape)) if tiles.get(i, 1) == 1)
         blocks = tuple((i, size) for i, size in tiles.items() if size > 1)
         how = functools.partial(pack, qtype=self.qtype, whole=whole, blocks=blocks)
@@ -204,23 +204,6 @@ def _shared(axes: Axes, shape: tuple[int, ...]) -> dict[int, int]:
     return {i: shape[i] for i in (axes.outputs if axes.lookup else axes.inputs)}
 
 
-def _tiles(sizes: Mapping[int, int], block: int) -> dict[int, int] | None:
-    """The length of a block along each axis, from the last one; None where blocks do not divide.
-
-    Example:
-        >>> _tiles({0: 12, 1: 32}, 64), _tiles({0: 12, 1: 32}, 16), _tiles({0: 12}, 64)
-        ({1: 32, 0: 2}, {1: 16, 0: 1}, None)
-    """
-    tiles = {}
-    # The last axis is contiguous in memory, so blocks run along it first.
-    for axis, size in sorted(sizes.items(), reverse=True):
-        tiles[axis] = math.gcd(block, size)
-        if tiles[axis] < min(block, size):
-            return None
-        block //= tiles[axis]
-    return tiles if block == 1 else None
-
-
 def _unfit(
     bad: Sequence[str], shape: tuple[int, ...], shared: Mapping[str, Mapping[int, int]], block: int
 ) -> str:
@@ -228,7 +211,7 @@ def _unfit(
     path, *others = bad
     numbers = " x ".join(map(str, shared[path].values()))
     # 1 divides everything, so that there is always an answer.
-    fits = next(n for n in range(block, 0, -1) if all(_tiles(s, n) for s in shared.values()))
+    fits = next(n for n in range(block, 0, -1) if all(tiles_of(s, n) for s in shared.values()))
     more = f" (so do {len(others)} others, such as {others[0]})" if others else ""
     return (
         f"quantize: {path} has the shape {list(shape)}, and blocks of {block} do not divide the "

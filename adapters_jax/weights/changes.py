@@ -7,6 +7,7 @@ model's operations meet a changed weight is in `lazy`.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
+from adapters_jax.weights.packed import View, cut_scales, rows_of, split_scales
 from adapters_jax.weights.quantized import is_quantized, once
 
 
@@ -152,7 +154,7 @@ class Changed:
     changes: tuple[Change, ...]
     shape: tuple[int, ...]
     dtype: Any
-    views: tuple[Callable[[Array], Array], ...] = field(default=())
+    views: tuple[View, ...] = field(default=())
 
     @classmethod
     def of(cls, base: Any, changes: Sequence[Change] = ()) -> "Changed":
@@ -163,7 +165,7 @@ class Changed:
         """The unchanged weight in floats as the code sees it, from the value of `base`."""
         array = base.unbox() if is_quantized(base) else base
         for view in self.views:
-            array = view(array)
+            array = view.of(array)
         return cast(array, self.dtype)
 
     def formed(self, wide: bool = True) -> Float[Array, "..."]:
@@ -190,13 +192,17 @@ class Changed:
         return replace(self, dtype=jnp.dtype(dtype))
 
     def viewed(
-        self, view: Callable[[Array], Array], changes: Sequence[Change] | None = None
+        self,
+        view: Callable[[Array], Array],
+        changes: Sequence[Change] | None = None,
+        scales: Callable[[Array], Array | None] | None = None,
     ) -> "Changed":
         """The weight after an operation such as a transposition.
 
         Args:
             view: the operation on the unchanged weight.
             changes: the changes after it; by default those of now.
+            scales: the operation on the scales of a packed weight; by default, none is known.
         """
         changed = self.changes if changes is None else tuple(changes)
         # A packed weight stays packed: it is opened where it is used, and nowhere earlier.
@@ -204,13 +210,14 @@ class Changed:
             base = view(self.base)
             return Changed(base, changed, tuple(base.shape), self.dtype)
         shape = jax.eval_shape(view, jax.ShapeDtypeStruct(self.shape, self.dtype)).shape
-        return Changed(self.base, changed, tuple(shape), self.dtype, (*self.views, view))
+        views = (*self.views, View(view, scales or (lambda scales: None)))
+        return Changed(self.base, changed, tuple(shape), self.dtype, views)
 
     def transposed(self, order: Sequence[int]) -> "Changed":
         """The transposed weight."""
         new = {old: i for i, old in enumerate(order)}
         changes = [change.renamed(new.__getitem__) for change in self.changes]
-        return self.viewed(lambda w: w.transpose(order), changes)
+        return self.viewed(turn := lambda w: w.transpose(order), changes, turn)
 
     def reshaped(self, shape: Sequence[int]) -> "Changed | None":
         """The reshaped weight; None where axes of both factors would become one axis."""
@@ -219,7 +226,8 @@ class Changed:
         if any(change is None for change in changes):
             return None
         kept = [change for change in changes if change is not None]
-        return self.viewed(lambda w: w.reshape(shape), kept)
+        scales = functools.partial(split_scales, blocks, self.shape, shape)
+        return self.viewed(lambda w: w.reshape(shape), kept, scales)
 
     def broadcast(self, shape: Sequence[int], where: Sequence[int]) -> "Changed":
         """The weight with new axes.
@@ -229,7 +237,12 @@ class Changed:
             where: for each axis of the weight its position in `shape`.
         """
         changes = [change.renamed(where.__getitem__) for change in self.changes]
-        return self.viewed(lambda w: jax.lax.broadcast_in_dim(w, shape, where), changes)
+
+        def scales(scales: Array) -> Array:
+            sizes = dict(zip(where, scales.shape, strict=True))
+            return scales.reshape([sizes.get(i, 1) for i in range(len(shape))])
+
+        return self.viewed(lambda w: jax.lax.broadcast_in_dim(w, shape, where), changes, scales)
 
     def scaled(self, number: Any) -> "Changed":
         """The weight times a number."""
@@ -250,7 +263,8 @@ class Changed:
                 return None
             changes.append(change.with_factors(*(f.on_axes(cut) for f in change.factors)))
         own = {i: i for i in range(len(self.shape))}
-        return self.viewed(lambda w: cut(w, own), changes)
+        scales = cut_scales(cut, axes, self.shape)
+        return self.viewed(lambda w: cut(w, own), changes, scales)
 
     def taken(
         self,
@@ -289,7 +303,10 @@ class Changed:
             return whole.array.transpose(order)
 
         if is_quantized(self.base):
-            read = once(lambda weight, _: view(self.floats(weight)), self.base, ())
+            read = rows_of(self.base, self.views, (axis, self.shape[axis]), view)
+            if read is None:
+                read = once(lambda weight, _: view(self.floats(weight)), self.base, ())
+            read = cast(read, self.dtype)
             return Changed(read, tuple(changes), tuple(read.shape), self.dtype)
         return self.viewed(view, changes)
 

@@ -59,8 +59,10 @@ def beside(factor: Factor, axes: Sequence[int], dtype: Any) -> Array:
     return jnp.expand_dims(array, new) if new else array
 
 
-def contracted(x: Factor, y: Factor, kept: Collection[int], precision: Any) -> Factor:
-    """The product of two arrays, summed over all axes that are not kept.
+def contracted(
+    x: Factor, y: Factor, kept: Collection[int], precision: Any, dtype: Any = None
+) -> Factor:
+    """The product of two arrays, summed over all axes that are not kept, in their dtype or another.
 
     It is an einsum, which itself takes ten times as long to trace. The result has first the kept
     axes of both, then those of x, then those of y.
@@ -75,7 +77,9 @@ def contracted(x: Factor, y: Factor, kept: Collection[int], precision: Any) -> F
     batch = [axis for axis in shared if axis in kept]
     inner = [axis for axis in shared if axis not in kept]
     numbers = (x.at(inner), y.at(inner)), (x.at(batch), y.at(batch))
-    array = jax.lax.dot_general(x.array, y.array, numbers, precision=precision)
+    array = jax.lax.dot_general(
+        x.array, y.array, numbers, precision=precision, preferred_element_type=dtype
+    )
     free = [axis for f in (x, y) for axis in f.axes if axis not in shared]
     return Factor(array, (*batch, *free))
 

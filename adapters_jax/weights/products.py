@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from adapters_jax.weights.changes import Changed, LowRank, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
+from adapters_jax.weights.packed import Packed
 from adapters_jax.weights.quantized import is_quantized, once
 
 Axes = tuple[int, ...]
@@ -117,14 +118,18 @@ def _stored_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 
 
 def _unchanged(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:
-    """The primitive on the unchanged weight, which if quantised is in floats only meanwhile."""
+    """The primitive on the unchanged weight, which if quantised is never in floats as a whole."""
 
     def run(weight: Any, given: Sequence[Any]) -> Array:
         x, *rest = given
         return meeting.bind(x, changed.floats(weight), rest)
 
-    packed = is_quantized(changed.base)
-    return once(run, changed.base, [x, *rest]) if packed else run(changed.base, [x, *rest])
+    if not is_quantized(changed.base):
+        return run(changed.base, [x, *rest])
+    packed = Packed.of(changed.base, changed.views, changed, x, meeting)
+    if packed is None:
+        return once(run, changed.base, [x, *rest])
+    return once(lambda weight, x: run(weight, [x]), changed.base, x, packed)
 
 
 def _dot(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) -> Meeting | None:

@@ -142,13 +142,15 @@ def pack(
     return _qwix().quantize(full, qtype, channelwise_axes=whole, tiled_axes=dict(blocks))
 
 
-def _nf4_floats(array: Any) -> Float[Array, "..."]:
-    """The floats of a `qwix.QArray` of nf4.
+def numbers_of(values: Int[Array, "..."], qtype: Any) -> Array:
+    """The numbers that the scales of a `qwix.QArray` of a type multiply, small or in float32.
 
-    The numbers are chosen by the bits of their index. For a table that is indexed, as in
+    Those of nf4 are chosen by the bits of their index. For a table that is indexed, as in
     `qwix.dequantize`, a TPU's compiler makes a longer program that holds all floats at once.
     """
-    index = array.qvalue.astype(jnp.int32)
+    if qtype != "nf4":
+        return values
+    index = values.astype(jnp.int32)
 
     def chosen(numbers: tuple[float, ...]) -> Any:
         half = len(numbers) // 2
@@ -156,8 +158,13 @@ def _nf4_floats(array: Any) -> Float[Array, "..."]:
             return jnp.float32(numbers[0])
         return jnp.where(index & half, chosen(numbers[half:]), chosen(numbers[:half]))
 
+    return chosen(NF4)
+
+
+def _nf4_floats(array: Any) -> Float[Array, "..."]:
+    """The floats of a `qwix.QArray` of nf4, by `numbers_of`."""
     blocks = [(n, size // n) for size, n in zip(array.qvalue.shape, array.scale.shape, strict=True)]
-    values = chosen(NF4).reshape([n for block in blocks for n in block])
+    values = numbers_of(array.qvalue, "nf4").reshape([n for block in blocks for n in block])
     scales = array.scale.reshape([n for size, _ in blocks for n in (size, 1)])
     return (values * scales).reshape(array.qvalue.shape)
 
@@ -171,31 +178,45 @@ def _in_rows(values: Int[Array, "..."]) -> Int[Array, "..."]:
     return jax.lax.optimization_barrier(values.ravel()).reshape(values.shape)
 
 
-def once(run: Callable[[Any, Any], Any], weights: Any, inputs: Any) -> Any:
+def once(run: Callable[[Any, Any], Any], weights: Any, inputs: Any, packed: Any = None) -> Any:
     """`run(weights, inputs)` with float weights that live only for this call and for its gradient.
 
     Args:
         run: a function of the weights in floats and the inputs.
         weights: a tree of `Quantized`; they are frozen, and have no gradient.
         inputs: a tree of arrays.
+        packed: the same of one weight and one input by numbers and scales, a `packed.Packed`; None
+            where it is not known.
     """
-    return _once(run, weights, inputs)
+    return _once(run, packed, weights, inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _once(run: Callable[..., Any], weights: Any, inputs: Any) -> Any:
-    return run(_read(weights, inputs), inputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _once(run: Callable[..., Any], packed: Any, weights: Any, inputs: Any) -> Any:
+    def floats(weights: Any, inputs: Any) -> Any:
+        return run(_read(weights, inputs), inputs)
+
+    if packed is None:
+        return floats(weights, inputs)
+    # By the platform that a program is compiled for, which need not be the one that runs here.
+    forms = dict.fromkeys(packed.platforms, packed.forward)
+    return jax.lax.platform_dependent(weights, inputs, default=floats, **forms)
 
 
-def _forward(run: Callable[..., Any], weights: Any, inputs: Any) -> Any:
-    return run(_read(weights, inputs), inputs), (weights, inputs)
+def _forward(run: Callable[..., Any], packed: Any, weights: Any, inputs: Any) -> Any:
+    return _once(run, packed, weights, inputs), (weights, inputs)
 
 
-def _backward(run: Callable[..., Any], kept: Any, gradient: Any) -> Any:
+def _backward(run: Callable[..., Any], packed: Any, kept: Any, gradient: Any) -> Any:
+    def floats(weights: Any, inputs: Any, gradient: Any) -> Any:
+        _, pull = jax.vjp(functools.partial(run, _read(weights, gradient)), inputs)
+        return pull(gradient)[0]
+
     weights, inputs = kept
-    floats = _read(weights, gradient)
-    _, pull = jax.vjp(functools.partial(run, floats), inputs)
-    return None, *pull(gradient)
+    if packed is None:
+        return None, floats(weights, inputs, gradient)
+    forms = dict.fromkeys(packed.platforms, packed.backward)
+    return None, jax.lax.platform_dependent(weights, inputs, gradient, default=floats, **forms)
 
 
 _once.defvjp(_forward, _backward)
@@ -203,15 +224,19 @@ _once.defvjp(_forward, _backward)
 
 def _read(weights: Any, arrays: Any) -> Any:
     """The float weights, which XLA cannot compute before `arrays`."""
+    return jax.tree.map(Quantized.unbox, waiting(weights, arrays), is_leaf=is_quantized)
+
+
+def waiting(weights: Any, arrays: Any) -> Any:
+    """The weights, which XLA cannot read before `arrays` are computed."""
     floats = (x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.inexact))
     before = next((x for x in floats if x.size), None)
-    if before is not None:
-        weights, before = jax.lax.optimization_barrier((weights, before))
-        # By the platform that a program is compiled for, which need not be the one that runs here.
-        weights = jax.lax.platform_dependent(
-            weights, before[(0,) * before.ndim], cpu=_after, default=lambda weights, _: weights
-        )
-    return jax.tree.map(Quantized.unbox, weights, is_leaf=is_quantized)
+    if before is None:
+        return weights
+    weights, before = jax.lax.optimization_barrier((weights, before))
+    return jax.lax.platform_dependent(
+        weights, before[(0,) * before.ndim], cpu=_after, default=lambda weights, _: weights
+    )
 
 
 @custom_vmap

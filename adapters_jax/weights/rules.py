@@ -161,6 +161,8 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
         rest = array.ndim - 1
         own = jax.lax.GatherDimensionNumbers(tuple(range(rows, rows + rest)), (0,), (0,))
         new = {**params, "dimension_numbers": own, "slice_sizes": (1, *array.shape[1:])}
+        if not jnp.issubdtype(array.dtype, jnp.inexact):  # packed: outside, the scales are NaN
+            new["fill_value"] = 0
         return primitive.bind(array, ids, **new)
 
     others = dict(zip((i for i in range(x.ndim) if i != axis), places, strict=True))
@@ -175,7 +177,7 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
 def _constraint(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
     """A sharding is asked of the weight alone; the sum of parts is as the parts are."""
     x = values[where]
-    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params)))
+    return x.seen_as(x.changed.viewed(lambda w: primitive.bind(w, **params), scales=lambda s: s))
 
 
 def _multiply(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
