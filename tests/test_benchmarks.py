@@ -187,7 +187,7 @@ def test_layers_traced_by_hand_have_the_operations_of_ours():
     products, branches = {"dot_general": 14, "mul": 7, "add": 7}, ("platform_index", "cond")
     assert hand - base == products
     # Beside the products, how a CPU computes and stores them, and what it computes again.
-    forms = {name: 7 for name in (*branches, "custom_jvp_call")} | {"reshape": 14, "remat2": 1}
+    forms = dict.fromkeys((*branches, "custom_jvp_call"), 7) | {"reshape": 14, "remat2": 1}
     assert ours - hand == forms
     assert not hand - ours
 
