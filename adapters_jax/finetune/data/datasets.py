@@ -12,14 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.files import (
-    DataError,
-    count_rows,
-    first_few,
-    place,
-    refuse,
-)
+from adapters_jax.errors import UserError, first_few
+from adapters_jax.finetune.data.files import DataError, count_rows, place, refuse
 from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.finetune.data.tables import Table, Texts
 

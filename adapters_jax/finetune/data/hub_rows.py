@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from adapters_jax.errors import UserError, needed
+from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.files import hub
 from adapters_jax.finetune.data.files import DataError, Found
 
@@ -107,8 +107,7 @@ def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:
         raise DataError(
             f"{name}: no Parquet files of the split {data.split!r}"
             + (f" in the configuration {config!r}" if data.config else "")
-            + f" at revision {data.revision!r}; it has {', '.join(there[:5]) or 'none'}"
-            + " and more" * (len(there) > 5)
+            + f" at revision {data.revision!r}; it has {first_few(there) or 'none'}"
         )
     return sorted(found[config])
 

@@ -174,7 +174,10 @@ def encoder_family(
     record = Classifier(
         base=config.base,
         names=headed_names(config.base, names, Rule("head", head)),
-        build=_image_classifier if kind == "vision" else EncoderClassifier,
+        # The configuration of an encoder of images says what its head reads.
+        build=EncoderClassifier
+        if kind != "vision"
+        else lambda config, width, pooling, **more: ImageClassifier(config, width, **more),
         load=partial(load_pooled, family),
         one_layer=one_layer,
     )
@@ -188,14 +191,6 @@ def headed_names(base: str, names: NameTable, *head: Rule, **fields: Any) -> Nam
     own = (*(rule._replace(ours=f"{base}/{rule.ours}") for rule in names.parameters),)
     own += fields.pop("parameters", ())
     return replace(names, rules=rules, parameters=own, ignored=(), **fields)
-
-
-def _image_classifier(config: Any, width: int, pooling: str, **options: Any) -> ImageClassifier:
-    return ImageClassifier(config, width, **options)  # the configuration says what its head reads
-
-
-def _masked_model(config: Any, width: int, pooling: str, **options: Any) -> MaskedLanguageModel:
-    return MaskedLanguageModel(config, **options)
 
 
 def _masked(family: Family, theirs: Prediction) -> Classifier:
@@ -212,7 +207,7 @@ def _masked(family: Family, theirs: Prediction) -> Classifier:
     return Classifier(
         base=family.config.base,
         names=names,
-        build=_masked_model,
+        build=lambda config, width, pooling, **options: MaskedLanguageModel(config, **options),
         load=partial(load_pooled, family),
         read_head=partial(_read_head, names, theirs),
     )
