@@ -1,7 +1,5 @@
 """Parquet and Arrow files, by pyarrow."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

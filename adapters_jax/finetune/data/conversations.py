@@ -4,8 +4,6 @@ Each layout becomes the messages of a chat template: `{"role": ..., "content": .
 is system, user, assistant or tool.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence

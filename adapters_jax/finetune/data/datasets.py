@@ -1,7 +1,5 @@
 """Labels as class ids or numbers; and the rows of a task as train, dev and test."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

@@ -5,8 +5,6 @@ JSON. `tables` makes texts of the columns that a task reads. `Rows.of` is where 
 and are found to be uneven; `refuse` lists rows that cannot be used.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import os

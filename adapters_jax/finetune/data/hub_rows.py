@@ -4,13 +4,11 @@
 revision it is the branch that the Hub converts every data set to, `refs/convert/parquet`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.files import hub
@@ -40,7 +38,7 @@ class HubData(NamedTuple):
     revision: str
 
     @classmethod
-    def of(cls, name: str) -> HubData:
+    def of(cls, name: str) -> Self:
         """Reads a name.
 
         Raises:

@@ -5,8 +5,6 @@ A format is one function and one line of `READERS`. The function gets the file's
 a file raises a `DataError` that names the file, the line and the remedy.
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence

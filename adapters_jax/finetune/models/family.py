@@ -1,7 +1,5 @@
 """The record that describes an architecture to the rest of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

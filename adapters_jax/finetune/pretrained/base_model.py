@@ -1,7 +1,5 @@
 """Loads a base model of any family, with its parameter names in PyTorch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,11 +1,9 @@
 """A pretrained encoder with its tokenizer, ready to adapt."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -110,7 +108,7 @@ class Encoder:
         """The parameters of the classifier: the encoder's and the head's."""
         return {self.architecture.base: self.params, HEAD: head}
 
-    def quantized(self, dtype: str) -> Encoder:
+    def quantized(self, dtype: str) -> Self:
         """The same encoder with quantised weights; see `adapters_jax.transforms.quantize`."""
         params, ids = self.init(1, jax.random.key(0)), self.example
         targets = ("**", f"!{HEAD}")

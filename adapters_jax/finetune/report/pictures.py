@@ -4,8 +4,6 @@ matplotlib draws them in the colours of the light page. In a page, these colours
 of its style, so that the picture is readable in the dark as well.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import zlib

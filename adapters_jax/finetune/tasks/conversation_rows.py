@@ -9,8 +9,6 @@ model thought. What they write for a whole conversation is then not what the mod
 answers each turn, so each answer becomes a separate row, after the messages before it.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -3,8 +3,6 @@
 Beside it the baseline of a trained head on a frozen base.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence

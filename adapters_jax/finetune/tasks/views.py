@@ -4,13 +4,11 @@
 and for each kind the report has one way to draw it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -43,7 +41,7 @@ class Judged:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lengths: Mapping[str, Counter[int]], **rows: Sequence[dict[str, Any]]) -> Judged:
+    def of(cls, lengths: Mapping[str, Counter[int]], **rows: Sequence[dict[str, Any]]) -> Self:
         """Takes the worst rows of dev out of all rows, whose `words` are then left out.
 
         A number that overflowed becomes 1e30, and one that is undefined as well.
