@@ -203,7 +203,8 @@ class CheckpointConfig:
         self._check(vars(self))
         for name in filter(vars(self).__contains__, _SIZES):
             check_size(type(self).__name__, name, getattr(self, name))
-        check_layers(type(self).__name__, self.num_layers)
+        layers = "num_layers" if "num_layers" in vars(self) else "num_hidden_layers"
+        check_layers(type(self).__name__, self.num_layers, layers)
 
     def inputs(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch of token ids, or of what else a model reads."""
@@ -265,17 +266,16 @@ Config = TypeVar("Config", bound=CheckpointConfig)
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("max_position_embeddings", "image_size", "patch_size", "num_channels"),
+    *("d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
 )
 # Settings that change what the tensors mean, in all architectures.
 _OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 
 
-def check_layers(owner: str, layers: int) -> None:
+def check_layers(owner: str, layers: int, name: str = "num_hidden_layers") -> None:
     """Raises UserError for more layers than a model can have, before anything is made of them."""
     if layers > MOST_LAYERS:
-        raise UserError(
-            f"{owner}: {layers} layers (num_hidden_layers), expected at most {MOST_LAYERS}"
-        )
+        raise UserError(f"{owner}: {name}={layers}, expected at most {MOST_LAYERS}")
 
 
 def read_checkpoint(

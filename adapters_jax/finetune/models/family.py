@@ -88,10 +88,6 @@ class Family:
         inputs = self.inputs(config, 1, 8)
         return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
 
-    def example(self, config: Any) -> jax.ShapeDtypeStruct:
-        """The shape of the least input."""
-        return self.inputs(config, 1, 1)
-
     def shapes(self, config: Any, **options: Any) -> Any:
         """The parameters of a model as a tree of shapes."""
         model, inputs = self.shape(config, **options)

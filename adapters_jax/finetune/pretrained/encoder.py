@@ -64,11 +64,6 @@ class Encoder:
     head: Any = None
 
     @property
-    def features(self) -> int:
-        """The number of features that a head reads."""
-        return self.config.head_features
-
-    @property
     def example(self) -> Any:
         """The least input of the model."""
         shape = self.config.inputs(1, 1)
@@ -100,7 +95,7 @@ class Encoder:
         """
         if self.head is not None:
             return self.classifier(1), self.under(self.head)
-        width = self.features
+        width = self.config.head_features
         identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
         return self.classifier(width), self.under(identity)
 

@@ -65,7 +65,7 @@ class VitConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size={self.image_size} does not divide into patches of {self.patch_size}"
             )
