@@ -24,8 +24,8 @@ class Classifier:
         build: `build(config, width, pooling, **options)` returns the model.
         load: `load(directory, pooling, absent=False)` returns the configuration and the parameters
             of the base. With `absent=True`, a pooler that the files lack is filled with zeros.
-        one_layer: the model types for which the classifier in transformers has the same head, one
-            dense layer on the pooler.
+        one_layer: whether the classifier in transformers has the same head, one dense layer on the
+            pooler.
         read_head: `read_head(directory, config, word embeddings)` reads the head that checkpoints
             have, and returns None if this one has none; None if they never have one.
     """
@@ -34,7 +34,7 @@ class Classifier:
     names: NameTable
     build: Callable[..., Any]
     load: Callable[..., tuple[Any, Any]]
-    one_layer: tuple[str, ...] = ()
+    one_layer: bool = False
     read_head: Callable[..., Any] | None = None
 
 

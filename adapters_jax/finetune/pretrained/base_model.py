@@ -85,7 +85,7 @@ def described(
         classifies=classifies,
         pooling=pooling,
         model_type=model_type,
-        one_layer=classifier is not None and model_type in classifier.one_layer,
+        one_layer=classifier is not None and classifier.one_layer,
         **rest,
     )
 

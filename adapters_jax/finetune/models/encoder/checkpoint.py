@@ -1,6 +1,6 @@
 """Loads encoders and their heads, and makes the records of their families."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,13 +139,13 @@ def encoder_family(
     name: str,
     config: type[EncoderConfig],
     names: NameTable,
-    prefixes: Mapping[str, str],
     known: Mapping[str, Any],
     *,
+    types: Sequence[str] = (),
     kind: Kind = "encoder",
     scans: bool = True,
     head: str = "classifier",
-    one_layer: tuple[str, ...] = (),
+    one_layer: bool = False,
     prediction: Prediction | None = None,
 ) -> Family:
     """Makes the record of an encoder's family.
@@ -154,7 +154,8 @@ def encoder_family(
         name: the family's name.
         config: the class of its configuration.
         names: the name table of the encoder.
-        prefixes, known, kind, scans: see `Family`.
+        known, kind, scans: see `Family`.
+        types: the values of `model_type` that it reads; by default those of the configuration.
         head: the name of the classifier's last layer in transformers.
         one_layer: see `Classifier`.
         prediction: the names of the head that predicts masked tokens; None if the family has none.
@@ -167,7 +168,7 @@ def encoder_family(
         build=build,
         load=partial(load_encoder, build, config, names),
         names=names,
-        prefixes=prefixes,
+        prefixes=dict.fromkeys(types or config.supported["model_type"], names.prefixes[0]),
         known=known,
         scans=scans,
     )

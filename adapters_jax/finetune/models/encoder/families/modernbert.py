@@ -176,7 +176,6 @@ FAMILY = encoder_family(
     "modernbert",
     ModernBertConfig,
     NAMES,
-    {"modernbert": "model."},
     # The shapes of `config.json` in the repositories of these names on huggingface.co.
     {
         "modernbert-base": MODERNBERT_BASE,
