@@ -266,7 +266,8 @@ def test_a_configuration_of_transformers_5_says_what_that_of_4_says():
         ({"d_kv": 2.5}, ["d_kv=2.5"]),
         ({"d_model": 2**40}, ["d_model", 2**40]),
         ({"num_heads": 0}, ["num_heads=0"]),
-        ({"num_decoder_layers": 20_000}, ["num_decoder_layers=20000", 10_000]),
+        ({"num_layers": 1_001}, [" num_layers=1001", 1_000]),
+        ({"num_decoder_layers": 20_000}, ["num_decoder_layers=20000", 1_000]),
         ({"relative_attention_num_buckets": 2}, ["relative_attention_num_buckets=2"]),
         ({"relative_attention_max_distance": 16}, ["relative_attention_max_distance=16"]),
         ({"decoder_start_token_id": 32128}, ["decoder_start_token_id=32128", "vocab_size"]),
@@ -293,7 +294,7 @@ def test_any_value_of_a_setting_is_taken_or_is_a_user_error_at_once(name):
         for value in WRONG:
             with contextlib.suppress(UserError):
                 config = T5Config.from_dict({**whole, key: value})
-                assert max(config.num_layers, config.decoder_layers) <= 10_000
+                assert max(config.num_layers, config.decoder_layers) <= 1_000
                 json.dumps(config.to_dict())
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Literal, Protocol
 
 import rich.console
@@ -159,9 +160,21 @@ class Console:
         else:
             self.say(repr(thing))
 
-    def table(self, header: list[str], rows: list[list[str]], words: int = 1) -> None:
+    def table(
+        self,
+        header: list[str],
+        rows: list[list[str]],
+        words: int = 1,
+        widths: Sequence[int | None] = (),
+    ) -> None:
         """Prints a table; the first `words` columns are words, and the others are numbers."""
-        self._table(header, rows, words, [None] * len(header))
+        table = Table()
+        for i, (name, width) in enumerate(zip_longest(header, widths)):
+            side: Literal["left", "right"] = "left" if i < words else "right"
+            table.add_column(_cell(name), justify=side, overflow="fold", width=width)
+        for row in rows:
+            table.add_row(*map(_cell, row))
+        self.printer.print(table)
 
     def listing(self, header: list[str], rows: list[list[str]], words: int) -> None:
         """Prints a table that breaks no word, or where none fits, a paragraph for each row."""
@@ -170,24 +183,13 @@ class Console:
         room = self.printer.width - 3 * len(columns) - 1
         if sum(words_of) <= room:
             whole = [max(map(len, cells)) for cells in columns]
-            self._table(header, rows, words, _widths(words_of, whole, room))
+            self.table(header, rows, words, _widths(words_of, whole, room))
             return
         for name, *cells in rows:
             self.say(name)
             for title, cell in zip(header[1:], cells, strict=True):
                 indented = Padding(_cell(f"{title}: {cell}"), (0, 0, 0, 2), expand=False)
                 self.printer.print(indented)
-
-    def _table(
-        self, header: list[str], rows: list[list[str]], words: int, widths: Sequence[int | None]
-    ) -> None:
-        table = Table()
-        for i, (name, width) in enumerate(zip(header, widths, strict=True)):
-            side: Literal["left", "right"] = "left" if i < words else "right"
-            table.add_column(_cell(name), justify=side, overflow="fold", width=width)
-        for row in rows:
-            table.add_row(*map(_cell, row))
-        self.printer.print(table)
 
     def result(self, value: Any) -> None:
         """Prints one JSON value on one line of stdout, if stdout is for JSON."""

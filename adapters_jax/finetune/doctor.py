@@ -1,7 +1,5 @@
 """What `adapters-jax doctor` looks at: versions that go together, devices, and a tiny step."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

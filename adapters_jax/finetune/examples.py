@@ -1,7 +1,5 @@
 """Rows as a model sees them: their tokens, and which of them count in the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ become is known before it trains: each answer is that of the writer's own check,
 shapes alone.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

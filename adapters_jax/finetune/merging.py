@@ -1,7 +1,5 @@
 """Checkpoints of merged models: whether there can be one, writing it, and reading it again."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Plans of one method on one model: of a batch, of the largest batch that fits, and the costs."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace

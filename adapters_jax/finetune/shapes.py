@@ -1,7 +1,5 @@
 """Models by their names, without weights: as shapes, and what their families support."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -207,7 +207,8 @@ class GGUF:
         pairs = ((re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", k), k) for k in self.fields)
         found = {match[1]: self.fields[name] for match, name in pairs if match}
         count = len(self._list(_TOKENS)) if found else 0
-        wrong = [f"{r}={shown(i)}" for r, i in found.items() if not _is_id(i, count)]
+        good = {r for r, i in found.items() if type(i) is int and 0 <= i < count}
+        wrong = [f"{r}={shown(i)}" for r, i in found.items() if r not in good]
         if wrong:
             raise BaseFileError(
                 f"{str(self.path)!r} has the special tokens {', '.join(wrong)}, expected an id of "
@@ -339,7 +340,3 @@ def _is_usual(attention: Any, longest: Any, original: Any) -> bool:
         return False
     usual = math.sqrt(1 + math.log(longest / original) / math.log(original))
     return math.isclose(attention, usual, rel_tol=1e-6)
-
-
-def _is_id(value: Any, count: int) -> bool:
-    return type(value) is int and 0 <= value < count

@@ -21,6 +21,7 @@ from adapters_jax.errors import (
     BaseMismatchError,
     UserError,
     check_size,
+    first_few,
     shown,
 )
 from adapters_jax.files import hub, untrusted
@@ -74,7 +75,7 @@ def _check_files(directory: Path) -> None:
         # A download never fetches the pickle, so the Hub may have one that the directory lacks.
         raise BaseFileError(
             f"{str(directory)!r} lacks {' and '.join(lacking)}, which a checkpoint needs; it holds "
-            f"{_shortened(sorted(path.name for path in directory.iterdir()))}; note that "
+            f"{first_few(sorted(os.listdir(directory)), 8) or 'nothing'}; note that "
             f"{PICKLE_ADVICE}."
         )
 
@@ -99,7 +100,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
     absent = [name for name in shards if not os.path.isfile(directory / name)]
     if absent:
         raise BaseFileError(
-            f"{str(directory)!r} lacks {_shortened(absent)}, which hold the weights."
+            f"{str(directory)!r} lacks {first_few(absent, 8)}, which hold the weights."
         )
     shard_of: dict[str, str] = {}
     tensors: dict[str, Stored] = {}
@@ -114,8 +115,8 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
     wrong = [name for name, shard in index.items() if shard_of.get(name) != shard]
     if wrong:
         raise BaseFileError(
-            f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {_shortened(wrong)}, which it "
-            "does not hold; write the index anew."
+            f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {first_few(wrong, 8)}, which "
+            "it does not hold; write the index anew."
         )
     return tensors
 
@@ -202,7 +203,8 @@ class CheckpointConfig:
         self._check(vars(self))
         for name in filter(vars(self).__contains__, _SIZES):
             check_size(type(self).__name__, name, getattr(self, name))
-        check_layers(type(self).__name__, self.num_layers)
+        layers = "num_layers" if "num_layers" in vars(self) else "num_hidden_layers"
+        check_layers(type(self).__name__, self.num_layers, layers)
 
     def inputs(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a batch of token ids, or of what else a model reads."""
@@ -264,17 +266,16 @@ Config = TypeVar("Config", bound=CheckpointConfig)
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("max_position_embeddings", "image_size", "patch_size", "num_channels"),
+    *("d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
 )
 # Settings that change what the tensors mean, in all architectures.
 _OF_ALL: Mapping[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 
 
-def check_layers(owner: str, layers: int) -> None:
+def check_layers(owner: str, layers: int, name: str = "num_hidden_layers") -> None:
     """Raises UserError for more layers than a model can have, before anything is made of them."""
     if layers > MOST_LAYERS:
-        raise UserError(
-            f"{owner}: {layers} layers (num_hidden_layers), expected at most {MOST_LAYERS}"
-        )
+        raise UserError(f"{owner}: {name}={layers}, expected at most {MOST_LAYERS}")
 
 
 def read_checkpoint(
@@ -306,10 +307,3 @@ def _nearest(value: Any, allowed: Iterable[Any]) -> str:
     near = difflib.get_close_matches(value, texts, 1) if isinstance(value, str) else []
     nearest = f"nearest: {near[0]!r}; " if near else ""
     return f"{nearest}supported: {', '.join(map(repr, allowed))}"
-
-
-def _shortened(names: Iterable[str], limit: int = 8) -> str:
-    """The first names, and the number of the others."""
-    names = list(names)
-    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"

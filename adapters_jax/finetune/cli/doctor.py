@@ -1,7 +1,5 @@
 """`adapters-jax doctor` and `completion`: the installation, and the shell that it is used from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal

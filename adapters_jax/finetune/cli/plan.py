@@ -195,15 +195,11 @@ class PlanTraining(Command):
         console.table(["", *results], table)
         if self.device is None:
             console.say(OFF)
+        own = ("model", "device", "length", "dtype", "quantize", "attention")
         console.result(
             {
-                "model": self.model,
-                "device": self.device,
+                **{name: getattr(self, name) for name in own},
                 "mesh": dict(mesh.shape),
-                "length": self.length,
-                "dtype": self.dtype,
-                "quantize": self.quantize,
-                "attention": self.attention,
                 "memory": limit,
                 "plans": {name: result.asked.to_dict() for name, result in results.items()},
                 "costs": {name: result.costs for name, result in results.items()},

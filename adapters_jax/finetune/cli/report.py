@@ -1,7 +1,5 @@
 """`adapters-jax report`: writes the page of a finished run or of a comparison anew."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The directories of a comparison's cells, and a console that prints little for each cell."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence

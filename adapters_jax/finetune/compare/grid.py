@@ -4,8 +4,6 @@ All learning rates are tried with the first seeds, and the best on dev is chosen
 use only the chosen rate.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Writes the files of a comparison: the summary, one line for each cell, picture and page."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping, Sequence

@@ -4,13 +4,11 @@ Each cell keeps its own checkpoints, as if it was trained alone: its run continu
 to its score on test and its report, and an interrupted cell continues together or alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +141,7 @@ class _Group:
     step: Callable[..., Any]
 
     @classmethod
-    def of(cls, members: Sequence[_Member]) -> _Group:
+    def of(cls, members: Sequence[_Member]) -> Self:
         """Stacks the states of trainings over the base of the first."""
         trainings = [member.training for member in members]
         base = trainings[0].state.base

@@ -1,7 +1,5 @@
 """Parquet and Arrow files, by pyarrow."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,17 +12,8 @@ MOST_MEMORY = 2**32  # bytes of the values; a file of 1 MB may hold a text a bil
 _ROWS = 256  # read at a time
 
 
-def read_parquet(path: Path, raw: bytes) -> Found:
-    """Reads a Parquet file."""
-    return _read(path, raw, "parquet")
-
-
-def read_arrow(path: Path, raw: bytes) -> Found:
-    """Reads an Arrow file, or a stream as the `datasets` library saves it."""
-    return _read(path, raw, "arrow")
-
-
-def _read(path: Path, raw: bytes, kind: str) -> Found:
+def read_columnar(path: Path, raw: bytes, kind: str) -> Found:
+    """Reads a Parquet file, or an Arrow file or stream as the `datasets` library saves it."""
     subject, instead = f"{path.as_posix()}: reading it", "save it as JSON lines"
     with needed(subject, "pyarrow", "parquet", instead):
         import pyarrow

@@ -4,9 +4,8 @@ Each layout becomes the messages of a chat template: `{"role": ..., "content": .
 is system, user, assistant or tool.
 """
 
-from __future__ import annotations
-
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -180,10 +179,6 @@ def _check(messages: Sequence[Message]) -> None:
         raise RowError("no message is of assistant, so there is nothing to learn")
 
 
-def _of_messages(row: Mapping[str, Any], column: str) -> Any:
-    return row[column]
-
-
 def _of_instruction(row: Mapping[str, Any], column: str) -> Any:
     asked = [row[column], row.get("input")]
     said = "\n\n".join(text for text in asked if isinstance(text, str) and text.strip())
@@ -203,8 +198,8 @@ def _said(role: str, content: Any) -> dict[str, Any]:
 
 
 _MAKERS: Mapping[Any, Callable[[Mapping[str, Any], str], Any]] = {
-    MESSAGES: _of_messages,
-    SHAREGPT: _of_messages,
+    MESSAGES: operator.getitem,
+    SHAREGPT: operator.getitem,
     INSTRUCTIONS: _of_instruction,
     COMPLETIONS: _of_completion,
 }

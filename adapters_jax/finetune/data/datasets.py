@@ -1,7 +1,5 @@
 """Labels as class ids or numbers; and the rows of a task as train, dev and test."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
@@ -12,14 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import UserError
-from adapters_jax.finetune.data.files import (
-    DataError,
-    count_rows,
-    first_few,
-    place,
-    refuse,
-)
+from adapters_jax.errors import UserError, first_few
+from adapters_jax.finetune.data.files import DataError, count_rows, place, refuse
 from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
 from adapters_jax.finetune.data.tables import Table, Texts
 

@@ -1,7 +1,5 @@
 """CSV, TSV and CoNLL: fields between separators; and lines of text."""
 
-from __future__ import annotations
-
 import csv
 import io
 import logging

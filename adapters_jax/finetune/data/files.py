@@ -5,8 +5,6 @@ JSON. `tables` makes texts of the columns that a task reads. `Rows.of` is where 
 and are found to be uneven; `refuse` lists rows that cannot be used.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import os
@@ -16,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, first_few
 
 FilePath = str | os.PathLike[str]
 Line = int | str  # the line that a row starts on; a text for formats without lines, as "row 3"
@@ -193,11 +191,6 @@ def places(lines: Sequence[Line]) -> str:
 def count_rows(items: Sequence[Any]) -> str:
     """The number of rows with its verb, to begin a message."""
     return "1 row has" if len(items) == 1 else f"{len(items)} rows have"
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first five items and the number of the others, for a message."""
-    return ", ".join(items[:5]) + f" and {len(items) - 5} more" * (len(items) > 5)
 
 
 def without_header(path: Path) -> str:

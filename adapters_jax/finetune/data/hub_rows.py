@@ -4,15 +4,13 @@
 revision it is the branch that the Hub converts every data set to, `refs/convert/parquet`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from adapters_jax.errors import UserError, needed
+from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.files import hub
 from adapters_jax.finetune.data.files import DataError, Found
 
@@ -40,7 +38,7 @@ class HubData(NamedTuple):
     revision: str
 
     @classmethod
-    def of(cls, name: str) -> HubData:
+    def of(cls, name: str) -> Self:
         """Reads a name.
 
         Raises:
@@ -107,8 +105,7 @@ def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:
         raise DataError(
             f"{name}: no Parquet files of the split {data.split!r}"
             + (f" in the configuration {config!r}" if data.config else "")
-            + f" at revision {data.revision!r}; it has {', '.join(there[:5]) or 'none'}"
-            + " and more" * (len(there) > 5)
+            + f" at revision {data.revision!r}; it has {first_few(there) or 'none'}"
         )
     return sorted(found[config])
 

@@ -1,7 +1,5 @@
 """Directories of images: a folder for each class, or a table of file names; paths alone."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

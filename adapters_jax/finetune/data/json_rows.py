@@ -3,8 +3,6 @@
 The rules of `texts.parse_json` hold: bounded depth, no duplicate keys, finite numbers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

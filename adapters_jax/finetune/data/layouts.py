@@ -1,7 +1,5 @@
 """Layouts: what rows are, by the names of their columns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

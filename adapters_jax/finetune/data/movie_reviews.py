@@ -1,7 +1,5 @@
 """The demo's data: sentences from movie reviews, positive or negative."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

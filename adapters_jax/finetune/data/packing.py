@@ -4,8 +4,6 @@ The examples of a sequence are its segments. A segment attends only to itself an
 positions from 0, so its loss is the one that it has alone in a sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple

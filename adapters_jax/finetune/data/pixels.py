@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from adapters_jax.errors import UserError, needed
+from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.files import DataError, first_few
+from adapters_jax.finetune.data.files import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -77,13 +77,13 @@ class Preferences(PlacedRows[Preference]):
         found = [
             (row._replace(completions=(each,), desirable=good), line)
             for row, line in zip(self.rows, self.lines, strict=True)
-            for each, good in zip(row.completions, _goods(row), strict=True)
+            for each, good in zip(
+                row.completions,
+                (True, False) if row.desirable is None else (row.desirable,),
+                strict=True,
+            )
         ]
         return Preferences(self.path, [row for row, _ in found], [line for _, line in found])
-
-
-def _goods(row: Preference) -> tuple[bool, ...]:
-    return (True, False) if row.desirable is None else (row.desirable,)
 
 
 def read_preferences(

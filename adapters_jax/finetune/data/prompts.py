@@ -1,7 +1,5 @@
 """The format of a decoder's prompts."""
 
-from __future__ import annotations
-
 import string
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -5,15 +5,14 @@ A format is one function and one line of `READERS`. The function gets the file's
 a file raises a `DataError` that names the file, the line and the remedy.
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from adapters_jax.files.hub import is_id
-from adapters_jax.finetune.data.columnar import read_arrow, read_parquet
+from adapters_jax.finetune.data.columnar import read_columnar
 from adapters_jax.finetune.data.delimited import read_conll, read_csv, read_tsv, read_txt
 from adapters_jax.finetune.data.files import (
     NAMED,
@@ -35,8 +34,8 @@ READERS: dict[str, Reader] = {
     ".tsv": read_tsv,
     ".jsonl": read_jsonl,
     ".json": read_json,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".parquet": partial(read_columnar, kind="parquet"),
+    ".arrow": partial(read_columnar, kind="arrow"),
     ".conll": read_conll,
     ".txt": read_txt,
 }
@@ -79,7 +78,10 @@ def _read(path: FilePath) -> Found:
     if path.is_dir():
         return read_images(path, read_file)
     if glob.has_magic(str(path)) and not path.exists():
-        return _read_files(_matching(path))
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise DataError(f"{path.as_posix()}: no file has a name of this pattern")
+        return _read_files(files)
     return _by_suffix(path)
 
 
@@ -109,13 +111,6 @@ def _read_named(path: Path) -> Found:
         )
     first, records = _by_suffix(file)
     return header, [(1, [*first]), *records]
-
-
-def _matching(pattern: Path) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
-    if not files:
-        raise DataError(f"{pattern.as_posix()}: no file has a name of this pattern")
-    return files
 
 
 def _read_files(files: Sequence[Path]) -> Found:

@@ -1,7 +1,5 @@
 """Chooses the rows to hold out: groups stay together, and classes keep their proportions."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

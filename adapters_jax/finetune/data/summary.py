@@ -1,13 +1,11 @@
 """What is in rows: their layout, columns, lengths, labels and duplicates."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.layouts import Layout, layout_of
@@ -36,7 +34,7 @@ class Lengths(NamedTuple):
     histogram: list[tuple[int, int, int]]
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
+    def of(cls, lengths: Sequence[int]) -> Self:
         """The summary of some lengths, at least one.
 
         Example:

@@ -1,7 +1,5 @@
 """Tables: the chosen columns of a file of any format, as text."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from adapters_jax.finetune.data.files import DataError as DataError
 from adapters_jax.finetune.data.files import FilePath as FilePath
@@ -51,7 +49,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows: Sequence[int]) -> Table:
+    def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
         texts = [self.texts[i] for i in rows]
         lines = [self.lines[i] for i in rows] if self.lines else ()

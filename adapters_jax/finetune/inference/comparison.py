@@ -1,7 +1,5 @@
 """The results of a comparison, read from the summary that `adapters-jax compare` writes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loads finished runs; the task of a run makes the object, such as a predictor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

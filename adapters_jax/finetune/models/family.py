@@ -1,7 +1,5 @@
 """The record that describes an architecture to the rest of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,8 +24,8 @@ class Classifier:
         build: `build(config, width, pooling, **options)` returns the model.
         load: `load(directory, pooling, absent=False)` returns the configuration and the parameters
             of the base. With `absent=True`, a pooler that the files lack is filled with zeros.
-        one_layer: the model types for which the classifier in transformers has the same head, one
-            dense layer on the pooler.
+        one_layer: whether the classifier in transformers has the same head, one dense layer on the
+            pooler.
         read_head: `read_head(directory, config, word embeddings)` reads the head that checkpoints
             have, and returns None if this one has none; None if they never have one.
     """
@@ -36,7 +34,7 @@ class Classifier:
     names: NameTable
     build: Callable[..., Any]
     load: Callable[..., tuple[Any, Any]]
-    one_layer: tuple[str, ...] = ()
+    one_layer: bool = False
     read_head: Callable[..., Any] | None = None
 
 
@@ -89,10 +87,6 @@ class Family:
         """Returns a model without arrays, and example inputs."""
         inputs = self.inputs(config, 1, 8)
         return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
-
-    def example(self, config: Any) -> jax.ShapeDtypeStruct:
-        """The shape of the least input."""
-        return self.inputs(config, 1, 1)
 
     def shapes(self, config: Any, **options: Any) -> Any:
         """The parameters of a model as a tree of shapes."""

@@ -23,9 +23,12 @@ from adapters_jax.methods.mixed import Rows
 
 
 class CachedModel(Protocol):
-    """The methods that `generate` needs of an `nnx.Module`, with those of one protocol below.
+    """The methods that `generate` needs of an `nnx.Module`; the cache is any pytree.
 
-    The cache is any pytree.
+    A model that reads the prompts by `extend` also has `empty_cache(batch, slots)`, a cache for
+    rows of at most `slots` tokens, padding included. One that reads them with an encoder has
+    `read_prompts(input_ids, attention_mask, slots)`: the tokens with which the decoder begins,
+    their mask, and a cache for `slots` tokens.
     """
 
     def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
@@ -33,22 +36,6 @@ class CachedModel(Protocol):
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits `(batch, vocab)` of hidden states `(batch, d)`."""
-
-
-class DecoderOnly(CachedModel, Protocol):
-    """A model that reads the prompts by `extend`."""
-
-    def empty_cache(self, batch: int, slots: int) -> Any:
-        """A cache for `batch` rows of at most `slots` tokens, padding included."""
-
-
-class EncoderDecoder(CachedModel, Protocol):
-    """A model that reads the prompts with an encoder."""
-
-    def read_prompts(
-        self, input_ids: Array, attention_mask: Array, slots: int
-    ) -> tuple[Array, Array, Any]:
-        """The tokens with which the decoder begins, their mask, and a cache for `slots` tokens."""
 
 
 class Generated(NamedTuple):

@@ -3,8 +3,6 @@
 A tuned model has the shape of its base, so `-instruct`, `-it` and the like do not count.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Iterator
 from typing import Any

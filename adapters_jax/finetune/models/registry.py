@@ -1,7 +1,5 @@
 """The registry of families. A new family is a folder beside the others and a line here."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Flags are the fields of frozen dataclasses: as words of a line, as JSON values, and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 import types

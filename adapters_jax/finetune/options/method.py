@@ -54,14 +54,6 @@ def _published(name: str) -> Callable[..., Recipe]:
     return make
 
 
-def _full(*, head: str | None = None) -> Recipe:
-    return _published("full")()
-
-
-def _last_layers(layers: int = 2, **fields: Any) -> Recipe:
-    return _published("last_layers")(layers, **fields)
-
-
 def _llama_adapter(*, layer: str, num_layers: int, last: int | None = None, **fields: Any):
     """Prompts in all layers but the lowest two, as in the paper."""
     last = max(num_layers - 2, 1) if last is None else last
@@ -92,8 +84,16 @@ PRESETS = {
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
     "layer-norms": Preset(_published("layer_norms"), (), 2e-3),
-    "last-layers": Preset(_last_layers, ("layers",), 1e-4, head_learning_rate=1e-3, dropout=None),
-    "full": Preset(_full, (), 5e-5, head_learning_rate=1e-3, dropout=None),
+    "last-layers": Preset(
+        lambda layers=2, **fields: _published("last_layers")(layers, **fields),
+        ("layers",),
+        1e-4,
+        head_learning_rate=1e-3,
+        dropout=None,
+    ),
+    "full": Preset(
+        lambda head=None: _published("full")(), (), 5e-5, head_learning_rate=1e-3, dropout=None
+    ),
     HEAD_ONLY: Preset(_published("head_only"), (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
 if TYPE_CHECKING:

@@ -6,8 +6,6 @@ unpacked into a temporary directory in the cache, and one rename gives it the as
 half-written asset therefore never has that name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

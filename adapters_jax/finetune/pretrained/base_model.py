@@ -1,7 +1,5 @@
 """Loads a base model of any family, with its parameter names in PyTorch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -43,7 +41,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         pooling = config.pooling
     if classifier is not None and width is not None:
         model = classifier.build(config, width, pooling or "mean")
-        example = family.example(config)
+        example = family.inputs(config, 1, 1)
         head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
         head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
@@ -87,7 +85,7 @@ def described(
         classifies=classifies,
         pooling=pooling,
         model_type=model_type,
-        one_layer=classifier is not None and model_type in classifier.one_layer,
+        one_layer=classifier is not None and classifier.one_layer,
         **rest,
     )
 

@@ -176,11 +176,12 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     files = locate(name)
     opened = _gguf(files)
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
-    special, template = (
-        _special_tokens_of_gguf(opened)
-        if opened
-        else _special_tokens_of_directory(files, tokenizer)
-    )
+    if opened:
+        tokens = {ours: opened.token(role) for role, ours in _OF_GGUF.items()}
+        special = {ours: token for ours, token in tokens.items() if token}
+        template = opened.chat_template
+    else:
+        special, template = _of_directory(files, tokenizer)
     if tokenizer.token_to_id(special.get("eos_token", "")) is None:
         raise UserError(
             f"{str(files)!r} has no eos_token that its tokenizer knows, so no completion would "
@@ -198,18 +199,13 @@ def _gguf(files: Path) -> GGUF | None:
     return read_gguf(files)
 
 
-def _special_tokens_of_gguf(file: GGUF) -> tuple[dict[str, str], str | None]:
-    """Reads the special tokens by role, and the chat template, from a GGUF file."""
-    tokens = {ours: file.token(role) for role, ours in _OF_GGUF.items()}
-    return {ours: token for ours, token in tokens.items() if token}, file.chat_template
-
-
-def _special_tokens_of_directory(
+def _of_directory(
     directory: Path, tokenizer: tokenizers.Tokenizer
 ) -> tuple[dict[str, str], str | None]:
-    """Reads the same from `tokenizer_config.json` and `chat_template.jinja`.
+    """Reads special tokens by role, and the chat template.
 
-    Where the former has no eos_token, as GPT-2's, `config.json` has its id.
+    They are in `tokenizer_config.json` and `chat_template.jinja`. Where the former has no
+    eos_token, as GPT-2's, `config.json` has its id.
     """
     path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
     values = huggingface.read_json(path) if path.is_file() else {}

@@ -1,11 +1,9 @@
 """A pretrained encoder with its tokenizer, ready to adapt."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -66,11 +64,6 @@ class Encoder:
     head: Any = None
 
     @property
-    def features(self) -> int:
-        """The number of features that a head reads."""
-        return self.config.head_features
-
-    @property
     def example(self) -> Any:
         """The least input of the model."""
         shape = self.config.inputs(1, 1)
@@ -102,7 +95,7 @@ class Encoder:
         """
         if self.head is not None:
             return self.classifier(1), self.under(self.head)
-        width = self.features
+        width = self.config.head_features
         identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
         return self.classifier(width), self.under(identity)
 
@@ -110,7 +103,7 @@ class Encoder:
         """The parameters of the classifier: the encoder's and the head's."""
         return {self.architecture.base: self.params, HEAD: head}
 
-    def quantized(self, dtype: str) -> Encoder:
+    def quantized(self, dtype: str) -> Self:
         """The same encoder with quantised weights; see `adapters_jax.transforms.quantize`."""
         params, ids = self.init(1, jax.random.key(0)), self.example
         targets = ("**", f"!{HEAD}")

@@ -1,12 +1,10 @@
 """Writes the model card of an adapter or a run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from adapters_jax.auditing import audit
 from adapters_jax.files.model_card import model_card, table
@@ -45,7 +43,7 @@ class Source:
         """The names of the classes; empty if they are not known."""
         return (self.config or {}).get("target", {}).get("names", ())
 
-    def without_head(self) -> Source:
+    def without_head(self) -> Self:
         """Returns the adapter without the arrays of the task's head; its recipe is unchanged."""
         kept = {p: leaf for p, leaf in self.leaves.items() if not p.startswith(HEAD)}
         return dataclasses.replace(self, leaves=kept)

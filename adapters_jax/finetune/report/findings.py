@@ -4,8 +4,6 @@ The file holds the audit of what was trained, and the predictions on dev and tes
 where a part has more rows than fit, evenly spread ones are kept.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

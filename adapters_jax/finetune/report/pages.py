@@ -4,8 +4,6 @@ The templates in `templates/` escape every value. A value that a template needs 
 raises an error.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined

@@ -1,7 +1,5 @@
 """How to cite a run: BibTeX of the papers of its methods, and of this library."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources

@@ -4,8 +4,6 @@ matplotlib draws them in the colours of the light page. In a page, these colours
 of its style, so that the picture is readable in the dark as well.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import zlib
@@ -172,17 +170,16 @@ def curves(
         axes.set(ylabel="reward of preferred - of other")
         _legend_below(axes)
 
-    found = []
-    if losses:
-        alt = f"Training loss over the steps: {_ends(losses)}"
-        found.append(Picture(alt, draw_loss, "Training loss"))
-    if scores:
-        alt = f"{metric}{unit} on dev over the steps: {_ends(scores)}"
-        found.append(Picture(alt, draw_dev, in_picture(f"Dev {metric}")))
-    if margins:
-        alt = f"Mean reward margin over the steps: {_ends(margins)}"
-        found.append(Picture(alt, draw_margins, "Reward margin"))
-    return found
+    every = (
+        (losses, "Training loss", draw_loss, "Training loss"),
+        (scores, f"{metric}{unit} on dev", draw_dev, in_picture(f"Dev {metric}")),
+        (margins, "Mean reward margin", draw_margins, "Reward margin"),
+    )
+    return [
+        Picture(f"{what} over the steps: {_ends(points)}", draw, title)
+        for points, what, draw, title in every
+        if points
+    ]
 
 
 def _ends(points: Sequence[tuple[int, float]]) -> str:

@@ -1,7 +1,5 @@
 """Reports a finished run: a table of results, pictures, and an HTML page."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Fits a run into a time: measures its steps, and chooses how many epochs there are."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections import Counter

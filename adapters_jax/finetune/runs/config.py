@@ -1,7 +1,5 @@
 """Writes and reads a run's `config.json`, and compares the settings of two runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """The job of a run: trains a recipe, compares it with baselines, and reports the results."""
 
-from __future__ import annotations
-
 import errno
 import shlex
 import shutil
@@ -9,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 from filelock import FileLock
@@ -124,7 +122,7 @@ class Job:
         self.prepared.begin(self.run, self.console.progress)
         self._in_budget()._train_and_report(counts, interrupts)
 
-    def _in_budget(self) -> Job:
+    def _in_budget(self) -> Self:
         """The job with as many epochs as fit into the time that was asked for, if one was."""
         budget = self.options.budget
         if budget is None:

@@ -1,7 +1,5 @@
 """Reads and checks a run before its first step, then makes or locks its directory."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import fields, is_dataclass, replace

@@ -1,12 +1,11 @@
 """Handles Ctrl-C and SIGTERM: a training stops after the current step, and can be saved."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Self
 
 from adapters_jax.errors import UserError
 
@@ -38,7 +37,7 @@ class Interrupts:
         self._deferring = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self

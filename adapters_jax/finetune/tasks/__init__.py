@@ -32,8 +32,6 @@ has `open`. `tests/helpers/tagging.py` is a whole task without them.
   retrieval.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

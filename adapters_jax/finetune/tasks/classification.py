@@ -1,10 +1,8 @@
 """Classification: each text, or pair of texts, has one of a few labels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optax
@@ -54,7 +52,7 @@ class Classes(NamedReadout):
     constant_title = "majority class"
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> Classes:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """The classes of a training set."""
         return cls(train.label_names)
 

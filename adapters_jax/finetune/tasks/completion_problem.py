@@ -1,7 +1,5 @@
 """The problem of completions: rows as batches, the loss of their tokens, perplexity, matches."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

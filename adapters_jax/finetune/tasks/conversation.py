@@ -1,7 +1,5 @@
 """Conversation: a decoder learns the assistant's turns of conversations, by its chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar

@@ -9,8 +9,7 @@ model thought. What they write for a whole conversation is then not what the mod
 answers each turn, so each answer becomes a separate row, after the messages before it.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,6 @@ from adapters_jax.finetune.data.packing import Marked
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer
 
 Turns = Literal["assistant", "last", "all"]
-
-
-def _common(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Answer(NamedTuple):
@@ -159,7 +152,8 @@ class ChatEncoder:
             earlier = self.decoder.render(before, False, row.tools)[1]
             return Answer(text, marked[len(earlier) :])
         begun = self.decoder.render(before, True, row.tools)[0]
-        start = len(begun) if text.startswith(begun) else _common(text, begun)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, begun, strict=False))
+        start = len(begun) if text.startswith(begun) else sum(1 for _ in same)
         if start < len(begun):
             plain = self.decoder.render(before, False, row.tools)[0]
             if not text.startswith(plain):
@@ -180,11 +174,8 @@ class ChatEncoder:
     def _special(self) -> tuple[str, ...]:
         """The texts of special tokens."""
         added = self._tokenizer.get_added_tokens_decoder().values()
-        return (*(token.content for token in added if token.special), self._eos)
-
-    @property
-    def _eos(self) -> str:
-        return self.decoder.special_tokens["eos_token"]
+        special = (token.content for token in added if token.special)
+        return (*special, self.decoder.special_tokens["eos_token"])
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:

@@ -1,7 +1,5 @@
 """What tasks on a decoder share: the base with its adapters, the problem, and using a run."""
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

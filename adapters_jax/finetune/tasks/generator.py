@@ -1,7 +1,5 @@
 """A finished run that generates: completions of prompts, and replies in conversations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

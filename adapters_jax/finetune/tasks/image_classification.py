@@ -3,13 +3,11 @@
 Images are read with the preprocessing of the checkpoint, which has the size that its model reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +42,7 @@ class ImageClasses(Classes):
     max_length = 2**31  # every image has the tokens of the model
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> ImageClasses:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """The classes of a training set; raises MissingPackageError if augmenting needs dm-pix."""
         augment = setup.augment if setup else ()
         if augment:

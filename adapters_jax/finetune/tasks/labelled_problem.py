@@ -3,13 +3,11 @@
 Beside it the baseline of a trained head on a frozen base.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -26,12 +24,7 @@ from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
-from adapters_jax.finetune.tasks.base import (
-    Batch,
-    NotFiniteError,
-    Setup,
-    in_row_order,
-)
+from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Setup, in_row_order
 from adapters_jax.finetune.tasks.readout import Readout
 from adapters_jax.linen import Adapted
 from adapters_jax.presets import HEAD, head_only
@@ -103,12 +96,12 @@ class LabelledProblem:
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
-        return self._score(lambda batch: self._evaluate(state, batch), part, int(state.step))
+        return self._score(partial(self._evaluate, state), part, int(state.step))
 
     def score_params(self, params: Any, part: str) -> dict[str, float]:
         """The metrics of parameters that are not in training."""
-        reduced = jax.jit(self._reduced)  # `_evaluate` takes a `TrainState` alone
-        return self._score(lambda batch: reduced(params, batch), part, 0)
+        # `_evaluate` takes a `TrainState` alone.
+        return self._score(partial(jax.jit(self._reduced), params), part, 0)
 
     def _score(self, run: Callable[[Batch], Any], part: str, step: int) -> dict[str, float]:
         outputs, readout = self._fitted(run, part, step)
@@ -120,8 +113,7 @@ class LabelledProblem:
 
     def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
         """Each row of "dev" or "test" with its loss and its prediction, for the report."""
-        run = lambda batch: self._evaluate(state, batch)  # noqa: E731
-        outputs, readout = self._fitted(run, part, int(state.step))
+        outputs, readout = self._fitted(partial(self._evaluate, state), part, int(state.step))
         return readout.judged(self.rows[part], outputs, self.where.get(part))
 
     def _fitted(

@@ -6,12 +6,10 @@ become the mask token, one a random token, and one stays. Dev and test hide the 
 A checkpoint's own head stays frozen; where it has none, a new head trains.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +67,7 @@ class Vocabulary(NamedTuple):
     special: Int[np.ndarray, " tokens"]
 
     @classmethod
-    def of(cls, encoder: Encoder) -> Vocabulary:
+    def of(cls, encoder: Encoder) -> Self:
         """That of an encoder; raises UserError if its tokenizer has no mask token."""
         tokenizer = encoder.tokenizer
         added = tokenizer.get_added_tokens_decoder()
@@ -205,7 +203,7 @@ class MaskedTokens(Readout):
     width = 1
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> MaskedTokens:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """Needs nothing of a training set."""
         return cls()
 

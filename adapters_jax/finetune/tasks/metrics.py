@@ -3,8 +3,6 @@
 Every metric is defined for constant predictions; correlations are then 0.0.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import string

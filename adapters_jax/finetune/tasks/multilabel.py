@@ -1,11 +1,9 @@
 """Multi-label classification: each text has any number of labels, each decided by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import optax
@@ -67,7 +65,7 @@ class LabelSets(NamedReadout):
     least = 1
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> LabelSets:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """The labels of a training set."""
         names = sorted_names("the training rows", [n for labels in train.labels for n in labels])
         if not names:
@@ -91,7 +89,7 @@ class LabelSets(NamedReadout):
             for row in chosen
         ]
 
-    def fitted(self, metric: str, outputs: np.ndarray, labels: Any) -> LabelSets:
+    def fitted(self, metric: str, outputs: np.ndarray, labels: Any) -> Self:
         """The readout with the threshold that is best on dev; of equal ones, nearest to 0.5."""
         tried = [replace(self, threshold=float(at)) for at in THRESHOLDS]
         return max(

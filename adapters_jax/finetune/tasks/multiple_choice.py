@@ -3,12 +3,10 @@
 The model reads the text with each choice; the head gives each a score, and the best is the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import optax
@@ -62,7 +60,7 @@ class Choices(NamedReadout):
     width = 1
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> Choices:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """The numbers of the choices of a training set."""
         return cls(tuple(map(str, range(len(train.texts[0]) - 1))))
 

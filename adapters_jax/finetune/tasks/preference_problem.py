@@ -6,8 +6,6 @@ prompt with the completion of another row, whose prompt differs. It is chosen on
 reference's log-probabilities of it are computed once, too.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

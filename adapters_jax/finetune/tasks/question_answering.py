@@ -4,13 +4,11 @@ A long context is read in windows that overlap. The head scores each token as th
 last of the answer; the best of all windows is the answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +95,7 @@ class Spans(Readout):
     width = 2
 
     @classmethod
-    def of(cls, train: Questions, setup: Any = None) -> Spans:
+    def of(cls, train: Questions, setup: Any = None) -> Self:
         """Finds whether every question of a training set has an answer."""
         if not any(train.labels):
             raise DataError("no training question has an answer; there is nothing to learn")

@@ -1,7 +1,5 @@
 """What differs between tasks on an encoder with a head: what it reads, learns and predicts."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,11 +1,9 @@
 """Regression: each text, or pair of texts, has a number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +57,7 @@ class Numbers(Readout):
     width = 1
 
     @classmethod
-    def of(cls, train: Table, setup: Any = None) -> Numbers:
+    def of(cls, train: Table, setup: Any = None) -> Self:
         """The scale of a training set; raises DataError if all its labels are equal."""
         labels = train.labels.astype(np.float64)
         if not labels.std():
@@ -67,7 +65,7 @@ class Numbers(Readout):
         return cls(float(labels.mean()), float(labels.std()))
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Numbers:
+    def from_config(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_config` wrote; raises KeyError, TypeError or ValueError if it cannot."""
         found = cls(float(values["mean"]), float(values["std"]))
         if values["names"] or not (math.isfinite(found.mean) and 0 < found.std < math.inf):

@@ -4,13 +4,11 @@ With scores of pairs, the cosine learns the score. Without, each text learns to 
 partner than to the partners of the other rows of its batch.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +85,7 @@ class Embeddings(Readout):
     width = 0
 
     @classmethod
-    def of(cls, train: Pairs, setup: Any = None) -> Embeddings:
+    def of(cls, train: Pairs, setup: Any = None) -> Self:
         """The scale of a training set's scores, if it has scores."""
         if isinstance(train.labels[0], tuple):
             return cls(False)

@@ -160,16 +160,10 @@ class Tags(NamedReadout):
         if any(tag.startswith("B-") for tag in self.names):
             kinds = sorted({_kind(tag) for tag in {*self.names, *gold}} - {OUTSIDE})
             n, predicted, both = span_counts(found, right)
+            each = ((kind, n[kind], predicted[kind], both[kind]) for kind in kinds)
             rows = [
-                (
-                    kind,
-                    _share(both[kind], predicted[kind]),
-                    _share(both[kind], n[kind]),
-                    _share(2 * both[kind], n[kind] + predicted[kind]),
-                    n[kind],
-                    predicted[kind],
-                )
-                for kind in kinds
+                (kind, _share(b, p), _share(b, k), _share(2 * b, k + p), k, p)
+                for kind, k, p, b in each
             ]
             table = views.class_table("Entities", rows, f"{about} An entity counts as a whole.")
             gold, guess = [*map(_kind, gold)], [*map(_kind, guess)]

@@ -4,15 +4,15 @@
 and for each kind the report has one way to draw it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+
+from adapters_jax.errors import first_few
 
 WORST = 20  # rows with the highest loss on dev that are kept with their texts
 CUT = 300  # characters of a text that are kept
@@ -41,7 +41,7 @@ class Judged:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lengths: Mapping[str, Counter[int]], **rows: Sequence[dict[str, Any]]) -> Judged:
+    def of(cls, lengths: Mapping[str, Counter[int]], **rows: Sequence[dict[str, Any]]) -> Self:
         """Takes the worst rows of dev out of all rows, whose `words` are then left out.
 
         A number that overflowed becomes 1e30, and one that is undefined as well.
@@ -275,22 +275,17 @@ def absent_classes(judged: Judged, names: Sequence[str]) -> list[View]:
     found: list[View] = []
     for part in ("dev", "test"):
         there = {*judged.column(part, "gold")}
-        lacking = [name for name in names if name not in there]
+        lacking = [cut(name, NAMES) for name in names if name not in there]
         whole = len(judged.rows.get(part, ())) == judged.counts.get(part)
         if there and lacking and whole:
             what, it = ("class", "it") if len(lacking) == 1 else ("classes", "them")
             found.append(
                 Note(
-                    f"No row of {part} is of the {what} {_few(lacking)}, so the scores on {part} "
-                    f"say nothing about {it}."
+                    f"No row of {part} is of the {what} {first_few(lacking)}, so the scores on "
+                    f"{part} say nothing about {it}."
                 )
             )
     return found
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(cut(name, NAMES) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} others"
 
 
 def per_class(title: str, names: Sequence[str], right: Any, found: Any, about: str) -> Table:

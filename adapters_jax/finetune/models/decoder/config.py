@@ -14,10 +14,6 @@ from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "kv_heads", "head_width", "max_position_embeddings"),
-)
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
 _FLAGS: Mapping[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "both"),
@@ -149,7 +145,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         super().__post_init__()
         # The architectures are read now, since another package may have added one.
         self._check(vars(self), {"model_type": tuple(ARCHITECTURES), **_FLAGS})
-        for name in _SIZES:
+        for name in ("num_hidden_layers", "kv_heads", "head_width"):
             check_size("DecoderConfig", name, getattr(self, name))
         _check_given(vars(self))
         self._check_heads()

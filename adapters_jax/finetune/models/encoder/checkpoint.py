@@ -1,6 +1,6 @@
 """Loads encoders and their heads, and makes the records of their families."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,13 +139,13 @@ def encoder_family(
     name: str,
     config: type[EncoderConfig],
     names: NameTable,
-    prefixes: Mapping[str, str],
     known: Mapping[str, Any],
     *,
+    types: Sequence[str] = (),
     kind: Kind = "encoder",
     scans: bool = True,
     head: str = "classifier",
-    one_layer: tuple[str, ...] = (),
+    one_layer: bool = False,
     prediction: Prediction | None = None,
 ) -> Family:
     """Makes the record of an encoder's family.
@@ -154,7 +154,8 @@ def encoder_family(
         name: the family's name.
         config: the class of its configuration.
         names: the name table of the encoder.
-        prefixes, known, kind, scans: see `Family`.
+        known, kind, scans: see `Family`.
+        types: the values of `model_type` that it reads; by default those of the configuration.
         head: the name of the classifier's last layer in transformers.
         one_layer: see `Classifier`.
         prediction: the names of the head that predicts masked tokens; None if the family has none.
@@ -167,14 +168,17 @@ def encoder_family(
         build=build,
         load=partial(load_encoder, build, config, names),
         names=names,
-        prefixes=prefixes,
+        prefixes=dict.fromkeys(types or config.supported["model_type"], names.prefixes[0]),
         known=known,
         scans=scans,
     )
     record = Classifier(
         base=config.base,
         names=headed_names(config.base, names, Rule("head", head)),
-        build=_image_classifier if kind == "vision" else EncoderClassifier,
+        # The configuration of an encoder of images says what its head reads.
+        build=EncoderClassifier
+        if kind != "vision"
+        else lambda config, width, pooling, **more: ImageClassifier(config, width, **more),
         load=partial(load_pooled, family),
         one_layer=one_layer,
     )
@@ -188,14 +192,6 @@ def headed_names(base: str, names: NameTable, *head: Rule, **fields: Any) -> Nam
     own = (*(rule._replace(ours=f"{base}/{rule.ours}") for rule in names.parameters),)
     own += fields.pop("parameters", ())
     return replace(names, rules=rules, parameters=own, ignored=(), **fields)
-
-
-def _image_classifier(config: Any, width: int, pooling: str, **options: Any) -> ImageClassifier:
-    return ImageClassifier(config, width, **options)  # the configuration says what its head reads
-
-
-def _masked_model(config: Any, width: int, pooling: str, **options: Any) -> MaskedLanguageModel:
-    return MaskedLanguageModel(config, **options)
 
 
 def _masked(family: Family, theirs: Prediction) -> Classifier:
@@ -212,7 +208,7 @@ def _masked(family: Family, theirs: Prediction) -> Classifier:
     return Classifier(
         base=family.config.base,
         names=names,
-        build=_masked_model,
+        build=lambda config, width, pooling, **options: MaskedLanguageModel(config, **options),
         load=partial(load_pooled, family),
         read_head=partial(_read_head, names, theirs),
     )

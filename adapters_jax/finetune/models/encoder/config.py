@@ -84,7 +84,7 @@ class EncoderConfig(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"a width of {self.hidden_size} does not divide into {self.num_attention_heads} "
                 "attention heads."

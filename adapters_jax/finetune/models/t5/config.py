@@ -9,11 +9,9 @@ from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 
-MOST_LAYERS = 10_000
 MOST_BUCKETS = 1024
 CLASSES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
 GATED = "gated-"
-_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 # What an absent setting means for an mT5.
 _MT5: dict[str, Any] = {
     **{"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
@@ -97,24 +95,12 @@ class T5Config(huggingface.CheckpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _SIZES:
-            check_size("T5Config", name, getattr(self, name))
         check_size("T5Config", "num_decoder_layers", self.decoder_layers)
+        huggingface.check_layers("T5Config", self.decoder_layers, "num_decoder_layers")
         check_number("T5Config", "layer_norm_epsilon", self.layer_norm_epsilon, closed=True)
-        self._check_ranges()
-
-    def _check_ranges(self) -> None:
-        buckets, distance = (
-            self.relative_attention_num_buckets,
-            self.relative_attention_max_distance,
-        )
+        buckets = self.relative_attention_num_buckets
+        distance = self.relative_attention_max_distance
         wrong = []
-        for name, layers in (
-            ("num_layers", self.num_layers),
-            ("num_decoder_layers", self.decoder_layers),
-        ):
-            if layers > MOST_LAYERS:
-                wrong.append(f"{name}={layers}, expected at most {MOST_LAYERS}")
         if not 4 <= buckets <= MOST_BUCKETS:
             wrong.append(f"relative_attention_num_buckets={buckets}, expected 4 to {MOST_BUCKETS}")
         elif distance <= buckets // 2:

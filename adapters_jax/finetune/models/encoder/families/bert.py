@@ -133,7 +133,6 @@ BERT = encoder_family(
     "bert",
     BertConfig,
     NAMES,
-    {"bert": "bert."},
     {
         "bert-base": BERT_BASE,
         "bert-large": BERT_LARGE,
@@ -146,7 +145,8 @@ BERT = encoder_family(
             BERT_BASE, hidden_size=384, num_hidden_layers=6, intermediate_size=1536
         ),
     },
-    one_layer=("bert",),
+    types=("bert",),
+    one_layer=True,
     prediction=Prediction(
         dense="cls.predictions.transform.dense",
         norm="cls.predictions.transform.LayerNorm",
@@ -174,7 +174,6 @@ ROBERTA = encoder_family(
     "roberta",
     BertConfig,
     ROBERTA_NAMES,
-    dict.fromkeys(ROBERTA_TYPES, "roberta."),
     {
         "roberta-base": ROBERTA_BASE,
         "roberta-large": ROBERTA_LARGE,
@@ -187,6 +186,7 @@ ROBERTA = encoder_family(
         "distilbert/distilroberta-base": replace(ROBERTA_BASE, num_hidden_layers=6),
         "almanach/camembert-base": replace(ROBERTA_BASE, model_type="camembert", vocab_size=32005),
     },
+    types=ROBERTA_TYPES,
     head="classifier.out_proj",
     prediction=Prediction(
         dense="lm_head.dense",
@@ -237,7 +237,6 @@ ELECTRA = encoder_family(
     "electra",
     ElectraConfig,
     ELECTRA_NAMES,
-    {"electra": "electra."},
     {
         "electra-small": ELECTRA_SMALL,
         "electra-base": ELECTRA_BASE,
@@ -320,7 +319,6 @@ DISTILBERT = encoder_family(
     "distilbert",
     DistilBertConfig,
     DISTILBERT_NAMES,
-    {"distilbert": "distilbert."},
     {
         "distilbert-base": DISTILBERT_BASE,
         "distilbert/distilbert-base-uncased": DISTILBERT_BASE,

@@ -202,8 +202,7 @@ FAMILY = encoder_family(
     "deberta",
     DebertaConfig,
     NAMES,
-    {"deberta-v2": "deberta."},
     # The shapes of `config.json` in the repositories `microsoft/...` on huggingface.co.
     {**PUBLISHED, **{f"microsoft/{name}": shape for name, shape in PUBLISHED.items()}},
-    one_layer=("deberta-v2",),
+    one_layer=True,
 )

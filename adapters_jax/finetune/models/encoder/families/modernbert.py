@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, check_size
 from adapters_jax.files.names import HEADS, NameTable, Rule
 from adapters_jax.finetune.models.encoder.checkpoint import Prediction, encoder_family
 from adapters_jax.finetune.models.encoder.config import Dropouts, EncoderConfig
@@ -85,10 +85,8 @@ class ModernBertConfig(EncoderConfig):
                 f"a width of {self.hidden_size} in {self.num_attention_heads} heads gives them an "
                 "odd width, which rotary positions cannot divide into pairs; choose an even one"
             )
-        if self.global_attn_every_n_layers < 1:
-            raise UserError(
-                f"global_attn_every_n_layers={self.global_attn_every_n_layers}, expected at least 1"
-            )
+        every = self.global_attn_every_n_layers
+        check_size("ModernBertConfig", "global_attn_every_n_layers", every)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -178,7 +176,6 @@ FAMILY = encoder_family(
     "modernbert",
     ModernBertConfig,
     NAMES,
-    {"modernbert": "model."},
     # The shapes of `config.json` in the repositories of these names on huggingface.co.
     {
         "modernbert-base": MODERNBERT_BASE,

@@ -11,6 +11,7 @@ Reference:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +22,6 @@ from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.encoder.checkpoint import encoder_family
 from adapters_jax.finetune.models.encoder.config import EncoderConfig
 from adapters_jax.finetune.models.encoder.families.bert import LARGE
-from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.names import LINEN, of_layers
@@ -65,7 +65,7 @@ class VitConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size={self.image_size} does not divide into patches of {self.patch_size}"
             )
@@ -262,46 +262,38 @@ _SMALL: dict[str, Any] = {
     **{"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 }
 _VIT_BASE, _DINO_BASE, _CLIP_32 = VitConfig(), DinoConfig(), ClipConfig()
-
-
-def _family(name: str, names: NameTable, known: Mapping[str, VitConfig], *types: str) -> Family:
-    """The record of a family of image encoders; `types` are the values of `model_type`."""
-    prefixes = dict.fromkeys(types, names.prefixes[0])
-    config = type(next(iter(known.values())))
-    return encoder_family(name, config, names, prefixes, known, kind="vision", one_layer=types)
-
+_family = partial(encoder_family, kind="vision", one_layer=True)
 
 # The shapes of `config.json` in the repositories of these names on huggingface.co.
 FAMILIES = (
     _family(
         "vit",
+        VitConfig,
         VIT_NAMES,
         {
             "google/vit-base-patch16-224": _VIT_BASE,
             "google/vit-base-patch16-384": replace(_VIT_BASE, image_size=384),
             "google/vit-large-patch16-224": replace(_VIT_BASE, **LARGE),
         },
-        "vit",
     ),
     _family(
         "dinov2",
+        DinoConfig,
         DINO_NAMES,
         {
             "facebook/dinov2-small": replace(_DINO_BASE, **_SMALL),
             "facebook/dinov2-base": _DINO_BASE,
             "facebook/dinov2-large": replace(_DINO_BASE, **LARGE),
         },
-        "dinov2",
     ),
     _family(
         "clip",
+        ClipConfig,
         CLIP_NAMES,
         {
             "openai/clip-vit-base-patch32": _CLIP_32,
             "openai/clip-vit-base-patch16": replace(_CLIP_32, patch_size=16),
             "openai/clip-vit-large-patch14": replace(_CLIP_32, patch_size=14, **LARGE),
         },
-        "clip",
-        "clip_vision_model",
     ),
 )
