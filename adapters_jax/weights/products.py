@@ -100,21 +100,17 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
 _jitted_product = jax.jit(_product, static_argnums=3, inline=True)
 
 
-@jax.custom_jvp
 def _stored_once(y: Array) -> Array:
     """A sum of products that a gradient reads again as one array.
 
     XLA's CPU compiler would store both products for the gradient and add them in each reader.
     jaxlib 0.10 drops the barrier.
     """
-    return y
-
-
-@_stored_once.defjvp
-def _stored_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Not in a rule of `jax.custom_jvp`: within jit and vmap, jax then takes the result's axes for
+    # those of the function without the rule, and the platforms' branches have them in another order.
     barrier = jax.lax.optimization_barrier
-    y = jax.lax.platform_dependent(*primals, cpu=barrier, default=lambda y: y)
-    return checkpoint_name(y, ADAPTED_PRODUCT), *tangents
+    y = jax.lax.platform_dependent(y, cpu=barrier, default=lambda y: y)
+    return checkpoint_name(y, ADAPTED_PRODUCT)
 
 
 def _unchanged(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:
