@@ -106,8 +106,8 @@ def _stored_once(y: Array) -> Array:
     XLA's CPU compiler would store both products for the gradient and add them in each reader.
     jaxlib 0.10 drops the barrier.
     """
-    # Not in a rule of `jax.custom_jvp`: within jit and vmap, jax then takes the result's axes for
-    # those of the function without the rule, and the platforms' branches have them in another order.
+    # Not in a rule of `jax.custom_jvp` for gradients alone: within jit and vmap, jax takes the
+    # order of the result's axes from the function without the rule, and branches have another.
     barrier = jax.lax.optimization_barrier
     y = jax.lax.platform_dependent(y, cpu=barrier, default=lambda y: y)
     return checkpoint_name(y, ADAPTED_PRODUCT)
