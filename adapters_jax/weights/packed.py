@@ -19,9 +19,9 @@ from adapters_jax.weights.factors import Factor, beside, cast, contracted
 from adapters_jax.weights.quantized import Quantized, numbers_of, waiting
 
 _BLOCK = 1000  # axis i of a weight has the number i, and that of its blocks _BLOCK + i
-# What a product by blocks takes: so many numbers of a block, since fewer would leave a unit for
-# products idle, and more than so many outputs for each row of the input, as heads have. A TPU's
-# compiler turns the input and its gradient around for it, which moves more than a narrower weight.
+# A product by blocks needs blocks of at least NARROWEST numbers, since shorter ones leave a matrix
+# unit idle, and more than OUTPUTS outputs a row of the input, as heads have: a TPU's compiler
+# transposes the input and its gradient for it, which moves more bytes than a narrower weight has.
 NARROWEST, OUTPUTS = 16, 16
 
 
