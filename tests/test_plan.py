@@ -75,8 +75,9 @@ def test_bytes_and_counts_are_those_of_arithmetic():
 def test_activations_grow_with_the_batch_and_parts_share_memory():
     small, large = planned(aj.LoRA("*", RANK), 512), planned(aj.LoRA("*", RANK), 4096)
     per_row = (large.activations - small.activations) / (4096 - 512)
-    # At least the three layers' outputs, which tanh's derivative needs; not many times as much.
-    assert 3 * 4 * WIDTH <= per_row <= 12 * 4 * WIDTH, per_row
+    # At least two layers' outputs, which tanh's derivative needs; not many times as much. That of
+    # the third is needed at once, when the others are no longer.
+    assert 2 * 4 * WIDTH <= per_row <= 12 * 4 * WIDTH, per_row
     parts = planned(aj.LoRA("*", RANK), 4096, accumulate=8)
     assert parts.activations < large.activations / 2
     assert parts.base == large.base
