@@ -15,7 +15,13 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.finetune.models import KNOWN
-from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_decoder, save_decoder
+from adapters_jax.finetune.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    layers,
+    load_decoder,
+    save_decoder,
+)
 from adapters_jax.finetune.models.parts.rotary import RopeScaling, rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
@@ -239,6 +245,34 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
 def test_parameters_load_in_the_dtype_asked_for():
     _, model = load_decoder(FIXTURE, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in leaves(model).values()} == {jnp.dtype("bfloat16")}
+
+
+def feed_forward_gradient(scan, dropout=0.0):
+    """The gradient of adapters on all of a feed-forward, whose factors are drawn."""
+    recipe = aj.LoRA("**/mlp/*", 2, dropout=dropout)
+    ids = jnp.arange(6).reshape(2, 3)
+    model = aj.adapt(build(scan=scan), recipe, rngs=nnx.Rngs(1), example_inputs=(ids,))
+    state, rng = nnx.state(model, aj.nnx.AdapterParam), np.random.default_rng(0)
+    nnx.update(model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)) / 4, state))
+    loss = lambda model: jnp.square(model(ids)).mean()  # noqa: E731
+    return nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, aj.nnx.AdapterParam)))(model)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
+def test_an_activation_that_is_computed_again_changes_no_gradient(scan, monkeypatch):
+    again = feed_forward_gradient(scan)
+    monkeypatch.setattr(layers, "recomputed", lambda run, last, *inputs: run(*inputs))
+    stored = feed_forward_gradient(scan)
+    assert all(jnp.abs(x).max() > 1e-4 for x in jax.tree.leaves(stored))
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, again, stored)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
+def test_an_adapter_with_dropout_draws_where_activations_are_computed_again(scan):
+    found, without = feed_forward_gradient(scan, 0.5), feed_forward_gradient(scan)
+    apart = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), found, without)
+    assert all(x > 1e-4 for x in jax.tree.leaves(apart))
 
 
 def test_remat_changes_neither_values_nor_gradients():
