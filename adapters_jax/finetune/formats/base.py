@@ -23,6 +23,7 @@ MASKED = "masked tokens"  # what the head of a masked language model reads
 _FREE = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
 _SIZES = ("bottleneck_dim", "reduction_factor")
 _BEFORE = ", which matters only before training"
+Kind = Literal["encoder", "decoder", "encoder-decoder", "vision", "speech"]
 HEAD = "head/"  # the paths of a head's leaves begin with it
 
 
@@ -33,7 +34,7 @@ class BaseModel:
     Attributes:
         name: a directory or id, as the user, the run or the file names it.
         kind: "encoder", "decoder" for a model that continues texts, "encoder-decoder" for one that
-            answers them, or "vision".
+            answers them, "vision", or "speech".
         names: maps its modules to PyTorch's names.
         prefix: begins PyTorch's module names in the class that has a head as well.
         params: a tree of parameters, or an NNX model.
@@ -47,7 +48,7 @@ class BaseModel:
     """
 
     name: str
-    kind: Literal["encoder", "decoder", "encoder-decoder", "vision"]
+    kind: Kind
     names: NameTable
     prefix: str
     params: Any

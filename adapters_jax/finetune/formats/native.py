@@ -23,7 +23,11 @@ from adapters_jax.finetune.formats.base import (
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
 
-_LOADERS = {"decoder": ("decoder", "load_decoder"), "encoder-decoder": ("t5", "load_t5")}
+_LOADERS = {
+    "decoder": ("decoder", "load_decoder"),
+    "encoder-decoder": ("t5", "load_t5"),
+    "speech": ("whisper", "load_whisper"),
+}
 
 
 class Native(AdapterFormat):

@@ -29,9 +29,8 @@ _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
-    "IMAGE": "AutoModelForImageClassification",
-    "MASKED": "AutoModelForMaskedLM",
 }
+_UNNAMED = {"vision": "AutoModelForImageClassification", "speech": "AutoModelForSpeechSeq2Seq"}
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 
@@ -96,8 +95,9 @@ class Peft(AdapterFormat):
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads with the model class of the task."""
-        unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
-        kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
+        unnamed = _UNNAMED.get(base.kind, "AutoModelForMaskedLM")
+        task = _task(base, leaves)
+        kind = _CLASSES.get(task, "AutoModel") if task else unnamed
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
@@ -108,9 +108,11 @@ class Peft(AdapterFormat):
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
     """PEFT's name of the task, which decides the class of the model.
 
-    It has none for labels of images and for masked language models.
+    It has none for labels of images, for masked language models and for speech.
     """
     if base.pooling == MASKED or (base.kind == "vision" and has_head(leaves)):
+        return None
+    if base.kind == "speech":
         return None
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.models import decoder, encoder, t5
+from adapters_jax.finetune.models import decoder, encoder, t5, whisper
 from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
         *encoder.FAMILIES,
         *decoder.FAMILIES,
         *t5.FAMILIES,
+        *whisper.FAMILIES,
     )
 }
 

@@ -282,6 +282,11 @@ None); choose another model_type.
         return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 
     @property
+    def has_key_bias(self) -> bool:
+        """Whether the key projection of the attention has a bias."""
+        return self.attention_bias
+
+    @property
     def has_output_bias(self) -> bool:
         """Whether the output projection of the attention has a bias."""
         own = self.attention_output_bias

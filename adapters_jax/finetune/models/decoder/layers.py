@@ -142,7 +142,7 @@ class DecoderAttention(nnx.Module):
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
         biased = config.attention_bias
         self.query = parts.linear(width, heads, biased, factor=config.query_init)
-        self.key = parts.linear(width, kv_heads, biased)
+        self.key = parts.linear(width, kv_heads, config.has_key_bias)
         self.value = parts.linear(width, kv_heads, biased)
         self.output = parts.linear(heads, width, config.has_output_bias)
         self.qk_norm = config.qk_norm

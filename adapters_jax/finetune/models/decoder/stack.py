@@ -1,4 +1,4 @@
-"""The blocks of an encoder, and of a decoder that attends to what an encoder has read (flax.nnx)."""
+"""The blocks of an encoder, and those of a decoder that attends to one (flax.nnx)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
