@@ -14,6 +14,7 @@ from adapters_jax.finetune.models.decoder.layers import (
     Hidden,
     Parts,
     Seen,
+    empty_cache,
     extend_layers,
 )
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, make_nnx, run_nnx
@@ -24,15 +25,13 @@ class CrossCache(NamedTuple):
     """What a decoder behind an encoder has read.
 
     Attributes:
-        own: the keys and values of its tokens.
-        keys: those of the encoder's hidden states, for each layer; one array if they are scanned.
-        values: likewise.
+        own: what it keeps of its tokens.
+        source: keys and values of the encoder's hidden states, in the form of `own.layers`.
         seen: the mask of these hidden states; None sees all.
     """
 
     own: Cache
-    keys: Any
-    values: Any
+    source: Any
     seen: Bool[Array, "batch 1 1 source"] | None
 
     def reserve(
@@ -45,10 +44,9 @@ class CrossCache(NamedTuple):
     def row_axes(self) -> "CrossCache":
         """The axis of the rows of each array; see `Cache.row_axes`."""
         own = self.own.row_axes()
-        axis = jax.tree.leaves(own.keys)[0]
-        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
+        axis = jax.tree.leaves(own.layers)[0]
         seen: Any = None if self.seen is None else 0
-        return CrossCache(own, keys, values, seen)
+        return CrossCache(own, jax.tree.map(lambda _: axis, self.source), seen)
 
 
 class Stack(nnx.Module):
@@ -72,7 +70,7 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         own = parts(rngs)
-        self.config, self.remat, self.scan = own.config, remat, scan
+        self.config, self.remat = own.config, remat
         self.kinds = (0,) * length  # all blocks are of one kind
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs), crosses), length, scan, rngs)
         self.norm = own.norm(own.config.hidden_size)
@@ -91,13 +89,13 @@ class Stack(nnx.Module):
         """The biases of the scores of queries and keys at these positions; None has none."""
         return None
 
-    def read(self, source: Hidden) -> tuple[Any, Any]:
-        """The keys and values of every cross-attention, in the form of a cache's."""
+    def read(self, source: Hidden) -> Any:
+        """The keys and values of every cross-attention, in the form of a cache's layers."""
 
-        def step(x: Array, layer: Any, _: Any) -> tuple[Array, ...]:
-            return x, *layer.cross_attention.read(x)
+        def step(x: Array, layer: Any, _: Any) -> tuple[Array, Any]:
+            return x, layer.cross_attention.read(x)
 
-        return extend_nnx(step, self.layers, source, [None], self.kinds)[1:]
+        return extend_nnx(step, self.layers, source, [None], self.kinds)[1]
 
     def empty_cache(
         self, source: Hidden, seen: Bool[Array, "batch 1 1 source"] | None, slots: int
@@ -109,10 +107,8 @@ class Stack(nnx.Module):
             seen: their mask; None sees all.
             slots: the largest number of tokens.
         """
-        heads, width = self.config.kv_heads, self.config.head_width
-        sizes = len(self.kinds), len(source), slots, heads, width
-        own = Cache.empty(*sizes, source.dtype, stacked=self.scan)
-        return CrossCache(own, *self.read(source), seen)
+        own = empty_cache(self.layers, len(self.kinds), len(source), slots, source.dtype)
+        return CrossCache(own, self.read(source), seen)
 
     def extend(
         self,
@@ -129,6 +125,5 @@ class Stack(nnx.Module):
         """
         own = cache.own
         context = Context(mask, bias=self.bias(positions, own.positions), seen=cache.seen)
-        pairs = cache.keys, cache.values
-        x, own = extend_layers(self.layers, x, [context], self.kinds, own, *pairs)
+        x, own = extend_layers(self.layers, x, [context], self.kinds, own, cache.source)
         return self.norm(x), cache._replace(own=own)
