@@ -16,6 +16,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.whisper import (
+    NAMES,
     Whisper,
     WhisperConfig,
     load_whisper,
@@ -189,3 +190,20 @@ def test_lora_trains_and_merges(scan, expected):
 def test_new_weights_are_finite():
     model = Whisper(CONFIG, rngs=nnx.Rngs(0))
     assert np.isfinite(model(jnp.ones((1, 6, 20)))).all()
+
+
+def test_stacks_of_unequal_lengths_are_unrolled_and_stacked_again(expected):
+    _, model = load_whisper(FIXTURE, scan=True)
+    recipe = aj.lora(2, targets="**/attention/query")
+    example = expected["features"], expected["decoder_input_ids"]
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=example)
+    adapters = nnx.to_pure_dict(nnx.state(adapted, aj.nnx.AdapterParam))
+    one, flat = aj.unstack_layers((recipe, adapters), NAMES)
+    assert [len(flat[stack]["layers"]) for stack in ("encoder", "decoder")] == [3, 2]
+    np.testing.assert_array_equal(
+        flat["encoder"]["layers"]["2"]["attention"]["query"]["lora"]["a"],
+        adapters["encoder"]["layers"]["attention"]["query"]["lora"]["a"][2],
+    )
+    again, same = aj.stack_layers((one, flat), NAMES)
+    assert again == recipe
+    jax.tree.map(np.testing.assert_array_equal, same, adapters)

@@ -48,8 +48,8 @@ class ModuleMap:
         prefixes: prefixes that their names may have.
         fan_in_fan_out: whether their linear weights are `(in, out)`.
         tied: their output layer and their embedding where these are one weight; else None.
-        scanned: the number of layers that the base scans, 0 if it unrolls them. Paths are always
-            those of unrolled layers.
+        scanned: the number of layers that the base scans, by `Stack.place`; nothing if it unrolls
+            them. Paths are always those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
         heads: their modules beside the base, whose names have no prefix.
@@ -63,7 +63,7 @@ class ModuleMap:
     prefixes: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     tied: tuple[str, str] | None = None
-    scanned: int = 0
+    scanned: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
@@ -117,7 +117,7 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
     stack = names.stack if isinstance(names, NameTable) else None
-    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
+    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else {}
     if stack and scanned:
         leaves = split(leaves, stack, _row)
     by_path: dict[str, dict[str, Any]] = own_leaves(leaves)

@@ -52,7 +52,6 @@ FAMILIES = (
         prefixes={"whisper": "model."},
         known=KNOWN,
         layer="**/layers/{}",
-        generates=True,
     ),
 )
 

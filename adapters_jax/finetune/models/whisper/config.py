@@ -117,6 +117,21 @@ class WhisperConfig(huggingface.CheckpointConfig):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        d, norm = self.d_model, 2 * self.d_model
+        attention = 4 * d * d + 3 * d + norm  # each sublayer with its norm
+        encoder, decoder = (
+            2 * d * inner + inner + d + norm
+            for inner in (self.encoder_ffn_dim, self.decoder_ffn_dim)
+        )
+        convolutions = 3 * (self.num_mel_bins + d) * d + 2 * d
+        positions = (self.max_source_positions + self.max_target_positions) * d
+        layers = self.encoder_layers * (attention + encoder)
+        layers += self.decoder_layers * (2 * attention + decoder)
+        return self.vocab_size * d + positions + convolutions + 2 * norm + layers
+
+    @property
     def encoder(self) -> DecoderConfig:
         """What the blocks of the encoder read."""
         return self._stack("encoder", self.max_source_positions)
