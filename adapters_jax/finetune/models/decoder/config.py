@@ -67,6 +67,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         sliding_window: the number of tokens that a token sees in sliding attention.
         layer_types: `full_attention` or `sliding_attention` for each layer; None slides in all
             layers if there is a window.
+        head_axis: whether the weights of query, key and value have an axis of heads, as where a
+            checkpoint fuses the three head by head.
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
@@ -123,6 +125,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     no_rope_layers: tuple[int, ...] | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    head_axis: bool = False
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
@@ -207,6 +210,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
                 f"parallel={self.parallel!r} with norm_placement={self.norm_placement!r}, expected "
                 "'pre': both sublayers read norms of the layer's input."
             )
+        if self.head_axis and self.qk_norm == "projection":
+            raise UserError("head_axis=True with qk_norm='projection', expected None or 'head'.")
         if self.head_bias and self.tie_word_embeddings:
             raise UserError("head_bias=True, expected False: the tied embedding has no bias.")
 

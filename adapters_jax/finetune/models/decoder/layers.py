@@ -118,6 +118,16 @@ class Parts:
         init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
+    def to_heads(self, heads: int, factor: float = 1.0) -> nnx.Linear | nnx.LinearGeneral:
+        """A projection of hidden states to heads, which have an axis where the configuration says."""
+        c = self.config
+        width, biased = c.hidden_size, c.attention_bias
+        if not c.head_axis:
+            return self.linear(width, heads * c.head_width, biased, factor)
+        init = nnx.initializers.normal(c.deviation(width) * factor)
+        more = {"use_bias": biased, "kernel_init": init, **self.rest}
+        return nnx.LinearGeneral(width, (heads, c.head_width), **more)
+
     def norm(self, width: int) -> Norm:
         """A norm of this width."""
         c = self.config
@@ -141,11 +151,11 @@ class DecoderAttention(nnx.Module):
         config = parts.config
         width, self.head_dim = config.hidden_size, config.head_width
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
-        biased = config.attention_bias
-        self.query = parts.linear(width, heads, biased, factor=config.query_init)
-        self.key = parts.linear(width, kv_heads, biased)
-        self.value = parts.linear(width, kv_heads, biased)
+        self.query = parts.to_heads(config.num_attention_heads, config.query_init)
+        self.key = parts.to_heads(config.kv_heads)
+        self.value = parts.to_heads(config.kv_heads)
         self.output = parts.linear(heads, width, config.has_output_bias)
+        self.head_axis = config.head_axis
         self.qk_norm, self.rotary_interleaved = config.qk_norm, config.rotary_interleaved
         if self.qk_norm:
             by_head = self.qk_norm == "head"
@@ -197,14 +207,17 @@ class DecoderAttention(nnx.Module):
     def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
         key = self._turned("key", source, rotation)
-        return key, split_heads(self.value(source), self.head_dim)
+        return key, self._split(self.value(source))
+
+    def _split(self, y: Array) -> Heads:
+        return y if self.head_axis else split_heads(y, self.head_dim)
 
     def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
         y = getattr(self, name)(x)
         if self.qk_norm == "projection":
             y = getattr(self, f"{name}_norm")(y)
-        y = split_heads(y, self.head_dim)
+        y = self._split(y)
         if self.qk_norm == "head":
             y = getattr(self, f"{name}_norm")(y)
         return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
@@ -286,7 +299,9 @@ class DecoderLayer(nnx.Module):
         read = self._read("attention", x)
         y = self._add("attention", x, read, mask, rotation, bias, cache=cache)
         if self.crosses:
-            y = self._add("cross_attention", y, self._read("cross_attention", y), seen, source=source)
+            y = self._add(
+                "cross_attention", y, self._read("cross_attention", y), seen, source=source
+            )
         if self.parallel != "shared":
             read = self._read("mlp", x if self.parallel else y)
         return self._add("mlp", y, read)
