@@ -57,6 +57,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         max_position_embeddings: the length that the model was made for; see `longest`.
         learned_positions: whether positions have embeddings, which are added to those of tokens,
             instead of rotations.
+        alibi: whether scores fall with the distance of the key, by a slope of the head, instead of
+            rotations.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
         rotary_interleaved: whether a rotated pair is of neighbouring features, not of two halves.
@@ -80,6 +82,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         norm_type: "rms", or "layer" for layer norms.
         norm_bias: whether layer norms have biases.
         norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
+        embedding_norm: whether a norm follows the embeddings.
         embedding_multiplier: the factor of the embeddings.
         attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
         residual_multiplier: the factor of the output of each sublayer.
@@ -118,6 +121,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     model_type: str = "llama"
     max_position_embeddings: int = 2048
     learned_positions: bool = False
+    alibi: bool = False
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     rotary_interleaved: bool = False
@@ -136,6 +140,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     norm_type: str = "rms"
     norm_bias: bool = True
     norm_offset: float = 0.0
+    embedding_norm: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
@@ -179,7 +184,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
-        if self.learned_positions:
+        if not self.rotates:
             return
         for name in ("rope_theta", "rope_local_base_freq"):
             if getattr(self, name) is not None:
@@ -212,6 +217,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
             )
         if self.head_axis and self.qk_norm == "projection":
             raise UserError("head_axis=True with qk_norm='projection', expected None or 'head'.")
+        if self.alibi and self.learned_positions:
+            raise UserError("alibi=True with learned_positions=True, expected one of them.")
         if self.head_bias and self.tie_word_embeddings:
             raise UserError("head_bias=True, expected False: the tied embedding has no bias.")
 
@@ -290,7 +297,7 @@ None); choose another model_type.
         width, norm = self.hidden_size, 1 + (self.norm_type == "layer" and self.norm_bias)
         tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
         positions = self.max_position_embeddings * self.learned_positions
-        norms = 1 + self.num_layers * self._norms
+        norms = 1 + self.embedding_norm + self.num_layers * self._norms
         each = self._attention_parameters(norm) + self._mlp_parameters()
         biases = self.vocab_size * self.head_bias
         return (tokens + positions + norms * norm) * width + self.num_layers * each + biases
@@ -334,6 +341,11 @@ None); choose another model_type.
         return max(most, int(original * scaling.factor))
 
     @property
+    def rotates(self) -> bool:
+        """Whether positions are rotations, at least in some layers."""
+        return not (self.learned_positions or self.alibi)
+
+    @property
     def rotated(self) -> int:
         """The number of a head's features that are rotated."""
         return int(self.head_width * self.partial_rotary_factor)
@@ -351,7 +363,7 @@ None); choose another model_type.
 
     def _kind(self, slides: bool, rotates: bool) -> LayerKind:
         window = self.sliding_window if slides else None
-        if not rotates or self.learned_positions:
+        if not rotates or not self.rotates:
             return LayerKind(window, None, None)
         if slides and self.rope_local_base_freq is not None:
             return LayerKind(window, self.rope_local_base_freq, None)

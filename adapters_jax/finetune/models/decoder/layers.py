@@ -16,6 +16,7 @@ from adapters_jax.finetune.models.decoder.experts import DecoderMixture
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
 from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
+from adapters_jax.finetune.models.parts.relative import Places, alibi
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
 from adapters_jax.trace.masks import Mask
 from adapters_jax.trace.registry import register_attention
@@ -33,14 +34,14 @@ class Context(NamedTuple):
     Attributes:
         mask: the keys that each query sees; None sees all.
         rotation: the rotation of queries and keys by their positions.
-        bias: added to the scores of the self-attention.
+        bias: added to the scores of the self-attention; or the positions of ALiBi.
         source: what the cross-attention attends to, or its keys and values from `read`.
         seen: the mask of these.
     """
 
     mask: Seen | None = None
     rotation: Rotation | None = None
-    bias: Float[Array, "#batch heads length keys"] | None = None
+    bias: Float[Array, "#batch heads length keys"] | Places | None = None
     source: Source | None = None
     seen: Seen | None = None
 
@@ -119,7 +120,7 @@ class Parts:
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
     def to_heads(self, heads: int, factor: float = 1.0) -> nnx.Linear | nnx.LinearGeneral:
-        """A projection of hidden states to heads, which have an axis where the configuration says."""
+        """A projection of hidden states to heads, which have an axis if the configuration says so."""
         c = self.config
         width, biased = c.hidden_size, c.attention_bias
         if not c.head_axis:
@@ -173,7 +174,7 @@ class DecoderAttention(nnx.Module):
         x: Hidden,
         mask: Seen | None,
         rotation: Rotation | None = None,
-        bias: Array | None = None,
+        bias: Array | Places | None = None,
         source: Source | None = None,
         cache: LayerCache | None = None,
     ) -> Hidden:
@@ -189,6 +190,8 @@ class DecoderAttention(nnx.Module):
         source = x if source is None else source
         pair = source if isinstance(source, tuple) else self.read(source, rotation)
         key, value = pair if cache is None else cache.extend(*pair)
+        if isinstance(bias, Places):  # formed here, where XLA adds it to the scores and keeps none
+            bias = alibi(bias, query.shape[-2])
         more = {"bias": bias, "softcap": self.softcap}
         mixed = self.attention_fn(
             query if self.scale == 1.0 else query * self.scale,

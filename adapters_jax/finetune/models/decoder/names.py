@@ -1,6 +1,7 @@
 """The names that checkpoints of decoders have for our modules."""
 
 from dataclasses import replace
+from typing import Any
 
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
@@ -54,6 +55,15 @@ NAMES = NameTable(
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))
 NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS, *NORMS_BEFORE))
+
+
+def fused_by_head(name: str) -> dict[str, Any]:
+    """The names of query, key and value for `of_layers`, if `name` fuses them head by head."""
+    parts = enumerate(("query", "key", "value"))
+    return {f"attention__{part}": (name, i, 3, True) for i, part in parts}
+
+
+MLP_NEOX = {"mlp__up": "mlp.dense_h_to_4h", "mlp__output": "mlp.dense_4h_to_h"}
 
 
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:

@@ -23,9 +23,8 @@ def of_layers(stack: Stack, block: str, /, **names: Theirs) -> tuple[Rule, ...]:
             its name, the index of our part, the number of parts, and True where it fuses by head.
 
     Example:
-        >>> of_layers(NNX, "h", attention__query=("attn.c_attn", 0, 3))
-        (Rule(ours='layers/(\\d+)/attention/query', theirs='h.\\1.attn.c_attn', part=(0, 3), \
-by_head=False),)
+        >>> of_layers(NNX, "h", attention__query=("attn.c_attn", 0, 3))[0][:3]
+        ('layers/(\\d+)/attention/query', 'h.\\1.attn.c_attn', (0, 3))
     """
     layer = re.escape(stack.unrolled).replace(r"\{\}", r"(\d+)")
     rules = []

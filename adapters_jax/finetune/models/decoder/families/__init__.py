@@ -2,6 +2,7 @@
 
 from adapters_jax.finetune.models.decoder.architecture import Architecture
 from adapters_jax.finetune.models.decoder.families import (
+    bloom,
     cohere,
     experts,
     gemma,
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         cohere.COHERE2,
         starcoder.STARCODER2,
         neox.GPT_NEOX,
+        bloom.BLOOM,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         experts.OLMOE,

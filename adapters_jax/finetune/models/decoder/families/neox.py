@@ -11,7 +11,12 @@ from typing import Any
 
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
-from adapters_jax.finetune.models.decoder.names import LAYERS, NORMS_BEFORE
+from adapters_jax.finetune.models.decoder.names import (
+    LAYERS,
+    MLP_NEOX,
+    NORMS_BEFORE,
+    fused_by_head,
+)
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
 NAMES = NameTable(
@@ -21,17 +26,14 @@ NAMES = NameTable(
         Rule("head", "embed_out"),
         *of_layers(
             *LAYERS,
-            attention__query=("attention.query_key_value", 0, 3, True),
-            attention__key=("attention.query_key_value", 1, 3, True),
-            attention__value=("attention.query_key_value", 2, 3, True),
+            **fused_by_head("attention.query_key_value"),
             attention__output="attention.dense",
-            mlp__up="mlp.dense_h_to_4h",
-            mlp__output="mlp.dense_4h_to_h",
+            **MLP_NEOX,
         ),
         *NORMS_BEFORE,
     ),
     prefixes=("gpt_neox.",),
-    # Buffers of older files: the causal mask and rotary tables.
+    # Buffers of older files, the causal mask and rotary tables; a head that repeats the embeddings.
     ignored=(
         r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
         r"embed_out\.weight",
