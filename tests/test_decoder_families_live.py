@@ -37,6 +37,7 @@ TARGETS = {
     **dict.fromkeys(("glm", "glm4"), ("k_proj", "gate_up_proj", "down_proj")),
     "phi": ("k_proj", "fc1", "fc2"),
     "starcoder2": ("k_proj", "c_fc", "mlp.c_proj"),
+    "opt": ("k_proj", "fc1", "fc2"),
     **dict.fromkeys(("gpt_neox", "bloom"), ("query_key_value", "dense_h_to_4h", "dense_4h_to_h")),
 }
 EVERY = sorted(ARCHITECTURES)

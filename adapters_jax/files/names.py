@@ -111,8 +111,8 @@ class NameTable:
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
-        >>> table.source("layer_3/query/kernel")
-        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False, by_head=False)
+        >>> table.source("layer_3/query/kernel")[:2]
+        ('layer.3.self.q.weight', True)
     """
 
     rules: tuple[Rule, ...]

@@ -16,7 +16,7 @@ from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
 _FLAGS: Mapping[str, tuple[Any, ...]] = {
-    "norm_placement": ("pre", "post", "both"),
+    "norm_placement": ("pre", "post", "both", "sum"),
     "norm_type": ("rms", "layer"),
     "qk_norm": (None, "head", "projection"),
     "parallel": (None, "shared", "own"),
@@ -28,6 +28,7 @@ _DERIVED = {
 # The settings from which others are computed.
 _COUNTS = {
     *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
+    "embedding_size",
     *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
 }
 _NUMBERS = {  # whether they may be 0
@@ -57,6 +58,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         max_position_embeddings: the length that the model was made for; see `longest`.
         learned_positions: whether positions have embeddings, which are added to those of tokens,
             instead of rotations.
+        position_offset: the number of these embeddings before that of the first token.
         alibi: whether scores fall with the distance of the key, by a slope of the head, instead of
             rotations.
         rope_scaling: how the rotary frequencies are scaled.
@@ -78,10 +80,13 @@ class DecoderConfig(huggingface.CheckpointConfig):
         parallel: whether the feed-forward reads what the attention reads, not the sum after it:
             through a "shared" norm, or each through its "own".
         qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
-        norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both".
+        norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both";
+            or "sum" of its residual sum, and then no norm follows the last layer.
         norm_type: "rms", or "layer" for layer norms.
         norm_bias: whether layer norms have biases.
         norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
+        embedding_size: the width of the embeddings, if projections to and from the hidden size
+            follow them and precede the head; None has the hidden size.
         embedding_norm: whether a norm follows the embeddings.
         embedding_multiplier: the factor of the embeddings.
         attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
@@ -121,6 +126,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     model_type: str = "llama"
     max_position_embeddings: int = 2048
     learned_positions: bool = False
+    position_offset: int = 0
     alibi: bool = False
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
@@ -140,6 +146,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     norm_type: str = "rms"
     norm_bias: bool = True
     norm_offset: float = 0.0
+    embedding_size: int | None = None
     embedding_norm: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
@@ -219,6 +226,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
             raise UserError("head_axis=True with qk_norm='projection', expected None or 'head'.")
         if self.alibi and self.learned_positions:
             raise UserError("alibi=True with learned_positions=True, expected one of them.")
+        if self.embedding_size and self.embedding_norm:
+            raise UserError(
+                f"embedding_size={self.embedding_size} with embedding_norm=True, expected one."
+            )
         if self.head_bias and self.tie_word_embeddings:
             raise UserError("head_bias=True, expected False: the tied embedding has no bias.")
 
@@ -295,12 +306,13 @@ None); choose another model_type.
     def num_parameters(self) -> int:
         """The number of parameters."""
         width, norm = self.hidden_size, 1 + (self.norm_type == "layer" and self.norm_bias)
-        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        positions = self.max_position_embeddings * self.learned_positions
-        norms = 1 + self.embedding_norm + self.num_layers * self._norms
+        inner = self.embedding_size or width
+        tokens = self.vocab_size * inner * (1 if self.tie_word_embeddings else 2)
+        tokens += 2 * inner * width * (inner != width) + self.vocab_size * self.head_bias
+        positions = (self.max_position_embeddings + self.position_offset) * self.learned_positions
+        norms = (self.norm_placement != "sum") + self.embedding_norm + self.num_layers * self._norms
         each = self._attention_parameters(norm) + self._mlp_parameters()
-        biases = self.vocab_size * self.head_bias
-        return (tokens + positions + norms * norm) * width + self.num_layers * each + biases
+        return tokens + (positions + norms * norm) * width + self.num_layers * each
 
     @property
     def _norms(self) -> int:

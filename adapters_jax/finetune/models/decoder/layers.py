@@ -120,7 +120,7 @@ class Parts:
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
     def to_heads(self, heads: int, factor: float = 1.0) -> nnx.Linear | nnx.LinearGeneral:
-        """A projection of hidden states to heads, which have an axis if the configuration says so."""
+        """A projection of hidden states to heads, which may be an axis of its weight."""
         c = self.config
         width, biased = c.hidden_size, c.attention_bias
         if not c.head_axis:
@@ -271,20 +271,22 @@ class DecoderSum(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One block: attention, perhaps cross-attention, and feed-forward.
 
-    Their norms are before them, after them or both. In a parallel block the feed-forward reads
-    what the attention reads, and the sums come one after the other all the same.
+    Their norms are before them, after them or both, or of their sums with the input. In a parallel
+    block the feed-forward reads what the attention reads; the sums follow each other all the same.
     """
 
     def __init__(self, parts: Parts, crosses: bool = False):
         config = parts.config
         placement = config.norm_placement
-        self.before, self.after = placement != "post", placement != "pre"
+        self.before, self.after = placement in ("pre", "both"), placement in ("post", "both")
+        self.of_sum = placement == "sum"
         self.crosses, self.multiplier = crosses, config.residual_multiplier
         self.parallel = config.parallel
 
         def add(name: str, make: Callable[[Parts], nnx.Module]) -> None:
             """Makes a sublayer, the norms around it and its residual sum."""
-            if self.before and not (name == "mlp" and self.parallel == "shared"):
+            own = not (name == "mlp" and self.parallel == "shared")
+            if (self.before or self.of_sum) and own:
                 setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
             setattr(self, name, make(parts))
             if self.after:
@@ -318,7 +320,8 @@ class DecoderLayer(nnx.Module):
         y = getattr(self, name)(read, *args, **options)
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
-        return getattr(self, f"{name}_sum")(x, y)
+        x = getattr(self, f"{name}_sum")(x, y)
+        return getattr(self, f"{name}_norm")(x) if self.of_sum else x
 
 
 def extend_layers(

@@ -86,17 +86,25 @@ class Decoder(nnx.Module):
             return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
         width, own = config.hidden_size, parts(rngs)
+        inner = config.embedding_size or width
         embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
-        self.embeddings = embed(config.vocab_size, width)
+        self.embeddings = embed(config.vocab_size, inner)
+        self.projects = inner != width
+        if self.projects:
+            self.embedding_projection = own.linear(inner, width)
         if config.learned_positions:
-            self.position_embeddings = embed(config.max_position_embeddings, width)
+            positions = config.max_position_embeddings + config.position_offset
+            self.position_embeddings = embed(positions, width)
         if config.embedding_norm:
             self.embedding_norm = own.norm(width)
         length = config.num_hidden_layers
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
-        self.norm = own.norm(width)
+        if config.norm_placement != "sum":
+            self.norm = own.norm(width)
+        if self.projects:
+            self.head_projection = own.linear(width, inner)
         if not config.tie_word_embeddings:
-            self.head = own.linear(width, config.vocab_size, config.head_bias)
+            self.head = own.linear(inner, config.vocab_size, config.head_bias)
 
     def __call__(
         self,
@@ -142,7 +150,7 @@ class Decoder(nnx.Module):
         contexts = self._contexts(masks, positions, length, positions)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
-        return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+        return self._last(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
 
     @property
     def longest(self) -> int | None:
@@ -155,10 +163,17 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch length d"]:
         x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
         x = x if factor == 1.0 else x * factor
+        x = self.embedding_projection(x) if self.projects else x
         x = self.embedding_norm(x) if self.config.embedding_norm else x
         if self.longest is None:
             return x
-        return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
+        places = jnp.maximum(positions, 0) + self.config.position_offset  # padding may be before 0
+        return x + self.position_embeddings(places)
+
+    def _last(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length inner"]:
+        """What follows the last layer, before the head."""
+        x = x if self.config.norm_placement == "sum" else self.norm(x)
+        return self.head_projection(x) if self.projects else x
 
     def _masks(
         self,
@@ -231,7 +246,7 @@ class Decoder(nnx.Module):
         contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
         x = self._embed(input_ids, positions)
         x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
-        return self.norm(x), cache
+        return self._last(x), cache
 
 
 def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:

@@ -6,7 +6,6 @@ Reference: Black et al., GPT-NeoX-20B (2022), https://arxiv.org/abs/2204.06745; 
 Pythia (2023), https://arxiv.org/abs/2304.01373
 """
 
-from dataclasses import replace
 from typing import Any
 
 from adapters_jax.files.names import NameTable, Rule
