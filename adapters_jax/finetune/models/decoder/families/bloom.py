@@ -71,7 +71,7 @@ BLOOM = Architecture(
     read=_inner,
     write=lambda config: {"hidden_size": config.hidden_size},
     supported={
-        **{"apply_residual_connection_post_layernorm": (False,), "hidden_dropout": (0.0,)},
+        "apply_residual_connection_post_layernorm": (False,),
         "tie_word_embeddings": (True,),
     },
     names=NAMES,

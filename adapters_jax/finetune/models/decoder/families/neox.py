@@ -82,7 +82,6 @@ GPT_NEOX = Architecture(
     },
     read=_read,
     write=_write,
-    supported={"hidden_dropout": (0.0,)},
     names=NAMES,
     known={
         **{

@@ -62,10 +62,8 @@ PHI = Architecture(
     defaults={"rms_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
     settings=("partial_rotary_factor",),
     renamed={"layer_norm_eps": "rms_norm_eps"},
-    supported={
-        **{"embd_pdrop": (0.0,), "resid_pdrop": (0.0,), "qk_layernorm": (False,)},
-        "tie_word_embeddings": (False,),
-    },
+    # Phi 2 was trained with a dropout of 0.1, which is not here.
+    supported={"qk_layernorm": (False,), "tie_word_embeddings": (False,)},
     names=replace(
         NAMES, rules=(Rule("norm", "final_layernorm"), *OWN, *MODEL, *PROJECTIONS, *NORMS_BEFORE)
     ),

@@ -1,5 +1,7 @@
 """StarCoder 2: layer norms and biases everywhere, a feed-forward without a gate, a window.
 
+The published models were trained with a dropout of 0.1; there is none here.
+
 Reference: Lozhkov et al., StarCoder 2 and The Stack v2 (2024), https://arxiv.org/abs/2402.19173
 """
 
@@ -34,7 +36,7 @@ STARCODER2 = Architecture(
     settings=("attention_bias", "sliding_window"),
     renamed={"norm_epsilon": "rms_norm_eps", "use_bias": "attention_bias"},
     read=_read,
-    supported={"embedding_dropout": (0.0,), "residual_dropout": (0.0,)},
+    supported={"attention_dropout": (0.0, 0.1)},
     names=replace(NAMES, rules=(*OWN, *MODEL, *PROJECTIONS, *NORMS_BEFORE)),
     known={
         f"bigcode/starcoder2-{name}": shape(
@@ -43,7 +45,7 @@ STARCODER2 = Architecture(
         for name, sizes, more in (
             ("3b", (3072, 12288, 30, 24, 2), {"rope_theta": 999999.4420358813}),
             ("7b", (4608, 18432, 32, 36, 4), {"rope_theta": 1e6}),
-            ("15b", (6144, 24576, 40, 48, 4), {"rope_theta": 1e5}),
+            ("15b", (6144, 24576, 40, 48, 4), {"rope_theta": 1e5, "tie_word_embeddings": False}),
         )
     },
 )
