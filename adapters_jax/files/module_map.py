@@ -136,7 +136,7 @@ def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> ModuleMap:
     modules: dict[str, dict[int, ModuleReference]] = {}
-    attention = {}
+    attention, by_head = {}, set()
     raw = {path: own for path in base if (own := names.parameter(path))}
     for path, every in by_path.items():
         leaves = {name: leaf for name, leaf in every.items() if f"{path}/{name}" not in raw}
@@ -148,6 +148,7 @@ def _by_table(
             continue  # a module without counterpart, such as another head
         index = source.part[0] if source.part else 0  # a fused module may lack some of its parts
         modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
+        by_head |= {source.name} if source.by_head else set()
         # An attention module may have no parameters itself: its query tells where it is.
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
@@ -157,7 +158,10 @@ def _by_table(
             "of the model's package (of a BERT with a head, adapters_jax.finetune.models.bert."
             "FAMILY.classifier.names), and the parameters of that model"
         )
-    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
+    ordered = {
+        name: _in_parts([each[i] for i in sorted(each)], name in by_head)
+        for name, each in modules.items()
+    }
     tied = names.tied
     if tied and (tied[0] in modules or tied[1] not in modules):
         tied = None
@@ -176,11 +180,14 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said)
 
 
-def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+def _in_parts(
+    references: Sequence[ModuleReference], by_head: bool = False
+) -> tuple[ModuleReference, ...]:
     """Modules of ours that one of theirs fuses, each with its part of the outputs."""
     if len(references) == 1:
         return tuple(references)
-    parts = spans([math.prod(each.shape) for each in references])
+    blocks = references[0].shape[-2] if by_head else 1
+    parts = spans([math.prod(each.shape) for each in references], blocks)
     return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
 
 
@@ -344,7 +351,7 @@ def their_leaves(
                 own = np.zeros(own.shape, np.float32)
             arrays.append(np.asarray(own))
         kind = "bias" if name == "bias" else "weight"
-        found[kind] = their_leaf(name, arrays, fan_in_fan_out)
+        found[kind] = their_leaf(name, arrays, fan_in_fan_out, parts[0].blocks)
     return found
 
 

@@ -22,12 +22,14 @@ class Rule(NamedTuple):
     """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
     `part` is `(index, count)` if their module fuses `count` of ours along its output axis, in the
-    order of their indices and as wide as they are.
+    order of their indices and as wide as they are. With `by_head` it has all parts of a head before
+    the next head; the kernels of ours are `(in, heads, width)` then.
     """
 
     ours: str
     theirs: str
     part: tuple[int, int] | None = None
+    by_head: bool = False
 
 
 class ParameterRule(NamedTuple):
@@ -57,6 +59,7 @@ class Source(NamedTuple):
     transposed: bool = False
     part: tuple[int, int] | None = None
     swapped: bool = False
+    by_head: bool = False
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """The names of their tensors if ours has `shape`: one, or one for each of our rows."""
@@ -67,6 +70,7 @@ class Source(NamedTuple):
     def shape(self, shape: tuple[int, ...], span: Span = WHOLE) -> tuple[int, ...]:
         """The shape of each of their tensors if ours has `shape` and is this part of them."""
         shape = shape[1:] if ROW in self.name else shape
+        shape = (*shape[:-2], shape[-2] * shape[-1]) if self.by_head else shape
         own = span.stop - span.start
         shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
@@ -107,8 +111,8 @@ class NameTable:
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
-        >>> table.source("layer_3/query/kernel")
-        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False)
+        >>> table.source("layer_3/query/kernel")[:2]
+        ('layer.3.self.q.weight', True)
     """
 
     rules: tuple[Rule, ...]
@@ -134,7 +138,7 @@ class NameTable:
         for rule in self.rules:
             match = re.fullmatch(rule.ours, path)
             if match:
-                return Source(match.expand(rule.theirs), part=rule.part)
+                return Source(match.expand(rule.theirs), part=rule.part, by_head=rule.by_head)
         raise UserError(f"no rule gives {path!r} a name in a checkpoint; add one to the NameTable.")
 
     def source(self, path: str) -> Source:
@@ -142,9 +146,10 @@ class NameTable:
         if own := self.parameter(path):
             return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
-        name, _, part, _ = self.module(module)
+        theirs = self.module(module)
+        name = f"{theirs.name}.{'bias' if leaf == 'bias' else 'weight'}"
         transposed = leaf == "kernel" and not self.fan_in_fan_out
-        return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
+        return theirs._replace(name=name, transposed=transposed)
 
     def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
         """Their tensors for our parameter at `path`, by our path; and whether it is stacked.

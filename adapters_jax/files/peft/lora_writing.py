@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
+from adapters_jax.files.layouts import Array, ModuleReference, joined, rounded, their_factors
 from adapters_jax.files.module_map import Leaves, ModuleMap, in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
@@ -171,7 +171,8 @@ class _Writer:
                 problems.append(f"{bare}: PEFT's DoRA adapts all parts of a module or none")
                 continue
             if is_dora:
-                whole = np.concatenate([pair.leaves["magnitude"].ravel() for pair in present])
+                lengths = [pair.leaves["magnitude"].ravel() for pair in present]
+                whole = joined(lengths, parts[0].blocks)
                 # The magnitudes of a convolution lie along its second axis.
                 shape = (-1,) if a.ndim == 2 else (1, -1, *(1,) * (a.ndim - 2))
                 self.tensors[f"{ROOT}{name}.lora_magnitude_vector"] = whole.reshape(shape)
@@ -258,4 +259,4 @@ def _fused(
             block[:, start : start + len(factors[0])] = factors[1]
             start += 0 if shared else len(factors[0])
         rows.append(block)
-    return a, np.concatenate(rows), scale
+    return a, joined(rows, parts[0][0].blocks, axis=0), scale

@@ -1,7 +1,7 @@
 """The decoder (flax.nnx): one model for all families; their configurations tell them apart.
 
-Rotary or learned positions, grouped-query attention, a feed-forward with or without a gate, RMS or
-layer norms.
+Rotary or learned positions or ALiBi, grouped-query attention, a feed-forward with or without a
+gate, RMS or layer norms.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `families` for the
 others.
@@ -30,6 +30,7 @@ from adapters_jax.finetune.models.parts.attention import Choice, attention_funct
 from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
 from adapters_jax.finetune.models.parts.cache import Cache
 from adapters_jax.finetune.models.parts.functions import capped
+from adapters_jax.finetune.models.parts.relative import Places
 from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation
 from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
 from adapters_jax.trace.masks import Mask
@@ -86,15 +87,25 @@ class Decoder(nnx.Module):
             return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
         width, own = config.hidden_size, parts(rngs)
+        inner = config.embedding_size or width
         embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
-        self.embeddings = embed(config.vocab_size, width)
+        self.embeddings = embed(config.vocab_size, inner)
+        self.projects = inner != width
+        if self.projects:
+            self.embedding_projection = own.linear(inner, width)
         if config.learned_positions:
-            self.position_embeddings = embed(config.max_position_embeddings, width)
+            positions = config.max_position_embeddings + config.position_offset
+            self.position_embeddings = embed(positions, width)
+        if config.embedding_norm:
+            self.embedding_norm = own.norm(width)
         length = config.num_hidden_layers
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
-        self.norm = own.norm(width)
+        if config.norm_placement != "sum":
+            self.norm = own.norm(width)
+        if self.projects:
+            self.head_projection = own.linear(width, inner)
         if not config.tie_word_embeddings:
-            self.head = own.linear(width, config.vocab_size)
+            self.head = own.linear(inner, config.vocab_size, config.head_bias)
 
     def __call__(
         self,
@@ -137,10 +148,10 @@ class Decoder(nnx.Module):
             positions = token_positions(input_ids, attention_mask, segments)
         length = input_ids.shape[1]
         masks = self._masks(attention_mask, segments, length)
-        contexts = self._contexts(masks, positions, length)
+        contexts = self._contexts(masks, positions, length, positions)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
-        return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+        return self._last(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
 
     @property
     def longest(self) -> int | None:
@@ -153,9 +164,17 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch length d"]:
         x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
         x = x if factor == 1.0 else x * factor
+        x = self.embedding_projection(x) if self.projects else x
+        x = self.embedding_norm(x) if self.config.embedding_norm else x
         if self.longest is None:
             return x
-        return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
+        places = jnp.maximum(positions, 0) + self.config.position_offset  # padding may be before 0
+        return x + self.position_embeddings(places)
+
+    def _last(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length inner"]:
+        """What follows the last layer, before the head."""
+        x = x if self.config.norm_placement == "sum" else self.norm(x)
+        return self.head_projection(x) if self.projects else x
 
     def _masks(
         self,
@@ -171,7 +190,11 @@ class Decoder(nnx.Module):
         return [*masks]
 
     def _contexts(
-        self, masks: Sequence[Seen], positions: Int[Array, "#batch length"], longest: int
+        self,
+        masks: Sequence[Seen],
+        positions: Int[Array, "#batch length"],
+        longest: int,
+        keys: Int[Array, "#batch keys"],
     ) -> list[Context]:
         """The context of each kind of layer.
 
@@ -179,16 +202,19 @@ class Decoder(nnx.Module):
             masks: their masks.
             positions: those of the rotation.
             longest: the length of the text, see `RopeScaling.frequencies`.
+            keys: the positions of the keys.
         """
 
         def turned(kind: LayerKind) -> Rotation | None:
-            if self.config.learned_positions:
+            if not self.config.rotates:
                 return None
             rotated = self.config.rotated
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
 
         kinds, _ = distinct(self.config.layer_kinds)
-        return [Context(mask, turned(kind)) for mask, kind in zip(masks, kinds, strict=True)]
+        places = Places(positions, keys) if self.config.alibi else None
+        both = zip(masks, kinds, strict=True)
+        return [Context(mask, turned(kind), places) for mask, kind in both]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
@@ -217,10 +243,10 @@ class Decoder(nnx.Module):
         back = positions[:, None, :, None] - cache.positions[:, None, None, :]
         kinds, numbers = distinct(self.config.layer_kinds)
         masks = [mask if kind.window is None else mask & (back < kind.window) for kind in kinds]
-        contexts = self._contexts(masks, positions, cache.held.shape[1])
+        contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
         x = self._embed(input_ids, positions)
         x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
-        return self.norm(x), cache
+        return self._last(x), cache
 
 
 def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:

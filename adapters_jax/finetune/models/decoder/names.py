@@ -1,6 +1,7 @@
 """The names that checkpoints of decoders have for our modules."""
 
 from dataclasses import replace
+from typing import Any
 
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
@@ -32,11 +33,14 @@ NORMS_AROUND = of_layers(
     mlp_post_norm="post_feedforward_layernorm",
 )
 
-FUSED = of_layers(
+FUSED_QKV = of_layers(
     *LAYERS,
     attention__query=("self_attn.qkv_proj", 0, 3),
     attention__key=("self_attn.qkv_proj", 1, 3),
     attention__value=("self_attn.qkv_proj", 2, 3),
+)
+FUSED_MLP = of_layers(
+    *LAYERS,
     mlp__gate=("mlp.gate_up_proj", 0, 2),
     mlp__up=("mlp.gate_up_proj", 1, 2),
 )
@@ -50,7 +54,16 @@ NAMES = NameTable(
     tied=("lm_head", "embed_tokens"),
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))
-NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED, *PROJECTIONS, *NORMS_BEFORE))
+NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS, *NORMS_BEFORE))
+
+
+def fused_by_head(name: str) -> dict[str, Any]:
+    """The names of query, key and value for `of_layers`, if `name` fuses them head by head."""
+    parts = enumerate(("query", "key", "value"))
+    return {f"attention__{part}": (name, i, 3, True) for i, part in parts}
+
+
+MLP_NEOX = {"mlp__up": "mlp.dense_h_to_4h", "mlp__output": "mlp.dense_4h_to_h"}
 
 
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:
