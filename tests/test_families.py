@@ -200,7 +200,7 @@ def test_each_record_is_whole():
         assert (family.kind in ("encoder", "vision")) == (family.classifier is not None)
         for model_type, prefix in family.prefixes.items():
             texts = TOWERS[model_type].texts if model_type in TOWERS else {}
-            text = {"model_type": own for own, found in texts.items() if found == name}
+            text = {"model_type": next((own for own in texts if texts[own] == name), name)}
             assert family_of({"model_type": model_type, "text_config": text}, "it") is family
             prefixes = family.names_of(model_type).prefixes
             assert prefix in (prefixes[:1] if family.kind == "decoder" else prefixes)

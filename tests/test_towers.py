@@ -23,6 +23,7 @@ from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import (
     TOWERS,
+    Decoder,
     DecoderConfig,
     load_decoder,
     save_decoder,
@@ -160,6 +161,26 @@ def test_either_place_may_tie(outer, own, tied):
     assert DecoderConfig.from_dict(values).tie_word_embeddings == tied
     plain = {"model_type": "gemma3", "text_config": {}}
     assert DecoderConfig.from_dict(plain).tie_word_embeddings  # Gemma's default
+    untied = DecoderConfig.from_dict(plain | {"tie_word_embeddings": False})
+    assert not untied.tie_word_embeddings
+
+
+LARGE = {"hidden_size": 8192, "num_hidden_layers": 80, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+LEFT_OUT = {
+    "gemma3": {"vocab_size": 262208, "hidden_size": 2304, "num_attention_heads": 8},
+    "llava": {"vocab_size": 32000, "hidden_size": 4096, "rms_norm_eps": 1e-6},
+    "mistral3": {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2_vl": LARGE,
+    "qwen2_5_vl": LARGE,
+    "qwen3_vl": {"vocab_size": 151936, "rope_theta": 500_000.0, "max_position_embeddings": 128_000},
+}
+
+
+@every
+def test_settings_that_are_left_out_are_those_of_the_text_class(name):
+    """As published files of Gemma 3 and LLaVA leave them out; in test_towers_live.py, all."""
+    found = DecoderConfig.from_dict({"model_type": name, "text_config": {}})
+    assert {field: getattr(found, field) for field in LEFT_OUT[name]} == LEFT_OUT[name]
 
 
 def test_an_output_layer_of_other_numbers_is_not_tied(tmp_path):
@@ -252,6 +273,10 @@ def test_a_base_that_is_not_the_one_is_refused(tmp_path):
         save_decoder(tmp_path / "b", config, model, base=FIXTURES / "mistral3")
     with pytest.raises(UserError, match="another language model"):  # it would have another output
         save_decoder(tmp_path / "c", tied, model, base=FIXTURES / "llava")
+    config2, _ = load_decoder(FIXTURES / "qwen2_5_vl")
+    headed = Decoder(replace(config2, tie_word_embeddings=False), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="another language model"):
+        save_decoder(tmp_path / "d", config2, headed, base=FIXTURES / "qwen2_5_vl")
     base = rewritten("llava", tmp_path / "base")
     before = read_arrays(base)
     with pytest.raises(UserError, match="is the base itself"):
