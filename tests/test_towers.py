@@ -413,10 +413,6 @@ KNOWN = {
     "Qwen/Qwen3-VL-8B-Instruct": ("qwen3", 8_190_735_360),
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": ("mistral", 23_572_403_200),
     "mistral-community/pixtral-12b": ("mistral", 12_247_782_400),
-    "tiiuae/Falcon3-1B-Base": ("llama", 1_669_408_768),
-    "tiiuae/Falcon3-3B-Instruct": ("llama", 3_227_655_168),
-    "tiiuae/Falcon3-7B-Instruct": ("llama", 7_455_550_464),
-    "tiiuae/Falcon3-10B-Base": ("llama", 10_305_653_760),
 }
 
 

@@ -62,9 +62,9 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
     for family in FAMILIES.values():
         if isinstance(own, str) and own in family.prefixes:
             return family
-    types = list(dict.fromkeys(each for family in FAMILIES.values() for each in family.prefixes))
+    types = [each for family in FAMILIES.values() for each in family.prefixes]
     near = difflib.get_close_matches(found, types, 1) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
     raise UserError(
-        f"{name!r} has model_type={found!r}; expected one of {', '.join(types)}{nearest}"
+        f"{name!r} has model_type={found!r}; expected one of {', '.join(dict.fromkeys(types))}{nearest}"
     )

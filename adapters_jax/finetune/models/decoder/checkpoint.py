@@ -118,24 +118,24 @@ def save_decoder(
         UserError: the architecture of `config.model_type` is not that of the model; or `base` is
             not multimodal, or has another language model.
     """
-    settings, names = {**more, **config.to_dict()}, ARCHITECTURES[config.model_type].names
-    tensors: Mapping[str, Tensor] = tensors_of(model, names)
     if base is not None:
         if Path(directory).exists() and Path(directory).samefile(base):
             raise UserError(f"{str(base)!r} is the base itself; write another directory")
-        settings, tensors = _beside_images(Path(base), config, names.canonical(tensors))
-    save_tensors(directory, settings, tensors, max_shard_size)
+        save_tensors(directory, *_beside_images(Path(base), config, model), max_shard_size)
+        return
+    settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    save_tensors(directory, {**more, **settings}, tensors_of(model, names), max_shard_size)
 
 
 def _beside_images(
-    base: Path, config: DecoderConfig, text: Mapping[str, Tensor]
+    base: Path, config: DecoderConfig, model: Decoder
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The values of `config.json`, and all tensors, of a multimodal checkpoint with another text.
 
     Args:
         base: the checkpoint.
         config: the configuration of its language model.
-        text: the tensors of the language model, without prefix.
+        model: the language model to write.
     """
     found, stored, names = _read(base)
     values = huggingface.read_json(base / "config.json")
@@ -145,6 +145,7 @@ def _beside_images(
             f"base out, or give one of {', '.join(towers.TOWERS)}"
         )
     theirs = names.canonical({name: name for name in stored})
+    text = names.canonical(tensors_of(model, names))
     if found != config or not text.keys() <= theirs.keys():
         raise UserError(
             f"base={str(base)!r} has another language model than the one to write; give the "

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3, Falcon 3 and SmolLM2: the architecture that the others vary.
+"""Llama 1 to 3.3, and SmolLM2: the architecture that the others vary.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; Dubey et al., The Llama 3
 herd of models (2024), https://arxiv.org/abs/2407.21783
@@ -23,10 +23,6 @@ def _llama3(*sizes: int, factor: float | None = None, **more: Any) -> Values:
     rope = {"max_position_embeddings": 131072, "rope_scaling": scaling} if factor else {}
     long = {"max_position_embeddings": 8192, "rope_theta": 500_000.0, **rope}
     return shape(*sizes, vocab_size=128256, rms_norm_eps=1e-5, **long, **more)
-
-
-def _falcon3(*sizes: int, **more: Any) -> Values:
-    return shape(*sizes, head_dim=256, vocab_size=131072, rope_theta=1_000_042.0, **more)
 
 
 def _smollm(*sizes: int, **more: Any) -> Values:
@@ -57,10 +53,6 @@ KNOWN = {
     "meta-llama/Llama-3.2-3B": _llama3(3072, 8192, 28, 24, 8, factor=32.0, **TIED),
     "meta-llama/Llama-3.3-70B-Instruct": _llama3(8192, 28672, 80, 64, 8, factor=8.0),
     "TinyLlama/TinyLlama_v1.1": shape(2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
-    "tiiuae/Falcon3-1B-Base": _falcon3(2048, 8192, 18, 8, 4, max_position_embeddings=4096),
-    "tiiuae/Falcon3-3B-Base": _falcon3(3072, 9216, 22, 12, 4, max_position_embeddings=8192),
-    "tiiuae/Falcon3-7B-Base": _falcon3(3072, 23040, 28, 12, 4, max_position_embeddings=32768),
-    "tiiuae/Falcon3-10B-Base": _falcon3(3072, 23040, 40, 12, 4, max_position_embeddings=32768),
     # The text models of those that read images.
     "llava-hf/llava-1.5-7b-hf": shape(
         *(4096, 11008, 32, 32, 32),
