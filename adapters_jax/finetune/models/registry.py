@@ -65,6 +65,5 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
     types = [each for family in FAMILIES.values() for each in family.prefixes]
     near = difflib.get_close_matches(found, types, 1) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
-    raise UserError(
-        f"{name!r} has model_type={found!r}; expected one of {', '.join(dict.fromkeys(types))}{nearest}"
-    )
+    every = ", ".join(dict.fromkeys(types))  # a multimodal type may be of several families
+    raise UserError(f"{name!r} has model_type={found!r}; expected one of {every}{nearest}")
