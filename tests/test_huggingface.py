@@ -385,7 +385,8 @@ def test_a_later_layout_of_settings_is_refused(name, tmp_path):
     directory = Path(shutil.copytree(FIXTURES / name, tmp_path / "later"))
     values = json.loads((directory / "config.json").read_text())
     kept = {"model_type": values["model_type"], "transformers_version": "6.1.0"}
-    inner = {"text_config": {"sizes": {}}} if name == "towers/gemma3" else {}
+    inner = {"text_config": {"sizes": {}}, "vision_config": values.get("vision_config")}
+    inner = inner if name == "towers/gemma3" else {}
     (directory / "config.json").write_text(json.dumps({**kept, **inner, "sizes": values}))
     with raises(BaseFileError, "config.json", "'6.1.0'", "neither vocab_size nor hidden_size"):
         FAMILIES[LATER[name]].load(directory)

@@ -277,16 +277,17 @@ def _check_version(values: Mapping[str, Any], path: Path) -> None:
     major = version.partition(".")[0][:9] if isinstance(version, str) else ""
     if not major.isdecimal() or int(major) <= NEWEST:
         return
-    inner = [values.get(name) for name in ("text_config", "vision_config")]
-    named = {*values}.union(*(each for each in inner if isinstance(each, dict)))
+    written = f"of transformers {shown(version, 40)}"
+    inner = values.get("text_config", values.get("vision_config"))
+    named = {*values, *(inner if isinstance(inner, dict) else ())}
     if not named & {"vocab_size", "hidden_size"}:
         raise UserError(
-            f"it is of transformers {shown(version, 40)} and has neither vocab_size nor hidden_size, "
-            f"which versions up to {NEWEST} write; save the model again with one of these"
+            f"it is {written} and has neither vocab_size nor hidden_size, which versions up to "
+            f"{NEWEST} write; save the model again with one of these"
         )
     warn(
-        f"{path} is of transformers {shown(version, 40)}; files of versions up to {NEWEST} are known, "
-        "so a setting that is new or renamed since is not read: compare the outputs"
+        f"{path} is {written}; files of versions up to {NEWEST} are known, so a setting that is "
+        "new or renamed since is not read: compare the outputs"
     )
 
 
