@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import adapters_jax as aj
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.models import FAMILIES, KNOWN, family_of
-from adapters_jax.finetune.models.decoder import ARCHITECTURES, decoder_family
+from adapters_jax.finetune.models.decoder import ARCHITECTURES, TOWERS, decoder_family
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
@@ -199,8 +199,11 @@ def test_each_record_is_whole():
         assert family.kind in ("encoder", "decoder", "encoder-decoder", "vision", "speech")
         assert (family.kind in ("encoder", "vision")) == (family.classifier is not None)
         for model_type, prefix in family.prefixes.items():
-            assert family_of({"model_type": model_type}, "it") is family
-            assert prefix in family.names.prefixes
+            texts = TOWERS[model_type].texts if model_type in TOWERS else {}
+            text = {"model_type": next((own for own in texts if texts[own] == name), name)}
+            assert family_of({"model_type": model_type, "text_config": text}, "it") is family
+            prefixes = family.names_of(model_type).prefixes
+            assert prefix in (prefixes[:1] if family.kind == "decoder" else prefixes)
         for config in family.known.values():
             assert config.num_layers > 0
         known |= family.known

@@ -15,9 +15,16 @@ from helpers.arrays import read_arrays
 from helpers.errors import raises
 from safetensors.numpy import load_file, save_file
 
-from adapters_jax.errors import MismatchError, MissingPackageError, UserError
+from adapters_jax.errors import (
+    AdapterWarning,
+    BaseFileError,
+    MismatchError,
+    MissingPackageError,
+    UserError,
+)
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files.huggingface import resolve
+from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.bert import NAMES, Bert, load_bert
 from adapters_jax.finetune.models.decoder import load_decoder, save_decoder
 from adapters_jax.finetune.tensors import from_tensors, to_tensors
@@ -342,3 +349,44 @@ def test_without_huggingface_hub_the_error_names_the_extra_to_install(monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with raises(MissingPackageError, "huggingface_hub", "[finetune]"):
         resolve("owner/model")
+
+
+LATER = {
+    "bert": "bert",
+    "decoders/gpt2": "gpt2",
+    "decoders/llama": "llama",
+    "towers/gemma3": "gemma3_text",
+    "t5/t5": "t5",
+    "vit": "vit",
+}
+
+
+@pytest.mark.parametrize("version", ["6.0.0", "12.1.0.dev0"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_transformers_is_a_warning(name, version, tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / name, tmp_path / "later"))
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"transformers_version": version}))
+    load = FAMILIES[LATER[name]].load
+    config = load(FIXTURES / name)[0]
+    with pytest.warns(AdapterWarning, match=rf"config\.json is of transformers '{version}'; files"):
+        assert load(directory)[0] == config
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "4.57.6", "mine", None, 6, "x" + "9" * 5000])
+def test_other_versions_are_not(version, tiny):
+    values = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(values | {"transformers_version": version}))
+    load_bert(tiny)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_layout_of_settings_is_refused(name, tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / name, tmp_path / "later"))
+    values = json.loads((directory / "config.json").read_text())
+    kept = {"model_type": values["model_type"], "transformers_version": "6.1.0"}
+    inner = {"text_config": {"sizes": {}}, "vision_config": values.get("vision_config")}
+    inner = inner if name == "towers/gemma3" else {}
+    (directory / "config.json").write_text(json.dumps({**kept, **inner, "sizes": values}))
+    with raises(BaseFileError, "config.json", "'6.1.0'", "neither vocab_size nor hidden_size"):
+        FAMILIES[LATER[name]].load(directory)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.formats.base import MASKED
+from adapters_jax.finetune.models.decoder import TOWERS
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, PretrainedDecoder
@@ -36,6 +37,11 @@ from adapters_jax.trees import flatten
 Written = tuple[list[str], list[str]]  # the names of the files, and notes
 _BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG, *_BESIDE)
+# What multimodal checkpoints have for images and for templates with them.
+_OF_IMAGES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",
+)
 
 MERGED, HEAD_FILE = "merged", "head.safetensors"
 # What transformers has for a task: its class, and the problem type by which that has a loss.
@@ -96,8 +102,11 @@ def write_checkpoint(directory: Path, decoder: PretrainedDecoder, model: nnx.Mod
     """
     check_writable(decoder.family)
     save: Any = decoder.family.save
+    values = decoder.settings()
+    if values["model_type"] in TOWERS:
+        values = {"base": decoder.files}
     with _whole(directory) as beside:
-        save(beside, decoder.config, model, **decoder.settings())
+        save(beside, decoder.config, model, **values)
         _write_tokenizer(beside, decoder)
     return sorted(path.name for path in directory.iterdir())
 
@@ -204,7 +213,7 @@ def _check_equal(directory: Path, merged: Any, read: Any) -> None:
 def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
     """Writes the tokenizer: copies the base's own files if it has them."""
     if decoder.files.is_dir():
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, *_OF_IMAGES):
             if (decoder.files / name).is_file():
                 shutil.copyfile(decoder.files / name, directory / name)
         return

@@ -36,6 +36,11 @@ class Stored:
     dtype: Any
     read: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of its numbers."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read() if dtype is None else self.read().astype(dtype)
 

@@ -23,6 +23,7 @@ from adapters_jax.errors import (
     check_size,
     first_few,
     shown,
+    warn,
 )
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.untrusted import TensorFile, open_tensors
@@ -34,6 +35,7 @@ INDEX = "model.safetensors.index.json"
 MOST_JSON = 2**22  # bytes of a configuration; Gemma's for its tokenizer has 1.2 million
 MOST_INDEX = 2**25  # bytes of an index; that of 90,000 tensors has 9 million
 MOST_LAYERS = 1_000
+NEWEST = 5  # the last major version of transformers whose files were read in tests
 PICKLE_ADVICE = (
     "a pickled pytorch_model.bin is never opened, since unpickling runs code: convert it where you "
     "trust it, with transformers' AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
@@ -255,11 +257,38 @@ class CheckpointConfig:
 
     @classmethod
     def of_file(cls, values: Mapping[str, Any], path: Path) -> Self:
-        """Takes the fields from the values of a file; raises `BaseFileError` that names it."""
+        """Takes the fields from the values of a file; raises `BaseFileError` that names it.
+
+        Warns of a version of transformers whose files are not known.
+        """
         try:
+            _check_version(values, path)
             return cls.from_dict(values)
         except UserError as error:
             raise BaseFileError(f"{path}: {error}") from error
+
+
+def _check_version(values: Mapping[str, Any], path: Path) -> None:
+    """Warns of a `config.json` of a later transformers, or raises UserError if it is laid out anew.
+
+    A setting that is not found would have its default, in silence.
+    """
+    version = values.get("transformers_version")
+    major = version.partition(".")[0][:9] if isinstance(version, str) else ""
+    if not major.isdecimal() or int(major) <= NEWEST:
+        return
+    written = f"of transformers {shown(version, 40)}"
+    inner = values.get("text_config", values.get("vision_config"))
+    named = {*values, *(inner if isinstance(inner, dict) else ())}
+    if not named & {"vocab_size", "hidden_size"}:
+        raise UserError(
+            f"it is {written} and has neither vocab_size nor hidden_size, which versions up to "
+            f"{NEWEST} write; save the model again with one of these"
+        )
+    warn(
+        f"{path} is {written}; files of versions up to {NEWEST} are known, so a setting that is "
+        "new or renamed since is not read: compare the outputs"
+    )
 
 
 Config = TypeVar("Config", bound=CheckpointConfig)

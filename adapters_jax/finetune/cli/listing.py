@@ -192,6 +192,9 @@ The published shapes, with their numbers of parameters. `audit` and `plan` take 
 last parts and the names of tuned variants; other commands load weights from directories and from
 the Hugging Face Hub.
 
+Of a multimodal checkpoint ({towers}), the language model alone is read, adapted and counted. It is
+of that model's family, where its name stands. A merged checkpoint keeps what belongs to images.
+
 {shapes}
 """
 
@@ -251,6 +254,8 @@ def _row(entry: Entry) -> list[str]:
 
 def page(entries: Sequence[Entry]) -> str:
     """The page of the documentation, `docs/models.md`."""
+    from adapters_jax.finetune.models.decoder import TOWERS
+
     rows = [[*_row(entry), _methods(entry)] for entry in entries]
     shapes = [
         [entry.family.name, ", ".join(f"{name} ({n:,})" for name, n in entry.known.items())]
@@ -258,6 +263,7 @@ def page(entries: Sequence[Entry]) -> str:
     ]
     return PAGE.format(
         methods=", ".join(PRESETS),
+        towers=", ".join(TOWERS),
         families=Table([*HEADER, "methods"], rows).markdown(),
         shapes=Table(["family", "published shapes"], shapes).markdown(),
     )

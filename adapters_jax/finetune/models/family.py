@@ -52,6 +52,7 @@ class Family:
         prefixes: the keys are the values of `model_type` in `config.json` that the family reads.
             Each value is the prefix of the base's modules in a PyTorch model with a head, such as
             `bert.`.
+        tables: the name tables of the types whose checkpoints differ from `names`.
         known: configurations of published models by name.
         layer: the pattern of one layer, with `{}` for its number.
         save: `save(directory, config, model, **more)` writes a checkpoint; None if the family
@@ -69,6 +70,7 @@ class Family:
     load: Callable[..., tuple[Any, Any]]
     names: NameTable
     prefixes: Mapping[str, str]
+    tables: Mapping[str, NameTable] = field(default_factory=dict)
     known: Mapping[str, Any] = field(default_factory=dict)
     layer: str = "**/layer_{}"
     save: Callable[..., None] | None = None
@@ -76,6 +78,16 @@ class Family:
     generates: bool = False
     classifier: Classifier | None = None
     masked_lm: Classifier | None = None
+
+    def names_of(self, model_type: str) -> NameTable:
+        """The name table of the tensors of a checkpoint, by the type in its `config.json`.
+
+        Example:
+            >>> from adapters_jax.finetune.models import FAMILIES
+            >>> FAMILIES["gemma3_text"].names_of("gemma3").prefixes[0]
+            'model.language_model.'
+        """
+        return self.tables.get(model_type, self.names)
 
     def headed(self, pooling: str | None) -> Classifier | None:
         """The model with a head for this pooling; `MASKED` means the masked language model."""

@@ -41,7 +41,8 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         name: the checkpoint's name, for the error message.
 
     Raises:
-        UserError: no family reads this `model_type`.
+        UserError: no family reads this `model_type`, or that of a multimodal checkpoint's
+            `text_config`.
 
     Example:
         >>> family_of({"model_type": "xlm-roberta"}, "mine").name
@@ -55,12 +56,15 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         raise UserError(
             f"{name!r} is a run, expected a base; write the run's: {shown(values.get('model'))}"
         )
+    try:
+        own = decoder.text_of(values).get("model_type")
+    except UserError as error:
+        raise UserError(f"{name!r}: {error}") from error
     for family in FAMILIES.values():
-        if isinstance(found, str) and found in family.prefixes:
+        if isinstance(own, str) and own in family.prefixes:
             return family
     types = [each for family in FAMILIES.values() for each in family.prefixes]
     near = difflib.get_close_matches(found, types, 1) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
-    raise UserError(
-        f"{name!r} has model_type={found!r}; expected one of {', '.join(types)}{nearest}"
-    )
+    every = ", ".join(dict.fromkeys(types))  # a multimodal type may be of several families
+    raise UserError(f"{name!r} has model_type={found!r}; expected one of {every}{nearest}")

@@ -79,7 +79,7 @@ def described(
     return BaseModel(
         name,
         family.kind,
-        classifier.names if classifier and classifies else family.names,
+        classifier.names if classifier and classifies else family.names_of(model_type),
         family.prefixes[model_type],
         params,
         classifies=classifies,

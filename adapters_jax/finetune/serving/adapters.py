@@ -84,7 +84,7 @@ class DecoderBase:
         self._base = BaseModel(
             name,
             family.kind,
-            family.names,
+            family.names_of(kind),
             family.prefixes[kind],
             decoder.model,
             identity=decoder.identity,

@@ -9,6 +9,7 @@ from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
 from adapters_jax.finetune.models.decoder.names import NAMES
+from adapters_jax.finetune.models.decoder.towers import TOWERS, tables, text_of
 from adapters_jax.finetune.models.family import Family
 
 
@@ -18,6 +19,7 @@ def decoder_family(architecture: Architecture) -> Family:
         name: DecoderConfig.from_dict({**values, "model_type": architecture.model_type})
         for name, values in architecture.known.items()
     }
+    names = tables(architecture.names, architecture.model_type)
     return Family(
         name=architecture.model_type,
         kind="decoder",
@@ -26,7 +28,8 @@ def decoder_family(architecture: Architecture) -> Family:
         load=load_decoder,
         save=save_decoder,
         names=architecture.names,
-        prefixes={architecture.model_type: architecture.names.prefixes[0]},
+        prefixes={kind: table.prefixes[0] for kind, table in names.items()},
+        tables=names,
         known=known,
         layer="layers/{}",
         generates=True,
@@ -41,10 +44,12 @@ __all__ = [
     "FAMILIES",
     "LLAMA_7B",
     "NAMES",
+    "TOWERS",
     "Architecture",
     "Decoder",
     "DecoderConfig",
     "decoder_family",
     "load_decoder",
     "save_decoder",
+    "text_of",
 ]

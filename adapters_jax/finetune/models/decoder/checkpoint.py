@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
+from adapters_jax.errors import UserError
+from adapters_jax.files.names import NameTable
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.gguf import find_gguf
+from adapters_jax.finetune.models.decoder import towers
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
@@ -20,7 +25,7 @@ from adapters_jax.finetune.models.parts.checkpoint import (
     save_tensors,
     tensors_of,
 )
-from adapters_jax.finetune.tensors import Tensor
+from adapters_jax.finetune.tensors import Stored, Tensor
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.base_files.gguf import GGUF
@@ -59,13 +64,31 @@ def load_decoder(
 
         name_or_path = read_gguf(name_or_path)
     if isinstance(name_or_path, str | Path):
-        config, tensors = huggingface.read_checkpoint(DecoderConfig, name_or_path, revision)
+        config, tensors, names = _read(huggingface.resolve(name_or_path, revision))
     else:
         config = DecoderConfig.of_file(name_or_path.config, name_or_path.path)
-        tensors = name_or_path.tensors()
+        tensors, names = name_or_path.tensors(), ARCHITECTURES[config.model_type].names
         huggingface.check_tensors(config, tensors)
-    names = ARCHITECTURES[config.model_type].names
     return config, filled(abstract_decoder(config, **options), tensors, names, mesh, rules)
+
+
+def _read(directory: Path) -> tuple[DecoderConfig, dict[str, Stored], NameTable]:
+    """The configuration, the tensors and their names of a checkpoint, multimodal or not."""
+    path = directory / "config.json"
+    values = huggingface.read_json(path)
+    config = DecoderConfig.of_file(values, path)
+    tensors = huggingface.read_tensors(directory)
+    huggingface.check_tensors(config, tensors)
+    own = ARCHITECTURES[config.model_type].names
+    names = towers.table(own, values.get("model_type"))
+    if names is not own and config.tie_word_embeddings and names.tied:
+        # Mistral 3 is tied by default in transformers 5, which believes an output layer of other
+        # numbers more than the configuration.
+        found = names.canonical(tensors)
+        head, words = (found.get(f"{name}.weight") for name in names.tied)
+        if head and words and not np.array_equal(np.asarray(head), np.asarray(words)):
+            config = replace(config, tie_word_embeddings=False)
+    return config, tensors, names
 
 
 def save_decoder(
@@ -74,6 +97,7 @@ def save_decoder(
     model: Decoder,
     *,
     max_shard_size: int = SHARD,
+    base: str | Path | None = None,
     **more: Any,
 ) -> None:
     """Writes a checkpoint in the layout of Hugging Face, which `load_decoder` reads as well.
@@ -84,11 +108,48 @@ def save_decoder(
         config: the model's configuration.
         model: a model without adapters; see `adapters_jax.transforms.merge`.
         max_shard_size: the largest number of bytes in a file; more are split over shards.
+        base: the directory of the multimodal checkpoint that the model was read from. The new one
+            is multimodal as well: it has the `config.json` of the base, its names of tensors, and
+            what belongs to its images, copied shard by shard. None writes the language model alone.
         **more: further values of `config.json`, such as `eos_token_id`. Values that follow from the
             model take precedence.
 
     Raises:
-        UserError: the architecture of `config.model_type` is not that of the model.
+        UserError: the architecture of `config.model_type` is not that of the model; or `base` is
+            not multimodal, or has another language model.
     """
+    if base is not None:
+        if Path(directory).exists() and Path(directory).samefile(base):
+            raise UserError(f"{str(base)!r} is the base itself; write another directory")
+        save_tensors(directory, *_beside_images(Path(base), config, model), max_shard_size)
+        return
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
     save_tensors(directory, {**more, **settings}, tensors_of(model, names), max_shard_size)
+
+
+def _beside_images(
+    base: Path, config: DecoderConfig, model: Decoder
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The values of `config.json`, and all tensors, of a multimodal checkpoint with another text.
+
+    Args:
+        base: the checkpoint.
+        config: the configuration of its language model.
+        model: the language model to write.
+    """
+    found, stored, names = _read(base)
+    values = huggingface.read_json(base / "config.json")
+    if values["model_type"] not in towers.TOWERS:
+        raise UserError(
+            f"base={str(base)!r} has model_type={values['model_type']!r}, and no images; leave "
+            f"base out, or give one of {', '.join(towers.TOWERS)}"
+        )
+    theirs = names.canonical({name: name for name in stored})
+    text = names.canonical(tensors_of(model, names))
+    if found != config or not text.keys() <= theirs.keys():
+        raise UserError(
+            f"base={str(base)!r} has another language model than the one to write; give the "
+            "checkpoint that it was read from"
+        )
+    images = {name: stored[name] for bare, name in theirs.items() if towers.of_images(bare)}
+    return values, {**{theirs[bare]: x for bare, x in text.items()}, **images}

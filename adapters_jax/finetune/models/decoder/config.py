@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.decoder import rope
+from adapters_jax.finetune.models.decoder import rope, towers
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
 from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
@@ -240,7 +240,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         Raises:
             UserError: a setting is not supported; the message names it.
         """
-        values = rope.flat({"model_type": "llama", **values})
+        values = rope.flat({"model_type": "llama", **towers.text_of(values)})
         cls._check(values, {"model_type": tuple(ARCHITECTURES)})
         architecture = ARCHITECTURES[values["model_type"]]
         cls._check(values, {**cls.supported, **architecture.supported})

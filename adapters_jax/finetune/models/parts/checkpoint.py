@@ -53,7 +53,7 @@ def tensors_of(model: nnx.Module, names: NameTable) -> dict[str, np.ndarray]:
 def save_tensors(
     directory: str | Path,
     settings: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     max_shard_size: int = SHARD,
 ) -> None:
     """Writes `config.json`, and `model.safetensors` or shards with their index.
@@ -62,7 +62,7 @@ def save_tensors(
         directory: a directory, made if it is absent; a checkpoint in it is replaced,
             file by file.
         settings: the values of `config.json`, but for the dtype.
-        tensors: the tensors by their names there.
+        tensors: the tensors by their names there; those in files are read one shard at a time.
         max_shard_size: the largest number of bytes of tensors in a file; a larger tensor is
             alone in its file.
 
@@ -79,7 +79,7 @@ def save_tensors(
     files = {_file(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
     for file, shard in files.items():
         path = Path(directory, file)
-        save_file({name: tensors[name] for name in shard}, path, {"format": "pt"})
+        save_file({name: np.asarray(tensors[name]) for name in shard}, path, {"format": "pt"})
         path.chmod(0o644)  # safetensors makes it readable for its owner alone
     if len(files) > 1:
         where = {name: file for file, shard in files.items() for name in shard}

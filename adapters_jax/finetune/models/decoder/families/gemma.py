@@ -122,6 +122,9 @@ GEMMA3 = Architecture(
     defaults={
         **DEFAULTS,
         **LATER,
+        # Those of published multimodal ones leave out what they share.
+        **{"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216},
+        **{"num_hidden_layers": 26, "num_attention_heads": 8},
         "max_position_embeddings": 131072,
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,

@@ -58,6 +58,15 @@ KNOWN = {
     "meta-llama/Llama-3.2-3B": _llama3(3072, 8192, 28, 24, 8, factor=32.0, **TIED),
     "meta-llama/Llama-3.3-70B-Instruct": _llama3(8192, 28672, 80, 64, 8, factor=8.0),
     "TinyLlama/TinyLlama_v1.1": shape(2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
+    # The text models of those that read images.
+    "llava-hf/llava-1.5-7b-hf": shape(
+        *(4096, 11008, 32, 32, 32),
+        **{"vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    ),
+    "llava-hf/llava-1.5-13b-hf": shape(
+        *(5120, 13824, 40, 40, 40),
+        **{"vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    ),
     "HuggingFaceTB/SmolLM-135M": _smollm(576, 1536, 30, 9, 3),
     "HuggingFaceTB/SmolLM-360M": _smollm(960, 2560, 32, 15, 5),
     "HuggingFaceTB/SmolLM-1.7B": _smollm(2048, 8192, 24, 32, 32),

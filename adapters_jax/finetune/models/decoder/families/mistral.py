@@ -35,13 +35,24 @@ KNOWN = {
         **{"head_dim": 128, "rope_theta": 1e8, "vocab_size": 131072},
         max_position_embeddings=32768,
     ),
+    # The text models of those that read images.
+    "mistral-community/pixtral-12b": _later(
+        *(5120, 14336, 40, 32, 8),
+        **{"head_dim": 128, "rope_theta": 1e9, "vocab_size": 131072},
+        max_position_embeddings=1_024_000,
+    ),
+    "mistralai/Mistral-Small-3.1-24B-Base-2503": _later(
+        *(5120, 32768, 40, 32, 8),
+        **{"head_dim": 128, "rope_theta": 1e9, "vocab_size": 131072},
+        max_position_embeddings=131072,
+    ),
 }
 
 MISTRAL = Architecture(
     "mistral",
     "MistralForCausalLM",
     defaults={
-        **{"num_key_value_heads": 8, "sliding_window": 4096},
+        **{"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
         "max_position_embeddings": 131072,
     },
     settings=("sliding_window",),
