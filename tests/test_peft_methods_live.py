@@ -9,7 +9,12 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.finetune.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.finetune.models.decoder import (
+    ARCHITECTURES,
+    load_decoder,
+    load_decoder_classifier,
+    save_decoder,
+)
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -96,3 +101,55 @@ def test_stacked_experts_and_routers_go_both_ways(family, targets, tmp_path):
     ours = save_peft(tmp_path / "ours", recipe, adapters, names.of_version(VERSION), model)
     again = reloaded(kind.from_pretrained(tmp_path / "base"), ours)
     np.testing.assert_allclose(logits(again), expected, atol=1e-5)
+
+
+CLASSIFIERS = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gemma2": ("Gemma2", {"head_dim": 4}),
+    "qwen3": ("Qwen3", {"head_dim": 4}),
+    "phi3": ("Phi3", {}),
+}
+PADDED = np.array([[4, 9, 5, 6, 0, 0], [1, 2, 3, 4, 5, 6]])
+MASK = (PADDED > 0).astype(int)
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_of_decoders_go_both_ways(family, embeds, tmp_path):
+    name, more = CLASSIFIERS[family]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **more, num_labels=3)
+    kind = getattr(transformers, f"{name}ForSequenceClassification")
+    noisy(kind(config)).save_pretrained(tmp_path / "base")
+    _, model = load_decoder_classifier(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base").eval()
+    own = {"attention_mask": MASK}
+    plain = logits(base, PADDED, **own)
+    np.testing.assert_allclose(model(PADDED, MASK), plain, atol=1e-4)
+    first = {"gpt2": ("wte", "c_attn"), "phi3": ("embed_tokens", "qkv_proj")}
+    words, query = first.get(family, ("embed_tokens", "q_proj"))
+    targets = [words, query] if embeds else [query]
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=targets,
+        task_type="SEQ_CLS",
+        fan_in_fan_out=name == "GPT2",
+    )
+    theirs = noisy(peft.get_peft_model(base, lora))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = logits(theirs, PADDED, **own)
+    names = ARCHITECTURES[family].names
+    _, empty = load_decoder_classifier(tmp_path / "base", 3)
+    recipe, adapters = load_peft(tmp_path / "theirs", names, empty)
+    got = ours_with(tmp_path, recipe, adapters, empty, PADDED, attention_mask=MASK)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.abs(plain - expected).max() > 0.05
+    ours = save_peft(tmp_path / "o", recipe, adapters, names, empty, task_type="SEQ_CLS")
+    again = reloaded(kind.from_pretrained(tmp_path / "base"), ours)
+    np.testing.assert_allclose(logits(again, PADDED, **own), expected, atol=1e-5)
+    native = aj.save_adapter(tmp_path / "again", adapters, recipe)
+    merged = aj.merge(aj.load_adapter(native, empty, example_inputs=(PADDED,)))
+    save_decoder(tmp_path / "merged", merged.config, merged, pad_token_id=0)
+    whole = kind.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(logits(whole, PADDED, **own), expected, atol=1e-4)

@@ -89,6 +89,10 @@ class ModuleMap:
             name = name.removeprefix(prefix)
         return name
 
+    def inputs_first(self, name: str) -> bool:
+        """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
+        return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
+
     def full(self, name: str) -> str:
         """A bare name with the prefix; heads have none."""
         return name if name.split(".")[0] in self.heads else self.prefix + name
@@ -173,8 +177,8 @@ def _by_table(
             "FAMILY.classifier.names), and the parameters of that model"
         )
     ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
-    tied = names.tied
-    if tied and (tied[0] in modules or tied[1] not in modules):
+    tied = names.tied  # a classifier of sequences has another head, which is no embedding
+    if tied and (tied[1] not in modules or any(head in modules for head in (tied[0], *HEADS))):
         tied = None
     parameters = {
         name: _parameter(path, base[path], *names.parameters[number][2:])

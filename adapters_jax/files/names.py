@@ -138,6 +138,10 @@ class NameTable:
                 return number, match.expand(rule.theirs)
         return None
 
+    def inputs_first(self, module: str) -> bool:
+        """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
+        return self.fan_in_fan_out and module.split(".")[0] not in self.heads
+
     def of_version(self, version: Any) -> "NameTable":
         """The table for the models of a version of transformers; None means 4.
 
@@ -162,7 +166,7 @@ class NameTable:
             return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
         name, _, part, _ = self.module(module)
-        transposed = leaf == "kernel" and not self.fan_in_fan_out
+        transposed = leaf == "kernel" and not self.inputs_first(name)
         return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
 
     def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:

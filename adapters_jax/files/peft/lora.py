@@ -120,7 +120,7 @@ class _Reader:
         is_embedding = there[0].weight == "embedding"
         if is_parameter(self.config, f"{module}.weight"):
             # As a parameter, an embedding and GPT-2's kernels are (out, in) to PEFT.
-            turned = is_embedding or self.module_map.fan_in_fan_out
+            turned = is_embedding or self.module_map.inputs_first(module)
             a, b = (b.T, a.T) if turned else (a, b)
         elif not is_target(self.config, module):
             raise UserError(f"{module} has factors but is not among the target modules")

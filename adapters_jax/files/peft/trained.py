@@ -26,7 +26,7 @@ def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: li
         there = module_map.at(module)
         if not there:
             problems.append(f"{key}: names maps {module} to no module of the base")
-        new = our_leaves(key, kind, tensor, there, module_map.fan_in_fan_out, problems)
+        new = our_leaves(key, kind, tensor, there, module_map.inputs_first(module), problems)
         if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
             leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
     return leaves
@@ -88,7 +88,7 @@ def write_trained(
         whole_head = head if head in heads else name
         saved += [] if alone or whole_head in saved else [whole_head]
         leaves, inner = ["bias"] if alone else parts[0].leaves, ".base_layer" if adapted else ""
-        turned = module_map.fan_in_fan_out
+        turned = module_map.inputs_first(bare)
         found = their_leaves(parts, leaves, trained, module_map.base, turned, problems)
         tensors |= {f"{ROOT}{name}{inner}.{kind}": x for kind, x in found.items()}
         if module_map.tied and bare == module_map.tied[1]:  # PEFT ties the weights of these two

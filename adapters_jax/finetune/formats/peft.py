@@ -13,11 +13,13 @@ from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats.base import (
     HEAD,
     MASKED,
+    SCORE,
     Adapter,
     AdapterFormat,
     BaseModel,
     Head,
     has_head,
+    has_score,
     pooling_problem,
     shape_in,
 )
@@ -25,6 +27,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
 _CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
+_SCORE = re.compile(r"(?:.*\.)?score(?:\.modules_to_save)?\.weight")
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -53,6 +56,11 @@ class Peft(AdapterFormat):
         """The classifier that is saved whole, if there is one; it reads the pooler."""
         shape = shape_in(directory / PEFT.tensors, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
+
+    def labels(self, directory: Path) -> int | None:
+        """The number of rows of `score.weight`, which PEFT saves whole."""
+        shape = shape_in(directory / PEFT.tensors, _SCORE)
+        return shape[0] if shape else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
@@ -99,6 +107,8 @@ class Peft(AdapterFormat):
         unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
         kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
+        if (score := leaves.get(f"{SCORE}kernel")) is not None:
+            more = f", num_labels={score.shape[-1]}"
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
             f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
@@ -112,6 +122,8 @@ def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
     """
     if base.pooling == MASKED or (base.kind == "vision" and has_head(leaves)):
         return None
+    if has_score(leaves):
+        return "SEQ_CLS"
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 
 

@@ -4,10 +4,18 @@ They load from Hugging Face checkpoints and from GGUF, and save checkpoints.
 """
 
 from adapters_jax.finetune.models.decoder.architecture import Architecture
-from adapters_jax.finetune.models.decoder.checkpoint import load_decoder, save_decoder
+from adapters_jax.finetune.models.decoder.checkpoint import (
+    load_decoder,
+    load_decoder_classifier,
+    save_decoder,
+)
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.finetune.models.decoder.model import (
+    Decoder,
+    DecoderClassifier,
+    abstract_decoder,
+)
 from adapters_jax.finetune.models.decoder.names import NAMES
 from adapters_jax.finetune.models.family import Family
 
@@ -43,8 +51,10 @@ __all__ = [
     "NAMES",
     "Architecture",
     "Decoder",
+    "DecoderClassifier",
     "DecoderConfig",
     "decoder_family",
     "load_decoder",
+    "load_decoder_classifier",
     "save_decoder",
 ]

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.errors import check_size
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
@@ -92,8 +93,11 @@ class Decoder(nnx.Module):
         length = config.num_hidden_layers
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
         self.norm = own.norm(width)
-        if not config.tie_word_embeddings:
-            self.head = own.linear(width, config.vocab_size)
+        self._make_head(own)
+
+    def _make_head(self, parts: Parts) -> None:
+        if not self.config.tie_word_embeddings:
+            self.head = parts.linear(self.config.hidden_size, self.config.vocab_size)
 
     def __call__(
         self,
@@ -223,9 +227,60 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
 
-def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:
-    """Returns a decoder without arrays; the options are those of `Decoder`."""
-    model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
+class DecoderClassifier(Decoder):
+    """A decoder whose `score` reads the state of each row's last token, instead of a head.
+
+    Args:
+        config: the model's shape.
+        num_labels: the width of the score; 1 for regression.
+        options: those of `Decoder`.
+
+    Raises:
+        UserError: `num_labels` is no whole number of at least 1.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> def logits(ids):
+        ...     return DecoderClassifier(config, 3, rngs=nnx.Rngs(0))(ids)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]])).shape
+        (1, 3)
+    """
+
+    def __init__(self, config: DecoderConfig, num_labels: int, **options: Any):
+        check_size("DecoderClassifier", "num_labels", num_labels)
+        self.num_labels = num_labels
+        super().__init__(config, **options)
+
+    def _make_head(self, parts: Parts) -> None:
+        self.score = parts.linear(self.config.hidden_size, self.num_labels)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch labels"]:
+        """Computes float32 logits of the labels; the arguments are those of `hidden`."""
+        hidden = self.hidden(input_ids, attention_mask, positions, segments)
+        if attention_mask is None:
+            return self.logits(hidden[:, -1])
+        # Padding may be on either side.
+        last = jnp.argmax(jnp.arange(input_ids.shape[1]) * (attention_mask != 0), axis=1)
+        return self.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch labels"]:
+        """Computes float32 logits of hidden states."""
+        return self.score(hidden).astype(jnp.float32)
+
+
+def abstract_decoder(
+    config: DecoderConfig, *, scan: bool = False, num_labels: int | None = None, **options: Any
+) -> Decoder:
+    """Returns a decoder, or a classifier, without arrays; the options are those of `Decoder`."""
+    make: Any = Decoder if num_labels is None else partial(DecoderClassifier, num_labels=num_labels)
+    model = nnx.eval_shape(lambda: make(config, scan=True, rngs=nnx.Rngs(0), **options))
     if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
         parts: tuple[Any, ...] = nnx.split(model.layers)
         graphdef, state = parts

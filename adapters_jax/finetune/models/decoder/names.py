@@ -6,7 +6,8 @@ from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
 LAYERS = NNX, "layers"  # our names of layers, and theirs
-MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), Rule("head", "lm_head"))
+HEADS = (Rule("head", "lm_head"), Rule("score", "score"))
+MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), *HEADS)
 PROJECTIONS = of_layers(
     *LAYERS,
     attention__query="self_attn.q_proj",
