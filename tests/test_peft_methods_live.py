@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.trained import trained
+from test_encoders import FIXTURES, classifier, expected, loaded
 
 import adapters_jax as aj
 from adapters_jax.files.peft import load_peft, save_peft
@@ -42,9 +44,9 @@ def noisy(model, std=0.3):
 
 
 def logits(model, ids=IDS, **inputs):
+    inputs = {name: torch.tensor(x) for name, x in {"input_ids": ids, **inputs}.items()}
     with torch.no_grad():
-        inputs = {name: torch.tensor(x) for name, x in inputs.items()}
-        return model(input_ids=torch.tensor(ids), **inputs).logits.numpy()
+        return model(**inputs).logits.numpy()
 
 
 def reloaded(base, directory):
@@ -153,3 +155,50 @@ def test_classifiers_of_decoders_go_both_ways(family, embeds, tmp_path):
     save_decoder(tmp_path / "merged", merged.config, merged, pad_token_id=0)
     whole = kind.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(whole, PADDED, **own), expected, atol=1e-4)
+
+
+def encoder_of(name):
+    """The name table, the classifier, its parameters and its inputs; and the one in PyTorch."""
+    base = loaded(name)[0].classifier.names, *classifier(name), expected(name)[0]
+    kind = transformers.AutoModelForSequenceClassification
+    return base, kind.from_pretrained(FIXTURES / name, attn_implementation="eager").eval()
+
+
+def encoder_logits(base, recipe, adapters):
+    _, model, params, inputs = base
+    whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
+    return aj.adapt(model, recipe).apply({"params": whole}, **inputs)
+
+
+HEADS = {
+    "head": aj.lora(2, head="head"),
+    "biases": aj.lora(2, bias="all"),
+    "both": aj.lora(2, bias="all", head="head"),
+}
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+@pytest.mark.parametrize("name", ["distilbert", "xlm_roberta", "electra"])
+def test_heads_and_all_biases_go_to_peft_and_back(name, recipe, tmp_path):
+    base, there = encoder_of(name)
+    recipe = aj.Recipe(HEADS[recipe])
+    adapters, wanted = trained(base, recipe)
+    names, _, params, inputs = base
+    saved = save_peft(tmp_path / "a", recipe, adapters, names, params, task_type="SEQ_CLS")
+    got = logits(reloaded(there, saved), **inputs)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    back = load_peft(saved, names, params)
+    np.testing.assert_allclose(encoder_logits(base, *back), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["distilbert", "xlm_roberta", "electra"])
+def test_all_biases_of_peft_with_a_head_are_read(name, tmp_path):
+    base, there = encoder_of(name)
+    targets = ["q_lin", "v_lin"] if name == "distilbert" else ["query", "value"]
+    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS", bias="all")
+    made = noisy(peft.get_peft_model(there, lora))
+    made.save_pretrained(tmp_path / "a")
+    names, _, params, inputs = base
+    recipe, adapters = load_peft(tmp_path / "a", names, params)
+    wanted = logits(made, **inputs)
+    np.testing.assert_allclose(encoder_logits(base, recipe, adapters), wanted, atol=1e-4)

@@ -73,8 +73,8 @@ class Peft(AdapterFormat):
         """See `to_peft`, which `save_peft` calls."""
         from adapters_jax.files.peft.convert import to_peft
 
-        prefix = _prefix(base, adapter.leaves)
-        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+        about = _prefix(base, adapter.leaves), _task(base, adapter.leaves)
+        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, *about)[2]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
