@@ -15,9 +15,11 @@ from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, shown
 from adapters_jax.files.layouts import (
+    WHOLE,
     Array,
     ModuleReference,
     ParameterReference,
+    Span,
     our_leaf,
     spans,
     their_leaf,
@@ -52,6 +54,8 @@ class ModuleMap:
             them. Paths are always those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
+        stacked: the same of parameters that only the model of transformers 5 has; several where
+            theirs fuses ours.
         heads: their modules beside the base, whose names have no prefix.
         prefix: begins the names that `full` makes.
         table: the model's table; None for a mapping.
@@ -65,6 +69,7 @@ class ModuleMap:
     tied: tuple[str, str] | None = None
     scanned: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
     table: NameTable | None = None
@@ -73,11 +78,20 @@ class ModuleMap:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
         return self.modules.get(self.bare(name), ())
 
+    def at_parameter(self, name: str) -> tuple[ParameterReference, ...]:
+        """Our parameters for one that a module of theirs holds itself."""
+        bare = self.bare(name)
+        return self.stacked.get(bare) or (self.parameters[bare],)
+
     def bare(self, name: str) -> str:
         """Their name without prefix."""
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
         return name
+
+    def inputs_first(self, name: str) -> bool:
+        """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
+        return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
 
     def full(self, name: str) -> str:
         """A bare name with the prefix; heads have none."""
@@ -93,6 +107,11 @@ class ModuleMap:
             for name, reference in self.parameters.items()
             if ROW in name
         }
+
+    @cached_property
+    def whole(self) -> set[str]:
+        """The paths of our modules that are a module of theirs, or a part of one."""
+        return {reference.path for parts in self.modules.values() for reference in parts}
 
     @property
     def paths(self) -> list[str]:
@@ -162,22 +181,33 @@ def _by_table(
         name: _in_parts([each[i] for i in sorted(each)], name in by_head)
         for name, each in modules.items()
     }
-    tied = names.tied
-    if tied and (tied[0] in modules or tied[1] not in modules):
+    tied = names.tied  # a classifier of sequences has another head, which is no embedding
+    if tied and (tied[1] not in modules or any(head in modules for head in (tied[0], *HEADS))):
         tied = None
     parameters = {
         name: _parameter(path, base[path], *names.parameters[number][2:])
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
+    inside = {path: own for path in base if (own := names.parameter(path, names.stacked))}
+    stacked = dict[str, tuple[ParameterReference, ...]]()
+    for path, (number, name) in sorted(inside.items(), key=lambda item: item[1]):
+        one = _parameter(path, base[path], *names.stacked[number][2:])
+        stacked[name] = (*stacked.get(name, ()), one)
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters, heads=names.heads, table=names)
+    module_map = replace(module_map, parameters=parameters, stacked=stacked)
+    return replace(module_map, heads=names.heads, table=names)
 
 
 def _parameter(
-    path: str, leaf: Any, swapped: bool = False, is_transposed: bool | None = None
+    path: str,
+    leaf: Any,
+    swapped: bool = False,
+    is_transposed: bool | None = None,
+    part: tuple[int, int] | None = None,
 ) -> ParameterReference:
     said = not swapped if is_transposed is None else is_transposed
-    return ParameterReference(path, tuple(leaf.shape), swapped, said)
+    own = Span(part[0], part[0] + 1, part[1]) if part else WHOLE
+    return ParameterReference(path, tuple(leaf.shape), swapped, said, own)
 
 
 def _in_parts(

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adapters_jax.errors import AdapterFileError, UserError
 from adapters_jax.files import directories, hub
 from adapters_jax.files.directories import PEFT
@@ -27,7 +29,7 @@ from adapters_jax.files.module_map import (
     shortest,
 )
 from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
-from adapters_jax.files.peft.trained import read_trained, write_trained
+from adapters_jax.files.peft.trained import IN_WRAPPER, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
@@ -155,7 +157,8 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = PEFT.directory(directory, (*PEFT.files, *(beside or ())))
-    config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
+    task = fields.get("task_type")
+    config, tensors, problems = to_peft(recipe, flat, names, base, prefix, task)
     if fields.get("task_type", CLASSIFIES) == CLASSIFIES:
         problems += unpooled(flat, find_modules(names, base))
     if problems:
@@ -205,8 +208,9 @@ def to_peft(
     names: Names,
     base: Any,
     prefix: str | None = None,
+    task_type: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
-    """Converts an adapter; see `save_peft`.
+    """Converts an adapter for a model of a task; see `save_peft`.
 
     Returns:
         The configuration, the tensors, and a sentence for each thing that PEFT does not support.
@@ -233,7 +237,7 @@ def to_peft(
         ]
         return fields, tensors, problems + held
     adapted = {each.module for each in added}
-    more, trains = write_trained(trained, adapted, module_map, problems)
+    more, trains = write_trained(trained, adapted, module_map, problems, task_type)
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
         problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
@@ -266,7 +270,22 @@ def split_tensors(
         # PEFT saves the original of a `modules_to_save` beside the trained one.
         elif ".original_module." not in name and not _MASK.fullmatch(name):
             plain[name] = tensor
-    return added, plain
+    return added, _once(plain, problems)
+
+
+def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
+    """The tensors by their names without PEFT's wrapper.
+
+    With bias="all", PEFT saves the biases of a head twice, under the name in the wrapper as well.
+    """
+    found: dict[str, Array] = {}
+    for key, tensor in plain.items():
+        name = IN_WRAPPER.sub("", key)
+        if not np.array_equal(found.setdefault(name, tensor), tensor):
+            problems.append(
+                f"{key} is not the {name} that the file has as well; remove one of them"
+            )
+    return found
 
 
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ _SIZES = ("bottleneck_dim", "reduction_factor")
 _BEFORE = ", which matters only before training"
 Kind = Literal["encoder", "decoder", "encoder-decoder", "vision", "speech"]
 HEAD = "head/"  # the paths of a head's leaves begin with it
+SCORE = "score/"  # the same of a decoder that classifies
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ class AdapterFormat(ABC):
         """The head in an adapter's files; `inside` is the module that a classifier's base is in."""
         return None
 
+    def labels(self, directory: Path) -> int | None:
+        """The number of labels of a decoder's `score` in an adapter's files; None without one."""
+        return None
+
     @abstractmethod
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """Returns the recipe and the trained leaves by path.
@@ -200,6 +205,11 @@ def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
         path: np.broadcast_to(np.asarray(number, leaf.dtype), leaf.shape)
         for number, (path, leaf) in enumerate(shapes.items(), 1)
     }
+
+
+def has_score(leaves: Iterable[str]) -> bool:
+    """Whether the trained leaves have a decoder's score of labels."""
+    return any(path.startswith(SCORE) for path in leaves)
 
 
 def has_head(leaves: Mapping[str, Any]) -> bool:

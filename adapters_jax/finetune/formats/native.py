@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.finetune.formats.base import (
     HEAD,
+    SCORE,
     Adapter,
     AdapterFormat,
     BaseModel,
     Head,
     has_head,
+    shape_in,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
@@ -51,6 +54,11 @@ class Native(AdapterFormat):
         if head is None:
             return Head(1) if under else None
         return Head(head.shape[-1])
+
+    def labels(self, directory: Path) -> int | None:
+        """The width of the trained score."""
+        shape = shape_in(directory / TENSORS, re.compile(f"{SCORE}kernel"))
+        return shape[-1] if shape else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `read_adapter`.
@@ -89,10 +97,13 @@ class Native(AdapterFormat):
         """Loads onto a decoder's checkpoint; of an encoder, onto a `base` and its `params`."""
         if base.kind in _LOADERS:
             module, load = _LOADERS[base.kind]
+            score = leaves.get(f"{SCORE}kernel")
+            width = "" if score is None else f", {score.shape[-1]}"
+            load += "" if score is None else "_classifier"
             return (
                 "import adapters_jax as aj\n"
                 f"from adapters_jax.finetune.models.{module} import {load}\n"
-                f"model = aj.load_adapter({name!r}, {load}({shown!r})[1])"
+                f"model = aj.load_adapter({name!r}, {load}({shown!r}{width})[1])"
             )
         return (
             "import adapters_jax as aj\n"

@@ -13,11 +13,13 @@ from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats.base import (
     HEAD,
     MASKED,
+    SCORE,
     Adapter,
     AdapterFormat,
     BaseModel,
     Head,
     has_head,
+    has_score,
     pooling_problem,
     shape_in,
 )
@@ -25,6 +27,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
 _CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
+_SCORE = re.compile(r"(?:.*\.)?score(?:\.modules_to_save)?\.weight")
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -53,6 +56,11 @@ class Peft(AdapterFormat):
         shape = shape_in(directory / PEFT.tensors, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
 
+    def labels(self, directory: Path) -> int | None:
+        """The number of rows of `score.weight`, which PEFT saves whole."""
+        shape = shape_in(directory / PEFT.tensors, _SCORE)
+        return shape[0] if shape else None
+
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
         from adapters_jax.files.peft.convert import load_peft
@@ -64,8 +72,8 @@ class Peft(AdapterFormat):
         """See `to_peft`, which `save_peft` calls."""
         from adapters_jax.files.peft.convert import to_peft
 
-        prefix = _prefix(base, adapter.leaves)
-        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+        about = _prefix(base, adapter.leaves), _task(base, adapter.leaves)
+        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, *about)[2]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
@@ -99,6 +107,8 @@ class Peft(AdapterFormat):
         task = _task(base, leaves)
         kind = _CLASSES.get(task, "AutoModel") if task else unnamed
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
+        if (score := leaves.get(f"{SCORE}kernel")) is not None:
+            more = f", num_labels={score.shape[-1]}"
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
             f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
@@ -114,6 +124,8 @@ def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
         return None
     if base.kind == "speech":
         return None
+    if has_score(leaves):
+        return "SEQ_CLS"
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.errors import check_size
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
@@ -104,8 +105,13 @@ class Decoder(nnx.Module):
             self.norm = own.norm(width)
         if self.projects:
             self.head_projection = own.linear(width, inner)
+        self._make_head(own, inner)
+
+    def _make_head(self, parts: Parts, width: int) -> None:
+        """Makes what reads the hidden states, which have this width."""
+        config = self.config
         if not config.tie_word_embeddings:
-            self.head = own.linear(inner, config.vocab_size, config.head_bias)
+            self.head = parts.linear(width, config.vocab_size, config.head_bias)
 
     def __call__(
         self,
@@ -249,9 +255,60 @@ class Decoder(nnx.Module):
         return self._last(x), cache
 
 
-def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:
-    """Returns a decoder without arrays; the options are those of `Decoder`."""
-    model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
+class DecoderClassifier(Decoder):
+    """A decoder whose `score` reads the state of each row's last token, instead of a head.
+
+    Args:
+        config: the model's shape.
+        num_labels: the width of the score; 1 for regression.
+        options: those of `Decoder`.
+
+    Raises:
+        UserError: `num_labels` is no whole number of at least 1.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> def logits(ids):
+        ...     return DecoderClassifier(config, 3, rngs=nnx.Rngs(0))(ids)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]])).shape
+        (1, 3)
+    """
+
+    def __init__(self, config: DecoderConfig, num_labels: int, **options: Any):
+        check_size("DecoderClassifier", "num_labels", num_labels)
+        self.num_labels = num_labels
+        super().__init__(config, **options)
+
+    def _make_head(self, parts: Parts, width: int) -> None:
+        self.score = parts.linear(width, self.num_labels)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch labels"]:
+        """Computes float32 logits of the labels; the arguments are those of `hidden`."""
+        hidden = self.hidden(input_ids, attention_mask, positions, segments)
+        if attention_mask is None:
+            return self.logits(hidden[:, -1])
+        # Padding may be on either side.
+        last = jnp.argmax(jnp.arange(input_ids.shape[1]) * (attention_mask != 0), axis=1)
+        return self.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch labels"]:
+        """Computes float32 logits of hidden states."""
+        return self.score(hidden).astype(jnp.float32)
+
+
+def abstract_decoder(
+    config: DecoderConfig, *, scan: bool = False, num_labels: int | None = None, **options: Any
+) -> Decoder:
+    """Returns a decoder, or a classifier, without arrays; the options are those of `Decoder`."""
+    make: Any = Decoder if num_labels is None else partial(DecoderClassifier, num_labels=num_labels)
+    model = nnx.eval_shape(lambda: make(config, scan=True, rngs=nnx.Rngs(0), **options))
     if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
         parts: tuple[Any, ...] = nnx.split(model.layers)
         graphdef, state = parts
