@@ -11,12 +11,21 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from adapters_jax.errors import AdapterFileError, UserError, file_errors, full_name, shortened
+from adapters_jax.errors import (
+    AdapterFileError,
+    UserError,
+    file_errors,
+    first_few,
+    full_name,
+    shortened,
+    shown,
+)
 from adapters_jax.files import hub
 from adapters_jax.files.adapter import TENSORS, texts
 from adapters_jax.files.atomic import write_directory
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
+from adapters_jax.files.pickled import read_pickled
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.trees import Tree, flatten
 
@@ -52,28 +61,37 @@ class Pair:
         """Reads the settings and the tensors of a directory.
 
         Raises:
-            AdapterFileError: a file is absent, pickled or damaged, or exceeds a limit of ours.
+            AdapterFileError: a file is absent or damaged, exceeds a limit of ours, or its pickle
+                holds more than tensors.
         """
-        lacking = [n for n in self.files if not (directory / n).is_file()]
+        index = f"{self.tensors}.index.json"
+        if not (directory / self.tensors).is_file():
+            shards = self.tensors.replace(".", "-*.")
+            hub.complete(directory, [index, shards, self.pickle])
+        readers = {self.tensors: read_tensors, index: _read_shards, self.pickle: self._unpickled}
+        kinds = [name for name in readers if (directory / name).is_file()]
+        lacking = [] if (directory / self.config).is_file() else [self.config]
+        lacking += [] if kinds else [f"{self.tensors} or {self.pickle}"]
         if lacking:
-            # A pickled file is never fetched from the Hub, so it may exist there.
-            possible = (directory / self.pickle).exists() or hub.commit_of(directory)
-            pickled = (
-                f"; a pickled {self.pickle} is never opened, since unpickling runs code: convert "
-                f"it where you trust it, with {self.unpickle}"
-            )
             own = (directory / TENSORS).is_file()
             ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
-            raise AdapterFileError(
-                f"{directory} lacks {' and '.join(lacking)}{pickled if possible else ''}{ours}"
-            )
+            raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{ours}")
         config = read_json(directory / self.config)
         if absent := [key for key in self.keys if key not in config]:
             raise AdapterFileError(
                 f"{directory / self.config} has no {' and no '.join(absent)}, so {self.owner} did "
                 f"not write it; use load_adapter for what save_adapter wrote{self.hint}"
             )
-        return config, read_tensors(directory / self.tensors)
+        return config, readers[kinds[0]](directory / kinds[0])
+
+    def _unpickled(self, path: Path) -> dict[str, Array]:
+        """The tensors of a pickled file."""
+        try:
+            return read_pickled(path)
+        except AdapterFileError as problem:
+            raise AdapterFileError(
+                f"{problem}; convert it where you trust it, with {self.unpickle}"
+            ) from problem
 
     def content(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> dict[str, bytes]:
         """Returns the bytes of both files by name."""
@@ -130,6 +148,30 @@ ADAPTERHUB_HEAD = replace(
     pickle="pytorch_model_head.bin",
     keys=(),
 )
+
+
+def _read_shards(index: Path) -> dict[str, Array]:
+    """The tensors of all files that an index names, each of them once."""
+    places = read_json(index).get("weight_map")
+    names = sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+    if wrong := [n for n in names if set(n) & set("/\\\0") or not n.endswith(".safetensors")]:
+        raise AdapterFileError(f"{index} names {shown(wrong[0])}, expected safetensors beside it")
+    if not names or (lacking := [n for n in names if not (index.parent / n).is_file()]):
+        what = first_few(lacking, 8) if names else "weight_map"
+        raise AdapterFileError(f"{index} is not complete: {what} is missing")
+    tensors: dict[str, Array] = {}
+    for name in names:
+        shard = read_tensors(index.parent / name)
+        if twice := tensors.keys() & shard.keys():
+            raise AdapterFileError(
+                f"{index.parent / name} and a file before it both hold {first_few(sorted(twice), 8)}"
+            )
+        if unlike := shard.keys() ^ {key for key, place in places.items() if place == name}:
+            raise AdapterFileError(
+                f"{index.parent / name} and its index differ in {first_few(sorted(unlike), 8)}"
+            )
+        tensors |= shard
+    return tensors
 
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:

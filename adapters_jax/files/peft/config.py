@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters_jax.files.expressions import matches
 from adapters_jax.files.settings import (
     Rule,
     field_problems,
@@ -15,6 +16,7 @@ from adapters_jax.files.settings import (
     of,
     one_of,
     patterns,
+    plain_names,
     rule,
     whole,
 )
@@ -69,7 +71,8 @@ class Kind:
 _NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
 _NAMES = patterns(str, list)
 _MODULES: dict[str, Rule] = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _NAMES),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
+    "modules_to_save": plain_names(list),
     "fan_in_fan_out": of(bool),
 }
 KINDS = {
@@ -89,7 +92,7 @@ KINDS = {
             **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), of(bool)),
             **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
             "layers_to_transform": of(int, list),
-            "layers_pattern": _NAMES,
+            "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
             "bias": one_of("none", "all", "lora_only"),
@@ -169,7 +172,7 @@ def number_at(config: Config, field: str, module: str) -> Any:
     patterns = "rank_pattern" if field == "r" else "alpha_pattern"
     # PEFT matches the end of a name, and takes the first pattern, not the longest.
     for pattern, found in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(pattern, module, r"(.*\.)?({})$"):
             return found
     return value(config, field)
 
@@ -208,7 +211,7 @@ def is_parameter(config: Config, name: str) -> bool:
 def _listed(names: str | list[str], module: str) -> bool:
     """Whether a name matches: a string is a regular expression, a list has names or their ends."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -218,6 +221,7 @@ def _in_layers(config: Config, module: str) -> bool:
     if layers is None or layers == []:
         return True
     words = [patterns] if isinstance(patterns, str) else patterns
-    forms = [rf".*\.{word}\.(\d+)\." for word in words or [r"[^.]*"]]
+    forms = [rf"(?:^|.*?\.){word}\.(\d+)\." for word in words or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    # PEFT takes the first number, which is the layer's, and not that of an expert in it.
     match = next(filter(None, (re.match(form, module) for form in forms)), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
