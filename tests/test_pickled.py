@@ -196,7 +196,11 @@ def test_a_hostile_pickle_takes_little_memory(tmp_path, kind):
 def test_a_file_takes_its_own_memory(tmp_path):
     count = 2**20
     size = b"\x8a\x04" + struct.pack("<i", count)
-    code = program(tensor(count=0)).replace(b"cpuK\0", b"cpu" + size).replace(b"(K\2t", b"(" + size + b"t")
+    code = (
+        program(tensor(count=0))
+        .replace(b"cpuK\0", b"cpu" + size)
+        .replace(b"(K\2t", b"(" + size + b"t")
+    )
     row = np.arange(count, dtype=np.float32)
     path = archive(tmp_path / "a", code, **{"data/0": row.tobytes()})
     tracemalloc.start()
@@ -209,9 +213,7 @@ def test_a_file_takes_its_own_memory(tmp_path):
 
 
 def test_compressed_data_is_refused(tmp_path):
-    bomb = archive(
-        tmp_path / "a", compression=zipfile.ZIP_DEFLATED, **{"data/0": bytes(2**26)}
-    )
+    bomb = archive(tmp_path / "a", compression=zipfile.ZIP_DEFLATED, **{"data/0": bytes(2**26)})
     assert bomb.stat().st_size < 2**17
     tracemalloc.start()
     try:
@@ -255,7 +257,9 @@ def test_two_storages_on_the_same_bytes_are_no_way_to_more_memory(tmp_path):
 @pytest.mark.parametrize("size", [0, 3, 4, 30, 200, -1, -30])
 def test_a_file_that_is_cut_off_is_an_error(tmp_path, size):
     for name in ("new.bin", "old.bin"):
-        (tmp_path / name).write_bytes((FIXTURES / name).read_bytes()[: size or None] if size else b"")
+        (tmp_path / name).write_bytes(
+            (FIXTURES / name).read_bytes()[: size or None] if size else b""
+        )
         fails(tmp_path / name)
 
 

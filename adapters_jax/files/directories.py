@@ -159,19 +159,15 @@ def _read_shards(index: Path) -> dict[str, Array]:
     if not names or (lacking := [n for n in names if not (index.parent / n).is_file()]):
         what = first_few(lacking, 8) if names else "weight_map"
         raise AdapterFileError(f"{index} is not complete: {what} is missing")
-    tensors: dict[str, Array] = {}
-    for name in names:
-        shard = read_tensors(index.parent / name)
-        if twice := tensors.keys() & shard.keys():
-            raise AdapterFileError(
-                f"{index.parent / name} and a file before it both hold {first_few(sorted(twice), 8)}"
-            )
-        if unlike := shard.keys() ^ {key for key, place in places.items() if place == name}:
-            raise AdapterFileError(
-                f"{index.parent / name} and its index differ in {first_few(sorted(unlike), 8)}"
-            )
-        tensors |= shard
-    return tensors
+    shards = {name: read_tensors(index.parent / name) for name in names}
+    held = [(key, name) for name, shard in shards.items() for key in shard]
+    owners = dict(held)
+    if twice := [(key, name) for key, name in held if owners[key] != name]:
+        key, name = twice[0]
+        raise AdapterFileError(f"{index.parent / name} and {owners[key]} both hold {key}")
+    if unlike := [key for key in owners | places if owners.get(key) != places.get(key)]:
+        raise AdapterFileError(f"{index} and its files differ in {first_few(unlike, 8)}")
+    return {key: shards[name][key] for key, name in held}
 
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:

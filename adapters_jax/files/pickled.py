@@ -25,8 +25,8 @@ import numpy as np
 from adapters_jax.errors import AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.untrusted import OF_DAMAGE, Untrusted, name_problem, not_finite, opened
 
-MOST = 2**21  # bytes of a pickle, and of an archive's table; a tensor takes about 200 of each
-MOST_INSTRUCTIONS = 200_000  # read within a second; a tensor takes about 25
+MOST = 2**21  # bytes of a pickle, and of an archive's table; a tensor takes about 150 and 60
+MOST_INSTRUCTIONS = 300_000  # read within a second; a tensor takes about 30
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
 _PARAMETER, _TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
 _ORDERED = "collections.OrderedDict"
@@ -272,7 +272,9 @@ def _named(name: str) -> _Name:
     return _Name(name)
 
 
-def _storage(kind: Any, dtype: Any, key: Any, device: Any, count: Any, view: Any = None) -> _Storage:
+def _storage(
+    kind: Any, dtype: Any, key: Any, device: Any, count: Any, view: Any = None
+) -> _Storage:
     """The storage of an identifier."""
     found = _DTYPES.get(dtype.name) if type(dtype) is _Name else None
     if found is None or type(key) is not str or not _is_size(count) or view is not None:
