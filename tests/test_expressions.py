@@ -53,15 +53,9 @@ def drawn(chance, depth):
         )
     inner, other = drawn(chance, depth - 1), drawn(chance, depth - 1)
     repeat = chance.choice(["*", "+", "?", "{2}", "{1,2}", "{,2}", "{1,}", "*?", "+?", "??", "{0}"])
-    return chance.choice(
-        [inner, inner + other, inner + other, f"({inner}|{other})", f"(?:{inner}|{other})"]
-        + [
-            f"(?={inner}){other}",
-            f"(?!{inner}){other}",
-            f"({inner}){repeat}",
-            f"{inner}(?:{other})*",
-        ]
-    )
+    made = [inner, inner + other, inner + other, f"({inner}|{other})", f"(?:{inner}|{other})"]
+    made += [f"(?={inner}){other}", f"(?!{inner}){other}", f"({inner}){repeat}"]
+    return chance.choice([*made, f"{inner}(?:{other})*"])
 
 
 def test_any_expression_matches_as_in_re():

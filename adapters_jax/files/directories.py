@@ -64,15 +64,10 @@ class Pair:
             AdapterFileError: a file is absent or damaged, exceeds a limit of ours, or its pickle
                 holds more than tensors.
         """
-        index = f"{self.tensors}.index.json"
-        if not (directory / self.tensors).is_file():
-            shards = self.tensors.replace(".", "-*.")
-            hub.complete(directory, [index, shards, self.pickle])
-        readers = {self.tensors: read_tensors, index: _read_shards, self.pickle: self._unpickled}
-        kinds = [name for name in readers if (directory / name).is_file()]
+        tensors = self.read_tensors(directory)
         lacking = [] if (directory / self.config).is_file() else [self.config]
-        lacking += [] if kinds else [f"{self.tensors} or {self.pickle}"]
-        if lacking:
+        lacking += [] if tensors is not None else [f"{self.tensors} or {self.pickle}"]
+        if lacking or tensors is None:
             own = (directory / TENSORS).is_file()
             ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
             raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{ours}")
@@ -82,12 +77,21 @@ class Pair:
                 f"{directory / self.config} has no {' and no '.join(absent)}, so {self.owner} did "
                 f"not write it; use load_adapter for what save_adapter wrote{self.hint}"
             )
-        return config, readers[kinds[0]](directory / kinds[0])
+        return config, tensors
 
-    def _unpickled(self, path: Path) -> dict[str, Array]:
-        """The tensors of a pickled file."""
+    def read_tensors(self, directory: Path) -> dict[str, Array] | None:
+        """Reads the tensors of a directory, of its shards or its pickle; None if it has none."""
+        index = f"{self.tensors}.index.json"
+        if (directory / self.config).is_file() and not (directory / self.tensors).is_file():
+            hub.complete(directory, [index, self.tensors.replace(".", "-*."), self.pickle])
+        if (directory / self.tensors).is_file():
+            return read_tensors(directory / self.tensors)
+        if (directory / index).is_file():
+            return _read_shards(directory / index)
+        if not (directory / self.pickle).is_file():
+            return None
         try:
-            return read_pickled(path)
+            return read_pickled(directory / self.pickle)
         except AdapterFileError as problem:
             raise AdapterFileError(
                 f"{problem}; convert it where you trust it, with {self.unpickle}"
@@ -152,8 +156,9 @@ ADAPTERHUB_HEAD = replace(
 
 def _read_shards(index: Path) -> dict[str, Array]:
     """The tensors of all files that an index names, each of them once."""
-    places = read_json(index).get("weight_map")
-    names = sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+    found = read_json(index).get("weight_map")
+    places: dict[str, Any] = found if isinstance(found, dict) else {}
+    names = sorted({*map(str, places.values())})
     if wrong := [n for n in names if set(n) & set("/\\\0") or not n.endswith(".safetensors")]:
         raise AdapterFileError(f"{index} names {shown(wrong[0])}, expected safetensors beside it")
     if not names or (lacking := [n for n in names if not (index.parent / n).is_file()]):

@@ -4,8 +4,8 @@ A pickle is a program that may call anything. This module goes through its instr
 knows only those by which torch describes a dictionary of tensors, and calls nothing: it makes
 texts, numbers, containers, and descriptions of tensors. Any other instruction or name is refused.
 
-Since torch 1.6 a file is a zip archive: the pickle `data.pkl`, and a file of bytes for each storage,
-which are not compressed. Before, it was five pickles and then the storages.
+Since torch 1.6 a file is a zip archive: the pickle `data.pkl`, and a file for each storage, none of
+them compressed. Before, it was five pickles and then the storages.
 
 Reference: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -62,7 +62,12 @@ class _Storage(NamedTuple):
 
     dtype: np.dtype[Any]
     key: str
-    count: int
+    numbers: int
+
+    @property
+    def size(self) -> int:
+        """The number of its bytes."""
+        return self.numbers * self.dtype.itemsize
 
 
 class _Tensor(NamedTuple):
@@ -74,12 +79,7 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The bytes of a storage."""
-
-    begin: int
-    size: int
+_Place = tuple[int, int]  # where the bytes of a storage begin, and how many they are
 
 
 def read_pickled(path: Path, error: type[UserError] = AdapterFileError) -> dict[str, np.ndarray]:
@@ -105,7 +105,9 @@ def read_pickled(path: Path, error: type[UserError] = AdapterFileError) -> dict[
             tensors, places = _of_zip(file) if is_zip else _of_pickles(file)
             arrays = _arrays(file, tensors, places)
         except UserError as problem:
-            raise error(f"{path} {problem}") if type(problem) is UserError else problem
+            if type(problem) is not UserError:
+                raise
+            raise error(f"{path} {problem}") from problem
         except (*OF_DAMAGE, zipfile.BadZipFile, struct.error, EOFError, RuntimeError) as problem:
             raise error(f"{path} is damaged: {shortened(str(problem))}") from problem
     if wrong := not_finite(arrays):
@@ -157,15 +159,15 @@ def _place(file: Untrusted, entry: zipfile.ZipInfo) -> _Place:
     header = struct.unpack("<4s22xHH", file.stream.read(30))
     if header[0] != b"PK\3\4":
         raise ValueError(f"{shown(entry.filename, 80)} is not where its table says")
-    return _Place(entry.header_offset + 30 + header[1] + header[2], entry.file_size)
+    return entry.header_offset + 30 + header[1] + header[2], entry.file_size
 
 
 def _content(file: Untrusted, place: _Place) -> bytes:
     """The bytes of a place, of a pickle or shorter."""
-    if place.size > MOST:
-        raise UserError(f"has a pickle of {place.size} bytes, expected at most {MOST}")
-    file.stream.seek(place.begin)
-    return file.take(place.size)
+    if place[1] > MOST:
+        raise UserError(f"has a pickle of {place[1]} bytes, expected at most {MOST}")
+    file.stream.seek(place[0])
+    return file.take(place[1])
 
 
 def _of_pickles(file: Untrusted) -> tuple[Any, dict[str, _Place]]:
@@ -183,10 +185,10 @@ def _of_pickles(file: Untrusted) -> tuple[Any, dict[str, _Place]]:
     for key in keys:
         storage = storages[key]
         file.stream.seek(begin)
-        if int.from_bytes(file.stream.read(8), "little") != storage.count:
+        if int.from_bytes(file.stream.read(8), "little") != storage.numbers:
             raise ValueError(f"storage {shown(key, 80)} is not at byte {begin}")
-        places[key] = _Place(begin + 8, storage.count * storage.dtype.itemsize)
-        begin += 8 + places[key].size
+        places[key] = begin + 8, storage.size
+        begin += 8 + storage.size
     return value, places
 
 
@@ -211,6 +213,7 @@ def _object(stream: BytesIO, storages: dict[str, _Storage] | None = None) -> Any
         del stack[mark:]
         return items
 
+    argument: Any
     for number, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
         name = instruction.name
         if number == MOST_INSTRUCTIONS:
@@ -297,8 +300,10 @@ def _made(function: Any, *arguments: Any) -> Any:
     if axes != len(strides) or axes > 16 or not all(map(_is_size, (offset, *shape, *strides))):
         raise ValueError("its pickle has a tensor of another form")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and last >= first.count:
-        raise UserError(f"has a tensor of {[*shape]} outside its storage of {first.count} numbers")
+    if 0 not in shape and last >= first.numbers:
+        raise UserError(
+            f"has a tensor of {[*shape]} outside its storage of {first.numbers} numbers"
+        )
     return _Tensor(first, offset, tuple(shape), tuple(strides))
 
 
@@ -321,7 +326,7 @@ def _arrays(file: Untrusted, tensors: Any, places: dict[str, _Place]) -> dict[st
     storages = {view.storage for view in views}
     for what, sizes in (
         ("tensors", [math.prod(view.shape) * view.storage.dtype.itemsize for view in views]),
-        ("storages", [storage.count * storage.dtype.itemsize for storage in storages]),
+        ("storages", [storage.size for storage in storages]),
     ):
         if sum(sizes) > file.size:
             raise UserError(f"has {sum(sizes)} bytes of {what}, but only {file.size} bytes")
@@ -331,10 +336,10 @@ def _arrays(file: Untrusted, tensors: Any, places: dict[str, _Place]) -> dict[st
 
 def _row(file: Untrusted, storage: _Storage, place: _Place) -> np.ndarray:
     """The numbers of a storage."""
-    row = np.empty(storage.count, storage.dtype)
-    if row.nbytes != place.size or place.begin + place.size > file.size:
+    row = np.empty(storage.numbers, storage.dtype)
+    if row.nbytes != place[1] or sum(place) > file.size:
         raise ValueError(f"storage {shown(storage.key, 80)} is cut off")
-    file.fill(row, place.begin)
+    file.fill(row, place[0])
     return row
 
 

@@ -365,11 +365,10 @@ def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMa
     texts, named = [], {module_map.bare(key): key for key in added}
     if fields := unread_fields(config):
         texts.append(f"adapter_config.json: {first_few(fields, 8)} is ignored")
-    # Output layers have no prefix, and a base without one has none at all in its own class.
-    heads = {name for name in module_map.modules if name.split(".")[0] in module_map.heads}
     inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
     prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
-    if module_map.prefixes and (heads or module_map.tied) and inner and not prefix:
+    is_causal = module_map.tied or "lm_head" in module_map.modules
+    if module_map.prefixes and is_causal and inner and not prefix:
         texts.append(
             f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
             "base without its output layer; this one has one, and PEFT would apply nothing to it"

@@ -43,8 +43,8 @@ def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: l
         found = [plain[key] for key in keys if key is not None]
         alike = len(found) == 2 and np.array_equal(found[0], found[1])
         if not alike and not all(as_in_base({path: x}, module_map) for x in found):
-            names = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (1, 0))
-            problems.append(tied_problem(*names, module_map.held_twice))
+            head, embedding = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (0, 1))
+            problems.append(tied_problem(embedding, head, module_map.held_twice))
         if keys[0] is not None:
             del rest[keys[0]]
     return rest
