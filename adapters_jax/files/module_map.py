@@ -93,9 +93,15 @@ class ModuleMap:
         """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
         return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
 
-    def full(self, name: str) -> str:
-        """A bare name with the prefix; heads have none."""
-        return name if name.split(".")[0] in self.heads else self.prefix + name
+    def full(self, name: str, prefix: str | None = None) -> str:
+        """A bare name with the prefix, or with another one; heads have none."""
+        own = self.prefix if prefix is None else prefix
+        return name if name.split(".")[0] in self.heads else own + name
+
+    @property
+    def held_twice(self) -> tuple[str, ...]:
+        """Their modules whose replacement changes nothing; see `NameTable`."""
+        return self.table.held_twice if self.table else ()
 
     @cached_property
     def rows(self) -> dict[str, list[str]]:

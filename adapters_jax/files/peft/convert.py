@@ -1,8 +1,8 @@
 """Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
 
-A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
-PEFT is needed. A pickled `adapter_model.bin` is never opened, because unpickling runs whatever code
-the file holds.
+A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`, or its shards, or
+an older release's `adapter_model.bin`, of which tensors alone are read. Neither torch nor PEFT is
+needed.
 
 Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.errors import AdapterFileError, UserError, first_few, shown, warn
 from adapters_jax.files import directories, hub
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.layouts import Array
@@ -28,19 +28,29 @@ from adapters_jax.files.module_map import (
     placed,
     shortest,
 )
-from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
+from adapters_jax.files.peft.config import (
+    KINDS,
+    ROOT,
+    Kind,
+    config_problems,
+    is_target,
+    unread_fields,
+    with_targets,
+)
 from adapters_jax.files.peft.trained import IN_WRAPPER, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
 CLASSIFIES = "SEQ_CLS"
-_OTHER_TABLE = (
-    "give the base that the adapter is of, and the names of its family, such as "
-    "adapters_jax.finetune.models.FAMILIES['roberta'].classifier.names"
-)
 _LEAVES = {theirs: ours for kind in KINDS.values() for theirs, ours in kind.leaves.items()}
 _KEY = re.compile(rf"(.+)\.({'|'.join(_LEAVES)})(?:\.weight)?")
+# The name of the adapter in a model, which PEFT's own files leave out.
+_DEFAULT = re.compile(rf"(\.(?:{'|'.join(_LEAVES)}|modules_to_save))\.default(?=\.|$)")
+_NAME = re.compile(r"[\w-]+(?:[./][\w-]+)+")  # of a module of theirs, or a path of ours
+# The families whose modules begin with these words; an encoder's begin with its family's name.
+_FAMILIES = {"model": "llama", "transformer": "gpt2"}
+_FAMILIES |= dict.fromkeys(("shared", "encoder", "decoder"), "t5")
 _MASK = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # a buffer of old GPT-2s, saved with bias="all"
 
 
@@ -50,8 +60,8 @@ def load_peft(
     """Reads an adapter that PEFT wrote.
 
     Args:
-        directory: has `adapter_config.json` and `adapter_model.safetensors`; or an id on the
-            Hugging Face Hub, from which these two files are fetched.
+        directory: has `adapter_config.json`, and `adapter_model.safetensors` or its shards or
+            `adapter_model.bin`; or an id on the Hugging Face Hub, from which these are fetched.
         names: the table of the model's family, `models.FAMILIES["llama"].names`, of a classifier
             `models.FAMILIES["roberta"].classifier.names`; or a mapping from PEFT's module names to
             our module paths: `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a
@@ -73,10 +83,14 @@ def load_peft(
         API pass both to `save_adapter` and load that directory with `load_adapter`.
 
     Raises:
-        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
-            do not fit the base, or layers differ that the base scans as one; the message names
-            every problem.
+        AdapterFileError: a file is absent, damaged or more than tensors, a setting is not
+            supported, tensors do not fit the base or lack, or layers differ that the base scans as
+            one; the message names every problem.
         UserError: `names` does not fit the base.
+
+    Warns:
+        AdapterWarning: the configuration names modules that the file has nothing of, or has fields
+            that are not of its method; or the base has an output layer that the adapter's had not.
 
     Example:
         >>> import tempfile
@@ -184,6 +198,8 @@ def from_peft(
         try:
             kind = KINDS[config["peft_type"]]
             added, plain = split_tensors(tensors, kind, problems)
+            problems += twice_spelt(added, plain, module_map)
+            config = with_targets(config, added, problems)
             methods: list[Method]
             methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
             trained = read_trained(plain, module_map, problems)
@@ -191,15 +207,52 @@ def from_peft(
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
             problems += _held_twice(leaves, module_map)
+            problems += [] if problems else unsaved(config, plain, module_map)
             if config.get("task_type") == CLASSIFIES:
                 problems += unpooled(leaves, module_map)
             if not problems:
+                for text in doubts(config, added, module_map):
+                    warn(text)
                 return as_in_model(methods, leaves, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
     if module_map.table and any("names maps " in each for each in problems):
-        problems.append(_OTHER_TABLE)
-    raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
+        problems.append(_other_table(config, tensors, module_map))
+    raise AdapterFileError(f"{caller}: {'; '.join(grouped(problems))}")
+
+
+def grouped(problems: Iterable[str]) -> list[str]:
+    """The problems, with one sentence for those that differ in names and numbers alone.
+
+    Example:
+        >>> grouped(["names maps h.0.q to no layer", "names maps h.1.q to no layer", "r=0"])
+        ['names maps h.0.q to no layer (so for h.1.q)', 'r=0']
+    """
+    groups: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        form = re.sub(r"\d+", "0", _NAME.sub("x.y", problem)) if _NAME.search(problem) else problem
+        groups.setdefault(form, []).append(problem)
+    found = []
+    for first, *others in groups.values():
+        names = [
+            next((name for name in _NAME.findall(other) if name not in first), "another")
+            for other in others
+        ]
+        found.append(f"{first} (so for {first_few(names, 3)})" if names else first)
+    return found
+
+
+def _other_table(config: Mapping[str, Any], keys: Iterable[str], module_map: ModuleMap) -> str:
+    """What to give where the names of modules are those of another model."""
+    words = (key.removeprefix(ROOT).split(".")[0] for key in keys)
+    word = next((word for word in words if word not in module_map.heads), "")
+    family = repr(_FAMILIES.get(word, word))
+    table = f"FAMILIES[{family}]{'' if word in _FAMILIES else '.classifier'}.names"
+    base = config.get("base_model_name_or_path")
+    return (
+        f"give the base that the adapter is of{f', {shown(base, 80)},' if base else ''} and the "
+        f"names of its family, such as adapters_jax.finetune.models.{table}"
+    )
 
 
 def to_peft(
@@ -257,11 +310,14 @@ def split_tensors(
     """Splits tensors into the added ones, by module and our leaf's name, and the base's own."""
     added: dict[str, dict[str, Array]] = {}
     plain: dict[str, Array] = {}
+    keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         if not key.startswith(ROOT):
             problems.append(f"{key} does not begin with {ROOT}")
             continue
-        name = key.removeprefix(ROOT)
+        name = _DEFAULT.sub(r"\1", key.removeprefix(ROOT))
+        if keys.setdefault(name, key) != key:
+            problems.append(f"{key} and {keys[name]} are the same tensor; remove one of them")
         match = _KEY.fullmatch(name)
         if match and match[2] in kind.leaves:
             added.setdefault(match[1], {})[_LEAVES[match[2]]] = tensor
@@ -288,9 +344,87 @@ def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
     return found
 
 
+def twice_spelt(added: Iterable[str], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problems of modules and tensors that a file has under two names, with prefix and without.
+
+    The names are those of `split_tensors`.
+    """
+    first: dict[str, str] = {}
+    names = [*added, *(key.replace(".modules_to_save.", ".") for key in plain)]
+    return [
+        f"{name} and {other} are the same in this base; remove one of them"
+        for name in names
+        if (other := first.setdefault(module_map.bare(name), name)) != name
+    ]
+
+
+def unsaved(config: Mapping[str, Any], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problems of tensors that the file lacks of modules that were to be saved whole."""
+    saved = config.get("modules_to_save") or ()
+    there = {module_map.bare(key.replace(".modules_to_save.", ".")) for key in plain}
+    lacking = (
+        (name, f"{module}.{'bias' if leaf == 'bias' else 'weight'}")
+        for module, references in module_map.modules.items()
+        for name in saved
+        if f".{name}." in f".{module_map.full(module)}."
+        for leaf in references[0].leaves
+    )
+    return [
+        f"modules_to_save has {name!r}, but the file has no {key}"
+        for name, key in lacking
+        if key not in there
+    ]
+
+
+def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """What PEFT warns of as well: fields without effect, and modules that are not as it has them.
+
+    The modules are those of `split_tensors`.
+    """
+    texts, named = [], {module_map.bare(key): key for key in added}
+    if fields := unread_fields(config):
+        texts.append(f"adapter_config.json: {first_few(fields, 8)} is ignored")
+    inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
+    prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
+    is_causal = module_map.tied or "lm_head" in module_map.modules
+    if module_map.prefixes and is_causal and inner and not prefix:
+        texts.append(
+            f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
+            "base without its output layer; this one has one, and PEFT would apply nothing to it"
+        )
+    if lacking := missing(config, named, module_map, prefix):
+        texts.append(
+            "the configuration names modules that the file has nothing of, and they stay as they "
+            f"are: {first_few(lacking, 4)}"
+        )
+    return texts
+
+
+def missing(
+    config: Mapping[str, Any], named: Iterable[str], module_map: ModuleMap, prefix: str
+) -> list[str]:
+    """The modules, with this prefix, that PEFT would adapt and are not named in the file."""
+    if KINDS[config["peft_type"]].trains == "nothing":  # prompts are in the last layers, by number
+        return []
+    known = {*named}
+    last = {name.rpartition(".")[2] for name in known}
+    chosen = config.get("target_modules") == "all-linear"
+    modules = [
+        name
+        for name, (reference, *_) in module_map.modules.items()
+        if reference.weight in ("kernel", "embedding")
+    ] + [name for names in module_map.rows.values() for name in names]
+    return [
+        whole
+        for name in modules
+        if name not in known and (not chosen or name.rpartition(".")[2] in last)
+        if is_target(config, whole := module_map.full(name, prefix))
+    ]
+
+
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = module_map.table.held_twice if module_map.table else ()
+    theirs = module_map.held_twice
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "

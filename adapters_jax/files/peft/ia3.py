@@ -8,13 +8,13 @@ Reference: https://huggingface.co/docs/peft/package_reference/ia3
 """
 
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
+from adapters_jax.files.expressions import matches
 from adapters_jax.files.layouts import WHOLE, Array, ModuleReference, joined
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config, is_target
@@ -32,7 +32,7 @@ def scales_input(config: Config, module: str) -> bool:
     """
     names = config.get("feedforward_modules") or ()
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module.endswith(name) for name in names)
 
 

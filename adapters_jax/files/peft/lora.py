@@ -18,11 +18,11 @@ from adapters_jax.files.layouts import Array, ModuleReference, our_factors
 from adapters_jax.files.module_map import ModuleMap, pattern_of, shortest
 from adapters_jax.files.peft.config import (
     STARTS,
-    TIED,
     Config,
     is_parameter,
     is_target,
     number_at,
+    tied_problem,
     value,
 )
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key
@@ -192,7 +192,7 @@ def _without_tied(
     alike = head and embedding and _alike(config, added, head, embedding)
     if (head or embedding) and not alike:
         names = (embedding or module_map.tied[1], head or module_map.tied[0])
-        problems.append(TIED.format(*names))
+        problems.append(tied_problem(*names, module_map.held_twice))
         rest.pop(embedding or "", None)
     return rest
 

@@ -15,7 +15,7 @@ from adapters_jax.files.module_map import (
     our_leaves,
     their_leaves,
 )
-from adapters_jax.files.peft.config import ROOT, TIED
+from adapters_jax.files.peft.config import ROOT, tied_problem
 
 # Where PEFT keeps a module that trains; the second word is the name of the adapter.
 IN_WRAPPER = re.compile(r"\.modules_to_save(\.default)?(?=\.|$)")
@@ -49,7 +49,8 @@ def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: l
         found = [plain[key] for key in keys if key is not None]
         alike = len(found) == 2 and np.array_equal(found[0], found[1])
         if not alike and not all(as_in_base({path: x}, module_map) for x in found):
-            problems.append(TIED.format(keys[1] or pair[1], keys[0] or pair[0]))
+            head, embedding = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (0, 1))
+            problems.append(tied_problem(embedding, head, module_map.held_twice))
         if keys[0] is not None:
             del rest[keys[0]]
     return rest

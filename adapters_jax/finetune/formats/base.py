@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.files import hub
+from adapters_jax.files.directories import Pair
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.names import NameTable
-from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
@@ -217,13 +217,11 @@ def has_head(leaves: Mapping[str, Any]) -> bool:
     return any(path.startswith(HEAD) for path in leaves)
 
 
-def shape_in(path: Path, pattern: Any) -> tuple[int, ...] | None:
-    """The shape of the last tensor whose name matches a regular expression, if the file has one."""
-    if not path.exists():
-        return None
-    with open_tensors(path) as file:
-        found = sorted(key for key in file.shapes if pattern.fullmatch(key))
-        return tuple(file.shapes[found[-1]].shape) if found else None
+def shape_in(files: Pair, directory: Path, pattern: Any) -> tuple[int, ...] | None:
+    """The shape of the last tensor whose name matches a regular expression, if there is one."""
+    tensors = files.read_tensors(directory) or {}
+    found = sorted(key for key in tensors if pattern.fullmatch(key))
+    return tuple(tensors[found[-1]].shape) if found else None
 
 
 def pooling_problem(base: BaseModel, owner: str, poolings: Sequence[str]) -> str:

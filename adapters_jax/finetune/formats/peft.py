@@ -53,7 +53,7 @@ class Peft(AdapterFormat):
 
     def head(self, directory: Path, inside: str) -> Head | None:
         """The classifier that is saved whole, if there is one; it reads the pooler."""
-        shape = shape_in(directory / PEFT.tensors, _CLASSIFIER)
+        shape = shape_in(PEFT, directory, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
 
     def labels(self, directory: Path) -> int | None:
