@@ -1,0 +1,392 @@
+"""Reads and writes LoRA files of Diffusers, kohya's scripts and LyCORIS, for a model of the user's.
+
+The model's modules are found by their names, compared as `spelling` says. Where a name fits several
+modules, shapes decide. Neither torch nor Diffusers is needed.
+
+Reference: https://huggingface.co/docs/diffusers/api/loaders/lora
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save
+
+from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserError, first_few
+from adapters_jax.files.atomic import write_file
+from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
+from adapters_jax.files.directories import flat_leaves
+from adapters_jax.files.layouts import Array, ModuleReference, our_factors, spans
+from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
+from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
+from adapters_jax.files.peft.convert import to_peft
+from adapters_jax.files.untrusted import open_tensors, parse
+from adapters_jax.methods import DoRA, LoRA, Method
+from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
+from adapters_jax.trees import Tree, flatten
+
+_CONFIG = "lora_adapter_metadata"  # Diffusers' name of PEFT's configuration, among the metadata
+_OF_ANOTHER = re.compile(rf"{_CONFIG}|sshs_|ss_network_(dim|alpha|module)")
+_OF_A = ".lora_A.weight"
+# The ends of the names of A, B and the magnitude in each style.
+_STYLES = {
+    "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+    "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+}
+_Several = tuple[ModuleReference, ...]  # ours that one of theirs fuses, or the one
+_Known = dict[tuple[str, ...], list[_Several]]  # by the names that `spelled` gives
+
+
+class _Pair(NamedTuple):
+    """LoRA of a module of theirs, called `name` there: A `(r, in, ...)`, B `(out, r, ...)`."""
+
+    name: str
+    a: Array
+    b: Array
+    alpha: float
+    magnitude: Array | None
+
+    @property
+    def shapes(self) -> str:
+        return f"lora_down {list(self.a.shape)} and lora_up {list(self.b.shape)}"
+
+
+def load_diffusers(
+    file: str | Path, names: Names | None, base: Any, *, part: str | None = None
+) -> tuple[Recipe, Tree, dict[str, int], dict[str, str]]:
+    """Reads LoRA, LoCon or DoRA of a diffusion model from a file of Diffusers, kohya or LyCORIS.
+
+    Args:
+        file: a `.safetensors` file, for Stable Diffusion, SDXL, FLUX or any other model that these
+            libraries name alike.
+        names: None to find each module by its name in the model, `/` and `_` being one. Else as in
+            `load_peft`: a table, or a mapping from Diffusers' names of modules, or those of the
+            original checkpoint, to paths: `{"mid_block.attentions.0.proj_in": "middle/proj_in"}`.
+            A tuple of paths stands for a module that fuses several of ours.
+        base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module,
+            of the part alone: the UNet or transformer, or one text encoder.
+        part: "unet", which is also that of transformers, "text_encoder", "text_encoder_2" or
+            "text_encoder_3", where the file has several.
+
+    Returns:
+        `(recipe, adapters, others, metadata)`: the first two as from `load_peft`; how many modules
+        the file has of each other part, which is not read; and its texts by name, such as
+        `ss_base_model_version`.
+
+    Raises:
+        AdapterFileError: the file is damaged, holds other methods, or halves of pairs; an alpha is
+            no number above 0.
+        AdapterMismatchError: modules are not in the base, or have other shapes there; the message
+            names every problem.
+        UserError: the file has several parts, or not this one; `names` does not fit the base.
+
+    Example:
+        >>> import tempfile
+        >>> from adapters_jax import LoRA
+        >>> params = {"mid": {"attn_0": {"kernel": np.ones((6, 4))}}}
+        >>> leaves = {"mid": {"attn_0": {"lora": {"a": np.ones((6, 2)), "b": np.ones((2, 4))}}}}
+        >>> parts = {"unet": (LoRA("**/attn_0", 2, alpha=1), leaves, None, params)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_diffusers(f"{folder}/lora.safetensors", parts)
+        ...     recipe, adapters, others, metadata = load_diffusers(file, None, params)
+        >>> recipe
+        Recipe(
+          LoRA(targets=('mid/attn_0',), rank=2, alpha=1, a_init='uniform'),
+        )
+        >>> metadata["ss_network_dim"], others
+        ('2', {})
+    """
+    file, problems = Path(file), list[str]()
+    with open_tensors(file) as opened:
+        tensors, metadata = opened.read(), dict(opened.metadata)
+    parts = by_part(file, tensors)
+    part = "unet" if part == "transformer" else part
+    if part not in parts and (part or len(parts) != 1):
+        held = " and ".join(f"{name!r} ({len(each)} modules)" for name, each in parts.items())
+        raise UserError(f"{file} holds {held or 'no tensors'}; give one of them, as part='unet'")
+    own = parts.pop(part or next(iter(parts)))
+    configs = _configs(own.values(), metadata, file)
+    pairs = {}
+    for names_there, module in own.items():
+        try:
+            pairs[names_there] = _pair(module, tensors, configs.get(module.prefix, {}))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise AdapterFileError(f"{file}: {first_few(problems, joint='; ')}")
+    module_map = find_modules(_names(names, base), base)
+    methods, leaves = _placed(pairs, module_map, problems)
+    if problems:
+        raise AdapterMismatchError(f"{file} does not fit: {first_few(problems, joint='; ')}")
+    others = {name: len(each) for name, each in parts.items()}
+    return *as_in_model(methods, leaves, module_map), others, metadata
+
+
+def save_diffusers(
+    file: str | Path,
+    parts: Mapping[str, tuple[Recipe | Method, Tree, Names | None, Any]],
+    *,
+    style: str = "kohya",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes LoRA or DoRA of a diffusion model as one file, which appears whole or not at all.
+
+    Args:
+        file: the path of the file, which is replaced: Diffusers looks for
+            `pytorch_lora_weights.safetensors` in a directory.
+        parts: the recipe, the adapters, the names and the base, as in `save_peft`, by part: "unet",
+            "transformer", "text_encoder", "text_encoder_2" or "text_encoder_3". Names may be None
+            where the model's are the file's, with `/` for each dot (kohya's: `/` or `_`).
+        style: "kohya", which Diffusers reads too, as do ComfyUI and others; kohya names modules as
+            the original checkpoint of SDXL and FLUX does, so give `names` of these. Or "diffusers",
+            whose scale is 1: ours goes into B.
+        metadata: further texts, such as `ss_base_model_version`. Rank, alpha and checksums of
+            another file are not taken over.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: such files cannot hold the adapter, `names` lacks a module, or two modules get
+            one name; the message names every problem.
+    """
+    if style not in _STYLES:
+        raise UserError(f"style={style!r}, expected {' or '.join(map(repr, _STYLES))}")
+    problems, tensors = list[str](), dict[str, Array]()
+    for part, (recipe, adapters, names, base) in parts.items():
+        prefix, flat = _prefix(part, style, parts), flat_leaves("save_diffusers", adapters)
+        config, theirs, wrong = to_peft(recipe, flat, _names(names, base), base)
+        for key in [key for key in theirs if key.endswith(_OF_A)]:
+            name = key.removeprefix(ROOT).removesuffix(_OF_A)
+            a, b = (theirs.pop(k) for k in factor_keys(name))
+            magnitude = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
+            alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+            alpha *= math.sqrt(len(a)) if config["use_rslora"] else 1
+            made = _written(prefix, name, (a, b, magnitude), alpha, style)
+            wrong += [f"{k} is the name of two tensors" for k in made if k in tensors]
+            tensors |= made
+            if names is None and style == "diffusers" and re.search(r"_\d+(\.|$)", name):
+                wrong.append(f"{name} may have numbers behind dots there; give names")
+            if style == "kohya" and re.match(r"(single_)?transformer_blocks\.", name):
+                fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
+                wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
+        wrong += [f"{key.removeprefix(ROOT)} is no LoRA of a layer" for key in theirs]
+        problems += [f"{part}: {problem}" for problem in wrong]
+    if problems or not tensors:
+        what = first_few(problems, joint="; ") or "there are no adapters in parts"
+        raise UserError(f"{file} cannot hold this adapter: {what}")
+    texts = {k: x for k, x in (metadata or {}).items() if not _OF_ANOTHER.match(k)}
+    if style == "kohya":  # other programs show these; "Dynamic" is of kohya's own resize_lora.py
+        ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_down.weight")}
+        alphas = {x.item() for key, x in tensors.items() if key.endswith(".alpha")}
+        texts["ss_network_module"] = "networks.lora"
+        for key, several in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
+            texts[key] = f"{several.pop():g}" if len(several) == 1 else "Dynamic"
+    whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    write_file(Path(file), save(whole, {**texts, "format": "pt"}))
+    return Path(file)
+
+
+def _names(names: Names | None, base: Any) -> Names:
+    """The names, or those that the model's own paths are."""
+    if names is not None:
+        return names
+    state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
+    paths = sorted({path.rpartition("/")[0] for path in flatten(state)} - {""})
+    return {path.replace("/", "."): path for path in paths}
+
+
+def _configs(
+    modules: Iterable[Module], metadata: Mapping[str, str], file: Path
+) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration that Diffusers keeps beside the tensors, by prefix of their names."""
+    whole = parse(metadata[_CONFIG].encode(), file) if _CONFIG in metadata else {}
+    made = {}
+    for prefix in {module.prefix for module in modules}:
+        config = {k.removeprefix(prefix): x for k, x in whole.items() if k.startswith(prefix)}
+        if config and (wrong := config_problems({"peft_type": "LORA", **config})):
+            raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(wrong)}")
+        made[prefix] = config
+    return made
+
+
+def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> _Pair:
+    """The factors and the alpha of one module; raises UserError if they are no LoRA."""
+    found = {end: tensors[key].astype(np.float32) for end, key in module.keys.items()}
+    if lacking := [end for end in ("lora_down", "lora_up") if end not in found]:
+        raise UserError(f"{module} lacks its {' and '.join(lacking)}")
+    a, b = found["lora_down"], found["lora_up"]
+    pair = _Pair(str(module), a, b, 0, None)
+    if a.ndim < 2 or b.size != math.prod(b.shape[:2]) or b.shape[1:2] != a.shape[:1]:
+        raise UserError(f"{module} has {pair.shapes}, expected (rank, in) and (out, rank)")
+    outputs, rank = b.shape[:2]
+    if (middle := found.get("lora_mid")) is not None:
+        # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
+        if middle.shape[:2] != (rank, rank) or a.size != math.prod(a.shape[:2]):
+            raise UserError(f"{module} has {pair.shapes}, and lora_mid {list(middle.shape)}")
+        a = np.moveaxis(np.tensordot(middle, a.reshape(a.shape[:2]), (1, 0)), -1, 1)
+    alpha = found.get("alpha", np.float32(rank))
+    if config and "alpha" not in found:
+        alpha = np.float32(number_at(config, "lora_alpha", module.name))
+        alpha = alpha * np.float32(math.sqrt(rank)) if config.get("use_rslora") else alpha
+    if alpha.size != 1 or alpha.item() <= 0:
+        shown = alpha.item() if alpha.size == 1 else list(alpha.shape)
+        raise UserError(f"{module} has the alpha {shown}, expected one number above 0")
+    magnitude = found.get("dora_scale", found.get("lora_magnitude_vector"))
+    shape = () if magnitude is None else magnitude.shape
+    # Of a convolution, LyCORIS has (out, 1, 1, 1) and PEFT (1, out, 1, 1).
+    per_input = "dora_scale" in found and shape[:1] != (outputs,)
+    if magnitude is not None and (magnitude.size != outputs or per_input):
+        raise UserError(
+            f"{module} has norms {list(shape)}, expected one for each of its {outputs} outputs "
+            "(LyCORIS's wd_on_out=True)"
+        )
+    return pair._replace(a=a, alpha=alpha.item(), magnitude=magnitude)
+
+
+def _placed(
+    pairs: Mapping[tuple[str, ...], _Pair], module_map: ModuleMap, problems: list[str]
+) -> tuple[list[Method], dict[str, Array]]:
+    """A method for all modules of one rank and one alpha, and the leaves of all."""
+    leaves: dict[str, Array] = {}
+    taken: dict[str, str] = {}
+    groups: dict[tuple[type[LoRA], int, float], list[str]] = {}
+    for pair, candidates in _matched(pairs, module_map, problems):
+        made = [found for each in candidates if (found := _our_leaves(each, pair))]
+        if len(made) != 1:
+            shapes = [f"{x.path} {list(x.shape)}" for each in candidates for x in each]
+            what = "which fit several," if made else "which do not fit"
+            problems.append(f"{pair.name} has {pair.shapes}, {what} {first_few(shapes)}")
+            continue
+        kind = LoRA if pair.magnitude is None else DoRA
+        for target, own in made[0].items():
+            if target in taken:
+                problems.append(f"{taken[target]} and {pair.name} both change {target}")
+            taken[target] = pair.name
+            rank = next(iter(own.values())).shape[-1]
+            groups.setdefault((kind, rank, pair.alpha * rank / len(pair.a)), []).append(target)
+            leaves |= own
+    every = [*module_map.paths, *module_map.base]
+    return [
+        kind(shortest(targets, every), rank=rank, alpha=alpha, a_init="uniform")
+        for (kind, rank, alpha), targets in groups.items()
+    ], leaves
+
+
+def _matched(
+    pairs: Mapping[tuple[str, ...], _Pair], module_map: ModuleMap, problems: list[str]
+) -> list[tuple[_Pair, list[_Several]]]:
+    """The pairs with the modules of ours that each may be of."""
+    known: _Known = {}
+    for name, references in module_map.modules.items():
+        for prefix in ("", *module_map.prefixes):
+            known.setdefault(spelled(prefix + name), []).append(references)
+    there = {names: known.get(names) or _in_parts(names, known) for names in pairs}
+    matched = [(pair, there[names]) for names, pair in pairs.items() if there[names]]
+    rest = {names: pair for names, pair in pairs.items() if not there[names]}
+    for names, several in known.items():
+        if mine := {x: rest.pop((x,)) for x in names if (x,) in rest}:
+            matched.append((_joined(names, mine, several[0]), several))
+    if rest:
+        problems.append(
+            f"{len(rest)} of {len(pairs)} modules are not in the base, "
+            f"{first_few([pair.name for pair in rest.values()])}; it has "
+            f"{first_few([' '.join(names) for names in known])}; give names, or its own base"
+        )
+    return matched
+
+
+def _in_parts(names: tuple[str, ...], known: _Known) -> list[_Several]:
+    """The modules of ours that one of theirs fuses; none where the model lacks one of them."""
+    each = [known.get((name,), []) for name in names]
+    if any(len(several) != 1 or len(several[0]) != 1 for several in each):
+        return []
+    whole = [several[0][0] for several in each]
+    parts = spans([math.prod(reference.shape) for reference in whole])
+    return [tuple(replace(x, part=part) for x, part in zip(whole, parts, strict=True))]
+
+
+def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) -> _Pair:
+    """One pair, of as many times the rank, for a module of ours that fuses several of theirs."""
+    (first, *_), widths = mine.values(), {name: len(pair.b) for name, pair in mine.items()}
+    total = sum(math.prod(x.shape) for x in there) // first.a.shape[1]
+    # Queries, keys and values are of one width; behind them is FLUX's feed-forward.
+    wide = next((widths[x] for x in names[:3] if x in widths), (total - sum(widths.values())) // 3)
+    scale, rows, magnitudes = first.alpha / len(first.a), [], []
+    for i, name in enumerate(names):
+        width = max(widths.get(name, wide if i < 3 else total - 3 * wide), 0)
+        rows.append(
+            [
+                pair.b.reshape(pair.b.shape[:2]) * (pair.alpha / len(pair.a) / scale)
+                if own == name
+                else np.zeros((width, len(pair.a)), np.float32)
+                for own, pair in mine.items()
+            ]
+        )
+        magnitudes.append(mine[name].magnitude if name in mine else None)
+    whole = [x.ravel() for x in magnitudes if x is not None]
+    # A magnitude of some parts alone has too few numbers, and then fits nothing.
+    magnitude = np.concatenate(whole) if whole else None
+    a, b = np.concatenate([pair.a for pair in mine.values()]), np.block(rows)
+    return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude)
+
+
+def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]] | None:
+    """The leaves of each target; None if the pair does not fit."""
+    made = {}
+    for reference in references:
+        a, target, node = pair.a, reference.path, join(reference.path, "lora")
+        # Their 1x1 convolution may be a dense layer here.
+        if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
+            a = a.reshape(a.shape[:2])
+        factors = our_factors(reference, a, pair.b, pair.magnitude)
+        if factors is None:
+            return None
+        factors |= _reduced(factors["a"], factors["b"])
+        if sum(name != "bias" and len(x.shape) > 1 for name, x in reference.leaves.items()) > 1:
+            target, node = join(target, reference.weight), join(node, reference.weight)
+        made[target] = {f"{node}/{leaf}": x for leaf, x in factors.items()}
+    return made
+
+
+def _reduced(a: Array, b: Array) -> dict[str, Array]:
+    """The factors with a rank of at most the inputs and the outputs, which LoRA here requires."""
+    inputs, outputs = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
+    one = np.eye(min(len(inputs), outputs.shape[1]), dtype=a.dtype)
+    if len(b) <= len(one):
+        return {"a": a, "b": b}
+    shape_a, shape_b = a.shape[:-1], b.shape[1:]
+    a, b = (inputs @ outputs, one) if outputs.shape[1] == len(one) else (one, inputs @ outputs)
+    return {"a": a.reshape(*shape_a, -1), "b": b.reshape(-1, *shape_b)}
+
+
+def _prefix(part: str, style: str, parts: Iterable[str]) -> str:
+    """What the names of a part begin with."""
+    if part not in (*PARTS, "transformer"):
+        raise UserError(f"parts has {part!r}, expected {', '.join(PARTS)} or transformer")
+    if style == "diffusers":
+        return f"{part}."
+    several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & {*parts}
+    return "lora_te1_" if several else PARTS["unet" if part == "transformer" else part][0]
+
+
+def _written(
+    prefix: str, name: str, pair: tuple[Array, Array, Array | None], alpha: float, style: str
+) -> dict[str, Array]:
+    """The tensors of one module."""
+    a, b, magnitude = pair
+    if style == "kohya":
+        key, ends = prefix + name.replace(".", "_"), {"alpha": np.asarray(alpha, np.float32)}
+        magnitude = None if magnitude is None else magnitude.reshape(-1, *(1,) * (a.ndim - 1))
+    else:
+        key, ends, b = prefix + name, {}, (b * (alpha / len(a))).astype(b.dtype)
+    ends |= {
+        end: x for end, x in zip(_STYLES[style], (a, b, magnitude), strict=True) if x is not None
+    }
+    return {f"{key}.{end}": x for end, x in ends.items()}
