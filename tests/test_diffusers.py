@@ -17,6 +17,7 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserError
 from adapters_jax.files.diffusers import load_diffusers, save_diffusers
 from adapters_jax.files.names import NameTable, Rule
+from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
@@ -501,12 +502,10 @@ def test_written(style, recipe, tmp_path):
         a, b = (leaves.get(f"{path}/lora/{leaf}") for leaf in "ab")
         if a is None:
             continue
-        method = next(m for m in recipe.attached if aj.targets.selects(m.targets, path))
+        method = next(m for m in aj.Recipe(recipe).attached if selects(m.targets, path))
         a, b = theirs(np.asarray(a, np.float64)), np.asarray(b, np.float64).T
         base, norms = flatten(PARAMS)[f"{path}/kernel"], leaves.get(f"{path}/lora/magnitude")
-        whole = np.asarray(base, np.float64) + ours(change(a.swapaxes(0, 1), b, 0))
         scale = method.scale_at(path)
-        a = np.moveaxis(np.asarray(leaves[f"{path}/lora/a"], np.float64), (-1, -2), (0, 1))
         whole = np.asarray(base, np.float64) + ours(change(a, b, scale))
         expected[path] = whole if norms is None else dora(base, a, b, scale, np.asarray(norms))
         key = f"unet.{name}.lora_A.weight"
@@ -519,8 +518,7 @@ def test_written(style, recipe, tmp_path):
     with safe_open(file, "np") as opened:
         metadata = opened.metadata()
     kept = {"format": "pt", "ss_base_model_version": "sd_v1"}
-    rank = "2" if len(recipe) == 1 else "Dynamic"
-    alpha = "5" if len(recipe) == 1 else "Dynamic"
+    rank, alpha = ("Dynamic", "Dynamic") if recipe is BOTH else ("2", "5")
     facts = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -547,3 +545,291 @@ def test_several_parts_are_written(tmp_path):
     assert {k.split("_text")[0] for k in load_file(save_diffusers(tmp_path / "c", one))} == {
         "lora_te"
     }
+
+
+def with_keys(tensors, renamed, **arrays):
+    """The tensors with words in their names replaced, and others added."""
+    made = {}
+    for key, x in tensors.items():
+        for old, new in renamed.items():
+            key = key.replace(old, new)
+        made[key] = x
+    return made | {key: np.asarray(x, np.float32) for key, x in arrays.items()}
+
+
+ONE = {name: drawn()[name] for name in ("conv_in", f"{FIRST}.{BLOCK}.attn1.to_q")}
+Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+DOWN, UP = ONE[f"{FIRST}.{BLOCK}.attn1.to_q"]
+PLAIN = kohya(ONE, alpha=2)
+WRONG = {
+    "another model's keys": (
+        with_keys(PLAIN, {"down_blocks_1": "layers_7"}),
+        AdapterMismatchError,
+        (Q.replace("down_blocks_1", "layers_7"), "1 of 2", "conv_in"),
+    ),
+    "only other keys": (
+        kohya({f"layers.{i}.attn.wq": (DOWN, UP) for i in range(9)}),
+        AdapterMismatchError,
+        ("lora_unet_layers_0_attn_wq", "9 of 9", "4 more", "conv_in"),
+    ),
+    "no up": (
+        {key: x for key, x in PLAIN.items() if key != f"{Q}.lora_up.weight"},
+        AdapterFileError,
+        (Q, "lora_up"),
+    ),
+    "no down": (
+        {key: x for key, x in PLAIN.items() if "conv_in.lora_down" not in key},
+        AdapterFileError,
+        ("lora_unet_conv_in", "lora_down"),
+    ),
+    "an alpha alone": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_out.alpha": 1}),
+        AdapterFileError,
+        ("lora_unet_conv_out", "lora_down and lora_up"),
+    ),
+    "an alpha of NaN": (
+        with_keys(PLAIN, {}, **{f"{Q}.alpha": np.nan}),
+        AdapterFileError,
+        (f"{Q}.alpha",),
+    ),
+    "an alpha of several": (
+        with_keys(PLAIN, {}, **{f"{Q}.alpha": [1, 2]}),
+        AdapterFileError,
+        (Q, "alpha [2]"),
+    ),
+    "an alpha of zero": (
+        with_keys(PLAIN, {}, **{f"{Q}.alpha": 0}),
+        AdapterFileError,
+        (Q, "alpha 0.0"),
+    ),
+    "ranks that differ": (
+        with_keys(PLAIN, {}, **{f"{Q}.lora_down.weight": DOWN[:1]}),
+        AdapterFileError,
+        (Q, [1, DOWN.shape[1]], list(UP.shape)),
+    ),
+    "a vector": (
+        with_keys(PLAIN, {}, **{f"{Q}.lora_down.weight": DOWN[0]}),
+        AdapterFileError,
+        (Q, list(DOWN[0].shape)),
+    ),
+    "a window of up": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_up.weight": np.ones((3, 3, 2, 2))}),
+        AdapterFileError,
+        ("lora_unet_conv_in", [3, 3, 2, 2]),
+    ),
+    "other inputs": (
+        with_keys(PLAIN, {}, **{f"{Q}.lora_down.weight": np.ones((2, 9))}),
+        AdapterMismatchError,
+        (Q, [2, 9], "attn1/to_q"),
+    ),
+    "other outputs": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_up.weight": np.ones((9, 3, 1, 1))}),
+        AdapterMismatchError,
+        ("lora_unet_conv_in", [9, 3, 1, 1], "conv_in [3, 3, 4, 3]"),
+    ),
+    "two keys of a module": (
+        with_keys(PLAIN, {}, **{f"unet.{FIRST}.{BLOCK}.attn1.to_q.lora_A.weight": DOWN}),
+        AdapterFileError,
+        (f"{Q}.lora_down.weight", f"unet.{FIRST}.{BLOCK}.attn1.to_q.lora_A.weight"),
+    ),
+    "two names of a module": (
+        with_keys(PLAIN, {}, **{"lora_unet_input_blocks_0_0.lora_up.weight": UP}),
+        AdapterFileError,
+        ("lora_unet_conv_in.lora_up.weight", "lora_unet_input_blocks_0_0.lora_up.weight"),
+    ),
+    "an unknown suffix": (
+        with_keys(PLAIN, {}, **{f"{Q}.lora_upper.weight": UP}),
+        AdapterFileError,
+        (f"{Q}.lora_upper.weight", ".lora_down.weight"),
+    ),
+    "a bias": (
+        with_keys(PLAIN, {}, **{"unet.conv_in.lora_B.bias": UP[0]}),
+        AdapterFileError,
+        ("unet.conv_in.lora_B.bias",),
+    ),
+    "a checkpoint": ({"conv_in.weight": UP}, AdapterFileError, ("conv_in.weight",)),
+    "LoHa": (
+        {f"{Q}.hada_w1_a": UP, f"{Q}.hada_w1_b": DOWN, f"{Q}.alpha": DOWN[0, 0]},
+        AdapterFileError,
+        ("LoHa", f"{Q}.hada_w1_a", "tools/merge.py"),
+    ),
+    "LoKr": (
+        {**PLAIN, f"{Q}.lokr_w1": UP, "unet.a.lokr_w2_a": DOWN},
+        AdapterFileError,
+        ("LoKr", f"{Q}.lokr_w1", "unet.a.lokr_w2_a", "tools/merge.py"),
+    ),
+    "whole weights": (
+        {**PLAIN, f"{Q}.diff": UP, f"{Q}.diff_b": UP[0]},
+        AdapterFileError,
+        ("weights", f"{Q}.diff", f"{Q}.diff_b"),
+    ),
+    "a middle that fits nothing": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((3, 3, 3, 3))}),
+        AdapterFileError,
+        ("lora_unet_conv_in", [3, 4, 3, 3], [3, 3, 3, 3]),
+    ),
+    "norms of inputs": (
+        with_keys(PLAIN, {}, **{f"{Q}.dora_scale": np.ones((1, DOWN.shape[1]))}),
+        AdapterFileError,
+        (Q, [1, DOWN.shape[1]], "wd_on_out"),
+    ),
+    "a norm for all": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.dora_scale": np.ones((1, 3, 1, 1))}),
+        AdapterFileError,
+        ("lora_unet_conv_in", [1, 3, 1, 1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong(case, tmp_path):
+    tensors, kind, data = WRONG[case]
+    file = tmp_path / "a.safetensors"
+    save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, file)
+    with raises(kind, file, *data) as caught:
+        load_diffusers(file, None, PARAMS)
+    assert len(str(caught.value)) < 900 + len(str(file))
+
+
+def test_wrong_numbers_come_together(tmp_path):
+    wrong = {f"{Q}.alpha": 0, "lora_unet_conv_in.alpha": [1, 2]}
+    save_file(with_keys(PLAIN, {}, **wrong), tmp_path / "a.safetensors")
+    with raises(AdapterFileError, Q, "lora_unet_conv_in", "0.0", [2]):
+        load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+
+
+def test_one_target_of_two_modules(tmp_path):
+    """A fused layer of FLUX's checkpoint, and one of Diffusers' that is in it."""
+    down, up = np.ones((1, 4), np.float32), np.ones((12, 1), np.float32)
+    tensors = kohya({"double_blocks.3.img_attn.qkv": (down, up)})
+    tensors |= {
+        f"transformer.transformer_blocks.3.attn.to_k.lora_{x}.weight": y
+        for x, y in {"A": down, "B": up[:4]}.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    for fused in (True, False):
+        with raises(
+            AdapterMismatchError,
+            "lora_unet_double_blocks_3_img_attn_qkv",
+            "transformer.transformer_blocks.3.attn.to_k",
+        ):
+            load_diffusers(tmp_path / "a.safetensors", None, flux(fused)[1])
+
+
+def test_shapes_decide_between_modules(tmp_path):
+    """`a_b/c` and `a/b_c` have one name without dots; a pair that fits both is refused."""
+
+    def base(other):
+        return {
+            "a_b": {"c": {"kernel": jnp.ones((3, 5))}},
+            "a": {"b_c": {"kernel": jnp.ones(other)}},
+        }
+
+    tensors = kohya({"a.b.c": (np.ones((1, 3)), np.ones((5, 1)))})
+    save_file({key: x.astype(np.float32) for key, x in tensors.items()}, tmp_path / "a.safetensors")
+    recipe, *_ = load_diffusers(tmp_path / "a.safetensors", None, base((5, 3)))
+    assert recipe.attached[0].targets == ("a_b/c",)
+    with raises(AdapterMismatchError, "lora_unet_a_b_c", "a_b/c [3, 5]", "a/b_c [3, 5]"):
+        load_diffusers(tmp_path / "a.safetensors", None, base((3, 5)))
+
+
+def test_the_configuration_beside_the_tensors(tmp_path):
+    """Diffusers keeps PEFT's configuration by part: alphas and rsLoRA scale, others are checked."""
+    pairs = drawn()
+    tensors = spelled_as("peft", pairs) | {
+        key.replace("unet.", "text_encoder."): x for key, x in spelled_as("peft", pairs).items()
+    }
+    config = {
+        "unet.peft_type": "LORA",
+        "unet.lora_alpha": 6,
+        "unet.use_rslora": True,
+        "unet.alpha_pattern": {"conv_in": 2},
+        "unet.target_modules": ["to_q"],
+        "text_encoder.lora_alpha": 50,
+    }
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    recipe, adapters, *_ = load_diffusers(file, None, PARAMS, part="unet")
+    expected = formula(PARAMS, PATHS, pairs, lambda i, rank: (6 if i else 2) / rank**0.5)
+    check(expected, recipe, adapters)
+    for wrong in ({"unet.bias": "some"}, {"unet.peft_type": "LOHA"}, {"unet.lora_alpha": "x"}):
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config | wrong)})
+        with raises(AdapterFileError, file, *(k.removeprefix("unet.") for k in wrong)):
+            load_diffusers(file, None, PARAMS, part="unet")
+    save_file(tensors, file, {"lora_adapter_metadata": "{"})
+    with raises(AdapterFileError, file):
+        load_diffusers(file, None, PARAMS, part="unet")
+
+
+def test_what_cannot_be_written(tmp_path):
+    lora = aj.LoRA(f"{PATHS['conv_in']}", rank=2)
+    part = (lora, adapted(lora), None, PARAMS)
+    file, scales = tmp_path / "a.safetensors", aj.IA3("**/to_q")
+    cases = [
+        ({"unet": part}, {"style": "comfy"}, ("comfy", "kohya", "diffusers")),
+        ({"vae": part}, {}, ("vae", "text_encoder_2")),
+        ({}, {}, (file,)),
+        ({"unet": part, "transformer": part}, {}, ("transformer", "lora_unet_conv_in.alpha")),
+        ({"unet": (scales, adapted(scales), None, PARAMS)}, {}, ("unet", "ia3")),
+        (
+            {"unet": (lora, part[1], {"conv_out": PATHS[f"{MIDDLE}.proj_in"]}, PARAMS)},
+            {},
+            ("conv_in",),
+        ),
+    ]
+    trained = aj.Recipe(lora, aj.Unfreeze("conv_in/bias"))
+    cases.append(({"unet": (trained, adapted(trained), None, PARAMS)}, {}, ("bias",)))
+    first = PATHS[f"{FIRST}.proj_in"]
+    numbered = aj.LoRA(first, rank=2)
+    numbered = {"unet": (numbered, adapted(numbered), None, PARAMS)}
+    cases.append(
+        (numbered, {"style": "diffusers"}, ("down_blocks_1.attentions_0.proj_in", "names"))
+    )
+    model, params = flux(False)
+    grown = aj.LoRA("transformer_blocks_3_attn_to_q", rank=2)
+    tree = adapted(grown, params, model)
+    names = {"transformer_blocks.3.attn.to_q": grown.targets[0]}
+    cases.append(({"transformer": (grown, tree, names, params)}, {}, ("qkv", *names)))
+    for parts, given, data in cases:
+        with raises(UserError, *data):
+            save_diffusers(file, parts, **given)
+        assert not file.exists()
+
+
+def test_flux_is_written_fused(tmp_path):
+    """By the checkpoint's names, three modules of ours are one of kohya's."""
+    model, params = flux(False)
+    lora = aj.LoRA("transformer_blocks_3_attn_*", rank=1, alpha=3)
+    tree = adapted(lora, params, model)
+    whole = "double_blocks.3.img_attn.qkv"
+    names = {whole: tuple(n.replace(".", "_") for n in FLUX if FLUX[n] == whole)}
+    file = save_diffusers(tmp_path / "a.safetensors", {"transformer": (lora, tree, names, params)})
+    assert {key.rpartition(".lora")[0] for key in load_file(file) if "lora_up" in key} == {
+        "lora_unet_double_blocks_3_img_attn_qkv"
+    }
+    changes = {}
+    for name in names[whole]:
+        a, b = (np.asarray(flatten(tree)[f"{name}/lora/{leaf}"], np.float64) for leaf in "ab")
+        changes[next(n for n in FLUX if n.replace(".", "_") == name)] = 3 * (a @ b).T
+    for fused in (True, False):
+        model, params = flux(fused)
+        recipe, adapters, *_ = load_diffusers(file, None, params)
+        check(flux_expected(params, changes), recipe, adapters, params, model)
+
+
+def test_a_rank_above_the_sizes(tmp_path):
+    """kohya trains one rank for all layers, also for those with fewer inputs or outputs."""
+    pairs = drawn(rank=40)
+    save_file(kohya(pairs, alpha=10), tmp_path / "a.safetensors")
+    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    expected = formula(PARAMS, PATHS, pairs, lambda i, rank: (10 + i % 2) / rank)
+    check(expected, recipe, adapters)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
+def test_dtypes(dtype, tmp_path):
+    pairs = {n: tuple(x.astype(dtype) for x in pair) for n, pair in drawn().items()}
+    save_file(kohya(pairs, alpha=2), tmp_path / "a.safetensors")
+    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    check(formula(PARAMS, PATHS, pairs, lambda i, rank: (2 + i % 2) / rank), recipe, adapters)
+    assert {x.dtype.name for x in flatten(adapters).values()} == {"float32"}
