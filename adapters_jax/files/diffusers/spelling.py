@@ -16,7 +16,10 @@ from adapters_jax.errors import AdapterFileError, first_few
 
 # Prefixes of a part's names: the first two are those that kohya and Diffusers write.
 PARTS = {
-    "unet": ("lora_unet_", "unet.", "transformer.", "lora_transformer_", "diffusion_model."),
+    "unet": (
+        *("lora_unet_", "unet.", "transformer.", "lora_transformer_", "lycoris_"),
+        "diffusion_model.",
+    ),
     "text_encoder": ("lora_te_", "text_encoder.", "lora_te1_"),
     "text_encoder_2": ("lora_te2_", "text_encoder_2."),
     "text_encoder_3": ("lora_te3_", "text_encoder_3."),
