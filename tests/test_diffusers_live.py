@@ -178,17 +178,18 @@ def sgm(name, layers=2):
     return name
 
 
-def trained(names, base, method):
-    """An adapter of ours with drawn leaves, in the shapes of `method` for all its targets."""
+def trained(base, recipe):
+    """An adapter of ours with drawn leaves, in the shapes of a recipe for all its targets."""
     leaves, rng = {}, np.random.default_rng(3)
     for path, kernel in flatten(base).items():
         module = path.removesuffix("/kernel")
-        if selects(method.targets, module):
-            shape = kernel.shape
-            leaves[f"{module}/lora/a"] = rng.standard_normal((*shape[:-1], method.rank))
-            leaves[f"{module}/lora/b"] = rng.standard_normal((method.rank, shape[-1]))
-            if isinstance(method, adapters.DoRA):
-                leaves[f"{module}/lora/magnitude"] = rng.uniform(0.5, 2, shape[-1])
+        for method in adapters.Recipe(recipe):
+            if selects(method.targets, module):
+                *inputs, outputs = kernel.shape
+                leaves[f"{module}/lora/a"] = rng.standard_normal((*inputs, method.rank))
+                leaves[f"{module}/lora/b"] = rng.standard_normal((method.rank, outputs))
+                if isinstance(method, adapters.DoRA):
+                    leaves[f"{module}/lora/magnitude"] = rng.uniform(0.5, 2, outputs)
     return unflatten({path: (0.3 * x).astype(np.float32) for path, x in leaves.items()})
 
 
@@ -214,7 +215,7 @@ def test_what_is_written_here(kind, style, tmp_path):
     targets = ["**/to_q", "**/to_v", "**/to_out/0", "**/proj", "**/proj_in"]
     targets += [] if kind == "sdxl" and style == "kohya" else ["**/conv1"]
     method = adapters.LoRA(targets, rank=2, alpha=6)
-    tree = trained(names, base, method)
+    tree = trained(base, method)
     if kind == "sdxl" and style == "kohya":
         names = {sgm(name): path for name, path in names.items()}
     part = (method, tree, names, base)
@@ -227,7 +228,7 @@ def test_dora_that_is_written_here(tmp_path):
     model = model_of("sd")
     names, base = base_of(model)
     method = adapters.DoRA(["**/to_q", "**/conv1"], rank=2, alpha=6)
-    tree, plain = trained(names, base, method), weights(model)
+    tree, plain = trained(base, method), weights(model)
     part = (method, tree, names, base)
     file = save_diffusers(tmp_path / "a.safetensors", {"unet": part}, style="diffusers")
     equal(loaded_there("sd", file, model), merged(method, tree, base), plain)
@@ -269,14 +270,15 @@ def test_flux_of_kohya(tmp_path):
 def test_flux_that_is_written_here(style, tmp_path):
     model = model_of("flux")
     names, base = base_of(model)
-    method = adapters.LoRA(
-        ["transformer_blocks/0/attn/{to_q,to_v}", "**/proj_out"], rank=2, alpha=3
+    # Queries and values have no A in common, so their fused pair has twice their rank.
+    method = adapters.Recipe(
+        adapters.LoRA("transformer_blocks/0/attn/{to_q,to_v}", rank=2, alpha=3),
+        adapters.LoRA("single*/**/proj_out", rank=4, alpha=5),
     )
     if style == "kohya":
-        method = adapters.LoRA([*method.targets[:1], "single*/**/proj_out"], rank=2, alpha=3)
         names = {name: tuple(x.replace(".", "/") for x in several) for name, several in QKV.items()}
         names |= {name: each.replace(".", "/") for name, each in ONE.items()}
-    tree, plain = trained(names, base, method), weights(model)
+    tree, plain = trained(base, method), weights(model)
     part = (method, tree, names, base)
     file = save_diffusers(tmp_path / "a.safetensors", {"transformer": part}, style=style)
     equal(loaded_there("flux", file, model), merged(method, tree, base), plain)
@@ -323,7 +325,7 @@ def test_other_methods_of_lycoris(kind, tmp_path):
 
 
 def test_the_unet_of_flax(tmp_path):
-    """The real UNet in Flax, a file of kohya's names, and no table: it computes what torch's does."""
+    """The real UNet in Flax computes what torch's does, from kohya's names and without a table."""
     if not hasattr(diffusers, "FlaxUNet2DConditionModel"):
         pytest.skip("diffusers has no models in Flax since 0.36")
     from diffusers.models.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax

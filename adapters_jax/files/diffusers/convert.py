@@ -21,7 +21,7 @@ from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserErro
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
-from adapters_jax.files.layouts import Array, ModuleReference, our_factors, spans
+from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, spans
 from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
@@ -63,25 +63,23 @@ def load_diffusers(
     """Reads LoRA, LoCon or DoRA of a diffusion model from a file of Diffusers, kohya or LyCORIS.
 
     Args:
-        file: a `.safetensors` file, for Stable Diffusion, SDXL, FLUX or any other model that these
-            libraries name alike.
-        names: None to find each module by its name in the model, `/` and `_` being one. Else as in
-            `load_peft`: a table, or a mapping from Diffusers' names of modules, or those of the
-            original checkpoint, to paths: `{"mid_block.attentions.0.proj_in": "middle/proj_in"}`.
-            A tuple of paths stands for a module that fuses several of ours.
-        base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module,
-            of the part alone: the UNet or transformer, or one text encoder.
-        part: "unet", which is also that of transformers, "text_encoder", "text_encoder_2" or
-            "text_encoder_3", where the file has several.
+        file: a `.safetensors` file, of Stable Diffusion, SDXL, FLUX or a model that is named alike.
+        names: None to find each module by its name in the model, where `/` and `_` are one. Else as
+            in `load_peft`: a table, or a mapping to paths from the names of Diffusers or of the
+            original checkpoint: `{"mid_block.attentions.0.proj_in": "middle/proj_in"}`. A tuple of
+            paths stands for a module that fuses several of ours.
+        base: the parameters, as in `load_peft`, of the part alone: of the UNet or transformer, or
+            of one text encoder.
+        part: "unet", also for transformers, "text_encoder", "text_encoder_2" or "text_encoder_3",
+            where the file has several.
 
     Returns:
         `(recipe, adapters, others, metadata)`: the first two as from `load_peft`; how many modules
-        the file has of each other part, which is not read; and its texts by name, such as
-        `ss_base_model_version`.
+        the file has of each other part, which is not read; and its texts by name.
 
     Raises:
-        AdapterFileError: the file is damaged, holds other methods, or halves of pairs; an alpha is
-            no number above 0.
+        AdapterFileError: the file is damaged, or holds other methods, half of a pair, or an alpha
+            that is no number above 0.
         AdapterMismatchError: modules are not in the base, or have other shapes there; the message
             names every problem.
         UserError: the file has several parts, or not this one; `names` does not fit the base.
@@ -138,14 +136,14 @@ def save_diffusers(
     """Writes LoRA or DoRA of a diffusion model as one file, which appears whole or not at all.
 
     Args:
-        file: the path of the file, which is replaced: Diffusers looks for
-            `pytorch_lora_weights.safetensors` in a directory.
-        parts: the recipe, the adapters, the names and the base, as in `save_peft`, by part: "unet",
-            "transformer", "text_encoder", "text_encoder_2" or "text_encoder_3". Names may be None
-            where the model's are the file's, with `/` for each dot (kohya's: `/` or `_`).
-        style: "kohya", which Diffusers reads too, as do ComfyUI and others; kohya names modules as
-            the original checkpoint of SDXL and FLUX does, so give `names` of these. Or "diffusers",
-            whose scale is 1: ours goes into B.
+        file: its path; an old file is replaced. In a directory, Diffusers looks for
+            `pytorch_lora_weights.safetensors`.
+        parts: `(recipe, adapters, names, base)` as in `save_peft`, by part: "unet", "transformer",
+            "text_encoder", "text_encoder_2", "text_encoder_3". Names may be None where the model's
+            paths are the file's names, with `/` for each dot.
+        style: "kohya", whose names of SDXL and FLUX are those of the original checkpoints, so give
+            these as `names`; Diffusers and others read it too. Or "diffusers", whose scale is 1 and
+            whose ranks are one: our scale goes into B, and zeros fill up lower ranks.
         metadata: further texts, such as `ss_base_model_version`. Rank, alpha and checksums of
             another file are not taken over.
 
@@ -162,13 +160,15 @@ def save_diffusers(
     for part, (recipe, adapters, names, base) in parts.items():
         prefix, flat = _prefix(part, style, parts), flat_leaves("save_diffusers", adapters)
         config, theirs, wrong = to_peft(recipe, flat, _names(names, base), base)
-        for key in [key for key in theirs if key.endswith(_OF_A)]:
+        keys = [key for key in theirs if key.endswith(_OF_A)]
+        most = max((len(theirs[key]) for key in keys), default=0)
+        for key in keys:
             name = key.removeprefix(ROOT).removesuffix(_OF_A)
             a, b = (theirs.pop(k) for k in factor_keys(name))
             magnitude = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
             alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
             alpha *= math.sqrt(len(a)) if config["use_rslora"] else 1
-            made = _written(prefix, name, (a, b, magnitude), alpha, style)
+            made = _written(prefix, name, (a, b, magnitude), alpha, style, most)
             wrong += [f"{k} is the name of two tensors" for k in made if k in tensors]
             tensors |= made
             if names is None and style == "diffusers" and re.search(r"_\d+(\.|$)", name):
@@ -270,7 +270,8 @@ def _placed(
                 problems.append(f"{taken[target]} and {pair.name} both change {target}")
             taken[target] = pair.name
             rank = next(iter(own.values())).shape[-1]
-            groups.setdefault((kind, rank, pair.alpha * rank / len(pair.a)), []).append(target)
+            alpha = rounded(pair.alpha * rank / len(pair.a))
+            groups.setdefault((kind, rank, alpha), []).append(target)
             leaves |= own
     every = [*module_map.paths, *module_map.base]
     return [
@@ -318,22 +319,17 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) 
     total = sum(math.prod(x.shape) for x in there) // first.a.shape[1]
     # Queries, keys and values are of one width; behind them is FLUX's feed-forward.
     wide = next((widths[x] for x in names[:3] if x in widths), (total - sum(widths.values())) // 3)
-    scale, rows, magnitudes = first.alpha / len(first.a), [], []
+    scale, rows = first.alpha / len(first.a), list[Array]()
     for i, name in enumerate(names):
         width = max(widths.get(name, wide if i < 3 else total - 3 * wide), 0)
-        rows.append(
-            [
-                pair.b.reshape(pair.b.shape[:2]) * (pair.alpha / len(pair.a) / scale)
-                if own == name
-                else np.zeros((width, len(pair.a)), np.float32)
-                for own, pair in mine.items()
-            ]
-        )
-        magnitudes.append(mine[name].magnitude if name in mine else None)
-    whole = [x.ravel() for x in magnitudes if x is not None]
-    # A magnitude of some parts alone has too few numbers, and then fits nothing.
-    magnitude = np.concatenate(whole) if whole else None
-    a, b = np.concatenate([pair.a for pair in mine.values()]), np.block(rows)
+        row = {own: np.zeros((width, len(pair.a)), np.float32) for own, pair in mine.items()}
+        if pair := mine.get(name):
+            row[name] = pair.b.reshape(pair.b.shape[:2]) * (pair.alpha / len(pair.a) / scale)
+        rows.append(np.concatenate([*row.values()], axis=1))
+    norms = [x.ravel() for n in names if n in mine and (x := mine[n].magnitude) is not None]
+    # The norms of some parts alone are too few, and then fit nothing.
+    magnitude = np.concatenate(norms) if norms else None
+    a, b = np.concatenate([x.a for x in mine.values()]), np.concatenate(rows)
     return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude)
 
 
@@ -377,7 +373,12 @@ def _prefix(part: str, style: str, parts: Iterable[str]) -> str:
 
 
 def _written(
-    prefix: str, name: str, pair: tuple[Array, Array, Array | None], alpha: float, style: str
+    prefix: str,
+    name: str,
+    pair: tuple[Array, Array, Array | None],
+    alpha: float,
+    style: str,
+    most: int,
 ) -> dict[str, Array]:
     """The tensors of one module."""
     a, b, magnitude = pair
@@ -385,8 +386,12 @@ def _written(
         key, ends = prefix + name.replace(".", "_"), {"alpha": np.asarray(alpha, np.float32)}
         magnitude = None if magnitude is None else magnitude.reshape(-1, *(1,) * (a.ndim - 1))
     else:
-        key, ends, b = prefix + name, {}, (b * (alpha / len(a))).astype(b.dtype)
-    ends |= {
-        end: x for end, x in zip(_STYLES[style], (a, b, magnitude), strict=True) if x is not None
-    }
+        key, ends, more = prefix + name, {}, most - len(a)
+        # Where ranks differ, Diffusers before 0.40 scales all of them by the first one's.
+        a, b = (
+            np.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+            for x, axis in ((a, 0), ((b * (alpha / len(a))).astype(b.dtype), 1))
+        )
+    tensors = zip(_STYLES[style], (a, b, magnitude), strict=True)
+    ends |= {end: x for end, x in tensors if x is not None}
     return {f"{key}.{end}": x for end, x in ends.items()}

@@ -159,15 +159,16 @@ def spelled(name: str) -> tuple[str, ...]:
     if match := _SGM.fullmatch(name):
         side, number, middle, rest = match.groups()
         block, layer = divmod(int(number or 0) - (side == "input"), _LAYERS)
-        layer = int(middle) // 2 if middle else layer
-        where = "mid_block" if middle else f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+        where = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+        if middle:
+            where, layer = "mid_block", int(middle) // 2
         own = (
             f"resnets_{layer}_{_RESNET[rest]}" if rest in _RESNET else f"attentions_{layer}_{rest}"
         )
         return (f"{where}_{_SAMPLERS.get(rest, own)}",)
     if match := _FLUX.fullmatch(name):
-        kind, number, rest = match.groups()
+        own, number, rest = match.groups()
         several = _FUSED.get(rest, (_SINGLE.get(rest, rest),))
-        block = f"{'single_' * (kind == 'single')}transformer_blocks_{number}"
+        block = f"{'single_' * (own == 'single')}transformer_blocks_{number}"
         return tuple(f"{block}_{each}" for each in several)
     return (_WHOLE.get(name, name),)
