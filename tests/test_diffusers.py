@@ -771,7 +771,7 @@ def test_what_cannot_be_written(tmp_path):
         ({"unet": part}, {"style": "comfy"}, ("comfy", "kohya", "diffusers")),
         ({"vae": part}, {}, ("vae", "text_encoder_2")),
         ({}, {}, (file,)),
-        ({"unet": part, "transformer": part}, {}, ("transformer", "lora_unet_conv_in.alpha")),
+        ({"unet": part, "transformer": part}, {}, ("transformer", "lora_unet_conv_in")),
         ({"unet": (scales, adapted(scales), None, PARAMS)}, {}, ("unet", "ia3")),
         (
             {"unet": (lora, part[1], {"conv_out": PATHS[f"{MIDDLE}.proj_in"]}, PARAMS)},

@@ -8,7 +8,7 @@ Reference: https://huggingface.co/docs/diffusers/api/loaders/lora
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ _STYLES = {
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
     "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
 }
+_PREFIXES = {**{part: every[0] for part, every in PARTS.items()}, "transformer": "lora_unet_"}
 _Several = tuple[ModuleReference, ...]  # ours that one of theirs fuses, or the one
 _Known = dict[tuple[str, ...], list[_Several]]  # by the names that `spelled` gives
 
@@ -100,7 +101,7 @@ def load_diffusers(
         >>> metadata["ss_network_dim"], others
         ('2', {})
     """
-    file, problems = Path(file), list[str]()
+    file = Path(file)
     with open_tensors(file) as opened:
         tensors, metadata = opened.read(), dict(opened.metadata)
     parts = by_part(file, tensors)
@@ -109,11 +110,18 @@ def load_diffusers(
         held = " and ".join(f"{name!r} ({len(each)} modules)" for name, each in parts.items())
         raise UserError(f"{file} holds {held or 'no tensors'}; give one of them, as part='unet'")
     own = parts.pop(part or next(iter(parts)))
-    configs = _configs(own.values(), metadata, file)
+    whole = parse(metadata[_CONFIG].encode(), file) if _CONFIG in metadata else {}
+    configs = {
+        prefix: {k.removeprefix(prefix): x for k, x in whole.items() if k.startswith(prefix)}
+        for prefix in {module.prefix for module in own.values()}
+    }
+    checked = [{"peft_type": "LORA", **config} for config in configs.values() if config]
+    if problems := [problem for config in checked for problem in config_problems(config)]:
+        raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(problems)}")
     pairs = {}
-    for names_there, module in own.items():
+    for spelling, module in own.items():
         try:
-            pairs[names_there] = _pair(module, tensors, configs.get(module.prefix, {}))
+            pairs[spelling] = _pair(module, tensors, configs[module.prefix])
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -154,26 +162,43 @@ def save_diffusers(
         UserError: such files cannot hold the adapter, `names` lacks a module, or two modules get
             one name; the message names every problem.
     """
-    if style not in _STYLES:
-        raise UserError(f"style={style!r}, expected {' or '.join(map(repr, _STYLES))}")
+    if style not in _STYLES or not parts.keys() <= _PREFIXES.keys():
+        raise UserError(
+            f"style={style!r} with the parts {', '.join(parts)}: expected {' or '.join(_STYLES)}, "
+            f"and of {', '.join(_PREFIXES)}"
+        )
     problems, tensors = list[str](), dict[str, Array]()
     for part, (recipe, adapters, names, base) in parts.items():
-        prefix, flat = _prefix(part, style, parts), flat_leaves("save_diffusers", adapters)
+        flat = flat_leaves("save_diffusers", adapters)
         config, theirs, wrong = to_peft(recipe, flat, _names(names, base), base)
+        several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
+        prefix = "lora_te1_" if several else _PREFIXES[part]
         keys = [key for key in theirs if key.endswith(_OF_A)]
         most = max((len(theirs[key]) for key in keys), default=0)
         for key in keys:
             name = key.removeprefix(ROOT).removesuffix(_OF_A)
             a, b = (theirs.pop(k) for k in factor_keys(name))
-            magnitude = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
+            norms = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
             alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
             alpha *= math.sqrt(len(a)) if config["use_rslora"] else 1
-            made = _written(prefix, name, (a, b, magnitude), alpha, style, most)
-            wrong += [f"{k} is the name of two tensors" for k in made if k in tensors]
-            tensors |= made
+            if style == "kohya":
+                module = prefix + name.replace(".", "_")
+                made = {"alpha": np.asarray(alpha, np.float32)}
+                norms = None if norms is None else norms.reshape(-1, *(1,) * (a.ndim - 1))
+            else:
+                # Where ranks differ, Diffusers 0.35 scales all pairs by the rank of the first.
+                module, made, more = f"{part}.{name}", {}, (0, most - len(a))
+                b = (b * (alpha / len(a))).astype(b.dtype)
+                a = np.pad(a, [more, *[(0, 0)] * (a.ndim - 1)])
+                b = np.pad(b, [(0, 0), more, *[(0, 0)] * (b.ndim - 2)])
+            ends = zip(_STYLES[style], (a, b, norms), strict=True)
+            made |= {end: x for end, x in ends if x is not None}
+            if f"{module}.{_STYLES[style][0]}" in tensors:
+                wrong.append(f"{module} is the name of two modules")
+            tensors |= {f"{module}.{end}": x for end, x in made.items()}
             if names is None and style == "diffusers" and re.search(r"_\d+(\.|$)", name):
                 wrong.append(f"{name} may have numbers behind dots there; give names")
-            if style == "kohya" and re.match(r"(single_)?transformer_blocks\.", name):
+            if style == "kohya" and re.match(r"(single_)?transformer_blocks[._]", name):
                 fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
                 wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
         wrong += [f"{key.removeprefix(ROOT)} is no LoRA of a layer" for key in theirs]
@@ -200,20 +225,6 @@ def _names(names: Names | None, base: Any) -> Names:
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     paths = sorted({path.rpartition("/")[0] for path in flatten(state)} - {""})
     return {path.replace("/", "."): path for path in paths}
-
-
-def _configs(
-    modules: Iterable[Module], metadata: Mapping[str, str], file: Path
-) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration that Diffusers keeps beside the tensors, by prefix of their names."""
-    whole = parse(metadata[_CONFIG].encode(), file) if _CONFIG in metadata else {}
-    made = {}
-    for prefix in {module.prefix for module in modules}:
-        config = {k.removeprefix(prefix): x for k, x in whole.items() if k.startswith(prefix)}
-        if config and (wrong := config_problems({"peft_type": "LORA", **config})):
-            raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(wrong)}")
-        made[prefix] = config
-    return made
 
 
 def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> _Pair:
@@ -360,38 +371,3 @@ def _reduced(a: Array, b: Array) -> dict[str, Array]:
     shape_a, shape_b = a.shape[:-1], b.shape[1:]
     a, b = (inputs @ outputs, one) if outputs.shape[1] == len(one) else (one, inputs @ outputs)
     return {"a": a.reshape(*shape_a, -1), "b": b.reshape(-1, *shape_b)}
-
-
-def _prefix(part: str, style: str, parts: Iterable[str]) -> str:
-    """What the names of a part begin with."""
-    if part not in (*PARTS, "transformer"):
-        raise UserError(f"parts has {part!r}, expected {', '.join(PARTS)} or transformer")
-    if style == "diffusers":
-        return f"{part}."
-    several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & {*parts}
-    return "lora_te1_" if several else PARTS["unet" if part == "transformer" else part][0]
-
-
-def _written(
-    prefix: str,
-    name: str,
-    pair: tuple[Array, Array, Array | None],
-    alpha: float,
-    style: str,
-    most: int,
-) -> dict[str, Array]:
-    """The tensors of one module."""
-    a, b, magnitude = pair
-    if style == "kohya":
-        key, ends = prefix + name.replace(".", "_"), {"alpha": np.asarray(alpha, np.float32)}
-        magnitude = None if magnitude is None else magnitude.reshape(-1, *(1,) * (a.ndim - 1))
-    else:
-        key, ends, more = prefix + name, {}, most - len(a)
-        # Where ranks differ, Diffusers before 0.40 scales all of them by the first one's.
-        a, b = (
-            np.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-            for x, axis in ((a, 0), ((b * (alpha / len(a))).astype(b.dtype), 1))
-        )
-    tensors = zip(_STYLES[style], (a, b, magnitude), strict=True)
-    ends |= {end: x for end, x in tensors if x is not None}
-    return {f"{key}.{end}": x for end, x in ends.items()}

@@ -169,6 +169,6 @@ def spelled(name: str) -> tuple[str, ...]:
     if match := _FLUX.fullmatch(name):
         own, number, rest = match.groups()
         several = _FUSED.get(rest, (_SINGLE.get(rest, rest),))
-        block = f"{'single_' * (own == 'single')}transformer_blocks_{number}"
-        return tuple(f"{block}_{each}" for each in several)
+        where = f"{'single_' * (own == 'single')}transformer_blocks_{number}"
+        return tuple(f"{where}_{each}" for each in several)
     return (_WHOLE.get(name, name),)
