@@ -563,6 +563,7 @@ ONE = {name: drawn()[name] for name in ("conv_in", f"{FIRST}.{BLOCK}.attn1.to_q"
 Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 DOWN, UP = ONE[f"{FIRST}.{BLOCK}.attn1.to_q"]
 PLAIN = kohya(ONE, alpha=2)
+MIDDLE_OF_TWO = kohya({"conv_in": (np.ones((2, 4, 1, 1)), np.ones((3, 2, 1, 1)))})
 WRONG = {
     "another model's keys": (
         with_keys(PLAIN, {"down_blocks_1": "layers_7"}),
@@ -665,10 +666,43 @@ WRONG = {
         AdapterFileError,
         ("weights", f"{Q}.diff", f"{Q}.diff_b"),
     ),
-    "a middle that fits nothing": (
-        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((3, 3, 3, 3))}),
+    "a middle of another rank": (
+        with_keys(
+            MIDDLE_OF_TWO, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((3, 3, 3, 3))}
+        ),
+        AdapterMismatchError,
+        ("lora_unet_conv_in", [2, 4, 1, 1], [3, 3, 3, 3]),
+    ),
+    "a middle of another window": (
+        with_keys(
+            MIDDLE_OF_TWO, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((2, 2, 5, 5))}
+        ),
+        AdapterMismatchError,
+        ("lora_unet_conv_in", [2, 4, 1, 1], [2, 2, 5, 5], "conv_in [3, 3, 4, 3]"),
+    ),
+    "no rank": (
+        with_keys(
+            PLAIN,
+            {},
+            **{f"{Q}.lora_down.weight": np.ones((0, 4)), f"{Q}.lora_up.weight": np.ones((5, 0))},
+        ),
         AdapterFileError,
-        ("lora_unet_conv_in", [3, 4, 3, 3], [3, 3, 3, 3]),
+        (Q, [0, 4], [5, 0]),
+    ),
+    "numbers that float32 lacks": (
+        {**PLAIN, f"{Q}.lora_down.weight": np.full(DOWN.shape, 1e300)},
+        AdapterMismatchError,
+        ("float32", "attn1/to_q/lora/a"),
+    ),
+    "an alpha that float32 lacks": (
+        {**PLAIN, f"{Q}.alpha": np.asarray(1e300)},
+        AdapterFileError,
+        (Q, "alpha inf"),
+    ),
+    "complex numbers": (
+        {**PLAIN, f"{Q}.lora_down.weight": DOWN.astype(np.complex64)},
+        AdapterFileError,
+        (f"{Q}.lora_down.weight", "complex64"),
     ),
     "norms of inputs": (
         with_keys(PLAIN, {}, **{f"{Q}.dora_scale": np.ones((1, DOWN.shape[1]))}),

@@ -25,7 +25,7 @@ from adapters_jax.files.layouts import Array, ModuleReference, our_factors, roun
 from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
-from adapters_jax.files.untrusted import open_tensors, parse
+from adapters_jax.files.untrusted import not_finite, open_tensors, parse
 from adapters_jax.methods import DoRA, LoRA, Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
@@ -52,10 +52,12 @@ class _Pair(NamedTuple):
     b: Array
     alpha: float
     magnitude: Array | None
+    middle: Array | None
 
     @property
     def shapes(self) -> str:
-        return f"lora_down {list(self.a.shape)} and lora_up {list(self.b.shape)}"
+        middle = "" if self.middle is None else f", lora_mid {list(self.middle.shape)}"
+        return f"lora_down {list(self.a.shape)}, lora_up {list(self.b.shape)}{middle}"
 
 
 def load_diffusers(
@@ -118,20 +120,25 @@ def load_diffusers(
     checked = [{"peft_type": "LORA", **config} for config in configs.values() if config]
     if problems := [problem for config in checked for problem in config_problems(config)]:
         raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(problems)}")
-    pairs = {}
-    for spelling, module in own.items():
+    pairs, module_map = {}, find_modules(_names(names, base), base)
+    # Products of numbers that float32 cannot hold are found in the leaves.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for spelling, module in own.items():
+            try:
+                pairs[spelling] = _pair(module, tensors, configs[module.prefix])
+            except UserError as problem:
+                problems.append(str(problem))
+        if problems:
+            raise AdapterFileError(f"{file}: {first_few(problems, joint='; ')}")
         try:
-            pairs[spelling] = _pair(module, tensors, configs[module.prefix])
-        except UserError as problem:
+            methods, leaves = _placed(pairs, module_map, problems)
+            if not problems:
+                made = as_in_model(methods, leaves, module_map)
+        except UserError as problem:  # a method rejects a number, or layers differ
             problems.append(str(problem))
     if problems:
-        raise AdapterFileError(f"{file}: {first_few(problems, joint='; ')}")
-    module_map = find_modules(_names(names, base), base)
-    methods, leaves = _placed(pairs, module_map, problems)
-    if problems:
         raise AdapterMismatchError(f"{file} does not fit: {first_few(problems, joint='; ')}")
-    others = {name: len(each) for name, each in parts.items()}
-    return *as_in_model(methods, leaves, module_map), others, metadata
+    return *made, {name: len(each) for name, each in parts.items()}, metadata
 
 
 def save_diffusers(
@@ -229,24 +236,21 @@ def _names(names: Names | None, base: Any) -> Names:
 
 def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> _Pair:
     """The factors and the alpha of one module; raises UserError if they are no LoRA."""
+    if wrong := [key for key in module.keys.values() if np.iscomplexobj(tensors[key])]:
+        raise UserError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}, expected real numbers")
     found = {end: tensors[key].astype(np.float32) for end, key in module.keys.items()}
     if lacking := [end for end in ("lora_down", "lora_up") if end not in found]:
         raise UserError(f"{module} lacks its {' and '.join(lacking)}")
     a, b = found["lora_down"], found["lora_up"]
-    pair = _Pair(str(module), a, b, 0, None)
-    if a.ndim < 2 or b.size != math.prod(b.shape[:2]) or b.shape[1:2] != a.shape[:1]:
+    pair = _Pair(str(module), a, b, 0, None, found.get("lora_mid"))
+    if a.ndim < 2 or not a.size or b.size != math.prod(b.shape[:2]) or b.shape[1:2] != a.shape[:1]:
         raise UserError(f"{module} has {pair.shapes}, expected (rank, in) and (out, rank)")
     outputs, rank = b.shape[:2]
-    if (middle := found.get("lora_mid")) is not None:
-        # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
-        if middle.shape[:2] != (rank, rank) or a.size != math.prod(a.shape[:2]):
-            raise UserError(f"{module} has {pair.shapes}, and lora_mid {list(middle.shape)}")
-        a = np.moveaxis(np.tensordot(middle, a.reshape(a.shape[:2]), (1, 0)), -1, 1)
     alpha = found.get("alpha", np.float32(rank))
     if config and "alpha" not in found:
         alpha = np.float32(number_at(config, "lora_alpha", module.name))
         alpha = alpha * np.float32(math.sqrt(rank)) if config.get("use_rslora") else alpha
-    if alpha.size != 1 or alpha.item() <= 0:
+    if alpha.size != 1 or not 0 < alpha.item() < math.inf:
         shown = alpha.item() if alpha.size == 1 else list(alpha.shape)
         raise UserError(f"{module} has the alpha {shown}, expected one number above 0")
     magnitude = found.get("dora_scale", found.get("lora_magnitude_vector"))
@@ -258,7 +262,7 @@ def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any
             f"{module} has norms {list(shape)}, expected one for each of its {outputs} outputs "
             "(LyCORIS's wd_on_out=True)"
         )
-    return pair._replace(a=a, alpha=alpha.item(), magnitude=magnitude)
+    return pair._replace(alpha=alpha.item(), magnitude=magnitude)
 
 
 def _placed(
@@ -284,6 +288,8 @@ def _placed(
             alpha = rounded(pair.alpha * rank / len(pair.a))
             groups.setdefault((kind, rank, alpha), []).append(target)
             leaves |= own
+    if wrong := not_finite(leaves):
+        problems.append(f"numbers are too large for float32 in {wrong}")
     every = [*module_map.paths, *module_map.base]
     return [
         kind(shortest(targets, every), rank=rank, alpha=alpha, a_init="uniform")
@@ -303,7 +309,7 @@ def _matched(
     matched = [(pair, there[names]) for names, pair in pairs.items() if there[names]]
     rest = {names: pair for names, pair in pairs.items() if not there[names]}
     for names, several in known.items():
-        if mine := {x: rest.pop((x,)) for x in names if (x,) in rest}:
+        if mine := {x: rest.pop((x,)) for x in names if (x,) in rest and rest[(x,)].middle is None}:
             matched.append((_joined(names, mine, several[0]), several))
     if rest:
         problems.append(
@@ -341,7 +347,7 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) 
     # The norms of some parts alone are too few, and then fit nothing.
     magnitude = np.concatenate(norms) if norms else None
     a, b = np.concatenate([x.a for x in mine.values()]), np.concatenate(rows)
-    return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude)
+    return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude, None)
 
 
 def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]] | None:
@@ -349,6 +355,12 @@ def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]
     made = {}
     for reference in references:
         a, target, node = pair.a, reference.path, join(reference.path, "lora")
+        if (middle := pair.middle) is not None:
+            # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
+            window = (*middle.shape[2:], *a.shape[1:2])
+            if middle.shape[:2] != (len(a), len(a)) or reference.shape[:-1] != window:
+                return None
+            a = np.moveaxis(np.tensordot(middle, a.reshape(a.shape[:2]), (1, 0)), -1, 1)
         # Their 1x1 convolution may be a dense layer here.
         if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
             a = a.reshape(a.shape[:2])
