@@ -1,5 +1,6 @@
 """LoRA files of Diffusers, kohya and LyCORIS: merged weights by their formula, and each misfit."""
 
+import itertools
 import json
 import re
 
@@ -17,6 +18,8 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserError
 from adapters_jax.files.diffusers import load_diffusers, save_diffusers
 from adapters_jax.files.names import NameTable, Rule
+from adapters_jax.finetune.models.decoder import NAMES as NAMES_OF_DECODER
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
@@ -173,6 +176,7 @@ def spelled_as(style, pairs):
         module = name.replace("attn1.", "attn1.processor.").replace("to_out.0", "to_out")
         ends = {
             "sgm": ("", ".lora_down.weight", ".lora_up.weight"),
+            "lycoris": ("", ".lora_down.weight", ".lora_up.weight"),
             "onetrainer": ("", ".lora_down.weight", ".lora_up.weight"),
             "comfy": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
             "peft": ("unet.", ".lora_A.weight", ".lora_B.weight"),
@@ -182,8 +186,9 @@ def spelled_as(style, pairs):
         }[style]
         if style == "sgm":
             name = f"lora_unet_{NAMES[name].replace('.', '_')}"
-        elif style == "onetrainer":
-            name = f"lora_transformer_{name.replace('.', '_')}"
+        elif style in ("onetrainer", "lycoris"):
+            prefix = {"onetrainer": "lora_transformer", "lycoris": "lycoris"}[style]
+            name = f"{prefix}_{name.replace('.', '_')}"
         elif style in ("old", "alone") and attention:
             name, ends = module, (ends[0], "_lora.down.weight", "_lora.up.weight")
         made |= {f"{ends[0]}{name}{ends[1]}": down, f"{ends[0]}{name}{ends[2]}": up}
@@ -191,7 +196,7 @@ def spelled_as(style, pairs):
 
 
 @pytest.mark.parametrize(
-    "style", ["sgm", "onetrainer", "comfy", "peft", "diffusers", "old", "alone"]
+    "style", ["sgm", "onetrainer", "lycoris", "comfy", "peft", "diffusers", "old", "alone"]
 )
 def test_spellings(style, tmp_path):
     pairs = drawn()
@@ -869,3 +874,48 @@ def test_dtypes(dtype, tmp_path):
     recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
     check(formula(PARAMS, PATHS, pairs, lambda i, rank: (2 + i % 2) / rank), recipe, adapters)
     assert {x.dtype.name for x in flatten(adapters).values()} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["lora_te1_", "lora_te_model_", "text_encoder.", "text_encoder.model."]
+)
+def test_a_text_encoder_of_the_library(prefix, tmp_path):
+    """A table's prefixes may be absent in files; layers may be scanned if all of them are alike."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = DecoderConfig(num_attention_heads=2, **sizes)
+    rng, tensors = np.random.default_rng(3), {}
+    for i, (module, rank, width) in itertools.product(
+        range(2), [("self_attn.q_proj", 2, 16), ("mlp.up_proj", 3, 24)]
+    ):
+        name = f"layers.{i}.{module}"
+        name = prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
+        tensors[f"{name}.lora_down.weight"] = rng.standard_normal((rank, 16)).astype(np.float32)
+        tensors[f"{name}.lora_up.weight"] = rng.standard_normal((width, rank)).astype(np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    leaves = {}
+    for scan in (False, True):
+        base = Decoder(config, scan=scan, rngs=nnx.Rngs(0))
+        recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", NAMES_OF_DECODER, base)
+        aj.save_adapter(tmp_path / f"ours-{scan}", adapters, recipe)
+        model = aj.load_adapter(tmp_path / f"ours-{scan}", base)
+        leaves[scan] = nnx.to_pure_dict(nnx.state(model, aj.nnx.AdapterParam))
+    stacked = flatten(leaves[True]["layers"])
+    assert len(stacked) == 4
+    for i, own in leaves[False]["layers"].items():
+        for path, x in flatten(own).items():
+            np.testing.assert_array_equal(stacked[path][i], x)
+    key = next(key for key in tensors if "1" in key.removeprefix(prefix) and "down" in key)
+    alpha = key.replace("lora_down.weight", "alpha")
+    save_file({**tensors, alpha: np.asarray(7, np.float32)}, tmp_path / "a.safetensors")
+    with raises(AdapterMismatchError, "layers"):
+        load_diffusers(tmp_path / "a.safetensors", NAMES_OF_DECODER, base)
+
+
+def test_a_module_with_two_weights(tmp_path):
+    """Its target is the weight: the first one that is no bias, as in files of PEFT."""
+    base = {"gate": {"kernel": jnp.ones((3, 5)), "other": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    tensors = kohya({"gate": (np.ones((1, 3)), np.ones((5, 1)))})
+    save_file({key: x.astype(np.float32) for key, x in tensors.items()}, tmp_path / "a.safetensors")
+    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)
+    assert recipe.attached[0].targets == ("gate/kernel",)
+    assert {*flatten(adapters)} == {"gate/lora/kernel/a", "gate/lora/kernel/b"}
