@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from adapters_jax.finetune.formats.base import (
     BaseModel,
     Head,
     has_head,
-    shape_in,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
@@ -57,8 +55,9 @@ class Native(AdapterFormat):
 
     def labels(self, directory: Path) -> int | None:
         """The width of the trained score."""
-        shape = shape_in(directory / TENSORS, re.compile(f"{SCORE}kernel"))
-        return shape[-1] if shape else None
+        with open_tensors(directory / TENSORS) as file:
+            score = file.shapes.get(f"{SCORE}kernel")
+        return score.shape[-1] if score is not None else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `read_adapter`.

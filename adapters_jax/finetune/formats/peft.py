@@ -58,7 +58,7 @@ class Peft(AdapterFormat):
 
     def labels(self, directory: Path) -> int | None:
         """The number of rows of `score.weight`, which PEFT saves whole."""
-        shape = shape_in(directory / PEFT.tensors, _SCORE)
+        shape = shape_in(PEFT, directory, _SCORE)
         return shape[0] if shape else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
