@@ -84,13 +84,14 @@ class ModuleMap:
         return self.stacked.get(bare) or (self.parameters[bare],)
 
     def bare(self, name: str) -> str:
-        """Their name without prefix."""
+        """Their name without prefix, that of transformers 4 where 5 has another."""
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
-        return name
+        return self.table.renamed(name, back=True) if self.table else name
 
     def full(self, name: str) -> str:
-        """A bare name with the prefix; heads have none."""
+        """A bare name with the prefix, as the written model has it; heads have no prefix."""
+        name = self.table.renamed(name) if self.table else name
         return name if name.split(".")[0] in self.heads else self.prefix + name
 
     @cached_property
