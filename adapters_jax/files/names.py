@@ -114,8 +114,8 @@ class NameTable:
             for a number; the first pair that begins a name counts. `rules` have those of 4, which
             checkpoints of both have. Files of adapters and checkpoints are read with either.
         transformers: the version of transformers whose model adapters are written for. None means
-            the installed one, or else 5, for `since_5`, and 4 for `stacked`, since PEFT reads these
-            names with both.
+            the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
+            of 4 PEFT reads with either.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -156,6 +156,11 @@ class NameTable:
         major = re.match(r"\d+", str(version))
         return replace(self, transformers=int(major[0]) if major else None)
 
+    @property
+    def stacks(self) -> bool:
+        """Whether adapters are written for models with the parameters of `stacked`."""
+        return bool(self.stacked) and (self.transformers or installed() or 4) > 4
+
     def renamed(self, name: str, back: bool = False) -> str:
         """A name without prefix as the written models have it, or back from that of any version.
 
@@ -164,7 +169,7 @@ class NameTable:
             >>> table.renamed("encoder.layer.3.norm"), table.renamed("layers.3.norm", back=True)
             ('layers.3.norm', 'encoder.layer.3.norm')
         """
-        if not back and (self.transformers or installed()) < 5:
+        if not back and (self.transformers or installed() or 5) < 5:
             return name
         for pair in self.since_5:
             given, made = reversed(pair) if back else pair
@@ -221,9 +226,9 @@ class NameTable:
 
 
 @cache
-def installed() -> int:
-    """The major version of the installed transformers, or 5 where it is absent."""
+def installed() -> int | None:
+    """The major version of the installed transformers; None where it is absent."""
     try:
         return int(metadata.version("transformers").split(".")[0])
     except metadata.PackageNotFoundError:
-        return 5
+        return None
