@@ -84,18 +84,19 @@ class ModuleMap:
         return self.stacked.get(bare) or (self.parameters[bare],)
 
     def bare(self, name: str) -> str:
-        """Their name without prefix."""
+        """Their name without prefix, that of transformers 4 where 5 has another."""
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
-        return name
+        return self.table.renamed(name, back=True) if self.table else name
 
     def inputs_first(self, name: str) -> bool:
         """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
         return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
 
     def full(self, name: str, prefix: str | None = None) -> str:
-        """A bare name with the prefix, or with another one; heads have none."""
+        """A bare name with this prefix, as the written model has it; heads have no prefix."""
         own = self.prefix if prefix is None else prefix
+        name = self.table.renamed(name) if self.table else name
         return name if name.split(".")[0] in self.heads else own + name
 
     @property

@@ -6,6 +6,8 @@ Each model's package has its own `NameTable`; `finetune.tensors` converts by it.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +114,12 @@ class NameTable:
             replaces them where they have this name, which changes nothing.
         stacked: rules for parameters that the model of transformers 5 holds instead of those of the
             checkpoint, which it writes all the same. Only files of adapters have them.
-        transformers: the version of transformers whose model adapters are written for.
+        since_5: names of modules in transformers 4, and in the models of transformers 5, with `{}`
+            for a number; the first pair that begins a name counts. `rules` have those of 4, which
+            checkpoints of both have. Files of adapters and checkpoints are read with either.
+        transformers: the version of transformers whose model adapters are written for. None means
+            the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
+            of 4 PEFT reads with either.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -130,7 +137,8 @@ class NameTable:
     heads: tuple[str, ...] = HEADS
     held_twice: tuple[str, ...] = ()
     stacked: tuple[ParameterRule, ...] = ()
-    transformers: int = 4
+    since_5: tuple[tuple[str, str], ...] = ()
+    transformers: int | None = None
 
     def parameter(
         self, path: str, rules: tuple[ParameterRule, ...] | None = None
@@ -147,14 +155,36 @@ class NameTable:
         return self.fan_in_fan_out and module.split(".")[0] not in self.heads
 
     def of_version(self, version: Any) -> "NameTable":
-        """The table for the models of a version of transformers; None means 4.
+        """The table for the models of a version of transformers; None is any.
 
         Example:
             >>> NameTable(()).of_version("5.24.0").transformers
             5
         """
         major = re.match(r"\d+", str(version))
-        return replace(self, transformers=int(major[0]) if major else 4)
+        return replace(self, transformers=int(major[0]) if major else None)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether adapters are written for models with the parameters of `stacked`."""
+        return bool(self.stacked) and (self.transformers or installed() or 4) > 4
+
+    def renamed(self, name: str, back: bool = False) -> str:
+        """A name without prefix as the written models have it, or back from that of any version.
+
+        Example:
+            >>> table = NameTable((), since_5=(("encoder.layer.{}", "layers.{}"),), transformers=5)
+            >>> table.renamed("encoder.layer.3.norm"), table.renamed("layers.3.norm", back=True)
+            ('layers.3.norm', 'encoder.layer.3.norm')
+        """
+        if not back and (self.transformers or installed() or 5) < 5:
+            return name
+        for pair in self.since_5:
+            given, made = reversed(pair) if back else pair
+            form = re.escape(given).replace(r"\{\}", r"(\d+)")
+            if match := re.match(rf"{form}(?=\.|$)", name):
+                return made.format(*match.groups()) + name[match.end() :]
+        return name
 
     def module(self, path: str) -> Source:
         """Their module for ours at `path`, without the leaf (`weight`, `bias`)."""
@@ -193,6 +223,7 @@ class NameTable:
             bare = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", bare)
             for prefix in self.prefixes:
                 bare = bare.removeprefix(prefix)
+            bare = self.renamed(bare, back=True)
             clash = theirs.setdefault(bare, name)
             if clash != name:
                 raise UserError(f"{clash} and {name} name the same tensor; keep one of them.")
@@ -201,3 +232,12 @@ class NameTable:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+@cache
+def installed() -> int | None:
+    """The major version of the installed transformers; None where it is absent."""
+    try:
+        return int(metadata.version("transformers").split(".")[0])
+    except metadata.PackageNotFoundError:
+        return None

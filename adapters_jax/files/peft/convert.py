@@ -28,6 +28,7 @@ from adapters_jax.files.module_map import (
     placed,
     shortest,
 )
+from adapters_jax.files.peft.applied import differences
 from adapters_jax.files.peft.config import (
     KINDS,
     ROOT,
@@ -152,8 +153,9 @@ def save_peft(
         The directory.
 
     Raises:
-        UserError: PEFT does not support the recipe, `names` lacks a module, or the directory
-            holds something else; the message names every problem.
+        UserError: PEFT does not support the recipe, PEFT's rules would apply something else of the
+            file than this adapter (`fields` may change them), `names` lacks a module, or the
+            directory holds something else; the message names every problem.
         TypeError: `adapters` is not a tree.
 
     Example:
@@ -171,13 +173,14 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = PEFT.directory(directory, (*PEFT.files, *(beside or ())))
-    task = fields.get("task_type")
-    config, tensors, problems = to_peft(recipe, flat, names, base, prefix, task)
+    config, tensors, problems = to_peft(
+        recipe, flat, names, base, prefix, {"inference_mode": True, **fields}
+    )
     if fields.get("task_type", CLASSIFIES) == CLASSIFIES:
         problems += unpooled(flat, find_modules(names, base))
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
-    files = PEFT.content(config | {"inference_mode": True, **fields}, tensors)
+    files = PEFT.content(config, tensors)
     return directories.write(directory, files, beside)
 
 
@@ -261,9 +264,9 @@ def to_peft(
     names: Names,
     base: Any,
     prefix: str | None = None,
-    task_type: str | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
-    """Converts an adapter for a model of a task; see `save_peft`.
+    """Converts an adapter; see `save_peft`. `own` are fields of the caller's.
 
     Returns:
         The configuration, the tensors, and a sentence for each thing that PEFT does not support.
@@ -288,15 +291,32 @@ def to_peft(
             f"{path}: PEFT's prompts do not support other trained leaves beside them"
             for path in trained
         ]
-        return fields, tensors, problems + held
+        return _compared(fields, tensors, problems + held, own or {}, module_map)
     adapted = {each.module for each in added}
-    more, trains = write_trained(trained, adapted, module_map, problems, task_type)
+    more, trains = write_trained(
+        trained, adapted, module_map, problems, (own or {}).get("task_type")
+    )
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
         problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
         problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
-    return fields | trains, tensors | more, problems + held
+    return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)
+
+
+def _compared(
+    written: dict[str, Any],
+    tensors: dict[str, Array],
+    problems: list[str],
+    own: Mapping[str, Any],
+    module_map: ModuleMap,
+) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
+    """The file with the caller's fields, and the problems if PEFT would read it otherwise."""
+    config = {**written, **own}
+    if not problems:
+        split = split_tensors(tensors, KINDS[written["peft_type"]], problems)
+        problems = problems + differences(config, written, *split, module_map)
+    return config, tensors, problems
 
 
 def _code(module: str) -> Any:

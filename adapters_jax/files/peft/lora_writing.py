@@ -53,7 +53,7 @@ def write(
         )
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
-    if module_map.table and module_map.table.transformers > 4:
+    if module_map.table and module_map.table.stacks:
         writer.add_parameters(module_map.stacked)
     writer.add_modules()
     writer.add_experts()

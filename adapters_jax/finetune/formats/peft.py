@@ -72,7 +72,7 @@ class Peft(AdapterFormat):
         """See `to_peft`, which `save_peft` calls."""
         from adapters_jax.files.peft.convert import to_peft
 
-        about = _prefix(base, adapter.leaves), _task(base, adapter.leaves)
+        about = _prefix(base, adapter.leaves), {"task_type": _task(base, adapter.leaves)}
         return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, *about)[2]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
