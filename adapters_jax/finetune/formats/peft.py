@@ -98,6 +98,8 @@ class Peft(AdapterFormat):
         """Loads with the model class of the task."""
         unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
         kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
+        if base.prefix == "model.language_model.":  # beside images
+            kind = "AutoModelForImageTextToText"
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
