@@ -37,6 +37,7 @@ BENCHMARKS = {
     "speedup": "full fine-tuning / LoRA: FLOPs and time of a step",
     "step": "a training step against one by hand; adapting and auditing; import time",
     "step-tunix": "only the row of `step` on tunix's Llama: our step against qwix's",
+    "sweep": "PEFT's configurations on every family, both ways; needs torch and peft; resumes",
     "switch": "switching adapters under a jitted function: time, bytes, compilations",
     "tasks": "whether training another task changes the outputs of the first one",
     "tracing": "tracing models of 32 layers with LoRA, against tracing their bases",

@@ -425,15 +425,15 @@ def copied_head(source, fixture, tmp_path):
     return directory
 
 
-def test_pickles_are_not_opened_and_the_error_names_their_conversion(tmp_path):
+def test_pickles_of_more_than_tensors_are_refused_and_the_error_names_their_conversion(tmp_path):
     pickle = b"cos\nsystem\n(S'false'\ntR."
     directory = copied(tmp_path, "bert_double")
     (directory / HEAD_TENSORS).unlink()
     (directory / "pytorch_model_head.bin").write_bytes(pickle)
-    loading(directory, HEAD_TENSORS, "pytorch_model_head.bin", "use_safetensors=True")
+    loading(directory, "pytorch_model_head.bin", "'os.system'", "use_safetensors=True")
     (directory / TENSORS).unlink()
     (directory / "pytorch_adapter.bin").write_bytes(pickle)
-    loading(directory, TENSORS, "pytorch_adapter.bin", "use_safetensors=True")
+    loading(directory, "pytorch_adapter.bin", "'os.system'", "use_safetensors=True")
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_remat_changes_neither_values_nor_gradients():
         ),
         ({"rope_scaling": 2.0}, ["rope_scaling=2.0"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
-        ({"hidden_act": "gelu_fast"}, ["hidden_act='gelu_fast'", "nearest: 'gelu"]),
+        ({"hidden_act": "gelu_fsat"}, ["hidden_act='gelu_fast'", "nearest: 'gelu"]),
         ({"attention_dropout": 0.1}, ["attention_dropout=0.1", 0.0]),
         ({"model_type": "bert"}, ["model_type='bert'", "'llama'"]),
         ({"num_attention_heads": 9, "num_key_value_heads": 2}, [9, 2]),

@@ -196,7 +196,7 @@ def test_each_record_is_whole():
     known = {}
     for name, family in FAMILIES.items():
         assert family.name == name
-        assert family.kind in ("encoder", "decoder", "encoder-decoder", "vision")
+        assert family.kind in ("encoder", "decoder", "encoder-decoder", "vision", "speech")
         assert (family.kind in ("encoder", "vision")) == (family.classifier is not None)
         for model_type, prefix in family.prefixes.items():
             texts = TOWERS[model_type].texts if model_type in TOWERS else {}

@@ -94,7 +94,7 @@ def test_a_files_changes_are_those_of_the_weights_and_it_reads_back(name, tmp_pa
     recipe, leaves = drawn(base, outside_experts)
     same(*written(tmp_path, base, recipe, leaves))
     again = FORMATS["gguf"].read(tmp_path / "gguf", base)
-    if name != "phi3":  # whose parts of a fused weight get one A of all their ranks
+    if name not in ("phi3", "glm4"):  # whose parts of a fused weight get one A of all their ranks
         assert changes((recipe, leaves), again) == []
     FORMATS["gguf"].write(tmp_path / "again", Adapter(*again), base)
     one, other = (tmp_path / where / ADAPTER for where in ("gguf", "again"))

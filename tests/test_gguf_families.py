@@ -20,8 +20,20 @@ from adapters_jax.finetune.models.decoder import DecoderConfig, load_decoder
 from adapters_jax.finetune.models.registry import family_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
-CARRIED = {path.name for path in FIXTURES.iterdir()} - {"gpt2"}  # whose GGUF files are not read
-NAMES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+UNREAD = {
+    "gpt2",
+    "glm",
+    "gpt_neox",
+    "bloom",
+    "opt",
+    "opt-post",
+    "phi",
+}  # whose GGUF files are not read
+CARRIED = {path.name for path in FIXTURES.iterdir()} - UNREAD
+NAMES = {
+    **{"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"},
+    "cohere": "command-r",
+}
 PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")  # those of Llama's converter
 NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 
@@ -36,6 +48,8 @@ ASSUMED = {
     "gemma2": {"rope_theta": 10_000.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"layer_types": None, "query_pre_attn_scalar": 8},
     "smollm3": {**NO_WINDOW, "no_rope_layers": None},
+    "starcoder2": {"sliding_window": None},
+    "cohere2": {"layer_types": None},
 }
 
 
@@ -48,6 +62,9 @@ def key(name):
         "num_attention_heads": "attention.head_count",
         "num_key_value_heads": "attention.head_count_kv",
         "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+        "norm_epsilon": "attention.layer_norm_epsilon",
+        "logit_scale": "logit_scale",
         "max_position_embeddings": "context_length",
         "num_experts_per_tok": "expert_used_count",
         "num_local_experts": "expert_count",
@@ -71,10 +88,11 @@ def fields_of(name, values):
     kind = scaling.get("rope_type", scaling.get("type"))
     if name not in ("gemma", "gemma2"):
         found["rope.freq_base"] = values["rope_theta"]
-    if name in ("gemma2", "gemma3_text", "phi3") and values.get("sliding_window"):
+    if name in ("gemma2", "gemma3_text", "phi3", "cohere2") and values.get("sliding_window"):
         found["attention.sliding_window"] = values["sliding_window"]
-    if name == "phi3":
+    if name in ("phi3", "glm4"):
         found["rope.dimension_count"] = int(head * values["partial_rotary_factor"])
+    if name == "phi3":
         original = values["original_max_position_embeddings"]
         found["rope.scaling.original_context_length"] = original
         growth = values["max_position_embeddings"] / original

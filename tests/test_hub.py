@@ -145,7 +145,24 @@ def test_of_a_repository_only_the_adapters_files_are_asked_for(monkeypatch, tmp_
         ["adapter_config.json", "adapter.safetensors", "state.safetensors"],
         ["adapter_config.json", "adapter_model.safetensors"],
     ]
-    assert "adapter_model.bin" in str(caught.value)  # a pickle, which is never opened
+    assert "adapter_model.bin" in str(caught.value)
+
+
+def test_an_adapters_pickle_is_fetched_where_nothing_else_is(monkeypatch, tmp_path):
+    snapshot, asked = tmp_path / "models--me--a-b" / "snapshots" / NEW, []
+    snapshot.mkdir(parents=True)
+    shutil.copy(PEFT / "adapter_config.json", snapshot)
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["revision"], options["cache_dir"]))
+        if "adapter_model.bin" in options["allow_patterns"]:
+            (snapshot / "adapter_model.bin").write_bytes(b"cos\nsystem\n.")
+        return str(snapshot)
+
+    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    with raises(aj.AdapterFileError, snapshot / "adapter_model.bin", "'os.system'"):
+        load_peft("me/a-b", NAMES, {"embeddings": {"word": {"embedding": 1}}}, revision="v1")
+    assert asked == [("me/a-b", "v1", None), ("me/a-b", NEW, str(tmp_path))]
 
 
 def test_a_base_is_pinned_to_its_commit(cache, tmp_path):

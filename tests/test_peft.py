@@ -23,6 +23,7 @@ from adapters_jax.files.directories import PEFT
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.config import is_target
+from adapters_jax.files.peft.convert import from_peft
 from adapters_jax.files.peft.ia3 import scales_input
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
@@ -216,7 +217,7 @@ NAMES = {
     "words": "words",
     "heads": "heads",
 }
-CONFIGURATION = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "words"]}
+CONFIGURATION = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["h.0.q"]}
 
 
 def drawn(*shape, seed=0):
@@ -277,7 +278,7 @@ def test_half_precision_becomes_float32(tmp_path):
 
 def test_a_layer_of_heads_is_their_linear_layer(tmp_path):
     heads = {"heads.lora_A.weight": drawn(2, 6), "heads.lora_B.weight": drawn(6, 2, seed=1)}
-    source = hand_made(tmp_path / "a", heads, target_modules=["q", "heads"])
+    source = hand_made(tmp_path / "a", heads, target_modules=["0.q", "heads"])
     recipe, adapters = load_peft(source, NAMES, PARAMS)
     assert adapters["heads"]["lora"]["b"].shape == (2, 2, 3)
     equal(
@@ -299,9 +300,202 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
     assert recipe == aj.Recipe(aj.LoRA("block_0/q", 2, 4, a_init="uniform"))
 
 
+def test_fields_of_training_and_of_others_are_one_warning(tmp_path):
+    fields = {"some_future_field": 0.5, "unsloth_fixed": True, "eva_config": {"rho": 2.0}}
+    with pytest.warns(aj.AdapterWarning) as seen:
+        recipe, _ = load_peft(hand_made(tmp_path / "a", **fields), NAMES, PARAMS)
+    assert recipe == aj.Recipe(aj.LoRA("block_0/q", 2, 4, a_init="uniform"))
+    (warning,) = seen
+    assert "some_future_field=0.5, unsloth_fixed=True is ignored" in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "data"),
+    [
+        ({"target_modules": ["q"]}, {}, "h.1.q"),
+        ({"target_modules": ["q", "words"]}, {}, "h.1.q, words"),
+        ({"target_modules": ".*q"}, {}, "h.1.q"),
+        ({"target_modules": "all-linear"}, {}, "h.1.q"),
+        ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, {}, None),
+        ({"target_modules": ["q"], "modules_to_save": ["h.1.q"]}, {"h.1.q": (4, 6)}, None),
+        ({"target_modules": ["q", "other"]}, {"h.1.q.lora": (4, 2)}, None),
+        ({"target_modules": ["0.q", "ln"]}, {}, None),  # PEFT has no LoRA of a norm
+    ],
+)
+def test_modules_that_a_file_lacks_are_named(tmp_path, fields, more, data, recwarn):
+    tensors = {}
+    for name, (out, width) in more.items():
+        if name.endswith("lora"):
+            tensors = {f"{name}_A.weight": drawn(width, 6), f"{name}_B.weight": drawn(out, width)}
+        else:
+            tensors = {f"{name}.weight": drawn(out, width), f"{name}.bias": drawn(out)}
+    directory = hand_made(tmp_path / "a", tensors, **fields)
+    if data is None:
+        load_peft(directory, NAMES, PARAMS)
+        return
+    with pytest.warns(aj.AdapterWarning, match=f"stay as they are: {data}$"):
+        load_peft(directory, NAMES, PARAMS)
+
+
+def test_vectors_that_a_file_lacks_are_named(tmp_path):
+    scales = {"block_0/q/ia3/scale": drawn(4)}
+    directory = save_peft(tmp_path / "a", aj.IA3("block_0/q"), unflatten(scales), NAMES, PARAMS)
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | {"target_modules": ["q"]}))
+    with pytest.warns(aj.AdapterWarning, match=r"stay as they are: h\.1\.q$"):
+        load_peft(directory, NAMES, PARAMS)
+    (directory / CONFIG).write_text(json.dumps(config | {"target_modules": None}))
+    with raises(AdapterFileError, "target_modules=null", "['q'] and feedforward_modules"):
+        load_peft(directory, NAMES, PARAMS)
+
+
+def test_tensors_of_modules_that_were_to_be_saved_are_needed(tmp_path):
+    for tensors, lacking in (({}, "ln.weight"), ({"ln.weight": drawn(4)}, "ln.bias")):
+        directory = hand_made(tmp_path / lacking, tensors, modules_to_save=["ln", "classifier"])
+        with raises(AdapterFileError, directory, "'ln'", lacking):
+            load_peft(directory, NAMES, PARAMS)
+
+
+def test_keys_with_the_name_of_the_adapter_are_read(tmp_path):
+    plain = hand_made(tmp_path / "a", {"ln.weight": drawn(4), "ln.bias": drawn(4, seed=1)})
+    expected = load_peft(plain, NAMES, PARAMS)
+    named = {
+        "h.0.q.lora_A.weight": None,
+        "h.0.q.lora_B.weight": None,
+        "h.0.q.lora_A.default.weight": drawn(2, 6),
+        "h.0.q.lora_B.default.weight": drawn(4, 2),
+        "ln.original_module.weight": drawn(4, seed=5),
+        "ln.modules_to_save.default.weight": drawn(4),
+        "ln.modules_to_save.default.bias": drawn(4, seed=1),
+    }
+    recipe, adapters = load_peft(hand_made(tmp_path / "b", named), NAMES, PARAMS)
+    assert recipe == expected[0]
+    equal(flatten(adapters), flatten(expected[1]))
+
+
+def test_two_spellings_of_one_module_are_refused(tmp_path):
+    twice = {"h.0.q.lora_A.default.weight": drawn(2, 6, seed=1)}
+    with raises(AdapterFileError, "lora_A.default.weight", "lora_A.weight", "remove"):
+        load_peft(hand_made(tmp_path / "a", twice), NAMES, PARAMS)
+    for key, value in (
+        ("model.layers.1.mlp.up_proj.lora_A.weight", drawn(2, 32)),
+        ("model.norm.modules_to_save.default.weight", drawn(32)),
+    ):
+        names, _, model, _ = base_of("llama")
+        directory = shutil.copytree(FIXTURES / "llama_rslora", tmp_path / key)
+        tensors = tensors_of(directory) | {
+            f"base_model.model.{key}": value,
+            "base_model.model.model.norm.weight": drawn(32, seed=1),
+            f"base_model.model.{key.removeprefix('model.')}": value + 1,
+        }
+        safetensors.numpy.save_file(tensors, directory / TENSORS)
+        with raises(AdapterFileError, "are the same in this base", "remove"):
+            load_peft(directory, names, model)
+
+
+def of_llama(directory, targets, names=("q_proj", "v_proj"), prefix="model."):
+    """A LoRA on both layers of a Llama."""
+    tensors = {}
+    for name in (f"{prefix}layers.{i}.self_attn.{n}" for i in (0, 1) for n in names):
+        out = 32 if "q_proj" in name or "o_proj" in name else 16
+        tensors |= {f"{name}.lora_A.weight": drawn(2, 32), f"{name}.lora_B.weight": drawn(out, 2)}
+    nothing = {"h.0.q.lora_A.weight": None, "h.0.q.lora_B.weight": None}
+    return hand_made(directory, nothing | tensors, target_modules=targets)
+
+
+def test_modules_that_peft_chooses_are_those_of_its_families(tmp_path, recwarn):
+    names, _, model, _ = base_of("llama")
+    expected = load_peft(of_llama(tmp_path / "a", ["q_proj", "v_proj"]), names, model)
+    recipe, adapters = load_peft(of_llama(tmp_path / "b", None), names, model)
+    assert recipe == expected[0] and not len(recwarn)
+    equal(flatten(adapters), flatten(expected[1]))
+    with pytest.warns(aj.AdapterWarning, match=r"layers\.0\.self_attn\.v_proj"):
+        load_peft(of_llama(tmp_path / "c", None, ("q_proj",)), names, model)
+    with raises(AdapterFileError, "target_modules=null", "['o_proj', 'q_proj']"):
+        load_peft(of_llama(tmp_path / "d", None, ("q_proj", "o_proj")), names, model)
+
+
+def test_an_adapter_of_a_base_without_its_output_layer_is_a_warning(tmp_path):
+    names, _, model, _ = base_of("llama")
+    with pytest.warns(aj.AdapterWarning, match=r"layers\.0\.self_attn\.q_proj has no prefix"):
+        load_peft(of_llama(tmp_path / "a", ["q_proj", "v_proj"], prefix=""), names, model)
+
+
+def test_one_sentence_names_many_modules(tmp_path):
+    names, _, model, _ = base_of("llama")
+    unknown = [f"{name}_x" for name in ("q", "k", "v", "o", "up", "down")]
+    directory = of_llama(tmp_path / "a", unknown, unknown)
+    data = "layers.0.self_attn.q_x", "and 8 more", "FAMILIES['llama'].names"
+    with raises(AdapterFileError, *data) as caught:
+        load_peft(directory, names, model)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 450
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "me/mine"}))
+    with raises(AdapterFileError, "'me/mine'"):
+        load_peft(directory, names, model)
+
+
+def test_a_tied_embedding_alone_says_how_to_train_it():
+    name, t5 = {"model.words": "words", "lm_head": "words"}, FAMILIES["t5"]
+    params = {"words": {"embedding": jnp.ones((9, 6))}}
+    pair = {"lora_embedding_A": drawn(2, 9), "lora_embedding_B": drawn(6, 2)}
+    config = CONFIGURATION | {"target_modules": ["words", "shared"]}
+    tensors = {f"base_model.model.model.words.{key}": x for key, x in pair.items()}
+    with raises(AdapterFileError, "ensure_weight_tying=True and 'lm_head' among its modules"):
+        from_peft(config, tensors, name, params)
+    shapes = t5.shapes(t5.config.from_json(BASES / "t5" / "t5" / "config.json"))
+    vocabulary = shapes["embeddings"]["embedding"].shape
+    pair = {
+        "lora_embedding_A": drawn(2, vocabulary[0]),
+        "lora_embedding_B": drawn(vocabulary[1], 2),
+    }
+    tensors = {f"base_model.model.shared.{key}": x for key, x in pair.items()}
+    with raises(AdapterFileError, "shared", "adapt other modules") as caught:
+        from_peft(config, tensors, t5.names, shapes)
+    assert "ensure_weight_tying" not in str(caught.value)
+
+
+ENDLESS = "(([a-z]|[a-z_.0-9])+)+!"
+
+
 @pytest.mark.parametrize(
     ("fields", "data"),
     [
+        ({"target_modules": ENDLESS}, ["not among the target modules"]),
+        ({"rank_pattern": {ENDLESS: 4}, "layers_pattern": "h"}, None),
+        ({"alpha_pattern": {ENDLESS: 4}, "exclude_modules": ENDLESS}, None),
+        ({"layers_pattern": ENDLESS, "layers_to_transform": [0]}, ["layers_pattern='(([a-z]"]),
+        ({"modules_to_save": [ENDLESS]}, ["modules_to_save=['(([a-z]", "names of modules"]),
+        ({"target_modules": r"(a)\1"}, ["target_modules=", r"it has \1"]),
+        ({"target_modules": "(" * 3000 + "a" + ")" * 3000}, ["target_modules='(((("]),
+        ({"rank_pattern": {f".*{n}": 1 for n in range(65)}}, ["at most 64", "are 65"]),
+        ({"rank_pattern": {f"{'a' * 900}*{n}": 1 for n in range(20)}}, [2**14, "are 20"]),
+    ],
+)
+def test_expressions_that_take_for_ever_elsewhere_end(tmp_path, fields, data):
+    names = {**NAMES, "h.0." + "q" * 200: "block_0/q"}
+    del names["h.0.q"]
+    factors = {"h.0.q.lora_A.weight": None, "h.0.q.lora_B.weight": None}
+    factors |= {f"h.0.{'q' * 200}.lora_A.weight": drawn(2, 6)}
+    factors |= {f"h.0.{'q' * 200}.lora_B.weight": drawn(4, 2)}
+    fields = {"target_modules": ["h.0." + "q" * 200], **fields}
+    directory = hand_made(tmp_path / "a", factors, **fields)
+    if data is None:
+        assert len(load_peft(directory, names, PARAMS)[0]) == 1
+        return
+    with raises(AdapterFileError, *data) as caught:
+        load_peft(directory, names, PARAMS)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "data"),
+    [
+        ({"peft_type": "VERA"}, ["AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload"]),
+        (
+            {"peft_type": "OFT", "task_type": "SEQ_CLS"},
+            ["from peft import AutoPeftModelForSequenceClassification;", "save_pretrained"],
+        ),
         ({"peft_type": "VERA"}, ["peft_type='VERA'", "LORA", "ADAPTION_PROMPT", "IA3"]),
         ({"lora_bias": True, "use_qalora": True}, ["lora_bias=True", "use_qalora=True"]),
         ({"layer_replication": [[0, 2]]}, ["layer_replication=[[0, 2]]"]),
@@ -312,7 +506,6 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
         ({"target_parameters": ["q.weight"], "use_dora": True}, ["use_dora=True"]),
         ({"target_parameters": ["q.weight"], "fan_in_fan_out": True}, ["fan_in_fan_out=True"]),
         ({"ensure_weight_tying": 1}, ["ensure_weight_tying=1", "bool"]),
-        ({"some_future_field": 0.5}, ["some_future_field=0.5"]),
         (
             {"init_lora_weights": "pissa"},
             ["init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"],
@@ -327,7 +520,7 @@ def test_fields_at_their_default_do_no_harm(tmp_path):
         ({"target_modules": "("}, ["target_modules='('", "position 0"]),
         ({"r": 3}, ["h.0.q", "rank 2", 3]),
         ({"target_modules": ["k"]}, ["h.0.q", "target modules"]),
-        ({"layers_to_transform": [1]}, ["h.0.q", "target modules"]),
+        ({"target_modules": ["q"], "layers_to_transform": [1]}, ["h.0.q", "target modules"]),
         ({"use_dora": True}, ["h.0.q", "a, b", "['a', 'b', 'magnitude']"]),
     ],
 )
@@ -472,14 +665,75 @@ def test_dora_on_an_embedding_raises(tmp_path):
         "words.lora_magnitude_vector": drawn(6),
     }
     with raises(AdapterFileError, "words", "DoRA"):
-        load_peft(hand_made(tmp_path / "a", table, use_dora=True), NAMES, PARAMS)
+        source = hand_made(tmp_path / "a", table, use_dora=True, target_modules=["0.q", "words"])
+        load_peft(source, NAMES, PARAMS)
 
 
-def test_a_pickle_is_not_opened_and_the_error_names_its_conversion(tmp_path):
+def test_a_pickle_that_is_more_than_tensors_is_refused_and_the_error_names_its_conversion(tmp_path):
     directory = hand_made(tmp_path / "a")
     (directory / TENSORS).rename(directory / PICKLE)
     (directory / PICKLE).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with raises(AdapterFileError, directory, TENSORS, PICKLE, "save_pretrained"):
+    with raises(AdapterFileError, directory / PICKLE, "'os.system'", "save_pretrained"):
+        load_peft(directory, NAMES, PARAMS)
+    (directory / PICKLE).unlink()
+    with raises(AdapterFileError, directory, TENSORS, PICKLE):
+        load_peft(directory, NAMES, PARAMS)
+
+
+def test_a_pickle_of_tensors_is_read_where_there_is_nothing_else(tmp_path):
+    names, _, params, _ = base_of("bert_head")
+    expected = load_peft(FIXTURES / "bert_head", names, params)
+    directory = shutil.copytree(FIXTURES / "bert_head", tmp_path / "a")
+    (directory / TENSORS).unlink()
+    shutil.copy(BASES / "pickled" / "bert_head.bin", directory / PICKLE)
+    recipe, adapters = load_peft(directory, names, params)
+    assert recipe == expected[0]
+    equal(flatten(adapters), flatten(expected[1]))
+    shutil.copy(FIXTURES / "bert_head" / TENSORS, directory)
+    (directory / PICKLE).write_bytes(b"no pickle")
+    load_peft(directory, names, params)
+
+
+def sharded(directory, parts, index=None):
+    """Splits an adapter's tensors into files, and writes their index."""
+    whole = tensors_of(directory)
+    (directory / TENSORS).unlink()
+    for name, keys in parts.items():
+        kept = {key: whole[key] for key in whole if key.endswith(tuple(keys))}
+        safetensors.numpy.save_file(kept, directory / name)
+    if index is None:
+        index = {key: next(n for n in parts if key.endswith(tuple(parts[n]))) for key in whole}
+    (directory / f"{TENSORS}.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+    expected = load_peft(hand_made(tmp_path / "a"), NAMES, PARAMS)
+    parts = {"1.safetensors": ["A.weight"], "2.safetensors": ["B.weight"]}
+    found = load_peft(sharded(hand_made(tmp_path / "b"), parts), NAMES, PARAMS)
+    assert found[0] == expected[0]
+    equal(flatten(found[1]), flatten(expected[1]))
+
+
+KEY_A, KEY_B = (f"base_model.model.h.0.q.lora_{n}.weight" for n in "AB")
+
+
+@pytest.mark.parametrize(
+    ("parts", "index", "data"),
+    [
+        ({"1": "AB", "2": "B"}, {KEY_A: "1", KEY_B: "2"}, ["1", "2", KEY_B, "both"]),
+        ({"1": "A"}, {KEY_A: "1", KEY_B: "2"}, ["2.safetensors is missing"]),
+        ({"1": "A"}, {KEY_A: "1", KEY_B: "1"}, ["differ", KEY_B]),
+        ({"1": "AB"}, {KEY_A: "1"}, ["differ", KEY_B]),
+        ({"1": "AB"}, {}, ["weight_map is missing"]),
+        ({"1": "AB"}, {KEY_A: "../1"}, ["'../1.safetensors'"]),
+    ],
+)
+def test_shards_that_overlap_or_lack_something_are_named(tmp_path, parts, index, data):
+    parts = {f"{n}.safetensors": [f"{x}.weight" for x in keys] for n, keys in parts.items()}
+    index = {key: f"{name}.safetensors" for key, name in index.items()}
+    directory = sharded(hand_made(tmp_path / "a"), parts, index)
+    with raises(AdapterFileError, directory, *data):
         load_peft(directory, NAMES, PARAMS)
 
 
@@ -790,6 +1044,11 @@ def test_an_nnx_state_is_saved(tmp_path):
             1,
         ),
         ({"target_modules": ["a.h.0.q"], "layers_to_transform": [9]}, "a.h.0.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [2]}, "a.h.2.experts.0.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [0]}, "a.h.2.experts.0.q", False),
+        ({"target_modules": ["q"], "layers_to_transform": 2, "layers_pattern": "h"}, "h.2.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": 2}, "h.2.q", False),
+        ({"target_modules": None, "target_parameters": ["w"]}, "h.2.q", False),
     ],
 )
 def test_target_modules_are_those_of_peft(fields, module, expected):

@@ -67,7 +67,8 @@ def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path)
     np.testing.assert_array_equal(theirs(name, other), theirs(name, one))
     whole, again = (model.config.to_dict() for model in (one, other))
     differing = {key for key, x in whole.items() if again.get(key) != x}
-    assert differing <= {"_name_or_path"}
+    # transformers 5 keeps the tokenizer's class, which transformers 4 wrote into the fixture.
+    assert differing <= {"_name_or_path", "tokenizer_class"}
 
 
 def test_shards_and_copies_of_tied_weights_are_read(tmp_path):

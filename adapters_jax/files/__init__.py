@@ -10,5 +10,6 @@
 - `peft`, `adapterhub`: adapters of these libraries, both ways. They share `directories`, which
   reads and writes the files, `module_map`, which finds a model's modules by their names in PyTorch,
   `names`, which maps tensors' names to our paths, and `layouts`, which converts the arrays.
+- `diffusers`: LoRA of diffusion models, in the files of Diffusers, kohya and LyCORIS, both ways.
 - `jax_lora`: LoRA of other JAX libraries, which is in their trees of parameters, both ways.
 """

@@ -11,12 +11,21 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save
 
-from adapters_jax.errors import AdapterFileError, UserError, file_errors, full_name, shortened
+from adapters_jax.errors import (
+    AdapterFileError,
+    UserError,
+    file_errors,
+    first_few,
+    full_name,
+    shortened,
+    shown,
+)
 from adapters_jax.files import hub
 from adapters_jax.files.adapter import TENSORS, texts
 from adapters_jax.files.atomic import write_directory
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
+from adapters_jax.files.pickled import read_pickled
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.trees import Tree, flatten
 
@@ -52,28 +61,41 @@ class Pair:
         """Reads the settings and the tensors of a directory.
 
         Raises:
-            AdapterFileError: a file is absent, pickled or damaged, or exceeds a limit of ours.
+            AdapterFileError: a file is absent or damaged, exceeds a limit of ours, or its pickle
+                holds more than tensors.
         """
-        lacking = [n for n in self.files if not (directory / n).is_file()]
-        if lacking:
-            # A pickled file is never fetched from the Hub, so it may exist there.
-            possible = (directory / self.pickle).exists() or hub.commit_of(directory)
-            pickled = (
-                f"; a pickled {self.pickle} is never opened, since unpickling runs code: convert "
-                f"it where you trust it, with {self.unpickle}"
-            )
+        tensors = self.read_tensors(directory)
+        lacking = [] if (directory / self.config).is_file() else [self.config]
+        lacking += [] if tensors is not None else [f"{self.tensors} or {self.pickle}"]
+        if lacking or tensors is None:
             own = (directory / TENSORS).is_file()
             ours = "; it has an adapter of adapters_jax, which aj.load_adapter reads" if own else ""
-            raise AdapterFileError(
-                f"{directory} lacks {' and '.join(lacking)}{pickled if possible else ''}{ours}"
-            )
+            raise AdapterFileError(f"{directory} lacks {' and '.join(lacking)}{ours}")
         config = read_json(directory / self.config)
         if absent := [key for key in self.keys if key not in config]:
             raise AdapterFileError(
                 f"{directory / self.config} has no {' and no '.join(absent)}, so {self.owner} did "
                 f"not write it; use load_adapter for what save_adapter wrote{self.hint}"
             )
-        return config, read_tensors(directory / self.tensors)
+        return config, tensors
+
+    def read_tensors(self, directory: Path) -> dict[str, Array] | None:
+        """Reads the tensors of a directory, of its shards or its pickle; None if it has none."""
+        index = f"{self.tensors}.index.json"
+        if (directory / self.config).is_file() and not (directory / self.tensors).is_file():
+            hub.complete(directory, [index, self.tensors.replace(".", "-*."), self.pickle])
+        if (directory / self.tensors).is_file():
+            return read_tensors(directory / self.tensors)
+        if (directory / index).is_file():
+            return _read_shards(directory / index)
+        if not (directory / self.pickle).is_file():
+            return None
+        try:
+            return read_pickled(directory / self.pickle)
+        except AdapterFileError as problem:
+            raise AdapterFileError(
+                f"{problem}; convert it where you trust it, with {self.unpickle}"
+            ) from problem
 
     def content(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> dict[str, bytes]:
         """Returns the bytes of both files by name."""
@@ -130,6 +152,27 @@ ADAPTERHUB_HEAD = replace(
     pickle="pytorch_model_head.bin",
     keys=(),
 )
+
+
+def _read_shards(index: Path) -> dict[str, Array]:
+    """The tensors of all files that an index names, each of them once."""
+    found = read_json(index).get("weight_map")
+    places: dict[str, Any] = found if isinstance(found, dict) else {}
+    names = sorted({*map(str, places.values())})
+    if wrong := [n for n in names if set(n) & set("/\\\0") or not n.endswith(".safetensors")]:
+        raise AdapterFileError(f"{index} names {shown(wrong[0])}, expected safetensors beside it")
+    if not names or (lacking := [n for n in names if not (index.parent / n).is_file()]):
+        what = first_few(lacking, 8) if names else "weight_map"
+        raise AdapterFileError(f"{index} is not complete: {what} is missing")
+    shards = {name: read_tensors(index.parent / name) for name in names}
+    held = [(key, name) for name, shard in shards.items() for key in shard]
+    owners = dict(held)
+    if twice := [(key, name) for key, name in held if owners[key] != name]:
+        key, name = twice[0]
+        raise AdapterFileError(f"{index.parent / name} and {owners[key]} both hold {key}")
+    if unlike := [key for key in owners | places if owners.get(key) != places.get(key)]:
+        raise AdapterFileError(f"{index} and its files differ in {first_few(unlike, 8)}")
+    return {key: shards[name][key] for key, name in held}
 
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:

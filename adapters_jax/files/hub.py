@@ -1,6 +1,7 @@
 """The Hugging Face Hub: finds the files of a repository by its id, in the cache or online.
 
-Only the files that a caller names are fetched: JSON, texts and safetensors, never a pickle.
+Only the files that a caller names are fetched: JSON, texts, safetensors, and an adapter's pickle
+where nothing else has its tensors.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from adapters_jax.errors import AdapterFileError, UserError, needed
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
-_SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
+_SNAPSHOT = re.compile(r"(.*)/models--([^/]+)/snapshots/([^/]+)")
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -107,7 +108,12 @@ def find(
 
 
 def _fetch(
-    name: str, revision: str | None, files: Sequence[str], what: str, error: type[UserError]
+    name: str,
+    revision: str | None,
+    files: Sequence[str],
+    what: str,
+    error: type[UserError],
+    cache: str | None = None,
 ) -> Path:
     """Fetches these files of a repository; returns its snapshot in the cache."""
     subject = f"{name!r} is not a directory here, and reading it from the Hugging Face Hub"
@@ -118,6 +124,7 @@ def _fetch(
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
+                cache_dir=cache,
                 allow_patterns=list(files),
                 ignore_patterns=["*/*"],  # folders may hold exports for other libraries
             )
@@ -174,4 +181,11 @@ def commit_of(directory: Path) -> str | None:
         ('1f2e', None)
     """
     found = _SNAPSHOT.fullmatch(directory.absolute().as_posix())
-    return found[1] if found else None
+    return found[3] if found else None
+
+
+def complete(directory: Path, files: Sequence[str]) -> None:
+    """Fetches further files of a snapshot in the Hub's cache; no other directory changes."""
+    if found := _SNAPSHOT.fullmatch(directory.absolute().as_posix()):
+        cache, name, commit = found.groups()
+        _fetch(name.replace("--", "/"), commit, files, "an adapter", AdapterFileError, cache)

@@ -18,11 +18,16 @@ Array = Shaped[np.ndarray, "..."]
 
 
 class Span(NamedTuple):
-    """The part of a fused axis that is ours, from `start` to `stop` of `total`, in any unit."""
+    """The part of a fused axis that is ours, from `start` to `stop` of `total`, in any unit.
+
+    An axis of several blocks has such a part in each, as where heads have their query, key and
+    value side by side.
+    """
 
     start: int
     stop: int
     total: int
+    blocks: int = 1
 
     def of(self, array: Array, axis: int = -1) -> Array | None:
         """Our part of an array; None if the axis does not divide so.
@@ -30,26 +35,43 @@ class Span(NamedTuple):
         Example:
             >>> Span(2, 3, 3).of(np.arange(6))
             array([4, 5])
+            >>> Span(2, 3, 3, blocks=2).of(np.arange(6))
+            array([2, 5])
         """
-        size = array.shape[axis]
-        if size * self.start % self.total or size * self.stop % self.total:
+        size, rest = divmod(array.shape[axis], self.blocks)
+        if rest or size * self.start % self.total or size * self.stop % self.total:
             return None
         bounds = [bound * size // self.total for bound in (self.start, self.stop)]
-        return np.split(array, bounds, axis=axis)[1]
+        parts = [np.split(x, bounds, axis=axis)[1] for x in np.split(array, self.blocks, axis)]
+        return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
 
 
 WHOLE = Span(0, 1, 1)
 
 
-def spans(sizes: Sequence[int]) -> list[Span]:
+def joined(parts: Sequence[Array], blocks: int = 1, axis: int = -1) -> Array:
+    """Arrays side by side along an axis, in each of its blocks; undoes `Span.of`.
+
+    Example:
+        >>> joined([np.array([0, 3]), np.array([1, 4]), np.array([2, 5])], blocks=2)
+        array([0, 1, 2, 3, 4, 5])
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = zip(*(np.split(part, blocks, axis) for part in parts), strict=True)
+    return np.concatenate([block for row in rows for block in row], axis)
+
+
+def spans(sizes: Sequence[int], blocks: int = 1) -> list[Span]:
     """The span of each of several parts of these sizes, in their order.
 
     Example:
         >>> spans([4, 2, 2])
-        [Span(start=0, stop=4, total=8), Span(start=4, stop=6, total=8), Span(start=6, stop=8, ...
+        [Span(start=0, stop=4, total=8, blocks=1), Span(start=4, stop=6, total=8, blocks=1), ...
     """
     stops = list(accumulate(sizes))
-    return [Span(stop - size, stop, stops[-1]) for size, stop in zip(sizes, stops, strict=True)]
+    each = zip(sizes, stops, strict=True)
+    return [Span(stop - size, stop, stops[-1], blocks) for size, stop in each]
 
 
 def outputs_last(array: Array) -> Array:
@@ -93,9 +115,14 @@ class ModuleReference:
         return tuple(self.leaves[self.weight].shape)
 
     @property
+    def blocks(self) -> int:
+        """The number of blocks of the outputs of their module; see `Span`."""
+        return self.part.blocks if self.part else 1
+
+    @property
     def width(self) -> int:
-        """The number of its outputs."""
-        return self.shape[-1]
+        """The number of its outputs, which have an axis of blocks where theirs have blocks."""
+        return math.prod(self.shape[-2 if self.blocks > 1 else -1 :])
 
 
 @dataclass(frozen=True)
@@ -107,12 +134,19 @@ class ParameterReference:
         shape: its shape, `(in, out)` or `(experts, in, out)`.
         swapped: whether theirs has the last two axes the other way round.
         is_transposed: whether their module says that it is `(experts, in, out)`.
+        part: our part of the outputs if their parameter fuses several of ours.
     """
 
     path: str
     shape: tuple[int, ...]
     swapped: bool
     is_transposed: bool
+    part: Span = WHOLE
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of their whole parameter."""
+        return self.shape[-1] * self.part.total // (self.part.stop - self.part.start)
 
 
 def our_factors(
@@ -182,9 +216,11 @@ def our_leaf(
     return tensor.reshape(shape) if split or tensor.shape == shape else None
 
 
-def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool) -> Array:
+def their_leaf(name: str, parts: Sequence[Array], fan_in_fan_out: bool, blocks: int = 1) -> Array:
     """Converts our arrays, one for each part, to their tensor."""
-    whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if blocks > 1:  # the last two axes of ours are blocks and features
+        parts = [part.reshape(*part.shape[:-2], -1) for part in parts]
+    whole = joined(parts, blocks)
     if name != "kernel" or whole.ndim < 2 or (fan_in_fan_out and whole.ndim == 2):
         return whole
     return outputs_first(whole)

@@ -15,9 +15,11 @@ from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, shown
 from adapters_jax.files.layouts import (
+    WHOLE,
     Array,
     ModuleReference,
     ParameterReference,
+    Span,
     our_leaf,
     spans,
     their_leaf,
@@ -48,10 +50,12 @@ class ModuleMap:
         prefixes: prefixes that their names may have.
         fan_in_fan_out: whether their linear weights are `(in, out)`.
         tied: their output layer and their embedding where these are one weight; else None.
-        scanned: the number of layers that the base scans, 0 if it unrolls them. Paths are always
-            those of unrolled layers.
+        scanned: the number of layers that the base scans, by `Stack.place`; nothing if it unrolls
+            them. Paths are always those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
+        stacked: the same of parameters that only the model of transformers 5 has; several where
+            theirs fuses ours.
         heads: their modules beside the base, whose names have no prefix.
         prefix: begins the names that `full` makes.
         table: the model's table; None for a mapping.
@@ -63,8 +67,9 @@ class ModuleMap:
     prefixes: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     tied: tuple[str, str] | None = None
-    scanned: int = 0
+    scanned: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
     table: NameTable | None = None
@@ -73,15 +78,31 @@ class ModuleMap:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
         return self.modules.get(self.bare(name), ())
 
+    def at_parameter(self, name: str) -> tuple[ParameterReference, ...]:
+        """Our parameters for one that a module of theirs holds itself."""
+        bare = self.bare(name)
+        return self.stacked.get(bare) or (self.parameters[bare],)
+
     def bare(self, name: str) -> str:
-        """Their name without prefix."""
+        """Their name without prefix, that of transformers 4 where 5 has another."""
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
-        return name
+        return self.table.renamed(name, back=True) if self.table else name
 
-    def full(self, name: str) -> str:
-        """A bare name with the prefix; heads have none."""
-        return name if name.split(".")[0] in self.heads else self.prefix + name
+    def inputs_first(self, name: str) -> bool:
+        """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
+        return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
+
+    def full(self, name: str, prefix: str | None = None) -> str:
+        """A bare name with this prefix, as the written model has it; heads have no prefix."""
+        own = self.prefix if prefix is None else prefix
+        name = self.table.renamed(name) if self.table else name
+        return name if name.split(".")[0] in self.heads else own + name
+
+    @property
+    def held_twice(self) -> tuple[str, ...]:
+        """Their modules whose replacement changes nothing; see `NameTable`."""
+        return self.table.held_twice if self.table else ()
 
     @cached_property
     def rows(self) -> dict[str, list[str]]:
@@ -93,6 +114,11 @@ class ModuleMap:
             for name, reference in self.parameters.items()
             if ROW in name
         }
+
+    @cached_property
+    def whole(self) -> set[str]:
+        """The paths of our modules that are a module of theirs, or a part of one."""
+        return {reference.path for parts in self.modules.values() for reference in parts}
 
     @property
     def paths(self) -> list[str]:
@@ -117,7 +143,7 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
     stack = names.stack if isinstance(names, NameTable) else None
-    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else 0
+    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else {}
     if stack and scanned:
         leaves = split(leaves, stack, _row)
     by_path: dict[str, dict[str, Any]] = own_leaves(leaves)
@@ -136,7 +162,7 @@ def _by_table(
     names: NameTable, by_path: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any]
 ) -> ModuleMap:
     modules: dict[str, dict[int, ModuleReference]] = {}
-    attention = {}
+    attention, by_head = {}, set()
     raw = {path: own for path in base if (own := names.parameter(path))}
     for path, every in by_path.items():
         leaves = {name: leaf for name, leaf in every.items() if f"{path}/{name}" not in raw}
@@ -148,6 +174,7 @@ def _by_table(
             continue  # a module without counterpart, such as another head
         index = source.part[0] if source.part else 0  # a fused module may lack some of its parts
         modules.setdefault(source.name, {})[index] = ModuleReference(path, leaves)
+        by_head |= {source.name} if source.by_head else set()
         # An attention module may have no parameters itself: its query tells where it is.
         if path.endswith("/query"):
             attention[source.name.rpartition(".")[0]] = path.removesuffix("/query")
@@ -157,30 +184,47 @@ def _by_table(
             "of the model's package (of a BERT with a head, adapters_jax.finetune.models.bert."
             "FAMILY.classifier.names), and the parameters of that model"
         )
-    ordered = {name: _in_parts([each[i] for i in sorted(each)]) for name, each in modules.items()}
-    tied = names.tied
-    if tied and (tied[0] in modules or tied[1] not in modules):
+    ordered = {
+        name: _in_parts([each[i] for i in sorted(each)], name in by_head)
+        for name, each in modules.items()
+    }
+    tied = names.tied  # a classifier of sequences has another head, which is no embedding
+    if tied and (tied[1] not in modules or any(head in modules for head in (tied[0], *HEADS))):
         tied = None
     parameters = {
         name: _parameter(path, base[path], *names.parameters[number][2:])
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
+    inside = {path: own for path in base if (own := names.parameter(path, names.stacked))}
+    stacked = dict[str, tuple[ParameterReference, ...]]()
+    for path, (number, name) in sorted(inside.items(), key=lambda item: item[1]):
+        one = _parameter(path, base[path], *names.stacked[number][2:])
+        stacked[name] = (*stacked.get(name, ()), one)
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters, heads=names.heads, table=names)
+    module_map = replace(module_map, parameters=parameters, stacked=stacked)
+    return replace(module_map, heads=names.heads, table=names)
 
 
 def _parameter(
-    path: str, leaf: Any, swapped: bool = False, is_transposed: bool | None = None
+    path: str,
+    leaf: Any,
+    swapped: bool = False,
+    is_transposed: bool | None = None,
+    part: tuple[int, int] | None = None,
 ) -> ParameterReference:
     said = not swapped if is_transposed is None else is_transposed
-    return ParameterReference(path, tuple(leaf.shape), swapped, said)
+    own = Span(part[0], part[0] + 1, part[1]) if part else WHOLE
+    return ParameterReference(path, tuple(leaf.shape), swapped, said, own)
 
 
-def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:
+def _in_parts(
+    references: Sequence[ModuleReference], by_head: bool = False
+) -> tuple[ModuleReference, ...]:
     """Modules of ours that one of theirs fuses, each with its part of the outputs."""
     if len(references) == 1:
         return tuple(references)
-    parts = spans([math.prod(each.shape) for each in references])
+    blocks = references[0].shape[-2] if by_head else 1
+    parts = spans([math.prod(each.shape) for each in references], blocks)
     return tuple(replace(each, part=part) for each, part in zip(references, parts, strict=True))
 
 
@@ -344,7 +388,7 @@ def their_leaves(
                 own = np.zeros(own.shape, np.float32)
             arrays.append(np.asarray(own))
         kind = "bias" if name == "bias" else "weight"
-        found[kind] = their_leaf(name, arrays, fan_in_fan_out)
+        found[kind] = their_leaf(name, arrays, fan_in_fan_out, parts[0].blocks)
     return found
 
 

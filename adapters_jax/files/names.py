@@ -5,7 +5,9 @@ Each model's package has its own `NameTable`; `finetune.tensors` converts by it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +24,14 @@ class Rule(NamedTuple):
     """One line of a `NameTable`: a pattern over our module paths, their module's name, and a part.
 
     `part` is `(index, count)` if their module fuses `count` of ours along its output axis, in the
-    order of their indices and as wide as they are.
+    order of their indices and as wide as they are. With `by_head` it has all parts of a head before
+    the next head; the kernels of ours are `(in, heads, width)` then.
     """
 
     ours: str
     theirs: str
     part: tuple[int, int] | None = None
+    by_head: bool = False
 
 
 class ParameterRule(NamedTuple):
@@ -42,12 +46,14 @@ class ParameterRule(NamedTuple):
             matrices `(experts, in, out)`, True, from `(experts, out, in)`. None where it tells the
             truth if ours is `(experts, in, out)`; say False for a stack `(experts, in, out)` in a
             module that does not have the attribute, such as Llama 4's.
+        part: `(index, count)` if their parameter fuses `count` of ours along its output axis.
     """
 
     ours: str
     theirs: str
     swapped: bool = False
     is_transposed: bool | None = None
+    part: tuple[int, int] | None = None
 
 
 class Source(NamedTuple):
@@ -57,6 +63,7 @@ class Source(NamedTuple):
     transposed: bool = False
     part: tuple[int, int] | None = None
     swapped: bool = False
+    by_head: bool = False
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """The names of their tensors if ours has `shape`: one, or one for each of our rows."""
@@ -67,6 +74,7 @@ class Source(NamedTuple):
     def shape(self, shape: tuple[int, ...], span: Span = WHOLE) -> tuple[int, ...]:
         """The shape of each of their tensors if ours has `shape` and is this part of them."""
         shape = shape[1:] if ROW in self.name else shape
+        shape = (*shape[:-2], shape[-2] * shape[-1]) if self.by_head else shape
         own = span.stop - span.start
         shape = (*shape[:-1], shape[-1] * span.total // own) if own < span.total else shape
         if self.swapped:
@@ -104,11 +112,19 @@ class NameTable:
         heads: their modules beside the base, whose names have no prefix.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
+        stacked: rules for parameters that the model of transformers 5 holds instead of those of the
+            checkpoint, which it writes all the same. Only files of adapters have them.
+        since_5: names of modules in transformers 4, and in the models of transformers 5, with `{}`
+            for a number; the first pair that begins a name counts. `rules` have those of 4, which
+            checkpoints of both have. Files of adapters and checkpoints are read with either.
+        transformers: the version of transformers whose model adapters are written for. None means
+            the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
+            of 4 PEFT reads with either.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
-        >>> table.source("layer_3/query/kernel")
-        Source(name='layer.3.self.q.weight', transposed=True, part=None, swapped=False)
+        >>> table.source("layer_3/query/kernel")[:2]
+        ('layer.3.self.q.weight', True)
     """
 
     rules: tuple[Rule, ...]
@@ -120,21 +136,62 @@ class NameTable:
     tied: tuple[str, str] | None = None
     heads: tuple[str, ...] = HEADS
     held_twice: tuple[str, ...] = ()
+    stacked: tuple[ParameterRule, ...] = ()
+    since_5: tuple[tuple[str, str], ...] = ()
+    transformers: int | None = None
 
-    def parameter(self, path: str) -> tuple[int, str] | None:
+    def parameter(
+        self, path: str, rules: tuple[ParameterRule, ...] | None = None
+    ) -> tuple[int, str] | None:
         """The number of the rule for our parameter at `path`, and its name; None without a rule."""
-        for number, rule in enumerate(self.parameters):
+        for number, rule in enumerate(self.parameters if rules is None else rules):
             match = re.fullmatch(rule.ours, path)
             if match:
                 return number, match.expand(rule.theirs)
         return None
+
+    def inputs_first(self, module: str) -> bool:
+        """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
+        return self.fan_in_fan_out and module.split(".")[0] not in self.heads
+
+    def of_version(self, version: Any) -> "NameTable":
+        """The table for the models of a version of transformers; None is any.
+
+        Example:
+            >>> NameTable(()).of_version("5.24.0").transformers
+            5
+        """
+        major = re.match(r"\d+", str(version))
+        return replace(self, transformers=int(major[0]) if major else None)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether adapters are written for models with the parameters of `stacked`."""
+        return bool(self.stacked) and (self.transformers or installed() or 4) > 4
+
+    def renamed(self, name: str, back: bool = False) -> str:
+        """A name without prefix as the written models have it, or back from that of any version.
+
+        Example:
+            >>> table = NameTable((), since_5=(("encoder.layer.{}", "layers.{}"),), transformers=5)
+            >>> table.renamed("encoder.layer.3.norm"), table.renamed("layers.3.norm", back=True)
+            ('layers.3.norm', 'encoder.layer.3.norm')
+        """
+        if not back and (self.transformers or installed() or 5) < 5:
+            return name
+        for pair in self.since_5:
+            given, made = reversed(pair) if back else pair
+            form = re.escape(given).replace(r"\{\}", r"(\d+)")
+            if match := re.match(rf"{form}(?=\.|$)", name):
+                return made.format(*match.groups()) + name[match.end() :]
+        return name
 
     def module(self, path: str) -> Source:
         """Their module for ours at `path`, without the leaf (`weight`, `bias`)."""
         for rule in self.rules:
             match = re.fullmatch(rule.ours, path)
             if match:
-                return Source(match.expand(rule.theirs), part=rule.part)
+                return Source(match.expand(rule.theirs), part=rule.part, by_head=rule.by_head)
         raise UserError(f"no rule gives {path!r} a name in a checkpoint; add one to the NameTable.")
 
     def source(self, path: str) -> Source:
@@ -142,9 +199,10 @@ class NameTable:
         if own := self.parameter(path):
             return Source(own[1], swapped=self.parameters[own[0]].swapped)
         module, _, leaf = path.rpartition("/")
-        name, _, part, _ = self.module(module)
-        transposed = leaf == "kernel" and not self.fan_in_fan_out
-        return Source(f"{name}.{'bias' if leaf == 'bias' else 'weight'}", transposed, part)
+        theirs = self.module(module)
+        transposed = leaf == "kernel" and not self.inputs_first(theirs.name)
+        name = f"{theirs.name}.{'bias' if leaf == 'bias' else 'weight'}"
+        return theirs._replace(name=name, transposed=transposed)
 
     def sources(self, path: str, shape: tuple[int, ...]) -> tuple[dict[str, Source], bool]:
         """Their tensors for our parameter at `path`, by our path; and whether it is stacked.
@@ -165,6 +223,7 @@ class NameTable:
             bare = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", bare)
             for prefix in self.prefixes:
                 bare = bare.removeprefix(prefix)
+            bare = self.renamed(bare, back=True)
             clash = theirs.setdefault(bare, name)
             if clash != name:
                 raise UserError(f"{clash} and {name} name the same tensor; keep one of them.")
@@ -173,3 +232,12 @@ class NameTable:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of this name may remain unused."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+@cache
+def installed() -> int | None:
+    """The major version of the installed transformers; None where it is absent."""
+    try:
+        return int(metadata.version("transformers").split(".")[0])
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,11 +1,11 @@
 """Checks of the values in files of unknown origin: a table of rules, one for each field."""
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from adapters_jax.errors import shown
+from adapters_jax.files.expressions import LONGEST, has_ways, problem
 
 # A rule lists what is wrong with a value, as what was expected instead.
 Rule = Callable[[Any], list[str]]
@@ -62,6 +62,9 @@ def is_number(found: Any) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool)
 
 
+MOST_PATTERNS = 64  # of a mapping, beside plain names
+
+
 def patterns(*types: type) -> Rule:
     """Regular expressions: a text, or the keys of a mapping to numbers; lists are plain names."""
     of_type = of(*types)
@@ -71,13 +74,27 @@ def patterns(*types: type) -> Rule:
             return wrong
         if isinstance(found, dict) and not all(isinstance(n, int | float) for n in found.values()):
             return ["expected a number for each pattern"]
-        problems = []
-        for pattern in [found] if isinstance(found, str) else found if type(found) is dict else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                problems.append(f"but {pattern!r} is not a regular expression: {error}")
-        return problems
+        several = [found] if isinstance(found, str) else found if isinstance(found, dict) else ()
+        slow = [pattern for pattern in several if has_ways(pattern)]
+        if len(slow) > MOST_PATTERNS or sum(map(len, slow)) > LONGEST:
+            return [
+                f"expected at most {MOST_PATTERNS} regular expressions of {LONGEST} characters "
+                f"together, besides plain names, and these are {len(slow)}"
+            ]
+        return [f"but {why}" for why in map(problem, several) if why]
+
+    return check
+
+
+def plain_names(*types: type) -> Rule:
+    """Names of modules, in which no sign stands for several texts."""
+    of_type = of(*types)
+
+    def check(found: Any) -> list[str]:
+        wrong, names = of_type(found), [found] if isinstance(found, str) else found
+        if wrong or all(isinstance(name, str) and not has_ways(name) for name in names):
+            return wrong
+        return ["expected names of modules"]
 
     return check
 

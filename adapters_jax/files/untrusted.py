@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -193,10 +193,17 @@ class _Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open safetensors file with a checked header; `open_tensors` makes it."""
+    """An open safetensors file with a checked header; `open_tensors` makes it.
+
+    Attributes:
+        file: the file.
+        entries: its tensors by name.
+        metadata: its texts by name.
+    """
 
     file: Untrusted
     entries: Mapping[str, _Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -285,7 +292,7 @@ def open_tensors(path: Path, error: type[UserError] = AdapterFileError) -> Itera
             entries = _entries(values, 8 + length, file.size)
         except UserError as problem:
             raise error(f"{path} is damaged: {problem}") from problem
-        yield TensorFile(file, entries)
+        yield TensorFile(file, entries, values.get("__metadata__", {}))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -309,10 +316,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, _Entry]:
     """The entries of a header by name; raises UserError if it breaks a rule of the format."""
-    notes = header.pop("__metadata__", {})
+    notes = header.get("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise UserError("its __metadata__ is not a mapping from text to text")
-    entries = {name: _entry(name, value, start) for name, value in header.items()}
+    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+    entries = {name: _entry(name, value, start) for name, value in tensors.items()}
     position = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:

@@ -128,9 +128,11 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
             f"{name!r} does not name its base model; add --model with a pinned model, a directory, "
             "or an id on the Hugging Face Hub"
         )
-    classifier = find_family(called).headed(pooling)
+    family = find_family(called)
+    classifier = family.headed(pooling)
     head = form.head(place, classifier.base) if classifier else None
     width, pooled = (head.width, head.pooling) if head else (None, None)
+    width = form.labels(place) if family.kind == "decoder" else width
     base = load_base_model(called, width, pooled or pooling)
     if config:
         check_base(run, {**config, "model": called}, base.sha256)

@@ -124,20 +124,23 @@ def _of(
 ) -> np.ndarray:
     """Our array of one layer, of their tensors."""
     rows = [source.take(np.asarray(found[name]), span) for name in source.names(shape)]
-    return np.stack(rows) if ROW in source.name else rows[0]
+    return np.stack(rows) if ROW in source.name else rows[0].reshape(shape)
 
 
 def _parts(reads: Iterable[tuple[Mapping[str, Source], bool, Any]]) -> dict[str, Span]:
     """Which part of their tensor each of our arrays is, by our path, where theirs is fused."""
     fused: dict[str, list[tuple[int, str, int]]] = {}
+    blocks: dict[str, int] = {}
     for sources, stacked, leaf in reads:
         size = math.prod(leaf.shape[1:] if stacked else leaf.shape)
         for own, source in sources.items():
             if source.part:
                 fused.setdefault(source.name, []).append((source.part[0], own, size))
+                blocks[source.name] = leaf.shape[-2] if source.by_head else 1
     found: dict[str, Span] = {}
-    for each in map(sorted, fused.values()):
-        found |= zip((own for _, own, _ in each), spans([size for *_, size in each]), strict=True)
+    for name, parts in fused.items():
+        _, paths, sizes = zip(*sorted(parts), strict=True)
+        found |= zip(paths, spans(sizes, blocks[name]), strict=True)
     return found
 
 
@@ -206,4 +209,5 @@ def _fused(name: str, parts: Sequence[tuple[Source, np.ndarray]]) -> np.ndarray:
     count = source.part[1] if source.part else 1
     if len(arrays) != count:
         raise UserError(f"{name} fuses {count} of our arrays, and the tree has {len(arrays)}.")
-    return source.turned(np.concatenate(arrays, axis=-1) if count > 1 else first, back=True)
+    whole = np.concatenate(arrays, axis=-1) if count > 1 else first
+    return source.turned(whole.reshape(*whole.shape[:-2], -1) if source.by_head else whole, True)

@@ -63,6 +63,15 @@ class Stack(NamedTuple):
         """Whether a path is of scanned layers."""
         return self.layer(path, 0) is not None
 
+    def place(self, path: str) -> str:
+        """What is before the layers in a scanned path: two stacks may differ in their number.
+
+        Example:
+            >>> Stack("layer_{}").place("encoder/layers/mlp/bias")
+            'encoder/'
+        """
+        return path[: re.search(rf"(^|(?<=/)){re.escape(self.scanned)}(/|$)", path).start()]  # type: ignore[union-attr]
+
 
 class Names(Protocol):
     """Anything that knows how a model names its layers, as the `NAMES` beside a model does."""
@@ -72,7 +81,9 @@ class Names(Protocol):
         """The names of the layers; None for a model without numbered layers."""
 
 
-def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _Flat:
+def join(
+    flat: Mapping[str, Any], stack: Stack, length: int | Mapping[str, int] | None = None
+) -> _Flat:
     """Leaves by path, those of unrolled layers stacked; see `stack_layers`."""
     rest = {path: leaf for path, leaf in flat.items() if stack.number(path) is None}
     problems = [f"{path} is of scanned layers already" for path in rest if stack.holds(path)]
@@ -80,10 +91,13 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
     for path, leaf in flat.items():
         if numbered := stack.number(path):
             found.setdefault(numbered[0], {})[numbered[1]] = leaf
-    if length is None:
-        length = 1 + max((i for layers in found.values() for i in layers), default=-1)
+    most: dict[str, int] = {}
     for path, layers in found.items():
-        numbers = sorted(layers)
+        most[stack.place(path)] = max(most.get(stack.place(path), 0), 1 + max(layers))
+    if length is not None:
+        most = dict(length) if isinstance(length, Mapping) else dict.fromkeys(most, length)
+    for path, layers in found.items():
+        numbers, length = sorted(layers), most[stack.place(path)]
         # jnp.stack would promote dtypes, and the layers of the unrolled model would come back in
         # others.
         kinds = {_kind(layers[i]): i for i in reversed(numbers)}
@@ -95,35 +109,40 @@ def join(flat: Mapping[str, Any], stack: Stack, length: int | None = None) -> _F
             problems.append(f"{path} is {shapes}")
     if problems:
         raise MismatchError(f"stack_layers: {first_few(problems, 6, '; ')}; {ADVICE}")
-    return rest | {p: _stacked([each[i] for i in range(length)]) for p, each in found.items()}
+    return rest | {path: _stacked([each[i] for i in sorted(each)]) for path, each in found.items()}
 
 
 def split(flat: Mapping[str, Any], stack: Stack, row: Callable[[Any, int], Any]) -> _Flat:
     """Leaves by path, a scanned one as `row(leaf, number)` for each layer; see `unstack_layers`."""
-    length, rows = count_layers(flat, stack), dict[str, Any]()
+    lengths, rows = count_layers(flat, stack), dict[str, Any]()
     for path, leaf in flat.items():
         if stack.holds(path):
-            rows |= {str(stack.layer(path, i)): row(leaf, i) for i in range(length)}
+            numbers = range(lengths.get(stack.place(path), 0))
+            rows |= {str(stack.layer(path, i)): row(leaf, i) for i in numbers}
         else:
             rows[path] = leaf
     return rows
 
 
-def count_layers(flat: Mapping[str, Any], stack: Stack) -> int:
-    """The number of scanned layers; 0 where none is scanned.
+def count_layers(flat: Mapping[str, Any], stack: Stack) -> dict[str, int]:
+    """The number of scanned layers by their `Stack.place`.
 
     Raises:
         MismatchError: leaves differ in the number of layers, or layers are unrolled already.
     """
     problems = [f"{path} is of an unrolled layer" for path in flat if stack.number(path)]
-    axes = {path: x.shape[:1] for path, x in flat.items() if stack.holds(path) and _has_axes(x)}
-    if len(set(axes.values())) > 1 or () in axes.values():
-        problems += [f"{path} has {axis or 'no'} layers" for path, axis in axes.items()]
+    axes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, x in flat.items():
+        if stack.holds(path) and _has_axes(x):
+            axes.setdefault(stack.place(path), {})[path] = x.shape[:1]
+    for each in axes.values():
+        if len(set(each.values())) > 1 or () in each.values():
+            problems += [f"{path} has {axis or 'no'} layers" for path, axis in each.items()]
     if problems:
         raise MismatchError(
             f"unstack_layers: {first_few(problems, 6, '; ')}; expected scanned layers"
         )
-    return next((axis[0] for axis in axes.values()), 0)
+    return {place: next(iter(each.values()))[0] for place, each in axes.items()}
 
 
 def _has_axes(leaf: Any) -> bool:
@@ -160,7 +179,12 @@ def _row(leaf: Any, number: int) -> Any:
     return jax.tree.map(row, leaf)
 
 
-def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | None = None) -> Any:
+def stack_layers(
+    tree: Tree | Adapter,
+    names: Names | Stack,
+    *,
+    length: int | Mapping[str, int] | None = None,
+) -> Any:
     """Stacks the leaves of a model's layers on one axis, as the scanned model has them.
 
     Args:
@@ -168,7 +192,8 @@ def stack_layers(tree: Tree | Adapter, names: Names | Stack, *, length: int | No
             abstract; or the state of an optimiser such as Adam, whose moments are trees of
             this kind. Or an adapter: its recipe and its tree, as `read_adapter` returns them.
         names: the `NAMES` beside a model, or a `Stack`.
-        length: the number of layers; by default one more than the highest number of a layer.
+        length: the number of layers; by default one more than the highest number of a layer. Of
+            stacks that differ in it, a mapping from `Stack.place` to the number of each.
 
     Returns:
         The tree; for an adapter its recipe and its tree, as `save_adapter` takes them. Patterns
@@ -216,9 +241,13 @@ def unstack_layers(tree: Tree | Adapter, names: Names | Stack) -> Any:
     stack = stack_of(names)
 
     def pairs(flat: _Flat) -> PathPairs:
-        numbers = range(count_layers(flat, stack) or 1)
-        every = ((path, stack.layer(path, i) or path) for path in flat for i in numbers)
-        return list(dict.fromkeys(every))
+        lengths = count_layers(flat, stack)
+
+        def rows(path: str) -> Iterable[str | None]:
+            held = range(lengths.get(stack.place(path), 1)) if stack.holds(path) else ()
+            return (stack.layer(path, i) for i in held) if held else (path,)
+
+        return [(path, str(row)) for path in flat for row in rows(path)]
 
     return _converted(tree, lambda flat: split(flat, stack, _row), pairs)
 

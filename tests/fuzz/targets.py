@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from helpers import hostile, tiny
+from safetensors.numpy import save
 
 import adapters_jax as aj
-from adapters_jax.files import adapterhub, peft, untrusted
+from adapters_jax.files import adapterhub, diffusers, peft, untrusted
 from adapters_jax.files.adapter import read_adapter
 from adapters_jax.finetune.base_files import chat, huggingface
 from adapters_jax.finetune.base_files.gguf import read_gguf
@@ -36,6 +38,7 @@ from adapters_jax.finetune.pretrained.locate import read_tokenizer
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tensors import from_tensors
+from adapters_jax.trees import unflatten
 
 from .mutators import Fixed, bad_recipe, overwritten
 from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads
@@ -85,6 +88,31 @@ def _of_base(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
         return {n: {**f, "base": Fixed(json.dumps(n.split("_")[0]))} for n, f in found.items()}
 
     return seeds
+
+
+def _diffusion(_: Path) -> Mapping[str, Files]:
+    """LoRA of a dense layer and a convolution, by kohya's names and by those of Diffusers."""
+    ones = partial(np.ones, dtype=np.float32)
+    kohya = {
+        **{"lora_unet_conv.lora_down.weight": ones((2, 3, 1, 1)), "lora_unet_conv.alpha": ones(())},
+        **{"lora_unet_conv.lora_up.weight": ones((4, 2, 1, 1))},
+        **{"lora_unet_conv.lora_mid.weight": ones((2, 2, 3, 3))},
+        **{"lora_unet_a_q.lora_down.weight": ones((2, 5)), "lora_unet_a_q.alpha": ones(())},
+        **{"lora_unet_a_q.lora_up.weight": ones((6, 2)), "lora_unet_a_q.dora_scale": ones((6, 1))},
+    }
+    theirs = {"unet.a.q.lora_A.weight": ones((2, 5)), "unet.a.q.lora_B.weight": ones((6, 2))}
+    config = json.dumps({"unet.lora_alpha": 3, "unet.alpha_pattern": {"q": 4}, "unet.r": 2})
+    return {
+        "kohya": {"a.safetensors": save(kohya)},
+        "diffusers": {"a.safetensors": save(theirs, {"lora_adapter_metadata": config})},
+    }
+
+
+def _read_diffusion(directory: Path) -> None:
+    shapes = {"conv/kernel": (3, 3, 3, 4), "a/q/kernel": (5, 6)}
+    base = unflatten({k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shapes.items()})
+    recipe, leaves, *_ = diffusers.load_diffusers(directory / "a.safetensors", None, base)
+    assert recipe and leaves
 
 
 # Bases.
@@ -406,6 +434,7 @@ TARGETS: dict[str, Target] = {
     "adapterhub": Target(
         _of_base("adapterhub", *_HUB), partial(_read_with_base, adapterhub.load_adapterhub)
     ),
+    "diffusers": Target(_diffusion, _read_diffusion),
     "base": Target(_checkpoints, _read_checkpoint),
     "gguf": Target(_gguf, _read_gguf, more={".gguf": (_header,) * 4}),
     "config": Target(_configs, _read_config),

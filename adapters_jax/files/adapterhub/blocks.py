@@ -106,6 +106,8 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
     if not isinstance(names, NameTable):
         sums = {k: v for k, v in names.items() if _is_bottleneck(k) and isinstance(v, str)}
         names = {k: v for k, v in names.items() if k not in sums}
+    else:
+        names = names.of_version(4)  # AdapterHub's models are those of transformers 4
     module_map = find_modules(names, base, prefix)
     ours = module_map.table is not None
     own = module_map.prefixes[:1]

@@ -4,33 +4,66 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapters_jax.errors import shown
+from adapters_jax.files.expressions import matches
 from adapters_jax.files.settings import (
     Rule,
-    field_problems,
     is_number,
     of,
     one_of,
     patterns,
+    plain_names,
     rule,
+    value_problems,
     whole,
 )
 
 Config = Mapping[str, Any]
 ROOT = "base_model.model."
-TIED = (
-    "{} is one weight with {} in this base, but the file changes one of them alone, or both "
-    "differently; train it in PEFT with ensure_weight_tying=True, or use a model with "
-    "tie_word_embeddings=False"
+_TIED = (
+    "{0} is one weight with {1} in this base, but the file changes one of them alone, or both "
+    "differently; {2}"
+)
+_TIE = (
+    "train it in PEFT with ensure_weight_tying=True and {!r} among its modules, or use a model "
+    "with tie_word_embeddings=False"
 )
 
-# Bookkeeping, and fields that act only beside a field that is not supported.
+# Bookkeeping, how factors began, and fields that act only beside a field that is not supported.
 IDLE = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+# What changes the arithmetic of a method, and is not supported where a kind has no rule for it.
+_CHANGES = (
+    *("lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+    "megatron_config",
+)
+# PEFT's modules for LoRA where the configuration names none; it knows each model's family.
+_DEFAULT_TARGETS = (
+    *({"q_proj", "v_proj"}, {"query", "value"}, {"q", "v"}, {"c_attn"}, {"query_key_value"}),
+    *({"q_proj", "v_proj", "fc1", "fc2"}, {"query_proj", "value_proj"}, {"in_proj"}),
+)
+_MERGE = (
+    "; merge it in PEFT: from peft import {0}; "
+    "{0}.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_BASE)"
+)
+_UNMERGED = {
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
+    *("ADAPTION_PROMPT", "POLY", "XLORA"),
+}
+_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
 
@@ -69,7 +102,8 @@ class Kind:
 _NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
 _NAMES = patterns(str, list)
 _MODULES: dict[str, Rule] = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _NAMES),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
+    "modules_to_save": plain_names(list),
     "fan_in_fan_out": of(bool),
 }
 KINDS = {
@@ -89,7 +123,7 @@ KINDS = {
             **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), of(bool)),
             **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
             "layers_to_transform": of(int, list),
-            "layers_pattern": _NAMES,
+            "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
             "bias": one_of("none", "all", "lora_only"),
@@ -135,18 +169,25 @@ def config_problems(config: Config) -> list[str]:
         config: the parsed file.
 
     Returns:
-        One sentence for each problem. An unknown field is no problem if it is null, false or empty.
+        One sentence for each problem. A field that we do not know is none, see `unread_fields`.
 
     Example:
-        >>> config_problems({"peft_type": "LORA", "r": 4, "lora_bias": True, "new_field": None})
-        ['lora_bias=True is not supported']
-        >>> config_problems({"peft_type": "VERA"})
-        ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"]
+        >>> config_problems({"peft_type": "LORA", "r": "4", "use_qalora": True, "new_field": 1})
+        ["r='4', expected a whole number", 'use_qalora=True is not supported']
+        >>> config_problems({"peft_type": "XLORA"})
+        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3"]
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
-        return [f"peft_type={kind!r}, expected {' or '.join(KINDS)}"]
-    problems = field_problems(config, KINDS[kind].rules, IDLE)
+        owner = f"AutoPeftModel{_CLASSES.get(str(config.get('task_type')), 'ForCausalLM')}"
+        merge = "" if kind in _UNMERGED or not isinstance(kind, str) else _MERGE.format(owner)
+        return [f"peft_type={shown(kind)}, expected {' or '.join(KINDS)}{merge}"]
+    rules, given = KINDS[kind].rules, {k: found for k, found in config.items() if found is not None}
+    problems = value_problems(given, rules) + [
+        f"{field}={shown(given[field])} is not supported"
+        for field in _CHANGES
+        if field not in rules and given.get(field)
+    ]
     if config.get("target_parameters"):
         problems += [
             f"{field}={config[field]!r} with target_parameters is not supported"
@@ -154,6 +195,44 @@ def config_problems(config: Config) -> list[str]:
             if config.get(field)
         ]
     return problems
+
+
+def unread_fields(config: Config) -> list[str]:
+    """The fields with a value that are of training, of other programs, or of another PEFT.
+
+    Example:
+        >>> unread_fields({"peft_type": "LORA", "r": 4, "unsloth": {"fast": True}, "new": None})
+        ["unsloth={'fast': True}"]
+    """
+    known = {*IDLE, *_CHANGES, *KINDS[config["peft_type"]].rules}
+    return [f"{k}={shown(found, 80)}" for k, found in config.items() if found and k not in known]
+
+
+def with_targets(config: Config, modules: Iterable[str], problems: list[str]) -> Config:
+    """The configuration with the modules that PEFT chooses where it names none."""
+    kind, names = config["peft_type"], {module.rpartition(".")[2] for module in modules}
+    if kind not in ("LORA", "IA3") or not names or config.get("target_parameters"):
+        return config
+    if config.get("target_modules") is not None:
+        return config
+    targets = next((each for each in _DEFAULT_TARGETS if names <= each), None)
+    if kind == "IA3" or targets is None:
+        more = "" if kind == "LORA" else " and feedforward_modules"
+        problems.append(
+            f"target_modules=null stands for modules that PEFT chooses by the base's family, and "
+            f"it would not read all of {', '.join(sorted(names))}; write target_modules="
+            f"{sorted(names)}{more} into adapter_config.json"
+        )
+        return config
+    return {**config, "target_modules": sorted(targets)}
+
+
+def tied_problem(embedding: str, head: str, held_twice: Collection[str]) -> str:
+    """The problem of a change that is not that of both an embedding and its tied output layer."""
+    # PEFT ties T5's further embeddings as well, which are one weight with these two.
+    adapts = embedding.rpartition(".")[2] not in held_twice
+    advice = _TIE.format(head.rpartition(".")[2]) if adapts else "adapt other modules"
+    return _TIED.format(embedding, head, advice)
 
 
 def number_at(config: Config, field: str, module: str) -> Any:
@@ -169,7 +248,7 @@ def number_at(config: Config, field: str, module: str) -> Any:
     patterns = "rank_pattern" if field == "r" else "alpha_pattern"
     # PEFT matches the end of a name, and takes the first pattern, not the longest.
     for pattern, found in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(pattern, module, r"(.*\.)?({})$"):
             return found
     return value(config, field)
 
@@ -188,8 +267,10 @@ def is_target(config: Config, module: str) -> bool:
     excluded, targets = config.get("exclude_modules"), config.get("target_modules")
     if excluded and _listed(excluded, module):
         return False
-    if targets is None or targets == "all-linear":
+    if targets == "all-linear":
         return True  # PEFT chose the modules; the file's tensors show which
+    if targets is None:
+        return False
     # PEFT asks for layers only where a name matches by its end.
     exact = not isinstance(targets, str) and module in targets
     return exact or (_listed(targets, module) and _in_layers(config, module))
@@ -208,7 +289,7 @@ def is_parameter(config: Config, name: str) -> bool:
 def _listed(names: str | list[str], module: str) -> bool:
     """Whether a name matches: a string is a regular expression, a list has names or their ends."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -218,6 +299,7 @@ def _in_layers(config: Config, module: str) -> bool:
     if layers is None or layers == []:
         return True
     words = [patterns] if isinstance(patterns, str) else patterns
-    forms = [rf".*\.{word}\.(\d+)\." for word in words or [r"[^.]*"]]
+    forms = [rf"(?:^|.*?\.){word}\.(\d+)\." for word in words or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    # PEFT takes the first number, which is the layer's, and not that of an expert in it.
     match = next(filter(None, (re.match(form, module) for form in forms)), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)

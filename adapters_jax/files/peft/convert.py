@@ -1,8 +1,8 @@
 """Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
 
-A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`. Neither torch nor
-PEFT is needed. A pickled `adapter_model.bin` is never opened, because unpickling runs whatever code
-the file holds.
+A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`, or its shards, or
+an older release's `adapter_model.bin`, of which tensors alone are read. Neither torch nor PEFT is
+needed.
 
 Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -13,7 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, UserError
+import numpy as np
+
+from adapters_jax.errors import AdapterFileError, UserError, first_few, shown, warn
 from adapters_jax.files import directories, hub
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.layouts import Array
@@ -26,19 +28,30 @@ from adapters_jax.files.module_map import (
     placed,
     shortest,
 )
-from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
-from adapters_jax.files.peft.trained import read_trained, write_trained
+from adapters_jax.files.peft.applied import differences
+from adapters_jax.files.peft.config import (
+    KINDS,
+    ROOT,
+    Kind,
+    config_problems,
+    is_target,
+    unread_fields,
+    with_targets,
+)
+from adapters_jax.files.peft.trained import IN_WRAPPER, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
 CLASSIFIES = "SEQ_CLS"
-_OTHER_TABLE = (
-    "give the base that the adapter is of, and the names of its family, such as "
-    "adapters_jax.finetune.models.FAMILIES['roberta'].classifier.names"
-)
 _LEAVES = {theirs: ours for kind in KINDS.values() for theirs, ours in kind.leaves.items()}
 _KEY = re.compile(rf"(.+)\.({'|'.join(_LEAVES)})(?:\.weight)?")
+# The name of the adapter in a model, which PEFT's own files leave out.
+_DEFAULT = re.compile(rf"(\.(?:{'|'.join(_LEAVES)}|modules_to_save))\.default(?=\.|$)")
+_NAME = re.compile(r"[\w-]+(?:[./][\w-]+)+")  # of a module of theirs, or a path of ours
+# The families whose modules begin with these words; an encoder's begin with its family's name.
+_FAMILIES = {"model": "llama", "transformer": "gpt2"}
+_FAMILIES |= dict.fromkeys(("shared", "encoder", "decoder"), "t5")
 _MASK = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # a buffer of old GPT-2s, saved with bias="all"
 
 
@@ -48,8 +61,8 @@ def load_peft(
     """Reads an adapter that PEFT wrote.
 
     Args:
-        directory: has `adapter_config.json` and `adapter_model.safetensors`; or an id on the
-            Hugging Face Hub, from which these two files are fetched.
+        directory: has `adapter_config.json`, and `adapter_model.safetensors` or its shards or
+            `adapter_model.bin`; or an id on the Hugging Face Hub, from which these are fetched.
         names: the table of the model's family, `models.FAMILIES["llama"].names`, of a classifier
             `models.FAMILIES["roberta"].classifier.names`; or a mapping from PEFT's module names to
             our module paths: `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a
@@ -71,10 +84,14 @@ def load_peft(
         API pass both to `save_adapter` and load that directory with `load_adapter`.
 
     Raises:
-        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
-            do not fit the base, or layers differ that the base scans as one; the message names
-            every problem.
+        AdapterFileError: a file is absent, damaged or more than tensors, a setting is not
+            supported, tensors do not fit the base or lack, or layers differ that the base scans as
+            one; the message names every problem.
         UserError: `names` does not fit the base.
+
+    Warns:
+        AdapterWarning: the configuration names modules that the file has nothing of, or has fields
+            that are not of its method; or the base has an output layer that the adapter's had not.
 
     Example:
         >>> import tempfile
@@ -136,8 +153,9 @@ def save_peft(
         The directory.
 
     Raises:
-        UserError: PEFT does not support the recipe, `names` lacks a module, or the directory
-            holds something else; the message names every problem.
+        UserError: PEFT does not support the recipe, PEFT's rules would apply something else of the
+            file than this adapter (`fields` may change them), `names` lacks a module, or the
+            directory holds something else; the message names every problem.
         TypeError: `adapters` is not a tree.
 
     Example:
@@ -155,12 +173,14 @@ def save_peft(
     """
     flat = directories.flat_leaves("save_peft", adapters)
     directory = PEFT.directory(directory, (*PEFT.files, *(beside or ())))
-    config, tensors, problems = to_peft(recipe, flat, names, base, prefix)
+    config, tensors, problems = to_peft(
+        recipe, flat, names, base, prefix, {"inference_mode": True, **fields}
+    )
     if fields.get("task_type", CLASSIFIES) == CLASSIFIES:
         problems += unpooled(flat, find_modules(names, base))
     if problems:
         raise UserError(f"PEFT cannot load this adapter: {'; '.join(problems)}")
-    files = PEFT.content(config | {"inference_mode": True, **fields}, tensors)
+    files = PEFT.content(config, tensors)
     return directories.write(directory, files, beside)
 
 
@@ -181,6 +201,8 @@ def from_peft(
         try:
             kind = KINDS[config["peft_type"]]
             added, plain = split_tensors(tensors, kind, problems)
+            problems += twice_spelt(added, plain, module_map)
+            config = with_targets(config, added, problems)
             methods: list[Method]
             methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
             trained = read_trained(plain, module_map, problems)
@@ -188,15 +210,52 @@ def from_peft(
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
             problems += _held_twice(leaves, module_map)
+            problems += [] if problems else unsaved(config, plain, module_map)
             if config.get("task_type") == CLASSIFIES:
                 problems += unpooled(leaves, module_map)
             if not problems:
+                for text in doubts(config, added, module_map):
+                    warn(text)
                 return as_in_model(methods, leaves, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
     if module_map.table and any("names maps " in each for each in problems):
-        problems.append(_OTHER_TABLE)
-    raise AdapterFileError(f"{caller}: {'; '.join(problems)}")
+        problems.append(_other_table(config, tensors, module_map))
+    raise AdapterFileError(f"{caller}: {'; '.join(grouped(problems))}")
+
+
+def grouped(problems: Iterable[str]) -> list[str]:
+    """The problems, with one sentence for those that differ in names and numbers alone.
+
+    Example:
+        >>> grouped(["names maps h.0.q to no layer", "names maps h.1.q to no layer", "r=0"])
+        ['names maps h.0.q to no layer (so for h.1.q)', 'r=0']
+    """
+    groups: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        form = re.sub(r"\d+", "0", _NAME.sub("x.y", problem)) if _NAME.search(problem) else problem
+        groups.setdefault(form, []).append(problem)
+    found = []
+    for first, *others in groups.values():
+        names = [
+            next((name for name in _NAME.findall(other) if name not in first), "another")
+            for other in others
+        ]
+        found.append(f"{first} (so for {first_few(names, 3)})" if names else first)
+    return found
+
+
+def _other_table(config: Mapping[str, Any], keys: Iterable[str], module_map: ModuleMap) -> str:
+    """What to give where the names of modules are those of another model."""
+    words = (key.removeprefix(ROOT).split(".")[0] for key in keys)
+    word = next((word for word in words if word not in module_map.heads), "")
+    family = repr(_FAMILIES.get(word, word))
+    table = f"FAMILIES[{family}]{'' if word in _FAMILIES else '.classifier'}.names"
+    base = config.get("base_model_name_or_path")
+    return (
+        f"give the base that the adapter is of{f', {shown(base, 80)},' if base else ''} and the "
+        f"names of its family, such as adapters_jax.finetune.models.{table}"
+    )
 
 
 def to_peft(
@@ -205,8 +264,9 @@ def to_peft(
     names: Names,
     base: Any,
     prefix: str | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
-    """Converts an adapter; see `save_peft`.
+    """Converts an adapter; see `save_peft`. `own` are fields of the caller's.
 
     Returns:
         The configuration, the tensors, and a sentence for each thing that PEFT does not support.
@@ -231,15 +291,32 @@ def to_peft(
             f"{path}: PEFT's prompts do not support other trained leaves beside them"
             for path in trained
         ]
-        return fields, tensors, problems + held
+        return _compared(fields, tensors, problems + held, own or {}, module_map)
     adapted = {each.module for each in added}
-    more, trains = write_trained(trained, adapted, module_map, problems)
+    more, trains = write_trained(
+        trained, adapted, module_map, problems, (own or {}).get("task_type")
+    )
     if kind.trains == "modules" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
         problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
         problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
-    return fields | trains, tensors | more, problems + held
+    return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)
+
+
+def _compared(
+    written: dict[str, Any],
+    tensors: dict[str, Array],
+    problems: list[str],
+    own: Mapping[str, Any],
+    module_map: ModuleMap,
+) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
+    """The file with the caller's fields, and the problems if PEFT would read it otherwise."""
+    config = {**written, **own}
+    if not problems:
+        split = split_tensors(tensors, KINDS[written["peft_type"]], problems)
+        problems = problems + differences(config, written, *split, module_map)
+    return config, tensors, problems
 
 
 def _code(module: str) -> Any:
@@ -253,11 +330,14 @@ def split_tensors(
     """Splits tensors into the added ones, by module and our leaf's name, and the base's own."""
     added: dict[str, dict[str, Array]] = {}
     plain: dict[str, Array] = {}
+    keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         if not key.startswith(ROOT):
             problems.append(f"{key} does not begin with {ROOT}")
             continue
-        name = key.removeprefix(ROOT)
+        name = _DEFAULT.sub(r"\1", key.removeprefix(ROOT))
+        if keys.setdefault(name, key) != key:
+            problems.append(f"{key} and {keys[name]} are the same tensor; remove one of them")
         match = _KEY.fullmatch(name)
         if match and match[2] in kind.leaves:
             added.setdefault(match[1], {})[_LEAVES[match[2]]] = tensor
@@ -266,12 +346,105 @@ def split_tensors(
         # PEFT saves the original of a `modules_to_save` beside the trained one.
         elif ".original_module." not in name and not _MASK.fullmatch(name):
             plain[name] = tensor
-    return added, plain
+    return added, _once(plain, problems)
+
+
+def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
+    """The tensors by their names without PEFT's wrapper.
+
+    With bias="all", PEFT saves the biases of a head twice, under the name in the wrapper as well.
+    """
+    found: dict[str, Array] = {}
+    for key, tensor in plain.items():
+        name = IN_WRAPPER.sub("", key)
+        if not np.array_equal(found.setdefault(name, tensor), tensor):
+            problems.append(
+                f"{key} is not the {name} that the file has as well; remove one of them"
+            )
+    return found
+
+
+def twice_spelt(added: Iterable[str], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problems of modules and tensors that a file has under two names, with prefix and without.
+
+    The names are those of `split_tensors`.
+    """
+    first: dict[str, str] = {}
+    names = [*added, *(key.replace(".modules_to_save.", ".") for key in plain)]
+    return [
+        f"{name} and {other} are the same in this base; remove one of them"
+        for name in names
+        if (other := first.setdefault(module_map.bare(name), name)) != name
+    ]
+
+
+def unsaved(config: Mapping[str, Any], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """The problems of tensors that the file lacks of modules that were to be saved whole."""
+    saved = config.get("modules_to_save") or ()
+    there = {module_map.bare(key.replace(".modules_to_save.", ".")) for key in plain}
+    lacking = (
+        (name, f"{module}.{'bias' if leaf == 'bias' else 'weight'}")
+        for module, references in module_map.modules.items()
+        for name in saved
+        if f".{name}." in f".{module_map.full(module)}."
+        for leaf in references[0].leaves
+    )
+    return [
+        f"modules_to_save has {name!r}, but the file has no {key}"
+        for name, key in lacking
+        if key not in there
+    ]
+
+
+def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMap) -> list[str]:
+    """What PEFT warns of as well: fields without effect, and modules that are not as it has them.
+
+    The modules are those of `split_tensors`.
+    """
+    texts, named = [], {module_map.bare(key): key for key in added}
+    if fields := unread_fields(config):
+        texts.append(f"adapter_config.json: {first_few(fields, 8)} is ignored")
+    inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
+    prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
+    is_causal = module_map.tied or "lm_head" in module_map.modules
+    if module_map.prefixes and is_causal and inner and not prefix:
+        texts.append(
+            f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
+            "base without its output layer; this one has one, and PEFT would apply nothing to it"
+        )
+    if lacking := missing(config, named, module_map, prefix):
+        texts.append(
+            "the configuration names modules that the file has nothing of, and they stay as they "
+            f"are: {first_few(lacking, 4)}"
+        )
+    return texts
+
+
+def missing(
+    config: Mapping[str, Any], named: Iterable[str], module_map: ModuleMap, prefix: str
+) -> list[str]:
+    """The modules, with this prefix, that PEFT would adapt and are not named in the file."""
+    if KINDS[config["peft_type"]].trains == "nothing":  # prompts are in the last layers, by number
+        return []
+    known = {*named}
+    last = {name.rpartition(".")[2] for name in known}
+    chosen = config.get("target_modules") == "all-linear"
+    modules = [
+        name
+        for name, (reference, *_) in module_map.modules.items()
+        if reference.weight in ("kernel", "embedding")
+    ] + [name for names in module_map.rows.values() for name in names]
+    return [
+        whole
+        for name in modules
+        if name not in known and (not chosen or name.rpartition(".")[2] in last)
+        if is_target(config, whole := module_map.full(name, prefix))
+    ]
 
 
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = module_map.table.held_twice if module_map.table else ()
+    theirs = module_map.held_twice
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "

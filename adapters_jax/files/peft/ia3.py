@@ -8,14 +8,14 @@ Reference: https://huggingface.co/docs/peft/package_reference/ia3
 """
 
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.layouts import WHOLE, Array, ModuleReference
+from adapters_jax.files.expressions import matches
+from adapters_jax.files.layouts import WHOLE, Array, ModuleReference, joined
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config, is_target
 from adapters_jax.methods import IA3, Method
@@ -32,7 +32,7 @@ def scales_input(config: Config, module: str) -> bool:
     """
     names = config.get("feedforward_modules") or ()
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module.endswith(name) for name in names)
 
 
@@ -153,6 +153,6 @@ def _their_vector(
         raise UserError("its scale does not fit its outputs")
     both = zip(scales, own, strict=True)
     rows = [np.ones(each, np.float32) if x is None else x for x, each in both]
-    whole = np.concatenate([row.ravel() for row in rows])
+    whole = joined([row.ravel() for row in rows], parts[0].blocks)
     window = len(shape) - first.ndim - 1
     return whole.reshape(1, -1, *(1,) * window) if window else whole.reshape(-1, 1)

@@ -18,11 +18,11 @@ from adapters_jax.files.layouts import Array, ModuleReference, our_factors
 from adapters_jax.files.module_map import ModuleMap, pattern_of, shortest
 from adapters_jax.files.peft.config import (
     STARTS,
-    TIED,
     Config,
     is_parameter,
     is_target,
     number_at,
+    tied_problem,
     value,
 )
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key
@@ -120,7 +120,7 @@ class _Reader:
         is_embedding = there[0].weight == "embedding"
         if is_parameter(self.config, f"{module}.weight"):
             # As a parameter, an embedding and GPT-2's kernels are (out, in) to PEFT.
-            turned = is_embedding or self.module_map.fan_in_fan_out
+            turned = is_embedding or self.module_map.inputs_first(module)
             a, b = (b.T, a.T) if turned else (a, b)
         elif not is_target(self.config, module):
             raise UserError(f"{module} has factors but is not among the target modules")
@@ -140,12 +140,15 @@ class _Reader:
         """Adds the factors of a parameter that a module holds itself."""
         numbers = self.numbers(name)
         self.check(name, found, numbers[0])
-        reference = self.module_map.parameters[self.module_map.bare(name)]
-        pair = our_pair(reference, found, self.config.get("peft_version"))
-        if len(reference.shape) not in (2, 3) or pair is None:
-            raise _misfit(name, found, reference.path, reference.shape)
-        self.check(name, found, numbers[0], pair["a"].shape[-1])
-        self.keep(reference.path, _node(reference.path), pair, numbers)
+        for reference in self.module_map.at_parameter(name):
+            pair = our_pair(reference, found, self.config.get("peft_version"))
+            if len(reference.shape) not in (2, 3) or pair is None:
+                raise _misfit(name, found, reference.path, reference.shape)
+            self.check(name, found, numbers[0], pair["a"].shape[-1])
+            target, node = reference.path, _node(reference.path)
+            if (module := target.rpartition("/")[0]) in self.module_map.whole:
+                target, node = module, join(module, "lora")
+            self.keep(target, node, pair, numbers)
 
     def add_experts(self, path: str, found: Mapping[str, Factors], lacking: Sequence[str]) -> None:
         """Adds the factors of experts, one pair with the experts on its first axis."""
@@ -189,7 +192,7 @@ def _without_tied(
     alike = head and embedding and _alike(config, added, head, embedding)
     if (head or embedding) and not alike:
         names = (embedding or module_map.tied[1], head or module_map.tied[0])
-        problems.append(TIED.format(*names))
+        problems.append(tied_problem(*names, module_map.held_twice))
         rest.pop(embedding or "", None)
     return rest
 

@@ -1,5 +1,6 @@
 """The base's own parameters that train beside a method: biases, heads, `modules_to_save`."""
 
+import re
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -14,7 +15,12 @@ from adapters_jax.files.module_map import (
     our_leaves,
     their_leaves,
 )
-from adapters_jax.files.peft.config import ROOT, TIED
+from adapters_jax.files.peft.config import ROOT, tied_problem
+
+# Where PEFT keeps a module that trains; the second word is the name of the adapter.
+IN_WRAPPER = re.compile(r"\.modules_to_save(\.default)?(?=\.|$)")
+# The heads that PEFT saves whole with an adapter of a classifier's, whether they trained or not.
+_CLASSIFIES, _HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 
 
 def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
@@ -22,11 +28,11 @@ def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: li
     leaves: Leaves = {}
     for key, tensor in _without_tied(plain, module_map, problems).items():
         name, _, kind = key.rpartition(".")
-        module = name.removesuffix(".base_layer").removesuffix(".modules_to_save")
+        module = name.removesuffix(".base_layer")
         there = module_map.at(module)
         if not there:
             problems.append(f"{key}: names maps {module} to no module of the base")
-        new = our_leaves(key, kind, tensor, there, module_map.fan_in_fan_out, problems)
+        new = our_leaves(key, kind, tensor, there, module_map.inputs_first(module), problems)
         if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
             leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
     return leaves
@@ -43,29 +49,43 @@ def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: l
         found = [plain[key] for key in keys if key is not None]
         alike = len(found) == 2 and np.array_equal(found[0], found[1])
         if not alike and not all(as_in_base({path: x}, module_map) for x in found):
-            problems.append(TIED.format(keys[1] or pair[1], keys[0] or pair[0]))
+            head, embedding = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (0, 1))
+            problems.append(tied_problem(embedding, head, module_map.held_twice))
         if keys[0] is not None:
             del rest[keys[0]]
     return rest
 
 
-def _heads(trained: Mapping[str, Array], module_map: ModuleMap) -> set[str]:
-    """The heads with several layers in PEFT that train in part; PEFT saves all their layers."""
-    return {
-        bare.split(".")[0]
-        for bare, parts in module_map.modules.items()
-        if "." in bare and bare.split(".")[0] in module_map.heads
-        if any(f"{own.path}/{leaf}" in trained for own in parts for leaf in own.leaves)
-    }
+def _heads(trained: Mapping[str, Array], module_map: ModuleMap, task_type: str | None) -> set[str]:
+    """The heads that PEFT saves whole, with all layers that they have.
+
+    These are the ones that train, and those of the task. PEFT finds them by the ends of names, so
+    DistilBERT's `pre_classifier` is saved with its `classifier`.
+    """
+    tasks = _HEADS if task_type in _CLASSIFIES else ()
+    heads, found = set[str](), set[str]()
+    for bare, parts in module_map.modules.items():
+        head, *layers = bare.split(".")
+        if head not in module_map.heads:
+            continue
+        heads.add(head)
+        own = [leaf for part in parts for leaf in part.leaves if f"{part.path}/{leaf}" in trained]
+        if head in tasks or set(own) - {"bias"} or (layers and own):
+            found.add(head)
+    return {head for head in heads if any(head.endswith(end) for end in found)}
 
 
 def write_trained(
-    trained: Leaves, adapted_modules: Container[str], module_map: ModuleMap, problems: list[str]
+    trained: Leaves,
+    adapted_modules: Container[str],
+    module_map: ModuleMap,
+    problems: list[str],
+    task_type: str | None = None,
 ) -> tuple[Leaves, dict[str, Any]]:
     """Returns tensors and fields of the base's own parameters: biases alone, or whole modules."""
     tensors: Leaves = {}
     saved, biases, unknown = list[str](), set(), set(trained)
-    heads = _heads(trained, module_map)
+    heads = _heads(trained, module_map, task_type)
     for bare, parts in module_map.modules.items():
         paths = {f"{reference.path}/{name}" for reference in parts for name in reference.leaves}
         unknown -= paths
@@ -88,7 +108,7 @@ def write_trained(
         whole_head = head if head in heads else name
         saved += [] if alone or whole_head in saved else [whole_head]
         leaves, inner = ["bias"] if alone else parts[0].leaves, ".base_layer" if adapted else ""
-        turned = module_map.fan_in_fan_out
+        turned = module_map.inputs_first(bare)
         found = their_leaves(parts, leaves, trained, module_map.base, turned, problems)
         tensors |= {f"{ROOT}{name}{inner}.{kind}": x for kind, x in found.items()}
         if module_map.tied and bare == module_map.tied[1]:  # PEFT ties the weights of these two

@@ -24,7 +24,6 @@ from adapters_jax.finetune.gguf.architectures import (
     CHECKED,
     MIXTRAL,
     OPTIONAL,
-    REQUIRED,
     Layout,
 )
 from adapters_jax.finetune.gguf.header import GGUFTensor, read_header
@@ -80,9 +79,9 @@ class GGUF:
                 names all of them.
         """
         name, own = self.fields["general.architecture"], self.architecture
-        self.require(*(f"{name}.{theirs}" for theirs in REQUIRED.values()))
+        self.require(*(f"{name}.{theirs}" for theirs in own.required.values()))
         self._check_fields(own)
-        given = {**REQUIRED, **OPTIONAL, **own.fields}
+        given = {**own.required, **OPTIONAL, **own.fields}
         found = {ours: self._value(x) for ours, x in given.items() if self._value(x) is not None}
         self._check_sizes(found)
         table = self.stored.get("token_embd.weight")
@@ -106,7 +105,7 @@ class GGUF:
     def _check_fields(self, own: Layout) -> None:
         """Raises BaseFileError for fields that may change the arithmetic and that nothing reads."""
         prefix = self.fields["general.architecture"] + "."
-        known = {*REQUIRED.values(), *OPTIONAL.values(), *CHECKED, *own.fields.values()}
+        known = {*own.required.values(), *OPTIONAL.values(), *CHECKED, *own.fields.values()}
         unknown = [
             f"{name}={shown(value)}"
             for name, value in self.fields.items()
@@ -130,7 +129,7 @@ class GGUF:
             )
         if turned in (None, width):
             return
-        if self.architecture.model_type == "phi3" and type(turned) is int:
+        if self.architecture.partial and type(turned) is int:
             found["partial_rotary_factor"] = turned / width
         elif self.architecture.permuted and "head_dim" not in found:
             found["head_dim"] = turned

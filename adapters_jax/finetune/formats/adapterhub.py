@@ -41,7 +41,7 @@ class AdapterHub(AdapterFormat):
         """The head in `model_head.safetensors`, if there is one."""
         from adapters_jax.files.adapterhub.heads import pooling_of
 
-        shape = shape_in(directory / ADAPTERHUB_HEAD.tensors, _HEADS)
+        shape = shape_in(ADAPTERHUB_HEAD, directory, _HEADS)
         if shape is None:
             return None
         return Head(shape[0], pooling_of(read_json(directory / ADAPTERHUB_HEAD.config)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.files import hub
+from adapters_jax.files.directories import Pair
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.names import NameTable
-from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten
 
@@ -23,7 +23,9 @@ MASKED = "masked tokens"  # what the head of a masked language model reads
 _FREE = ("targets", "rank", "alpha", "rank_pattern", "alpha_pattern")
 _SIZES = ("bottleneck_dim", "reduction_factor")
 _BEFORE = ", which matters only before training"
+Kind = Literal["encoder", "decoder", "encoder-decoder", "vision", "speech"]
 HEAD = "head/"  # the paths of a head's leaves begin with it
+SCORE = "score/"  # the same of a decoder that classifies
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class BaseModel:
     Attributes:
         name: a directory or id, as the user, the run or the file names it.
         kind: "encoder", "decoder" for a model that continues texts, "encoder-decoder" for one that
-            answers them, or "vision".
+            answers them, "vision", or "speech".
         names: maps its modules to PyTorch's names.
         prefix: begins PyTorch's module names in the class that has a head as well.
         params: a tree of parameters, or an NNX model.
@@ -47,7 +49,7 @@ class BaseModel:
     """
 
     name: str
-    kind: Literal["encoder", "decoder", "encoder-decoder", "vision"]
+    kind: Kind
     names: NameTable
     prefix: str
     params: Any
@@ -145,6 +147,10 @@ class AdapterFormat(ABC):
         """The head in an adapter's files; `inside` is the module that a classifier's base is in."""
         return None
 
+    def labels(self, directory: Path) -> int | None:
+        """The number of labels of a decoder's `score` in an adapter's files; None without one."""
+        return None
+
     @abstractmethod
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """Returns the recipe and the trained leaves by path.
@@ -201,18 +207,21 @@ def stand_ins(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def has_score(leaves: Iterable[str]) -> bool:
+    """Whether the trained leaves have a decoder's score of labels."""
+    return any(path.startswith(SCORE) for path in leaves)
+
+
 def has_head(leaves: Mapping[str, Any]) -> bool:
     """Whether the trained leaves have an encoder's head."""
     return any(path.startswith(HEAD) for path in leaves)
 
 
-def shape_in(path: Path, pattern: Any) -> tuple[int, ...] | None:
-    """The shape of the last tensor whose name matches a regular expression, if the file has one."""
-    if not path.exists():
-        return None
-    with open_tensors(path) as file:
-        found = sorted(key for key in file.shapes if pattern.fullmatch(key))
-        return tuple(file.shapes[found[-1]].shape) if found else None
+def shape_in(files: Pair, directory: Path, pattern: Any) -> tuple[int, ...] | None:
+    """The shape of the last tensor whose name matches a regular expression, if there is one."""
+    tensors = files.read_tensors(directory) or {}
+    found = sorted(key for key in tensors if pattern.fullmatch(key))
+    return tuple(tensors[found[-1]].shape) if found else None
 
 
 def pooling_problem(base: BaseModel, owner: str, poolings: Sequence[str]) -> str:

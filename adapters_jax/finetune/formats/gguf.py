@@ -69,8 +69,9 @@ class Gguf(AdapterFormat):
 
         layout_of(base.model_type)
         server = SERVERS[self.owner]
-        served = for_server(server, adapter.recipe, adapter.leaves, base.names, base.params)
-        config, tensors, _ = to_peft(served.recipe, served.leaves, base.names, base.params)
+        names = base.names.of_version(4)
+        served = for_server(server, adapter.recipe, adapter.leaves, names, base.params)
+        config, tensors, _ = to_peft(served.recipe, served.leaves, names, base.params)
         data = to_gguf(config, tensors, base.model_type, base.heads)
         directories.write(directory, {ADAPTER: data}, adapter.beside)
 

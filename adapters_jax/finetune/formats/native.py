@@ -14,6 +14,7 @@ from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.untrusted import open_tensors
 from adapters_jax.finetune.formats.base import (
     HEAD,
+    SCORE,
     Adapter,
     AdapterFormat,
     BaseModel,
@@ -23,7 +24,11 @@ from adapters_jax.finetune.formats.base import (
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import unflatten
 
-_LOADERS = {"decoder": ("decoder", "load_decoder"), "encoder-decoder": ("t5", "load_t5")}
+_LOADERS = {
+    "decoder": ("decoder", "load_decoder"),
+    "encoder-decoder": ("t5", "load_t5"),
+    "speech": ("whisper", "load_whisper"),
+}
 
 
 class Native(AdapterFormat):
@@ -47,6 +52,12 @@ class Native(AdapterFormat):
         if head is None:
             return Head(1) if under else None
         return Head(head.shape[-1])
+
+    def labels(self, directory: Path) -> int | None:
+        """The width of the trained score."""
+        with open_tensors(directory / TENSORS) as file:
+            score = file.shapes.get(f"{SCORE}kernel")
+        return score.shape[-1] if score is not None else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `read_adapter`.
@@ -85,10 +96,13 @@ class Native(AdapterFormat):
         """Loads onto a decoder's checkpoint; of an encoder, onto a `base` and its `params`."""
         if base.kind in _LOADERS:
             module, load = _LOADERS[base.kind]
+            score = leaves.get(f"{SCORE}kernel")
+            width = "" if score is None else f", {score.shape[-1]}"
+            load += "" if score is None else "_classifier"
             return (
                 "import adapters_jax as aj\n"
                 f"from adapters_jax.finetune.models.{module} import {load}\n"
-                f"model = aj.load_adapter({name!r}, {load}({shown!r})[1])"
+                f"model = aj.load_adapter({name!r}, {load}({shown!r}{width})[1])"
             )
         return (
             "import adapters_jax as aj\n"

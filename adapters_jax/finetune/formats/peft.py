@@ -13,11 +13,13 @@ from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats.base import (
     HEAD,
     MASKED,
+    SCORE,
     Adapter,
     AdapterFormat,
     BaseModel,
     Head,
     has_head,
+    has_score,
     pooling_problem,
     shape_in,
 )
@@ -25,13 +27,13 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
 _CLASSIFIER = re.compile(r"(?:.*\.)?classifier(?:\.modules_to_save)?(?:\.out_proj)?\.weight")
+_SCORE = re.compile(r"(?:.*\.)?score(?:\.modules_to_save)?\.weight")
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
-    "IMAGE": "AutoModelForImageClassification",
-    "MASKED": "AutoModelForMaskedLM",
 }
+_UNNAMED = {"vision": "AutoModelForImageClassification", "speech": "AutoModelForSpeechSeq2Seq"}
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 
@@ -51,8 +53,13 @@ class Peft(AdapterFormat):
 
     def head(self, directory: Path, inside: str) -> Head | None:
         """The classifier that is saved whole, if there is one; it reads the pooler."""
-        shape = shape_in(directory / PEFT.tensors, _CLASSIFIER)
+        shape = shape_in(PEFT, directory, _CLASSIFIER)
         return Head(shape[0], "pooler") if shape else None
+
+    def labels(self, directory: Path) -> int | None:
+        """The number of rows of `score.weight`, which PEFT saves whole."""
+        shape = shape_in(PEFT, directory, _SCORE)
+        return shape[0] if shape else None
 
     def read(self, directory: Path, base: BaseModel) -> tuple[Recipe, dict[str, Any]]:
         """See `load_peft`."""
@@ -65,8 +72,8 @@ class Peft(AdapterFormat):
         """See `to_peft`, which `save_peft` calls."""
         from adapters_jax.files.peft.convert import to_peft
 
-        prefix = _prefix(base, adapter.leaves)
-        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, prefix)[2]
+        about = _prefix(base, adapter.leaves), {"task_type": _task(base, adapter.leaves)}
+        return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, *about)[2]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
@@ -96,11 +103,14 @@ class Peft(AdapterFormat):
 
     def loading(self, base: BaseModel, leaves: Mapping[str, Any], shown: str, name: str) -> str:
         """Loads with the model class of the task."""
-        unnamed = "MASKED" if base.pooling == MASKED else "IMAGE"
-        kind = _CLASSES.get(_task(base, leaves) or unnamed, "AutoModel")
-        if base.prefix == "model.language_model.":  # beside images
+        unnamed = _UNNAMED.get(base.kind, "AutoModelForMaskedLM")
+        task = _task(base, leaves)
+        kind = _CLASSES.get(task, "AutoModel") if task else unnamed
+        if task == "CAUSAL_LM" and base.prefix == "model.language_model.":  # beside images
             kind = "AutoModelForImageTextToText"
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
+        if (score := leaves.get(f"{SCORE}kernel")) is not None:
+            more = f", num_labels={score.shape[-1]}"
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
             f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
@@ -110,10 +120,14 @@ class Peft(AdapterFormat):
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
     """PEFT's name of the task, which decides the class of the model.
 
-    It has none for labels of images and for masked language models.
+    It has none for labels of images, for masked language models and for speech.
     """
     if base.pooling == MASKED or (base.kind == "vision" and has_head(leaves)):
         return None
+    if base.kind == "speech":
+        return None
+    if has_score(leaves):
+        return "SEQ_CLS"
     return _TASKS.get(base.kind) or ("SEQ_CLS" if has_head(leaves) else "FEATURE_EXTRACTION")
 
 

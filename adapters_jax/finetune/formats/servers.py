@@ -25,6 +25,7 @@ import numpy as np
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.files.layouts import Array, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
+from adapters_jax.files.names import NameTable
 from adapters_jax.files.peft.config import KINDS, ROOT, Config, factor_keys, number_at
 from adapters_jax.files.peft.convert import from_peft, split_tensors, to_peft
 from adapters_jax.methods import Method
@@ -168,6 +169,8 @@ def for_server(
     """
     check_number("for_server", "max_error", max_error, low=0.0, high=1.0)
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    if isinstance(names, NameTable):
+        names = names.of_version(4)  # servers have the modules that checkpoints have
     config, tensors, problems = to_peft(recipe, arrays, names, base)
     module_map = find_modules(names, base)
     problems = [*problems, *_problems(server, config, tensors, module_map)]

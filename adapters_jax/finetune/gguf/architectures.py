@@ -55,6 +55,7 @@ EXPERTS = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+LAYER_NORM = "attention.layer_norm_epsilon"
 OF_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 
 
@@ -69,6 +70,8 @@ class Layout:
         implied: settings that no field has, from those that are known.
         permuted: whether the rows of query and key are in the order of neighbouring pairs.
         norm_offset: what is added to the scales of norms.
+        epsilon: the field of the epsilon of norms.
+        partial: whether a part of each head may be rotated.
     """
 
     model_type: str
@@ -77,6 +80,13 @@ class Layout:
     implied: Callable[[Values], Values] = lambda values: {}
     permuted: bool = False
     norm_offset: float = 0.0
+    epsilon: str = REQUIRED["rms_norm_eps"]
+    partial: bool = False
+
+    @property
+    def required(self) -> dict[str, str]:
+        """The fields that its files have, by their name in `config.json`."""
+        return {**REQUIRED, "rms_norm_eps": self.epsilon}
 
 
 def _scores(large: int) -> Callable[[Values], Values]:
@@ -106,6 +116,8 @@ MIXTRAL = Layout(
 )
 SOFT_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
 WINDOW = {"sliding_window": "attention.sliding_window"}
+LOGIT_SCALE = {"logit_scale": "logit_scale"}
+SHARED_NORM = {name: x for name, x in BLOCK.items() if name != "ffn_norm"}
 
 ARCHITECTURES: dict[str, Layout] = {
     "llama": LLAMA,
@@ -140,6 +152,7 @@ ARCHITECTURES: dict[str, Layout] = {
             "ffn_up": "mlp.gate_up_proj",
         },
         fields={**WINDOW, "attention_factor": "rope.scaling.attn_factor"},
+        partial=True,
     ),
     "olmo2": Layout(
         "olmo2",
@@ -166,5 +179,26 @@ ARCHITECTURES: dict[str, Layout] = {
         permuted=True,
     ),
     "smollm3": Layout("smollm3", permuted=True),
+    "glm4": Layout(
+        "glm4",
+        modules={
+            **{name: x for name, x in BLOCK.items() if name != "ffn_gate"},
+            "ffn_up": "mlp.gate_up_proj",
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        implied=lambda values: {"attention_bias": False},
+        partial=True,
+    ),
+    "command-r": Layout("cohere", SHARED_NORM, LOGIT_SCALE, epsilon=LAYER_NORM),
+    "cohere2": Layout("cohere2", SHARED_NORM, {**LOGIT_SCALE, **WINDOW}, epsilon=LAYER_NORM),
+    "starcoder2": Layout(
+        "starcoder2",
+        modules={
+            **{name: x for name, x in BLOCK.items() if name != "ffn_gate"},
+            **{"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        },
+        epsilon=LAYER_NORM,
+    ),
 }
 MODEL_TYPES = frozenset(layout.model_type for layout in (*ARCHITECTURES.values(), MIXTRAL))

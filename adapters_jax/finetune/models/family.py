@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from adapters_jax.files.names import NameTable
-from adapters_jax.finetune.formats.base import MASKED
-
-Kind = Literal["encoder", "decoder", "encoder-decoder", "vision"]
+from adapters_jax.finetune.formats.base import MASKED, Kind
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Family:
         name: the family's name; that of its folder, or of its architecture in `decoder`.
         kind: "encoder", whose hidden states a head reads, "decoder", which predicts next tokens,
             "encoder-decoder", which predicts those of a text after it has read another, or
-            "vision", an encoder of images.
+            "vision", an encoder of images, or "speech", which writes the text of sounds.
         config: the configuration class; its `num_layers` is the number of layers.
         build: `build(config, **options)` returns a model; an NNX model is abstract.
         load: `load(files, **options)` returns the configuration and the parameters or NNX model.

@@ -28,7 +28,8 @@ class CachedModel(Protocol):
     A model that reads the prompts by `extend` also has `empty_cache(batch, slots)`, a cache for
     rows of at most `slots` tokens, padding included. One that reads them with an encoder has
     `read_prompts(input_ids, attention_mask, slots)`: the tokens with which the decoder begins,
-    their mask, and a cache for `slots` tokens.
+    their mask, and a cache for `slots` tokens. One whose encoder reads something else has
+    `listen(source, slots)`, such a cache.
     """
 
     def extend(self, input_ids: Array, attention_mask: Array, cache: Any) -> tuple[Array, Any]:
@@ -79,6 +80,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop: Sequence[int] = (),
     adapters: Rows | None = None,
+    source: Float[Array, "batch ..."] | None = None,
 ) -> Generated:
     """Continues or, with an encoder, answers each prompt of a batch, independently of the others.
 
@@ -98,6 +100,8 @@ def generate(
             the other rows are.
         stop: tokens that end a row.
         adapters: which adapter of a bank each row has, where the model is the bank's.
+        source: what the encoder of a `models.whisper.Whisper` reads, its log-mel features; the
+            prompts are then the tokens with which the decoder begins.
 
     Returns:
         The new tokens, and their number in each row.
@@ -118,6 +122,11 @@ def generate(
         ((1, 2), [2])
     """
     _check_model(model)
+    if hasattr(model, "listen") != (source is not None):
+        raise UserError(
+            f"generate: {type(model).__name__} "
+            + ("needs a source, its features" if source is None else "has no encoder for a source")
+        )
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     check_tokens(input_ids, attention_mask)
@@ -130,12 +139,12 @@ def generate(
         jnp.asarray(stop, jnp.int32),
     )
     prompts, mask = jnp.asarray(input_ids, jnp.int32), attention_mask != 0
-    return _generate(*nnx.split(model), prompts, mask, sampling, adapters, max_new_tokens)
+    return _generate(*nnx.split(model), prompts, mask, sampling, adapters, source, max_new_tokens)
 
 
 def _check_model(model: Any) -> None:
-    ways = ("empty_cache", "extend", "logits"), ("read_prompts", "extend", "logits")
-    able = any(all(hasattr(model, name) for name in each) for each in ways)
+    begins = any(hasattr(model, name) for name in ("empty_cache", "read_prompts", "listen"))
+    able = begins and hasattr(model, "extend") and hasattr(model, "logits")
     if not able or not isinstance(model, nnx.Module):
         raise TypeError(
             f"generate: {type(model).__name__} is not a decoder; expected an nnx module with the "
@@ -186,7 +195,7 @@ def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, k
         raise UserError(f"generate: {'; '.join(wrong)}.")
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@partial(jax.jit, static_argnums=(0, 7))
 def _generate(
     graphdef: Any,
     state: Any,
@@ -194,6 +203,7 @@ def _generate(
     mask: Bool[Array, "batch length"],
     sampling: _Sampling,
     adapters: Rows | None,
+    source: Float[Array, "batch ..."] | None,
     new: int,
 ) -> Generated:
     given: dict[str, Rows] = {}
@@ -211,7 +221,7 @@ def _generate(
     # The pass over the prompts is outside of the loop, since its shapes differ from a token's.
     batch = len(prompts)
     ones = jnp.ones((batch, 1), bool)
-    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, new, given))
+    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, source, new, given))
     nothing = Generated(jnp.zeros((batch, new), jnp.int32), jnp.zeros(batch, jnp.int32))
     start = _Loop(jnp.int32(0), prompts[:, 0], jnp.zeros(batch, bool), nothing, cache)
 
@@ -229,6 +239,7 @@ def _begin(
     model: Any,
     prompts: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
+    source: Float[Array, "batch ..."] | None,
     new: int,
     given: dict[str, Rows],
 ) -> tuple[Array, Array, Any]:
@@ -236,6 +247,8 @@ def _begin(
     if hasattr(model, "read_prompts"):
         return model.read_prompts(prompts, mask, new + 1, **given)
     batch, length = prompts.shape
+    if source is not None:
+        return prompts, mask, model.listen(source, length + new, **given)
     return prompts, mask, model.empty_cache(batch, length + new)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.models import decoder, encoder, t5
+from adapters_jax.finetune.models import decoder, encoder, t5, whisper
 from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
         *encoder.FAMILIES,
         *decoder.FAMILIES,
         *t5.FAMILIES,
+        *whisper.FAMILIES,
     )
 }
 
@@ -63,7 +64,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         if isinstance(own, str) and own in family.prefixes:
             return family
     types = [each for family in FAMILIES.values() for each in family.prefixes]
-    near = difflib.get_close_matches(found, types, 1) if isinstance(found, str) else []
+    near = difflib.get_close_matches(found, types, 1, 0.8) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
     every = ", ".join(dict.fromkeys(types))  # a multimodal type may be of several families
     raise UserError(f"{name!r} has model_type={found!r}; expected one of {every}{nearest}")

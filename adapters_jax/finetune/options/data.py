@@ -89,14 +89,20 @@ class DataOptions:
         """Returns the task that a base model learns from these rows.
 
         Args:
-            kind: the kind of the base model, "encoder" or "decoder".
+            kind: the kind of the base model, see `models.family.Family`.
             model: the model's name, for messages.
 
         Raises:
-            UserError: the task is not known, or it is for the other kind of model.
+            UserError: the task is not known, it is for another kind of model, or none is for this
+                one.
         """
         from adapters_jax.finetune.tasks import TASKS, tasks_on
 
+        if not tasks_on(kind):
+            raise UserError(
+                f"{model!r} is of the kind {kind}, for which the command has no task; train it in "
+                "Python, as docs/guides/speech.md does"
+            )
         of_glue = glue.GLUE[glue.glue_name(self.glue)].task if self.glue else None
         name = self.task or of_glue or self._task_by_layout(kind) or tasks_on(kind)[0].name
         if name not in TASKS:

@@ -1,11 +1,13 @@
 """Loads a base model of any family, with its parameter names in PyTorch."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.models.decoder import load_decoder_classifier
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.locate import identity_of, locate, read_config, sha256_of
@@ -17,7 +19,8 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
 
     Args:
         name: a pinned model, a directory, a GGUF file, or an id on the Hub.
-        width: the number of outputs of an encoder's head; None loads the base without a head.
+        width: the number of outputs of an encoder's head, or of labels of a decoder; None loads the
+            base without a head.
         pooling: the pooling that the head reads; see `load_encoder`.
 
     Returns:
@@ -32,7 +35,9 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
     config: Any
     params: Any
     classifier = family.headed(pooling)
-    if classifier is None:
+    if family.kind == "decoder" and width is not None:
+        config, params = load_decoder_classifier(files, width)
+    elif classifier is None:
         config, params = family.load(files)
     else:
         config, params = classifier.load(files, pooling, absent=True)
@@ -45,7 +50,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
         head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
-    return described(
+    base = described(
         name,
         family,
         values["model_type"],
@@ -56,6 +61,10 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         classifies=classifies,
         pooling=pooling,
     )
+    version = str(values.get("transformers_version", ""))
+    # Every later version reads what 4 wrote, so 4 does not say which one will load an adapter.
+    names = base.names if version.startswith("4.") else base.names.of_version(version)
+    return replace(base, names=names)
 
 
 def described(

@@ -6,12 +6,13 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.errors import BaseFileError, UserError, shown
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.finetune.base_files import huggingface
+from adapters_jax.finetune.formats.base import Kind
 from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known
@@ -92,7 +93,7 @@ def pinned_shape(name: str) -> tuple[Family, Any] | None:
     return find_known(asset.shape) if asset and asset.shape else None
 
 
-def kind_of(name: str) -> Literal["encoder", "decoder", "vision"]:
+def kind_of(name: str) -> Kind:
     """The kind of a base, by which tasks are found; see `Task.kind`."""
     kind = find_family(name).kind
     return "decoder" if kind == "encoder-decoder" else kind

@@ -9,7 +9,7 @@ from typing import Any, Self
 from adapters_jax.auditing import audit
 from adapters_jax.files.model_card import model_card, table
 from adapters_jax.finetune.formats import HEAD, AdapterFormat
-from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.formats.base import BaseModel, has_score
 from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe
@@ -67,7 +67,8 @@ def card_of(
     if notes:
         sections["What the files do not say"] = "\n".join(f"- {markdown(note)}" for note in notes)
     # An encoder's task is known from its run.
-    pipeline = PIPELINES.get(base.kind) or (task_of(config).pipeline if config else None)
+    labels = "text-classification" if has_score(source.leaves) else None
+    pipeline = labels or PIPELINES.get(base.kind) or (task_of(config).pipeline if config else None)
     about = ""
     if "task" in config:
         about = f"Learnt {markdown_code(config['task'])} with {markdown_code(config['method'])}."

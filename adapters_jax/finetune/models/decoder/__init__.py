@@ -4,10 +4,18 @@ They load from Hugging Face checkpoints and from GGUF, and save checkpoints.
 """
 
 from adapters_jax.finetune.models.decoder.architecture import Architecture
-from adapters_jax.finetune.models.decoder.checkpoint import load_decoder, save_decoder
+from adapters_jax.finetune.models.decoder.checkpoint import (
+    load_decoder,
+    load_decoder_classifier,
+    save_decoder,
+)
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.finetune.models.decoder.model import (
+    Decoder,
+    DecoderClassifier,
+    abstract_decoder,
+)
 from adapters_jax.finetune.models.decoder.names import NAMES
 from adapters_jax.finetune.models.decoder.towers import TOWERS, tables, text_of
 from adapters_jax.finetune.models.family import Family
@@ -47,9 +55,11 @@ __all__ = [
     "TOWERS",
     "Architecture",
     "Decoder",
+    "DecoderClassifier",
     "DecoderConfig",
     "decoder_family",
     "load_decoder",
+    "load_decoder_classifier",
     "save_decoder",
     "text_of",
 ]

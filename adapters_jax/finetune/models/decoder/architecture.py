@@ -60,7 +60,8 @@ class Architecture:
 
     def named(self, values: Values) -> dict[str, Any]:
         """The values of a `config.json` under the names of fields, with those that are absent."""
-        values = {**self.defaults, **{self.renamed.get(k, k): x for k, x in values.items()}}
+        own_last = sorted(values.items(), key=lambda item: item[0] in self.renamed)
+        values = {**self.defaults, **{self.renamed.get(k, k): x for k, x in own_last}}
         return {name: x for name, x in values.items() if x is not None}
 
     def fields(self, values: Values) -> dict[str, Any]:

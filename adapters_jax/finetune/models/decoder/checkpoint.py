@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.decoder import towers
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import Decoder, abstract_decoder
+from adapters_jax.finetune.models.decoder.model import (
+    Decoder,
+    DecoderClassifier,
+    abstract_decoder,
+)
 from adapters_jax.finetune.models.parts.checkpoint import (
     SHARD,
     filled,
@@ -29,6 +34,8 @@ from adapters_jax.finetune.tensors import Stored, Tensor
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.base_files.gguf import GGUF
+
+_SCORE = "score.weight"
 
 
 def load_decoder(
@@ -91,6 +98,40 @@ def _read(directory: Path) -> tuple[DecoderConfig, dict[str, Stored], NameTable]
     return config, tensors, names
 
 
+def load_decoder_classifier(
+    directory: str | Path,
+    num_labels: int | None = None,
+    *,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    **options: Any,
+) -> tuple[DecoderConfig, DecoderClassifier]:
+    """Loads a decoder that classifies, such as transformers' `LlamaForSequenceClassification`.
+
+    Args:
+        directory: a directory with `config.json` and safetensors, or an id on the Hub.
+        num_labels: the width of the `score`, which is zeros where the checkpoint has none, as that
+            of a language model; an adapter of PEFT brings its own. None takes the checkpoint's.
+        revision, mesh, rules, **options: as for `load_decoder`.
+
+    Raises:
+        UserError: files are absent, a setting is unsupported, or neither the checkpoint nor
+            `num_labels` says how many labels there are.
+        MismatchError: the tensors do not fit; the message lists every difference.
+    """
+    config, stored, names = _read(huggingface.resolve(directory, revision))
+    tensors: dict[str, Any] = dict(stored)
+    score = tensors.get(_SCORE)
+    if score is None and num_labels is None:
+        raise UserError(f"{directory} has no {_SCORE}; give num_labels for a score of zeros")
+    if score is None:
+        tensors[_SCORE] = np.zeros((num_labels, config.hidden_size), np.float32)
+    width = int(tensors[_SCORE].shape[0]) if num_labels is None else num_labels
+    model = abstract_decoder(config, num_labels=width, **options)
+    return config, filled(model, tensors, names, mesh, rules)  # type: ignore[return-value]
+
+
 def save_decoder(
     directory: str | Path,
     config: DecoderConfig,
@@ -106,7 +147,8 @@ def save_decoder(
         directory: a directory, made if it is absent; a checkpoint in it is replaced,
             file by file.
         config: the model's configuration.
-        model: a model without adapters; see `adapters_jax.transforms.merge`.
+        model: a model without adapters, which may be a classifier; see
+            `adapters_jax.transforms.merge`.
         max_shard_size: the largest number of bytes in a file; more are split over shards.
         base: the directory of the multimodal checkpoint that the model was read from. The new one
             is multimodal as well: it has the `config.json` of the base, its names of tensors, and
@@ -124,6 +166,12 @@ def save_decoder(
         save_tensors(directory, *_beside_images(Path(base), config, model), max_shard_size)
         return
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    if isinstance(model, DecoderClassifier):
+        called = settings["architectures"][0]
+        kind = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", called)
+        labels = {f"LABEL_{i}": i for i in range(model.num_labels)}  # transformers counts these
+        more = {"id2label": {i: label for label, i in labels.items()}, "label2id": labels, **more}
+        settings = {**settings, "architectures": [kind]}
     save_tensors(directory, {**more, **settings}, tensors_of(model, names), max_shard_size)
 
 

@@ -16,9 +16,10 @@ from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
 _FLAGS: Mapping[str, tuple[Any, ...]] = {
-    "norm_placement": ("pre", "post", "both"),
+    "norm_placement": ("pre", "post", "both", "sum"),
     "norm_type": ("rms", "layer"),
     "qk_norm": (None, "head", "projection"),
+    "parallel": (None, "shared", "own"),
 }
 # The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
 _DERIVED = {
@@ -27,9 +28,12 @@ _DERIVED = {
 # The settings from which others are computed.
 _COUNTS = {
     *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
+    "embedding_size",
     *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
 }
-_NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
+_NUMBERS = {  # whether they may be 0
+    **{"query_pre_attn_scalar": False, "max_window_layers": True, "logit_scale": False},
+}
 _LISTS = {"layer_types", "no_rope_layers"}
 
 
@@ -54,8 +58,12 @@ class DecoderConfig(huggingface.CheckpointConfig):
         max_position_embeddings: the length that the model was made for; see `longest`.
         learned_positions: whether positions have embeddings, which are added to those of tokens,
             instead of rotations.
+        position_offset: the number of these embeddings before that of the first token.
+        alibi: whether scores fall with the distance of the key, by a slope of the head, instead of
+            rotations.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
+        rotary_interleaved: whether a rotated pair is of neighbouring features, not of two halves.
         rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
             window; None has the others' there.
         no_rope_layers: 1 for layers with rotary positions and 0 for layers without; None has them
@@ -63,18 +71,28 @@ class DecoderConfig(huggingface.CheckpointConfig):
         sliding_window: the number of tokens that a token sees in sliding attention.
         layer_types: `full_attention` or `sliding_attention` for each layer; None slides in all
             layers if there is a window.
+        head_axis: whether the weights of query, key and value have an axis of heads, as where a
+            checkpoint fuses the three head by head.
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
         mlp_gate: whether the feed-forward has a gate.
+        parallel: whether the feed-forward reads what the attention reads, not the sum after it:
+            through a "shared" norm, or each through its "own".
         qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
-        norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both".
-        norm_type: "rms", or "layer" for layer norms with biases.
+        norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both";
+            or "sum" of its residual sum, and then no norm follows the last layer.
+        norm_type: "rms", or "layer" for layer norms.
+        norm_bias: whether layer norms have biases.
         norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
+        embedding_size: the width of the embeddings, if projections to and from the hidden size
+            follow them and precede the head; None has the hidden size.
+        embedding_norm: whether a norm follows the embeddings.
         embedding_multiplier: the factor of the embeddings.
         attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
         residual_multiplier: the factor of the output of each sublayer.
         logits_scaling: the divisor of the logits.
+        head_bias: whether the head has a bias.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
         num_experts: the number of feed-forwards of a layer, each for some of the tokens; 0 has one
@@ -108,24 +126,33 @@ class DecoderConfig(huggingface.CheckpointConfig):
     model_type: str = "llama"
     max_position_embeddings: int = 2048
     learned_positions: bool = False
+    position_offset: int = 0
+    alibi: bool = False
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = False
     rope_local_base_freq: float | None = None
     no_rope_layers: tuple[int, ...] | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    head_axis: bool = False
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     mlp_gate: bool = True
+    parallel: str | None = None
     qk_norm: str | None = None
     norm_placement: str = "pre"
     norm_type: str = "rms"
+    norm_bias: bool = True
     norm_offset: float = 0.0
+    embedding_size: int | None = None
+    embedding_norm: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    head_bias: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     num_experts: int = 0
@@ -150,6 +177,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         _check_given(vars(self))
         self._check_heads()
         self._check_layers()
+        self._check_together()
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok}, expected a whole number >= 1 and "
@@ -163,7 +191,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
                 f"{self.num_attention_heads} attention heads do not divide into {self.kv_heads} "
                 "key and value heads."
             )
-        if self.learned_positions:
+        if not self.rotates:
             return
         for name in ("rope_theta", "rope_local_base_freq"):
             if getattr(self, name) is not None:
@@ -186,6 +214,24 @@ class DecoderConfig(huggingface.CheckpointConfig):
             check_choice("DecoderConfig", "layer_types", kind, LAYER_TYPES)
         if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
             raise UserError("layer_types has sliding_attention, which needs a sliding_window >= 1.")
+
+    def _check_together(self) -> None:
+        """Refuses flags that contradict each other."""
+        if self.parallel and self.norm_placement != "pre":
+            raise UserError(
+                f"parallel={self.parallel!r} with norm_placement={self.norm_placement!r}, expected "
+                "'pre': both sublayers read norms of the layer's input."
+            )
+        if self.head_axis and self.qk_norm == "projection":
+            raise UserError("head_axis=True with qk_norm='projection', expected None or 'head'.")
+        if self.alibi and self.learned_positions:
+            raise UserError("alibi=True with learned_positions=True, expected one of them.")
+        if self.embedding_size and self.embedding_norm:
+            raise UserError(
+                f"embedding_size={self.embedding_size} with embedding_norm=True, expected one."
+            )
+        if self.head_bias and self.tie_word_embeddings:
+            raise UserError("head_bias=True, expected False: the tied embedding has no bias.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -259,12 +305,19 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        width, norm = self.hidden_size, 2 if self.norm_type == "layer" else 1
-        tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        positions = self.max_position_embeddings * self.learned_positions
-        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
+        width, norm = self.hidden_size, 1 + (self.norm_type == "layer" and self.norm_bias)
+        inner = self.embedding_size or width
+        tokens = self.vocab_size * inner * (1 if self.tie_word_embeddings else 2)
+        tokens += 2 * inner * width * (inner != width) + self.vocab_size * self.head_bias
+        positions = (self.max_position_embeddings + self.position_offset) * self.learned_positions
+        norms = (self.norm_placement != "sum") + self.embedding_norm + self.num_layers * self._norms
         each = self._attention_parameters(norm) + self._mlp_parameters()
-        return (tokens + positions + norms * norm) * width + self.num_layers * each
+        return tokens + (positions + norms * norm) * width + self.num_layers * each
+
+    @property
+    def _norms(self) -> int:
+        """The number of norms of hidden states in a layer."""
+        return 4 if self.norm_placement == "both" else 1 if self.parallel == "shared" else 2
 
     def _attention_parameters(self, norm: int) -> int:
         """Those of the attention of a layer; a norm has this number for each feature."""
@@ -280,6 +333,11 @@ None); choose another model_type.
         if self.num_experts:
             return self.num_experts * (width + 3 * width * (self.moe_intermediate_size or inner))
         return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
+
+    @property
+    def has_key_bias(self) -> bool:
+        """Whether the key projection of the attention has a bias."""
+        return self.attention_bias
 
     @property
     def has_output_bias(self) -> bool:
@@ -300,6 +358,11 @@ None); choose another model_type.
         return max(most, int(original * scaling.factor))
 
     @property
+    def rotates(self) -> bool:
+        """Whether positions are rotations, at least in some layers."""
+        return not (self.learned_positions or self.alibi)
+
+    @property
     def rotated(self) -> int:
         """The number of a head's features that are rotated."""
         return int(self.head_width * self.partial_rotary_factor)
@@ -317,7 +380,7 @@ None); choose another model_type.
 
     def _kind(self, slides: bool, rotates: bool) -> LayerKind:
         window = self.sliding_window if slides else None
-        if not rotates or self.learned_positions:
+        if not rotates or not self.rotates:
             return LayerKind(window, None, None)
         if slides and self.rope_local_base_freq is not None:
             return LayerKind(window, self.rope_local_base_freq, None)

@@ -7,6 +7,7 @@ decoder attend to what the encoder has read.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -14,8 +15,9 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
-from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
+from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
+from adapters_jax.finetune.models.parts.relative import Places, alibi
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
 from adapters_jax.trace.masks import Mask
 from adapters_jax.trace.registry import register_attention
@@ -33,14 +35,14 @@ class Context(NamedTuple):
     Attributes:
         mask: the keys that each query sees; None sees all.
         rotation: the rotation of queries and keys by their positions.
-        bias: added to the scores of the self-attention.
+        bias: added to the scores of the self-attention; or the positions of ALiBi.
         source: what the cross-attention attends to, or its keys and values from `read`.
         seen: the mask of these.
     """
 
     mask: Seen | None = None
     rotation: Rotation | None = None
-    bias: Float[Array, "#batch heads length keys"] | None = None
+    bias: Float[Array, "#batch heads length keys"] | Places | None = None
     source: Source | None = None
     seen: Seen | None = None
 
@@ -79,11 +81,11 @@ class LayerNorm(nnx.LayerNorm):
     """Layer normalisation over the last axis, as in flax, with the derivative of `normalize`."""
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:  # type: ignore[override]
-        """Normalises, scales and shifts each row of `x`; takes no mask."""
-        scale: Any = self.scale
-        bias: Any = self.bias
-        x, scale, bias = self.promote_dtype((x, scale[...], bias[...]), dtype=self.dtype)
-        return (normalize(x, scale, self.epsilon, True) + bias).astype(x.dtype)
+        """Normalises, scales and, with a bias, shifts each row of `x`; takes no mask."""
+        own: Any = [self.scale] if self.bias is None else [self.scale, self.bias]
+        x, scale, *bias = self.promote_dtype((x, *(each[...] for each in own)), dtype=self.dtype)
+        y = normalize(x, scale, self.epsilon, True)
+        return (y + bias[0] if bias else y).astype(x.dtype)
 
 
 Norm = RMSNorm | LayerNorm
@@ -118,11 +120,24 @@ class Parts:
         init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
+    def to_heads(
+        self, heads: int, biased: bool | None = None, factor: float = 1.0
+    ) -> nnx.Linear | nnx.LinearGeneral:
+        """A projection of hidden states to heads, which may be an axis of its weight."""
+        c = self.config
+        width, biased = c.hidden_size, c.attention_bias if biased is None else biased
+        if not c.head_axis:
+            return self.linear(width, heads * c.head_width, biased, factor)
+        init = nnx.initializers.normal(c.deviation(width) * factor)
+        more = {"use_bias": biased, "kernel_init": init, **self.rest}
+        return nnx.LinearGeneral(width, (heads, c.head_width), **more)
+
     def norm(self, width: int) -> Norm:
         """A norm of this width."""
         c = self.config
         if c.norm_type == "layer":
-            return LayerNorm(width, epsilon=c.rms_norm_eps, **self.rest)
+            bias = c.norm_bias
+            return LayerNorm(width, epsilon=c.rms_norm_eps, use_bias=bias, **self.rest)
         return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
 
 
@@ -138,14 +153,14 @@ class DecoderAttention(nnx.Module):
 
     def __init__(self, parts: Parts):
         config = parts.config
-        width, self.head_dim = config.hidden_size, config.head_width
-        heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
-        biased = config.attention_bias
-        self.query = parts.linear(width, heads, biased, factor=config.query_init)
-        self.key = parts.linear(width, kv_heads, biased)
-        self.value = parts.linear(width, kv_heads, biased)
+        width, self.head_dim, self.kv_heads = config.hidden_size, config.head_width, config.kv_heads
+        heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, self.kv_heads))
+        self.query = parts.to_heads(config.num_attention_heads, factor=config.query_init)
+        self.key = parts.to_heads(self.kv_heads, config.has_key_bias)
+        self.value = parts.to_heads(self.kv_heads)
         self.output = parts.linear(heads, width, config.has_output_bias)
-        self.qk_norm = config.qk_norm
+        self.head_axis = config.head_axis
+        self.qk_norm, self.rotary_interleaved = config.qk_norm, config.rotary_interleaved
         if self.qk_norm:
             by_head = self.qk_norm == "head"
             self.query_norm = parts.norm(self.head_dim if by_head else heads)
@@ -162,7 +177,7 @@ class DecoderAttention(nnx.Module):
         x: Hidden,
         mask: Seen | None,
         rotation: Rotation | None = None,
-        bias: Array | None = None,
+        bias: Array | Places | None = None,
         source: Source | None = None,
         cache: LayerCache | None = None,
     ) -> Hidden:
@@ -178,6 +193,8 @@ class DecoderAttention(nnx.Module):
         source = x if source is None else source
         pair = source if isinstance(source, tuple) else self.read(source, rotation)
         key, value = pair if cache is None else cache.extend(*pair)
+        if isinstance(bias, Places):  # formed here, where XLA adds it to the scores and keeps none
+            bias = alibi(bias, query.shape[-2])
         more = {"bias": bias, "softcap": self.softcap}
         mixed = self.attention_fn(
             query if self.scale == 1.0 else query * self.scale,
@@ -196,17 +213,25 @@ class DecoderAttention(nnx.Module):
     def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
         key = self._turned("key", source, rotation)
-        return key, split_heads(self.value(source), self.head_dim)
+        return key, self._split(self.value(source))
+
+    def _split(self, y: Array) -> Heads:
+        return y if self.head_axis else split_heads(y, self.head_dim)
+
+    def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
+        """What it keeps before the first token: no keys and values."""
+        empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
+        return Kept((empty, empty))
 
     def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
         y = getattr(self, name)(x)
         if self.qk_norm == "projection":
             y = getattr(self, f"{name}_norm")(y)
-        y = split_heads(y, self.head_dim)
+        y = self._split(y)
         if self.qk_norm == "head":
             y = getattr(self, f"{name}_norm")(y)
-        return y if rotation is None else rotate(y, rotation)
+        return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
 
 
 register_attention(DecoderAttention)
@@ -254,18 +279,22 @@ class DecoderSum(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One block: attention, perhaps cross-attention, and feed-forward.
 
-    Their norms are before them, after them or both.
+    Their norms are before them, after them or both, or of their sums with the input. In a parallel
+    block the feed-forward reads what the attention reads; the sums follow each other all the same.
     """
 
     def __init__(self, parts: Parts, crosses: bool = False):
         config = parts.config
         placement = config.norm_placement
-        self.before, self.after = placement != "post", placement != "pre"
+        self.before, self.after = placement in ("pre", "both"), placement in ("post", "both")
+        self.of_sum = placement == "sum"
         self.crosses, self.multiplier = crosses, config.residual_multiplier
+        self.parallel = config.parallel
 
         def add(name: str, make: Callable[[Parts], nnx.Module]) -> None:
             """Makes a sublayer, the norms around it and its residual sum."""
-            if self.before:
+            own = not (name == "mlp" and self.parallel == "shared")
+            if (self.before or self.of_sum) and own:
                 setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
             setattr(self, name, make(parts))
             if self.after:
@@ -280,18 +309,50 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
         """Computes the hidden states after the block."""
         mask, rotation, bias, source, seen = context
-        x = self._add("attention", x, mask, rotation, bias, cache=cache)
+        read = self._read("attention", x)
+        y = self._add("attention", x, read, mask, rotation, bias, cache=cache)
         if self.crosses:
-            x = self._add("cross_attention", x, seen, source=source)
-        return self._add("mlp", x)
+            y = self._add(
+                "cross_attention", y, self._read("cross_attention", y), seen, source=source
+            )
+        if self.parallel != "shared":
+            read = self._read("mlp", x if self.parallel else y)
+        return self._add("mlp", y, read)
 
-    def _add(self, name: str, x: Hidden, *args: Any, **options: Any) -> Hidden:
-        """The residual sum of hidden states and a sublayer of them."""
-        y = getattr(self, f"{name}_norm")(x) if self.before else x
-        y = getattr(self, name)(y, *args, **options)
+    def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
+        """What it keeps before the first token, of rows of at most `slots` tokens."""
+        attention: Any = self.attention  # type: ignore[attr-defined]
+        return attention.empty_cache(batch, slots, dtype)
+
+    def _read(self, name: str, x: Hidden) -> Hidden:
+        """What a sublayer reads of hidden states."""
+        return getattr(self, f"{name}_norm")(x) if self.before else x
+
+    def _add(self, name: str, x: Hidden, read: Hidden, *args: Any, **options: Any) -> Hidden:
+        """The residual sum of hidden states and a sublayer of what it reads."""
+        y = getattr(self, name)(read, *args, **options)
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
-        return getattr(self, f"{name}_sum")(x, y)
+        x = getattr(self, f"{name}_sum")(x, y)
+        return getattr(self, f"{name}_norm")(x) if self.of_sum else x
+
+
+def empty_cache(layers: Any, length: int, batch: int, slots: int, dtype: Dtype) -> Cache:
+    """A cache without tokens for blocks.
+
+    Args:
+        layers: from `make_nnx`.
+        length: the number of blocks.
+        batch: the number of rows.
+        slots: the largest number of tokens of a row, padding included.
+        dtype: that of keys and values.
+    """
+    sizes = batch, slots, dtype
+    if isinstance(layers, nnx.List):
+        return Cache.empty([layer.empty_cache(*sizes) for layer in layers], batch, slots)
+    kept = layers.empty_cache(*sizes)
+    kept = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), kept)
+    return Cache.empty(kept, batch, slots)
 
 
 def extend_layers(
@@ -310,21 +371,19 @@ def extend_layers(
         contexts: of each kind of block.
         kinds: the number of each block's kind.
         cache: the cache, after `Cache.reserve` has given the tokens their slots.
-        *source: the keys and the values of cross-attentions, in the form of the cache's.
+        *source: the keys and the values of cross-attentions, in the form of the cache's layers.
 
     Returns:
-        The output of the last block, and the cache with the keys and values of the tokens.
+        The output of the last block, and the cache with what the blocks keep of the tokens.
     """
     start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
 
-    def step(x: Array, layer: Any, context: Context, *row: Array) -> tuple[Array, ...]:
-        key, value, *rest = row
-        source: Any = tuple(rest) or None
-        memory = LayerCache(key, value, start)
-        x = layer(x, context._replace(source=source), memory)
-        return x, memory.key, memory.value
+    def step(
+        x: Array, layer: Any, context: Context, kept: Kept, *source: Any
+    ) -> tuple[Array, Kept]:
+        memory = LayerCache(kept, start)
+        x = layer(x, context._replace(source=source[0]) if source else context, memory)
+        return x, memory.kept
 
-    x, keys, values = extend_nnx(
-        step, layers, x, contexts, kinds, cache.keys, cache.values, *source
-    )
-    return x, cache._replace(keys=keys, values=values)
+    x, kept = extend_nnx(step, layers, x, contexts, kinds, cache.layers, *source)
+    return x, cache._replace(layers=kept)

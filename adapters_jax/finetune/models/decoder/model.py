@@ -1,7 +1,7 @@
 """The decoder (flax.nnx): one model for all families; their configurations tell them apart.
 
-Rotary or learned positions, grouped-query attention, a feed-forward with or without a gate, RMS or
-layer norms.
+Rotary or learned positions or ALiBi, grouped-query attention, a feed-forward with or without a
+gate, RMS or layer norms.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; see `families` for the
 others.
@@ -17,18 +17,21 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
+from adapters_jax.errors import check_size
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
     DecoderLayer,
     Parts,
     Seen,
+    empty_cache,
     extend_layers,
 )
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
 from adapters_jax.finetune.models.parts.cache import Cache
 from adapters_jax.finetune.models.parts.functions import capped
+from adapters_jax.finetune.models.parts.relative import Places
 from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation
 from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
 from adapters_jax.trace.masks import Mask
@@ -85,15 +88,30 @@ class Decoder(nnx.Module):
             return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
         width, own = config.hidden_size, parts(rngs)
+        inner = config.embedding_size or width
         embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
-        self.embeddings = embed(config.vocab_size, width)
+        self.embeddings = embed(config.vocab_size, inner)
+        self.projects = inner != width
+        if self.projects:
+            self.embedding_projection = own.linear(inner, width)
         if config.learned_positions:
-            self.position_embeddings = embed(config.max_position_embeddings, width)
+            positions = config.max_position_embeddings + config.position_offset
+            self.position_embeddings = embed(positions, width)
+        if config.embedding_norm:
+            self.embedding_norm = own.norm(width)
         length = config.num_hidden_layers
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
-        self.norm = own.norm(width)
+        if config.norm_placement != "sum":
+            self.norm = own.norm(width)
+        if self.projects:
+            self.head_projection = own.linear(width, inner)
+        self._make_head(own, inner)
+
+    def _make_head(self, parts: Parts, width: int) -> None:
+        """Makes what reads the hidden states, which have this width."""
+        config = self.config
         if not config.tie_word_embeddings:
-            self.head = own.linear(width, config.vocab_size)
+            self.head = parts.linear(width, config.vocab_size, config.head_bias)
 
     def __call__(
         self,
@@ -136,10 +154,10 @@ class Decoder(nnx.Module):
             positions = token_positions(input_ids, attention_mask, segments)
         length = input_ids.shape[1]
         masks = self._masks(attention_mask, segments, length)
-        contexts = self._contexts(masks, positions, length)
+        contexts = self._contexts(masks, positions, length, positions)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
-        return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+        return self._last(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
 
     @property
     def longest(self) -> int | None:
@@ -152,9 +170,17 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch length d"]:
         x, factor = split_rows(self.embeddings(input_ids)), self.config.embedding_multiplier
         x = x if factor == 1.0 else x * factor
+        x = self.embedding_projection(x) if self.projects else x
+        x = self.embedding_norm(x) if self.config.embedding_norm else x
         if self.longest is None:
             return x
-        return x + self.position_embeddings(jnp.maximum(positions, 0))  # padding may be before 0
+        places = jnp.maximum(positions, 0) + self.config.position_offset  # padding may be before 0
+        return x + self.position_embeddings(places)
+
+    def _last(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length inner"]:
+        """What follows the last layer, before the head."""
+        x = x if self.config.norm_placement == "sum" else self.norm(x)
+        return self.head_projection(x) if self.projects else x
 
     def _masks(
         self,
@@ -170,7 +196,11 @@ class Decoder(nnx.Module):
         return [*masks]
 
     def _contexts(
-        self, masks: Sequence[Seen], positions: Int[Array, "#batch length"], longest: int
+        self,
+        masks: Sequence[Seen],
+        positions: Int[Array, "#batch length"],
+        longest: int,
+        keys: Int[Array, "#batch keys"],
     ) -> list[Context]:
         """The context of each kind of layer.
 
@@ -178,22 +208,24 @@ class Decoder(nnx.Module):
             masks: their masks.
             positions: those of the rotation.
             longest: the length of the text, see `RopeScaling.frequencies`.
+            keys: the positions of the keys.
         """
 
         def turned(kind: LayerKind) -> Rotation | None:
-            if self.config.learned_positions:
+            if not self.config.rotates:
                 return None
             rotated = self.config.rotated
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
 
         kinds, _ = distinct(self.config.layer_kinds)
-        return [Context(mask, turned(kind)) for mask, kind in zip(masks, kinds, strict=True)]
+        places = Places(positions, keys) if self.config.alibi else None
+        both = zip(masks, kinds, strict=True)
+        return [Context(mask, turned(kind), places) for mask, kind in both]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
-        config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
-        sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
-        return Cache.empty(*sizes, dtype, stacked=self.scan)
+        dtype = self.dtype or self.embeddings.embedding.dtype
+        return empty_cache(self.layers, self.config.num_hidden_layers, batch, slots, dtype)
 
     def extend(
         self,
@@ -217,15 +249,66 @@ class Decoder(nnx.Module):
         back = positions[:, None, :, None] - cache.positions[:, None, None, :]
         kinds, numbers = distinct(self.config.layer_kinds)
         masks = [mask if kind.window is None else mask & (back < kind.window) for kind in kinds]
-        contexts = self._contexts(masks, positions, cache.held.shape[1])
+        contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
         x = self._embed(input_ids, positions)
         x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
-        return self.norm(x), cache
+        return self._last(x), cache
 
 
-def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:
-    """Returns a decoder without arrays; the options are those of `Decoder`."""
-    model = nnx.eval_shape(lambda: Decoder(config, scan=True, rngs=nnx.Rngs(0), **options))
+class DecoderClassifier(Decoder):
+    """A decoder whose `score` reads the state of each row's last token, instead of a head.
+
+    Args:
+        config: the model's shape.
+        num_labels: the width of the score; 1 for regression.
+        options: those of `Decoder`.
+
+    Raises:
+        UserError: `num_labels` is no whole number of at least 1.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> def logits(ids):
+        ...     return DecoderClassifier(config, 3, rngs=nnx.Rngs(0))(ids)
+        >>> nnx.eval_shape(logits, jnp.array([[1, 2, 3]])).shape
+        (1, 3)
+    """
+
+    def __init__(self, config: DecoderConfig, num_labels: int, **options: Any):
+        check_size("DecoderClassifier", "num_labels", num_labels)
+        self.num_labels = num_labels
+        super().__init__(config, **options)
+
+    def _make_head(self, parts: Parts, width: int) -> None:
+        self.score = parts.linear(width, self.num_labels)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"],
+        attention_mask: Num[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch labels"]:
+        """Computes float32 logits of the labels; the arguments are those of `hidden`."""
+        hidden = self.hidden(input_ids, attention_mask, positions, segments)
+        if attention_mask is None:
+            return self.logits(hidden[:, -1])
+        # Padding may be on either side.
+        last = jnp.argmax(jnp.arange(input_ids.shape[1]) * (attention_mask != 0), axis=1)
+        return self.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch labels"]:
+        """Computes float32 logits of hidden states."""
+        return self.score(hidden).astype(jnp.float32)
+
+
+def abstract_decoder(
+    config: DecoderConfig, *, scan: bool = False, num_labels: int | None = None, **options: Any
+) -> Decoder:
+    """Returns a decoder, or a classifier, without arrays; the options are those of `Decoder`."""
+    make: Any = Decoder if num_labels is None else partial(DecoderClassifier, num_labels=num_labels)
+    model = nnx.eval_shape(lambda: make(config, scan=True, rngs=nnx.Rngs(0), **options))
     if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
         parts: tuple[Any, ...] = nnx.split(model.layers)
         graphdef, state = parts

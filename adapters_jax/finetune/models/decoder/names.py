@@ -1,12 +1,14 @@
 """The names that checkpoints of decoders have for our modules."""
 
 from dataclasses import replace
+from typing import Any
 
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
 LAYERS = NNX, "layers"  # our names of layers, and theirs
-MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), Rule("head", "lm_head"))
+HEADS = (Rule("head", "lm_head"), Rule("score", "score"))
+MODEL = (Rule("embeddings", "embed_tokens"), Rule("norm", "norm"), *HEADS)
 PROJECTIONS = of_layers(
     *LAYERS,
     attention__query="self_attn.q_proj",
@@ -32,11 +34,14 @@ NORMS_AROUND = of_layers(
     mlp_post_norm="post_feedforward_layernorm",
 )
 
-FUSED = of_layers(
+FUSED_QKV = of_layers(
     *LAYERS,
     attention__query=("self_attn.qkv_proj", 0, 3),
     attention__key=("self_attn.qkv_proj", 1, 3),
     attention__value=("self_attn.qkv_proj", 2, 3),
+)
+FUSED_MLP = of_layers(
+    *LAYERS,
     mlp__gate=("mlp.gate_up_proj", 0, 2),
     mlp__up=("mlp.gate_up_proj", 1, 2),
 )
@@ -50,13 +55,37 @@ NAMES = NameTable(
     tied=("lm_head", "embed_tokens"),
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))
-NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED, *PROJECTIONS, *NORMS_BEFORE))
+NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS, *NORMS_BEFORE))
+
+
+def fused_by_head(name: str) -> dict[str, Any]:
+    """The names of query, key and value for `of_layers`, if `name` fuses them head by head."""
+    parts = enumerate(("query", "key", "value"))
+    return {f"attention__{part}": (name, i, 3, True) for i, part in parts}
+
+
+MLP_NEOX = {"mlp__up": "mlp.dense_h_to_4h", "mlp__output": "mlp.dense_4h_to_h"}
 
 
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:
-    """The table of a model with experts: `mlp` is their module, the others those of an expert."""
+    """The table of a model with experts: `mlp` is their module, the others those of an expert.
+
+    In transformers 5 the module is `mlp` in all models, and its experts are two stacks.
+    """
     router = Rule(r"layers/(\d+)/mlp/router", rf"layers.\1.{mlp}.gate")
     ours = {"gate": gate, "up": up, "output": output}
+    stack = r"layers/(\d+)/mlp/experts/{}", r"layers.\1.mlp.experts.{}"
+    stacked = (
+        ParameterRule(r"layers/(\d+)/mlp/router/kernel", r"layers.\1.mlp.gate.weight", True),
+        *(
+            ParameterRule(stack[0].format(own), stack[1].format(theirs), True, False, part)
+            for own, theirs, part in (
+                ("gate", "gate_up_proj", (0, 2)),
+                ("up", "gate_up_proj", (1, 2)),
+                ("output", "down_proj", None),
+            )
+        ),
+    )
     parameters = tuple(
         ParameterRule(
             rf"layers/(\d+)/mlp/experts/{each}",
@@ -65,4 +94,5 @@ def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) ->
         )
         for each, theirs in ours.items()
     )
-    return replace(names, rules=(router, *names.rules), parameters=parameters)
+    rules = (router, *names.rules)
+    return replace(names, rules=rules, parameters=parameters, stacked=stacked)

@@ -72,6 +72,7 @@ _AGAIN: dict[Activation, Activation] = {silu: lambda x: x * (1.0 - jax.nn.sigmoi
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
+    "gelu_fast": gelu_tanh,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": nn.relu,

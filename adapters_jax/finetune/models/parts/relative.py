@@ -1,11 +1,47 @@
-"""Relative positions in groups, so that few biases or embeddings serve texts of any length.
+"""Relative positions: ALiBi, and groups, so that few biases or embeddings serve any length.
 
 T5 and DeBERTa group them differently, and round differently at the edge of a group.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
+
+
+class Places(NamedTuple):
+    """The positions of queries and of keys, each counted from the start of its text."""
+
+    queries: Int[Array, "#batch length"]
+    keys: Int[Array, "#batch keys"]
+
+
+def alibi(places: Places, heads: int) -> Float[Array, "#batch heads length keys"]:
+    """The bias of ALiBi: a key's distance before the query, times the slope of the head.
+
+    Example:
+        >>> each = jnp.arange(3)[None]
+        >>> alibi(Places(each, each), 8)[0, 0, 2].tolist()
+        [-1.0, -0.5, 0.0]
+
+    Reference: Press et al., Train short, test long (2021), https://arxiv.org/abs/2108.12409
+    """
+    distance = places.keys[:, None, None, :] - places.queries[:, None, :, None]
+    return jnp.asarray(_slopes(heads), jnp.float32)[:, None, None] * distance
+
+
+def _slopes(heads: int) -> Float[np.ndarray, " heads"]:
+    """Powers of a root of two; heads beyond a power of two have every other slope of the next.
+
+    Example:
+        >>> _slopes(3).tolist()
+        [0.0625, 0.00390625, 0.25]
+    """
+    power = 2 ** (heads.bit_length() - 1)
+    first = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    further = 2.0 ** (-4 / power * np.arange(1, 2 * (heads - power), 2))
+    return np.concatenate([first, further])
 
 
 def relative_buckets(

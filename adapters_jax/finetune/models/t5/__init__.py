@@ -9,7 +9,7 @@ from typing import Any
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.t5.checkpoint import NAMES, load_t5, save_t5
 from adapters_jax.finetune.models.t5.config import T5Config
-from adapters_jax.finetune.models.t5.model import T5, T5Cache, abstract_t5
+from adapters_jax.finetune.models.t5.model import T5, abstract_t5
 
 # d_model, d_kv, d_ff, num_layers, num_heads
 _FIRST = {
@@ -64,4 +64,4 @@ def _family(name: str, known: Mapping[str, T5Config]) -> Family:
 
 FAMILIES = (_family("t5", T5_KNOWN), _family("mt5", MT5_KNOWN))
 
-__all__ = ["FAMILIES", "NAMES", "T5", "T5Cache", "T5Config", "load_t5", "save_t5"]
+__all__ = ["FAMILIES", "NAMES", "T5", "T5Config", "load_t5", "save_t5"]

@@ -1,5 +1,6 @@
 """The names that checkpoints of T5 have for our modules; loads and saves such checkpoints."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from jax.sharding import Mesh
 
 from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
+from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.parts.checkpoint import (
     SHARD,
@@ -80,7 +82,12 @@ def load_t5(
         UserError: files are absent, or a setting is unsupported.
         MismatchError: the tensors do not fit; the message lists every difference.
     """
-    config, tensors = huggingface.read_checkpoint(T5Config, name_or_path, revision)
+    directory = huggingface.resolve(name_or_path, revision)
+    config, tensors = huggingface.read_checkpoint(T5Config, directory)
+    version = str(read_json(directory / "config.json").get("transformers_version"))
+    if not config.tie_word_embeddings and re.match(r"[5-9]\.|\d\d", version):
+        # The head of transformers 5 is the embedding where the file lacks it, without its scale.
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     return config, filled(abstract_t5(config, **options), tensors, NAMES, mesh, rules)
 
 

@@ -78,10 +78,11 @@ class T5Config(huggingface.CheckpointConfig):
     intermediate_size = property(attrgetter("d_ff"))
     num_attention_heads = kv_heads = property(attrgetter("num_heads"))
     head_width = property(attrgetter("d_kv"))
-    attention_bias = has_output_bias = mlp_bias = False
+    attention_bias = has_key_bias = has_output_bias = mlp_bias = False
     attention_multiplier = residual_multiplier = 1.0
     attn_logit_softcapping = qk_norm = None
     norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
+    parallel, rotary_interleaved, head_axis = None, False, False
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
     num_experts = 0
     mlp_first = "intermediate"

@@ -4,26 +4,17 @@ Reference: Raffel et al., Exploring the limits of transfer learning with a unifi
 transformer (2020), https://arxiv.org/abs/1910.10683
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from adapters_jax.finetune.models.decoder.layers import (
-    Context,
-    DecoderLayer,
-    Hidden,
-    Parts,
-    Seen,
-    extend_layers,
-)
+from adapters_jax.finetune.models.decoder.layers import Parts
+from adapters_jax.finetune.models.decoder.stack import CrossCache, Stack
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
-from adapters_jax.finetune.models.parts.blocks import check_remat, extend_nnx, make_nnx, run_nnx
-from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.finetune.models.parts.blocks import check_remat
 from adapters_jax.finetune.models.parts.relative import relative_buckets
 from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.finetune.models.t5.config import T5Config
@@ -32,58 +23,17 @@ from adapters_jax.trace.masks import Mask
 Ids = Int[Array, "batch length"]
 
 
-class T5Cache(NamedTuple):
-    """What the decoder has read.
+class T5Stack(Stack):
+    """Blocks that share the biases of positions, and the norm after the last one; see `Stack`."""
 
-    Attributes:
-        own: the keys and values of its tokens.
-        keys: those of the encoder's hidden states, for each layer; one array if they are scanned.
-        values: likewise.
-        seen: the mask of these hidden states.
-    """
-
-    own: Cache
-    keys: Any
-    values: Any
-    seen: Bool[Array, "batch 1 1 source"]
-
-    def row_axes(self) -> "T5Cache":
-        """The axis of the rows of each array; see `Cache.row_axes`."""
-        own = self.own.row_axes()
-        axis = jax.tree.leaves(own.keys)[0]
-        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
-        return T5Cache(own, keys, values, 0)  # type: ignore[arg-type]
-
-
-class T5Stack(nnx.Module):
-    """Blocks that share the biases of positions, and the norm after the last one."""
-
-    def __init__(
-        self,
-        length: int,
-        causal: bool,
-        parts: Callable[[nnx.Rngs], Parts],
-        remat: bool | str,
-        scan: bool,
-        rngs: nnx.Rngs,
-    ):
-        own = parts(rngs)
-        config = self.config = own.config
-        self.causal, self.remat = causal, remat
-        self.kinds = (0,) * length  # all blocks are of one kind
+    def __init__(self, length: int, crosses: bool, *rest: Any):
+        super().__init__(length, crosses, *rest)
+        make, *_, rngs = rest
+        self.causal = crosses
+        config = self.config
         init = nnx.initializers.normal(config.deviation(config.d_model))
         sizes = config.relative_attention_num_buckets, config.num_heads
-        self.position_bias = nnx.Embed(*sizes, embedding_init=init, **own.rest)
-        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs), causal), length, scan, rngs)
-        self.norm = own.norm(config.d_model)
-
-    def __call__(
-        self, x: Hidden, mask: Seen | None, source: Hidden | None = None, seen: Seen | None = None
-    ) -> Hidden:
-        """Computes the hidden states after the last norm; see `Context`."""
-        at = jnp.arange(x.shape[1])[None]
-        context = Context(mask, bias=self.bias(at, at), source=source, seen=seen)
-        return self.norm(run_nnx(self.layers, x, [context], self.kinds, remat=self.remat))
+        self.position_bias = nnx.Embed(*sizes, embedding_init=init, **make(rngs).rest)
 
     def bias(
         self, at: Int[Array, "#batch length"], keys_at: Int[Array, "#batch keys"]
@@ -98,24 +48,6 @@ class T5Stack(nnx.Module):
             config.relative_attention_max_distance,
         )
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
-
-    def read(self, source: Hidden) -> tuple[Any, Any]:
-        """The keys and values of every cross-attention, in the form of a cache's."""
-
-        def step(x: Array, layer: Any, _: Any) -> tuple[Array, ...]:
-            return x, *layer.cross_attention.read(x)
-
-        return extend_nnx(step, self.layers, source, [None], self.kinds)[1:]
-
-    def extend(
-        self, x: Hidden, attention_mask: Num[Array, "batch length"], cache: T5Cache
-    ) -> tuple[Hidden, T5Cache]:
-        """Computes the hidden states of further tokens, and extends the cache by them."""
-        own, positions, mask = cache.own.reserve(attention_mask)
-        context = Context(mask, bias=self.bias(positions, own.positions), seen=cache.seen)
-        pairs = cache.keys, cache.values
-        x, own = extend_layers(self.layers, x, [context], self.kinds, own, *pairs)
-        return self.norm(x), cache._replace(own=own)
 
 
 class T5(nnx.Module):
@@ -251,7 +183,7 @@ class T5(nnx.Module):
 
     def read_prompts(
         self, input_ids: Ids, attention_mask: Num[Array, "batch length"], slots: int
-    ) -> tuple[Int[Array, "batch 1"], Bool[Array, "batch 1"], T5Cache]:
+    ) -> tuple[Int[Array, "batch 1"], Bool[Array, "batch 1"], CrossCache]:
         """Reads prompts with the encoder, for a decoder that has written nothing yet.
 
         Args:
@@ -262,21 +194,18 @@ class T5(nnx.Module):
         Returns:
             The tokens with which the decoder begins, their mask, and the cache for `extend`.
         """
-        config, batch = self.config, len(input_ids)
         encoded = self.encode(input_ids, attention_mask)
-        sizes = config.decoder_layers, batch, slots, config.num_heads, config.d_kv
-        own = Cache.empty(*sizes, encoded.dtype, stacked=self.scan)
-        keys, values = self.decoder.read(encoded)
         seen = (attention_mask != 0)[:, None, None, :]
-        first = jnp.full((batch, 1), config.decoder_start_token_id, jnp.int32)
-        return first, jnp.ones((batch, 1), bool), T5Cache(own, keys, values, seen)
+        start = self.config.decoder_start_token_id
+        first = jnp.full((len(input_ids), 1), start, jnp.int32)
+        return first, first == start, self.decoder.empty_cache(encoded, seen, slots)
 
     def extend(
         self,
         input_ids: Int[Array, "batch written"],
         attention_mask: Num[Array, "batch written"],
-        cache: T5Cache,
-    ) -> tuple[Float[Array, "batch written d"], T5Cache]:
+        cache: CrossCache,
+    ) -> tuple[Float[Array, "batch written d"], CrossCache]:
         """Computes the decoder's hidden states of further tokens, and extends the cache by them.
 
         Args:
@@ -289,7 +218,7 @@ class T5(nnx.Module):
             The hidden states after the last norm, and the extended cache.
         """
         check_tokens(input_ids, attention_mask)
-        return self.decoder.extend(self.embeddings(input_ids), attention_mask, cache)
+        return self.decoder.extend(self.embeddings(input_ids), *cache.reserve(attention_mask))
 
 
 def abstract_t5(config: T5Config, **options: Any) -> T5:

@@ -2,16 +2,22 @@
 
 from adapters_jax.finetune.models.decoder.architecture import Architecture
 from adapters_jax.finetune.models.decoder.families import (
+    bloom,
+    cohere,
     experts,
     gemma,
+    glm,
     gpt2,
     granite,
     llama,
     mistral,
+    neox,
     olmo,
+    opt,
     phi,
     qwen,
     smollm,
+    starcoder,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -25,10 +31,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        phi.PHI,
         phi.PHI3,
         olmo.OLMO2,
         smollm.SMOLLM3,
         granite.GRANITE,
+        glm.GLM,
+        glm.GLM4,
+        cohere.COHERE,
+        cohere.COHERE2,
+        starcoder.STARCODER2,
+        neox.GPT_NEOX,
+        bloom.BLOOM,
+        opt.OPT,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         experts.OLMOE,

@@ -19,6 +19,12 @@ def _window(values: Values) -> dict[str, Any]:
     return {"sliding_window": values.get("sliding_window")} if slides else {}
 
 
+def _qwen(values: Values) -> dict[str, Any]:
+    """The window, and the number of experts by its name in transformers 5."""
+    local = values.get("num_local_experts")
+    return _window(values) | ({} if local is None else {"num_experts": local})
+
+
 MIXTRAL = Architecture(
     "mixtral",
     "MixtralForCausalLM",
@@ -46,7 +52,7 @@ QWEN3_MOE = Architecture(
         **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     },
     settings=(*OWN, "attention_bias", "norm_topk_prob", "moe_intermediate_size"),
-    read=_window,
+    read=_qwen,
     write=lambda config: {
         "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,

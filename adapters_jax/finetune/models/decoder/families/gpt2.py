@@ -18,6 +18,7 @@ NAMES = NameTable(
         Rule("embeddings", "wte"),
         Rule("position_embeddings", "wpe"),
         Rule("norm", "ln_f"),
+        Rule("score", "score"),
         *of_layers(
             NNX,
             "h",

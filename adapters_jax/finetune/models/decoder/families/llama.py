@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3, and SmolLM2: the architecture that the others vary.
+"""Llama 1 to 3.3, SmolLM2 and Falcon 3: the architecture that the others vary.
 
 Reference: Touvron et al., LLaMA (2023), https://arxiv.org/abs/2302.13971; Dubey et al., The Llama 3
 herd of models (2024), https://arxiv.org/abs/2407.21783
@@ -27,6 +27,11 @@ def _llama3(*sizes: int, factor: float | None = None, **more: Any) -> Values:
 
 def _smollm(*sizes: int, **more: Any) -> Values:
     return shape(*sizes, vocab_size=49152, rms_norm_eps=1e-5, **TIED, **more)
+
+
+def _falcon3(*sizes: int, **more: Any) -> Values:
+    usual = {"vocab_size": 131072, "head_dim": 256, "rope_theta": 1000042.0}
+    return shape(*sizes, **{**usual, "max_position_embeddings": 32768, **more})
 
 
 KNOWN = {
@@ -74,6 +79,10 @@ KNOWN = {
     "HuggingFaceTB/SmolLM2-1.7B": _smollm(
         2048, 8192, 24, 32, 32, rope_theta=130_000.0, max_position_embeddings=8192
     ),
+    "tiiuae/Falcon3-1B-Base": _falcon3(2048, 8192, 18, 8, 4, max_position_embeddings=4096),
+    "tiiuae/Falcon3-3B-Base": _falcon3(3072, 9216, 22, 12, 4),
+    "tiiuae/Falcon3-7B-Base": _falcon3(3072, 23040, 28, 12, 4),
+    "tiiuae/Falcon3-10B-Base": _falcon3(3072, 23040, 40, 12, 4),
 }
 
 LLAMA = Architecture(

@@ -201,13 +201,34 @@ def _like_vit(prefix: str, *unused: str, **names: str) -> NameTable:
     )
 
 
-VIT_NAMES = _like_vit(
-    "vit.",
-    *("pooler", "classifier", "decoder"),
-    attention_norm="layernorm_before",
-    mlp_norm="layernorm_after",
-    mlp__intermediate="intermediate.dense",
-    mlp__output__dense="output.dense",
+def _since_5(layers: str) -> tuple[tuple[str, str], ...]:
+    """The names of attention's modules in transformers 4 and 5; `layers` is 5's list of layers."""
+    return tuple(
+        (f"encoder.layer.{{}}.attention.{four}", f"{layers}.{{}}.attention.{five}")
+        for four, five in (
+            ("attention.query", "q_proj"),
+            ("attention.key", "k_proj"),
+            ("attention.value", "v_proj"),
+            ("output.dense", "o_proj"),
+        )
+    )
+
+
+VIT_NAMES = replace(
+    _like_vit(
+        "vit.",
+        *("pooler", "classifier", "decoder"),
+        attention_norm="layernorm_before",
+        mlp_norm="layernorm_after",
+        mlp__intermediate="intermediate.dense",
+        mlp__output__dense="output.dense",
+    ),
+    since_5=(
+        *_since_5("layers"),
+        ("encoder.layer.{}.intermediate.dense", "layers.{}.mlp.fc1"),
+        ("encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
+        ("encoder.layer.{}", "layers.{}"),
+    ),
 )
 DINO_NAMES = replace(
     _like_vit(
@@ -218,6 +239,7 @@ DINO_NAMES = replace(
         mlp__intermediate="mlp.fc1",
         mlp__output__dense="mlp.fc2",
     ),
+    since_5=_since_5("encoder.layer"),
     parameters=(
         *_FIRST,
         ParameterRule(
