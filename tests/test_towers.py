@@ -459,6 +459,8 @@ def test_a_merged_run_is_the_multimodal_checkpoint_again(name, tmp_path, monkeyp
     expected = load_generator(run).model(ids)
     np.testing.assert_allclose(load_decoder("merged")[1](ids), expected, atol=1e-4)
     assert main(["convert", run, "adapter", "--to", "peft"]) == 0
+    card = Path("adapter/README.md").read_text()
+    assert "PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(" in card
     assert all(
         key.startswith("base_model.model.model.language_model.")
         for key in read_keys(Path("adapter"))

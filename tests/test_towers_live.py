@@ -179,6 +179,8 @@ def test_a_merged_run_computes_in_the_multimodal_class(name, tmp_path, monkeypat
     expected = ours(name, load_generator(run).model)
     np.testing.assert_allclose(theirs(name, their_base("merged")), expected, atol=1e-4)
     assert np.abs(expected - theirs(name, their_base("tower"))).max() > 0.01
+    assert main(["convert", run, "adapter", "--to", "peft"]) == 0
+    np.testing.assert_allclose(in_peft(name, "tower", "adapter"), expected, atol=1e-4)
 
 
 def spelt_out(config):

@@ -268,29 +268,6 @@ class CheckpointConfig:
             raise BaseFileError(f"{path}: {error}") from error
 
 
-def _check_version(values: Mapping[str, Any], path: Path) -> None:
-    """Warns of a `config.json` of a later transformers, or raises UserError if it is laid out anew.
-
-    A setting that is not found would have its default, in silence.
-    """
-    version = values.get("transformers_version")
-    major = version.partition(".")[0][:9] if isinstance(version, str) else ""
-    if not major.isdecimal() or int(major) <= NEWEST:
-        return
-    written = f"of transformers {shown(version, 40)}"
-    inner = values.get("text_config", values.get("vision_config"))
-    named = {*values, *(inner if isinstance(inner, dict) else ())}
-    if not named & {"vocab_size", "hidden_size"}:
-        raise UserError(
-            f"it is {written} and has neither vocab_size nor hidden_size, which versions up to "
-            f"{NEWEST} write; save the model again with one of these"
-        )
-    warn(
-        f"{path} is {written}; files of versions up to {NEWEST} are known, so a setting that is "
-        "new or renamed since is not read: compare the outputs"
-    )
-
-
 Config = TypeVar("Config", bound=CheckpointConfig)
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -328,6 +305,29 @@ def check_tensors(config: CheckpointConfig, tensors: Mapping[str, Any]) -> None:
             f"the configuration has {config.num_layers} layers, but the checkpoint has "
             f"{len(tensors)} tensors; correct config.json."
         )
+
+
+def _check_version(values: Mapping[str, Any], path: Path) -> None:
+    """Warns of a `config.json` of a later transformers, or raises UserError if it is laid out anew.
+
+    A setting that is not found would have its default, in silence.
+    """
+    version = values.get("transformers_version")
+    major = version.partition(".")[0][:9] if isinstance(version, str) else ""
+    if not major.isdecimal() or int(major) <= NEWEST:
+        return
+    written = f"of transformers {shown(version, 40)}"
+    inner = values.get("text_config", values.get("vision_config"))
+    named = {*values, *(inner if isinstance(inner, dict) else ())}
+    if not named & {"vocab_size", "hidden_size"}:
+        raise UserError(
+            f"it is {written} and has neither vocab_size nor hidden_size, which versions up to "
+            f"{NEWEST} write; save the model again with one of these"
+        )
+    warn(
+        f"{path} is {written}; files of versions up to {NEWEST} are known, so a setting that is "
+        "new or renamed since is not read: compare the outputs"
+    )
 
 
 def _nearest(value: Any, allowed: Iterable[Any]) -> str:
