@@ -28,6 +28,7 @@ ARITHMETIC = {
     *("rope_local_base_freq", "no_rope_layers", "layer_types", "norm_offset"),
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     *("attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob"),
+    "rotary_interleaved",
 }
 # The bookkeeping of a config.json, which names no arithmetic.
 BOOKKEEPING = {
@@ -41,6 +42,7 @@ BOOKKEEPING = {
     "scale_attn_by_inverse_layer_idx",
     "decoder_sparse_step",  # every layer has experts
     "mlp_only_layers",
+    *("residual_dropout", "embedding_dropout", "use_qk_norm", "qk_layernorm"),
 }
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())

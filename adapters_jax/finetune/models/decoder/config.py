@@ -19,6 +19,7 @@ _FLAGS: Mapping[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "both"),
     "norm_type": ("rms", "layer"),
     "qk_norm": (None, "head", "projection"),
+    "parallel": (None, "shared", "own"),
 }
 # The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
 _DERIVED = {
@@ -29,7 +30,9 @@ _COUNTS = {
     *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
     *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
 }
-_NUMBERS = {"query_pre_attn_scalar": False, "max_window_layers": True}  # whether they may be 0
+_NUMBERS = {  # whether they may be 0
+    **{"query_pre_attn_scalar": False, "max_window_layers": True, "logit_scale": False},
+}
 _LISTS = {"layer_types", "no_rope_layers"}
 
 
@@ -56,6 +59,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
             instead of rotations.
         rope_scaling: how the rotary frequencies are scaled.
         partial_rotary_factor: the part of a head's features that is rotated.
+        rotary_interleaved: whether a rotated pair is of neighbouring features, not of two halves.
         rope_local_base_freq: the base of the frequencies, unscaled, in layers with a sliding
             window; None has the others' there.
         no_rope_layers: 1 for layers with rotary positions and 0 for layers without; None has them
@@ -67,14 +71,18 @@ class DecoderConfig(huggingface.CheckpointConfig):
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
         mlp_gate: whether the feed-forward has a gate.
+        parallel: whether the feed-forward reads what the attention reads, not the sum after it:
+            through a "shared" norm, or each through its "own".
         qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
         norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both".
-        norm_type: "rms", or "layer" for layer norms with biases.
+        norm_type: "rms", or "layer" for layer norms.
+        norm_bias: whether layer norms have biases.
         norm_offset: added to the scales of norms; a norm with scale `w` multiplies by `1 + w` if 1.
         embedding_multiplier: the factor of the embeddings.
         attention_multiplier: the factor of the attention scores; None has `head_dim ** -0.5`.
         residual_multiplier: the factor of the output of each sublayer.
         logits_scaling: the divisor of the logits.
+        head_bias: whether the head has a bias.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
         num_experts: the number of feed-forwards of a layer, each for some of the tokens; 0 has one
@@ -110,6 +118,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
     learned_positions: bool = False
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = False
     rope_local_base_freq: float | None = None
     no_rope_layers: tuple[int, ...] | None = None
     sliding_window: int | None = None
@@ -118,14 +127,17 @@ class DecoderConfig(huggingface.CheckpointConfig):
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     mlp_gate: bool = True
+    parallel: str | None = None
     qk_norm: str | None = None
     norm_placement: str = "pre"
     norm_type: str = "rms"
+    norm_bias: bool = True
     norm_offset: float = 0.0
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    head_bias: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     num_experts: int = 0
@@ -150,6 +162,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         _check_given(vars(self))
         self._check_heads()
         self._check_layers()
+        self._check_together()
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok}, expected a whole number >= 1 and "
@@ -186,6 +199,16 @@ class DecoderConfig(huggingface.CheckpointConfig):
             check_choice("DecoderConfig", "layer_types", kind, LAYER_TYPES)
         if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
             raise UserError("layer_types has sliding_attention, which needs a sliding_window >= 1.")
+
+    def _check_together(self) -> None:
+        """Refuses flags that contradict each other."""
+        if self.parallel and self.norm_placement != "pre":
+            raise UserError(
+                f"parallel={self.parallel!r} with norm_placement={self.norm_placement!r}, expected "
+                "'pre': both sublayers read norms of the layer's input."
+            )
+        if self.head_bias and self.tie_word_embeddings:
+            raise UserError("head_bias=True, expected False: the tied embedding has no bias.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -259,12 +282,18 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        width, norm = self.hidden_size, 2 if self.norm_type == "layer" else 1
+        width, norm = self.hidden_size, 1 + (self.norm_type == "layer" and self.norm_bias)
         tokens = self.vocab_size * (1 if self.tie_word_embeddings else 2)
         positions = self.max_position_embeddings * self.learned_positions
-        norms = 1 + self.num_layers * (4 if self.norm_placement == "both" else 2)
+        norms = 1 + self.num_layers * self._norms
         each = self._attention_parameters(norm) + self._mlp_parameters()
-        return (tokens + positions + norms * norm) * width + self.num_layers * each
+        biases = self.vocab_size * self.head_bias
+        return (tokens + positions + norms * norm) * width + self.num_layers * each + biases
+
+    @property
+    def _norms(self) -> int:
+        """The number of norms of hidden states in a layer."""
+        return 4 if self.norm_placement == "both" else 1 if self.parallel == "shared" else 2
 
     def _attention_parameters(self, norm: int) -> int:
         """Those of the attention of a layer; a norm has this number for each feature."""

@@ -79,11 +79,11 @@ class LayerNorm(nnx.LayerNorm):
     """Layer normalisation over the last axis, as in flax, with the derivative of `normalize`."""
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:  # type: ignore[override]
-        """Normalises, scales and shifts each row of `x`; takes no mask."""
-        scale: Any = self.scale
-        bias: Any = self.bias
-        x, scale, bias = self.promote_dtype((x, scale[...], bias[...]), dtype=self.dtype)
-        return (normalize(x, scale, self.epsilon, True) + bias).astype(x.dtype)
+        """Normalises, scales and, with a bias, shifts each row of `x`; takes no mask."""
+        own: Any = [self.scale] if self.bias is None else [self.scale, self.bias]
+        x, scale, *bias = self.promote_dtype((x, *(each[...] for each in own)), dtype=self.dtype)
+        y = normalize(x, scale, self.epsilon, True)
+        return (y + bias[0] if bias else y).astype(x.dtype)
 
 
 Norm = RMSNorm | LayerNorm
@@ -122,7 +122,8 @@ class Parts:
         """A norm of this width."""
         c = self.config
         if c.norm_type == "layer":
-            return LayerNorm(width, epsilon=c.rms_norm_eps, **self.rest)
+            bias = c.norm_bias
+            return LayerNorm(width, epsilon=c.rms_norm_eps, use_bias=bias, **self.rest)
         return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
 
 
@@ -145,7 +146,7 @@ class DecoderAttention(nnx.Module):
         self.key = parts.linear(width, kv_heads, biased)
         self.value = parts.linear(width, kv_heads, biased)
         self.output = parts.linear(heads, width, config.has_output_bias)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.rotary_interleaved = config.qk_norm, config.rotary_interleaved
         if self.qk_norm:
             by_head = self.qk_norm == "head"
             self.query_norm = parts.norm(self.head_dim if by_head else heads)
@@ -206,7 +207,7 @@ class DecoderAttention(nnx.Module):
         y = split_heads(y, self.head_dim)
         if self.qk_norm == "head":
             y = getattr(self, f"{name}_norm")(y)
-        return y if rotation is None else rotate(y, rotation)
+        return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
 
 
 register_attention(DecoderAttention)
@@ -254,7 +255,8 @@ class DecoderSum(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One block: attention, perhaps cross-attention, and feed-forward.
 
-    Their norms are before them, after them or both.
+    Their norms are before them, after them or both. In a parallel block the feed-forward reads
+    what the attention reads, and the sums come one after the other all the same.
     """
 
     def __init__(self, parts: Parts, crosses: bool = False):
@@ -262,10 +264,11 @@ class DecoderLayer(nnx.Module):
         placement = config.norm_placement
         self.before, self.after = placement != "post", placement != "pre"
         self.crosses, self.multiplier = crosses, config.residual_multiplier
+        self.parallel = config.parallel
 
         def add(name: str, make: Callable[[Parts], nnx.Module]) -> None:
             """Makes a sublayer, the norms around it and its residual sum."""
-            if self.before:
+            if self.before and not (name == "mlp" and self.parallel == "shared"):
                 setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
             setattr(self, name, make(parts))
             if self.after:
@@ -280,15 +283,21 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
         """Computes the hidden states after the block."""
         mask, rotation, bias, source, seen = context
-        x = self._add("attention", x, mask, rotation, bias, cache=cache)
+        read = self._read("attention", x)
+        y = self._add("attention", x, read, mask, rotation, bias, cache=cache)
         if self.crosses:
-            x = self._add("cross_attention", x, seen, source=source)
-        return self._add("mlp", x)
+            y = self._add("cross_attention", y, self._read("cross_attention", y), seen, source=source)
+        if self.parallel != "shared":
+            read = self._read("mlp", x if self.parallel else y)
+        return self._add("mlp", y, read)
 
-    def _add(self, name: str, x: Hidden, *args: Any, **options: Any) -> Hidden:
-        """The residual sum of hidden states and a sublayer of them."""
-        y = getattr(self, f"{name}_norm")(x) if self.before else x
-        y = getattr(self, name)(y, *args, **options)
+    def _read(self, name: str, x: Hidden) -> Hidden:
+        """What a sublayer reads of hidden states."""
+        return getattr(self, f"{name}_norm")(x) if self.before else x
+
+    def _add(self, name: str, x: Hidden, read: Hidden, *args: Any, **options: Any) -> Hidden:
+        """The residual sum of hidden states and a sublayer of what it reads."""
+        y = getattr(self, name)(read, *args, **options)
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
         return getattr(self, f"{name}_sum")(x, y)

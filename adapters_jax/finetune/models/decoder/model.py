@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
         self.norm = own.norm(width)
         if not config.tie_word_embeddings:
-            self.head = own.linear(width, config.vocab_size)
+            self.head = own.linear(width, config.vocab_size, config.head_bias)
 
     def __call__(
         self,

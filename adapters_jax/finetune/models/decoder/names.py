@@ -32,11 +32,14 @@ NORMS_AROUND = of_layers(
     mlp_post_norm="post_feedforward_layernorm",
 )
 
-FUSED = of_layers(
+FUSED_QKV = of_layers(
     *LAYERS,
     attention__query=("self_attn.qkv_proj", 0, 3),
     attention__key=("self_attn.qkv_proj", 1, 3),
     attention__value=("self_attn.qkv_proj", 2, 3),
+)
+FUSED_MLP = of_layers(
+    *LAYERS,
     mlp__gate=("mlp.gate_up_proj", 0, 2),
     mlp__up=("mlp.gate_up_proj", 1, 2),
 )
@@ -50,7 +53,7 @@ NAMES = NameTable(
     tied=("lm_head", "embed_tokens"),
 )
 NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_AROUND))
-NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED, *PROJECTIONS, *NORMS_BEFORE))
+NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS, *NORMS_BEFORE))
 
 
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:

@@ -228,11 +228,12 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "batch length heads head_dim"], by: Rotation
+    x: Float[Array, "batch length heads head_dim"], by: Rotation, interleaved: bool = False
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotates the pairs (feature i of the first half, feature i of the second half).
 
     The halves are those of the features that the rotation has; further features stay as they are.
+    With `interleaved`, the pairs are of neighbours, (feature 2 i, feature 2 i + 1).
 
     Example:
         >>> quarter = rotation(jnp.array([[1]]), 2, 1.0)
@@ -241,7 +242,12 @@ def rotate(
     """
     cos, sin = (part[:, :, None] for part in by)
     turning, rest = jnp.split(x.astype(jnp.float32), [2 * cos.shape[-1]], axis=-1)
-    first, second = jnp.split(turning, 2, axis=-1)
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
     parts = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        parts = [jnp.stack(parts, axis=-1).reshape(turning.shape)]
     whole = jnp.concatenate([*parts, rest] if rest.size else parts, axis=-1)
     return whole.astype(x.dtype)

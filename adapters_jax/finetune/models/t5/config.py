@@ -82,6 +82,7 @@ class T5Config(huggingface.CheckpointConfig):
     attention_multiplier = residual_multiplier = 1.0
     attn_logit_softcapping = qk_norm = None
     norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
+    parallel, rotary_interleaved = None, False
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
     num_experts = 0
     mlp_first = "intermediate"

@@ -2,8 +2,10 @@
 
 from adapters_jax.finetune.models.decoder.architecture import Architecture
 from adapters_jax.finetune.models.decoder.families import (
+    cohere,
     experts,
     gemma,
+    glm,
     gpt2,
     granite,
     llama,
@@ -12,6 +14,7 @@ from adapters_jax.finetune.models.decoder.families import (
     phi,
     qwen,
     smollm,
+    starcoder,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -25,10 +28,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        phi.PHI,
         phi.PHI3,
         olmo.OLMO2,
         smollm.SMOLLM3,
         granite.GRANITE,
+        glm.GLM,
+        glm.GLM4,
+        cohere.COHERE,
+        cohere.COHERE2,
+        starcoder.STARCODER2,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         experts.OLMOE,
