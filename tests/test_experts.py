@@ -103,6 +103,59 @@ def test_adapters_of_experts_go_to_peft_and_back(model, tmp_path):
         load_peft(directory, names, model)
 
 
+STACKS = "base_model.model.model.layers.1.mlp.{}.lora_{}.weight"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_adapters_of_experts_go_to_peft_as_the_stacks_of_transformers_5(model, shared, tmp_path):
+    names = ARCHITECTURES["mixtral"].names
+    sizes = {"gate": (16, 2, 8), "up": (16, 2, 8), "output": (8, 3, 16)}
+    parts = {
+        name: {"a": drawn((4, i, r), seed=i), "b": drawn((4, r, o), seed=len(name))}
+        for name, (i, r, o) in sizes.items()
+    }
+    if not shared:
+        parts["up"]["a"] = drawn((4, 16, 2), seed=5)
+    router = {"a": drawn((16, 2)), "b": drawn((2, 4), seed=1)}
+    mlp = {"experts": {"lora": parts}, "router": {"lora": router}}
+    recipe = aj.LoRA(
+        "layers/1/mlp/{experts/*,router}",
+        2,
+        3.0,
+        rank_pattern={"**/output": 3},
+        alpha_pattern={"**/up": 5.0},
+    )
+    tree = {"layers": {"1": {"mlp": mlp}}}
+    directory = save_peft(tmp_path / "a", recipe, tree, names.of_version("5.1"), model)
+    tensors = safetensors.numpy.load_file(directory / PEFT.tensors)
+    keys = ("experts.base_layer", "experts", "gate")
+    assert tensors.keys() == {STACKS.format(key, factor) for key in keys for factor in "AB"}
+    again, back = load_peft(directory, names, model)
+    (method,) = again.attached
+    found = flatten(back)
+    rank = 2 if shared else 4
+    assert found["layers/1/mlp/experts/lora/gate/a"].shape == (4, 16, rank)
+    for name, leaves in (*parts.items(), (None, router)):
+        path = f"layers/1/mlp/experts/{name}" if name else "layers/1/mlp/router"
+        node = f"layers/1/mlp/experts/lora/{name}" if name else f"{path}/lora"
+        change = method.scale_at(path) * found[f"{node}/a"] @ found[f"{node}/b"]
+        expected = recipe.scale_at(path) * leaves["a"] @ leaves["b"]
+        np.testing.assert_allclose(change, expected, atol=1e-5)
+    key = STACKS.format("experts.base_layer", "B")
+    tensors[key] = tensors[key][:15]
+    safetensors.numpy.save_file(tensors, directory / PEFT.tensors)
+    with raises(UserError, "layers.1.mlp.experts.gate_up_proj", [4, 16, 8], [15, 4 * rank]):
+        load_peft(directory, names, model)
+
+
+def test_stacks_that_peft_cannot_write_are_named(model, tmp_path):
+    names, path = ARCHITECTURES["mixtral"].names.of_version(5), "layers/0/mlp/experts/up"
+    sliced = {"a": drawn((4, 16, 2)), "b": drawn((4, 2, 3))}
+    tree = {"layers": {"0": {"mlp": {"experts": {"lora": {"up": sliced}}}}}}
+    with raises(UserError, path, [4, 16, 8], [4, 2, 3]):
+        save_peft(tmp_path / "a", aj.LoRA(path, 2, slices=((0, 3),)), tree, names, model)
+
+
 def test_an_expert_that_a_checkpoint_lacks_is_named(model):
     up = {"layers": {"1": {"mlp": {"experts": {"up": model.layers[1].mlp.experts.up[...]}}}}}
     names = [f"model.layers.1.block_sparse_moe.experts.{i}.w3.weight" for i in (0, 1, 3)]

@@ -107,12 +107,19 @@ class ParameterReference:
         shape: its shape, `(in, out)` or `(experts, in, out)`.
         swapped: whether theirs has the last two axes the other way round.
         is_transposed: whether their module says that it is `(experts, in, out)`.
+        part: our part of the outputs if their parameter fuses several of ours.
     """
 
     path: str
     shape: tuple[int, ...]
     swapped: bool
     is_transposed: bool
+    part: Span = WHOLE
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of their whole parameter."""
+        return self.shape[-1] * self.part.total // (self.part.stop - self.part.start)
 
 
 def our_factors(

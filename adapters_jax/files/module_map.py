@@ -15,9 +15,11 @@ from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, shown
 from adapters_jax.files.layouts import (
+    WHOLE,
     Array,
     ModuleReference,
     ParameterReference,
+    Span,
     our_leaf,
     spans,
     their_leaf,
@@ -52,6 +54,8 @@ class ModuleMap:
             those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
             the order in which it defines them.
+        stacked: the same of parameters that only the model of transformers 5 has; several where
+            theirs fuses ours.
         heads: their modules beside the base, whose names have no prefix.
         prefix: begins the names that `full` makes.
         table: the model's table; None for a mapping.
@@ -65,6 +69,7 @@ class ModuleMap:
     tied: tuple[str, str] | None = None
     scanned: int = 0
     parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
     table: NameTable | None = None
@@ -72,6 +77,11 @@ class ModuleMap:
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
         return self.modules.get(self.bare(name), ())
+
+    def at_parameter(self, name: str) -> tuple[ParameterReference, ...]:
+        """Our parameters for one that a module of theirs holds itself."""
+        bare = self.bare(name)
+        return self.stacked.get(bare) or (self.parameters[bare],)
 
     def bare(self, name: str) -> str:
         """Their name without prefix."""
@@ -93,6 +103,11 @@ class ModuleMap:
             for name, reference in self.parameters.items()
             if ROW in name
         }
+
+    @cached_property
+    def whole(self) -> set[str]:
+        """The paths of our modules that are a module of theirs, or a part of one."""
+        return {reference.path for parts in self.modules.values() for reference in parts}
 
     @property
     def paths(self) -> list[str]:
@@ -165,15 +180,26 @@ def _by_table(
         name: _parameter(path, base[path], *names.parameters[number][2:])
         for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
     }
+    inside = {path: own for path in base if (own := names.parameter(path, names.stacked))}
+    stacked = dict[str, tuple[ParameterReference, ...]]()
+    for path, (number, name) in sorted(inside.items(), key=lambda item: item[1]):
+        one = _parameter(path, base[path], *names.stacked[number][2:])
+        stacked[name] = (*stacked.get(name, ()), one)
     module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    return replace(module_map, parameters=parameters, heads=names.heads, table=names)
+    module_map = replace(module_map, parameters=parameters, stacked=stacked)
+    return replace(module_map, heads=names.heads, table=names)
 
 
 def _parameter(
-    path: str, leaf: Any, swapped: bool = False, is_transposed: bool | None = None
+    path: str,
+    leaf: Any,
+    swapped: bool = False,
+    is_transposed: bool | None = None,
+    part: tuple[int, int] | None = None,
 ) -> ParameterReference:
     said = not swapped if is_transposed is None else is_transposed
-    return ParameterReference(path, tuple(leaf.shape), swapped, said)
+    own = Span(part[0], part[0] + 1, part[1]) if part else WHOLE
+    return ParameterReference(path, tuple(leaf.shape), swapped, said, own)
 
 
 def _in_parts(references: Sequence[ModuleReference]) -> tuple[ModuleReference, ...]:

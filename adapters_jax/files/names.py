@@ -5,7 +5,7 @@ Each model's package has its own `NameTable`; `finetune.tensors` converts by it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,12 +42,14 @@ class ParameterRule(NamedTuple):
             matrices `(experts, in, out)`, True, from `(experts, out, in)`. None where it tells the
             truth if ours is `(experts, in, out)`; say False for a stack `(experts, in, out)` in a
             module that does not have the attribute, such as Llama 4's.
+        part: `(index, count)` if their parameter fuses `count` of ours along its output axis.
     """
 
     ours: str
     theirs: str
     swapped: bool = False
     is_transposed: bool | None = None
+    part: tuple[int, int] | None = None
 
 
 class Source(NamedTuple):
@@ -104,6 +106,9 @@ class NameTable:
         heads: their modules beside the base, whose names have no prefix.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
+        stacked: rules for parameters that the model of transformers 5 holds instead of those of the
+            checkpoint, which it writes all the same. Only files of adapters have them.
+        transformers: the version of transformers whose model adapters are written for.
 
     Example:
         >>> table = NameTable((Rule(r"layer_(\d+)/query", r"layer.\1.self.q"),))
@@ -120,14 +125,28 @@ class NameTable:
     tied: tuple[str, str] | None = None
     heads: tuple[str, ...] = HEADS
     held_twice: tuple[str, ...] = ()
+    stacked: tuple[ParameterRule, ...] = ()
+    transformers: int = 4
 
-    def parameter(self, path: str) -> tuple[int, str] | None:
+    def parameter(
+        self, path: str, rules: tuple[ParameterRule, ...] | None = None
+    ) -> tuple[int, str] | None:
         """The number of the rule for our parameter at `path`, and its name; None without a rule."""
-        for number, rule in enumerate(self.parameters):
+        for number, rule in enumerate(self.parameters if rules is None else rules):
             match = re.fullmatch(rule.ours, path)
             if match:
                 return number, match.expand(rule.theirs)
         return None
+
+    def of_version(self, version: Any) -> "NameTable":
+        """The table for the models of a version of transformers; None means 4.
+
+        Example:
+            >>> NameTable(()).of_version("5.24.0").transformers
+            5
+        """
+        major = re.match(r"\d+", str(version))
+        return replace(self, transformers=int(major[0]) if major else 4)
 
     def module(self, path: str) -> Source:
         """Their module for ours at `path`, without the leaf (`weight`, `bias`)."""

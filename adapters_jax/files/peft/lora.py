@@ -140,12 +140,15 @@ class _Reader:
         """Adds the factors of a parameter that a module holds itself."""
         numbers = self.numbers(name)
         self.check(name, found, numbers[0])
-        reference = self.module_map.parameters[self.module_map.bare(name)]
-        pair = our_pair(reference, found, self.config.get("peft_version"))
-        if len(reference.shape) not in (2, 3) or pair is None:
-            raise _misfit(name, found, reference.path, reference.shape)
-        self.check(name, found, numbers[0], pair["a"].shape[-1])
-        self.keep(reference.path, _node(reference.path), pair, numbers)
+        for reference in self.module_map.at_parameter(name):
+            pair = our_pair(reference, found, self.config.get("peft_version"))
+            if len(reference.shape) not in (2, 3) or pair is None:
+                raise _misfit(name, found, reference.path, reference.shape)
+            self.check(name, found, numbers[0], pair["a"].shape[-1])
+            target, node = reference.path, _node(reference.path)
+            if (module := target.rpartition("/")[0]) in self.module_map.whole:
+                target, node = module, join(module, "lora")
+            self.keep(target, node, pair, numbers)
 
     def add_experts(self, path: str, found: Mapping[str, Factors], lacking: Sequence[str]) -> None:
         """Adds the factors of experts, one pair with the experts on its first axis."""

@@ -11,10 +11,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapters_jax.files.layouts import Array, ModuleReference, rounded, their_factors
+from adapters_jax.files.layouts import (
+    Array,
+    ModuleReference,
+    ParameterReference,
+    rounded,
+    their_factors,
+)
 from adapters_jax.files.module_map import Leaves, ModuleMap, in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
-from adapters_jax.files.peft.parameters import WRITTEN, module_of, nested, their_pair
+from adapters_jax.files.peft.parameters import (
+    WRITTEN,
+    fused_pair,
+    module_of,
+    nested,
+    their_pair,
+)
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -40,11 +52,13 @@ def write(
         )
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
+    if module_map.table and module_map.table.transformers > 4:
+        writer.add_parameters(module_map.stacked)
     writer.add_modules()
     writer.add_experts()
-    modules = set(writer.ranks)
-    writer.add_parameters()
-    parameters = sorted(writer.ranks.keys() - modules, key=in_order)
+    writer.add_parameters({name: (own,) for name, own in module_map.parameters.items()})
+    parameters = sorted(writer.parameters, key=in_order)
+    modules = writer.ranks.keys() - set(parameters)
     unknown = sorted(pair.target for pair in pairs.values())
     problems += [f"names has no name for {path}; add it" for path in unknown]
     fields = _fields(methods, writer, sorted(modules, key=in_order))
@@ -140,6 +154,7 @@ class _Writer:
     tensors: dict[str, Array] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
 
     def number(self, name: str, rank: int, scale: float) -> None:
         """Adds the numbers of a module or a parameter."""
@@ -197,30 +212,53 @@ class _Writer:
                 self.number(name, a.shape[-1], pair.scale)
                 self.factors(name, a[i].T, b[i].T)
 
-    def add_parameters(self) -> None:
+    def add_parameters(self, parameters: Mapping[str, tuple[ParameterReference, ...]]) -> None:
         """Adds the factors of parameters; PEFT nests those of one module, see `parameters`."""
-        parameters = self.module_map.parameters
-        mine = [name for name, own in parameters.items() if own.path in self.pairs]
+        mine = [n for n, parts in parameters.items() if any(x.path in self.pairs for x in parts)]
         for module in dict.fromkeys(map(module_of, mine)):
             names = [name for name in mine if module_of(name) == module]
             full = self.module_map.full(module)
             if full in self.ranks:
-                paths = ", ".join(parameters[name].path for name in names)
+                paths = ", ".join(each.path for name in names for each in parameters[name])
                 self.problems.append(f"{paths}: PEFT adapts {full} or parameters in it, not both")
             for key, name in zip(nested(full, len(names)), names, strict=True):
-                reference = parameters[name]
-                pair = self.pairs.pop(reference.path)
-                a, b, shape = pair.leaves["a"], pair.leaves["b"], reference.shape
-                fits = (*a.shape[:-1], b.shape[-1]) == shape and len(shape) in (2, 3) and module
-                if not fits or pair.method.slices:
-                    self.problems.append(
-                        f"{reference.path} of {list(shape)} has factors {list(a.shape)} and "
-                        f"{list(b.shape)}; PEFT adapts whole parameters of modules, (in, out) or "
-                        "(experts, in, out)"
-                    )
+                parts = [(own, self.pairs.pop(own.path, None)) for own in parameters[name]]
+                wrong = [own for own in parts if not (module and _fits_whole(*own))]
+                self.problems.extend(_misfit(*own) for own in wrong if own[1])
+                if wrong:
                     continue
-                self.factors(key, *their_pair(reference, a, b))
-                self.number(f"{full}.{name.rpartition('.')[2]}", a.shape[-1], pair.scale)
+                scale = next(pair.scale for _, pair in parts if pair)
+                a, b = fused_pair([(own.shape, *_scaled(pair, scale)) for own, pair in parts])
+                self.factors(key, *their_pair(parts[0][0], a, b))
+                own_name = f"{full}.{name.rpartition('.')[2]}"
+                self.number(own_name, a.shape[-1], scale)
+                self.parameters.append(own_name)
+
+
+def _fits_whole(reference: ParameterReference, pair: _Pair | None) -> bool:
+    """Whether factors, if any, are those of a whole `(in, out)` or `(experts, in, out)`."""
+    if pair is None:
+        return True
+    a, b, shape = pair.leaves["a"], pair.leaves["b"], reference.shape
+    fits = (*a.shape[:-1], b.shape[-1]) == shape and len(shape) in (2, 3)
+    return fits and not pair.method.slices
+
+
+def _misfit(reference: ParameterReference, pair: Any) -> str:
+    a, b = pair.leaves["a"], pair.leaves["b"]
+    return (
+        f"{reference.path} of {list(reference.shape)} has factors {list(a.shape)} and "
+        f"{list(b.shape)}; PEFT adapts whole parameters of modules, (in, out) or "
+        "(experts, in, out)"
+    )
+
+
+def _scaled(pair: _Pair | None, scale: float) -> tuple[Array | None, Array | None]:
+    """A and B for another scale with the same change; None and None without a pair."""
+    if pair is None:
+        return None, None
+    a, b = pair.leaves["a"], pair.leaves["b"]
+    return a, b if pair.scale == scale else b * (pair.scale / scale)
 
 
 def _fits(reference: ModuleReference, pair: _Pair) -> bool:

@@ -7,7 +7,8 @@ before are `experts.base_layer.lora_A.weight`. The file does not say whose they 
 For a parameter of n experts and rank r, A is `(n * r, p)`, where the rank runs faster than the
 expert, and B is `(q, r * n)`, where the expert runs faster. Which of the parameter's last two axes
 p is depends on PEFT's version and on the attribute `is_transposed` of the module; the change is the
-same whichever it is. Ours are A `(n, in, r)` and B `(n, r, out)`.
+same whichever it is. Ours are A `(n, in, r)` and B `(n, r, out)`. Where a parameter fuses several
+of ours along its outputs, as `gate_up_proj` does in transformers 5, these share A.
 
 Reference: `ParamWrapper` in https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py
 """
@@ -15,12 +16,15 @@ Reference: `ParamWrapper` in https://github.com/huggingface/peft/blob/main/src/p
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from adapters_jax.files.layouts import Array, ParameterReference
 from adapters_jax.files.module_map import ModuleMap
 from adapters_jax.files.peft.config import Config, is_parameter
 
+Pair = tuple[Array, Array]
 INNER = ".base_layer"
 WRITTEN = "0.20.0"  # the first version with today's order of axes
 
@@ -60,7 +64,8 @@ def nested(module: str, count: int) -> list[str]:
 
 def _targeted(config: Config, module: str, module_map: ModuleMap) -> list[str]:
     """The target parameters of a module, by their names in the file."""
-    own = [name for name in module_map.parameters if module_of(name) == module_map.bare(module)]
+    every = (*module_map.parameters, *module_map.stacked)
+    own = [name for name in every if module_of(name) == module_map.bare(module)]
     names = [f"{module}.{name.rpartition('.')[2]}" for name in own]
     return [name for name in names if is_parameter(config, name)]
 
@@ -84,7 +89,8 @@ def our_pair(
         >>> pair["a"].shape, pair["b"].shape
         ((3, 4, 2), (3, 2, 6))
     """
-    a, b, (*stack, inputs, outputs) = found["a"], found["b"], reference.shape
+    a, b, (*stack, inputs, _) = found["a"], found["b"], reference.shape
+    outputs = reference.outputs
     count = math.prod(stack)
     if a.ndim != 2 or b.ndim != 2 or len(a) % count or b.shape[1] != len(a):
         return None
@@ -97,14 +103,41 @@ def our_pair(
     as_ours = _along_inputs(reference, version) if inputs == outputs else widths[0] == inputs
     if not as_ours:
         first, last = last.transpose(0, 2, 1), first.transpose(0, 2, 1)
-    return {"a": first.reshape(*stack, inputs, rank), "b": last.reshape(*stack, rank, outputs)}
+    a, b = first.reshape(*stack, inputs, rank), last.reshape(*stack, rank, outputs)
+    return {"a": a, "b": reference.part.of(b)}  # type: ignore[dict-item]
 
 
-def their_pair(reference: ParameterReference, a: Array, b: Array) -> tuple[Array, Array]:
+def fused_pair(parts: Sequence[tuple[tuple[int, ...], Array | None, Array | None]]) -> Pair:
+    """Our A and B of a parameter that fuses several of ours, from those of the parts.
+
+    Each part is its shape, and its factors if it has some. Parts that do not share A get their own
+    columns of it, and B has zeros for the columns of the others.
+
+    Example:
+        >>> import numpy as np
+        >>> gate, up = np.full((2, 3, 1), 2.0), np.full((2, 3, 1), 3.0)
+        >>> a, b = fused_pair([((2, 3, 4), gate, np.ones((2, 1, 4))), ((2, 3, 4), up, None)])
+        >>> a.shape, b.shape
+        ((2, 3, 1), (2, 1, 8))
+    """
+    present = [(a, b) for _, a, b in parts if a is not None and b is not None]
+    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
+    whole = present[0][0] if shared else np.concatenate([a for a, _ in present], -1)
+    blocks, start = [], 0
+    for shape, a, b in parts:
+        block = np.zeros((*shape[:-2], whole.shape[-1], shape[-1]), whole.dtype)
+        if a is not None and b is not None:
+            block[..., start : start + a.shape[-1], :] = b
+            start += 0 if shared else a.shape[-1]
+        blocks.append(block)
+    return whole, np.concatenate(blocks, -1)
+
+
+def their_pair(reference: ParameterReference, a: Array, b: Array) -> Pair:
     """Converts our A and B of one parameter to those that PEFT reads; the inverse of `our_pair`."""
-    *stack, inputs, outputs = reference.shape
+    *stack, inputs, _ = reference.shape
     count, rank = math.prod(stack), a.shape[-1]
-    a, b = a.reshape(count, inputs, rank), b.reshape(count, rank, outputs)
+    a, b = a.reshape(count, inputs, rank), b.reshape(count, rank, reference.outputs)
     if not _along_inputs(reference, WRITTEN):
         a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
     rows = a.transpose(0, 2, 1).reshape(count * rank, a.shape[1])

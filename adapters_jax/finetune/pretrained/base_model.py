@@ -1,5 +1,6 @@
 """Loads a base model of any family, with its parameter names in PyTorch."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
         head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
-    return described(
+    base = described(
         name,
         family,
         values["model_type"],
@@ -56,6 +57,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         classifies=classifies,
         pooling=pooling,
     )
+    return replace(base, names=base.names.of_version(values.get("transformers_version")))
 
 
 def described(

@@ -57,9 +57,24 @@ NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS
 
 
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:
-    """The table of a model with experts: `mlp` is their module, the others those of an expert."""
+    """The table of a model with experts: `mlp` is their module, the others those of an expert.
+
+    In transformers 5 the module is `mlp` in all models, and its experts are two stacks.
+    """
     router = Rule(r"layers/(\d+)/mlp/router", rf"layers.\1.{mlp}.gate")
     ours = {"gate": gate, "up": up, "output": output}
+    stack = r"layers/(\d+)/mlp/experts/{}", r"layers.\1.mlp.experts.{}"
+    stacked = (
+        ParameterRule(r"layers/(\d+)/mlp/router/kernel", r"layers.\1.mlp.gate.weight", True),
+        *(
+            ParameterRule(stack[0].format(own), stack[1].format(theirs), True, False, part)
+            for own, theirs, part in (
+                ("gate", "gate_up_proj", (0, 2)),
+                ("up", "gate_up_proj", (1, 2)),
+                ("output", "down_proj", None),
+            )
+        ),
+    )
     parameters = tuple(
         ParameterRule(
             rf"layers/(\d+)/mlp/experts/{each}",
@@ -68,4 +83,5 @@ def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) ->
         )
         for each, theirs in ours.items()
     )
-    return replace(names, rules=(router, *names.rules), parameters=parameters)
+    rules = (router, *names.rules)
+    return replace(names, rules=rules, parameters=parameters, stacked=stacked)
