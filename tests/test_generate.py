@@ -125,7 +125,7 @@ def test_every_row_and_step_draws_from_a_key_of_its_own():
 
 
 def test_a_cache_may_be_filled_to_its_last_slot():
-    cache = Cache.empty(1, batch=2, slots=3, kv_heads=1, head_dim=4, dtype="float32")
+    cache = Cache.empty([], batch=2, slots=3)
     cache, positions, mask = cache.reserve(jnp.array([[0, 1, 1], [1, 1, 1]]))
     assert positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
     assert mask.astype(int).tolist() == [
@@ -207,7 +207,8 @@ def test_a_cache_is_extended_in_pieces_and_not_changed(model):
     both = jnp.concatenate([first[1], second[1]])
     np.testing.assert_allclose(both, logits_of(model, LONG), atol=1e-4)
     assert [int(cache.used) for cache in (empty, half, whole)] == [0, 2, 4]
-    assert not np.any(empty.keys[0]) and not np.any(half.keys[0][:, 2:])
+    assert not np.any(empty.layers[0].slots[0])
+    assert np.any(half.layers[0].slots[0][:, :2]) and not np.any(half.layers[0].slots[0][:, 2:])
     assert whole.held.astype(int).tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]]
     with raises(aj.UserError, "4 tokens", "3 slots"):
         model.extend(ids, mask, model.empty_cache(2, 3))
@@ -239,7 +240,7 @@ def test_the_cache_has_the_dtype_of_the_computation():
     for options in ({"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}):
         model = nnx.eval_shape(partial(build, CONFIG, **options))
         cache = nnx.eval_shape(lambda model: model.empty_cache(1, 2), model)
-        assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype("bfloat16")}
+        assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize(

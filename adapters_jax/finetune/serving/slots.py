@@ -202,24 +202,13 @@ def _step(
 
     def one(cache: Cache, token: Array, live: Array, index: Any) -> tuple[Array, Cache]:
         of_row = jax.tree.map(lambda x: x[None], index)
-        seen = jax.tree.map(partial(_narrow, width), cache, cache.row_axes())
-        hidden, new = decoder.extend(token[None, None], live[None, None], seen, adapters=of_row)
+        seen, ids = cache.narrow(width), token[None, None]
+        hidden, new = decoder.extend(ids, live[None, None], seen, adapters=of_row)
         logits = decoder.logits(hidden[:, 0], adapters=of_row)[0]
-        whole = jax.tree.map(_put_back, cache, new)
-        return logits, whole._replace(used=cache.used + live)
+        return logits, new.widen(cache)._replace(used=cache.used + live)
 
     logits, caches = jax.vmap(one)(caches, ids, live, rows)
     return caches, _choose(logits, feed)
-
-
-def _narrow(width: int, x: Array, rows: int) -> Array:
-    """The first slots of a cache's array, whose slots are on the axis after the rows."""
-    return x if rows < 0 else jax.lax.slice_in_dim(x, 0, width, axis=rows + 1)
-
-
-def _put_back(whole: Array, part: Array) -> Array:
-    """A cache's array with other first slots."""
-    return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
 
 @partial(jax.jit, donate_argnames="caches")

@@ -7,6 +7,7 @@ decoder attend to what the encoder has read.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
-from adapters_jax.finetune.models.parts.cache import Cache, LayerCache
+from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
 from adapters_jax.trace.masks import Mask
@@ -139,8 +140,8 @@ class DecoderAttention(nnx.Module):
 
     def __init__(self, parts: Parts):
         config = parts.config
-        width, self.head_dim = config.hidden_size, config.head_width
-        heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, config.kv_heads))
+        width, self.head_dim, self.kv_heads = config.hidden_size, config.head_width, config.kv_heads
+        heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, self.kv_heads))
         biased = config.attention_bias
         self.query = parts.linear(width, heads, biased, factor=config.query_init)
         self.key = parts.linear(width, kv_heads, biased)
@@ -198,6 +199,11 @@ class DecoderAttention(nnx.Module):
         """The keys and the values of hidden states."""
         key = self._turned("key", source, rotation)
         return key, split_heads(self.value(source), self.head_dim)
+
+    def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
+        """What it keeps before the first token: no keys and values."""
+        empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
+        return Kept((empty, empty))
 
     def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
@@ -291,6 +297,11 @@ class DecoderLayer(nnx.Module):
             read = self._read("mlp", x if self.parallel else y)
         return self._add("mlp", y, read)
 
+    def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
+        """What it keeps before the first token, of rows of at most `slots` tokens."""
+        attention: Any = self.attention  # type: ignore[attr-defined]
+        return attention.empty_cache(batch, slots, dtype)
+
     def _read(self, name: str, x: Hidden) -> Hidden:
         """What a sublayer reads of hidden states."""
         return getattr(self, f"{name}_norm")(x) if self.before else x
@@ -301,6 +312,24 @@ class DecoderLayer(nnx.Module):
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
         return getattr(self, f"{name}_sum")(x, y)
+
+
+def empty_cache(layers: Any, length: int, batch: int, slots: int, dtype: Dtype) -> Cache:
+    """A cache without tokens for blocks.
+
+    Args:
+        layers: from `make_nnx`.
+        length: the number of blocks.
+        batch: the number of rows.
+        slots: the largest number of tokens of a row, padding included.
+        dtype: that of keys and values.
+    """
+    sizes = batch, slots, dtype
+    if isinstance(layers, nnx.List):
+        return Cache.empty([layer.empty_cache(*sizes) for layer in layers], batch, slots)
+    kept = layers.empty_cache(*sizes)
+    kept = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), kept)
+    return Cache.empty(kept, batch, slots)
 
 
 def extend_layers(
@@ -319,21 +348,19 @@ def extend_layers(
         contexts: of each kind of block.
         kinds: the number of each block's kind.
         cache: the cache, after `Cache.reserve` has given the tokens their slots.
-        *source: the keys and the values of cross-attentions, in the form of the cache's.
+        *source: the keys and the values of cross-attentions, in the form of the cache's layers.
 
     Returns:
-        The output of the last block, and the cache with the keys and values of the tokens.
+        The output of the last block, and the cache with what the blocks keep of the tokens.
     """
     start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
 
-    def step(x: Array, layer: Any, context: Context, *row: Array) -> tuple[Array, ...]:
-        key, value, *rest = row
-        source: Any = tuple(rest) or None
-        memory = LayerCache(key, value, start)
-        x = layer(x, context._replace(source=source), memory)
-        return x, memory.key, memory.value
+    def step(
+        x: Array, layer: Any, context: Context, kept: Kept, *source: Any
+    ) -> tuple[Array, Kept]:
+        memory = LayerCache(kept, start)
+        x = layer(x, context._replace(source=source[0]) if source else context, memory)
+        return x, memory.kept
 
-    x, keys, values = extend_nnx(
-        step, layers, x, contexts, kinds, cache.keys, cache.values, *source
-    )
-    return x, cache._replace(keys=keys, values=values)
+    x, kept = extend_nnx(step, layers, x, contexts, kinds, cache.layers, *source)
+    return x, cache._replace(layers=kept)

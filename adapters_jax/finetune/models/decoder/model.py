@@ -23,6 +23,7 @@ from adapters_jax.finetune.models.decoder.layers import (
     DecoderLayer,
     Parts,
     Seen,
+    empty_cache,
     extend_layers,
 )
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
@@ -191,9 +192,8 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for `batch` rows of at most `slots` tokens, padding included; see `extend`."""
-        config, dtype = self.config, self.dtype or self.embeddings.embedding.dtype
-        sizes = config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width
-        return Cache.empty(*sizes, dtype, stacked=self.scan)
+        dtype = self.dtype or self.embeddings.embedding.dtype
+        return empty_cache(self.layers, self.config.num_hidden_layers, batch, slots, dtype)
 
     def extend(
         self,

@@ -188,40 +188,40 @@ def run_nnx(
 
 
 def extend_nnx(
-    step: Callable[..., Any],
+    step: Callable[..., tuple[Array, Any]],
     layers: Any,
     x: Array,
     contexts: Contexts,
     kinds: Sequence[int],
     *rows: Any,
-) -> tuple[Array, Any, Any]:
+) -> tuple[Array, Any]:
     """Runs NNX blocks with what a cache has for each; see `run_nnx`.
 
     Args:
-        step: called for each block as `step(x, layer, context, *row)`, returns `x`, keys and
-            values.
+        step: called for each block as `step(x, layer, context, *row)`, returns `x` and what the
+            block keeps.
         layers: from `make_nnx`.
         x: the input of the first block.
         contexts: for each kind of block.
         kinds: the number of each block's kind.
-        *rows: a tuple with a value for each block, or an array with the layers on its first axis.
+        *rows: a list with a pytree for each block, or one pytree with the layers on the first axis.
 
     Returns:
-        The output of the last block, the keys and the values, in the form of the rows.
+        The output of the last block, and what the blocks keep, in the form of the rows.
     """
     if not isinstance(layers, nnx.List):
         context = _by_kind(contexts)
         scan = nnx.scan(
             scanning()(lambda x, layer, kind, *row: step(x, layer, context(kind), *row)),
             in_axes=(nnx.Carry, 0, 0, *(0 for _ in rows)),
-            out_axes=(nnx.Carry, 0, 0),
+            out_axes=(nnx.Carry, 0),
         )
         return scan(x, layers, jnp.array(kinds), *rows)
-    pairs = []
+    kept = []
     for layer, kind, *row in zip(layers, kinds, *rows, strict=True):
-        x, *pair = step(x, layer, contexts[kind], *row)
-        pairs.append(pair)
-    return x, *zip(*pairs, strict=True)  # type: ignore[return-value]
+        x, own = step(x, layer, contexts[kind], *row)
+        kept.append(own)
+    return x, kept
 
 
 def _by_kind(contexts: Contexts) -> Callable[[Array], Any]:

@@ -1,94 +1,115 @@
-"""The key-value cache of a decoder: a pytree that a call takes and returns, not model state.
+"""The cache of a decoder: a pytree that a call takes and returns, not model state.
 
-All rows of a batch use the same slots and differ in which of them hold tokens, so prompts of
-unequal length may be padded on either side.
+What a layer keeps is the layer's own business: `empty_cache` of the layer makes it, and the layer's
+modules extend it. All rows of a batch use the same slots and differ in which of them hold tokens,
+so prompts of unequal length may be padded on either side.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Bool, Int, Num, Shaped
 
 from adapters_jax.errors import UserError
 
-Slots = Shaped[Array, "batch slots kv_heads head_dim"]
-Stacked = Shaped[Array, "layers batch slots kv_heads head_dim"]
+
+class Kept(NamedTuple):
+    """What a layer keeps of the tokens that it has read; the rows are on the first axis.
+
+    Attributes:
+        slots: arrays with an entry for each token, on their second axis: keys and values.
+        state: arrays that stand for all tokens together, as the state of a recurrence does.
+    """
+
+    slots: tuple[Shaped[Array, "batch slots *entry"], ...] = ()
+    state: tuple[Shaped[Array, "batch ..."], ...] = ()
 
 
 class LayerCache:
-    """Keys and values of one layer during a call; the layer's attention extends them.
+    """What a layer keeps, during a call; the layer's modules extend it.
 
     Args:
-        key: the keys of all slots.
-        value: the values of all slots.
+        kept: what it keeps.
         start: the first free slot.
+
+    Attributes:
+        kept: likewise, with what the call has added.
     """
 
-    def __init__(self, key: Slots, value: Slots, start: Int[Array, ""]):
-        self.key, self.value, self.start = key, value, start
+    def __init__(self, kept: Kept, start: Int[Array, ""]):
+        self.kept, self.start = kept, start
 
-    def extend(
-        self,
-        key: Shaped[Array, "batch length kv_heads head_dim"],
-        value: Shaped[Array, "batch length kv_heads head_dim"],
-    ) -> tuple[Slots, Slots]:
-        """Stores new keys and values from `start` on, and returns those of all slots."""
-        self.key, self.value = self._put(self.key, key), self._put(self.value, value)
-        return self.key, self.value
+    def extend(self, *new: Shaped[Array, "batch length *entry"]) -> tuple[Array, ...]:
+        """Stores the entries of new tokens from `start` on, and returns those of all slots."""
 
-    def _put(self, slots: Slots, new: Shaped[Array, "batch length kv_heads head_dim"]) -> Slots:
-        # XLA does this in place in the loop over tokens.
-        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), self.start, 1)
+        def put(slots: Array, new: Array) -> Array:
+            # XLA does this in place in the loop over tokens.
+            new = new.astype(slots.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, 1)
+
+        self.kept = self.kept._replace(slots=tuple(map(put, self.kept.slots, new)))
+        return self.kept.slots
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens that a decoder has read.
+    """What the layers of a decoder keep of the tokens that it has read.
 
     Attributes:
-        keys: one array for each layer, or one array for all layers if they are scanned.
-        values: likewise.
+        layers: a list of what each layer keeps, or one `Kept` with the layers on the first axis if
+            they are scanned.
         held: True for slots that hold a token; False for padding and for free slots.
         used: the number of slots taken, the same in every row.
     """
 
-    keys: tuple[Slots, ...] | Stacked
-    values: tuple[Slots, ...] | Stacked
+    layers: list[Kept] | Kept
     held: Bool[Array, "batch slots"]
     used: Int[Array, ""]
 
     @classmethod
-    def empty(
-        cls,
-        layers: int,
-        batch: int,
-        slots: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: Dtype,
-        stacked: bool = False,
-    ) -> Self:
-        """Returns a cache without tokens.
+    def empty(cls, layers: list[Kept] | Kept, batch: int, slots: int) -> Self:
+        """Returns a cache without tokens, of what layers without tokens keep.
 
         Example:
-            >>> cache = Cache.empty(1, batch=2, slots=5, kv_heads=1, head_dim=4, dtype="float32")
-            >>> len(cache.keys), cache.keys[0].shape, int(cache.used)
-            (1, (2, 5, 1, 4), 0)
+            >>> cache = Cache.empty([Kept((jnp.zeros((2, 5, 1, 4)),))], batch=2, slots=5)
+            >>> cache.layers[0].slots[0].shape, int(cache.used)
+            ((2, 5, 1, 4), 0)
         """
-        shape, held = (batch, slots, kv_heads, head_dim), jnp.zeros((batch, slots), bool)
-        rows = (
-            jnp.zeros((layers, *shape), dtype)
-            if stacked
-            else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-        )
-        return cls(rows, rows, held, jnp.zeros((), jnp.int32))
+        return cls(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
     def row_axes(self) -> "Cache":
         """The axis of the rows of each array; -1 for `used`, which is that of all rows."""
-        axis = 0 if isinstance(self.keys, tuple) else 1
-        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
-        return Cache(keys, values, 0, -1)  # type: ignore[arg-type]
+        layers = jax.tree.map(lambda _: self._rows, self.layers)
+        return Cache(layers, 0, -1)  # type: ignore[arg-type]
+
+    @property
+    def _rows(self) -> int:
+        return 0 if isinstance(self.layers, list) else 1
+
+    def narrow(self, width: int) -> Self:
+        """The cache with its first slots alone, which must hold all tokens."""
+        return self._map_slots(lambda x, axis: jax.lax.slice_in_dim(x, 0, width, axis=axis))
+
+    def widen(self, like: "Cache") -> Self:
+        """The cache with the further slots of another one; see `narrow`."""
+
+        def put(part: Array, axis: int, whole: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, 0, axis)
+
+        return self._map_slots(put, like)
+
+    def _map_slots(self, change: Any, *others: "Cache") -> Self:
+        """Changes all arrays with slots: `change(array, axis of the slots, *those of others)`."""
+
+        def of_layer(kept: Kept, *rest: Kept) -> Kept:
+            arrays = zip(kept.slots, *(each.slots for each in rest), strict=True)
+            axis = self._rows + 1
+            return kept._replace(slots=tuple(change(x, axis, *y) for x, *y in arrays))
+
+        trees = (self.layers, *(each.layers for each in others))
+        layers = jax.tree.map(of_layer, *trees, is_leaf=lambda x: isinstance(x, Kept))
+        held = change(self.held, 1, *(each.held for each in others))
+        return self._replace(layers=layers, held=held)
 
     @property
     def positions(self) -> Int[Array, "batch slots"]:
@@ -98,7 +119,7 @@ class Cache(NamedTuple):
     def reserve(
         self, attention_mask: Num[Array, "batch length"]
     ) -> tuple[Self, Int[Array, "batch length"], Bool[Array, "batch 1 length slots"]]:
-        """Takes the next slots for new tokens, before their keys and values are computed.
+        """Takes the next slots for new tokens, before the layers read them.
 
         Args:
             attention_mask: 1 for tokens and 0 for padding.
@@ -111,7 +132,7 @@ class Cache(NamedTuple):
             UserError: there are more tokens than slots.
 
         Example:
-            >>> cache = Cache.empty(1, batch=1, slots=4, kv_heads=1, head_dim=4, dtype="float32")
+            >>> cache = Cache.empty([], batch=1, slots=4)
             >>> cache, positions, _ = cache.reserve(jnp.array([[0, 1]]))
             >>> cache, positions, mask = cache.reserve(jnp.array([[1]]))
             >>> positions.tolist(), mask.astype(int).tolist()

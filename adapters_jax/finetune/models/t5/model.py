@@ -19,6 +19,7 @@ from adapters_jax.finetune.models.decoder.layers import (
     Hidden,
     Parts,
     Seen,
+    empty_cache,
     extend_layers,
 )
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
@@ -36,23 +37,20 @@ class T5Cache(NamedTuple):
     """What the decoder has read.
 
     Attributes:
-        own: the keys and values of its tokens.
-        keys: those of the encoder's hidden states, for each layer; one array if they are scanned.
-        values: likewise.
+        own: what it keeps of its tokens.
+        source: keys and values of the encoder's hidden states, in the form of `own.layers`.
         seen: the mask of these hidden states.
     """
 
     own: Cache
-    keys: Any
-    values: Any
+    source: Any
     seen: Bool[Array, "batch 1 1 source"]
 
     def row_axes(self) -> "T5Cache":
         """The axis of the rows of each array; see `Cache.row_axes`."""
         own = self.own.row_axes()
-        axis = jax.tree.leaves(own.keys)[0]
-        keys, values = jax.tree.map(lambda _: axis, (self.keys, self.values))
-        return T5Cache(own, keys, values, 0)  # type: ignore[arg-type]
+        axis = jax.tree.leaves(own.layers)[0]
+        return T5Cache(own, jax.tree.map(lambda _: axis, self.source), 0)  # type: ignore[arg-type]
 
 
 class T5Stack(nnx.Module):
@@ -99,13 +97,13 @@ class T5Stack(nnx.Module):
         )
         return jnp.moveaxis(self.position_bias(buckets), -1, 1)
 
-    def read(self, source: Hidden) -> tuple[Any, Any]:
-        """The keys and values of every cross-attention, in the form of a cache's."""
+    def read(self, source: Hidden) -> Any:
+        """The keys and values of every cross-attention, in the form of a cache's layers."""
 
-        def step(x: Array, layer: Any, _: Any) -> tuple[Array, ...]:
-            return x, *layer.cross_attention.read(x)
+        def step(x: Array, layer: Any, _: Any) -> tuple[Array, Any]:
+            return x, layer.cross_attention.read(x)
 
-        return extend_nnx(step, self.layers, source, [None], self.kinds)[1:]
+        return extend_nnx(step, self.layers, source, [None], self.kinds)[1]
 
     def extend(
         self, x: Hidden, attention_mask: Num[Array, "batch length"], cache: T5Cache
@@ -113,8 +111,7 @@ class T5Stack(nnx.Module):
         """Computes the hidden states of further tokens, and extends the cache by them."""
         own, positions, mask = cache.own.reserve(attention_mask)
         context = Context(mask, bias=self.bias(positions, own.positions), seen=cache.seen)
-        pairs = cache.keys, cache.values
-        x, own = extend_layers(self.layers, x, [context], self.kinds, own, *pairs)
+        x, own = extend_layers(self.layers, x, [context], self.kinds, own, cache.source)
         return self.norm(x), cache._replace(own=own)
 
 
@@ -262,14 +259,13 @@ class T5(nnx.Module):
         Returns:
             The tokens with which the decoder begins, their mask, and the cache for `extend`.
         """
-        config, batch = self.config, len(input_ids)
+        batch, decoder = len(input_ids), self.decoder
         encoded = self.encode(input_ids, attention_mask)
-        sizes = config.decoder_layers, batch, slots, config.num_heads, config.d_kv
-        own = Cache.empty(*sizes, encoded.dtype, stacked=self.scan)
-        keys, values = self.decoder.read(encoded)
+        own = empty_cache(decoder.layers, len(decoder.kinds), batch, slots, encoded.dtype)
         seen = (attention_mask != 0)[:, None, None, :]
-        first = jnp.full((batch, 1), config.decoder_start_token_id, jnp.int32)
-        return first, jnp.ones((batch, 1), bool), T5Cache(own, keys, values, seen)
+        first = jnp.full((batch, 1), self.config.decoder_start_token_id, jnp.int32)
+        cache = T5Cache(own, decoder.read(encoded), seen)
+        return first, jnp.ones((batch, 1), bool), cache
 
     def extend(
         self,
