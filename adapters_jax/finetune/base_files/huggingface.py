@@ -26,6 +26,7 @@ from adapters_jax.errors import (
 )
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.untrusted import TensorFile, open_tensors
+from adapters_jax.finetune.base_files import mxfp4
 from adapters_jax.finetune.base_files.typed_settings import check_settings
 from adapters_jax.finetune.tensors import Stored
 
@@ -194,7 +195,7 @@ class CheckpointConfig:
 
     def with_layers(self, number: int) -> Self:
         """The configuration of a model of the first layers alone."""
-        lists = {name: getattr(self, name, None) for name in ("layer_types", "no_rope_layers")}
+        lists = {name: getattr(self, name, None) for name in _OF_LAYERS}
         cut = {name: values[:number] for name, values in lists.items() if values}
         return replace(self, num_hidden_layers=number, **cut)  # type: ignore[type-var]
 
@@ -220,6 +221,8 @@ class CheckpointConfig:
     ) -> None:
         """Raises `UserError` for values that are not supported, by default those of the class."""
         supported = cls.supported if supported is None else supported
+        if mxfp4.is_method(values.get("quantization_config")):
+            values = {**values, "quantization_config": None}  # which `read_checkpoint` reads
         unsupported = [
             f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
             for key, allowed in {**_OF_ALL, **supported}.items()
@@ -262,6 +265,7 @@ class CheckpointConfig:
             raise BaseFileError(f"{path}: {error}") from error
 
 
+_OF_LAYERS = ("layer_types", "no_rope_layers", "expert_layers")
 Config = TypeVar("Config", bound=CheckpointConfig)
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -287,7 +291,7 @@ def read_checkpoint(
     """
     directory = resolve(name_or_path, revision)
     config = config_class.from_json(directory / "config.json")
-    tensors = read_tensors(directory)
+    tensors = mxfp4.whole(read_tensors(directory))
     check_tensors(config, tensors)
     return config, tensors
 

@@ -29,6 +29,7 @@ def decoder_family(architecture: Architecture) -> Family:
         prefixes={architecture.model_type: architecture.names.prefixes[0]},
         known=known,
         layer="layers/{}",
+        scans=all(len({*config.layer_forms}) == 1 for config in known.values()),
         generates=True,
     )
 

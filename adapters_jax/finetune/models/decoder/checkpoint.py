@@ -91,4 +91,5 @@ def save_decoder(
         UserError: the architecture of `config.model_type` is not that of the model.
     """
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    more.pop("quantization_config", None)  # of the weights that were read, not of these
     save_tensors(directory, {**more, **settings}, tensors_of(model, names), max_shard_size)

@@ -5,6 +5,7 @@ decoder attend to what the encoder has read.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
+from adapters_jax.finetune.models.decoder.config import LayerForm
+from adapters_jax.finetune.models.decoder.delta import GatedDelta
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
+from adapters_jax.finetune.models.decoder.latent import LatentAttention
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
 from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
@@ -119,36 +123,41 @@ class Parts:
         init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
-    def norm(self, width: int) -> Norm:
-        """A norm of this width."""
+    def norm(self, width: int, offset: float | None = None, epsilon: float | None = None) -> Norm:
+        """A norm of this width; `offset` and `epsilon` are the configuration's by default."""
         c = self.config
+        epsilon = c.rms_norm_eps if epsilon is None else epsilon
         if c.norm_type == "layer":
             bias = c.norm_bias
-            return LayerNorm(width, epsilon=c.rms_norm_eps, use_bias=bias, **self.rest)
-        return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
+            return LayerNorm(width, epsilon=epsilon, use_bias=bias, **self.rest)
+        offset = c.norm_offset if offset is None else offset
+        return RMSNorm(width, epsilon=epsilon, offset=offset, **self.rest)
 
 
 class DecoderAttention(nnx.Module):
     """Attention in which groups of query heads share a key and a value head.
 
     `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
-    `Mask` (a model's `attention` of your own gets an array), and with `bias` and `softcap` where
-    there are biases and bounds of the scores. Query and key are rotated already. Key and value are
-    not repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a cache their
-    length is its number of slots.
+    `Mask` (a model's `attention` of your own gets an array), and with `bias`, `softcap` and `sinks`
+    where there are biases or bounds of the scores, and sinks. Query and key are rotated already.
+    Key and value are not repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a
+    cache their length is its number of slots.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, bare: bool = False):
         config = parts.config
         width, self.head_dim, self.kv_heads = config.hidden_size, config.head_width, config.kv_heads
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, self.kv_heads))
         biased = config.attention_bias
-        self.query = parts.linear(width, heads, biased, factor=config.query_init)
+        self.gated = config.attention_gate
+        self.query = parts.linear(width, heads * (1 + self.gated), biased, config.query_init)
         self.key = parts.linear(width, kv_heads, biased)
         self.value = parts.linear(width, kv_heads, biased)
         self.output = parts.linear(heads, width, config.has_output_bias)
-        self.qk_norm, self.rotary_interleaved = config.qk_norm, config.rotary_interleaved
-        if self.qk_norm:
+        self.rotary_interleaved, self.bare = config.rotary_interleaved, bare
+        self.qk_norm = None if bare else config.qk_norm
+        self.epsilon = config.rms_norm_eps
+        if self.qk_norm in ("head", "projection"):
             by_head = self.qk_norm == "head"
             self.query_norm = parts.norm(self.head_dim if by_head else heads)
             self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
@@ -156,6 +165,9 @@ class DecoderAttention(nnx.Module):
         factor = config.attention_multiplier
         self.scale = 1.0 if factor is None else factor * config.head_width**0.5
         self.softcap = config.attn_logit_softcapping
+        if config.attention_sinks:
+            heads = config.num_attention_heads
+            self.sinks = nnx.Param(jnp.zeros(heads, parts.rest["param_dtype"]))
         self.attention_fn = parts.attention_fn
         self.dtype = parts.dtype
 
@@ -176,11 +188,16 @@ class DecoderAttention(nnx.Module):
             source: what it attends to, or keys and values from `read`; by default `x` itself.
             cache: the earlier keys and values.
         """
-        query = self._turned("query", x, rotation)
+        query, gate = self.query(x), None
+        if self.gated:  # of each head beside its query
+            query, gate = jnp.split(split_heads(query, 2 * self.head_dim), 2, axis=-1)
+            query = query.reshape(*x.shape[:-1], -1)
+        query = self._turned("query", query, rotation)
         source = x if source is None else source
         pair = source if isinstance(source, tuple) else self.read(source, rotation)
         key, value = pair if cache is None else cache.extend(*pair)
-        more = {"bias": bias, "softcap": self.softcap}
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
+        more = {"bias": bias, "softcap": self.softcap, "sinks": sinks}
         mixed = self.attention_fn(
             query if self.scale == 1.0 else query * self.scale,
             key,
@@ -193,11 +210,13 @@ class DecoderAttention(nnx.Module):
             dtype=self.dtype,
             **{name: x for name, x in more.items() if x is not None},
         )
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
         return self.output(mixed.reshape(*x.shape[:-1], -1))
 
     def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
-        key = self._turned("key", source, rotation)
+        # Without positions, a rotation is a factor of queries alone.
+        key = self._turned("key", self.key(source), None if self.bare else rotation)
         return key, split_heads(self.value(source), self.head_dim)
 
     def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
@@ -205,14 +224,16 @@ class DecoderAttention(nnx.Module):
         empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
         return Kept((empty, empty))
 
-    def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
+    def _turned(self, name: str, y: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
-        y = getattr(self, name)(x)
         if self.qk_norm == "projection":
             y = getattr(self, f"{name}_norm")(y)
         y = split_heads(y, self.head_dim)
         if self.qk_norm == "head":
             y = getattr(self, f"{name}_norm")(y)
+        if self.qk_norm == "unit":
+            ones = jnp.ones(self.head_dim, jnp.float32)
+            y = normalize(y, ones, self.epsilon, False).astype(y.dtype)
         return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
 
 
@@ -225,9 +246,10 @@ class DecoderMLP(nnx.Module):
     Without a gate the first layer may have another name than `up`.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, inner: int | None = None):
         config = parts.config
-        width, inner, biased = config.hidden_size, config.intermediate_size, config.mlp_bias
+        width, biased = config.hidden_size, config.mlp_bias
+        inner = inner or config.intermediate_size
         self.first = "gate" if config.mlp_gate else config.mlp_first
         self.gated = config.mlp_gate
         setattr(self, self.first, parts.linear(width, inner, biased))
@@ -265,7 +287,7 @@ class DecoderLayer(nnx.Module):
     what the attention reads, and the sums come one after the other all the same.
     """
 
-    def __init__(self, parts: Parts, crosses: bool = False):
+    def __init__(self, parts: Parts, crosses: bool = False, form: LayerForm = LayerForm()):
         config = parts.config
         placement = config.norm_placement
         self.before, self.after = placement != "post", placement != "pre"
@@ -281,10 +303,12 @@ class DecoderLayer(nnx.Module):
                 setattr(self, f"{name}_post_norm", parts.norm(config.hidden_size))
             setattr(self, f"{name}_sum", DecoderSum())
 
-        add("attention", DecoderAttention)
+        usual = partial(DecoderAttention, bare=form.bare)
+        mixing = LatentAttention if config.latent else usual
+        add("attention", GatedDelta if form.delta else mixing)
         if crosses:
             add("cross_attention", DecoderAttention)
-        add("mlp", DecoderMixture if config.num_experts else DecoderMLP)
+        add("mlp", _mixture if config.num_experts and not form.dense else DecoderMLP)
 
     def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
         """Computes the hidden states after the block."""
@@ -312,6 +336,12 @@ class DecoderLayer(nnx.Module):
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
         return getattr(self, f"{name}_sum")(x, y)
+
+
+def _mixture(parts: Parts) -> DecoderMixture:
+    """The experts of a layer, with the one that all tokens take."""
+    inner = parts.config.shared_expert_intermediate_size
+    return DecoderMixture(parts, DecoderMLP(parts, inner) if inner else None)
 
 
 def empty_cache(layers: Any, length: int, batch: int, slots: int, dtype: Dtype) -> Cache:

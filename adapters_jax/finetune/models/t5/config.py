@@ -84,7 +84,7 @@ class T5Config(huggingface.CheckpointConfig):
     norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
     parallel, rotary_interleaved = None, False
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
-    num_experts = 0
+    num_experts, latent, attention_gate, attention_sinks = 0, None, False, False
     mlp_first = "intermediate"
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -3,16 +3,20 @@
 from adapters_jax.finetune.models.decoder.architecture import Architecture
 from adapters_jax.finetune.models.decoder.families import (
     cohere,
+    deepseek,
     experts,
     gemma,
     glm,
     gpt2,
+    gpt_oss,
     granite,
     llama,
+    llama4,
     mistral,
     olmo,
     phi,
     qwen,
+    qwen_next,
     smollm,
     starcoder,
 )
@@ -41,5 +45,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         experts.OLMOE,
+        gpt_oss.GPT_OSS,
+        deepseek.DEEPSEEK_V3,
+        llama4.LLAMA4,
+        qwen_next.QWEN3_NEXT,
+        qwen_next.QWEN3_5,
+        qwen_next.QWEN3_5_MOE,
     )
 }
