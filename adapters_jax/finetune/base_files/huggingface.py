@@ -88,7 +88,8 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         directory: the checkpoint's directory.
 
     Returns:
-        The tensors by their names in the files, in the dtype stored (bfloat16 included).
+        The tensors by their names in the files, in the dtype stored (bfloat16 included); pairs of
+        MXFP4 as the tensors that they stand for.
 
     Raises:
         BaseFileError: shards are absent, and the message names them all; a file or the index is
@@ -119,7 +120,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
             f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {first_few(wrong, 8)}, which "
             "it does not hold; write the index anew."
         )
-    return tensors
+    return mxfp4.whole(tensors)
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -222,7 +223,7 @@ class CheckpointConfig:
         """Raises `UserError` for values that are not supported, by default those of the class."""
         supported = cls.supported if supported is None else supported
         if mxfp4.is_method(values.get("quantization_config")):
-            values = {**values, "quantization_config": None}  # which `read_checkpoint` reads
+            values = {**values, "quantization_config": None}  # which `read_tensors` reads
         unsupported = [
             f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
             for key, allowed in {**_OF_ALL, **supported}.items()
@@ -291,7 +292,7 @@ def read_checkpoint(
     """
     directory = resolve(name_or_path, revision)
     config = config_class.from_json(directory / "config.json")
-    tensors = mxfp4.whole(read_tensors(directory))
+    tensors = read_tensors(directory)
     check_tensors(config, tensors)
     return config, tensors
 
