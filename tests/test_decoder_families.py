@@ -30,15 +30,14 @@ ARITHMETIC = {
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     *("attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob", "expert_limit"),
     *("router_scores", "router_factor", "router_groups", "expert_reads_weighted"),
-    *("warming_scale",),
-    "rotary_interleaved",
+    *("warming_scale", "value_norm", "rotary_interleaved"),
 }
 # The bookkeeping of a config.json, which names no arithmetic.
 BOOKKEEPING = {
     *("transformers_version", "use_cache", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("attention_dropout", "embd_pdrop", "resid_pdrop", "router_jitter_noise", "pretraining_tp"),
     *("router_aux_loss_coef", "output_router_logits", "use_bidirectional_attention"),
-    "rope_parameters",  # compared as fields
+    *("rope_parameters", "per_layer_config"),  # compared as fields
     # Layer types say it.
     *("_sliding_window_pattern", "max_window_layers", "no_rope_layer_interval"),
     *("attn_pdrop", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"),

@@ -36,9 +36,10 @@ TARGETS = {
     "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
     "mixtral": ("k_proj", "w3", "w2"),
     "deepseek_v3": ("q_b_proj", "kv_b_proj", "o_proj"),
+    "gemma4_text": ("q_proj", "up_proj", "down_proj"),
     "qwen3_next": ("q_proj", "in_proj_qkvz", "out_proj"),
     "qwen3_5_text": ("q_proj", "up_proj", "out_proj"),
-    "qwen3_5_moe_text": ("q_proj", "in_proj_z", "o_proj"),
+    "qwen3_5_moe_text": ("q_proj", "v_proj", "o_proj"),
 }
 OURS = {"deepseek_v3": "**/{query_up,key_value}"}  # what replaces query and value
 EVERY = sorted(set(ARCHITECTURES) & set(transformers.CONFIG_MAPPING.keys()))

@@ -142,6 +142,30 @@ def test_prompts_say_that_a_delta_layer_has_no_softmax():
             )
 
 
+def test_a_prompt_of_gated_attention_is_added_before_the_gate():
+    _, model = load_decoder(FIXTURE)
+    recipe, ids = aj.Recipe(aj.LlamaAdapter("layers/1/attention", 5)), np.arange(3, 8)[None]
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=(ids,))
+    rng, attention = np.random.default_rng(0), adapted.layers[1].attention
+    for leaf in (attention.prompt.embedding, attention.prompt.gate):
+        leaf[...] = jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(1, 4, 16)), jnp.float32)
+    got = attention(x, None) - load_decoder(FIXTURE)[1].layers[1].attention(x, None)
+
+    base, prompt = model.layers[1].attention, attention.prompt.embedding[...]
+    query, gate = np.split(np.asarray(base.query(x)).reshape(4, 4, 16), 2, axis=-1)
+    query = np.asarray(base.query_norm(query))
+    key, value = (np.asarray(f(prompt)).reshape(5, 2, 8) for f in (base.key, base.value))
+    mixed = np.zeros((4, 4, 8))
+    for head in range(4):  # two heads of queries for each of keys
+        scores = np.exp(query[:, head] @ key[:, head // 2].T / np.sqrt(8))
+        weights = scores / scores.sum(-1, keepdims=True)
+        mixed[:, head] = np.tanh(attention.prompt.gate[head]) * weights @ value[:, head // 2]
+    expected = base.output((mixed / (1 + np.exp(-gate))).reshape(1, 4, 32))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.1
+
+
 @pytest.mark.parametrize("sizes", [{"key_heads": 0}, {"value_width": 2**40}, {"kernel": 1.5}])
 def test_a_size_is_a_whole_number(sizes):
     with raises(aj.UserError, *sizes, *sizes.values()):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
@@ -51,11 +51,24 @@ class LayerForm(NamedTuple):
         delta: whether it has the gated delta rule instead of a softmax attention.
         dense: whether it has one feed-forward where others have experts.
         bare: whether its queries and keys are not normalised, as those with positions are.
+        head_width: the width of a head; None has the configuration's.
+        kv_heads: the number of key and value heads, likewise.
+        key_is_value: whether the key projection computes the values as well.
+        pool: the kind of attention among whose layers its keys and values are shared; None shares
+            none.
+        borrows: whether they are those of an earlier layer.
+        wide: whether the feed-forward is twice as wide.
     """
 
     delta: bool = False
     dense: bool = False
     bare: bool = False
+    head_width: int | None = None
+    kv_heads: int | None = None
+    key_is_value: bool = False
+    pool: str | None = None
+    borrows: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,17 @@ class DecoderConfig(huggingface.CheckpointConfig):
             `linear_attention` for each layer; None slides in all layers if there is a window.
         latent: the sizes of a latent attention; None has keys and values from projections.
         delta: the sizes of the layers with `linear_attention`, which have the gated delta rule.
+        global_head_dim: the width of a head in layers with full attention; None has `head_dim`.
+        num_global_key_value_heads: the number of key and value heads there, likewise.
+        attention_k_eq_v: whether the key projection computes the values as well there.
+        num_kv_shared_layers: the number of last layers that have keys and values of the last layer
+            before them with attention of their kind.
+        use_double_wide_mlp: whether these layers have feed-forwards twice as wide.
+        value_norm: whether values are normalised, without a scale.
+        layer_scalar: whether each layer has a factor of its output.
+        hidden_size_per_layer_input: the width of inputs that each layer has of its own, made of the
+            tokens; 0 has none.
+        vocab_size_per_layer_input: the number of tokens with such inputs.
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
@@ -176,6 +200,15 @@ class DecoderConfig(huggingface.CheckpointConfig):
     layer_types: tuple[str, ...] | None = None
     latent: LatentSizes | None = None
     delta: DeltaSizes | None = None
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    value_norm: bool = False
+    layer_scalar: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
@@ -274,6 +307,18 @@ class DecoderConfig(huggingface.CheckpointConfig):
             raise UserError(
                 "layer_types has linear_attention, which needs the sizes of the gated delta rule "
                 f"(model_type={self.model_type!r} has none)."
+            )
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        types = self.layer_types or ()
+        if self.num_kv_shared_layers and (own < 1 or {*types[own:]} - {*types[:own]}):
+            raise UserError(
+                f"num_kv_shared_layers={self.num_kv_shared_layers} of {self.num_hidden_layers} "
+                "layers, expected an earlier layer of each of their layer_types."
+            )
+        if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
+            raise UserError(
+                f"vocab_size_per_layer_input={self.vocab_size_per_layer_input}, expected at least "
+                f"the vocab_size={self.vocab_size}: each token needs an input."
             )
 
     def _check_experts(self) -> None:
@@ -383,6 +428,7 @@ None); choose another model_type.
         norms = 1 + self.num_layers * self._norms
         each = sum(self._attention_parameters(norm, form) for form in self.layer_forms)
         each += sum(self._mlp_parameters(form) for form in self.layer_forms)
+        each += self.num_layers * self.layer_scalar + self._per_layer_parameters()
         biases = self.vocab_size * self.head_bias
         return (tokens + positions + norms * norm) * width + each + biases
 
@@ -391,6 +437,14 @@ None); choose another model_type.
         """The number of norms of hidden states in a layer."""
         return 4 if self.norm_placement == "both" else 1 if self.parallel == "shared" else 2
 
+    def _per_layer_parameters(self) -> int:
+        """Those of the inputs that each layer has of its own."""
+        width, own = self.hidden_size, self.hidden_size_per_layer_input
+        if not own:
+            return 0
+        model = (self.vocab_size_per_layer_input + width) * self.num_layers * own + own
+        return model + self.num_layers * (2 * width * own + width)
+
     def _attention_parameters(self, norm: int, form: LayerForm) -> int:
         """Those of the attention of a layer; a norm has this number for each feature."""
         width, head = self.hidden_size, self.head_width
@@ -398,16 +452,21 @@ None); choose another model_type.
             return self.delta.parameters(width)
         if self.latent:
             return self.latent.parameters(width, self.num_attention_heads, self.attention_bias)
-        queries, keys = head * self.num_attention_heads, head * self.kv_heads
+        head = form.head_width or head
+        queries, keys = head * self.num_attention_heads, head * (form.kv_heads or self.kv_heads)
         normed = {"head": 2 * head, "projection": queries + keys}.get(self.qk_norm or "", 0)
+        pairs = keys if form.key_is_value else 2 * keys
+        if form.borrows:
+            pairs, normed = 0, normed // 2
         gates = queries * self.attention_gate
-        inputs = dense(width, queries + gates + 2 * keys, self.attention_bias)
+        inputs = dense(width, queries + gates + pairs, self.attention_bias)
         sinks = self.num_attention_heads * self.attention_sinks
         return inputs + dense(queries, width, self.has_output_bias) + normed * norm + sinks
 
     def _mlp_parameters(self, form: LayerForm) -> int:
         """Those of the feed-forward of a layer, of all its experts if it has some."""
         width, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
+        inner *= 1 + form.wide
         if self.num_experts and not form.dense:
             shared = 3 * width * (self.shared_expert_intermediate_size or 0)
             shared += width * self.shared_expert_gate
@@ -448,9 +507,7 @@ None); choose another model_type.
         types = self.layer_types or (every,) * self.num_hidden_layers
         ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
         return tuple(
-            LayerKind(linear=True)
-            if each == "linear_attention"
-            else self._kind(each, bool(rope))
+            LayerKind(linear=True) if each == "linear_attention" else self._kind(each, bool(rope))
             for each, rope in zip(types, ropes, strict=True)
         )
 
@@ -461,10 +518,30 @@ None); choose another model_type.
         experts = self.expert_layers or (1,) * self.num_hidden_layers
         ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
         tells = self.qk_norm == "unit" or self.warming_interval is not None
-        return tuple(
-            LayerForm(each == "linear_attention", not own, tells and not rope)
-            for each, own, rope in zip(types, experts, ropes, strict=True)
-        )
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        lenders = {each: at for at, each in enumerate(types[:own]) if self.num_kv_shared_layers}
+
+        def of(at: int, each: str) -> LayerForm:
+            whole, borrows = each == "full_attention", at >= own
+            return LayerForm(
+                delta=each == "linear_attention",
+                dense=not experts[at],
+                bare=tells and not ropes[at],
+                head_width=self.global_head_dim if whole else None,
+                kv_heads=self.num_global_key_value_heads if whole else None,
+                key_is_value=self.attention_k_eq_v and whole,
+                pool=each if borrows or lenders.get(each) == at else None,
+                borrows=borrows,
+                wide=borrows and self.use_double_wide_mlp,
+            )
+
+        return tuple(of(at, each) for at, each in enumerate(types))
+
+    def with_layers(self, number: int) -> Self:
+        """The configuration of a model of the first layers alone."""
+        shared = max(0, number - (self.num_hidden_layers - self.num_kv_shared_layers))
+        one = replace(self, num_kv_shared_layers=0)
+        return replace(super(DecoderConfig, one).with_layers(number), num_kv_shared_layers=shared)
 
     def _kind(self, layer_type: str, rotates: bool) -> LayerKind:
         slides = layer_type == "sliding_attention"
@@ -476,7 +553,8 @@ None); choose another model_type.
             return LayerKind(window, chunk=chunk, warming=warming)
         if slides and self.rope_local_base_freq is not None:
             return LayerKind(window, self.rope_local_base_freq)
-        return LayerKind(window, self.rope_theta, self.rope_scaling, chunk=chunk)
+        rotated = self.global_head_dim if self.global_head_dim and not slides else None
+        return LayerKind(window, self.rope_theta, self.rope_scaling, chunk=chunk, rotated=rotated)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -18,6 +18,7 @@ from adapters_jax.finetune.models.decoder.config import LayerForm
 from adapters_jax.finetune.models.decoder.delta import GatedDelta
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
 from adapters_jax.finetune.models.decoder.latent import LatentAttention
+from adapters_jax.finetune.models.decoder.per_layer import PerLayerInput, Stream
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
 from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
@@ -144,26 +145,33 @@ class DecoderAttention(nnx.Module):
     cache their length is its number of slots.
     """
 
-    def __init__(self, parts: Parts, bare: bool = False):
-        config = parts.config
-        width, self.head_dim, self.kv_heads = config.hidden_size, config.head_width, config.kv_heads
+    def __init__(self, parts: Parts, form: LayerForm = LayerForm()):
+        config, width = parts.config, parts.config.hidden_size
+        self.head_dim = form.head_width or config.head_width
+        self.kv_heads = form.kv_heads or config.kv_heads
+        self.heads, self.borrows = config.num_attention_heads, form.borrows
+        self.key_is_value = form.key_is_value
+        self.value_eps = config.rms_norm_eps if config.value_norm else None
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, self.kv_heads))
         biased = config.attention_bias
         self.gated = config.attention_gate
         self.query = parts.linear(width, heads * (1 + self.gated), biased, config.query_init)
-        self.key = parts.linear(width, kv_heads, biased)
-        self.value = parts.linear(width, kv_heads, biased)
+        if not self.borrows:
+            self.key = parts.linear(width, kv_heads, biased)
+        if not (self.borrows or self.key_is_value):
+            self.value = parts.linear(width, kv_heads, biased)
         self.output = parts.linear(heads, width, config.has_output_bias)
-        self.rotary_interleaved, self.bare = config.rotary_interleaved, bare
-        self.qk_norm = None if bare else config.qk_norm
+        self.rotary_interleaved, self.bare = config.rotary_interleaved, form.bare
+        self.qk_norm = None if form.bare else config.qk_norm
         self.epsilon = config.rms_norm_eps
         if self.qk_norm in ("head", "projection"):
             by_head = self.qk_norm == "head"
             self.query_norm = parts.norm(self.head_dim if by_head else heads)
-            self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
+            if not self.borrows:
+                self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
         # The factor of queries, by which `attention_fn`, dividing by a root, gets its own scale.
         factor = config.attention_multiplier
-        self.scale = 1.0 if factor is None else factor * config.head_width**0.5
+        self.scale = 1.0 if factor is None else factor * self.head_dim**0.5
         self.softcap = config.attn_logit_softcapping
         if config.attention_sinks:
             heads = config.num_attention_heads
@@ -215,14 +223,18 @@ class DecoderAttention(nnx.Module):
 
     def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
+        keys = self.key(source)
+        value = split_heads(keys if self.key_is_value else self.value(source), self.head_dim)
+        if self.value_eps is not None:
+            scale = jnp.ones(self.head_dim, jnp.float32)
+            value = normalize(value, scale, self.value_eps, False).astype(value.dtype)
         # Without positions, a rotation is a factor of queries alone.
-        key = self._turned("key", self.key(source), None if self.bare else rotation)
-        return key, split_heads(self.value(source), self.head_dim)
+        return self._turned("key", keys, None if self.bare else rotation), value
 
     def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
         """What it keeps before the first token: no keys and values."""
         empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
-        return Kept((empty, empty))
+        return Kept() if self.borrows else Kept((empty, empty))
 
     def _turned(self, name: str, y: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
@@ -237,7 +249,12 @@ class DecoderAttention(nnx.Module):
         return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
 
 
-register_attention(DecoderAttention)
+class KeyIsValueAttention(DecoderAttention):
+    """Attention whose key projection computes the values as well."""
+
+
+register_attention(DecoderAttention, heads="heads")
+register_attention(KeyIsValueAttention, value="key", heads="heads")
 
 
 class DecoderMLP(nnx.Module):
@@ -303,20 +320,57 @@ class DecoderLayer(nnx.Module):
                 setattr(self, f"{name}_post_norm", parts.norm(config.hidden_size))
             setattr(self, f"{name}_sum", DecoderSum())
 
-        usual = partial(DecoderAttention, bare=form.bare)
+        self.pool, self.borrows = form.pool, form.borrows
+        kind = KeyIsValueAttention if form.key_is_value else DecoderAttention
+        usual: Callable[..., nnx.Module] = partial(kind, form=form)
         mixing = LatentAttention if config.latent else usual
         add("attention", GatedDelta if form.delta else mixing)
         if crosses:
             add("cross_attention", DecoderAttention)
-        add("mlp", _mixture if config.num_experts and not form.dense else DecoderMLP)
+        inner = config.intermediate_size * 2 if form.wide else None
+        mixed = config.num_experts and not form.dense
+        add("mlp", _mixture if mixed else partial(DecoderMLP, inner=inner))
+        self.reads_input = config.hidden_size_per_layer_input > 0
+        if self.reads_input:
+            self.per_layer, self.per_layer_sum = PerLayerInput(parts), DecoderSum()
+        if config.layer_scalar:
+            self.scalar = nnx.Param(jnp.ones(1, parts.rest["param_dtype"]))
 
-    def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
-        """Computes the hidden states after the block."""
+    def __call__(self, x: Any, context: Context, cache: LayerCache | None = None) -> Any:
+        """Computes the hidden states after the block, or the stream with them."""
+        if not isinstance(x, Stream):
+            return self._hidden(x, context, cache)
+        shared, inputs, pair = dict(x.shared), x.inputs, None
+        if self.pool is not None:
+            pair = shared.get(self.pool)
+            if not self.borrows:
+                own: Any = self
+                pair = own.attention.read(self._read("attention", x.hidden), context.rotation)
+                pair = shared[self.pool] = pair if cache is None else cache.extend(*pair)
+            cache = None
+        hidden = self._hidden(x.hidden, context, cache, pair)
+        if self.reads_input:
+            given, *rest = inputs
+            hidden, inputs = self.per_layer_sum(hidden, self.per_layer(hidden, given)), tuple(rest)
+        if hasattr(self, "scalar"):
+            hidden = hidden * self.scalar[...].astype(hidden.dtype)
+        return Stream(hidden, shared, inputs)
+
+    def _hidden(
+        self,
+        x: Hidden,
+        context: Context,
+        cache: LayerCache | None,
+        pair: tuple[Heads, Heads] | None = None,
+    ) -> Hidden:
+        """The hidden states after all sublayers; `pair` are keys and values that layers share."""
         mask, rotation, bias, source, seen = context
         read = self._read("attention", x)
-        y = self._add("attention", x, read, mask, rotation, bias, cache=cache)
+        y = self._add("attention", x, read, mask, rotation, bias, pair, cache=cache)
         if self.crosses:
-            y = self._add("cross_attention", y, self._read("cross_attention", y), seen, source=source)
+            y = self._add(
+                "cross_attention", y, self._read("cross_attention", y), seen, source=source
+            )
         if self.parallel != "shared":
             read = self._read("mlp", x if self.parallel else y)
         return self._add("mlp", y, read)
@@ -383,7 +437,8 @@ def extend_layers(
     Returns:
         The output of the last block, and the cache with what the blocks keep of the tokens.
     """
-    start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
+    hidden = x.hidden if isinstance(x, Stream) else x
+    start = cache.used - hidden.shape[1]  # `reserve` has counted these tokens already
 
     def step(
         x: Array, layer: Any, context: Context, kept: Kept, *source: Any

@@ -26,6 +26,7 @@ from adapters_jax.finetune.models.decoder.layers import (
     empty_cache,
     extend_layers,
 )
+from adapters_jax.finetune.models.decoder.per_layer import PerLayerInputs, Stream
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
 from adapters_jax.finetune.models.parts.cache import Cache
@@ -96,6 +97,8 @@ class Decoder(nnx.Module):
         self.layers = self._layers(
             parts, range(config.num_hidden_layers) if only is None else only, rngs
         )
+        if config.hidden_size_per_layer_input:
+            self.per_layer = PerLayerInputs(own)
         self.norm = own.norm(width)
         if not config.tie_word_embeddings:
             self.head = own.linear(width, config.vocab_size, config.head_bias)
@@ -162,7 +165,19 @@ class Decoder(nnx.Module):
         contexts = self._contexts(masks, positions, length)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
-        return self.norm(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+        x = self._stream(x, input_ids)
+        return self._end(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+
+    def _stream(self, x: Float[Array, "batch length d"], input_ids: Array) -> Any:
+        """What goes from block to block, at the first one."""
+        config = self.config
+        if config.hidden_size_per_layer_input:
+            return Stream(x, {}, self.per_layer(input_ids, x))
+        return Stream(x, {}, ()) if config.num_kv_shared_layers or config.layer_scalar else x
+
+    def _end(self, x: Any) -> Float[Array, "batch length d"]:
+        """The hidden states after the last norm, of what the last block returns."""
+        return self.norm(x.hidden if isinstance(x, Stream) else x)
 
     @property
     def longest(self) -> int | None:
@@ -209,7 +224,7 @@ class Decoder(nnx.Module):
         def turned(kind: LayerKind) -> Rotation | None:
             if self.config.learned_positions or kind.linear:
                 return None
-            rotated = self.config.rotated
+            rotated = kind.rotated or self.config.rotated
             if kind.warming:
                 return warmed(positions, self.config.head_width, kind.warming)
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
@@ -249,13 +264,15 @@ class Decoder(nnx.Module):
             if kind.linear:
                 return tokens
             mask = seen if kind.window is None else seen & (own - theirs < kind.window)
-            return mask if kind.chunk is None else mask & (own // kind.chunk == theirs // kind.chunk)
+            return (
+                mask if kind.chunk is None else mask & (own // kind.chunk == theirs // kind.chunk)
+            )
 
         masks = [of(kind) for kind in kinds]
         contexts = self._contexts(masks, positions, cache.held.shape[1])
-        x = self._embed(input_ids, positions)
+        x = self._stream(self._embed(input_ids, positions), input_ids)
         x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
-        return self.norm(x), cache
+        return self._end(x), cache
 
 
 def abstract_decoder(config: DecoderConfig, *, scan: bool = False, **options: Any) -> Decoder:

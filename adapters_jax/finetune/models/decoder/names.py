@@ -78,6 +78,26 @@ def with_stacked_experts(names: NameTable, mlp: str, *parameters: str) -> NameTa
     return replace(names, rules=rules, parameters=(kernel, *plain), stacked=tuple(stacks))
 
 
+PER_LAYER = (
+    *(Rule("per_layer/embeddings", "embed_tokens_per_layer"),),
+    *(Rule("per_layer/projection", "per_layer_model_projection"),),
+    *(Rule("per_layer/norm", "per_layer_projection_norm"),),
+    *of_layers(
+        *LAYERS,
+        per_layer__gate="per_layer_input_gate",
+        per_layer__output="per_layer_projection",
+        per_layer__norm="post_per_layer_input_norm",
+    ),
+)
+NAMES_PER_LAYER = replace(
+    NAMES_WITH_NORMS_AROUND,
+    rules=(*NAMES_WITH_NORMS_AROUND.rules, *PER_LAYER),
+    parameters=(ParameterRule(r"layers/(\d+)/scalar", r"layers.\1.layer_scalar"),),
+    # Layers that borrow keys and values do not use their own, which some files have.
+    ignored=(*NAMES.ignored, r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\.weight"),
+)
+
+
 def with_delta(names: NameTable) -> NameTable:
     """The table of a model with the gated delta rule in some layers, and perhaps a shared expert.
 

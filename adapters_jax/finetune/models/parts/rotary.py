@@ -33,6 +33,7 @@ REQUIRED = {
         *("factor", "original_max_position_embeddings"),
         *("low_freq_factor", "high_freq_factor"),
     ),
+    "proportional": ("factor",),
 }
 
 
@@ -41,7 +42,7 @@ class RopeScaling:
     """How the frequencies of rotary positions are scaled.
 
     Attributes:
-        rope_type: one of `linear`, `dynamic`, `yarn`, `longrope` and `llama3`.
+        rope_type: one of `linear`, `dynamic`, `yarn`, `longrope`, `llama3` and `proportional`.
         factor: how many times longer than those of the training texts may be.
         original_max_position_embeddings: the length of the training texts.
         low_freq_factor: llama3; frequencies with fewer turns than this in a training text are
@@ -57,6 +58,7 @@ class RopeScaling:
         short_factor: longrope; divides each frequency in texts that are not longer than the
             training's.
         long_factor: longrope; divides each frequency in longer ones.
+        proportion: proportional; the part of the pairs that turn, those of the highest frequencies.
 
     Raises:
         UserError: the type is not supported, or a value that it needs is absent.
@@ -79,6 +81,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    proportion: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("rope_scaling", "rope_type", self.rope_type, REQUIRED)
@@ -106,6 +109,9 @@ class RopeScaling:
                 return frequencies(features, self._stretched(features, theta, length)), 1.0
             case "yarn":
                 return self._yarn(plain, theta), self._yarn_factor()
+            case "proportional":
+                turning = np.arange(len(plain)) < int(self.proportion * features // 2)
+                return plain * turning / self.factor, 1.0
             case "longrope":
                 return self._longrope(plain, length), self._longrope_factor()
             case _:
@@ -180,6 +186,7 @@ class LayerKind(NamedTuple):
         chunk: the number of tokens of a chunk, outside of which a token sees nothing; None sees
             all.
         warming: of a layer without rotation, the two numbers by which `warmed` grows.
+        rotated: the number of a head's features that are rotated; None has the configuration's.
     """
 
     window: int | None = None
@@ -188,6 +195,7 @@ class LayerKind(NamedTuple):
     linear: bool = False
     chunk: int | None = None
     warming: tuple[int, float] | None = None
+    rotated: int | None = None
 
 
 def frequencies(features: int, theta: float) -> Frequencies:

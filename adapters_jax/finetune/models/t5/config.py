@@ -85,6 +85,7 @@ class T5Config(huggingface.CheckpointConfig):
     parallel, rotary_interleaved = None, False
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
     num_experts, latent, attention_gate, attention_sinks = 0, None, False, False
+    value_norm, layer_scalar, hidden_size_per_layer_input = False, False, 0
     mlp_first = "intermediate"
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -9,7 +9,14 @@ from dataclasses import replace
 
 from adapters_jax.files.names import Rule
 from adapters_jax.finetune.models.decoder.architecture import Architecture, shape
-from adapters_jax.finetune.models.decoder.names import LAYERS, MODEL, NAMES, NAMES_FUSED, NORMS_BEFORE, PROJECTIONS
+from adapters_jax.finetune.models.decoder.names import (
+    LAYERS,
+    MODEL,
+    NAMES,
+    NAMES_FUSED,
+    NORMS_BEFORE,
+    PROJECTIONS,
+)
 from adapters_jax.finetune.models.parts.names import of_layers
 
 # The scaling of rotary positions, a table, is left out: no shape depends on it.
