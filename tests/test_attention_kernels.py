@@ -265,6 +265,8 @@ def test_the_kernel_of_the_device_is_taken_where_it_can_be(on):
         (("tpu", "TPU v5"), {"query": QUERY[0]}, ("(600, 2, 8)",)),
         (("gpu", "NVIDIA H100"), {"biased": True}, ("bias",)),
         (("gpu", "NVIDIA H100"), {"drops": True}, ("drop",)),
+        (("tpu", "TPU v5"), {"sunk": True}, ("sinks",)),
+        (("tpu", "TPU v5"), {"wider": True}, ("wider",)),
         (("gpu", "NVIDIA H100"), {"softcap": 30.0}, ("cap", "30.0")),
         (("gpu", "NVIDIA H100"), {"query": QUERY.astype(jnp.float32)}, ("float32", "bfloat16")),
         (("gpu", "NVIDIA H100"), {"query": jnp.ones((1, 9, 1, 12), jnp.bfloat16)}, ("8", "12")),

@@ -150,7 +150,7 @@ def test_a_model_of_the_first_layers(name):
     for config in islice(FAMILIES[name].known.values(), 1):
         one, two = config.with_layers(1), config.with_layers(2)
         assert (one.num_layers, two.num_layers) == (1, 2)
-        if FAMILIES[name].scans and config.num_parameters:
+        if FAMILIES[name].scans and config.num_parameters:  # the layers are alike
             more = (config.num_layers - 1) * (two.num_parameters - one.num_parameters)
             assert one.num_parameters + more == config.num_parameters
 

@@ -22,7 +22,7 @@ from adapters_jax.finetune.models.decoder import (
     load_decoder,
     save_decoder,
 )
-from adapters_jax.finetune.models.parts.rotary import RopeScaling, rotate, rotation
+from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling, rotate, rotation
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama"
 TINY = DecoderConfig(
@@ -351,8 +351,8 @@ def test_rotary_settings_of_each_kind_of_layer_are_read():
     config = DecoderConfig.from_dict(new)
     assert config == DecoderConfig.from_dict(old)
     *sliding, full = config.layer_kinds
-    assert set(sliding) == {(4096, 50.0, None)}
-    assert full == (None, 1e6, RopeScaling("linear", 8.0))
+    assert set(sliding) == {LayerKind(4096, 50.0, None)}
+    assert full == LayerKind(None, 1e6, RopeScaling("linear", 8.0))
 
 
 def test_a_checkpoint_makes_its_directory(tmp_path):

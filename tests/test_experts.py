@@ -1,5 +1,6 @@
 """Experts: the plain formula and its gradient, adapters on stacked weights, what PEFT lacks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,7 +16,12 @@ import adapters_jax as aj
 from adapters_jax.errors import MismatchError, UserError
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.finetune.models.decoder import ARCHITECTURES, load_decoder
+from adapters_jax.finetune.models.decoder import (
+    ARCHITECTURES,
+    Decoder,
+    DecoderConfig,
+    load_decoder,
+)
 from adapters_jax.finetune.tensors import from_tensors
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
@@ -162,3 +168,26 @@ def test_an_expert_that_a_checkpoint_lacks_is_named(model):
     lacking = "layers/1/mlp/experts/up (layers.1.block_sparse_moe.experts.2.w3.weight)"
     with raises(MismatchError, "1 missing", lacking):
         from_tensors({name: drawn((8, 16)) for name in names}, ARCHITECTURES["mixtral"].names, up)
+
+
+@pytest.mark.parametrize("version", ["4.57", "5.24"])
+def test_square_stacks_are_read_along_the_axes_that_another_stack_tells(version, tmp_path):
+    config = DecoderConfig.from_json(FIXTURES / "gpt_oss" / "config.json")
+    config = replace(config.with_layers(1), intermediate_size=16)
+    model, names = Decoder(config, rngs=nnx.Rngs(0)), ARCHITECTURES["gpt_oss"].names
+    sizes = {"gate_up": (16, 32), "output": (16, 16)}
+    parts = {
+        name: {"a": drawn((4, i, 2), seed=i), "b": drawn((4, 2, o), seed=o)}
+        for name, (i, o) in sizes.items()
+    }
+    tree = {"layers": {"0": {"mlp": {"experts": {"lora": parts}}}}}
+    recipe = aj.LoRA("**/experts/{gate_up,output}", 2, 3.0)
+    directory = save_peft(tmp_path / "both", recipe, tree, names.of_version(version), model)
+    got = flatten(load_peft(directory, names, model)[1])
+    for key, leaf in flatten(tree).items():
+        np.testing.assert_array_equal(got[key], leaf)
+    del parts["gate_up"]
+    recipe = aj.LoRA("**/experts/output", 2, 3.0)
+    directory = save_peft(tmp_path / "one", recipe, tree, names.of_version(version), model)
+    with raises(UserError, "layers.0.mlp.experts.down_proj", "transformers 4"):
+        load_peft(directory, names, model)

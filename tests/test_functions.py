@@ -192,6 +192,32 @@ def test_softmax_has_its_derivative():
     np.testing.assert_allclose(jax.vmap(jax.jacfwd(functions.softmax))(x), expected, atol=1e-6)
 
 
+def test_a_sink_takes_its_share_of_the_softmax_and_of_its_derivative():
+    rng = np.random.default_rng(0)
+    x, sink = (jnp.asarray(rng.normal(0, 3, shape), jnp.float32) for shape in ((4, 7), (4, 1)))
+    whole = np.concatenate([x, sink], axis=1).astype(np.float64)
+    p = np.exp(whole) / np.exp(whole).sum(-1, keepdims=True)
+    np.testing.assert_allclose(functions.softmax_beside(x, sink), p[:, :-1], atol=1e-6)
+    slopes = np.einsum("bi,ij->bij", p, np.eye(8)) - np.einsum("bi,bj->bij", p, p)
+    for differentiate in (jax.jacrev, jax.jacfwd):
+        of_x, of_sink = jax.vmap(differentiate(functions.softmax_beside, (0, 1)))(x, sink)
+        np.testing.assert_allclose(of_x, slopes[:, :-1, :-1], atol=1e-6)
+        np.testing.assert_allclose(of_sink, slopes[:, :-1, -1:], atol=1e-6)
+
+
+def test_attention_with_sinks_is_attention_to_a_further_key_without_a_value():
+    query, key, value, mask = drawn(3)
+    sinks = jnp.asarray(np.random.default_rng(2).normal(0, 2, 6), jnp.float32)
+    zeros = jnp.zeros((2, 1, 3, 8))
+    longer = (jnp.concatenate([x, zeros], axis=1) for x in (key, value))
+    seen = jnp.concatenate([mask, jnp.ones((2, 1, 5, 1), bool)], axis=-1)
+    bias = jnp.zeros((1, 6, 1, 8)).at[..., -1].set(sinks[:, None])
+    expected = functions.dot_product_attention(query, *longer, mask=seen, bias=bias)
+    found = functions.dot_product_attention(query, key, value, mask=mask, sinks=sinks)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - functions.dot_product_attention(query, key, value, mask=mask)).max() > 0.1
+
+
 def drawn(kv_heads, dtype=jnp.float32):
     shapes = {"query": (2, 5, 6, 8), "key": (2, 7, kv_heads, 8), "value": (2, 7, kv_heads, 8)}
     rng = np.random.default_rng(1)

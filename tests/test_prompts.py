@@ -1,5 +1,7 @@
 """Prompts in attention: values of a plain formula, with gates that are open."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import LLAMA_7B, Decoder, DecoderConfig
 from adapters_jax.finetune.models.parts.attention import attention_function
+from adapters_jax.finetune.models.parts.functions import dot_product_attention
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.trace import registry
 
@@ -371,6 +374,36 @@ def test_the_soft_cap_of_an_attention_function_bounds_the_prompt_too():
     branch = np.einsum("bhtk,khw->bthw", softmax(2 * np.tanh(scores / 2)), ahead["value"])
     expected = attend(*double((query, key, value))) + np.tanh(own["gate"])[:, None] * branch
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe", [aj.PrefixTuning("**/attention", K), aj.llama_adapter(K, last=1, num_layers=1)]
+)
+def test_prompts_leave_attention_sinks_their_share(recipe):
+    """A prefix joins the softmax with the sinks; a gated prompt has a softmax without them."""
+    calls = []
+
+    def watched(query, key, value, **options):
+        mixed = dot_product_attention(query, key, value, **options)
+        calls.append((query, key, value, options["sinks"], mixed))
+        return mixed
+
+    config = replace(TINY, num_hidden_layers=1, attention_sinks=True)
+    base = Decoder(config, attention=watched, rngs=nnx.Rngs(0))
+    base.layers[0].attention.sinks[...] = jnp.linspace(-1, 2, HEADS)
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=(IDS,))
+    nnx.update(model, noise(nnx.state(model, aj.nnx.AdapterParam)))
+    model(IDS)
+    query, key, value, sinks, mixed = double(calls[-1])
+    longer = K if isinstance(recipe, aj.PrefixTuning) else 0
+    assert key.shape[1] == T + longer
+    seen = np.concatenate([np.ones((1, 1, T, longer), bool), CAUSAL], axis=-1)
+    for head in range(HEADS):
+        scores = np.einsum("btw,bkw->btk", query[:, :, head], key[:, :, head // 2]) / 2
+        scores = np.where(seen[0], scores, -np.inf)
+        scores = np.concatenate([scores, np.full((B, T, 1), sinks[head])], axis=-1)
+        expected = softmax(scores)[..., :-1] @ value[:, :, head // 2]
+        np.testing.assert_allclose(mixed[:, :, head], expected, atol=2e-6)
 
 
 def test_more_layers_than_there_are():

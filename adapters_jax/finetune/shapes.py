@@ -204,9 +204,11 @@ def _paths(family: Family, config: Any) -> list[str]:
 def _fits(method: Any, family: Family, paths: list[str]) -> bool:
     """Whether every target of a method is among the paths."""
     recipe = MethodOptions(method).build(num_layers=_LAYERS, layer=family.layer)
+    rates = {path.removesuffix("/log_rate") for path in paths if path.endswith("/log_rate")}
+    softmax = [path for path in paths if path not in rates]  # the gated delta rule has none
     try:
         for each in recipe.methods:
-            require_points(each, paths, {})
+            require_points(each, softmax if each.acts_on == "attention" else paths, {})
     except TargetError:
         return False
     return True

@@ -169,7 +169,8 @@ def _attention(
         return None
     (_, query), (width, key) = found  # type: ignore[misc]
     head = query[-1] if len(query) > 1 else getattr(module, names.head_dim)
-    return Attention(math.prod(width), math.prod(query) // head, math.prod(key) // head, head)
+    heads = getattr(module, names.heads) if names.heads else math.prod(query) // head
+    return Attention(math.prod(width), heads, math.prod(key) // head, head)
 
 
 def _projection(

@@ -43,6 +43,7 @@ class Names:
     value: str = "value"
     attention_fn: str = "attention_fn"
     head_dim: str = "head_dim"
+    heads: str | None = None
 
 
 _REGISTRY: dict[type, Names] = {
@@ -59,6 +60,7 @@ def register_attention(
     value: str = "value",
     attention_fn: str = "attention_fn",
     head_dim: str = "head_dim",
+    heads: str | None = None,
 ) -> None:
     """Makes an attention module known whose attention function is a kernel, not seen into.
 
@@ -75,6 +77,8 @@ def register_attention(
         attention_fn: name of the field that holds the attention function.
         head_dim: NNX: name of the field that holds the width of a head, where the projections
             return heads side by side on one axis.
+        heads: NNX: name of the field that holds the number of query heads, where the query
+            projection computes more than queries.
 
     Example:
         >>> from flax import linen as nn
@@ -82,7 +86,7 @@ def register_attention(
         ...     attend: object = nn.dot_product_attention
         >>> register_attention(ZooAttention, key="k_proj", value="v_proj", attention_fn="attend")
     """
-    _REGISTRY[module] = Names(query, key, value, attention_fn, head_dim)
+    _REGISTRY[module] = Names(query, key, value, attention_fn, head_dim, heads)
 
 
 def needs_check(module: Any) -> bool:

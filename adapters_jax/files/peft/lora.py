@@ -25,7 +25,7 @@ from adapters_jax.files.peft.config import (
     tied_problem,
     value,
 )
-from adapters_jax.files.peft.parameters import our_pair, parameters_by_key
+from adapters_jax.files.peft.parameters import our_pair, parameters_by_key, references_of
 from adapters_jax.methods import DoRA, LoRA, Method
 from adapters_jax.targets import join
 
@@ -47,11 +47,12 @@ def read(
             _collect(problems, reader.add_experts, path, own, lacking)
     parameters = parameters_by_key(config, rest, module_map, problems)
     problems += _unmatched(config, rest, parameters.values())
+    named = {name: rest[key] for key, name in parameters.items() if name}
     for key, found in rest.items():
         if key not in parameters:
             _collect(problems, reader.add_module, key, found)
         elif (name := parameters[key]) is not None:
-            _collect(problems, reader.add_parameter, name, found)
+            _collect(problems, reader.add_parameter, name, named)
     ranks, alphas = reader.ranks, reader.alphas
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
@@ -136,12 +137,12 @@ class _Reader:
                 target, node = join(target, reference.weight), join(node, reference.weight)
             self.keep(target, node, factors, numbers)
 
-    def add_parameter(self, name: str, found: Factors) -> None:
-        """Adds the factors of a parameter that a module holds itself."""
-        numbers = self.numbers(name)
+    def add_parameter(self, name: str, named: Mapping[str, Factors]) -> None:
+        """Adds the factors of a parameter that a module holds itself; `named` has those of all."""
+        numbers, found, version = self.numbers(name), named[name], self.config.get("peft_version")
         self.check(name, found, numbers[0])
-        for reference in self.module_map.at_parameter(name):
-            pair = our_pair(reference, found, self.config.get("peft_version"))
+        for reference in references_of(name, named, self.module_map, version):
+            pair = our_pair(reference, found, version)
             if len(reference.shape) not in (2, 3) or pair is None:
                 raise _misfit(name, found, reference.path, reference.shape)
             self.check(name, found, numbers[0], pair["a"].shape[-1])

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ParameterReference
 from adapters_jax.files.module_map import ModuleMap
 from adapters_jax.files.peft.config import Config, is_parameter
@@ -64,10 +65,45 @@ def nested(module: str, count: int) -> list[str]:
 
 def _targeted(config: Config, module: str, module_map: ModuleMap) -> list[str]:
     """The target parameters of a module, by their names in the file."""
-    every = (*module_map.parameters, *module_map.stacked)
+    every = {**module_map.parameters, **module_map.stacked}
     own = [name for name in every if module_of(name) == module_map.bare(module)]
     names = [f"{module}.{name.rpartition('.')[2]}" for name in own]
     return [name for name in names if is_parameter(config, name)]
+
+
+def references_of(
+    name: str, named: Mapping[str, Mapping[str, Array]], module_map: ModuleMap, version: str | None
+) -> tuple[ParameterReference, ...]:
+    """Our parameters for one of theirs, as the model has it that a file's adapter was made on.
+
+    Args:
+        name: the parameter's name in the file.
+        named: the factors of every parameter in the file.
+        module_map: the model's, which may have it as transformers 4 and as 5 do.
+        version: that of PEFT that wrote the file.
+
+    Raises:
+        UserError: a square stack's axes differ between these, and no other stack of the file tells.
+    """
+
+    def both(name: str) -> list[tuple[ParameterReference, ...]]:
+        plain, bare = module_map.parameters, module_map.bare(name)
+        own = [module_map.at_parameter(name), *([(plain[bare],)] if bare in plain else [])]
+        return own if len({_along_inputs(each[0], version) for each in own}) > 1 else own[:1]
+
+    found = both(name)
+    if len(found) == 1 or found[0][0].shape[-2] != found[0][0].outputs:
+        return found[0]  # widths tell their axes apart
+    for other, factors in named.items():
+        of_other = both(other)
+        inputs, outputs = of_other[0][0].shape[-2], of_other[0][0].outputs
+        if len(of_other) > 1 and inputs != outputs:
+            said = factors["a"].shape[-1] == inputs
+            return found[said != _along_inputs(of_other[0][0], version)]
+    raise UserError(
+        f"{name} is square, and its A is along other axes in transformers 4 than in 5, which the "
+        "file does not say; adapt another parameter of its module as well"
+    )
 
 
 def module_of(name: str) -> str:

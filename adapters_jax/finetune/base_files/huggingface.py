@@ -27,6 +27,7 @@ from adapters_jax.errors import (
 )
 from adapters_jax.files import hub, untrusted
 from adapters_jax.files.untrusted import TensorFile, open_tensors
+from adapters_jax.finetune.base_files import mxfp4
 from adapters_jax.finetune.base_files.typed_settings import check_settings
 from adapters_jax.finetune.tensors import Stored
 
@@ -89,7 +90,8 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         directory: the checkpoint's directory.
 
     Returns:
-        The tensors by their names in the files, in the dtype stored (bfloat16 included).
+        The tensors by their names in the files, in the dtype stored (bfloat16 included); pairs of
+        MXFP4 as the tensors that they stand for.
 
     Raises:
         BaseFileError: shards are absent, and the message names them all; a file or the index is
@@ -120,7 +122,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
             f"{str(directory / INDEX)!r} names {index[wrong[0]]} for {first_few(wrong, 8)}, which "
             "it does not hold; write the index anew."
         )
-    return tensors
+    return mxfp4.whole(tensors)
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -196,7 +198,7 @@ class CheckpointConfig:
 
     def with_layers(self, number: int) -> Self:
         """The configuration of a model of the first layers alone."""
-        lists = {name: getattr(self, name, None) for name in ("layer_types", "no_rope_layers")}
+        lists = {name: getattr(self, name, None) for name in _OF_LAYERS}
         cut = {name: values[:number] for name, values in lists.items() if values}
         return replace(self, num_hidden_layers=number, **cut)  # type: ignore[type-var]
 
@@ -222,6 +224,8 @@ class CheckpointConfig:
     ) -> None:
         """Raises `UserError` for values that are not supported, by default those of the class."""
         supported = cls.supported if supported is None else supported
+        if mxfp4.is_method(values.get("quantization_config")):
+            values = {**values, "quantization_config": None}  # which `read_tensors` reads
         unsupported = [
             f"{key}={shown(values[key])} ({_nearest(values[key], allowed)})"
             for key, allowed in {**_OF_ALL, **supported}.items()
@@ -268,6 +272,7 @@ class CheckpointConfig:
             raise BaseFileError(f"{path}: {error}") from error
 
 
+_OF_LAYERS = ("layer_types", "no_rope_layers", "expert_layers")
 Config = TypeVar("Config", bound=CheckpointConfig)
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),

@@ -40,6 +40,7 @@ def decoder_family(architecture: Architecture) -> Family:
         tables=names,
         known=known,
         layer="layers/{}",
+        scans=all(len({*config.layer_forms}) == 1 for config in known.values()),
         generates=True,
     )
 

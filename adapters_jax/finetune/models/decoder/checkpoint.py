@@ -166,6 +166,7 @@ def save_decoder(
         save_tensors(directory, *_beside_images(Path(base), config, model), max_shard_size)
         return
     settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    more.pop("quantization_config", None)  # of the weights that were read, not of these
     if isinstance(model, DecoderClassifier):
         called = settings["architectures"][0]
         kind = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", called)

@@ -2,39 +2,74 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.decoder import rope, towers
+from adapters_jax.finetune.models.decoder.delta import DeltaSizes
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.decoder.latent import LatentSizes
 from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "chunked_attention")
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
 _FLAGS: Mapping[str, tuple[Any, ...]] = {
     "norm_placement": ("pre", "post", "both", "sum"),
     "norm_type": ("rms", "layer"),
-    "qk_norm": (None, "head", "projection"),
+    "qk_norm": (None, "head", "projection", "unit"),
+    "router_scores": ("softmax", "sigmoid"),
+    "expert_gate": ("apart", "halves", "interleaved"),
     "parallel": (None, "shared", "own"),
 }
-# The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`.
+# The fields that others say in full: `kv_heads`, `head_width`, `layer_kinds`, `layer_forms`.
 _DERIVED = {
     *("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "no_rope_layers"),
+    *("expert_layers", "attention_chunk_size"),
 }
 # The settings from which others are computed.
 _COUNTS = {
     *("hidden_size", "num_hidden_layers", "max_position_embeddings", "sliding_window"),
     "embedding_size",
     *("original_max_position_embeddings", "sliding_window_pattern", "no_rope_layer_interval"),
+    *("moe_intermediate_size", "attention_chunk_size", "interleave_moe_layer_step"),
+    "warming_interval",
 }
 _NUMBERS = {  # whether they may be 0
     **{"query_pre_attn_scalar": False, "max_window_layers": True, "logit_scale": False},
+    **{"first_k_dense_replace": True, "n_shared_experts": True},
 }
-_LISTS = {"layer_types", "no_rope_layers"}
+_LISTS = {"layer_types", "no_rope_layers", "expert_layers", "moe_layers"}
+
+
+class LayerForm(NamedTuple):
+    """What tells the modules of a layer from those of others; layers of one form can be scanned.
+
+    Attributes:
+        delta: whether it has the gated delta rule instead of a softmax attention.
+        dense: whether it has one feed-forward where others have experts.
+        bare: whether its queries and keys are not normalised, as those with positions are.
+        head_width: the width of a head; None has the configuration's.
+        kv_heads: the number of key and value heads, likewise.
+        key_is_value: whether the key projection computes the values as well.
+        pool: the kind of attention among whose layers its keys and values are shared; None shares
+            none.
+        borrows: whether they are those of an earlier layer.
+        wide: whether the feed-forward is twice as wide.
+    """
+
+    delta: bool = False
+    dense: bool = False
+    bare: bool = False
+    head_width: int | None = None
+    kv_heads: int | None = None
+    key_is_value: bool = False
+    pool: str | None = None
+    borrows: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,17 +104,37 @@ class DecoderConfig(huggingface.CheckpointConfig):
         no_rope_layers: 1 for layers with rotary positions and 0 for layers without; None has them
             in all.
         sliding_window: the number of tokens that a token sees in sliding attention.
-        layer_types: `full_attention` or `sliding_attention` for each layer; None slides in all
-            layers if there is a window.
+        attention_chunk_size: the number of tokens of a chunk in chunked attention.
+        layer_types: `full_attention`, `sliding_attention`, `chunked_attention` or
+            `linear_attention` for each layer; None slides in all layers if there is a window.
         head_axis: whether the weights of query, key and value have an axis of heads, as where a
             checkpoint fuses the three head by head.
+        latent: the sizes of a latent attention; None has keys and values from projections.
+        delta: the sizes of the layers with `linear_attention`, which have the gated delta rule.
+        global_head_dim: the width of a head in layers with full attention; None has `head_dim`.
+        num_global_key_value_heads: the number of key and value heads there, likewise.
+        attention_k_eq_v: whether the key projection computes the values as well there.
+        num_kv_shared_layers: the number of last layers that have keys and values of the last layer
+            before them with attention of their kind.
+        use_double_wide_mlp: whether these layers have feed-forwards twice as wide.
+        value_norm: whether values are normalised, without a scale.
+        layer_scalar: whether each layer has a factor of its output.
+        hidden_size_per_layer_input: the width of inputs that each layer has of its own, made of the
+            tokens; 0 has none.
+        vocab_size_per_layer_input: the number of tokens with such inputs.
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
         mlp_bias: whether the layers of the feed-forward have biases.
         mlp_gate: whether the feed-forward has a gate.
         parallel: whether the feed-forward reads what the attention reads, not the sum after it:
             through a "shared" norm, or each through its "own".
-        qk_norm: norms of queries and keys: of each "head", or of the whole "projection".
+        attention_gate: whether the query projection also computes gates, for the output of each
+            head.
+        qk_norm: norms of queries and keys: of each "head", or of the whole "projection", or a
+            "unit" norm of each head without a scale, in layers with rotary positions.
+        warming_interval: the number of positions after which the factor of queries grows in layers
+            without rotary positions; None has no such factor.
+        warming_scale: by how much; see `rotary.warmed`.
         norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both";
             or "sum" of its residual sum, and then no norm follows the last layer.
         norm_type: "rms", or "layer" for layer norms.
@@ -95,11 +150,30 @@ class DecoderConfig(huggingface.CheckpointConfig):
         head_bias: whether the head has a bias.
         attn_logit_softcapping: the bound of the attention scores, approached as tanh does.
         final_logit_softcapping: the bound of the logits.
+        attention_sinks: whether each head has a score that takes a share of its softmax.
         num_experts: the number of feed-forwards of a layer, each for some of the tokens; 0 has one
             that all take.
         num_experts_per_tok: how many a token takes.
         norm_topk_prob: whether the weights of a token's experts are scaled to sum to 1.
         moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.
+        router_bias: whether the router of the experts has a bias.
+        router_scores: what makes weights of its logits: "softmax" or "sigmoid".
+        router_correction: whether an expert is chosen by its score plus a number of its own.
+        router_groups: the number of groups of experts; a token takes those of some groups alone.
+        router_groups_taken: of how many groups.
+        router_factor: the factor of the weights.
+        expert_bias: whether the layers of an expert have biases.
+        expert_gate: where an expert's gate is: a weight "apart", or beside the other first layer
+            in one weight, in the first of "halves" or "interleaved" with it.
+        expert_limit: the bound of an expert's gate from above, and of what it is multiplied with,
+            plus 1, to both sides.
+        shared_expert_intermediate_size: the width inside a further expert, which all tokens take;
+            None has no such expert.
+        shared_expert_gate: whether its output is multiplied by a gate, one for each token.
+        expert_reads_weighted: whether an expert's weight multiplies what it reads, instead of what
+            it returns.
+        expert_layers: 1 for layers with experts, and 0 for layers with one feed-forward; None has
+            experts in all.
 
     Raises:
         UserError: a setting is of a wrong type, out of range or not supported.
@@ -134,14 +208,29 @@ class DecoderConfig(huggingface.CheckpointConfig):
     rope_local_base_freq: float | None = None
     no_rope_layers: tuple[int, ...] | None = None
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
     layer_types: tuple[str, ...] | None = None
     head_axis: bool = False
+    latent: LatentSizes | None = None
+    delta: DeltaSizes | None = None
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    value_norm: bool = False
+    layer_scalar: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     mlp_gate: bool = True
     parallel: str | None = None
+    attention_gate: bool = False
     qk_norm: str | None = None
+    warming_interval: int | None = None
+    warming_scale: float = 0.0
     norm_placement: str = "pre"
     norm_type: str = "rms"
     norm_bias: bool = True
@@ -159,6 +248,20 @@ class DecoderConfig(huggingface.CheckpointConfig):
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
     moe_intermediate_size: int | None = None
+    attention_sinks: bool = False
+    router_bias: bool = False
+    router_scores: str = "softmax"
+    router_correction: bool = False
+    router_groups: int = 1
+    router_groups_taken: int = 1
+    router_factor: float = 1.0
+    expert_bias: bool = False
+    expert_gate: str = "apart"
+    expert_limit: float | None = None
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    expert_reads_weighted: bool = False
+    expert_layers: tuple[int, ...] | None = None
 
     query_init = 1.0  # a factor of the new weights of the query projection
     mlp_first = "up"  # the name of the feed-forward's first layer, if there is no gate
@@ -178,11 +281,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         self._check_heads()
         self._check_layers()
         self._check_together()
-        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
-            raise UserError(
-                f"num_experts_per_tok={self.num_experts_per_tok}, expected a whole number >= 1 and "
-                f"at most num_experts={self.num_experts}."
-            )
+        if self.num_experts:
+            self._check_experts()
 
     def _check_heads(self) -> None:
         check_number("DecoderConfig", "partial_rotary_factor", self.partial_rotary_factor, high=2.0)
@@ -203,7 +303,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
             )
 
     def _check_layers(self) -> None:
-        for name in ("layer_types", "no_rope_layers"):
+        for name in ("layer_types", "no_rope_layers", "expert_layers"):
             each = getattr(self, name)
             if each is not None and len(each) != self.num_hidden_layers:
                 raise UserError(
@@ -214,6 +314,46 @@ class DecoderConfig(huggingface.CheckpointConfig):
             check_choice("DecoderConfig", "layer_types", kind, LAYER_TYPES)
         if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
             raise UserError("layer_types has sliding_attention, which needs a sliding_window >= 1.")
+        if "chunked_attention" in (self.layer_types or ()) and not self.attention_chunk_size:
+            raise UserError(
+                "layer_types has chunked_attention, which needs an attention_chunk_size >= 1."
+            )
+        if "linear_attention" in (self.layer_types or ()) and self.delta is None:
+            raise UserError(
+                "layer_types has linear_attention, which needs the sizes of the gated delta rule "
+                f"(model_type={self.model_type!r} has none)."
+            )
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        types = self.layer_types or ()
+        if self.num_kv_shared_layers and (own < 1 or {*types[own:]} - {*types[:own]}):
+            raise UserError(
+                f"num_kv_shared_layers={self.num_kv_shared_layers} of {self.num_hidden_layers} "
+                "layers, expected an earlier layer of each of their layer_types."
+            )
+        if self.hidden_size_per_layer_input and self.vocab_size_per_layer_input < self.vocab_size:
+            raise UserError(
+                f"vocab_size_per_layer_input={self.vocab_size_per_layer_input}, expected at least "
+                f"the vocab_size={self.vocab_size}: each token needs an input."
+            )
+
+    def _check_experts(self) -> None:
+        taken, experts = self.num_experts_per_tok, self.num_experts
+        if not 0 < taken <= experts:
+            raise UserError(
+                f"num_experts_per_tok={taken}, expected a whole number >= 1 and at most "
+                f"num_experts={experts}."
+            )
+        groups, chosen = self.router_groups, self.router_groups_taken
+        if not 0 < chosen <= groups or experts % groups or (groups > 1 and experts < 2 * groups):
+            raise UserError(
+                f"{chosen} of {groups} groups of {experts} experts, expected groups of one size, "
+                "at least 2, and at most all of them."
+            )
+        if taken > chosen * (experts // groups):
+            raise UserError(
+                f"num_experts_per_tok={taken}, expected at most the {chosen * (experts // groups)} "
+                f"experts of {chosen} groups."
+            )
 
     def _check_together(self) -> None:
         """Refuses flags that contradict each other."""
@@ -269,7 +409,7 @@ None); choose another model_type.
         names = [each.name for each in fields(self) if each.name not in _DERIVED]
         lost = [
             f"{name}={own!r} (it has {theirs!r})"
-            for name in (*names, "kv_heads", "head_width", "layer_kinds")
+            for name in (*names, "kv_heads", "head_width", "layer_kinds", "layer_forms")
             for own, theirs in [(getattr(self, name), getattr(again, name))]
             if own != theirs and not _alike(own, theirs)
         ]
@@ -311,27 +451,54 @@ None); choose another model_type.
         tokens += 2 * inner * width * (inner != width) + self.vocab_size * self.head_bias
         positions = (self.max_position_embeddings + self.position_offset) * self.learned_positions
         norms = (self.norm_placement != "sum") + self.embedding_norm + self.num_layers * self._norms
-        each = self._attention_parameters(norm) + self._mlp_parameters()
-        return tokens + (positions + norms * norm) * width + self.num_layers * each
+        each = sum(self._attention_parameters(norm, form) for form in self.layer_forms)
+        each += sum(self._mlp_parameters(form) for form in self.layer_forms)
+        each += self.num_layers * self.layer_scalar + self._per_layer_parameters()
+        return tokens + (positions + norms * norm) * width + each
 
     @property
     def _norms(self) -> int:
         """The number of norms of hidden states in a layer."""
         return 4 if self.norm_placement == "both" else 1 if self.parallel == "shared" else 2
 
-    def _attention_parameters(self, norm: int) -> int:
+    def _per_layer_parameters(self) -> int:
+        """Those of the inputs that each layer has of its own."""
+        width, own = self.hidden_size, self.hidden_size_per_layer_input
+        if not own:
+            return 0
+        model = (self.vocab_size_per_layer_input + width) * self.num_layers * own + own
+        return model + self.num_layers * (2 * width * own + width)
+
+    def _attention_parameters(self, norm: int, form: LayerForm) -> int:
         """Those of the attention of a layer; a norm has this number for each feature."""
         width, head = self.hidden_size, self.head_width
-        queries, keys = head * self.num_attention_heads, head * self.kv_heads
-        normed = {None: 0, "head": 2 * head, "projection": queries + keys}[self.qk_norm]
-        inputs = dense(width, queries + 2 * keys, self.attention_bias)
-        return inputs + dense(queries, width, self.has_output_bias) + normed * norm
+        if form.delta and self.delta:
+            return self.delta.parameters(width)
+        if self.latent:
+            return self.latent.parameters(width, self.num_attention_heads, self.attention_bias)
+        head = form.head_width or head
+        queries, keys = head * self.num_attention_heads, head * (form.kv_heads or self.kv_heads)
+        normed = {"head": 2 * head, "projection": queries + keys}.get(self.qk_norm or "", 0)
+        pairs = keys if form.key_is_value else 2 * keys
+        if form.borrows:
+            pairs, normed = 0, normed // 2
+        gates = queries * self.attention_gate
+        inputs = dense(width, queries + gates + pairs, self.attention_bias)
+        sinks = self.num_attention_heads * self.attention_sinks
+        return inputs + dense(queries, width, self.has_output_bias) + normed * norm + sinks
 
-    def _mlp_parameters(self) -> int:
+    def _mlp_parameters(self, form: LayerForm) -> int:
         """Those of the feed-forward of a layer, of all its experts if it has some."""
         width, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
-        if self.num_experts:
-            return self.num_experts * (width + 3 * width * (self.moe_intermediate_size or inner))
+        inner *= 1 + form.wide
+        if self.num_experts and not form.dense:
+            shared = 3 * width * (self.shared_expert_intermediate_size or 0)
+            shared += width * self.shared_expert_gate
+            inner, bias = self.moe_intermediate_size or inner, self.expert_bias
+            expert = 2 * dense(width, inner, bias) + dense(inner, width, bias)
+            router = dense(width, self.num_experts, self.router_bias)
+            router += self.num_experts * self.router_correction
+            return router + self.num_experts * expert + shared
         return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 
     @property
@@ -374,17 +541,54 @@ None); choose another model_type.
         types = self.layer_types or (every,) * self.num_hidden_layers
         ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
         return tuple(
-            self._kind(each == "sliding_attention", bool(rope))
+            LayerKind(linear=True) if each == "linear_attention" else self._kind(each, bool(rope))
             for each, rope in zip(types, ropes, strict=True)
         )
 
-    def _kind(self, slides: bool, rotates: bool) -> LayerKind:
+    @property
+    def layer_forms(self) -> tuple[LayerForm, ...]:
+        """The form of each layer."""
+        types = self.layer_types or ("",) * self.num_hidden_layers
+        experts = self.expert_layers or (1,) * self.num_hidden_layers
+        ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
+        tells = self.qk_norm == "unit" or self.warming_interval is not None
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        lenders = {each: at for at, each in enumerate(types[:own]) if self.num_kv_shared_layers}
+
+        def of(at: int, each: str) -> LayerForm:
+            whole, borrows = each == "full_attention", at >= own
+            return LayerForm(
+                delta=each == "linear_attention",
+                dense=not experts[at],
+                bare=tells and not ropes[at],
+                head_width=self.global_head_dim if whole else None,
+                kv_heads=self.num_global_key_value_heads if whole else None,
+                key_is_value=self.attention_k_eq_v and whole,
+                pool=each if borrows or lenders.get(each) == at else None,
+                borrows=borrows,
+                wide=borrows and self.use_double_wide_mlp,
+            )
+
+        return tuple(of(at, each) for at, each in enumerate(types))
+
+    def with_layers(self, number: int) -> Self:
+        """The configuration of a model of the first layers alone."""
+        shared = max(0, number - (self.num_hidden_layers - self.num_kv_shared_layers))
+        one = replace(self, num_kv_shared_layers=0)
+        return replace(super(DecoderConfig, one).with_layers(number), num_kv_shared_layers=shared)
+
+    def _kind(self, layer_type: str, rotates: bool) -> LayerKind:
+        slides = layer_type == "sliding_attention"
         window = self.sliding_window if slides else None
+        chunk = self.attention_chunk_size if layer_type == "chunked_attention" else None
         if not rotates or not self.rotates:
-            return LayerKind(window, None, None)
+            every = self.warming_interval
+            warming = (every, self.warming_scale) if every and not rotates else None
+            return LayerKind(window, chunk=chunk, warming=warming)
         if slides and self.rope_local_base_freq is not None:
-            return LayerKind(window, self.rope_local_base_freq, None)
-        return LayerKind(window, self.rope_theta, self.rope_scaling)
+            return LayerKind(window, self.rope_local_base_freq)
+        rotated = self.global_head_dim if self.global_head_dim and not slides else None
+        return LayerKind(window, self.rope_theta, self.rope_scaling, chunk=chunk, rotated=rotated)
 
 
 def _alike(one: Any, other: Any) -> bool:

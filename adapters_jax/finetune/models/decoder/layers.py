@@ -5,6 +5,7 @@ decoder attend to what the encoder has read.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,11 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
+from adapters_jax.finetune.models.decoder.config import LayerForm
+from adapters_jax.finetune.models.decoder.delta import GatedDelta
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
+from adapters_jax.finetune.models.decoder.latent import LatentAttention
+from adapters_jax.finetune.models.decoder.per_layer import PerLayerInput, Stream
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
 from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
@@ -121,54 +126,69 @@ class Parts:
         return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **self.rest)
 
     def to_heads(
-        self, heads: int, biased: bool | None = None, factor: float = 1.0
+        self, heads: int, width: int, biased: bool, factor: float = 1.0
     ) -> nnx.Linear | nnx.LinearGeneral:
-        """A projection of hidden states to heads, which may be an axis of its weight."""
-        c = self.config
-        width, biased = c.hidden_size, c.attention_bias if biased is None else biased
-        if not c.head_axis:
-            return self.linear(width, heads * c.head_width, biased, factor)
-        init = nnx.initializers.normal(c.deviation(width) * factor)
+        """A projection of hidden states to heads of a width; they may be an axis of its weight."""
+        inputs = self.config.hidden_size
+        if not self.config.head_axis:
+            return self.linear(inputs, heads * width, biased, factor)
+        init = nnx.initializers.normal(self.config.deviation(inputs) * factor)
         more = {"use_bias": biased, "kernel_init": init, **self.rest}
-        return nnx.LinearGeneral(width, (heads, c.head_width), **more)
+        return nnx.LinearGeneral(inputs, (heads, width), **more)
 
-    def norm(self, width: int) -> Norm:
-        """A norm of this width."""
+    def norm(self, width: int, offset: float | None = None, epsilon: float | None = None) -> Norm:
+        """A norm of this width; `offset` and `epsilon` are the configuration's by default."""
         c = self.config
+        epsilon = c.rms_norm_eps if epsilon is None else epsilon
         if c.norm_type == "layer":
             bias = c.norm_bias
-            return LayerNorm(width, epsilon=c.rms_norm_eps, use_bias=bias, **self.rest)
-        return RMSNorm(width, epsilon=c.rms_norm_eps, offset=c.norm_offset, **self.rest)
+            return LayerNorm(width, epsilon=epsilon, use_bias=bias, **self.rest)
+        offset = c.norm_offset if offset is None else offset
+        return RMSNorm(width, epsilon=epsilon, offset=offset, **self.rest)
 
 
 class DecoderAttention(nnx.Module):
     """Attention in which groups of query heads share a key and a value head.
 
     `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
-    `Mask` (a model's `attention` of your own gets an array), and with `bias` and `softcap` where
-    there are biases and bounds of the scores. Query and key are rotated already. Key and value are
-    not repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a cache their
-    length is its number of slots.
+    `Mask` (a model's `attention` of your own gets an array), and with `bias`, `softcap` and `sinks`
+    where there are biases or bounds of the scores, and sinks. Query and key are rotated already.
+    Key and value are not repeated: their shape is `(batch, length, kv_heads, head_dim)`, and with a
+    cache their length is its number of slots.
     """
 
-    def __init__(self, parts: Parts):
-        config = parts.config
-        width, self.head_dim, self.kv_heads = config.hidden_size, config.head_width, config.kv_heads
+    def __init__(self, parts: Parts, form: LayerForm = LayerForm()):
+        config, width = parts.config, parts.config.hidden_size
+        self.head_dim = form.head_width or config.head_width
+        self.kv_heads = form.kv_heads or config.kv_heads
+        self.heads, self.borrows = config.num_attention_heads, form.borrows
+        self.key_is_value = form.key_is_value
+        self.value_eps = config.rms_norm_eps if config.value_norm else None
         heads, kv_heads = (n * self.head_dim for n in (config.num_attention_heads, self.kv_heads))
-        self.query = parts.to_heads(config.num_attention_heads, factor=config.query_init)
-        self.key = parts.to_heads(self.kv_heads, config.has_key_bias)
-        self.value = parts.to_heads(self.kv_heads)
+        biased, self.head_axis = config.attention_bias, config.head_axis
+        self.gated = config.attention_gate
+        queries = config.num_attention_heads, self.head_dim * (1 + self.gated)
+        self.query = parts.to_heads(*queries, biased, config.query_init)
+        if not self.borrows:
+            self.key = parts.to_heads(self.kv_heads, self.head_dim, config.has_key_bias)
+        if not (self.borrows or self.key_is_value):
+            self.value = parts.to_heads(self.kv_heads, self.head_dim, biased)
         self.output = parts.linear(heads, width, config.has_output_bias)
-        self.head_axis = config.head_axis
-        self.qk_norm, self.rotary_interleaved = config.qk_norm, config.rotary_interleaved
-        if self.qk_norm:
+        self.rotary_interleaved, self.bare = config.rotary_interleaved, form.bare
+        self.qk_norm = None if form.bare else config.qk_norm
+        self.epsilon = config.rms_norm_eps
+        if self.qk_norm in ("head", "projection"):
             by_head = self.qk_norm == "head"
             self.query_norm = parts.norm(self.head_dim if by_head else heads)
-            self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
+            if not self.borrows:
+                self.key_norm = parts.norm(self.head_dim if by_head else kv_heads)
         # The factor of queries, by which `attention_fn`, dividing by a root, gets its own scale.
         factor = config.attention_multiplier
-        self.scale = 1.0 if factor is None else factor * config.head_width**0.5
+        self.scale = 1.0 if factor is None else factor * self.head_dim**0.5
         self.softcap = config.attn_logit_softcapping
+        if config.attention_sinks:
+            heads = config.num_attention_heads
+            self.sinks = nnx.Param(jnp.zeros(heads, parts.rest["param_dtype"]))
         self.attention_fn = parts.attention_fn
         self.dtype = parts.dtype
 
@@ -189,13 +209,18 @@ class DecoderAttention(nnx.Module):
             source: what it attends to, or keys and values from `read`; by default `x` itself.
             cache: the earlier keys and values.
         """
-        query = self._turned("query", x, rotation)
+        query, gate = self.query(x), None
+        if self.gated:  # of each head beside its query
+            query, gate = jnp.split(split_heads(query, 2 * self.head_dim), 2, axis=-1)
+            query = query.reshape(*x.shape[:-1], -1)
+        query = self._turned("query", query, rotation)
         source = x if source is None else source
         pair = source if isinstance(source, tuple) else self.read(source, rotation)
         key, value = pair if cache is None else cache.extend(*pair)
         if isinstance(bias, Places):  # formed here, where XLA adds it to the scores and keeps none
             bias = alibi(bias, query.shape[-2])
-        more = {"bias": bias, "softcap": self.softcap}
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
+        more = {"bias": bias, "softcap": self.softcap, "sinks": sinks}
         mixed = self.attention_fn(
             query if self.scale == 1.0 else query * self.scale,
             key,
@@ -208,12 +233,18 @@ class DecoderAttention(nnx.Module):
             dtype=self.dtype,
             **{name: x for name, x in more.items() if x is not None},
         )
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
         return self.output(mixed.reshape(*x.shape[:-1], -1))
 
     def read(self, source: Hidden, rotation: Rotation | None = None) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
-        key = self._turned("key", source, rotation)
-        return key, self._split(self.value(source))
+        keys = self.key(source)
+        value = self._split(keys if self.key_is_value else self.value(source))
+        if self.value_eps is not None:
+            scale = jnp.ones(self.head_dim, jnp.float32)
+            value = normalize(value, scale, self.value_eps, False).astype(value.dtype)
+        # Without positions, a rotation is a factor of queries alone.
+        return self._turned("key", keys, None if self.bare else rotation), value
 
     def _split(self, y: Array) -> Heads:
         return y if self.head_axis else split_heads(y, self.head_dim)
@@ -221,20 +252,27 @@ class DecoderAttention(nnx.Module):
     def empty_cache(self, batch: int, slots: int, dtype: Dtype) -> Kept:
         """What it keeps before the first token: no keys and values."""
         empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
-        return Kept((empty, empty))
+        return Kept() if self.borrows else Kept((empty, empty))
 
-    def _turned(self, name: str, x: Hidden, rotation: Rotation | None) -> Heads:
+    def _turned(self, name: str, y: Hidden, rotation: Rotation | None) -> Heads:
         """Queries or keys, normalised where the configuration says so, and rotated."""
-        y = getattr(self, name)(x)
         if self.qk_norm == "projection":
             y = getattr(self, f"{name}_norm")(y)
         y = self._split(y)
         if self.qk_norm == "head":
             y = getattr(self, f"{name}_norm")(y)
+        if self.qk_norm == "unit":
+            ones = jnp.ones(self.head_dim, jnp.float32)
+            y = normalize(y, ones, self.epsilon, False).astype(y.dtype)
         return y if rotation is None else rotate(y, rotation, self.rotary_interleaved)
 
 
-register_attention(DecoderAttention)
+class KeyIsValueAttention(DecoderAttention):
+    """Attention whose key projection computes the values as well."""
+
+
+register_attention(DecoderAttention, heads="heads")
+register_attention(KeyIsValueAttention, value="key", heads="heads")
 
 
 class DecoderMLP(nnx.Module):
@@ -243,9 +281,10 @@ class DecoderMLP(nnx.Module):
     Without a gate the first layer may have another name than `up`.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, inner: int | None = None):
         config = parts.config
-        width, inner, biased = config.hidden_size, config.intermediate_size, config.mlp_bias
+        width, biased = config.hidden_size, config.mlp_bias
+        inner = inner or config.intermediate_size
         self.first = "gate" if config.mlp_gate else config.mlp_first
         self.gated = config.mlp_gate
         setattr(self, self.first, parts.linear(width, inner, biased))
@@ -283,7 +322,7 @@ class DecoderLayer(nnx.Module):
     block the feed-forward reads what the attention reads; the sums follow each other all the same.
     """
 
-    def __init__(self, parts: Parts, crosses: bool = False):
+    def __init__(self, parts: Parts, crosses: bool = False, form: LayerForm = LayerForm()):
         config = parts.config
         placement = config.norm_placement
         self.before, self.after = placement in ("pre", "both"), placement in ("post", "both")
@@ -301,16 +340,53 @@ class DecoderLayer(nnx.Module):
                 setattr(self, f"{name}_post_norm", parts.norm(config.hidden_size))
             setattr(self, f"{name}_sum", DecoderSum())
 
-        add("attention", DecoderAttention)
+        self.pool, self.borrows = form.pool, form.borrows
+        kind = KeyIsValueAttention if form.key_is_value else DecoderAttention
+        usual: Callable[..., nnx.Module] = partial(kind, form=form)
+        mixing = LatentAttention if config.latent else usual
+        add("attention", GatedDelta if form.delta else mixing)
         if crosses:
             add("cross_attention", DecoderAttention)
-        add("mlp", DecoderMixture if config.num_experts else DecoderMLP)
+        inner = config.intermediate_size * 2 if form.wide else None
+        mixed = config.num_experts and not form.dense
+        add("mlp", _mixture if mixed else partial(DecoderMLP, inner=inner))
+        self.reads_input = config.hidden_size_per_layer_input > 0
+        if self.reads_input:
+            self.per_layer, self.per_layer_sum = PerLayerInput(parts), DecoderSum()
+        if config.layer_scalar:
+            self.scalar = nnx.Param(jnp.ones(1, parts.rest["param_dtype"]))
 
-    def __call__(self, x: Hidden, context: Context, cache: LayerCache | None = None) -> Hidden:
-        """Computes the hidden states after the block."""
+    def __call__(self, x: Any, context: Context, cache: LayerCache | None = None) -> Any:
+        """Computes the hidden states after the block, or the stream with them."""
+        if not isinstance(x, Stream):
+            return self._hidden(x, context, cache)
+        shared, inputs, pair = dict(x.shared), x.inputs, None
+        if self.pool is not None:
+            pair = shared.get(self.pool)
+            if not self.borrows:
+                own: Any = self
+                pair = own.attention.read(self._read("attention", x.hidden), context.rotation)
+                pair = shared[self.pool] = pair if cache is None else cache.extend(*pair)
+            cache = None
+        hidden = self._hidden(x.hidden, context, cache, pair)
+        if self.reads_input:
+            given, *rest = inputs
+            hidden, inputs = self.per_layer_sum(hidden, self.per_layer(hidden, given)), tuple(rest)
+        if hasattr(self, "scalar"):
+            hidden = hidden * self.scalar[...].astype(hidden.dtype)
+        return Stream(hidden, shared, inputs)
+
+    def _hidden(
+        self,
+        x: Hidden,
+        context: Context,
+        cache: LayerCache | None,
+        pair: tuple[Heads, Heads] | None = None,
+    ) -> Hidden:
+        """The hidden states after all sublayers; `pair` are keys and values that layers share."""
         mask, rotation, bias, source, seen = context
         read = self._read("attention", x)
-        y = self._add("attention", x, read, mask, rotation, bias, cache=cache)
+        y = self._add("attention", x, read, mask, rotation, bias, pair, cache=cache)
         if self.crosses:
             y = self._add(
                 "cross_attention", y, self._read("cross_attention", y), seen, source=source
@@ -335,6 +411,12 @@ class DecoderLayer(nnx.Module):
         y = y if self.multiplier == 1.0 else y * self.multiplier
         x = getattr(self, f"{name}_sum")(x, y)
         return getattr(self, f"{name}_norm")(x) if self.of_sum else x
+
+
+def _mixture(parts: Parts) -> DecoderMixture:
+    """The experts of a layer, with the one that all tokens take."""
+    inner = parts.config.shared_expert_intermediate_size
+    return DecoderMixture(parts, DecoderMLP(parts, inner) if inner else None)
 
 
 def empty_cache(layers: Any, length: int, batch: int, slots: int, dtype: Dtype) -> Cache:
@@ -376,7 +458,8 @@ def extend_layers(
     Returns:
         The output of the last block, and the cache with what the blocks keep of the tokens.
     """
-    start = cache.used - x.shape[1]  # `reserve` has counted these tokens already
+    hidden = x.hidden if isinstance(x, Stream) else x
+    start = cache.used - hidden.shape[1]  # `reserve` has counted these tokens already
 
     def step(
         x: Array, layer: Any, context: Context, kept: Kept, *source: Any

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
-from adapters_jax.errors import check_size
+from adapters_jax.errors import UserError, check_size
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
@@ -27,13 +26,14 @@ from adapters_jax.finetune.models.decoder.layers import (
     empty_cache,
     extend_layers,
 )
+from adapters_jax.finetune.models.decoder.per_layer import PerLayerInputs, Stream
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat, distinct, make_nnx, run_nnx
 from adapters_jax.finetune.models.parts.cache import Cache
 from adapters_jax.finetune.models.parts.functions import capped
 from adapters_jax.finetune.models.parts.relative import Places
-from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation
-from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
+from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation, warmed
+from adapters_jax.finetune.models.parts.tokens import check_tokens, chunks, token_positions
 from adapters_jax.trace.masks import Mask
 from adapters_jax.weights.meshes import split_rows
 
@@ -51,10 +51,12 @@ class Decoder(nnx.Module):
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether `layers` is one block, with leaves stacked on their first axis, instead of a
             list of blocks.
+        only: the numbers of the layers to make; all by default.
         rngs: the random numbers of the initial parameters.
 
     Raises:
-        UserError: `attention` or `remat` is not one of the choices.
+        UserError: `attention` or `remat` is not one of the choices, or layers of unlike modules are
+            to be scanned.
 
     Example:
         >>> config = DecoderConfig(vocab_size=16, hidden_size=8, intermediate_size=12,
@@ -74,6 +76,7 @@ class Decoder(nnx.Module):
         attention: Choice = "auto",
         remat: bool | str = False,
         scan: bool = False,
+        only: Sequence[int] | None = None,
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
@@ -99,8 +102,10 @@ class Decoder(nnx.Module):
             self.position_embeddings = embed(positions, width)
         if config.embedding_norm:
             self.embedding_norm = own.norm(width)
-        length = config.num_hidden_layers
-        self.layers = make_nnx(lambda rngs: DecoderLayer(parts(rngs)), length, scan, rngs)
+        numbers = range(config.num_hidden_layers) if only is None else only
+        self.layers = self._layers(parts, numbers, rngs)
+        if config.hidden_size_per_layer_input:
+            self.per_layer = PerLayerInputs(own)
         if config.norm_placement != "sum":
             self.norm = own.norm(width)
         if self.projects:
@@ -112,6 +117,24 @@ class Decoder(nnx.Module):
         config = self.config
         if not config.tie_word_embeddings:
             self.head = parts.linear(width, config.vocab_size, config.head_bias)
+
+    def _layers(
+        self, parts: Callable[[nnx.Rngs], Parts], numbers: Sequence[int], rngs: nnx.Rngs
+    ) -> Any:
+        """The blocks with these numbers."""
+        config, forms = self.config, self.config.layer_forms
+        if not self.scan:
+            return nnx.List(DecoderLayer(parts(rngs), form=forms[number]) for number in numbers)
+        if len(set(forms)) > 1:
+            kinds = [*dict.fromkeys(config.layer_types or ())]
+            kinds += ["with and without experts"] * (len({form.dense for form in forms}) > 1)
+            raise UserError(
+                f"scan=True: the layers of a {config.model_type} have unlike modules "
+                f"({', '.join(kinds)}), "
+                "expected those of one kind; load it with scan=False."
+            )
+        length = len(numbers)
+        return make_nnx(lambda rngs: DecoderLayer(parts(rngs), form=forms[0]), length, True, rngs)
 
     def __call__(
         self,
@@ -153,11 +176,19 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = token_positions(input_ids, attention_mask, segments)
         length = input_ids.shape[1]
-        masks = self._masks(attention_mask, segments, length)
+        masks = self._masks(attention_mask, segments, positions)
         contexts = self._contexts(masks, positions, length, positions)
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
+        x = self._stream(x, input_ids)
         return self._last(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+
+    def _stream(self, x: Float[Array, "batch length d"], input_ids: Array) -> Any:
+        """What goes from block to block, at the first one."""
+        config = self.config
+        if config.hidden_size_per_layer_input:
+            return Stream(x, {}, self.per_layer(input_ids, x))
+        return Stream(x, {}, ()) if config.num_kv_shared_layers or config.layer_scalar else x
 
     @property
     def longest(self) -> int | None:
@@ -177,8 +208,9 @@ class Decoder(nnx.Module):
         places = jnp.maximum(positions, 0) + self.config.position_offset  # padding may be before 0
         return x + self.position_embeddings(places)
 
-    def _last(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length inner"]:
-        """What follows the last layer, before the head."""
+    def _last(self, x: Any) -> Float[Array, "batch length inner"]:
+        """What follows the last block, before the head."""
+        x = x.hidden if isinstance(x, Stream) else x
         x = x if self.config.norm_placement == "sum" else self.norm(x)
         return self.head_projection(x) if self.projects else x
 
@@ -186,12 +218,15 @@ class Decoder(nnx.Module):
         self,
         attention_mask: Num[Array, "batch length"] | None,
         segments: Int[Array, "batch length"] | None,
-        length: int,
+        positions: Int[Array, "#batch length"],
     ) -> list[Seen]:
         """The mask of each kind of layer, without a cache."""
-        windows = [kind.window for kind in distinct(self.config.layer_kinds)[0]]
-        masks = [Mask.of(attention_mask, segments, causal=True, window=each) for each in windows]
-        if self.scan and len(set(windows)) > 1:  # one program for all, which reads its own array
+        limits = [(kind.window, kind.chunk) for kind in distinct(self.config.layer_kinds)[0]]
+        length, masks = positions.shape[1], []
+        for window, chunk in limits:
+            texts = segments if chunk is None else chunks(positions, segments, chunk)
+            masks.append(Mask.of(attention_mask, texts, causal=True, window=window))
+        if self.scan and len(set(limits)) > 1:  # one program for all, which reads its own array
             return [mask.dense(length, length) for mask in masks]
         return [*masks]
 
@@ -212,9 +247,11 @@ class Decoder(nnx.Module):
         """
 
         def turned(kind: LayerKind) -> Rotation | None:
-            if not self.config.rotates:
+            if kind.linear or not self.config.rotates:
                 return None
-            rotated = self.config.rotated
+            rotated = kind.rotated or self.config.rotated
+            if kind.warming:
+                return warmed(positions, self.config.head_width, kind.warming)
             return rotation(positions, rotated, kind.rope_theta, kind.rope_scaling, longest)
 
         kinds, _ = distinct(self.config.layer_kinds)
@@ -246,11 +283,21 @@ class Decoder(nnx.Module):
         """
         check_tokens(input_ids, attention_mask)
         cache, positions, mask = cache.reserve(attention_mask)
-        back = positions[:, None, :, None] - cache.positions[:, None, None, :]
+        own, theirs = positions[:, None, :, None], cache.positions[:, None, None, :]
         kinds, numbers = distinct(self.config.layer_kinds)
-        masks = [mask if kind.window is None else mask & (back < kind.window) for kind in kinds]
+        tokens, seen = Mask.of(attention_mask), mask
+
+        def of(kind: LayerKind) -> Seen:
+            if kind.linear:
+                return tokens
+            mask = seen if kind.window is None else seen & (own - theirs < kind.window)
+            return (
+                mask if kind.chunk is None else mask & (own // kind.chunk == theirs // kind.chunk)
+            )
+
+        masks = [of(kind) for kind in kinds]
         contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
-        x = self._embed(input_ids, positions)
+        x = self._stream(self._embed(input_ids, positions), input_ids)
         x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
         return self._last(x), cache
 
@@ -308,12 +355,13 @@ def abstract_decoder(
 ) -> Decoder:
     """Returns a decoder, or a classifier, without arrays; the options are those of `Decoder`."""
     make: Any = Decoder if num_labels is None else partial(DecoderClassifier, num_labels=num_labels)
-    model = nnx.eval_shape(lambda: make(config, scan=True, rngs=nnx.Rngs(0), **options))
-    if not scan:  # blocks are alike: one is traced, since flax's time for n grows as n squared
-        parts: tuple[Any, ...] = nnx.split(model.layers)
-        graphdef, state = parts
-        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-        length = range(config.num_hidden_layers)
-        rows: Any = (nnx.merge(graphdef, row, copy=True) for _ in length)
-        model.layers, model.scan = nnx.List(rows), False
+    make = partial(make, config, **options)
+    if scan:
+        return nnx.eval_shape(lambda: make(scan=True, rngs=nnx.Rngs(0)))
+    # One block of each form is traced, since flax's time for n grows as n squared.
+    forms, numbers = distinct(config.layer_forms)
+    first = [numbers.index(form) for form in range(len(forms))]
+    model = nnx.eval_shape(lambda: make(only=first, rngs=nnx.Rngs(0)))
+    parts: list[Any] = [nnx.split(layer) for layer in model.layers]
+    model.layers = nnx.List(nnx.merge(*parts[number], copy=True) for number in numbers)
     return model

@@ -67,6 +67,82 @@ def fused_by_head(name: str) -> dict[str, Any]:
 MLP_NEOX = {"mlp__up": "mlp.dense_h_to_4h", "mlp__output": "mlp.dense_4h_to_h"}
 
 
+def with_stacked_experts(names: NameTable, mlp: str, *parameters: str) -> NameTable:
+    """The table of a model whose module of experts holds stacks like ours.
+
+    Args:
+        names: the table without experts.
+        mlp: the module of router and experts.
+        *parameters: theirs, in the order in which the module defines them.
+    """
+    router = Rule(r"layers/(\d+)/mlp/router", rf"layers.\1.{mlp}.router")
+    kernel = ParameterRule(
+        r"layers/(\d+)/mlp/router/kernel", rf"layers.\1.{mlp}.router.weight", swapped=True
+    )
+    stacks = [
+        ParameterRule(rf"layers/(\d+)/mlp/experts/{ours}", rf"layers.\1.{mlp}.experts.{theirs}")
+        for theirs in parameters
+        for ours in [theirs.replace("gate_up_proj", "gate_up").replace("down_proj", "output")]
+    ]
+    plain = (each._replace(is_transposed=False) for each in stacks)  # as in transformers 4
+    rules = (router, *names.rules)
+    return replace(names, rules=rules, parameters=(kernel, *plain), stacked=tuple(stacks))
+
+
+PER_LAYER = (
+    *(Rule("per_layer/embeddings", "embed_tokens_per_layer"),),
+    *(Rule("per_layer/projection", "per_layer_model_projection"),),
+    *(Rule("per_layer/norm", "per_layer_projection_norm"),),
+    *of_layers(
+        *LAYERS,
+        per_layer__gate="per_layer_input_gate",
+        per_layer__output="per_layer_projection",
+        per_layer__norm="post_per_layer_input_norm",
+    ),
+)
+NAMES_PER_LAYER = replace(
+    NAMES_WITH_NORMS_AROUND,
+    rules=(*NAMES_WITH_NORMS_AROUND.rules, *PER_LAYER),
+    parameters=(ParameterRule(r"layers/(\d+)/scalar", r"layers.\1.layer_scalar"),),
+    # Layers that borrow keys and values do not use their own, which some files have.
+    ignored=(*NAMES.ignored, r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\.weight"),
+)
+
+
+def with_delta(names: NameTable) -> NameTable:
+    """The table of a model with the gated delta rule in some layers, and perhaps a shared expert.
+
+    PyTorch's modules hold their parameters in the order of the rules.
+    """
+    modules = of_layers(
+        *LAYERS,
+        attention__query_key_value_gate="linear_attn.in_proj_qkvz",
+        attention__beta_decay="linear_attn.in_proj_ba",
+        attention__query_key_value="linear_attn.in_proj_qkv",
+        attention__gate="linear_attn.in_proj_z",
+        attention__beta="linear_attn.in_proj_b",
+        attention__decay="linear_attn.in_proj_a",
+        attention__convolution="linear_attn.conv1d",
+        attention__output__norm="linear_attn.norm",
+        attention__output__dense="linear_attn.out_proj",
+        mlp__shared__gate="mlp.shared_expert.gate_proj",
+        mlp__shared__up="mlp.shared_expert.up_proj",
+        mlp__shared__output="mlp.shared_expert.down_proj",
+        mlp__shared_gate="mlp.shared_expert_gate",
+    )
+    held = {"decay_bias": "dt_bias", "log_rate": "A_log"}
+    parameters = tuple(
+        ParameterRule(rf"layers/(\d+)/attention/{ours}", rf"layers.\1.linear_attn.{theirs}")
+        for ours, theirs in held.items()
+    )
+    return replace(
+        names,
+        rules=(*modules, *names.rules),
+        parameters=(*names.parameters, *parameters),
+        ignored=(*names.ignored, r"mtp\..*"),  # heads that predict further tokens
+    )
+
+
 def with_experts(names: NameTable, mlp: str, gate: str, up: str, output: str) -> NameTable:
     """The table of a model with experts: `mlp` is their module, the others those of an expert.
 

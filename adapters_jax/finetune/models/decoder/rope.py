@@ -28,11 +28,19 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = _mapping("rope_parameters", rope)
     if "full_attention" in rope:
         local = _mapping("rope_parameters", rope.get("sliding_attention") or {})
+        if local.get("rope_type", "default") != "default":
+            raise UserError(
+                f"rope_parameters scales sliding_attention (rope_type={local['rope_type']!r}), "
+                "expected 'default' there."
+            )
         if "rope_theta" in local:
             values["rope_local_base_freq"] = local["rope_theta"]
         rope = _mapping("rope_parameters", rope["full_attention"])
     beside = {name: x for name, x in rope.items() if name in _BESIDE[:2]}
     scaling = {name: x for name, x in rope.items() if name not in beside}
+    if scaling.get("rope_type") == "proportional":  # where the rest is a rotation by nothing
+        scaling["proportion"] = beside.pop("partial_rotary_factor", 1.0)
+        scaling.setdefault("factor", 1.0)
     return {**values, **beside, "rope_scaling": scaling}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.extend.core import Primitive
@@ -39,25 +40,31 @@ class Attend:
         self,
         query: Float[Array, "batch length heads width"],
         key: Float[Array, "batch keys kv_heads width"],
-        value: Float[Array, "batch keys kv_heads width"],
+        value: Float[Array, "batch keys kv_heads out"],
         *,
         bias: Float[Array, "#batch #heads #length keys"] | None = None,
         mask: Mask | Bool[Array, "#batch #heads #length keys"] | None = None,
         softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
         dtype: Dtype | None = None,
         **dropout: Any,
-    ) -> Float[Array, "batch length heads width"]:
+    ) -> Float[Array, "batch length heads out"]:
         """Computes what `functions.dot_product_attention` does, whose mask is `mask.dense`."""
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         drops = dropout.get("dropout_rate", 0.0) > 0.0 and not dropout.get("deterministic", True)
         rules = Mask() if mask is None else mask
-        kernel, why = self._kernel(Problem(query, key, rules, bias is not None, drops, softcap))
+        lacking = key.shape[-1] - value.shape[-1]
+        more = softcap, sinks is not None, lacking < 0
+        kernel, why = self._kernel(Problem(query, key, rules, bias is not None, drops, *more))
         if kernel is not None and isinstance(rules, Mask):
-            return kernel(query, key, value, rules, softcap)
+            if not lacking:
+                return kernel(query, key, value, rules, softcap)
+            value = jnp.pad(value, [(0, 0)] * 3 + [(0, lacking)])  # kernels take one width
+            return kernel(query, key, value, rules, softcap)[..., :-lacking]
         if why is not None:
             query = _refused.bind(query, why=why)
-        more = {"bias": bias, "mask": mask, "softcap": softcap, "dtype": dtype, **dropout}
-        return dot_product_attention(query, key, value, **more)
+        limits: dict[str, Any] = {"bias": bias, "mask": mask, "softcap": softcap, "sinks": sinks}
+        return dot_product_attention(query, key, value, dtype=dtype, **limits, **dropout)
 
     def _kernel(self, problem: Problem) -> tuple[Kernel | None, str | None]:
         """The kernel to take, if any; and why a device cannot run what was asked for."""
@@ -93,8 +100,8 @@ def attention_function(choice: Choice) -> AttentionFn:
         choice: "dense" computes the scores of all pairs. "flash" takes the kernel of the device:
             splash attention on TPUs, cuDNN's on NVIDIA GPUs. "auto" takes it where it can and the
             text is long enough for it to be worthwhile, and is dense elsewhere: on CPUs, with
-            dropout of the weights, with a bias of the scores, while generating. A function of your
-            own is called as flax's attention modules call theirs; see `DecoderAttention`.
+            dropout of the weights, with sinks or a bias of the scores, while generating. A function
+            of your own is called as flax's attention modules call theirs; see `DecoderAttention`.
 
             The device is that of the mesh of the training state (see `adapters_jax.shard`), or
             JAX's default device. On several TPUs without such a mesh, "auto" is dense, since the

@@ -114,6 +114,32 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return y, y * (change - (y * change).sum(-1, keepdims=True))
 
 
+@jax.custom_jvp
+def softmax_beside(
+    x: Float[Array, "*batch n"], sink: Float[Array, "*#batch 1"]
+) -> Float[Array, "*batch n"]:
+    """The softmax of `x` and `sink` over the last axis, without the share that the sink takes.
+
+    Its derivative stores only the result.
+
+    Example:
+        >>> softmax_beside(jnp.zeros((1, 2)), jnp.log(jnp.array([[2.0]]))).tolist()
+        [[0.25, 0.25]]
+    """
+    most = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), sink))
+    each = jnp.exp(x - most)
+    return each / (each.sum(-1, keepdims=True) + jnp.exp(sink - most))
+
+
+@softmax_beside.defjvp
+def _softmax_beside_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    y, (change, of_sink) = softmax_beside(*primals), tangents
+    taken = 1 - y.sum(-1, keepdims=True)
+    return y, y * (change - (y * change).sum(-1, keepdims=True) - taken * of_sink)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def normalize(
     x: Float[Array, "*batch d"], scale: Float[Array, " d"], epsilon: float, centred: bool
@@ -201,7 +227,7 @@ def scanning() -> Iterator[None]:
 def dot_product_attention(
     query: Float[Array, "*batch length heads width"],
     key: Float[Array, "*batch keys kv_heads width"],
-    value: Float[Array, "*batch keys kv_heads width"],
+    value: Float[Array, "*batch keys kv_heads out"],
     *,
     bias: Float[Array, "*#batch #heads #length keys"] | None = None,
     mask: Mask | Bool[Array, "*#batch #heads #length keys"] | None = None,
@@ -211,14 +237,15 @@ def dot_product_attention(
     deterministic: bool = True,
     dtype: Dtype | None = None,
     softcap: float | None = None,
-) -> Float[Array, "*batch length heads width"]:
-    """Computes what flax's `dot_product_attention` computes, with the same arguments and `softcap`.
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "*batch length heads out"]:
+    """Computes what flax's `dot_product_attention` does, with its arguments, `softcap` and `sinks`.
 
     Args:
         query: the queries; consecutive heads form groups of equal size, one group for each key
             head.
         key: the keys.
-        value: the values, with as many heads as the keys.
+        value: the values, with as many heads as the keys, perhaps of another width.
         bias: added to the scores, which are products divided by the root of the width.
         mask: a `Mask`, or True where a query sees a key.
         dropout_rng: the random key of the dropout.
@@ -228,6 +255,7 @@ def dot_product_attention(
         dtype: the computation dtype; None means that of the inputs together. The softmax is
             computed in float32 at least.
         softcap: the bound of the scores; see `capped`.
+        sinks: a further score of each head, which takes its share of the softmax and has no value.
 
     Returns:
         The mixed values, one vector for each query.
@@ -244,14 +272,18 @@ def dot_product_attention(
     mask = as_array(mask, query, key)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if sinks is None:
+        weights = softmax(scores)
+    else:
+        weights = softmax_beside(scores, sinks.astype(scores.dtype)[:, None, None])
     weights = weights.astype(value.dtype)
     if dropout_rate > 0.0 and not deterministic:
         shape = weights.shape[-2:] if broadcast_dropout else weights.shape
         keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)  # type: ignore[arg-type]
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0).astype(value.dtype)
     mixed = jnp.einsum("...hgqk,...khd->...qhgd", weights.reshape(groups), value)
-    return mixed.reshape(*batch, length, heads, width)
+    return mixed.reshape(*batch, length, heads, value.shape[-1])
 
 
 def capped(x: Float[Array, "*batch"], bound: float | None) -> Float[Array, "*batch"]:

@@ -36,6 +36,8 @@ class Problem(NamedTuple):
         biased: whether a bias is added to the scores.
         drops: whether weights are dropped at random.
         softcap: the bound of the scores.
+        sunk: whether sinks take a share of the softmax.
+        wider: whether values are wider than keys.
     """
 
     query: Array
@@ -44,6 +46,8 @@ class Problem(NamedTuple):
     biased: bool = False
     drops: bool = False
     softcap: float | None = None
+    sunk: bool = False
+    wider: bool = False
 
 
 class Kernel(Protocol):
@@ -196,6 +200,10 @@ def _why_not(problem: Problem) -> str | None:
         return f"kernels take (batch, length, heads, width), got {problem.query.shape}"
     if problem.biased:
         return "kernels have no bias of the scores, which this model's attention has"
+    if problem.sunk:
+        return "kernels have no attention sinks, which this model's attention has"
+    if problem.wider:
+        return "kernels have no values that are wider than the keys"
     if problem.drops:
         return "kernels drop no attention weights; set the rate of their dropout to 0"
     if not isinstance(problem.mask, Mask):

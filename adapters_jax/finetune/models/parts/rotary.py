@@ -33,6 +33,7 @@ REQUIRED = {
         *("factor", "original_max_position_embeddings"),
         *("low_freq_factor", "high_freq_factor"),
     ),
+    "proportional": ("factor",),
 }
 
 
@@ -41,7 +42,7 @@ class RopeScaling:
     """How the frequencies of rotary positions are scaled.
 
     Attributes:
-        rope_type: one of `linear`, `dynamic`, `yarn`, `longrope` and `llama3`.
+        rope_type: one of `linear`, `dynamic`, `yarn`, `longrope`, `llama3` and `proportional`.
         factor: how many times longer than those of the training texts may be.
         original_max_position_embeddings: the length of the training texts.
         low_freq_factor: llama3; frequencies with fewer turns than this in a training text are
@@ -57,6 +58,7 @@ class RopeScaling:
         short_factor: longrope; divides each frequency in texts that are not longer than the
             training's.
         long_factor: longrope; divides each frequency in longer ones.
+        proportion: proportional; the part of the pairs that turn, those of the highest frequencies.
 
     Raises:
         UserError: the type is not supported, or a value that it needs is absent.
@@ -79,6 +81,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    proportion: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("rope_scaling", "rope_type", self.rope_type, REQUIRED)
@@ -106,6 +109,9 @@ class RopeScaling:
                 return frequencies(features, self._stretched(features, theta, length)), 1.0
             case "yarn":
                 return self._yarn(plain, theta), self._yarn_factor()
+            case "proportional":
+                turning = np.arange(len(plain)) < int(self.proportion * features // 2)
+                return plain * turning / self.factor, 1.0
             case "longrope":
                 return self._longrope(plain, length), self._longrope_factor()
             case _:
@@ -116,8 +122,8 @@ class RopeScaling:
         return self.original_max_position_embeddings * plain / (2 * math.pi)
 
     def _llama3(self, plain: Frequencies) -> Frequencies:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((self._turns(plain) - low) / (high - low), 0, 1)
+        low, high, turns = self.low_freq_factor, self.high_freq_factor, self._turns(plain)
+        kept = turns >= low if low == high else np.clip((turns - low) / (high - low), 0, 1)
         return plain * ((1 - kept) / self.factor + kept)
 
     def _stretched(self, features: int, theta: float, length: int) -> float:
@@ -176,11 +182,20 @@ class LayerKind(NamedTuple):
         window: the number of tokens that a token sees to a side, itself included; None sees all.
         rope_theta: the base of the rotary frequencies; None rotates nothing.
         rope_scaling: how these frequencies are scaled.
+        linear: whether it has no softmax, and so neither window nor rotation.
+        chunk: the number of tokens of a chunk, outside of which a token sees nothing; None sees
+            all.
+        warming: of a layer without rotation, the two numbers by which `warmed` grows.
+        rotated: the number of a head's features that are rotated; None has the configuration's.
     """
 
     window: int | None = None
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    linear: bool = False
+    chunk: int | None = None
+    warming: tuple[int, float] | None = None
+    rotated: int | None = None
 
 
 def frequencies(features: int, theta: float) -> Frequencies:
@@ -225,6 +240,25 @@ def rotation(
     angles = positions[:, :, None] * jnp.asarray(turns, jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotation(cos, sin) if factor == 1.0 else Rotation(cos * factor, sin * factor)
+
+
+def warmed(
+    positions: Int[Array, "#batch length"], features: int, warming: tuple[int, float]
+) -> Rotation:
+    """A factor of queries that grows with their position, in the form of a rotation by no angle.
+
+    Args:
+        positions: the positions.
+        features: the number of a head's features.
+        warming: the number of positions after which it grows, and by how much.
+
+    Reference: Nakanishi, Scalable-softmax is superior for attention (2025),
+        https://arxiv.org/abs/2501.19399
+    """
+    every, by = warming
+    factor = 1.0 + by * jnp.log1p(jnp.floor((positions + 1.0) / every))
+    cos = jnp.broadcast_to(factor[..., None], (*positions.shape, features // 2))
+    return Rotation(cos, 0 * cos)
 
 
 def rotate(

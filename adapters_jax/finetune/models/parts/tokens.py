@@ -54,3 +54,22 @@ def token_positions(
         return positions
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     return positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+def chunks(
+    positions: Int[Array, "#batch length"],
+    segments: Int[Array, "batch length"] | None,
+    size: int,
+) -> Int[Array, "batch length"]:
+    """A number for each chunk of `size` tokens of each text, as `segments` are of texts.
+
+    Example:
+        >>> positions, texts = jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[1, 1, 1, 2, 2]])
+        >>> chunks(positions, texts, 2).tolist()
+        [[0, 0, 1, 2, 2]]
+    """
+    number = positions // size
+    begins = jnp.diff(number, axis=1, prepend=number[:, :1]) != 0
+    if segments is not None:
+        begins |= jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32)

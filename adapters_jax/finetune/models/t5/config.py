@@ -84,7 +84,8 @@ class T5Config(huggingface.CheckpointConfig):
     norm_placement, norm_type, norm_offset = "pre", "rms", 0.0
     parallel, rotary_interleaved, head_axis = None, False, False
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
-    num_experts = 0
+    num_experts, latent, attention_gate, attention_sinks = 0, None, False, False
+    value_norm, layer_scalar, hidden_size_per_layer_input = False, False, 0
     mlp_first = "intermediate"
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapters_jax.finetune.models.decoder.architecture import Values
+from adapters_jax.finetune.models.parts.rotary import LayerKind
 
 
 def alternating(values: Values, every: int) -> dict[str, Any]:
@@ -40,5 +41,12 @@ def as_switched(config: Any) -> dict[str, Any]:
 
 def types_of(config: Any) -> list[str]:
     """The type of each layer."""
-    windows = [kind.window for kind in config.layer_kinds]
-    return ["full_attention" if each is None else "sliding_attention" for each in windows]
+
+    def of(kind: LayerKind) -> str:
+        if kind.linear:
+            return "linear_attention"
+        if kind.chunk:
+            return "chunked_attention"
+        return "full_attention" if kind.window is None else "sliding_attention"
+
+    return [of(kind) for kind in config.layer_kinds]
