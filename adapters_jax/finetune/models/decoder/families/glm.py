@@ -1,4 +1,4 @@
-"""GLM 4: rotated neighbours in half of each head, a fused feed-forward, and four norms from 0414 on.
+"""GLM 4: rotated neighbours in half of each head, a fused feed-forward, four norms from 0414 on.
 
 Reference: GLM team, ChatGLM: a family of large language models from GLM-130B to GLM-4 All Tools
 (2024), https://arxiv.org/abs/2406.12793

@@ -1,8 +1,8 @@
 """Phi 3 and 4: Llama whose checkpoints fuse query, key and value, and gate and up; Phi 1 to 2.
 
 Reference: Li et al., Textbooks are all you need II: phi-1.5 (2023),
-https://arxiv.org/abs/2309.05463; Phi-3 technical report (2024), https://arxiv.org/abs/2404.14219; Phi-4 technical report
-(2024), https://arxiv.org/abs/2412.08905
+https://arxiv.org/abs/2309.05463; Phi-3 technical report (2024),
+https://arxiv.org/abs/2404.14219; Phi-4 technical report (2024), https://arxiv.org/abs/2412.08905
 """
 
 from dataclasses import replace
