@@ -78,6 +78,17 @@ PUBLISHED = {
     "meta-llama/Llama-4-Maverick-17B-128E": 400_711_848_960,
     "deepseek-ai/DeepSeek-V3": 671_026_404_352 + 58 * 256,  # and a buffer of its routers
     "moonshotai/Moonlight-16B-A3B": 15_960_110_208,
+    # By transformers' classes of their language models; Gemma 4 with the factors of its layers,
+    # which are buffers there.
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": 79_674_391_296,
+    "Qwen/Qwen3.5-0.8B": 752_393_024,
+    "Qwen/Qwen3.5-4B": 4_205_751_296,
+    "Qwen/Qwen3.5-9B": 8_953_803_264,
+    "Qwen/Qwen3.5-27B": 26_895_998_464,
+    "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
+    "google/gemma-4-E4B": 7_463_013_376 + 42,
+    "google/gemma-4-31B": 30_697_345_280 + 60,
+    "google/gemma-4-26B-A4B": 25_233_141_760 + 30,
     "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
     "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
     "zai-org/GLM-4-9B-0414": 9_400_279_040,

@@ -204,8 +204,9 @@ def _paths(family: Family, config: Any) -> list[str]:
 def _fits(method: Any, family: Family, paths: list[str]) -> bool:
     """Whether every target of a method is among the paths."""
     recipe = MethodOptions(method).build(num_layers=_LAYERS, layer=family.layer)
-    rates = {path.removesuffix("/log_rate") for path in paths if path.endswith("/log_rate")}
-    softmax = [path for path in paths if path not in rates]  # the gated delta rule has none
+    # The gated delta rule has no softmax, and latent attention no keys that a prompt could join.
+    others = {p.rpartition("/")[0] for p in paths if p.endswith(("/log_rate", "/latent"))}
+    softmax = [path for path in paths if path not in others]
     try:
         for each in recipe.methods:
             require_points(each, softmax if each.acts_on == "attention" else paths, {})

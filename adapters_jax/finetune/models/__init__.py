@@ -14,7 +14,8 @@
 - `generation`: generates text with a decoder, which may have an encoder for the prompts.
 
 Attention children are `attention/{query,key,value,output}` and the feed-forward's last is
-`mlp/output` in every family, so one target pattern fits every model.
+`mlp/output` in every family, so one target pattern fits every model. Latent attention and the gated
+delta rule have children of other names.
 """
 
 from adapters_jax.finetune.models.registry import FAMILIES, KNOWN, family_of

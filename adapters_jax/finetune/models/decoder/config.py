@@ -162,6 +162,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
         router_groups: the number of groups of experts; a token takes those of some groups alone.
         router_groups_taken: of how many groups.
         router_factor: the factor of the weights.
+        router_scale: whether the router reads normalised hidden states, times a factor of each
+            feature, and each expert's weight has a factor.
+        experts_beside: whether a layer has the experts beside a feed-forward, each with its own
+            norms, and their outputs are summed.
         expert_bias: whether the layers of an expert have biases.
         expert_gate: where an expert's gate is: a weight "apart", or beside the other first layer
             in one weight, in the first of "halves" or "interleaved" with it.
@@ -255,6 +259,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
     router_groups: int = 1
     router_groups_taken: int = 1
     router_factor: float = 1.0
+    router_scale: bool = False
+    experts_beside: bool = False
     expert_bias: bool = False
     expert_gate: str = "apart"
     expert_limit: float | None = None
@@ -498,6 +504,9 @@ None); choose another model_type.
             expert = 2 * dense(width, inner, bias) + dense(inner, width, bias)
             router = dense(width, self.num_experts, self.router_bias)
             router += self.num_experts * self.router_correction
+            router += (width + self.num_experts) * self.router_scale
+            if self.experts_beside:
+                shared += 3 * width + 3 * width * self.intermediate_size * (1 + form.wide)
             return router + self.num_experts * expert + shared
         return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
 

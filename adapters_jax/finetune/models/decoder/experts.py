@@ -14,7 +14,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated
+from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize
 
 Rows = Float[Array, "rows d"]
 
@@ -84,16 +84,34 @@ class DecoderMixture(nnx.Module):
         if config.router_correction:
             self.router.dtype = jnp.float32  # in which its checkpoints compute, whatever they are
             self.correction = nnx.Param(jnp.zeros(config.num_experts, parts.rest["param_dtype"]))
+        if config.router_scale:
+            dtype = parts.rest["param_dtype"]
+            self.input_scale = nnx.Param(jnp.ones(config.hidden_size, dtype))
+            self.expert_scale = nnx.Param(jnp.ones(config.num_experts, dtype))
+        self.epsilon = config.rms_norm_eps
         self.experts = DecoderExperts(config, **parts.rest)
         self.taken = config.num_experts_per_tok
         self.shared = nnx.data(shared)  # the expert that all tokens take
         if shared is not None and config.shared_expert_gate:
             self.shared_gate = parts.linear(config.hidden_size, 1)
 
-    def __call__(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length d"]:
-        """Sends each position to its experts; none is dropped, however uneven they are taken."""
+    def __call__(
+        self,
+        x: Float[Array, "batch length d"],
+        routed: Float[Array, "batch length d"] | None = None,
+    ) -> Float[Array, "batch length d"]:
+        """Sends each position to its experts; none is dropped, however uneven they are taken.
+
+        Args:
+            x: what the experts read.
+            routed: what the router reads; by default the same.
+        """
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = self._route(self.router(tokens).astype(jnp.float32))
+        read = tokens if routed is None else routed.reshape(tokens.shape)
+        if hasattr(self, "input_scale"):
+            scale = self.input_scale[...] * x.shape[-1] ** -0.5
+            read = normalize(read, scale, self.epsilon, False).astype(read.dtype)
+        weights, chosen = self._route(self.router(read).astype(jnp.float32))
         taken = chosen.ravel()
         order = jnp.argsort(taken)  # the rows of one expert after those of the one before
         sizes = jnp.bincount(taken, length=self.router.out_features)
@@ -125,6 +143,8 @@ class DecoderMixture(nnx.Module):
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.normalized:
             weights = weights / weights.sum(-1, keepdims=True)
+        if hasattr(self, "expert_scale"):
+            weights = weights * self.expert_scale[...][chosen]
         return weights if self.factor == 1.0 else weights * self.factor, chosen
 
     def _in_best_groups(self, wanted: Float[Array, "rows experts"]) -> Array:

@@ -348,8 +348,13 @@ class DecoderLayer(nnx.Module):
         if crosses:
             add("cross_attention", DecoderAttention)
         inner = config.intermediate_size * 2 if form.wide else None
-        mixed = config.num_experts and not form.dense
-        add("mlp", _mixture if mixed else partial(DecoderMLP, inner=inner))
+        mixed = bool(config.num_experts) and not form.dense
+        self.beside = mixed and config.experts_beside
+        add("mlp", _mixture if mixed and not self.beside else partial(DecoderMLP, inner=inner))
+        if self.beside:
+            self.mixture = _mixture(parts)
+            for name in ("mlp_own", "mixture", "mixture_post"):
+                setattr(self, f"{name}_norm", parts.norm(config.hidden_size))
         self.reads_input = config.hidden_size_per_layer_input > 0
         if self.reads_input:
             self.per_layer, self.per_layer_sum = PerLayerInput(parts), DecoderSum()
@@ -386,7 +391,8 @@ class DecoderLayer(nnx.Module):
         """The hidden states after all sublayers; `pair` are keys and values that layers share."""
         mask, rotation, bias, source, seen = context
         read = self._read("attention", x)
-        y = self._add("attention", x, read, mask, rotation, bias, pair, cache=cache)
+        given = {} if pair is None else {"source": pair}
+        y = self._add("attention", x, read, mask, rotation, bias, cache=cache, **given)
         if self.crosses:
             y = self._add(
                 "cross_attention", y, self._read("cross_attention", y), seen, source=source
@@ -407,6 +413,10 @@ class DecoderLayer(nnx.Module):
     def _add(self, name: str, x: Hidden, read: Hidden, *args: Any, **options: Any) -> Hidden:
         """The residual sum of hidden states and a sublayer of what it reads."""
         y = getattr(self, name)(read, *args, **options)
+        if name == "mlp" and self.beside:
+            own: Any = self
+            y = own.mlp_own_norm(y)
+            y = y + own.mixture_post_norm(self.mixture(own.mixture_norm(x), x))
         y = getattr(self, f"{name}_post_norm")(y) if self.after else y
         y = y if self.multiplier == 1.0 else y * self.multiplier
         x = getattr(self, f"{name}_sum")(x, y)

@@ -98,12 +98,28 @@ PER_LAYER = (
         per_layer__gate="per_layer_input_gate",
         per_layer__output="per_layer_projection",
         per_layer__norm="post_per_layer_input_norm",
+        mlp_own_norm="post_feedforward_layernorm_1",
+        mixture_norm="pre_feedforward_layernorm_2",
+        mixture_post_norm="post_feedforward_layernorm_2",
+        mixture__router="router.proj",
     ),
 )
 NAMES_PER_LAYER = replace(
     NAMES_WITH_NORMS_AROUND,
     rules=(*NAMES_WITH_NORMS_AROUND.rules, *PER_LAYER),
-    parameters=(ParameterRule(r"layers/(\d+)/scalar", r"layers.\1.layer_scalar"),),
+    parameters=(
+        ParameterRule(r"layers/(\d+)/scalar", r"layers.\1.layer_scalar"),
+        ParameterRule(r"layers/(\d+)/mixture/input_scale", r"layers.\1.router.scale"),
+        ParameterRule(r"layers/(\d+)/mixture/expert_scale", r"layers.\1.router.per_expert_scale"),
+        *(
+            ParameterRule(
+                rf"layers/(\d+)/mixture/experts/{ours}",
+                rf"layers.\1.experts.{theirs}",
+                swapped=True,
+            )
+            for ours, theirs in (("gate_up", "gate_up_proj"), ("output", "down_proj"))
+        ),
+    ),
     # Layers that borrow keys and values do not use their own, which some files have.
     ignored=(*NAMES.ignored, r"layers\.\d+\.self_attn\.[kv]_(proj|norm)\.weight"),
 )

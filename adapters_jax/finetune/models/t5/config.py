@@ -86,6 +86,7 @@ class T5Config(huggingface.CheckpointConfig):
     rms_norm_eps = property(attrgetter("layer_norm_epsilon"))
     num_experts, latent, attention_gate, attention_sinks = 0, None, False, False
     value_norm, layer_scalar, hidden_size_per_layer_input = False, False, 0
+    experts_beside = False
     mlp_first = "intermediate"
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {

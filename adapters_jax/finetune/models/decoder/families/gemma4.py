@@ -12,6 +12,10 @@ from adapters_jax.finetune.models.decoder.architecture import Architecture, Valu
 from adapters_jax.finetune.models.decoder.families.windows import alternating, types_of
 from adapters_jax.finetune.models.decoder.names import NAMES_PER_LAYER
 
+EXPERTS = {
+    **{"num_experts": "num_experts", "top_k_experts": "num_experts_per_tok"},
+    "moe_intermediate_size": "moe_intermediate_size",
+}
 HEADS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 
 
@@ -26,7 +30,9 @@ def _read(values: Values) -> dict[str, Any]:
     if "per_layer_config" in values:
         sizes = _of_layers(values["per_layer_config"], types)
     names = ("rope_theta", "rope_local_base_freq")
+    mixed = {name: values[name] for name in EXPERTS.values() if name in values}
     return {
+        **(mixed if values.get("enable_moe_block") else {}),
         **{"layer_types": types, "embedding_multiplier": values.get("hidden_size", 1) ** 0.5},
         **{name: values[name] for name in names},
         **sizes,
@@ -56,7 +62,8 @@ def _write(config: Any) -> dict[str, Any]:
     return {
         "layer_types": types_of(config),
         "rope_parameters": {"full_attention": whole, "sliding_attention": local},
-        "enable_moe_block": False,
+        "enable_moe_block": config.num_experts > 0,
+        **{name: getattr(config, ours) or None for name, ours in EXPERTS.items()},
     }
 
 
@@ -65,7 +72,8 @@ GEMMA4 = Architecture(
     "Gemma4ForCausalLM",
     fixed={
         **{"norm_placement": "both", "qk_norm": "head", "attention_multiplier": 1.0},
-        **{"value_norm": True, "layer_scalar": True},
+        **{"value_norm": True, "layer_scalar": True, "experts_beside": True, "router_scale": True},
+        **{"norm_topk_prob": True, "expert_gate": "halves"},
     },
     defaults={
         **{"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
@@ -80,12 +88,12 @@ GEMMA4 = Architecture(
         *("num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input"),
         *("vocab_size_per_layer_input", *HEADS.values()),
     ),
-    renamed={"hidden_activation": "hidden_act"},
+    renamed={"hidden_activation": "hidden_act", "top_k_experts": "num_experts_per_tok"},
     read=_read,
     write=_write,
     supported={
         "use_bidirectional_attention": (None, False, "vision"),  # the latter among images
-        "enable_moe_block": (False,),
+        "enable_moe_block": (False, True),
     },
     names=NAMES_PER_LAYER,
     known={
@@ -98,6 +106,13 @@ GEMMA4 = Architecture(
             **{"attention_k_eq_v": True, "num_global_key_value_heads": 4, "sliding_window": 1024},
             **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
             max_position_embeddings=262144,
+        ),
+        "google/gemma-4-26B-A4B": shape(
+            *(2816, 2112, 30, 16, 8),
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 2, "sliding_window": 1024},
+            **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
+            **{"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8},
+            **{"moe_intermediate_size": 704, "max_position_embeddings": 262144},
         ),
     },
 )
