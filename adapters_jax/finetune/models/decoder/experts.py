@@ -59,7 +59,11 @@ class DecoderExperts(nnx.Module):
             weight = getattr(self, name)
             x, kernel = promote_dtype((x, weight[...]), dtype=self.dtype)
             y = jax.lax.ragged_dot(x, kernel, sizes)
-            return y + getattr(self, f"{name}_bias")[experts].astype(y.dtype) if self.biased else y
+            if not self.biased:
+                return y
+            bias = getattr(self, f"{name}_bias")[...]
+            mine = experts[:, None] == jnp.arange(len(bias))
+            return y + jnp.where(mine[..., None], bias, 0).sum(1).astype(y.dtype)
 
         if self.gate_at == "apart":
             gate, up = product(rows, "gate"), product(rows, "up")
