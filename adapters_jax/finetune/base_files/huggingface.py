@@ -83,11 +83,12 @@ def _check_files(directory: Path) -> None:
         )
 
 
-def read_tensors(directory: str | Path) -> dict[str, Stored]:
+def read_tensors(directory: str | Path, finite: bool = True) -> dict[str, Stored]:
     """Lists the tensors of `model.safetensors`, or of its shards; reads each only when it is used.
 
     Args:
         directory: the checkpoint's directory.
+        finite: whether every number must be finite.
 
     Returns:
         The tensors by their names in the files, in the dtype stored (bfloat16 included); pairs of
@@ -109,7 +110,7 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
     shard_of: dict[str, str] = {}
     tensors: dict[str, Stored] = {}
     for shard in shards:
-        for name, tensor in read_file(directory / shard).items():
+        for name, tensor in read_file(directory / shard, finite).items():
             if name in tensors:
                 raise BaseFileError(
                     f"{shard_of[name]} and {shard} of {str(directory)!r} both hold {name}; remove "
@@ -143,7 +144,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     return index
 
 
-def read_file(path: Path) -> dict[str, Stored]:
+def read_file(path: Path, finite: bool = True) -> dict[str, Stored]:
     """Lists the tensors of one safetensors file.
 
     Raises:
@@ -152,14 +153,14 @@ def read_file(path: Path) -> dict[str, Stored]:
     """
     with open_tensors(path, BaseFileError) as file:
         return {
-            name: Stored(entry.shape, entry.dtype, partial(_read, path, {name: entry}))
+            name: Stored(entry.shape, entry.dtype, partial(_read, path, {name: entry}, finite))
             for name, entry in file.entries.items()
         }
 
 
-def _read(path: Path, entries: Mapping[str, Any]) -> np.ndarray:
+def _read(path: Path, entries: Mapping[str, Any], finite: bool) -> np.ndarray:
     with untrusted.opened(path, BaseFileError) as file:
-        (array,) = TensorFile(file, entries).read().values()
+        (array,) = TensorFile(file, entries).read(finite).values()
     return array
 
 

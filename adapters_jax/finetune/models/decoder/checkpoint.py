@@ -200,5 +200,7 @@ def _beside_images(
             f"base={str(base)!r} has another language model than the one to write; give the "
             "checkpoint that it was read from"
         )
-    images = {name: stored[name] for bare, name in theirs.items() if towers.of_images(bare)}
-    return values, {**{theirs[bare]: x for bare, x in text.items()}, **images}
+    # As they are, even if not finite: bounds of Gemma 4's sounds are infinite.
+    stored = huggingface.read_tensors(base, finite=False)
+    rest = {name: stored[name] for bare, name in theirs.items() if towers.is_beside(bare)}
+    return values, {**{theirs[bare]: x for bare, x in text.items()}, **rest}

@@ -18,7 +18,8 @@ from adapters_jax.files.names import NameTable
 # First the names of transformers' classes, then those of files, which transformers writes as its
 # version 4.51 and earlier had them in classes.
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
-_IMAGES = r"(vision_tower|multi_modal_projector|visual)\..*"
+# Images, sounds, and layers that guess several tokens ahead, which transformers does not read.
+_BESIDE = r"(vision_tower|multi_modal_projector|visual|audio_tower|embed_(vision|audio)|mtp)\..*"
 _STREAMS = ("mrope_section", "mrope_interleaved")  # which number of a position turns a feature
 
 
@@ -45,6 +46,7 @@ _QWEN2 = {
 }
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower({"gemma3_text": "gemma3_text"}),
+    "gemma4": Tower({"gemma4_text": "gemma4_text"}),
     "llava": Tower({name: name for name in ("llama", "mistral", "qwen2")}),
     "mistral3": Tower({"mistral": "mistral"}),
     "qwen2_vl": Tower({f"qwen2_vl{end}": "qwen2" for end in ("_text", "")}, True, _QWEN2),
@@ -53,6 +55,8 @@ TOWERS: dict[str, Tower] = {
         {"qwen3_vl_text": "qwen3"},
         defaults={"rope_theta": 500_000.0, "max_position_embeddings": 128_000},
     ),
+    "qwen3_5": Tower({"qwen3_5_text": "qwen3_5_text"}),
+    "qwen3_5_moe": Tower({"qwen3_5_moe_text": "qwen3_5_moe_text"}),
 }
 
 
@@ -110,12 +114,12 @@ def table(names: NameTable, model_type: Any) -> NameTable:
     """The names of an architecture's tensors in the checkpoints of a type, multimodal or not."""
     if model_type not in TOWERS:
         return names
-    return replace(names, prefixes=_PREFIXES, ignored=(*names.ignored, _IMAGES))
+    return replace(names, prefixes=_PREFIXES, ignored=(*names.ignored, _BESIDE))
 
 
-def of_images(name: str) -> bool:
-    """Whether a tensor, named without prefix, belongs to the images."""
-    return re.fullmatch(_IMAGES, name) is not None
+def is_beside(name: str) -> bool:
+    """Whether a tensor, named without prefix, belongs to images or else not to the text."""
+    return re.fullmatch(_BESIDE, name) is not None
 
 
 def tables(names: NameTable, architecture: str) -> dict[str, NameTable]:

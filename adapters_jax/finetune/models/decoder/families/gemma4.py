@@ -43,9 +43,11 @@ def _of_layers(given: Any, types: tuple[str, ...]) -> dict[str, Any]:
     """The sizes of heads with full attention, which must be alike."""
     whole = {str(at) for at, each in enumerate(types) if each == "full_attention"}
     each = given if isinstance(given, Mapping) else {}
+    # transformers writes all numbers as long as the longest, "05" beside "11".
+    each = {str(at).lstrip("0") or "0": own for at, own in each.items()}
     alike = all(own == each.get(min(whole, default="")) for own in each.values())
     first: dict[str, Any] = next(iter(each.values()), {})
-    if set(map(str, each)) != whole or not alike or not set(first) <= HEADS.keys():
+    if set(each) != whole or not alike or not set(first) <= HEADS.keys():
         raise UserError(
             f"per_layer_config={shown(given)}, expected {' and '.join(HEADS)} of the layers with "
             "full attention, the same in all of them."
@@ -76,7 +78,9 @@ GEMMA4 = Architecture(
         **{"norm_topk_prob": True, "expert_gate": "halves"},
     },
     defaults={
-        **{"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        **{"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30},
+        **{"num_attention_heads": 8, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+        "tie_word_embeddings": True,
         **{"num_key_value_heads": 4, "sliding_window": 512, "max_position_embeddings": 131072},
         **{"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
         **{"rope_theta": 1e6, "rope_local_base_freq": 1e4, "vocab_size": 262144},

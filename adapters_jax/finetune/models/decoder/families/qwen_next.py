@@ -75,7 +75,10 @@ QWEN3_5 = Architecture(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
     fixed=FIXED,
-    defaults={**DEFAULTS, "num_key_value_heads": 4},
+    defaults={
+        **{**DEFAULTS, "num_key_value_heads": 4, "num_attention_heads": 16},
+        **{"intermediate_size": 12288, "num_hidden_layers": 32},
+    },
     settings=SETTINGS,
     read=lambda values: _read(values, fused=False),
     write=_write,
@@ -96,7 +99,10 @@ QWEN3_5_MOE = Architecture(
     "qwen3_5_moe_text",
     "Qwen3_5MoeForCausalLM",
     fixed={**FIXED, "shared_expert_gate": True, "norm_topk_prob": True},
-    defaults={**DEFAULTS, **EXPERTS},
+    defaults={
+        **{**DEFAULTS, **EXPERTS, "num_attention_heads": 16},
+        **{"hidden_size": 2048, "num_hidden_layers": 40},
+    },
     absent=("intermediate_size",),
     settings=(*SETTINGS, *MIXTURE),
     read=lambda values: _read(values, fused=False),
