@@ -232,6 +232,41 @@ def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path)
     assert whole.get("head_dim") in (None, again.get("head_dim"))
 
 
+SMALL = {
+    **{"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+OTHERS = [
+    ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 20, "rotary_pct": 0.5}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True, "rotary_pct": 1.0}),
+    ("opt", {"enable_bias": False, "ffn_dim": 20, "word_embed_proj_dim": 24}),
+    ("opt", {"ffn_dim": 20, "tie_word_embeddings": False, "max_position_embeddings": 14}),
+    ("bloom", {"hidden_size": 24, "n_head": 6, "n_layer": 2}),
+    ("phi", {"intermediate_size": 20, "num_key_value_heads": 2, "partial_rotary_factor": 1.0}),
+    ("starcoder2", {"use_bias": False, "intermediate_size": 20, "tie_word_embeddings": False}),
+    ("cohere", {"intermediate_size": 20, "tie_word_embeddings": False, "num_key_value_heads": 1}),
+    ("cohere2", {"intermediate_size": 20, "num_hidden_layers": 5, "sliding_window": 3}),
+    ("glm4", {"intermediate_size": 20, "head_dim": 4, "attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OTHERS)
+def test_further_settings_compute_what_they_do_in_transformers(name, settings, tmp_path):
+    config = transformers.AutoConfig.for_model(name, **(SMALL | settings))
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 * (parameter.ndim == 1), std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    expected = theirs(name, model)
+    own, found = load_decoder(tmp_path / "theirs")
+    np.testing.assert_allclose(ours(name, found), expected, atol=1e-4)
+    save_decoder(tmp_path / "ours", own, found, pad_token_id=0)
+    np.testing.assert_array_equal(theirs(name, their_base(tmp_path / "ours")), expected)
+    assert own.num_parameters == sum(x.numel() for x in model.parameters())
+
+
 CASES = [(name, kind) for name in EVERY for kind in (lora, dora, ia3)]
 # PEFT has LLaMA-Adapter for these alone.
 CASES += [("llama", prompts), ("mistral", prompts)]

@@ -159,6 +159,12 @@ def test_the_bias_of_alibi_is_small_near_the_query_wherever_that_is():
     )
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_setting_under_its_own_name_precedes_a_common_one(turn):
+    both = {"model_type": "gpt_neox", "rotary_emb_base": 50.0, "rope_theta": 70.0}
+    assert DecoderConfig.from_dict(dict([*both.items()][::turn])).rope_theta == 50.0
+
+
 TINY = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
