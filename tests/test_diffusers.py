@@ -527,7 +527,7 @@ def test_written(style, recipe, tmp_path):
     kept = {"format": "pt", "ss_base_model_version": "sd_v1"}
     rank, alpha = ("Dynamic", "Dynamic") if recipe is BOTH else ("2", "5")
     facts = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if recipe is BOTH else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
     }
@@ -678,6 +678,11 @@ WRONG = {
         AdapterMismatchError,
         ("lora_unet_conv_in", [2, 4, 1, 1], [3, 3, 3, 3]),
     ),
+    "a middle with a window of down": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((3, 3, 3, 3))}),
+        AdapterMismatchError,
+        ("lora_unet_conv_in", [3, 4, 3, 3], [3, 3, 3, 3]),
+    ),
     "a middle of another window": (
         with_keys(
             MIDDLE_OF_TWO, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((2, 2, 5, 5))}
@@ -729,6 +734,7 @@ def test_wrong(case, tmp_path):
     save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, file)
     with raises(kind, file, *data) as caught:
         load_diffusers(file, None, PARAMS)
+    assert type(caught.value) is kind
     assert len(str(caught.value)) < 900 + len(str(file))
 
 
@@ -755,6 +761,28 @@ def test_one_target_of_two_modules(tmp_path):
             "transformer.transformer_blocks.3.attn.to_k",
         ):
             load_diffusers(tmp_path / "a.safetensors", None, flux(fused)[1])
+
+
+def test_parts_of_a_fused_layer_that_differ(tmp_path):
+    """Other inputs or widths than the weight's, a window, or norms of some of them."""
+    names = [f"transformer_blocks.3.attn.to_{x}" for x in "qkv"]
+    good = {name: (np.ones((1, 4), np.float32), np.ones((4, 1), np.float32)) for name in names}
+    params, file = flux(True)[1], tmp_path / "a.safetensors"
+    save_file(kohya(good), file)
+    load_diffusers(file, None, params)
+    keys = [f"lora_unet_{name.replace('.', '_')}" for name in names]
+    for wrong in (
+        {f"{keys[1]}.lora_down.weight": np.ones((1, 9))},
+        {f"{keys[2]}.lora_up.weight": np.ones((9, 1))},
+        {f"{keys[0]}.dora_scale": np.ones((4, 1))},
+    ):
+        save_file(with_keys(kohya(good), {}, **wrong), file)
+        with raises(AdapterMismatchError, file, *keys, "double_blocks_3_img_attn_qkv"):
+            load_diffusers(file, None, params)
+    middle = {f"{keys[1]}.lora_mid.weight": np.ones((1, 1, 3, 3))}
+    save_file(with_keys(kohya(good), {}, **middle), file)
+    with raises(AdapterMismatchError, file, keys[1], "1 of 3"):
+        load_diffusers(file, None, params)
 
 
 def test_shapes_decide_between_modules(tmp_path):

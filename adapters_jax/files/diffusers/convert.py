@@ -217,7 +217,8 @@ def save_diffusers(
     if style == "kohya":  # other programs show these; "Dynamic" is of kohya's own resize_lora.py
         ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_down.weight")}
         alphas = {x.item() for key, x in tensors.items() if key.endswith(".alpha")}
-        texts["ss_network_module"] = "networks.lora"
+        dora = any(key.endswith(".dora_scale") for key in tensors)
+        texts["ss_network_module"] = "lycoris.kohya" if dora else "networks.lora"
         for key, several in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
             texts[key] = f"{several.pop():g}" if len(several) == 1 else "Dynamic"
     whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
@@ -315,7 +316,7 @@ def _matched(
         problems.append(
             f"{len(rest)} of {len(pairs)} modules are not in the base, "
             f"{first_few([pair.name for pair in rest.values()])}; it has "
-            f"{first_few([' '.join(names) for names in known])}; give names, or its own base"
+            f"{first_few(list(module_map.modules))}; give names, or the base that it is of"
         )
     return matched
 
@@ -333,6 +334,9 @@ def _in_parts(names: tuple[str, ...], known: _Known) -> list[_Several]:
 def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) -> _Pair:
     """One pair, of as many times the rank, for a module of ours that fuses several of theirs."""
     (first, *_), widths = mine.values(), {name: len(pair.b) for name, pair in mine.items()}
+    label = " and ".join(pair.name for pair in mine.values())
+    if len({pair.a.shape[1:] for pair in mine.values()}) > 1:
+        raise UserError(f"{label} have different inputs, and {there[0].path} is one weight for all")
     total = sum(math.prod(x.shape) for x in there) // first.a.shape[1]
     # Queries, keys and values are of one width; behind them is FLUX's feed-forward.
     wide = next((widths[x] for x in names[:3] if x in widths), (total - sum(widths.values())) // 3)
@@ -347,7 +351,7 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) 
     # The norms of some parts alone are too few, and then fit nothing.
     magnitude = np.concatenate(norms) if norms else None
     a, b = np.concatenate([x.a for x in mine.values()]), np.concatenate(rows)
-    return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude, None)
+    return _Pair(label, a, b, scale * len(a), magnitude, None)
 
 
 def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]] | None:
@@ -357,10 +361,11 @@ def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]
         a, target, node = pair.a, reference.path, join(reference.path, "lora")
         if (middle := pair.middle) is not None:
             # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
-            window = (*middle.shape[2:], *a.shape[1:2])
-            if middle.shape[:2] != (len(a), len(a)) or reference.shape[:-1] != window:
+            (rank, fan_in), window = a.shape[:2], middle.shape[2:]
+            is_plain = a.size == rank * fan_in and middle.shape[:2] == (rank, rank)
+            if not is_plain or reference.shape[:-1] != (*window, fan_in):
                 return None
-            a = np.moveaxis(np.tensordot(middle, a.reshape(a.shape[:2]), (1, 0)), -1, 1)
+            a = np.moveaxis(np.tensordot(middle, a.reshape(rank, fan_in), (1, 0)), -1, 1)
         # Their 1x1 convolution may be a dense layer here.
         if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
             a = a.reshape(a.shape[:2])
