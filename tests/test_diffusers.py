@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -479,6 +480,38 @@ def test_text_encoders_of_old_diffusers(tmp_path):
     recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, TEXT)
     assert recipe.attached[0].targets == ("text_model/encoder/layers/0/self_attn/q_proj",)
     np.testing.assert_array_equal(list(flatten(adapters).values())[1], up.T)
+
+
+@pytest.mark.parametrize("generation", ["text_model_", ""])
+def test_text_encoders_of_both_generations(generation, tmp_path):
+    """transformers 5 has CLIP's layers without the module `text_model`."""
+    inner = TEXT["text_model"]
+    name = f"lora_te_{generation}encoder_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{name}.lora_down.weight": np.ones((1, 3)),
+        f"{name}.lora_up.weight": np.ones((5, 1)),
+    }
+    save_file({k: x.astype(np.float32) for k, x in tensors.items()}, tmp_path / "a.safetensors")
+    for base in (TEXT, inner):
+        recipe, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)
+        (target,) = recipe.attached[0].targets
+        assert target.endswith("encoder/layers/0/self_attn/q_proj")
+
+
+def test_a_window_of_a_middle_costs_no_memory(tmp_path):
+    """Files of some kilobytes could ask for gigabytes."""
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": np.ones((1, 2000, 1, 1)),
+        "lora_unet_conv_in.lora_up.weight": np.ones((3, 1, 1, 1)),
+        "lora_unet_conv_in.lora_mid.weight": np.ones((1, 1, 200, 200)),
+    }
+    save_file({k: x.astype(np.float32) for k, x in tensors.items()}, tmp_path / "a.safetensors")
+    tracemalloc.start()
+    with raises(AdapterMismatchError, "lora_unet_conv_in"):
+        load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 def adapted(recipe, params=PARAMS, model=MODEL):
