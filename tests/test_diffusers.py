@@ -234,10 +234,10 @@ def test_nnx(tmp_path):
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.to_q = nnx.Linear(4, 6, rngs=rngs)
-            self.conv = nnx.Conv(6, 4, (3, 3), rngs=rngs)
+            self.linear_1 = nnx.Conv(6, 4, (3, 3), rngs=rngs)
 
         def __call__(self, x):
-            return x + self.conv(jnp.tanh(self.to_q(x)))
+            return x + self.linear_1(jnp.tanh(self.to_q(x)))
 
     class Net(nnx.Module):
         def __init__(self):
@@ -248,7 +248,7 @@ def test_nnx(tmp_path):
 
     base = Net()
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
-    paths = {f"blocks.{i}.{n}": f"blocks/{i}/{n}" for i in range(2) for n in ("to_q", "conv")}
+    paths = {f"blocks.{i}.{n}": f"blocks/{i}/{n}" for i in range(2) for n in ("to_q", "linear_1")}
     pairs = drawn(params, paths)
     save_file(kohya(pairs, alpha=5), tmp_path / "a.safetensors")
     recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)

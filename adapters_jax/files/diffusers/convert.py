@@ -170,10 +170,8 @@ def save_diffusers(
             one name; the message names every problem.
     """
     if style not in _STYLES or not parts.keys() <= _PREFIXES.keys():
-        raise UserError(
-            f"style={style!r} with the parts {', '.join(parts)}: expected {' or '.join(_STYLES)}, "
-            f"and of {', '.join(_PREFIXES)}"
-        )
+        expected = f"{' or '.join(_STYLES)}, and parts of {', '.join(_PREFIXES)}"
+        raise UserError(f"style={style!r} with the parts {', '.join(parts)}, expected {expected}")
     problems, tensors = list[str](), dict[str, Array]()
     for part, (recipe, adapters, names, base) in parts.items():
         flat = flat_leaves("save_diffusers", adapters)
@@ -203,7 +201,7 @@ def save_diffusers(
             if f"{module}.{_STYLES[style][0]}" in tensors:
                 wrong.append(f"{module} is the name of two modules")
             tensors |= {f"{module}.{end}": x for end, x in made.items()}
-            if names is None and style == "diffusers" and re.search(r"_\d+(\.|$)", name):
+            if names is None and style == "diffusers" and re.search(r"(?<!linear)_\d+(\.|$)", name):
                 wrong.append(f"{name} may have numbers behind dots there; give names")
             if style == "kohya" and re.match(r"(single_)?transformer_blocks[._]", name):
                 fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
@@ -217,8 +215,8 @@ def save_diffusers(
     if style == "kohya":  # other programs show these; "Dynamic" is of kohya's own resize_lora.py
         ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_down.weight")}
         alphas = {x.item() for key, x in tensors.items() if key.endswith(".alpha")}
-        dora = any(key.endswith(".dora_scale") for key in tensors)
-        texts["ss_network_module"] = "lycoris.kohya" if dora else "networks.lora"
+        is_dora = any(key.endswith(".dora_scale") for key in tensors)
+        texts["ss_network_module"] = "lycoris.kohya" if is_dora else "networks.lora"
         for key, several in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
             texts[key] = f"{several.pop():g}" if len(several) == 1 else "Dynamic"
     whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
