@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -233,10 +234,10 @@ def test_nnx(tmp_path):
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.to_q = nnx.Linear(4, 6, rngs=rngs)
-            self.conv = nnx.Conv(6, 4, (3, 3), rngs=rngs)
+            self.linear_1 = nnx.Conv(6, 4, (3, 3), rngs=rngs)
 
         def __call__(self, x):
-            return x + self.conv(jnp.tanh(self.to_q(x)))
+            return x + self.linear_1(jnp.tanh(self.to_q(x)))
 
     class Net(nnx.Module):
         def __init__(self):
@@ -247,7 +248,7 @@ def test_nnx(tmp_path):
 
     base = Net()
     params = nnx.to_pure_dict(nnx.state(base, nnx.Param))
-    paths = {f"blocks.{i}.{n}": f"blocks/{i}/{n}" for i in range(2) for n in ("to_q", "conv")}
+    paths = {f"blocks.{i}.{n}": f"blocks/{i}/{n}" for i in range(2) for n in ("to_q", "linear_1")}
     pairs = drawn(params, paths)
     save_file(kohya(pairs, alpha=5), tmp_path / "a.safetensors")
     recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)
@@ -481,6 +482,38 @@ def test_text_encoders_of_old_diffusers(tmp_path):
     np.testing.assert_array_equal(list(flatten(adapters).values())[1], up.T)
 
 
+@pytest.mark.parametrize("generation", ["text_model_", ""])
+def test_text_encoders_of_both_generations(generation, tmp_path):
+    """transformers 5 has CLIP's layers without the module `text_model`."""
+    inner = TEXT["text_model"]
+    name = f"lora_te_{generation}encoder_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{name}.lora_down.weight": np.ones((1, 3)),
+        f"{name}.lora_up.weight": np.ones((5, 1)),
+    }
+    save_file({k: x.astype(np.float32) for k, x in tensors.items()}, tmp_path / "a.safetensors")
+    for base in (TEXT, inner):
+        recipe, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)
+        (target,) = recipe.attached[0].targets
+        assert target.endswith("encoder/layers/0/self_attn/q_proj")
+
+
+def test_a_window_of_a_middle_costs_no_memory(tmp_path):
+    """Files of some kilobytes could ask for gigabytes."""
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": np.ones((1, 2000, 1, 1)),
+        "lora_unet_conv_in.lora_up.weight": np.ones((3, 1, 1, 1)),
+        "lora_unet_conv_in.lora_mid.weight": np.ones((1, 1, 200, 200)),
+    }
+    save_file({k: x.astype(np.float32) for k, x in tensors.items()}, tmp_path / "a.safetensors")
+    tracemalloc.start()
+    with raises(AdapterMismatchError, "lora_unet_conv_in"):
+        load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+
+
 def adapted(recipe, params=PARAMS, model=MODEL):
     grown = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(0), X)
     return drawn_like(aj.partition(grown, recipe)[0])
@@ -527,7 +560,7 @@ def test_written(style, recipe, tmp_path):
     kept = {"format": "pt", "ss_base_model_version": "sd_v1"}
     rank, alpha = ("Dynamic", "Dynamic") if recipe is BOTH else ("2", "5")
     facts = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if recipe is BOTH else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
     }
@@ -678,6 +711,11 @@ WRONG = {
         AdapterMismatchError,
         ("lora_unet_conv_in", [2, 4, 1, 1], [3, 3, 3, 3]),
     ),
+    "a middle with a window of down": (
+        with_keys(PLAIN, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((3, 3, 3, 3))}),
+        AdapterMismatchError,
+        ("lora_unet_conv_in", [3, 4, 3, 3], [3, 3, 3, 3]),
+    ),
     "a middle of another window": (
         with_keys(
             MIDDLE_OF_TWO, {}, **{"lora_unet_conv_in.lora_mid.weight": np.ones((2, 2, 5, 5))}
@@ -729,6 +767,7 @@ def test_wrong(case, tmp_path):
     save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, file)
     with raises(kind, file, *data) as caught:
         load_diffusers(file, None, PARAMS)
+    assert type(caught.value) is kind
     assert len(str(caught.value)) < 900 + len(str(file))
 
 
@@ -755,6 +794,28 @@ def test_one_target_of_two_modules(tmp_path):
             "transformer.transformer_blocks.3.attn.to_k",
         ):
             load_diffusers(tmp_path / "a.safetensors", None, flux(fused)[1])
+
+
+def test_parts_of_a_fused_layer_that_differ(tmp_path):
+    """Other inputs or widths than the weight's, a window, or norms of some of them."""
+    names = [f"transformer_blocks.3.attn.to_{x}" for x in "qkv"]
+    good = {name: (np.ones((1, 4), np.float32), np.ones((4, 1), np.float32)) for name in names}
+    params, file = flux(True)[1], tmp_path / "a.safetensors"
+    save_file(kohya(good), file)
+    load_diffusers(file, None, params)
+    keys = [f"lora_unet_{name.replace('.', '_')}" for name in names]
+    for wrong in (
+        {f"{keys[1]}.lora_down.weight": np.ones((1, 9))},
+        {f"{keys[2]}.lora_up.weight": np.ones((9, 1))},
+        {f"{keys[0]}.dora_scale": np.ones((4, 1))},
+    ):
+        save_file(with_keys(kohya(good), {}, **wrong), file)
+        with raises(AdapterMismatchError, file, *keys, "double_blocks_3_img_attn_qkv"):
+            load_diffusers(file, None, params)
+    middle = {f"{keys[1]}.lora_mid.weight": np.ones((1, 1, 3, 3))}
+    save_file(with_keys(kohya(good), {}, **middle), file)
+    with raises(AdapterMismatchError, file, keys[1], "1 of 3"):
+        load_diffusers(file, None, params)
 
 
 def test_shapes_decide_between_modules(tmp_path):

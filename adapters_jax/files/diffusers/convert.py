@@ -170,10 +170,8 @@ def save_diffusers(
             one name; the message names every problem.
     """
     if style not in _STYLES or not parts.keys() <= _PREFIXES.keys():
-        raise UserError(
-            f"style={style!r} with the parts {', '.join(parts)}: expected {' or '.join(_STYLES)}, "
-            f"and of {', '.join(_PREFIXES)}"
-        )
+        expected = f"{' or '.join(_STYLES)}, and parts of {', '.join(_PREFIXES)}"
+        raise UserError(f"style={style!r} with the parts {', '.join(parts)}, expected {expected}")
     problems, tensors = list[str](), dict[str, Array]()
     for part, (recipe, adapters, names, base) in parts.items():
         flat = flat_leaves("save_diffusers", adapters)
@@ -203,7 +201,7 @@ def save_diffusers(
             if f"{module}.{_STYLES[style][0]}" in tensors:
                 wrong.append(f"{module} is the name of two modules")
             tensors |= {f"{module}.{end}": x for end, x in made.items()}
-            if names is None and style == "diffusers" and re.search(r"_\d+(\.|$)", name):
+            if names is None and style == "diffusers" and re.search(r"(?<!linear)_\d+(\.|$)", name):
                 wrong.append(f"{name} may have numbers behind dots there; give names")
             if style == "kohya" and re.match(r"(single_)?transformer_blocks[._]", name):
                 fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
@@ -217,7 +215,8 @@ def save_diffusers(
     if style == "kohya":  # other programs show these; "Dynamic" is of kohya's own resize_lora.py
         ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_down.weight")}
         alphas = {x.item() for key, x in tensors.items() if key.endswith(".alpha")}
-        texts["ss_network_module"] = "networks.lora"
+        is_dora = any(key.endswith(".dora_scale") for key in tensors)
+        texts["ss_network_module"] = "lycoris.kohya" if is_dora else "networks.lora"
         for key, several in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
             texts[key] = f"{several.pop():g}" if len(several) == 1 else "Dynamic"
     whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
@@ -315,7 +314,7 @@ def _matched(
         problems.append(
             f"{len(rest)} of {len(pairs)} modules are not in the base, "
             f"{first_few([pair.name for pair in rest.values()])}; it has "
-            f"{first_few([' '.join(names) for names in known])}; give names, or its own base"
+            f"{first_few(list(module_map.modules))}; give names, or the base that it is of"
         )
     return matched
 
@@ -333,6 +332,9 @@ def _in_parts(names: tuple[str, ...], known: _Known) -> list[_Several]:
 def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) -> _Pair:
     """One pair, of as many times the rank, for a module of ours that fuses several of theirs."""
     (first, *_), widths = mine.values(), {name: len(pair.b) for name, pair in mine.items()}
+    label = " and ".join(pair.name for pair in mine.values())
+    if len({pair.a.shape[1:] for pair in mine.values()}) > 1:
+        raise UserError(f"{label} have different inputs, and {there[0].path} is one weight for all")
     total = sum(math.prod(x.shape) for x in there) // first.a.shape[1]
     # Queries, keys and values are of one width; behind them is FLUX's feed-forward.
     wide = next((widths[x] for x in names[:3] if x in widths), (total - sum(widths.values())) // 3)
@@ -347,7 +349,7 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) 
     # The norms of some parts alone are too few, and then fit nothing.
     magnitude = np.concatenate(norms) if norms else None
     a, b = np.concatenate([x.a for x in mine.values()]), np.concatenate(rows)
-    return _Pair(" and ".join(x.name for x in mine.values()), a, b, scale * len(a), magnitude, None)
+    return _Pair(label, a, b, scale * len(a), magnitude, None)
 
 
 def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]] | None:
@@ -357,10 +359,11 @@ def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]
         a, target, node = pair.a, reference.path, join(reference.path, "lora")
         if (middle := pair.middle) is not None:
             # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
-            window = (*middle.shape[2:], *a.shape[1:2])
-            if middle.shape[:2] != (len(a), len(a)) or reference.shape[:-1] != window:
+            (rank, fan_in), window = a.shape[:2], middle.shape[2:]
+            is_plain = a.size == rank * fan_in and middle.shape[:2] == (rank, rank)
+            if not is_plain or reference.shape[:-1] != (*window, fan_in):
                 return None
-            a = np.moveaxis(np.tensordot(middle, a.reshape(a.shape[:2]), (1, 0)), -1, 1)
+            a = np.moveaxis(np.tensordot(middle, a.reshape(rank, fan_in), (1, 0)), -1, 1)
         # Their 1x1 convolution may be a dense layer here.
         if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
             a = a.reshape(a.shape[:2])

@@ -155,7 +155,8 @@ def spelled(name: str) -> tuple[str, ...]:
         >>> spelled("double_blocks_3_img_attn_qkv")[::2]
         ('transformer_blocks_3_attn_to_q', 'transformer_blocks_3_attn_to_v')
     """
-    name = name.replace(".", "_").replace("/", "_")
+    # transformers 5 has text encoders of CLIP without the module `text_model`.
+    name = name.replace(".", "_").replace("/", "_").removeprefix("text_model_")
     if match := _SGM.fullmatch(name):
         side, number, middle, rest = match.groups()
         block, layer = divmod(int(number or 0) - (side == "input"), _LAYERS)
