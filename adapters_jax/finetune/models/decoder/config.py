@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.models.decoder import rope, towers
+from adapters_jax.finetune.models.decoder.counting import count
 from adapters_jax.finetune.models.decoder.delta import DeltaSizes
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
+from adapters_jax.finetune.models.decoder.forms import LayerForm, layer_forms, layer_kinds
 from adapters_jax.finetune.models.decoder.latent import LatentSizes
-from adapters_jax.finetune.models.parts.counts import dense
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
 
@@ -43,33 +44,6 @@ _NUMBERS = {  # whether they may be 0
     **{"first_k_dense_replace": True, "n_shared_experts": True},
 }
 _LISTS = {"layer_types", "no_rope_layers", "expert_layers", "moe_layers"}
-
-
-class LayerForm(NamedTuple):
-    """What tells the modules of a layer from those of others; layers of one form can be scanned.
-
-    Attributes:
-        delta: whether it has the gated delta rule instead of a softmax attention.
-        dense: whether it has one feed-forward where others have experts.
-        bare: whether its queries and keys are not normalised, as those with positions are.
-        head_width: the width of a head; None has the configuration's.
-        kv_heads: the number of key and value heads, likewise.
-        key_is_value: whether the key projection computes the values as well.
-        pool: the kind of attention among whose layers its keys and values are shared; None shares
-            none.
-        borrows: whether they are those of an earlier layer.
-        wide: whether the feed-forward is twice as wide.
-    """
-
-    delta: bool = False
-    dense: bool = False
-    bare: bool = False
-    head_width: int | None = None
-    kv_heads: int | None = None
-    key_is_value: bool = False
-    pool: str | None = None
-    borrows: bool = False
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -451,64 +425,7 @@ None); choose another model_type.
     @property
     def num_parameters(self) -> int:
         """The number of parameters."""
-        width, norm = self.hidden_size, 1 + (self.norm_type == "layer" and self.norm_bias)
-        inner = self.embedding_size or width
-        tokens = self.vocab_size * inner * (1 if self.tie_word_embeddings else 2)
-        tokens += 2 * inner * width * (inner != width) + self.vocab_size * self.head_bias
-        positions = (self.max_position_embeddings + self.position_offset) * self.learned_positions
-        norms = (self.norm_placement != "sum") + self.embedding_norm + self.num_layers * self._norms
-        each = sum(self._attention_parameters(norm, form) for form in self.layer_forms)
-        each += sum(self._mlp_parameters(form) for form in self.layer_forms)
-        each += self.num_layers * self.layer_scalar + self._per_layer_parameters()
-        return tokens + (positions + norms * norm) * width + each
-
-    @property
-    def _norms(self) -> int:
-        """The number of norms of hidden states in a layer."""
-        return 4 if self.norm_placement == "both" else 1 if self.parallel == "shared" else 2
-
-    def _per_layer_parameters(self) -> int:
-        """Those of the inputs that each layer has of its own."""
-        width, own = self.hidden_size, self.hidden_size_per_layer_input
-        if not own:
-            return 0
-        model = (self.vocab_size_per_layer_input + width) * self.num_layers * own + own
-        return model + self.num_layers * (2 * width * own + width)
-
-    def _attention_parameters(self, norm: int, form: LayerForm) -> int:
-        """Those of the attention of a layer; a norm has this number for each feature."""
-        width, head = self.hidden_size, self.head_width
-        if form.delta and self.delta:
-            return self.delta.parameters(width)
-        if self.latent:
-            return self.latent.parameters(width, self.num_attention_heads, self.attention_bias)
-        head = form.head_width or head
-        queries, keys = head * self.num_attention_heads, head * (form.kv_heads or self.kv_heads)
-        normed = {"head": 2 * head, "projection": queries + keys}.get(self.qk_norm or "", 0)
-        pairs = keys if form.key_is_value else 2 * keys
-        if form.borrows:
-            pairs, normed = 0, normed // 2
-        gates = queries * self.attention_gate
-        inputs = dense(width, queries + gates + pairs, self.attention_bias)
-        sinks = self.num_attention_heads * self.attention_sinks
-        return inputs + dense(queries, width, self.has_output_bias) + normed * norm + sinks
-
-    def _mlp_parameters(self, form: LayerForm) -> int:
-        """Those of the feed-forward of a layer, of all its experts if it has some."""
-        width, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
-        inner *= 1 + form.wide
-        if self.num_experts and not form.dense:
-            shared = 3 * width * (self.shared_expert_intermediate_size or 0)
-            shared += width * self.shared_expert_gate
-            inner, bias = self.moe_intermediate_size or inner, self.expert_bias
-            expert = 2 * dense(width, inner, bias) + dense(inner, width, bias)
-            router = dense(width, self.num_experts, self.router_bias)
-            router += self.num_experts * self.router_correction
-            router += (width + self.num_experts) * self.router_scale
-            if self.experts_beside:
-                shared += 3 * width + 3 * width * self.intermediate_size * (1 + form.wide)
-            return router + self.num_experts * expert + shared
-        return (1 + self.mlp_gate) * dense(width, inner, bias) + dense(inner, width, bias)
+        return count(self)
 
     @property
     def has_key_bias(self) -> bool:
@@ -546,58 +463,18 @@ None); choose another model_type.
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
-        every = "sliding_attention" if self.sliding_window else "full_attention"
-        types = self.layer_types or (every,) * self.num_hidden_layers
-        ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
-        return tuple(
-            LayerKind(linear=True) if each == "linear_attention" else self._kind(each, bool(rope))
-            for each, rope in zip(types, ropes, strict=True)
-        )
+        return layer_kinds(self)
 
     @property
     def layer_forms(self) -> tuple[LayerForm, ...]:
         """The form of each layer."""
-        types = self.layer_types or ("",) * self.num_hidden_layers
-        experts = self.expert_layers or (1,) * self.num_hidden_layers
-        ropes = self.no_rope_layers or (1,) * self.num_hidden_layers
-        tells = self.qk_norm == "unit" or self.warming_interval is not None
-        own = self.num_hidden_layers - self.num_kv_shared_layers
-        lenders = {each: at for at, each in enumerate(types[:own]) if self.num_kv_shared_layers}
-
-        def of(at: int, each: str) -> LayerForm:
-            whole, borrows = each == "full_attention", at >= own
-            return LayerForm(
-                delta=each == "linear_attention",
-                dense=not experts[at],
-                bare=tells and not ropes[at],
-                head_width=self.global_head_dim if whole else None,
-                kv_heads=self.num_global_key_value_heads if whole else None,
-                key_is_value=self.attention_k_eq_v and whole,
-                pool=each if borrows or lenders.get(each) == at else None,
-                borrows=borrows,
-                wide=borrows and self.use_double_wide_mlp,
-            )
-
-        return tuple(of(at, each) for at, each in enumerate(types))
+        return layer_forms(self)
 
     def with_layers(self, number: int) -> Self:
         """The configuration of a model of the first layers alone."""
         shared = max(0, number - (self.num_hidden_layers - self.num_kv_shared_layers))
         one = replace(self, num_kv_shared_layers=0)
         return replace(super(DecoderConfig, one).with_layers(number), num_kv_shared_layers=shared)
-
-    def _kind(self, layer_type: str, rotates: bool) -> LayerKind:
-        slides = layer_type == "sliding_attention"
-        window = self.sliding_window if slides else None
-        chunk = self.attention_chunk_size if layer_type == "chunked_attention" else None
-        if not rotates or not self.rotates:
-            every = self.warming_interval
-            warming = (every, self.warming_scale) if every and not rotates else None
-            return LayerKind(window, chunk=chunk, warming=warming)
-        if slides and self.rope_local_base_freq is not None:
-            return LayerKind(window, self.rope_local_base_freq)
-        rotated = self.global_head_dim if self.global_head_dim and not slides else None
-        return LayerKind(window, self.rope_theta, self.rope_scaling, chunk=chunk, rotated=rotated)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -14,9 +14,9 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from adapters_jax.finetune.models.decoder.config import LayerForm
 from adapters_jax.finetune.models.decoder.delta import GatedDelta
 from adapters_jax.finetune.models.decoder.experts import DecoderMixture
+from adapters_jax.finetune.models.decoder.forms import LayerForm
 from adapters_jax.finetune.models.decoder.latent import LatentAttention
 from adapters_jax.finetune.models.decoder.per_layer import PerLayerInput, Stream
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, recomputed
