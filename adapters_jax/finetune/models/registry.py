@@ -64,7 +64,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         if isinstance(own, str) and own in family.prefixes:
             return family
     types = [each for family in FAMILIES.values() for each in family.prefixes]
-    near = difflib.get_close_matches(found, types, 1, 0.8) if isinstance(found, str) else []
+    near = difflib.get_close_matches(found, types, 1, 0.7) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
     every = ", ".join(dict.fromkeys(types))  # a multimodal type may be of several families
     raise UserError(f"{name!r} has model_type={found!r}; expected one of {every}{nearest}")
