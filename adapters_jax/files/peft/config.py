@@ -42,7 +42,7 @@ _ADVICE = (
     "path_initial_model_for_weight_conversion)"
 )
 # What PEFT does not do on parameters.
-NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out")
+NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class Kind:
 
     Attributes:
         reader, writer: the modules beside this one with its functions `read` and `write`.
-        methods: the names of the methods that it stores; a file has one of them.
+        methods: the names of the methods that it stores, of which a file has one; empty if it has
+            parameters of the base alone.
         leaves: our leaf's name for each of PEFT's tensor names.
         rules: the supported fields of the configuration.
-        trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
-            as well as modules.
+        trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
+            well as modules, or "norms" and heads.
     """
 
     reader: str
@@ -91,6 +92,9 @@ KINDS = {
             "layers_to_transform": of(int, list),
             "layers_pattern": _NAMES,
             "target_parameters": of(list),
+            "trainable_token_indices": of(list, dict),
+            "lora_bias": of(bool),
+            "eva_config": of(dict),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
             "bias": one_of("none", "all", "lora_only"),
         },
@@ -107,6 +111,18 @@ KINDS = {
         leaves={"ia3_l": "scale"},
         rules={**_MODULES, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
         trains="modules",
+    ),
+    "LN_TUNING": Kind(
+        *("trained", "trained", ()),
+        leaves={},
+        rules={n: x for n, x in _MODULES.items() if n != "fan_in_fan_out"},
+        trains="norms",
+    ),
+    "TRAINABLE_TOKENS": Kind(
+        *("trained", "trained", ()),
+        leaves={},
+        rules={"target_modules": _NAMES, "token_indices": of(list), "init_weights": of(bool)},
+        trains="nothing",
     ),
 }
 
@@ -138,10 +154,10 @@ def config_problems(config: Config) -> list[str]:
         One sentence for each problem. An unknown field is no problem if it is null, false or empty.
 
     Example:
-        >>> config_problems({"peft_type": "LORA", "r": 4, "lora_bias": True, "new_field": None})
-        ['lora_bias=True is not supported']
+        >>> config_problems({"peft_type": "LORA", "r": 4, "use_qalora": True, "new_field": None})
+        ['use_qalora=True is not supported']
         >>> config_problems({"peft_type": "VERA"})
-        ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3"]
+        ["peft_type='VERA', expected LORA or ADAPTION_PROMPT or IA3 or LN_TUNING or ...
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
