@@ -497,9 +497,11 @@ def test_expressions_that_take_for_ever_elsewhere_end(tmp_path, fields, data):
             ["from peft import AutoPeftModelForSequenceClassification;", "save_pretrained"],
         ),
         ({"peft_type": "VERA"}, ["peft_type='VERA'", "LORA", "ADAPTION_PROMPT", "IA3"]),
-        ({"lora_bias": True, "use_qalora": True}, ["lora_bias=True", "use_qalora=True"]),
+        ({"use_bdlora": True, "use_qalora": True}, ["use_bdlora=True", "use_qalora=True"]),
+        ({"lora_bias": True}, ["lora_bias=True"]),
         ({"layer_replication": [[0, 2]]}, ["layer_replication=[[0, 2]]"]),
-        ({"trainable_token_indices": [3]}, ["trainable_token_indices=[3]"]),
+        ({"trainable_token_indices": [3]}, ["rows", [3]]),
+        ({"trainable_token_indices": {"words": [3]}}, ["rows", "words", [3]]),
         ({"target_parameters": ["w"]}, ["target_parameters=['w']"]),
         ({"target_parameters": "w"}, ["target_parameters='w'", "list"]),
         ({"target_parameters": ["q.weight"], "lora_dropout": 0.1}, ["lora_dropout=0.1"]),
@@ -865,7 +867,8 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     saving(aj.Recipe(lora, other), both, "dropout", "rank_stabilized")
     mixed = both | {"block_1/q/lora/magnitude": drawn(4)}
     saving(aj.Recipe(lora, aj.DoRA("block_1/q", 2)), mixed, "adds DoRA, LoRA;")
-    saving(aj.Unfreeze("norm/**"), {"norm/bias": drawn(4)}, "adds nothing;")
+    saving(aj.Unfreeze("block_0/q/*"), {"block_0/q/kernel": drawn(6, 4)}, "LN_TUNING", "block_0/q")
+    saving(aj.Unfreeze("norm/**"), {}, "adds nothing;")
     prefix = {"block_0/q/adapter/down/bias": drawn(4)}
     saving(aj.Bottleneck("block_0/q", 4), prefix, "adds Bottleneck;")
     saving(lora, {"block_0/q/lora/a": drawn(6, 2)}, "block_0/q lacks b")

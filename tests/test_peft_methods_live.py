@@ -10,6 +10,7 @@ from helpers.trained import trained
 from test_encoders import FIXTURES, classifier, expected, loaded
 
 import adapters_jax as aj
+from adapters_jax.errors import UserError
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.finetune.models.decoder import (
     ARCHITECTURES,
@@ -202,3 +203,77 @@ def test_all_biases_of_peft_with_a_head_are_read(name, tmp_path):
     recipe, adapters = load_peft(tmp_path / "a", names, params)
     wanted = logits(made, **inputs)
     np.testing.assert_allclose(encoder_logits(base, recipe, adapters), wanted, atol=1e-4)
+
+
+def llama(tmp_path, **more):
+    """A tiny Llama here, and a function that makes the one in PyTorch."""
+    kind = transformers.LlamaForCausalLM
+    noisy(kind(transformers.LlamaConfig(**SIZES, **more))).save_pretrained(tmp_path / "base")
+    return load_decoder(tmp_path / "base")[1], lambda: kind.from_pretrained(tmp_path / "base")
+
+
+def lora(**fields):
+    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], **fields)
+
+
+READ = {
+    "rows": ({}, lambda: lora(trainable_token_indices=[4, 11])),
+    "tied rows": (
+        {"tie_word_embeddings": True},
+        lambda: lora(trainable_token_indices={"embed_tokens": [4, 11]}),
+    ),
+    "rows of both": (
+        {},
+        lambda: lora(trainable_token_indices={"embed_tokens": [4], "lm_head": [7, 3]}),
+    ),
+    "rows alone": (
+        {},
+        lambda: peft.TrainableTokensConfig(token_indices=[4, 11], target_modules=["embed_tokens"]),
+    ),
+    "biases of B": ({"attention_bias": True}, lambda: lora(lora_bias=True)),
+    "biases of B and the base": (
+        {"attention_bias": True},
+        lambda: lora(lora_bias=True, use_rslora=True, bias="lora_only"),
+    ),
+    "eva": ({}, lambda: lora(init_lora_weights="eva", eva_config=peft.EvaConfig())),
+    "norms": (
+        {},
+        lambda: peft.LNTuningConfig(
+            task_type="CAUSAL_LM", target_modules=["input_layernorm", "norm"]
+        ),
+    ),
+    "norms by default": ({}, lambda: peft.LNTuningConfig(task_type="CAUSAL_LM")),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_peft_trains_has_the_same_logits_here_and_back(case, tmp_path):
+    more, config = READ[case]
+    model, base = llama(tmp_path, **more)
+    theirs = noisy(peft.get_peft_model(base(), config()))
+    theirs.save_pretrained(tmp_path / "theirs")
+    names, expected = ARCHITECTURES["llama"].names, logits(theirs)
+    recipe, adapters = load_peft(tmp_path / "theirs", names, model)
+    got = ours_with(tmp_path, recipe, adapters, model)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.abs(model(IDS) - expected).max() > 0.02
+    if case == "rows alone":  # an embedding that trains alone has no file there
+        with pytest.raises(UserError, match="LN_TUNING"):
+            save_peft(tmp_path / "ours", recipe, adapters, names, model)
+        return
+    ours = save_peft(tmp_path / "ours", recipe, adapters, names, model)
+    np.testing.assert_allclose(logits(reloaded(base(), ours)), expected, atol=1e-5)
+
+
+def test_norms_of_encoders_train_beside_a_head(tmp_path):
+    base, there = encoder_of("xlm_roberta")
+    config = peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])
+    made = noisy(peft.get_peft_model(there, config))
+    made.save_pretrained(tmp_path / "a")
+    names, _, params, inputs = base
+    recipe, adapters = load_peft(tmp_path / "a", names, params)
+    wanted = logits(made, **inputs)
+    np.testing.assert_allclose(encoder_logits(base, recipe, adapters), wanted, atol=1e-4)
+    saved = save_peft(tmp_path / "b", recipe, adapters, names, params, task_type="SEQ_CLS")
+    again = reloaded(encoder_of("xlm_roberta")[1], saved)
+    np.testing.assert_allclose(logits(again, **inputs), wanted, atol=1e-5)

@@ -75,7 +75,7 @@ _ADVICE = (
     "path_initial_model_for_weight_conversion)"
 )
 # What PEFT does not do on parameters.
-NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out")
+NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ class Kind:
 
     Attributes:
         reader, writer: the modules beside this one with its functions `read` and `write`.
-        methods: the names of the methods that it stores; a file has one of them.
+        methods: the names of the methods that it stores, of which a file has one; empty if it has
+            parameters of the base alone.
         leaves: our leaf's name for each of PEFT's tensor names.
         rules: the supported fields of the configuration.
-        trains: the base's parameters that may train beside it: "nothing", "modules", or "biases"
-            as well as modules.
+        trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
+            well as modules, or "norms" and heads.
     """
 
     reader: str
@@ -125,6 +126,9 @@ KINDS = {
             "layers_to_transform": of(int, list),
             "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
+            "trainable_token_indices": of(list, dict),
+            "lora_bias": of(bool),
+            "eva_config": of(dict),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
             "bias": one_of("none", "all", "lora_only"),
         },
@@ -141,6 +145,18 @@ KINDS = {
         leaves={"ia3_l": "scale"},
         rules={**_MODULES, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
         trains="modules",
+    ),
+    "LN_TUNING": Kind(
+        *("trained", "trained", ()),
+        leaves={},
+        rules={n: x for n, x in _MODULES.items() if n != "fan_in_fan_out"},
+        trains="norms",
+    ),
+    "TRAINABLE_TOKENS": Kind(
+        *("trained", "trained", ()),
+        leaves={},
+        rules={"target_modules": _NAMES, "token_indices": of(list), "init_weights": of(bool)},
+        trains="nothing",
     ),
 }
 
@@ -175,7 +191,7 @@ def config_problems(config: Config) -> list[str]:
         >>> config_problems({"peft_type": "LORA", "r": "4", "use_qalora": True, "new_field": 1})
         ["r='4', expected a whole number", 'use_qalora=True is not supported']
         >>> config_problems({"peft_type": "XLORA"})
-        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3"]
+        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3 or LN_TUNING or ...
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter and (IA)^3.
+"""Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter, (IA)^3 and norms.
 
 A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`, or its shards, or
 an older release's `adapter_model.bin`, of which tensors alone are read. Neither torch nor PEFT is
@@ -38,7 +38,12 @@ from adapters_jax.files.peft.config import (
     unread_fields,
     with_targets,
 )
-from adapters_jax.files.peft.trained import IN_WRAPPER, read_trained, write_trained
+from adapters_jax.files.peft.trained import (
+    IN_WRAPPER,
+    read_folded,
+    read_trained,
+    write_trained,
+)
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
@@ -137,7 +142,8 @@ def save_peft(
     Args:
         directory: a new or empty one, or one with an adapter of PEFT and nothing else, which is
             replaced; its parents are made.
-        recipe: LoRA, DoRA, LlamaAdapter or IA3; all but LlamaAdapter may have Unfreeze beside them.
+        recipe: LoRA, DoRA, LlamaAdapter or IA3, or Unfreeze of norms; all but LlamaAdapter may have
+            Unfreeze beside them.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
             Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
@@ -205,7 +211,8 @@ def from_peft(
             config = with_targets(config, added, problems)
             methods: list[Method]
             methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
-            trained = read_trained(plain, module_map, problems)
+            plain, folded = read_folded(config, plain, module_map, problems)
+            trained = read_trained(plain, module_map, problems) | folded
             if trained:
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
@@ -278,11 +285,13 @@ def to_peft(
     held = _held_twice(leaves, module_map)
     found = {method.name for method in recipe.attached}
     kind = next((k for k in KINDS.values() if len(found) == 1 and found <= set(k.methods)), None)
+    if not found and trained:
+        kind = KINDS["LN_TUNING"]
     if kind is None:
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
-            f"the recipe adds {others}; PEFT stores LoRA alone, DoRA alone, LlamaAdapter alone or "
-            "IA3 alone"
+            f"the recipe adds {others}; PEFT stores LoRA alone, DoRA alone, LlamaAdapter alone, "
+            "IA3 alone, or trained norms"
         )
         return {}, {}, problems + held
     fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)
@@ -293,12 +302,15 @@ def to_peft(
         ]
         return _compared(fields, tensors, problems + held, own or {}, module_map)
     adapted = {each.module for each in added}
+    if kind.trains == "norms":
+        trained = {p: x for p, x in trained.items() if not _in_norm(p, module_map)}
     more, trains = write_trained(
         trained, adapted, module_map, problems, (own or {}).get("task_type")
     )
-    if kind.trains == "modules" and trains.pop("bias") != "none":
+    if kind.trains != "biases" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
-        problems.append(f"{paths}: PEFT's IA3 does not support trained biases beside it")
+        own = fields["peft_type"]
+        problems.append(f"{paths}: PEFT's {own} does not support trained biases beside it")
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
         problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
     return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)
@@ -317,6 +329,16 @@ def _compared(
         split = split_tensors(tensors, KINDS[written["peft_type"]], problems)
         problems = problems + differences(config, written, *split, module_map)
     return config, tensors, problems
+
+
+def _in_norm(path: str, module_map: ModuleMap) -> bool:
+    """Whether our parameter is of a module of theirs that is no head."""
+    module = path.rpartition("/")[0]
+    return any(
+        module == reference.path and bare.split(".")[0] not in module_map.heads
+        for bare, parts in module_map.modules.items()
+        for reference in parts
+    )
 
 
 def _code(module: str) -> Any:

@@ -68,7 +68,7 @@ def write(
         problems += [
             f"{parameters[0]}: PEFT does not support {field}={fields[field]!r} on parameters"
             for field in NOT_ON_PARAMETERS
-            if fields[field]
+            if fields.get(field)
         ]
     if module_map.tied and module_map.full(module_map.tied[0]) in modules:
         fields["ensure_weight_tying"] = True

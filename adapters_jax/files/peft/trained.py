@@ -1,11 +1,13 @@
 """The base's own parameters that train beside a method: biases, heads, `modules_to_save`."""
 
+import math
 import re
 from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 
+from adapters_jax.errors import UserError, shown
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import (
     Leaves,
@@ -15,12 +17,122 @@ from adapters_jax.files.module_map import (
     our_leaves,
     their_leaves,
 )
-from adapters_jax.files.peft.config import ROOT, tied_problem
+from adapters_jax.files.peft.config import ROOT, Config, is_target, number_at, tied_problem
+from adapters_jax.methods import Method
+from adapters_jax.placement import Placements
+from adapters_jax.recipe import Recipe
 
 # Where PEFT keeps a module that trains; the second word is the name of the adapter.
 IN_WRAPPER = re.compile(r"\.modules_to_save(\.default)?(?=\.|$)")
+_NORM = re.compile(r"(.+)\.ln_tuning_layers(?:\.default)?\.(weight|bias)")
+_ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
+_GROWN = (
+    "if the vocabulary grew in PEFT, resize the base first: model.resize_token_embeddings(n) and "
+    "model.save_pretrained(directory) of transformers, and load that directory here"
+)
+_BIAS = re.compile(r"(.+)\.lora_B\.bias")
 # The heads that PEFT saves whole with an adapter of a classifier's, whether they trained or not.
 _CLASSIFIES, _HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
+
+
+def read(
+    config: Config, added: Any, module_map: ModuleMap, problems: list[str]
+) -> tuple[list[Method], Leaves]:
+    """Returns nothing: a file of LN_TUNING or TRAINABLE_TOKENS has parameters of the base alone."""
+    return [], {}
+
+
+def read_folded(
+    config: Config, plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]
+) -> tuple[Leaves, Leaves]:
+    """Returns the other tensors, and the base's parameters with what PEFT adds to them folded in.
+
+    These are the biases of factors (`lora_bias`), s b for a bias b of B and the scale s; and
+    embeddings with rows of their own (`trainable_token_indices`), which replace the base's. Norms
+    of LN_TUNING are tensors like others.
+    """
+    rest, leaves = dict(plain), Leaves()
+    for key, tensor in plain.items():
+        try:
+            if match := _BIAS.fullmatch(key):
+                del rest[key]
+                own = rest.pop(f"{match[1]}.base_layer.bias", None)
+                leaves |= _with_bias(config, match[1], tensor, own, module_map)
+            elif match := _ROWS.fullmatch(key):
+                del rest[key]
+                leaves |= _with_rows(config, match[1], tensor, module_map)
+            elif match := _NORM.fullmatch(key):
+                rest[f"{match[1]}.{match[2]}"] = rest.pop(key)
+                if config["peft_type"] != "LN_TUNING" or not is_target(config, match[1]):
+                    problems.append(f"{key} is of none of the target_modules of LN_TUNING")
+        except UserError as problem:
+            problems.append(str(problem))
+    given, rows = _tokens(config), [match[1] for key in plain if (match := _ROWS.fullmatch(key))]
+    lacking = [each for each in given if not any(_ends(name, each) for name in rows)]
+    problems += [
+        f"the file has no rows of {each!r} for the tokens {given[each]}" for each in lacking
+    ]
+    if config.get("lora_bias") and not any(map(_BIAS.fullmatch, plain)):
+        problems.append("lora_bias=True, but the file has no lora_B.bias")
+    return rest, leaves
+
+
+def _tokens(config: Config) -> Mapping[str, Any]:
+    """The tokens with rows of their own, by the end of an embedding's name, "" for any."""
+    given = config.get("trainable_token_indices") or config.get("token_indices") or {}
+    return given if isinstance(given, dict) else {"": given}
+
+
+def _ends(module: str, name: str) -> bool:
+    return not name or f".{module}".endswith(f".{name}")
+
+
+def _with_bias(
+    config: Config, module: str, tensor: Array, own: Array | None, module_map: ModuleMap
+) -> Leaves:
+    """The biases of our modules with the scaled bias of B; `own` is theirs where it trains."""
+    there = module_map.at(module)
+    if not config.get("lora_bias"):
+        raise UserError(f"{module}.lora_B.bias: expected lora_bias=True in the configuration")
+    if not there or any("bias" not in reference.leaves for reference in there):
+        raise UserError(
+            f"{module}.lora_B.bias: the module has no bias in this base to add it to; train it in "
+            "PEFT with lora_bias=False"
+        )
+    problems: list[str] = []
+    if own is None:
+        own = their_leaves(there, ["bias"], {}, module_map.base, False, problems)["bias"]
+    rank, alpha = (number_at(config, name, module) for name in ("r", "lora_alpha"))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if tensor.shape != own.shape:
+        problems.append(f"{module}.lora_B.bias is {list(tensor.shape)}, expected {list(own.shape)}")
+        raise UserError("; ".join(problems))
+    found = our_leaves(module, "bias", own + scale * tensor, there, False, problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    return {path: x.astype(module_map.base[path].dtype) for path, x in found.items()}
+
+
+def _with_rows(config: Config, module: str, rows: Array, module_map: ModuleMap) -> Leaves:
+    """An embedding, or an output layer, with other rows for some tokens."""
+    tokens = next((found for name, found in _tokens(config).items() if _ends(module, name)), None)
+    there = module_map.at(module)
+    if len(there) != 1:
+        raise UserError(f"names maps {module} to no embedding of the base")
+    path, in_columns = f"{there[0].path}/{there[0].weight}", there[0].weight == "kernel"
+    base = module_map.base[path]
+    size, width = there[0].shape[::-1] if in_columns else there[0].shape
+    fits = isinstance(tokens, list) and rows.shape == (len(tokens), width)
+    if not fits or not all(type(n) is int and 0 <= n < size for n in tokens or ()):
+        raise UserError(
+            f"{module} has {list(rows.shape)} for the tokens {shown(tokens, 80)}, expected rows of "
+            f"{width} for tokens below {size}; {_GROWN}"
+        )
+    if not hasattr(base, "__array__"):
+        raise UserError(f"{path} is saved in part: give a base with values, not only shapes")
+    whole = np.array(base)
+    whole[(slice(None), tokens) if in_columns else tokens] = rows.T if in_columns else rows
+    return {path: whole}
 
 
 def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: list[str]) -> Leaves:
@@ -33,6 +145,8 @@ def read_trained(plain: Mapping[str, Array], module_map: ModuleMap, problems: li
         if not there:
             problems.append(f"{key}: names maps {module} to no module of the base")
         new = our_leaves(key, kind, tensor, there, module_map.inputs_first(module), problems)
+        if there and not new and there[0].weight == "embedding":
+            problems.append(_GROWN)
         if not (key.endswith(".base_layer.weight") and as_in_base(new, module_map)):
             leaves |= {p: x.astype(module_map.base[p].dtype) for p, x in new.items()}
     return leaves
@@ -121,3 +235,25 @@ def write_trained(
     if module_map.tied and module_map.full(module_map.tied[0]) in saved:
         fields["ensure_weight_tying"] = True
     return tensors, fields
+
+
+def write(
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
+    """Returns the fields and the tensors of norms that train alone, LN_TUNING; heads are apart."""
+    tensors, names = Leaves(), list[str]()
+    for bare, parts in module_map.modules.items():
+        mine = [f"{parts[0].path}/{name}" for name in parts[0].leaves]
+        if not leaves.keys() & mine or bare.split(".")[0] in module_map.heads:
+            continue
+        if parts[0].weight in ("kernel", "embedding"):
+            problems.append(
+                f"{mine[0]}: PEFT's LN_TUNING trains norms alone; add a LoRA to the recipe, beside "
+                "which other parameters train"
+            )
+            continue
+        name = module_map.full(bare)
+        names.append(name)
+        found = their_leaves(parts, parts[0].leaves, leaves, module_map.base, False, problems)
+        tensors |= {f"{ROOT}{name}.ln_tuning_layers.{kind}": x for kind, x in found.items()}
+    return {"peft_type": "LN_TUNING", "target_modules": sorted(names, key=in_order)}, tensors
