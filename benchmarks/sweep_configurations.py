@@ -27,7 +27,10 @@ LORA: dict[str, dict[str, Any]] = {
     "the embedding": {"target_modules": ["embed_tokens"]},
     "the output layer": {"target_modules": ["lm_head"]},
     "the embedding and a projection": {"target_modules": ["embed_tokens", "q_proj"]},
-    "exclude a name": {"target_modules": QV, "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    "exclude a name": {
+        "target_modules": QV,
+        "exclude_modules": ["model.layers.0.self_attn.q_proj"],
+    },
     "exclude an expression": {"target_modules": QV, "exclude_modules": r".*layers\.0\..*"},
     "exclude from all-linear": {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
     "one layer": {"target_modules": QV, "layers_to_transform": 0},
