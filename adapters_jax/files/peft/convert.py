@@ -185,6 +185,7 @@ def from_peft(
         try:
             kind = KINDS[config["peft_type"]]
             added, plain = split_tensors(tensors, kind, problems)
+            module_map = module_map.spelt_like([*added, *plain])
             methods: list[Method]
             methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
             trained = read_trained(plain, module_map, problems)
