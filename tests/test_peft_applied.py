@@ -18,9 +18,11 @@ from adapters_jax.files.module_map import find_modules
 from adapters_jax.files.names import NameTable, Rule, installed
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.applied import differences
+from adapters_jax.files.peft.convert import from_peft
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import DecoderConfig
 from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -127,6 +129,25 @@ def test_factors_of_a_name_that_is_no_target_are_found():
     (ignored, more) = differences(config, config, {name: factors}, {}, module_map)
     assert name in ignored
     assert "model.layers.1.query" in more
+
+
+def test_scales_of_modules_are_not_read_as_those_of_parameters_with_their_name():
+    layers = {
+        f"layer_{i}": {
+            "attention": {"output": {"kernel": np.ones((6, 4))}},
+            "experts": {"output": np.ones((3, 6, 4)), "up": np.ones((3, 6, 4))},
+        }
+        for i in range(2)
+    }
+    table = NameTable((Rule(r"layer_(\d+)/attention/output", r"layers.\1.o_proj"),))
+    config = {"peft_type": "IA3", "target_modules": ["o_proj"], "feedforward_modules": []}
+    scale = np.arange(4, dtype=np.float32)[:, None]
+    key = "base_model.model.layers.{}.o_proj.ia3_l"
+    tensors = {key.format(i): scale + i for i in range(2)}
+    (method,), tree = from_peft(config, tensors, table, layers)
+    assert flatten(tree).keys() == {f"layer_{i}/attention/output/ia3/scale" for i in range(2)}
+    assert selects(method.targets, "layer_1/attention/output")
+    assert not selects(method.targets, "layer_1/experts/output")
 
 
 NAMES_OF = {
