@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baselines
+from benchmarks import baselines, sweep
 from benchmarks.harness import ROOT, Spread
 from benchmarks.report import CLAIMS, COSTS, FIGURES, LARGEST, WHOLE, Row, cell, table
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 PAGE, DEVICES, TASKS = DOCS / "results.md", DOCS / "accelerators.md", DOCS / "tasks.md"
+PEFT = DOCS / "coming-from" / "peft.md"
 LINK = "../benchmarks/results"  # from the pages
 COMPARED = {  # the README's rows, by the file of results that has to be there
     "peers": (
@@ -154,6 +155,21 @@ def tasks(results: Path = RESULTS) -> str:
     return f"{table(rows)}\n\n`{file['command']}`, on {_machine(file)}."
 
 
+def peft(results: Path = RESULTS) -> str:
+    """The tables of the page of PEFT: what became of its configurations on every family."""
+    file = json.loads((results / "sweep.json").read_text())
+    broken = list(_rows(file, sweep.BROKEN))
+    rows = list(_rows(file, sweep.REFUSED))
+    parts = [
+        table(list(_rows(file, sweep.TABLE))),
+        f"Wrong or crashed: {len(broken)}." + (f"\n\n{table(broken)}" if broken else ""),
+        "Refused, with the reason:",
+        table(rows),
+        f"`{file['command']}`, on {_machine(file)}.",
+    ]
+    return "\n\n".join(parts)
+
+
 def compared(results: Path = RESULTS) -> str:
     """The README's table: a few figures beside other libraries, by processor."""
     columns: dict[str, Row] = {}
@@ -173,6 +189,7 @@ def write(
     results: Path = RESULTS,
     devices: Path = DEVICES,
     trained: Path = TASKS,
+    swept: Path = PEFT,
 ) -> None:
     """Writes the tables between the marks in the README and in pages of the documentation.
 
@@ -182,6 +199,7 @@ def write(
         results: the directory with the results.
         devices: the page of accelerators.
         trained: the page of tasks.
+        swept: the page of PEFT.
 
     Raises:
         ValueError: a file does not have its mark exactly once.
@@ -193,6 +211,8 @@ def write(
         between_marks(devices, accelerators(results))
     if (results / "baselines.json").exists():
         between_marks(trained, tasks(results))
+    if (results / "sweep.json").exists():
+        between_marks(swept, peft(results))
 
 
 def between_marks(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:

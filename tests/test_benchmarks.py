@@ -322,6 +322,7 @@ def test_panels_are_drawn(tmp_path):
         (readme.README, readme.compared),
         (readme.DEVICES, readme.accelerators),
         (readme.TASKS, readme.tasks),
+        (readme.PEFT, readme.peft),
     ],
 )
 def test_the_pages_have_the_results_that_are_committed(page, text):

@@ -276,3 +276,14 @@ def test_any_value_of_a_setting_is_taken_or_is_a_user_error_at_once(name):
                 assert config.num_hidden_layers <= 1_000
                 assert len(config.layer_kinds) == config.num_hidden_layers
                 json.dumps(config.to_dict())
+
+
+def test_a_small_phi3_has_no_token_that_transformers_assumes(tmp_path):
+    config, model = load_decoder(FIXTURES / "phi3")
+    save_decoder(tmp_path / "small", config, model)
+    save_decoder(tmp_path / "own", config, model, pad_token_id=3)
+    small, own = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("small", "own")
+    )
+    assert small["pad_token_id"] is None and small["eos_token_id"] is None
+    assert own["pad_token_id"] == 3

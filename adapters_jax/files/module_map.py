@@ -104,6 +104,14 @@ class ModuleMap:
         """Their modules whose replacement changes nothing; see `NameTable`."""
         return self.table.held_twice if self.table else ()
 
+    def spelt_like(self, names: Iterable[str]) -> "ModuleMap":
+        """The map whose `full` names are of the version of transformers that has these names."""
+        if self.table is None or not self.table.since_5:
+            return self
+        plain = [name.removeprefix(each) for name in names for each in ("", *self.prefixes)]
+        five = any(self.table.renamed(name, back=True) != name for name in plain)
+        return replace(self, table=self.table.of_version(5 if five else 4))
+
     @cached_property
     def rows(self) -> dict[str, list[str]]:
         """Their modules, one for each row of a parameter of ours, such as experts, by its path."""

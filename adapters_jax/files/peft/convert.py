@@ -207,6 +207,7 @@ def from_peft(
         try:
             kind = KINDS[config["peft_type"]]
             added, plain = split_tensors(tensors, kind, problems)
+            module_map = module_map.spelt_like([*added, *plain])
             problems += twice_spelt(added, plain, module_map)
             config = with_targets(config, added, problems)
             methods: list[Method]

@@ -63,7 +63,8 @@ def read(
     if not leaves:
         problems += [] if problems else ["the file has no ia3_l tensor"]
         return [], {}
-    method = IA3(shortest(leaves, module_map.paths), shortest(inner, leaves) if inner else ())
+    among = [*module_map.paths, *module_map.base]
+    method = IA3(shortest(leaves, among), shortest(inner, leaves) if inner else ())
     return [method], {f"{path}/ia3/scale": scale for path, scale in leaves.items()}
 
 

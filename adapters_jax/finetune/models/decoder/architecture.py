@@ -39,6 +39,7 @@ class Architecture:
         write: further values of a `config.json`, from a `DecoderConfig`.
         supported: the values it implements of settings that change the arithmetic.
         rope_key: the name of the type in `rope_scaling` that transformers reads.
+        tokens: the ids of special tokens that transformers assumes where a `config.json` has none.
         names: the names of its tensors.
         known: published shapes by their id on the Hugging Face Hub, whose `config.json` is their
             source.
@@ -55,6 +56,7 @@ class Architecture:
     write: Callable[[Any], Values] = lambda config: {}
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rope_key: str = "rope_type"
+    tokens: Mapping[str, int] = field(default_factory=dict)
     names: NameTable = NAMES
     known: Mapping[str, Values] = field(default_factory=dict)
 

@@ -165,7 +165,10 @@ def save_decoder(
             raise UserError(f"{str(base)!r} is the base itself; write another directory")
         save_tensors(directory, *_beside_images(Path(base), config, model), max_shard_size)
         return
-    settings, names = config.to_dict(), ARCHITECTURES[config.model_type].names
+    architecture = ARCHITECTURES[config.model_type]
+    settings, names = config.to_dict(), architecture.names
+    beyond = (name for name, token in architecture.tokens.items() if token >= config.vocab_size)
+    more = {**dict.fromkeys(beyond), **more}
     more.pop("quantization_config", None)  # of the weights that were read, not of these
     if isinstance(model, DecoderClassifier):
         called = settings["architectures"][0]

@@ -44,6 +44,7 @@ PHI3 = Architecture(
     settings=("sliding_window", "partial_rotary_factor"),
     supported={"embd_pdrop": (0.0,), "resid_pdrop": (0.0,)},
     rope_key="type",
+    tokens={"eos_token_id": 32000, "pad_token_id": 32000},
     names=NAMES_FUSED,
     known=KNOWN,
 )
