@@ -94,6 +94,11 @@ def shape(*sizes: int, **more: Any) -> Values:
     return dict(zip(_SIZES, sizes, strict=True)) | more
 
 
+def square(width: int, layers: int, heads: int, **more: Any) -> Values:
+    """A shape with as many key heads as query heads, and a feed-forward four times as wide."""
+    return shape(width, 4 * width, layers, heads, heads, **more)
+
+
 def _frozen(value: Any) -> Any:
     """The value, a list as a tuple."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,7 +1,6 @@
 """The names that checkpoints of decoders have for our modules."""
 
 from dataclasses import replace
-from typing import Any
 
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
@@ -58,13 +57,19 @@ NAMES_WITH_NORMS_AROUND = replace(NAMES, rules=(*MODEL, *PROJECTIONS, *NORMS_ARO
 NAMES_FUSED = replace(NAMES, rules=(*MODEL, *FUSED_QKV, *FUSED_MLP, *PROJECTIONS, *NORMS_BEFORE))
 
 
-def fused_by_head(name: str) -> dict[str, Any]:
-    """The names of query, key and value for `of_layers`, if `name` fuses them head by head."""
-    parts = enumerate(("query", "key", "value"))
-    return {f"attention__{part}": (name, i, 3, True) for i, part in parts}
-
-
-MLP_NEOX = {"mlp__up": "mlp.dense_h_to_4h", "mlp__output": "mlp.dense_4h_to_h"}
+def fused_by_head(block: str, attention: str) -> tuple[Rule, ...]:
+    """Rules of GPT-NeoX's layers in `block`; `attention` fuses query, key and value by head."""
+    query, key, value = ((f"{attention}.query_key_value", i, 3, True) for i in range(3))
+    return of_layers(
+        NNX,
+        block,
+        **{"attention__query": query, "attention__key": key, "attention__value": value},
+        attention__output=f"{attention}.dense",
+        attention_norm="input_layernorm",
+        mlp__up="mlp.dense_h_to_4h",
+        mlp__output="mlp.dense_4h_to_h",
+        mlp_norm="post_attention_layernorm",
+    )
 
 
 def with_stacked_experts(names: NameTable, mlp: str, *parameters: str) -> NameTable:

@@ -10,7 +10,7 @@ Language models are few-shot learners (2020), https://arxiv.org/abs/2005.14165
 from typing import Any
 
 from adapters_jax.files.names import NameTable, Rule
-from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
+from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, square
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
 NAMES = NameTable(
@@ -47,10 +47,6 @@ def _inner(values: Values) -> dict[str, Any]:
     return {"intermediate_size": 4 * values["hidden_size"]}
 
 
-def _gpt(width: int, layers: int, heads: int, **more: Any) -> Values:
-    return shape(width, 4 * width, layers, heads, heads, **more)
-
-
 GPT2 = Architecture(
     "gpt2",
     "GPT2LMHeadModel",
@@ -82,11 +78,11 @@ GPT2 = Architecture(
     },
     names=NAMES,
     known={
-        "openai-community/gpt2": _gpt(768, 12, 12),
-        "openai-community/gpt2-medium": _gpt(1024, 24, 16),
-        "openai-community/gpt2-large": _gpt(1280, 36, 20),
-        "openai-community/gpt2-xl": _gpt(1600, 48, 25),
-        "distilbert/distilgpt2": _gpt(768, 6, 12),
-        "gpt3-175b": _gpt(12288, 96, 96, max_position_embeddings=2048),
+        "openai-community/gpt2": square(768, 12, 12),
+        "openai-community/gpt2-medium": square(1024, 24, 16),
+        "openai-community/gpt2-large": square(1280, 36, 20),
+        "openai-community/gpt2-xl": square(1600, 48, 25),
+        "distilbert/distilgpt2": square(768, 6, 12),
+        "gpt3-175b": square(12288, 96, 96, max_position_embeddings=2048),
     },
 )

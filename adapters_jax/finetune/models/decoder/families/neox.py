@@ -1,36 +1,17 @@
 """GPT-NeoX and Pythia: attention and feed-forward side by side, each behind its own layer norm.
 
-Checkpoints fuse query, key and value head by head. A quarter of each head is rotated.
-
 Reference: Black et al., GPT-NeoX-20B (2022), https://arxiv.org/abs/2204.06745; Biderman et al.,
 Pythia (2023), https://arxiv.org/abs/2304.01373
 """
 
-from typing import Any
-
 from adapters_jax.files.names import NameTable, Rule
-from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
-from adapters_jax.finetune.models.decoder.names import (
-    LAYERS,
-    MLP_NEOX,
-    NORMS_BEFORE,
-    fused_by_head,
-)
-from adapters_jax.finetune.models.parts.names import NNX, of_layers
+from adapters_jax.finetune.models.decoder.architecture import Architecture, square
+from adapters_jax.finetune.models.decoder.names import fused_by_head
+from adapters_jax.finetune.models.parts.names import NNX
 
+OUTER = {"embeddings": "embed_in", "norm": "final_layer_norm", "head": "embed_out"}
 NAMES = NameTable(
-    rules=(
-        Rule("embeddings", "embed_in"),
-        Rule("norm", "final_layer_norm"),
-        Rule("head", "embed_out"),
-        *of_layers(
-            *LAYERS,
-            **fused_by_head("attention.query_key_value"),
-            attention__output="attention.dense",
-            **MLP_NEOX,
-        ),
-        *NORMS_BEFORE,
-    ),
+    rules=(*(Rule(*pair) for pair in OUTER.items()), *fused_by_head("layers", "attention")),
     prefixes=("gpt_neox.",),
     # Buffers of older files, the causal mask and rotary tables; a head that repeats the embeddings.
     ignored=(
@@ -39,31 +20,14 @@ NAMES = NameTable(
     ),
     stack=NNX,
     tied=("embed_out", "embed_in"),
-    heads=("embed_out",),
+    heads=("embed_out", "lm_head"),  # the latter in models of transformers 5
 )
-SIZES = {  # and the padded vocabulary
-    "70m": ((512, 6, 8), 50304),
-    "160m": ((768, 12, 12), 50304),
-    "410m": ((1024, 24, 16), 50304),
-    "1b": ((2048, 16, 8), 50304),
-    "1.4b": ((2048, 24, 16), 50304),
-    "2.8b": ((2560, 32, 32), 50304),
-    "6.9b": ((4096, 32, 32), 50432),
-    "12b": ((5120, 36, 40), 50688),
+SIZES = {
+    **{"70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1b": (2048, 16, 8)},
+    **{"1.4b": (2048, 24, 16), "2.8b": (2560, 32, 32)},
+    **{"6.9b": (4096, 32, 32), "12b": (5120, 36, 40)},
 }
-
-
-def _read(values: Values) -> dict[str, Any]:
-    return {"parallel": "own" if values.get("use_parallel_residual", True) else None}
-
-
-def _write(config: Any) -> dict[str, Any]:
-    return {"use_parallel_residual": config.parallel == "own"}
-
-
-def _neox(width: int, layers: int, heads: int, **more: Any) -> Values:
-    return shape(width, 4 * width, layers, heads, heads, **more)
-
+PADDED = {"6.9b": 50432, "12b": 50688}  # the others' vocabulary has 50,304
 
 GPT_NEOX = Architecture(
     "gpt_neox",
@@ -76,18 +40,17 @@ GPT_NEOX = Architecture(
     absent=("num_key_value_heads", "head_dim"),
     settings=("attention_bias", "partial_rotary_factor"),
     renamed={
-        "layer_norm_eps": "rms_norm_eps",
+        **{"layer_norm_eps": "rms_norm_eps", "rotary_emb_base": "rope_theta"},
         "rotary_pct": "partial_rotary_factor",
-        "rotary_emb_base": "rope_theta",
     },
-    read=_read,
-    write=_write,
+    read=lambda values: {"parallel": "own" if values.get("use_parallel_residual", True) else None},
+    write=lambda config: {"use_parallel_residual": config.parallel == "own"},
     names=NAMES,
     known={
+        "EleutherAI/gpt-neox-20b": square(6144, 44, 64, vocab_size=50432, hidden_act="gelu_fast"),
         **{
-            f"EleutherAI/pythia-{name}": _neox(*sizes, vocab_size=vocab)
-            for name, (sizes, vocab) in SIZES.items()
+            f"EleutherAI/pythia-{name}": square(*sizes, vocab_size=PADDED.get(name, 50304))
+            for name, sizes in SIZES.items()
         },
-        "EleutherAI/gpt-neox-20b": _neox(6144, 44, 64, vocab_size=50432, hidden_act="gelu_fast"),
     },
 )

@@ -10,42 +10,30 @@ https://arxiv.org/abs/2205.01068
 from typing import Any
 
 from adapters_jax.files.names import NameTable, Rule
-from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
-from adapters_jax.finetune.models.decoder.names import LAYERS, PROJECTIONS
+from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, square
+from adapters_jax.finetune.models.decoder.names import LAYERS, MODEL, PROJECTIONS
 from adapters_jax.finetune.models.parts.names import NNX, of_layers
 
+OUTER = {
+    **{"position_embeddings": "embed_positions", "norm": "final_layer_norm"},
+    **{"embedding_projection": "project_in", "head_projection": "project_out"},
+}
+OWN = of_layers(
+    *LAYERS,
+    **{"attention__output": "self_attn.out_proj", "attention_norm": "self_attn_layer_norm"},
+    **{"mlp__up": "fc1", "mlp__output": "fc2", "mlp_norm": "final_layer_norm"},
+)
 NAMES = NameTable(
-    rules=(
-        Rule("embeddings", "embed_tokens"),
-        Rule("position_embeddings", "embed_positions"),
-        Rule("embedding_projection", "project_in"),
-        Rule("head_projection", "project_out"),
-        Rule("norm", "final_layer_norm"),
-        Rule("head", "lm_head"),
-        *of_layers(
-            *LAYERS,
-            attention__output="self_attn.out_proj",
-            attention_norm="self_attn_layer_norm",
-            mlp__up="fc1",
-            mlp__output="fc2",
-            mlp_norm="final_layer_norm",
-        ),
-        *PROJECTIONS,
-    ),
+    rules=(*(Rule(*pair) for pair in OUTER.items()), *MODEL, *OWN, *PROJECTIONS),
     prefixes=("model.decoder.", "decoder."),
     ignored=(r"lm_head\.weight",),
     stack=NNX,
     tied=("lm_head", "embed_tokens"),
 )
 SIZES = {
-    "125m": (768, 12, 12),
-    "350m": (1024, 24, 16),
-    "1.3b": (2048, 24, 32),
-    "2.7b": (2560, 32, 32),
-    "6.7b": (4096, 32, 32),
-    "13b": (5120, 40, 40),
-    "30b": (7168, 48, 56),
-    "66b": (9216, 64, 72),
+    **{"125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32)},
+    **{"2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)},
+    **{"30b": (7168, 48, 56), "66b": (9216, 64, 72)},
 }
 MORE = {"350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 512}}
 
@@ -56,14 +44,6 @@ def _read(values: Values) -> dict[str, Any]:
         **{"attention_bias": biased, "mlp_bias": biased},
         "norm_placement": "pre" if values.get("do_layer_norm_before", True) else "sum",
         "embedding_size": None if inner == values.get("hidden_size") else inner,
-    }
-
-
-def _write(config: Any) -> dict[str, Any]:
-    return {
-        "enable_bias": config.attention_bias,
-        "do_layer_norm_before": config.norm_placement == "pre",
-        "word_embed_proj_dim": config.embedding_size or config.hidden_size,
     }
 
 
@@ -85,11 +65,15 @@ OPT = Architecture(
         "init_std": "initializer_range",
     },
     read=_read,
-    write=_write,
+    write=lambda config: {
+        "enable_bias": config.attention_bias,
+        "do_layer_norm_before": config.norm_placement == "pre",
+        "word_embed_proj_dim": config.embedding_size or config.hidden_size,
+    },
     supported={"layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,)},
     names=NAMES,
     known={
-        f"facebook/opt-{name}": shape(width, 4 * width, layers, heads, heads, **MORE.get(name, {}))
-        for name, (width, layers, heads) in SIZES.items()
+        f"facebook/opt-{name}": square(*sizes, **MORE.get(name, {}))
+        for name, sizes in SIZES.items()
     },
 )
