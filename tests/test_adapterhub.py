@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from helpers import arrays
 from helpers.arrays import read_arrays
 from helpers.errors import raises
 from test_peft import inputs_of
@@ -272,7 +273,13 @@ def test_invertible_adapters_raise(tmp_path):
 @pytest.mark.parametrize(
     ("change", "data"),
     [
-        ({"composition_mode": "scale"}, ["composition_mode='scale'", "'add'"]),
+        ({"composition_mode": "scale"}, ["composition_mode='scale'", "r=3", "dropout=0.1"]),
+        (
+            {"composition_mode": "scale", "r": 1, "dropout": 0.0},
+            ["attention.self.query", "['lora_A', 'lora_B']", "path and lora_B"],
+        ),
+        ({"composition_mode": "mul"}, ["composition_mode='mul'", "'add' or 'scale'"]),
+        ({"attn_matrices": ["k"]}, ["attn_matrices=['k']", "with q"]),
         ({"use_dora": True}, ["use_dora=True"]),
         ({"vera_d": 0.1}, ["vera_d=0.1"]),
         ({"dtype": "bfloat16"}, ["dtype='bfloat16'", "'float32'"]),
@@ -630,3 +637,32 @@ def test_abstract_bases_are_enough(tmp_path):
     recipe, adapters = load_adapterhub(FIXTURES / "gpt2_par", names, shapes)
     directory = save_adapterhub(tmp_path / "a", recipe, adapters, names, shapes, name="task")
     equal(tensors_of(directory), tensors_of(FIXTURES / "gpt2_par"))
+
+
+def test_scales_go_both_ways_and_what_adapterhub_cannot_scale_is_named(tmp_path):
+    names, _, params, _ = base_of("gpt2")
+    recipe = aj.Recipe(aj.IA3("**/{key,value}"))
+    tree = {
+        f"layers/{n}/attention/{name}/ia3/scale": arrays.drawn((32,), seed=n)
+        for n in range(2)
+        for name in ("key", "value")
+    }
+    directory = save_adapterhub(tmp_path / "a", recipe, unflatten(tree), names, params, name="own")
+    config = json.loads((directory / CONFIG).read_text())["config"]
+    assert (config["composition_mode"], config["r"], config["alpha"]) == ("scale", 1, 1)
+    assert config["attn_matrices"] == ["k", "v"] and config["init_weights"] == "ia3"
+    found = safetensors.numpy.load_file(directory / TENSORS)
+    assert {x.shape for x in found.values()} == {(64, 1)} and len(found) == 2
+    back = flatten(load_adapterhub(directory, names, params)[1])
+    assert back.keys() == tree.keys()
+    for path, leaf in tree.items():
+        np.testing.assert_array_equal(back[path], leaf)
+    change = json.loads((directory / CONFIG).read_text())
+    change["config"]["alpha"] = 2
+    (directory / CONFIG).write_text(json.dumps(change))
+    with raises(AdapterFileError, "h.0.attn.c_attn", "alpha=2"):
+        load_adapterhub(directory, names, params)
+    inner = aj.Recipe(aj.IA3("**/mlp/up", feed_forward="**/mlp/up"))
+    leaves = {f"layers/{n}/mlp/up/ia3/scale": arrays.drawn((32,)) for n in range(2)}
+    with raises(UserError, "layers/0/mlp/up", "outputs"):
+        save_adapterhub(tmp_path / "b", inner, unflatten(leaves), names, params, name="own")

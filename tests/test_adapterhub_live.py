@@ -51,12 +51,14 @@ RECIPES = {
                 "**/layer_1/{attention/{query,value},mlp/intermediate}", 4, rank_stabilized=True
             ),
         ),
+        aj.Recipe(aj.IA3("**/layer_1/{attention/{key,value},mlp/intermediate}")),
     ],
     "gpt2": [
         aj.houlsby(4, layer_norms=None, activation="gelu_exact", scale=0.5),
         aj.Recipe(aj.Bottleneck("**/{attention,mlp}_sum", 3, activation="sigmoid")),
         aj.parallel(targets="**/mlp_sum", reduction_factor=5),
         aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/up")),
+        aj.Recipe(aj.IA3(("**/{key,value}", "**/mlp/up"))),
     ],
     "llama": [
         aj.houlsby(4, layer_norms=None, activation="silu"),
@@ -67,6 +69,8 @@ RECIPES = {
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
 CONFIGS = {
+    "ia3": lambda: hub.IA3Config(),
+    "ia3_of_all": lambda: hub.IA3Config(attn_matrices=["q", "k", "v"], output_lora=True, alpha=2),
     "double": lambda: hub.DoubleSeqBnConfig(reduction_factor=7, non_linearity="gelu_new"),
     "seq": lambda: hub.SeqBnConfig(reduction_factor={"0": 5, "default": 64}, mh_adapter=True),
     "par": lambda: hub.ParBnConfig(ln_after=True),

@@ -20,6 +20,7 @@ from adapters_jax.methods import Bottleneck
 
 Config = Mapping[str, Any]
 VERSION = "adapters.1.3.0"
+SCALE = "scale"  # the composition of (IA)^3, whose vector is a B without A
 LOCATIONS: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "cross_adapter", "output_adapter"),
     "lora": ("selfattn_lora", "intermediate_lora", "output_lora"),
@@ -38,6 +39,7 @@ DEFAULTS: dict[str | None, dict[str, Any]] = {
         "architecture": "lora",
         **{"selfattn_lora": True, "intermediate_lora": False, "output_lora": False},
         **{"r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "leave_out": []},
+        "composition_mode": "add",
     },
 }
 REQUIRED: dict[str | None, tuple[str, ...]] = {
@@ -95,10 +97,9 @@ RULES: dict[str | None, dict[str, Rule]] = {
         **{name: of(bool) for name, x in DEFAULTS["lora"].items() if type(x) is bool},
         **dict.fromkeys(("alpha", "dropout"), _NUMBER),
         "r": whole(),
+        "composition_mode": one_of("add", SCALE),
         "attn_matrices": rule(
-            lambda found: (
-                isinstance(found, list) and "q" in found and {*map(str, found)} <= {*"qkv"}
-            ),
+            lambda found: isinstance(found, list) and {*map(str, found)} <= {*"qkv"},
             "a list of q, k and v",
         ),
     },
@@ -169,7 +170,21 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
         problems += [f"{field} is missing" for field in REQUIRED[kind] if field not in given]
         problems += field_problems(given, RULES[kind], IDLE)
         found.append(DEFAULTS[kind] | {k: v for k, v in given.items() if v is not None})
+        problems += _lora_problems(found[-1]) if kind == "lora" and not problems else []
     return found, problems
+
+
+def _lora_problems(config: Config) -> list[str]:
+    """What LoRA has and (IA)^3, a LoRA that scales, has not, and the other way round."""
+    if config["composition_mode"] == SCALE:
+        one = {"r": 1, "dropout": 0.0}
+        return [
+            f"{k}={config[k]!r} with composition_mode={SCALE!r}, expected {x}"
+            for k, x in one.items()
+            if config[k] != x
+        ]
+    matrices = config["attn_matrices"]
+    return [] if "q" in matrices else [f"attn_matrices={matrices!r}, expected a list with q"]
 
 
 def _modern(whole: Config, config: Config) -> dict[str, Any]:

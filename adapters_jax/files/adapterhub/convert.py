@@ -12,6 +12,7 @@ from adapters_jax.files.adapterhub.config import (
     LOCATIONS,
     POST_NORM,
     PRE_NORM,
+    SCALE,
     Config,
     children,
     placement,
@@ -19,7 +20,7 @@ from adapters_jax.files.adapterhub.config import (
 )
 from adapters_jax.files.layouts import Array, our_factors, rounded, their_factors
 from adapters_jax.files.module_map import Added, Leaves, shortest
-from adapters_jax.methods import Bottleneck, LoRA, Method
+from adapters_jax.methods import IA3, Bottleneck, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
@@ -28,6 +29,7 @@ _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("t
 # By layer and location: the settings, and for an attention which of its matrices have factors.
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
 Own = Mapping[str, Placement]  # of one method, by path
+_IA3 = {"r": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
@@ -149,8 +151,9 @@ def _leaves(
 def _our_loras(
     config: Config, found: Added, blocks: Blocks, leaves: Leaves, problems: list[str]
 ) -> list[Method]:
-    """Returns one LoRA, and adds its leaves; a fused layer has stacked factors of each matrix."""
-    rank, paths = config["r"], []
+    """Returns one LoRA or IA3, and adds its leaves; a fused layer stacks those of each matrix."""
+    rank, paths, scales = config["r"], [], config["composition_mode"] == SCALE
+    expected = {"lora_B"} if scales else {"lora_A", "lora_B"}
     for point in _points(config, blocks.loras):
         for module, every in blocks.projections(point).items():
             # Feed-forward modules have no matrices, and so the name "".
@@ -158,13 +161,25 @@ def _our_loras(
             if not own:
                 continue
             got = found.pop(f"{module}.loras", {})
-            if None in own or got.keys() != {"lora_A", "lora_B"}:
+            if None in own or got.keys() != expected:
                 what = "no path in names" if None in own else f"the tensors {sorted(got)}"
-                problems.append(f"{module} has {what}, expected a path and lora_A, lora_B")
+                names = ", ".join(sorted(expected))
+                problems.append(f"{module} has {what}, expected a path and {names}")
                 continue
-            a, b = got["lora_A"], got["lora_B"]
+            if scales and config["alpha"] != 1 and len(own) < len(every):
+                problems.append(
+                    f"{module}: alpha={config['alpha']} scales the matrices without a vector, too; "
+                    "expected alpha=1, or all of attn_matrices"
+                )
+                continue
+            a, b = got.get("lora_A", np.zeros((len(own), 0))), got["lora_B"]
             for i, reference in enumerate(filter(None, own)):
                 out = len(b) // len(own)
+                if scales and b.size == sum(each.width for each in own if each):
+                    paths.append(reference.path)
+                    scale = b.ravel()[i * out : (i + 1) * out] * config["alpha"]
+                    leaves[f"{reference.path}/ia3/scale"] = scale.astype(np.float32)
+                    continue
                 rows, columns = a[i * rank : (i + 1) * rank], b[i * out : (i + 1) * out]
                 fits = len(a) == rank * len(own) and a.ndim == b.ndim == 2
                 factors = our_factors(reference, rows, columns) if fits else None
@@ -180,6 +195,8 @@ def _our_loras(
     if not paths:
         return []
     targets = shortest(paths, blocks.paths)
+    if scales:
+        return [IA3(targets)]
     return [LoRA(targets, rank, config["alpha"], config["dropout"], a_init="uniform")]
 
 
@@ -195,13 +212,17 @@ def write(
     tensors: Leaves = {}
     configs: list[dict[str, Any]] = []
     for kind, convert in ((None, _their_bottlenecks), ("lora", _their_loras)):
-        own = {each.path: each for each in added if each.method.name == (kind or "bottleneck")}
+        kinds = ("lora", "ia3") if kind else ("bottleneck",)
+        own = {each.path: each for each in added if each.method.name in kinds}
         settings = convert(own, leaves, blocks, name, tensors, problems)
         configs += _configs(kind, settings, blocks)
-    others = {type(m).__name__ for m in recipe.attached if m.name not in ("bottleneck", "lora")}
+    known = ("bottleneck", "lora", "ia3")
+    others = {type(m).__name__ for m in recipe.attached if m.name not in known}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
-        problems.append(f"the recipe adds {what}; AdapterHub's files support Bottleneck and LoRA")
+        problems.append(
+            f"the recipe adds {what}; AdapterHub's files support Bottleneck, LoRA and IA3"
+        )
     if sum("architecture" in config for config in configs) > 1:
         problems.append(
             "AdapterHub supports one LoRA in an adapter, with one rank, alpha and dropout, on the "
@@ -299,6 +320,15 @@ def _their_loras(
             if reference is None or each is None:
                 continue
             lora = each.method
+            if lora.name == "ia3":
+                scale = each.leaves(flat)["scale"]
+                if lora.scales_input(reference.path) or scale.shape != (reference.width,):
+                    problems.append(f"{reference.path}: AdapterHub's (IA)^3 scales outputs alone")
+                    continue
+                fields.append({**_IA3, "alpha": 1})
+                adapted.setdefault(matrix, []).append(module)
+                made.setdefault(module, []).append((scale[:0], scale[:, None]))
+                continue
             a, b = their_factors(reference, each.leaves(flat), lora.slices)
             if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
                 problems.append(f"{reference.path}: its factors do not fit its weight")
@@ -327,6 +357,8 @@ def _their_loras(
         for module, pairs in made.items():
             for i, factor in enumerate(("lora_A", "lora_B")):
                 both = np.concatenate([pair[i] for pair in pairs])
+                if not len(both):
+                    continue
                 tensors[f"{module}.loras.{name}.{factor}"] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings
