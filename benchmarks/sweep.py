@@ -80,7 +80,8 @@ class Base:
             kind = transformers.CLIPVisionModel
         # Only a head reads a pooler, and the hidden states are compared here.
         more = {"add_pooling_layer": False} if self.family.name in _POOLED else {}
-        return kind.from_pretrained(self.path, **more).eval()
+        # Another attention of transformers 4 leaves out the soft caps of a Gemma 2.
+        return kind.from_pretrained(self.path, attn_implementation="eager", **more).eval()
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:

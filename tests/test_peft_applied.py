@@ -22,6 +22,7 @@ from adapters_jax.files.peft.convert import from_peft
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import DecoderConfig
 from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.finetune.pretrained.base_model import load_base_model
 from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
@@ -199,6 +200,14 @@ def test_a_file_is_compared_with_the_names_of_its_own_version():
         assert module_map.spelt_like([four]).full(four) == four
         assert module_map.full(four) == name
         assert module_map.bare(f"vit.{five}") == module_map.bare(four) == four
+
+
+@pytest.mark.parametrize(("written", "version"), [("5.24.0", 5), ("4.57.6", None), ("3.0.2", None)])
+def test_a_base_that_transformers_5_wrote_has_its_names(written, version, tmp_path):
+    shutil.copytree(FIXTURES / "vit", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"transformers_version": written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_base_model(str(tmp_path)).names.transformers == version
 
 
 def test_two_spellings_of_a_module_are_refused():

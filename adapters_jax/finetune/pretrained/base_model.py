@@ -61,10 +61,9 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         classifies=classifies,
         pooling=pooling,
     )
-    version = str(values.get("transformers_version", ""))
-    # Every later version reads what 4 wrote, so 4 does not say which one will load an adapter.
-    names = base.names if version.startswith("4.") else base.names.of_version(version)
-    return replace(base, names=names)
+    names = base.names.of_version(values.get("transformers_version"))
+    # Later versions read what earlier ones wrote, so these do not say which will load an adapter.
+    return base if (names.transformers or 0) < 5 else replace(base, names=names)
 
 
 def described(
