@@ -58,7 +58,7 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
         if isinstance(found, str) and found in family.prefixes:
             return family
     types = [each for family in FAMILIES.values() for each in family.prefixes]
-    near = difflib.get_close_matches(found, types, 1, 0.8) if isinstance(found, str) else []
+    near = difflib.get_close_matches(found, types, 1, 0.7) if isinstance(found, str) else []
     nearest = f" (nearest: {near[0]!r})" if near else ""
     raise UserError(
         f"{name!r} has model_type={found!r}; expected one of {', '.join(types)}{nearest}"
