@@ -1,8 +1,8 @@
 """Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
 
 A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
-`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. Of a pickled
-`.bin`, which AdapterHub writes by default, tensors alone are read.
+`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. Of a `.bin`
+that torch pickled, which AdapterHub writes by default, tensors alone are read.
 
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
