@@ -94,6 +94,7 @@ def test_what_takes_too_many_steps_is_refused(pattern):
     [
         ("(", "position 0"),
         ("a{99999999999}", "too large"),
+        (f"a{{{'9' * 5000}}}", "digits"),
         ("(" * 2000 + ")" * 2000 + "*", "((("),
         (r"(a)\1", r"\1"),
         (r"(?P<n>a)(?P=n)", "group of another kind"),

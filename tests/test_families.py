@@ -214,6 +214,9 @@ def test_each_record_is_whole():
 def test_an_unknown_model_type_is_answered_with_the_nearest():
     with raises(aj.UserError, "model_type='qwen3_last'", "nearest: 'qwen3"):
         family_of({"model_type": "qwen3_last"}, "mine")
+    with raises(aj.UserError, "model_type='mpt'") as caught:  # of three letters, two are mt5's
+        family_of({"model_type": "mpt"}, "mine")
+    assert "nearest" not in str(caught.value)
 
 
 @pytest.mark.parametrize("found", [None, "bart", 3, ["bert"]])

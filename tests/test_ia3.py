@@ -322,7 +322,6 @@ def test_what_peft_cannot_hold_is_named(recipe, own, named, tmp_path):
         ("h.0.down", (4, 1), {"feedforward_modules": 3}, "feedforward_modules=3"),
         ("h.0.down", (4, 1), {"feedforward_modules": "("}, "feedforward_modules='('"),
         ("h.0.down", (4, 1), {"init_ia3_weights": "x"}, "init_ia3_weights='x'"),
-        ("h.0.down", (4, 1), {"bias": "all"}, "bias='all'"),
         ("word", (6, 1), {"target_modules": ["word"]}, "word"),
         ("nowhere", (4, 1), {}, "nowhere"),
     ],

@@ -36,9 +36,10 @@ class Pair:
 
     Attributes:
         owner: the library.
-        config, tensors: the names of the settings and of the tensors.
-        pickle: the name of a pickled file that a directory may have instead of `tensors`. It is
-            never opened, because unpickling runs whatever code the file holds.
+        config, tensors: the names of the settings and of the tensors. A directory may have shards
+            and their index instead, `NAME.index.json`.
+        pickle: the name of a pickled file that a directory may have instead of `tensors`. Nothing
+            in it is run, and one that holds more than tensors is refused.
         keys: keys of the settings that each of these files has, and no other library's.
         unpickle: how to convert the pickled file with the library itself.
         hint: what reads a directory whose settings lack the keys.

@@ -78,10 +78,12 @@ def _compiled(pattern: str, form: str) -> Callable[[str], Any]:
         known = re.compile(whole)
         # Only our form repeats anything, so `re` has no more ways than the name has characters.
         return _Automaton(whole).matches if has_ways(pattern) else known.fullmatch
-    except (re.error, OverflowError) as error:
-        raise UserError(f"{shown} is not a regular expression: {error}") from error
+    except UserError:
+        raise
     except RecursionError as error:
         raise UserError(f"{shown} has groups that are too deep") from error
+    except (re.error, OverflowError, ValueError) as error:  # numbers of any length are among them
+        raise UserError(f"{shown} is not a regular expression: {error}") from error
 
 
 class _Automaton:

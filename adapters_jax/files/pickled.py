@@ -43,6 +43,8 @@ _DTYPES = {
     "torch.BoolStorage": np.dtype(np.bool_),
 }
 _NAMES = {_PARAMETER, _TENSOR, _ORDERED, *_DTYPES}
+# `pickletools` warns of escapes in texts, where warnings may be errors.
+_OF_DAMAGE = (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, DeprecationWarning)
 _SAME = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 _VALUES = {
@@ -108,7 +110,7 @@ def read_pickled(path: Path, error: type[UserError] = AdapterFileError) -> dict[
             if type(problem) is not UserError:
                 raise
             raise error(f"{path} {problem}") from problem
-        except (*OF_DAMAGE, zipfile.BadZipFile, struct.error, EOFError, RuntimeError) as problem:
+        except (*OF_DAMAGE, *_OF_DAMAGE) as problem:
             raise error(f"{path} is damaged: {shortened(str(problem))}") from problem
     if wrong := not_finite(arrays):
         raise error(f"{path} has numbers that are not finite in {wrong}")
@@ -155,11 +157,12 @@ def _place(file: Untrusted, entry: zipfile.ZipInfo) -> _Place:
     """Where the bytes of an entry are."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise UserError(f"has compressed or encrypted data, {shown(entry.filename, 80)}")
-    file.stream.seek(entry.header_offset)
+    begin = max(entry.header_offset, 0)  # negative in some damaged files
+    file.stream.seek(begin)
     header = struct.unpack("<4s22xHH", file.stream.read(30))
     if header[0] != b"PK\3\4":
         raise ValueError(f"{shown(entry.filename, 80)} is not where its table says")
-    return entry.header_offset + 30 + header[1] + header[2], entry.file_size
+    return begin + 30 + header[1] + header[2], entry.file_size
 
 
 def _content(file: Untrusted, place: _Place) -> bytes:

@@ -21,6 +21,8 @@ from safetensors.numpy import save
 import adapters_jax as aj
 from adapters_jax.files import adapterhub, diffusers, peft, untrusted
 from adapters_jax.files.adapter import read_adapter
+from adapters_jax.files.expressions import matches
+from adapters_jax.files.pickled import read_pickled
 from adapters_jax.finetune.base_files import chat, huggingface
 from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.data.batches import encode
@@ -113,6 +115,33 @@ def _read_diffusion(directory: Path) -> None:
     base = unflatten({k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shapes.items()})
     recipe, leaves, *_ = diffusers.load_diffusers(directory / "a.safetensors", None, base)
     assert recipe and leaves
+
+
+def _pickles(_: Path) -> Mapping[str, Files]:
+    names = ("new", "old", "bert_head")
+    return {n: {"a.bin": (FIXTURES / "pickled" / f"{n}.bin").read_bytes()} for n in names}
+
+
+_EXPRESSIONS = (
+    r".*\.(q|v)_proj",
+    r"^(?!.*visual).*(?:o_proj|k_proj|[a-z]{1,3}_proj).*",
+    r"(?:.*?(?:visual).*?(?:q_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:attn(?=\.)|mlp)\.(?:k|v))",
+)
+_SIGNS = (
+    *("(", ")", "*", "+", "?", "|", "[", "]", "{2,}", "{,900}", "(?=", "(?!", "(?:", "(?<=", "\\"),
+    *("(([a-z]|[a-z_.0-9])+)+!", "(a?){200}", "(.*.{30}|.*.{31})*", "\\1", "\\b", "^", "$"),
+)
+
+
+def _expressions(_: Path) -> Mapping[str, Files]:
+    return {str(n): {"a.txt": text.encode()} for n, text in enumerate(_EXPRESSIONS)}
+
+
+def _read_expression(directory: Path) -> None:
+    pattern = _text(directory, "a.txt")
+    for layer in range(3):
+        for name in ("attn.q_proj", "mlp.down_proj", "visual.k_proj" * 9):
+            matches(pattern, f"model.layers.{layer}.{name}", r"(.*\.)?({})$")
 
 
 # Bases.
@@ -435,6 +464,13 @@ TARGETS: dict[str, Target] = {
         _of_base("adapterhub", *_HUB), partial(_read_with_base, adapterhub.load_adapterhub)
     ),
     "diffusers": Target(_diffusion, _read_diffusion),
+    "pickle": Target(
+        _pickles,
+        lambda directory: read_pickled(directory / "a.bin"),
+        words=("cos\nsystem\n", ")R", "}}}", "]a", "(((", "q\0h\0\x86", "X\x7f", "S'\\h'\n", "2"),
+        more={".bin": (_header,) * 4},
+    ),
+    "expression": Target(_expressions, _read_expression, words=_SIGNS),
     "base": Target(_checkpoints, _read_checkpoint),
     "gguf": Target(_gguf, _read_gguf, more={".gguf": (_header,) * 4}),
     "config": Target(_configs, _read_config),

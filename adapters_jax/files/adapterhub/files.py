@@ -1,9 +1,8 @@
 """Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
 
 A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
-`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. A pickled
-`.bin`, which AdapterHub writes by default, is never opened, because unpickling runs whatever code
-the file holds.
+`head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. Of a `.bin`
+that torch pickled, which AdapterHub writes by default, tensors alone are read.
 
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
@@ -66,8 +65,8 @@ def load_adapterhub(
         API pass both to `save_adapter` and load that directory with `load_adapter`.
 
     Raises:
-        AdapterFileError: a file is absent, damaged or pickled, a setting is not supported, tensors
-            do not fit the base, or layers differ that the base scans as one; the message names
+        AdapterFileError: a file is absent or damaged, a setting is not supported, tensors do not
+            fit the base, or layers differ that the base scans as one; the message names
             every problem.
         UserError: `names` does not fit the base, or has no blocks of a known architecture.
 

@@ -430,7 +430,7 @@ def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMa
     inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
     prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
     is_causal = module_map.tied or "lm_head" in module_map.modules
-    if module_map.prefixes and is_causal and inner and not prefix:
+    if any(module_map.prefixes) and is_causal and inner and not prefix:
         texts.append(
             f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
             "base without its output layer; this one has one, and PEFT would apply nothing to it"

@@ -26,7 +26,7 @@ class Convert(Command):
 
     The format of the source is recognised by its files. Settings that the other library does not
     support raise an error that names them. What its files cannot hold is printed, and is in the
-    card. No pickle is read or written.
+    card. Of a pickle tensors alone are read, and nothing in it is run.
 
     Servers load less than PEFT: --for says before writing what one takes of the adapter, and makes
     it so. Ranks and alphas that differ become one without loss. DoRA becomes LoRA, and a rank over
