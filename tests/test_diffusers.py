@@ -202,7 +202,7 @@ def spelled_as(style, pairs):
 def test_spellings(style, tmp_path):
     pairs = drawn()
     save_file(spelled_as(style, pairs), tmp_path / "a.safetensors")
-    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS, part="unet")
     check(formula(PARAMS, PATHS, pairs, lambda i, rank: 1), recipe, adapters)
 
 
@@ -752,6 +752,11 @@ WRONG = {
         AdapterFileError,
         (Q, [1, DOWN.shape[1]], "wd_on_out"),
     ),
+    "norms of another number": (
+        with_keys(PLAIN, {}, **{f"{Q}.lora_magnitude_vector": np.ones(len(UP) + 1)}),
+        AdapterFileError,
+        (Q, [len(UP) + 1]),
+    ),
     "a norm for all": (
         with_keys(PLAIN, {}, **{"lora_unet_conv_in.dora_scale": np.ones((1, 3, 1, 1))}),
         AdapterFileError,
@@ -816,6 +821,18 @@ def test_parts_of_a_fused_layer_that_differ(tmp_path):
     save_file(with_keys(kohya(good), {}, **middle), file)
     with raises(AdapterMismatchError, file, keys[1], "1 of 3"):
         load_diffusers(file, None, params)
+
+
+def test_parts_that_are_several_modules_here(tmp_path):
+    """A fused layer is split into the modules of one part each, and no further."""
+    widths = {"q_left": 2, "q_right": 2, "k": 4, "v": 4}
+    params = {name: {"kernel": jnp.ones((4, width))} for name, width in widths.items()}
+    names = {"transformer_blocks.3.attn.to_q": ("q_left", "q_right")}
+    names |= {f"transformer_blocks.3.attn.to_{x}": x for x in "kv"}
+    pair = (np.ones((1, 4), np.float32), np.ones((12, 1), np.float32))
+    save_file(kohya({"double_blocks.3.img_attn.qkv": pair}), tmp_path / "a.safetensors")
+    with raises(AdapterMismatchError, "lora_unet_double_blocks_3_img_attn_qkv", *names):
+        load_diffusers(tmp_path / "a.safetensors", names, params)
 
 
 def test_shapes_decide_between_modules(tmp_path):
