@@ -279,6 +279,31 @@ def test_what_a_kernel_cannot_compute_is_dense_or_refused(on, device, changes, d
         taken("flash", **changes)
 
 
+def test_a_kernel_gets_values_as_wide_as_keys(monkeypatch):
+    """As those of latent attention, which are narrower."""
+    shapes = []
+
+    class Dense:
+        def runs_on(self, device):
+            return True
+
+        def why_not(self, problem):
+            return "wide" if problem.wider else None
+
+        def __call__(self, query, key, value, mask, cap):
+            shapes.append(value.shape)
+            return attention_function("dense")(query, key, value, mask=mask, softcap=cap)
+
+    monkeypatch.setattr(attention, "KERNELS", (Dense(),))
+    query, value = QUERY[:, :4].astype(jnp.float32), QUERY[:, :4, :, :3].astype(jnp.float32)
+    flash, dense = attention_function("flash"), attention_function("dense")
+    found = flash(query, query, value, mask=Mask(causal=True))
+    assert shapes == [query.shape]
+    np.testing.assert_allclose(found, dense(query, query, value, mask=Mask(causal=True)), atol=1e-6)
+    with raises(UserError, "wide"):
+        flash(value, value, query)
+
+
 def test_flash_without_a_kernel_has_shapes_but_no_program():
     flash, dense = attention_function("flash"), attention_function("dense")
     query = QUERY[:, :4].astype(jnp.float32)
