@@ -1,5 +1,6 @@
 """The gated delta rule: its chunks against the recurrence, padding, texts, caches, gradients."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_decoder
 from adapters_jax.finetune.models.decoder.delta import DeltaSizes, delta_rule
+from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts.cache import LayerCache
+from adapters_jax.finetune.serving.slots import Choice, Slots
 from adapters_jax.trace.masks import Mask
 
 FIXTURE = Path(__file__).parent / "fixtures" / "decoders" / "qwen3_next"
@@ -175,3 +178,35 @@ def test_a_size_is_a_whole_number(sizes):
 def test_linear_attention_needs_its_sizes():
     with raises(aj.UserError, "linear_attention", "llama"):
         DecoderConfig(num_hidden_layers=1, layer_types=("linear_attention",))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma4_text"])
+def test_rows_of_a_server_generate_what_they_do_alone(name):
+    """Prompts in pieces, and rows that wait while others go on, each with what its layers keep."""
+    config = DecoderConfig.from_json(FIXTURE.parent / name / "config.json")
+    config = replace(config, num_experts=0, initializer_range=0.3)  # the engine maps over rows
+    model, example = Decoder(config, rngs=nnx.Rngs(0)), (np.ones((1, 4), int),)
+    recipe = aj.lora(2, targets="**/attention/query")
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=example)
+    slots = Slots(aj.Bank(adapted, capacity=2), rows=2, context=16, pieces=(1, 4))
+    prompts, new = ([5, 9, 7, 3, 8, 6], [4, 11]), 5
+    expected = [
+        generate(model, jnp.array([prompt]), max_new_tokens=new).ids[0].tolist()
+        for prompt in prompts
+    ]
+
+    def read(row, prompt):
+        for at in range(0, len(prompt), 4):
+            token = slots.read(row, prompt[at : at + 4], at == 0, None, Choice())
+        return [token.id]
+
+    made = [read(0, prompts[0]), []]
+    for _ in range(2):  # row 1 waits
+        made[0].append(slots.step([made[0][-1], None], [None, None], [Choice()] * 2)[0].id)
+    made[1] = read(1, prompts[1])
+    for _ in range(2):
+        tokens = slots.step([row[-1] for row in made], [None, None], [Choice()] * 2)
+        made = [[*row, token.id] for row, token in zip(made, tokens, strict=True)]
+    for _ in range(2):  # row 0 waits
+        made[1].append(slots.step([None, made[1][-1]], [None, None], [Choice()] * 2)[1].id)
+    assert made == expected
