@@ -219,8 +219,8 @@ def test_transformers_reads_what_is_saved_here_as_the_same_model(name, tmp_path)
         rope.setdefault("rope_type", rope.pop("type", None))  # some classes write both names
         rope.pop("type", None)
     for rope in (whole.get("rope_parameters") or {}, again.get("rope_parameters") or {}):
-        for name in ("mrope_section", "mrope_interleaved"):  # of images
-            rope.pop(name, None)
+        for key in ("mrope_section", "mrope_interleaved"):  # of images
+            rope.pop(key, None)
     differing = {k: (x, again.get(k)) for k, x in whole.items() if again.get(k) != x}
     assert differing.keys() <= {
         *("_name_or_path", "max_window_layers", "head_dim", "_sliding_window_pattern"),
