@@ -20,7 +20,8 @@ NAMES = NameTable(
     ),
     stack=NNX,
     tied=("embed_out", "embed_in"),
-    heads=("embed_out", "lm_head"),  # the latter in models of transformers 5
+    heads=("embed_out", "lm_head"),
+    since_5=(("embed_out", "lm_head"),),
 )
 SIZES = {
     **{"70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1b": (2048, 16, 8)},
