@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters_jax.finetune.compare.grid import read_candidate
-from benchmarks import baselines, cells, defaults, tradeoff
+from benchmarks import baselines, cells, defaults, sweep, tradeoff
 from benchmarks.report import Report
 
 
@@ -287,3 +287,26 @@ def test_the_sweep_takes_each_data_set():
     for each in grid:
         assert each.data in cells.SETS
     assert {each.data for each in grid if each.passes is None} == {*cells.SETS}
+
+
+def test_the_sweep_counts_each_outcome(tmp_path):
+    both = {"transformers": "5.0", "family": "llama"}
+    found = [
+        {"read": "equal", "written": "equal"},
+        {"read": "equal", "written": "refused: a name"},
+        {"read": "wrong by 0.2", "written": "equal"},
+        {"read": "crashed: KeyError: 'a'"},
+        {"read": f"{sweep.NO_PEFT}: ValueError: b"},
+    ]
+    rows = [{**both, "configuration": str(i), **row} for i, row in enumerate(found)]
+    assert list(map(sweep.verdict, rows)) == [
+        *("equal", "refused", "wrong", "crashed", sweep.NO_PEFT)
+    ]
+    report = Report("sweep", "python -m benchmarks sweep", tmp_path)
+    sweep.tables(report, rows)
+    (family,) = (row for row in report.rows if row["table"] == sweep.TABLE)
+    shown = "1 equal, 1 refused, 1 not made by PEFT, 1 wrong, 1 crashed"
+    assert family["transformers 5.0"] == shown
+    broken = [row["reason"] for row in report.rows if row["table"] == sweep.BROKEN]
+    assert broken == ["wrong by 0.2", "crashed: KeyError: 'a'"]
+    assert [row["measured"] for row in report.rows if "wrong" in row.get("claim", "")] == [2]
