@@ -643,7 +643,7 @@ def test_scales_go_both_ways_and_what_adapterhub_cannot_scale_is_named(tmp_path)
     names, _, params, _ = base_of("gpt2")
     recipe = aj.Recipe(aj.IA3("**/{key,value}"))
     tree = {
-        f"layers/{n}/attention/{name}/ia3/scale": arrays.drawn((32,), seed=n)
+        f"layers/{n}/attention/{name}/ia3/scale": arrays.drawn((32,), seed=n + len(name))
         for n in range(2)
         for name in ("key", "value")
     }
