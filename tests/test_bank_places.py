@@ -193,7 +193,7 @@ def test_no_program_knows_the_capacity(scan):
         step = slots._step.lower(taken._model, taken._caches, ids[:, 0], live, rows, feed, 8)
         return [
             forward.lower(bank.model, ids, rows).as_text(),
-            decode.lower(graphdef, state, ids, ids != 0, sampling, rows, 2).as_text(),
+            decode.lower(graphdef, state, ids, ids != 0, sampling, rows, None, 2).as_text(),
             step.as_text(),
         ]
 

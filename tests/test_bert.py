@@ -254,7 +254,7 @@ def test_attention_fn_is_called_as_flax_calls_it():
 @pytest.mark.parametrize(
     ("settings", "data"),
     [
-        ({"hidden_act": "mish"}, ["hidden_act='mish'", "'gelu', 'gelu_new'"]),
+        ({"hidden_act": "mish"}, ["hidden_act='mish'", "'gelu_new'"]),
         ({"position_embedding_type": "relative_key"}, ["position_embedding_type='relative_key'"]),
         ({"model_type": "gpt2"}, ["model_type='gpt2'", "'bert', 'roberta'"]),
         ({"is_decoder": True, "hidden_act": "mish"}, ["hidden_act='mish'", "is_decoder=True"]),

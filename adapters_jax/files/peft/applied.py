@@ -13,6 +13,7 @@ from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, ModuleMap
 from adapters_jax.files.peft.config import Config, is_target, number_at
 from adapters_jax.files.peft.parameters import parameters_by_key
+from adapters_jax.files.peft.trained import NORM
 
 # What decides how factors act, where no pattern does.
 _ACTING = (
@@ -47,6 +48,8 @@ def differences(
         return [*problems, "target_modules has to name modules or parts of names; leave it out"]
     parameters = parameters_by_key(config, added, module_map, problems)
     factors = {name for name in added if name not in parameters}
+    if config["peft_type"] == "LN_TUNING":
+        factors = {match[1] for key in plain if (match := NORM.fullmatch(key))}
     modules = _modules(module_map)
     targets = _targets(config, modules | factors)
     if ignored := sorted(factors - targets):

@@ -310,8 +310,9 @@ def to_peft(
     )
     if kind.trains != "biases" and trains.pop("bias") != "none":
         paths = ", ".join(path for path in trained if path.endswith("/bias"))
-        own = fields["peft_type"]
-        problems.append(f"{paths}: PEFT's {own} does not support trained biases beside it")
+        problems.append(
+            f"{paths}: PEFT's {fields['peft_type']} does not support trained biases beside it"
+        )
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
         problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
     return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)

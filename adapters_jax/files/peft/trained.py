@@ -24,7 +24,7 @@ from adapters_jax.recipe import Recipe
 
 # Where PEFT keeps a module that trains; the second word is the name of the adapter.
 IN_WRAPPER = re.compile(r"\.modules_to_save(\.default)?(?=\.|$)")
-_NORM = re.compile(r"(.+)\.ln_tuning_layers(?:\.default)?\.(weight|bias)")
+NORM = re.compile(r"(.+)\.ln_tuning_layers(?:\.default)?\.(weight|bias)")
 _ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _GROWN = (
     "if the vocabulary grew in PEFT, resize the base first: model.resize_token_embeddings(n) and "
@@ -61,7 +61,7 @@ def read_folded(
             elif match := _ROWS.fullmatch(key):
                 del rest[key]
                 leaves |= _with_rows(config, match[1], tensor, module_map)
-            elif match := _NORM.fullmatch(key):
+            elif match := NORM.fullmatch(key):
                 rest[f"{match[1]}.{match[2]}"] = rest.pop(key)
                 if config["peft_type"] != "LN_TUNING" or not is_target(config, match[1]):
                     problems.append(f"{key} is of none of the target_modules of LN_TUNING")

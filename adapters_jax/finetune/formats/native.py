@@ -55,6 +55,8 @@ class Native(AdapterFormat):
 
     def labels(self, directory: Path) -> int | None:
         """The width of the trained score."""
+        if not (directory / TENSORS).is_file():
+            return None
         with open_tensors(directory / TENSORS) as file:
             score = file.shapes.get(f"{SCORE}kernel")
         return score.shape[-1] if score is not None else None
