@@ -69,12 +69,18 @@ def decoder(name):
     return Path(name)
 
 
-@pytest.mark.parametrize("name", ["tiny", *sorted(path.name for path in FIXTURES.iterdir())])
+KNOWN = transformers.CONFIG_MAPPING.keys()  # a release lacks the families that came after it
+EVERY = sorted(path.name for path in FIXTURES.iterdir() if path.name.split("-")[0] in KNOWN)
+TARGETS = {"deepseek_v3": "**/{query_up,key_value}"}
+
+
+@pytest.mark.parametrize("name", ["tiny", *EVERY])
 def test_a_merged_decoder_has_the_same_logits_in_transformers(name):
     write_meanings(Path("rows.csv"), rows=40)
     run = finished_run(
         f"--model {decoder(name)} --train rows.csv --prompt mr --completion ref --max-length 24 "
-        f"--exact-match 0 --method lora --rank 2 --name {name}",
+        f"--exact-match 0 --method lora --rank 2 --name {name}"
+        + (f" --targets {TARGETS[name]}" if name in TARGETS else ""),
         {"perplexity": 2.5},
     )
     assert main(["merge", run, "--out", "merged"]) == 0
