@@ -173,7 +173,8 @@ def test_rotary_frequencies_are_those_of_transformers(given, length):
 def lora(name):
     attention, up, down = targets(name)
     # transformers 5 has one parameter for both, which PEFT adapts whole.
-    gates = [] if name in DENSE or not FIVE else ["w1" if name == "mixtral" else "gate_proj"]
+    fused = FIVE and name not in DENSE and up in ("w3", "up_proj")
+    gates = [{"w3": "w1", "up_proj": "gate_proj"}[up]] if fused else []
     if name in STACKED:
         own = {"target_parameters": STACKED[name], "target_modules": ["k_proj", "o_proj"]}
         return peft.LoraConfig(r=4, lora_alpha=6, rank_pattern={"o_proj": 2}, **own)
