@@ -96,7 +96,16 @@ def work(api, kind, layers):
 def test_work_grows_with_the_number_of_layers(api, kind):
     """Three layers more are as many lines more in every function, also where five are there."""
     work(api, kind, 2)  # what is kept for later calls
+    # Work that is done once, such as a collection of garbage or a cache that was emptied, is seen
+    # in one of two measurements.
+    found = growing(api, kind) and growing(api, kind)
+    assert not found
+
+
+def growing(api, kind):
+    """The functions whose lines grow with the number of layers, by what is done."""
     few, more, most = (work(api, kind, layers) for layers in (2, 5, 8))
+    found = {}
     for what in few:
         first, second = more[what] - few[what], most[what] - more[what]
         # Sets have their names in another order in each process, so that a search ends earlier or
@@ -107,4 +116,5 @@ def test_work_grows_with_the_number_of_layers(api, kind):
             for name, lines in second.items()
             if lines > 1.06 * first[name] + 16
         }
-        assert not faster, what
+        found |= {what: faster} if faster else {}
+    return found
