@@ -230,22 +230,3 @@ def rounded(number: float) -> float:
     """Rounds to 12 digits, which hides the error of a squared root; makes whole numbers ints."""
     number = float(f"{number:.12g}")
     return int(number) if number == int(number) else number
-
-
-def reduced(a: Array, b: Array) -> dict[str, Array]:
-    """Our factors with a rank of at most the inputs and the outputs, which LoRA here requires.
-
-    Their product is the same; other libraries allow any rank.
-
-    Example:
-        >>> pair = reduced(np.ones((4, 3), np.float32), np.ones((3, 1), np.float32))
-        >>> pair["a"].shape, pair["b"].tolist()
-        ((4, 1), [[1.0]])
-    """
-    inputs, outputs = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
-    one = np.eye(min(len(inputs), outputs.shape[1]), dtype=a.dtype)
-    if len(b) <= len(one):
-        return {"a": a, "b": b}
-    shape_a, shape_b = a.shape[:-1], b.shape[1:]
-    a, b = (inputs @ outputs, one) if outputs.shape[1] == len(one) else (one, inputs @ outputs)
-    return {"a": a.reshape(*shape_a, -1), "b": b.reshape(-1, *shape_b)}

@@ -21,7 +21,7 @@ from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserErro
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
-from adapters_jax.files.layouts import Array, ModuleReference, our_factors, reduced, rounded, spans
+from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, spans
 from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
@@ -370,8 +370,19 @@ def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]
         factors = our_factors(reference, a, pair.b, pair.magnitude)
         if factors is None:
             return None
-        factors |= reduced(factors["a"], factors["b"])
+        factors |= _reduced(factors["a"], factors["b"])
         if sum(name != "bias" and len(x.shape) > 1 for name, x in reference.leaves.items()) > 1:
             target, node = join(target, reference.weight), join(node, reference.weight)
         made[target] = {f"{node}/{leaf}": x for leaf, x in factors.items()}
     return made
+
+
+def _reduced(a: Array, b: Array) -> dict[str, Array]:
+    """The factors with a rank of at most the inputs and the outputs, which LoRA here requires."""
+    inputs, outputs = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
+    one = np.eye(min(len(inputs), outputs.shape[1]), dtype=a.dtype)
+    if len(b) <= len(one):
+        return {"a": a, "b": b}
+    shape_a, shape_b = a.shape[:-1], b.shape[1:]
+    a, b = (inputs @ outputs, one) if outputs.shape[1] == len(one) else (one, inputs @ outputs)
+    return {"a": a.reshape(*shape_a, -1), "b": b.reshape(-1, *shape_b)}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.layouts import Array, ModuleReference, our_factors, reduced
+from adapters_jax.files.layouts import Array, ModuleReference, our_factors
 from adapters_jax.files.module_map import ModuleMap, pattern_of, shortest
 from adapters_jax.files.peft.config import (
     STARTS,
@@ -135,18 +135,7 @@ class _Reader:
             target, node = reference.path, join(reference.path, "lora")
             if _has_several(reference, self.module_map):
                 target, node = join(target, reference.weight), join(node, reference.weight)
-            self.keep(target, node, *self.fitting(factors, numbers))
-
-    def fitting(
-        self, factors: Factors, numbers: tuple[int, float]
-    ) -> tuple[Factors, tuple[int, float]]:
-        """The factors and their numbers, with a rank that our layer can have; see `reduced`."""
-        pair, (rank, alpha) = reduced(factors["a"], factors["b"]), numbers
-        if (own := len(pair["b"])) == rank:
-            return factors, numbers
-        change = own / rank
-        change = change**0.5 if self.config.get("use_rslora") else change
-        return {**factors, **pair}, (own, alpha * change)
+            self.keep(target, node, factors, numbers)
 
     def add_parameter(self, name: str, named: Mapping[str, Factors]) -> None:
         """Adds the factors of a parameter that a module holds itself; `named` has those of all."""
