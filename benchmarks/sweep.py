@@ -185,8 +185,9 @@ def _close(got: np.ndarray, expected: np.ndarray) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """One line without the names of temporary directories."""
-    text = re.sub(r"/\S*/(theirs|ours|a)\b", r"\1", str(error)).replace("|", "/")
+    """One line without the names of directories of this machine."""
+    text = re.sub(r"/\S*/(theirs|ours|a)\b", r"\1", str(error)).replace(f"{ROOT}/", "")
+    text = text.replace("|", "/")
     return " ".join(text.split())[:300]
 
 
