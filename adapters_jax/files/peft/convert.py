@@ -29,13 +29,12 @@ from adapters_jax.files.module_map import (
     shortest,
 )
 from adapters_jax.files.peft.applied import differences
+from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved
 from adapters_jax.files.peft.config import (
     KINDS,
     ROOT,
     Kind,
     config_problems,
-    is_target,
-    unread_fields,
     with_targets,
 )
 from adapters_jax.files.peft.trained import (
@@ -386,84 +385,6 @@ def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
                 f"{key} is not the {name} that the file has as well; remove one of them"
             )
     return found
-
-
-def twice_spelt(added: Iterable[str], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
-    """The problems of modules and tensors that a file has under two names, with prefix and without.
-
-    The names are those of `split_tensors`.
-    """
-    first: dict[str, str] = {}
-    names = [*added, *(key.replace(".modules_to_save.", ".") for key in plain)]
-    return [
-        f"{name} and {other} are the same in this base; remove one of them"
-        for name in names
-        if (other := first.setdefault(module_map.bare(name), name)) != name
-    ]
-
-
-def unsaved(config: Mapping[str, Any], plain: Iterable[str], module_map: ModuleMap) -> list[str]:
-    """The problems of tensors that the file lacks of modules that were to be saved whole."""
-    saved = config.get("modules_to_save") or ()
-    there = {module_map.bare(key.replace(".modules_to_save.", ".")) for key in plain}
-    lacking = (
-        (name, f"{module}.{'bias' if leaf == 'bias' else 'weight'}")
-        for module, references in module_map.modules.items()
-        for name in saved
-        if f".{name}." in f".{module_map.full(module)}."
-        for leaf in references[0].leaves
-    )
-    return [
-        f"modules_to_save has {name!r}, but the file has no {key}"
-        for name, key in lacking
-        if key not in there
-    ]
-
-
-def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMap) -> list[str]:
-    """What PEFT warns of as well: fields without effect, and modules that are not as it has them.
-
-    The modules are those of `split_tensors`.
-    """
-    texts, named = [], {module_map.bare(key): key for key in added}
-    if fields := unread_fields(config):
-        texts.append(f"adapter_config.json: {first_few(fields, 8)} is ignored")
-    inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
-    prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
-    is_causal = module_map.tied or "lm_head" in module_map.modules
-    if any(module_map.prefixes) and is_causal and inner and not prefix:
-        texts.append(
-            f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
-            "base without its output layer; this one has one, and PEFT would apply nothing to it"
-        )
-    if lacking := missing(config, named, module_map, prefix):
-        texts.append(
-            "the configuration names modules that the file has nothing of, and they stay as they "
-            f"are: {first_few(lacking, 4)}"
-        )
-    return texts
-
-
-def missing(
-    config: Mapping[str, Any], named: Iterable[str], module_map: ModuleMap, prefix: str
-) -> list[str]:
-    """The modules, with this prefix, that PEFT would adapt and are not named in the file."""
-    if KINDS[config["peft_type"]].trains == "nothing":  # prompts are in the last layers, by number
-        return []
-    known = {*named}
-    last = {name.rpartition(".")[2] for name in known}
-    chosen = config.get("target_modules") == "all-linear"
-    modules = [
-        name
-        for name, (reference, *_) in module_map.modules.items()
-        if reference.weight in ("kernel", "embedding")
-    ] + [name for names in module_map.rows.values() for name in names]
-    return [
-        whole
-        for name in modules
-        if name not in known and (not chosen or name.rpartition(".")[2] in last)
-        if is_target(config, whole := module_map.full(name, prefix))
-    ]
 
 
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
