@@ -174,6 +174,7 @@ TINY = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attentio
         ({"parallel": "both"}, ["parallel", "'both'", "'shared'"]),
         ({"parallel": "own", "norm_placement": "sum"}, ["parallel='own'", "'sum'", "'pre'"]),
         ({"head_axis": True, "qk_norm": "projection"}, ["head_axis", "'projection'"]),
+        ({"head_axis": True, "attention_gate": True}, ["head_axis", "attention_gate"]),
         ({"alibi": True, "learned_positions": True}, ["alibi", "learned_positions"]),
         ({"embedding_size": 4, "embedding_norm": True}, ["embedding_size=4", "embedding_norm"]),
         ({"head_bias": True, "tie_word_embeddings": True}, ["head_bias", "tied"]),

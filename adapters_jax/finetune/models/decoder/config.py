@@ -344,6 +344,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
             )
         if self.head_axis and self.qk_norm == "projection":
             raise UserError("head_axis=True with qk_norm='projection', expected None or 'head'.")
+        if self.head_axis and self.attention_gate:
+            raise UserError("head_axis=True with attention_gate=True, expected one of them.")
         if self.alibi and self.learned_positions:
             raise UserError("alibi=True with learned_positions=True, expected one of them.")
         if self.embedding_size and self.embedding_norm:
