@@ -184,7 +184,7 @@ def Shift():
         def count(self, path, shapes, weight):
             return aj.Count(f"{D}", D)
 
-        def forward(self, leaves, point, x, y, key=None, frozen=None):
+        def forward(self, leaves, point, x, y, key=None):
             return y + leaves["bias"]
 
     yield Shift

@@ -110,9 +110,8 @@ class Calls:
         if prompts:
             again = functools.partial(_prompted, prompts, path, module, run)
         y = again(*args, **kwargs)
-        own = arrays()
         acting = [
-            (m, functools.partial(_forward, m, leaves[m], point, own))
+            (m, functools.partial(_forward, m, leaves[m], point))
             for m in methods
             if m.acts_on == "output"
         ]
@@ -184,14 +183,13 @@ def _forward(
     method: Method,
     leaves: Mapping[str, Any],
     point: AttachmentPoint,
-    arrays: Mapping[str, Any],
     again: Any,
     x: Any,
     y: Any,
 ) -> Any:
     """Applies a method to an output."""
     at = AttachmentPoint(point.path, y.shape[-1], again=again)
-    return method.forward(leaves, at, x, y, None, arrays.get)
+    return method.forward(leaves, at, x, y)
 
 
 @contextlib.contextmanager

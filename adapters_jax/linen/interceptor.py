@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method, outputs
-from adapters_jax.methods.base import AttachmentPoint, Frozen, started
+from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.placement import Placement, taken
 from adapters_jax.recipe import Recipe
@@ -377,11 +377,6 @@ def grow_in(root: Any, each: Placement) -> None:
             holder.put_variable("params", name, array)
 
 
-def _frozen(module: Any) -> Frozen:
-    """A module's own parameters by name."""
-    return lambda name: nn.meta.unbox(module.scope.get_variable("params", name))
-
-
 def dropout_key(module: nn.Module, method: Method, evaluation: bool | None) -> Array | None:
     """A key for the dropout of a method; None without dropout and in evaluation."""
     if evaluation is None:
@@ -401,7 +396,7 @@ def run_method(
     """Applies a method, whose leaves are in the given scope, to a module's output."""
     leaves = leaves_in(scope, method, point)
     key = dropout_key(module, method, evaluation)
-    return method.forward(leaves, point, x, y, key, _frozen(module))
+    return method.forward(leaves, point, x, y, key)
 
 
 def without_adapters(

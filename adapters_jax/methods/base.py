@@ -23,7 +23,6 @@ from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
-Frozen = Callable[[str], Any]  # a module's own parameter by name, or None
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,6 @@ class Count:
     copies: int = 1
 
 
-def nothing(name: str) -> None:
-    """A `Frozen` for a module that holds no parameters itself."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to adapt a model. Derive a class from it, and register the class.
@@ -133,7 +128,7 @@ class Method:
         leaves(point): a `Leaf` for each name.
         count(path, shapes, weight): the closed form of the parameters at one module, computed
             from the settings; the audit compares it with the arrays.
-        forward(leaves, point, x, y, key, frozen): the module's output with the method. Methods
+        forward(leaves, point, x, y, key): the module's output with the method. Methods
             that act inside attention modules have `acts_on = "attention"`, `attend` and
             `attend_inline` instead, as `Prompt` has; methods that change weights derive from
             `LeafMethod` and have `changes`.
@@ -178,7 +173,7 @@ class Method:
         ...     def count(self, path, shapes, weight):
         ...         *layers, d = shapes["scale"]
         ...         return Count(f"{d}", d, copies=layers[0] if layers else 1)
-        ...     def forward(self, leaves, point, x, y, key=None, frozen=None):
+        ...     def forward(self, leaves, point, x, y, key=None):
         ...         return y * arrays.beside(leaves["scale"].astype(y.dtype), y)
         >>> model = aj.adapt(nn.Dense(3), Gain("**"))
         >>> params = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
@@ -276,7 +271,6 @@ class Method:
         x: Any,
         y: Float[Array, "..."],
         key: PRNGKeyArray | None = None,
-        frozen: Frozen = nothing,
     ) -> Float[Array, "..."]:
         """The module's output with the method.
 
@@ -287,7 +281,6 @@ class Method:
             y: the module's output, with the methods before this one; of several the one that the
                 method acts on.
             key: for dropout while training; None in evaluation.
-            frozen: returns the module's own parameter of a name, None where it has none.
 
         Returns:
             An array of the shape and dtype of y.

@@ -19,11 +19,9 @@ from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import (
     AttachmentPoint,
     Count,
-    Frozen,
     Leaf,
     Leaves,
     Method,
-    nothing,
     zeros_like,
 )
 from adapters_jax.methods.settings import choice, flag, number, size
@@ -194,7 +192,6 @@ class Bottleneck(Method):
         x: Any,
         y: Float[Array, "... d"],
         key: PRNGKeyArray | None = None,
-        frozen: Frozen = nothing,
     ) -> Float[Array, "... d"]:
         """The adapted output.
 
@@ -204,7 +201,6 @@ class Bottleneck(Method):
             x: the module's input; not used by the sequential placement.
             y: the module's output, (..., d).
             key: for dropout while training; None in evaluation.
-            frozen: not used.
 
         Returns:
             An array of the shape and dtype of y.

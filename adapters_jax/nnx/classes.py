@@ -32,7 +32,6 @@ from adapters_jax.nnx.graph import (
     BY_ROWS,
     CALLS,
     AdapterParam,
-    frozen_of,
     holds,
     key_of,
     leaves_of,
@@ -288,7 +287,7 @@ def run_method(
     """Applies a method, whose leaves are in a child of the module, to an output."""
     point = point_of(module, held, width=y.shape[-1], again=again)
     key = key_of(node_of(module, held))
-    return held.method.forward(leaves_of(module, held), point, x, y, key, frozen_of(module))
+    return held.method.forward(leaves_of(module, held), point, x, y, key)
 
 
 def refresh(module: Any) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.methods import Method
-from adapters_jax.methods.base import AttachmentPoint, Frozen
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement
 from adapters_jax.trace.program import named
 
@@ -86,16 +86,6 @@ def own_params(module: Any) -> dict[str, Any]:
     """
     # `isinstance` asks the metaclass of Variables, which takes ten times as long.
     return {name: x for name, x in vars(module).items() if issubclass(type(x), nnx.Param)}
-
-
-def frozen_of(module: Any) -> Frozen:
-    """A module's own parameters by name."""
-
-    def frozen(name: str) -> Array | None:
-        variable = getattr(module, name, None)
-        return variable[...] if isinstance(variable, nnx.Variable) else None
-
-    return frozen
 
 
 def copy(model: Any) -> Any:

@@ -30,7 +30,7 @@ class Shift(aj.Method):
         *layers, d = shapes["bias"]
         return aj.Count(f"{d}", d, math.prod(layers))
 
-    def forward(self, leaves, point, x, y, key=None, frozen=None):
+    def forward(self, leaves, point, x, y, key=None):
         bias = (self.strength * leaves["bias"]).astype(y.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
