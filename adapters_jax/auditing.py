@@ -359,7 +359,7 @@ def _unmatched(
 ) -> tuple[str, ...]:
     """The patterns that match nothing in the tree."""
     # A pattern may name the weight itself, `**/experts/up`.
-    weights = {each.module for each in placements if each.method.acts_on == "leaf"}
+    weights = {each.module for each in placements if each.method.acts_on == "weight"}
     inside = {path for path in shapes if not weights.isdisjoint(around(path))}
     owned = {path for each in placements for path in (each.path, each.module)} | inside
     patterns = [(p, owned) for method in recipe.attached for p in method.targets]

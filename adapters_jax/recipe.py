@@ -182,7 +182,7 @@ class Recipe:
                     return Owner(module, module, method, "", "/".join(rest))
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                inside = method.acts_on == "leaf" and leaf in method.leaf_names
+                inside = method.acts_on == "weight" and leaf in method.leaf_names
                 if nested is None and inside and selects(method.targets, module, own):
                     nested = Owner(own, module, method, node, leaf)
         return nested  # a module may have the name of a slot: then its own slot comes first

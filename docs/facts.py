@@ -124,7 +124,7 @@ def _paper(method: type[Method], entry: Entry) -> str:
 
 def merges(method: type[Method]) -> bool:
     """Whether `aj.merge` supports the method; one without leaves trains weights of the base."""
-    return method.slot is None or method.acts_on == "leaf" or method.merged is not Method.merged
+    return method.slot is None or method.acts_on == "weight" or method.merged is not Method.merged
 
 
 @cache

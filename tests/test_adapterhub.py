@@ -461,7 +461,7 @@ def test_a_damaged_directory_raises_an_error_that_names_the_file(tmp_path, spoil
 def drawn(path, method, width=32, seed=0):
     """Random leaves for one module."""
     rng = np.random.default_rng(seed)
-    point = aj.methods.base.AttachmentPoint(path, width)
+    point = aj.methods.base.AttachmentPoint("output", path, width=width)
     if isinstance(method, aj.Bottleneck):
         shapes = {name: leaf.shape for name, leaf in method.leaves(point).items()}
     else:

@@ -15,10 +15,12 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.bottleneck import ACTIVATIONS
+from adapters_jax.placement import Visit
+from adapters_jax.trace.calls import Returned
 from adapters_jax.trees import flatten, path_of
 
 D, M = 6, 3
-POINT = AttachmentPoint("layer_0/mlp", D)
+POINT = AttachmentPoint("output", "layer_0/mlp", width=D)
 LEAVES = {
     "down/kernel": drawn((D, M), 1),
     "down/bias": drawn((M,), 2),
@@ -171,7 +173,7 @@ def test_any_number_of_leading_axes():
 
 
 def test_kernels_start_truncated_at_two_deviations_and_biases_at_zero():
-    std, point = 0.03, AttachmentPoint("", 300)
+    std, point = 0.03, AttachmentPoint("output", "", width=300)
     leaves = aj.Bottleneck("**", 200, init_std=std).leaves(point)
     assert {name: leaf.shape for name, leaf in leaves.items()} == {
         "down/kernel": (300, 200),
@@ -195,7 +197,9 @@ def test_it_starts_near_the_identity():
     method = aj.Bottleneck("**", 16)
     leaves = {
         name: leaf.init(jax.random.key(i), leaf.shape)
-        for i, (name, leaf) in enumerate(method.leaves(AttachmentPoint("", 128)).items())
+        for i, (name, leaf) in enumerate(
+            method.leaves(AttachmentPoint("output", "", width=128)).items()
+        )
     }
     change = double(method.forward(leaves, POINT, y, jnp.asarray(y))) - y
     assert 0 < np.abs(change).max() < 0.05
@@ -208,7 +212,7 @@ def test_it_starts_near_the_identity():
 def test_the_reduction_factor_rounds_down_to_at_least_one(factor, d, m):
     method = aj.Bottleneck("**", reduction_factor=factor)
     assert method.width(d) == m
-    assert method.leaves(AttachmentPoint("", d))["down/kernel"].shape == (d, m)
+    assert method.leaves(AttachmentPoint("output", "", width=d))["down/kernel"].shape == (d, m)
 
 
 def test_counts():
@@ -245,7 +249,13 @@ def test_a_target_that_returns_a_tuple_is_refused_with_the_reason():
 
 def test_it_fits_float_outputs_of_any_width():
     method = aj.Bottleneck("**", M)
-    assert [method.fits(AttachmentPoint("", d)) for d in (0, 1, 2)] == [0, 1, 1]
+    outputs = [jax.ShapeDtypeStruct((2, d), jnp.float32) for d in (0, 1, 2)]
+    points = [Visit("up", returned=Returned.of(None, y)).point(method) for y in outputs]
+    assert [point and (point.kind, point.path, point.width) for point in points] == [
+        None,
+        ("output", "up", 1),
+        ("output", "up", 2),
+    ]
 
 
 def test_integer_outputs_are_refused():

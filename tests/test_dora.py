@@ -182,7 +182,7 @@ def test_slices_have_to_fit_the_layer():
     with raises(aj.RecipeError, "((0, 9),)", "''"):
         dense(aj.LoRA("**", 2, slices=((0, 9),)))
     for axes, outputs in ((Axes((0,), (1, 2)), (5, 6)), (Axes((0, 1, 2), ()), ())):
-        point = AttachmentPoint("x", weight="w", axes=axes, own={"w": (4, 5, 6)})
+        point = AttachmentPoint("weight", "x", {"w": (4, 5, 6)}, weight="w", axes=axes)
         with raises(aj.RecipeError, "((0, 2),)", "'x'", outputs):
             aj.LoRA("**", 2, slices=((0, 2),)).leaves(point)
 

@@ -14,6 +14,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.lazy import Lazy, thin
@@ -23,7 +24,7 @@ DENSE, EMBED = Axes((0,), (1,)), Axes((0,), (1,), lookup=True)
 
 
 def point_of(shape=(DIN, DOUT), axes=DENSE, path="layer_0/query"):
-    return AttachmentPoint(path, weight="kernel", axes=axes, own={"kernel": shape})
+    return AttachmentPoint("weight", path, {"kernel": shape}, weight="kernel", axes=axes)
 
 
 def read(lora, leaves, weight, use, key=None, axes=DENSE):
@@ -163,11 +164,8 @@ def test_at_full_rank_any_change_of_the_weight_can_be_had(shape):
 
 
 def test_refused_where_there_is_no_weight():
-    nowhere = AttachmentPoint("norm", 3)
-    lora = aj.LoRA("**", 2)
-    assert not lora.fits(nowhere)
-    with raises(aj.RecipeError, "'norm'"):
-        lora.leaves(nowhere)
+    with raises(aj.RecipeError, "norm (LoRA)"):
+        Placement(aj.LoRA("**", 2), "norm", "norm").point()
 
 
 def test_half_precision_stays_and_factors_are_kept_in_full():

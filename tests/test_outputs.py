@@ -175,9 +175,6 @@ def Shift():
         name, slot, leaf_names = "shift_of_outputs", "shift_of_outputs", ("bias",)
         output = "1/copy"
 
-        def fits(self, point):
-            return point.width > 0
-
         def leaves(self, point):
             return {"bias": aj.Leaf((point.width,), lambda key, shape: jnp.zeros(shape))}
 

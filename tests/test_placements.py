@@ -63,7 +63,7 @@ def test_a_run_finds_what_a_tree_says_and_more(api, name):
     assert placements.fit(RECIPES[name], shapes)
     assert not placements.differences(in_tree(RECIPES[name], shapes))
     for each in placements:
-        assert (each.axes is not None) == (each.method.acts_on == "leaf")
+        assert (each.axes is not None) == (each.method.acts_on == "weight")
         assert (each.attention is not None) == (each.method.acts_on == "attention")
         assert (each.width > 0) == (each.method.acts_on == "output")
         assert each.with_arrays() == each

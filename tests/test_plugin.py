@@ -142,11 +142,11 @@ def test_what_cannot_be_registered(Shift):
         aj.register_method(made(Shift, name="lora", slot="other"))
     with raises(aj.RecipeError, "slot 'adapter'", "Other", "bottleneck.Bottleneck"):
         aj.register_method(made(Shift, name="other", slot="adapter"))
-    with raises(TypeError, " name, slot, leaf_names, fits, leaves, count, forward;"):
+    with raises(TypeError, " name, slot, leaf_names, leaves, count, forward;"):
         aj.register_method(made())
-    with raises(TypeError, "lacks fits, leaves, count, forward;"):
+    with raises(TypeError, "lacks leaves, count, forward;"):
         aj.register_method(made(**own))
-    with raises(TypeError, "lacks fits, leaves, count, attend;"):
+    with raises(TypeError, "lacks leaves, count, attend;"):
         aj.register_method(made(**own, acts_on="attention"))
     with raises(TypeError, "lacks leaves, count, joined, tokens;"):
         aj.register_method(made(Prompt, **own))

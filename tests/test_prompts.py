@@ -337,7 +337,7 @@ def test_fields_at_the_ends_of_their_ranges():
 def test_a_prefix_has_no_bias_and_no_mask():
     """One softmax over the prefix and the context, of which the context alone is biased."""
     method = aj.PrefixTuning("**", K)
-    point = AttachmentPoint("attention", D)
+    point = AttachmentPoint("attention", "attention")
     query, key, value = rng.standard_normal((3, B, T, HEADS, WIDTH)).astype(np.float32)
     prefix = dict(zip(("key", "value"), rng.standard_normal((2, K, HEADS, WIDTH)), strict=True))
     bias = rng.standard_normal((B, 1, T, T)).astype(np.float32)
@@ -356,7 +356,9 @@ def test_a_prefix_has_no_bias_and_no_mask():
 def test_the_soft_cap_of_an_attention_function_bounds_the_prompt_too():
     """This library's decoders give their function `softcap`, as Gemma 2 has."""
     method = aj.LlamaAdapter("**", K)
-    point = AttachmentPoint("attention", D, attention=registry.Attention(D, HEADS, HEADS, WIDTH))
+    point = AttachmentPoint(
+        "attention", "attention", attention=registry.Attention(D, HEADS, HEADS, WIDTH)
+    )
     query, key, value = rng.standard_normal((3, B, T, HEADS, WIDTH)).astype(np.float32)
     tables = dict(zip(("key", "value"), rng.standard_normal((2, D, D)), strict=True))
     own = {"embedding": 3 * rng.standard_normal((K, D)), "gate": rng.standard_normal(HEADS)}
@@ -415,7 +417,7 @@ def test_more_layers_than_there_are():
 
 
 def test_heads_that_do_not_divide():
-    point = AttachmentPoint("attention", D, attention=registry.Attention(D, 4, 3, 4))
+    point = AttachmentPoint("attention", "attention", attention=registry.Attention(D, 4, 3, 4))
     for method in (aj.LlamaAdapter("attention"), aj.PrefixTuning("attention")):
         with raises(aj.RecipeError, "'attention'", "4 query heads", "3 key heads"):
             method.leaves(point)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.prompt import inserted
+from adapters_jax.placement import Visit
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.flow import Trace
 from adapters_jax.trace.heads import Inline
@@ -45,9 +45,9 @@ class Attending(NamedTuple):
     why_not: str
 
     @property
-    def point(self) -> AttachmentPoint:
-        """Where prompts attach."""
-        return AttachmentPoint(self.path, attention=self.sizes, no_attention=self.why_not)
+    def visit(self) -> Visit:
+        """What the run shows where prompts attach."""
+        return Visit(self.path, attention=self.sizes, no_attention=self.why_not)
 
 
 def attentions_of(
@@ -142,7 +142,7 @@ def prompted(
                 return named(mixed, path)  # while prompts are placed; see `reaching`
             _, leaves = layered.arrays[number]
             pairs = zip(prompts[number], leaves, strict=True)
-            each = [(method, own, AttachmentPoint(path)) for method, own in pairs]
+            each = [(method, own, Visit(path).at(method)) for method, own in pairs]
             return inserted(each, inline, mixed)
 
         with watched(insert, layered) as watch:

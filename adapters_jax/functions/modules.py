@@ -21,9 +21,8 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.functions.attention import Attending, Held, prompted
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import Method, outputs
-from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.prompt import inserted
-from adapters_jax.placement import on_outputs
+from adapters_jax.placement import Visit, on_outputs
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace import calls
 from adapters_jax.trace.calls import Returned
@@ -104,14 +103,14 @@ class Calls:
             return self._seen(path, module, arrays, run, args, kwargs)
         methods = [m for m in self.interceptor.recipe.at(path) if m.slot in held]
         leaves = {m: {n: flatten(held[m.slot])[n] for n in m.leaf_names} for m in methods}
-        point = AttachmentPoint(path)
-        prompts = [(m, leaves[m], point) for m in methods if m.acts_on == "attention"]
+        visit = Visit(path)
+        prompts = [(m, leaves[m], visit.at(m)) for m in methods if m.acts_on == "attention"]
         again = run
         if prompts:
             again = functools.partial(_prompted, prompts, path, module, run)
         y = again(*args, **kwargs)
         acting = [
-            (m, functools.partial(_forward, m, leaves[m], point))
+            (m, functools.partial(_forward, m, leaves[m], visit))
             for m in methods
             if m.acts_on == "output"
         ]
@@ -129,10 +128,8 @@ class Calls:
         own = {name: tuple(x.shape) for name, x in arrays().items()}
         returned = Returned.of(calls.input_of(module, args, kwargs), y)
         why = found.why_not() if prompts and not found.attention else ""
-        point = AttachmentPoint(
-            path, own=own, attention=found.attention, no_attention=why, returned=returned
-        )
-        self.interceptor.visited[path] = (module, point)
+        visit = Visit(path, own, None, found.attention, why, returned)
+        self.interceptor.visited[path] = (module, visit)
         # The layer axes that a module is stacked on are those that its code does not see. A tied
         # array, as of `eqx.nn.Shared`, is in the tree only where it is kept.
         known = ((self.shapes.get(join(path, name)), shape) for name, shape in own.items())
@@ -147,8 +144,8 @@ class Calls:
             RecipeError: such a method has dropout.
         """
         found = {}
-        for path, (_, point) in self.interceptor.visited.items():
-            for each in on_outputs(self.interceptor.recipe, point) if path in self.layers else ():
+        for path, (_, visit) in self.interceptor.visited.items():
+            for each in on_outputs(self.interceptor.recipe, visit) if path in self.layers else ():
                 if each.method.dropout:
                     raise RecipeError(
                         f"{type(each.method).__name__} has dropout {each.method.dropout} and "
@@ -164,7 +161,7 @@ class Calls:
         for each in attentions:
             # One whose weights are at the top belongs to the function itself, a module like others.
             if each.path:
-                self.interceptor.visited[each.path] = (each, each.point)
+                self.interceptor.visited[each.path] = (each, each.visit)
                 self.layers[each.path] = each.layers
 
 
@@ -182,14 +179,13 @@ def _prompted(
 def _forward(
     method: Method,
     leaves: Mapping[str, Any],
-    point: AttachmentPoint,
+    visit: Visit,
     again: Any,
     x: Any,
     y: Any,
 ) -> Any:
     """Applies a method to an output."""
-    at = AttachmentPoint(point.path, y.shape[-1], again=again)
-    return method.forward(leaves, at, x, y)
+    return method.forward(leaves, visit.at(method, width=y.shape[-1], again=again), x, y)
 
 
 @contextlib.contextmanager
@@ -240,7 +236,7 @@ def _held(recipe: Recipe, params: Tree, own: Mapping[str, Any]) -> dict[str, dic
     found: dict[str, dict[str, Any]] = {}
     leaves = {path: x for path, x in flatten(params).items() if path not in own}
     for path, owner in recipe.owners(leaves).items():
-        if owner.method.acts_on != "leaf" and owner.module:  # the function itself is linen's
+        if owner.method.acts_on != "weight" and owner.module:  # the function itself is linen's
             slots = found.setdefault(owner.module, {})
             slots.setdefault(owner.method.slot, {})[owner.name] = leaves[path]
     return {path: {s: unflatten(x) for s, x in slots.items()} for path, slots in found.items()}

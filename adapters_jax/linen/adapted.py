@@ -187,7 +187,7 @@ class Adapted(nn.Module):
         """Adapts the calls of submodules; changed weights without dropout need no look at them."""
         inner: Any = self.inner
         init, methods = self.is_initializing(), self.recipe.attached
-        if not init and not any(m.acts_on != "leaf" or m.dropout for m in methods):
+        if not init and not any(m.acts_on != "weight" or m.dropout for m in methods):
             return contextlib.nullcontext()
         interceptor = inner.scope.flags.get(Interceptor.flag(inner))
         if interceptor is None or interceptor.recipe != self.recipe:

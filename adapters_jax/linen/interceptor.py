@@ -23,7 +23,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.methods.prompt import inserted
-from adapters_jax.placement import Placement, taken
+from adapters_jax.placement import Placement, Visit, taken
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.calls import Returned
@@ -72,7 +72,7 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def _forward(
     module: Any,
     method: Method,
-    point: AttachmentPoint,
+    visit: Visit,
     evaluation: bool | None,
     again: Callable[[Any], Array],
     x: Any,
@@ -80,7 +80,7 @@ def _forward(
 ) -> Array:
     """Applies a method to an output, in a scope in which its leaves' names are free."""
     scope = module.scope.push(method.slot, reuse=True)
-    point = dataclasses.replace(point, width=y.shape[-1], again=again)
+    point = visit.at(method, width=y.shape[-1], again=again)
     return run_method(module, scope, method, point, x, y, evaluation)
 
 
@@ -132,7 +132,7 @@ class Interceptor:
         at: the path of the model in a larger one, to which the recipe's patterns refer.
 
     Attributes:
-        visited: the modules that were called, each with its attachment point, by path.
+        visited: the modules that were called, each with its `Visit`, by path.
         reached: the paths of those whose results the outputs depend on, where `seen` ran the model.
         uncalled: the modules of which other functions than `__call__` ran, by path.
 
@@ -153,7 +153,7 @@ class Interceptor:
 
     def __init__(self, recipe: Recipe, module: Any, init: bool, at: str = ""):
         self.recipe, self.root, self.at = recipe, tuple(module.scope.path), at
-        self.visited: dict[str, tuple[Any, AttachmentPoint]] = {}
+        self.visited: dict[str, tuple[Any, Visit]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
         self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
         self.init = init
@@ -225,18 +225,17 @@ class Interceptor:
         """The output after every method that targets the module and acts on its output."""
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
         x = calls.input_of(module, args, kwargs)
-        point = dataclasses.replace(
-            point_of(module, path, x, y),
-            attention=here.attention,
-            no_attention=here.no_attention,
-        )
+        leaves = unboxed_leaves(module.scope.variables().get("params", {}))
+        own = {name: leaf.shape for name, leaf in leaves.items()}
+        precision, returned = getattr(module, "precision", None), Returned.of(x, y)
+        visit = Visit(path, own, precision, here.attention, here.no_attention, returned)
         if self.init and path not in self.visited:
-            self._refuse_taken_names(module, point, methods)
-        self.visited[path] = (module, point)
+            self._refuse_taken_names(module, visit, methods)
+        self.visited[path] = (module, visit)
         acting = [
-            (method, functools.partial(_forward, module, method, point, here.evaluation))
+            (method, functools.partial(_forward, module, method, visit, here.evaluation))
             for method in methods
-            if method.fits(outputs.seen_by(method, point)) or _has_leaves(module, method)
+            if visit.point(method) or _has_leaves(module, method)
         ]
         again = calls.with_input(run, module, args, kwargs)
         y = outputs.adapted(acting, path, again, x, y)
@@ -259,13 +258,13 @@ class Interceptor:
                 y = run(*args, **kwargs)
             here.no_attention = "" if here.attention else registry.why_not(names)
             return y
-        point = AttachmentPoint(path, precision=getattr(module, "precision", None))
-        each = [(m, _held(module, m), point) for m in prompts if _has_leaves(module, m)]
+        visit = Visit(path, precision=getattr(module, "precision", None))
+        each = [(m, _held(module, m), visit.at(m)) for m in prompts if _has_leaves(module, m)]
 
         def make(sizes: Attention) -> None:
             if self.init and not each:
-                sized = dataclasses.replace(point, attention=sizes)
-                each.extend((m, self._made(module, m, sized), point) for m in prompts)
+                sized = dataclasses.replace(visit, attention=sizes)
+                each.extend((m, self._made(module, m, sized), visit.at(m)) for m in prompts)
 
         def insert(inline: Inline, mixed: Array) -> Array:
             # flax makes no parameters in there; a single head may be one of several.
@@ -289,10 +288,11 @@ class Interceptor:
                 found.check(type(each[0][0]).__name__, path, module)
         return y
 
-    def _made(self, module: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
+    def _made(self, module: Any, method: Method, visit: Visit) -> dict[str, Array]:
         """The initial arrays of a prompt."""
-        if point.path not in self.visited:
-            self._refuse_taken_names(module, point, [method])
+        if visit.path not in self.visited:
+            self._refuse_taken_names(module, visit, [method])
+        point = visit.at(method, attention=visit.attention)
         return leaves_in(module.scope.push(method.slot, reuse=True), method, point)
 
     def _attend(
@@ -323,26 +323,24 @@ class Interceptor:
         width = calls.input_of(projection, *given).shape[-1]
         here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])
         precision = getattr(module, "precision", None)
-        point = AttachmentPoint(path, precision=precision, attention=here.attention)
+        visit = Visit(path, precision=precision, attention=here.attention)
         methods = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
         if self.init and path not in self.visited:
-            self._refuse_taken_names(module, point, methods)
+            self._refuse_taken_names(module, visit, methods)
         for method in methods:
             scope = module.scope.push(method.slot, reuse=True)
+            point = visit.at(method, attention=here.attention)
             leaves = leaves_in(scope, method, point)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
             function = functools.partial(method.attend, leaves, point, project, function)
         return function(query, key, *args, **kwargs)
 
-    def _refuse_taken_names(
-        self, module: Any, point: AttachmentPoint, methods: Sequence[Method]
-    ) -> None:
+    def _refuse_taken_names(self, module: Any, visit: Visit, methods: Sequence[Method]) -> None:
         """Raises RecipeError where the base already uses the name of a method's leaves."""
         for method in methods:
             held = module.scope.get_variable("params", method.slot) is not None
-            fits = method.fits(outputs.seen_by(method, point))
-            if held and (fits or _has_leaves(module, method)):
-                raise taken(point.path, method)
+            if held and (visit.point(method) or _has_leaves(module, method)):
+                raise taken(visit.path, method)
 
 
 def leaves_in(scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
@@ -413,16 +411,6 @@ def without_adapters(
         return run(*args, **kwargs)
     finally:
         scope._variables["params"] = kept
-
-
-def point_of(module: Any, path: str, x: Any, y: Any) -> AttachmentPoint:
-    """The attachment point of a module that has just returned y for the input x."""
-    variables = module.scope.variables().get("params", {})
-    own = {name: x.shape for name, x in unboxed_leaves(variables).items()}
-    weight = next((name for name, shape in own.items() if len(shape) > 1), "")
-    precision = getattr(module, "precision", None)
-    returned = Returned.of(x, y)
-    return AttachmentPoint(path, 0, weight, None, own, precision, returned=returned)
 
 
 def unboxed_leaves(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Bottleneck(nn.Module):
             norm_after=self.norm_after,
         )
         y = x if y is None else y
-        point = AttachmentPoint("/".join(self.path), x.shape[-1])
+        point = AttachmentPoint("output", "/".join(self.path), width=x.shape[-1])
         return run_method(self, self.scope, method, point, x, y, deterministic)
 
 
@@ -137,7 +137,7 @@ class LoRADense(nn.Dense):
         method, module = self.method(), cast(Any, self)
         kernel = nn.meta.unbox(module.scope.get_variable("params", "kernel"))
         path, own = "/".join(self.path), {"kernel": kernel.shape}
-        point = AttachmentPoint(path, weight="kernel", axes=Axes((0,), (1,)), own=own)
+        point = AttachmentPoint("weight", path, own, weight="kernel", axes=Axes((0,), (1,)))
         if not module.scope.has_variable("params", "lora"):
             placed = Placement(
                 method, path, "", weight="kernel", shape=kernel.shape, axes=point.axes

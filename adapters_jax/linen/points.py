@@ -51,21 +51,21 @@ def points_of(
     shapes = {path: tuple(x.shape) for path, x in own.items()}
     layers = _layers(interceptor, shapes)
     found: list[Placement] = chosen(recipe, reads, shapes, layers) if reads else []
-    for _, point in interceptor.visited.values():
-        found += [_as_grown(each, whole) for each in on_outputs(recipe, point)]
+    for _, visit in interceptor.visited.values():
+        found += [_as_grown(each, whole) for each in on_outputs(recipe, visit)]
     called = {path: module for path, (module, _) in interceptor.visited.items()}
-    points = {path: point for path, (_, point) in interceptor.visited.items()}
+    visits = {path: visit for path, (_, visit) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
     given = flatten(params or {})
     unused = {p: x for p, x in given.items() if p not in own} if own.keys() <= given.keys() else {}
     every = {**{path: Tracked(path) for path in unused}, **reads}
-    check_targets(recipe, found, modules, points, every, {**own, **unused}, {}, layers)
+    check_targets(recipe, found, modules, visits, every, {**own, **unused}, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
     numbered = numbered_paths(like)
     held = {*own, *(above for path in own for above in around(path))}
     for each in found:
-        if each.method.acts_on == "leaf":
+        if each.method.acts_on == "weight":
             if join(each.module, each.method.slot) in held:
                 raise taken(each.module, each.method)
             if each.weight_path in numbered:
@@ -107,7 +107,7 @@ def _runs(
     whole = flatten(tree)
     owners = recipe.owners(whole)
     for owner in owners.values():
-        if owner.method.acts_on == "leaf":  # none of them is there yet
+        if owner.method.acts_on == "weight":  # none of them is there yet
             raise taken(owner.module, owner.method)
     own = {path: x for path, x in whole.items() if path not in owners}
     if not changing:
@@ -125,8 +125,8 @@ def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, 
 def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """How many layer axes the leaves of each module are stacked on, by what its code saw."""
     found = {}
-    for path, (_, point) in interceptor.visited.items():
-        for name, inside in point.own.items():
+    for path, (_, visit) in interceptor.visited.items():
+        for name, inside in visit.own.items():
             outside = shapes.get(join(path, name), inside)
             found[path] = max(len(outside) - len(inside), 0)
     return found

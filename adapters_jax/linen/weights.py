@@ -40,7 +40,7 @@ def changed_weights(
     flat = flatten(params)
     shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flat.items()}
     changes: dict[str, list[Any]] = {path: [] for path, leaf in flat.items() if is_quantized(leaf)}
-    attached = [each for each in placements if each.method.acts_on == "leaf"]
+    attached = [each for each in placements if each.method.acts_on == "weight"]
     owned = own_leaves(shapes)
     for each in attached:
         weight = flat[each.weight_path]

@@ -16,52 +16,53 @@ from adapters_jax.errors import RecipeError, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
 from adapters_jax.methods.settings import check_fields
 from adapters_jax.targets import as_patterns
-from adapters_jax.trace.calls import Returned
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.quantized import is_quantized
 
 Leaves = Mapping[str, Any]
+Kind = Literal["output", "attention", "weight"]  # of what a method adapts
 
 
 @dataclass(frozen=True)
 class AttachmentPoint:
-    """One module of a model, as a method sees it.
+    """What a method adapts in a model: the output of a module, its attention, or a weight in it.
 
     Attributes:
-        path: path of the module, or of a leaf where several of the module's are adapted.
-        width: size of the last axis of the output that the method acts on, d; 0 where the module
-            returns no array of floats, or several, and it is not plain which one is meant.
-        weight: name of the weight that a `LeafMethod` changes; empty for a module without one.
-        axes: the roles of that weight's axes; None for a module without one.
+        kind: "output", "attention" or "weight": what the method's `acts_on` says.
+        path: the path of the target, which the patterns of settings such as `rank_pattern` match:
+            of the module; or of the weight, where several of the module's are adapted, or where the
+            recipe names it.
         own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
-        attention: the sizes of the module's attention; None where it has none for a prompt.
-        no_attention: why it has none, as the end of a sentence; empty where that is not known.
-        again: runs the module, with the methods before this one, on another input, and gives the
-            output that the method acts on; None outside of a call.
-        returned: what the module's `__call__` returned, as shapes; None where it did not run.
-        biases: the names of the module's leaves that are added to the weight's products; None where
-            no run of the model showed it.
+        width: of an output, the size of its last axis, d.
+        again: of an output in a call, runs the module, with the methods before this one, on another
+            input, and gives its output.
+        attention: of an attention, its sizes; None in the calls of modules that compute it in line,
+            until they come to it.
+        weight: of a weight, its name in the module.
+        axes: of a weight, the roles of its axes.
+        biases: of a weight, the names of the module's leaves that are added to its products; None
+            where no run of the model showed it.
 
     Example:
-        >>> AttachmentPoint("mlp/up", weight="kernel", own={"kernel": (768, 3072)}).weight_shape
-        (768, 3072)
+        >>> point = AttachmentPoint("weight", "up", {"kernel": (8, 32)}, weight="kernel")
+        >>> point.weight_shape
+        (8, 32)
     """
 
+    kind: Kind
     path: str
-    width: int = 0
-    weight: str = ""
-    axes: Axes | None = None
     # A mapping of shapes cannot be hashed, so points are made anew and never static arguments of
     # jit.
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
-    attention: Attention | None = None
-    no_attention: str = ""
+    width: int = 0
     again: Callable[[Array], Array] | None = None
-    returned: Returned | None = None
+    attention: Attention | None = None
+    weight: str = ""
+    axes: Axes = field(default=Axes((), ()))
     biases: tuple[str, ...] | None = ()
 
     @property
@@ -124,7 +125,6 @@ class Method:
         slot: see above; a subclass of a method may share its slot.
         leaf_names: the names of the leaves, `"scale"` or `"down/kernel"`; a class variable or a
             property. Every attachment point has all of them.
-        fits(point): whether it can attach to a module; called for every module, targeted or not.
         leaves(point): a `Leaf` for each name.
         count(path, shapes, weight): the closed form of the parameters at one module, computed
             from the settings; the audit compares it with the arrays.
@@ -134,6 +134,8 @@ class Method:
             `LeafMethod` and have `changes`.
 
     Optional:
+        fits(point): whether it can attach to an output or attention; by default, to all. It is
+            called for those of every module, targeted or not.
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
         dropout: a probability; `forward` gets a key only where it is above zero, while training.
         output: the path of the output that `forward` acts on, where modules return several.
@@ -166,8 +168,6 @@ class Method:
         ... class Gain(aj.Method):
         ...     '''Multiplies every output by a trained number.'''
         ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
-        ...     def fits(self, point):
-        ...         return point.width > 0
         ...     def leaves(self, point):
         ...         return {"scale": Leaf((point.width,), arrays.ones)}
         ...     def count(self, path, shapes, weight):
@@ -187,7 +187,7 @@ class Method:
     name: ClassVar[str]
     slot: ClassVar[Any]  # a name, or None
     stated: ClassVar[tuple[str, ...]] = ("targets",)
-    acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "output"
+    acts_on: ClassVar[Kind] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
     paper: ClassVar[str] = ""
     size_fields: ClassVar[tuple[str, ...]] = ()
@@ -237,8 +237,8 @@ class Method:
         return ""
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the method can attach to a module."""
-        return False
+        """Whether the method can attach to an output or an attention."""
+        return True
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module, as the end of a sentence."""
@@ -449,9 +449,9 @@ def missing_members(cls: type[Method]) -> list[str]:
     """The names of the members that a class lacks to be a method."""
     lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
-        run = {"attention": "attend", "leaf": "changes"}.get(cls.acts_on, "forward")
+        run = {"attention": "attend", "weight": "changes"}.get(cls.acts_on, "forward")
         # An inherited stub counts as missing: it would add nothing to a model, in silence.
-        members = ("leaf_names", "fits", "leaves", "count", run)
+        members = ("leaf_names", "leaves", "count", run)
         lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
         abstract = "__isabstractmethod__"  # of a base class between, such as `Prompt`
         lacking += [n for n in dir(cls) if getattr(getattr(cls, n, None), abstract, False)]

@@ -137,12 +137,8 @@ class Bottleneck(Method):
         return tuple(name for name in _NORMS if getattr(self, name))
 
     def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module returns one array of floats that is plainly meant.
-
-        `placement="norm"` runs the module twice, and needs one that is not a linear layer.
-        """
-        alone = self.placement != "norm" or not point.weight
-        return point.width > 0 and alone
+        """Whether `placement` fits the module: for "norm" it must not be a linear layer."""
+        return self.placement != "norm" or all(len(shape) < 2 for shape in point.own.values())
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
-from adapters_jax.methods.leaf import axes_of
 from adapters_jax.methods.lora import LoRA
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Change, Changed, Scale
@@ -54,7 +53,7 @@ class DoRA(LoRA):
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors, and the magnitude of the weight's output axes."""
-        axes, shape = axes_of(point), point.weight_shape
+        axes, shape = point.axes, point.weight_shape
         # Each layer and each expert has a magnitude for each of its outputs.
         own = tuple(shape[i] for i in (*axes.shared, *axes.outputs))
         return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
@@ -63,7 +62,7 @@ class DoRA(LoRA):
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep in the base."""
-        magnitude = axes_of(point).norm(weight)
+        magnitude = point.axes.norm(weight)
         factors, rest = super().start(leaves, point, weight)
         return {**factors, "magnitude": magnitude}, rest
 
@@ -95,7 +94,7 @@ class DoRA(LoRA):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change, then the ratio of the magnitude to the norm."""
-        axes, (change,) = axes_of(point), super().changes(leaves, point, weight, key)[point.weight]
+        axes, (change,) = point.axes, super().changes(leaves, point, weight, key)[point.weight]
         # Section 4.3: the norm is a constant for the gradient, which saves a backward pass through
         # a formed weight. The weight itself is frozen.
         fixed = jax.tree.map(jax.lax.stop_gradient, (change,))

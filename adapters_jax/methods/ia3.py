@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
-from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
+from adapters_jax.methods.leaf import LeafMethod, Shapes
 from adapters_jax.targets import selects
 from adapters_jax.weights.axes import Axes, last_axes
 from adapters_jax.weights.changes import Change, Scale
@@ -87,7 +87,7 @@ class IA3(LeafMethod):
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The scale of the weight's output axes, or of its input axes."""
-        scaled = self.roles(axes_of(point), point.path)
+        scaled = self.roles(point.axes, point.path)
         return {"scale": Leaf(tuple(point.weight_shape[i] for i in scaled), arrays.ones)}
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
@@ -124,7 +124,7 @@ class IA3(LeafMethod):
         for name in self.names(point):
             axes = tuple(range(scale.ndim))  # of a bias
             if name == point.weight:
-                axes = self.roles(axes_of(point), point.path)
+                axes = self.roles(point.axes, point.path)
             found[name] = (Scale(Factor(scale, axes)),)
         return found
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
+from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Change, Changed
 
@@ -28,11 +27,7 @@ class LeafMethod(Method):
         infer(shapes, weight, path): the roles of the weight's axes by the shapes of its arrays.
     """
 
-    acts_on: ClassVar[Literal["output", "attention", "leaf"]] = "leaf"
-
-    def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module has a weight."""
-        return point.axes is not None
+    acts_on: ClassVar[Kind] = "weight"
 
     def why_not(self, module: Any) -> str:
         """Why the method cannot attach to a module."""
@@ -101,10 +96,3 @@ class LeafMethod(Method):
             # A method may also name leaves, such as biases, that this module does not have.
             if name in own
         }
-
-
-def axes_of(point: AttachmentPoint) -> Axes:
-    """The roles of the axes of the weight at a point; raises RecipeError where it has none."""
-    if point.axes is None:
-        raise RecipeError(f"the module at {point.path!r} has no weight that is known")
-    return point.axes

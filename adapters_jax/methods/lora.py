@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
-from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
+from adapters_jax.methods.leaf import LeafMethod, Shapes
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
 from adapters_jax.weights.axes import Axes, from_factors
@@ -140,7 +140,7 @@ class LoRA(LeafMethod):
         Raises:
             RecipeError: the rank exceeds the weight's fan-in or fan-out, or slices do not fit it.
         """
-        axes, rank, shape = axes_of(point), self.rank_at(point.path), point.weight_shape
+        axes, rank, shape = point.axes, self.rank_at(point.path), point.weight_shape
         fan_in, fan_out, _ = axes.sizes(shape)
         b_shape = axes.b_shape(shape, rank)
         if self.slices:
@@ -162,7 +162,7 @@ class LoRA(LeafMethod):
 
     def _sliced(self, point: AttachmentPoint) -> int:
         """The total width of the slices; raises RecipeError where they do not fit."""
-        outputs = tuple(point.weight_shape[i] for i in axes_of(point).outputs)
+        outputs = tuple(point.weight_shape[i] for i in point.axes.outputs)
         if len(outputs) != 1 or self.slices[-1][1] > outputs[0]:
             raise RecipeError(
                 f"LoRA: slices {self.slices} do not fit {point.path!r}, whose outputs are "
@@ -176,7 +176,7 @@ class LoRA(LeafMethod):
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
         if self.a_init != "pissa":
             return dict(leaves), weight
-        axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
+        axes, rank, scale = point.axes, self.rank_at(point.path), self.scale_at(point.path)
         # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
         a, b, _ = arrays.nearest_factors(axes.as_matrix(weight.astype(jnp.float32)), rank, scale)
         # By default a TPU multiplies float32 in bfloat16, whose error the weight would keep.
@@ -250,7 +250,7 @@ class LoRA(LeafMethod):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change of the weight, one for each slice."""
-        axes = axes_of(point)
+        axes = point.axes
         a, b, scale = Factor(leaves["a"], axes.a), leaves["b"], self.scale_at(point.path)
         if not self.slices:
             whole = LowRank(a, Factor(b, axes.b), None, self.dropout, key, scale)

@@ -2,19 +2,17 @@
 
 Where a module returns several, its methods act on the only array of floats, or else the only one
 that has the shape of the module's input, unless their `output` says which. The rest is returned as
-it is. Both APIs use this file, for calls and, on shapes, for the width of what a method adapts.
+it is. Both APIs use this file.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from flax import linen, nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods.base import AttachmentPoint, Method
+from adapters_jax.methods.base import Method
 from adapters_jax.trace.calls import Returned, part_of, with_part
 
 Again = Callable[[Any], Any]
@@ -37,52 +35,6 @@ def as_path(owner: str, output: Any) -> str | None:
             "'hidden_states', or a path of them such as '0/hidden_states'"
         )
     return None
-
-
-def seen_by(method: Method, point: AttachmentPoint) -> AttachmentPoint:
-    """A point with the width of the output that a method acts on."""
-    if method.acts_on != "output":
-        return point
-    where = None if point.returned is None else point.returned.chosen(method.output)
-    if point.returned is None or where is None:
-        return replace(point, width=0)
-    return replace(point, width=point.returned.parts[where].shape[-1])
-
-
-def why_not(method: Method, module: Any, point: AttachmentPoint | None) -> str:
-    """Why a method cannot attach to a module.
-
-    Args:
-        method: the method.
-        module: the module.
-        point: its attachment point; None where it has none, since its `__call__` did not run.
-    """
-    if method.acts_on == "attention" and point is not None and point.no_attention:
-        return f"{type(module).__name__} {point.no_attention}"
-    if method.acts_on != "output":
-        return method.why_not(module)
-    name, owner = type(module).__name__, type(method).__name__
-    if point is None or point.returned is None:
-        own = _functions(module)
-        others = f"; {name} has the functions {', '.join(own)}" if own else ""
-        if not callable(module):
-            return f"{name} has no `__call__`, on whose output {owner} acts{others}"
-        return (
-            f"{name} did not run its `__call__`, on whose output {owner} acts; pass inputs that "
-            f"run it, in NNX as example_inputs=(...){others}"
-        )
-    if point.returned.chosen(method.output) is None:
-        return f"{name} {point.returned.why_not(method.output)}"
-    return method.why_not(module)
-
-
-def _functions(module: Any) -> list[str]:
-    """The names of the public functions of a module's own class; none of flax's own layers."""
-    if type(module).__module__.startswith("flax."):
-        return []
-    known = {*dir(linen.Module), *dir(nnx.Module), "setup"}
-    own = [name for name in dir(type(module)) if not name.startswith("_") and name not in known]
-    return [name for name in own if callable(getattr(type(module), name))]
 
 
 def adapted(

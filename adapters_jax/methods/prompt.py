@@ -3,14 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Leaves, Method, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method, zeros_like
 from adapters_jax.methods.mixed import counting
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
@@ -43,12 +43,8 @@ class Prompt(Method):
     `context.total`, and its own `attend`, since attention functions do not give that.
     """
 
-    acts_on: ClassVar[Literal["output", "attention"]] = "attention"
+    acts_on: ClassVar[Kind] = "attention"
     shares_softmax: ClassVar[bool] = False
-
-    def fits(self, point: AttachmentPoint) -> bool:
-        """Whether the module computes an attention."""
-        return point.attention is not None
 
     @abstractmethod
     def tokens(

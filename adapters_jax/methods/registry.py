@@ -38,7 +38,7 @@ def register_method(cls: M) -> M:
         ...     '''Multiplies every output by a trained number.'''
         ...     name, slot, leaf_names = "gain", "gain", ("scale",)
         Traceback (most recent call last):
-        TypeError: register_method: Gain lacks fits, leaves, count, forward; help(aj.Method) ...
+        TypeError: register_method: Gain lacks leaves, count, forward; help(aj.Method) ...
     """
     owner = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, Method) and _is_own_dataclass(cls)):

@@ -209,7 +209,7 @@ def _adapted(
     found, frozen = points_of(bare, recipe, inputs), params_of(bare)
     attached, others = found.attached, _other_names(bare, {**found.modules, **frozen})
     check_targets(
-        recipe, attached, found.modules, found.points, found.reads, frozen, others, found.layers
+        recipe, attached, found.modules, found.visits, found.reads, frozen, others, found.layers
     )
     check_reached(attached, found.reached)
     check_nested(attached)
@@ -254,7 +254,7 @@ def _grown(
     for path in recipe.trained(frozen):
         frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
     adapted.adapter_recipe = whole
-    if any(method.acts_on != "leaf" for method in whole.attached):
+    if any(method.acts_on != "weight" for method in whole.attached):
         for path, module in modules_of(adapted).items():
             if isinstance(module, bridge.ToNNX):
                 setattr(module, INSIDE, (path, whole))

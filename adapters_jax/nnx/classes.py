@@ -196,7 +196,7 @@ def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
 def _without_leaves(module: Any) -> dict[str, Any]:
     """Takes the methods on weights from a module, and returns the attributes that they had."""
     weights, held = leaf_names(module), holds(module)
-    rest = tuple(each for each in held if each.method.acts_on != "leaf")
+    rest = tuple(each for each in held if each.method.acts_on != "weight")
     slots = {each.nodes[0] for each in held} - {each.nodes[0] for each in rest}
     taken = {slot: vars(module).pop(slot) for slot in slots}
     # A dictionary of flax lists all of its attributes as its parts.
@@ -342,7 +342,7 @@ def _changed_names(module: Any) -> set[str]:
 
 def leaf_names(module: Any) -> set[str]:
     """The names of a module's own weights that its methods change."""
-    leaf = [held for held in holds(module) if held.method.acts_on == "leaf"]
+    leaf = [held for held in holds(module) if held.method.acts_on == "weight"]
     return {name for held in leaf for name in held.method.names(point_of(module, held))}
 
 

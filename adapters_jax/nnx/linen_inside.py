@@ -14,10 +14,9 @@ from flax import linen, nnx
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.linen import Interceptor, seen
-from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.containers import PlainDict, names_of
 from adapters_jax.nnx.graph import holds, leaves_of, original
-from adapters_jax.placement import Placement, on_outputs
+from adapters_jax.placement import Placement, Visit, on_outputs
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_array
 from adapters_jax.trees import flatten, join, unflatten
@@ -61,7 +60,7 @@ def _passed(node: Any) -> dict[Any, Any]:
             is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
             parts[key] = jax.tree.map(_of_flax, getattr(node, name), is_leaf=is_leaf)
     for held in holds(node):
-        if held.method.acts_on != "leaf":
+        if held.method.acts_on != "weight":
             leaves = leaves_of(node, held)
             parts[held.nodes[0]] = unflatten({name: nnx.Param(x) for name, x in leaves.items()})
     return parts
@@ -122,13 +121,13 @@ class Inside(NamedTuple):
     Attributes:
         attached: each method on each linen module.
         modules: the linen modules by path.
-        points: their attachment points.
+        visits: what the runs show of them.
         reached: those whose results the model's outputs depend on.
     """
 
     attached: list[Placement]
     modules: dict[str, Any]
-    points: dict[str, AttachmentPoint]
+    visits: dict[str, Visit]
     reached: set[str]
 
 
@@ -144,16 +143,16 @@ def inside(recipe: Recipe, calls: Sequence[LinenCall], reached: Container[str]) 
         RecipeError: one of them has dropout.
     """
     found = Inside([], {}, {}, set())
-    for call in calls if any(m.acts_on != "leaf" for m in recipe.attached) else ():
+    for call in calls if any(m.acts_on != "weight" for m in recipe.attached) else ():
         interceptor, variables = seen(call.module.to_nnx__module, recipe, call.inputs, call.path)
         shapes = {path: x.shape for path, x in flatten(variables.get("params", {})).items()}
         shapes = {join(call.path, path): shape for path, shape in shapes.items()}
-        new = {p: x for p, x in interceptor.visited.items() if p not in found.points}
+        new = {p: x for p, x in interceptor.visited.items() if p not in found.visits}
         found.modules.update({path: module for path, (module, _) in new.items()})
-        found.points.update({path: point for path, (_, point) in new.items()})
+        found.visits.update({path: visit for path, (_, visit) in new.items()})
         found.reached.update(interceptor.reached if call.path in reached else ())
-        for point in (point for _, point in new.values()):
-            found.attached.extend(_stacked(x, call, shapes) for x in on_outputs(recipe, point))
+        for visit in (visit for _, visit in new.values()):
+            found.attached.extend(_stacked(x, call, shapes) for x in on_outputs(recipe, visit))
     return found
 
 

@@ -46,7 +46,7 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, features: int, bottleneck_dim: int, *, rngs: nnx.Rngs, **fields: Any):
         self.method = methods.Bottleneck("**", bottleneck_dim, **fields)
-        self.point = AttachmentPoint("", features)
+        self.point = AttachmentPoint("output", "", width=features)
         placed = Placement(self.method, "", "", width=features).with_arrays()
         for name, child in children_of(placed, rngs).items():
             setattr(self, name, child)

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import bridge
 
-from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.nnx.graph import READ, copy, marking, modules_of, own_params, params_of
 from adapters_jax.nnx.known import known_weight, last_axis
 from adapters_jax.nnx.linen_inside import LinenCall, called, inside
 from adapters_jax.nnx.seen import Marked, Seen
-from adapters_jax.placement import Placement, chosen, on_outputs, own_leaves
+from adapters_jax.placement import Placement, Visit, chosen, on_outputs, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around
 from adapters_jax.trace import calls, registry
@@ -41,7 +40,7 @@ class Points(NamedTuple):
     Attributes:
         attached: each method on each module or weight.
         modules: all modules by path, linen's inside too where example inputs show them.
-        points: the attachment point of every module, for methods on outputs and attention.
+        visits: what the run shows of every module.
         reads: how the model reads its weights, by path.
         layers: how many layer axes each module is stacked on.
         reached: the paths of modules whose results the model's outputs depend on; all, where no
@@ -51,7 +50,7 @@ class Points(NamedTuple):
 
     attached: list[Placement]
     modules: dict[str, Any]
-    points: dict[str, AttachmentPoint]
+    visits: dict[str, Visit]
     reads: dict[str, Tracked]
     layers: dict[str, int]
     reached: Container[str]
@@ -75,33 +74,30 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
     )
     shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
     axes, owned = _roles(run.reads, shapes), own_leaves(shapes)
-    points, layers = {}, {}
+    visits, layers = {}, {}
     for path, module in modules.items():
         call = run.calls.get(path, Call(None, known[path].layers))
         layers[path] = call.layers
-        own = {name: tuple(x.shape) for name, x in own_params(module).items()}
         n = len(call.layers)
-        weight = next((name for name, shape in own.items() if len(shape) > n + 1), "")
+        own = {name: tuple(x.shape[n:]) for name, x in own_params(module).items()}
         precision = getattr(module, "precision", None)
         sizes = call.attention or (_attention(path, module, axes, owned) if call.attends else None)
         why = "" if sizes else call.no_attention
-        points[path] = AttachmentPoint(
-            path, 0, weight, None, own, precision, sizes, why, returned=call.returned
-        )
+        visits[path] = Visit(path, own, precision, sizes, why, call.returned)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = [
         replace(each, layers=layers.get(each.module, ()))
         for each in chosen(recipe, run.reads, shapes, counts)
     ]
     within = inside(recipe, run.linen, run.reached)
-    for path in [path for path in points if path not in within.points]:
-        found += on_outputs(recipe, points[path], layers[path])
+    for path in [path for path in visits if path not in within.visits]:
+        found += on_outputs(recipe, visits[path], layers[path])
     found += within.attached
     order = {method: i for i, method in enumerate(recipe.attached)}
     found.sort(key=lambda each: order[each.method])
-    modules, points = {**modules, **within.modules}, {**points, **within.points}
+    modules, visits = {**modules, **within.modules}, {**visits, **within.visits}
     reached = {*run.reached, *within.reached}
-    return Points(found, modules, points, run.reads, counts, reached, run.stated)
+    return Points(found, modules, visits, run.reads, counts, reached, run.stated)
 
 
 def _is_float(x: Any) -> bool:

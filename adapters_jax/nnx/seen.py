@@ -72,7 +72,7 @@ def changed_weight(module: Any, name: str, training: bool) -> Changed:
     """A weight of a module with the changes of its methods, whose dropout may be in training."""
     changes: list[Any] = []
     for held in holds(module):
-        if held.method.acts_on == "leaf":
+        if held.method.acts_on == "weight":
             read = functools.partial(_floats, module, held.weight)
             key = key_of(node_of(module, held)) if training else None
             found = held.method.changes(leaves_of(module, held), point_of(module, held), read, key)

@@ -2,6 +2,7 @@
 
 - `placed`: `Placement`, one method on one module or weight, as models and files keep it; and how it
   is read off a tree that says no more.
+- `visits`: what a run shows of a module, and what each method adapts there.
 - `finding`: the placements of a recipe in a model that ran, and checks of its patterns.
 - `counting`: the adapters of a tree, each against the closed form of its method.
 """
@@ -26,6 +27,7 @@ from adapters_jax.placement.placed import (
     in_tree,
     own_leaves,
 )
+from adapters_jax.placement.visits import Visit
 
 __all__ = [
     "Counted",
@@ -34,6 +36,7 @@ __all__ = [
     "Placements",
     "Shape",
     "Shapes",
+    "Visit",
     "check_nested",
     "check_reached",
     "check_targets",

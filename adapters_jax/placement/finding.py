@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from adapters_jax.errors import RecipeError, TargetError
-from adapters_jax.methods import Method, outputs
-from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.methods.leaf import LeafMethod, axes_of
+from adapters_jax.methods import Method
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
+from adapters_jax.placement.visits import Visit, why_not
 from adapters_jax.recipe import Recipe, require_points
 from adapters_jax.targets import around, join, matches, selects
 from adapters_jax.trace.reads import Tracked
@@ -113,7 +113,7 @@ def named_node(placed: Placement, own: Shapes) -> Placement:
     So a tree of arrays is enough to find it again. The shapes of the factors of a square weight
     fit both ways, for example, and its node then names the roles of its axes.
     """
-    placed, axes = placed.with_arrays(), axes_of(placed.point())
+    placed, axes = placed.with_arrays(), placed.point().axes
     roles = placed.method.roles(axes, placed.path)
     stated = f":{axes.text}"
     nodes = ["", stated] if placed.path == placed.module else []
@@ -125,20 +125,18 @@ def named_node(placed: Placement, own: Shapes) -> Placement:
     return replace(placed, path=placed.weight_path, node=placed.weight + stated).with_arrays()
 
 
-def on_outputs(recipe: Recipe, point: AttachmentPoint, layers: Shape = ()) -> Iterator[Placement]:
-    """The placements of the methods that act on the output or attention of the module at a point.
+def on_outputs(recipe: Recipe, visit: Visit, layers: Shape = ()) -> Iterator[Placement]:
+    """The placements of the methods that act on the output or attention of a module.
 
     Args:
         recipe: the recipe.
-        point: the module.
+        visit: the module.
         layers: the layer axes that it is stacked on.
     """
-    for method in recipe.at(point.path):
-        seen = outputs.seen_by(method, point)
-        if method.acts_on != "leaf" and method.fits(seen):
-            width = seen.width if method.acts_on == "output" else 0
-            sizes = seen.attention if method.acts_on == "attention" else None
-            placed = Placement(method, point.path, point.path, width=width, attention=sizes)
+    for method in recipe.at(visit.path):
+        if point := visit.point(method):
+            width, sizes = point.width, point.attention
+            placed = Placement(method, visit.path, visit.path, width=width, attention=sizes)
             yield replace(placed, layers=layers, reaches=True).with_arrays()
 
 
@@ -146,7 +144,7 @@ def check_targets(
     recipe: Recipe,
     found: Sequence[Placement],
     modules: Mapping[str, Any],
-    points: Mapping[str, AttachmentPoint],
+    visits: Mapping[str, Visit],
     reads: Mapping[str, Tracked],
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
@@ -158,8 +156,7 @@ def check_targets(
         recipe: the recipe.
         found: where its methods attach.
         modules: the model's modules by path.
-        points: the attachment points by path of the modules that methods on outputs or attention
-            can attach to.
+        visits: what a run showed of its modules, by path.
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
@@ -196,9 +193,9 @@ def check_targets(
             }
             other |= why
         else:
-            usable = sorted(p for p, x in points.items() if method.fits(outputs.seen_by(method, x)))
+            usable = sorted(path for path, visit in visits.items() if visit.point(method))
             other |= dict.fromkeys((path.rpartition("/")[0] for path in leaves), _NO_MODULE)
-            other |= {p: outputs.why_not(method, x, points.get(p)) for p, x in modules.items()}
+            other |= {p: why_not(method, x, visits.get(p)) for p, x in modules.items()}
         fitting = set(usable)
         unusable = {path: why for path, why in other.items() if path not in fitting}
         _require_own_paths(method, (*usable, *unusable), tied)
@@ -250,7 +247,7 @@ def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
     Raises:
         TargetError: they do not get to some, whose adapters could not train.
     """
-    idle = [x for x in found if x.method.acts_on != "leaf" and x.module not in reached]
+    idle = [x for x in found if x.method.acts_on != "weight" and x.module not in reached]
     if idle:
         paths = ", ".join(each.module or "(the model itself)" for each in idle[:_SHOWN])
         more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""

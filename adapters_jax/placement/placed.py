@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapters_jax.errors import MismatchError
+from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Count
-from adapters_jax.methods.leaf import LeafMethod, axes_of
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import around, join, selects
 from adapters_jax.trace.registry import Attention
@@ -97,13 +97,15 @@ class Placement:
             **fields: further fields of the point, in place of those of the placement.
         """
         known = {self.weight: self.shape} if own is None and self.weight else own or {}
-        first = next((name for name, shape in known.items() if len(shape) > 1), "")
-        weight, axes = self.weight or first, self.axes
-        if axes is not None:
-            axes = axes.inside(axes.ndim - len(known[weight]))
-        seen = {"width": self.width, "attention": self.attention, "biases": self.biases}
-        fields = {**seen, **fields}
-        return AttachmentPoint(self.path, weight=weight, axes=axes, own=known, **fields)
+        kind = self.method.acts_on
+        if kind == "weight":
+            if self.axes is None:
+                raise RecipeError(f"{described(self)} changes a weight, and none is known there")
+            axes = self.axes.inside(self.axes.ndim - len(known[self.weight]))
+            fields = {"weight": self.weight, "axes": axes, "biases": self.biases, **fields}
+        else:
+            fields = {"width": self.width, "attention": self.attention, **fields}
+        return AttachmentPoint(kind, self.path, known, **fields)
 
     def roles(self) -> Any:
         """What of the roles of the weight's axes the method uses; None without a weight."""
@@ -120,7 +122,7 @@ class Placement:
     def with_arrays(self) -> "Placement":
         """The placement with the shapes of its arrays, which follow from the method."""
         # The roles of a weight's axes include its layer axes; outputs are those of one layer.
-        front = () if self.method.acts_on == "leaf" else self.layers
+        front = () if self.method.acts_on == "weight" else self.layers
         leaves = self.method.leaves(self.point())
         return replace(self, arrays=tuple((n, (*front, *leaf.shape)) for n, leaf in leaves.items()))
 
@@ -284,7 +286,7 @@ def located(owner: Owner, parts: Shapes, own: Shapes) -> Placement:
 
 def _biases(placed: Placement, own: Shapes) -> tuple[str, ...] | None:
     """The biases of a weight as far as shapes say it: None where other leaves could be some."""
-    axes = axes_of(placed.point())
+    axes = placed.point().axes
     shape = tuple(placed.shape[i] for i in (*axes.shared, *axes.outputs))
     alike = [name for name, other in own.items() if other == shape and name != placed.weight]
     return tuple(alike) if set(alike) <= {"bias"} else None

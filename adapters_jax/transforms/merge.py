@@ -15,7 +15,7 @@ from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
 from adapters_jax.nnx.graph import frozen_leaves
-from adapters_jax.placement import counted, own_leaves
+from adapters_jax.placement import Placement, counted, own_leaves
 from adapters_jax.recipe import checked_before
 from adapters_jax.trace.inputs import Inputs
 from adapters_jax.training.state import refuse_state
@@ -156,14 +156,14 @@ def _folded(caller: str, model: Any, params: Tree, args: Any, kwargs: Any, chang
     return _nnx(model, change)
 
 
-def _check(method: Method, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
+def _check(placed: Placement, point: AttachmentPoint, own: Mapping[str, Any], line: str) -> None:
     """Raises RecipeError where a method cannot be merged, or the weight is quantised."""
-    if type(method).merged is Method.merged:
-        method.merged({}, point, {})  # raises, with the reason of the method
+    if type(placed.method).merged is Method.merged:
+        placed.method.merged({}, point, {})  # raises, with the reason of the method
     packed = [name for name, leaf in own.items() if is_quantized(leaf)]
     if packed:
         raise RecipeError(
-            f"merge: {join(point.path, packed[0])} is quantised, and in so few bits much of the "
+            f"merge: {join(placed.module, packed[0])} is quantised, and in so few bits much of the "
             f"adapter would be lost; keep them apart, or write {line} for a float base"
         )
 
@@ -195,7 +195,7 @@ def _linen(model: Adapted, params: Tree, args: Any, kwargs: Any, change: _Change
     for each in found:
         own = owned.get(each.module, {})
         point, boxed = each.point(own), {n: merged[join(each.module, n)] for n in own}
-        _check(each.method, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
+        _check(each, point, boxed, "aj.merge(model, aj.dequantize(params), *inputs)")
         leaves = nn.meta.unbox(each.leaves(flat))
         made = change(each.method, leaves, point, nn.meta.unbox(boxed))
         merged |= {
@@ -212,7 +212,7 @@ def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     for module, held, point in adapted_points(merged):
         own = own_params(module)
         raw = {name: x.get_raw_value() for name, x in own.items()}
-        _check(held.method, point, raw, "aj.merge(aj.dequantize(model))")
+        _check(held, point, raw, "aj.merge(aj.dequantize(model))")
         values = {name: x for name, x in raw.items() if x is not None}
         for name, value in change(held.method, leaves_of(module, held), point, values).items():
             own[name].set_raw_value(value)

@@ -139,7 +139,7 @@ def _leaves(
     names = tensor_names(method)
     expected = {
         names[leaf]: list(spec.shape[::-1])
-        for leaf, spec in method.leaves(AttachmentPoint(path, width)).items()
+        for leaf, spec in method.leaves(AttachmentPoint("output", path, width=width)).items()
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
     if shapes != expected:

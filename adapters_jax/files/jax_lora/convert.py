@@ -18,7 +18,6 @@ from adapters_jax.errors import MismatchError, OtherBaseError, RecipeError, User
 from adapters_jax.files.jax_lora.pairs import Flat, Pair, find_pairs, leaves_of, nested
 from adapters_jax.files.module_map import pattern_of, shortest
 from adapters_jax.methods import LoRA
-from adapters_jax.methods.leaf import axes_of
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placement, Placements, in_tree, named_node, own_leaves
@@ -374,7 +373,7 @@ def _matrices(pair: Pair, taken: Mapping[int, int]) -> tuple[jax.Array, jax.Arra
 
 def _theirs(pair: Pair, placed: Placement, flat: Flat) -> tuple[jax.Array, ...]:
     """Our factors in the shapes of a pair of theirs; raises MismatchError where they do not fit."""
-    layout, ours = pair.layout, axes_of(placed.point())
+    layout, ours = pair.layout, placed.point().axes
     a, b = (jnp.asarray(unboxed(flat[path]), jnp.float32) for path in placed.paths().values())
     if a.shape[-1] != pair.rank:
         raise MismatchError(

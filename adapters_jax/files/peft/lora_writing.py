@@ -28,7 +28,6 @@ from adapters_jax.files.peft.parameters import (
     nested,
     their_pair,
 )
-from adapters_jax.methods.leaf import axes_of
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
@@ -118,7 +117,7 @@ def _pairs(added: Placements, leaves: Leaves, problems: list[str]) -> dict[str, 
     """The factors of each weight, by its path."""
     pairs = {}
     for each in added:
-        own = _inputs_first(each.method, axes_of(each.point()), each.leaves(leaves))
+        own = _inputs_first(each.method, each.point().axes, each.leaves(leaves))
         if own is None:
             shape = list(each.shape)
             problems.append(f"{each.path}: PEFT cannot take the axes of its weight {shape}")

@@ -20,9 +20,6 @@ class Shift(aj.Method):
 
     strength: float = 1.0
 
-    def fits(self, point):
-        return point.width > 0
-
     def leaves(self, point):
         return {"bias": aj.Leaf((point.width,), lambda key, shape: jnp.zeros(shape))}
 
