@@ -522,6 +522,14 @@ def test_a_softmax_that_does_not_show_its_logits_has_no_prefix(hidden):
         aj.adapt(NnxModel(style), METHODS["prefix"], rngs=nnx.Rngs(0), example_inputs=(X,))
 
 
+@pytest.mark.parametrize("name", ["heads of two inputs", "two"])
+def test_several_attentions_are_refused_with_what_to_do_instead(name):
+    instead = "aj.LoRA", "aj.Bottleneck", "an axis of heads", "if modules inside it compute one"
+    with raises(aj.TargetError, "computes 2 attentions", *instead):
+        model = aj.adapt(Model(REFUSED[name][0]), aj.LlamaAdapter("attention", K))
+        model.init(jax.random.key(0), X)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_queries_without_the_batch_of_the_keys(method):
     """As of learned latents: they are read with every row of the batch, in which all are alike."""

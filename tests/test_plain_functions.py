@@ -324,6 +324,19 @@ def test_a_bottleneck_says_that_a_function_has_no_modules():
         aj.adapt(decoder, decoder_params(), aj.Bottleneck("layers", 2), example_inputs=(IDS,))
 
 
+def test_several_attentions_of_one_node_are_refused_with_what_to_do_instead():
+    def one(w, x, n):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w[f"{name}{n}"]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("bqhk,bthk->bhqt", q, k))
+        return jnp.einsum("bhqt,bthk->bqhk", weights, v)
+
+    w = {f"{name}{n}": jnp.ones((4, 2, 3)) for name in "qkv" for n in range(2)}
+    prompt = aj.LlamaAdapter("mix", 3)
+    function = lambda p, x: one(p["mix"], x, 0) + one(p["mix"], x, 1)  # noqa: E731
+    with pytest.raises(TargetError, match=r"of 2 attentions.*aj\.LoRA, or keep those of each"):
+        aj.adapt(function, {"mix": w}, prompt, example_inputs=(jnp.ones((1, 5, 4)),))
+
+
 def decoder_by_formula(params, prefix, ids):
     """The decoder in float64, each layer with keys and values of a prefix before its own."""
     w = {path: double(x) for path, x in flatten(params).items()}

@@ -97,7 +97,10 @@ def attentions_of(
         sizes, layers = seen.get(i, (None, ()))
         reason = why
         if several[path] > 1:
-            reason = f"holds the weights of {several[path]} attentions, and prompts act in one"
+            reason = (
+                f"holds the weights of {several[path]} attentions, and prompts act in one; adapt "
+                "them with aj.LoRA, or keep those of each attention in a dictionary of their own"
+            )
         found.append(Attending(path, None if reason else sizes, layers, reason))
     return found
 

@@ -69,8 +69,9 @@ class Found:
         if self.attentions:
             return (
                 f"computes {len(self.attentions)} attentions, which are no single heads of one "
-                "input; target modules inside it that compute one each, or adapt its projections, "
-                "as with aj.LoRA"
+                "input, and prompts act in one; adapt its projections with aj.LoRA or its output "
+                "with aj.Bottleneck, write it as one attention with an axis of heads, or, if "
+                "modules inside it compute one each, target these"
             )
         return (
             "shows no softmax between two products of activations, of queries and keys and then of "
