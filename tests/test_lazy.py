@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from adapters_jax.trace.reads import Read, Tracked
 from adapters_jax.weights import products
-from adapters_jax.weights.axes import Axes, from_factors, from_reads, from_text, last_axes
+from adapters_jax.weights.axes import Axes, fitting, from_reads, from_text, last_axes
 from adapters_jax.weights.changes import Changed, LowRank, Scale
 from adapters_jax.weights.factors import RANK, Factor, contracted
 from adapters_jax.weights.joining import concatenated, stacked
@@ -94,10 +94,14 @@ def test_the_shapes_of_factors_and_back(weight, axes, a, b, sizes, text):
     np.testing.assert_allclose(axes.norm(matrix), norm, rtol=1e-5)
 
 
+def from_factors(a, b, weight, sliced=()):
+    return fitting({"a": a, "b": b}, weight, lambda axes: {"a": axes.a, "b": axes.b}, sliced)
+
+
 def test_factors_that_fit_no_weight():
     for a, b in (((4, 2), (3, 5)), ((3, 2), (2, 5)), ((4, 2), (2, 6)), ((4,), (5,))):
         assert from_factors(a, b, (4, 5)) is None
-    assert from_factors((4, 2), (2, 3), (4, 5), widths=False) == Axes((0,), (1,))
+    assert from_factors((4, 2), (2, 3), (4, 5), sliced="b") == Axes((0,), (1,))
     square = from_factors((4, 2), (2, 4), (4, 4))
     assert square == Axes((0,), (1,))  # of several the first; others have their roles in the path
 

@@ -1,15 +1,30 @@
-"""The methods, one in each file. A new method is one file and one line here."""
+"""The methods, one in each file, and what a method of your own is made of.
 
+A new method is one file and one line here. For methods of other packages:
+
+- `Method` is the contract; `LeafMethod` the base class of methods that change weights, `Prompt` of
+  those that act in attention.
+- `AttachmentPoint`, with the `Axes` of a weight, is what a method adapts; a `Leaf` for each array,
+  and a `Count`, are what it says of itself.
+- `LowRank` and `Scale` are the changes of a weight, of arrays that are a `Factor` each.
+- `arrays` has initialisers, `settings` fields that check their values.
+"""
+
+from adapters_jax.methods import arrays, settings
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.ia3 import IA3
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import LowRank, Scale
+from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
     Bottleneck,
@@ -25,21 +40,29 @@ for _method in (
 __all__ = [
     "IA3",
     "METHODS",
+    "RANK",
     "AttachmentPoint",
+    "Axes",
     "Bottleneck",
     "Count",
     "DoRA",
+    "Factor",
     "Leaf",
+    "LeafMethod",
     "LlamaAdapter",
     "LoRA",
+    "LowRank",
     "Method",
     "PrefixTuning",
     "Prompt",
+    "Scale",
     "Unfreeze",
+    "arrays",
     "bottleneck_parameters",
     "llama_adapter_parameters",
     "lora_parameters",
     "method_named",
     "prefix_parameters",
     "register_method",
+    "settings",
 ]

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method
-from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, Changed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -18,13 +19,51 @@ class LeafMethod(Method):
     """A method that changes a weight: `W' = scale * (W + A B)` in all that reads W.
 
     Its targets are modules, whose weights it changes if they meet an input (float leaves with two
-    or more axes), or leaves by their own path. Its arrays have the layer axes of the weight.
-    Merging is the same change once and for all, so that the merged model computes what the adapted
-    one computes.
+    or more axes), or leaves by their own path. `point.axes` says which axes of the weight meet the
+    input, and which ones the output keeps. Its arrays have the layer axes of the weight, which are
+    among `point.axes.shared`. Merging is the same change once and for all, so that the merged model
+    computes what the adapted one computes.
 
     Required beside `Method`'s name, slot, leaf_names, leaves and count:
-        changes(leaves, point, weight, key): the changes of the module's leaves.
-        infer(shapes, weight, path): the roles of the weight's axes by the shapes of its arrays.
+        changes(leaves, point, weight, key): the changes of the module's leaves, each a tuple of
+            `LowRank` and `Scale`.
+
+    Optional beside `Method`'s:
+        weight_axes(axes, path): which axes of the weight its arrays have. By these they are split
+            over devices like the weight, and found in trees whose model is not there.
+        infer, roles: how they are found, where that takes more than `weight_axes`.
+        names(point), changes_biases(path): for changes of other leaves than the weight.
+
+    Args:
+        targets: patterns of modules, or of leaves.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import jax, jax.numpy as jnp, adapters_jax as aj
+        >>> from flax import linen as nn
+        >>> from adapters_jax.methods import Factor, LeafMethod, LowRank, arrays
+        >>> @aj.register_method
+        ... @dataclass(frozen=True)
+        ... class Outer(LeafMethod):
+        ...     '''Adds an outer product to a weight.'''
+        ...     name, slot, leaf_names = "docs_outer", "docs_outer", ("a", "b")
+        ...     def weight_axes(self, axes, path):
+        ...         return {"a": axes.a, "b": axes.b}
+        ...     def leaves(self, point):
+        ...         axes, shape = point.axes, point.weight_shape
+        ...         a, b = axes.a_shape(shape, rank=1), axes.b_shape(shape, rank=1)
+        ...         return {"a": aj.Leaf(a, arrays.ones), "b": aj.Leaf(b, arrays.zeros)}
+        ...     def count(self, path, shapes, weight):
+        ...         return aj.Count(" + ".join(map(str, weight)), sum(weight))
+        ...     def changes(self, leaves, point, weight, key=None):
+        ...         a, b = (Factor(leaves["a"], point.axes.a), Factor(leaves["b"], point.axes.b))
+        ...         return {point.weight: (LowRank(a, b),)}
+        >>> model, x = aj.adapt(nn.Dense(3), Outer("**")), jnp.ones((1, 4))
+        >>> params = nn.Dense(3).init(jax.random.key(0), x)["params"]
+        >>> params = aj.init_adapters(model, params, jax.random.key(1), x)
+        >>> params["docs_outer"]["b"] += 0.5
+        >>> (aj.merge(model, params, x)["kernel"] - params["kernel"]).round(2)[0]
+        Array([0.5, 0.5, 0.5], dtype=float32)
     """
 
     acts_on: ClassVar[Kind] = "weight"
@@ -48,12 +87,13 @@ class LeafMethod(Method):
         weight: Callable[[], Array],
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
-        """The changes of the module's own leaves by name.
+        """The changes of the module's own leaves by name, applied in their order.
 
         Args:
             leaves: the method's arrays by name.
-            point: the weight that they adapt.
-            weight: returns the weight in floats.
+            point: the weight that they adapt, with the layer axes that the arrays have.
+            weight: returns the weight in floats; changes that do not need it leave it packed where
+                it is quantised.
             key: for dropout while training; None in evaluation.
         """
         return {}
@@ -67,16 +107,16 @@ class LeafMethod(Method):
             path: the target's path.
 
         Returns:
-            The first roles that fit; None where none do.
+            The first roles for which the arrays have their `weight_axes`; None where none do.
         """
-        return None
+        return fitting(shapes, weight, partial(self.weight_axes, path=path))
 
     def roles(self, axes: Axes, path: str) -> Any:
         """What of the roles the method uses; arrays lie in the usual place if `infer` tells it."""
         return axes.a, axes.b
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
-        """For each array the weight's axes that its own are, by which it is sharded.
+        """For each array the weight's axes that its own are; `RANK` for the rank's.
 
         Args:
             axes: the roles of the weight's axes.

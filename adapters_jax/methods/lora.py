@@ -5,6 +5,7 @@ alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", ar
 initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Meth
 from adapters_jax.methods.leaf import LeafMethod, Shapes
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
-from adapters_jax.weights.axes import Axes, from_factors
+from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import Factor
 
@@ -186,9 +187,9 @@ class LoRA(LeafMethod):
         return {**leaves, **factors}, rest.astype(weight.dtype)
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
-        """The roles of the weight's axes by the shapes of A and B."""
-        # With slices B is narrower than the outputs, so that its width tells nothing of them.
-        return from_factors(shapes["a"], shapes["b"], weight, widths=not self.slices)
+        """The roles of the weight's axes by the shapes of A and B, which has slices of outputs."""
+        own = functools.partial(self.weight_axes, path=path)
+        return fitting(shapes, weight, own, ("b",) if self.slices else ())
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
         """The weight's axes of A and B; `RANK` marks the one that the weight does not have."""

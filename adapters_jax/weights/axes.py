@@ -8,7 +8,7 @@ outputs f: A is (e, d, r) and B is (e, r, f).
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -151,36 +151,59 @@ def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
     )
 
 
-def from_factors(a: Shape, b: Shape, weight: Shape, widths: bool = True) -> Axes | None:
-    """The roles of a weight's axes by the shapes of its factors; None where they do not fit.
+def fitting(
+    arrays: Mapping[str, Shape],
+    weight: Shape,
+    axes_of: Callable[[Axes], Mapping[str, Shape]],
+    sliced: Collection[str] = (),
+) -> Axes | None:
+    """The roles of a weight's axes by the shapes of a method's arrays; None where none fit.
 
-    Where several fit, the first in order: shared axes before inputs before outputs. Factors whose
-    roles this does not find have them in their path.
+    Where several fit, the first in order: most shared axes first, then shared axes before inputs
+    before outputs. Arrays whose roles this does not find have them in their path.
 
     Args:
-        a: the shape of A.
-        b: the shape of B.
+        arrays: the shapes of the arrays by name.
         weight: the shape of the weight.
-        widths: whether B is as wide as the outputs, and not for slices of them.
+        axes_of: for each array the weight's axes that its own are, given roles; or `RANK`. What it
+            leaves out fits everything.
+        sliced: the arrays that may have parts of the outputs.
 
     Example:
-        >>> from_factors((768, 8), (8, 12, 64), (768, 12, 64))
+        >>> shapes, factors = {"a": (768, 8), "b": (8, 12, 64)}, lambda x: {"a": x.a, "b": x.b}
+        >>> fitting(shapes, (768, 12, 64), factors)
         Axes(inputs=(0,), outputs=(1, 2), shared=(), window=(), lookup=False)
     """
-    n = len(a) + len(b) - 2 - len(weight)
     every = range(len(weight))
-    if n < 0 or min(len(a), len(b)) < n + 2 or a[:n] != b[:n] or a[-1] != b[n]:
-        return None
-    for shared in itertools.combinations(every, n):
-        if tuple(weight[i] for i in shared) != a[:n]:
-            continue
-        rest = [i for i in every if i not in shared]
-        for inputs in itertools.combinations(rest, len(a) - 1 - n):
-            outputs = tuple(i for i in rest if i not in inputs)
-            fits = tuple(weight[i] for i in outputs) == b[n + 1 :] or not widths
-            if tuple(weight[i] for i in inputs) == a[n:-1] and fits:
-                return Axes(inputs, outputs, shared)
+    counts = [(n, m) for n in reversed(every) for m in range(1, len(weight) - n)]
+    for both, met in counts:
+        for shared in itertools.combinations(every, both):
+            rest = [i for i in every if i not in shared]
+            for inputs in itertools.combinations(rest, met):
+                axes = Axes(inputs, tuple(i for i in rest if i not in inputs), shared)
+                if _fit(arrays, weight, axes, axes_of(axes), sliced):
+                    return axes
     return None
+
+
+def _fit(
+    arrays: Mapping[str, Shape],
+    weight: Shape,
+    axes: Axes,
+    own: Mapping[str, Shape],
+    sliced: Collection[str],
+) -> bool:
+    """Whether arrays have the axes of a weight that they should have, and one rank."""
+    ranks = set()
+    for name, numbers in own.items():
+        if len(arrays[name]) != len(numbers):
+            return False
+        for size, i in zip(arrays[name], numbers, strict=True):
+            if i == RANK:
+                ranks.add(size)
+            elif size != weight[i] and not (name in sliced and i in axes.outputs):
+                return False
+    return len(ranks) < 2
 
 
 def from_text(text: str) -> Axes:

@@ -34,6 +34,11 @@ class LowRank:
         key: the key of the dropout, or one for each index of the weight's first axis; None in
             evaluation.
         scale: multiplies the product.
+
+    Example:
+        >>> a, b = Factor(jnp.ones((4, 2)), (0, RANK)), Factor(jnp.ones((2, 3)), (RANK, 1))
+        >>> LowRank(a, b, scale=0.5).applied(jnp.zeros((4, 3)))[0]
+        Array([1., 1., 1.], dtype=float32)
     """
 
     a: Factor
@@ -92,7 +97,15 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiplies a weight by a factor along some of its axes."""
+    """Multiplies a weight by a factor along some of its axes.
+
+    Attributes:
+        by: the factor.
+
+    Example:
+        >>> Scale(Factor(jnp.asarray([1.0, 2.0]), (1,))).applied(jnp.ones((1, 2)))
+        Array([[1., 2.]], dtype=float32)
+    """
 
     by: Factor
 

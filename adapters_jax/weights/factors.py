@@ -22,10 +22,21 @@ class Factor:
     Attributes:
         array: the array.
         axes: for each axis of the array the axis of the weight that it is, or `RANK`.
+
+    Example:
+        >>> rows, columns = Factor(jnp.ones((5, 2)), (0, RANK)), Factor(jnp.ones(2), (RANK,))
+        >>> (rows * columns).array.shape, (columns * rows).axes
+        ((5, 2), (-1, 0))
     """
 
     array: Array
     axes: tuple[int, ...]
+
+    def __mul__(self, other: "Factor") -> "Factor":
+        """The product at each index of the axes of both, without a sum."""
+        axes = (*self.axes, *(axis for axis in other.axes if axis not in self.axes))
+        dtype = jnp.promote_types(self.array.dtype, other.array.dtype)
+        return Factor(beside(self, axes, dtype) * beside(other, axes, dtype), axes)
 
     def renamed(self, new: Callable[[int], int]) -> "Factor":
         """The factor of a weight whose axes have new numbers."""
