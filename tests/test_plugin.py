@@ -1,7 +1,9 @@
 """A method of another package does all that a built-in one does: `tests/plugin` is one."""
 
 import dataclasses
+import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -192,3 +194,128 @@ def test_the_contract_finds_a_wrong_count(Shift, monkeypatch):
         check_method(Shift("**/mlp/up"), variants=["plain"])
     with raises(ContractError, "fits: Shift", "nowhere"):
         check_method(Shift("nowhere"))
+
+
+def test_the_contract_judges_by_the_effect_of_the_method(Shift, monkeypatch):
+    """A hundredth of the strength has the same effect to it, and half of a change is found."""
+    assert check_method(Shift("**/mlp/up", 0.01), variants=["plain"]) == ["mlp"]
+    plain = Shift.merged
+
+    def merged(self, leaves, point, own):
+        return plain(self, {"bias": 0.5 * leaves["bias"]}, point, own)
+
+    monkeypatch.setattr(Shift, "merged", merged)
+    for variant in ("plain", "bf16"):
+        with raises(ContractError, "merges: Shift", "the merged output differs"):
+            check_method(Shift("**/mlp/up", 0.01), variants=[variant])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_contract_leaves_the_settings_of_jax_as_they_were(Shift, monkeypatch, quick):
+    monkeypatch.setattr(Shift, "forward", lambda self, leaves, point, x, y, *_: y)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    try:
+        with raises(ContractError, "by 0, which is no more than its rounding"):
+            check_method(Shift("**/mlp/up"), variants=["plain"])
+        assert jax.config.read("jax_disable_most_optimizations") is quick
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+# --- methods that change weights
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The plugin's methods on weights."""
+    sys.path.insert(0, str(PLUGIN))
+    import weights_plugin
+
+    yield weights_plugin
+    sys.path.remove(str(PLUGIN))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "weights_plugin"]:
+        del sys.modules[name]
+    del METHODS["vera"], METHODS["oft"]
+
+
+def drawn(shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def vera_by_hand(leaves, kernel, method):
+    """`W + A diag(d) B diag(b)` in float64, of the seed's A and B."""
+    a_key, b_key = jax.random.split(jax.random.key(method.seed))
+    fan_in, fan_out = kernel.shape
+    a = jax.random.uniform(a_key, (fan_in, method.rank), minval=-1.0) * math.sqrt(6 / fan_in)
+    b = jax.random.uniform(b_key, (method.rank, fan_out), minval=-1.0) * math.sqrt(6 / method.rank)
+    a, b, d, scale = (np.asarray(x, float) for x in (a, b, leaves["d"], leaves["b"]))
+    return kernel + a @ np.diag(d) @ b @ np.diag(scale)
+
+
+def oft_by_hand(leaves, kernel, method):
+    """`R W` in float64, with the Cayley transform of each block of inputs."""
+    turned = np.zeros((len(kernel), len(kernel)))
+    for i, entries in enumerate(np.asarray(leaves["skew"], float)):
+        s = np.zeros((method.block, method.block))
+        s[np.triu_indices(method.block, 1)] = entries
+        s, eye = s - s.T, np.eye(method.block)
+        own = slice(i * method.block, (i + 1) * method.block)
+        turned[own, own] = (eye + s) @ np.linalg.inv(eye - s)
+    np.testing.assert_allclose(turned @ turned.T, np.eye(len(kernel)), atol=1e-12)
+    return turned @ kernel
+
+
+BY_HAND = {
+    "vera": (lambda plugin: plugin.VeRA("**", 3, seed=7), vera_by_hand, 3 + 5),
+    "oft": (lambda plugin: plugin.OFT("**", 4), oft_by_hand, 2 * 6),
+}
+
+
+@pytest.mark.parametrize(("make", "by_hand", "count"), BY_HAND.values(), ids=BY_HAND)
+def test_a_method_on_weights_is_its_formula(weights, tmp_path, make, by_hand, count):
+    method, x = make(weights), drawn((3, 8), 1)
+    base = {"kernel": drawn((8, 5), 2), "bias": drawn((5,), 3)}
+    model = aj.adapt(nn.Dense(5), method)
+    params = aj.init_adapters(model, base, jax.random.key(0), x)
+    assert aj.audit(model, params).adapter_parameters == count
+    own = {n: drawn(leaf.shape, 4) for n, leaf in params[method.slot].items()}
+    params |= {method.slot: own}
+    kernel = by_hand(own, base["kernel"].astype(float), method)
+    expected = x @ kernel + base["bias"]
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=2e-5)
+    merged = aj.merge(model, params, x)
+    np.testing.assert_allclose(merged["kernel"], kernel, atol=2e-5)
+    back, bound = aj.unmerge(model, {**params, **merged}, x)
+    np.testing.assert_allclose(back["kernel"], base["kernel"], atol=max(bound, 2e-5))
+    recipe = aj.Recipe(method)
+    aj.save_adapter(tmp_path / "a", aj.partition(params, recipe)[0], recipe)
+    again, loaded = aj.load_adapter(tmp_path / "a", nn.Dense(5), base, x)
+    assert again.recipe == recipe
+    adapted = again.apply({"params": loaded}, x)
+    np.testing.assert_array_equal(adapted, model.apply({"params": params}, x))
+
+
+def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weights):
+    for target in ("mlp/up", "attention/query"):
+        method = weights.VeRA(f"**/{target}", 4, d_initial=0.1)
+        assert check_method(method, variants=["plain"]) == [target.partition("/")[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["VeRA", "OFT"])
+def test_methods_on_weights_keep_the_whole_contract(weights, name):
+    targets = ("**", "!embed")  # its 11 rows are no blocks of 4
+    assert len(check_method(getattr(weights, name)(targets, 4))) == 5
+
+
+def test_blocks_that_do_not_divide_the_inputs(weights):
+    with raises(aj.RecipeError, "OFT", "4 inputs", "block=3"):
+        aj.adapt(nn.Dense(3), weights.OFT("**", 3)).init(jax.random.key(0), X)
+
+
+def test_the_guide_shows_the_method_of_the_plugin(weights):
+    page = (HERE.parent / "docs" / "guides" / "own-method.md").read_text()
+    assert inspect.getsource(sys.modules["weights_plugin.vera"].VeRA) in page
+    block = next(b for b in page.split("```python\n") if "class VeRA" in b).partition("```")[0]
+    assert len(block.splitlines()) <= 60

@@ -37,6 +37,7 @@ DESCRIBED = [
             "finetune.inference",
             "finetune.serving",
             "finetune.tasks",
+            "methods",
             "testing",
             "files.peft",
             "files.adapterhub",

@@ -41,6 +41,14 @@ class Prompt(Method):
     Where the module computes its attention in line, `joined` is all; where it calls an attention
     function, `attend` is run instead. A method that shares the softmax of the context needs
     `context.total`, and its own `attend`, since attention functions do not give that.
+
+    Args:
+        targets: patterns of attention modules.
+
+    Example:
+        >>> from adapters_jax.methods import LlamaAdapter, Prompt
+        >>> issubclass(LlamaAdapter, Prompt), Prompt.acts_on
+        (True, 'attention')
     """
 
     acts_on: ClassVar[Kind] = "attention"

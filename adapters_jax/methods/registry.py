@@ -84,6 +84,9 @@ def _is_own_dataclass(cls: type) -> bool:
 def method_named(name: str) -> type[Method]:
     """The method of a name; an entry point of an installed package is imported for it.
 
+    Args:
+        name: its name in the JSON of recipes.
+
     Raises:
         RecipeError: no method has the name.
 

@@ -36,13 +36,10 @@ def close(got: Any, expected: Any, atol: float, what: str) -> None:
 
 def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
     """The output before training is the base's: exactly, or within `away`."""
-    run = subject.output
     atol = max(away, 0.1 if subject.half else 0.0) if away else 0.0
-    base, adapted = subject.base_logits(), run(subject.adapters, subject.frozen)
-    close(adapted, base, atol, "the output at the start")
-    trained = np.asarray(run(shaken(subject.adapters), subject.frozen), np.float32)
-    change = np.abs(trained - np.asarray(base, np.float32)).max()
-    expect(change > 0.05, "other leaves do not change the output")
+    adapted = subject.output(subject.adapters, subject.frozen)
+    close(adapted, subject.base_logits(), atol, "the output at the start")
+    subject.trained()  # raises where no leaves change the output
 
 
 def counts(subject: Any, case: Any = None) -> None:
@@ -81,11 +78,11 @@ def goes_through_files(subject: Any) -> None:
 
 def merges(subject: Any) -> None:
     """The merged base computes the adapted output; else an error names the method and why."""
-    adapters = shaken(subject.adapters)
+    adapters = subject.trained()
     unable = [m for m in subject.recipe.attached if type(m).merged is Method.merged]
     if not unable:
         trained = subject.output(adapters, subject.frozen)
-        atol = 0.2 if subject.half else 1e-4
+        atol = subject.tolerance(0.25 if subject.half else 1e-3)
         close(subject.merged_logits(adapters), trained, atol, "the merged output")
         return
     try:
@@ -131,11 +128,12 @@ def trains_its_leaves_alone(subject: Any) -> None:
 
 def runs_under_vmap(subject: Any) -> None:
     """Stacked adapters under vmap over one base compute what each one computes."""
-    several = [shaken(subject.adapters, seed) for seed in range(3)]
+    several = [subject.trained(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *several)
     outputs = jax.jit(jax.vmap(subject.run, in_axes=(0, None)))(stacked, subject.frozen)
     for one, output in zip(several, outputs, strict=True):
-        close(output, subject.output(one, subject.frozen), 1e-5, "the output under vmap")
+        alone, atol = subject.output(one, subject.frozen), subject.tolerance(1e-4)
+        close(output, alone, atol, "the output under vmap")
 
 
 def fills_a_bank(subject: Any) -> None:
@@ -150,31 +148,32 @@ def fills_a_bank(subject: Any) -> None:
         ]
         expect(any(type(m).__name__ in str(error) for m in unable), f"no bank: {error}")
         return
-    several = [shaken(subject.adapters, seed) for seed in range(2)]
+    several = [subject.trained(seed) for seed in range(2)]
     for name, adapters in zip("ab", several, strict=True):
         bank = bank.put(name, (subject.recipe, adapters))
     alone = [*(subject.output(x, subject.frozen) for x in several), subject.base_logits()]
     mixed = subject.in_bank(bank, ["b", None, "a", "a"])
     for i, which in enumerate([1, 2, 0, 0]):
-        close(mixed[i], alone[which][i], 1e-4, f"row {i} of a bank's batch")
+        atol = subject.tolerance(1e-3)
+        close(mixed[i], alone[which][i], atol, f"row {i} of a bank's batch")
 
 
 def computes_the_same(linen: Any, other: Any) -> None:
     """Both APIs have the same leaves and compute the same output."""
-    adapters = shaken(other.adapters)
+    adapters = other.trained()
     params = unflatten(flatten(adapters) | flatten(other.frozen))
     shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
     theirs = {path: x.shape for path, x in flatten(params).items()}
     expect(theirs == shapes, f"NNX has the leaves {theirs}, expected linen's {shapes}")
     mine, frozen = partition(params, linen.recipe)
     theirs = other.output(adapters, other.frozen)
-    close(linen.output(mine, frozen), theirs, 1e-5, "linen's output")
+    close(linen.output(mine, frozen), theirs, other.tolerance(1e-4), "linen's output")
     expect(set(flatten(mine)) == set(flatten(adapters)), "the recipe trains other leaves in NNX")
 
 
 def stacks(unrolled: Any, scanned: Any) -> None:
     """Stacking makes an adapter of scanned layers, and unstacking restores every bit."""
-    adapters = shaken(unrolled.adapters)
+    adapters = unrolled.trained()
     recipe, stacked = stack_layers((unrolled.recipe, adapters), STACK)
     expect(
         jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, scanned.adapters),
@@ -188,7 +187,7 @@ def stacks(unrolled: Any, scanned: Any) -> None:
     expect(all(again.trains(path) for path in flatten(back)), "the unstacked recipe lacks targets")
     frozen = stack_layers(unrolled.frozen, STACK)
     expected = unrolled.output(adapters, unrolled.frozen)
-    close(scanned.output(stacked, frozen), expected, 1e-5, "the stacked output")
+    close(scanned.output(stacked, frozen), expected, unrolled.tolerance(1e-4), "the stacked output")
 
 
 def shards(linen: Any) -> None:

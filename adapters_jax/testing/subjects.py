@@ -1,5 +1,6 @@
 """A tiny model with a recipe, in linen or NNX, with the same functions for the checks."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,45 @@ def drawn(shapes, half):
     return shaken(zeros, seed=3, size=0.4)
 
 
-class Linen:
+class Subject:
+    """What both APIs' subjects have: leaves whose effect on the output is clear."""
+
+    adapters: Any
+    frozen: Any
+    output: Any
+    base_logits: Any
+
+    @functools.cached_property
+    def _drawn(self) -> tuple[float, float]:
+        """The size of noise on the leaves that changes the output by a tenth, and that change.
+
+        A method whose output is small beside the base's, by a scale, say, or by leaves that start
+        small, gets more noise, so that its effect stands out of rounding.
+        """
+        base = np.asarray(self.base_logits())
+        largest = float(np.abs(base.astype(np.float32)).max())
+        size, change = 0.15, 0.0
+        while change < 0.1 * largest and size < 10.0:
+            size *= 2.0
+            run = self.output(shaken(self.adapters, size=size), self.frozen)
+            change = float(np.abs(np.asarray(run, np.float32) - base.astype(np.float32)).max())
+        rounding = 4 * float(jnp.finfo(base.dtype).eps) * largest
+        expect(
+            change > rounding,
+            f"other leaves change the output by {change:.3g}, which is no more than its rounding",
+        )
+        return size, change
+
+    def trained(self, seed=5):
+        """Leaves with noise, so that no factor or gate is zero."""
+        return shaken(self.adapters, seed, self._drawn[0])
+
+    def tolerance(self, share: float) -> float:
+        """A share of the change of the output by the leaves with noise."""
+        return share * self._drawn[1]
+
+
+class Linen(Subject):
     """A case in linen. All checks call the same compiled functions, `apply` and `output`."""
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
@@ -157,7 +196,7 @@ class Linen:
         return partition(params, self.recipe)[0]
 
 
-class Nnx:
+class Nnx(Subject):
     """A case in NNX, with the same functions as `Linen`."""
 
     def __init__(self, case: Case, half: bool = False, **options: Any):
