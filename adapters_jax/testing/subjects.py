@@ -116,9 +116,14 @@ class Subject:
         )
         return size, change
 
+    @property
+    def noise(self) -> float:
+        """The size of that noise: 0.3, or more where the method's output is small."""
+        return self._drawn[0]
+
     def trained(self, seed=5):
         """Leaves with noise, so that no factor or gate is zero."""
-        return shaken(self.adapters, seed, self._drawn[0])
+        return shaken(self.adapters, seed, self.noise)
 
     def tolerance(self, share: float) -> float:
         """A share of the change of the output by the leaves with noise."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 import adapters_jax as aj
-from adapters_jax.methods import Count, Factor, Leaf, LeafMethod, LowRank, arrays, settings
+from adapters_jax.methods import Axes, Count, Factor, Leaf, LeafMethod, LowRank, arrays, settings
 
 
 @aj.register_method
@@ -43,6 +43,14 @@ class OFT(LeafMethod):
     def count(self, path, shapes, weight):
         *layers, blocks, _ = shapes["skew"]
         return Count(f"{blocks}*{self.entries}", blocks * self.entries, math.prod(layers))
+
+    def infer(self, shapes, weight, path):  # the arrays have no axes of the weight but the stacked
+        *stacked, blocks, _ = shapes["skew"]
+        n, every = len(stacked), tuple(range(len(weight)))
+        for end in every[n + 1 :]:
+            if math.prod(weight[n:end]) == blocks * self.block:
+                return Axes(every[n:end], every[end:], every[:n])
+        return None
 
     def changes(self, leaves, point, weight, key=None):
         axes, shape, skew = point.axes, point.weight_shape, leaves["skew"]
