@@ -42,6 +42,8 @@ class AuditEntry:
         actual: how many parameters the arrays hold.
         reads: how the model reads the changed weight, if the audit has inputs: "dot_general: thin",
             or "custom_vjp_call: sum" where the sum W + A B is formed.
+        name: the name of the recipe's entry; "" where it has none.
+        trained: whether it trains.
     """
 
     path: str
@@ -51,6 +53,8 @@ class AuditEntry:
     expected: int
     actual: int
     reads: tuple[str, ...] = ()
+    name: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Audit:
     Attributes:
         entries: one entry for every adapter and every unfrozen parameter, with its `path`,
             `method`, `shapes` and `formula`, and the `expected` and `actual` number of parameters.
-        adapter_parameters: parameters that the recipe's methods added.
-        trainable_parameters: adapter and unfrozen parameters together.
+        adapter_parameters: parameters that the recipe's methods added, frozen ones too.
+        frozen_adapter_parameters: those of them that do not train.
+        trainable_parameters: the adapters' that train and the unfrozen ones together.
         frozen_parameters: all other parameters.
         trainable_bytes: bytes of the trainable parameters as a `TrainState` keeps them: half
             precision in float32.
@@ -92,6 +97,7 @@ class Audit:
     frozen_bytes: int
     unmatched: tuple[str, ...]
     quantized_parameters: int = 0
+    frozen_adapter_parameters: int = 0
 
     @property
     def percent(self) -> float:
@@ -115,7 +121,9 @@ class Audit:
         groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
         for entry in self.entries:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in entry.shapes)
-            key = (_named(entry.path), entry.method, shapes, entry.formula)
+            words = (entry.method, entry.name, "" if entry.trained else "(frozen)")
+            method = " ".join(filter(None, words))
+            key = (_named(entry.path), method, shapes, entry.formula)
             groups.setdefault(key, []).append(entry)
         return [
             (
@@ -146,9 +154,11 @@ class Audit:
 
     def totals(self) -> list[str]:
         """The lines below the table."""
+        still = self.frozen_adapter_parameters
         lines = [
             f"trainable {self.trainable_parameters:,} ({self.percent:.4g} % of the base), "
-            f"of them in adapters {self.adapter_parameters:,}; frozen {self.frozen_parameters:,}",
+            f"of them in adapters {self.adapter_parameters - still:,}; frozen "
+            f"{self.frozen_parameters:,}" + (f", of them in adapters {still:,}" if still else ""),
             f"bytes: trainable {bytes_text(self.trainable_bytes)}, gradients "
             f"{bytes_text(self.gradient_bytes)}, optimizer {bytes_text(self.optimizer_bytes)}, "
             f"frozen {bytes_text(self.frozen_bytes)}",
@@ -249,6 +259,7 @@ def audit(
     return Audit(
         entries=(*_in_order(_adapters(found, computed)), *_in_order(_unfrozen(recipe, unfrozen))),
         adapter_parameters=sum(each.actual for each in found),
+        frozen_adapter_parameters=sum(e.actual for e in found if not e.placed.method.train),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
         trainable_bytes=_size(trained),
@@ -313,6 +324,8 @@ def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) 
             adapter.expected,
             adapter.actual,
             computed.get(adapter.placed.weight_path, ()) if adapter.placed.weight else (),
+            adapter.placed.method.name,
+            adapter.placed.method.train,
         )
         for adapter in adapters
     ]

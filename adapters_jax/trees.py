@@ -157,6 +157,15 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
     return _split(params, recipe.trained)
 
 
+def split_adapters(params: Tree, recipe: Recipe) -> tuple[Tree, Tree]:
+    """What an adapter's file and a bank hold, frozen adapters too, and the base that is left."""
+
+    def kept(paths: Iterable[str]) -> Container[str]:
+        return dict.fromkeys(filter(recipe.keeps, paths))
+
+    return _split(params, kept)
+
+
 def without_adapters(params: Tree, recipe: Recipe) -> Tree:
     """The base model's tree: every leaf except those that the recipe's methods added."""
     return _split(params, recipe.owners)[1]

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError, other_names
+from adapters_jax.errors import RecipeError, UserError, check_flag, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.methods.settings import check_fields
+from adapters_jax.methods.settings import check_fields, check_name
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
@@ -118,10 +118,14 @@ class Method:
     leaves with the layer axes in front, which only `count` sees.
 
     A method without a slot (`slot = None`) adds nothing: it trains the base's own parameters whose
-    paths its targets match, as `Unfreeze` does, and needs only a name.
+    paths its targets match, as `Unfreeze` does, and needs only a kind.
+
+    Where a recipe's entry has a `name`, its leaves are under `SLOT_NAME`, so that several methods
+    of one class can be on one module. With `train=False` they do not train, and are never
+    initialised: they come from a file or from parameters that have them.
 
     Required of the others:
-        name: its name in the JSON of recipes; no two methods have the same.
+        kind: its name in the JSON of recipes; no two methods have the same.
         slot: see above; a subclass of a method may share its slot.
         leaf_names: the names of the leaves, `"scale"` or `"down/kernel"`; a class variable or a
             property. Every attachment point has all of them.
@@ -153,10 +157,12 @@ class Method:
 
     Args:
         targets: patterns of module paths.
+        name: the name of this adapter, of letters, digits and underscores; by keyword.
+        train: whether its leaves train; by keyword.
 
     Raises:
         TargetError: `targets` are no patterns.
-        UserError: a setting has the name that another library gives it.
+        UserError: a setting has the name that another library gives it, or `name` is no such name.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
@@ -167,7 +173,7 @@ class Method:
         ... @dataclass(frozen=True)
         ... class Gain(aj.Method):
         ...     '''Multiplies every output by a trained number.'''
-        ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
+        ...     kind, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
         ...     def leaves(self, point):
         ...         return {"scale": Leaf((point.width,), arrays.ones)}
         ...     def count(self, path, shapes, weight):
@@ -184,8 +190,8 @@ class Method:
         True
     """
 
-    name: ClassVar[str]
-    slot: ClassVar[Any]  # a name, or None
+    kind: ClassVar[str]
+    slot: ClassVar[Any]  # a name, or None; an entry with a name has one of its own, `SLOT_NAME`
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Kind] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
@@ -195,6 +201,8 @@ class Method:
     subset_fields: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
+    name: str = field(default="", kw_only=True, metadata={"check": check_name})
+    train: bool = field(default=True, kw_only=True, metadata={"check": check_flag})
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
@@ -207,6 +215,13 @@ class Method:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
         check_fields(self)
+        if self.slot is None and (self.name or not self.train):
+            raise UserError(
+                f"{type(self).__name__}: name={self.name!r}, train={self.train}, and it adds "
+                "nothing that has a name or could be frozen; leave both out"
+            )
+        if self.name:
+            object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
 
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
@@ -447,7 +462,7 @@ def started(
 
 def missing_members(cls: type[Method]) -> list[str]:
     """The names of the members that a class lacks to be a method."""
-    lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
+    lacking = [name for name in ("kind", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
         run = {"attention": "attend", "weight": "changes"}.get(cls.acts_on, "forward")
         # An inherited stub counts as missing: it would add nothing to a model, in silence.

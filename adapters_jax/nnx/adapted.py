@@ -14,8 +14,10 @@ from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.nnx.classes import refresh_all, without_adapters
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import (
+    ADAPTERS,
     CALLS,
     AdapterParam,
+    FrozenAdapterParam,
     copy,
     frozen_leaves,
     holds,
@@ -37,7 +39,7 @@ from adapters_jax.placement import (
     check_targets,
     taken,
 )
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, check_loaded
 from adapters_jax.trace.inputs import Inputs, is_abstract
 from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized
@@ -52,7 +54,8 @@ def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
-        holder[last] = AdapterParam(leaf.init(_drawn(rngs.params), shapes[name]))
+        param = AdapterParam if method.train else FrozenAdapterParam
+        holder[last] = param(leaf.init(_drawn(rngs.params), shapes[name]))
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
         if placed.layers:
@@ -159,7 +162,8 @@ def adapt(
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
             not depend on a target, or one method attaches to an attention twice.
         RecipeError: methods on one module exclude each other, or the base has a name of theirs; or
-            the model reads its parameters as state, and would read an adapter of an output so.
+            the model reads its parameters as state, and would read an adapter of an output so; or
+            an entry is frozen, which only `load_adapter` can attach.
         UserError: `rngs` lacks a stream, or the model takes other arguments than the inputs.
         TypeError: `rngs` is no `nnx.Rngs`.
 
@@ -174,6 +178,7 @@ def adapt(
         {'bias': (3,), 'kernel': (4, 3), 'lora/a': (4, 2), 'lora/b': (2, 3)}
     """
     _check_streams(recipe, rngs)
+    check_loaded("adapt", recipe)
     inputs = Inputs.of(example_inputs)
     if is_abstract(nnx.state(model)):
         # An abstract model stays abstract, and the caller's random streams do not advance.
@@ -248,10 +253,10 @@ def _grown(
         whole.check([*there, each.method], each.path)
         grow(module, each, rngs)
     for path, owner in recipe.owners(frozen).items():
-        if type(frozen[path]) is not AdapterParam:
+        if type(frozen[path]) not in ADAPTERS:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
     # The class of the Variable says what trains, so that filters of NNX select it by its type.
-    for path in recipe.trained(frozen):
+    for path in whole.trained(frozen):
         frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
     adapted.adapter_recipe = whole
     if any(method.acts_on != "weight" for method in whole.attached):

@@ -29,9 +29,9 @@ from adapters_jax.nnx.containers import (
     standing,
 )
 from adapters_jax.nnx.graph import (
+    ADAPTERS,
     BY_ROWS,
     CALLS,
-    AdapterParam,
     holds,
     key_of,
     leaves_of,
@@ -217,7 +217,7 @@ def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     The model's other Variables stay as they are.
     """
     rows = kwargs.pop("adapters")
-    parts: Any = nnx.split(model, nnx.RngKey, AdapterParam, ...)
+    parts: Any = nnx.split(model, nnx.RngKey, ADAPTERS, ...)
     graphdef, keys, own, rest = parts
 
     def run(leaves: Any, inputs: Any, keys: Any) -> Any:
@@ -352,4 +352,4 @@ def _is_needed(module: Any) -> bool:
 
 
 def _is_trained(variable: Any) -> bool:
-    return isinstance(variable, AdapterParam)
+    return isinstance(variable, ADAPTERS)

@@ -134,6 +134,16 @@ class AdapterParam(nnx.LoRAParam):
     adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
 
 
+class FrozenAdapterParam(nnx.Param):
+    """A leaf of an adapter that does not train, since its recipe's entry has `train=False`.
+
+    Args: as in `nnx.Param`.
+    """
+
+
+ADAPTERS = (AdapterParam, FrozenAdapterParam)  # as a filter: what an adapter's file and a bank hold
+
+
 @functools.cache
 def trained_class(cls: type[Any]) -> type[AdapterParam]:
     """The `AdapterParam` that is also an instance of a parameter's own class."""

@@ -163,16 +163,20 @@ def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         >>> left_over(Recipe(LoRA("query")), {"query/kernel": (4, 4), "query/ia3/scale": (4,)})
         ['query/ia3/scale']
     """
-    slots = {method.slot for method in METHODS.values() if method.slot}
+    slots = tuple(method.slot for method in METHODS.values() if method.slot)
+    named = tuple(f"{slot}_" for slot in slots)  # entries with a name
     own = {path.rpartition("/")[0] for path in shapes}
+
+    def is_slot(name: str) -> bool:
+        return name in slots or name.startswith(named)
+
     found = []
     for path in shapes:
         names = path.split("/")
-        modules = ("/".join(names[:i]) for i, name in enumerate(names) if name in slots)
+        modules = ("/".join(names[:i]) for i, name in enumerate(names) if is_slot(name))
         if any(module in own for module in modules):
             found.append(path)
-    trained = recipe.trained(found)
-    return [path for path in found if path not in trained]
+    return [path for path in found if not recipe.keeps(path)]
 
 
 def _strays(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:

@@ -54,7 +54,7 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
     Raises:
         RecipeError: a method cannot leave the base as it is.
     """
-    made = {path: leaf for path, leaf in flat.items() if recipe.trains(path)}
+    made = {path: leaf for path, leaf in flat.items() if recipe.keeps(path)}
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
     placed = {each.prefix: each for each in known.of(recipe, shapes)}
     for owner in owners_of(recipe, list(made)):
@@ -130,7 +130,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
             f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
         )
     for field in dataclasses.fields(method):
-        if field.name in ("targets", *method.size_fields):
+        if field.name in ("targets", "train", *method.size_fields):
             continue
         own, other = getattr(method, field.name), getattr(whole, field.name)
         if own != other:
