@@ -33,8 +33,10 @@ from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 class AuditEntry:
     """One adapter, or one unfrozen parameter, in one module (or in one stack of modules).
 
+    A leaf that modules share, or that a method freezes, has an entry for itself.
+
     Attributes:
-        path: path of the module, or of the unfrozen parameter.
+        path: path of the module; of the leaf, or of the unfrozen parameter.
         method: name of the method's class.
         shapes: the shapes of its arrays by name, as they are in the tree.
         formula: the closed form with its numbers, `8*(768 + 768)`.
@@ -247,9 +249,10 @@ def audit(
     found = counted(recipe, shapes, known)
     trains = recipe.trained(leaves)
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trains}
-    check_unmoved("audit", frozen, isinstance(model, nnx.Module))
-    arrays = {path for each in found for path in each.placed.paths().values()}
-    unfrozen = {path: shapes[path] for path in trains if path not in arrays}
+    own = {path: leaf for path, leaf in frozen.items() if not recipe.keeps(path)}
+    check_unmoved("audit", own, isinstance(model, nnx.Module))
+    added = recipe.owners(shapes)
+    unfrozen = {path: shapes[path] for path in trains if path not in added}
     # A TrainState keeps the trained leaves in float32, and optimisers have the dtypes of what they
     # get.
     kept = ((path, leaves[path]) for path in trains)
@@ -257,9 +260,13 @@ def audit(
     tx = optax.adam(1e-3) if tx is None else tx
     optimizer = jax.eval_shape(tx.init, unflatten(trained))
     return Audit(
-        entries=(*_in_order(_adapters(found, computed)), *_in_order(_unfrozen(recipe, unfrozen))),
-        adapter_parameters=sum(each.actual for each in found),
-        frozen_adapter_parameters=sum(e.actual for e in found if not e.placed.method.train),
+        entries=(
+            *_in_order(_adapters(found, computed)),
+            *_in_order(_beside(found)),
+            *_in_order(_unfrozen(recipe, unfrozen)),
+        ),
+        adapter_parameters=sum(math.prod(shapes[path]) for path in added),
+        frozen_adapter_parameters=sum(math.prod(shapes[p]) for p in added if p not in trains),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
         trainable_bytes=_size(trained),
@@ -319,7 +326,7 @@ def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) 
         AuditEntry(
             adapter.placed.path,
             type(adapter.placed.method).__name__,
-            adapter.placed.arrays,
+            tuple((n, shape) for n, shape in adapter.placed.arrays if adapter.placed.counts(n)),
             adapter.formula,
             adapter.expected,
             adapter.actual,
@@ -329,6 +336,24 @@ def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) 
         )
         for adapter in adapters
     ]
+
+
+def _beside(adapters: list[Counted]) -> list[AuditEntry]:
+    """An entry for each leaf that modules share or that its method freezes, by its path."""
+    found: dict[str, AuditEntry] = {}
+    for placed in (adapter.placed for adapter in adapters):
+        method, paths = placed.method, placed.paths()
+        for name, shape in placed.arrays:
+            if placed.counts(name):
+                continue
+            size, formula = math.prod(shape), "*".join(map(str, shape)) or "1"
+            trained = method.train and name not in method.frozen_leaves
+            found[paths[name]] = AuditEntry(
+                *(paths[name], type(method).__name__, ((name, shape),), formula, size, size),
+                name=method.name,
+                trained=trained,
+            )
+    return list(found.values())
 
 
 def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:

@@ -63,6 +63,15 @@ class Owner(NamedTuple):
         """The path of the node that holds its parameters, `layer_0/query/lora`."""
         return join(self.module, self.method.slot, self.node)
 
+    @property
+    def shared(self) -> bool:
+        """Whether the parameter is of all modules that the method adapts, and so of none."""
+        return self.name in self.method.shared_leaves
+
+    def paths(self) -> dict[str, str]:
+        """The paths of all parameters of the adapter, by their names."""
+        return {name: self.method.path_of(self.prefix, name) for name in self.method.leaf_names}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -76,6 +85,7 @@ class Recipe:
 
     Raises:
         TypeError: an argument is neither, or the class of a method is not registered.
+        RecipeError: two methods without names keep leaves that their modules share in one place.
         UserError: they are nested more than 32 deep.
 
     Example:
@@ -94,6 +104,14 @@ class Recipe:
         flat: list[Method] = []
         for item in methods:
             flat.extend(_members(item))
+        shared = [method.slot for method in flat if method.shared_leaves]
+        if len(set(shared)) < len(shared):
+            kind = next(type(m).__name__ for m in flat if shared.count(m.slot) > 1)
+            raise RecipeError(
+                f"{kind} stands {len(shared)} times in the recipe, and the leaves that its modules "
+                f"share would be in {max(shared, key=shared.count)} for all of them; give each a "
+                "name, name='first' and name='second'"
+            )
         # Frozen, since a recipe is a static argument of jit, which hashes it.
         object.__setattr__(self, "methods", tuple(flat))
 
@@ -225,11 +243,14 @@ class Recipe:
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
                 module, rest = "/".join(names[:i]), names[i + 1 :]
-                if "/".join(rest) in method.leaf_names and selects(method.targets, module):
-                    return Owner(module, module, method, "", "/".join(rest))
+                name = "/".join(rest)
+                if i == 0 and name in method.shared_leaves:
+                    return Owner("", "", method, "", name)
+                if name in method.own_leaves and selects(method.targets, module):
+                    return Owner(module, module, method, "", name)
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                inside = method.acts_on == "weight" and leaf in method.leaf_names
+                inside = method.acts_on == "weight" and leaf in method.own_leaves
                 if nested is None and inside and selects(method.targets, module, own):
                     nested = Owner(own, module, method, node, leaf)
         return nested  # a module may have the name of a slot: then its own slot comes first
@@ -246,7 +267,9 @@ class Recipe:
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""
         owner = self.owner(path)
-        return owner.method.train if owner else any(selects(p, path) for p in self.unfrozen)
+        if owner is None:
+            return any(selects(p, path) for p in self.unfrozen)
+        return owner.method.train and owner.name not in owner.method.frozen_leaves
 
     def keeps(self, path: str) -> bool:
         """Whether the parameter at a path is part of what is adapted: it was added, or trains."""

@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, full_name
+from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, first_few, full_name
 from adapters_jax.files import hub
 from adapters_jax.files.atomic import Content, write_directory
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
@@ -76,9 +76,9 @@ def save_adapter(
 
     Args:
         directory: the directory to write; its parents are created.
-        adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the trained
-            part of a model: a tree as `partition` gives, or an NNX state of `AdapterParam`, which
-            has no statistics.
+        adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the
+            adapter's part of a model: a tree as `adapters_of` gives, or an NNX state of `ADAPTERS`,
+            which has no statistics.
         recipe: what trains; leave it out with a `TrainState` or a model, which have one.
         collections: the statistics of a linen model, where `adapters` is a tree of its parameters:
             `{"batch_stats": variables["batch_stats"]}`.
@@ -195,12 +195,12 @@ def _parts_of(
             "leave the recipe out"
         )
     in_nnx = isinstance(subject, nnx.Module) or subject.graphdef is not None
-    check_unmoved("save_adapter", flatten(frozen), in_nnx)
     tree = tree_sha256((adapters, frozen), own)
     leaves = {**flatten(adapters), **flatten(frozen)}
     placements = known.of(own, {path: tuple(unboxed(x).shape) for path, x in leaves.items()})
-    kept = unflatten({path: x for path, x in leaves.items() if own.keeps(path)})
-    return kept, own, with_tree(base, tree, "save_adapter"), other, placements
+    kept = {path: x for path, x in leaves.items() if own.keeps(path)}
+    check_unmoved("save_adapter", {p: x for p, x in leaves.items() if p not in kept}, in_nnx)
+    return unflatten(kept), own, with_tree(base, tree, "save_adapter"), other, placements
 
 
 def state_by_path(other: Any) -> dict[str, Any]:
@@ -293,14 +293,16 @@ def _plain(leaf: Any) -> np.ndarray:
 
 
 def _check_kept(leaves: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raises UserError for leaves that the recipe does not train, as in a whole tree."""
-    held = {owner.method for owner in recipe.owners(leaves).values()}
-    lacking = [m for m in recipe.attached if not m.train and m not in held]
+    """Raises UserError where leaves are not the recipe's, as in a whole tree, or are missing."""
+    owners = [owner for owner in recipe.owners(leaves).values() if not owner.shared]
+    there = {owner.method for owner in owners}
+    lacking = [f"those of {m.name!r}" for m in recipe.attached if not m.train and m not in there]
+    lacking += [path for owner in owners for path in owner.paths().values() if path not in leaves]
     if lacking:
         raise UserError(
-            f"save_adapter: the leaves of the frozen {type(lacking[0]).__name__} "
-            f"{lacking[0].name!r} are not among these; give an aj.TrainState, or all leaves that "
-            "are not the base's"
+            f"save_adapter: the adapter lacks {first_few(list(dict.fromkeys(lacking)))}; give all "
+            "of it, frozen leaves too: aj.adapters_of(params, recipe), an aj.TrainState, or "
+            "nnx.state(model, aj.nnx.ADAPTERS)"
         )
     frozen = [path for path in leaves if not recipe.keeps(path)]
     if frozen:

@@ -57,6 +57,7 @@ from adapters_jax.trees import (
     flatten,
     merge_trees,
     partition,
+    split_adapters,
     unflatten,
     with_leaves,
 )
@@ -296,7 +297,7 @@ def _load_linen(
         own = Placements(each for each in placements if each.method in recipe.attached)
         params = grown(recipe, own, params, key)
     params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
-    remember(flatten(partition(params, adapted.recipe)[1]))
+    remember(flatten(split_adapters(params, adapted.recipe)[1]))
     adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params

@@ -30,9 +30,10 @@ from adapters_jax.trees import (
     Tree,
     check_params,
     flatten,
+    join,
     leaves_by_path,
     merge_trees,
-    partition,
+    split_adapters,
     unflatten,
     with_leaves,
     without_adapters,
@@ -136,7 +137,7 @@ class Adapted(nn.Module):
         also where an axis is as long as there are rows.
         """
         params, rngs = variables["params"], kwargs.pop("rngs", None)
-        own, base = partition(params, self.recipe)
+        own, base = split_adapters(params, self.recipe)
         cache = Cache.of(variables.get("cache", {}), checked_rows(rows).total)
 
         def run(leaves: Any, inputs: Any, keys: Any) -> Any:
@@ -179,7 +180,8 @@ class Adapted(nn.Module):
                 if isinstance(each.method, LeafMethod) and each.weight_path in own:
                     grow_in(inner.scope.rewound(), each)
             grown = inner.scope._variables["params"]
-            for name, part in merge_trees(grown).items():  # under the base's own keys
+            whole = with_shared(merge_trees(grown), found)
+            for name, part in whole.items():  # under the base's own keys
                 grown[name] = part
         if not any(map(_is_module, jax.tree.leaves(y))):
             return y  # the very tree, since jax would sort its dictionaries
@@ -479,8 +481,19 @@ def init_adapters(
     )
     params = grown(model.recipe, fresh, params, key)
     params = unflatten({**flatten(params), **loaded}, params)
-    remember(flatten(partition(params, model.recipe)[1]))
+    remember(flatten(split_adapters(params, model.recipe)[1]))
     return params
+
+
+def with_shared(params: Tree, placements: Placements) -> Tree:
+    """Parameters with one of the copies that flax made of each shared array, in its own place."""
+    flat = flatten(params)
+    for each in placements:
+        for name in each.method.shared_leaves:
+            copy = flat.pop(join(each.prefix, name), None)
+            if copy is not None:
+                flat.setdefault(each.paths()[name], copy[(0,) * len(each.layers)])
+    return unflatten(flat, params)
 
 
 def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:

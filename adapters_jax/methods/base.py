@@ -138,6 +138,12 @@ class Method:
             `LeafMethod` and have `changes`.
 
     Optional:
+        frozen_leaves: the names of leaves that do not train, such as random projections. They are
+            in files, and counted apart.
+        shared_leaves: the names of leaves that all modules of a recipe's entry have in common. They
+            are stored once, at the top of the tree, `SLOT/LEAF`, without layer axes; every module
+            must ask for one shape. At least one leaf is a module's own. `count` is of the leaves
+            that are neither frozen nor shared.
         fits(point): whether it can attach to an output or attention; by default, to all. It is
             called for those of every module, targeted or not.
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
@@ -199,10 +205,12 @@ class Method:
     size_fields: ClassVar[tuple[str, ...]] = ()
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()
+    frozen_leaves: ClassVar[tuple[str, ...]] = ()
+    shared_leaves: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
-    name: str = field(default="", kw_only=True, metadata={"check": check_name})
-    train: bool = field(default=True, kw_only=True, metadata={"check": check_flag})
+    name: str = field(default="", kw_only=True, repr=False, metadata={"check": check_name})
+    train: bool = field(default=True, kw_only=True, repr=False, metadata={"check": check_flag})
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
@@ -235,6 +243,15 @@ class Method:
     def leaf_names(self) -> tuple[str, ...]:
         """The names of its leaves."""
         return ()
+
+    @property
+    def own_leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that each module has for itself."""
+        return tuple(name for name in self.leaf_names if name not in self.shared_leaves)
+
+    def path_of(self, prefix: str, name: str) -> str:
+        """The path of a leaf; `prefix` is that of the node that holds a module's own leaves."""
+        return f"{self.slot if name in self.shared_leaves else prefix}/{name}"
 
     @property
     def dropout(self) -> float:
@@ -428,8 +445,8 @@ def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
     """The number of layer axes in front of a method's leaves that its own shapes lack."""
     # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
     # leaves are those of one layer.
-    name, leaf = next(iter(method.leaves(point).items()))
-    return len(leaves[name].shape) - len(leaf.shape)
+    name = method.own_leaves[0]
+    return len(leaves[name].shape) - len(method.leaves(point)[name].shape)
 
 
 def merged_stacked(
@@ -437,11 +454,14 @@ def merged_stacked(
 ) -> dict[str, Array]:
     """`Method.merged` for arrays that may be stacked on layer axes."""
 
-    def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
-        return method.merged(leaves, point, own)
+    shared = {name: leaves[name] for name in method.shared_leaves}
+
+    def merged(mine: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
+        return method.merged({**shared, **mine}, point, own)
 
     # A vmap, so that methods are written for one layer, and products stay per layer.
-    return over_layers(merged, layer_axes(method, leaves, point))(dict(leaves), dict(own))
+    mine = {name: leaves[name] for name in method.own_leaves}
+    return over_layers(merged, layer_axes(method, leaves, point))(mine, dict(own))
 
 
 def started(

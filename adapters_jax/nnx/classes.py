@@ -41,6 +41,7 @@ from adapters_jax.nnx.graph import (
     own_params,
     params_of,
     point_of,
+    sharing,
 )
 from adapters_jax.nnx.linen_inside import INSIDE, called
 from adapters_jax.nnx.seen import Seen, changed_weight
@@ -139,6 +140,10 @@ def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with sharing(self) if "adapters" not in kwargs else contextlib.nullcontext():
+            return shared(self, *args, **kwargs)
+
+    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
         if current():
             return method(self, *args, **kwargs)
         calls = vars(self).get(CALLS)

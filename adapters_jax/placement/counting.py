@@ -41,8 +41,9 @@ class Counted(NamedTuple):
 
     @property
     def actual(self) -> int:
-        """How many parameters the arrays hold."""
-        return sum(math.prod(shape) for _, shape in self.placed.arrays)
+        """How many parameters its own arrays hold that its method trains."""
+        own = (shape for name, shape in self.placed.arrays if self.placed.counts(name))
+        return sum(map(math.prod, own))
 
     @property
     def formula(self) -> str:
@@ -100,7 +101,7 @@ def _as_counted(recipe: Recipe, shapes: Shapes) -> list[Placement | str]:
         for node in inside.keys() & set(around(path)):
             inside[node].append(path.removeprefix(f"{node}/"))
     for owner, parts in groups:
-        names, held = owner.method.leaf_names, inside[owner.prefix]
+        names, held = owner.method.leaf_names, dict.fromkeys([*inside[owner.prefix], *parts])
         if set(held) == set(names):
             found.append(_nearest(owner, parts, owned.get(owner.module, {})))
         else:

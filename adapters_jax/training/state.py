@@ -133,8 +133,9 @@ class TrainState:
         """
         recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
         _check_trained(recipe, adapters, base)
-        check_unmoved("TrainState.create", flatten(base), in_nnx=graphdef is not None)
-        remember(flatten(base))
+        own = {path: x for path, x in flatten(base).items() if not recipe.keeps(path)}
+        check_unmoved("TrainState.create", own, in_nnx=graphdef is not None)
+        remember(own)
         if isinstance(model, Adapted):
             _warn_of_rest(recipe, params, model.adapter_placements.placements)
         check_optimizer("TrainState.create", tx)

@@ -34,7 +34,8 @@ class Fitted:
 
 def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
     """The adapters that leaves belong to, each once."""
-    found = {owner.prefix: owner for owner in recipe.owners(paths).values()}
+    owners = recipe.owners(paths).values()
+    found = {owner.prefix: owner for owner in owners if not owner.shared}
     return list(found.values())
 
 
@@ -61,14 +62,15 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
         method = owner.method
         if method.from_weight == "changes":
             raise _changed_base(method, owner.path)
-        leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
+        paths = owner.paths()
+        leaves = {n: flat[path] for n, path in paths.items()}
         # LoRA starts at zero change but with a random A; a bank wants arrays that are the same in
         # every process.
         idle = method.neutral(leaves)
         if method.from_weight:
             each = placed[owner.prefix]
             idle, _ = started(method, idle, each.point(), flat[each.weight_path])
-        made |= {join(owner.prefix, n): jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
+        made |= {paths[n]: jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
     return made
 
 
@@ -99,7 +101,7 @@ def fitted(
         if mine is None:
             raise _no_room(caller, join(owner.prefix, owner.name), recipe, whole)
         _check_settings(caller, owner, mine.method)
-        paths = {n: join(owner.prefix, n) for n in owner.method.leaf_names}
+        paths = owner.paths()
         lacking = [path for path in paths.values() if path not in flat]
         if lacking:
             raise MismatchError(f"{caller}: the adapter lacks {', '.join(lacking)}")

@@ -251,7 +251,7 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
     small = unflatten(flat | made, params)
     for base in (flat, flatten(small)):  # an adapter fits the floats as well
-        remember({path: x for path, x in base.items() if not recipe.trains(path)})
+        remember({path: x for path, x in base.items() if not recipe.keeps(path)})
     return small
 
 

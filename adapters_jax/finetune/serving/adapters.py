@@ -27,7 +27,7 @@ from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.fitting import owners_of
-from adapters_jax.trees import flatten, join
+from adapters_jax.trees import flatten
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     for each in adapters:
         for owner in owners_of(each.recipe, list(each.leaves)):
             method = owner.method
-            leaves = {n: each.leaves[join(owner.prefix, n)] for n in method.leaf_names}
+            leaves = {n: each.leaves[path] for n, path in owner.paths().items()}
             size = method.size(leaves)
             free = ("targets", "train", *(method.size_fields if size is not None else ()))
             names = [f.name for f in dataclasses.fields(method) if f.name not in free]
