@@ -102,5 +102,9 @@ from adapters_jax.transforms.stacking import (
     stack_layers as stack_layers,
     unstack_layers as unstack_layers,
 )
-from adapters_jax.trees import merge_trees as merge_trees, partition as partition
+from adapters_jax.trees import (
+    adapters_of as adapters_of,
+    merge_trees as merge_trees,
+    partition as partition,
+)
 from adapters_jax.weights.meshes import split_rows as split_rows

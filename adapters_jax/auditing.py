@@ -33,8 +33,10 @@ from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 class AuditEntry:
     """One adapter, or one unfrozen parameter, in one module (or in one stack of modules).
 
+    A leaf that modules share, or that a method freezes, has an entry for itself.
+
     Attributes:
-        path: path of the module, or of the unfrozen parameter.
+        path: path of the module; of the leaf, or of the unfrozen parameter.
         method: name of the method's class.
         shapes: the shapes of its arrays by name, as they are in the tree.
         formula: the closed form with its numbers, `8*(768 + 768)`.
@@ -42,6 +44,8 @@ class AuditEntry:
         actual: how many parameters the arrays hold.
         reads: how the model reads the changed weight, if the audit has inputs: "dot_general: thin",
             or "custom_vjp_call: sum" where the sum W + A B is formed.
+        name: the name of the recipe's entry; "" where it has none.
+        trained: whether it trains.
     """
 
     path: str
@@ -51,6 +55,8 @@ class AuditEntry:
     expected: int
     actual: int
     reads: tuple[str, ...] = ()
+    name: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,9 @@ class Audit:
     Attributes:
         entries: one entry for every adapter and every unfrozen parameter, with its `path`,
             `method`, `shapes` and `formula`, and the `expected` and `actual` number of parameters.
-        adapter_parameters: parameters that the recipe's methods added.
-        trainable_parameters: adapter and unfrozen parameters together.
+        adapter_parameters: parameters that the recipe's methods added, frozen ones too.
+        frozen_adapter_parameters: those of them that do not train.
+        trainable_parameters: the adapters' that train and the unfrozen ones together.
         frozen_parameters: all other parameters.
         trainable_bytes: bytes of the trainable parameters as a `TrainState` keeps them: half
             precision in float32.
@@ -92,6 +99,7 @@ class Audit:
     frozen_bytes: int
     unmatched: tuple[str, ...]
     quantized_parameters: int = 0
+    frozen_adapter_parameters: int = 0
 
     @property
     def percent(self) -> float:
@@ -115,7 +123,9 @@ class Audit:
         groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
         for entry in self.entries:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in entry.shapes)
-            key = (_named(entry.path), entry.method, shapes, entry.formula)
+            words = (entry.method, entry.name, "" if entry.trained else "(frozen)")
+            method = " ".join(filter(None, words))
+            key = (_named(entry.path), method, shapes, entry.formula)
             groups.setdefault(key, []).append(entry)
         return [
             (
@@ -146,9 +156,11 @@ class Audit:
 
     def totals(self) -> list[str]:
         """The lines below the table."""
+        still = self.frozen_adapter_parameters
         lines = [
             f"trainable {self.trainable_parameters:,} ({self.percent:.4g} % of the base), "
-            f"of them in adapters {self.adapter_parameters:,}; frozen {self.frozen_parameters:,}",
+            f"of them in adapters {self.adapter_parameters - still:,}; frozen "
+            f"{self.frozen_parameters:,}" + (f", of them in adapters {still:,}" if still else ""),
             f"bytes: trainable {bytes_text(self.trainable_bytes)}, gradients "
             f"{bytes_text(self.gradient_bytes)}, optimizer {bytes_text(self.optimizer_bytes)}, "
             f"frozen {bytes_text(self.frozen_bytes)}",
@@ -237,9 +249,10 @@ def audit(
     found = counted(recipe, shapes, known)
     trains = recipe.trained(leaves)
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trains}
-    check_unmoved("audit", frozen, isinstance(model, nnx.Module))
-    arrays = {path for each in found for path in each.placed.paths().values()}
-    unfrozen = {path: shapes[path] for path in trains if path not in arrays}
+    own = {path: leaf for path, leaf in frozen.items() if not recipe.keeps(path)}
+    check_unmoved("audit", own, isinstance(model, nnx.Module))
+    added = recipe.owners(shapes)
+    unfrozen = {path: shapes[path] for path in trains if path not in added}
     # A TrainState keeps the trained leaves in float32, and optimisers have the dtypes of what they
     # get.
     kept = ((path, leaves[path]) for path in trains)
@@ -247,8 +260,13 @@ def audit(
     tx = optax.adam(1e-3) if tx is None else tx
     optimizer = jax.eval_shape(tx.init, unflatten(trained))
     return Audit(
-        entries=(*_in_order(_adapters(found, computed)), *_in_order(_unfrozen(recipe, unfrozen))),
-        adapter_parameters=sum(each.actual for each in found),
+        entries=(
+            *_in_order(_adapters(found, computed)),
+            *_in_order(_beside(found)),
+            *_in_order(_unfrozen(recipe, unfrozen)),
+        ),
+        adapter_parameters=sum(math.prod(shapes[path]) for path in added),
+        frozen_adapter_parameters=sum(math.prod(shapes[p]) for p in added if p not in trains),
         trainable_parameters=sum(math.prod(x.shape) for x in trained.values()),
         frozen_parameters=sum(math.prod(x.shape) for x in frozen.values()),
         trainable_bytes=_size(trained),
@@ -308,14 +326,34 @@ def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) 
         AuditEntry(
             adapter.placed.path,
             type(adapter.placed.method).__name__,
-            adapter.placed.arrays,
+            tuple((n, shape) for n, shape in adapter.placed.arrays if adapter.placed.counts(n)),
             adapter.formula,
             adapter.expected,
             adapter.actual,
             computed.get(adapter.placed.weight_path, ()) if adapter.placed.weight else (),
+            adapter.placed.method.name,
+            adapter.placed.method.train,
         )
         for adapter in adapters
     ]
+
+
+def _beside(adapters: list[Counted]) -> list[AuditEntry]:
+    """An entry for each leaf that modules share or that its method freezes, by its path."""
+    found: dict[str, AuditEntry] = {}
+    for placed in (adapter.placed for adapter in adapters):
+        method, paths = placed.method, placed.paths()
+        for name, shape in placed.arrays:
+            if placed.counts(name):
+                continue
+            size, formula = math.prod(shape), "*".join(map(str, shape)) or "1"
+            trained = method.train and name not in method.frozen_leaves
+            found[paths[name]] = AuditEntry(
+                *(paths[name], type(method).__name__, ((name, shape),), formula, size, size),
+                name=method.name,
+                trained=trained,
+            )
+    return list(found.values())
 
 
 def _in_order(entries: list[AuditEntry]) -> list[AuditEntry]:

@@ -63,6 +63,15 @@ class Owner(NamedTuple):
         """The path of the node that holds its parameters, `layer_0/query/lora`."""
         return join(self.module, self.method.slot, self.node)
 
+    @property
+    def shared(self) -> bool:
+        """Whether the parameter is of all modules that the method adapts, and so of none."""
+        return self.name in self.method.shared_leaves
+
+    def paths(self) -> dict[str, str]:
+        """The paths of all parameters of the adapter, by their names."""
+        return {name: self.method.path_of(self.prefix, name) for name in self.method.leaf_names}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -76,6 +85,7 @@ class Recipe:
 
     Raises:
         TypeError: an argument is neither, or the class of a method is not registered.
+        RecipeError: two methods without names keep leaves that their modules share in one place.
         UserError: they are nested more than 32 deep.
 
     Example:
@@ -94,6 +104,14 @@ class Recipe:
         flat: list[Method] = []
         for item in methods:
             flat.extend(_members(item))
+        shared = [method.slot for method in flat if method.shared_leaves]
+        if len(set(shared)) < len(shared):
+            kind = next(type(m).__name__ for m in flat if shared.count(m.slot) > 1)
+            raise RecipeError(
+                f"{kind} stands {len(shared)} times in the recipe, and the leaves that its modules "
+                f"share would be in {max(shared, key=shared.count)} for all of them; give each a "
+                "name, name='first' and name='second'"
+            )
         # Frozen, since a recipe is a static argument of jit, which hashes it.
         object.__setattr__(self, "methods", tuple(flat))
 
@@ -102,6 +120,53 @@ class Recipe:
 
     def __len__(self) -> int:
         return len(self.methods)
+
+    def __getitem__(self, name: str) -> "Recipe":
+        """The recipe of the entries of one name.
+
+        Raises:
+            RecipeError: no entry has the name.
+
+        Example:
+            >>> from adapters_jax import LoRA
+            >>> recipe = Recipe(LoRA("**/query", name="old", train=False), LoRA("**", name="new"))
+            >>> recipe["new"].methods[0].targets
+            ('**',)
+        """
+        self._check_names((name,))
+        return Recipe(*(m for m in self.methods if m.name == name))
+
+    def frozen(self, *names: str) -> "Recipe":
+        """The recipe with the entries of these names frozen; without names, every added adapter.
+
+        Raises:
+            RecipeError: no entry has one of the names.
+
+        Example:
+            >>> from adapters_jax import LoRA
+            >>> Recipe(LoRA("**/query", name="old"), LoRA("**", name="new")).frozen("old")
+            Recipe(
+              LoRA(targets=('**/query',), name='old', train=False),
+              LoRA(targets=('**',), name='new'),
+            )
+        """
+        self._check_names(names)
+        chosen = [m.slot is not None and (not names or m.name in names) for m in self.methods]
+        return Recipe(
+            *(
+                dataclasses.replace(m, train=False) if own else m
+                for m, own in zip(self.methods, chosen, strict=True)
+            )
+        )
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        known = list(dict.fromkeys(m.name for m in self.methods if m.name))
+        for name in names:
+            if name not in known:
+                raise RecipeError(
+                    f"no entry of the recipe has the name {shown(name)}; it has "
+                    f"{', '.join(known) or 'no names: give one with name='}"
+                )
 
     def __add__(self, other: "Method | Recipe") -> "Recipe":
         return Recipe(self, other)
@@ -151,9 +216,9 @@ class Recipe:
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "
-                f"{path}/{max(slots, key=slots.count)}; give them disjoint targets, or, if the "
-                "model has adapters of another recipe, adapt its base once for each (aj.Bank holds "
-                "many adapters)"
+                f"{path}/{max(slots, key=slots.count)}; give each a name, name='first' and "
+                "name='second', or disjoint targets. If the model has adapters of another recipe, "
+                "adapt its base once for each (aj.Bank holds many adapters)"
             )
         # DoRA's magnitudes and PiSSA's factors come from the base's weight once, when they start.
         changed = [type(m).merged is not Method.merged for m in methods]
@@ -178,11 +243,14 @@ class Recipe:
         for method in self.attached:
             for i in [i for i, name in enumerate(names) if name == method.slot]:
                 module, rest = "/".join(names[:i]), names[i + 1 :]
-                if "/".join(rest) in method.leaf_names and selects(method.targets, module):
-                    return Owner(module, module, method, "", "/".join(rest))
+                name = "/".join(rest)
+                if i == 0 and name in method.shared_leaves:
+                    return Owner("", "", method, "", name)
+                if name in method.own_leaves and selects(method.targets, module):
+                    return Owner(module, module, method, "", name)
                 node, leaf = rest[0] if rest else "", "/".join(rest[1:])
                 own = join(module, node.partition(":")[0])
-                inside = method.acts_on == "weight" and leaf in method.leaf_names
+                inside = method.acts_on == "weight" and leaf in method.own_leaves
                 if nested is None and inside and selects(method.targets, module, own):
                     nested = Owner(own, module, method, node, leaf)
         return nested  # a module may have the name of a slot: then its own slot comes first
@@ -198,7 +266,14 @@ class Recipe:
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""
-        return self.owner(path) is not None or any(selects(p, path) for p in self.unfrozen)
+        owner = self.owner(path)
+        if owner is None:
+            return any(selects(p, path) for p in self.unfrozen)
+        return owner.method.train and owner.name not in owner.method.frozen_leaves
+
+    def keeps(self, path: str) -> bool:
+        """Whether the parameter at a path is part of what is adapted: it was added, or trains."""
+        return self.owner(path) is not None or self.trains(path)
 
     def trained(self, paths: Iterable[str]) -> dict[str, None]:
         """Those of the paths of parameters that train, in their order."""
@@ -206,7 +281,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as JSON text; `Recipe.from_json` gives an equal recipe."""
-        rows = [{"method": m.name, **dataclasses.asdict(m)} for m in self.methods]
+        rows = [{"method": m.kind, **_written(m)} for m in self.methods]
         return json.dumps({"methods": rows}, indent=2)
 
     @classmethod
@@ -346,12 +421,31 @@ def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
     )
 
 
+def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
+    """Raises RecipeError where the model would get frozen adapters that nothing has trained.
+
+    Args:
+        caller: the beginning of the message.
+        recipe: the recipe.
+        held: the paths of the parameters that the model has.
+    """
+    there = {owner.method for owner in recipe.owners(held).values()}
+    fresh = [m for m in recipe.attached if not m.train and m not in there]
+    if fresh and not _CHECKED.get():
+        raise RecipeError(
+            f"{caller}: {_short(fresh[0])} is frozen, and the model has no leaves of it, which "
+            "would stay as they start; load it, model = aj.load_adapter(directory, model, ..., "
+            "train=False), and adapt that model with the other entries"
+        )
+
+
 @contextlib.contextmanager
 def checked_before() -> Iterator[None]:
     """Around work on a recipe that a model was adapted by before: from a file, or to merge.
 
     Then every pattern must still match something, but parts of braces need not, since earlier
-    versions did not check them; and what targets skip was reported when the model was adapted.
+    versions did not check them; what targets skip was reported when the model was adapted; and the
+    leaves of frozen entries come with the file.
     """
     token = _CHECKED.set(True)
     try:
@@ -384,7 +478,7 @@ def as_compared(value: Any) -> str:
 def _members(item: Any) -> Iterable[Method]:
     """The methods in an argument of `Recipe`."""
     if isinstance(item, Method):
-        if METHODS.get(getattr(item, "name", "")) is type(item):
+        if METHODS.get(getattr(item, "kind", "")) is type(item):
             return (item,)
         raise TypeError(
             f"{type(item).__name__} is not registered as a method; write @aj.register_method above "
@@ -416,6 +510,14 @@ def _got(item: Any) -> str:
 def _short(method: Method) -> str:
     """The repr of a method without the fields that have their default."""
     return f"{type(method).__name__}({', '.join(_settings(method))})"
+
+
+def _written(method: Method) -> dict[str, Any]:
+    """The fields of a method for JSON, without a name and `train` where they say nothing."""
+    # Most entries have neither, and files of earlier versions lack them.
+    silent = {"name": "", "train": True}
+    fields = dataclasses.asdict(method)
+    return {key: x for key, x in fields.items() if key not in silent or x != silent[key]}
 
 
 def _settings(method: Method, without: Sequence[str] = ()) -> list[str]:

@@ -157,6 +157,41 @@ def partition(params: Tree, recipe: Recipe | Method) -> tuple[Tree, Tree]:
     return _split(params, recipe.trained)
 
 
+def adapters_of(params: Tree, recipe: Recipe | Method) -> Tree:
+    """Every leaf that an adapter's file holds: those that train, and the frozen ones of methods.
+
+    Where a recipe has no frozen entries and methods without frozen leaves, this is what trains.
+
+    Args:
+        params: nested mapping of parameters, arrays or abstract; it is not changed.
+        recipe: the recipe of the adapters.
+
+    Returns:
+        The leaves under their paths, in a nested dictionary.
+
+    Raises:
+        UserError: `params` is not a nested mapping; where it holds all variables, a MismatchError.
+
+    Example:
+        >>> from adapters_jax import LoRA, Recipe
+        >>> params = {"q": {"kernel": 1.0, "lora_old": {"a": 2.0, "b": 3.0}}}
+        >>> adapters_of(params, LoRA("q", name="old", train=False))
+        {'q': {'lora_old': {'a': 2.0, 'b': 3.0}}}
+    """
+    if isinstance(params, Mapping):
+        check_params("adapters_of", params, "aj.adapters_of(params, recipe)")
+    return split_adapters(params, Recipe(recipe))[0]
+
+
+def split_adapters(params: Tree, recipe: Recipe) -> tuple[Tree, Tree]:
+    """What an adapter's file and a bank hold, frozen adapters too, and the base that is left."""
+
+    def kept(paths: Iterable[str]) -> Container[str]:
+        return dict.fromkeys(filter(recipe.keeps, paths))
+
+    return _split(params, kept)
+
+
 def without_adapters(params: Tree, recipe: Recipe) -> Tree:
     """The base model's tree: every leaf except those that the recipe's methods added."""
     return _split(params, recipe.owners)[1]

@@ -160,7 +160,7 @@ class Base:
 
 
 def _merges(recipe: Any) -> bool:
-    return all(method.name != "llama_adapter" for method in aj.Recipe(recipe).attached)
+    return all(method.kind != "llama_adapter" for method in aj.Recipe(recipe).attached)
 
 
 def _made(base: Base, make: Callable[[Any], Any], directory: Path) -> np.ndarray:

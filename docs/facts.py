@@ -209,7 +209,7 @@ def _meanings(method: type[Method]) -> dict[str, str]:
 
 
 def _leaves(method: type[Method]) -> tuple[str, ...]:
-    needed = {"bottleneck_dim": 1} if method.name == "bottleneck" else {}
+    needed = {"bottleneck_dim": 1} if method.kind == "bottleneck" else {}
     return method("x", **needed).leaf_names
 
 

@@ -161,6 +161,8 @@ def test_to_dict_is_json_and_holds_everything():
         "expected": 20,
         "actual": 20,
         "reads": [],
+        "name": "",
+        "trained": True,
     }
 
 

@@ -172,7 +172,7 @@ def Shift():
     @aj.register_method
     @dataclasses.dataclass(frozen=True)
     class Shift(aj.Method):
-        name, slot, leaf_names = "shift_of_outputs", "shift_of_outputs", ("bias",)
+        kind, slot, leaf_names = "shift_of_outputs", "shift_of_outputs", ("bias",)
         output = "1/copy"
 
         def leaves(self, point):

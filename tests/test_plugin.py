@@ -139,12 +139,12 @@ def made(base=aj.Method, **body):
 
 def test_what_cannot_be_registered(Shift):
     before = dict(METHODS)
-    own = {"name": "other", "slot": "other", "leaf_names": ("bias",)}
-    with raises(aj.RecipeError, "name 'lora'", "Other", "lora.LoRA"):
-        aj.register_method(made(Shift, name="lora", slot="other"))
+    own = {"kind": "other", "slot": "other", "leaf_names": ("bias",)}
+    with raises(aj.RecipeError, "kind 'lora'", "Other", "lora.LoRA"):
+        aj.register_method(made(Shift, kind="lora", slot="other"))
     with raises(aj.RecipeError, "slot 'adapter'", "Other", "bottleneck.Bottleneck"):
-        aj.register_method(made(Shift, name="other", slot="adapter"))
-    with raises(TypeError, " name, slot, leaf_names, leaves, count, forward;"):
+        aj.register_method(made(Shift, kind="other", slot="adapter"))
+    with raises(TypeError, " kind, slot, leaf_names, leaves, count, forward;"):
         aj.register_method(made())
     with raises(TypeError, "lacks leaves, count, forward;"):
         aj.register_method(made(**own))
@@ -152,12 +152,12 @@ def test_what_cannot_be_registered(Shift):
         aj.register_method(made(**own, acts_on="attention"))
     with raises(TypeError, "lacks leaves, count, joined, tokens;"):
         aj.register_method(made(Prompt, **own))
-    with raises(TypeError, "name='two words'"):
-        aj.register_method(made(Shift, name="two words", slot="other"))
+    with raises(TypeError, "kind='two words'"):
+        aj.register_method(made(Shift, kind="two words", slot="other"))
     with raises(TypeError, "slot=3"):
-        aj.register_method(made(Shift, name="other", slot=3))
+        aj.register_method(made(Shift, kind="other", slot=3))
     with raises(TypeError, "Plain"):
-        aj.register_method(type("Plain", (Shift,), {"name": "plain", "slot": "plain"}))
+        aj.register_method(type("Plain", (Shift,), {"kind": "plain", "slot": "plain"}))
     with raises(TypeError, "int"):
         aj.register_method(int)
     assert before == METHODS

@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, full_name
+from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, first_few, full_name
 from adapters_jax.files import hub
 from adapters_jax.files.atomic import Content, write_directory
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
@@ -38,12 +38,12 @@ from adapters_jax.files.untrusted import (
     open_tensors,
 )
 from adapters_jax.methods import Method
-from adapters_jax.nnx import AdapterParam, recipe_of
+from adapters_jax.nnx import ADAPTERS, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState, check_alive, checked_collections
-from adapters_jax.trees import Tree, flatten, leaves_by_path, with_leaves
+from adapters_jax.trees import Tree, flatten, leaves_by_path, unflatten, with_leaves
 from adapters_jax.weights.fingerprints import check_unmoved
 from adapters_jax.weights.quantized import unboxed
 
@@ -63,7 +63,9 @@ def save_adapter(
     base: BaseIdentity | None = None,
     beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes an adapter: its recipe, its trained tensors and its statistics, not the frozen base.
+    """Writes an adapter: its recipe, its tensors and its statistics, not the frozen base.
+
+    The tensors are those that train, and those of its recipe's frozen entries.
 
     State that is not a parameter belongs to the adapter: a batch norm's statistics, and any other
     NNX Variable or linen collection, without caches and random streams. It is bit-exact after
@@ -74,9 +76,9 @@ def save_adapter(
 
     Args:
         directory: the directory to write; its parents are created.
-        adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the trained
-            part of a model: a tree as `partition` gives, or an NNX state of `AdapterParam`, which
-            has no statistics.
+        adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the
+            adapter's part of a model: a tree as `adapters_of` gives, or an NNX state of `ADAPTERS`,
+            which has no statistics.
         recipe: what trains; leave it out with a `TrainState` or a model, which have one.
         collections: the statistics of a linen model, where `adapters` is a tree of its parameters:
             `{"batch_stats": variables["batch_stats"]}`.
@@ -130,7 +132,7 @@ def save_adapter(
     if _holds_something_else(directory):
         raise UserError(f"{directory} exists and is not an adapter; give another directory")
     leaves = flatten(adapters)
-    _check_trained(leaves, recipe)
+    _check_kept(leaves, recipe)
     flat = {path: _plain(leaf) for path, leaf in leaves.items()}
     state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
     _check_savable(flat, state)
@@ -185,7 +187,7 @@ def _parts_of(
         frozen, other, known = subject.base, subject.other, subject.placements or Known()
     else:
         own = recipe_of(subject)
-        adapters, frozen, other = nnx.state(subject, AdapterParam, nnx.Param, ...)
+        adapters, frozen, other = nnx.state(subject, ADAPTERS, nnx.Param, ...)
         known = Known(placements_of(subject))
     if recipe is not None and Recipe(recipe) != own:
         raise UserError(
@@ -193,11 +195,12 @@ def _parts_of(
             "leave the recipe out"
         )
     in_nnx = isinstance(subject, nnx.Module) or subject.graphdef is not None
-    check_unmoved("save_adapter", flatten(frozen), in_nnx)
     tree = tree_sha256((adapters, frozen), own)
     leaves = {**flatten(adapters), **flatten(frozen)}
     placements = known.of(own, {path: tuple(unboxed(x).shape) for path, x in leaves.items()})
-    return adapters, own, with_tree(base, tree, "save_adapter"), other, placements
+    kept = {path: x for path, x in leaves.items() if own.keeps(path)}
+    check_unmoved("save_adapter", {p: x for p, x in leaves.items() if p not in kept}, in_nnx)
+    return unflatten(kept), own, with_tree(base, tree, "save_adapter"), other, placements
 
 
 def state_by_path(other: Any) -> dict[str, Any]:
@@ -289,10 +292,19 @@ def _plain(leaf: Any) -> np.ndarray:
     return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype), order="C")
 
 
-def _check_trained(leaves: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raises UserError for leaves that the recipe does not train, as in a whole tree."""
-    trained = recipe.trained(leaves)
-    frozen = [path for path in leaves if path not in trained]
+def _check_kept(leaves: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises UserError where leaves are not the recipe's, as in a whole tree, or are missing."""
+    owners = [owner for owner in recipe.owners(leaves).values() if not owner.shared]
+    there = {owner.method for owner in owners}
+    lacking = [f"those of {m.name!r}" for m in recipe.attached if not m.train and m not in there]
+    lacking += [path for owner in owners for path in owner.paths().values() if path not in leaves]
+    if lacking:
+        raise UserError(
+            f"save_adapter: the adapter lacks {first_few(list(dict.fromkeys(lacking)))}; give all "
+            "of it, frozen leaves too: aj.adapters_of(params, recipe), an aj.TrainState, or "
+            "nnx.state(model, aj.nnx.ADAPTERS)"
+        )
+    frozen = [path for path in leaves if not recipe.keeps(path)]
     if frozen:
         raise UserError(
             f"save_adapter: the recipe does not train {len(frozen)} of these leaves, such as "

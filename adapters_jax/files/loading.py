@@ -21,6 +21,7 @@ from adapters_jax.errors import (
     MismatchError,
     OtherBaseError,
     RecipeError,
+    check_flag,
     compare_trees,
     first_few,
     shortened,
@@ -42,7 +43,7 @@ from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
 from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.linen.adapted import grown
-from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import ADAPTERS
 from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placements, in_tree, taken
@@ -56,6 +57,7 @@ from adapters_jax.trees import (
     flatten,
     merge_trees,
     partition,
+    split_adapters,
     unflatten,
     with_leaves,
 )
@@ -97,6 +99,7 @@ def load_adapter(
     names: Names | Stack | None = None,
     collections: Mapping[str, Tree] | None = None,
     example_inputs: Iterable[Any] | Inputs | None = None,
+    train: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
@@ -119,6 +122,8 @@ def load_adapter(
         collections: linen only: the base's collections beside its parameters, such as
             `{"batch_stats": variables["batch_stats"]}`.
         example_inputs: NNX and Equinox only: the inputs that `adapt` got, if it got any.
+        train: whether the adapter's leaves train; False freezes them, under another adapter that
+            the model then gets from `adapt`. None is as it was saved.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -183,12 +188,13 @@ def load_adapter(
         if not any_base:
             _check_base(file, manifest, tree, own, sha256, base, stack)
         same = manifest.base is not None and manifest.base.tree_sha256 == sha256
+        recipe, placements = _training(manifest.recipe, manifest.placements, train)
         adapter = _Adapter(
             file.path.parent,
-            manifest.recipe,
+            recipe,
             _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
             _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
-            manifest.placements,
+            placements,
             same and not own.methods,
         )
         if stack:
@@ -197,6 +203,18 @@ def load_adapter(
             if isinstance(model, nnx.Module):
                 return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
+
+
+def _training(
+    recipe: Recipe, placements: Placements | None, train: bool | None
+) -> tuple[Recipe, Placements | None]:
+    """A recipe, and its placements, whose added leaves all train, or do not."""
+    if train is None:
+        return recipe, placements
+    check_flag("load_adapter", "train", train)
+    new = {m: m if m.slot is None else replace(m, train=train) for m in recipe}
+    found = [replace(each, method=new[each.method]) for each in placements or ()]
+    return Recipe(*new.values()), None if placements is None else Placements(found)
 
 
 def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
@@ -272,14 +290,14 @@ def _load_linen(
         return found.adapter_placements.placements or Placements()
 
     placements = _placed(adapter, flatten(shapes), run)
+    adapted = adapt_linen(model, recipe)
     _check_state(adapter, jax.eval_shape(lambda other: other, other))
     tensors, state = adapter.trained.read(), adapter.state.read()
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
-        params = grown(recipe, placements, params, key)
-    base = partition(params, recipe)[1]
-    remember(flatten(base))
-    params = merge_trees(base, unflatten(tensors))
-    adapted = adapt_linen(model, recipe)
+        own = Placements(each for each in placements if each.method in recipe.attached)
+        params = grown(recipe, own, params, key)
+    params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    remember(flatten(split_adapters(params, adapted.recipe)[1]))
     adapted.adapter_placements.placements = placements
     if other is None:
         return adapted, params
@@ -299,7 +317,7 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
     _check_state(adapter, nnx.state(shapes))
     tensors, state = adapter.trained.read(), adapter.state.read()
     adapted = adapt_at(model, adapter.recipe, placements)
-    nnx.update(adapted, with_leaves(nnx.state(adapted, AdapterParam), tensors))
+    nnx.update(adapted, with_leaves(nnx.state(adapted, ADAPTERS), tensors))
     nnx.update(adapted, with_state(nnx.state(adapted), state))
     return adapted
 

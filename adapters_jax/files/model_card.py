@@ -81,7 +81,7 @@ def model_card(
     recipe = Recipe(recipe)
     known = base.id if base and base.id and hub.is_id(base.id) and "/" in base.id else None
     identity = [(key, value) for key, value in vars(base).items() if value] if base else []
-    kinds = sorted({method.name for method in recipe.attached})
+    kinds = sorted({method.kind for method in recipe.attached})
     data = hf.ModelCardData(
         base_model=known,
         base_model_relation="adapter" if known else None,

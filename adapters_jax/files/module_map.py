@@ -331,8 +331,8 @@ def placed(
             "the trained part alone: adapters, _ = aj.partition(params, recipe)"
         )
     incomplete = set()
-    for owner in {owner.prefix: owner for owner in owners.values()}.values():
-        names = [name for name in owner.method.leaf_names if f"{owner.prefix}/{name}" not in leaves]
+    for owner in {each.prefix: each for each in owners.values() if not each.shared}.values():
+        names = [name for name, path in owner.paths().items() if path not in leaves]
         if names:
             incomplete.add(owner.prefix)
             problems.append(f"{owner.path} lacks {', '.join(sorted(names))}")

@@ -143,17 +143,18 @@ class Calls:
         Raises:
             RecipeError: such a method has dropout.
         """
-        found = {}
+        found: dict[str, Any] = {}
         for path, (_, visit) in self.interceptor.visited.items():
-            for each in on_outputs(self.interceptor.recipe, visit) if path in self.layers else ():
+            if path not in self.layers:
+                continue
+            for each in on_outputs(self.interceptor.recipe, visit, self.layers[path]):
                 if each.method.dropout:
                     raise RecipeError(
                         f"{type(each.method).__name__} has dropout {each.method.dropout} and "
                         f"targets {path!r}, a module of a function, whose calls get no random key "
                         f"for it; write dropout=0.0, or exclude it: '!{path}'"
                     )
-                for name, shape in each.array_shapes.items():
-                    found[name] = jnp.zeros((*self.layers[path], *shape))
+                found |= {name: jnp.zeros(shape) for name, shape in each.array_shapes.items()}
         return found
 
     def note(self, attentions: Sequence[Attending]) -> None:
@@ -234,11 +235,14 @@ def attached(
 def _held(recipe: Recipe, params: Tree, own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The arrays of methods on outputs and attention, by the path of the module and the slot."""
     found: dict[str, dict[str, Any]] = {}
-    leaves = {path: x for path, x in flatten(params).items() if path not in own}
+    whole = flatten(params)
+    leaves = {path: x for path, x in whole.items() if path not in own}
     for path, owner in recipe.owners(leaves).items():
         if owner.method.acts_on != "weight" and owner.module:  # the function itself is linen's
             slots = found.setdefault(owner.module, {})
-            slots.setdefault(owner.method.slot, {})[owner.name] = leaves[path]
+            slot = slots.setdefault(owner.method.slot, {})
+            slot[owner.name] = leaves[path]
+            slot |= {n: whole[join(owner.prefix, n)] for n in owner.method.shared_leaves}
     return {path: {s: unflatten(x) for s, x in slots.items()} for path, slots in found.items()}
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
@@ -23,15 +24,16 @@ from adapters_jax.methods.base import started
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
 from adapters_jax.placement import Known, Placements
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, check_loaded
 from adapters_jax.trace.inputs import Inputs, inputs_text, is_abstract
 from adapters_jax.trees import (
     Tree,
     check_params,
     flatten,
+    join,
     leaves_by_path,
     merge_trees,
-    partition,
+    split_adapters,
     unflatten,
     with_leaves,
     without_adapters,
@@ -135,7 +137,7 @@ class Adapted(nn.Module):
         also where an axis is as long as there are rows.
         """
         params, rngs = variables["params"], kwargs.pop("rngs", None)
-        own, base = partition(params, self.recipe)
+        own, base = split_adapters(params, self.recipe)
         cache = Cache.of(variables.get("cache", {}), checked_rows(rows).total)
 
         def run(leaves: Any, inputs: Any, keys: Any) -> Any:
@@ -159,6 +161,8 @@ class Adapted(nn.Module):
         if self.adapters_by_rows:
             raise needs_rows(type(inner))
         init = self.is_initializing()
+        if init:
+            check_loaded("init", self.recipe)
         called = "__call__" if method is None else method
         unbound = getattr(type(inner), called) if isinstance(called, str) else called
         unbound = getattr(unbound, "__func__", unbound)
@@ -176,7 +180,8 @@ class Adapted(nn.Module):
                 if isinstance(each.method, LeafMethod) and each.weight_path in own:
                     grow_in(inner.scope.rewound(), each)
             grown = inner.scope._variables["params"]
-            for name, part in merge_trees(grown).items():  # under the base's own keys
+            whole = with_shared(merge_trees(grown), found)
+            for name, part in whole.items():  # under the base's own keys
                 grown[name] = part
         if not any(map(_is_module, jax.tree.leaves(y))):
             return y  # the very tree, since jax would sort its dictionaries
@@ -404,7 +409,8 @@ def init_adapters(
 
     Args:
         model: an adapted linen module.
-        params: the base's parameter tree, as pretrained; arrays of any dtype, or abstract.
+        params: the base's parameter tree, as pretrained; arrays of any dtype, or abstract. With the
+            leaves of frozen entries, which stay as they are.
         key: seeds the adapters.
         *args: example inputs of the model, arrays or `jax.ShapeDtypeStruct`; only shapes matter.
             One `aj.inputs(...)` says all of them, and the method.
@@ -419,6 +425,7 @@ def init_adapters(
     Raises:
         TargetError: a pattern of the recipe matches nothing, or nothing its method can attach to.
         MismatchError: `params` is not the tree of this model; every difference is listed.
+        RecipeError: `params` hold nothing of a frozen entry.
         UserError: the model takes other arguments than the example inputs, `params` is no tree of
             parameters, or `key` no random key.
         TypeError: `model` is no adapted linen model, or `params` is None.
@@ -446,6 +453,12 @@ def init_adapters(
     check_params("init_adapters", params, call)
     key = arrays.checked_key("init_adapters", key)
     given = shapes_of(without_adapters(params, model.recipe))
+    loaded = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if (owner := model.recipe.owner(path)) and not owner.method.train
+    }
+    check_loaded("init_adapters", model.recipe, loaded)
     inputs = model.inputs(Inputs.of_call(args, kwargs, method))
     found, whole = points_of(model.inner, model.recipe, inputs, given)
     compare_trees(
@@ -458,9 +471,29 @@ def init_adapters(
         "init_adapters(..., method=...).",
     )
     model.adapter_placements.placements = found
-    params = grown(model.recipe, found, params, key)
-    remember(flatten(partition(params, model.recipe)[1]))
+    fresh = Placements(each for each in found if loaded.keys().isdisjoint(each.array_shapes))
+    frozen = {p: x for each in found if each not in fresh for p, x in each.array_shapes.items()}
+    compare_trees(
+        "the frozen adapters in params",
+        {path: unboxed(leaf) for path, leaf in loaded.items()},
+        {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in frozen.items()},
+        "Pass the params that aj.load_adapter returned, with the recipe that it was trained with.",
+    )
+    params = grown(model.recipe, fresh, params, key)
+    params = unflatten({**flatten(params), **loaded}, params)
+    remember(flatten(split_adapters(params, model.recipe)[1]))
     return params
+
+
+def with_shared(params: Tree, placements: Placements) -> Tree:
+    """Parameters with one of the copies that flax made of each shared array, in its own place."""
+    flat = flatten(params)
+    for each in placements:
+        for name in each.method.shared_leaves:
+            copy = flat.pop(join(each.prefix, name), None)
+            if copy is not None:
+                flat.setdefault(each.paths()[name], copy[(0,) * len(each.layers)])
+    return unflatten(flat, params)
 
 
 def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:

@@ -343,12 +343,23 @@ class Interceptor:
                 raise taken(visit.path, method)
 
 
-def leaves_in(scope: Any, method: Method, point: AttachmentPoint) -> dict[str, Array]:
-    """A method's arrays by name; initialised where the scope does not have them yet."""
+def leaves_in(
+    scope: Any, method: Method, point: AttachmentPoint, top: Any = None
+) -> dict[str, Array]:
+    """A method's arrays by name; initialised where the scope does not have them yet.
+
+    Args:
+        scope: the scope of the node that holds them.
+        method: the method.
+        point: what it adapts.
+        top: the scope of the whole model, where shared arrays are; without it they are copies.
+    """
     leaves = {}
     for name, leaf in method.leaves(point).items():
         *groups, last = name.split("/")
-        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, scope)
+        shared = top is not None and name in method.shared_leaves
+        node = top.push(method.slot, reuse=True) if shared else scope
+        holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, node)
         # `param` traces the initialiser in each call, to compare its shape with the array's.
         held = nn.meta.unbox(holder.get_variable("params", last))
         fits = held is not None and held.shape == leaf.shape
@@ -365,7 +376,7 @@ def grow_in(root: Any, each: Placement) -> None:
 
     holder, owner = scope_at(each.prefix), scope_at(each.module)
     point = each.point()
-    leaves = leaves_in(holder, each.method, point)
+    leaves = leaves_in(holder, each.method, point, root)
     if each.method.from_weight:
         weight = owner.get_variable("params", each.weight)
         made, rest = started(each.method, leaves, point, unboxed(weight))

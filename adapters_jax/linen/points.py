@@ -17,6 +17,7 @@ from adapters_jax.placement import (
     Placements,
     check_nested,
     check_reached,
+    check_shared,
     check_targets,
     chosen,
     on_outputs,
@@ -62,9 +63,15 @@ def points_of(
     check_targets(recipe, found, modules, visits, every, {**own, **unused}, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
+    check_shared(found)
     numbered = numbered_paths(like)
     held = {*own, *(above for path in own for above in around(path))}
     for each in found:
+        shared = each.method.shared_leaves
+        if shared and each.method.slot in held:
+            raise taken("", each.method)
+        for name in shared:  # flax made a copy for each module
+            whole.pop(join(each.prefix, name), None)
         if each.method.acts_on == "weight":
             if join(each.module, each.method.slot) in held:
                 raise taken(each.module, each.method)
@@ -75,17 +82,17 @@ def points_of(
                     "beside numbers; keep the weights in an nnx.Dict, or exclude it: "
                     f"'!{each.path}'"
                 )
-            for name, shape in each.arrays:
-                whole[join(each.prefix, name)] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        for path, shape in each.array_shapes.items():
+            whole[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
     order = {method: i for i, method in enumerate(recipe.attached)}
     return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
 
 
 def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
     """A placement with the layer axes that flax's transforms gave to its arrays."""
-    arrays = tuple((name, tuple(whole[join(each.prefix, name)].shape)) for name, _ in each.arrays)
-    own, grown = each.arrays[0][1], arrays[0][1]
-    return replace(each, arrays=arrays, layers=grown[: len(grown) - len(own)])
+    name = each.method.own_leaves[0]
+    own, grown = dict(each.arrays)[name], tuple(whole[join(each.prefix, name)].shape)
+    return replace(each, layers=grown[: len(grown) - len(own)]).with_arrays()
 
 
 def _runs(

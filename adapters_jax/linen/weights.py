@@ -50,8 +50,10 @@ def changed_weights(
         found = each.method.changes(leaves, point, lambda w=weight: formed(nn.meta.unbox(w)), own)
         for name, several in found.items():
             changes.setdefault(join(each.module, name), []).extend(several)
-    added = {join(each.prefix, name) for each in attached for name in each.method.leaf_names}
+    added = {path for each in attached for path in each.paths().values()}
     seen = {path: leaf for path, leaf in flat.items() if path not in added}
+    for each in placements:
+        seen |= each.copies(flat) if each.method.acts_on != "weight" else {}
     for path, several in changes.items():
         seen[path] = _seen(path, flat[path], several, trace)
     return unflatten(seen, params)

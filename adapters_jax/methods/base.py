@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError, other_names
+from adapters_jax.errors import RecipeError, UserError, check_flag, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.methods.settings import check_fields
+from adapters_jax.methods.settings import check_fields, check_name
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
@@ -118,10 +118,14 @@ class Method:
     leaves with the layer axes in front, which only `count` sees.
 
     A method without a slot (`slot = None`) adds nothing: it trains the base's own parameters whose
-    paths its targets match, as `Unfreeze` does, and needs only a name.
+    paths its targets match, as `Unfreeze` does, and needs only a kind.
+
+    Where a recipe's entry has a `name`, its leaves are under `SLOT_NAME`, so that several methods
+    of one class can be on one module. With `train=False` they do not train, and are never
+    initialised: they come from a file or from parameters that have them.
 
     Required of the others:
-        name: its name in the JSON of recipes; no two methods have the same.
+        kind: its name in the JSON of recipes; no two methods have the same.
         slot: see above; a subclass of a method may share its slot.
         leaf_names: the names of the leaves, `"scale"` or `"down/kernel"`; a class variable or a
             property. Every attachment point has all of them.
@@ -134,6 +138,12 @@ class Method:
             `LeafMethod` and have `changes`.
 
     Optional:
+        frozen_leaves: the names of leaves that do not train, such as random projections. They are
+            in files, and counted apart.
+        shared_leaves: the names of leaves that all modules of a recipe's entry have in common. They
+            are stored once, at the top of the tree, `SLOT/LEAF`, without layer axes; every module
+            must ask for one shape. At least one leaf is a module's own. `count` is of the leaves
+            that are neither frozen nor shared.
         fits(point): whether it can attach to an output or attention; by default, to all. It is
             called for those of every module, targeted or not.
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
@@ -153,10 +163,12 @@ class Method:
 
     Args:
         targets: patterns of module paths.
+        name: the name of this adapter, of letters, digits and underscores; by keyword.
+        train: whether its leaves train; by keyword.
 
     Raises:
         TargetError: `targets` are no patterns.
-        UserError: a setting has the name that another library gives it.
+        UserError: a setting has the name that another library gives it, or `name` is no such name.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
@@ -167,7 +179,7 @@ class Method:
         ... @dataclass(frozen=True)
         ... class Gain(aj.Method):
         ...     '''Multiplies every output by a trained number.'''
-        ...     name, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
+        ...     kind, slot, leaf_names = "docs_gain", "docs_gain", ("scale",)
         ...     def leaves(self, point):
         ...         return {"scale": Leaf((point.width,), arrays.ones)}
         ...     def count(self, path, shapes, weight):
@@ -184,8 +196,8 @@ class Method:
         True
     """
 
-    name: ClassVar[str]
-    slot: ClassVar[Any]  # a name, or None
+    kind: ClassVar[str]
+    slot: ClassVar[Any]  # a name, or None; an entry with a name has one of its own, `SLOT_NAME`
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Kind] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
@@ -193,8 +205,12 @@ class Method:
     size_fields: ClassVar[tuple[str, ...]] = ()
     pattern_fields: ClassVar[Mapping[str, str]] = {}
     subset_fields: ClassVar[tuple[str, ...]] = ()
+    frozen_leaves: ClassVar[tuple[str, ...]] = ()
+    shared_leaves: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
+    name: str = field(default="", kw_only=True, repr=False, metadata={"check": check_name})
+    train: bool = field(default=True, kw_only=True, repr=False, metadata={"check": check_flag})
 
     def __new__(cls, *args: Any, **settings: Any) -> "Method":
         """Makes the method; raises UserError for settings in another library's spelling."""
@@ -207,6 +223,13 @@ class Method:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_patterns(self.targets, type(self).__name__))
         check_fields(self)
+        if self.slot is None and (self.name or not self.train):
+            raise UserError(
+                f"{type(self).__name__}: name={self.name!r}, train={self.train}, and it adds "
+                "nothing that has a name or could be frozen; leave both out"
+            )
+        if self.name:
+            object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
 
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
@@ -220,6 +243,15 @@ class Method:
     def leaf_names(self) -> tuple[str, ...]:
         """The names of its leaves."""
         return ()
+
+    @property
+    def own_leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that each module has for itself."""
+        return tuple(name for name in self.leaf_names if name not in self.shared_leaves)
+
+    def path_of(self, prefix: str, name: str) -> str:
+        """The path of a leaf; `prefix` is that of the node that holds a module's own leaves."""
+        return f"{self.slot if name in self.shared_leaves else prefix}/{name}"
 
     @property
     def dropout(self) -> float:
@@ -413,8 +445,8 @@ def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
     """The number of layer axes in front of a method's leaves that its own shapes lack."""
     # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
     # leaves are those of one layer.
-    name, leaf = next(iter(method.leaves(point).items()))
-    return len(leaves[name].shape) - len(leaf.shape)
+    name = method.own_leaves[0]
+    return len(leaves[name].shape) - len(method.leaves(point)[name].shape)
 
 
 def merged_stacked(
@@ -422,11 +454,14 @@ def merged_stacked(
 ) -> dict[str, Array]:
     """`Method.merged` for arrays that may be stacked on layer axes."""
 
-    def merged(leaves: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
-        return method.merged(leaves, point, own)
+    shared = {name: leaves[name] for name in method.shared_leaves}
+
+    def merged(mine: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
+        return method.merged({**shared, **mine}, point, own)
 
     # A vmap, so that methods are written for one layer, and products stay per layer.
-    return over_layers(merged, layer_axes(method, leaves, point))(dict(leaves), dict(own))
+    mine = {name: leaves[name] for name in method.own_leaves}
+    return over_layers(merged, layer_axes(method, leaves, point))(mine, dict(own))
 
 
 def started(
@@ -447,7 +482,7 @@ def started(
 
 def missing_members(cls: type[Method]) -> list[str]:
     """The names of the members that a class lacks to be a method."""
-    lacking = [name for name in ("name", "slot") if not hasattr(cls, name)]
+    lacking = [name for name in ("kind", "slot") if not hasattr(cls, name)]
     if getattr(cls, "slot", "") is not None:
         run = {"attention": "attend", "weight": "changes"}.get(cls.acts_on, "forward")
         # An inherited stub counts as missing: it would add nothing to a model, in silence.

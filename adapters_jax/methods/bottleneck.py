@@ -95,7 +95,7 @@ class Bottleneck(Method):
         48
     """
 
-    name: ClassVar[str] = "bottleneck"
+    kind: ClassVar[str] = "bottleneck"
     slot: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "1902.00751"
     unmergeable: ClassVar[str] = "a nonlinearity stands between its projections"

@@ -42,7 +42,7 @@ class DoRA(LoRA):
         ('a', 'b', 'magnitude')
     """
 
-    name: ClassVar[str] = "dora"
+    kind: ClassVar[str] = "dora"
     paper: ClassVar[str] = "2402.09353"
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")  # type: ignore[misc]
 

@@ -43,7 +43,7 @@ class IA3(LeafMethod):
         ('scale',)
     """
 
-    name: ClassVar[str] = "ia3"
+    kind: ClassVar[str] = "ia3"
     slot: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "2205.05638"
     subset_fields: ClassVar[tuple[str, ...]] = ("feed_forward",)

@@ -24,7 +24,7 @@ class LeafMethod(Method):
     among `point.axes.shared`. Merging is the same change once and for all, so that the merged model
     computes what the adapted one computes.
 
-    Required beside `Method`'s name, slot, leaf_names, leaves and count:
+    Required beside `Method`'s kind, slot, leaf_names, leaves and count:
         changes(leaves, point, weight, key): the changes of the module's leaves, each a tuple of
             `LowRank` and `Scale`.
 
@@ -46,7 +46,7 @@ class LeafMethod(Method):
         ... @dataclass(frozen=True)
         ... class Outer(LeafMethod):
         ...     '''Adds an outer product to a weight.'''
-        ...     name, slot, leaf_names = "docs_outer", "docs_outer", ("a", "b")
+        ...     kind, slot, leaf_names = "docs_outer", "docs_outer", ("a", "b")
         ...     def weight_axes(self, axes, path):
         ...         return {"a": axes.a, "b": axes.b}
         ...     def leaves(self, point):

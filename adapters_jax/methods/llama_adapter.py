@@ -63,7 +63,7 @@ class LlamaAdapter(Prompt):
                      gate_activation='tanh', init_std=1.0)
     """
 
-    name: ClassVar[str] = "llama_adapter"
+    kind: ClassVar[str] = "llama_adapter"
     slot: ClassVar[str] = "prompt"
     paper: ClassVar[str] = "2303.16199"
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding", "gate")  # type: ignore[misc]

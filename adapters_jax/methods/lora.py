@@ -89,7 +89,7 @@ class LoRA(LeafMethod):
         (4, 8)
     """
 
-    name: ClassVar[str] = "lora"
+    kind: ClassVar[str] = "lora"
     slot: ClassVar[str] = "lora"
     paper: ClassVar[str] = "2106.09685"
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]

@@ -61,7 +61,7 @@ class PrefixTuning(Prompt):
         PrefixTuning(targets=('**/attention',), length=20, init_std=0.02)
     """
 
-    name: ClassVar[str] = "prefix"
+    kind: ClassVar[str] = "prefix"
     slot: ClassVar[str] = "prefix"
     paper: ClassVar[str] = "2101.00190"
     leaf_names: ClassVar[tuple[str, ...]] = ("key", "value")  # type: ignore[misc]

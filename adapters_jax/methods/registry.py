@@ -1,4 +1,4 @@
-"""The registry of methods, by their name in the JSON of recipes."""
+"""The registry of methods, by their kind, which is their name in the JSON of recipes."""
 
 import dataclasses
 from importlib.metadata import entry_points
@@ -16,7 +16,7 @@ def register_method(cls: M) -> M:
     """Registers a class as a method for recipes and their JSON; a decorator.
 
     So that the command line and files find the methods of a package without an import, the package
-    lists them in its `pyproject.toml` by their `name`:
+    lists them in its `pyproject.toml` by their `kind`:
 
         [project.entry-points."adapters_jax.methods"]
         shift = "their_package.shift:Shift"
@@ -29,14 +29,14 @@ def register_method(cls: M) -> M:
 
     Raises:
         TypeError: `cls` is another kind of class, or lacks members; the message names all of them.
-        RecipeError: another method has its name or slot.
+        RecipeError: another method has its kind or slot.
 
     Example:
         >>> @register_method  # the example of `Method` is a whole class
         ... @dataclasses.dataclass(frozen=True)
         ... class Gain(Method):
         ...     '''Multiplies every output by a trained number.'''
-        ...     name, slot, leaf_names = "gain", "gain", ("scale",)
+        ...     kind, slot, leaf_names = "gain", "gain", ("scale",)
         Traceback (most recent call last):
         TypeError: register_method: Gain lacks leaves, count, forward; help(aj.Method) ...
     """
@@ -51,7 +51,7 @@ def register_method(cls: M) -> M:
         raise TypeError(
             f"register_method: {owner} lacks {', '.join(lacking)}; help(aj.Method) describes them"
         )
-    for what, value in (("name", cls.name), ("slot", cls.slot)):
+    for what, value in (("kind", cls.kind), ("slot", cls.slot)):
         if (what, value) != ("slot", None) and not (
             isinstance(value, str) and value.isidentifier()
         ):
@@ -67,13 +67,13 @@ def register_method(cls: M) -> M:
         # other.
         related = issubclass(cls, other) or issubclass(other, cls)
         taken = cls.slot is not None and other.slot == cls.slot and not related
-        what = "name" if other.name == cls.name else "slot" * taken
+        what = "kind" if other.kind == cls.kind else "slot" * taken
         if what:
             raise RecipeError(
                 f"register_method: the {what} {getattr(cls, what)!r} of {full_name(cls)} is taken "
                 f"by {full_name(other)}; choose another {what}"
             )
-    METHODS[cls.name] = cls
+    METHODS[cls.kind] = cls
     return cls
 
 

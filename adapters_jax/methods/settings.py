@@ -1,5 +1,6 @@
 """Fields of methods that say their own bounds; `Method` checks them when one is made."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from functools import partial
@@ -17,6 +18,15 @@ def _field(default: Any, check: Callable[[str, str, Any], None]) -> Any:
             check(owner, name, value)
 
     return field(default=default, metadata={"check": checked})
+
+
+def check_name(owner: str, name: str, value: Any) -> None:
+    """Raises UserError unless a value is the name of an adapter; "" is none."""
+    if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{0,64}", value)):
+        raise UserError(
+            f"{owner}: {name}={shown(value)}, expected at most 64 letters, digits and underscores, "
+            "such as 'reviews'"
+        )
 
 
 def size(default: int | None) -> Any:

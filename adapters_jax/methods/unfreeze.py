@@ -21,5 +21,5 @@ class Unfreeze(Method):
         Unfreeze(targets=('head/**',))
     """
 
-    name: ClassVar[str] = "unfreeze"
+    kind: ClassVar[str] = "unfreeze"
     slot: ClassVar[None] = None

@@ -11,14 +11,25 @@
 """
 
 from adapters_jax.nnx.adapted import adapt, adapted_points, detach, recipe_of
-from adapters_jax.nnx.graph import AdapterParam, copy, leaves_of, modules_of, own_params, params_of
+from adapters_jax.nnx.graph import (
+    ADAPTERS,
+    AdapterParam,
+    FrozenAdapterParam,
+    copy,
+    leaves_of,
+    modules_of,
+    own_params,
+    params_of,
+)
 from adapters_jax.nnx.modules import Bottleneck, LoRALinear
 from adapters_jax.nnx.points import weights_of
 from adapters_jax.nnx.quantized_weights import QuantizedParam, float_again, quantized_in_place
 
 __all__ = [
+    "ADAPTERS",
     "AdapterParam",
     "Bottleneck",
+    "FrozenAdapterParam",
     "LoRALinear",
     "QuantizedParam",
     "adapt",

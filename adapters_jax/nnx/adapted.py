@@ -10,12 +10,15 @@ from flax.nnx import bridge
 from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, started
 from adapters_jax.nnx.classes import refresh_all, without_adapters
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import (
+    ADAPTERS,
     CALLS,
     AdapterParam,
+    FrozenAdapterParam,
     copy,
     frozen_leaves,
     holds,
@@ -34,10 +37,11 @@ from adapters_jax.placement import (
     Placements,
     check_nested,
     check_reached,
+    check_shared,
     check_targets,
     taken,
 )
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Recipe, check_loaded
 from adapters_jax.trace.inputs import Inputs, is_abstract
 from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized
@@ -48,16 +52,40 @@ def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
     children: dict[str, Any] = {}
     method, shapes = placed.method, dict(placed.arrays)
     for name, leaf in method.leaves(placed.point()).items():
+        if name in method.shared_leaves:
+            if placed.module:  # its place for the time of a call; see `sharing`
+                children[name] = nnx.data(None)
+            continue
         *groups, last = name.split("/")
         holder = functools.reduce(
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
-        holder[last] = AdapterParam(leaf.init(_drawn(rngs.params), shapes[name]))
+        holder[last] = _variable(method, name, leaf.init(_drawn(rngs.params), shapes[name]))
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
         if placed.layers:
             drop.rngs = drop.rngs.split(placed.layers)
     return children
+
+
+def _variable(method: Method, name: str, value: Array) -> nnx.Param:
+    """The Variable of a leaf, whose class says whether it trains."""
+    trains = method.train and name not in method.frozen_leaves
+    return AdapterParam(value) if trains else FrozenAdapterParam(value)
+
+
+def _grow_shared(model: Any, placements: Sequence[Placement], rngs: nnx.Rngs) -> None:
+    """Adds the leaves that the modules of a method share to the model itself."""
+    for each in placements:
+        method = each.method
+        if not method.shared_leaves or method.slot in vars(model):
+            continue
+        leaves = method.leaves(each.point())
+        node: Any = nnx.Dict()
+        for name in method.shared_leaves:
+            value = leaves[name].init(_drawn(rngs.params), leaves[name].shape)
+            setattr(node, name, _variable(method, name, value))
+        setattr(model, method.slot, node)
 
 
 def _drawn(stream: nnx.RngStream) -> Array:
@@ -80,12 +108,16 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs) -> None:
     method = placed.method
     children = nnx.Dict(children_of(placed, rngs))
     beside = any(other.nodes[0] == method.slot for other in holds(module))
-    if hasattr(module, method.slot) and not (placed.node and beside):
+    top = bool(method.shared_leaves) and not placed.module  # what is shared is there already
+    if hasattr(module, method.slot) and not top and not (placed.node and beside):
         raise taken(placed.module, method)
-    if not placed.node:
+    if top and not placed.node:
+        for name, child in children.items():
+            setattr(getattr(module, method.slot), name, child)
+    elif not placed.node:
         setattr(module, method.slot, children)
     else:
-        if not beside:
+        if not beside and not top:
             setattr(module, method.slot, nnx.Dict())
         setattr(getattr(module, method.slot), placed.node, children)
     if method.from_weight:
@@ -159,7 +191,8 @@ def adapt(
         TargetError: a pattern matches nothing that its method can attach to, the model's outputs do
             not depend on a target, or one method attaches to an attention twice.
         RecipeError: methods on one module exclude each other, or the base has a name of theirs; or
-            the model reads its parameters as state, and would read an adapter of an output so.
+            the model reads its parameters as state, and would read an adapter of an output so; or
+            an entry is frozen, which only `load_adapter` can attach.
         UserError: `rngs` lacks a stream, or the model takes other arguments than the inputs.
         TypeError: `rngs` is no `nnx.Rngs`.
 
@@ -174,6 +207,7 @@ def adapt(
         {'bias': (3,), 'kernel': (4, 3), 'lora/a': (4, 2), 'lora/b': (2, 3)}
     """
     _check_streams(recipe, rngs)
+    check_loaded("adapt", recipe)
     inputs = Inputs.of(example_inputs)
     if is_abstract(nnx.state(model)):
         # An abstract model stays abstract, and the caller's random streams do not advance.
@@ -213,6 +247,7 @@ def _adapted(
     )
     check_reached(attached, found.reached)
     check_nested(attached)
+    check_shared(attached)
     adapted = _grown(adapted, recipe, attached, rngs)
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, found.stated)
@@ -242,16 +277,19 @@ def _grown(
     """A model with the adapters of a recipe at their placements, which are added in place."""
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
     frozen = params_of(adapted)
+    if wrong := [m for m in recipe if m.shared_leaves and m.slot in vars(adapted)]:
+        raise taken("", wrong[0])
+    _grow_shared(adapted, placements, rngs)
     for each in placements:
         module = module_at(adapted, each.module, each.path)
         there = [other.method for other in holds(module) if other.weight == each.weight]
         whole.check([*there, each.method], each.path)
         grow(module, each, rngs)
     for path, owner in recipe.owners(frozen).items():
-        if type(frozen[path]) is not AdapterParam:
+        if type(frozen[path]) not in ADAPTERS:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
     # The class of the Variable says what trains, so that filters of NNX select it by its type.
-    for path in recipe.trained(frozen):
+    for path in whole.trained(frozen):
         frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
     adapted.adapter_recipe = whole
     if any(method.acts_on != "weight" for method in whole.attached):
@@ -351,5 +389,9 @@ def detach(model: Any) -> None:
     for variable in params_of(model).values():
         if isinstance(variable, AdapterParam):
             variable.__class__ = type(variable).adapted_from  # type: ignore[assignment]
+    shared = [method.slot for method in model.adapter_recipe if method.shared_leaves]
     del model.adapter_recipe
     without_adapters(model)
+    for slot in shared:
+        if slot in vars(model):
+            delattr(model, slot)

@@ -29,9 +29,9 @@ from adapters_jax.nnx.containers import (
     standing,
 )
 from adapters_jax.nnx.graph import (
+    ADAPTERS,
     BY_ROWS,
     CALLS,
-    AdapterParam,
     holds,
     key_of,
     leaves_of,
@@ -41,6 +41,7 @@ from adapters_jax.nnx.graph import (
     own_params,
     params_of,
     point_of,
+    sharing,
 )
 from adapters_jax.nnx.linen_inside import INSIDE, called
 from adapters_jax.nnx.seen import Seen, changed_weight
@@ -139,6 +140,10 @@ def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with sharing(self) if "adapters" not in kwargs else contextlib.nullcontext():
+            return shared(self, *args, **kwargs)
+
+    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
         if current():
             return method(self, *args, **kwargs)
         calls = vars(self).get(CALLS)
@@ -217,7 +222,7 @@ def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     The model's other Variables stay as they are.
     """
     rows = kwargs.pop("adapters")
-    parts: Any = nnx.split(model, nnx.RngKey, AdapterParam, ...)
+    parts: Any = nnx.split(model, nnx.RngKey, ADAPTERS, ...)
     graphdef, keys, own, rest = parts
 
     def run(leaves: Any, inputs: Any, keys: Any) -> Any:
@@ -352,4 +357,4 @@ def _is_needed(module: Any) -> bool:
 
 
 def _is_trained(variable: Any) -> bool:
-    return isinstance(variable, AdapterParam)
+    return isinstance(variable, ADAPTERS)

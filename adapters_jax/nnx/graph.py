@@ -12,9 +12,11 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax.extend.core as jex
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement
@@ -64,9 +66,9 @@ def params_of(model: nnx.Module) -> dict[str, Any]:
 
 
 def frozen_leaves(model: nnx.Module) -> dict[str, Any]:
-    """The arrays of the parameters that no recipe trains, by path."""
+    """The arrays of the base's parameters that no recipe trains, by path."""
     # Not the arrays that modules read, which may be changed ones, or opened ones.
-    frozen = {p: x for p, x in params_of(model).items() if not isinstance(x, AdapterParam)}
+    frozen = {p: x for p, x in params_of(model).items() if not isinstance(x, ADAPTERS)}
     return {path: variable.get_raw_value() for path, variable in frozen.items()}
 
 
@@ -132,6 +134,16 @@ class AdapterParam(nnx.LoRAParam):
     """
 
     adapted_from: ClassVar[type[nnx.Param]] = nnx.Param
+
+
+class FrozenAdapterParam(nnx.Param):
+    """A leaf of an adapter that does not train, since its recipe's entry has `train=False`.
+
+    Args: as in `nnx.Param`.
+    """
+
+
+ADAPTERS = (AdapterParam, FrozenAdapterParam)  # as a filter: what an adapter's file and a bank hold
 
 
 @functools.cache
@@ -200,6 +212,11 @@ def once(variable: Any, make: Callable[[Any, Any], Any]) -> Any:
 
 def read(child: Any, method: Method) -> dict[str, Array]:
     """A method's arrays by name, read from the node that holds them."""
+    if any(getattr(child, name) is None for name in method.shared_leaves):
+        raise RecipeError(
+            f"{type(method).__name__}: its modules share {', '.join(method.shared_leaves)}, which "
+            "the whole model holds; call a function of the model, and not of a part alone"
+        )
     return {name: marked(_step(child, name.split("/"))[...]) for name in method.leaf_names}
 
 
@@ -208,6 +225,36 @@ def _step(node: Any, names: Iterable[str]) -> Any:
     for name in names:
         node = node[name] if isinstance(node, nnx.Dict) else getattr(node, name)
     return node
+
+
+@contextlib.contextmanager
+def sharing(model: Any) -> Iterator[None]:
+    """In its body, each module has copies of the arrays that it shares with others.
+
+    They have the layer axes of the module, since transforms of flax split all that it holds.
+    """
+    recipe = vars(model).get("adapter_recipe", ())
+    if not any(method.shared_leaves for method in recipe):
+        yield
+        return
+    put: list[tuple[Any, str]] = []
+    for module in modules_of(model).values():
+        for placed in holds(module):
+            node = node_of(module, placed)
+            for name in placed.method.shared_leaves:
+                if getattr(node, name) is not None:
+                    continue
+                variable = getattr(vars(model)[placed.method.slot], name)
+                value = variable.get_raw_value()
+                copies = jnp.broadcast_to(value, (*placed.layers, *value.shape))
+                # Not by `setattr`, which flax refuses for a model of another trace.
+                vars(node)[name] = type(variable)(copies)
+                put.append((node, name))
+    try:
+        yield
+    finally:
+        for node, name in put:
+            vars(node)[name] = None
 
 
 def key_of(child: Any) -> Array | None:

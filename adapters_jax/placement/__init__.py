@@ -11,6 +11,7 @@ from adapters_jax.placement.counting import Counted, counted, left_over, without
 from adapters_jax.placement.finding import (
     check_nested,
     check_reached,
+    check_shared,
     check_targets,
     chosen,
     named_node,
@@ -39,6 +40,7 @@ __all__ = [
     "Visit",
     "check_nested",
     "check_reached",
+    "check_shared",
     "check_targets",
     "chosen",
     "counted",

@@ -41,8 +41,9 @@ class Counted(NamedTuple):
 
     @property
     def actual(self) -> int:
-        """How many parameters the arrays hold."""
-        return sum(math.prod(shape) for _, shape in self.placed.arrays)
+        """How many parameters its own arrays hold that its method trains."""
+        own = (shape for name, shape in self.placed.arrays if self.placed.counts(name))
+        return sum(map(math.prod, own))
 
     @property
     def formula(self) -> str:
@@ -100,7 +101,7 @@ def _as_counted(recipe: Recipe, shapes: Shapes) -> list[Placement | str]:
         for node in inside.keys() & set(around(path)):
             inside[node].append(path.removeprefix(f"{node}/"))
     for owner, parts in groups:
-        names, held = owner.method.leaf_names, inside[owner.prefix]
+        names, held = owner.method.leaf_names, dict.fromkeys([*inside[owner.prefix], *parts])
         if set(held) == set(names):
             found.append(_nearest(owner, parts, owned.get(owner.module, {})))
         else:
@@ -163,16 +164,20 @@ def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         >>> left_over(Recipe(LoRA("query")), {"query/kernel": (4, 4), "query/ia3/scale": (4,)})
         ['query/ia3/scale']
     """
-    slots = {method.slot for method in METHODS.values() if method.slot}
+    slots = tuple(method.slot for method in METHODS.values() if method.slot)
+    named = tuple(f"{slot}_" for slot in slots)  # entries with a name
     own = {path.rpartition("/")[0] for path in shapes}
+
+    def is_slot(name: str) -> bool:
+        return name in slots or name.startswith(named)
+
     found = []
     for path in shapes:
         names = path.split("/")
-        modules = ("/".join(names[:i]) for i, name in enumerate(names) if name in slots)
+        modules = ("/".join(names[:i]) for i, name in enumerate(names) if is_slot(name))
         if any(module in own for module in modules):
             found.append(path)
-    trained = recipe.trained(found)
-    return [path for path in found if path not in trained]
+    return [path for path in found if not recipe.keeps(path)]
 
 
 def _strays(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:

@@ -51,6 +51,7 @@ def chosen(
             added = [bias.rpartition("/") for bias in dict.fromkeys(leaf.biases)]
             biases = tuple(bias for around, _, bias in added if around == module)
             placed = Placement(method, target, module, "", name, own[name], axes, biases)
+            placed = replace(placed, layers=own[name][: layers.get(module, 0)])
             found.append(replace(named_node(placed, own), reaches=leaf.reaches))
     return found
 
@@ -272,6 +273,26 @@ def check_nested(found: Sequence[Placement]) -> None:
                 raise TargetError(
                     f"{type(each.method).__name__}: the targets {above} and {each.module} hold "
                     f"the same attention; exclude one of them, as with '!{above}'"
+                )
+
+
+def check_shared(found: Sequence[Placement]) -> None:
+    """Checks that all modules of an entry ask for one shape of each leaf that they share.
+
+    Raises:
+        RecipeError: names the first two that differ.
+    """
+    first: dict[str, tuple[Placement, Shape]] = {}
+    for each in found:
+        for name, shape in each.arrays:
+            if name not in each.method.shared_leaves:
+                continue
+            other, known = first.setdefault(each.paths()[name], (each, shape))
+            if known != shape:
+                raise RecipeError(
+                    f"{type(each.method).__name__}: all modules share {name!r}, and it is "
+                    f"{list(known)} at {other.path!r} and {list(shape)} at {each.path!r}; give one "
+                    "entry for the modules of each size, with a name"
                 )
 
 

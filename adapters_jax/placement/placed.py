@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
+
 from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Count
 from adapters_jax.methods.leaf import LeafMethod
@@ -20,6 +22,7 @@ from adapters_jax.targets import around, join, selects
 from adapters_jax.trace.registry import Attention
 from adapters_jax.weights.axes import Axes, from_text
 from adapters_jax.weights.factors import RANK
+from adapters_jax.weights.quantized import unboxed
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -81,7 +84,11 @@ class Placement:
     @property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays by path."""
-        return {f"{self.prefix}/{name}": shape for name, shape in self.arrays}
+        return {self.method.path_of(self.prefix, name): shape for name, shape in self.arrays}
+
+    def counts(self, name: str) -> bool:
+        """Whether an array is one that `count` is about: its module's own, and not frozen."""
+        return name in self.method.own_leaves and name not in self.method.frozen_leaves
 
     @property
     def count(self) -> Count:
@@ -113,18 +120,35 @@ class Placement:
 
     def paths(self) -> dict[str, str]:
         """The paths of its arrays by name."""
-        return {name: f"{self.prefix}/{name}" for name in self.method.leaf_names}
+        return {name: self.method.path_of(self.prefix, name) for name in self.method.leaf_names}
 
     def leaves(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arrays by name, out of a tree's leaves by path."""
         return {name: flat[path] for name, path in self.paths().items()}
+
+    def copies(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The shared arrays by the paths that the module's own would have, with its layer axes.
+
+        A loop over layers, as flax makes it, gives each layer its part of a tree.
+        """
+        shared = {name: unboxed(flat[self.paths()[name]]) for name in self.method.shared_leaves}
+        return {
+            f"{self.prefix}/{name}": jnp.broadcast_to(x, (*self.layers, *x.shape))
+            for name, x in shared.items()
+        }
 
     def with_arrays(self) -> "Placement":
         """The placement with the shapes of its arrays, which follow from the method."""
         # The roles of a weight's axes include its layer axes; outputs are those of one layer.
         front = () if self.method.acts_on == "weight" else self.layers
         leaves = self.method.leaves(self.point())
-        return replace(self, arrays=tuple((n, (*front, *leaf.shape)) for n, leaf in leaves.items()))
+        return replace(
+            self,
+            arrays=tuple(
+                (n, leaf.shape if n in self.method.shared_leaves else (*front, *leaf.shape))
+                for n, leaf in leaves.items()
+            ),
+        )
 
 
 class Placements(tuple[Placement, ...]):
@@ -256,7 +280,12 @@ def groups_of(
     groups: dict[str, tuple[Owner, dict[str, Shape]]] = {}
     owners = recipe.owners(shapes)
     for path, owner in owners.items():
-        groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shapes[path]
+        if not owner.shared:
+            groups.setdefault(owner.prefix, (owner, {}))[1][owner.name] = shapes[path]
+    for owner, parts in groups.values():
+        paths = owner.paths()
+        shared = [name for name in owner.method.shared_leaves if paths[name] in shapes]
+        parts.update({name: shapes[paths[name]] for name in shared})
     base = {path: shape for path, shape in shapes.items() if path not in owners}
     return list(groups.values()), base
 

@@ -21,7 +21,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.testing.subjects import ContractError, bits, expect, ids, shaken
 from adapters_jax.training.step import make_train_step
 from adapters_jax.transforms.stacking import Stack, stack_layers, unstack_layers
-from adapters_jax.trees import flatten, partition, unflatten
+from adapters_jax.trees import flatten, split_adapters, unflatten
 from adapters_jax.weights.factors import RANK
 
 STACK = Stack("layer_{}", "layers")
@@ -45,8 +45,9 @@ def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
 def counts(subject: Any, case: Any = None) -> None:
     """The audit's closed forms equal the numbers of parameters that the arrays hold."""
     audit = subject.audit()  # raises where a closed form differs from its arrays
-    held = sum(x.size for x in jax.tree.leaves(subject.adapters))
-    frozen = sum(x.size for x in jax.tree.leaves(subject.frozen))
+    held = sum(x.size for x in jax.tree.leaves(subject.trained))
+    added = sum(x.size for x in jax.tree.leaves(subject.adapters))
+    frozen = added - held + sum(x.size for x in jax.tree.leaves(subject.frozen))
     found = (audit.trainable_parameters, audit.frozen_parameters)
     expect(found == (held, frozen), f"the audit counts {found}, expected {held}, {frozen}")
     expect(not audit.unmatched, f"patterns match nothing: {audit.unmatched}")
@@ -166,10 +167,10 @@ def computes_the_same(linen: Any, other: Any) -> None:
     shapes = {path: x.shape for path, x in flatten(linen.whole(linen.adapters)).items()}
     theirs = {path: x.shape for path, x in flatten(params).items()}
     expect(theirs == shapes, f"NNX has the leaves {theirs}, expected linen's {shapes}")
-    mine, frozen = partition(params, linen.recipe)
+    mine, frozen = split_adapters(params, linen.recipe)
     theirs = other.output(adapters, other.frozen)
     close(linen.output(mine, frozen), theirs, other.tolerance(1e-4), "linen's output")
-    expect(set(flatten(mine)) == set(flatten(adapters)), "the recipe trains other leaves in NNX")
+    expect(set(flatten(mine)) == set(flatten(adapters)), "the recipe has other leaves in NNX")
 
 
 def stacks(unrolled: Any, scanned: Any) -> None:
@@ -180,12 +181,11 @@ def stacks(unrolled: Any, scanned: Any) -> None:
         jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, scanned.adapters),
         "stacked leaves have other shapes than a scanned model's",
     )
-    owners = {path: recipe.owner(path) for path in flatten(stacked)}
-    strays = [path for path, owner in owners.items() if not owner and not recipe.trains(path)]
-    expect(not strays, f"the stacked recipe does not train {', '.join(strays)}")
+    strays = [path for path in flatten(stacked) if not recipe.keeps(path)]
+    expect(not strays, f"the stacked recipe does not have {', '.join(strays)}")
     again, back = unstack_layers((recipe, stacked), STACK)
     expect(bits(back) == bits(adapters), "stacked and unstacked leaves differ")
-    expect(all(again.trains(path) for path in flatten(back)), "the unstacked recipe lacks targets")
+    expect(all(again.keeps(path) for path in flatten(back)), "the unstacked recipe lacks targets")
     frozen = stack_layers(unrolled.frozen, STACK)
     expected = unrolled.output(adapters, unrolled.frozen)
     close(scanned.output(stacked, frozen), expected, unrolled.tolerance(1e-4), "the stacked output")

@@ -61,8 +61,8 @@ def check_method(
         >>> check_method(aj.LoRA("**/mlp/up", 2), variants=["plain"])
         ['mlp']
     """
-    name = getattr(type(method), "name", type(method).__name__)
-    if METHODS.get(name) is not type(method):
+    kind = getattr(type(method), "kind", type(method).__name__)
+    if METHODS.get(kind) is not type(method):
         raise ContractError(
             f"registered: {type(method).__name__} is not; write @aj.register_method above its class"
         )

@@ -13,14 +13,14 @@ from adapters_jax.adapting import adapt
 from adapters_jax.auditing import audit
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.linen import init_adapters
-from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import ADAPTERS, AdapterParam
 from adapters_jax.recipe import Recipe
 from adapters_jax.testing.linen_model import VOCAB, LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.merge import merge
-from adapters_jax.trees import merge_trees, partition
+from adapters_jax.trees import adapters_of, merge_trees, partition, split_adapters
 
 BATCH, LENGTH = 4, 6
 
@@ -142,7 +142,8 @@ class Linen(Subject):
         self.base_params = drawn(shapes, half)
         self.model = adapt(self.base, self.recipe)
         whole = init_adapters(self.model, self.base_params, jax.random.key(1), ids())
-        self.adapters, self.frozen = partition(whole, self.recipe)
+        self.adapters, self.frozen = split_adapters(whole, self.recipe)
+        self.trained = partition(whole, self.recipe)[0]
 
     def base_logits(self):
         """The output of the base."""
@@ -198,7 +199,7 @@ class Linen(Subject):
         """The adapters that `load_adapter` loads from a directory."""
         model, params = load_adapter(directory, self.base, self.base_params, ids())
         expect(model == self.model, "load_adapter returns another model")
-        return partition(params, self.recipe)[0]
+        return adapters_of(params, self.recipe)
 
 
 class Nnx(Subject):
@@ -214,8 +215,9 @@ class Nnx(Subject):
         graphdef, shapes, other = parts
         self.base = nnx.merge(graphdef, drawn(shapes, half), other)
         self.model = self.adapted(self.base)
-        whole: Any = nnx.split(self.model, AdapterParam, ...)
+        whole: Any = nnx.split(self.model, ADAPTERS, ...)
         self.graphdef, self.adapters, self.frozen = whole
+        self.trained = nnx.state(self.model, AdapterParam)
 
     def adapted(self, base):
         """A base with new adapters."""
@@ -269,7 +271,7 @@ class Nnx(Subject):
     def loaded(self, directory):
         """The adapters that `load_adapter` loads from a directory."""
         model = load_adapter(directory, self.base, None, ids())
-        return nnx.state(model, AdapterParam)
+        return nnx.state(model, ADAPTERS)
 
 
 def classes_of(model):

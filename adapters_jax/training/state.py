@@ -132,9 +132,10 @@ class TrainState:
                 floats and so have no gradient.
         """
         recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
-        _check_trained(recipe, adapters)
-        check_unmoved("TrainState.create", flatten(base), in_nnx=graphdef is not None)
-        remember(flatten(base))
+        _check_trained(recipe, adapters, base)
+        own = {path: x for path, x in flatten(base).items() if not recipe.keeps(path)}
+        check_unmoved("TrainState.create", own, in_nnx=graphdef is not None)
+        remember(own)
         if isinstance(model, Adapted):
             _warn_of_rest(recipe, params, model.adapter_placements.placements)
         check_optimizer("TrainState.create", tx)
@@ -419,8 +420,13 @@ def _own_scale(loss_scale: Any) -> DynamicScale | None:
     )
 
 
-def _check_trained(recipe: Recipe, adapters: Tree) -> None:
+def _check_trained(recipe: Recipe, adapters: Tree, base: Tree) -> None:
     """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
+    if not any(method.train for method in recipe):
+        raise RecipeError(
+            "TrainState.create: every entry of the recipe is frozen (train=False), so nothing "
+            "trains; adapt the model with one more, or load the adapter with train=True"
+        )
     boxed = flatten(adapters)
     packed = [path for path, leaf in boxed.items() if is_quantized(leaf)]
     if packed:
@@ -429,7 +435,7 @@ def _check_trained(recipe: Recipe, adapters: Tree) -> None:
             "frozen; leave it out of aj.quantize: targets=('**', '!PATH OF ITS MODULE')"
         )
     flat = nn.meta.unbox(boxed)
-    absent = recipe.absent(flat)
+    absent = recipe.absent({**flat, **flatten(base)})
     if absent or not flat:
         raise RecipeError(
             "TrainState.create: the parameters hold nothing of "

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from adapters_jax.errors import UserError, check_size, shown
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.nnx import AdapterParam, copy, modules_of, recipe_of
+from adapters_jax.nnx import ADAPTERS, copy, modules_of, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.nnx.graph import BY_ROWS, holds
 from adapters_jax.placement import Known
@@ -38,7 +38,7 @@ from adapters_jax.trees import (
     check_params,
     flatten,
     merge_trees,
-    partition,
+    split_adapters,
     with_leaves,
 )
 
@@ -141,7 +141,7 @@ class Bank:
         if isinstance(model, Adapted):
             check_params("Bank", params, "aj.Bank(model, params)")
             self.recipe = model.recipe
-            self._trained, self._rest = partition(params, model.recipe)
+            self._trained, self._rest = split_adapters(params, model.recipe)
             self._model = model.clone(adapters_by_rows=True)
             known = model.adapter_placements
             whole = flatten(params)
@@ -154,7 +154,7 @@ class Bank:
                 acts = callable(module) and (not path or holds(module))
                 if acts and not isinstance(module, bridge.ToNNX):  # its attributes are variables
                     setattr(module, BY_ROWS, path)
-            parts: Any = nnx.split(marked, AdapterParam, ...)
+            parts: Any = nnx.split(marked, ADAPTERS, ...)
             self._model, self._trained, self._rest = parts
             whole = flatten(nnx.state(model, nnx.Param))
             known = Known(placements_of(model))
@@ -209,7 +209,7 @@ class Bank:
 
     @property
     def split(self) -> tuple[Any, Any, Any]:
-        """NNX: what `nnx.split(bank.model, AdapterParam, ...)` gives, without making the model."""
+        """NNX: what `nnx.split(bank.model, aj.nnx.ADAPTERS, ...)` gives; no model is made."""
         if isinstance(self._model, Adapted):
             raise TypeError("this bank is of a linen model; use bank.params")
         return self._model, with_leaves(self._trained, self._idle), self._rest

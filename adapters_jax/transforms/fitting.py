@@ -34,7 +34,8 @@ class Fitted:
 
 def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
     """The adapters that leaves belong to, each once."""
-    found = {owner.prefix: owner for owner in recipe.owners(paths).values()}
+    owners = recipe.owners(paths).values()
+    found = {owner.prefix: owner for owner in owners if not owner.shared}
     return list(found.values())
 
 
@@ -54,21 +55,22 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
     Raises:
         RecipeError: a method cannot leave the base as it is.
     """
-    made = {path: leaf for path, leaf in flat.items() if recipe.trains(path)}
+    made = {path: leaf for path, leaf in flat.items() if recipe.keeps(path)}
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
     placed = {each.prefix: each for each in known.of(recipe, shapes)}
     for owner in owners_of(recipe, list(made)):
         method = owner.method
         if method.from_weight == "changes":
             raise _changed_base(method, owner.path)
-        leaves = {n: flat[join(owner.prefix, n)] for n in method.leaf_names}
+        paths = owner.paths()
+        leaves = {n: flat[path] for n, path in paths.items()}
         # LoRA starts at zero change but with a random A; a bank wants arrays that are the same in
         # every process.
         idle = method.neutral(leaves)
         if method.from_weight:
             each = placed[owner.prefix]
             idle, _ = started(method, idle, each.point(), flat[each.weight_path])
-        made |= {join(owner.prefix, n): jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
+        made |= {paths[n]: jnp.asarray(idle[n], x.dtype) for n, x in leaves.items()}
     return made
 
 
@@ -99,7 +101,7 @@ def fitted(
         if mine is None:
             raise _no_room(caller, join(owner.prefix, owner.name), recipe, whole)
         _check_settings(caller, owner, mine.method)
-        paths = {n: join(owner.prefix, n) for n in owner.method.leaf_names}
+        paths = owner.paths()
         lacking = [path for path in paths.values() if path not in flat]
         if lacking:
             raise MismatchError(f"{caller}: the adapter lacks {', '.join(lacking)}")
@@ -130,7 +132,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
             f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
         )
     for field in dataclasses.fields(method):
-        if field.name in ("targets", *method.size_fields):
+        if field.name in ("targets", "train", *method.size_fields):
             continue
         own, other = getattr(method, field.name), getattr(whole, field.name)
         if own != other:

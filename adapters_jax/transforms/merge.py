@@ -13,7 +13,7 @@ from adapters_jax.linen import Adapted, shapes_of
 from adapters_jax.linen.points import points_of
 from adapters_jax.methods import AttachmentPoint, Method
 from adapters_jax.methods.base import Leaves, merged_stacked
-from adapters_jax.nnx import adapted_points, copy, detach, leaves_of, own_params, recipe_of
+from adapters_jax.nnx import adapted_points, copy, detach, own_params, params_of, recipe_of
 from adapters_jax.nnx.graph import frozen_leaves
 from adapters_jax.placement import Placement, counted, own_leaves
 from adapters_jax.recipe import checked_before
@@ -24,7 +24,7 @@ from adapters_jax.trees import (
     check_params,
     flatten,
     join,
-    partition,
+    split_adapters,
     unflatten,
     without_adapters,
 )
@@ -77,7 +77,7 @@ def merge(model: Adapted | nnx.Module, params: Tree = None, /, *args: Any, **kwa
     """
     merged = _folded("merge", model, params, args, kwargs, merged_stacked)
     if isinstance(model, Adapted):
-        check_unmoved("merge", flatten(partition(params, model.recipe)[1]), in_nnx=False)
+        check_unmoved("merge", flatten(split_adapters(params, model.recipe)[1]), in_nnx=False)
     else:
         check_unmoved("merge", frozen_leaves(model), in_nnx=True)
     return merged
@@ -209,12 +209,13 @@ def _nnx(model: nnx.Module, change: _Change) -> nnx.Module:
     recipe_of(model)
     # NNX modules are changed in place, and the caller keeps the adapted one.
     merged = copy(model)
+    arrays = {path: x.get_raw_value() for path, x in params_of(merged).items()}
     for module, held, point in adapted_points(merged):
         own = own_params(module)
         raw = {name: x.get_raw_value() for name, x in own.items()}
         _check(held, point, raw, "aj.merge(aj.dequantize(model))")
         values = {name: x for name, x in raw.items() if x is not None}
-        for name, value in change(held.method, leaves_of(module, held), point, values).items():
+        for name, value in change(held.method, held.leaves(arrays), point, values).items():
             own[name].set_raw_value(value)
     detach(merged)
     return merged

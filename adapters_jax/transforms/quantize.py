@@ -17,7 +17,7 @@ from flax import nnx
 from adapters_jax.errors import UserError, check_choice, check_size, compare_trees, shortened, warn
 from adapters_jax.linen import Adapted, reads_of, seen, shapes_of
 from adapters_jax.nnx import (
-    AdapterParam,
+    ADAPTERS,
     copy,
     float_again,
     modules_of,
@@ -242,23 +242,23 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
         for path, leaf in reads.items()
         if len(shapes[path].shape) > 1
         and any(read.inputs for read in leaf.reads)
-        and not recipe.trains(path)
+        and not recipe.keeps(path)
     }
     others = dict.fromkeys(interceptor.visited, "it has no weight that meets an input")
-    others |= {path: "it is trained" for path in shapes if recipe.trains(path)}
+    others |= {path: "it is trained" for path in shapes if recipe.keeps(path)}
     flat = flatten(params)
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
     made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
     small = unflatten(flat | made, params)
     for base in (flat, flatten(small)):  # an adapter fits the floats as well
-        remember({path: x for path, x in base.items() if not recipe.trains(path)})
+        remember({path: x for path, x in base.items() if not recipe.keeps(path)})
     return small
 
 
 def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     small = copy(model)
     modules, params = modules_of(small), params_of(small)
-    trained = {path for path, x in params.items() if isinstance(x, AdapterParam)}
+    trained = {path for path, x in params.items() if isinstance(x, ADAPTERS)}
     weights = {p: axes for p, axes in weights_of(small, inputs).items() if p not in trained}
     others = dict.fromkeys(modules, "it has no weight that is known; pass example inputs")
     others |= dict.fromkeys(params, "how the model uses it is not known; pass example inputs")

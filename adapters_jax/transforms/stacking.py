@@ -334,7 +334,7 @@ def remap(recipe: Recipe, pairs: PathPairs, problems: list[str]) -> Recipe:
             for method in recipe:
                 if method.slot is None and selects(method.targets, old):
                     pairs_of[method].append((old, new))
-        else:
+        elif not owner.shared:  # what all modules share is of no target
             method, path = owner.method, _remapped(owner, old, new)
             pairs_of[method].append((owner.path, path))
             settings.setdefault((path, method.slot), {})[_bare(method)] = None

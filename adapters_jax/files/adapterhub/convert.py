@@ -213,11 +213,11 @@ def write(
     configs: list[dict[str, Any]] = []
     for kind, convert in ((None, _their_bottlenecks), ("lora", _their_loras)):
         kinds = ("lora", "ia3") if kind else ("bottleneck",)
-        own = {each.path: each for each in added if each.method.name in kinds}
+        own = {each.path: each for each in added if each.method.kind in kinds}
         settings = convert(own, leaves, blocks, name, tensors, problems)
         configs += _configs(kind, settings, blocks)
     known = ("bottleneck", "lora", "ia3")
-    others = {type(m).__name__ for m in recipe.attached if m.name not in known}
+    others = {type(m).__name__ for m in recipe.attached if m.kind not in known}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(

@@ -283,7 +283,7 @@ def to_peft(
     recipe, leaves = as_in_file(recipe, leaves, module_map)
     added, trained = placed(recipe, leaves, module_map, problems)
     held = _held_twice(leaves, module_map)
-    found = {method.name for method in recipe.attached}
+    found = {method.kind for method in recipe.attached}
     kind = next((k for k in KINDS.values() if len(found) == 1 and found <= set(k.methods)), None)
     if not found and trained:
         kind = KINDS["LN_TUNING"]

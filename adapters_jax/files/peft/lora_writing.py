@@ -86,7 +86,7 @@ def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -
         "lora_alpha": alpha,
         "lora_dropout": methods[0].dropout,
         "use_rslora": methods[0].rank_stabilized,
-        "use_dora": methods[0].name == "dora",
+        "use_dora": methods[0].kind == "dora",
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "target_modules": list(modules),
@@ -178,7 +178,7 @@ class _Writer:
             ]
             if wrong or not present:
                 continue
-            name, is_dora = module_map.full(bare), present[0].method.name == "dora"
+            name, is_dora = module_map.full(bare), present[0].method.kind == "dora"
             a, b, scale = _fused(both)
             self.number(name, len(a), scale)
             self.factors(name, a, b, of_embedding=parts[0].weight == "embedding")

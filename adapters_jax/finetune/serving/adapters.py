@@ -27,7 +27,7 @@ from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.fitting import owners_of
-from adapters_jax.trees import flatten, join
+from adapters_jax.trees import flatten
 
 _log = logging.getLogger(__name__)
 
@@ -147,21 +147,20 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     for each in adapters:
         for owner in owners_of(each.recipe, list(each.leaves)):
             method = owner.method
-            leaves = {n: each.leaves[join(owner.prefix, n)] for n in method.leaf_names}
+            leaves = {n: each.leaves[path] for n, path in owner.paths().items()}
             size = method.size(leaves)
-            free = ("targets", *(method.size_fields if size is not None else ()))
+            free = ("targets", "train", *(method.size_fields if size is not None else ()))
             names = [f.name for f in dataclasses.fields(method) if f.name not in free]
             kept = {name: getattr(method, name) for name in names}
             key = (type(method), repr(kept))
-            _, _, targets, sizes = found.setdefault(key, (type(method), kept, {}, []))
+            _, kept, targets, sizes = found.setdefault(key, (type(method), kept, {}, []))
             targets[owner.path] = None
-            sizes += [] if size is None else [size]
+            if size is not None:
+                sizes.append(size)
+                kept[method.size_fields[0]] = max(sizes)
         own = {path: None for path in each.leaves if each.recipe.owner(path) is None}
         unfrozen |= own
-    methods = [
-        kind(targets=tuple(targets), **kept, **({kind.size_fields[0]: max(sizes)} if sizes else {}))
-        for kind, kept, targets, sizes in found.values()
-    ]
+    methods = [kind(targets=tuple(targets), **kept) for kind, kept, targets, _ in found.values()]
     return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
 
 

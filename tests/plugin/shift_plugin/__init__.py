@@ -14,7 +14,7 @@ import adapters_jax as aj
 class Shift(aj.Method):
     """`y + strength * b` on the outputs of modules, b starting at zero."""
 
-    name: ClassVar[str] = "shift"
+    kind: ClassVar[str] = "shift"
     slot: ClassVar[str] = "shift"
     leaf_names: ClassVar[tuple[str, ...]] = ("bias",)
 

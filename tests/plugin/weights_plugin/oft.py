@@ -21,7 +21,7 @@ class OFT(LeafMethod):
     diagonal, (blocks, k (k - 1) / 2) for blocks of k inputs.
     """
 
-    name, slot, leaf_names = "oft", "oft", ("skew",)
+    kind, slot, leaf_names = "oft", "oft", ("skew",)
     paper = "2306.07280"
 
     block: int = settings.size(4)

@@ -18,7 +18,7 @@ from adapters_jax.methods import RANK, Count, Factor, Leaf, LeafMethod, LowRank,
 class VeRA(LeafMethod):
     """`W + A diag(d) B diag(b)`: d and b train; A and B are random, and made from the seed."""
 
-    name, slot, leaf_names = "vera", "vera", ("d", "b")
+    kind, slot, leaf_names = "vera", "vera", ("d", "b")
     paper = "2310.11454"
 
     rank: int = settings.size(256)

@@ -1,0 +1,319 @@
+"""Named and frozen entries of a recipe: several adapters of one class on one module."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from helpers.errors import raises
+
+import adapters_jax as aj
+from adapters_jax.recipe import Recipe
+from adapters_jax.trees import flatten, unflatten
+
+X = jax.random.normal(jax.random.key(9), (3, 8))
+SW = aj.Bottleneck("up_*", 4, name="sw")
+NER = aj.Bottleneck("up_*", 2, name="ner")
+KEY = jax.random.key(0)
+
+
+class Linen(nn.Module):
+    """Two layers with a residual sum."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = x + nn.Dense(8, name=f"up_{i}")(nn.relu(x))
+        return x
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.up_0 = nnx.Linear(8, 8, rngs=rngs)
+        self.up_1 = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in (self.up_0, self.up_1):
+            x = x + layer(nnx.relu(x))
+        return x
+
+
+class InLinen:
+    """The calls of this file on a linen model."""
+
+    def __init__(self):
+        self.base = Linen()
+        self.params = self.base.init(KEY, X)["params"]
+
+    def adapt(self, recipe, seed=1, on=None):
+        model, params = on or (self.base, self.params)
+        model = aj.adapt(model, recipe)
+        return model, aj.init_adapters(model, params, jax.random.key(seed), X)
+
+    def leaves(self, adapted):
+        return flatten(adapted[1])
+
+    def drawn(self, adapted, seed=3):
+        """The model with adapters drawn at random."""
+        model, params = adapted
+        trained, base = aj.partition(params, model.recipe)
+        return model, aj.merge_trees(random_like(trained, seed), base)
+
+    def state(self, adapted):
+        return aj.TrainState.create(*adapted, tx=optax.sgd(0.1), key=KEY)
+
+    def save(self, directory, adapted):
+        return aj.save_adapter(
+            directory, aj.partition(adapted[1], adapted[0].recipe)[0], adapted[0].recipe
+        )
+
+    def load(self, directory, **options):
+        return aj.load_adapter(directory, self.base, self.params, X, **options)
+
+    def __call__(self, adapted):
+        return adapted[0].apply({"params": adapted[1]}, X)
+
+    def of(self, state, adapted):
+        return adapted[0], state.params
+
+    def recipe(self, adapted):
+        return adapted[0].recipe
+
+    def loss(self, model):
+        return lambda params, batch, key: jnp.mean(
+            (model[0].apply({"params": params}, batch) - 1) ** 2
+        )
+
+    def audit(self, adapted):
+        return aj.audit(*adapted)
+
+    def merge(self, adapted):
+        return self.base.apply({"params": aj.merge(*adapted)}, X)
+
+
+class InNnx(InLinen):
+    """The same calls on an NNX model."""
+
+    def __init__(self):
+        self.base = Nnx(nnx.Rngs(0))
+
+    def adapt(self, recipe, seed=1, on=None):
+        return aj.adapt(on or self.base, recipe, rngs=nnx.Rngs(seed), example_inputs=(X,))
+
+    def leaves(self, adapted):
+        return flatten(nnx.state(adapted, nnx.Param))
+
+    def drawn(self, adapted, seed=3):
+        nnx.update(adapted, random_like(nnx.state(adapted, aj.nnx.AdapterParam), seed))
+        return adapted
+
+    def state(self, adapted):
+        return aj.TrainState.create(adapted, tx=optax.sgd(0.1), key=KEY)
+
+    def save(self, directory, adapted):
+        return aj.save_adapter(directory, adapted)
+
+    def load(self, directory, **options):
+        return aj.load_adapter(directory, self.base, example_inputs=(X,), **options)
+
+    def __call__(self, adapted):
+        return adapted(X)
+
+    def of(self, state, adapted):
+        return state.model
+
+    def recipe(self, adapted):
+        return aj.nnx.recipe_of(adapted)
+
+    def loss(self, model):
+        return lambda model, batch, key: jnp.mean((model(batch) - 1) ** 2)
+
+    def audit(self, adapted):
+        return aj.audit(adapted)
+
+    def merge(self, adapted):
+        return aj.merge(adapted)(X)
+
+
+def random_like(tree, seed):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+@pytest.fixture(params=[InLinen, InNnx], ids=["linen", "nnx"])
+def api(request):
+    return request.param()
+
+
+def bottleneck(leaves, prefix, y):
+    """A bottleneck by its formula, in float64."""
+    down, up = (
+        [np.asarray(leaves[f"{prefix}/{part}/{name}"], np.float64) for name in ("kernel", "bias")]
+        for part in ("down", "up")
+    )
+    hidden = y @ down[0] + down[1]
+    gelu = hidden / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+    return y + gelu @ up[0] + up[1]
+
+
+def test_two_of_one_class_run_one_after_the_other(api):
+    adapted = api.drawn(api.adapt(Recipe(SW, NER)))
+    leaves = api.leaves(adapted)
+    x = np.asarray(X, np.float64)
+    for i in range(2):
+        y = np.maximum(x, 0) @ np.asarray(leaves[f"up_{i}/kernel"], np.float64)
+        y = y + np.asarray(leaves[f"up_{i}/bias"], np.float64)
+        for name in ("sw", "ner"):
+            y = bottleneck(leaves, f"up_{i}/adapter_{name}", y)
+        x = x + y
+    np.testing.assert_allclose(api(adapted), x, rtol=2e-5, atol=2e-4)
+
+
+def test_two_low_rank_changes_of_one_weight_merge(api):
+    recipe = Recipe(aj.LoRA("up_*", 2, name="one"), aj.LoRA("up_1", 3, alpha=6, name="two"))
+    adapted = api.drawn(api.adapt(recipe))
+    leaves = api.leaves(adapted)
+    x = np.asarray(X, np.float64)
+    for i in range(2):
+        w, b, a1, b1 = (
+            np.asarray(leaves[f"up_{i}/{name}"], np.float64)
+            for name in ("kernel", "bias", "lora_one/a", "lora_one/b")
+        )
+        w = w + a1 @ b1
+        if i == 1:
+            a2, b2 = (np.asarray(leaves[f"up_1/lora_two/{n}"], np.float64) for n in "ab")
+            w = w + 2 * (a2 @ b2)
+        x = x + np.maximum(x, 0) @ w + b
+    np.testing.assert_allclose(api(adapted), x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(api.merge(adapted), x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_adapter_is_loaded_and_the_next_one_trains(api, tmp_path):
+    first = api.drawn(api.adapt(SW))
+    api.save(tmp_path / "sw", first)
+    frozen = api.load(tmp_path / "sw", train=False)
+    np.testing.assert_array_equal(api(frozen), api(first))
+    both = api.adapt(NER, on=frozen)
+    counts = api.audit(both)
+    own = 2 * (2 * 8 * 4 + 8 + 4), 2 * (2 * 8 * 2 + 8 + 2)
+    assert (counts.frozen_adapter_parameters, counts.trainable_parameters) == own
+    assert counts.adapter_parameters == sum(own)
+    assert counts.frozen_parameters == own[0] + 2 * (8 * 8 + 8)
+    state = api.state(both)
+    assert {path.split("/")[1] for path in flatten(state.adapters)} == {"adapter_ner"}
+    before = {p: np.asarray(x) for p, x in api.leaves(both).items()}
+    step = aj.make_train_step(api.loss(both))
+    for _ in range(2):
+        state, _ = step(state, X)
+    after = api.leaves(api.of(state, both))
+    moved = {
+        path.split("/")[1] for path in after if (np.asarray(after[path]) != before[path]).any()
+    }
+    assert moved == {"adapter_ner"}
+    aj.save_adapter(tmp_path / "both", state)
+    again = api.load(tmp_path / "both")
+    np.testing.assert_array_equal(api(again), api(api.of(state, both)))
+    assert [m.train for m in api.recipe(again)] == [False, True]
+    thawed = api.load(tmp_path / "both", train=True)
+    assert api.audit(thawed).frozen_adapter_parameters == 0
+
+
+def test_an_adapter_goes_from_one_recipe_into_another_by_its_name(tmp_path):
+    api = InLinen()
+    both = api.drawn(api.adapt(Recipe(SW, NER)))
+    ner = both[0].recipe["ner"]
+    aj.save_adapter(tmp_path / "ner", aj.partition(both[1], ner)[0], ner)
+    alone = api.load(tmp_path / "ner")
+    other = aj.adapt(api.base, Recipe(aj.LoRA("up_0", 2)) + ner)
+    params = aj.init_adapters(other, api.params, KEY, X)
+    params = aj.merge_trees(
+        aj.partition(params, Recipe(aj.LoRA("up_0", 2)))[0],
+        aj.partition(alone[1], ner)[0],
+        api.params,
+    )
+    np.testing.assert_array_equal(api((other, params)), api(alone))
+
+
+def test_a_bank_of_stacked_adapters_has_each_rows_own(api, tmp_path):
+    room = api.load(api.save(tmp_path / "one", api.drawn(api.adapt(Recipe(SW, NER)))), train=None)
+    one, two = (api.drawn(api.adapt(Recipe(SW, NER)), seed=seed) for seed in (3, 4))
+    bank = aj.Bank(*room) if isinstance(room, tuple) else aj.Bank(room)
+    for name, each in (("one", one), ("two", two)):
+        directory = api.save(tmp_path / name, each)
+        recipe, leaves = aj.read_adapter(directory)
+        bank = bank.put(name, (recipe.frozen("sw"), unflatten(leaves)))
+    rows = bank.rows(["two", "one", None])
+    if isinstance(room, tuple):
+        y = bank.model.apply({"params": bank.params}, X, adapters=rows)
+        bare = api.base.apply({"params": api.params}, X)
+    else:
+        y, bare = bank.model(X, adapters=rows), api.base(X)
+    np.testing.assert_allclose(y[0], api(two)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y[1], api(one)[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y[2], bare[2], rtol=1e-5, atol=1e-5)
+
+
+def test_json_has_a_name_and_train_where_they_say_something():
+    recipe = Recipe(SW).frozen() + NER + aj.LoRA("up_0", 2)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe(aj.LoRA("a")).to_json().count("train") == 0
+    assert recipe["ner"] == Recipe(NER) and recipe.frozen("ner")["ner"].methods[0].train is False
+    assert recipe.owner("up_0/adapter_ner/down/kernel").method == NER
+    assert recipe.keeps("up_0/adapter_sw/down/kernel")
+    assert not recipe.trains("up_0/adapter_sw/down/kernel")
+    assert recipe.owner("up_0/adapter/down/kernel") is None
+
+
+def test_what_a_frozen_entry_cannot_be(api, tmp_path):
+    with raises(aj.RecipeError, "train=False", "'sw'", "load_adapter"):
+        api.adapt(Recipe(SW).frozen())
+    loaded = api.load(api.save(tmp_path / "sw", api.drawn(api.adapt(SW))), train=False)
+    with raises(aj.RecipeError, "every entry", "train=True"):
+        api.state(loaded)
+    with raises(aj.UserError, "train='no'", "True or False"):
+        api.load(tmp_path / "sw", train="no")
+    with raises(aj.RecipeError, "two methods", "name='first'"):
+        api.adapt(Recipe(aj.Bottleneck("up_*", 4), aj.Bottleneck("up_*", 2)))
+
+
+def test_bad_names():
+    for name in ("a/b", "ä", "x" * 65, 3, None, "a b"):
+        with raises(aj.UserError, "name=", "letters"):
+            aj.LoRA("a", name=name)
+    with raises(aj.UserError, "train=1"):
+        aj.LoRA("a", train=1)
+    for fields in ({"name": "a"}, {"train": False}):
+        with raises(aj.UserError, "Unfreeze", "leave both out"):
+            aj.Unfreeze("a", **fields)
+    with raises(aj.RecipeError, "'es'", "sw, ner"):
+        Recipe(SW, NER)["es"]
+    with raises(aj.RecipeError, "'es'", "name="):
+        Recipe(aj.LoRA("a")).frozen("es")
+
+
+def test_linen_init_and_files_want_the_frozen_leaves(tmp_path):
+    api = InLinen()
+    with raises(aj.RecipeError, "init", "frozen"):
+        aj.adapt(api.base, Recipe(SW).frozen()).init(KEY, X)
+    loaded = api.load(api.save(tmp_path / "sw", api.drawn(api.adapt(SW))), train=False)
+    model, params = api.adapt(NER, on=loaded)
+    with raises(aj.UserError, "those of 'sw'", "adapters_of"):
+        api.save(tmp_path / "part", (model, params))
+    wrong = {**params, "up_0": {**params["up_0"], "adapter_sw": params["up_0"]["adapter_ner"]}}
+    with raises(aj.MismatchError, "frozen adapters", "up_0/adapter_sw/down/kernel"):
+        aj.init_adapters(model, wrong, KEY, X)
+
+
+def test_quantising_leaves_frozen_adapters_in_floats(tmp_path):
+    api = InNnx()
+    loaded = api.load(api.save(tmp_path / "sw", api.drawn(api.adapt(SW))), train=False)
+    small = aj.quantize(loaded, None, X, dtype="int8")
+    kinds = {
+        path: type(x) for path, x in flatten(nnx.state(small, aj.nnx.FrozenAdapterParam)).items()
+    }
+    assert kinds and all(issubclass(kind, jax.Array) for kind in kinds.values())
+    np.testing.assert_allclose(api(small), api(loaded), rtol=0.1, atol=0.5)
