@@ -62,6 +62,14 @@ def _repeated(kind: str, length: int, rows: int) -> Callable[[Any], bytes]:
     return make
 
 
+def _retyped(_: Any) -> bytes:
+    """A column of bytes, whose schema says floats; asking pyarrow of it ends the process."""
+    made = _table("parquet", text=[b"a", b"b"], label=[b"c", b"d"])
+    kind = b"\x15\x0c\x25\x02\x18\x04text"  # in Thrift: the type of bytes, optional, the name
+    assert kind in made
+    return made.replace(kind, b"\x15\x08" + kind[2:])
+
+
 def _run_ends(rows: int) -> Callable[[Any], bytes]:
     """Runs of one text, without an end."""
 
@@ -159,6 +167,7 @@ CORPUS: dict[str, Entry] = {
         lambda _: _table("parquet", **{f"a{i}": ["x"] for i in range(20_000)}),
         readable=True,
     ),
+    "parquet: bytes as floats": Entry("parquet", "rows.parquet", _retyped),
     "arrow: rows of one long text": Entry("arrow", "rows.arrow", _repeated("arrow", 2**21, 2000)),
     "arrow: a run that does not end": Entry("arrow", "rows.arrow", _run_ends(2**31 - 2)),
     "arrow: views of the same items": Entry("arrow", "rows.arrow", _views(10**5, 10**5)),
@@ -190,13 +199,13 @@ CORPUS: dict[str, Entry] = {
     "pixels: 10^18 claimed": Entry("pixels", "cats/a.png", _png(10**9, 10**9, 0)),
     # Tokenizers.
     "tokenizer: padding to 10^7": Entry(
-        "tokenizer", "tokenizer.json", _padding({"Fixed": 10**7}), **_BPE
+        "tokenizer", "tokenizer.json", _padding({"Fixed": 10**7}), **_BPE, readable=True
     ),
     "tokenizer: padding to 10^10": Entry(
-        "tokenizer", "tokenizer.json", _padding({"Fixed": 10**10}), **_BPE
+        "tokenizer", "tokenizer.json", _padding({"Fixed": 10**10}), **_BPE, readable=True
     ),
     "tokenizer: padding to a multiple of 10^10": Entry(
-        "tokenizer", "tokenizer.json", _padding("BatchLongest", 10**10), **_BPE
+        "tokenizer", "tokenizer.json", _padding("BatchLongest", 10**10), **_BPE, readable=True
     ),
     "tokenizer: an unknown special token": Entry(
         "tokenizer", "tokenizer.json", _edited(post_processor=_UNKNOWN), **_BPE
