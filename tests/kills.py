@@ -1,6 +1,7 @@
 """Kills `finetune`, `compare` and `serve` at random instants, and looks whether anything is lost.
 
     python -m tests.kills --kills 200 --seed 1
+    python -m tests.kills --kills 100 --seed 1 --targets serve
 
 A run that was killed and resumed, several times, has to have the metrics, the adapter and the
 summary of the run that was not, and each resumption goes on from the newest whole checkpoint. A
@@ -235,10 +236,11 @@ def once(commands, place, kind, name):
 
 
 def main(words):
-    """Kills until there are as many kills as asked, about a third of them of each command."""
+    """Kills until there are as many kills of the commands as asked, about as many of each."""
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="+", choices=KINDS, default=[*KINDS])
     options = parser.parse_args(words)
     place = RESULTS / str(options.seed)
     if not (place / "state.json").exists():
@@ -246,8 +248,8 @@ def main(words):
         prepare(place)
     state = json.loads((place / "state.json").read_text())
     with Commands(place / "cache") as commands:
-        while sum(state["kills"].values()) < options.kills:
-            kind = list(KINDS)[state["round"] % len(KINDS)]
+        while sum(state["kills"].get(kind, 0) for kind in options.targets) < options.kills:
+            kind = options.targets[state["round"] % len(options.targets)]
             number, name = options.seed * 10_000 + state["round"], f"{kind}-{state['round']}"
             shutil.rmtree(place / name, ignore_errors=True)  # of a round that was not finished
             began, seconds = time.monotonic(), 0.8 * state["seconds"][kind]

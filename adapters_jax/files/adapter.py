@@ -262,12 +262,14 @@ def _writer(tensors: Mapping[str, np.ndarray], target: Path) -> Callable[[Path],
     """A function that writes tensors to a path, which is renamed to `target` later."""
 
     def write(path: Path) -> None:
+        path.touch()
+        mode = path.stat().st_mode & 0o777  # that of the umask, which safetensors ignores
         try:
             safetensors.numpy.save_file(dict(tensors), path)
         except safetensors.SafetensorError as error:  # its text ends with the system's error number
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-        path.chmod(0o644)  # safetensors makes it readable by its owner alone
+        path.chmod(mode)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         check_header(length, path.stat().st_size, target)

@@ -5,7 +5,6 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,6 +28,7 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
             no temporary one is left.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     write_directory(Path(parent, "a"), {"x": b"1"})
         ...     Path(parent, "a", "x").read_bytes()
@@ -36,9 +36,8 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
     """
     with file_errors(target, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        beside = new_directory(target)
         try:
-            beside.chmod(0o755)  # mkdtemp makes a directory that its owner alone may open
             for name, data in files.items():
                 _write(beside / name, data)
             _sync(beside)
@@ -61,6 +60,7 @@ def write_file(target: Path, content: Content) -> None:
         FileSystemError: the disk is full or cannot be written; an old file is unchanged.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     write_file(Path(parent, "a"), b"1")
         ...     os.listdir(parent)
@@ -73,6 +73,16 @@ def write_file(target: Path, content: Content) -> None:
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def new_directory(target: Path) -> Path:
+    """Makes an empty directory beside a path, under a name that nobody can know before.
+
+    The user's umask says who may open it, as for what is renamed to `target` later.
+    """
+    directory = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    directory.mkdir()
+    return directory
 
 
 def remove(path: Path) -> None:
@@ -89,7 +99,7 @@ def _replace(beside: Path, directory: Path) -> None:
     Where another process does the same meanwhile, the directory is the one of the last of them.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        old = new_directory(directory)
         try:
             if directory.exists():
                 os.replace(directory, old)
@@ -115,7 +125,7 @@ def _write(path: Path, content: Content) -> None:
     # A function closes its file, which is opened once more, to append nothing, to be synced.
     if callable(content):
         content(path)
-    with open(path, "ab" if callable(content) else "wb") as file:
+    with open(path, "ab" if callable(content) else "xb") as file:
         if not callable(content):
             file.write(content)
         file.flush()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adapters_jax.errors import UserError, file_errors
+from adapters_jax.errors import AdapterFileError, UserError, file_errors
 from adapters_jax.files.atomic import write_file
+from adapters_jax.files.untrusted import read_file
 
 
 def lock_directory(directory: Path, error: type[UserError]) -> FileLock:
@@ -41,7 +42,11 @@ def unlock_directory(directory: Path, lock: FileLock) -> None:
 def _process(holder: Path) -> str:
     """The process in a file `lock.pid`, for a message."""
     try:
-        number = holder.read_text()
-    except FileNotFoundError:
-        return "a process that has just begun or just ended"
+        number = read_file(holder, 20, AdapterFileError, "a number").decode("ascii", "replace")
+    except AdapterFileError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return "a process that has just begun or just ended"
+        return f"another process ({error})"
+    if not number.isdecimal():
+        return f"another process ({holder} holds no number)"
     return f"process {number}" + (", which is this one" if number == str(os.getpid()) else "")

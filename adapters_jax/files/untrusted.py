@@ -13,12 +13,14 @@ Reference: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import errno
 import math
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{kind.upper()}{n}": np.dtype(f"{kind}{n // 8}") for kind in "iu" for n in (8, 16, 32, 64)},
     "BOOL": np.dtype(np.bool_),
 }
+_BY_STEPS = os.open in os.supports_dir_fd  # not on Windows
+# On Linux it takes no right to list the directories that one passes through.
+_SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, jnp.dtype(jnp.bfloat16): 0x7F80}
 _CHUNK = 2**16  # numbers checked at a time, so that the check needs little memory
 # What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
@@ -70,12 +75,14 @@ class Untrusted:
         stream: the file.
         size: the number of its bytes when it was opened.
         error: what is raised for anything wrong with it.
+        version: tells this file from one that takes its place, and from itself when it is changed.
     """
 
     path: Path
     stream: BufferedReader
     size: int
     error: type[UserError]
+    version: tuple[int, ...]
 
     def take(self, count: int) -> bytes:
         """Reads `count` bytes, which the caller has compared with the size."""
@@ -97,36 +104,72 @@ class Untrusted:
 
 
 @contextlib.contextmanager
-def opened(path: Path, error: type[UserError] = AdapterFileError) -> Iterator[Untrusted]:
+def opened(
+    path: Path,
+    error: type[UserError] = AdapterFileError,
+    version: tuple[int, ...] | None = None,
+) -> Iterator[Untrusted]:
     """Opens an ordinary file for reading.
 
     A link may point into its own directory; a link in a snapshot of the Hugging Face Hub's cache
-    may point to the blobs of that cache.
+    may point to the blobs of that cache. This holds for the file that is read, even if someone
+    replaces files and directories by links or pipes meanwhile.
+
+    Args:
+        path: the file.
+        error: what to raise.
+        version: that of an earlier `Untrusted`, which the file must still have; None accepts any.
 
     Raises:
-        AdapterFileError: (or `error`) it does not exist, is not an ordinary file, or is a link out
-            of these.
+        AdapterFileError: (or `error`) it does not exist, is not an ordinary file, is a link out
+            of these, or has another version.
     """
     with file_errors(path, error=error):
         real = os.path.realpath(path, strict=True)
-        if not _belongs(real, os.path.realpath(path.parent)):
+        root = _root(real, os.path.realpath(path.parent))
+        if root is None:
             raise error(
                 f"{path} is a link to {real}, out of its directory; put the file itself there"
             )
-        if not stat.S_ISREG(os.stat(real).st_mode):  # opening a pipe would block
-            raise error(f"{path} is not an ordinary file; put the file itself there")
-        stream = open(real, "rb")  # noqa: SIM115
+        stream = open(real, "rb", opener=partial(_beneath, root))  # noqa: SIM115
     with stream:
-        yield Untrusted(path, stream, os.fstat(stream.fileno()).st_size, error)
+        found = os.fstat(stream.fileno())
+        now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if version not in (None, now):
+            raise error(f"{path} was replaced or changed while it was read; read it again")
+        yield Untrusted(path, stream, found.st_size, error, now)
 
 
-def _belongs(real: str, directory: str) -> bool:
-    """Whether a file may be read as part of a directory; both paths are free of links."""
+def _beneath(root: str, real: str, flags: int) -> int:
+    """Opens an ordinary file by steps from a directory; no step follows a link, or waits."""
+    if _BY_STEPS:
+        *folders, name = Path(real).relative_to(root).parts or (".",)
+        steps = [(folder, _SEARCH) for folder in folders] + [(name, flags | os.O_NONBLOCK)]
+        at = os.open(root, _SEARCH)
+        for part, how in steps:
+            try:
+                found = os.open(part, how | os.O_NOFOLLOW, dir_fd=at)
+            finally:
+                os.close(at)
+            at = found
+    else:
+        at = os.open(real, flags)
+    if not stat.S_ISREG(os.fstat(at).st_mode):
+        os.close(at)
+        raise OSError(errno.EINVAL, "it is not an ordinary file; put the file itself there")
+    return at
+
+
+def _root(real: str, directory: str) -> str | None:
+    """What a file may be read as a part of: a directory, or the cache that it is a snapshot in.
+
+    Both paths are free of links; None if the file is elsewhere.
+    """
     if Path(real).is_relative_to(directory):
-        return True
+        return directory
     found = _SNAPSHOT.fullmatch(directory.replace(os.sep, "/"))
     blob = _BLOB.format(*map(re.escape, found.groups())) if found else ""
-    return re.fullmatch(blob, real.replace(os.sep, "/")) is not None
+    return found[1] if found and re.fullmatch(blob, real.replace(os.sep, "/")) else None
 
 
 def read_json(

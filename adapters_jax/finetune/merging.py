@@ -5,8 +5,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
+from adapters_jax.files.atomic import new_directory
+from adapters_jax.files.untrusted import opened
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.decoder import TOWERS
@@ -160,9 +161,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
             # The kernel is a transposed view, and a file has its rows one after the other.
             arrays = {name: np.ascontiguousarray(x) for name, x in beside_it.items()}
             save_file(arrays, beside / HEAD_FILE)
-        for name in (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"):
-            if (files / name).is_file():
-                shutil.copyfile(files / name, beside / name)
+        _copy(files, (*TOKENIZER_FILES, "vocab.txt", "preprocessor_config.json"), beside)
     _, found = classifier.load(directory, config["pooling"], absent=True)
     _check_equal(directory, params[classifier.base], found)
     return sorted(path.name for path in directory.iterdir()), notes
@@ -172,11 +171,8 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
 def _whole(directory: Path) -> Iterator[Path]:
     """A directory that gets another's name at the end, and is gone if something fails before."""
     with file_errors(directory, "written"):
-        parent = directory.absolute().parent
-        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+        beside = new_directory(directory.absolute())
         try:
-            # mkdtemp makes a directory that other users cannot read.
-            beside.chmod(0o755)
             yield beside
             os.rename(beside, directory)
         finally:
@@ -210,12 +206,18 @@ def _check_equal(directory: Path, merged: Any, read: Any) -> None:
         )
 
 
+def _copy(files: Path, names: Iterable[str], directory: Path) -> None:
+    """Copies those of these files that a base has; a link out of it would take others along."""
+    for name in names:
+        if (files / name).is_file():
+            with opened(files / name, BaseFileError) as file, open(directory / name, "xb") as copy:
+                shutil.copyfileobj(file.stream, copy)
+
+
 def _write_tokenizer(directory: Path, decoder: PretrainedDecoder) -> None:
     """Writes the tokenizer: copies the base's own files if it has them."""
     if decoder.files.is_dir():
-        for name in (*TOKENIZER_FILES, *_OF_IMAGES):
-            if (decoder.files / name).is_file():
-                shutil.copyfile(decoder.files / name, directory / name)
+        _copy(decoder.files, (*TOKENIZER_FILES, *_OF_IMAGES), directory)
         return
     decoder.tokenizer.save(str(directory / "tokenizer.json"))
     text = json.dumps(decoder.tokenizer_config(), indent=2, ensure_ascii=False)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from filelock import FileLock
 from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors
 from adapters_jax.files import hub
 from adapters_jax.files.adapter import FILES
-from adapters_jax.files.atomic import write_file
+from adapters_jax.files.atomic import new_directory, write_file
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.untrusted import OF_DAMAGE, read_json
@@ -118,11 +117,9 @@ class Run:
         self.refuse_existing()
         with file_errors(self.path, "made"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            beside = new_directory(self.path)
         try:
             with file_errors(self.path, "made"):
-                # mkdtemp makes a directory that other users cannot read.
-                beside.chmod(0o755)
                 Run(beside).write_config(config)
                 beside.rename(self.path)
         except FileSystemError:

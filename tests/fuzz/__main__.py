@@ -98,7 +98,7 @@ def watch(target, seed, stop, guided, show):
     path = results_of(target, seed, guided)
     while (counts := read_counts(path))["cases"] < stop:
         words = ["--work", target, "--seed", str(seed), "--cases", str(stop)]
-        words += [] if guided else ["--seeded"]
+        words += ["--engine", "atheris"] if guided else []
         command = [sys.executable, "-m", "tests.fuzz", *words]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
             at, why = follow(process, lambda n: show(target, n, stop))
@@ -147,21 +147,41 @@ def follow(process, show):
     return number, None if status == 0 else f"the process ended with status {status}"
 
 
+def corpus():
+    """Reads the files made by hand; the exit status is 1 if one does not end as it should."""
+    from fuzz.corpus import CORPUS
+    from fuzz.forked import Forked
+
+    failed = 0
+    with Forked() as forked:
+        for name in CORPUS:
+            wrong = forked.wrong(name)
+            failed += bool(wrong)
+            print(f"{name}: {wrong or 'as it should'}", flush=True)
+    return bool(failed)
+
+
 def main(words):
     """Runs the command; the exit status is 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="cases of each target")
+    parser.add_argument("--in-all", type=int, help="cases of all targets together, in place of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", nargs="*", metavar="TARGET", help="by default every reader")
-    parser.add_argument("--seeded", action="store_true", help="do not guide by coverage")
+    parser.add_argument("--engine", choices=("seeded", "atheris"), default="seeded")
+    parser.add_argument("--corpus", action="store_true", help="read the files made by hand")
     parser.add_argument("--replay", metavar="FILE", help="run a failure again")
     parser.add_argument("--case", type=int, help="run one case of a target and a seed")
     parser.add_argument("--work", metavar="TARGET", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    guided = not options.seeded and importlib.util.find_spec("atheris") is not None
+    guided = options.engine == "atheris"
+    if guided and importlib.util.find_spec("atheris") is None:
+        parser.error("--engine atheris needs its package: pip install atheris")
     if options.work:
         work(options.work, options.seed, options.cases, guided)
         return 0
+    if options.corpus:
+        return corpus()
     from fuzz.cases import Fuzzer, replay
     from fuzz.targets import TARGETS
 
@@ -181,9 +201,10 @@ def main(words):
     def show(target, number, stop):
         print(f"{target} {number} of {stop}", file=sys.stderr, flush=True)
 
-    failed = 0
-    for target in options.targets or TARGETS:
-        counts = watch(target, options.seed, options.cases, guided, show)
+    failed, targets = 0, options.targets or [*TARGETS]
+    cases = -(-options.in_all // len(targets)) if options.in_all else options.cases
+    for target in targets:
+        counts = watch(target, options.seed, cases, guided, show)
         failed += len(counts["failures"])
         total = "{cases} cases, {read} read, {refused} refused".format(**counts)
         print(f"{target}: {total}, {len(counts['failures'])} failures", flush=True)

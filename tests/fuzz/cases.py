@@ -25,13 +25,16 @@ class Fuzzer:
     Args:
         name: the target's name.
         folder: an existing directory of its own.
+        only: the name of the only valid files that are used; empty for the first.
     """
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, only=None):
         self.name, self.folder, self.target = name, Path(folder), TARGETS[name]
         made = self.folder / "made"
         made.mkdir()
-        self.seeds = self.target.seeds(made)
+        seeds = self.target.seeds(made)
+        kept = seeds if only is None else [only or next(iter(seeds))]
+        self.seeds = {key: seeds[key] for key in kept}
         for key, files in self.seeds.items():  # the readers are imported, and valid files are read
             error = self.outcome(Spoilt(key, (), files))[0]
             assert error is None, f"{name}: the valid files {key} are not read: {error}"
@@ -50,18 +53,19 @@ class Fuzzer:
         """The documented error of a case, or None; and what is wrong, empty if nothing is."""
         size = sum(len(content) for content in case.files.values())
         tracemalloc.start()
-        error, wrong, took = self._timed(case)
+        error, wrong, took = self.timed(case)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         if not wrong and peak > 2 * size + MEMORY:
             wrong = f"it took {peak} bytes for {size}, expected at most {2 * size + MEMORY}"
         for _ in range(2 * (took > SECONDS)):  # without the cost of tracing
-            took = min(took, self._timed(case)[2])
+            took = min(took, self.timed(case)[2])
         if not wrong and took > SECONDS:
             wrong = f"it took {took:.1f} s, expected at most {SECONDS} s"
         return error, wrong
 
-    def _timed(self, case):
+    def timed(self, case):
+        """The documented error of a case, what is wrong, and the seconds that reading took."""
         directory, began = self._written(case.files), time.process_time()
         return *self._read(directory), time.process_time() - began
 

@@ -5,8 +5,10 @@ A new reader is a function that reads a directory, one that makes valid files, a
 """
 
 import contextlib
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from adapters_jax.finetune.base_files.gguf import read_gguf
 from adapters_jax.finetune.data.batches import encode
 from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.pixels import read_image
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.summary import inputs_of, summarize
 from adapters_jax.finetune.data.tables import read_rows
@@ -42,7 +45,7 @@ from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tensors import from_tensors
 from adapters_jax.trees import unflatten
 
-from .mutators import Fixed, bad_recipe, overwritten
+from .mutators import Fixed, bad_recipe, flipped, overwritten, spliced, swollen, worded
 from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads
 from .target import Files, Target, files_of
 
@@ -389,6 +392,22 @@ def _packed(kind: str) -> Callable[[Path], Mapping[str, Files]]:
     return seeds
 
 
+def _zipped(_: Path) -> Mapping[str, Files]:
+    table = "\n".join(",".join(row) for row in (["text", "label"], *(["a", "b"],) * 9))
+    every = {"csv": table, "jsonl": _lines(_ROWS), "json": json.dumps(_ROWS)}
+    return {n: {f"rows.{n}.gz": gzip.compress(text.encode())} for n, text in every.items()}
+
+
+def _unzipped(chance, data, words=()):
+    """A gzip file whose content is spoilt."""
+    way = chance.choice((flipped, spliced, swollen, worded))
+    try:
+        content = gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:  # an earlier round has spoilt it
+        raise ValueError(str(error)) from error
+    return gzip.compress(way(chance, content, words))
+
+
 _CONLL = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\nBlackburn NNP I-PER\n"
 _SQUAD = {
     "version": "1.1",
@@ -433,6 +452,27 @@ def _images(_: Path) -> Mapping[str, Files]:
 
 def _read_images(directory: Path) -> None:
     summarize(read_file(directory))
+
+
+def _pixels(_: Path) -> Mapping[str, Files]:
+    """Images of the documented formats, in grey, in colours, with transparency."""
+    from PIL import Image
+
+    grey = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7) * 7)
+    made: dict[str, Files] = {}
+    kinds = {"png": "RGBA", "jpg": "RGB", "webp": "RGB", "bmp": "RGB", "gif": "P", "tif": "L"}
+    for suffix, mode in kinds.items():
+        file = io.BytesIO()
+        form = {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper())
+        grey.convert(mode).save(file, form)
+        made[suffix] = {f"cats/a.{suffix}": file.getvalue()}
+    return made
+
+
+def _read_pixels(directory: Path) -> None:
+    rows = read_file(directory)
+    for _, (path, _) in rows.records:
+        assert read_image(directory / path).mode == "RGB"
 
 
 def _conversations(_: Path) -> Mapping[str, Files]:
@@ -489,5 +529,7 @@ TARGETS: dict[str, Target] = {
     "parquet": _ROWS_OF(_packed("parquet")),
     "arrow": _ROWS_OF(_packed("arrow")),
     "images": Target(_images, _read_images, words=(*_FIELDS, "../a.png", "cats/a.png")),
+    "pixels": Target(_pixels, _read_pixels),
+    "gzip": _ROWS_OF(_zipped, more={".gz": (_unzipped,) * 6}),
     "conversations": Target(_conversations, _read_conversations, words=_KEYS, own=True),
 }

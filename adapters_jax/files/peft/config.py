@@ -196,7 +196,7 @@ def config_problems(config: Config) -> list[str]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
         owner = f"AutoPeftModel{_CLASSES.get(str(config.get('task_type')), 'ForCausalLM')}"
-        merge = "" if kind in _UNMERGED or not isinstance(kind, str) else _MERGE.format(owner)
+        merge = "" if not isinstance(kind, str) or kind in _UNMERGED else _MERGE.format(owner)
         return [f"peft_type={shown(kind)}, expected {' or '.join(KINDS)}{merge}"]
     rules, given = KINDS[kind].rules, {k: found for k, found in config.items() if found is not None}
     problems = value_problems(given, rules) + [

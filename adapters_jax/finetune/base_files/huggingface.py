@@ -149,17 +149,20 @@ def read_file(path: Path, finite: bool = True) -> dict[str, Stored]:
 
     Raises:
         BaseFileError: it is damaged, or a link out of its directory; see `open_tensors`. When a
-            tensor is read, its numbers are not finite.
+            tensor is read, its numbers are not finite, or the file is another one by then.
     """
     with open_tensors(path, BaseFileError) as file:
+        read = partial(_read, path, file.file.version, finite)
         return {
-            name: Stored(entry.shape, entry.dtype, partial(_read, path, {name: entry}, finite))
+            name: Stored(entry.shape, entry.dtype, partial(read, {name: entry}))
             for name, entry in file.entries.items()
         }
 
 
-def _read(path: Path, entries: Mapping[str, Any], finite: bool) -> np.ndarray:
-    with untrusted.opened(path, BaseFileError) as file:
+def _read(
+    path: Path, version: tuple[int, ...], finite: bool, entries: Mapping[str, Any]
+) -> np.ndarray:
+    with untrusted.opened(path, BaseFileError, version) as file:
         (array,) = TensorFile(file, entries).read(finite).values()
     return array
 

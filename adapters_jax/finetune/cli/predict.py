@@ -194,7 +194,7 @@ def _check_out(path: Path) -> None:
 
 def _save(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]) -> None:
     """Writes rows with their results in the format of the file's suffix."""
-    with file_errors(path, "written"), path.open("w", encoding="utf-8", newline="") as file:
+    with file_errors(path, "written"), path.open("x", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             for row, prediction in zip(rows, predictions, strict=True):
                 found = _beside(row, prediction.results())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class GGUFTensor:
 
     Attributes:
         path: the file.
+        version: which file that was when it was listed.
         name: its name.
         shape: its shape, the last axis contiguous.
         kind: its type, a `gguf.GGMLQuantizationType`.
@@ -46,6 +47,7 @@ class GGUFTensor:
     """
 
     path: Path
+    version: tuple[int, ...]
     name: str
     shape: tuple[int, ...]
     kind: Any
@@ -55,7 +57,7 @@ class GGUFTensor:
     def bytes(self) -> np.ndarray:
         """Reads its bytes, a row for each of its rows."""
         data = np.empty(self.size, np.uint8)
-        with opened(self.path, BaseFileError) as file:
+        with opened(self.path, BaseFileError, self.version) as file:
             file.fill(data, self.begin)
         return data.reshape(*self.shape[:-1], -1)
 
@@ -64,8 +66,12 @@ class GGUFTensor:
         count, *shape = self.shape
         size = self.size // count
         return [
-            GGUFTensor(
-                self.path, name.format(i), tuple(shape), self.kind, self.begin + i * size, size
+            replace(
+                self,
+                name=name.format(i),
+                shape=tuple(shape),
+                begin=self.begin + i * size,
+                size=size,
             )
             for i in range(count)
         ]
@@ -186,7 +192,8 @@ class _Header:
                     f"{name} has {size} bytes from {start + offset} on, expected from {position} "
                     f"on, in the {self.file.size} of the file"
                 )
-            found[name] = GGUFTensor(self.file.path, name, shape, kind, position, size)
+            file = (self.file.path, self.file.version)
+            found[name] = GGUFTensor(*file, name, shape, kind, position, size)
             position = _aligned(position + size, alignment)
         return found
 
