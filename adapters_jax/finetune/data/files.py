@@ -8,6 +8,7 @@ and are found to be uneven; `refuse` lists rows that cannot be used.
 import gzip
 import io
 import os
+import stat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ Reader = Callable[[Path, bytes], Found]
 NAMED = "#"  # behind the path of a file without a header, before the names of its columns
 MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
 _CHUNK = 2**20
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
 class Rows(NamedTuple):
@@ -118,13 +120,25 @@ class DataError(UserError):
     """A file cannot be used as it is; the message says where and what to change."""
 
 
-def read_bytes(path: Path) -> bytes:
-    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
+def read_whole(path: Path) -> bytes:
+    """Reads an ordinary file; raises DataError if it is none, or cannot be read."""
     try:
-        raw = path.read_bytes()
-        return _unpack(path, raw) if path.suffix.lower() == ".gz" else raw
+        # Without waiting for a pipe's writer; what is open is what is checked.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path.as_posix()}: not an ordinary file; save its rows in one")
+            return file.read()
     except FileNotFoundError:
         raise DataError(f"{path.as_posix()}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError of a character that no path has
+        raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
+    raw = read_whole(path)
+    try:
+        return _unpack(path, raw) if path.suffix.lower() == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
 
