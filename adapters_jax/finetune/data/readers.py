@@ -117,12 +117,12 @@ def _read_files(files: Sequence[Path]) -> Found:
     """Reads several files as one; a column that a file lacks is None there."""
     if len(files) == 1:
         return _read(files[0])
-    found = [
+    found = (
         (f"{place(line)} of {file.name}", dict(zip(rows.header, values, strict=True)))
         for file in files
         for rows in (read_file(file),)
         for line, values in rows.records
-    ]
+    )
     return rows_of(f"{files[0].as_posix()} and others", found)
 
 
