@@ -23,8 +23,9 @@ from adapters_jax.finetune.data.unfolding import (
     pages_of,
 )
 
-_ROWS, _PIECE = 2**14, 2**25  # rows read at a time, fewer if they have more bytes than these
-_REPEATED = 16  # bytes of repeated texts that may be read at once, for each byte of the file
+_ROWS, _PIECE = 2**13, 2**24  # rows read at a time, fewer if they have more bytes than these
+_REPEATED = 16  # bytes of repeated texts that may be read at a time, for each byte of the file
+_FEW = 2**6  # rows; where no more may be read at a time, texts are read as their dictionary's
 _MOST_PAGES = 2**20  # of a column in a group of rows
 _OF_PAGE = 2**10  # bytes that count for a page itself, which takes time however short it is
 _MOST_THRIFT = 2**15  # items of a list in the metadata of a Parquet file
@@ -37,15 +38,16 @@ def read_columnar(path: Path, raw: bytes, kind: str) -> Found:
     with needed(subject, "pyarrow", "parquet", instead):
         import pyarrow
     budget = Budget(path, min(len(raw), path.stat().st_size))  # of a .gz file, its own bytes
-    values = _Values(budget)
     header: list[str] = []
     records: list[Record] = []
     try:
         for batch in (_of_parquet if kind == "parquet" else _of_arrow)(raw, budget):
             batch.validate(full=True)  # a damaged file may have offsets behind its end
             header, names = batch.schema.names, class_names(batch.schema)
+            for column in batch.columns:
+                _count(column, budget)
             columns = [
-                _named(values.of(column), names.get(name))
+                _named(column.to_pylist(), names.get(name))
                 for name, column in zip(header, batch.columns, strict=True)
             ]
             first = len(records) + 1
@@ -96,35 +98,36 @@ def _planned(
     """
     group = metadata.row_group(number)
     budget.spend(rows=group.num_rows)
-    rows, repeated, names = _ROWS, 0, set[str]()
+    piece = max(_PIECE, _REPEATED * budget.size)
+    rows, size, names = _ROWS, 0, set[str]()
     for i in range(group.num_columns):
-        column = group.column(i)
+        column, about = group.column(i), metadata.schema.column(i)
         pages = _pages(raw, column)
         for page in pages:
             budget.spend(values=0 if page.table else page.values)
             unpacked.spend(size=page.size + _OF_PAGE)
-        if column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+            size += page.size
+        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+            unpacked.spend(size=about.length * column.num_values)
+        if column.physical_type != "BYTE_ARRAY":
             continue
-        # Each text of a dictionary, or behind a beginning of the last one, may be as long as that.
-        longest = max((page.size for page in pages), default=0)
         if any(page.encoding == DELTA for page in pages):
-            rows = min(rows, _PIECE // (longest + 1) + 1)
-            if metadata.schema.column(i).max_repetition_level:
+            # Each text begins as the last one, and may be as long as the page.
+            rows = min(rows, piece // (4 * max(page.size for page in pages) + 1) + 1)
+            if about.max_repetition_level:
                 raise DataError(
                     f"{budget.path.as_posix()}: the lists of {column.path_in_schema} are encoded "
                     "as DELTA_BYTE_ARRAY; save them with the encoding PLAIN"
                 )
         coded = sum(p.values for p in pages if p.encoding in DICTIONARY and not p.table)
         largest = max((page.size for page in pages if page.table), default=0)
-        repeated += coded * largest
-        if coded and column.physical_type == "BYTE_ARRAY":
-            names.add(column.path_in_schema)
-    if group.num_rows:
-        size = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
-        rows = min(rows, _PIECE * group.num_rows // (max(size, 0) + 1) + 1)
-    # Their own indices are slower where a dictionary is followed by texts in full.
-    few = repeated <= max(_PIECE, _REPEATED * budget.size)
-    return rows, set[str]() if few else names
+        if coded * largest > piece:  # each may be the longest text of the dictionary
+            few = piece // largest
+            if about.max_repetition_level or few < _FEW:
+                names.add(column.path_in_schema)
+            else:
+                rows = min(rows, few)
+    return min(rows, _PIECE * group.num_rows // (size + 1) + 1), names
 
 
 def _pages(raw: bytes, column: Any) -> list[Page]:
@@ -216,65 +219,37 @@ def _is_view(kind: Any) -> bool:
     return types.is_string_view(kind) or types.is_binary_view(kind)
 
 
-class _Values:
-    """Turns columns into values of Python; `budget` has what repeats in them."""
+def _count(array: Any, budget: Budget) -> None:
+    """Counts the bytes of a column's texts, however often one of them is repeated."""
+    import pyarrow
+    from pyarrow import types
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+    kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        _count(array.storage, budget)
+    elif types.is_map(kind):
+        pair = pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)])
+        _count(array.cast(pyarrow.list_(pair)), budget)
+    elif types.is_struct(kind):
+        for part in array.flatten():
+            _count(part, budget)
+    elif types.is_nested(kind):
+        _count(array.flatten(), budget)
+    elif types.is_dictionary(kind) and _is_text(kind.value_type):
+        ids = array.indices.drop_null().to_numpy()
+        _count_texts(_lengths(array.dictionary)[ids], kind.value_type, budget)
+    elif _is_text(kind):
+        _count_texts(_lengths(array), kind, budget)
 
-    def of(self, array: Any) -> list[Any]:
-        """The values of a column; those of a dictionary are shared."""
-        import pyarrow
-        from pyarrow import types
 
-        kind = array.type
-        if isinstance(kind, pyarrow.BaseExtensionType):
-            return self.of(array.storage)
-        if types.is_dictionary(kind):
-            return self._of_dictionary(array)
-        if types.is_map(kind):
-            pair = pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)])
-            rows = self.of(array.cast(pyarrow.list_(pair)))
-            return [row and [(each["key"], each["value"]) for each in row] for row in rows]
-        if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-            items = iter(self.of(array.flatten()))
-            lengths = array.value_lengths().to_pylist()
-            return [None if n is None else list(islice(items, n)) for n in lengths]
-        if types.is_struct(kind):
-            return self._of_struct(array)
-        if _is_text(kind):
-            lengths = _lengths(array)
-            self._check(lengths)
-            self.budget.spend(size=int(lengths.sum()))
-        return array.to_pylist()
-
-    def _of_struct(self, array: Any) -> list[Any]:
-        names = [field.name for field in array.type]
-        rows = zip(*map(self.of, array.flatten()), strict=True)
-        valid = array.is_valid().to_pylist()
-        return [
-            dict(zip(names, row, strict=True)) if one else None
-            for one, row in zip(valid, rows, strict=True)
-        ]
-
-    def _of_dictionary(self, array: Any) -> list[Any]:
-        ids, table = array.indices, array.dictionary
-        if _is_text(table.type):
-            lengths = _lengths(table)[ids.drop_null().to_numpy()]
-            self._check(lengths)
-            self.budget.spend(size=int(lengths.sum()))
-        if len(table) > len(ids):
-            return table.take(ids).to_pylist()
-        values = table.to_pylist()
-        return [None if i is None else values[i] for i in ids.to_pylist()]
-
-    def _check(self, lengths: Any) -> None:
-        longest = int(lengths.max(initial=0))
-        if longest > MOST_ROW:
-            raise DataError(
-                f"{self.budget.path.as_posix()}: a text of {longest} bytes, expected at most "
-                f"{MOST_ROW}; split it into rows"
-            )
+def _count_texts(lengths: Any, kind: Any, budget: Budget) -> None:
+    budget.spend(size=int(lengths.sum()))
+    longest = int(lengths.max(initial=0))
+    if longest > MOST_ROW and "string" in str(kind):  # others may be images
+        raise DataError(
+            f"{budget.path.as_posix()}: a text of {longest} bytes, expected at most {MOST_ROW}; "
+            "split it into rows"
+        )
 
 
 def _lengths(array: Any) -> Any:
