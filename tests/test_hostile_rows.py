@@ -14,7 +14,7 @@ from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.unfolding import Budget
 
-arrow = pytest.importorskip("pyarrow")
+arrow = pytest.importorskip("pyarrow", "18")  # older ones do not write views
 parquet = pytest.importorskip("pyarrow.parquet")
 pytestmark = pytest.mark.hostile
 LONG = "a" * 2_000_000
@@ -267,6 +267,15 @@ def test_the_budget_is_that_of_the_bytes():
         budget.spend(size=1)
     with raises(DataError, 2**33):
         Budget(Path("a"), 2**40).spend(size=2**33 + 1)
+    with pytest.raises(ValueError, match="-1 rows"):  # which would make room for others
+        budget.spend(rows=-1)
+
+
+def test_a_negative_number_of_rows_is_an_error():
+    save("a.parquet", [1] * 50, compression="none")
+    old = b"\x16\x64"  # 50 rows by zigzag, and -50
+    with raises(DataError, "a.parquet"):
+        read_file(replaced("a.parquet", old, b"\x16\x63"))
 
 
 def test_a_file_in_a_gz_file_has_the_budget_of_the_gz_file():

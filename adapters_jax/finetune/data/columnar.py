@@ -77,11 +77,8 @@ def _of_parquet(raw: bytes, budget: Budget) -> Iterator[Any]:
     metadata = file.metadata
     check_columns(budget.path, metadata.num_columns)
     check_types(budget.path, file.schema_arrow)
-    plans = [
-        _planned(raw, metadata, i, budget, unpacked)
-        for unpacked in (Budget(budget.path, budget.size),)
-        for i in range(metadata.num_row_groups)
-    ]
+    unpacked, groups = Budget(budget.path, budget.size), range(metadata.num_row_groups)
+    plans = [_planned(raw, metadata, i, budget, unpacked) for i in groups]
     tables = sorted({name for _, names in plans for name in names})
     exact = opened(read_dictionary=tables, metadata=metadata) if tables else file
     for i, (rows, names) in enumerate(plans):
@@ -112,8 +109,8 @@ def _planned(
         if column.physical_type != "BYTE_ARRAY":
             continue
         if any(page.encoding == DELTA for page in pages):
-            # Each text begins as the last one, and may be as long as the page.
-            rows = min(rows, piece // (4 * max(page.size for page in pages) + 1) + 1)
+            # Each text begins as the last one, so it may be as long as all pages.
+            rows = min(rows, piece // (2 * sum(page.size for page in pages) + 1) + 1)
             if about.max_repetition_level:
                 raise DataError(
                     f"{budget.path.as_posix()}: the lists of {column.path_in_schema} are encoded "

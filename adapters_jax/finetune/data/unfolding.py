@@ -42,6 +42,8 @@ class Budget:
 
     def spend(self, rows: int = 0, values: int = 0, size: int = 0) -> None:
         """Counts rows, values in them, and the bytes of texts; raises DataError if too many."""
+        if min(rows, values, size) < 0:  # a header of a file says so
+            raise ValueError(f"{rows} rows, {values} values and {size} bytes")
         most = min(LEAST_BYTES + BYTES_PER_BYTE * self.size, MOST_BYTES)
         self.spent += OF_ROW * rows + OF_VALUE * values + size
         if self.spent > most:
