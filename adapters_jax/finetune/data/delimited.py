@@ -1,12 +1,19 @@
 """CSV, TSV and CoNLL: fields between separators; and lines of text."""
 
 import csv
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from adapters_jax.finetune.data.files import DataError, Found, Record, text_of
+from adapters_jax.finetune.data.files import (
+    MOST_ROW,
+    DataError,
+    Found,
+    Record,
+    check_columns,
+    lines_of,
+    text_stream,
+)
 
 _log = logging.getLogger(__name__)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -18,23 +25,32 @@ def read_csv(path: Path, raw: bytes) -> Found:
 
     Where the header has no comma, semicolons or tabs may separate the fields, which is logged.
     """
-    text = text_of(path, raw)
-    separator = next((s for s in _SEPARATORS if s in text.partition("\n")[0]), ",")
+    first = raw[: raw.find(b"\n") % (len(raw) + 1)]
+    separator = next((s for s in _SEPARATORS if s.encode() in first), ",")
     if separator != ",":
         _log.info("%s: %s separate its fields", path.as_posix(), _SEPARATORS[separator])
-    return _headed(path, list(_parse_csv(path, text, separator)))
+    return _headed(path, _parse_csv(path, raw, separator))
 
 
-def _parse_csv(path: Path, text: str, separator: str) -> Iterator[Record]:
-    """The fields of each record, of any length: the module's limit is for the whole process."""
+def _parse_csv(path: Path, raw: bytes, separator: str) -> Iterator[Record]:
+    """The fields of each record but blank lines at the end.
+
+    The module's limit of a field's length is for the whole process.
+    """
     # 131,072 characters by default, which a document exceeds.
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    line = 1
+    limit = csv.field_size_limit(MOST_ROW)
+    line, blank = 1, list[int]()
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-        for fields in reader:
-            yield line, fields
-            line = reader.line_num + 1
+        with text_stream(path, raw, "") as stream:
+            reader = csv.reader(stream, strict=True, delimiter=separator)
+            for fields in reader:
+                if fields:
+                    yield from ((n, []) for n in blank)
+                    blank.clear()
+                    yield line, fields
+                else:
+                    blank.append(line)
+                line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
@@ -45,22 +61,19 @@ def _parse_csv(path: Path, text: str, separator: str) -> Iterator[Record]:
 
 def read_tsv(path: Path, raw: bytes, header: Sequence[str] | None = None) -> Found:
     """Reads the rows of a TSV file; quotes are plain text. `header` is for files without one."""
-    # Not splitlines(), which splits at characters such as U+2028 that texts have inside.
-    lines = text_of(path, raw).split("\n")
-    records: list[Record] = [
-        (n, line.removesuffix("\r").split("\t")) for n, line in enumerate(lines, 1)
-    ]
-    return _headed(path, records, header)
+    lines = lines_of(path, raw)
+    return _headed(path, ((n, line.removesuffix("\r").split("\t")) for n, line in lines), header)
 
 
-def _headed(path: Path, records: list[Record], header: Sequence[str] | None = None) -> Found:
+def _headed(path: Path, records: Iterator[Record], header: Sequence[str] | None = None) -> Found:
     """Splits the header from the records; a blank line becomes a record of blank fields."""
-    if header is None:
-        header, records = records[0][1], records[1:]
-    if not records:
-        raise DataError(f"{path.as_posix()}: no rows below the header")
+    header = next(records)[1] if header is None else header
+    check_columns(path, len(header))
     blank = [""] * len(header)
-    return list(header), [(n, fields if any(fields) else blank) for n, fields in records]
+    rows = [(n, fields if any(fields) else blank) for n, fields in records]
+    if not rows:
+        raise DataError(f"{path.as_posix()}: no rows below the header")
+    return list(header), rows
 
 
 def read_conll(path: Path, raw: bytes) -> Found:
@@ -69,11 +82,10 @@ def read_conll(path: Path, raw: bytes) -> Found:
     A row is a sentence: its tokens, each further column, and the tags, as lists. Documents begin
     with `-DOCSTART-`, which is no token.
     """
-    text = text_of(path, raw)
-    separator = "\t" if "\t" in text else None
+    separator = "\t" if b"\t" in raw else None
     sentences: list[tuple[int, list[list[str]]]] = []
     fresh = True
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in lines_of(path, raw):
         fields = line.split(separator) if line.strip() else []
         if not fields or fields[0] == "-DOCSTART-":
             fresh = True
@@ -110,5 +122,5 @@ def _columns_of(path: Path, sentences: list[tuple[int, list[list[str]]]]) -> Fou
 
 def read_txt(path: Path, raw: bytes) -> Found:
     """Reads the lines of a text file that are not blank, each a row with the column "text"."""
-    lines = text_of(path, raw).split("\n")
-    return [TEXT], [(n, [line.strip()]) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = lines_of(path, raw)
+    return [TEXT], [(n, [line.strip()]) for n, line in lines if line.strip()]

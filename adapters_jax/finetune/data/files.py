@@ -5,11 +5,13 @@ JSON. `tables` makes texts of the columns that a task reads. `Rows.of` is where 
 and are found to be uneven; `refuse` lists rows that cannot be used.
 """
 
+import contextlib
 import gzip
 import io
 import os
+import stat
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -24,8 +26,14 @@ Row = TypeVar("Row")
 Reader = Callable[[Path, bytes], Found]
 
 NAMED = "#"  # behind the path of a file without a header, before the names of its columns
-MOST_UNPACKED = 2**30  # bytes that a .gz file may hold; a bomb of 1 MB holds as many
+MOST_UNPACKED = 2**30  # bytes that a .gz file may hold
+LEAST_UNPACKED, UNPACKED_PER_BYTE = 2**20, 64  # and this many, and more for each of its own bytes
+LEAST_LINES = 2**17  # that a .gz file may have, and one more for each of its own bytes
+MOST_ROW = 2**24  # bytes of a line, and of a text in a row
+MOST_COLUMNS = 2**14
 _CHUNK = 2**20
+_BOM = b"\xef\xbb\xbf"
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
 class Rows(NamedTuple):
@@ -49,6 +57,7 @@ class Rows(NamedTuple):
             for line, fields in records
             if len(fields) != len(header)
         ]
+        check_columns(path, len(header))
         name = Path(path).as_posix()
         refuse(
             name,
@@ -118,52 +127,130 @@ class DataError(UserError):
     """A file cannot be used as it is; the message says where and what to change."""
 
 
-def read_bytes(path: Path) -> bytes:
-    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
+def read_whole(path: Path) -> bytes:
+    """Reads an ordinary file; raises DataError if it is none, or cannot be read."""
     try:
-        raw = path.read_bytes()
-        return _unpack(path, raw) if path.suffix.lower() == ".gz" else raw
+        # Without waiting for a pipe's writer; what is open is what is checked.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path.as_posix()}: not an ordinary file; save its rows in one")
+            return file.read()
     except FileNotFoundError:
         raise DataError(f"{path.as_posix()}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError of a character that no path has
+        raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a file, unpacked if it ends in `.gz`; raises DataError if it cannot be read."""
+    raw = read_whole(path)
+    try:
+        return _unpack(path, raw) if path.suffix.lower() == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
 
 
 def _unpack(path: Path, raw: bytes) -> bytes:
     """Unpacks piece by piece, so that a gzip bomb fills no more memory than the limit."""
-    parts, size = [], 0
+    most = min(LEAST_UNPACKED + UNPACKED_PER_BYTE * len(raw), MOST_UNPACKED)
+    parts, size, lines = [], 0, 0
     with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
         while part := file.read(_CHUNK):
             parts.append(part)
             size += len(part)
-            if size > MOST_UNPACKED:
-                raise DataError(
-                    f"{path.as_posix()}: its {len(raw)} bytes unpack to more than the limit of "
-                    f"{MOST_UNPACKED}; split it into several files"
-                )
+            lines += part.count(b"\n")
+            for count, limit, what in (
+                (size, most, "bytes"),
+                (lines, LEAST_LINES + len(raw), "lines"),
+            ):
+                if count > limit:
+                    raise DataError(
+                        f"{path.as_posix()}: its {len(raw)} bytes unpack to more than the limit of "
+                        f"{limit} {what}; split it into several files, or unpack it"
+                    )
     return b"".join(parts)
 
 
 def text_of(path: Path, raw: bytes) -> str:
     """Decodes UTF-8, without a byte order mark and final line ends; `path` is for messages."""
-    name = path.as_posix()
+    _check_text(path, raw)
+    try:
+        return raw.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise _not_utf8(path, raw) from None
+
+
+def lines_of(path: Path, raw: bytes) -> Iterator[tuple[int, str]]:
+    """The lines of a text with their numbers, decoded one by one; none of the last is blank.
+
+    They end at line feeds alone: not, as `splitlines()` has it, at characters such as U+2028, which
+    texts have inside.
+    """
+    blank = 0
+    with text_stream(path, raw, "\n") as stream:
+        for number, line in enumerate(stream, 1):
+            if line in ("\n", "\r\n"):
+                blank += 1
+                continue
+            yield from ((n, "") for n in range(number - blank, number))
+            blank = 0
+            yield number, line.removesuffix("\n")
+
+
+@contextlib.contextmanager
+def text_stream(path: Path, raw: bytes, newline: str) -> Iterator[io.TextIOWrapper]:
+    """A text as a stream, decoded piece by piece; raises DataError for what is no text."""
+    _check_text(path, raw)
+    at = 0
+    # As bytes: a line of a gigabyte is not decoded.
+    while len(raw) - at > MOST_ROW:  # the last line's end within the limit
+        end = raw.rfind(b"\n", at, at + MOST_ROW + 1)
+        if end < 0:
+            end, line = raw.find(b"\n", at) % (len(raw) + 1), raw.count(b"\n", 0, at) + 1
+            raise DataError(
+                f"{path.as_posix()}, line {line}: {end - at} bytes, expected at most {MOST_ROW} of "
+                "a line; split it into rows"
+            )
+        at = end + 1
+    try:
+        with io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig", newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError:
+        raise _not_utf8(path, raw) from None
+
+
+def _check_text(path: Path, raw: bytes) -> None:
     if b"\0" in raw:
         line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
         raise DataError(
-            f"{name}, line {line}: a byte is 0, which no text has; if the file is UTF-16, save it "
-            "as UTF-8"
+            f"{path.as_posix()}, line {line}: a byte is 0, which no text has; if the file is "
+            "UTF-16, save it as UTF-8"
         )
+    body = raw.removeprefix(_BOM)
+    if not body or body.isspace():
+        raise DataError(f"{path.as_posix()}: the file is empty")
+
+
+def _not_utf8(path: Path, raw: bytes) -> DataError:
+    """The error of the first byte that is not UTF-8; there is one."""
     try:
-        text = raw.decode().removeprefix("\ufeff")
+        raw.decode()
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        at = error.start
+    line = raw.count(b"\n", 0, at) + 1
+    return DataError(
+        f"{path.as_posix()}, line {line}: byte 0x{raw[at]:02x} at offset {at} of the file is not "
+        "UTF-8; save the file as UTF-8"
+    )
+
+
+def check_columns(path: FilePath, count: int) -> None:
+    """Raises DataError if a file has too many columns."""
+    if count > MOST_COLUMNS:
         raise DataError(
-            f"{name}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} of the "
-            "file is not UTF-8; save the file as UTF-8"
-        ) from None
-    if not text.strip():
-        raise DataError(f"{name}: the file is empty")
-    return text.rstrip("\r\n")
+            f"{Path(path).as_posix()}: {count} columns, expected at most {MOST_COLUMNS}; leave out "
+            "those that nothing learns"
+        )
 
 
 def place(line: Line) -> str:

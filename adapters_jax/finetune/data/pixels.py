@@ -7,6 +7,7 @@ image is white; an animation is its first frame; a photo is turned as its EXIF d
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,19 @@ from jaxtyping import Float, UInt8
 
 from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.files import DataError
+from adapters_jax.finetune.data.files import DataError, read_whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
 KEPT = 2**30  # bytes of decoded images that are kept; the others are decoded at each step
+# Pillow has 40 formats more, among them EPS, for which it runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MOST_PIXELS, PIXELS_PER_BYTE = 2**24, 32  # an image of n bytes has at most 2^24 + 32 n pixels
+LARGEST_SIDE = 2**12  # of a resized image
+_MOST_SCANNED = 2**32  # pixels of all scans of a JPEG file; a scan of a few bytes passes over each
+_STRIP = 2**20  # pixels that are laid on white at a time
+_TILE = (322, 323)  # width and length, by their tags of TIFF
 _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 _BILINEAR = 2  # Pillow's number, which files have
 _OF_SHORTER_SIDE = ("CLIP", "Bit")  # processors that mean the shorter side by a size of one number
@@ -108,7 +116,12 @@ class Preprocessing:
         if self.shortest:
             short = min(width, height)
             long = int(self.shortest * max(width, height) / short)
-            _check_pixels(path, long * self.shortest)
+            if long * self.shortest > MOST_PIXELS:
+                raise DataError(
+                    f"{Path(path).as_posix()}: so narrow that it would have "
+                    f"{long * self.shortest} pixels once its shorter side is resized, more than "
+                    f"{MOST_PIXELS}; cut it"
+                )
             sides = (long, self.shortest) if width > height else (self.shortest, long)
             image = image.resize(sides, self.resample)
         elif self.size:
@@ -141,20 +154,9 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _length(side: Any) -> int:
-    if int(side) < 1:
-        raise ValueError(f"a side of {side}")
+    if not 1 <= int(side) <= LARGEST_SIDE:
+        raise ValueError(f"a side of {side} (1 to {LARGEST_SIDE} are possible)")
     return int(side)
-
-
-def _check_pixels(path: str | Path, pixels: int) -> None:
-    """Raises DataError if a narrow image would become a large one."""
-    from PIL import Image
-
-    if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
-        raise DataError(
-            f"{Path(path).as_posix()}: so narrow that it would have {pixels} pixels once its "
-            f"shorter side is resized, more than {Image.MAX_IMAGE_PIXELS}; cut it"
-        )
 
 
 def _middle(
@@ -171,29 +173,66 @@ def read_image(path: str | Path) -> Image.Image:
     """Reads an image of any mode as RGB, turned as its EXIF data say.
 
     Raises:
-        DataError: the file is no image, is cut off, or has more pixels than Pillow's
-            `MAX_IMAGE_PIXELS`, which a small file can claim to have.
+        DataError: the file is no image of one of `FORMATS`, is cut off, or has too many pixels: a
+            few bytes can claim, and unpack to, as many as they like. The limit is 2^24, and 32 for
+            each byte of the file, and Pillow's `MAX_IMAGE_PIXELS`.
         MissingPackageError: Pillow is not installed.
     """
     with needed("reading images", "pillow", "images"):
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     path = Path(path)
+    data = read_whole(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            # Of damaged EXIF data beside good pixels, as many photos have them.
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_pixels(path, image, data)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(path, image)
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(path, len(data)) from None
+    except UnidentifiedImageError:
         raise DataError(
-            f"{path.as_posix()}: more than the limit of {Image.MAX_IMAGE_PIXELS} pixels; make it "
-            "smaller"
+            f"{path.as_posix()}: not an image of the formats {', '.join(FORMATS)}; save it as one"
         ) from None
-    except FileNotFoundError:
-        raise DataError(f"{path.as_posix()}: no such file") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # as Pillow's plug-ins do
-        raise DataError(f"{path.as_posix()}: not an image that opens: {error}") from None
-    return _rgb(path, image)
+    except Exception as error:  # the readers of the formats raise errors of any class
+        problem = str(error) or type(error).__name__
+        raise DataError(
+            f"{path.as_posix()}: not an image that opens: {problem}; save it anew"
+        ) from None
+
+
+def _check_pixels(path: Path, image: Image.Image, data: bytes) -> None:
+    """Raises DataError unless the pixels of an image, none of them read yet, fit its bytes."""
+    width, height = image.size
+    tags = getattr(image, "tag_v2", {})
+    tile_width, tile_height = (tags.get(tag) or 1 for tag in _TILE)  # of which an image has a part
+    if max(width * height, tile_width * tile_height) > _most_pixels(len(data)):
+        raise _too_large(path, len(data))
+    # Two bytes that may stand elsewhere too, so this counts at least the scans.
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+    if scans * width * height > _MOST_SCANNED:
+        raise DataError(
+            f"{path.as_posix()}: a JPEG file whose {width} x {height} pixels are in {scans} scans, "
+            f"more than the limit of {_MOST_SCANNED} pixels of all scans; save it anew"
+        )
+
+
+def _most_pixels(size: int) -> int:
+    """How many pixels an image of so many bytes may have."""
+    from PIL import Image
+
+    return min(MOST_PIXELS + PIXELS_PER_BYTE * size, Image.MAX_IMAGE_PIXELS or 2**63)
+
+
+def _too_large(path: Path, size: int) -> DataError:
+    return DataError(
+        f"{path.as_posix()}: more than the limit of {_most_pixels(size)} pixels for its {size} "
+        "bytes; make it smaller"
+    )
 
 
 def _rgb(path: Path, image: Image.Image) -> Image.Image:
@@ -206,10 +245,15 @@ def _rgb(path: Path, image: Image.Image) -> Image.Image:
             f"{path.as_posix()}: an image of the mode {image.mode}, whose numbers have no known "
             "range; save it with 8 or 16 bits"
         )
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.size
+    whole, rows = Image.new("RGB", image.size), max(_STRIP // width, 1)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        ground = Image.new("RGBA", strip.size, "white")
+        whole.paste(Image.alpha_composite(ground, strip).convert("RGB"), (0, top))
+    return whole
 
 
 class ImageRow(NamedTuple):

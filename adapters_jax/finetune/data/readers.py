@@ -5,9 +5,11 @@ A format is one function and one line of `READERS`. The function gets the file's
 a file raises a `DataError` that names the file, the line and the remedy.
 """
 
+import contextlib
+import gc
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +99,20 @@ def _by_suffix(path: Path) -> Found:
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"
         )
-    return READERS[suffix](path, read_bytes(path))
+    with _without_collecting():
+        return READERS[suffix](path, read_bytes(path))
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Rows have no cycles; looking for some, again and again, takes most of the time of reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _read_named(path: Path) -> Found:
@@ -117,12 +132,12 @@ def _read_files(files: Sequence[Path]) -> Found:
     """Reads several files as one; a column that a file lacks is None there."""
     if len(files) == 1:
         return _read(files[0])
-    found = [
+    found = (
         (f"{place(line)} of {file.name}", dict(zip(rows.header, values, strict=True)))
         for file in files
         for rows in (read_file(file),)
         for line, values in rows.records
-    ]
+    )
     return rows_of(f"{files[0].as_posix()} and others", found)
 
 
