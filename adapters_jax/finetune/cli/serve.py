@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import HIDDEN, RecipeError, UserError, check_number, check_size
+from adapters_jax.finetune.addresses import LOOPBACK, bind
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.command import Command
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from adapters_jax.finetune.serving.engine import Engine
     from adapters_jax.finetune.serving.guard import Limits
     from adapters_jax.finetune.serving.labels import Labeller
+    from adapters_jax.finetune.serving.listening import Says
 
     _Made = tuple[Api, Engine | Labeller, dict[str, Read]]
 
@@ -95,13 +98,7 @@ class Serve(Command):
         return self.adapters if self.places is None else self.places
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Loads the base and the adapters."""
-        from adapters_jax.finetune.pretrained.locate import is_decoder
-        from adapters_jax.finetune.report.pages import render
-        from adapters_jax.finetune.run_directory import find_run
-        from adapters_jax.finetune.serving.api import application
-        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits, serve
-
+        """Listens, so that a taken port is found before anything is loaded or compiled."""
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))
         check_size("serve", "--places", self._on_device)
@@ -115,41 +112,77 @@ class Serve(Command):
                 f"--host {self.host} lets other machines in; set {KEY} to a key that they need, or "
                 "leave --host out"
             )
-        runs = {name: find_run(path).path for name, path in self._named().items()}
-        called = self.name or (Path(self.base).name if Path(self.base).exists() else self.base)
-        if called in runs:
-            raise UserError(f"--name {called}: an adapter has this name; give another one")
-        limits = Limits(seconds=self.seconds, receiving=self.stall, connections=self.connections)
-        make = self._completing if is_decoder(self.base) else self._labelling
-        api, engine, read = make(runs, called, limits)
-        page = render(
-            "serve",
-            title="adapters-jax serve",
-            base=called,
-            key=key is not None,
-            hidden=HIDDEN.pattern,
-        )
-
-        def listening(port: int) -> None:
-            address = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
-            count = len(engine.adapters)
-            adapters = f"{count} adapter{'s' if count != 1 else ''}"
-            console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
-            console.result({"address": address, "base": called, "adapters": [*engine.adapters]})
+        sockets = bind(self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"http://{host}:{sockets[0].getsockname()[1]}"
 
         def run() -> None:
-            console.say("compiling the programs")
-            engine.start()
-            try:
-                for name, each in read.items():
-                    fitted = engine.fit(name, (each.recipe, each.leaves))
-                    engine.put(name, fitted, each.about).result()
-                app = application(api, page, limits, key)
-                serve(app, self.host, self.port, limits, listening)
-            finally:
-                engine.close()
+            with contextlib.ExitStack() as stack:
+                for each in sockets:
+                    stack.enter_context(each)
+                from adapters_jax.finetune.serving.guard import Limits
+                from adapters_jax.finetune.serving.listening import serve
+
+                limits = Limits(
+                    seconds=self.seconds, receiving=self.stall, connections=self.connections
+                )
+                named = self._named()
+                called = self._called(named)
+
+                def make(says: Says) -> tuple[Any, Callable[[], None]]:
+                    says("loading", f"{address} answers 503 until {called} is loaded and compiled")
+                    api = self._api(named, called, limits, says, stack)
+
+                    def ready() -> None:
+                        names = [*api.engine.adapters]
+                        adapters = f"{len(names)} adapter{'s' if len(names) != 1 else ''}"
+                        console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
+                        console.result({"address": address, "base": called, "adapters": names})
+
+                    return self._application(api, called, limits, key), ready
+
+                serve(sockets, limits, make, console.say)
 
         return run
+
+    def _called(self, named: Mapping[str, str]) -> str:
+        """What requests call the base."""
+        called = self.name or (Path(self.base).name if Path(self.base).exists() else self.base)
+        if called in named:
+            raise UserError(f"--name {called}: an adapter has this name; give another one")
+        return called
+
+    def _api(
+        self,
+        named: Mapping[str, str],
+        called: str,
+        limits: Limits,
+        says: Says,
+        stack: contextlib.ExitStack,
+    ) -> Api:
+        """Loads the base and the adapters, and compiles; `stack` closes the engine."""
+        from adapters_jax.finetune.pretrained.locate import is_decoder
+        from adapters_jax.finetune.run_directory import find_run
+
+        runs = {name: find_run(path).path for name, path in named.items()}
+        make = self._completing if is_decoder(self.base) else self._labelling
+        api, engine, read = make(runs, called, limits)
+        stack.callback(engine.close)
+        says("compiling", "compiling the programs")
+        engine.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs"))
+        for name, each in read.items():
+            fitted = engine.fit(name, (each.recipe, each.leaves))
+            engine.put(name, fitted, each.about).result()
+        return api
+
+    def _application(self, api: Api, called: str, limits: Limits, key: str | None) -> Any:
+        """The application, with its page."""
+        from adapters_jax.finetune.report.pages import render
+        from adapters_jax.finetune.serving.api import application
+
+        about = {"title": "adapters-jax serve", "base": called, "key": key is not None}
+        page = render("serve", **about, hidden=HIDDEN.pattern)
+        return application(api, page, limits, key)
 
     def _completing(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
         """The server of a decoder."""
