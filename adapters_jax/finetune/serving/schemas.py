@@ -118,8 +118,10 @@ def parsed(kind: type[_B], data: bytes) -> _B:
         adapters_jax.errors.UserError: the body: top: Extra inputs are not permitted
     """
     try:
-        # pydantic's own parser takes the last of equal keys.
-        body = kind.model_validate(parse_json(data.decode("utf-8")))
+        values = parse_json(data.decode("utf-8"))  # pydantic's takes the last of equal keys
+        if not isinstance(values, dict):
+            raise UserError(f"it is a {type(values).__name__}, expected an object")
+        body = kind.model_validate(values)
     except ValidationError as error:
         found = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
