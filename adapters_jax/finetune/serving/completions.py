@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -103,8 +102,7 @@ class TextApi(Api):
         decoder = self.decoder
         messages = [message.plain() for message in body.messages]
         text, _ = await asyncio.to_thread(decoder.render, messages)
-        encode = partial(decoder.tokenizer.encode, add_special_tokens=False)
-        ids = (await asyncio.to_thread(encode, text)).ids
+        ids = (await asyncio.to_thread(decoder.encode, text)).ids
         return await self._answer(request, body, self._asked(ids, adapter, about), True)
 
     def _asked(self, ids: list[int], adapter: str | None, about: About) -> _Asked:
