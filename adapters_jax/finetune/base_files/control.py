@@ -129,11 +129,12 @@ class ControlTokens:
         for start, end in self._found(text):
             pieces += [text[last:start], self._aliases[text[start:end]]]
             last = end
-        copy, of_alias, unknown = self._copy
+        copy, of_alias = self._copy
         found = copy.encode(plain("".join([*pieces, text[last:]])), add_special_tokens=False)
         ids = found.ids
         own = {*ids}.intersection(self.ids.values())
-        wrong = [text for text, number in self.ids.items() if number in own and text not in unknown]
+        spelt = plain(text)
+        wrong = [each for a, b in self._found(spelt) if self.ids[each := spelt[a:b]] in own]
         if wrong:
             raise ChatTemplateError(
                 f"a message spells {wrong[0]!r}, which the model's tokenizer cannot read as text; "
@@ -142,8 +143,8 @@ class ControlTokens:
         return Tokens([of_alias.get(number, number) for number in ids], found.offsets)
 
     @cached_property
-    def _copy(self) -> tuple[Tokenizer, dict[int | None, int], tuple[str | None, ...]]:
-        """The tokenizer with aliases, the ids that they stand for, and the token of unknown text.
+    def _copy(self) -> tuple[Tokenizer, dict[int | None, int]]:
+        """The tokenizer with aliases, and the ids that they stand for.
 
         It is made when the first message spells a control token, since it takes seconds.
         """
@@ -155,7 +156,7 @@ class ControlTokens:
             flags = {f: getattr(like, f) for f in ("lstrip", "rstrip", "normalized", "single_word")}
             copy.add_tokens([AddedToken(alias, special=False, **flags)])
         ids = {copy.token_to_id(alias): self.ids[text] for text, alias in self._aliases.items()}
-        return copy, ids, (getattr(copy.model, "unk_token", None), "<unk>")
+        return copy, ids
 
 
 def plain(text: str) -> str:
