@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from adapters_jax.errors import file_errors
 
 _ATTEMPTS = 100
+_BESIDE = re.compile(r"\.(.+)\.(new|old)\.[a-z0-9_]{8}")  # as mkdtemp names them
 _OF_OTHERS = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process was faster
 
 Content = bytes | Callable[[Path], None]
@@ -36,7 +38,7 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
     """
     with file_errors(target, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.parent))
         try:
             beside.chmod(0o755)  # mkdtemp makes a directory that its owner alone may open
             for name, data in files.items():
@@ -46,6 +48,32 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
             _sync(target.parent)  # the renaming itself is lost in a crash before this
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def restore(parent: Path) -> None:
+    """Puts in order what a kill within `write_directory` left beside directories of this parent.
+
+    An old directory whose new one is not there yet gets its name back; everything else is removed.
+    Nobody else may write directories there meanwhile.
+
+    Raises:
+        FileSystemError: the directory cannot be read, or written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     Path(parent, ".a.old.01234567", "x").mkdir(parents=True)
+        ...     restore(Path(parent))
+        ...     os.listdir(parent)
+        ['a']
+    """
+    with file_errors(parent, "put in order"):
+        for path in sorted(parent.iterdir()):
+            found = _BESIDE.fullmatch(path.name)
+            if found and path.is_dir() and not path.is_symlink():
+                if found[2] == "old":
+                    _put_back(path, parent / found[1])
+                else:
+                    shutil.rmtree(path)
 
 
 def write_file(target: Path, content: Content) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ from adapters_jax.errors import FileSystemError, UserError, file_errors
 from adapters_jax.finetune.serving import schemas
 from adapters_jax.finetune.serving.adapters import About
 from adapters_jax.finetune.serving.guard import Guard, Limits, refused
+from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import BusyError, FullError, UnknownModelError
 
 # The page is one file, and asks no other host.
@@ -94,14 +98,18 @@ class Api:
         engine: what computes the answers, an `Engine` or a `Labeller`; it has been started.
         name: what requests call the base.
         limits: the limits of requests.
+        kept: where adapters that come later are kept; None keeps them in memory alone.
     """
 
-    def __init__(self, base: Any, engine: Any, name: str, limits: Limits) -> None:
+    def __init__(
+        self, base: Any, engine: Any, name: str, limits: Limits, kept: Kept | None = None
+    ) -> None:
         self.files, self.reader = base.files, base
-        self.engine, self.name, self.limits = engine, name, limits
+        self.engine, self.name, self.limits, self.kept = engine, name, limits, kept
         self.metrics = Metrics(engine)
         self.began = int(time.time())
         self._uploading = asyncio.Lock()
+        self._changing = threading.Lock()  # so that what is kept is what is served
 
     def routes(self) -> list[Route]:
         """The paths."""
@@ -161,7 +169,7 @@ class Api:
             raise HTTPException(415, "expected multipart/form-data with the adapter's files")
         await self._admitted()
         try:
-            with file_errors(Path(tempfile.gettempdir()), "written"):
+            with file_errors(Path("the upload"), "written"):
                 return await self._put(name, request)
         finally:
             self._uploading.release()
@@ -202,15 +210,35 @@ class Api:
                 raise UserError(
                     str(error).replace(f"{folder}/", "").replace(folder, name)
                 ) from None
-            there = name in self.engine.adapters
-            self.engine.put(name, fitted, read.about, replace=True).result()
+            with self._changing:
+                if self.kept:
+                    self.kept.check(name)
+                there = name in self.engine.adapters
+                self.engine.put(name, fitted, read.about, replace=True).result()
+                if self.kept:
+                    self._keep(self.kept, name, Path(folder))
         return read.about, there
+
+    def _keep(self, kept: Kept, name: str, folder: Path) -> None:
+        try:
+            kept.put(name, folder)
+        except FileSystemError as error:
+            why = os.strerror(error.errno or errno.EIO)
+            raise FileSystemError(
+                f"{name} is served until the server ends, but cannot be kept: {why}; send it again"
+            ) from error
 
     async def drop(self, request: Request) -> Response:
         """Drops an adapter."""
         name = request.path_params["name"]
-        await asyncio.wrap_future(self.engine.drop(name))
+        await asyncio.to_thread(self._drop, name)
         return JSONResponse({"name": name, "deleted": True})
+
+    def _drop(self, name: str) -> None:
+        with self._changing:
+            kept = self.kept is not None and self.kept.drop(name)
+            if name in self.engine.adapters or not kept:  # a damaged one is only kept
+                self.engine.drop(name).result()
 
     def _free_name(self, name: str) -> str:
         if name == self.name or not schemas.matches_name(name):

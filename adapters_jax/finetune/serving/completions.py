@@ -21,6 +21,7 @@ from adapters_jax.finetune.serving.adapters import About, DecoderBase
 from adapters_jax.finetune.serving.api import Api
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
+from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import End
 from adapters_jax.finetune.serving.slots import Choice
 from adapters_jax.finetune.serving.texts import TextSink
@@ -74,12 +75,20 @@ class TextApi(Api):
         engine: its engine, which has been started.
         name: what requests call the base.
         limits: the limits of requests.
+        kept: where adapters that come later are kept.
     """
 
     engine: Engine
 
-    def __init__(self, base: DecoderBase, engine: Engine, name: str, limits: Limits) -> None:
-        super().__init__(base, engine, name, limits)
+    def __init__(
+        self,
+        base: DecoderBase,
+        engine: Engine,
+        name: str,
+        limits: Limits,
+        kept: Kept | None = None,
+    ) -> None:
+        super().__init__(base, engine, name, limits, kept)
         self.decoder = base.decoder
 
     async def complete(self, request: Request) -> Response:
