@@ -124,6 +124,17 @@ def test_conversations(served):
     assert again["choices"] == answer["choices"]
 
 
+def test_a_control_token_that_a_message_spells_is_no_control_token(served, tmp_path):
+    """The tiny tokenizer knows words alone, so it cannot write one as text."""
+    messages = [{"role": "user", "content": "food <end> Thai"}]
+    chat = served.ask("/v1/chat/completions", prompt=None, messages=messages)
+    formatted = served.ask(prompt="food <end> Thai")  # by the template of the run's prompts
+    for answer in (chat, formatted):
+        assert answer.status_code == 400 and "'<end>'" in answer.json()["error"]["message"]
+    raw = served.ask(model="base", prompt="food <end> Thai").json()
+    assert raw["usage"]["prompt_tokens"] == 3
+
+
 def events(response):
     """The events of a stream."""
     lines = [line for line in response.text.split("\n\n") if line]
