@@ -151,10 +151,13 @@ class ControlTokens:
         copy = Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = True
         added = {t.content: t for t in self._tokenizer.get_added_tokens_decoder().values()}
+        names = ("lstrip", "rstrip", "normalized", "single_word")
+        aliases = []
         for text, alias in self._aliases.items():
             like = added.get(text, AddedToken(text, normalized=False))
-            flags = {f: getattr(like, f) for f in ("lstrip", "rstrip", "normalized", "single_word")}
-            copy.add_tokens([AddedToken(alias, special=False, **flags)])
+            flags = {name: getattr(like, name) for name in names}
+            aliases.append(AddedToken(alias, special=False, **flags))
+        copy.add_tokens(aliases)  # at once: each call builds the search for all of them anew
         ids = {copy.token_to_id(alias): self.ids[text] for text, alias in self._aliases.items()}
         return copy, ids
 
