@@ -188,12 +188,13 @@ def test_a_port_that_another_server_has(server, llama):
 
 def test_sigterm_while_it_compiles(llama):
     command = [sys.executable, "-m", "adapters_jax", "serve", llama, "--port", "0", *FLAGS]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("compiling"):
-                break
+    pipe = subprocess.PIPE  # with --json, progress goes to stderr
+    with subprocess.Popen([*command, "--json"], stderr=pipe, stdout=pipe, text=True) as process:
+        while not process.stderr.readline().startswith("compiling"):
+            assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
+        assert not process.stdout.read()  # it never served
 
 
 def closed(place):
