@@ -5,8 +5,8 @@
 
 A run that was killed and resumed, several times, has to have the metrics, the adapter and the
 summary of the run that was not, and each resumption goes on from the newest whole checkpoint. A
-server that is started again has the adapters of its command line, and answers as the base and the
-runs do without a server, to requests and while adapters come and go.
+server that is started again has the adapters of its command line and those that it keeps, and
+answers as the base and the runs do without a server, to requests and while adapters come and go.
 
 The programs come from a compilation cache that the runs without a kill have filled. What is done is
 in `.kills/`, and the same command goes on there.
@@ -52,8 +52,9 @@ def compare(place, name):
 
 
 def serve(place, name):
-    """A server of a tiny Llama with one run, and room for others."""
+    """A server of a tiny Llama with one run, and room for others, which it keeps."""
     flags = ["--room", "lora --rank 3", "--context", 32, "--rows", 2, "--adapters", 3]
+    flags += ["--keep", place / name]
     return ["serve", place / "llama", place / "runs/first", *flags, "--port", 0, "--json"]
 
 
@@ -126,7 +127,8 @@ def until_killed(use):
 
     def used(place, log, killed):
         try:
-            use(address(log, killed), json.loads((place / "answers.json").read_text()), place)
+            answers = json.loads((place / "answers.json").read_text())
+            use(address(log, killed), answers, place, log.with_suffix("") / "noted.json")
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{error}: {error.read()}") from error
         except (OSError, http.client.HTTPException, ValueError):  # a part of an answer is no JSON
@@ -159,7 +161,7 @@ def text_of(url, model):
 
 
 @until_killed
-def ask(url, answers, place):
+def ask(url, answers, *_):
     """Asks the base and the run of the command line, for ever."""
     while True:
         for model in ("llama", "first"):
@@ -167,16 +169,30 @@ def ask(url, answers, place):
 
 
 @until_killed
-def change(url, answers, place):
-    """Adds, replaces and drops an adapter, for ever; a server that was started has none of them."""
-    models = [each["id"] for each in send(f"{url}/v1/models")["data"]]
-    assert models == ["llama", "first"], models
+def change(url, answers, place, noted):
+    """Adds, replaces and drops an adapter, for ever; a server that was started has what the last
+    one kept: what was answered, or what was asked when it was killed, which `noted` has."""
     path = f"{url}/v1/adapters/new"
+    runs = json.loads(noted.read_text()) if noted.exists() else [None]
+    models = [each["id"] for each in send(f"{url}/v1/models")["data"]]
+    assert models in (["llama", "first"], ["llama", "first", "new"]), models
+    now = text_of(url, "new") if "new" in models else None
+    assert now in [run and answers[run] for run in runs], (now, runs)
+    now = next(run for run in runs if now == (run and answers[run]))
+
+    def to(run, work):
+        nonlocal now
+        noted.write_text(json.dumps([now, run]))
+        work()
+        now = run
+        noted.write_text(json.dumps([now]))
+
     while True:
         for run in ("second", "third"):
-            send(path, form(files_of(place / "runs" / run / "adapter")), TYPE, "PUT")
+            data = form(files_of(place / "runs" / run / "adapter"))
+            to(run, lambda data=data: send(path, data, TYPE, "PUT"))
             assert text_of(url, "new") == answers[run], run
-        assert send(path, method="DELETE")["deleted"]
+        to(None, lambda: send(path, method="DELETE"))
 
 
 def answers_of(place):

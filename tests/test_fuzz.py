@@ -60,22 +60,8 @@ def forked():
         yield found
 
 
-# Those whose readers are being mended.
-PENDING = {
-    *("parquet: rows of one long text", "parquet: 20,000 columns", "arrow: rows of one long text"),
-    *("arrow: a run that does not end", "arrow: views of the same items"),
-    *("csv: gzip of short rows", "jsonl: gzip of short rows", "csv: a million columns"),
-    *("csv: a cell of 100 MB", "jsonl: a million keys", "jsonl: a cell of 100 MB"),
-    *("pixels: EPS", "pixels: DDS", "pixels: a pipe", "pixels: 81 million in 10 KB"),
-    *("tokenizer: padding to 10^7", "tokenizer: padding to 10^10"),
-    *("tokenizer: padding to a multiple of 10^10", "tokenizer: an unknown special token"),
-}
-
-
 @pytest.mark.parametrize("name", CORPUS)
 def test_files_made_by_hand_end_in_documented_errors(name, forked):
-    if name in PENDING:
-        pytest.xfail("its reader is being mended")
     wrong = forked.wrong(name)
     assert not wrong, wrong
 

@@ -1,10 +1,14 @@
 """The HTTP interface, through Starlette's client: answers are those of `adapters-jax generate`."""
 
 import asyncio
+import errno
 import json
+import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.finished import decoder_run
+from starlette.formparsers import MultiPartParser
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
@@ -19,7 +24,7 @@ from adapters_jax.errors import AdapterFileError, MissingPackageError, UserError
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.pretrained.decoder import complete
-from adapters_jax.finetune.serving import Engine, Sizes
+from adapters_jax.finetune.serving import Engine, Sizes, schemas
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read, covering
 from adapters_jax.finetune.serving.api import application
 from adapters_jax.finetune.serving.completions import TextApi
@@ -119,6 +124,17 @@ def test_conversations(served):
     assert again["choices"] == answer["choices"]
 
 
+def test_a_control_token_that_a_message_spells_is_no_control_token(served, tmp_path):
+    """The tiny tokenizer knows words alone, so it cannot write one as text."""
+    messages = [{"role": "user", "content": "food <end> Thai"}]
+    chat = served.ask("/v1/chat/completions", prompt=None, messages=messages)
+    formatted = served.ask(prompt="food <end> Thai")  # by the template of the run's prompts
+    for answer in (chat, formatted):
+        assert answer.status_code == 400 and "'<end>'" in answer.json()["error"]["message"]
+    raw = served.ask(model="base", prompt="food <end> Thai").json()
+    assert raw["usage"]["prompt_tokens"] == 3
+
+
 def events(response):
     """The events of a stream."""
     lines = [line for line in response.text.split("\n\n") if line]
@@ -162,7 +178,8 @@ def test_the_lists_of_models_and_adapters(served):
         ("second", "run", ["LoRA"]),
     ]
     assert rows[1]["parameters"] == 3 * 3 * (32 + 16)  # layers, rank, sizes
-    assert served.client.get("/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/livez"):
+        assert served.client.get(path).json() == {"status": "ok"}
     assert "page" in served.client.get("/").text
     served.ask()
     figures = served.client.get("/metrics").text
@@ -228,6 +245,12 @@ def test_hostile_adapters_leave_the_server_as_it_was(served):
 
 
 BAD = {
+    "a key twice": (b'{"model": "first", "model": "second", "prompt": "food"}', 400, "'model'"),
+    "a key twice inside": (
+        b'{"model": "first", "prompt": "food", "stream_options": {"a": 1, "a": 2}}',
+        400,
+        "'a'",
+    ),
     "not JSON": (b"{", 400, "JSON"),
     "no object": (b"[]", 400, "object"),
     "not UTF-8": (b'"\xff"', 400, ""),
@@ -243,7 +266,7 @@ BAD = {
     "temperature NaN": (
         b'{"model": "first", "prompt": "food", "temperature": NaN}',
         400,
-        "temperature",
+        "NaN",
     ),
     "temperature near 0": (
         b'{"model": "first", "prompt": "food", "temperature": 1e-30}',
@@ -291,6 +314,134 @@ def test_other_bad_requests(served):
     assert answer.status_code == 415
     answer = client.post("/predict", json={"model": "first", "texts": ["x"]})
     assert answer.status_code == 400 and "decoder" in answer.json()["error"]["message"]
+
+
+def test_many_messages_are_refused_before_any_is_read(served, monkeypatch):
+    monkeypatch.setattr(schemas.Message, "plain", None)  # reading one would fail
+    messages = [{"role": "user", "content": "x"}] * (schemas.MOST_MESSAGES + 1)
+    body = json.dumps({"model": "first", "messages": messages}).encode()
+    with raises(UserError, schemas.MOST_MESSAGES + 1, schemas.MOST_MESSAGES):
+        schemas.parsed(schemas.ChatRequest, body)
+    # Those that are wrong are not read either, which the message would tell.
+    wrong = json.dumps({"model": "first", "messages": [{}] * 20_000}).encode()
+    with raises(UserError, 20_000) as error:
+        schemas.parsed(schemas.ChatRequest, wrong)
+    assert "role" not in str(error.value)
+
+
+def asked_as(served, target, host="127.0.0.1", method="GET"):
+    """The status and the body of a request with a target as it is on the wire."""
+    raw, _, query = target.partition(b"?")
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "path": unquote(raw.decode()),
+        "raw_path": raw,
+        "query_string": query,
+        "headers": [(b"host", host.encode())],
+    }
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(served.client.app(scope, receive, send))
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+def test_targets_of_other_forms(served):
+    """RFC 9112, section 3.2: a whole address counts, and the header Host beside it does not."""
+    models = asked_as(served, b"/v1/models")
+    assert models[0] == 200
+    for target in (b"http://127.0.0.1/v1/models", b"HTTP://localhost:80/v1/m%6Fdels?x"):
+        assert asked_as(served, target) == models
+        assert asked_as(served, target, host="evil.example") == models
+    assert asked_as(served, b"http://localhost")[1].startswith("<title>page")
+    assert asked_as(served, b"http://evil.example/v1/models")[0] == 403
+    for target in (b"https://127.0.0.1/", b"http:///v1/models", b"ftp://127.0.0.1/"):
+        assert asked_as(served, target)[0] in (400, 403)
+    for target, method in ((b"*", "OPTIONS"), (b"127.0.0.1:80", "CONNECT"), (b"x", "GET")):
+        status, text = asked_as(served, target, method=method)
+        assert status == 400 and target.decode() in text
+
+
+def uploading(served, name, files, gone_after=None):
+    """An upload whose parts come as its events say: (the task, how much was read, its events)."""
+    request = served.client.build_request("PUT", f"/v1/adapters/{name}", files=files)
+    body, step = request.read(), 1000
+    parts = [body[i : i + step] for i in range(0, len(body), step)]
+    read, events, sent = [], asyncio.Queue(), []
+
+    async def receive():
+        await events.get()
+        if len(read) == gone_after:
+            return {"type": "http.disconnect"}
+        read.append(parts[len(read)])
+        return {"type": "http.request", "body": read[-1], "more_body": len(read) < len(parts)}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "PUT",
+        "path": f"/v1/adapters/{name}",
+        "raw_path": f"/v1/adapters/{name}".encode(),
+        "query_string": b"",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in request.headers.items()],
+    }
+    task = asyncio.create_task(served.client.app(scope, receive, send))
+    return task, read, events, sent, len(parts)
+
+
+def test_uploads_come_in_one_after_the_other_and_leave_no_file(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(MultiPartParser, "spool_max_size", 1)  # as if they were large
+    files = served.files("second")
+
+    async def upload():
+        one, read, events, sent, _ = uploading(served, "one", files, gone_after=3)
+        two, read_two, events_two, sent_two, parts_two = uploading(served, "two", files)
+        for _ in range(3):
+            events.put_nowait(None)
+        for _ in range(parts_two):
+            events_two.put_nowait(None)
+        await asyncio.sleep(0.2)
+        assert (len(read), len(read_two)) == (3, 0)  # the second waits for the first
+        events.put_nowait(None)  # whose client goes away
+        await asyncio.gather(one, two)
+        assert sent[0]["status"] == 408 and len(read_two) == parts_two
+        assert sent_two[0]["status"] == 201
+
+    asyncio.run(upload())
+    assert list(tmp_path.iterdir()) == []
+    assert served.client.delete("/v1/adapters/two").status_code == 200
+
+
+def test_an_upload_that_waits_too_long_is_told_to_come_again(served):
+    api = TextApi(served.base, served.engine, "base", Limits(seconds=0.1))
+    client = TestClient(application(api, "", LIMITS), HERE)
+
+    async def held():
+        await api._uploading.acquire()
+
+    asyncio.run(held())
+    answer = client.put("/v1/adapters/late", files=served.files("first"))
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+
+
+def test_a_full_disk_is_named(served, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    answer = served.client.put("/v1/adapters/new", files=served.files("first"))
+    assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"]
 
 
 def test_pages_of_other_hosts_cannot_ask(served):
@@ -406,13 +557,15 @@ def test_bad_flags(served, monkeypatch):
         (["--name", "first", run], UserError, ["first"]),
     ]:
         with command_raises(kind, *data):
-            assert main(["serve", base, *flags]) == 2
+            free = [] if "--port" in flags else ["--port", "0"]
+            assert main(["serve", base, *flags, *free]) == 2
 
 
 def test_without_its_extra(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("starlette")]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("cli.serve", *(f"serving.{n}" for n in ("api", "completions", "guard", "labels"))):
-        monkeypatch.delitem(sys.modules, f"adapters_jax.finetune.{name}")
+    rooms = ("api", "completions", "guard", "labels", "listening")
+    for name in ("cli.serve", *(f"serving.{room}" for room in rooms)):
+        monkeypatch.delitem(sys.modules, f"adapters_jax.finetune.{name}", raising=False)
     with command_raises(MissingPackageError, "starlette", "[serve]'"):
-        assert main(["serve", "base"]) == 2
+        assert main(["serve", "base", "--port", "0"]) == 2

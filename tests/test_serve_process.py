@@ -2,7 +2,11 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
@@ -126,6 +130,71 @@ def test_sigterm_ends_the_server_once_its_answers_are_whole(llama):
         assert "".join(s["choices"][0]["text"] for s in said) == whole["choices"][0]["text"]
         assert said[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
         assert server.process.wait(30) == -signal.SIGTERM
+
+
+HEAD = b'--x\r\nContent-Disposition: form-data; name="f"; filename="adapter.safetensors"\r\n\r\n'
+TAIL, MEGABYTE, LARGE = b"\r\n--x--\r\n", 2**20, 40
+
+
+def upload(place):
+    """Sends an adapter of 40 MB that is none; returns the status."""
+    with socket.create_connection(place, timeout=120) as client:
+        size = len(HEAD) + LARGE * MEGABYTE + len(TAIL)
+        head = f"PUT /v1/adapters/large HTTP/1.1\r\nHost: {place[0]}\r\nContent-Length: {size}\r\n"
+        head += "Content-Type: multipart/form-data; boundary=x\r\nConnection: close\r\n\r\n"
+        client.sendall(head.encode() + HEAD)
+        for _ in range(LARGE):
+            client.sendall(b"\xff" * MEGABYTE)
+        client.sendall(TAIL)
+        return client.recv(2**16).split()[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_twelve_uploads_take_the_memory_of_one(server):
+    """The peak of the process, which the first upload raises, and twelve at once do not."""
+
+    def peak():
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    before = peak()
+    assert upload(server.place) == b"400"
+    one = peak()
+    with ThreadPoolExecutor(12) as pool:
+        found = [*pool.map(upload, [server.place] * 12)]
+    assert found == [b"400"] * 12
+    assert one - before < LARGE and peak() - one < LARGE / 2
+    assert server.ask("/healthz") == {"status": "ok"}
+
+
+def test_a_whole_address_as_the_target(server):
+    host, port = server.place
+    for named, status in ((f"{host}:{port}", b"200"), ("evil.example", b"403")):
+        with socket.create_connection(server.place, timeout=30) as client:
+            head = f"GET http://{named}/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"
+            client.sendall(head.encode())
+            assert client.recv(2**16).split()[1] == status
+
+
+def test_a_port_that_another_server_has(server, llama):
+    """Found before the base is read: the directory does not exist."""
+    words = ("serve", f"{llama}-none", "--port", str(server.place[1]))
+    done = subprocess.run(
+        [sys.executable, "-m", "adapters_jax", *words], capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if "importing jax" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and "is taken" in lines[0]
+
+
+def test_sigterm_while_it_compiles(llama):
+    command = [sys.executable, "-m", "adapters_jax", "serve", llama, "--port", "0", *FLAGS]
+    pipe = subprocess.PIPE  # with --json, progress goes to stderr
+    with subprocess.Popen([*command, "--json"], stderr=pipe, stdout=pipe, text=True) as process:
+        while not process.stderr.readline().startswith("compiling"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        assert not process.stdout.read()  # it never served
 
 
 def closed(place):

@@ -8,7 +8,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from adapters_jax.finetune.serving.guard import Limits, protocol
+from adapters_jax.finetune.serving.guard import Limits
+from adapters_jax.finetune.serving.listening import protocol
 
 ONE = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 

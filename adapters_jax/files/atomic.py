@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from adapters_jax.errors import file_errors
 
 _ATTEMPTS = 100
+_BESIDE = re.compile(r"\.(.+)\.(new|old)\.[0-9a-f]{8}")  # see `new_directory`
 _OF_OTHERS = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # another process was faster
 
 Content = bytes | Callable[[Path], None]
@@ -47,6 +49,33 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def restore(parent: Path) -> None:
+    """Puts in order what a kill within `write_directory` left beside directories of this parent.
+
+    An old directory whose new one is not there yet gets its name back; everything else is removed.
+    Nobody else may write directories there meanwhile.
+
+    Raises:
+        FileSystemError: the directory cannot be read, or written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     Path(parent, ".a.old.01234567", "x").mkdir(parents=True)
+        ...     restore(Path(parent))
+        ...     os.listdir(parent)
+        ['a']
+    """
+    with file_errors(parent, "put in order"):
+        for path in sorted(parent.iterdir()):
+            found = _BESIDE.fullmatch(path.name)
+            if found and path.is_dir() and not path.is_symlink():
+                if found[2] == "old":
+                    _put_back(path, parent / found[1])
+                else:
+                    shutil.rmtree(path)
+
+
 def write_file(target: Path, content: Content) -> None:
     """Writes a file under a temporary name, syncs it to disk and renames it to `target`.
 
@@ -75,12 +104,12 @@ def write_file(target: Path, content: Content) -> None:
             beside.unlink(missing_ok=True)
 
 
-def new_directory(target: Path) -> Path:
+def new_directory(target: Path, what: str = "new") -> Path:
     """Makes an empty directory beside a path, under a name that nobody can know before.
 
     The user's umask says who may open it, as for what is renamed to `target` later.
     """
-    directory = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    directory = target.with_name(f".{target.name}.{what}.{secrets.token_hex(4)}")
     directory.mkdir()
     return directory
 
@@ -99,7 +128,7 @@ def _replace(beside: Path, directory: Path) -> None:
     Where another process does the same meanwhile, the directory is the one of the last of them.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        old = new_directory(directory)
+        old = new_directory(directory, "old")
         try:
             if directory.exists():
                 os.replace(directory, old)

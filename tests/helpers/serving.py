@@ -27,6 +27,13 @@ class Server:
         with self.open(path, body, **options) as answer:
             return json.load(answer)
 
+    def send(self, path, body, kind):
+        """Puts a body of some type, and returns the answer."""
+        headers = {"Content-Type": kind}
+        request = urllib.request.Request(f"{self.address}{path}", body, headers, method="PUT")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
     def figure(self, name):
         """A figure of /metrics; 0 if there is none yet."""
         with self.open("/metrics") as answer:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import HIDDEN, RecipeError, UserError, check_number, check_size
+from adapters_jax.finetune.addresses import LOOPBACK, bind
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.command import Command
 
@@ -17,12 +20,15 @@ if TYPE_CHECKING:
     from adapters_jax.finetune.serving.api import Api
     from adapters_jax.finetune.serving.engine import Engine
     from adapters_jax.finetune.serving.guard import Limits
+    from adapters_jax.finetune.serving.kept import Kept
     from adapters_jax.finetune.serving.labels import Labeller
+    from adapters_jax.finetune.serving.listening import Says
 
     _Made = tuple[Api, Engine | Labeller, dict[str, Read]]
 
 
 KEY = "ADAPTERS_JAX_API_KEY"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Serve(Command):
 
     A request names its adapter as `model`. Requests of all adapters are computed together, and
     adapters come and go meanwhile (/v1/adapters); those that come so are in memory alone, and gone
-    when the server ends. The address itself shows a page to try them on.
+    when the server ends, unless --keep names a directory for them. The address itself shows a page
+    to try them on, once the base is loaded and compiled; until then /healthz says so.
     Elsewhere than on this machine it needs an API key, in the environment variable
     ADAPTERS_JAX_API_KEY. SIGTERM ends it once the answers that run are whole.
 
@@ -47,6 +54,8 @@ class Serve(Command):
         room: adapters that may be added later, each a method and its flags as for finetune, such as
             "lora --rank 16"; without runs, that one.
         adapters: how many adapters can be named at a time.
+        keep: directory in which adapters that are added later are kept; the next server that has it
+            serves them again, also in place of runs of the same name.
         places: how many of them are on the device at a time, by default all; the others wait on the
             host until a request names them.
         rows: requests computed at a time.
@@ -69,7 +78,7 @@ class Serve(Command):
     positional = ("base", "runs")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Adapters": ("name", "room", "adapters", "places"),
+        "Adapters": ("name", "room", "adapters", "keep", "places"),
         "Address": ("host", "port", "connections", "stall"),
         "Work": ("rows", "context", "queue", "seconds", "dtype"),
     }
@@ -80,6 +89,7 @@ class Serve(Command):
     name: str | None = None
     room: tuple[str, ...] = ()
     adapters: int = 32
+    keep: Path | None = None
     places: int | None = None
     rows: int = 8
     context: int = 1024
@@ -95,13 +105,7 @@ class Serve(Command):
         return self.adapters if self.places is None else self.places
 
     def prepare(self, console: Console) -> Callable[[], None]:
-        """Loads the base and the adapters."""
-        from adapters_jax.finetune.pretrained.locate import is_decoder
-        from adapters_jax.finetune.report.pages import render
-        from adapters_jax.finetune.run_directory import find_run
-        from adapters_jax.finetune.serving.api import application
-        from adapters_jax.finetune.serving.guard import LOOPBACK, Limits, serve
-
+        """Listens, so that a taken port is found before anything is loaded or compiled."""
         for flag in ("adapters", "rows", "context", "queue", "connections"):
             check_size("serve", f"--{flag}", getattr(self, flag))
         check_size("serve", "--places", self._on_device)
@@ -115,43 +119,86 @@ class Serve(Command):
                 f"--host {self.host} lets other machines in; set {KEY} to a key that they need, or "
                 "leave --host out"
             )
-        runs = {name: find_run(path).path for name, path in self._named().items()}
-        called = self.name or (Path(self.base).name if Path(self.base).exists() else self.base)
-        if called in runs:
-            raise UserError(f"--name {called}: an adapter has this name; give another one")
-        limits = Limits(seconds=self.seconds, receiving=self.stall, connections=self.connections)
-        make = self._completing if is_decoder(self.base) else self._labelling
-        api, engine, read = make(runs, called, limits)
-        page = render(
-            "serve",
-            title="adapters-jax serve",
-            base=called,
-            key=key is not None,
-            hidden=HIDDEN.pattern,
-        )
-
-        def listening(port: int) -> None:
-            address = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
-            count = len(engine.adapters)
-            adapters = f"{count} adapter{'s' if count != 1 else ''}"
-            console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
-            console.result({"address": address, "base": called, "adapters": [*engine.adapters]})
+        sockets = bind(self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"http://{host}:{sockets[0].getsockname()[1]}"
 
         def run() -> None:
-            console.say("compiling the programs")
-            engine.start()
-            try:
-                for name, each in read.items():
-                    fitted = engine.fit(name, (each.recipe, each.leaves))
-                    engine.put(name, fitted, each.about).result()
-                app = application(api, page, limits, key)
-                serve(app, self.host, self.port, limits, listening)
-            finally:
-                engine.close()
+            with contextlib.ExitStack() as stack:
+                for each in sockets:
+                    stack.enter_context(each)
+                from adapters_jax.finetune.serving.guard import Limits
+                from adapters_jax.finetune.serving.kept import Kept
+                from adapters_jax.finetune.serving.listening import serve
+
+                limits = Limits(
+                    seconds=self.seconds, receiving=self.stall, connections=self.connections
+                )
+                kept = None if self.keep is None else Kept(self.keep)
+                if kept is not None:
+                    stack.callback(kept.close)
+                named = self._named()
+                called = self._called([*named, *(kept.paths() if kept else ())])
+
+                def make(says: Says) -> tuple[Any, Callable[[], None]]:
+                    says("loading", f"{address} answers 503 until {called} is loaded and compiled")
+                    api = self._api(named, called, limits, kept, says, stack)
+
+                    def ready() -> None:
+                        names = [*api.engine.adapters]
+                        adapters = f"{len(names)} adapter{'s' if len(names) != 1 else ''}"
+                        console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
+                        console.result({"address": address, "base": called, "adapters": names})
+
+                    return self._application(api, called, limits, key), ready
+
+                serve(sockets, limits, make, console.say)
 
         return run
 
-    def _completing(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
+    def _called(self, named: Sequence[str]) -> str:
+        """What requests call the base."""
+        called = self.name or (Path(self.base).name if Path(self.base).exists() else self.base)
+        if called in named:
+            raise UserError(f"--name {called}: an adapter has this name; give another one")
+        return called
+
+    def _api(
+        self,
+        named: Mapping[str, str],
+        called: str,
+        limits: Limits,
+        kept: Kept | None,
+        says: Says,
+        stack: contextlib.ExitStack,
+    ) -> Api:
+        """Loads the base and the adapters, and compiles; `stack` closes the engine."""
+        from adapters_jax.finetune.pretrained.locate import is_decoder
+        from adapters_jax.finetune.run_directory import find_run
+
+        runs = {name: find_run(path).path for name, path in named.items()}
+        make = self._completing if is_decoder(self.base) else self._labelling
+        api, engine, read = make(runs, called, limits, kept)
+        stack.callback(engine.close)
+        says("compiling", "compiling the programs")
+        engine.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs"))
+        for name, each in read.items():
+            fitted = engine.fit(name, (each.recipe, each.leaves))
+            engine.put(name, fitted, each.about).result()
+        return api
+
+    def _application(self, api: Api, called: str, limits: Limits, key: str | None) -> Any:
+        """The application, with its page."""
+        from adapters_jax.finetune.report.pages import render
+        from adapters_jax.finetune.serving.api import application
+
+        about = {"title": "adapters-jax serve", "base": called, "key": key is not None}
+        page = render("serve", **about, hidden=HIDDEN.pattern)
+        return application(api, page, limits, key)
+
+    def _completing(
+        self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
+    ) -> _Made:
         """The server of a decoder."""
         from adapters_jax.finetune.compare.grid import read_candidate
         from adapters_jax.finetune.serving.adapters import DecoderBase, covering
@@ -160,7 +207,7 @@ class Serve(Command):
         from adapters_jax.transforms.bank import Bank
 
         base = DecoderBase(self.base, self.dtype)
-        read = {name: base.read(path) for name, path in runs.items()}
+        read = self._read(base, runs, kept)
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
         later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
@@ -168,9 +215,11 @@ class Serve(Command):
         context = min(self.context, base.decoder.config.longest)
         sizes = Sizes(self.rows, context, queue=self.queue, adapters=self.adapters)
         engine = Engine(Bank(model, capacity=max(self.rows, self._on_device)), sizes)
-        return TextApi(base, engine, called, limits), engine, read
+        return TextApi(base, engine, called, limits, kept), engine, read
 
-    def _labelling(self, runs: Mapping[str, Path], called: str, limits: Limits) -> _Made:
+    def _labelling(
+        self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
+    ) -> _Made:
         """The server of an encoder."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.finetune.serving.adapters import covering
@@ -184,14 +233,31 @@ class Serve(Command):
             )
         configs = [read_run(Run(path), "predict")[1] for path in runs.values()]
         base = EncoderBase(self.base, configs[0]["pooling"], self.dtype)
-        read = {name: base.read(path) for name, path in runs.items()}
+        read = self._read(base, runs, kept)
         abouts: list[Any] = [each.about for each in read.values()]
         width = max(about.readout.width for about in abouts)
         places = max(BATCH, self._on_device)
         bank = _together(lambda: base.bank(covering(read.values()), width, places))
         longest = max(about.max_length for about in abouts)
         engine = Labeller(base, bank, longest, self.queue, self.adapters)
-        return LabelApi(base, engine, called, limits), engine, read
+        return LabelApi(base, engine, called, limits, kept), engine, read
+
+    def _read(self, base: Any, runs: Mapping[str, Path], kept: Kept | None) -> dict[str, Read]:
+        """The adapters of the command line and those that are kept, but for damaged ones."""
+        read: dict[str, Read] = {name: base.read(path) for name, path in runs.items()}
+        for name, path in (kept.paths() if kept else {}).items():
+            if read.pop(name, None):
+                _log.warning("%s is what --keep has, in place of %s", name, runs[name])
+            try:
+                read[name] = base.read(path)
+            except UserError as error:
+                _log.warning("%s is not served: %s", name, error)
+        if len(read) > self.adapters:
+            raise UserError(
+                f"--adapters {self.adapters}: there are {len(read)}, with those in {self.keep}; "
+                "raise it"
+            )
+        return read
 
     def _named(self) -> dict[str, str]:
         """The directories of the runs, by the names of their adapters."""

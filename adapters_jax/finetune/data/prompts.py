@@ -19,6 +19,9 @@ class Encodes(Protocol):
     def chat(self, prompt: str) -> str:
         """A user's message in the chat template."""
 
+    def encode(self, text: str) -> Any:
+        """The tokens of what `chat` returned."""
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -59,6 +62,10 @@ class Prompts:
         return decoder.chat(filled) if self.chat else filled
 
     def encode(self, prompt: str, decoder: Encodes) -> list[int]:
-        """The token ids of the formatted prompt; a chat template writes special tokens itself."""
+        """The token ids of the formatted prompt; a chat template writes special tokens itself.
+
+        A control token that the prompt spells is text in a chat, and a control token in a prompt
+        without a template, as such prompts may need.
+        """
         text = self.text(prompt, decoder)
-        return decoder.tokenizer.encode(text, add_special_tokens=not self.chat).ids
+        return (decoder if self.chat else decoder.tokenizer).encode(text).ids

@@ -92,6 +92,22 @@ def pages_of(data: memoryview, begin: int, end: int) -> Iterator[Page]:
         begin = reader.at + packed
 
 
+def check_kinds(data: memoryview) -> None:
+    """Checks that the columns of a Parquet file have the physical types of its schema.
+
+    Where they do not, pyarrow ends the process when it is asked about a column.
+
+    Raises:
+        ValueError, IndexError, KeyError: they have others, or the bytes are no metadata.
+    """
+    footer = _Thrift(data, len(data) - 8 - int.from_bytes(data[-8:-4], "little")).structure()
+    kinds = [element[1] for element in footer[2] if not element.get(5)]
+    for group in footer[4]:
+        found = [column[3][1] for column in group[1]]
+        if found != kinds:
+            raise ValueError(f"columns of the types {found}, and the schema says {kinds}")
+
+
 class _Thrift:
     """Reads a structure of Thrift's compact protocol as a dictionary by the fields' numbers."""
 

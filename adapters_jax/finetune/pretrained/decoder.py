@@ -6,7 +6,8 @@ An encoder-decoder is a decoder here whose prompts an encoder reads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from flax import nnx
 from adapters_jax.errors import BaseFileError, UserError, check_choice, shown
 from adapters_jax.files import untrusted
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.finetune.base_files import chat, huggingface
+from adapters_jax.finetune.base_files import chat, control, huggingface
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.pretrained.locate import (
@@ -70,7 +71,7 @@ class DecoderTokenizer:
         return self.tokenizer.token_to_id(self.special_tokens["eos_token"]) or 0
 
     def chat(self, content: str) -> str:
-        """Renders a user's message by the chat template, up to where the answer begins."""
+        """Renders a user's message as `render` does, up to where the answer begins."""
         if self.chat_template is None:
             raise UserError(f"{str(self.files)!r} has no chat template; add --no-chat")
         return self.render([{"role": "user", "content": content}])[0]
@@ -83,6 +84,10 @@ class DecoderTokenizer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Renders messages by the chat template, as `chat.render_marked` does.
 
+        Returns:
+            The text, for `encode`, with marks where a message spells a control token; and the spans
+            of what the template marks as generated.
+
         Raises:
             UserError: there is no chat template, or no message.
             ChatTemplateError: the template rejects the messages.
@@ -91,9 +96,27 @@ class DecoderTokenizer:
             raise UserError(
                 f"{str(self.files)!r} has no chat template, so it reads prompts, not conversations"
             )
+        marked = self.control.marked
         return chat.render_marked(
-            self.chat_template, messages, reply=reply, tools=tools, **self.special_tokens
+            self.chat_template,
+            marked(list(messages)),
+            reply=reply,
+            tools=marked(tools),
+            **self.special_tokens,
         )
+
+    def encode(self, text: str) -> control.Tokens:
+        """The tokens of a rendered text; a control token that a message spells is text.
+
+        Raises:
+            UserError: the tokenizer cannot write it as text.
+        """
+        return self.control.encode(text)
+
+    @cached_property
+    def control(self) -> control.ControlTokens:
+        """The control tokens of the tokenizer."""
+        return control.ControlTokens(self.tokenizer, self.special_tokens.values())
 
 
 @dataclass(frozen=True)
@@ -156,8 +179,9 @@ def load_pretrained_decoder(
     if quantize:
         ids = reader.family.inputs(config, 1, 8)  # which show how experts are used, too
         model = quantize_model(model, ids, dtype=quantize)
+    read = {field.name: getattr(reader, field.name) for field in fields(reader)}
     return PretrainedDecoder(
-        **vars(reader), config=config, model=model, sha256=sha256_of(files), identity=identity
+        **read, config=config, model=model, sha256=sha256_of(files), identity=identity
     )
 
 

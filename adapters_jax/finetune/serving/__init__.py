@@ -6,7 +6,9 @@
 - `labels`: labels of texts by an encoder with many adapters.
 - `adapters`: reading adapters from anyone, and the recipe that has room for all of them.
 - `api`, `completions`, `schemas`: the HTTP interface, in OpenAI's form.
-- `guard`: listening and draining, and what a request must pass.
+- `listening`: connections, from before there is an answer until the last one is whole.
+- `guard`: what a request must pass.
+- `kept`: adapters that outlive the server.
 - `texts`: tokens as pieces of text, and the texts that end a completion.
 """
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from adapters_jax import __version__
-from adapters_jax.errors import UserError
+from adapters_jax.errors import FileSystemError, UserError, file_errors
 from adapters_jax.finetune.serving import schemas
 from adapters_jax.finetune.serving.adapters import About
 from adapters_jax.finetune.serving.guard import Guard, Limits, refused
+from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import BusyError, FullError, UnknownModelError
 
 # The page is one file, and asks no other host.
@@ -93,14 +98,18 @@ class Api:
         engine: what computes the answers, an `Engine` or a `Labeller`; it has been started.
         name: what requests call the base.
         limits: the limits of requests.
+        kept: where adapters that come later are kept; None keeps them in memory alone.
     """
 
-    def __init__(self, base: Any, engine: Any, name: str, limits: Limits) -> None:
+    def __init__(
+        self, base: Any, engine: Any, name: str, limits: Limits, kept: Kept | None = None
+    ) -> None:
         self.files, self.reader = base.files, base
-        self.engine, self.name, self.limits = engine, name, limits
+        self.engine, self.name, self.limits, self.kept = engine, name, limits, kept
         self.metrics = Metrics(engine)
         self.began = int(time.time())
-        self._reading = asyncio.Lock()
+        self._uploading = asyncio.Lock()
+        self._changing = threading.Lock()  # so that what is kept is what is served
 
     def routes(self) -> list[Route]:
         """The paths."""
@@ -116,12 +125,17 @@ class Api:
             Route("/predict", self.predict, methods=["POST"]),
             Route("/metrics", self.show_metrics),
             Route("/healthz", self.health),
+            Route("/livez", self.live),
         ]
 
     async def health(self, _: Request) -> Response:
-        """Whether the engine works."""
+        """Whether requests are answered; while the server compiles, the status is 503."""
         alive = self.engine.alive
         return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
+
+    async def live(self, request: Request) -> Response:
+        """Whether the process works; while the server compiles, the status is 200."""
+        return await self.health(request)
 
     async def show_metrics(self, _: Request) -> Response:
         """Figures for Prometheus."""
@@ -153,7 +167,24 @@ class Api:
         name = self._free_name(request.path_params["name"])
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise HTTPException(415, "expected multipart/form-data with the adapter's files")
+        await self._admitted()
+        try:
+            with file_errors(Path("the upload"), "written"):
+                return await self._put(name, request)
+        finally:
+            self._uploading.release()
+
+    async def _admitted(self) -> None:
+        """Waits until no other upload is under way, since each takes memory and disk."""
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                await self._uploading.acquire()
+        except TimeoutError:
+            raise HTTPException(503, "other adapters are still coming in; try again") from None
+
+    async def _put(self, name: str, request: Request) -> Response:
         known = self.files
+        # The form writes what is larger than a megabyte to files that have no name.
         async with request.form(max_files=len(known), max_fields=0) as form:
             files = [each for _, each in form.multi_items() if isinstance(each, UploadFile)]
             names = [file.filename or "" for file in files]
@@ -163,31 +194,51 @@ class Api:
                     f"the form has the files {', '.join(names) or 'none'}, expected one each of "
                     f"those of an adapter, such as adapter_config.json and adapter.safetensors"
                 )
-            contents = {file.filename: await file.read() for file in files}
-        async with self._reading:  # one at a time: reading takes memory
-            fitted, about = await asyncio.to_thread(self._read, name, contents)
-        there = name in self.engine.adapters
-        await asyncio.wrap_future(self.engine.put(name, fitted, about, replace=True))
+            about, there = await asyncio.to_thread(self._add, name, files)
         return JSONResponse({"name": name, **about.shown}, 200 if there else 201)
 
-    def _read(self, name: str, contents: dict[Any, bytes]) -> tuple[Any, About]:
-        """Reads an adapter of files from anyone."""
-        with tempfile.TemporaryDirectory() as folder:
-            for file, content in contents.items():
-                Path(folder, file).write_bytes(content)
+    def _add(self, name: str, files: Sequence[UploadFile]) -> tuple[About, bool]:
+        """Serves an adapter of files from anyone; returns whether there was one of that name."""
+        with tempfile.TemporaryDirectory(prefix="adapters-jax-") as folder:
+            for file in files:
+                with open(Path(folder, file.filename or ""), "wb") as copy:
+                    shutil.copyfileobj(file.file, copy)
             try:
                 read = self.reader.read(Path(folder))
-                return self.engine.fit(name, (read.recipe, read.leaves)), read.about
+                fitted = self.engine.fit(name, (read.recipe, read.leaves))
             except UserError as error:
                 raise UserError(
                     str(error).replace(f"{folder}/", "").replace(folder, name)
                 ) from None
+            with self._changing:
+                if self.kept:
+                    self.kept.check(name)
+                there = name in self.engine.adapters
+                self.engine.put(name, fitted, read.about, replace=True).result()
+                if self.kept:
+                    self._keep(self.kept, name, Path(folder))
+        return read.about, there
+
+    def _keep(self, kept: Kept, name: str, folder: Path) -> None:
+        try:
+            kept.put(name, folder)
+        except FileSystemError as error:
+            why = os.strerror(error.errno or errno.EIO)
+            raise FileSystemError(
+                f"{name} is served until the server ends, but cannot be kept: {why}; send it again"
+            ) from error
 
     async def drop(self, request: Request) -> Response:
         """Drops an adapter."""
         name = request.path_params["name"]
-        await asyncio.wrap_future(self.engine.drop(name))
+        await asyncio.to_thread(self._drop, name)
         return JSONResponse({"name": name, "deleted": True})
+
+    def _drop(self, name: str) -> None:
+        with self._changing:
+            kept = self.kept is not None and self.kept.drop(name)
+            if name in self.engine.adapters or not kept:  # a damaged one is only kept
+                self.engine.drop(name).result()
 
     def _free_name(self, name: str) -> str:
         if name == self.name or not schemas.matches_name(name):
@@ -221,7 +272,12 @@ class Api:
         raise UserError(f"{self.name} is a decoder, which labels no texts; use /v1/completions")
 
 
-_STATUS: dict[type[Exception], int] = {UnknownModelError: 404, BusyError: 429, FullError: 409}
+_STATUS: dict[type[Exception], int] = {
+    UnknownModelError: 404,
+    BusyError: 429,
+    FullError: 409,
+    FileSystemError: 507,
+}
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -22,6 +21,7 @@ from adapters_jax.finetune.serving.adapters import About, DecoderBase
 from adapters_jax.finetune.serving.api import Api
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
+from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import End
 from adapters_jax.finetune.serving.slots import Choice
 from adapters_jax.finetune.serving.texts import TextSink
@@ -75,12 +75,20 @@ class TextApi(Api):
         engine: its engine, which has been started.
         name: what requests call the base.
         limits: the limits of requests.
+        kept: where adapters that come later are kept.
     """
 
     engine: Engine
 
-    def __init__(self, base: DecoderBase, engine: Engine, name: str, limits: Limits) -> None:
-        super().__init__(base, engine, name, limits)
+    def __init__(
+        self,
+        base: DecoderBase,
+        engine: Engine,
+        name: str,
+        limits: Limits,
+        kept: Kept | None = None,
+    ) -> None:
+        super().__init__(base, engine, name, limits, kept)
         self.decoder = base.decoder
 
     async def complete(self, request: Request) -> Response:
@@ -103,8 +111,7 @@ class TextApi(Api):
         decoder = self.decoder
         messages = [message.plain() for message in body.messages]
         text, _ = await asyncio.to_thread(decoder.render, messages)
-        encode = partial(decoder.tokenizer.encode, add_special_tokens=False)
-        ids = (await asyncio.to_thread(encode, text)).ids
+        ids = (await asyncio.to_thread(decoder.encode, text)).ids
         return await self._answer(request, body, self._asked(ids, adapter, about), True)
 
     def _asked(self, ids: list[int], adapter: str | None, about: About) -> _Asked:

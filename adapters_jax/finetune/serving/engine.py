@@ -99,9 +99,14 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
-        """Compiles every program, then begins to work in another thread; call it once."""
-        self._slots.compile()
+    def start(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
+        """Compiles every program, then begins to work in another thread; call it once.
+
+        Args:
+            compiled: is called after each program, with how many there are so far and in all; what
+                it raises ends the compiling.
+        """
+        self._slots.compile(compiled)
         self.counts = Counts()
         self._thread.start()
 

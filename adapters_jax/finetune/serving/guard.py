@@ -1,7 +1,4 @@
-"""Listening, with bounded connections, and what a request must pass before anything reads it.
-
-That is its origin, its key, its size and its time. SIGTERM drains the server.
-"""
+"""What a request must pass before anything reads it: its origin, its key, its size and its time."""
 
 from __future__ import annotations
 
@@ -9,23 +6,20 @@ import asyncio
 import hmac
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adapters_jax.errors import visible
+from adapters_jax.finetune.addresses import LOOPBACK
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/", "/healthz", "/openapi.json")  # need no key, and have no secret
+OPEN = ("/", "/healthz", "/livez", "/openapi.json")  # need no key, and have no secret
 _JSON_PATHS = ("/v1/completions", "/v1/chat/completions", "/predict")
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
-_LATER = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+LATER = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ def failure(status: int, message: str) -> dict[str, Any]:
 def refused(status: int, message: str, headers: Any = None) -> JSONResponse:
     """The answer to a request that is not done."""
     return JSONResponse(
-        failure(status, message), status, {**_LATER.get(status, {}), **(headers or {})}
+        failure(status, message), status, {**LATER.get(status, {}), **(headers or {})}
     )
 
 
@@ -75,6 +69,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _by_path(scope)
         headers, upload = Headers(scope=scope), scope["path"].startswith("/v1/adapters/")
         most = self.limits.upload if upload else self.limits.body
         status = 500
@@ -96,6 +91,8 @@ class Guard:
 
     def _problem(self, scope: Scope, headers: Headers, most: int) -> tuple[int, str] | None:
         """Why a request is refused, with its status."""
+        if not scope["path"].startswith("/"):
+            return 400, f"the target is {scope['path']!r}, expected a path such as /v1/models"
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
             page, name = urlsplit(origin or "").netloc, urlsplit(f"//{host}").hostname
@@ -125,15 +122,34 @@ class Guard:
         return None
 
 
+def _by_path(scope: Scope) -> Scope:
+    """A request whose target is a whole address, as one for its path; others as they are.
+
+    Its host counts, and the header `Host` does not: RFC 9112, section 3.2.2.
+    """
+    scheme, sign, rest = scope.get("raw_path", b"").partition(b"://")
+    if scope["path"].startswith("/") or scheme.lower() != b"http" or not sign:
+        return scope
+    host, _, path = rest.partition(b"/")
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    return {
+        **scope,
+        "path": unquote(f"/{path.decode('ascii')}"),
+        "raw_path": b"/" + path,
+        "headers": [(b"host", host), *headers],
+    }
+
+
 def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
-    """A body of at most `most` bytes, which arrives within some seconds."""
+    """A body of at most `most` bytes, which arrives within some seconds of its first being read."""
     left, whole = most, False
-    until = asyncio.get_running_loop().time() + seconds
+    until: float | None = None
 
     async def limited() -> Message:
-        nonlocal left, whole
+        nonlocal left, whole, until
         if whole:
             return await receive()
+        until = until or asyncio.get_running_loop().time() + seconds
         try:
             async with asyncio.timeout_at(until):
                 message = await receive()
@@ -146,94 +162,3 @@ def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
         return message
 
     return limited
-
-
-# Written to the socket as it is, since the application never sees the connection; 72 is the length
-# of the JSON with its spaces.
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
-    b"Content-Type: application/json\r\nContent-Length: 72\r\n\r\n"
-    b'{"error":{"message":"too many connections","type":"server_error"}}      '
-)
-
-
-def protocol(limits: Limits) -> type[H11Protocol]:
-    """The protocol of a connection, with the limits of a server."""
-
-    class Limited(H11Protocol):
-        """Refuses connections beyond the limit, and ends those that stall."""
-
-        _stalled: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            """Takes a connection, or refuses it."""
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.write(_FULL)
-                transport.close()
-                return
-            self._wait_for_progress()
-
-        def data_received(self, data: bytes) -> None:
-            """Takes data; a request that has begun has some seconds to become whole headers."""
-            super().data_received(data)
-            if self.flow.write_paused:
-                return  # what it sends does not make it read
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._go_on()
-            elif self._stalled is None and not self.transport.is_closing():
-                self._wait_for_progress()
-
-        def pause_writing(self) -> None:
-            """The client reads slowly."""
-            super().pause_writing()
-            self._wait_for_progress()
-
-        def resume_writing(self) -> None:
-            """The client reads on."""
-            super().resume_writing()
-            self._go_on()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            """The connection is gone."""
-            self._go_on()
-            super().connection_lost(exc)
-
-        def _wait_for_progress(self) -> None:
-            self._go_on()
-            self._stalled = self.loop.call_later(limits.receiving, self.transport.abort)
-
-        def _go_on(self) -> None:
-            if self._stalled is not None:
-                self._stalled.cancel()
-                self._stalled = None
-
-    return Limited
-
-
-def serve(app: Starlette, host: str, port: int, limits: Limits, ready: Any) -> None:
-    """Serves until SIGTERM or Ctrl-C, which end it once the answers that run are whole."""
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=protocol(limits),
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=int(limits.seconds) + 1,
-    )
-
-    class Server(uvicorn.Server):
-        """A server that says when it listens."""
-
-        async def startup(self, sockets: Any = None) -> None:
-            """Listens."""
-            await super().startup(sockets)
-            if self.started:
-                ready(self.servers[0].sockets[0].getsockname()[1])
-
-    Server(config).run()

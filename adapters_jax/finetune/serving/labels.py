@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,11 +200,12 @@ class Labeller:
 
         self._outputs = outputs
 
-    def start(self) -> None:
-        """Compiles every program."""
-        for width in self._widths:
+    def start(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
+        """Compiles every program; see `Engine.start`."""
+        for n, width in enumerate(self._widths, 1):
             inputs = [jnp.zeros((BATCH, width), jnp.int32) for _ in INPUTS]
             self._outputs(self._bank.params, inputs, self._bank.rows([None] * BATCH))
+            compiled(n, len(self._widths))
         self.alive = True
 
     def close(self) -> None:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adapters_jax.errors import UserError, shortened
+from adapters_jax.texts import parse_json
 
 MOST_STOPS, LONGEST_STOP = 4, 200
+MOST_MESSAGES = 4096  # each is several tokens, and templates take time
 LOWEST_TEMPERATURE = 0.01  # below, logits would overflow; 0 is greedy
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -76,10 +78,19 @@ class Message(_Body):
         return {"role": self.role, "content": text}
 
 
+def _few(messages: Any) -> Any:
+    if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
+        raise ValueError(f"{len(messages)} messages, expected at most {MOST_MESSAGES}")
+    return messages
+
+
 class ChatRequest(_Generation):
     """A conversation to answer."""
 
-    messages: list[Message] = Field(min_length=1)
+    # Counted before any is read, whose errors would take as long as the messages.
+    messages: Annotated[list[Message], BeforeValidator(_few)] = Field(
+        min_length=1, max_length=MOST_MESSAGES
+    )
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
 
 
@@ -107,13 +118,20 @@ def parsed(kind: type[_B], data: bytes) -> _B:
         adapters_jax.errors.UserError: the body: top: Extra inputs are not permitted
     """
     try:
-        body = kind.model_validate_json(data)
+        values = parse_json(data.decode("utf-8"))  # pydantic's takes the last of equal keys
+        if not isinstance(values, dict):
+            raise UserError(f"it is a {type(values).__name__}, expected an object")
+        body = kind.model_validate(values)
     except ValidationError as error:
         found = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
-        raise UserError(f"the body: {shortened('; '.join(found), 600)}") from None
+        message = "; ".join(each.removeprefix(": ") for each in found)
+        raise UserError(f"the body: {shortened(message, 600)}") from None
+    except ValueError as error:
+        what = "the body" if isinstance(error, UserError) else "the body is no JSON"
+        raise UserError(f"{what}: {shortened(str(error), 600)}") from None
     temperature = getattr(body, "temperature", 0.0)
     if 0 < temperature < LOWEST_TEMPERATURE:
         raise UserError(
@@ -148,7 +166,8 @@ _FAILURES = {
     "413": "the body is too large",
     "415": "the body is of another type",
     "429": "too many requests are waiting; come again after the seconds of Retry-After",
-    "503": "the server is shutting down",
+    "503": "the server is compiling, or shutting down",
+    "507": "the server's disk is full, or cannot be written",
 }
 
 

@@ -5,7 +5,7 @@ one. Rows are at different lengths, so the model is mapped over them: each has i
 All shapes are static, so the programs are compiled once, whatever the requests are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,13 +172,16 @@ class Slots:
         """Forgets a row's tokens, so that steps need not be wide enough for them."""
         self._used[row] = 0
 
-    def compile(self) -> None:
-        """Runs every program once, on empty rows."""
-        for length in self.pieces:
+    def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
+        """Runs every program once, on empty rows; `compiled` is called with how many there are."""
+        programs = len(self.pieces) + len(self._widths)
+        for n, length in enumerate(self.pieces, 1):
             self.read(0, [0] * length, True, None, Choice())
-        for width in self._widths:
+            compiled(n, programs)
+        for n, width in enumerate(self._widths, len(self.pieces) + 1):
             self._used = [width - 1] * self.rows
             self.step([0] * self.rows, [None] * self.rows, [Choice()] * self.rows)
+            compiled(n, programs)
         self._used = [0] * self.rows
 
 

@@ -80,6 +80,11 @@ def _tell(found: Encoded, of: str, length: int, say: Callable[[str], None]) -> N
             f"the chat template changes earlier turns, so each answer of {found.split} of {of} "
             "has a separate row"
         )
+    if found.spelt:
+        say(
+            f"{found.spelt} of {of} spell a control token of the chat template in a message, where "
+            "it is text"
+        )
     if found.begun_otherwise:
         say(
             f"{found.begun_otherwise} answers of {of} do not begin as the chat template begins a "

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import tokenizers
 from tokenizers import processors
 
 from adapters_jax.errors import ChatTemplateError
+from adapters_jax.finetune.base_files.control import ControlTokens, Tokens, without
 from adapters_jax.finetune.data.batches import bare
 from adapters_jax.finetune.data.conversations import Conversation, Conversations
 from adapters_jax.finetune.data.files import DataError, Line, place
@@ -33,7 +33,8 @@ class Answer(NamedTuple):
     """An answer in the text of its conversation.
 
     Attributes:
-        text: the text up to the answer's end and what the template writes after it.
+        text: the text up to the answer's end and what the template writes after it, as
+            `DecoderTokenizer.render` returns it.
         spans: the first character and the end of each part of the answer, most often one.
         as_begun: whether it continues the beginning that the template gives a reply.
     """
@@ -53,6 +54,7 @@ class Encoded:
         left_out: the number of those without an answer that is short enough to learn.
         split: the number of those with a row for each answer.
         begun_otherwise: the number of answers that do not begin as the template begins a reply.
+        spelt: the number of conversations with a message that spells a control token.
     """
 
     examples: list[Marked]
@@ -60,6 +62,7 @@ class Encoded:
     left_out: int = 0
     split: int = 0
     begun_otherwise: int = 0
+    spelt: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class ChatEncoder:
             counts["cut"] += bool(own) and len(own if split else kept) < len(answers)
             counts["split"] += split
             counts["begun_otherwise"] += sum(not answer.as_begun for answer in kept)
+            counts["spelt"] += bool(kept) and self._control.is_spelt(kept[-1].text)
         if not examples:
             raise DataError(
                 f"{rows.path}: no answer of its {len(rows)} conversations ends within "
@@ -109,7 +113,10 @@ class ChatEncoder:
                 "leave the column out"
             )
         try:
-            return self.answers(row)
+            answers = self.answers(row)
+            if answers and self._control.is_spelt(answers[-1].text):
+                self._encode(answers[-1].text)  # which raises if that cannot be text
+            return answers
         except ChatTemplateError as error:
             raise DataError(f"{path}, {place(line)}: {error}") from error
 
@@ -168,30 +175,24 @@ class ChatEncoder:
     def _ended(self, answer: str) -> str:
         """An answer without the white space after its end token, which a model does not write."""
         shorter = answer.rstrip()
-        return shorter if shorter.endswith(self._special) else answer
+        return shorter if shorter.endswith((*self._control.ids,)) else answer
 
     @cached_property
-    def _special(self) -> tuple[str, ...]:
-        """The texts of special tokens."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        special = (token.content for token in added if token.special)
-        return (*special, self.decoder.special_tokens["eos_token"])
-
-    @cached_property
-    def _tokenizer(self) -> tokenizers.Tokenizer:
-        """A copy whose offsets count white space, too; a template writes special tokens itself."""
+    def _control(self) -> ControlTokens:
+        """Of a copy whose offsets count white space, too; a template writes tokens itself."""
         copy = bare(self.decoder.tokenizer)
         copy.post_processor = processors.ByteLevel(trim_offsets=False)
-        return copy
+        return ControlTokens(copy, self.decoder.special_tokens.values())
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str) -> Tokens:
+        return self._control.encode(text)
 
     def mark(self, text: str, spans: Iterable[tuple[int, int]]) -> Marked:
         """The tokens of a text; the loss counts those that begin within a span."""
-        encoding, spans = self._encode(text), list(spans)
-        learnt = [any(a <= start < b for a, b in spans) for start, _ in encoding.offsets]
-        return Marked(encoding.ids, learnt)
+        ids, offsets = self._encode(text)
+        spans = [(without(text, a), without(text, b)) for a, b in spans]
+        learnt = [any(a <= start < b for a, b in spans) for start, _ in offsets]
+        return Marked(ids, learnt)
 
     @cached_property
     def end(self) -> int | None:
@@ -199,5 +200,4 @@ class ChatEncoder:
         chat = Conversation([{"role": r, "content": "x"} for r in ("user", "assistant")])
         (answer,) = self.answers(chat)
         ids = self._encode(answer.text[: max(end for _, end in answer.spans)]).ids
-        last = self._tokenizer.id_to_token(ids[-1])
-        return ids[-1] if last in self._special else None
+        return ids[-1] if ids[-1] in self._control.ids.values() else None

@@ -99,7 +99,7 @@ class Generator:
             ChatTemplateError: the template rejects the messages.
         """
         text, _ = self.decoder.render(messages, True, tools)
-        ids = self.decoder.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.decoder.encode(text).ids
         tokens = self._room([ids], max_new_tokens)
         (answer,) = self._complete([ids], tokens, temperature, top_p, seed, len(messages))
         return answer

@@ -9,6 +9,7 @@ reference's log-probabilities of it are computed once, too.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -83,13 +84,17 @@ class PreferenceEncoder:
         kept = [row for row in fitting if row is not None]
         return kept, sum(row != before for row, before in zip(kept, whole, strict=True))
 
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self.decoder, _ENDLESS)
+
     def _encode(self, row: Preference, path: str, line: Line) -> tuple[Example, ...]:
         if isinstance(row.prompt, str):
             return tuple(
                 encode_pair(row.prompt, each, self.prompts, self.decoder)
                 for each in row.completions
             )
-        chat, found = ChatEncoder(self.decoder, _ENDLESS), []
+        chat, found = self._chat, []
         for each in row.completions:
             *_, answer = chat.answers_at(Conversation([*row.prompt, each], row.tools), path, line)
             ids, learnt = chat.mark(answer.text, answer.spans)
