@@ -43,8 +43,6 @@ ADAPTER = TARGETS["adapter"]
 @pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # as in fuzz/cases.py
 @pytest.mark.parametrize("target", TARGETS)
 def test_spoilt_files_end_in_documented_errors(target, tmp_path):
-    if target == "pixels":
-        pytest.xfail("its reader is being mended")
     fuzzer, refused = Fuzzer(target, tmp_path), 0
     for number in range(FEWER.get(target, FEW)):
         case = fuzzer.numbered(0, number)

@@ -78,7 +78,7 @@ def _of_parquet(raw: bytes, budget: Budget) -> Iterator[Any]:
     metadata = file.metadata
     check_columns(budget.path, metadata.num_columns)
     check_types(budget.path, file.schema_arrow)
-    check_kinds(memoryview(raw))
+    check_kinds(memoryview(raw), _MOST_THRIFT)
     unpacked, groups = Budget(budget.path, budget.size), range(metadata.num_row_groups)
     plans = [_planned(raw, metadata, i, budget, unpacked) for i in groups]
     tables = sorted({name for _, names in plans for name in names})

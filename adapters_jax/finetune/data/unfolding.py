@@ -92,15 +92,20 @@ def pages_of(data: memoryview, begin: int, end: int) -> Iterator[Page]:
         begin = reader.at + packed
 
 
-def check_kinds(data: memoryview) -> None:
+def check_kinds(data: memoryview, most: int) -> None:
     """Checks that the columns of a Parquet file have the physical types of its schema.
 
     Where they do not, pyarrow ends the process when it is asked about a column.
 
+    Args:
+        data: the file.
+        most: how many items a list in its metadata may have.
+
     Raises:
         ValueError, IndexError, KeyError: they have others, or the bytes are no metadata.
     """
-    footer = _Thrift(data, len(data) - 8 - int.from_bytes(data[-8:-4], "little")).structure()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = _Thrift(data, begin, most).structure()
     kinds = [element[1] for element in footer[2] if not element.get(5)]
     for group in footer[4]:
         found = [column[3][1] for column in group[1]]
@@ -111,8 +116,8 @@ def check_kinds(data: memoryview) -> None:
 class _Thrift:
     """Reads a structure of Thrift's compact protocol as a dictionary by the fields' numbers."""
 
-    def __init__(self, data: memoryview, at: int) -> None:
-        self.data, self.at = data, at
+    def __init__(self, data: memoryview, at: int, longest: int = _LONGEST) -> None:
+        self.data, self.at, self._longest = data, at, longest
 
     def _byte(self) -> int:
         self.at += 1
@@ -156,14 +161,14 @@ class _Thrift:
         if kind in (9, 10) and depth < _DEEPEST:
             byte = self._byte()
             count = byte >> 4 if byte < 0xF0 else self._count()
-            if count > _LONGEST:
-                raise ValueError(f"a list of {count} in the header of a page")
+            if count > self._longest:
+                raise ValueError(f"a list of {count} in the metadata")
             # A logical value of a list has a byte, unlike one of a field.
             inner = 3 if byte & 15 in (1, 2) else byte & 15
             return [self._value(inner, depth + 1) for _ in range(count)]
         if kind == 12 and depth < _DEEPEST:
             return self.structure(depth + 1)
-        raise ValueError(f"a field of the kind {kind} in the header of a page")
+        raise ValueError(f"a field of the kind {kind} in the metadata")
 
 
 def claims_of(message: memoryview, body: memoryview) -> tuple[int, int, int]:
