@@ -56,6 +56,7 @@ class Serve(Command):
         connections: connections at a time; further ones get the status 503.
         stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
+        any_base: serve runs, with warnings, whose base had other files in training.
     """
 
     examples = """\
@@ -88,6 +89,7 @@ class Serve(Command):
     connections: int = 512
     stall: float = 30.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    any_base: bool = False
 
     @property
     def _on_device(self) -> int:
@@ -160,7 +162,7 @@ class Serve(Command):
         from adapters_jax.transforms.bank import Bank
 
         base = DecoderBase(self.base, self.dtype)
-        read = {name: base.read(path) for name, path in runs.items()}
+        read = {name: base.read(path, self.any_base) for name, path in runs.items()}
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
         later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
@@ -184,7 +186,7 @@ class Serve(Command):
             )
         configs = [read_run(Run(path), "predict")[1] for path in runs.values()]
         base = EncoderBase(self.base, configs[0]["pooling"], self.dtype)
-        read = {name: base.read(path) for name, path in runs.items()}
+        read = {name: base.read(path, self.any_base) for name, path in runs.items()}
         abouts: list[Any] = [each.about for each in read.values()]
         width = max(about.readout.width for about in abouts)
         places = max(BATCH, self._on_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -295,13 +296,11 @@ class Prepared(ABC):
 
     Attributes:
         problem: what is learnt.
-        base_sha256: the hash of the base's files.
         tokens: the tokens in an epoch, to show the speed; 0 if the speed would mean nothing.
         config: the task's part of the run's configuration.
     """
 
     problem: Problem
-    base_sha256: str
     tokens: int
     config: Mapping[str, Any]
 
@@ -413,6 +412,22 @@ class Problem(Protocol):
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
+
+
+def rows_sha256(rows: Iterable[Iterable[Any]]) -> str:
+    """The checksum of encoded rows, each a tuple of arrays of integers.
+
+    Example:
+        >>> one, other = ([(np.array([1, 2]),)], [(np.array([2, 1]),)])
+        >>> rows_sha256(one) == rows_sha256(one), rows_sha256(one) == rows_sha256(other)
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        for each in row:
+            array = np.asarray(each, np.int64)
+            digest.update(f"{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def in_row_order(
