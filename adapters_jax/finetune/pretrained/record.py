@@ -129,12 +129,12 @@ def _contents(files: Path, values: Mapping[str, Any], family: Family) -> dict[st
         config = family.config.from_dict(values).identity()
     except UserError as error:
         raise BaseFileError(f"{path}: {error}") from error
-    found: dict[str, Any] = {path.name: {"model_type": values.get("model_type"), **config}}
-    if family.kind == "vision":
-        images = files / PREPROCESSING
-        found |= {images.name: asdict(Preprocessing.from_dict(read_json(images)))}
-    elif (files / TOKENIZER).is_file():
-        found[TOKENIZER] = _digest(files / TOKENIZER).hex()
+    found: dict[str, Any] = {path.name: {**config, "model_type": values.get("model_type")}}
+    images, tokens = files / PREPROCESSING, files / TOKENIZER
+    if family.kind == "vision" and images.is_file():
+        found[images.name] = asdict(Preprocessing.from_dict(read_json(images)))
+    elif family.kind != "vision" and tokens.is_file():
+        found[tokens.name] = _digest(tokens).hex()
     if family.generates:
         found[path.name]["eos_token_id"] = values.get("eos_token_id")
         words, template = files / TOKENIZER_CONFIG, files / TEMPLATE
