@@ -122,6 +122,7 @@ class Push(Command):
         dry_run: write what would be uploaded to --out, and upload nothing.
         out: directory to keep the uploaded files in; with --dry-run by default the repository's
             name.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -140,6 +141,7 @@ class Push(Command):
     license: str | None = None
     dry_run: bool = False
     out: Path | None = None
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Writes the files, and checks everything that can be checked before the upload."""
@@ -159,7 +161,7 @@ class Push(Command):
             raise UserError(f"{kept} exists already; give another directory with --out")
         directory = kept or Path(tempfile.mkdtemp(prefix="adapters-jax-push-"))
         try:
-            source = open_source(str(self.run))
+            source = open_source(str(self.run), any_base=self.any_base)
             options: Any = {"head": self.head, "license": self.license, "name": self.repository}
             written = export(source, directory, self.to, **options)
         except BaseException:

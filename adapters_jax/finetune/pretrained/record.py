@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import BaseFileError, UserError, first_few, shown
+from adapters_jax.errors import BaseFileError, UserError, first_few, shortened, shown
 from adapters_jax.files import untrusted
 from adapters_jax.finetune.base_files.huggingface import read_json
 from adapters_jax.finetune.data.pixels import Preprocessing
@@ -89,7 +89,8 @@ class BaseRecord:
             )
         for change in found:
             _log.warning("warning: %s goes on with another base: %s", run.path, change)
-        _tell_of_reader(run, config)
+        if PREPROCESSING not in self.files:
+            _tell_of_reader(run, config)
         return found
 
     def checked(
@@ -203,7 +204,7 @@ def changes(
         before, here = dict(_flat(was[FILES])), dict(_flat(now[FILES]))
         keys = dict.fromkeys([*before, *here])
         pairs += [(key, before.get(key, _ABSENT), here.get(key, _ABSENT)) for key in keys]
-    return [f"{key} {_said(a)}, here {_said(b)}" for key, a, b in pairs if a != b]
+    return [f"{shortened(key, 200)} {_said(a)}, here {_said(b)}" for key, a, b in pairs if a != b]
 
 
 def with_changes(

@@ -197,7 +197,8 @@ def open_run(job: Job, any_base: bool = False) -> Job:
     lock = run.lock()
     try:
         config = check_same(run, job.config, job.console, any_base)
-        if CHANGES in config:
+        if config.get(CHANGES) != run.read_config().get(CHANGES):
+            run.reference.unlink(missing_ok=True)  # it is of the base as it was
             run.write_config(config)
     except UserError:
         run.unlock(lock)
@@ -222,8 +223,7 @@ def resume_run(run: Run, console: Console, began: float, any_base: bool = False)
     options = read_options(run, config)
     check_unfinished(run, config)
     # Before the base is loaded, where what changed is less plain.
-    if record_of(options.model).check(run, config, any_base):
-        run.reference.unlink(missing_ok=True)  # it is of the base as it was
+    record_of(options.model).check(run, config, any_base)
     # A run that another version accepted goes on, also where a check of recipes is new.
     with checked_before():
         job = prepare_run(options, run, console, began, read_schedule(run, config))

@@ -203,10 +203,11 @@ class Task(ABC):
 
         Args:
             run: the run.
-            config: its configuration, with every key in `needed`.
+            config: its configuration, with every key in `needed`. The base was compared with it;
+                `any_base` says whether the adapter may be of another one.
 
         Raises:
-            RunError: the run is damaged, or the base has other weights.
+            RunError: the run is damaged.
             AdapterFileError: the adapter is damaged, or was trained on another base.
             AssetError: the pinned model could not be fetched.
         """
