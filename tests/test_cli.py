@@ -32,7 +32,6 @@ from adapters_jax.errors import (
     AdapterMismatchError,
     BaseFileError,
     FileSystemError,
-    OtherBaseError,
     RecipeError,
     TargetError,
     UserError,
@@ -635,8 +634,10 @@ def test_a_base_that_changed_is_an_error(fails, directory, tmp_path):
     fails(f"predict {run.path} text", RunError, tmp_path / "tiny", run.path, was[:12])
     write_model(tmp_path / "wide", hidden_size=64)
     run.config.write_text(json.dumps({**run.read_config(), "model": str(tmp_path / "wide")}))
-    differing = ("(config_sha256) '", "(tree_sha256) '")
-    fails(f"predict {run.path} text", OtherBaseError, run.adapter, *differing)
+    differing = ("base_sha256", "config.json: hidden_size 32, here 64", "--any-base")
+    fails(f"predict {run.path} text", RunError, run.path, *differing)
+    with command_raises(AdapterMismatchError, run.adapter, "head/kernel", "[64, 2]"):
+        assert main(["predict", str(run.path), "text", "--any-base"]) == 2
 
 
 def test_a_changed_adapter_is_an_error(fails, directory, tmp_path):

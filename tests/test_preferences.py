@@ -256,6 +256,7 @@ def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatc
 def test_a_reference_of_other_rows_or_another_base_is_an_error(monkeypatch):
     found, run = prepared("dpo"), Run(Path("run"))
     run.path.mkdir()
+    run.write_config({"model": "m", "base_sha256": "0", "dtype": "float32", "max_length": 8})
     kept = dict(found.problem.reference)
     monkeypatch.setattr(type(found), "_compute", lambda self, progress: kept)
     found.begin(run, None)

@@ -26,8 +26,9 @@ from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.pretrained.base_model import described, heads_of, load_base_model
 from adapters_jax.finetune.pretrained.locate import find_family, read_config
+from adapters_jax.finetune.pretrained.record import OF_BASE, record_of
 from adapters_jax.finetune.report.card import Source, card_of
-from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.tasks import read_run, task_of
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.trees import flatten, unflatten
@@ -35,7 +36,7 @@ from adapters_jax.weights.quantized import unboxed
 
 CARD, RUN_CONFIG = "README.md", "config.json"
 # The part of a run's configuration without private data: no paths of the machine and no rows.
-_PUBLIC: tuple[str, ...] = ("kind", "task_type", "model", "base_sha256", "dtype", "max_length")
+_PUBLIC: tuple[str, ...] = ("kind", "task_type", "model", *OF_BASE, "dtype", "max_length")
 _PUBLIC += ("metrics", "pooling", "target")
 _PUBLIC += ("text", "text_pair", "pairs", "prompts", "pack", "prompt", "completion", "task")
 _PUBLIC += ("rows", "seed", "quantize", "method", "optimizer", "data_sha256", "versions", "format")
@@ -95,7 +96,9 @@ class Serving:
         return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
 
 
-def open_source(name: str, model: str | None = None, pooling: str | None = None) -> Source:
+def open_source(
+    name: str, model: str | None = None, pooling: str | None = None, any_base: bool = False
+) -> Source:
     """Reads an adapter and its base model.
 
     Args:
@@ -103,11 +106,12 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
             of one on the Hub, optionally with `@` and a revision; or a GGUF file.
         model: the base model; by default the run's, or the one that the adapter's file names.
         pooling: what an encoder's head reads; a run has its own.
+        any_base: accept a base that changed, or another one, if the adapter fits it.
 
     Raises:
         AdapterFileError: there is no adapter, it is damaged, a setting is not supported, or the
             base model is not known.
-        RunError: the run is not finished or damaged.
+        RunError: the run is not finished or damaged, or files of its base changed.
         OtherBaseError: the adapter was trained on another base model.
         UserError: the base model cannot be used.
         AssetError: the pinned model could not be fetched.
@@ -133,10 +137,10 @@ def open_source(name: str, model: str | None = None, pooling: str | None = None)
     head = form.head(place, classifier.base) if classifier else None
     width, pooled = (head.width, head.pooling) if head else (None, None)
     width = form.labels(place) if family.kind == "decoder" else width
-    base = load_base_model(called, width, pooled or pooling)
     if config:
-        check_base(run, {**config, "model": called}, base.sha256)
-    recipe, leaves = form.read(place, base)
+        config = record_of(called).checked(run, config, any_base)
+    base = load_base_model(called, width, pooled or pooling)
+    recipe, leaves = form.read(place, base.accepting(any_base))
     return Source(form, base, recipe, leaves, config)
 
 
@@ -327,7 +331,6 @@ def _shapes(
         params,
         heads=heads_of(family, getattr(problem.model, "config", None)),
         identity=identity,
-        sha256=config["base_sha256"],
         classifies=family.classifier is not None,
         pooling=config.get("pooling"),
     )

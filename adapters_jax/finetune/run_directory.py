@@ -268,16 +268,6 @@ def check_finished(run: Run, config: dict[str, Any]) -> None:
         )
 
 
-def check_base(run: Run, config: dict[str, Any], sha256: str) -> None:
-    """Raises RunError if a base's weights are not those that a run was trained on."""
-    if sha256 != config["base_sha256"]:
-        raise RunError(
-            f"the weights of {config['model']} are not those that {run.path} was trained on: their "
-            f"sha256 is {sha256[:12]}..., expected {config['base_sha256'][:12]}...; restore those "
-            "weights, or train again"
-        )
-
-
 def run_name(*parts: str) -> str:
     """Makes the name of a run's directory from its model, data and method.
 

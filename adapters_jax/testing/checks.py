@@ -45,7 +45,7 @@ def starts_as_the_base(subject: Any, away: float = 0.0) -> None:
 def counts(subject: Any, case: Any = None) -> None:
     """The audit's closed forms equal the numbers of parameters that the arrays hold."""
     audit = subject.audit()  # raises where a closed form differs from its arrays
-    held = sum(x.size for x in jax.tree.leaves(subject.trained))
+    held = sum(x.size for x in jax.tree.leaves(subject.training))
     added = sum(x.size for x in jax.tree.leaves(subject.adapters))
     frozen = added - held + sum(x.size for x in jax.tree.leaves(subject.frozen))
     found = (audit.trainable_parameters, audit.frozen_parameters)

@@ -143,7 +143,7 @@ class Linen(Subject):
         self.model = adapt(self.base, self.recipe)
         whole = init_adapters(self.model, self.base_params, jax.random.key(1), ids())
         self.adapters, self.frozen = split_adapters(whole, self.recipe)
-        self.trained = partition(whole, self.recipe)[0]
+        self.training = partition(whole, self.recipe)[0]
 
     def base_logits(self):
         """The output of the base."""
@@ -217,7 +217,7 @@ class Nnx(Subject):
         self.model = self.adapted(self.base)
         whole: Any = nnx.split(self.model, ADAPTERS, ...)
         self.graphdef, self.adapters, self.frozen = whole
-        self.trained = nnx.state(self.model, AdapterParam)
+        self.training = nnx.state(self.model, AdapterParam)
 
     def adapted(self, base):
         """A base with new adapters."""

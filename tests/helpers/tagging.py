@@ -20,7 +20,6 @@ from adapters_jax.finetune.data.batches import NOTHING, Batches
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.pretrained.encoder import INPUTS, load_encoder
-from adapters_jax.finetune.run_directory import check_base
 from adapters_jax.finetune.tasks.base import Prepared, Task, Untrained, Usage, in_row_order
 from adapters_jax.finetune.tasks.prediction import Prediction
 from adapters_jax.linen import init_adapters
@@ -169,14 +168,13 @@ class Tagging(Task):
             "text": columns["text"],
             "pairs": False,
         }
-        return PreparedTagging(problem, encoder.sha256, 0, config)
+        return PreparedTagging(problem, 0, config)
 
     def open(self, run, config):
         encoder, names = load_encoder(config["model"]), tuple(config["tag_names"])
         tagger = Tagger(encoder.config, len(names))
         ids = np.zeros((1, 8), np.int32)
         model, params = load_adapter(run.adapter, tagger, _params(tagger, encoder, 0), ids)
-        check_base(run, config, encoder.sha256)
         return TagPredictor(encoder, model, params, names)
 
     def usage(self, run, config, model=None):

@@ -46,6 +46,7 @@ class Convert(Command):
         pooling: what an encoder's head reads: mean, first token (cls) or pooler; a run has its own.
         head: also write an encoder's head; by default, where the format's library has such a head.
         license: license of the adapter in the card, such as apache-2.0.
+        any_base: go on, with warnings, where the base is not the one of the training.
     """
 
     examples = """\
@@ -68,13 +69,14 @@ class Convert(Command):
     pooling: Literal["mean", "cls", "pooler"] | None = None
     head: bool | None = None
     license: str | None = None
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the source, writes the destination, and returns a function that reports it."""
         from adapters_jax.finetune.leaving import describe, export, open_source
 
         server = self._server()
-        source = open_source(self.source, self.model, self.pooling)
+        source = open_source(self.source, self.model, self.pooling, self.any_base)
         written = export(
             source, self.destination, self.to, head=self.head, license=self.license, server=server
         )
@@ -120,6 +122,7 @@ class Push(Command):
         dry_run: write what would be uploaded to --out, and upload nothing.
         out: directory to keep the uploaded files in; with --dry-run by default the repository's
             name.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -138,6 +141,7 @@ class Push(Command):
     license: str | None = None
     dry_run: bool = False
     out: Path | None = None
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Writes the files, and checks everything that can be checked before the upload."""
@@ -157,7 +161,7 @@ class Push(Command):
             raise UserError(f"{kept} exists already; give another directory with --out")
         directory = kept or Path(tempfile.mkdtemp(prefix="adapters-jax-push-"))
         try:
-            source = open_source(str(self.run))
+            source = open_source(str(self.run), any_base=self.any_base)
             options: Any = {"head": self.head, "license": self.license, "name": self.repository}
             written = export(source, directory, self.to, **options)
         except BaseException:

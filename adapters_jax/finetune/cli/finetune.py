@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.command import Command
 from adapters_jax.finetune.options.flags import flag, given
@@ -30,7 +31,9 @@ class Finetune(RunOptions, Command):
         runs: directory of the runs.
         name: name of this run; by default the model, the task and the method.
         resume: directory of an interrupted run to continue; its result is the same as without the
-            interruption. All other flags are the run's own.
+            interruption. All other flags but --any-base are the run's own.
+        any_base: with --resume, go on where files of the base changed since the run began; the run
+            records what changed.
     """
 
     examples = """\
@@ -51,11 +54,12 @@ class Finetune(RunOptions, Command):
   adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": ("runs", "name", "resume"),
+        "Run": ("runs", "name", "resume", "any_base"),
     }
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Job:
         """Reads and checks everything, so that an error is reported before training.
@@ -68,7 +72,9 @@ class Finetune(RunOptions, Command):
         began = time.perf_counter()
         if self.resume is not None:
             self._refuse_other_flags(self.resume)
-            return resume_run(Run(self.resume), console, began)
+            return resume_run(Run(self.resume), console, began, self.any_base)
+        if self.any_base:
+            raise UserError("--any-base: with --resume alone, where a base may have changed")
         run = self._run()
         run.refuse_existing()
         return open_run(prepare_run(self, run, console, began))
@@ -78,7 +84,8 @@ class Finetune(RunOptions, Command):
         from adapters_jax.finetune.run_directory import RunError
 
         nested = ("data", "method", "optimizer", "prompts")
-        others = [name for name in given(self) if name not in ("resume", "json", *nested)]
+        kept = ("resume", "any_base", "json", *nested)
+        others = [name for name in given(self) if name not in kept]
         others += [name for part in nested for name in given(getattr(self, part))]
         if others:
             raise RunError(

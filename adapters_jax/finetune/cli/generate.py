@@ -33,6 +33,7 @@ class Generate(Command):
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of sampling.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -62,6 +63,7 @@ class Generate(Command):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the prompts and loads the run."""
@@ -83,7 +85,7 @@ class Generate(Command):
         if self.chat:
             turns = self._turns()
             with console.waiting(f"loading {run.path}"):
-                talker = load_generator(run.path)
+                talker = load_generator(run.path, any_base=self.any_base)
             if talker.decoder.chat_template is None:
                 raise UserError(
                     f"--chat: the base of {self.run} has no chat template; use --prompt"
@@ -91,7 +93,7 @@ class Generate(Command):
             return lambda: self._talk(talker, turns, console)
         prompts = self._read(config.get("prompt"))
         with console.waiting(f"loading {run.path}"):
-            generator = load_generator(run.path)
+            generator = load_generator(run.path, any_base=self.any_base)
         return lambda: self._complete(generator, prompts, console)
 
     @property

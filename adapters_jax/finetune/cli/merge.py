@@ -14,7 +14,6 @@ from adapters_jax.finetune.options.flags import given
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.merging import Written
-    from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder
     from adapters_jax.finetune.run_directory import Run
 
 
@@ -31,6 +30,7 @@ class Merge(Command):
         run: directory of the run.
         out: directory to write, which must not exist.
         dequantize: for a run with --quantize, merge into its weights as floats.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -41,6 +41,7 @@ class Merge(Command):
     run: Path
     out: Path
     dequantize: bool = False
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Loads the run, and merges its adapter."""
@@ -78,7 +79,7 @@ class Merge(Command):
         from adapters_jax.finetune.merging import check_checkpoint, write_checkpoint
         from adapters_jax.transforms.merge import merge
 
-        generator = load_generator(self.run)
+        generator = load_generator(self.run, any_base=self.any_base)
         model = merge(opened(generator.model))
 
         def save() -> Written:
@@ -95,7 +96,7 @@ class Merge(Command):
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.transforms.merge import merge
 
-        predictor: Any = load_predictor(self.run)
+        predictor: Any = load_predictor(self.run, any_base=self.any_base)
         example = predictor.encoder.example
         params = merge(predictor.model, opened(predictor.params), example)
         config = Run(self.run).read_config()
@@ -122,6 +123,7 @@ class Combine(Command):
         rank: rank of the result; not for linear.
         density: part of the entries that ties and dare keep; 0.5 by default.
         seed: seed of dare.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -137,12 +139,14 @@ class Combine(Command):
     rank: int | None = None
     density: float = 0.5
     seed: int = 0
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the runs, and combines their adapters."""
         import jax
 
         from adapters_jax.files.adapter import read_adapter, save_adapter
+        from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.transforms.combine import combine
 
@@ -150,7 +154,8 @@ class Combine(Command):
         out.refuse_existing()
         runs = [Run(path) for path in self.runs]
         configs = [run.read_config("decoder") for run in runs]
-        decoder = _decoder(runs, configs)
+        kept = self._checked(runs, configs)
+        decoder = load_pretrained_decoder(kept["model"], kept["dtype"])
         combined = combine(
             decoder.model,
             [read_adapter(run.adapter) for run in runs],
@@ -162,7 +167,7 @@ class Combine(Command):
         )
         made = {**given(self), "runs": [run.path.as_posix() for run in runs]}
         made = {k: v for k, v in made.items() if k not in ("out", "json")}
-        kept = {k: v for k, v in configs[0].items() if k not in _ONLY_OF_TRAINING}
+        kept = {k: v for k, v in kept.items() if k not in _ONLY_OF_TRAINING}
 
         def write() -> None:
             out.create({**kept, "combined": {**made, "error": combined.error}})
@@ -174,18 +179,22 @@ class Combine(Command):
 
         return write
 
+    def _checked(self, runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The configuration of the first run; raises RunError unless all have its base."""
+        from adapters_jax.finetune.pretrained.record import record_of, with_changes
+        from adapters_jax.finetune.run_directory import RunError
 
-def _decoder(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> PretrainedDecoder:
-    """Loads the base model of all runs; raises RunError if it is not the same."""
-    from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
-    from adapters_jax.finetune.run_directory import RunError, check_base
-
-    for run, config in zip(runs, configs, strict=True):
-        if config["base_sha256"] != configs[0]["base_sha256"]:
-            raise RunError(
-                f"{run.path} was trained on {config['model']}, and {runs[0].path} on other weights "
-                f"({configs[0]['model']}); combine runs on one base"
-            )
-    decoder = load_pretrained_decoder(configs[0]["model"], configs[0]["dtype"])
-    check_base(runs[0], configs[0], decoder.sha256)
-    return decoder
+        for run, config in zip(runs, configs, strict=True):
+            if config["base_sha256"] != configs[0]["base_sha256"]:
+                raise RunError(
+                    f"{run.path} was trained on {config['model']}, and {runs[0].path} on other "
+                    f"weights ({configs[0]['model']}); combine runs on one base"
+                )
+        record = record_of(configs[0]["model"])
+        found = [
+            change
+            for run, config in zip(runs, configs, strict=True)
+            for change in record.check(run, config, self.any_base)
+        ]
+        now = {**configs[0], **record.to_config()}
+        return with_changes(configs[0], now, [*dict.fromkeys(found)])

@@ -40,6 +40,7 @@ class Predict(Command):
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
             columns of --file come first; a result whose name they have is predicted_NAME.
+        any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
@@ -59,6 +60,7 @@ class Predict(Command):
     text: str | None = None
     text_pair: str | None = None
     out: Path | None = None
+    any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the texts and loads the run."""
@@ -75,7 +77,7 @@ class Predict(Command):
                 values, _ = choose_values(rows, rows.header)
                 given = [dict(zip(rows.header, map(_finite, row), strict=True)) for row in values]
         with console.waiting(f"loading {run.path}"):
-            predictor = load_predictor(run.path)
+            predictor = load_predictor(run.path, any_base=self.any_base)
         cut = predictor.count_cut(texts)
         if cut:
             _LOG.warning(

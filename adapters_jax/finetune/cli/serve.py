@@ -65,6 +65,7 @@ class Serve(Command):
         connections: connections at a time; further ones get the status 503.
         stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
+        any_base: serve runs, with warnings, whose base had other files in training.
     """
 
     examples = """\
@@ -98,6 +99,7 @@ class Serve(Command):
     connections: int = 512
     stall: float = 30.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    any_base: bool = False
 
     @property
     def _on_device(self) -> int:
@@ -244,7 +246,7 @@ class Serve(Command):
 
     def _read(self, base: Any, runs: Mapping[str, Path], kept: Kept | None) -> dict[str, Read]:
         """The adapters of the command line and those that are kept, but for damaged ones."""
-        read: dict[str, Read] = {name: base.read(path) for name, path in runs.items()}
+        read: dict[str, Read] = {n: base.read(path, self.any_base) for n, path in runs.items()}
         for name, path in (kept.paths() if kept else {}).items():
             if read.pop(name, None):
                 _log.warning("%s is what --keep has, in place of %s", name, runs[name])

@@ -14,12 +14,14 @@ from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.console import Console, Progress
 from adapters_jax.finetune.options.flags import words
 from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.pretrained.record import CHANGES, changes
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.config import changed_versions, differences, read_options
 from adapters_jax.finetune.runs.prepare import prepare_run
 
 # Settings that differ between cells of a recipe, and those of the optimizer.
-_OWN = ("seed", "optimizer", "options", "command", "summary", "stopped")
+# Rows are packed in an order of their seed, so their tokens differ as well.
+_OWN = ("seed", "optimizer", "options", "command", "summary", "stopped", CHANGES, "tokens_sha256")
 _OWN_RATES = ("learning_rate", "head_learning_rate")
 
 
@@ -93,20 +95,30 @@ class Cells:
         return Run(self.directory / cell.name)
 
     def check(
-        self, cells: Sequence[Cell], options: Callable[[Cell], RunOptions], console: Console
+        self,
+        cells: Sequence[Cell],
+        options: Callable[[Cell], RunOptions],
+        console: Console,
+        any_base: bool = False,
     ) -> None:
         """Checks that existing cells belong to this comparison, and that no process uses them.
+
+        Args:
+            cells: the cells.
+            options: returns the options of a cell.
+            console: the console to print to.
+            any_base: say what changed of the base, instead of raising an error.
 
         Raises:
             RunError: a cell belongs to another comparison, or another process uses it.
         """
-        notes = set()
+        notes = set[str]()
         for cell in cells:
             run = self.run(cell)
             if not run.path.exists():
                 continue
             config = run.read_config(None)
-            self._check_same(cell, config, options(cell))
+            notes |= self._check_same(cell, config, options(cell), any_base)
             now = self.checked[cell.recipe].config
             if config.get("versions", now["versions"]) != now["versions"]:
                 notes.add(changed_versions(config, now))
@@ -115,8 +127,12 @@ class Cells:
         for text in sorted(notes):
             console.say(text)
 
-    def _check_same(self, cell: Cell, config: dict[str, Any], options: RunOptions) -> None:
-        was, now = _flags_of_result(read_options(self.run(cell), config)), _flags_of_result(options)
+    def _check_same(
+        self, cell: Cell, config: dict[str, Any], options: RunOptions, any_base: bool
+    ) -> set[str]:
+        """Raises RunError if a cell belongs to another comparison; returns notes on its base."""
+        run, fix = self.run(cell), "put that back, or compare in another --out"
+        was, now = _flags_of_result(read_options(run, config)), _flags_of_result(options)
         there, here = [w for w in was if w not in now], [w for w in now if w not in was]
         expected = _shared(self.checked[cell.recipe].config)
         differing = differences(_shared(config), expected)
@@ -125,9 +141,11 @@ class Cells:
         elif differing:
             what = f"another {', '.join(differing)} than there is now"
         else:
-            return
-        path = self.run(cell).path
-        raise RunError(f"{path} was made with {what}; put that back, or compare in another --out")
+            found = changes(run, _shared(config), expected)
+            if not found or any_base:
+                return {f"a cell was made with another base: {change}" for change in found}
+            what, fix = f"another base: {'; '.join(found)}", f"{fix}, or add --any-base"
+        raise RunError(f"{run.path} was made with {what}; {fix}")
 
     def results(self, cells: Sequence[Cell]) -> dict[Cell, Result]:
         """The results of the finished cells."""

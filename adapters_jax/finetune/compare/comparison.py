@@ -63,7 +63,7 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
     checked = check_recipes(options, candidates, out / "cells", console)
     metric = checked[candidates[0].text].config["metrics"][0]
     grid, cells = Grid(candidates, seeds, tuning, metric), Cells(out / "cells", checked)
-    cells.check(grid.possible(), options.run_options, console)
+    cells.check(grid.possible(), options.run_options, console, options.any_base)
     with file_errors(out, "made"):
         out.mkdir(parents=True, exist_ok=True)
     return ComparisonJob(options, grid, cells, out, console, Run(out).lock())
@@ -155,7 +155,7 @@ class ComparisonJob:
         run, began = self.cells.run(cell), time.perf_counter()
         try:
             if run.path.exists():
-                return resume_run(run, console, began)
+                return resume_run(run, console, began, self.options.any_base)
             return open_run(prepare_run(self.options.run_options(cell), run, console, began))
         except UserError as error:
             raise StoppedError(str(error)) from error

@@ -29,10 +29,15 @@ class CompareOptions(Settings):
         out: directory of the comparison; by default comparisons/ with the model and the task.
         together: train the rates and seeds of a recipe in one program, where a first step of it is
             faster than theirs one by one.
+        any_base: continue where files of the base changed since the first cells; each cell that
+            continues records what changed.
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Comparison": ("recipes", "learning_rates", "seeds", "tuning_seeds", "out", "together"),
+        "Comparison": (
+            *("recipes", "learning_rates", "seeds", "tuning_seeds"),
+            *("out", "together", "any_base"),
+        ),
     }
     recipes: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
@@ -40,6 +45,7 @@ class CompareOptions(Settings):
     tuning_seeds: int = 1
     out: Path | None = None
     together: bool = False
+    any_base: bool = False
 
     @property
     def command(self) -> str:

@@ -40,7 +40,6 @@ class BaseModel:
         prefix: begins PyTorch's module names in the class that has a head as well.
         params: a tree of parameters, or an NNX model.
         identity: identifies the base in an adapter's files.
-        sha256: the checksum of the weights' files.
         classifies: whether a head for labels is on top of it.
         pooling: what that head reads; None if there is no head or its pooling is unknown.
         model_type: its type in `config.json`.
@@ -54,7 +53,6 @@ class BaseModel:
     prefix: str
     params: Any
     identity: BaseIdentity
-    sha256: str
     classifies: bool = False
     pooling: str | None = None
     model_type: str = ""
@@ -66,6 +64,10 @@ class BaseModel:
         """Its id on the Hub, without a revision; None for a base that is not of the Hub."""
         found = self.identity.id
         return found if found and "/" in found and hub.is_id(found) else None
+
+    def accepting(self, any_base: bool) -> BaseModel:
+        """The same base; with `any_base`, adapters that were trained on another one are read."""
+        return dataclasses.replace(self, identity=BaseIdentity()) if any_base else self
 
     def flat(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters by path; an adapter's leaves are added or replace the base's."""

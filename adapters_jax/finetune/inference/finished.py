@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.finetune.pretrained.record import ANY_BASE, record_of
 from adapters_jax.finetune.run_directory import find_run
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tasks.generator import Generator
@@ -10,7 +11,11 @@ from adapters_jax.finetune.tasks.prediction import Predictor
 
 
 def load_predictor(
-    path: str | Path, *, revision: str | None = None, model: str | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    model: str | None = None,
+    any_base: bool = False,
 ) -> Predictor:
     """Loads a finished run that predicts: its base, with its adapter on it.
 
@@ -18,12 +23,13 @@ def load_predictor(
         path: the run's directory, or the id of an exported run on the Hugging Face Hub.
         revision: a branch, tag or commit on the Hub.
         model: the directory or id of the base, if it has changed since training.
+        any_base: warn of files of the base that changed since training, instead of refusing them.
 
     Returns:
         The predictor; `predictor.predict([text])` returns a `Prediction` for each text.
 
     Raises:
-        RunError: the run is absent or damaged, its task generates, or the base has other weights.
+        RunError: the run is absent or damaged, its task generates, or files of the base changed.
         AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
 
@@ -35,11 +41,15 @@ def load_predictor(
         Traceback (most recent call last):
         adapters_jax.finetune.run_directory.RunConfigError: no run at no-run: it has no ...
     """
-    return _open("predict", path, revision, model)
+    return _open("predict", path, revision, model, any_base)
 
 
 def load_generator(
-    path: str | Path, *, revision: str | None = None, model: str | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    model: str | None = None,
+    any_base: bool = False,
 ) -> Generator:
     """Loads a finished run that generates: its base, with its adapter on it.
 
@@ -47,12 +57,13 @@ def load_generator(
         path: the run's directory, or the id of an exported run on the Hugging Face Hub.
         revision: a branch, tag or commit on the Hub.
         model: the directory or id of the base, if it has changed since training.
+        any_base: warn of files of the base that changed since training, instead of refusing them.
 
     Returns:
         The generator; `generator.generate([prompt])` yields a text for each prompt.
 
     Raises:
-        RunError: the run is absent or damaged, its task predicts, or the base has other weights.
+        RunError: the run is absent or damaged, its task predicts, or files of the base changed.
         AdapterFileError: the adapter is damaged, or was trained on another base.
         AssetError: the pinned model could not be fetched.
 
@@ -64,10 +75,14 @@ def load_generator(
         Traceback (most recent call last):
         adapters_jax.finetune.run_directory.RunConfigError: no run at no-run: it has no ...
     """
-    return _open("generate", path, revision, model)
+    return _open("generate", path, revision, model, any_base)
 
 
-def _open(command: str, path: str | Path, revision: str | None, model: str | None) -> Any:
+def _open(
+    command: str, path: str | Path, revision: str | None, model: str | None, any_base: bool
+) -> Any:
     run = find_run(path, revision)
     task, config = read_run(run, command)
-    return task.open(run, {**config, "model": model or config["model"]})
+    config |= {"model": model or config["model"], ANY_BASE: any_base}
+    record_of(config["model"]).check(run, config, any_base)
+    return task.open(run, config)

@@ -10,7 +10,7 @@ from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.models.decoder import load_decoder_classifier
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.registry import family_of
-from adapters_jax.finetune.pretrained.locate import identity_of, locate, read_config, sha256_of
+from adapters_jax.finetune.pretrained.locate import identity_of, locate, read_config
 from adapters_jax.presets import HEAD
 
 
@@ -24,7 +24,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         pooling: the pooling that the head reads; see `load_encoder`.
 
     Returns:
-        The base with its names, identity and checksum; the head's parameters are zeros.
+        The base with its names and identity; the head's parameters are zeros.
 
     Raises:
         UserError: files are absent, or no family reads the checkpoint.
@@ -57,7 +57,6 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         params,
         heads=heads_of(family, config),
         identity=identity_of(name, config, params),
-        sha256=sha256_of(files),
         classifies=classifies,
         pooling=pooling,
     )

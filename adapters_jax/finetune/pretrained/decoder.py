@@ -30,15 +30,14 @@ from adapters_jax.finetune.pretrained.locate import (
     identity_of,
     locate,
     read_tokenizer,
-    sha256_of,
 )
 from adapters_jax.transforms.quantize import quantize as quantize_model
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.base_files.gguf import GGUF
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _OF_GGUF = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -126,13 +125,11 @@ class PretrainedDecoder(DecoderTokenizer):
     Attributes:
         config: its configuration.
         model: the model with its weights.
-        sha256: the checksum of the weights' files.
         identity: its identity, as an adapter's manifest stores it.
     """
 
     config: Any
     model: nnx.Module
-    sha256: str
     identity: BaseIdentity
 
     def settings(self) -> dict[str, Any]:
@@ -180,9 +177,7 @@ def load_pretrained_decoder(
         ids = reader.family.inputs(config, 1, 8)  # which show how experts are used, too
         model = quantize_model(model, ids, dtype=quantize)
     read = {field.name: getattr(reader, field.name) for field in fields(reader)}
-    return PretrainedDecoder(
-        **read, config=config, model=model, sha256=sha256_of(files), identity=identity
-    )
+    return PretrainedDecoder(**read, config=config, model=model, identity=identity)
 
 
 def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
@@ -231,9 +226,9 @@ def _of_directory(
     They are in `tokenizer_config.json` and `chat_template.jinja`. Where the former has no
     eos_token, as GPT-2's, `config.json` has its id.
     """
-    path, jinja = directory / TOKENIZER_CONFIG, directory / "chat_template.jinja"
+    path, jinja = directory / TOKENIZER_CONFIG, directory / TEMPLATE
     values = huggingface.read_json(path) if path.is_file() else {}
-    special = {role: _token(path, role, values[role]) for role in _ROLES if values.get(role)}
+    special = {role: _token(path, role, values[role]) for role in ROLES if values.get(role)}
     end = huggingface.read_json(directory / "config.json").get("eos_token_id")
     token = tokenizer.id_to_token(end) if isinstance(end, int) and end >= 0 else None
     if token and "eos_token" not in special:

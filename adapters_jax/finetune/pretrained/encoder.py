@@ -24,7 +24,6 @@ from adapters_jax.finetune.pretrained.locate import (
     identity_of,
     locate,
     read_tokenizer,
-    sha256_of,
 )
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
@@ -32,6 +31,7 @@ from adapters_jax.transforms.quantize import quantize as quantize_params
 from adapters_jax.trees import merge_trees, partition
 from adapters_jax.weights.quantized import is_quantized
 
+PREPROCESSING = "preprocessor_config.json"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # in the order of the model's arguments
 
 
@@ -46,7 +46,6 @@ class Encoder:
         tokenizer: its tokenizer; None if it reads images.
         pooling: what the head reads; see `load_encoder`.
         dtype: the computation dtype.
-        sha256: the checksum of the weights' files; it shows an adapter loaded onto another base.
         identity: its identity, as an adapter's manifest stores it.
         attention: "auto", "dense" or "flash".
         head: the head that the checkpoint has itself; None if a new one is made.
@@ -58,7 +57,6 @@ class Encoder:
     tokenizer: Any
     pooling: str
     dtype: str
-    sha256: str
     identity: BaseIdentity
     attention: str = "auto"
     head: Any = None
@@ -184,8 +182,8 @@ def load_encoder(
     tokenizer = None if reads_images else read_tokenizer(directory)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size, directory)
-    sha256, identity = sha256_of(directory), identity_of(name, config)
-    parts = (architecture, config, params, tokenizer, pooling, dtype, sha256, identity, attention)
+    identity = identity_of(name, config)
+    parts = (architecture, config, params, tokenizer, pooling, dtype, identity, attention)
     encoder = (
         ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
         if reads_images
@@ -196,10 +194,10 @@ def load_encoder(
 
 def _preprocessing(directory: Path, config: Any) -> Preprocessing:
     """The preprocessing of a checkpoint, which has to give images of its model's size."""
-    path = directory / "preprocessor_config.json"
+    path = directory / PREPROCESSING
     if not path.is_file():
         raise BaseFileError(
-            f"{str(directory)!r} lacks preprocessor_config.json; write it with transformers' "
+            f"{str(directory)!r} lacks {PREPROCESSING}; write it with transformers' "
             "AutoImageProcessor.from_pretrained(DIR).save_pretrained(DIR)"
         )
     found = Preprocessing.from_dict(read_json(path))

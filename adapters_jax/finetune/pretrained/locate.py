@@ -1,8 +1,7 @@
-"""Finds a base by its name: its files, configuration, family, tokenizer, checksum and identity."""
+"""Finds a base by its name: its files, configuration, family, tokenizer and identity."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
+TOKENIZER = "tokenizer.json"
 _UNKNOWN = "\U00012000"  # a letter of cuneiform
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
 
@@ -153,10 +153,10 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER
     if not path.is_file():
         raise BaseFileError(
-            f"{str(directory)!r} lacks tokenizer.json; write it with transformers' "
+            f"{str(directory)!r} lacks {TOKENIZER}; write it with transformers' "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     data = untrusted.read_file(path, MOST_TOKENIZER, BaseFileError, "a tokenizer")
@@ -185,15 +185,6 @@ def check_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, files: Path) ->
             f"the tokenizer of {str(files)!r} has the token {shown(token)} of id {number}, and the "
             f"model has {size} tokens; give the tokenizer that it was trained with"
         )
-
-
-def sha256_of(files: Path) -> str:
-    """One checksum of all the weights' files; it shows an adapter loaded onto another base."""
-    digest = hashlib.sha256()
-    for path in sorted(files.glob("*.safetensors")) if files.is_dir() else [files]:
-        with untrusted.opened(path, BaseFileError) as file:
-            digest.update(hashlib.file_digest(file.stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def identity_of(name: str, config: Any, model: Any = None) -> BaseIdentity:

@@ -10,6 +10,7 @@ from adapters_jax.auditing import audit
 from adapters_jax.files.model_card import model_card, table
 from adapters_jax.finetune.formats import HEAD, AdapterFormat
 from adapters_jax.finetune.formats.base import BaseModel, has_score
+from adapters_jax.finetune.pretrained.record import CHANGES
 from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe
@@ -95,6 +96,7 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     dev = ", ".join(f"{markdown(k)} {v:.4g}" for k, v in config["summary"]["dev"].items())
     settings = markdown(", ".join(f"{k} {v}" for k, v in optimizer.items() if v is not None))
     names = config.get("target", {}).get("names")
+    changed = [markdown_code(str(each)) for each in config.get(CHANGES, ())]
     return "\n\n".join(
         filter(
             None,
@@ -105,6 +107,7 @@ def _training(config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
                 f"Classes: {', '.join(map(markdown_code, names))}." if names else "",
                 f"SHA-256 of the rows {markdown_code(config['data_sha256'])}, of the base's "
                 f"weights {markdown_code(config['base_sha256'])}.",
+                f"The base changed since training: {', '.join(changed)}." if changed else "",
             ),
         )
     )

@@ -32,7 +32,8 @@ from adapters_jax.finetune.tasks.metrics import PERCENT, show_metric
 from adapters_jax.finetune.tasks.views import Histogram, Note, Scatter, View
 
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
-_NOT_SETTINGS = ("data", "options", "summary", "target")  # the page shows these elsewhere
+# The page shows these elsewhere; what the files of the base say is no setting of the run.
+_NOT_SETTINGS = ("data", "options", "summary", "target", "base_files")
 
 
 def results_table(

@@ -18,6 +18,7 @@ from adapters_jax.finetune.options.flags import from_plain, plain
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.pretrained.record import OF_BASE, BaseRecord, changes, with_changes
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.recipe import Recipe, as_compared
@@ -27,7 +28,11 @@ _ELSEWHERE = ("--runs=", "--name=")  # the run's directory, which is not among i
 
 
 def shared_config(
-    options: RunOptions, sha256: str, task: TaskData, recipe: Recipe, training: OptimizerOptions
+    options: RunOptions,
+    base: BaseRecord,
+    task: TaskData,
+    recipe: Recipe,
+    training: OptimizerOptions,
 ) -> dict[str, Any]:
     """The part of `config.json` that runs on encoders and decoders share."""
     if training.lora_plus not in (None, 1.0) and not any(m.slot == "lora" for m in recipe):
@@ -39,7 +44,7 @@ def shared_config(
     model = str(path.resolve()) if path.exists() else options.model
     return {
         "model": model,
-        "base_sha256": sha256,
+        **base.to_config(),
         "dtype": options.dtype,
         "quantize": options.quantize,
         "task": task.name,
@@ -120,8 +125,14 @@ def check_unfinished(run: Run, config: dict[str, Any]) -> None:
         raise RunError(f"{run.path} would stop again: {config['stopped']}")
 
 
-def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
-    """Raises RunError if a run would continue with other settings than it was started with."""
+def check_same(
+    run: Run, config: dict[str, Any], console: Console, any_base: bool = False
+) -> dict[str, Any]:
+    """Raises RunError if a run would continue with other settings than it was started with.
+
+    Returns:
+        The configuration with which it continues: the new one, and what changed of the base.
+    """
     before = run.read_config(None)
     check_unfinished(run, before)
     differing = differences(comparable(run, before), comparable(run, config))
@@ -133,18 +144,27 @@ def check_same(run: Run, config: dict[str, Any], console: Console) -> None:
             f"{run.path} was started with another {', '.join(differing)} than there is now; put "
             "that back, or start a new run"
         )
+    found = changes(run, before, config)
+    if found and not any_base:
+        versions = changed_versions(before, config)
+        raise RunError(
+            f"{run.path} was started with other rows or another base: {'; '.join(found)} "
+            f"({versions}); put that back, start a new run, or go on knowingly with --any-base"
+        )
+    return with_changes(before, config, found)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of the settings that differ between two configurations of runs.
 
     A data option at its default is no difference, since newer versions have more of them. Nor is
-    `{a,b}` for `{a|b}` in a recipe.
+    `{a,b}` for `{a|b}` in a recipe. What comes of the base is for `changes`.
     """
 
     def today(config: Mapping[str, Any]) -> dict[str, Any]:
         stored = {**_with_label(_with_turns(json.loads(json.dumps(config)))), "format": FORMAT}
-        stored.pop("ways_out", None)  # it follows from the others
+        for key in ("ways_out", *OF_BASE):  # the first follows from the others
+            stored.pop(key, None)
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
         stored["recipe"] = as_compared(stored.get("recipe"))

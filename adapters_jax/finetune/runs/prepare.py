@@ -18,6 +18,7 @@ from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.pretrained.locate import kind_of, pinned
+from adapters_jax.finetune.pretrained.record import CHANGES, record_of
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
 from adapters_jax.finetune.runs.budget import seconds_of
 from adapters_jax.finetune.runs.config import (
@@ -83,7 +84,7 @@ def prepare_run(
     config = {
         "kind": kind,
         "task_type": task.name,
-        **shared_config(options, prepared.base_sha256, data, problem.recipe, training),
+        **shared_config(options, record_of(options.model), data, problem.recipe, training),
         **prepared.config,
     }
     ways = ways_out(problem, config, prepared.identity)
@@ -174,8 +175,12 @@ def _refuse_stray_flags(options: RunOptions, task: Task) -> None:
         )
 
 
-def open_run(job: Job) -> Job:
+def open_run(job: Job, any_base: bool = False) -> Job:
     """Makes a run's directory, or checks that an existing directory has the same run.
+
+    Args:
+        job: the job.
+        any_base: go on if files of the base changed since the run was started, and record that.
 
     Returns:
         The job, with the run locked for this process.
@@ -191,15 +196,24 @@ def open_run(job: Job) -> Job:
         return replace(job, lock=run.lock())
     lock = run.lock()
     try:
-        check_same(run, job.config, job.console)
-    except RunError:
+        config = check_same(run, job.config, job.console, any_base)
+        if config.get(CHANGES) != run.read_config().get(CHANGES):
+            run.reference.unlink(missing_ok=True)  # it is of the base as it was
+            run.write_config(config)
+    except UserError:
         run.unlock(lock)
         raise
-    return replace(job, lock=lock)
+    return replace(job, config=config, lock=lock)
 
 
-def resume_run(run: Run, console: Console, began: float) -> Job:
+def resume_run(run: Run, console: Console, began: float, any_base: bool = False) -> Job:
     """Makes the job that continues an interrupted run, with the options it was started with.
+
+    Args:
+        run: the run.
+        console: the console to print to.
+        began: as for `prepare_run`.
+        any_base: as for `open_run`.
 
     Raises:
         RunError: the run does not exist, is finished, or its files have changed.
@@ -208,10 +222,12 @@ def resume_run(run: Run, console: Console, began: float) -> Job:
     config = _read_config(run, console)
     options = read_options(run, config)
     check_unfinished(run, config)
+    # Before the base is loaded, where what changed is less plain.
+    record_of(options.model).check(run, config, any_base)
     # A run that another version accepted goes on, also where a check of recipes is new.
     with checked_before():
         job = prepare_run(options, run, console, began, read_schedule(run, config))
-    return open_run(job)
+    return open_run(job, any_base)
 
 
 def _read_config(run: Run, console: Console) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
-from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.pretrained.record import record_of
+from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.methods.base import Method
 from adapters_jax.methods.unfreeze import Unfreeze
@@ -76,6 +77,7 @@ class DecoderBase:
     files = frozenset(formats.every_file())
 
     def __init__(self, name: str, dtype: str = "float32") -> None:
+        self._record = record_of(name)
         self.decoder: PretrainedDecoder = load_pretrained_decoder(name, dtype)
         decoder, family = self.decoder, self.decoder.family
         if decoder.encodes:
@@ -88,29 +90,33 @@ class DecoderBase:
             family.prefixes[kind],
             decoder.model,
             identity=decoder.identity,
-            sha256=decoder.sha256,
             model_type=kind,
         )
 
-    def read(self, directory: Path) -> Read:
+    def read(self, directory: Path, any_base: bool = False) -> Read:
         """Reads a run, or the files of an adapter of any format, which may come from anyone.
+
+        Args:
+            directory: has the files.
+            any_base: accept an adapter of another base, if it fits this one.
 
         Raises:
             UserError: it is damaged, not supported, or of another base.
         """
         run = Run(directory)
         if run.config.is_file() and "base_sha256" in read_json(run.config):
-            return self._read_run(run)
+            return self._read_run(run, any_base)
         form = formats.format_of(directory)
-        recipe, leaves = form.read(directory, self._base)
+        recipe, leaves = form.read(directory, self._base.accepting(any_base))
         return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
 
-    def _read_run(self, run: Run) -> Read:
+    def _read_run(self, run: Run, any_base: bool) -> Read:
         task, config = read_run(run, "generate")
         check_finished(run, config)
-        check_base(run, config, self.decoder.sha256)
+        self._record.check(run, config, any_base)
         warn_of_bits(run, config)
-        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
+        base = self._base.accepting(any_base)
+        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, base)
         prompts, stop = task.asking(run, config, self.decoder)  # type: ignore[attr-defined]
         return Read(recipe, leaves, About(shown_of("run", recipe, leaves), prompts, stop))
 

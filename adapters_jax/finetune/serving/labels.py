@@ -26,7 +26,8 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.formats.base import MASKED, BaseModel
 from adapters_jax.finetune.pretrained.encoder import INPUTS, load_encoder, store_frozen
-from adapters_jax.finetune.run_directory import Run, check_base, check_finished
+from adapters_jax.finetune.pretrained.record import record_of
+from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.serving import schemas
 from adapters_jax.finetune.serving.adapters import About, Read, shown_of, warn_of_bits
 from adapters_jax.finetune.serving.api import Api
@@ -93,6 +94,7 @@ class EncoderBase:
     files = frozenset({*formats.every_file(), "config.json"})
 
     def __init__(self, name: str, pooling: str = "mean", dtype: str = "float32") -> None:
+        self._record = record_of(name)
         self.encoder = encoder = load_encoder(name, pooling, dtype)
         if encoder.tokenizer is None or pooling == MASKED:
             what = "masks" if pooling == MASKED else "images"
@@ -104,13 +106,16 @@ class EncoderBase:
             "",
             encoder.init(1, jax.random.key(0)),
             identity=encoder.identity,
-            sha256=encoder.sha256,
             classifies=True,
             pooling=pooling,
         )
 
-    def read(self, directory: Path) -> Read:
+    def read(self, directory: Path, any_base: bool = False) -> Read:
         """Reads a run, or an exported one from anyone.
+
+        Args:
+            directory: has the files.
+            any_base: accept an adapter of another base, if it fits this one.
 
         Raises:
             UserError: it is damaged, not a run, or of another base.
@@ -118,7 +123,7 @@ class EncoderBase:
         run = Run(directory)
         task, config = read_run(run, "predict")
         check_finished(run, config)
-        check_base(run, config, self.encoder.sha256)
+        self._record.check(run, config, any_base)
         if config["pooling"] != self.encoder.pooling:
             raise UserError(
                 f"{directory}: its head reads {config['pooling']}, and those of this server "
@@ -132,7 +137,8 @@ class EncoderBase:
         if not readout.has_head:
             raise UserError(f"{directory} is a run of the task {task.name}, which is not served")
         warn_of_bits(run, config)
-        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, self._base)
+        base = self._base.accepting(any_base)
+        recipe, leaves = formats.format_of(run.adapter).read(run.adapter, base)
         width = leaves[f"{HEAD}/bias"].shape[-1] if f"{HEAD}/bias" in leaves else None
         if width != readout.width:
             raise UserError(

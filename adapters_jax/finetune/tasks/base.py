@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -202,10 +203,11 @@ class Task(ABC):
 
         Args:
             run: the run.
-            config: its configuration, with every key in `needed`.
+            config: its configuration, with every key in `needed`. The base was compared with it;
+                `any_base` says whether the adapter may be of another one.
 
         Raises:
-            RunError: the run is damaged, or the base has other weights.
+            RunError: the run is damaged.
             AdapterFileError: the adapter is damaged, or was trained on another base.
             AssetError: the pinned model could not be fetched.
         """
@@ -295,13 +297,11 @@ class Prepared(ABC):
 
     Attributes:
         problem: what is learnt.
-        base_sha256: the hash of the base's files.
         tokens: the tokens in an epoch, to show the speed; 0 if the speed would mean nothing.
         config: the task's part of the run's configuration.
     """
 
     problem: Problem
-    base_sha256: str
     tokens: int
     config: Mapping[str, Any]
 
@@ -413,6 +413,22 @@ class Problem(Protocol):
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
+
+
+def rows_sha256(rows: Iterable[Iterable[Any]]) -> str:
+    """The checksum of encoded rows, each a tuple of arrays of integers.
+
+    Example:
+        >>> one, other = ([(np.array([1, 2]),)], [(np.array([2, 1]),)])
+        >>> rows_sha256(one) == rows_sha256(one), rows_sha256(one) == rows_sha256(other)
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        for each in row:
+            array = np.asarray(each, np.int64)
+            digest.update(f"{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def in_row_order(

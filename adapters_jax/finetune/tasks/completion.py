@@ -99,8 +99,9 @@ class Completion(TokenLossTask):
             "pack": pack,
             "prompt": None if completion is None else column,
             "completion": column if completion is None else completion,
+            "tokens_sha256": problem.checksum(),
         }
-        return PreparedCompletions(problem, decoder.sha256, rows.tokens, config)
+        return PreparedCompletions(problem, rows.tokens, config)
 
 
 def _alone(setup: Setup, decoder: PretrainedDecoder) -> Prompts:

@@ -59,14 +59,15 @@ class ConversationTask(TokenLossTask):
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
         built = build_batches(examples, length, setup.pack, setup)
+        problem = CompletionProblem.of(setup, decoder, built, data.metrics)
         config = {
             "max_length": length,
             "metrics": list(data.metrics),
             "turns": setup.turns,
             "pack": setup.pack,
+            "tokens_sha256": problem.checksum(),
         }
-        problem = CompletionProblem.of(setup, decoder, built, data.metrics)
-        return PreparedCompletions(problem, decoder.sha256, built.tokens, config)
+        return PreparedCompletions(problem, built.tokens, config)
 
 
 def _tell(found: Encoded, of: str, length: int, say: Callable[[str], None]) -> None:

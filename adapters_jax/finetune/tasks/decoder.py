@@ -26,7 +26,8 @@ from adapters_jax.finetune.pretrained.decoder import (
     PretrainedDecoder,
     load_pretrained_decoder,
 )
-from adapters_jax.finetune.run_directory import Run, RunError, check_base
+from adapters_jax.finetune.pretrained.record import ANY_BASE
+from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.tasks.base import (
     Batch,
     Prepared,
@@ -36,6 +37,7 @@ from adapters_jax.finetune.tasks.base import (
     Untrained,
     Usage,
     in_row_order,
+    rows_sha256,
 )
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.generator import Generator
@@ -69,8 +71,8 @@ class DecoderTask(Task):
         """Opens a run as a generator; see `Task.open`."""
         decoder = load_pretrained_decoder(config["model"], config["dtype"], config.get("quantize"))
         ids = np.zeros((1, 8), np.int32)
-        model = load_adapter(run.adapter, decoder.model, None, ids, base=decoder.identity)
-        check_base(run, dict(config), decoder.sha256)
+        base, any_base = decoder.identity, config.get(ANY_BASE, False)
+        model = load_adapter(run.adapter, decoder.model, None, ids, base=base, any_base=any_base)
         return Generator(decoder, model, *self.asking(run, config, decoder))
 
     def asking(
@@ -181,6 +183,11 @@ class DecoderProblem(ABC):
     mesh: Mesh | None = None
     params: None = None
     sequences: ClassVar[int] = 1  # of a row, whose logits are held at once
+
+    def checksum(self) -> str:
+        """The checksum of the encoded rows."""
+        parts = [self.train, *(part.batches for part in self.parts.values())]
+        return rows_sha256(row for part in parts for row in part.rows)
 
     @classmethod
     def of(

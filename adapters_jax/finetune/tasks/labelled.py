@@ -23,7 +23,8 @@ from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
-from adapters_jax.finetune.run_directory import Run, RunError, check_base
+from adapters_jax.finetune.pretrained.record import ANY_BASE
+from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.tasks.base import (
     HELD_OUT,
     PARTS,
@@ -134,7 +135,7 @@ class EncoderTask(Task):
         tokens = 0 if model.recipe == head_only() else readout.tokens(rows)
         in_order = readout.batches(encoder, rows, labels, size, None, buckets)
         more = data, setup, encoder, in_order, self.least_steps
-        return PreparedTexts(problem, encoder.sha256, tokens, config, *more)
+        return PreparedTexts(problem, tokens, config, *more)
 
     def _adapted(
         self, setup: Setup, encoder: Encoder, readout: Readout, batch: Batch
@@ -179,8 +180,10 @@ class EncoderTask(Task):
             params = encoder.init(readout.width, jax.random.key(0))
         ids = encoder.example
         classifier, base = encoder.classifier(_width(encoder, readout)), encoder.identity
-        adapted, params = load_adapter(run.adapter, classifier, params, ids, base=base)
-        check_base(run, dict(config), encoder.sha256)
+        any_base = config.get(ANY_BASE, False)
+        adapted, params = load_adapter(
+            run.adapter, classifier, params, ids, base=base, any_base=any_base
+        )
         params = store_frozen(params, adapted.recipe, config["dtype"])
         return TextPredictor(
             encoder, adapted, params, readout, config["max_length"], config["pairs"]

@@ -21,6 +21,7 @@ from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.preferences import Preference, Preferences, read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
+from adapters_jax.finetune.pretrained.record import WEIGHTS
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Columns, Setup
 from adapters_jax.finetune.tasks.decoder import (
@@ -117,9 +118,10 @@ class PreferenceTask(DecoderTask):
             "messages": talks,
             "loss": setup.loss,
             "beta": setup.beta,
+            "tokens_sha256": problem.checksum(),
         }
-        computed = f"{decoder.sha256} {setup.dtype} {setup.quantize}"
-        return PreparedPreferences(problem, decoder.sha256, rows.tokens, config, computed, tables)
+        read_as = f"{setup.dtype} {setup.quantize}"
+        return PreparedPreferences(problem, rows.tokens, config, read_as, tables)
 
     def views(self, config: Mapping[str, Any], judged: Judged) -> list[View]:
         """The rewards of test, and what is shown of every task; see `Task.views`."""
@@ -186,12 +188,12 @@ class PreparedPreferences(PreparedDecoder):
     """A decoder and its preferences.
 
     Attributes:
-        computed: what the reference's log-probabilities depend on beside the rows.
+        read_as: how the weights are read that compute the reference's log-probabilities.
         tables: the rows of "train", "dev" and "test".
     """
 
     problem: PreferenceProblem
-    computed: str
+    read_as: str
     tables: Mapping[str, Preferences]
 
     def begin(self, run: Run, progress: Callable[..., Any]) -> None:
@@ -199,11 +201,11 @@ class PreparedPreferences(PreparedDecoder):
         problem = self.problem
         if not problem.objective.refers:
             return
+        sums = self._checksums(run.read_config()[WEIGHTS])
         if not run.reference.exists():
-            found = self._compute(progress)
-            content = safetensors.numpy.save({**found, **self._checksums()})
+            content = safetensors.numpy.save({**self._compute(progress), **sums})
             write_file(run.reference, content)
-        problem.reference.update(self._read(run.reference))
+        problem.reference.update(self._read(run.reference, sums))
 
     def judged(self, problem: Any, state: TrainState) -> Judged:
         """The rewards of dev and test, and the lengths of all rows; see `Prepared.judged`."""
@@ -234,7 +236,7 @@ class PreparedPreferences(PreparedDecoder):
                 found[part] = problem.log_probs(self.decoder.model, part, done)
         return found
 
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
+    def _read(self, path: Path, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The log-probabilities of a file; raises RunError unless they are of this problem."""
         again = f"remove {path}, and they are computed again"
         try:
@@ -243,7 +245,7 @@ class PreparedPreferences(PreparedDecoder):
         except RunError as error:
             raise RunError(f"{error}; {again}") from error
         of = {"rows": "other rows", "base": "another base, or in another dtype"}
-        for name, checksum in self._checksums().items():
+        for name, checksum in sums.items():
             if name not in found or not np.array_equal(found.pop(name), checksum):
                 raise RunError(f"{path} has log-probabilities of {of[name]}; {again}")
         shapes = {part: rows.tokens.shape for part, rows in self.problem.parts.items()}
@@ -251,9 +253,9 @@ class PreparedPreferences(PreparedDecoder):
             raise RunError(f"{path} has other arrays than {', '.join(shapes)}; {again}")
         return found
 
-    def _checksums(self) -> dict[str, np.ndarray]:
+    def _checksums(self, weights: str) -> dict[str, np.ndarray]:
         """The SHA-256 of the encoded rows, and that of what they are read with."""
-        rows, base = hashlib.sha256(), hashlib.sha256(self.computed.encode())
+        rows, base = hashlib.sha256(), hashlib.sha256(f"{weights} {self.read_as}".encode())
         for name, part in self.problem.parts.items():
             rows.update(name.encode())
             for row in part.batches.rows:

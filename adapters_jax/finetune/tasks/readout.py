@@ -16,7 +16,7 @@ from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.finetune.tasks import views
-from adapters_jax.finetune.tasks.base import Batch
+from adapters_jax.finetune.tasks.base import PARTS, Batch, rows_sha256
 from adapters_jax.finetune.tasks.metrics import compute
 from adapters_jax.finetune.tasks.prediction import Prediction
 from adapters_jax.finetune.tasks.views import Judged, View
@@ -121,7 +121,7 @@ class Readout(ABC):
 
     def checksums(self, inputs: Mapping[str, Inputs]) -> dict[str, str]:
         """What a run's configuration says of its rows, beside the checksum of texts and labels."""
-        return {}
+        return {"tokens_sha256": rows_sha256(row for part in PARTS for row in inputs[part].rows)}
 
     def buckets(self, rows: Sequence[Any], length: int, size: int) -> tuple[int, ...]:
         """The widths of batches; none where rows have no tokens, such as images."""
