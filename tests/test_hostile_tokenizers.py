@@ -90,6 +90,11 @@ def replaced(pattern, content):
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def added(content, **flags):
+    kinds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": 2, "content": content, **kinds, **flags}
+
+
 def charsmap(units, texts):
     """A table of characters: its trie, and the texts behind it."""
     trie = struct.pack(f"<I{len(units)}I", 4 * len(units), *units)
@@ -213,6 +218,12 @@ HOSTILE = [
     ("no unknown piece", unigram(unk_id=None), ["unk_id=None"]),
     ("an unknown piece behind the last", unigram(unk_id=2), ["unk_id=2"]),
     ("a long added token", plain(added_tokens=[{"content": "a" * 5000}]), ["added_tokens"]),
+    (
+        "an added token of nothing",
+        plain(normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
+        | {"added_tokens": [added(" ", normalized=True)]},
+        ["leaves nothing", "' '"],
+    ),
     ("no model", {"version": "1.0"}, ["no model"]),
 ]
 

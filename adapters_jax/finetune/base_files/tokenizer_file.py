@@ -79,9 +79,7 @@ def read_tokenizer_file(data: bytes, path: Path) -> tokenizers.Tokenizer:
             found = tokenizers.Tokenizer.from_buffer(data)
             found.no_padding()
             found.no_truncation()
-            for number in _ids(values.get("post_processor")):
-                if found.id_to_token(number) is None:
-                    raise UserError(f"its post_processor adds the id {number}, which no token has")
+            _check_found(found, values)
             found.decode(found.encode("a", _UNKNOWN).ids, skip_special_tokens=False)
         except UserError:
             raise
@@ -207,6 +205,17 @@ def _check_added(added: Any) -> None:
         text = token.get("content") if isinstance(token, dict) else None
         if not isinstance(text, str) or len(text) > LONGEST_TOKEN:
             raise UserError(f"added_tokens has {shown(token, 80)}, expected a token's content")
+
+
+def _check_found(found: Any, values: Mapping[str, Any]) -> None:
+    """Raises UserError for ids that no token has, and for added tokens that match everywhere."""
+    for number in _ids(values.get("post_processor")):
+        if found.id_to_token(number) is None:
+            raise UserError(f"its post_processor adds the id {number}, which no token has")
+    normalizer = found.normalizer
+    for token in (values.get("added_tokens") or ()) if normalizer is not None else ():
+        if token.get("normalized") and not normalizer.normalize_str(token["content"]):
+            raise UserError(f"its normalizer leaves nothing of the token {shown(token, 80)}")
 
 
 def _check_steps(values: Mapping[str, Any]) -> None:
