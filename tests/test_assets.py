@@ -125,6 +125,7 @@ DAMAGES = [Path.unlink, overwritten, emptied, piped, unreadable]
 def test_a_damaged_file_is_fetched_again_and_others_stay(cache, pip, caplog, damage):
     folder = fetch("tiny", cache)
     other = (folder / "outside.txt").stat()
+    assert cached("tiny", cache) == folder
     damage(folder / "config.json")
     assert cached("tiny", cache) is None
     caplog.clear()

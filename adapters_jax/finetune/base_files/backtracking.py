@@ -21,10 +21,10 @@ _WIDE = 16  # repeated more often counts as without end
 _TOKEN = re.compile(
     r"\((?:\?(?:[im]*(?:-[im]+)?:|<?[=!]|>))?"
     r"|\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[^\W\d_]|[^\w])"
-    r"|[*+?][?+]?|\{\d*,?\d*\}\??|[^\\(]",
+    r"|[*+?][?+]?|\{(?:[0-9]{1,6},?[0-9]{0,6}|,[0-9]{1,6})\}\??|[^\\(]",
     re.DOTALL,
 )
-_REPEAT = re.compile(r"([*+?])[?+]?|\{(\d*)(,?)(\d*)\}\??")
+_REPEAT = re.compile(r"([*+?])[?+]?|\{(\d*)(,?)(\d*)\}(\??)")
 _ESCAPES = frozenset("dDsSwWhHnrtvfaebBAzZG")  # of letters; others refer to groups or repeat
 _AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _BETWEEN = frozenset((*_AROUND, "^", "$", r"\b", r"\B", r"\A", r"\z", r"\Z", r"\G"))
@@ -156,6 +156,9 @@ def _repeat(parts: list[_Part], repeat: re.Match[str]) -> None:
     else:
         low, high = repeat[2], repeat[4] if repeat[3] else repeat[2]
         least, most = int(low or 0), int(high or _WIDE)
+        if repeat[4] and least > most:  # Oniguruma swaps some of these
+            raise UserError(f"has {repeat[0]!r}, whose numbers are not in order")
+        least *= bool(repeat[3] or not repeat[5])  # `a{2}?` is `(?:a{2})?` there
     if before != [1, 1]:  # a repeated part is repeated again, as Oniguruma reads `a{2}+`
         inner, opening = [[(inner, opening, *before)]], "(?:"
     parts.append((inner, opening, least, min(max(most, least), _WIDE)))
@@ -166,6 +169,8 @@ def _end_of_set(pattern: str, place: int) -> int:
     depth = 0
     while place < len(pattern):
         char = pattern[place]
+        if pattern[place : place + 2] in (r"\c", r"\C", r"\M"):  # which may take a [ or a ]
+            raise UserError(f"has {pattern[place : place + 4]!r} in a set, which is not supported")
         place += 2 if char == "\\" else 1
         depth += (char == "[") - (char == "]")
         if depth == 0:
