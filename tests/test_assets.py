@@ -40,7 +40,7 @@ def tiny(wheel, monkeypatch):
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         wheel=wheel.name,
         size=2_600_000,
-        members=tuple(MEMBERS),
+        members={name: hashlib.sha256(data).hexdigest() for name, data in MEMBERS.items()},
         credit="none",
     )
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
@@ -97,11 +97,106 @@ def test_a_cached_asset_needs_neither_pip_nor_network(cache, pip, monkeypatch):
     assert len(pip) == 1
 
 
-def test_an_asset_with_a_lost_file_is_fetched_again(cache, pip):
-    (fetch("tiny", cache) / "config.json").unlink()
+def overwritten(path):
+    """One byte differs; the size and the time of the last change are those of before."""
+    times = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def piped(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def unreadable(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+DAMAGES = [Path.unlink, overwritten, emptied, piped, unreadable]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_fetched_again_and_others_stay(cache, pip, caplog, damage):
+    folder = fetch("tiny", cache)
+    other = (folder / "outside.txt").stat()
+    assert cached("tiny", cache) == folder
+    damage(folder / "config.json")
     assert cached("tiny", cache) is None
+    caplog.clear()
     assert (fetch("tiny", cache) / "config.json").read_bytes() == b'{"layers": 1}'
     assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0"]
+    assert (folder / "outside.txt").stat().st_ino == other.st_ino
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert (
+        line == f"{folder} differs from tiny-1.0-py3-none-any.whl in config.json; fetching it again"
+    )
+    assert cached("tiny", cache) == folder
+
+
+def test_a_damaged_file_that_cannot_be_fetched_again_is_an_error(cache, pip):
+    folder = fetch("tiny", cache)
+    overwritten(folder / "config.json")
+    damaged = [folder, "tiny-1.0-py3-none-any.whl in config.json"]
+    pip.content, pip.returncode, pip.stderr = None, 1, "ERROR: no network"
+    with raises(AssetError, *damaged, "ERROR: no network"):
+        fetch("tiny", cache)
+    pip.content, pip.returncode = b"other bytes", 0
+    with raises(AssetError, *damaged, hashlib.sha256(b"other bytes").hexdigest()):
+        fetch("tiny", cache)
+    assert (folder / "config.json").read_bytes() == b'{"layers": 2}'
+    assert cached("tiny", cache) is None
+
+
+def test_a_directory_where_a_file_belongs_is_an_error(cache, pip):
+    folder = fetch("tiny", cache)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with raises(AssetError, folder, "in config.json", "cannot be written"):
+        fetch("tiny", cache)
+
+
+def test_files_that_the_disk_changes_are_not_used(cache, pip, monkeypatch):
+    def wrong(source, target):
+        target.write(source.read().upper())
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", wrong)
+    with raises(AssetError, "config.json, outside.txt", "check the disk"):
+        fetch("tiny", cache)
+    assert trace(cache) == []
+
+
+def test_a_file_is_hashed_once_unless_it_changes(cache, pip, monkeypatch):
+    fetch("tiny", cache)
+    fetch("tiny", cache)
+    monkeypatch.setattr(assets.hashlib, "file_digest", None)
+    assert fetch("tiny", cache) == cache / "tiny-1.0"
+
+
+def test_a_cache_that_cannot_be_written(cache, pip, monkeypatch):
+    def read_only(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    folder = fetch("tiny", cache)
+    monkeypatch.setattr(assets.tempfile, "TemporaryDirectory", read_only)
+    assert fetch("tiny", cache) == folder
+    emptied(folder / "config.json")
+    with raises(AssetError, folder, "in config.json", "[Errno 30]", "ADAPTERS_JAX_CACHE"):
+        fetch("tiny", cache)
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(cache, pip):
+    for name in ("young", "old"):
+        (cache / f".tiny-1.0-{name}").mkdir(parents=True)
+        (cache / f".tiny-1.0-{name}" / "half").touch()
+    os.utime(cache / ".tiny-1.0-old", (0, 0))
+    fetch("tiny", cache)
+    assert trace(cache) == [".tiny-1.0-young", "config.json", "half", "outside.txt", "tiny-1.0"]
 
 
 def test_a_wheel_in_the_cache_replaces_the_download(cache, wheel, pip):
@@ -186,9 +281,12 @@ def test_the_loser_of_a_race_takes_the_winners_files(cache, pip, monkeypatch):
     assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0", "winner"]
 
 
-def test_processes_at_once(cache, wheel, tiny):
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
+def test_processes_at_once(cache, wheel, tiny, damage):
     (cache / "wheels").mkdir(parents=True)
     (cache / "wheels" / wheel.name).write_bytes(wheel.read_bytes())
+    if damage:
+        damage(fetch("tiny", cache) / "config.json")
     code = (
         "from adapters_jax.finetune.pretrained.assets import *; import sys\n"
         f"ASSETS['tiny'] = {tiny!r}\n"
@@ -203,6 +301,7 @@ def test_processes_at_once(cache, wheel, tiny):
         process.stdin.flush()
     assert [p.communicate()[0].strip() for p in processes] == [str(cache / "tiny-1.0")] * 2
     assert trace(cache) == ["config.json", "outside.txt", "tiny-1.0", wheel.name, "wheels"]
+    assert cached("tiny", cache)
 
 
 def test_the_cache_is_the_argument_else_the_variable_else_the_users(monkeypatch, tmp_path):
@@ -221,13 +320,18 @@ def test_the_pins():
     }
     assert "Hutto" in assets.ASSETS["movie-reviews"].credit
     assert "movieReviewSnippets_GroundTruth.txt" in assets.ASSETS["movie-reviews"].files
-    assert assets.ASSETS["smollm2-135m"].files == (
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "LICENSE",
-    )
+    assert [*assets.ASSETS["smollm2-135m"].files] == ["SmolLM2-135M-Instruct.Q4_1.gguf", "LICENSE"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
         assets.ASSETS["minilm"].files
     )
+
+
+@pytest.mark.parametrize("name", ["minilm", "movie-reviews", "smollm2-135m"])
+def test_the_pins_are_those_of_the_files(name):
+    folder = cache_root() / assets.ASSETS[name].folder
+    if not folder.exists():
+        pytest.skip(f"{name} is not in the cache")
+    assert assets.damaged(folder, assets.ASSETS[name]) == []
 
 
 def test_unknown_asset(cache):

@@ -13,6 +13,7 @@ from helpers.commands import command_raises
 from adapters_jax.errors import UserError
 from adapters_jax.finetune import doctor
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.pretrained import assets
 
 
 def problems(findings):
@@ -64,6 +65,17 @@ def test_an_accelerator_that_jax_does_not_use(tmp_path, monkeypatch, file, extra
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     (found,) = problems(doctor.examine(tmp_path))
     assert "unset JAX_PLATFORMS=cpu" in found
+
+
+def test_a_damaged_file_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTERS_JAX_CACHE", str(tmp_path))
+    assert [each.found for each in doctor.cache()] == ["not in the cache"] * len(assets.ASSETS)
+    for name in assets.ASSETS["smollm2-135m"].files:
+        path = tmp_path / "smollm2-135m-0.1.2" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (found,) = problems(doctor.cache())
+    assert str(path.parent) in found and "SmolLM2-135M-Instruct.Q4_1.gguf, LICENSE" in found
 
 
 def test_a_step_that_is_wrong(monkeypatch):

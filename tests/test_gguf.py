@@ -267,7 +267,7 @@ def test_unsupported_files_raise_an_error_that_names_the_fields(
         ({"tokenizer.ggml.add_bos_token": True}, ["tokenizer.ggml.add_bos_token=True", "False"]),
         ({"tokenizer.ggml.merges": None}, ["tokenizer.ggml.merges"]),
         ({"tokenizer.ggml.token_type": [3]}, ["zip"]),
-        ({"tokenizer.ggml.merges": ["x y"]}, ["`x`"]),
+        ({"tokenizer.ggml.merges": ["x y"]}, ["'x y'"]),
     ],
 )
 def test_unsupported_tokenizers_raise_an_error_that_names_the_fields(

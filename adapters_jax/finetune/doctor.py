@@ -1,4 +1,4 @@
-"""What `adapters-jax doctor` looks at: versions that go together, devices, and a tiny step."""
+"""What `adapters-jax doctor` looks at: versions, devices, cached files, and a tiny step."""
 
 import os
 import platform
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.devices import memory_of
 from adapters_jax.errors import install_command
+from adapters_jax.finetune.pretrained import assets
 from adapters_jax.methods import LoRA
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.texts import bytes_text
@@ -65,6 +66,7 @@ def examine(root: Path = Path("/")) -> Iterator[Finding]:
     for name in VARIABLES:
         if name in os.environ:
             yield Finding(name, os.environ[name])
+    yield from cache()
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that it has the asked platform
@@ -86,6 +88,17 @@ def packages() -> Iterator[Finding]:
             continue
         wrong = list(_unmet(name, extras if name == "jax" else set())) if own else ["is missing"]
         yield Finding(name, own or "missing", f"{name} {'; '.join(wrong)}" if wrong else None)
+
+
+def cache() -> Iterator[Finding]:
+    """The pinned assets in the cache, and what is damaged there."""
+    for asset in assets.ASSETS.values():
+        folder = assets.cache_root() / asset.folder
+        found = str(folder) if os.path.lexists(folder) else "not in the cache"
+        wrong = assets.damaged(folder, asset) if os.path.lexists(folder) else []
+        differs = f"{folder} differs from {asset.wheel} in {', '.join(wrong)}"
+        remedy = "the next command that uses it fetches it again"
+        yield Finding(asset.name, found, f"{differs}: {remedy}" if wrong else None)
 
 
 def _unmet(name: str, extras: set[str]) -> Iterator[str]:

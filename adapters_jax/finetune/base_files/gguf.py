@@ -254,8 +254,15 @@ class GGUF:
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) < len(tokens):
             raise BaseFileError(f"{str(self.path)!r} has a token twice in {_TOKENS}.")
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        wrong = next((p for p in pairs if len(p) != 2 or "".join(p) not in vocabulary), None)
+        if wrong:  # tokenizers panics at some of these
+            raise BaseFileError(
+                f"{str(self.path)!r} has the merge {shown(' '.join(wrong), 80)}, which makes none "
+                "of its tokens."
+            )
         try:
-            bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
+            bpe = models.BPE(vocabulary, pairs)
             kinds = list(zip(tokens, types, strict=True))
         except Exception as error:  # tokenizers raises nothing narrower
             raise BaseFileError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error

@@ -13,9 +13,10 @@ from adapters_jax.finetune.options.command import Command
 class Doctor(Command):
     """Checks that versions go together, that jax uses the devices, and that a step is right.
 
-    It lists versions, the environment's settings, and the devices with their memory; then it trains
-    LoRA on one layer for a step, in float32 and bfloat16, and compares it with the formula. Where
-    something is wrong, it says what to do, and its exit status is 2.
+    It lists versions, the environment's settings, the cached models and texts with files that are
+    damaged, and the devices with their memory; then it trains LoRA on one layer for a step, in
+    float32 and bfloat16, and compares it with the formula. Where something is wrong, it says what
+    to do, and its exit status is 2.
     """
 
     examples = """\
