@@ -51,7 +51,8 @@ def _start(value: Any) -> str | None:
     if value is True:
         return "uniform"
     name = value if isinstance(value, str) else ""
-    return {"gaussian": "gaussian_rank", "pissa": "pissa"}.get(name.partition("_niter_")[0])
+    ours = {"gaussian": "gaussian_rank", "pissa": "pissa", "olora": "olora"}
+    return ours.get(name.partition("_niter_")[0])
 
 
 def _placement(value: Any) -> str:
@@ -75,7 +76,7 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "scaling": ("scale", _same),
     "is_parallel": ("placement", _placement),
 }
-_STARTS = "a_init is gaussian, uniform, gaussian_rank or pissa"
+_STARTS = "a_init is gaussian, uniform, gaussian_rank, pissa or olora"
 _OF_STARTS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
 _NOTHING = "there is nothing like it here"
 _TASK = (

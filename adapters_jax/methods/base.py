@@ -241,6 +241,11 @@ class Method:
         """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
         return ""
 
+    @property
+    def other_starts(self) -> str:
+        """Where `from_weight` is "changes": the settings whose `start` leaves the weight."""
+        return ""
+
     def fits(self, point: AttachmentPoint) -> bool:
         """Whether the method can attach to a module."""
         return False
@@ -443,10 +448,11 @@ def started(
     packed = is_quantized(weight)
     # In four bits the difference W - A B would round most of A B away.
     if packed and method.from_weight == "changes":
+        others = method.other_starts and f", or, on this base, write {method.other_starts}"
         raise RecipeError(
-            f"{type(method).__name__} subtracts its initial factors from the weight at "
-            f"{point.path!r}, which is quantised and cannot change; adapt the float base first, "
-            "then quantise the adapted model"
+            f"{type(method).__name__} starts by changing the weight at {point.path!r}, which is "
+            "quantised and cannot change; adapt the float base first, then quantise the adapted "
+            f"model{others}"
         )
     made, rest = method.start(leaves, point, weight.unbox() if packed else weight)
     return made, weight if packed else rest

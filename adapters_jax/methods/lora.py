@@ -2,7 +2,8 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685. The scale
 alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
-initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
+initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948, the
+orthonormal one Büyükakyüz 2024, "OLoRA", arXiv:2406.01775.
 """
 
 import itertools
@@ -30,8 +31,11 @@ INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
-    "pissa": lambda fan_in, rank: arrays.zeros,  # `LoRA.start` computes it from the weight
+    # `LoRA.start` computes these from the weight.
+    **dict.fromkeys(("pissa", "olora"), lambda fan_in, rank: arrays.zeros),
 }
+# Starts whose base is another one than the original: they take their product out of the weight.
+CHANGING = ("pissa", "olora")
 
 
 def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
@@ -72,7 +76,9 @@ class LoRA(LeafMethod):
         a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
             1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
             "gaussian"); "pissa" sets A and B to the weight's r principal components and
-            subtracts them from the frozen weight: the output starts as the base's, up to rounding.
+            subtracts them from the frozen weight: the output starts as the base's, up to rounding;
+            "olora" does so with the first r columns and rows of the weight's QR decomposition, so
+            that B has orthonormal rows.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
         alpha_pattern: likewise other alphas, matched independently of the ranks.
@@ -115,13 +121,19 @@ class LoRA(LeafMethod):
         if self.slices and self.from_weight:
             raise UserError(
                 f"{type(self).__name__}: slices={shown(self.slices)}, unsupported with "
-                "a_init='pissa' and with DoRA; write slices=(), which changes the whole weight"
+                f"a_init={' or '.join(map(repr, CHANGING))} and with DoRA; write slices=(), which "
+                "changes the whole weight"
             )
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
-        """PiSSA subtracts its initial factors from the weight."""
-        return "changes" if self.a_init == "pissa" else ""
+        """PiSSA and OLoRA subtract their initial factors from the weight."""
+        return "changes" if self.a_init in CHANGING else ""
+
+    @property
+    def other_starts(self) -> str:
+        """The starts that leave the weight as it is."""
+        return " or ".join(f"a_init={name!r}" for name in INITS if name not in CHANGING)
 
     def rank_at(self, path: str) -> int:
         """The rank at one target."""
@@ -174,11 +186,17 @@ class LoRA(LeafMethod):
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
-        if self.a_init != "pissa":
+        if self.a_init not in CHANGING:
             return dict(leaves), weight
         axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
         # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
-        a, b, _ = arrays.nearest_factors(axes.as_matrix(weight.astype(jnp.float32)), rank, scale)
+        matrix = axes.as_matrix(weight.astype(jnp.float32))
+        if self.a_init == "pissa":
+            a, b, _ = arrays.nearest_factors(matrix, rank, scale)
+        else:
+            # Of the weight with its outputs first, as in the authors' code, and without the scale.
+            q, r = jnp.linalg.qr(matrix.mT)
+            a, b = r[..., :rank, :].mT, q[..., :rank].mT
         # By default a TPU multiplies float32 in bfloat16, whose error the weight would keep.
         product = scale * jnp.matmul(a, b, precision="highest")
         rest = weight.astype(jnp.float32) - axes.from_matrix(product, weight.shape)
@@ -236,8 +254,8 @@ class LoRA(LeafMethod):
         """A and scale * B; raises RecipeError where the change is not their product alone."""
         if self.slices or self.from_weight:
             raise RecipeError(
-                f"combine: {type(self).__name__} at {path!r} has slices or a_init='pissa', which "
-                "combine does not support"
+                f"combine: {type(self).__name__} at {path!r} has slices or a_init={self.a_init!r}, "
+                "which combine does not support"
             )
         a, b = (jnp.asarray(leaves[name], jnp.float32) for name in ("a", "b"))
         return a, self.scale_at(path) * b
