@@ -148,6 +148,8 @@ class Method:
         inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
+        quantized(leaves, point, weight, quantize): leaves that depend on both of its weights, where
+            an adapted model is quantised.
         neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
         size(leaves), fitted(leaves, path, whole), size_fields: what may differ in a bank.
         pattern_fields: fields of (pattern, value) pairs, each with the field that it overrides.
@@ -414,6 +416,26 @@ class Method:
         Called where `from_weight` is not "". Arrays have no layer axes.
         """
         return dict(leaves), weight
+
+    def quantized(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        quantize: Callable[[Float[Array, "..."]], Any] | None,
+    ) -> tuple[dict[str, Array], Any]:
+        """The leaves and the quantised weight, where `aj.quantize` quantises an adapted model.
+
+        Called where `from_weight` is "changes", so that a start may see both weights.
+
+        Args:
+            leaves: the arrays by name, new ones or trained ones.
+            point: the weight that they adapt.
+            weight: the weight in floats, as the adapted model has it; it may be abstract.
+            quantize: quantises floats of the weight's shape; `.unbox()` of that is what layers
+                read. None where the weight stays in floats.
+        """
+        return dict(leaves), weight if quantize is None else quantize(weight)
 
 
 def zeros_like(leaves: Leaves) -> dict[str, Array]:

@@ -3,7 +3,8 @@
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685. The scale
 alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
 initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948, the
-orthonormal one Büyükakyüz 2024, "OLoRA", arXiv:2406.01775.
+orthonormal one Büyükakyüz 2024, "OLoRA", arXiv:2406.01775; that of a quantised weight Li et al.
+2023, "LoftQ", arXiv:2310.08659.
 """
 
 import itertools
@@ -21,6 +22,7 @@ from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Meth
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
+from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.weights.axes import Axes, from_factors
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import Factor
@@ -31,11 +33,12 @@ INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
-    # `LoRA.start` computes these from the weight.
-    **dict.fromkeys(("pissa", "olora"), lambda fan_in, rank: arrays.zeros),
+    # `LoRA.start` computes these from the weight, or `LoRA.quantized` does.
+    **dict.fromkeys(("pissa", "olora", "loftq", "loftq_5"), lambda fan_in, rank: arrays.zeros),
 }
-# Starts whose base is another one than the original: they take their product out of the weight.
-CHANGING = ("pissa", "olora")
+_ROUNDS = {"loftq": 1, "loftq_5": 5}  # PEFT's default, and the number in the paper
+# Starts whose base is another one than the original.
+CHANGING = ("pissa", "olora", *_ROUNDS)
 
 
 def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
@@ -78,7 +81,10 @@ class LoRA(LeafMethod):
             "gaussian"); "pissa" sets A and B to the weight's r principal components and
             subtracts them from the frozen weight: the output starts as the base's, up to rounding;
             "olora" does so with the first r columns and rows of the weight's QR decomposition, so
-            that B has orthonormal rows.
+            that B has orthonormal rows. "loftq" is for a model that is quantised once it is
+            adapted: `aj.quantize` sets A and B to the principal components of what it rounds away,
+            W - Q(W), in one round; "loftq_5" in five, each of which quantises W - scale A B. Until
+            then both are zero, and do not train.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
         alpha_pattern: likewise other alphas, matched independently of the ranks.
@@ -127,7 +133,7 @@ class LoRA(LeafMethod):
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
-        """PiSSA and OLoRA subtract their initial factors from the weight."""
+        """PiSSA and OLoRA subtract their initial factors from the weight, LoftQ quantises it."""
         return "changes" if self.a_init in CHANGING else ""
 
     @property
@@ -169,7 +175,7 @@ class LoRA(LeafMethod):
         # One factor at zero makes the start exact, the other one at random gives it a gradient. In
         # a lookup A is the table, which PEFT leaves at zero.
         a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
-        b = arrays.normal(1.0) if axes.lookup else arrays.zeros
+        b = arrays.normal(1.0) if axes.lookup and self.a_init not in _ROUNDS else arrays.zeros
         return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
 
     def _sliced(self, point: AttachmentPoint) -> int:
@@ -186,7 +192,7 @@ class LoRA(LeafMethod):
         self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
-        if self.a_init not in CHANGING:
+        if self.a_init not in ("pissa", "olora"):
             return dict(leaves), weight
         axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
         # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
@@ -202,6 +208,38 @@ class LoRA(LeafMethod):
         rest = weight.astype(jnp.float32) - axes.from_matrix(product, weight.shape)
         factors = {"a": a.reshape(leaves["a"].shape), "b": b.reshape(leaves["b"].shape)}
         return {**leaves, **factors}, rest.astype(weight.dtype)
+
+    def quantized(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        quantize: Callable[[Float[Array, "..."]], Any] | None,
+    ) -> tuple[dict[str, Array], Any]:
+        """LoftQ's leaves and quantised weight; leaves that were trained stay as they are."""
+        if self.a_init not in _ROUNDS:
+            return super().quantized(leaves, point, weight, quantize)
+        if quantize is None:
+            raise RecipeError(
+                f"{type(self).__name__} at {point.path!r} has a_init={self.a_init!r}, and its "
+                "weight is not among those that are quantised; add it to the targets of "
+                f"aj.quantize, or write {self.other_starts}"
+            )
+        if is_abstract(weight):
+            return dict(leaves), quantize(weight)
+        axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
+        whole = axes.as_matrix(weight.astype(jnp.float32))
+        product = jnp.zeros_like(whole)
+        for _ in range(_ROUNDS[self.a_init]):
+            stored = quantize(axes.from_matrix(whole - product, weight.shape))
+            error = whole - axes.as_matrix(stored.unbox().astype(jnp.float32))
+            a, b, _ = arrays.nearest_factors(error, rank, scale)
+            product = scale * jnp.matmul(a, b, precision="highest")
+        # New leaves are zeros, and have stayed so. Those of a file are loaded onto the float base,
+        # and the same rounds then give the base that they were trained on.
+        new = ~(jnp.any(leaves["a"]) | jnp.any(leaves["b"]))
+        made = {name: x.reshape(leaves[name].shape) for name, x in (("a", a), ("b", b))}
+        return {**leaves, **{n: jnp.where(new, x, leaves[n]) for n, x in made.items()}}, stored
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B."""
