@@ -148,6 +148,7 @@ class Method:
         inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
+        from_inputs: whether `start` also gets statistics of the weight's inputs.
         quantized(leaves, point, weight, quantize): leaves that depend on both of its weights, where
             an adapted model is quantised.
         neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
@@ -242,6 +243,11 @@ class Method:
     def from_weight(self) -> Literal["", "reads", "changes"]:
         """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
         return ""
+
+    @property
+    def from_inputs(self) -> bool:
+        """Whether `start` takes what `aj.calibrate` saw of the weight's inputs, `inputs=`."""
+        return False
 
     @property
     def other_starts(self) -> str:
@@ -413,7 +419,8 @@ class Method:
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the module's weight, and the weight to keep in the base.
 
-        Called where `from_weight` is not "". Arrays have no layer axes.
+        Called where `from_weight` is not "", and where `from_inputs` is true, then with `inputs=`,
+        a `methods.calibration.Inputs`, or without where a file brings the leaves.
         """
         return dict(leaves), weight
 
@@ -464,7 +471,7 @@ def merged_stacked(
 
 
 def started(
-    method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
+    method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any, inputs: Any = None
 ) -> tuple[dict[str, Array], Any]:
     """`Method.start`, also for a quantised weight; raises RecipeError if that would change."""
     packed = is_quantized(weight)
@@ -476,7 +483,8 @@ def started(
             "quantised and cannot change; adapt the float base first, then quantise the adapted "
             f"model{others}"
         )
-    made, rest = method.start(leaves, point, weight.unbox() if packed else weight)
+    given = {} if inputs is None else {"inputs": inputs}
+    made, rest = method.start(leaves, point, weight.unbox() if packed else weight, **given)
     return made, weight if packed else rest
 
 

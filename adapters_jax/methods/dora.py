@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
+from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.leaf import axes_of
 from adapters_jax.methods.lora import LoRA
 from adapters_jax.weights.axes import Axes
@@ -60,11 +61,15 @@ class DoRA(LoRA):
         return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
 
     def start(
-        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        inputs: Inputs | None = None,
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep in the base."""
         magnitude = axes_of(point).norm(weight)
-        factors, rest = super().start(leaves, point, weight)
+        factors, rest = super().start(leaves, point, weight, inputs)
         return {**factors, "magnitude": magnitude}, rest
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,8 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
 initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948, the
 orthonormal one Büyükakyüz 2024, "OLoRA", arXiv:2406.01775; that of a quantised weight Li et al.
-2023, "LoftQ", arXiv:2310.08659.
+2023, "LoftQ", arXiv:2310.08659; that from activations Paischer et al. 2024, "EVA",
+arXiv:2410.07170.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.leaf import LeafMethod, Shapes, axes_of
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
@@ -33,8 +35,8 @@ INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
-    # `LoRA.start` computes these from the weight, or `LoRA.quantized` does.
-    **dict.fromkeys(("pissa", "olora", "loftq", "loftq_5"), lambda fan_in, rank: arrays.zeros),
+    # `LoRA.start` computes these from the weight or its inputs, or `LoRA.quantized` does.
+    **dict.fromkeys(("pissa", "olora", "loftq", "loftq_5", "eva"), lambda *_: arrays.zeros),
 }
 _ROUNDS = {"loftq": 1, "loftq_5": 5}  # PEFT's default, and the number in the paper
 # Starts whose base is another one than the original.
@@ -84,7 +86,8 @@ class LoRA(LeafMethod):
             that B has orthonormal rows. "loftq" is for a model that is quantised once it is
             adapted: `aj.quantize` sets A and B to the principal components of what it rounds away,
             W - Q(W), in one round; "loftq_5" in five, each of which quantises W - scale A B. Until
-            then both are zero, and do not train.
+            then both are zero, and do not train. "eva" sets A to the r directions along which the
+            weight's inputs vary most, which `aj.calibrate` finds.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
         alpha_pattern: likewise other alphas, matched independently of the ranks.
@@ -135,6 +138,11 @@ class LoRA(LeafMethod):
     def from_weight(self) -> Literal["", "reads", "changes"]:
         """PiSSA and OLoRA subtract their initial factors from the weight, LoftQ quantises it."""
         return "changes" if self.a_init in CHANGING else ""
+
+    @property
+    def from_inputs(self) -> bool:
+        """EVA's A has the principal directions of the inputs."""
+        return self.a_init == "eva"
 
     @property
     def other_starts(self) -> str:
@@ -189,9 +197,16 @@ class LoRA(LeafMethod):
         return sum(stop - start for start, stop in self.slices)
 
     def start(
-        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        inputs: Inputs | None = None,
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
+        if inputs is not None:
+            a = inputs.first(self.rank_at(point.path), point.path)
+            return {**leaves, "a": a.reshape(leaves["a"].shape)}, weight
         if self.a_init not in ("pissa", "olora"):
             return dict(leaves), weight
         axes, rank, scale = axes_of(point), self.rank_at(point.path), self.scale_at(point.path)
