@@ -423,7 +423,11 @@ def test_a_weight_without_activations_of_its_own_is_named(how):
                 return nn.Conv(4, (3,), name="layer")(x)
             if how in ("embed", "tied"):
                 embed = nn.Embed(4, IN, name="layer")
-                return embed(jnp.zeros(3, int)) if how == "embed" else embed.attend(x) + embed(jnp.int32(0))[0]
+                return (
+                    embed(jnp.zeros(3, int))
+                    if how == "embed"
+                    else embed.attend(x) + embed(jnp.int32(0))[0]
+                )
             weight = self.param("layer", nn.initializers.ones, (IN, IN))
             return x @ (weight / weight.max()) if how == "formed" else x @ weight @ weight.T
 
