@@ -10,6 +10,8 @@ from helpers.arrays import double, drawn
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.methods.calibration import Observer
+from adapters_jax.transforms import calibrate
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import is_quantized
 
@@ -195,7 +197,7 @@ TOGETHER = np.concatenate([x for (x,) in BATCHES])
 @pytest.mark.parametrize("size", [256, 24])
 def test_eva_starts_along_the_principal_directions_of_the_inputs_in_every_api(size):
     params = mlp()
-    found = aj.calibrate(Mlp(), params, EVA, iter(BATCHES), size=size)
+    found = aj.calibrate(Mlp(), EVA, iter(BATCHES), params=params, size=size)
     check_first(found.inputs["up/kernel"], TOGETHER)
     check_first(found.inputs["down/kernel"], hidden(params, TOGETHER))
 
@@ -212,7 +214,7 @@ def test_eva_starts_along_the_principal_directions_of_the_inputs_in_every_api(si
         h = jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"])
         return h @ p["down"]["kernel"] + p["down"]["bias"]
 
-    plain = aj.calibrate(predict, params, EVA, BATCHES, size=size)
+    plain = aj.calibrate(predict, EVA, BATCHES, params=params, size=size)
     for path, each in found.inputs.items():
         np.testing.assert_allclose(plain.inputs[path].explained, each.explained, atol=1e-5)
         same_space(plain.inputs[path].directions[:, :R], each.directions[:, :R])
@@ -256,7 +258,7 @@ class Scanned(nn.Module):
 def test_each_scanned_layer_has_directions_of_its_own():
     (x,) = BATCHES[0]
     params = Scanned().init(jax.random.key(0), x)["params"]
-    found = aj.calibrate(Scanned(), params, EVA, BATCHES).inputs["layers/up/kernel"]
+    found = aj.calibrate(Scanned(), EVA, BATCHES, params=params).inputs["layers/up/kernel"]
     kernel, h = double(params["layers"]["up"]["kernel"]), double(TOGETHER)
     assert found.directions.shape == (3, IN, IN)
     for layer in range(3):
@@ -276,30 +278,30 @@ def test_what_a_mask_leaves_out_does_not_count():
     params = mlp()
     masks = [np.random.default_rng(i).random(x.shape[:2]) < 0.6 for i, (x,) in enumerate(BATCHES)]
     pairs = [(x, mask) for (x,), mask in zip(BATCHES, masks, strict=True)]
-    how = {"mask": lambda pair: pair[1], "inputs": lambda pair: (pair[0],)}
-    found = aj.calibrate(Mlp(), params, EVA, pairs, **how)
+    how = {"mask": lambda pair: pair[1], "inputs": lambda pair: (pair[0],), "params": params}
+    found = aj.calibrate(Mlp(), EVA, pairs, **how)
     weights = np.concatenate(masks)
     check_first(found.inputs["up/kernel"], TOGETHER, weights)
     check_first(found.inputs["down/kernel"], hidden(params, TOGETHER), weights)
     assert found.inputs["up/kernel"].count == weights.sum()
     rows = [(x.reshape(-1, IN), mask) for x, mask in pairs]  # tokens of a batch in one axis
-    flat = aj.calibrate(Mlp(), params, EVA, rows, **how)
+    flat = aj.calibrate(Mlp(), EVA, rows, **how)
     np.testing.assert_allclose(
         flat.inputs["up/kernel"].explained, found.inputs["up/kernel"].explained, atol=1e-6
     )
-    with raises(aj.RecipeError, "up", "[6, 5, 32]", "[5, 6]"):
+    with raises(aj.RecipeError, "up", "[6, 5, 32]", "(5, 6)"):
         how["mask"] = lambda pair: pair[1].T
-        aj.calibrate(Mlp(), params, EVA, pairs, **how)
+        aj.calibrate(Mlp(), EVA, pairs, **how)
     with raises(aj.UserError, "/kernel", "the mask counts none"):
         how["mask"] = lambda pair: np.zeros((6, 5))
-        aj.calibrate(Mlp(), params, EVA, pairs, **how)
+        aj.calibrate(Mlp(), EVA, pairs, **how)
 
 
 def test_a_quantised_base_and_dora_start_from_activations_too():
     params = mlp()
     small = aj.quantize(Mlp(), params, BATCHES[0][0], dtype="int8")
     method = aj.DoRA("up", R, a_init="eva")
-    found = aj.calibrate(Mlp(), small, method, BATCHES)
+    found = aj.calibrate(Mlp(), method, BATCHES, params=small)
     check_first(found.inputs["up/kernel"], TOGETHER)
     model = aj.adapt(Mlp(), method)
     grown = aj.init_adapters(model, small, jax.random.key(0), BATCHES[0][0], calibration=found)
@@ -320,7 +322,7 @@ def test_experts_and_weights_with_several_input_axes():
 
     x = spread((2, 40, IN))
     params = {"up": drawn((2, IN, 3, 4)), "out": drawn((3, 4, 5))}
-    found = aj.calibrate(Heads(), params, EVA, [(x,)]).inputs
+    found = aj.calibrate(Heads(), EVA, [(x,)], params=params).inputs
     for expert in range(2):
         vectors, _ = principal(x[expert])
         same_space(found["up"].directions[expert, :, :R], vectors[:, :R])
@@ -335,7 +337,7 @@ def test_experts_and_weights_with_several_input_axes():
 
 def test_ranks_go_where_directions_explain_most_within_the_budget():
     params = mlp()
-    found = aj.calibrate(Mlp(), params, EVA, [(spread((60, IN), decay=0.97),)])
+    found = aj.calibrate(Mlp(), EVA, [(spread((60, IN), decay=0.97),)], params=params)
     moved = aj.eva_ranks(EVA, found, rho=1.3)
     shares = {n: found.inputs[f"{n}/kernel"].explained[:4] for n in ("up", "down")}
     every = sorted(((s, n) for n, each in shares.items() for s in each), reverse=True)[: 2 * R]
@@ -360,24 +362,24 @@ def test_a_calibration_that_cannot_be_is_refused():
     params, x = mlp(), BATCHES[0][0]
     bad = BATCHES[1][0].copy()
     bad[0, 0, 0] = np.nan
-    given = (Mlp(), params, EVA)
+
+    def given(batches, **more):
+        return aj.calibrate(Mlp(), EVA, batches, params=params, **more)
+
     with raises(aj.UserError, "there are no batches"):
-        aj.calibrate(*given, [])
+        given([])
     with raises(aj.UserError, "batch 1", "NaN"):
-        aj.calibrate(*given, [(x,), (bad,), (bad,)])
+        given([(x,), (bad,), (bad,)])
     with raises(aj.UserError, "batch 1", "differs"):
-        aj.calibrate(*given, [(x,), aj.inputs(x=x)])
+        given([(x,), aj.inputs(x=x)])
     with raises(aj.UserError, "a_init='eva'"):
-        aj.calibrate(Mlp(), params, aj.LoRA("**", 2), BATCHES)
+        aj.calibrate(Mlp(), aj.LoRA("**", 2), BATCHES, params=params)
     with raises(aj.UserError, "size=0"):
-        aj.calibrate(*given, BATCHES, size=0)
-    for wrong in (
-        (Mlp(), EVA, BATCHES),
-        (aj.adapt(Mlp(), EVA), params, EVA, BATCHES),
-        (3, EVA, []),
-    ):
-        with raises(TypeError, "aj.calibrate("):
-            aj.calibrate(*wrong)
+        given(BATCHES, size=0)
+    with raises(TypeError, "base"):
+        aj.calibrate(aj.adapt(Mlp(), EVA), EVA, BATCHES, params=params)
+    with raises(TypeError, "params"):
+        aj.calibrate(Mlp(), EVA, BATCHES)
     with raises(aj.UserError, "a_init='eva'", "up/kernel", "aj.calibrate"):
         aj.init_adapters(aj.adapt(Mlp(), EVA), params, jax.random.key(0), x)
     with raises(aj.UserError, "a_init='eva'", "aj.calibrate"):
@@ -385,14 +387,14 @@ def test_a_calibration_that_cannot_be_is_refused():
     layer = nnx.Linear(IN, 4, rngs=nnx.Rngs(0))
     with raises(aj.UserError, "a_init='eva'", "kernel", "aj.calibrate"):
         aj.adapt(layer, EVA, rngs=nnx.Rngs(1))
-    found = aj.calibrate(*given, BATCHES)
-    with raises(aj.UserError, "another model", "kernel of [32, 4]"):
+    found = given(BATCHES)
+    with raises(aj.UserError, "another model", "kernel of [32, 4], not None"):
         aj.adapt(layer, EVA, rngs=nnx.Rngs(1), calibration=found)
     other = {**params, "up": {**params["up"], "kernel": drawn((IN + 1, 12))}}
     wide = drawn((2, IN + 1))
     with raises(aj.UserError, "up/kernel of [33, 12], not [32, 12]"):
         aj.init_adapters(aj.adapt(Mlp(), EVA), other, jax.random.key(0), wide, calibration=found)
-    with raises(aj.UserError, "leave calibration out"):
+    with raises(aj.UserError, "no weights of the recipe", "calibration is Calibration(2 weights)"):
         aj.init_adapters(
             aj.adapt(Mlp(), aj.LoRA("**", 2)), params, jax.random.key(0), x, calibration=found
         )
@@ -401,9 +403,9 @@ def test_a_calibration_that_cannot_be_is_refused():
     with raises(TypeError, "init_adapters", "calibration"):
         aj.adapt(Mlp(), EVA, calibration=found)
     with raises(aj.UserError, "needs 3", "of 2 inputs"):
-        few = aj.calibrate(*given, [(x[0, :2],)])
+        few = given([(x[0, :2],)])
         aj.init_adapters(aj.adapt(Mlp(), EVA), params, jax.random.key(0), x, calibration=few)
-    small = aj.calibrate(*given, BATCHES, size=4)
+    small = given(BATCHES, size=4)
     with raises(aj.UserError, "needs 3", "size=8"):
         aj.init_adapters(aj.adapt(Mlp(), EVA), params, jax.random.key(0), x, calibration=small)
     with raises(aj.UserError, "down/kernel", "the rank 4", "2 directions", "size=8"):
@@ -434,4 +436,45 @@ def test_a_weight_without_activations_of_its_own_is_named(how):
     (x,) = BATCHES[0]
     params = Net().init(jax.random.key(0), x)["params"]
     with raises(aj.RecipeError, "calibrate", "'!layer"):
-        aj.calibrate(Net(), params, EVA, BATCHES)
+        aj.calibrate(Net(), EVA, BATCHES, params=params)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_batch_costs_a_forward_pass_and_thin_products_and_compiles_once(scanned):
+    """By XLA: what a gradient would need beside the statistics is not computed."""
+    width, size, rows, runs = 64, 8, 32, []
+
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            runs.append(None)
+            return x + nn.Dense(width)(nn.tanh(nn.Dense(4 * width)(x))), None
+
+    lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    model = nn.scan(Wide, length=2, **lifted)() if scanned else Wide()
+    x = drawn((rows, width))
+    params = model.init(jax.random.key(0), x, None)["params"]
+    first = aj.inputs(x, None)
+    run, _, tapes, rest = calibrate._observed(
+        model, params, aj.Recipe(Observer("**", size)), first, {}
+    )
+    step = calibrate._step(run, first)
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    with_it = flops(lambda *given: step(*given, None, tapes, jnp.int32(-1), 0), tapes, rest, {0: x})
+    without = flops(lambda p, x: model.apply({"params": p}, x, None)[0].sum(), params, x)
+    thin = 2 * 2 * rows * size * (width + 4 * width)
+    elementwise = 10 * rows * (width + 4 * width)
+    assert with_it < without + thin + elementwise + 10 * size * (width + 4 * width)
+
+    counts = []
+
+    def batches():
+        for seed in range(4):
+            counts.append(len(runs))
+            yield aj.inputs(drawn((rows, width), seed), None)
+
+    aj.calibrate(model, aj.LoRA("**", 2, a_init="eva"), batches(), params=params, size=size)
+    assert counts[0] < counts[1] == counts[2] == counts[3]

@@ -1,5 +1,7 @@
 """Starts of LoRA are those of PEFT on the same weights and activations; needs `interop-test`."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ class Ours(nn.Module):
 
 def both():
     """A perceptron in torch, and our parameters of it."""
-    sides = list(zip(SIZES, SIZES[1:], strict=False))
+    sides = list(itertools.pairwise(SIZES))
     weights = [drawn(each, i) / each[0] ** 0.5 for i, each in enumerate(sides)]
     layers = [torch.nn.Linear(*each) for each in sides]
     with torch.no_grad():
@@ -107,7 +109,7 @@ def test_eva_has_their_subspaces_and_ranks(rho):
         show_progress_bar=False,
     )
     recipe = aj.LoRA("*", R, ALPHA, a_init="eva")
-    seen = aj.calibrate(Ours(), params, recipe, [(x,) for x in batches])
+    seen = aj.calibrate(Ours(), recipe, [(x,) for x in batches], params=params)
     (moved,) = aj.eva_ranks(recipe, seen, rho=rho)
     assert {name: moved.rank_at(name) for name in NAMES} == {n: len(x) for n, x in found.items()}
     model = aj.adapt(Ours(), moved)

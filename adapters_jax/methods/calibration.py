@@ -1,10 +1,7 @@
-"""What is known of the inputs of weights, for starts from activations.
-
-`Observer` collects it from a running model, `Calibration` holds it.
-"""
+"""What is known of the inputs of weights, for starts from activations, and what collects it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -59,11 +56,7 @@ class Calibration:
     """What `aj.calibrate` saw of the inputs of a model's weights.
 
     Attributes:
-        inputs: by the path of the weight.
-
-    Example:
-        >>> Calibration({})
-        Calibration(0 weights)
+        inputs: by the path of the weight, with `directions`, `explained` and `count`.
     """
 
     inputs: Mapping[str, Inputs]
@@ -75,41 +68,28 @@ class Calibration:
 def inputs_for(caller: str, placements: Iterable[Any], given: Any) -> dict[str, Inputs]:
     """The inputs of each weight whose adapter starts from them, by the path of the weight.
 
-    Args:
-        caller: the beginning of error messages.
-        placements: where the adapters are.
-        given: a `Calibration`, or None.
-
     Raises:
-        UserError: there is none, or one that nothing uses, or it is of another model.
-        TypeError: `given` is something else.
+        UserError: there is no `Calibration`, one that nothing uses, or one of another model.
+        TypeError: what is given is something else.
     """
     wanted = {each.weight_path: each for each in placements if each.method.from_inputs}
-    if given is None and wanted:
-        raise UserError(
-            f"{caller}: {first_few(list(wanted))} start from activations (a_init='eva'); write "
-            "calibration=aj.calibrate(base, recipe, batches), or with params after a linen base"
-        )
-    if given is None:
+    if given is None and not wanted:
         return {}
-    if not isinstance(given, Calibration):
-        raise TypeError(
-            f"{caller}: calibration is {type(given).__name__}, of aj.calibrate expected"
-        )
-    if not wanted:
+    if not isinstance(given, Calibration | None):
+        raise TypeError(f"{caller}: calibration is {type(given).__name__}, expected aj.calibrate's")
+    if given is None or not wanted:
+        have = first_few(list(wanted)) if wanted else "no weights of the recipe"
         raise UserError(
-            f"{caller}: no method of the recipe starts from activations; write a_init='eva', or "
-            "leave calibration out"
+            f"{caller}: {have} start from activations (a_init='eva'), and calibration is {given}; "
+            "write calibration=aj.calibrate(base, recipe, batches) for such weights alone"
         )
-    other = [
-        f"{path} of {list(each.shape)}"
-        + (f", not {list(given.inputs[path].shape)}" if path in given.inputs else "")
-        for path, each in wanted.items()
-        if path not in given.inputs or given.inputs[path].shape != each.shape
-    ]
+    other = []
+    for path, shape in ((path, each.shape) for path, each in wanted.items()):
+        seen = given.inputs[path].shape if path in given.inputs else None
+        other += [f"{path} of {list(shape)}, not {seen and list(seen)}"] if seen != shape else []
     if other:
         raise UserError(
-            f"{caller}: the calibration is of another model or of other targets: it lacks "
+            f"{caller}: the calibration is of another model, or of other targets: "
             f"{first_few(other)}; call aj.calibrate with this base and recipe"
         )
     return {path: given.inputs[path] for path in wanted}
@@ -119,8 +99,8 @@ _COUNTED: ContextVar[Array | None] = ContextVar("counted", default=None)
 
 
 @contextmanager
-def counting(rows: Array | None) -> Any:
-    """In its body, observers count only these rows of inputs, or count them as much as it says."""
+def counting(rows: Array | None) -> Iterator[None]:
+    """In its body, observers count each input as much as an array of its first axes says."""
     token = _COUNTED.set(rows)
     try:
         yield
@@ -130,10 +110,7 @@ def counting(rows: Array | None) -> Any:
 
 @dataclass(frozen=True)
 class Observer(LeafMethod):
-    """Changes nothing, and has a tape beside each weight; `Observed` says what gets onto it.
-
-    It is never in a recipe that is stored, so that it has no place in the registry.
-    """
+    """Changes nothing, and has a tape beside each weight; `Observed` says what gets onto it."""
 
     name: ClassVar[str] = "observer"
     slot: ClassVar[str] = "observed"
@@ -149,9 +126,17 @@ class Observer(LeafMethod):
                 f"calibrate: {point.path!r} looks rows up, and has no activations for "
                 f"a_init='eva'; leave it out: '!{point.path}'"
             )
-        width = min(self.probes, math.prod(shape[i] for i in axes.inputs))
-        own = len(axes.inputs)
-        return {"tape": Leaf(axes.a_shape(shape, width + SUMS), lambda k, s: _probes(k, s, own))}
+        inputs = tuple(shape[i] for i in axes.inputs)
+        width = min(self.probes, math.prod(inputs))
+
+        def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+            # All unit vectors, where there is room for them; and no sums yet.
+            whole = width == math.prod(inputs)
+            flat = jnp.eye(width) if whole else jax.random.normal(key, (math.prod(inputs), width))
+            tape = jnp.pad(flat, [(0, 0), (0, SUMS)]).reshape(*inputs, -1)
+            return jnp.broadcast_to(tape, shape)
+
+        return {"tape": Leaf(axes.a_shape(shape, width + SUMS), init)}
 
     def changes(
         self,
@@ -161,50 +146,8 @@ class Observer(LeafMethod):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """What notes the inputs."""
-        tape = Factor(leaves["tape"], axes_of(point).a)
         # A target is a module, or the weight itself.
         own = point.path.rpartition("/")[2] == point.weight
         path = point.path if own else join(point.path, point.weight)
+        tape = Factor(leaves["tape"], axes_of(point).a)
         return {point.weight: (Observed(tape, _COUNTED.get(), path),)}
-
-
-def _probes(key: PRNGKeyArray, shape: tuple[int, ...], own: int) -> Array:
-    """The unit vectors where there is room for all of them, else random ones; no sums yet."""
-    inputs, width = shape[-1 - own : -1], shape[-1] - SUMS
-    fan_in = math.prod(inputs)
-    flat = jnp.eye(fan_in) if width == fan_in else jax.random.normal(key, (fan_in, width))
-    whole = jnp.pad(flat.reshape(*inputs, width), [*[(0, 0)] * own, (0, SUMS)])
-    return jnp.broadcast_to(whole, shape)
-
-
-def principal(
-    probes: Float[np.ndarray, "in k"], found: Float[np.ndarray, "in columns"]
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The principal directions of centred inputs, their shares of the variance, and the count.
-
-    From all unit vectors as probes they are exact. From random ones, V, the covariance C is
-    approximated as C V (V^T C V)^-1 V^T C (Tropp et al. 2017, "Fixed-rank approximation of a
-    positive-semidefinite matrix from streaming data"), of which the first half is kept.
-
-    Args:
-        probes: V.
-        found: X^T X V, and the sums of `SUMS`, for inputs in the rows of X.
-    """
-    products, (sums, squares, ones) = found[:, :-SUMS], found[:, -SUMS:].T
-    count = ones.max()
-    mean = sums / max(count, 1)
-    products = products - np.outer(mean, sums @ probes)
-    total = max(squares.sum() - count * (mean**2).sum(), np.finfo(float).tiny)
-    fan_in, width = probes.shape
-    if width == fan_in:
-        values, vectors = np.linalg.eigh((products + products.T) / 2)
-        values, vectors = values[::-1], vectors[:, ::-1]
-    else:
-        inner = probes.T @ products
-        scale, turn = np.linalg.eigh((inner + inner.T) / 2)
-        kept = scale > 1e-6 * scale[-1]  # below it are the rounding errors of float32
-        vectors, roots, _ = np.linalg.svd(
-            products @ (turn[:, kept] / np.sqrt(scale[kept])), full_matrices=False
-        )
-        vectors, values = vectors[:, : width // 2], roots[: width // 2] ** 2
-    return vectors, np.maximum(values, 0) / total, float(count)
