@@ -10,6 +10,7 @@ from helpers.arrays import double, drawn
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.methods.calibration import Observer
 from adapters_jax.transforms import calibrate
 from adapters_jax.trees import flatten
@@ -478,3 +479,13 @@ def test_a_batch_costs_a_forward_pass_and_thin_products_and_compiles_once(scanne
 
     aj.calibrate(model, aj.LoRA("**", 2, a_init="eva"), batches(), params=params, size=size)
     assert counts[0] < counts[1] == counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("start", ["loftq", "loftq_5", "eva"])
+def test_a_command_does_not_train_what_has_no_start(start, tmp_path):
+    with raises(aj.UserError, f"a_init={start!r}", "olora"):
+        MethodOptions("lora", a_init=start).build()
+    file = tmp_path / "recipe.json"
+    file.write_text(aj.Recipe(aj.LoRA("**/query", 2, a_init=start)).to_json())
+    with raises(aj.UserError, f"a_init={start!r}", "olora"):
+        MethodOptions(recipe=file).build()
