@@ -55,8 +55,12 @@ class Inputs:
 class Calibration:
     """What `aj.calibrate` saw of the inputs of a model's weights.
 
-    Attributes:
+    Args:
         inputs: by the path of the weight, with `directions`, `explained` and `count`.
+
+    Example:
+        >>> Calibration({})
+        Calibration(0 weights)
     """
 
     inputs: Mapping[str, Inputs]
