@@ -12,6 +12,7 @@ from adapters_jax.functions.function import is_function
 from adapters_jax.linen import Adapted
 from adapters_jax.linen import adapt as adapt_linen
 from adapters_jax.methods import Method
+from adapters_jax.methods.calibration import Calibration
 from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs
@@ -29,6 +30,7 @@ def adapt(
     *,
     rngs: nnx.Rngs,
     example_inputs: Iterable[Any] | Inputs | None = None,
+    calibration: Calibration | None = None,
 ) -> nnx.Module: ...
 
 
@@ -50,6 +52,7 @@ def adapt(
     *,
     rngs: nnx.Rngs | None = None,
     example_inputs: Iterable[Any] | Inputs | None = None,
+    calibration: Calibration | None = None,
 ) -> Any:
     """Gives a model adapters without editing it.
 
@@ -67,6 +70,8 @@ def adapt(
             flax, to find how the model uses its weights, and the width of its output; so also for a
             bottleneck on `nnx.MultiHeadAttention`. Functions and Equinox always need them; linen
             gets them from `init_adapters`.
+        calibration: NNX only: what `aj.calibrate` saw, for methods that start from activations;
+            others give it to `init_adapters`.
 
     Returns:
         For linen, a module with the same methods and parameter paths, whose adapter leaves
@@ -79,7 +84,7 @@ def adapt(
         RecipeError: a method's settings do not fit a module, or two methods keep their arrays at
             one path; for linen it comes where TargetError does.
         UserError: `example_inputs` are no tuple of inputs, or a function does not take them, or
-            reads none of its parameters.
+            reads none of its parameters; or the calibration is missing or of another model.
         TypeError: `model` is none of these, `recipe` no recipe, an argument belongs to another
             kind of model, or `rngs` or the inputs are missing.
 
@@ -104,6 +109,11 @@ def adapt(
             "aj.adapt(model, recipe) for a model, aj.adapt(fn, params, recipe, "
             "example_inputs=(...)) for a function"
         )
+    if calibration is not None and not isinstance(model, nnx.Module):
+        raise TypeError(
+            "adapt: calibration is for NNX models; for this one write params = "
+            "aj.init_adapters(adapted, params, key, *example_inputs, calibration=...)"
+        )
     if not flax:
         return _adapted_function(model, params, recipe, rngs, example_inputs)
     recipe = Recipe(recipe)
@@ -119,7 +129,7 @@ def adapt(
         raise TypeError(
             "adapt: an NNX model needs rngs; write aj.adapt(model, recipe, rngs=nnx.Rngs(0))"
         )
-    return adapt_nnx(model, recipe, rngs, example_inputs)
+    return adapt_nnx(model, recipe, rngs, example_inputs, calibration)
 
 
 def _adapted_function(model: Any, params: Any, recipe: Any, rngs: Any, inputs: Any) -> Any:

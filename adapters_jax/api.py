@@ -47,6 +47,7 @@ from adapters_jax.files.jax_lora import (
 from adapters_jax.files.loading import load_adapter as load_adapter
 from adapters_jax.files.model_card import model_card as model_card
 from adapters_jax.linen import init_adapters as init_adapters
+from adapters_jax.methods.calibration import Calibration as Calibration
 from adapters_jax.methods import (
     IA3 as IA3,
     AttachmentPoint as AttachmentPoint,
@@ -94,6 +95,7 @@ from adapters_jax.training.together import (
     unstack_states as unstack_states,
 )
 from adapters_jax.transforms.bank import Bank as Bank
+from adapters_jax.transforms.calibrate import calibrate as calibrate, eva_ranks as eva_ranks
 from adapters_jax.transforms.combine import Combined as Combined, combine as combine
 from adapters_jax.transforms.merge import merge as merge, unmerge as unmerge
 from adapters_jax.transforms.quantize import dequantize as dequantize, quantize as quantize

@@ -22,6 +22,7 @@ from adapters_jax.errors import (
     warn,
 )
 from adapters_jax.methods import METHODS, Method, method_named
+from adapters_jax.methods.calibration import Observer
 from adapters_jax.targets import failures, is_expression, join, matches, selects
 from adapters_jax.texts import check_nesting, html_table, parse_json
 
@@ -478,7 +479,8 @@ def as_compared(value: Any) -> str:
 def _members(item: Any) -> Iterable[Method]:
     """The methods in an argument of `Recipe`."""
     if isinstance(item, Method):
-        if METHODS.get(getattr(item, "kind", "")) is type(item):
+        # An observer's model lives while `aj.calibrate` runs, and no file has its recipe.
+        if isinstance(item, Observer) or METHODS.get(getattr(item, "kind", "")) is type(item):
             return (item,)
         raise TypeError(
             f"{type(item).__name__} is not registered as a method; write @aj.register_method above "

@@ -51,7 +51,9 @@ def _start(value: Any) -> str | None:
     if value is True:
         return "uniform"
     name = value if isinstance(value, str) else ""
-    return {"gaussian": "gaussian_rank", "pissa": "pissa"}.get(name.partition("_niter_")[0])
+    alike = ("pissa", "olora", "loftq", "eva")
+    ours = {"gaussian": "gaussian_rank", **dict(zip(alike, alike, strict=True))}
+    return ours.get(name.partition("_niter_")[0])
 
 
 def _placement(value: Any) -> str:
@@ -75,7 +77,7 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "scaling": ("scale", _same),
     "is_parallel": ("placement", _placement),
 }
-_STARTS = "a_init is gaussian, uniform, gaussian_rank or pissa"
+_STARTS = "a_init is gaussian, uniform, gaussian_rank, pissa, olora, loftq or eva"
 _OF_STARTS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
 _NOTHING = "there is nothing like it here"
 _TASK = (
@@ -145,8 +147,12 @@ _SENTENCES = {
         "TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig "
         "XLoraConfig"
     ),
-    "a_init='pissa' is the nearest start that is here": (
-        "LoftQConfig EvaConfig CordaConfig LoraGAConfig"
+    "a_init='pissa' is the nearest start that is here": "CordaConfig LoraGAConfig",
+    "write a_init='eva', and calibration=aj.calibrate(base, recipe, batches)": (
+        "EvaConfig initialize_lora_eva_weights get_eva_state_dict"
+    ),
+    "write a_init='loftq', then aj.quantize(model, ...) of the adapted model": (
+        "LoftQConfig replace_lora_weights_loftq"
     ),
     "write a + b": "ConfigUnion",
     _TASK: "TaskType",

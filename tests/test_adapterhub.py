@@ -526,7 +526,8 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     output, second = "bert/layer_0/attention/output/dense", query.replace("_0", "_1")
     lora("q, v", aj.LoRA(query, 2), aj.LoRA(value, 3))
     lora(f"{output}:", aj.LoRA(output, 2))
-    lora(f"{query}: a_init='pissa'", aj.LoRA(query, 2, a_init="pissa"))
+    for start in ("pissa", "olora"):
+        lora(f"{query}: a_init={start!r}", aj.LoRA(query, 2, a_init=start))
     lora("one LoRA", aj.LoRA(query, 2), aj.LoRA(second, 3))
     wrong = {f"{query}/lora/a": np.ones((5, 2)), f"{query}/lora/b": np.ones((2, 32))}
     saving("bert", aj.LoRA(query, 2), wrong, query, "[5, 2]")

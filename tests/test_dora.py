@@ -18,6 +18,7 @@ IN, OUT, R, ALPHA = 5, 7, 3, 6.0
 X = drawn((2, IN))
 DORA = aj.DoRA("**", R, ALPHA)
 PISSA = aj.LoRA("**", R, ALPHA, a_init="pissa")
+OLORA = aj.LoRA("**", R, ALPHA, a_init="olora")
 
 
 def dense(method, seed=1):
@@ -59,7 +60,7 @@ def test_the_norm_is_not_differentiated():
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("a_init", ["gaussian", "pissa"])
+@pytest.mark.parametrize("a_init", ["gaussian", "pissa", "olora"])
 def test_dora_starts_at_the_norm_of_the_weight(a_init):
     model = aj.adapt(nn.Dense(OUT), aj.DoRA("**", R, a_init=a_init))
     kernel = drawn((IN, OUT))
@@ -72,7 +73,7 @@ def test_dora_starts_at_the_norm_of_the_weight(a_init):
 
 
 def test_init_of_the_model_itself_starts_there_too():
-    for method in (DORA, PISSA):
+    for method in (DORA, PISSA, OLORA):
         model = aj.adapt(nn.Dense(OUT), method)
         params = model.init(jax.random.key(0), X)["params"]
         plain = nn.Dense(OUT).init(jax.random.key(0), X)["params"]
@@ -126,7 +127,21 @@ def test_pissa_takes_the_principal_components_out_of_the_weight():
     np.testing.assert_allclose(np.sum(np.square(a), 0), np.sum(np.square(b), 1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [DORA, PISSA], ids=["dora", "pissa"])
+def test_olora_takes_the_first_columns_of_the_qr_decomposition_out_of_the_weight():
+    model = aj.adapt(nn.Dense(OUT), OLORA)
+    params = {"kernel": drawn((IN, OUT)), "bias": drawn(OUT)}
+    grown = aj.init_adapters(model, params, jax.random.key(0), X)
+    q, r = np.linalg.qr(double(params["kernel"]).T)
+    a, b = double(grown["lora"]["a"]), double(grown["lora"]["b"])
+    np.testing.assert_allclose(a @ b, (q[:, :R] @ r[:R]).T, atol=1e-5)
+    np.testing.assert_allclose(b @ b.T, np.eye(R), atol=1e-5)  # orthonormal, and A is triangular
+    np.testing.assert_allclose(np.triu(a, 1), 0, atol=1e-6)
+    np.testing.assert_allclose(grown["kernel"], params["kernel"] - ALPHA / R * a @ b, atol=1e-5)
+    expected = double(X) @ params["kernel"] + params["bias"]
+    np.testing.assert_allclose(model.apply({"params": grown}, X), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [DORA, PISSA, OLORA], ids=["dora", "pissa", "olora"])
 def test_a_file_is_loaded_onto_the_base_it_was_made_from(method, tmp_path):
     base = {"kernel": jnp.asarray(drawn((IN, OUT))), "bias": jnp.asarray(drawn(OUT))}
     model = aj.adapt(nn.Dense(OUT), method)

@@ -873,8 +873,8 @@ def test_unsupported_recipes_raise_an_error_that_names_them(tmp_path):
     saving(aj.Bottleneck("block_0/q", 4), prefix, "adds Bottleneck;")
     saving(lora, {"block_0/q/lora/a": drawn(6, 2)}, "block_0/q lacks b")
     saving(lora, factors("block_0/q", width=5, out=4), "block_0/q", [6, 4])
-    pissa = aj.LoRA("block_0/q", 2, a_init="pissa")
-    saving(pissa, own, "a_init='pissa'")
+    for start in ("pissa", "olora"):
+        saving(aj.LoRA("block_0/q", 2, a_init=start), own, f"a_init={start!r}")
     saving(lora, own | {"norm/bias": drawn(4)}, "norm/bias", "recipe")
     taken = own | {"block_0/q/kernel": drawn(6, 4)}
     recipe = aj.Recipe(lora, aj.Unfreeze("block_0/q/kernel"))

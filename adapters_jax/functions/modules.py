@@ -208,7 +208,7 @@ def attached(
     scope = module.scope
     found = scope.flags.get(Interceptor.flag(module))
     kinds = {method.acts_on for method in found.recipe.attached} if found else set()
-    if not kinds - {"leaf"}:
+    if not kinds - {"weight"}:
         yield lambda fn, tree, params, args, kwargs: fn(tree, *args, **kwargs)
         return
     run = Calls(found, shapes, found.init)

@@ -21,6 +21,7 @@ from adapters_jax.linen.points import points_of, shapes_of
 from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import started
+from adapters_jax.methods.calibration import Calibration, inputs_for
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
 from adapters_jax.placement import Known, Placements
@@ -403,6 +404,7 @@ def init_adapters(
     /,
     *args: Any,
     method: Any = None,
+    calibration: Calibration | None = None,
     **kwargs: Any,
 ) -> Tree:
     """Adds freshly initialised adapter leaves to the base's parameters.
@@ -416,6 +418,7 @@ def init_adapters(
             One `aj.inputs(...)` says all of them, and the method.
         method: a function of the model to run instead of `__call__`, its name or
             `lambda model, x: model.encode(x)`; it must use every target.
+        calibration: what `aj.calibrate` saw, for methods that start from activations.
         **kwargs: further arguments of that function.
 
     Returns:
@@ -427,7 +430,8 @@ def init_adapters(
         MismatchError: `params` is not the tree of this model; every difference is listed.
         RecipeError: `params` hold nothing of a frozen entry.
         UserError: the model takes other arguments than the example inputs, `params` is no tree of
-            parameters, or `key` no random key.
+            parameters, or `key` no random key; or a method starts from activations, and the
+            calibration is missing or of another model.
         TypeError: `model` is no adapted linen model, or `params` is None.
 
     Warns:
@@ -479,7 +483,9 @@ def init_adapters(
         {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in frozen.items()},
         "Pass the params that aj.load_adapter returned, with the recipe that it was trained with.",
     )
-    params = grown(model.recipe, fresh, params, key)
+    abstract = is_abstract(params)  # whoever asks for shapes has no activations
+    seen = {} if abstract else inputs_for("init_adapters", fresh, calibration)
+    params = grown(model.recipe, fresh, params, key, seen)
     params = unflatten({**flatten(params), **loaded}, params)
     remember(flatten(split_adapters(params, model.recipe)[1]))
     return params
@@ -496,8 +502,15 @@ def with_shared(params: Tree, placements: Placements) -> Tree:
     return unflatten(flat, params)
 
 
-def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArray) -> Tree:
+def grown(
+    recipe: Recipe,
+    placements: Placements,
+    params: Tree,
+    key: PRNGKeyArray,
+    inputs: Mapping[str, Any] | None = None,
+) -> Tree:
     """The base's parameters with freshly initialised arrays at all placements."""
+    inputs = inputs or {}
 
     def grow(key: PRNGKeyArray, weights: Mapping[str, Array]) -> dict[str, Array]:
         grown = {}
@@ -507,14 +520,14 @@ def grown(recipe: Recipe, placements: Placements, params: Tree, key: PRNGKeyArra
                 name: leaf.init(arrays.key_at(key, paths[name]), shapes[name])
                 for name, leaf in each.method.leaves(point).items()
             }
-            if each.method.from_weight:
-                weight = unboxed(weights[each.weight_path])
-                leaves, grown[each.weight_path] = started(each.method, leaves, point, weight)
+            if each.weight_path in weights:
+                weight, seen = unboxed(weights[each.weight_path]), inputs.get(each.weight_path)
+                leaves, grown[each.weight_path] = started(each.method, leaves, point, weight, seen)
             grown |= {paths[name]: leaf for name, leaf in leaves.items()}
         return grown
 
     own = flatten(without_adapters(params, recipe))
-    changed = {each.weight_path for each in placements if each.method.from_weight}
+    changed = {p.weight_path for p in placements if p.method.from_weight or p.weight_path in inputs}
     weights = {path: own[path] for path in changed}
     grown = jax.eval_shape(grow, key, weights) if is_abstract(params) else grow(key, weights)
     rest = {path: grown.pop(path) for path in weights}

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.base import AttachmentPoint, started
+from adapters_jax.methods.calibration import inputs_for
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.placement import Placement, Visit, taken
 from adapters_jax.recipe import Recipe
@@ -376,6 +377,7 @@ def grow_in(root: Any, each: Placement) -> None:
 
     holder, owner = scope_at(each.prefix), scope_at(each.module)
     point = each.point()
+    inputs_for(f"{each.path or 'the model'}.init", [each], None)
     leaves = leaves_in(holder, each.method, point, root)
     if each.method.from_weight:
         weight = owner.get_variable("params", each.weight)

@@ -155,6 +155,9 @@ class Method:
         inverse(leaves, point): leaves whose `merged` undoes that of the given ones.
         factors(leaves, path): the change of the weight as a product of two, for `aj.combine`.
         from_weight, start(leaves, point, weight): leaves that depend on the module's weight.
+        from_inputs: whether `start` also gets statistics of the weight's inputs.
+        quantized(leaves, point, weight, quantize): leaves that depend on both of its weights, where
+            an adapted model is quantised.
         neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
         size(leaves), fitted(leaves, path, whole), size_fields: what may differ in a bank.
         pattern_fields: fields of (pattern, value) pairs, each with the field that it overrides.
@@ -266,6 +269,16 @@ class Method:
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
         """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
+        return ""
+
+    @property
+    def from_inputs(self) -> bool:
+        """Whether `start` takes what `aj.calibrate` saw of the weight's inputs, `inputs=`."""
+        return False
+
+    @property
+    def other_starts(self) -> str:
+        """Where `from_weight` is "changes": the settings whose `start` leaves the weight."""
         return ""
 
     def fits(self, point: AttachmentPoint) -> bool:
@@ -431,9 +444,30 @@ class Method:
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the module's weight, and the weight to keep in the base.
 
-        Called where `from_weight` is not "". Arrays have no layer axes.
+        Called where `from_weight` is not "", and where `from_inputs` is true, then with `inputs=`,
+        a `methods.calibration.Inputs`, or without where a file brings the leaves.
         """
         return dict(leaves), weight
+
+    def quantized(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        quantize: Callable[[Float[Array, "..."]], Any] | None,
+    ) -> tuple[dict[str, Array], Any]:
+        """The leaves and the quantised weight, where `aj.quantize` quantises an adapted model.
+
+        Called where `from_weight` is "changes", so that a start may see both weights.
+
+        Args:
+            leaves: the arrays by name, new ones or trained ones.
+            point: the weight that they adapt.
+            weight: the weight in floats, as the adapted model has it; it may be abstract.
+            quantize: quantises floats of the weight's shape; `.unbox()` of that is what layers
+                read. None where the weight stays in floats.
+        """
+        return dict(leaves), weight if quantize is None else quantize(weight)
 
 
 def zeros_like(leaves: Leaves) -> dict[str, Array]:
@@ -465,18 +499,20 @@ def merged_stacked(
 
 
 def started(
-    method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any
+    method: Method, leaves: Leaves, point: AttachmentPoint, weight: Any, inputs: Any = None
 ) -> tuple[dict[str, Array], Any]:
     """`Method.start`, also for a quantised weight; raises RecipeError if that would change."""
     packed = is_quantized(weight)
     # In four bits the difference W - A B would round most of A B away.
     if packed and method.from_weight == "changes":
+        others = method.other_starts and f", or, on this base, write {method.other_starts}"
         raise RecipeError(
-            f"{type(method).__name__} subtracts its initial factors from the weight at "
-            f"{point.path!r}, which is quantised and cannot change; adapt the float base first, "
-            "then quantise the adapted model"
+            f"{type(method).__name__} starts by changing the weight at {point.path!r}, which is "
+            "quantised and cannot change; adapt the float base first, then quantise the adapted "
+            f"model{others}"
         )
-    made, rest = method.start(leaves, point, weight.unbox() if packed else weight)
+    given = {} if inputs is None else {"inputs": inputs}
+    made, rest = method.start(leaves, point, weight.unbox() if packed else weight, **given)
     return made, weight if packed else rest
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
+from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.lora import LoRA
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Change, Changed, Scale
@@ -59,11 +60,15 @@ class DoRA(LoRA):
         return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
 
     def start(
-        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        inputs: Inputs | None = None,
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep in the base."""
         magnitude = point.axes.norm(weight)
-        factors, rest = super().start(leaves, point, weight)
+        factors, rest = super().start(leaves, point, weight, inputs)
         return {**factors, "magnitude": magnitude}, rest
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,10 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685. The scale
 alpha / sqrt(r) is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor", arXiv:2312.03732. The
-initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948.
+initialisation from principal components is Meng et al. 2024, "PiSSA", arXiv:2404.02948, the
+orthonormal one Büyükakyüz 2024, "OLoRA", arXiv:2406.01775; that of a quantised weight Li et al.
+2023, "LoftQ", arXiv:2310.08659; that from activations Paischer et al. 2024, "EVA",
+arXiv:2410.07170.
 """
 
 import functools
@@ -18,9 +21,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.leaf import LeafMethod, Shapes
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
+from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import Factor
@@ -31,8 +36,12 @@ INITS = {
     "gaussian": lambda fan_in, rank: arrays.normal(1.0 / math.sqrt(fan_in)),
     "uniform": lambda fan_in, rank: arrays.uniform(1.0 / math.sqrt(fan_in)),
     "gaussian_rank": lambda fan_in, rank: arrays.normal(1.0 / rank),
-    "pissa": lambda fan_in, rank: arrays.zeros,  # `LoRA.start` computes it from the weight
+    # `LoRA.start` computes these from the weight or its inputs, or `LoRA.quantized` does.
+    **dict.fromkeys(("pissa", "olora", "loftq", "loftq_5", "eva"), lambda *_: arrays.zeros),
 }
+_ROUNDS = {"loftq": 1, "loftq_5": 5}  # PEFT's default, and the number in the paper
+# Starts whose base is another one than the original.
+CHANGING = ("pissa", "olora", *_ROUNDS)
 
 
 def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
@@ -73,7 +82,13 @@ class LoRA(LeafMethod):
         a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
             1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
             "gaussian"); "pissa" sets A and B to the weight's r principal components and
-            subtracts them from the frozen weight: the output starts as the base's, up to rounding.
+            subtracts them from the frozen weight: the output starts as the base's, up to rounding;
+            "olora" does so with the first r columns and rows of the weight's QR decomposition, so
+            that B has orthonormal rows. "loftq" is for a model that is quantised once it is
+            adapted: `aj.quantize` sets A and B to the principal components of what it rounds away,
+            W - Q(W), in one round; "loftq_5" in five, each of which quantises W - scale A B. Until
+            then both are zero, and do not train. "eva" sets A to the r directions along which the
+            weight's inputs vary most, which `aj.calibrate` finds.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
         alpha_pattern: likewise other alphas, matched independently of the ranks.
@@ -116,13 +131,24 @@ class LoRA(LeafMethod):
         if self.slices and self.from_weight:
             raise UserError(
                 f"{type(self).__name__}: slices={shown(self.slices)}, unsupported with "
-                "a_init='pissa' and with DoRA; write slices=(), which changes the whole weight"
+                f"a_init={' or '.join(map(repr, CHANGING))} and with DoRA; write slices=(), which "
+                "changes the whole weight"
             )
 
     @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
-        """PiSSA subtracts its initial factors from the weight."""
-        return "changes" if self.a_init == "pissa" else ""
+        """PiSSA and OLoRA subtract their initial factors from the weight, LoftQ quantises it."""
+        return "changes" if self.a_init in CHANGING else ""
+
+    @property
+    def from_inputs(self) -> bool:
+        """EVA's A has the principal directions of the inputs."""
+        return self.a_init == "eva"
+
+    @property
+    def other_starts(self) -> str:
+        """The starts that leave the weight as it is."""
+        return " or ".join(f"a_init={name!r}" for name in INITS if name not in CHANGING)
 
     def rank_at(self, path: str) -> int:
         """The rank at one target."""
@@ -158,7 +184,7 @@ class LoRA(LeafMethod):
         # One factor at zero makes the start exact, the other one at random gives it a gradient. In
         # a lookup A is the table, which PEFT leaves at zero.
         a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
-        b = arrays.normal(1.0) if axes.lookup else arrays.zeros
+        b = arrays.normal(1.0) if axes.lookup and self.a_init not in _ROUNDS else arrays.zeros
         return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
 
     def _sliced(self, point: AttachmentPoint) -> int:
@@ -172,19 +198,64 @@ class LoRA(LeafMethod):
         return sum(stop - start for start, stop in self.slices)
 
     def start(
-        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        inputs: Inputs | None = None,
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
-        if self.a_init != "pissa":
+        if inputs is not None:
+            a = inputs.first(self.rank_at(point.path), point.path)
+            return {**leaves, "a": a.reshape(leaves["a"].shape)}, weight
+        if self.a_init not in ("pissa", "olora"):
             return dict(leaves), weight
         axes, rank, scale = point.axes, self.rank_at(point.path), self.scale_at(point.path)
         # jax has no SVD in half precision, and W - scale A B would lose its last bits in it.
-        a, b, _ = arrays.nearest_factors(axes.as_matrix(weight.astype(jnp.float32)), rank, scale)
+        matrix = axes.as_matrix(weight.astype(jnp.float32))
+        if self.a_init == "pissa":
+            a, b, _ = arrays.nearest_factors(matrix, rank, scale)
+        else:
+            # Of the weight with its outputs first, as in the authors' code, and without the scale.
+            q, r = jnp.linalg.qr(matrix.mT)
+            a, b = r[..., :rank, :].mT, q[..., :rank].mT
         # By default a TPU multiplies float32 in bfloat16, whose error the weight would keep.
         product = scale * jnp.matmul(a, b, precision="highest")
         rest = weight.astype(jnp.float32) - axes.from_matrix(product, weight.shape)
         factors = {"a": a.reshape(leaves["a"].shape), "b": b.reshape(leaves["b"].shape)}
         return {**leaves, **factors}, rest.astype(weight.dtype)
+
+    def quantized(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Float[Array, "..."],
+        quantize: Callable[[Float[Array, "..."]], Any] | None,
+    ) -> tuple[dict[str, Array], Any]:
+        """LoftQ's leaves and quantised weight; leaves that were trained stay as they are."""
+        if self.a_init not in _ROUNDS:
+            return super().quantized(leaves, point, weight, quantize)
+        if quantize is None:
+            raise RecipeError(
+                f"{type(self).__name__} at {point.path!r} has a_init={self.a_init!r}, and its "
+                "weight is not among those that are quantised; add it to the targets of "
+                f"aj.quantize, or write {self.other_starts}"
+            )
+        if is_abstract(weight):
+            return dict(leaves), quantize(weight)
+        axes, rank, scale = point.axes, self.rank_at(point.path), self.scale_at(point.path)
+        whole = axes.as_matrix(weight.astype(jnp.float32))
+        product = jnp.zeros_like(whole)
+        for _ in range(_ROUNDS[self.a_init]):
+            stored = quantize(axes.from_matrix(whole - product, weight.shape))
+            error = whole - axes.as_matrix(stored.unbox().astype(jnp.float32))
+            a, b, _ = arrays.nearest_factors(error, rank, scale)
+            product = scale * jnp.matmul(a, b, precision="highest")
+        # New leaves are zeros, and have stayed so. Those of a file are loaded onto the float base,
+        # and the same rounds then give the base that they were trained on.
+        new = ~(jnp.any(leaves["a"]) | jnp.any(leaves["b"]))
+        made = {name: x.reshape(leaves[name].shape) for name, x in (("a", a), ("b", b))}
+        return {**leaves, **{n: jnp.where(new, x, leaves[n]) for n, x in made.items()}}, stored
 
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B, which has slices of outputs."""
@@ -237,8 +308,8 @@ class LoRA(LeafMethod):
         """A and scale * B; raises RecipeError where the change is not their product alone."""
         if self.slices or self.from_weight:
             raise RecipeError(
-                f"combine: {type(self).__name__} at {path!r} has slices or a_init='pissa', which "
-                "combine does not support"
+                f"combine: {type(self).__name__} at {path!r} has slices or a_init={self.a_init!r}, "
+                "which combine does not support"
             )
         a, b = (jnp.asarray(leaves[name], jnp.float32) for name in ("a", "b"))
         return a, self.scale_at(path) * b

@@ -1,7 +1,7 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
 import functools
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint, started
+from adapters_jax.methods.calibration import Calibration, inputs_for
 from adapters_jax.nnx.classes import refresh_all, without_adapters
 from adapters_jax.nnx.containers import AddedDict, as_module
 from adapters_jax.nnx.graph import (
@@ -97,13 +98,14 @@ def _drawn(stream: nnx.RngStream) -> Array:
     return key
 
 
-def grow(module: Any, placed: Placement, rngs: nnx.Rngs) -> None:
+def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> None:
     """Adds the leaves of a method to a module, which then needs a `refresh` of its class.
 
     Args:
         module: the module.
         placed: the method, and where it is attached.
         rngs: seeds the leaves and their dropout.
+        inputs: what a calibration has of the weight's inputs.
     """
     method = placed.method
     children = nnx.Dict(children_of(placed, rngs))
@@ -120,10 +122,10 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs) -> None:
         if not beside and not top:
             setattr(module, method.slot, nnx.Dict())
         setattr(getattr(module, method.slot), placed.node, children)
-    if method.from_weight:
+    if method.from_weight or inputs is not None:
         weight = vars(module)[placed.weight]
         value = weight.get_raw_value()
-        leaves, rest = started(method, leaves_of(module, placed), placed.point(), value)
+        leaves, rest = started(method, leaves_of(module, placed), placed.point(), value, inputs)
         if not is_quantized(value):
             weight[...] = rest
         for name, leaf in leaves.items():
@@ -173,6 +175,7 @@ def adapt(
     recipe: Recipe,
     rngs: nnx.Rngs,
     example_inputs: Any = None,
+    calibration: Calibration | None = None,
 ) -> nnx.Module:
     """Gives an NNX model adapters; `adapters_jax.adapt` calls it, and takes a method as well.
 
@@ -183,6 +186,7 @@ def adapt(
         example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, of which only shapes
             and dtypes matter: a tuple, or `aj.inputs(x, mask=m)`. None does where each target is a
             layer of flax.
+        calibration: what `aj.calibrate` saw, for methods that start from activations.
 
     Returns:
         A model with adapters, float32, that shares the base's arrays; abstract where `model` is.
@@ -193,7 +197,8 @@ def adapt(
         RecipeError: methods on one module exclude each other, or the base has a name of theirs; or
             the model reads its parameters as state, and would read an adapter of an output so; or
             an entry is frozen, which only `load_adapter` can attach.
-        UserError: `rngs` lacks a stream, or the model takes other arguments than the inputs.
+        UserError: `rngs` lacks a stream, the model takes other arguments than the inputs, or the
+            calibration is missing or of another model.
         TypeError: `rngs` is no `nnx.Rngs`.
 
     Warns:
@@ -214,7 +219,11 @@ def adapt(
         return nnx.eval_shape(
             lambda model, rngs: _adapted(model, recipe, rngs, inputs), model, copy(rngs)
         )
-    return _adapted(model, recipe, rngs, inputs)
+
+    def seen(placements: Sequence[Placement]) -> dict[str, Any]:
+        return inputs_for("adapt", placements, calibration)
+
+    return _adapted(model, recipe, rngs, inputs, seen)
 
 
 def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
@@ -233,9 +242,13 @@ def _check_streams(recipe: Recipe, rngs: nnx.Rngs) -> None:
 
 
 def _adapted(
-    model: nnx.Module, recipe: Recipe, rngs: nnx.Rngs, inputs: Inputs | None
+    model: nnx.Module,
+    recipe: Recipe,
+    rngs: nnx.Rngs,
+    inputs: Inputs | None,
+    seen: Callable[[Sequence[Placement]], Mapping[str, Any]] = lambda _: {},
 ) -> nnx.Module:
-    """An adapted copy of the model, after all checks."""
+    """An adapted copy of the model, after all checks; `seen` has the inputs of its weights."""
     base = not hasattr(model, "adapter_recipe")
     adapted, bare = copy(model), model if base else copy(model)
     if not base:
@@ -248,7 +261,7 @@ def _adapted(
     check_reached(attached, found.reached)
     check_nested(attached)
     check_shared(attached)
-    adapted = _grown(adapted, recipe, attached, rngs)
+    adapted = _grown(adapted, recipe, attached, rngs, seen(attached))
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, found.stated)
     return adapted
@@ -272,7 +285,11 @@ def adapt_at(model: nnx.Module, recipe: Recipe, placements: Sequence[Placement])
 
 
 def _grown(
-    adapted: Any, recipe: Recipe, placements: Sequence[Placement], rngs: nnx.Rngs
+    adapted: Any,
+    recipe: Recipe,
+    placements: Sequence[Placement],
+    rngs: nnx.Rngs,
+    seen: Mapping[str, Any] | None = None,
 ) -> nnx.Module:
     """A model with the adapters of a recipe at their placements, which are added in place."""
     whole = getattr(adapted, "adapter_recipe", Recipe()) + recipe
@@ -284,7 +301,7 @@ def _grown(
         module = module_at(adapted, each.module, each.path)
         there = [other.method for other in holds(module) if other.weight == each.weight]
         whole.check([*there, each.method], each.path)
-        grow(module, each, rngs)
+        grow(module, each, rngs, (seen or {}).get(each.weight_path))
     for path, owner in recipe.owners(frozen).items():
         if type(frozen[path]) not in ADAPTERS:
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf

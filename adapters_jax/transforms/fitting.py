@@ -144,9 +144,8 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
 
 def _changed_base(method: Method, path: str) -> RecipeError:
     return RecipeError(
-        f"Bank: {type(method).__name__} at {path} has a_init='pissa', which changes the base's "
-        "weight, so that no other adapter fits that base; convert it to plain LoRA: adapters-jax "
-        "convert --to peft"
+        f"Bank: {type(method).__name__} at {path} starts by changing the base's weight, so that no "
+        f"other adapter fits that base; train it with {method.other_starts or 'another start'}"
     )
 
 

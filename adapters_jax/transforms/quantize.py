@@ -18,6 +18,7 @@ from adapters_jax.errors import UserError, check_choice, check_size, compare_tre
 from adapters_jax.linen import Adapted, reads_of, seen, shapes_of
 from adapters_jax.nnx import (
     ADAPTERS,
+    adapted_points,
     copy,
     float_again,
     modules_of,
@@ -27,6 +28,7 @@ from adapters_jax.nnx import (
     weights_of,
 )
 from adapters_jax.nnx.graph import frozen_leaves, original
+from adapters_jax.placement import Placement
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, join, require_match, selects
 from adapters_jax.trace.inputs import Inputs, explained
@@ -248,7 +250,9 @@ def _linen(model: nn.Module, params: Tree, args: Any, kwargs: Any, plan: _Plan) 
     others |= {path: "it is trained" for path in shapes if recipe.keeps(path)}
     flat = flatten(params)
     chosen = plan.chosen(weights, others, lambda path: unboxed(flat[path]))
-    made = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
+    made: dict[str, Any] = {path: plan.apply(axes, flat[path]) for path, axes in chosen.items()}
+    placed = model.placements_in(params) if isinstance(model, Adapted) else ()
+    made |= _started(placed, flat, plan, chosen)
     small = unflatten(flat | made, params)
     for base in (flat, flatten(small)):  # an adapter fits the floats as well
         remember({path: x for path, x in base.items() if not recipe.keeps(path)})
@@ -266,11 +270,41 @@ def _nnx(model: nnx.Module, plan: _Plan, inputs: Inputs | None) -> nnx.Module:
     chosen = plan.chosen(weights, others, lambda path: params[path].get_raw_value())
     if inputs is None:
         _warn_of_unknown(model, plan.targets, weights, trained)
-    values = {path: plan.apply(x, params[path].get_raw_value()) for path, x in chosen.items()}
+    raw = {path: variable.get_raw_value() for path, variable in params.items()}
+    values = {path: plan.apply(axes, raw[path]) for path, axes in chosen.items()}
+    values |= _started([each for _, each, _ in adapted_points(small)], raw, plan, chosen)
+    for path in values.keys() - chosen.keys():  # of adapters
+        params[path].set_raw_value(values.pop(path))
     quantized_in_place(small, values)
     for base in (model, small):  # an adapter fits the floats as well
         remember(frozen_leaves(base))
     return small
+
+
+def _started(
+    placed: Iterable[Placement], flat: Mapping[str, Any], plan: _Plan, chosen: Mapping[str, Axes]
+) -> dict[str, Any]:
+    """The leaves and quantised weights, by path, of starts that see both weights.
+
+    Args:
+        placed: where the model's adapters are.
+        flat: all leaves of the model by path, the weights in floats.
+        plan: how weights are quantised.
+        chosen: the roles of the axes of the weights to quantise.
+    """
+    made: dict[str, Any] = {}
+    for each in [each for each in placed if each.method.from_weight == "changes"]:
+        path, weight = each.weight_path, unboxed(flat[each.weight_path])
+
+        def quantize(floats: Any, path: str = path, dtype: Any = weight.dtype) -> Quantized:
+            return plan.apply(chosen[path], nn.meta.replace_boxed(flat[path], floats)).astype(dtype)
+
+        how = quantize if path in chosen else None
+        leaves = {name: unboxed(leaf) for name, leaf in each.leaves(flat).items()}
+        leaves, stored = each.method.quantized(leaves, each.point(), weight, how)
+        made |= {each.paths()[name]: leaf for name, leaf in leaves.items()}
+        made |= {path: stored} if path in chosen else {}
+    return made
 
 
 def _warn_of_unknown(

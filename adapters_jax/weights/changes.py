@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
+from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import View, cut_scales, rows_of, split_scales
 from adapters_jax.weights.quantized import is_quantized, once
 
@@ -127,7 +128,7 @@ class Scale:
         return weight * beside(self.by, range(weight.ndim), weight.dtype)
 
 
-Change = LowRank | Scale
+Change = LowRank | Scale | Observed
 
 
 _EVALUATION = contextvars.ContextVar("evaluation", default=False)

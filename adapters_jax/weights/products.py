@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from adapters_jax.weights.changes import Changed, LowRank, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
+from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import Packed
 from adapters_jax.weights.quantized import is_quantized, once
 
@@ -77,6 +78,9 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
     if not changed.changes:
         return _unchanged(changed, x, rest, meeting)
     last = changed.changes[-1]
+    if isinstance(last, Observed):
+        y = _product(replace(changed, changes=changed.changes[:-1]), x, rest, meeting)
+        return y + last.noted(x, meeting.seen, meeting.inner, meeting.batch).astype(y.dtype)
     if isinstance(last, Scale):
         inside, axes = replace(changed, changes=changed.changes[:-1]), last.by.axes
         if axes and {*axes} <= {*meeting.inner, *meeting.batch}:

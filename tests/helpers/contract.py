@@ -63,6 +63,12 @@ CASES = {
         2 * R * 2 * D,
         away=1e-5,
     ),
+    "olora": Case(
+        "attention",
+        aj.Recipe(aj.LoRA("**/attention/{query,out}", R, 6.0, a_init="olora")),
+        2 * R * 2 * D,
+        away=1e-5,
+    ),
     "lora_slices": Case(
         "mlp",
         aj.Recipe(aj.LoRA("**/mlp/up", R, 6.0, slices=((1, 4), (8, 16)))),

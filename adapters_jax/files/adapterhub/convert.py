@@ -22,6 +22,7 @@ from adapters_jax.files.layouts import Array, our_factors, rounded, their_factor
 from adapters_jax.files.module_map import Added, Leaves, shortest
 from adapters_jax.methods import IA3, Bottleneck, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.lora import CHANGING
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
 
@@ -333,9 +334,9 @@ def _their_loras(
             if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
                 problems.append(f"{reference.path}: its factors do not fit its weight")
                 continue
-            if lora.a_init == "pissa":
+            if lora.a_init in CHANGING:
                 problems.append(
-                    f"{reference.path}: a_init='pissa' changed the base's weights, but "
+                    f"{reference.path}: a_init={lora.a_init!r} changed the base's weights, but "
                     "AdapterHub adapts the original base"
                 )
             alpha = rounded(lora.scale_at(reference.path) * len(a))

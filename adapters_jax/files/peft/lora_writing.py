@@ -28,6 +28,7 @@ from adapters_jax.files.peft.parameters import (
     nested,
     their_pair,
 )
+from adapters_jax.methods.lora import CHANGING
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
@@ -46,10 +47,11 @@ def write(
         problems.append(
             "PEFT has one dropout and one rank_stabilized for all modules; these differ"
         )
-    if any(m.a_init == "pissa" for m in methods):
-        problems.append(
-            "a_init='pissa' changed the base's weights, but PEFT adapts the original base"
-        )
+    problems += [
+        f"a_init={start!r} changed the base's weights, but PEFT adapts the original base"
+        for start in CHANGING
+        if any(m.a_init == start for m in methods)
+    ]
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
     if module_map.table and module_map.table.stacks:

@@ -118,8 +118,8 @@ class MethodOptions:
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         rank: r of LoRA; 8 by default.
         alpha: LoRA scales by alpha / r; the rank by default.
-        a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa, which
-            takes A and B from the principal components of the weight.
+        a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
+            which take A and B out of the weight.
         rank_stabilized: LoRA scales by alpha / sqrt(r) instead of alpha / r.
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
@@ -206,7 +206,7 @@ class MethodOptions:
         fields = given(self)
         fields.pop("method", None)
         if self.recipe is not None:
-            return self._from_file(self.recipe, head)
+            return _startable(self._from_file(self.recipe, head))
         preset = PRESETS[self.method]
         foreign = [flag(name) for name in fields if name not in preset.flags]
         if foreign:
@@ -218,7 +218,7 @@ class MethodOptions:
             fields["dropout"] = fields.pop("adapter_dropout")
         if self.method in ("last-layers", "llama-adapter", "prefix-tuning"):
             fields |= {"num_layers": num_layers, "layer": layer}
-        return preset.make(**fields, head=head)
+        return _startable(preset.make(**fields, head=head))
 
     def _from_file(self, path: Path, head: str | None) -> Recipe:
         """Reads the recipe of a file, and adds the head, which would stay random untrained."""
@@ -247,3 +247,14 @@ class MethodOptions:
         except UserError as error:
             raise UserError(f"--recipe {path}: {error}") from error
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
+
+
+def _startable(recipe: Recipe) -> Recipe:
+    """The recipe; raises UserError for a start that no command makes, and that would not train."""
+    for start in (getattr(method, "a_init", "") for method in recipe.attached):
+        if start == "eva" or start.startswith("loftq"):
+            raise UserError(
+                f"a_init={start!r} needs aj.calibrate, or aj.quantize of an adapted model, which "
+                "commands do not call; write gaussian, uniform, gaussian_rank, pissa or olora"
+            )
+    return recipe
