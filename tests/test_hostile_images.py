@@ -185,13 +185,13 @@ def test_damage_is_an_error_that_names_the_file(kind):
 @pytest.mark.parametrize(
     "error", [RuntimeError, NotImplementedError, MemoryError, struct.error, AssertionError]
 )
-@pytest.mark.parametrize("place", [(ImageFile.ImageFile, "load"), (ImageOps, "exif_transpose")])
-def test_errors_of_any_class_are_ours(monkeypatch, error, place):
+@pytest.mark.parametrize("where", [(ImageFile.ImageFile, "load"), (ImageOps, "exif_transpose")])
+def test_errors_of_any_class_are_ours(monkeypatch, error, where):
     def fail(*_, **__):
         raise error
 
     name = write("a.png", saved("PNG"))
-    monkeypatch.setattr(*place, fail)
+    monkeypatch.setattr(*where, fail)
     with raises(DataError, "a.png", error.__name__):
         read_image(name)
 

@@ -18,6 +18,7 @@ arrow = pytest.importorskip("pyarrow", "18")  # older ones do not write views
 parquet = pytest.importorskip("pyarrow.parquet")
 pytestmark = pytest.mark.hostile
 LONG = "a" * 2_000_000
+IN_FULL = {"dictionary_pagesize_limit": 2**30, "store_schema": False}  # as texts for the reader
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +61,9 @@ def unread(monkeypatch):
 
 
 REPEATED = {  # known as soon as the dictionary's texts are, which are not repeated
-    "a dictionary": lambda: save(
-        "a.parquet", coded([0] * 2000, [LONG]), dictionary_pagesize_limit=2**30
-    ),
+    "a dictionary": lambda: save("a.parquet", coded([0] * 100, [LONG]), **IN_FULL),
     "a list of a dictionary": lambda: save(
-        "a.parquet", one_list(coded([0] * 2000, [LONG])), dictionary_pagesize_limit=2**30
+        "a.parquet", one_list(coded([0] * 100, [LONG])), **IN_FULL
     ),
     "texts that begin as the last one": lambda: save(
         "a.parquet",
