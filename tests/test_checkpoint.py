@@ -24,7 +24,7 @@ import adapters_jax as aj
 from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files.checksums import CHECKSUMS, write_checksums
 from adapters_jax.files.identity import tree_sha256
-from adapters_jax.recipe import checked_before
+from adapters_jax.placement.patterns import checked_before
 from adapters_jax.trees import flatten
 
 RECIPE = aj.Recipe(aj.LoRA("dense", 2), aj.Unfreeze("dense/bias"))

@@ -15,7 +15,7 @@ from helpers.errors import raises
 from test_old_files import CASES, RECIPES, TOKENS, filled, linen_base, nnx_base
 
 import adapters_jax as aj
-from adapters_jax.linen import adapted, points
+from adapters_jax.linen import adapted, points, starting
 from adapters_jax.nnx import points as nnx_points
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, in_tree
@@ -51,6 +51,7 @@ def no_runs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapted, "points_of", refuse)
+        patch.setattr(starting, "points_of", refuse)
         patch.setattr(nnx_points, "_traced", refuse)
         patch.setattr(nnx_points, "known_reads", refuse)
         yield

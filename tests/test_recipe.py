@@ -13,7 +13,7 @@ from adapters_jax import Bottleneck, LoRA, Recipe, Unfreeze
 from adapters_jax.methods import METHODS
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.lora import INITS
-from adapters_jax.recipe import require_points
+from adapters_jax.placement.patterns import require_points
 from adapters_jax.targets import join
 
 PRESETS = {

@@ -13,8 +13,8 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.placement.patterns import checked_before, require_points
 from adapters_jax.presets import LAYER_NORMS, OUTPUTS
-from adapters_jax.recipe import checked_before, require_points
 from adapters_jax.trees import flatten
 
 D, R = 4, 2

@@ -42,12 +42,13 @@ from adapters_jax.files.untrusted import TensorFile
 from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
 from adapters_jax.linen import adapt as adapt_linen
-from adapters_jax.linen.adapted import grown
+from adapters_jax.linen.starting import grown
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.nnx import adapt as adapt_nnx
 from adapters_jax.nnx.adapted import adapt_at, placements_of
 from adapters_jax.placement import Placements, in_tree, taken
-from adapters_jax.recipe import Recipe, checked_before
+from adapters_jax.placement.patterns import checked_before
+from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import MISFITS, Inputs
 from adapters_jax.training.state import checked_collections
 from adapters_jax.transforms.stacking import Names, Stack, stack_layers, stack_of, unstack_layers

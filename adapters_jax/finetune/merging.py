@@ -29,8 +29,8 @@ from adapters_jax.finetune.pretrained.locate import find_family, locate, read_co
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.finetune.tensors import to_tensors
+from adapters_jax.placement.patterns import checked_before
 from adapters_jax.presets import HEAD
-from adapters_jax.recipe import checked_before
 from adapters_jax.transforms.merge import merge
 from adapters_jax.transforms.quantize import dequantize
 from adapters_jax.trees import flatten

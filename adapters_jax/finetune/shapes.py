@@ -21,8 +21,8 @@ from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.pretrained.assets import ASSETS
 from adapters_jax.finetune.pretrained.locate import pinned_shape, read_config
 from adapters_jax.linen import init_adapters
+from adapters_jax.placement.patterns import require_points
 from adapters_jax.presets import HEAD
-from adapters_jax.recipe import require_points
 from adapters_jax.transforms.quantize import quantize as quantized
 from adapters_jax.trees import flatten
 

@@ -1,15 +1,17 @@
 """The linen API: adapters inside modules that nobody edits.
 
-- `adapted`: `adapt` wraps a module; `init_adapters` adds the adapters' leaves to its parameters.
+- `adapted`: `adapt` wraps a module.
+- `starting`: `init_adapters` adds the adapters' leaves to its parameters.
 - `interceptor`: runs the adapters inside a running model.
 - `weights`: how a model reads its weights, and its parameters with the changed ones.
 - `modules`: adapters as modules, to write into a model by hand.
 """
 
-from adapters_jax.linen.adapted import Adapted, adapt, init_adapters, points
+from adapters_jax.linen.adapted import Adapted, adapt
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.linen.modules import Bottleneck, LoRADense
 from adapters_jax.linen.points import seen, shapes_of
+from adapters_jax.linen.starting import init_adapters, points
 from adapters_jax.linen.weights import reads_of, run_abstractly
 
 __all__ = [

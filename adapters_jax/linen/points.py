@@ -88,6 +88,17 @@ def points_of(
     return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
 
 
+def with_shared(params: Tree, placements: Placements) -> Tree:
+    """Parameters with one of the copies that flax made of each shared array, in its own place."""
+    flat = flatten(params)
+    for each in placements:
+        for name in each.method.shared_leaves:
+            copy = flat.pop(join(each.prefix, name), None)
+            if copy is not None:
+                flat.setdefault(each.paths()[name], copy[(0,) * len(each.layers)])
+    return unflatten(flat, params)
+
+
 def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
     """A placement with the layer axes that flax's transforms gave to its arrays."""
     name = each.method.own_leaves[0]

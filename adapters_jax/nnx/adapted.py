@@ -42,7 +42,8 @@ from adapters_jax.placement import (
     check_targets,
     taken,
 )
-from adapters_jax.recipe import Recipe, check_loaded
+from adapters_jax.placement.patterns import check_loaded
+from adapters_jax.recipe import Recipe
 from adapters_jax.trace.inputs import Inputs, is_abstract
 from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized

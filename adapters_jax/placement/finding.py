@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from adapters_jax.errors import RecipeError, TargetError
 from adapters_jax.methods import Method
 from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.placement.patterns import require_points
 from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
 from adapters_jax.placement.visits import Visit, why_not
-from adapters_jax.recipe import Recipe, require_points
+from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, join, matches, selects
 from adapters_jax.trace.reads import Tracked
 from adapters_jax.weights.axes import from_reads

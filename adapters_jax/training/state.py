@@ -30,7 +30,8 @@ from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Known, Placements, counted, left_over, without_adapter
-from adapters_jax.recipe import Recipe, checked_before, require_points
+from adapters_jax.placement.patterns import checked_before, require_points
+from adapters_jax.recipe import Recipe
 from adapters_jax.texts import bytes_text
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.training.optimizers import check_optimizer

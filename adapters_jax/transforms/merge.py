@@ -16,7 +16,7 @@ from adapters_jax.methods.base import Leaves, merged_stacked
 from adapters_jax.nnx import adapted_points, copy, detach, own_params, params_of, recipe_of
 from adapters_jax.nnx.graph import frozen_leaves
 from adapters_jax.placement import Placement, counted, own_leaves
-from adapters_jax.recipe import checked_before
+from adapters_jax.placement.patterns import checked_before
 from adapters_jax.trace.inputs import Inputs
 from adapters_jax.training.state import refuse_state
 from adapters_jax.trees import (

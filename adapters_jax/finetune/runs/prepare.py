@@ -31,7 +31,7 @@ from adapters_jax.finetune.runs.config import (
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
 from adapters_jax.finetune.tasks.base import Setup
-from adapters_jax.recipe import checked_before
+from adapters_jax.placement.patterns import checked_before
 
 _LOG = logging.getLogger(__name__)
 
