@@ -23,6 +23,11 @@ EXPLAINED = "docs/errors.md of adapters_jax explains {kind}"
 _MOST_MESSAGE = 10_000  # characters
 _LIBRARIES = ("adapters_jax", "jax", "flax")  # between the user's code and a warning
 
+# What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
+OF_DAMAGE = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
+
 
 class UserError(ValueError):
     """An error that the caller can correct; the message says how.

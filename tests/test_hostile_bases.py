@@ -28,7 +28,8 @@ from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
-from adapters_jax.finetune.pretrained.locate import read_tokenizer, sha256_of
+from adapters_jax.finetune.pretrained.locate import read_tokenizer
+from adapters_jax.finetune.pretrained.record import sha256_of
 
 pytestmark = pytest.mark.hostile
 

@@ -252,9 +252,9 @@ def test_every_other_use_of_a_run_compares(place, capsys):
 @pytest.mark.parametrize(("base", "reader"), [("tiny", EncoderBase), ("llama", DecoderBase)])
 def test_a_server_takes_a_run_of_another_base_where_its_operator_says_so(place, base, reader):
     edited(place / base / "config.json", hidden_act="relu")
-    command = command_of(f"adapters-jax serve {base} done-{base} --adapters 1")
+    command = command_of(f"adapters-jax serve {base} done-{base} --adapters 1 --port 0")
     with raises(RunError, f"done-{base}", "hidden_act", "--any-base"):
-        command.prepare(Console(json=False))
+        command.prepare(Console(json=False))()
     served = reader(base)
     with raises(RunError, "hidden_act", "--any-base"):
         served.read(Path(f"done-{base}"))

@@ -242,6 +242,9 @@ def test_public_docstrings_name_every_argument_and_have_an_example(package):
         text = inspect.getdoc(thing) or ""
         described = docstring_parser.google.parse(text).params  # of Args and of Attributes
         names = {x.lstrip("*") for each in described for x in each.arg_name.split(", ")}
+        # `Method` describes those that all methods have.
+        method = isinstance(thing, type) and issubclass(thing, aj.Method) and thing is not aj.Method
+        names |= {"name", "train"} if method else set()
         lacking += [f"{name}: {each}" for each in arguments(thing) if each not in names]
         lacking += [] if ">>> " in text else [f"{name}: an example"]
     assert not lacking

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from adapters_jax.errors import AdapterFileError, UserError, shortened, shown
-from adapters_jax.files.untrusted import OF_DAMAGE, Untrusted, name_problem, not_finite, opened
+from adapters_jax.errors import OF_DAMAGE, AdapterFileError, UserError, shortened, shown
+from adapters_jax.files.untrusted import Untrusted, name_problem, not_finite, opened
 
 MOST = 2**21  # bytes of a pickle, and of an archive's table; a tensor takes about 150 and 60
 MOST_INSTRUCTIONS = 300_000  # read within a second; a tensor takes about 30

@@ -58,10 +58,6 @@ _BY_STEPS = os.open in os.supports_dir_fd  # not on Windows
 _SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, jnp.dtype(jnp.bfloat16): 0x7F80}
 _CHUNK = 2**16  # numbers checked at a time, so that the check needs little memory
-# What code raises that reads a file of another form; RecursionError is of JSON of many brackets.
-OF_DAMAGE = (
-    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
-)
 _SNAPSHOT = re.compile(r"(.*)/(models--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _BLOB = r"{}/({}/)?blobs/([0-9a-f]{{2}}/)?[0-9a-f]{{40}}([0-9a-f]{{24}})?"
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors
+from adapters_jax.errors import OF_DAMAGE, AdapterFileError, FileSystemError, UserError, file_errors
 from adapters_jax.files import hub
 from adapters_jax.files.adapter import FILES
 from adapters_jax.files.atomic import new_directory, write_file
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.manifest import CONFIG
-from adapters_jax.files.untrusted import OF_DAMAGE, read_json
+from adapters_jax.files.untrusted import read_json
 
 FORMAT = 1
 _NEEDED: dict[str, Any] = {

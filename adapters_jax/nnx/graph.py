@@ -137,9 +137,18 @@ class AdapterParam(nnx.LoRAParam):
 
 
 class FrozenAdapterParam(nnx.Param):
-    """A leaf of an adapter that does not train, since its recipe's entry has `train=False`.
+    """A leaf of an adapter that does not train: of a frozen entry, or by its method.
 
     Args: as in `nnx.Param`.
+
+    Example:
+        >>> import adapters_jax as aj, tempfile
+        >>> base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        >>> adapted = aj.adapt(base, aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = aj.load_adapter(aj.save_adapter(f"{folder}/a", adapted), base, train=False)
+        >>> type(model.lora.a).__name__
+        'FrozenAdapterParam'
     """
 
 

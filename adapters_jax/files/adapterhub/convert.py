@@ -321,7 +321,7 @@ def _their_loras(
             if reference is None or each is None:
                 continue
             lora = each.method
-            if lora.name == "ia3":
+            if lora.kind == "ia3":
                 scale = each.leaves(flat)["scale"]
                 if lora.scales_input(reference.path) or scale.shape != (reference.width,):
                     problems.append(f"{reference.path}: AdapterHub's (IA)^3 scales outputs alone")

@@ -11,8 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import first_few, needed
-from adapters_jax.files.untrusted import OF_DAMAGE
+from adapters_jax.errors import OF_DAMAGE, first_few, needed
 from adapters_jax.finetune.data.files import MOST_ROW, DataError, Found, Record, check_columns
 from adapters_jax.finetune.data.unfolding import (
     DELTA,

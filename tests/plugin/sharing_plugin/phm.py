@@ -20,6 +20,7 @@ class Phm(aj.Method):
 
     kind, slot, leaf_names = "phm", "phm", ("s", "t", "up_s", "up_t", "rule")
     shared_leaves = ("rule",)
+    paper = "2106.04647"
 
     width: int = settings.size(4)
     n: int = settings.size(2)
