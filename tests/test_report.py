@@ -371,13 +371,14 @@ def test_the_loss_is_smoothed_over_its_neighbours():
 
 
 def test_every_method_and_preset_has_the_paper_that_it_names():
-    for method in METHODS.values():
+    own = [m for m in METHODS.values() if m.__module__.startswith("adapters_jax.")]  # no plugins
+    for method in own:
         about = sys.modules[method.__module__].__doc__
         assert method.paper in about and bool(method.paper) == ("arXiv:" in about), method
     for name, preset in PRESETS.items():
         function = getattr(presets, name.replace("-", "_"), preset.make)
         assert preset.paper in (function.__doc__ or ""), name
-    used = {method.paper for method in METHODS.values()} | {x.paper for x in PRESETS.values()}
+    used = {method.paper for method in own} | {x.paper for x in PRESETS.values()}
     assert used - {""} == PAPERS.keys()
 
 
