@@ -36,6 +36,7 @@ myst_heading_anchors = 3
 napoleon_use_ivar = True
 napoleon_custom_sections = [
     ("Required of the others", "params_style"),
+    ("Required beside what `Method` requires", "params_style"),
     ("Optional", "params_style"),
 ]
 autodoc_typehints = "none"

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 TALKS = [
     said(" Hi ", "\nYes. ", "Why?", "So  \n", system="Be\n\nbrief."),
-    said("Caf\u00e9 \U0001f600", "\U0001f600 na\u00efve", "x", "</s>"),
+    said("Caf\u00e9 \U0001f600", "\U0001f600 na\u00efve", "x", "</s"),  # "</s>" would be text here
     said("1", "2", "3", "4", "5", "6"),
 ]
 

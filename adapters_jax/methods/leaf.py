@@ -24,11 +24,11 @@ class LeafMethod(Method):
     among `point.axes.shared`. Merging is the same change once and for all, so that the merged model
     computes what the adapted one computes.
 
-    Required beside `Method`'s kind, slot, leaf_names, leaves and count:
+    Required beside what `Method` requires:
         changes(leaves, point, weight, key): the changes of the module's leaves, each a tuple of
             `LowRank` and `Scale`.
 
-    Optional beside `Method`'s:
+    Optional:
         weight_axes(axes, path): which axes of the weight its arrays have. By these they are split
             over devices like the weight, and found in trees whose model is not there.
         infer, roles: how they are found, where that takes more than `weight_axes`.
