@@ -347,11 +347,10 @@ def _beside(adapters: list[Counted]) -> list[AuditEntry]:
             if placed.counts(name):
                 continue
             size, formula = math.prod(shape), "*".join(map(str, shape)) or "1"
-            trained = method.train and name not in method.frozen_leaves
             found[paths[name]] = AuditEntry(
                 *(paths[name], type(method).__name__, ((name, shape),), formula, size, size),
                 name=method.name,
-                trained=trained,
+                trained=method.trains(name),
             )
     return list(found.values())
 

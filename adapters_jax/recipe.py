@@ -257,7 +257,7 @@ class Recipe:
         owner = self.owner(path)
         if owner is None:
             return any(selects(p, path) for p in self.unfrozen)
-        return owner.method.train and owner.name not in owner.method.frozen_leaves
+        return owner.method.trains(owner.name)
 
     def keeps(self, path: str) -> bool:
         """Whether the parameter at a path is part of what is adapted: it was added, or trains."""

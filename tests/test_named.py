@@ -10,6 +10,8 @@ from flax import nnx
 from helpers.errors import raises
 
 import adapters_jax as aj
+from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import flatten, unflatten
 
@@ -317,3 +319,64 @@ def test_quantising_leaves_frozen_adapters_in_floats(tmp_path):
     }
     assert kinds and all(issubclass(kind, jax.Array) for kind in kinds.values())
     np.testing.assert_allclose(api(small), api(loaded), rtol=0.1, atol=0.5)
+
+
+def factors(rank, seed):
+    rng = np.random.default_rng(seed)
+    return {"a": rng.normal(size=(12, rank)), "b": rng.normal(size=(rank, 9))}
+
+
+def test_what_holds_one_adapter_for_a_weight_refuses_two(tmp_path):
+    recipe = Recipe(aj.LoRA("q", 2, name="one"), aj.LoRA("q", 3, name="two"))
+    tree = {"q": {"lora_one": factors(2, 0), "lora_two": factors(3, 1)}}
+    base = {"q": {"kernel": np.ones((12, 9))}}
+    said = ("q/kernel", "'one' and 'two'", "recipe['...']")
+    with raises(aj.UserError, *said):
+        save_peft(tmp_path / "both", recipe, tree, {"q_proj": "q"}, base)
+    like = {"q": {"kernel_lora_a": np.zeros((12, 3)), "kernel_lora_b": np.zeros((3, 9))}}
+    with raises(aj.RecipeError, *said):
+        aj.to_jax_lora((recipe, aj.merge_trees(tree, base)), like, alpha=3)
+    one = aj.partition(tree, recipe["one"])[0]
+    saved = save_peft(tmp_path / "one", recipe["one"], one, {"q_proj": "q"}, base)
+    _, read = load_peft(saved, {"q_proj": "q"}, base)
+    np.testing.assert_array_equal(read["q"]["lora"]["b"], np.float32(tree["q"]["lora_one"]["b"]))
+    scales = Recipe(aj.IA3("q", name="one"), aj.IA3("q", name="two"))
+    two = {"q": {f"ia3_{name}": {"scale": np.ones(9)} for name in ("one", "two")}}
+    with raises(aj.UserError, "'one' and 'two'"):
+        save_peft(tmp_path / "scales", scales, two, {"q_proj": "q"}, base)
+
+
+@pytest.mark.parametrize("how", [{}, {"how": "svd", "rank": 9}], ids=["linear", "svd"])
+def test_combining_sums_all_that_a_recipe_has_at_a_weight(how):
+    recipe = Recipe(aj.LoRA("q", 2, name="one"), aj.LoRA("q", 3, alpha=6, name="two"))
+    one, two = factors(2, 0), factors(3, 1)
+    base = {"q": {"kernel": np.zeros((12, 9), np.float32)}}
+    adapter = recipe, {"q": {"lora_one": one, "lora_two": two}}
+    alone = aj.LoRA("q", 3), {"q": {"lora": two}}
+    made = aj.combine(base, [adapter, alone], [0.5, -1.0], **how)
+    a, b = (np.asarray(x, np.float64) for x in flatten(made.adapters).values())
+    first = one["a"] @ one["b"] + 2 * (two["a"] @ two["b"])
+    expected = 0.5 * first - two["a"] @ two["b"]
+    assert list(flatten(made.adapters)) == ["q/lora/a", "q/lora/b"]
+    np.testing.assert_allclose(a @ b, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_adapter_is_loaded_again_in_its_place(tmp_path):
+    api = InLinen()
+    first, other = (api.drawn(api.adapt(SW), seed=seed) for seed in (3, 4))
+    _, params = api.load(api.save(tmp_path / "first", first), train=False)
+    api.save(tmp_path / "other", other)
+    again = aj.load_adapter(tmp_path / "other", api.base, params, X, train=False)
+    np.testing.assert_array_equal(api(again), api(other))
+
+
+def test_lora_plus_of_the_command_line_finds_named_factors():
+    recipe = Recipe(aj.LoRA("q", 2, name="one"), aj.DoRA("k", 2))
+    params = {"q": {"lora_one": factors(2, 0)}, "k": {"lora": factors(2, 1)}}
+    params["k"]["lora"]["magnitude"] = np.ones(9)
+    options = OptimizerOptions(learning_rate=1e-2, lora_plus=4.0, weight_decay=0.0, warmup=0.0)
+    tx = options.make(10, recipe)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    for owner, slot in (("q", "lora_one"), ("k", "lora")):
+        a, b = (float(jnp.abs(updates[owner][slot][name]).max()) for name in "ab")
+        assert b == pytest.approx(4 * a, rel=1e-3)

@@ -231,3 +231,18 @@ def test_a_detached_model_has_nothing_shared(plugin):
         "b/bias",
         "b/kernel",
     ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"shared_leaves": ("scale",)},
+        {"shared_leaves": ("group/scale",), "leaf_names": ("group/scale", "bias")},
+        {"frozen_leaves": ("other",)},
+    ],
+    ids=["all", "slash", "unknown"],
+)
+def test_names_of_leaves_that_are_none(names):
+    kind = type("Wrong", (aj.Method,), {"slot": "wrong", "leaf_names": ("scale",), **names})
+    with raises(aj.RecipeError, "Wrong", "frozen_leaves", "shared_leaves"):
+        kind("**")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -489,3 +490,12 @@ def test_a_command_does_not_train_what_has_no_start(start, tmp_path):
     file.write_text(aj.Recipe(aj.LoRA("**/query", 2, a_init=start)).to_json())
     with raises(aj.UserError, f"a_init={start!r}", "olora"):
         MethodOptions(recipe=file).build()
+
+
+@pytest.mark.parametrize("start", ["loftq", "loftq_5"])
+def test_loftq_whose_base_stays_in_floats_does_not_train_in_silence(start):
+    model = aj.adapt(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), loftq(start), rngs=nnx.Rngs(1))
+    options = {"tx": optax.sgd(0.1), "key": jax.random.key(0)}
+    with raises(aj.RecipeError, "does not train", start, "aj.quantize", "'gaussian'"):
+        aj.TrainState.create(model, **options)
+    aj.TrainState.create(aj.quantize(model, dtype="int4"), **options)

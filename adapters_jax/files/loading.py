@@ -57,7 +57,6 @@ from adapters_jax.trees import (
     check_params,
     flatten,
     merge_trees,
-    partition,
     split_adapters,
     unflatten,
     with_leaves,
@@ -297,7 +296,7 @@ def _load_linen(
     if any(method.from_weight for method in recipe.attached):  # PiSSA changes the base, too
         own = Placements(each for each in placements if each.method in recipe.attached)
         params = grown(recipe, own, params, key)
-    params = merge_trees(partition(params, recipe)[1], unflatten(tensors))
+    params = merge_trees(split_adapters(params, recipe)[1], unflatten(tensors))
     remember(flatten(split_adapters(params, adapted.recipe)[1]))
     adapted.adapter_placements.placements = placements
     if other is None:

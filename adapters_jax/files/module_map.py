@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import MismatchError, UserError, shown
+from adapters_jax.errors import MismatchError, UserError, first_few, shown
 from adapters_jax.files.layouts import (
     WHOLE,
     Array,
@@ -339,7 +339,13 @@ def placed(
     whole = {path: leaves[path] for path, own in owners.items() if own.prefix not in incomplete}
     shapes = {path: tuple(x.shape) for path, x in {**module_map.base, **whole}.items()}
     try:
-        return in_tree(recipe, shapes), trained
+        found = in_tree(recipe, shapes)
+        if several := found.several():
+            problems.append(
+                f"{first_few(several)}, and the file holds one for a module; write the recipe of "
+                "one name, recipe['...'], or the sum of LoRAs, aj.combine"
+            )
+        return found, trained
     except MismatchError as problem:
         problems.append(str(problem))
         return Placements(), trained

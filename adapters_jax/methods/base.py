@@ -158,6 +158,7 @@ class Method:
         from_inputs: whether `start` also gets statistics of the weight's inputs.
         quantized(leaves, point, weight, quantize): leaves that depend on both of its weights, where
             an adapted model is quantised.
+        unready(leaves): why leaves cannot train yet, which `TrainState.create` asks.
         neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
         size(leaves), fitted(leaves, path, whole), size_fields: what may differ in a bank.
         pattern_fields: fields of (pattern, value) pairs, each with the field that it overrides.
@@ -231,6 +232,14 @@ class Method:
                 f"{type(self).__name__}: name={self.name!r}, train={self.train}, and it adds "
                 "nothing that has a name or could be frozen; leave both out"
             )
+        apart = {*self.frozen_leaves, *self.shared_leaves}
+        nested = any("/" in name for name in self.shared_leaves)
+        if apart and (nested or not self.own_leaves or not apart <= {*self.leaf_names}):
+            raise RecipeError(
+                f"{type(self).__name__}: frozen_leaves={self.frozen_leaves} and shared_leaves="
+                f"{self.shared_leaves}, expected some of {self.leaf_names}, shared ones without a "
+                "slash, and one leaf or more that each module has for itself"
+            )
         if self.name:
             object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
 
@@ -251,6 +260,10 @@ class Method:
     def own_leaves(self) -> tuple[str, ...]:
         """The names of the leaves that each module has for itself."""
         return tuple(name for name in self.leaf_names if name not in self.shared_leaves)
+
+    def trains(self, name: str) -> bool:
+        """Whether a leaf trains."""
+        return self.train and name not in self.frozen_leaves
 
     def path_of(self, prefix: str, name: str) -> str:
         """The path of a leaf; `prefix` is that of the node that holds a module's own leaves."""
@@ -468,6 +481,10 @@ class Method:
                 read. None where the weight stays in floats.
         """
         return dict(leaves), weight if quantize is None else quantize(weight)
+
+    def unready(self, leaves: Leaves) -> str:
+        """Why leaves cannot train yet, with what to do; empty where they can."""
+        return ""
 
 
 def zeros_like(leaves: Leaves) -> dict[str, Array]:

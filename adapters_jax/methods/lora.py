@@ -257,6 +257,15 @@ class LoRA(LeafMethod):
         made = {name: x.reshape(leaves[name].shape) for name, x in (("a", a), ("b", b))}
         return {**leaves, **{n: jnp.where(new, x, leaves[n]) for n, x in made.items()}}, stored
 
+    def unready(self, leaves: Leaves) -> str:
+        """LoftQ's factors are both zero, and so without a gradient, until the base is quantised."""
+        if self.a_init not in _ROUNDS or any(jnp.any(x) for x in leaves.values()):
+            return ""
+        return (
+            f"its a_init={self.a_init!r} starts where the base is quantised; write model = "
+            f"aj.quantize(model, ...) before, or {self.other_starts}"
+        )
+
     def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B, which has slices of outputs."""
         own = functools.partial(self.weight_axes, path=path)

@@ -72,8 +72,7 @@ def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
 
 def _variable(method: Method, name: str, value: Array) -> nnx.Param:
     """The Variable of a leaf, whose class says whether it trains."""
-    trains = method.train and name not in method.frozen_leaves
-    return AdapterParam(value) if trains else FrozenAdapterParam(value)
+    return AdapterParam(value) if method.trains(name) else FrozenAdapterParam(value)
 
 
 def _grow_shared(model: Any, placements: Sequence[Placement], rngs: nnx.Rngs) -> None:

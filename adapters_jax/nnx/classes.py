@@ -314,7 +314,7 @@ def refresh(module: Any) -> None:
     thin = (
         CALLS in vars(module)
         or "adapter_recipe" in vars(module)
-        or (isinstance(module, bridge.ToNNX) and any(map(_is_trained, params_of(module).values())))
+        or (isinstance(module, bridge.ToNNX) and any(map(_is_adapters, params_of(module).values())))
     )
     adapted = names or holds(module) or thin
     new = adapted_class(cls, frozenset(names)) if adapted else cls
@@ -356,5 +356,5 @@ def _is_needed(module: Any) -> bool:
     return bool(holds(module) or _changed_names(module))
 
 
-def _is_trained(variable: Any) -> bool:
+def _is_adapters(variable: Any) -> bool:
     return isinstance(variable, ADAPTERS)

@@ -174,6 +174,27 @@ class Placements(tuple[Placement, ...]):
         inside = any(not nodes.isdisjoint(around(path)) for path in others)
         return present and not inside and not recipe.owners(others)
 
+    def several(self) -> list[str]:
+        """The modules and weights with more than one adapter of a kind, in words.
+
+        Files and trees of other libraries hold one.
+
+        Example:
+            >>> from adapters_jax import LoRA
+            >>> two = [LoRA("q", name="old"), LoRA("q", name="new")]
+            >>> Placements(Placement(method, "q", "q", "") for method in two).several()
+            ["q has the adapters 'old' and 'new'"]
+        """
+        names: dict[tuple[str, str, str], list[str]] = {}
+        for each in self:
+            key = (type(each.method).slot, each.module, each.weight)
+            names.setdefault(key, []).append(repr(each.method.name))
+        return [
+            f"{join(module, weight)} has the adapters {' and '.join(own)}"
+            for (_, module, weight), own in names.items()
+            if len(own) > 1
+        ]
+
     def differences(self, other: "Placements") -> list[str]:
         """In what these placements differ from others of the same model, which a tree may say.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from adapters_jax.linen import Adapted
 from adapters_jax.methods.arrays import checked_key
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.nnx.adapted import placements_of
-from adapters_jax.placement import Known, Placements, counted, left_over, without_adapter
+from adapters_jax.placement import Known, Placement, Placements, counted, left_over, without_adapter
 from adapters_jax.placement.patterns import checked_before, require_points
 from adapters_jax.recipe import Recipe
 from adapters_jax.texts import bytes_text
@@ -134,6 +134,7 @@ class TrainState:
         """
         recipe, placements, graphdef, adapters, base, other = _parts(model, params, collections)
         _check_trained(recipe, adapters, base)
+        _check_ready(placements.placements or (), {**flatten(base), **flatten(adapters)})
         own = {path: x for path, x in flatten(base).items() if not recipe.keeps(path)}
         check_unmoved("TrainState.create", own, in_nnx=graphdef is not None)
         remember(own)
@@ -419,6 +420,18 @@ def _own_scale(loss_scale: Any) -> DynamicScale | None:
         scale=jnp.array(loss_scale.scale, jnp.float32),
         fin_steps=jnp.array(loss_scale.fin_steps, jnp.int32),
     )
+
+
+def _check_ready(placements: Iterable[Placement], flat: Mapping[str, Any]) -> None:
+    """Raises RecipeError where an adapter cannot train yet."""
+    for each in placements:
+        leaves = {name: unboxed(x) for name, x in each.leaves(flat).items()}
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves.values())
+        if not traced and not is_abstract(leaves) and (why := each.method.unready(leaves)):
+            raise RecipeError(
+                f"TrainState.create: {type(each.method).__name__} at {each.path!r} does not train: "
+                f"{why}"
+            )
 
 
 def _check_trained(recipe: Recipe, adapters: Tree, base: Tree) -> None:

@@ -6,7 +6,7 @@ of factors means nothing. The sum is of scale * A B, the changes of the weight.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -170,6 +170,11 @@ class _Change:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     path: str
 
+    def with_more(self, other: "_Change") -> "_Change":
+        """The sum with another change of the layer, whose factors come beside these."""
+        a = jnp.concatenate([self.a, other.a], axis=-1)
+        return replace(self, a=a, b=jnp.concatenate([self.b, other.b], axis=-2))
+
     def product(self) -> Float[Array, "*layers in out"]:
         # A TPU would multiply in bfloat16, and TIES compares the products by size.
         return jnp.matmul(self.a, self.b, precision="highest")
@@ -193,12 +198,15 @@ def _changes(
         a, b = each.method.factors(each.leaves(flat), each.path)
         # Layers and experts are axes of both factors, and once of the weight.
         layers = a.ndim + b.ndim - 2 - len(each.shape)
-        found[each.prefix] = _Change(
+        change = _Change(
             a.reshape(*a.shape[:layers], -1, a.shape[-1]),
             b.reshape(*b.shape[: layers + 1], -1),
             (a.shape[:-1], b.shape[layers + 1 :]),
             each.path,
         )
+        # The result has no names; several entries of one weight are one change.
+        prefix = join(each.module, LoRA.slot, each.node)
+        found[prefix] = found[prefix].with_more(change) if prefix in found else change
     return found
 
 

@@ -161,6 +161,11 @@ def to_jax_lora(
     else:
         recipe, flat = adapter_leaves(adapted, "to_jax_lora")
         placements = in_tree(recipe, {path: tuple(x.shape) for path, x in flat.items()})
+    if several := placements.several():
+        raise RecipeError(
+            f"to_jax_lora: {first_few(several)}, and a weight has one pair there; give the recipe "
+            "of one name, recipe['...'], or sum the adapters with aj.combine"
+        )
     alphas = []
     for method in recipe:
         if type(method) is not LoRA or method.slices or method.from_weight:

@@ -222,7 +222,7 @@ def _check_pixels(path: Path, image: Image.Image, data: bytes) -> None:
 
 
 def _most_pixels(size: int) -> int:
-    """How many pixels an image of so many bytes may have."""
+    """The most pixels that an image may have, by the bytes of its file."""
     from PIL import Image
 
     return min(MOST_PIXELS + PIXELS_PER_BYTE * size, Image.MAX_IMAGE_PIXELS or 2**63)

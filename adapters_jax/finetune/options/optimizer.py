@@ -135,6 +135,7 @@ class OptimizerOptions:
         """Makes the optimiser of what a recipe trains, for a training of `steps` steps."""
         import optax
 
+        from adapters_jax.methods import LoRA
         from adapters_jax.presets import HEAD
         from adapters_jax.training.optimizers import freeze_base
 
@@ -145,7 +146,9 @@ class OptimizerOptions:
         rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
         groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
         if self.lora_plus not in (None, 1.0):  # older runs store 1.0 for none
-            groups["**/lora/b"] = adamw((self.learning_rate or 0.0) * self.lora_plus)
+            faster = adamw((self.learning_rate or 0.0) * self.lora_plus)
+            lora = [method for method in recipe.attached if isinstance(method, LoRA)]
+            groups |= dict.fromkeys((f"**/{method.slot}/b" for method in lora), faster)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
 

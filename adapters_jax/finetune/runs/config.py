@@ -21,6 +21,7 @@ from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.pretrained.record import OF_BASE, BaseRecord, changes, with_changes
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
+from adapters_jax.methods import LoRA
 from adapters_jax.recipe import Recipe, as_compared
 
 _TURNS = ("assistant", "last", "all")  # the values of --turns, which was --loss
@@ -35,7 +36,7 @@ def shared_config(
     training: OptimizerOptions,
 ) -> dict[str, Any]:
     """The part of `config.json` that runs on encoders and decoders share."""
-    if training.lora_plus not in (None, 1.0) and not any(m.slot == "lora" for m in recipe):
+    if training.lora_plus not in (None, 1.0) and not any(isinstance(m, LoRA) for m in recipe):
         raise UserError(
             f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
         )
