@@ -17,19 +17,23 @@ from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
+from adapters_jax.methods.loha import LoHa
+from adapters_jax.methods.lokr import LoKr
 from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import LowRank, Scale
+from adapters_jax.weights.changes import Added, Formed, LowRank, Scale
 from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
     Bottleneck,
     LoRA,
     DoRA,
+    LoHa,
+    LoKr,
     IA3,
     LlamaAdapter,
     PrefixTuning,
@@ -41,15 +45,19 @@ __all__ = [
     "IA3",
     "METHODS",
     "RANK",
+    "Added",
     "AttachmentPoint",
     "Axes",
     "Bottleneck",
     "Count",
     "DoRA",
     "Factor",
+    "Formed",
     "Leaf",
     "LeafMethod",
     "LlamaAdapter",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
     "Method",

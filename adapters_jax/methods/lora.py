@@ -22,9 +22,9 @@ from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
 from adapters_jax.methods.calibration import Inputs
-from adapters_jax.methods.leaf import LeafMethod, Shapes
+from adapters_jax.methods.leaf import Shapes
+from adapters_jax.methods.ranked import Ranked
 from adapters_jax.methods.settings import choice, flag, number, size
-from adapters_jax.targets import matches
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, LowRank
@@ -60,7 +60,7 @@ def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class LoRA(LeafMethod):
+class LoRA(Ranked):
     """Low-rank factors of weights: whatever reads W sees `W + scale * A B`.
 
     A has the weight's input axes and the rank, B the rank and the weight's output axes: (in, r) and
@@ -149,17 +149,6 @@ class LoRA(LeafMethod):
     def other_starts(self) -> str:
         """The starts that leave the weight as it is."""
         return " or ".join(f"a_init={name!r}" for name in INITS if name not in CHANGING)
-
-    def rank_at(self, path: str) -> int:
-        """The rank at one target."""
-        return next((r for p, r in self.rank_pattern if matches(p, path)), self.rank)
-
-    def scale_at(self, path: str) -> float:
-        """The factor on the branch at one target: alpha / r, or alpha / sqrt(r)."""
-        rank = self.rank_at(path)
-        alpha = next((a for p, a in self.alpha_pattern if matches(p, path)), self.alpha)
-        alpha = rank if alpha is None else alpha
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors A and B of one weight.

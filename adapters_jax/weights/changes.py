@@ -128,7 +128,93 @@ class Scale:
         return weight * beside(self.by, range(weight.ndim), weight.dtype)
 
 
-Change = LowRank | Scale | Observed
+@dataclass(frozen=True)
+class Added:
+    """Adds an array to a weight, so that whatever reads it forms the sum.
+
+    Attributes:
+        by: the array, which may lack axes of the weight.
+
+    Example:
+        >>> Added(Factor(jnp.asarray([1.0, 2.0]), (1,))).applied(jnp.ones((1, 2)))
+        Array([[2., 3.]], dtype=float32)
+    """
+
+    by: Factor
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The array."""
+        return (self.by,)
+
+    def with_factors(self, by: Factor) -> "Added":
+        """The change with another array."""
+        return Added(by)
+
+    def renamed(self, new: Callable[[int], int]) -> "Added":
+        """The change of a weight whose axes have new numbers."""
+        return Added(self.by.renamed(new))
+
+    def applied(self, weight: Array) -> Array:
+        """The changed weight."""
+        return weight + beside(self.by, range(weight.ndim), weight.dtype)
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Adds what a function makes of some arrays to a weight; it is made where the weight is read.
+
+    So a loop over stacked layers makes that of one layer at a time.
+
+    Attributes:
+        arrays: what it is made of. Their first axes are those of stacked layers and experts, the
+            same for each; the others are `RANK`.
+        make: the function of the arrays of one of these; hashable, and equal where it does the
+            same.
+        axes: the weight's axes that the result has, in order.
+
+    Example:
+        >>> halves = tuple(Factor(jnp.ones((2, 2)), (RANK, RANK)) for _ in range(2))
+        >>> Formed(halves, jnp.kron, (0, 1)).applied(jnp.zeros((4, 4)))[0]
+        Array([1., 1., 1., 1.], dtype=float32)
+    """
+
+    arrays: tuple[Factor, ...]
+    make: Callable[..., Array]
+    axes: tuple[int, ...]
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The arrays."""
+        return self.arrays
+
+    def with_factors(self, *arrays: Factor) -> "Formed":
+        """The change with other arrays."""
+        return replace(self, arrays=arrays)
+
+    def renamed(self, new: Callable[[int], int]) -> "Formed":
+        """The change of a weight whose axes have new numbers."""
+        arrays = tuple(each.renamed(new) for each in self.arrays)
+        return replace(self, arrays=arrays, axes=tuple(map(new, self.axes)))
+
+    def made(self) -> Added:
+        """The change as an array."""
+        shared, make = tuple(i for i in self.arrays[0].axes if i != RANK), self.make
+        for _ in shared:
+            make = jax.vmap(make)
+        return Added(Factor(make(*(each.array for each in self.arrays)), (*shared, *self.axes)))
+
+    def applied(self, weight: Array) -> Array:
+        """The changed weight."""
+        return self.made().applied(weight)
+
+
+Change = LowRank | Scale | Added | Formed | Observed
+
+
+def _made(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Changes with arrays in place of the functions that make them, for parts of the weight."""
+    return tuple(change.made() if isinstance(change, Formed) else change for change in changes)
 
 
 _EVALUATION = contextvars.ContextVar("evaluation", default=False)
@@ -236,7 +322,7 @@ class Changed:
     def reshaped(self, shape: Sequence[int]) -> "Changed | None":
         """The reshaped weight; None where axes of both factors would become one axis."""
         blocks = blocks_of(self.shape, shape)
-        changes = [_reshaped(change, blocks, shape) for change in self.changes]
+        changes = [_reshaped(change, blocks, shape) for change in _made(self.changes)]
         if any(change is None for change in changes):
             return None
         kept = [change for change in changes if change is not None]
@@ -272,7 +358,7 @@ class Changed:
             axes: the axes that are cut.
         """
         changes = []
-        for change in self.changes:
+        for change in _made(self.changes):
             if isinstance(change, LowRank) and change.start and change.start[0] in axes:
                 return None
             changes.append(change.with_factors(*(f.on_axes(cut) for f in change.factors)))
@@ -303,7 +389,7 @@ class Changed:
             return Factor(factor.on_axes(take).array, (*front, *kept))
 
         changes = []
-        for change in self.changes:
+        for change in _made(self.changes):
             if isinstance(change, LowRank):
                 if change.start and change.start[0] == axis:
                     return None
@@ -377,6 +463,8 @@ class Layers:
 for _cls, _data in (
     (LowRank, ["a", "b", "key"]),
     (Scale, ["by"]),
+    (Added, ["by"]),
+    (Formed, ["arrays"]),
     (Changed, ["base", "changes"]),
 ):
     _static = [f.name for f in fields(_cls) if f.name not in _data]

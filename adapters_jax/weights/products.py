@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from adapters_jax.weights.changes import Changed, LowRank, Scale, dropout
+from adapters_jax.weights.changes import Added, Changed, Formed, LowRank, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import Packed
@@ -63,6 +63,8 @@ def multiplied(
     """
     x, *rest = others
     meeting = None
+    if any(isinstance(change, Added | Formed) for change in changed.changes):
+        return None
     if jnp.issubdtype(x.dtype, jnp.floating):
         meeting = MEETINGS[primitive.name](primitive, params, where, changed, x.ndim)
     if meeting is None:
