@@ -92,9 +92,9 @@ class LoKr(Ranked):
         left = (LEFT_A, LEFT_B) if self.both else (LEFT,)
         return (*left, *((RIGHT,) if self.full else (RIGHT_A, RIGHT_B)))
 
-    def _shapes(self, fan_in: int, fan_out: int, path: str) -> dict[str, tuple[int, int]]:
-        """The shapes of all leaves, without the axes of layers."""
-        (m, n), (k, o), r = divided(fan_in, self.factor), divided(fan_out, self.factor), 0
+    def shapes_at(self, fan_in: int, fan_out: int, path: str) -> dict[str, tuple[int, int]]:
+        """The shapes of all leaves of a weight at a path, without the axes of layers."""
+        (m, n), (k, o) = divided(fan_in, self.factor), divided(fan_out, self.factor)
         r = self.rank_at(path)
         every = {LEFT: (m, k), LEFT_A: (m, r), LEFT_B: (r, k)}
         every |= {RIGHT: (n, o), RIGHT_A: (n, r), RIGHT_B: (r, o)}
@@ -105,7 +105,7 @@ class LoKr(Ranked):
         axes, shape = point.axes, point.weight_shape
         front = tuple(shape[i] for i in axes.shared)
         found = {}
-        for name, own in self._shapes(*axes.sizes(shape)[:2], point.path).items():
+        for name, own in self.shapes_at(*axes.sizes(shape)[:2], point.path).items():
             # torch takes the last axis of its (out, in) for the input; one factor of W1 is enough.
             start = arrays.zeros if name in (LEFT, LEFT_B) else arrays.uniform(own[0] ** -0.5)
             found[name] = Leaf((*front, *own), start)
@@ -133,7 +133,7 @@ class LoKr(Ranked):
         own = {name: shape[-2:] for name, shape in shapes.items()}
         for end in every[n + 1 :]:
             fan_in, fan_out = math.prod(weight[n:end]), math.prod(weight[end:])
-            if left[:n] == weight[:n] and self._shapes(fan_in, fan_out, path) == own:
+            if left[:n] == weight[:n] and self.shapes_at(fan_in, fan_out, path) == own:
                 return Axes(every[n:end], every[end:], every[:n])
         return None
 

@@ -66,6 +66,7 @@ _CLASSES = {
     "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
+DEFAULTS |= {"alpha": 8, "decompose_factor": -1}  # of LoHa and LoKr
 
 # PEFT's initialisations that do not change the base, with our `a_init` that is nearest to each.
 STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
@@ -107,6 +108,17 @@ _MODULES: dict[str, Rule] = {
     "modules_to_save": plain_names(list),
     "fan_in_fan_out": of(bool),
 }
+_LOHA = [f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")]
+_LOKR = [f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
+_LYCORIS: dict[str, Rule] = {
+    **{name: found for name, found in _MODULES.items() if name != "fan_in_fan_out"},
+    "r": whole(),
+    **dict.fromkeys(("alpha", "rank_dropout", "module_dropout"), _NUMBER),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
+    **dict.fromkeys(("use_effective_conv2d", "init_weights"), of(bool)),
+    "layers_to_transform": of(int, list),
+    "layers_pattern": plain_names(str, list),
+}
 KINDS = {
     "LORA": Kind(
         *("lora", "lora_writing", ("lora", "dora")),
@@ -144,6 +156,26 @@ KINDS = {
         *("ia3", "ia3", ("ia3",)),
         leaves={"ia3_l": "scale"},
         rules={**_MODULES, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
+        trains="modules",
+    ),
+    "LOHA": Kind(
+        *("lycoris", "lycoris", ("loha",)),
+        leaves={name: name for name in _LOHA},
+        rules=_LYCORIS,
+        trains="modules",
+    ),
+    "LOKR": Kind(
+        *("lycoris", "lycoris", ("lokr",)),
+        leaves={name: name for name in _LOKR},
+        rules={
+            **_LYCORIS,
+            "decompose_both": of(bool),
+            "decompose_factor": rule(
+                lambda n: n == -1 or (type(n) is int and n > 0), "-1 or a size"
+            ),
+            "init_weights": of(bool, str),
+            "rank_dropout_scale": of(bool),
+        },
         trains="modules",
     ),
     "LN_TUNING": Kind(
