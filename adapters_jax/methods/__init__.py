@@ -20,12 +20,13 @@ from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_param
 from adapters_jax.methods.loha import LoHa
 from adapters_jax.methods.lokr import LoKr
 from adapters_jax.methods.lora import LoRA, lora_parameters
+from adapters_jax.methods.oft import OFT
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Added, Formed, LowRank, Scale
+from adapters_jax.weights.changes import Added, Formed, LowRank, Scale, Turned
 from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
@@ -34,6 +35,7 @@ for _method in (
     DoRA,
     LoHa,
     LoKr,
+    OFT,
     IA3,
     LlamaAdapter,
     PrefixTuning,
@@ -44,6 +46,7 @@ for _method in (
 __all__ = [
     "IA3",
     "METHODS",
+    "OFT",
     "RANK",
     "Added",
     "AttachmentPoint",
@@ -64,6 +67,7 @@ __all__ = [
     "PrefixTuning",
     "Prompt",
     "Scale",
+    "Turned",
     "Unfreeze",
     "arrays",
     "bottleneck_parameters",

@@ -209,7 +209,62 @@ class Formed:
         return self.made().applied(weight)
 
 
-Change = LowRank | Scale | Added | Formed | Observed
+@dataclass(frozen=True)
+class Turned:
+    """Multiplies a weight's inputs by a matrix in blocks: `R W`, which is `(x R) W` of an input.
+
+    Attributes:
+        by: the blocks, (blocks, k, k), behind axes of stacked layers and experts; the last three
+            axes are `RANK`.
+        inputs: the weight's axes that are its inputs, of blocks k entries in all.
+
+    Example:
+        >>> swap = Factor(jnp.asarray([[[0.0, 1.0], [1.0, 0.0]]]), (RANK, RANK, RANK))
+        >>> Turned(swap, (0,)).applied(jnp.asarray([[1.0], [2.0]])).tolist()
+        [[2.0], [1.0]]
+    """
+
+    by: Factor
+    inputs: tuple[int, ...]
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The blocks."""
+        return (self.by,)
+
+    def with_factors(self, by: Factor) -> "Turned":
+        """The change with other blocks."""
+        return replace(self, by=by)
+
+    def renamed(self, new: Callable[[int], int]) -> "Turned":
+        """The change of a weight whose axes have new numbers."""
+        return Turned(self.by.renamed(new), tuple(map(new, self.inputs)))
+
+    def turned(self, x: Array, axes: Sequence[int], inverse: bool = False) -> Array:
+        """An array with `x R` in place of its inputs, or with `R x`.
+
+        Args:
+            x: the array.
+            axes: for each of its axes the weight's, or another number.
+            inverse: the latter.
+        """
+        shared = [axis for axis in self.by.axes if axis != RANK]
+        others = [axis for axis in axes if axis not in (*shared, *self.inputs)]
+        order = [axes.index(axis) for axis in (*shared, *others, *self.inputs)]
+        blocks, size, _ = self.by.array.shape[-3:]
+        moved = x.transpose(order)
+        split = moved.reshape(*moved.shape[: len(order) - len(self.inputs)], blocks, 1, size)
+        by = cast(self.by.array, x.dtype)
+        by = by.reshape(*by.shape[:-3], *(1,) * len(others), blocks, size, size)
+        made = jnp.matmul(split, by.mT if inverse else by, precision="highest")
+        return made.reshape(moved.shape).transpose([order.index(i) for i in range(x.ndim)])
+
+    def applied(self, weight: Array) -> Array:
+        """The changed weight."""
+        return self.turned(weight, range(weight.ndim), inverse=True)
+
+
+Change = LowRank | Scale | Added | Formed | Turned | Observed
 
 
 def _made(changes: Sequence[Change]) -> tuple[Change, ...]:
@@ -361,6 +416,8 @@ class Changed:
         for change in _made(self.changes):
             if isinstance(change, LowRank) and change.start and change.start[0] in axes:
                 return None
+            if isinstance(change, Turned) and not {*change.inputs}.isdisjoint(axes):
+                return None
             changes.append(change.with_factors(*(f.on_axes(cut) for f in change.factors)))
         own = {i: i for i in range(len(self.shape))}
         scales = cut_scales(cut, axes, self.shape)
@@ -395,6 +452,10 @@ class Changed:
                     return None
                 start = change.start and (others[change.start[0]], change.start[1])
                 change = replace(change, start=start)
+            if isinstance(change, Turned):
+                if axis in change.inputs:
+                    return None
+                change = replace(change, inputs=tuple(others[i] for i in change.inputs))
             changes.append(change.with_factors(*map(one, change.factors)))
 
         def view(weight: Array) -> Array:
@@ -465,6 +526,7 @@ for _cls, _data in (
     (Scale, ["by"]),
     (Added, ["by"]),
     (Formed, ["arrays"]),
+    (Turned, ["by"]),
     (Changed, ["base", "changes"]),
 ):
     _static = [f.name for f in fields(_cls) if f.name not in _data]
@@ -484,4 +546,10 @@ def _reshaped(
         if len(left) > 1 or len(right) > 1:
             return None
         change = replace(change, start=(right[0], change.start[1]))
+    if isinstance(change, Turned):
+        own = [block for block in blocks if not {*block[0]}.isdisjoint(change.inputs)]
+        if any(len(left) > 1 or len(right) > 1 for left, right in own):
+            return None
+        new = {left[0]: right[0] for left, right in own}
+        change = replace(change, inputs=tuple(new[i] for i in change.inputs))
     return change.with_factors(*kept)

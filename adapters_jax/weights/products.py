@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from adapters_jax.weights.changes import Added, Changed, Formed, LowRank, Scale, dropout
+from adapters_jax.weights.changes import Added, Changed, Formed, LowRank, Scale, Turned, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import Packed
@@ -90,7 +90,10 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
             return _product(inside, x, rest, meeting)
         y = _product(inside, x, rest, meeting)
         return y * beside(last.by, meeting.out, y.dtype)
-    scales = [i for i, change in enumerate(changed.changes) if isinstance(change, Scale)]
+    if isinstance(last, Turned):
+        x = last.turned(x, meeting.seen)
+        return _product(replace(changed, changes=changed.changes[:-1]), x, rest, meeting)
+    scales = [i for i, change in enumerate(changed.changes) if isinstance(change, Scale | Turned)]
     first = scales[-1] + 1 if scales else 0
     y = _product(replace(changed, changes=changed.changes[:first]), x, rest, meeting)
     for change in (c for c in changed.changes[first:] if isinstance(c, LowRank)):
@@ -156,6 +159,8 @@ def _separable(changed: Changed, inner: Axes, outer: Axes) -> bool:
     for change in changed.changes:
         if isinstance(change, LowRank) and change.start and change.start[0] in outer:
             return False
+        if isinstance(change, Turned) and {*change.inputs} != {*inner}:
+            return False
         if isinstance(change, Scale):
             axes = set(change.by.axes)
             if axes & set(inner) and not axes <= set(outer):
@@ -202,7 +207,7 @@ def _conv(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) 
     fits = all(
         {frozenset(f.axes) for f in c.factors} == expected
         if isinstance(c, LowRank)
-        else set(c.by.axes) in ({kept}, {inner[0]}, set())
+        else isinstance(c, Scale) and set(c.by.axes) in ({kept}, {inner[0]}, set())
         for c in changed.changes
     )
     if where == 0 or not plain or not fits:

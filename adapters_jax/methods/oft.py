@@ -1,0 +1,153 @@
+"""OFT: a trained rotation of the inputs of a weight, in blocks.
+
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280;
+applied to inputs in place of weights by Qiu et al. 2025, "Orthogonal Finetuning Made Scalable",
+arXiv:2506.19847.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
+from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.methods.settings import flag, size
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import Change, Turned
+from adapters_jax.weights.factors import RANK, Factor
+
+
+@dataclass(frozen=True)
+class OFT(LeafMethod):
+    """Whatever reads W sees `R W`: a product with an input is `(x R) W`.
+
+    R has a block for each `block` inputs, `(I + S) (I - S)^-1` with S skew-symmetric (Cayley), so
+    that it is orthogonal. Trained are the entries of S above the diagonal, (inputs / block,
+    block (block - 1) / 2), with the axes of stacked layers and experts in front. They start at
+    zero, and so R at I. Leaves are float32.
+
+    Args:
+        targets: patterns of modules, or of leaves.
+        block: k, which has to divide the inputs.
+        terms: None inverts I - S; a number takes as many terms of its Neumann series, as the
+            authors' newer code and PEFT do (5), which costs products alone and is orthogonal up to
+            the terms left out.
+        share: all blocks are one.
+
+    Raises:
+        UserError: a field is out of its range.
+
+    Example:
+        >>> point = AttachmentPoint("weight", "q", {"kernel": (8, 6)}, weight="kernel",
+        ...                         axes=Axes((0,), (1,)))
+        >>> OFT("q", block=4).leaves(point)["skew"].shape
+        (2, 6)
+    """
+
+    kind: ClassVar[str] = "oft"
+    slot: ClassVar[str] = "oft"
+    paper: ClassVar[str] = "2306.07280"
+    leaf_names: ClassVar[tuple[str, ...]] = ("skew",)  # type: ignore[misc]
+    stated: ClassVar[tuple[str, ...]] = ("targets", "block")
+
+    targets: str | tuple[str, ...]
+    block: int = size(32)
+    terms: int | None = size(None)
+    share: bool = flag(False)
+
+    @property
+    def entries(self) -> int:
+        """The entries of one S above its diagonal."""
+        return self.block * (self.block - 1) // 2
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """The skew-symmetric blocks of one weight.
+
+        Raises:
+            RecipeError: the blocks do not divide its inputs, or it looks rows up.
+        """
+        fan_in = point.axes.sizes(point.weight_shape)[0]
+        if fan_in % self.block or self.block < 2:
+            raise RecipeError(
+                f"OFT: block={self.block} does not divide the {fan_in} inputs of {point.path!r} "
+                "into blocks of two or more; give another block"
+            )
+        stacked = tuple(point.weight_shape[i] for i in point.axes.shared)
+        blocks = 1 if self.share else fan_in // self.block
+        return {"skew": Leaf((*stacked, blocks, self.entries), arrays.zeros)}
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form, blocks k (k - 1) / 2."""
+        *stacked, blocks, _ = shapes["skew"]
+        formula = f"{blocks}*{self.block}*{self.block - 1}/2"
+        return Count(formula, blocks * self.entries, math.prod(stacked))
+
+    def infer(
+        self, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], path: str
+    ) -> Axes | None:
+        """The roles of the weight's axes by the number of blocks."""
+        *stacked, blocks, entries = shapes["skew"]
+        n, every = len(stacked), tuple(range(len(weight)))
+        if entries != self.entries or tuple(stacked) != weight[:n]:
+            return None
+        for end in every[n + 1 :]:
+            inputs = math.prod(weight[n:end])
+            if inputs == blocks * self.block or (self.share and inputs % self.block == 0):
+                return Axes(every[n:end], every[end:], every[:n])
+        return None
+
+    def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
+        """Leaves whose rotation is the inverse; of a series, up to the terms left out.
+
+        Raises:
+            RecipeError: R is of a series, whose inverse is none.
+        """
+        if self.terms is not None:
+            return super().inverse(leaves, point)
+        return {"skew": -leaves["skew"]}
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Rotations by nothing."""
+        return zeros_like(leaves)
+
+    def rotation(self, skew: Float[Array, "*stacked entries"]) -> Float[Array, "*stacked k k"]:
+        """R of the entries of S above its diagonal, in their dtype."""
+        upper = jnp.zeros((*skew.shape[:-1], self.block, self.block), skew.dtype)
+        rows, columns = jnp.triu_indices(self.block, 1)
+        upper = upper.at[..., rows, columns].set(skew)
+        s, eye = upper - upper.mT, jnp.eye(self.block, dtype=skew.dtype)
+        eye = jnp.broadcast_to(eye, s.shape)
+        if self.terms is None:
+            # (I + S) (I - S)^-1 is I + 2 S (I - S)^-1, which is exactly I where S is zero.
+            return eye + 2 * jnp.linalg.solve(eye - s, s)
+        # I + 2 S + 2 S^2 + ..., whose last term counts once, as PEFT has it.
+        made, power = eye, s
+        for i in range(1, self.terms):
+            last = i == self.terms - 1 and self.terms > 2
+            made = made + (power if last else 2 * power)
+            power = jnp.matmul(power, s, precision="highest")
+        return made
+
+    def changes(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Callable[[], Array],
+        key: PRNGKeyArray | None = None,
+    ) -> dict[str, tuple[Change, ...]]:
+        """The rotation of the inputs."""
+        axes = point.axes
+        by = self.rotation(leaves["skew"])
+        if self.share:
+            blocks = axes.sizes(point.weight_shape)[0] // self.block
+            by = jnp.broadcast_to(by, (*by.shape[:-3], blocks, *by.shape[-2:]))
+        factor = Factor(by, (*axes.shared, RANK, RANK, RANK))
+        return {point.weight: (Turned(factor, axes.inputs),)}
