@@ -25,6 +25,7 @@ from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
+from adapters_jax.methods.vera import VeRA
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import Added, Formed, LowRank, Scale, Turned
 from adapters_jax.weights.factors import RANK, Factor
@@ -36,6 +37,7 @@ for _method in (
     LoHa,
     LoKr,
     OFT,
+    VeRA,
     IA3,
     LlamaAdapter,
     PrefixTuning,
@@ -69,6 +71,7 @@ __all__ = [
     "Scale",
     "Turned",
     "Unfreeze",
+    "VeRA",
     "arrays",
     "bottleneck_parameters",
     "llama_adapter_parameters",

@@ -5,7 +5,7 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapters_jax.errors import shown
@@ -67,6 +67,8 @@ _CLASSES = {
 }
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
 DEFAULTS |= {"alpha": 8, "decompose_factor": -1}  # of LoHa and LoKr
+DEFAULTS |= {"d_initial": 0.1, "vera_dropout": 0.0}
+DEFAULTS |= {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
 
 # PEFT's initialisations that do not change the base, with our `a_init` that is nearest to each.
 STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
@@ -91,6 +93,7 @@ class Kind:
         rules: the supported fields of the configuration.
         trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
             well as modules, or "norms" and heads.
+        shared: our names of tensors that are of no module, by their keys.
     """
 
     reader: str
@@ -99,6 +102,7 @@ class Kind:
     leaves: Mapping[str, str]
     rules: Mapping[str, Rule]
     trains: str
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 _NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
@@ -175,6 +179,39 @@ KINDS = {
             ),
             "init_weights": of(bool, str),
             "rank_dropout_scale": of(bool),
+        },
+        trains="modules",
+    ),
+    "VERA": Kind(
+        *("vera", "vera", ("vera",)),
+        leaves={"vera_lambda_d": "d", "vera_lambda_b": "b"},
+        rules={
+            **_MODULES,
+            "r": whole(),
+            "d_initial": rule(is_number, "a number"),
+            "vera_dropout": _NUMBER,
+            "bias": one_of("none"),
+            "layers_to_transform": of(int, list),
+            "layers_pattern": plain_names(str, list),
+            **dict.fromkeys(("save_projection", "init_weights"), of(bool)),
+            "projection_prng_key": of(int),
+        },
+        trains="modules",
+        shared={"base_model.vera_A": "left", "base_model.vera_B": "right"},
+    ),
+    "OFT": Kind(
+        *("oft", "oft", ("oft",)),
+        leaves={"oft_R": "skew"},
+        rules={
+            **_MODULES,
+            **dict.fromkeys(("r", "oft_block_size"), whole(0)),
+            "num_cayley_neumann_terms": whole(),
+            **dict.fromkeys(("module_dropout", "eps"), _NUMBER),
+            **dict.fromkeys(("block_share", "use_cayley_neumann", "init_weights"), of(bool)),
+            "coft": one_of(False),
+            "bias": one_of("none"),
+            "layers_to_transform": of(int, list),
+            "layers_pattern": plain_names(str, list),
         },
         trains="modules",
     ),

@@ -205,12 +205,14 @@ def from_peft(
     if not problems:
         try:
             kind = KINDS[config["peft_type"]]
+            shared = {own: tensors[key] for key, own in kind.shared.items() if key in tensors}
+            more = {"shared": shared} if kind.shared else {}
             added, plain = split_tensors(tensors, kind, problems)
             module_map = module_map.spelt_like([*added, *plain])
             problems += twice_spelt(added, plain, module_map)
             config = with_targets(config, added, problems)
             methods: list[Method]
-            methods, leaves = _code(kind.reader).read(config, added, module_map, problems)
+            methods, leaves = _code(kind.reader).read(config, added, module_map, problems, **more)
             plain, folded = read_folded(config, plain, module_map, problems)
             trained = read_trained(plain, module_map, problems) | folded
             if trained:
@@ -355,6 +357,8 @@ def split_tensors(
     plain: dict[str, Array] = {}
     keys: dict[str, str] = {}
     for key, tensor in tensors.items():
+        if key in kind.shared:
+            continue
         if not key.startswith(ROOT):
             problems.append(f"{key} does not begin with {ROOT}")
             continue

@@ -1,0 +1,121 @@
+"""OFT in PEFT's files: the skew-symmetric blocks of every module.
+
+PEFT's exact rotation is `(I - Q) (I + Q)^-1`, and its series, the default, one of
+`(I + Q) (I - Q)^-1`; ours is the latter in both cases.
+
+Reference: https://huggingface.co/docs/peft/package_reference/oft
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.errors import UserError
+from adapters_jax.files.layouts import Array
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.peft.config import ROOT, Config, is_target, value
+from adapters_jax.methods import OFT, Method
+from adapters_jax.placement import Placements
+from adapters_jax.recipe import Recipe
+
+KEY = "oft_R"
+SINCE = "0.18.0"  # the version of PEFT whose series counts the last term once
+
+
+def read(
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
+) -> tuple[list[Method], dict[str, Array]]:
+    """Returns one OFT for each size of blocks, and the leaves by path."""
+    leaves: dict[str, Array] = {}
+    groups: dict[int, list[str]] = {}
+    series, share = bool(value(config, "use_cayley_neumann")), bool(config.get("block_share"))
+    if series and not _is_new(config.get("peft_version")):
+        problems.append(
+            f"peft_version={config.get('peft_version')!r} has another series than {SINCE} on; load "
+            "it in that version, merge it, and save the base"
+        )
+    for module, found in added.items():
+        try:
+            there, skew = module_map.at(module), found["skew"]
+            if not there:
+                raise UserError(f"names maps {module} to no layer of the base")
+            if not is_target(config, module):
+                raise UserError(f"{module} has blocks but is not among the target modules")
+            block = _size(skew.shape[-1]) if skew.ndim == 2 else 0
+            for reference in there:  # parts of one module have its inputs, and so its rotation
+                shape = reference.shape
+                inputs = [int(np.prod(shape[:n])) for n in range(1, len(shape))]
+                fits = reference.weight == "kernel" and len(shape) < 4
+                blocks = [1] if share else [n // block for n in inputs if block and n % block == 0]
+                if not (fits and block and len(skew) in blocks):
+                    raise UserError(
+                        f"{module} has blocks of {list(skew.shape)}, which do not fit "
+                        f"{reference.path} of {list(shape)}"
+                    )
+                own = skew if series else -skew
+                leaves[f"{reference.path}/oft/skew"] = own.astype(np.float32)
+                groups.setdefault(block, []).append(reference.path)
+        except UserError as problem:
+            problems.append(str(problem))
+    if not groups and not problems:
+        problems.append("the file has no oft_R tensor")
+    terms = max(value(config, "num_cayley_neumann_terms"), 2)
+    # PEFT adds the last power of three terms as it does that of four.
+    counted = (4 if terms == 3 else terms) if series else None
+    among = [*module_map.paths, *module_map.base]
+    return [
+        OFT(shortest(paths, among), block, counted, share) for block, paths in groups.items()
+    ], leaves
+
+
+def _is_new(version: Any) -> bool:
+    """Whether a version of PEFT has the present series."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 18)
+
+
+def _size(entries: int) -> int:
+    """The k of k (k - 1) / 2 entries; 0 where there is none."""
+    k = (1 + int((1 + 8 * entries) ** 0.5)) // 2
+    return k if k * (k - 1) // 2 == entries and k > 1 else 0
+
+
+def write(
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
+    """Returns the fields, and the blocks of every module."""
+    here, tensors = {each.path: each for each in added}, dict[str, Array]()
+    methods: list[Any] = list(recipe.attached)
+    if len({(m.block, m.terms, m.share) for m in methods}) > 1:
+        problems.append("its entries have several values of block, terms or share; PEFT has one")
+    method, names = methods[0], list[str]()
+    for bare, parts in module_map.modules.items():
+        mine = [here.pop(reference.path, None) for reference in parts]
+        if not any(mine):
+            continue
+        own = [each.leaves(leaves)["skew"] for each in mine if each]
+        if len(own) < len(parts) or any(not np.array_equal(own[0], x) for x in own[1:]):
+            problems.append(f"{bare}: its parts are turned differently, and PEFT turns its input")
+            continue
+        name = module_map.full(bare)
+        names.append(name)
+        skew = own[0].reshape(-1, own[0].shape[-1])
+        tensors[f"{ROOT}{name}.{KEY}.weight"] = -skew if method.terms is None else skew
+    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
+    fields = {
+        "peft_type": "OFT",
+        "peft_version": SINCE,
+        "target_modules": sorted(names, key=in_order),
+        "r": 0,
+        "oft_block_size": method.block,
+        "block_share": method.share,
+        "use_cayley_neumann": method.terms is not None,
+        "num_cayley_neumann_terms": method.terms or 5,
+        "module_dropout": 0.0,
+        "coft": False,
+        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "bias": "none",
+        "init_weights": True,
+    }
+    return fields, tensors

@@ -1,0 +1,139 @@
+"""VeRA in PEFT's files: two scales for each module, and the factors that all of them share.
+
+PEFT stores the factors beside the model, `(r, in)` and `(out, r)` of the largest module, where
+`save_projection` is true; otherwise it draws them anew by torch's random numbers, which nobody else
+has.
+
+Reference: https://huggingface.co/docs/peft/package_reference/vera
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adapters_jax.errors import UserError
+from adapters_jax.files.layouts import Array, ModuleReference
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.peft.config import KINDS, ROOT, Config, is_target, value
+from adapters_jax.methods import Method, VeRA
+from adapters_jax.placement import Placements
+from adapters_jax.recipe import Recipe
+
+SHARED = KINDS["VERA"].shared
+_OWN = {"vera_lambda_d": "d", "vera_lambda_b": "b"}
+
+
+def read(
+    config: Config,
+    added: Added,
+    module_map: ModuleMap,
+    problems: list[str],
+    shared: Mapping[str, Array],
+) -> tuple[list[Method], dict[str, Array]]:
+    """Returns one VeRA for all modules, and its leaves by path."""
+    if shared.keys() != {*SHARED.values()}:
+        problems.append(
+            "the file lacks base_model.vera_A and vera_B, which PEFT would draw by torch's random "
+            "numbers; save it again from PEFT with save_projection=True"
+        )
+        return [], {}
+    rank = value(config, "r")
+    left, right = (np.ascontiguousarray(shared[name].T) for name in ("left", "right"))
+    if left.ndim != 2 or right.ndim != 2 or {left.shape[1], right.shape[0]} != {rank}:
+        shapes = [list(shared[name].shape) for name in ("left", "right")]
+        problems.append(f"vera_A and vera_B are {shapes[0]} and {shapes[1]}, expected rank {rank}")
+        return [], {}
+    leaves: dict[str, Array] = {}
+    for module, found in added.items():
+        try:
+            reference = _reference(config, module, module_map)
+            if found.keys() != {"d", "b"}:
+                raise UserError(f"{module} has {', '.join(sorted(found))}, expected d and b")
+            d, b = found["d"], found["b"]
+            outputs = _outputs(reference, b.size, len(left), right.shape[1])
+            if d.shape != (rank,) or outputs is None:
+                raise UserError(
+                    f"{module} has scales of {list(d.shape)} and {list(b.shape)}, which do not fit "
+                    f"{reference.path} of {list(reference.shape)} at rank {rank}"
+                )
+            own = {"d": d, "b": b.reshape(outputs)}
+            leaves |= {f"{reference.path}/vera/{n}": x.astype(np.float32) for n, x in own.items()}
+        except UserError as problem:
+            problems.append(str(problem))
+    if not leaves:
+        problems += [] if problems else ["the file has no scales of VeRA"]
+        return [], {}
+    paths = dict.fromkeys(path.removesuffix("/d").removesuffix("/b") for path in leaves)
+    modules = [path.removesuffix("/vera") for path in paths]
+    method = VeRA(
+        shortest(modules, [*module_map.paths, *module_map.base]),
+        rank=rank,
+        d_initial=value(config, "d_initial"),
+        dropout=value(config, "vera_dropout"),
+        inputs=len(left),
+        outputs=right.shape[1],
+    )
+    both = {"vera/left": left.astype(np.float32), "vera/right": right.astype(np.float32)}
+    return [method], leaves | both
+
+
+def _reference(config: Config, module: str, module_map: ModuleMap) -> ModuleReference:
+    """Our module of one of theirs."""
+    there = module_map.at(module)
+    if not there:
+        raise UserError(f"names maps {module} to no layer of the base")
+    if not is_target(config, module):
+        raise UserError(f"{module} has scales but is not among the target modules")
+    if len(there) > 1 or there[0].weight != "kernel" or len(there[0].shape) > 3:
+        raise UserError(f"{module} is no linear layer of one weight, which VeRA needs here")
+    return there[0]
+
+
+def _outputs(
+    reference: ModuleReference, size: int, inputs: int, outputs: int
+) -> tuple[int, ...] | None:
+    """The output axes of a weight with so many outputs; None where there are none."""
+    shape = reference.shape
+    for n in range(1, len(shape)):
+        if np.prod(shape[n:]) == size <= outputs and np.prod(shape[:n]) <= inputs:
+            return shape[n:]
+    return None
+
+
+def write(
+    recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
+) -> tuple[dict[str, Any], Leaves]:
+    """Returns the fields, the scales of every module and the shared factors."""
+    here, tensors = {each.path: each for each in added}, dict[str, Array]()
+    methods: list[Any] = list(recipe.attached)
+    if len(methods) > 1:
+        problems.append("it has several entries of VeRA, and PEFT has one pair of factors")
+    method, names = methods[0], list[str]()
+    for bare, parts in module_map.modules.items():
+        mine = [here.pop(reference.path, None) for reference in parts]
+        if not any(mine):
+            continue
+        each, name = mine[0], module_map.full(bare)
+        if each is None or len(parts) > 1 or parts[0].weight != "kernel":
+            problems.append(f"{bare}: it is no linear layer of one weight, which VeRA needs")
+            continue
+        own = each.leaves(leaves)
+        names.append(name)
+        tensors |= {f"{ROOT}{name}.{key}": own[ours].ravel() for key, ours in _OWN.items()}
+    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
+    for key, ours in SHARED.items():
+        tensors[key] = np.ascontiguousarray(leaves[f"{method.slot}/{ours}"].T)
+    fields = {
+        "peft_type": "VERA",
+        "target_modules": sorted(names, key=in_order),
+        "r": method.rank,
+        "d_initial": method.d_initial,
+        "vera_dropout": method.dropout,
+        "save_projection": True,
+        "projection_prng_key": 0,
+        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "bias": "none",
+        "init_weights": True,
+    }
+    return fields, tensors

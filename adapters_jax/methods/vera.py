@@ -1,0 +1,128 @@
+"""VeRA: trained scales of random factors that all modules have in common.
+
+Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
+from adapters_jax.methods.leaf import LeafMethod
+from adapters_jax.methods.settings import number, size
+from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.changes import Change, LowRank
+from adapters_jax.weights.factors import RANK, Factor
+
+
+@dataclass(frozen=True)
+class VeRA(LeafMethod):
+    """Whatever reads W sees `W + A diag(d) B diag(b)`: d and b train, A and B are random.
+
+    A is (in, r) and B (r, out), of all modules of the entry: they are stored once, at the top of
+    the tree, and do not train. Modules with fewer inputs or outputs than `inputs` and `outputs` use
+    the first rows of A and the first columns of B. d is (r,) and b (out,), with the axes of stacked
+    layers and experts in front; d starts at `d_initial`, b at zero. A product with an input is
+    `x W + ((x A) * d) B * b`. Leaves are float32.
+
+    Args:
+        targets: patterns of modules, or of leaves.
+        rank: r.
+        d_initial: where d starts.
+        dropout: probability of zeroing an entry of the product's input while training.
+        inputs: the rows of A; None where all modules have as many inputs.
+        outputs: the columns of B; None where all modules have as many outputs.
+
+    Raises:
+        UserError: a field is out of its range.
+
+    Example:
+        >>> point = AttachmentPoint("weight", "q", {"kernel": (8, 6)}, weight="kernel",
+        ...                         axes=Axes((0,), (1,)))
+        >>> {name: leaf.shape for name, leaf in VeRA("q", rank=4, inputs=9).leaves(point).items()}
+        {'d': (4,), 'b': (6,), 'left': (9, 4), 'right': (4, 6)}
+    """
+
+    kind: ClassVar[str] = "vera"
+    slot: ClassVar[str] = "vera"
+    paper: ClassVar[str] = "2310.11454"
+    leaf_names: ClassVar[tuple[str, ...]] = ("d", "b", "left", "right")  # type: ignore[misc]
+    shared_leaves: ClassVar[tuple[str, ...]] = ("left", "right")
+    frozen_leaves: ClassVar[tuple[str, ...]] = ("left", "right")
+    stated: ClassVar[tuple[str, ...]] = ("targets", "rank")
+
+    targets: str | tuple[str, ...]
+    rank: int = size(256)
+    d_initial: float = number(0.1)
+    dropout: float = number(0.0, high=1.0, closed=True)
+    inputs: int | None = size(None)
+    outputs: int | None = size(None)
+
+    def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
+        """The weight's axes of d and b."""
+        return {"d": (*axes.shared, RANK), "b": (*axes.shared, *axes.outputs)}
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """The scales of one weight, and the factors that it shares with others.
+
+        Raises:
+            RecipeError: the weight has more inputs or outputs than the factors.
+        """
+        axes, shape, rank = point.axes, point.weight_shape, self.rank
+        fan_in, fan_out, _ = axes.sizes(shape)
+        inputs, outputs = self.inputs or fan_in, self.outputs or fan_out
+        if fan_in > inputs or fan_out > outputs:
+            raise RecipeError(
+                f"VeRA: {point.path!r} has {fan_in} inputs and {fan_out} outputs, and inputs="
+                f"{inputs}, outputs={outputs}; give the largest of all modules"
+            )
+        stacked = tuple(shape[i] for i in axes.shared)
+        # He's uniform start, as the authors' code and PEFT have it.
+        left, right = (arrays.uniform(math.sqrt(6 / n)) for n in (inputs, rank))
+        return {
+            "d": Leaf((*stacked, rank), lambda key, shape: jnp.full(shape, self.d_initial)),
+            "b": Leaf((*stacked, *(shape[i] for i in axes.outputs)), arrays.zeros),
+            "left": Leaf((inputs, rank), left),
+            "right": Leaf((rank, outputs), right),
+        }
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form r + out."""
+        layers = math.prod(shapes["d"][:-1])
+        outputs = math.prod(shapes["b"]) // layers
+        return Count(f"{self.rank} + {outputs}", self.rank + outputs, layers)
+
+    def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
+        """Leaves whose change has the opposite sign."""
+        return {**leaves, "b": -leaves["b"]}
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Scales and factors of zeros."""
+        return zeros_like(leaves)
+
+    def changes(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        weight: Callable[[], Array],
+        key: PRNGKeyArray | None = None,
+    ) -> dict[str, tuple[Change, ...]]:
+        """The low-rank change of the weight."""
+        axes, shape = point.axes, point.weight_shape
+        fan_in, fan_out, _ = axes.sizes(shape)
+        inputs, outputs = (tuple(shape[i] for i in x) for x in (axes.inputs, axes.outputs))
+        left = leaves["left"][:fan_in].reshape(*inputs, self.rank)
+        right = leaves["right"][:, :fan_out].reshape(self.rank, *outputs)
+        own = self.weight_axes(axes, point.path)
+        d, b = (Factor(leaves[name], own[name]) for name in ("d", "b"))
+        scaled = Factor(right, (RANK, *axes.outputs)) * d * b
+        a = Factor(left, (*axes.inputs, RANK))
+        return {point.weight: (LowRank(a, scaled, None, self.dropout, key),)}
