@@ -150,6 +150,10 @@ class LoRA(Ranked):
         """The starts that leave the weight as it is."""
         return " or ".join(f"a_init={name!r}" for name in INITS if name not in CHANGING)
 
+    def divisor(self, rank: int) -> float:
+        """r, or its root where the rank is stabilised."""
+        return math.sqrt(rank) if self.rank_stabilized else rank
+
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors A and B of one weight.
 

@@ -1,8 +1,7 @@
 """`Ranked`: the rank and the scale of methods whose targets may differ in them."""
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import matches
@@ -15,8 +14,6 @@ class Ranked(LeafMethod):
     Subclasses define them, in an order and with defaults of their own.
     """
 
-    rank_stabilized: ClassVar[bool] = False  # LoRA has a field of this name
-
     if TYPE_CHECKING:
         rank: int
         alpha: float | None
@@ -28,8 +25,12 @@ class Ranked(LeafMethod):
         return next((r for p, r in self.rank_pattern if matches(p, path)), self.rank)
 
     def scale_at(self, path: str) -> float:
-        """The factor on the change at one target: alpha / r, or alpha / sqrt(r)."""
+        """The factor on the change at one target, alpha / r."""
         rank = self.rank_at(path)
         alpha = next((a for p, a in self.alpha_pattern if matches(p, path)), self.alpha)
         alpha = rank if alpha is None else alpha
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return alpha / self.divisor(rank)
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by."""
+        return rank

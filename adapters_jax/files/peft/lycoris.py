@@ -50,11 +50,11 @@ def read(
     for form, modules in groups.items():
         ranks = {path: number_at(config, "r", name) for path, name in modules.items()}
         alphas = {path: number_at(config, "alpha", name) for path, name in modules.items()}
-        patterns = {
+        patterns: dict[str, Any] = {
             "rank_pattern": pattern_of(ranks, usual[0]),
             "alpha_pattern": pattern_of(alphas, usual[1]),
         }
-        kind = LoHa if config["peft_type"] == "LOHA" else LoKr
+        kind: Any = LoHa if config["peft_type"] == "LOHA" else LoKr
         methods.append(kind(shortest(modules, among), *usual, **dict(form), **patterns))
     return methods, leaves
 
@@ -81,19 +81,21 @@ def _our_loha(
     """LoHa's factors of one of our modules."""
     windows = {f"hada_t{i}" for i in _PAIRS}
     _checked(module, found, _LOHA, _LOHA | windows)
-    made, rank = {}, number_at(config, "r", module)
+    made: dict[str, Array] = {}
+    rank = number_at(config, "r", module)
     for i in _PAIRS:
-        out, inner = found[f"hada_w{i}_a"], found[f"hada_w{i}_b"]
+        out: Any = found[f"hada_w{i}_a"]
+        inner: Any = found[f"hada_w{i}_b"]
         if f"hada_t{i}" in found:
             window = found[f"hada_t{i}"]
             if window.ndim != 4 or out.ndim != 2 or inner.shape[:1] != window.shape[1:2]:
                 raise _misfit(module, found, reference)
             inner, out = np.einsum("ijkl,jp->ipkl", window, inner), out.T
         elif inner.ndim == 2 and len(reference.shape) == 4 and reference.weight == "kernel":
-            *window, inputs, _ = reference.shape
+            *places, inputs, _ = reference.shape
             if inner.size != len(inner) * np.prod(reference.shape[:-1]):
                 raise _misfit(module, found, reference)
-            inner = inner.reshape(len(inner), inputs, *window)
+            inner = inner.reshape(len(inner), inputs, *places)
         if out.ndim != 2 or inner.ndim < 2 or len(inner) != rank:
             raise _misfit(module, found, reference)
         pair = our_factors(reference, inner, out.reshape(*out.shape, *(1,) * (inner.ndim - 2)))
