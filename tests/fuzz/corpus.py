@@ -70,6 +70,14 @@ def _retyped(_: Any) -> bytes:
     return made.replace(kind, b"\x15\x08" + kind[2:])
 
 
+def _required(_: Any) -> bytes:
+    """A column with counts of missing values, which the schema excludes; pyarrow ends there too."""
+    made = _table("parquet", text=["a", None], label=["c", "d"])
+    kind = b"\x15\x0c\x25\x02\x18\x04text"  # its third and fourth byte: optional
+    assert kind in made
+    return made.replace(kind, kind[:2] + b"\x25\x00" + kind[4:])
+
+
 def _run_ends(rows: int) -> Callable[[Any], bytes]:
     """Runs of one text, without an end."""
 
@@ -168,6 +176,7 @@ CORPUS: dict[str, Entry] = {
         readable=True,
     ),
     "parquet: bytes as floats": Entry("parquet", "rows.parquet", _retyped),
+    "parquet: missing values of a required column": Entry("parquet", "rows.parquet", _required),
     "arrow: rows of one long text": Entry("arrow", "rows.arrow", _repeated("arrow", 2**21, 2000)),
     "arrow: a run that does not end": Entry("arrow", "rows.arrow", _run_ends(2**31 - 2)),
     "arrow: views of the same items": Entry("arrow", "rows.arrow", _views(10**5, 10**5)),

@@ -10,6 +10,7 @@ https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.m
 https://arrow.apache.org/docs/format/Columnar.html and https://flatbuffers.dev/internals/
 """
 
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def pages_of(data: memoryview, begin: int, end: int) -> Iterator[Page]:
 
 
 def check_kinds(data: memoryview, most: int) -> None:
-    """Checks that the columns of a Parquet file have the physical types of its schema.
+    """Checks that the columns of a Parquet file have the types and the levels of its schema.
 
     Where they do not, pyarrow ends the process when it is asked about a column.
 
@@ -107,10 +108,31 @@ def check_kinds(data: memoryview, most: int) -> None:
     begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     footer = _Thrift(data, begin, most).structure()
     kinds = [element[1] for element in footer[2] if not element.get(5)]
+    levels = list(_levels(iter(footer[2][1:]), footer[2][0].get(5, 0)))
     for group in footer[4]:
         found = [column[3][1] for column in group[1]]
         if found != kinds:
             raise ValueError(f"columns of the types {found}, and the schema says {kinds}")
+        for column, most_of in zip(group[1], levels, strict=True):
+            counted = column[3].get(16, {})  # of repetitions and of definitions, one a level
+            for field, level in zip((2, 3), most_of, strict=True):
+                if len(counted.get(field, ())) not in (0, level + 1):
+                    raise ValueError(
+                        f"counts of {len(counted[field])} levels, expected {level + 1}"
+                    )
+
+
+def _levels(
+    elements: Iterator[dict[int, Any]], count: int, level: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[int, int]]:
+    """The highest levels of repetition and definition of each column below some nodes."""
+    for element in itertools.islice(elements, count):
+        repeated, optional = (element.get(3) == kind for kind in (2, 1))
+        own = level[0] + repeated, level[1] + (repeated or optional)
+        if element.get(5):
+            yield from _levels(elements, element[5], own)
+        else:
+            yield own
 
 
 class _Thrift:
