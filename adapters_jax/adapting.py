@@ -116,7 +116,7 @@ def adapt(
         )
     if not flax:
         return _adapted_function(model, params, recipe, rngs, example_inputs)
-    recipe = Recipe(recipe)
+    recipe = _after_those_of(model, recipe)
     if isinstance(model, nn.Module):
         if rngs is not None or example_inputs is not None:
             raise TypeError(
@@ -144,7 +144,14 @@ def _adapted_function(model: Any, params: Any, recipe: Any, rngs: Any, inputs: A
             "adapt: rngs are for NNX models; write aj.adapt(fn, params, recipe, "
             "example_inputs=(...))"
         )
-    return adapt_function(model, params, Recipe(recipe), inputs)
+    return adapt_function(model, params, _after_those_of(model, recipe), inputs)
+
+
+def _after_those_of(model: Any, recipe: Any) -> Recipe:
+    """A recipe for a model that may have adapters, which its compositions may name."""
+    known = getattr(model, "adapter_recipe", None) or getattr(model, "recipe", None)
+    known = known if isinstance(known, Recipe) else Recipe()
+    return Recipe(known, recipe).beyond(len(known))
 
 
 def _described(model: Any) -> str:

@@ -60,11 +60,16 @@ from adapters_jax.methods import (
     Method as Method,
     PrefixTuning as PrefixTuning,
     Unfreeze as Unfreeze,
+    average as average,
+    batch_split as batch_split,
     bottleneck_parameters as bottleneck_parameters,
+    fuse as fuse,
     llama_adapter_parameters as llama_adapter_parameters,
     lora_parameters as lora_parameters,
     prefix_parameters as prefix_parameters,
     register_method as register_method,
+    split as split,
+    stack as stack,
 )
 from adapters_jax.presets import (
     bitfit as bitfit,

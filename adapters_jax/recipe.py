@@ -73,7 +73,8 @@ class Recipe:
 
     Raises:
         TypeError: an argument is neither, or the class of a method is not registered.
-        RecipeError: two methods without names keep leaves that their modules share in one place.
+        RecipeError: two methods without names keep leaves that their modules share in one place; or
+            a composition names an adapter that does not come before it, or that another one runs.
         UserError: they are nested more than 32 deep.
 
     Example:
@@ -100,6 +101,7 @@ class Recipe:
                 f"share would be in {max(shared, key=shared.count)} for all of them; give each a "
                 "name, name='first' and name='second'"
             )
+        _check_members(flat)
         # Frozen, since a recipe is a static argument of jit, which hashes it.
         object.__setattr__(self, "methods", tuple(flat))
 
@@ -110,7 +112,7 @@ class Recipe:
         return len(self.methods)
 
     def __getitem__(self, name: str) -> "Recipe":
-        """The recipe of the entries of one name.
+        """The recipe of the entries of one name; of a composition, with those that it runs.
 
         Raises:
             RecipeError: no entry has the name.
@@ -122,7 +124,22 @@ class Recipe:
             ('**',)
         """
         self._check_names((name,))
-        return Recipe(*(m for m in self.methods if m.name == name))
+        names = {name}
+        for method in reversed(self.methods):  # members come before their composition
+            names.update(method.members if method.name in names else ())
+        return Recipe(*(m for m in self.methods if m.name in names))
+
+    def beyond(self, first: int) -> "Recipe":
+        """The entries from a position on; their compositions may run entries before it.
+
+        Example:
+            >>> from adapters_jax import LoRA
+            >>> len(Recipe(LoRA("q", name="old"), LoRA("k")).beyond(1))
+            1
+        """
+        rest = object.__new__(Recipe)
+        object.__setattr__(rest, "methods", self.methods[first:])
+        return rest
 
     def frozen(self, *names: str) -> "Recipe":
         """The recipe with the entries of these names frozen; without names, every added adapter.
@@ -189,9 +206,15 @@ class Recipe:
             RecipeError: two of them keep their leaves under one name, or a method that reads the
                 module's weight comes after one that changes it.
         """
-        found = tuple(m for m in self.attached if selects(m.targets, path))
+        found: list[Method] = []
+        for method in self.attached:
+            here = [m.name for m in found if m.acts_on == "output"]
+            if selects(method.targets, path) and (
+                not method.members or any(name in here for name in method.members)
+            ):
+                found.append(method)
         self.check(found, path)
-        return found
+        return tuple(found)
 
     def check(self, methods: Sequence[Method], path: str) -> None:
         """Checks that several methods can be together on a module or weight.
@@ -250,7 +273,9 @@ class Recipe:
     def absent(self, paths: Iterable[str]) -> str:
         """The names of the methods that none of the parameters belongs to, for a message."""
         present = {owner.method for owner in self.owners(paths).values()}
-        return ", ".join(type(m).__name__ for m in self.attached if m not in present)
+        return ", ".join(
+            type(m).__name__ for m in self.attached if m.leaf_names and m not in present
+        )
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at a path trains."""
@@ -316,6 +341,35 @@ def as_compared(value: Any) -> str:
         return value
 
     return json.dumps(stated(value), sort_keys=True).replace("|", ",")
+
+
+def _check_members(methods: Sequence[Method]) -> None:
+    """Raises RecipeError unless compositions run entries before them that act on outputs, once."""
+    before: dict[str, list[Method]] = {}
+    taken: dict[str, str] = {}
+    for method in methods:
+        for name in method.members:
+            known = ", ".join(filter(None, before)) or "no named entries"
+            if name not in before or not name:
+                raise RecipeError(
+                    f"{method.kind}: no entry before it has the name {shown(name)}; there is "
+                    f"{known}"
+                )
+            if name in taken:
+                raise RecipeError(
+                    f"{method.kind}: {name!r} runs in {taken[name]} already; name it in one "
+                    "composition, or give that composition a name and use it here"
+                )
+            taken[name] = method.kind
+            other = [m for m in before[name] if m.acts_on != "output"]
+            if other and method.kind != "stack":
+                raise RecipeError(
+                    f"{method.kind}: {name!r} has {type(other[0]).__name__}, which acts on "
+                    f"{'weights' if other[0].acts_on == 'weight' else 'attention'}; compositions "
+                    "but aj.stack are of adapters on outputs. For others there are aj.combine and "
+                    "aj.Bank"
+                )
+        before.setdefault(method.name, []).append(method)
 
 
 def _members(item: Any) -> Iterable[Method]:

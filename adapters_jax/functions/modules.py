@@ -110,7 +110,7 @@ class Calls:
             again = functools.partial(_prompted, prompts, path, module, run)
         y = again(*args, **kwargs)
         acting = [
-            (m, functools.partial(_forward, m, leaves[m], visit))
+            (m, functools.partial(_bound, m, leaves[m], visit))
             for m in methods
             if m.acts_on == "output"
         ]
@@ -177,16 +177,9 @@ def _prompted(
     return y
 
 
-def _forward(
-    method: Method,
-    leaves: Mapping[str, Any],
-    visit: Visit,
-    again: Any,
-    x: Any,
-    y: Any,
-) -> Any:
-    """Applies a method to an output."""
-    return method.forward(leaves, visit.at(method, width=y.shape[-1], again=again), x, y)
+def _bound(method: Method, leaves: Mapping[str, Any], visit: Visit, y: Any) -> Any:
+    """A method's arrays, its attachment point and no key, for one output."""
+    return leaves, visit.at(method, width=y.shape[-1]), None
 
 
 @contextlib.contextmanager

@@ -70,19 +70,13 @@ def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return run(*args, **kwargs)
 
 
-def _forward(
-    module: Any,
-    method: Method,
-    visit: Visit,
-    evaluation: bool | None,
-    again: Callable[[Any], Array],
-    x: Any,
-    y: Array,
-) -> Array:
-    """Applies a method to an output, in a scope in which its leaves' names are free."""
-    scope = module.scope.push(method.slot, reuse=True)
-    point = visit.at(method, width=y.shape[-1], again=again)
-    return run_method(module, scope, method, point, x, y, evaluation)
+def _bound(
+    module: Any, method: Method, visit: Visit, evaluation: bool | None, y: Array
+) -> tuple[dict[str, Array], AttachmentPoint, Any]:
+    """A method's arrays, its attachment point and a key for its dropout, for one output."""
+    point = visit.at(method, width=y.shape[-1])
+    leaves = leaves_in(module.scope.push(method.slot, reuse=True), method, point)
+    return leaves, point, dropout_key(module, method, evaluation)
 
 
 def _has_leaves(module: Any, method: Method) -> bool:
@@ -234,7 +228,7 @@ class Interceptor:
             self._refuse_taken_names(module, visit, methods)
         self.visited[path] = (module, visit)
         acting = [
-            (method, functools.partial(_forward, module, method, visit, here.evaluation))
+            (method, functools.partial(_bound, module, method, visit, here.evaluation))
             for method in methods
             if visit.point(method) or _has_leaves(module, method)
         ]
@@ -393,21 +387,6 @@ def dropout_key(module: nn.Module, method: Method, evaluation: bool | None) -> A
     if evaluation is None:
         evaluation = not module.has_rng("dropout")
     return module.make_rng("dropout") if method.dropout and not evaluation else None
-
-
-def run_method(
-    module: nn.Module,
-    scope: Any,
-    method: Method,
-    point: AttachmentPoint,
-    x: Any,
-    y: Array,
-    evaluation: bool | None,
-) -> Array:
-    """Applies a method, whose leaves are in the given scope, to a module's output."""
-    leaves = leaves_in(scope, method, point)
-    key = dropout_key(module, method, evaluation)
-    return method.forward(leaves, point, x, y, key)
 
 
 def without_adapters(

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from adapters_jax import methods
-from adapters_jax.linen.interceptor import dropout_key, grow_in, leaves_in, run_method
+from adapters_jax.linen.interceptor import dropout_key, grow_in, leaves_in
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
@@ -76,7 +76,8 @@ class Bottleneck(nn.Module):
         )
         y = x if y is None else y
         point = AttachmentPoint("output", "/".join(self.path), width=x.shape[-1])
-        return run_method(self, self.scope, method, point, x, y, deterministic)
+        leaves = leaves_in(self.scope, method, point)
+        return method.forward(leaves, point, x, y, dropout_key(self, method, deterministic))
 
 
 class LoRADense(nn.Dense):

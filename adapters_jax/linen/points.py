@@ -101,6 +101,8 @@ def with_shared(params: Tree, placements: Placements) -> Tree:
 
 def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
     """A placement with the layer axes that flax's transforms gave to its arrays."""
+    if not each.arrays:
+        return each
     name = each.method.own_leaves[0]
     own, grown = dict(each.arrays)[name], tuple(whole[join(each.prefix, name)].shape)
     return replace(each, layers=grown[: len(grown) - len(own)]).with_arrays()

@@ -13,7 +13,19 @@ A new method is one file and one line here. For methods of other packages:
 from adapters_jax.methods import arrays, settings
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
+from adapters_jax.methods.compositions import (
+    Averaged,
+    BatchSplit,
+    Composition,
+    Split,
+    Stacked,
+    average,
+    batch_split,
+    split,
+    stack,
+)
 from adapters_jax.methods.dora import DoRA
+from adapters_jax.methods.fusion import Fusion, fuse
 from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
@@ -41,6 +53,11 @@ for _method in (
     IA3,
     LlamaAdapter,
     PrefixTuning,
+    Stacked,
+    Averaged,
+    Split,
+    BatchSplit,
+    Fusion,
     Unfreeze,
 ):
     register_method(_method)
@@ -52,12 +69,16 @@ __all__ = [
     "RANK",
     "Added",
     "AttachmentPoint",
+    "Averaged",
     "Axes",
+    "BatchSplit",
     "Bottleneck",
+    "Composition",
     "Count",
     "DoRA",
     "Factor",
     "Formed",
+    "Fusion",
     "Leaf",
     "LeafMethod",
     "LlamaAdapter",
@@ -69,15 +90,22 @@ __all__ = [
     "PrefixTuning",
     "Prompt",
     "Scale",
+    "Split",
+    "Stacked",
     "Turned",
     "Unfreeze",
     "VeRA",
     "arrays",
+    "average",
+    "batch_split",
     "bottleneck_parameters",
+    "fuse",
     "llama_adapter_parameters",
     "lora_parameters",
     "method_named",
     "prefix_parameters",
     "register_method",
     "settings",
+    "split",
+    "stack",
 ]

@@ -37,8 +37,6 @@ class AttachmentPoint:
         own: the shapes of all of the module's own leaves by name, with layer axes.
         precision: matmul precision of the module.
         width: of an output, the size of its last axis, d.
-        again: of an output in a call, runs the module, with the methods before this one, on another
-            input, and gives its output.
         attention: of an attention, its sizes; None in the calls of modules that compute it in line,
             until they come to it.
         weight: of a weight, its name in the module.
@@ -59,7 +57,6 @@ class AttachmentPoint:
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     precision: Any = None
     width: int = 0
-    again: Callable[[Array], Array] | None = None
     attention: Attention | None = None
     weight: str = ""
     axes: Axes = field(default=Axes((), ()))
@@ -149,6 +146,11 @@ class Method:
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
         dropout: a probability; `forward` gets a key only where it is above zero, while training.
         output: the path of the output that `forward` acts on, where modules return several.
+        changes_input: whether `forward` gives another input of the module, not its output; the
+            module then runs again.
+        branch(leaves, point, x, y, key): what `forward` adds, for `aj.fuse`.
+        members, compose(leaves, point, run, state, key): of a composition, the names of the entries
+            that it runs.
         why_not(module): why `fits` is false, for the error about a target that cannot be adapted.
         merged(leaves, point, own): the module's own parameters with the change in them.
         unmergeable: why there is no `merged`.
@@ -211,6 +213,7 @@ class Method:
     subset_fields: ClassVar[tuple[str, ...]] = ()
     frozen_leaves: ClassVar[tuple[str, ...]] = ()
     shared_leaves: ClassVar[tuple[str, ...]] = ()
+    members: ClassVar[Any] = ()  # names; a field of compositions
 
     targets: str | tuple[str, ...]
     name: str = field(default="", kw_only=True, repr=False, metadata={"check": check_name})
@@ -280,6 +283,11 @@ class Method:
         return None
 
     @property
+    def changes_input(self) -> bool:
+        """Whether `forward` gives another input of the module, which then runs again."""
+        return False
+
+    @property
     def from_weight(self) -> Literal["", "reads", "changes"]:
         """Whether `start` "reads" the weight, "changes" it as well, or is not called: ""."""
         return ""
@@ -334,16 +342,52 @@ class Method:
 
         Args:
             leaves: the arrays by name.
-            point: the module that they adapt; `point.again(x)` runs it on another input.
+            point: the module that they adapt.
             x: the module's input, of whatever form the module takes.
             y: the module's output, with the methods before this one; of several the one that the
                 method acts on.
             key: for dropout while training; None in evaluation.
 
         Returns:
-            An array of the shape and dtype of y.
+            An array of the shape and dtype of y; of x, where `changes_input` is true.
         """
         return y
+
+    def branch(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        x: Any,
+        y: Float[Array, "..."],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "..."]:
+        """What `forward` adds to the output, or to the input where `changes_input` is true.
+
+        Raises:
+            RecipeError: the method is no sum of that kind, so that `aj.fuse` cannot have it.
+        """
+        raise RecipeError(
+            f"fuse: {type(self).__name__} at {point.path!r} has no branch; fuse bottleneck adapters"
+        )
+
+    def compose(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        run: Callable[[str, Any], Any],
+        state: Any,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """What a composition makes of a `methods.outputs.State`, where `members` is not empty.
+
+        Args:
+            leaves: the arrays by name.
+            point: the module that they adapt.
+            run: `run(member, state)` is the state after a member; None where the module lacks it.
+            state: the module's input and output, with the entries before this one.
+            key: for dropout while training; None in evaluation.
+        """
+        return state
 
     def attend(
         self,
@@ -496,6 +540,8 @@ def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
     """The number of layer axes in front of a method's leaves that its own shapes lack."""
     # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
     # leaves are those of one layer.
+    if not method.own_leaves:
+        return 0
     name = method.own_leaves[0]
     return len(leaves[name].shape) - len(method.leaves(point)[name].shape)
 

@@ -181,6 +181,11 @@ class Bottleneck(Method):
             math.prod(shapes["down/bias"][:-1]),
         )
 
+    @property
+    def changes_input(self) -> bool:
+        """Whether the branch is added to the module's input: with placement "norm"."""
+        return self.placement == "norm"
+
     def forward(
         self,
         leaves: Leaves,
@@ -189,7 +194,19 @@ class Bottleneck(Method):
         y: Float[Array, "... d"],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "... d"]:
-        """The adapted output.
+        """The adapted output, or with placement "norm" the adapted input; see `branch`."""
+        branch, stream = self.branch(leaves, point, x, y, key), x if self.changes_input else y
+        return stream + branch.astype(stream.dtype)
+
+    def branch(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        x: Any,
+        y: Float[Array, "... d"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "... d"]:
+        """What is added to the output, or with placement "norm" to the input.
 
         Args:
             leaves: the arrays by name.
@@ -202,8 +219,7 @@ class Bottleneck(Method):
             An array of the shape and dtype of y.
 
         Raises:
-            RecipeError: `placement` is not "sequential", and x and y differ in shape; or it is
-                "norm", and `point` cannot run the norm again.
+            RecipeError: `placement` is not "sequential", and x and y differ in shape.
         """
         if self.placement != "sequential" and getattr(x, "shape", None) != y.shape:
             shape = getattr(x, "shape", type(x).__name__)
@@ -214,15 +230,7 @@ class Bottleneck(Method):
         # A residual stream may be float32 beside a module that computes in bfloat16; the branch
         # computes in the module's dtype.
         source = x if self.placement == "parallel" else y
-        branch = self._branch(leaves, source.astype(y.dtype), point.precision, key)
-        if self.placement != "norm":
-            return y + branch
-        if point.again is None:
-            raise RecipeError(
-                "Bottleneck: placement='norm' runs the adapted norm again; attach it with aj.adapt"
-            )
-        # Running the norm again needs no knowledge of its kind, epsilon or parameters.
-        return point.again(x + branch.astype(x.dtype))
+        return self._branch(leaves, source.astype(y.dtype), point.precision, key)
 
     def size(self, leaves: Leaves) -> int:
         """The width between the projections."""

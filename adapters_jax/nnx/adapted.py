@@ -253,8 +253,12 @@ def _adapted(
     adapted, bare = copy(model), model if base else copy(model)
     if not base:
         detach(bare)  # else its adapters would be weights, and hide how the base's are read
-    found, frozen = points_of(bare, recipe, inputs), params_of(bare)
-    attached, others = found.attached, _other_names(bare, {**found.modules, **frozen})
+    # A composition is where its members are, which the model may have already.
+    members = any(method.members for method in recipe)
+    named = Recipe(getattr(model, "adapter_recipe", Recipe()), recipe) if members else recipe
+    found, frozen = points_of(bare, named, inputs), params_of(bare)
+    attached = [each for each in found.attached if each.method in recipe.methods]
+    others = _other_names(bare, {**found.modules, **frozen})
     check_targets(
         recipe, attached, found.modules, found.visits, found.reads, frozen, others, found.layers
     )

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import other_names
 from adapters_jax.methods import outputs
+from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.mixed import Rows, by_rows, needs_rows
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.nnx.containers import (
@@ -123,7 +124,7 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         acting = [held for held in holds(self) if held.method.acts_on == "output"]
         if name != "__call__" or not acting:
             return y
-        methods = [(held.method, functools.partial(run_method, self, held)) for held in acting]
+        methods = [(held.method, functools.partial(_bound, self, held)) for held in acting]
         x = calls.input_of(self, args, kwargs)
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
@@ -286,13 +287,12 @@ def _watching(module: Any, prompts: list[Placement], call: str) -> Iterator[Call
         watch.found.check(type(prompts[0].method).__name__, path, module)
 
 
-def run_method(
-    module: Any, held: Placement, again: Callable[[Any], Any], x: Any, y: Array
-) -> Array:
-    """Applies a method, whose leaves are in a child of the module, to an output."""
-    point = point_of(module, held, width=y.shape[-1], again=again)
-    key = key_of(node_of(module, held))
-    return held.method.forward(leaves_of(module, held), point, x, y, key)
+def _bound(
+    module: Any, held: Placement, y: Array
+) -> tuple[dict[str, Array], AttachmentPoint, Array | None]:
+    """A method's arrays, its attachment point and a key for its dropout, for one output."""
+    point = point_of(module, held, width=y.shape[-1])
+    return leaves_of(module, held), point, key_of(node_of(module, held))
 
 
 def refresh(module: Any) -> None:

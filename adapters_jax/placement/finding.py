@@ -135,8 +135,12 @@ def on_outputs(recipe: Recipe, visit: Visit, layers: Shape = ()) -> Iterator[Pla
         visit: the module.
         layers: the layer axes that it is stacked on.
     """
+    names = set[str]()
     for method in recipe.at(visit.path):
+        if method.members and names.isdisjoint(method.members):
+            continue
         if point := visit.point(method):
+            names.add(method.name)
             width, sizes = point.width, point.attention
             placed = Placement(method, visit.path, visit.path, width=width, attention=sizes)
             yield replace(placed, layers=layers, reaches=True).with_arrays()

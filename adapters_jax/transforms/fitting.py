@@ -58,6 +58,8 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
     made = {path: leaf for path, leaf in flat.items() if recipe.keeps(path)}
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
     placed = {each.prefix: each for each in known.of(recipe, shapes)}
+    for method in [method for method in recipe.attached if not method.leaf_names]:
+        method.neutral({})  # a composition may have none
     for owner in owners_of(recipe, list(made)):
         method = owner.method
         if method.from_weight == "changes":

@@ -1,0 +1,391 @@
+"""Compositions: how named adapters on the output of one module act together.
+
+Pfeiffer et al. 2020, "MAD-X", arXiv:2005.00052, stacks adapters; AdapterHub has the others
+(https://docs.adapterhub.ml/adapter_composition.html).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError, UserError, check_number, check_size, shown
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
+from adapters_jax.methods.outputs import State
+
+Runner = Callable[[str, State], State | None]
+
+
+@dataclass(frozen=True)
+class Composition(Method):
+    """The base class of compositions: entries of a recipe that run others, by their names.
+
+    A composition is where its members are, so it needs no targets.
+
+    Args:
+        targets: all modules.
+        members: the names of the entries, in order.
+
+    Raises:
+        UserError: there are no members, or one stands there twice.
+    """
+
+    stated: ClassVar[tuple[str, ...]] = ("members",)
+    unmergeable: ClassVar[str] = "it runs adapters one beside the other"
+    leaf_names: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]
+
+    targets: str | tuple[str, ...] = field(default=("**",), repr=False)
+    members: tuple[str, ...] = ()  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        members = self.members
+        if not (
+            isinstance(members, tuple) and members and all(isinstance(m, str) for m in members)
+        ):
+            raise UserError(
+                f"{self.kind}: members={shown(members)}, expected the names of adapters, such as "
+                f"aj.{self.kind}('first', 'second')"
+            )
+        if len(set(members)) < len(members):
+            twice = max(members, key=members.count)
+            raise UserError(f"{self.kind}: {twice!r} stands there twice; name each adapter once")
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """No arrays."""
+        return {}
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """No parameters."""
+        return Count("0", 0)
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """No arrays: with members that leave the base as it is, a composition does."""
+        return {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises RecipeError: a composition runs its members by `compose`."""
+        raise RecipeError(f"{self.kind}: it runs the entries {', '.join(self.members)}")
+
+    def _each(self, point: AttachmentPoint, run: Runner, state: State) -> list[State]:
+        """The states after each member alone; raises RecipeError where the module lacks one."""
+        found = {name: run(name, state) for name in self.members}
+        for name, after in found.items():
+            if after is None:
+                there = [name for name, x in found.items() if x is not None]
+                raise RecipeError(
+                    f"{self.kind}: {name!r} has no adapter on the output of {point.path!r}, where "
+                    f"{' and '.join(there)} have one; give all members the same targets"
+                )
+        return [after for after in found.values() if after is not None]
+
+    def _of_input(self, point: AttachmentPoint, pairs: Iterable[tuple[State, State]]) -> bool:
+        """Whether members change the module's input, by the states before and after each.
+
+        Raises:
+            RecipeError: some do, and others change its output.
+        """
+        moved = {after.x is not before.x for before, after in pairs}
+        if len(moved) > 1:
+            raise RecipeError(
+                f"{self.kind}: at {point.path!r} some of {', '.join(self.members)} change the "
+                "module's input (placement='norm') and others its output; give all one placement"
+            )
+        return True in moved
+
+
+@dataclass(frozen=True)
+class Stacked(Composition):
+    """Adapters one after the other; modules that lack one skip it.
+
+    Example:
+        >>> Stacked(members=("sw", "ner"))
+        Stacked(members=('sw', 'ner'))
+    """
+
+    kind: ClassVar[str] = "stack"
+    slot: ClassVar[str] = "stack"
+    paper: ClassVar[str] = "2005.00052"
+
+    def compose(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        run: Runner,
+        state: State,
+        key: PRNGKeyArray | None = None,
+    ) -> State:
+        """The state after all members."""
+        for name in self.members:
+            state = run(name, state) or state
+        return state
+
+
+@dataclass(frozen=True)
+class Averaged(Composition):
+    """The weighted mean of what the module returns with each adapter alone.
+
+    Args:
+        weights: a number for each member; they are divided by their sum. Empty for equal ones.
+
+    Raises:
+        UserError: there is another number of weights than of members, or they add to 0.
+
+    Example:
+        >>> Averaged(members=("a", "b"), weights=(3.0, 1.0)).shares
+        (0.75, 0.25)
+    """
+
+    kind: ClassVar[str] = "average"
+    slot: ClassVar[str] = "average"
+
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for weight in self.weights:
+            check_number("average", "weights", weight, low=-math.inf)
+        if self.weights and (len(self.weights) != len(self.members) or not sum(self.weights)):
+            raise UserError(
+                f"average: weights={self.weights} for {', '.join(self.members)}, expected a number "
+                "for each, with a sum that is not 0"
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights, with a sum of 1."""
+        weights = self.weights or (1.0,) * len(self.members)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def compose(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        run: Runner,
+        state: State,
+        key: PRNGKeyArray | None = None,
+    ) -> State:
+        """The state with the mean of all members."""
+        states = self._each(point, run, state)
+        of_input = self._of_input(point, [(state, each) for each in states])
+        parts = jnp.stack([each.x if of_input else each.y for each in states], -1)
+        return state.moved(parts @ jnp.asarray(self.shares, parts.dtype), of_input)
+
+
+@dataclass(frozen=True)
+class Split(Composition):
+    """Each adapter on its own part of an axis: of a sequence's positions, or of a batch's rows.
+
+    Args:
+        sizes: the size of each part; one of them may be None, for the rest of the axis. Empty for
+            parts of one size.
+
+    Raises:
+        UserError: there is another number of sizes than of members, or several are None.
+
+    Example:
+        >>> Split(members=("a", "b"), sizes=(2, None)).bounds(5, "x")
+        [(0, 2), (2, 5)]
+    """
+
+    kind: ClassVar[str] = "split"
+    slot: ClassVar[str] = "split"
+    axis: ClassVar[int] = -2
+
+    sizes: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for size in [size for size in self.sizes if size is not None]:
+            check_size(self.kind, "sizes", size)
+        if self.sizes and (len(self.sizes) != len(self.members) or self.sizes.count(None) > 1):
+            raise UserError(
+                f"{self.kind}: sizes={self.sizes} for {', '.join(self.members)}, expected a size "
+                "for each, one of them None at most"
+            )
+
+    def bounds(self, length: int, path: str) -> list[tuple[int, int]]:
+        """Where each part starts and ends.
+
+        Args:
+            length: the size of the axis.
+            path: the path of the module, for messages.
+
+        Raises:
+            RecipeError: the parts do not fill the axis.
+        """
+        equal = (length // len(self.members),) * len(self.members)
+        sizes = self.sizes or equal
+        rest = length - sum(size or 0 for size in sizes)
+        found = [rest if size is None else size for size in sizes]
+        if sum(found) != length or min(found) < 0:
+            what = ", ".join(map(str, sizes)) if self.sizes else f"{len(self.members)} equal parts"
+            raise RecipeError(
+                f"{self.kind}: the output of {path!r} has {length} along axis {self.axis}, which "
+                f"parts of {what} do not fill; give other sizes, or None for one"
+            )
+        ends = list(itertools.accumulate(found))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def compose(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        run: Runner,
+        state: State,
+        key: PRNGKeyArray | None = None,
+    ) -> State:
+        """The state with each part after its member; a part of a member that is not there stays."""
+        y, before, after = state.y, list[State](), list[State | None]()
+        if y.ndim < (3 if self.axis == -2 else 2):
+            raise RecipeError(
+                f"{self.kind}: the output of {point.path!r} has the shape {y.shape}, expected "
+                "(batch, length, width)"
+            )
+        axis = self.axis % y.ndim
+        bounds = self.bounds(y.shape[axis], point.path)
+        for name, (start, end) in zip(self.members, bounds, strict=True):
+            at = (*(slice(None),) * axis, slice(start, end))
+            x = state.x[at] if getattr(state.x, "ndim", 0) == y.ndim else state.x
+            before.append(State(x, y[at], state.again))
+            after.append(run(name, before[-1]))
+        pairs = list(zip(before, after, strict=True))
+        of_input = self._of_input(point, [(old, new) for old, new in pairs if new])
+        ends = [new or old for old, new in pairs]
+        parts = [each.x if of_input else each.y for each in ends]
+        return state.moved(jnp.concatenate(parts, axis), of_input)
+
+
+@dataclass(frozen=True)
+class BatchSplit(Split):
+    """Each adapter on its own rows of a batch.
+
+    Example:
+        >>> BatchSplit(members=("a", "b")).bounds(6, "x")
+        [(0, 3), (3, 6)]
+    """
+
+    kind: ClassVar[str] = "batch_split"
+    slot: ClassVar[str] = "batch_split"
+    axis: ClassVar[int] = 0
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Raises RecipeError: a bank chooses the adapter of each row by itself."""
+        raise RecipeError(
+            "Bank: batch_split chooses adapters by rows, as a bank does by names; leave it out of "
+            "the bank's recipe"
+        )
+
+
+def stack(*members: Any) -> tuple[Method, ...]:
+    """The entry by which named adapters act one after the other, such as a language's and a task's.
+
+    Args:
+        *members: names of adapters; or compositions, which become entries before this one.
+
+    Returns:
+        Entries of a recipe.
+
+    Raises:
+        UserError: a member is neither, or stands there twice.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> language = aj.Bottleneck("**/output", 48, name="sw", train=False)
+        >>> aj.Recipe(language, aj.Bottleneck("**/output", 48, name="ner"), aj.stack("sw", "ner"))
+        Recipe(
+          Bottleneck(targets=('**/output',), name='sw', train=False, bottleneck_dim=48),
+          Bottleneck(targets=('**/output',), name='ner', bottleneck_dim=48),
+          Stacked(members=('sw', 'ner')),
+        )
+
+    Reference: Pfeiffer et al. 2020, arXiv:2005.00052.
+    """
+    return entries(Stacked, members)
+
+
+def average(*members: Any, weights: Sequence[float] = ()) -> tuple[Method, ...]:
+    """The entry for the weighted mean of what modules return with each of several adapters.
+
+    Args:
+        *members: as of `stack`.
+        weights: a number for each; they are divided by their sum. Empty for equal ones.
+
+    Returns:
+        Entries of a recipe.
+
+    Raises:
+        UserError: a member or weight is none.
+
+    Example:
+        >>> average("a", "b", weights=(3, 1))
+        (Averaged(members=('a', 'b'), weights=(3, 1)),)
+    """
+    return entries(Averaged, members, weights=tuple(weights))
+
+
+def split(*members: Any, sizes: Sequence[int | None] = ()) -> tuple[Method, ...]:
+    """The entry by which adapters act on parts of each sequence, one after the other.
+
+    Args:
+        *members: as of `stack`.
+        sizes: the number of positions of each, None for the rest; empty for equal parts.
+
+    Returns:
+        Entries of a recipe.
+
+    Raises:
+        UserError: a member or size is none.
+
+    Example:
+        >>> split("question", "context", sizes=(32, None))
+        (Split(members=('question', 'context'), sizes=(32, None)),)
+    """
+    return entries(Split, members, sizes=tuple(sizes))
+
+
+def batch_split(*members: Any, sizes: Sequence[int | None] = ()) -> tuple[Method, ...]:
+    """The entry by which adapters act on rows of a batch.
+
+    One batch that is given several times, `jnp.tile(ids, (2, 1))`, has the outputs of each adapter
+    for it, as AdapterHub's `Parallel`. A bank, `aj.Bank`, is for many adapters.
+
+    Args:
+        *members: as of `stack`.
+        sizes: the number of rows of each, None for the rest; empty for equal parts.
+
+    Returns:
+        Entries of a recipe.
+
+    Raises:
+        UserError: a member or size is none.
+
+    Example:
+        >>> batch_split("a", "b")
+        (BatchSplit(members=('a', 'b'), sizes=()),)
+    """
+    return entries(BatchSplit, members, sizes=tuple(sizes))
+
+
+def entries(cls: type[Composition], members: Sequence[Any], **fields: Any) -> tuple[Method, ...]:
+    """A composition after those that it has as members, which get names from theirs."""
+    before: list[Method] = []
+    names = []
+    for member in members:
+        if isinstance(member, Composition):
+            member = (member,)
+        if isinstance(member, tuple) and member and isinstance(member[-1], Composition):
+            *inner, last = member
+            last = (
+                last if last.name else replace(last, name=f"{last.kind}_{'_'.join(last.members)}")
+            )
+            before += [*inner, last]
+            member = last.name
+        names.append(member)
+    return (*before, cls(members=tuple(names), **fields))

@@ -1,0 +1,172 @@
+"""AdapterFusion: attention over what several adapters add to an output.
+
+Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",
+arXiv:2005.00247.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.compositions import Composition, Runner, entries
+from adapters_jax.methods.outputs import State
+from adapters_jax.methods.settings import flag, number
+from adapters_jax.weights.changes import dropout
+
+
+@dataclass(frozen=True)
+class Fusion(Composition):
+    """Attention over the branches of several adapters on one output.
+
+    With the module's output y and the branches z_i of the members, the output becomes
+    `y + sum_i p_i V z_i` with `p = softmax_i((Q y + b_q) . (K z_i + b_k))`. Where the members
+    change the module's input, the sum is added to that. A member that is a stack counts by its last
+    adapter. Leaves are float32, kernels (d, d); V starts as the identity plus 1e-6.
+
+    Args:
+        targets: all modules; it acts where its members do.
+        members: the names of the adapters.
+        value: whether there is V; without it branches are summed as they are.
+        dropout: probability of zeroing a score before the softmax while training.
+
+    Raises:
+        UserError: a field is out of its range.
+
+    Example:
+        >>> Fusion(members=("a", "b")).count("x", {"query/kernel": (768, 768)}, ()).parameters
+        1771008
+    """
+
+    kind: ClassVar[str] = "fuse"
+    slot: ClassVar[str] = "fusion"
+    paper: ClassVar[str] = "2005.00247"
+
+    value: bool = flag(True)
+    dropout: float = number(0.0, high=1.0, closed=True)
+
+    @property
+    def leaf_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names of its arrays."""
+        names = ("query/kernel", "query/bias", "key/kernel", "key/bias")
+        return (*names, "value/kernel") if self.value else names
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """Q, K and V, each (d, d), and the biases of Q and K."""
+        d = point.width
+        made = {}
+        for name in ("query", "key"):
+            made[f"{name}/kernel"] = Leaf((d, d), arrays.normal(0.02))
+            made[f"{name}/bias"] = Leaf((d,), arrays.zeros)
+        if self.value:
+            made["value/kernel"] = Leaf((d, d), _identity)
+        return made
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> Count:
+        """The closed form 3d^2 + 2d; 2d^2 + 2d without V."""
+        *layers, d, _ = shapes["query/kernel"]
+        kernels = 3 if self.value else 2
+        return Count(f"{kernels}*{d}*{d} + 2*{d}", kernels * d * d + 2 * d, math.prod(layers))
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Zeros.
+
+        Raises:
+            RecipeError: there is no V, so that no arrays take the members out.
+        """
+        if not self.value:
+            raise RecipeError("Bank: a fusion with value=False acts whatever its arrays are")
+        return zeros_like(leaves)
+
+    def compose(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        run: Runner,
+        state: State,
+        key: PRNGKeyArray | None = None,
+    ) -> State:
+        """The state with what the attention over the members' branches gives.
+
+        Raises:
+            RecipeError: a member is not at the module, or is no sum of the output and a branch.
+        """
+        states = self._each(point, run, state)
+        lacking = [n for n, x in zip(self.members, states, strict=True) if x.added is None]
+        if lacking:
+            raise RecipeError(
+                f"fuse: {', '.join(lacking)} at {point.path!r} adds no branch to the output; fuse "
+                "bottleneck adapters, or stacks of them"
+            )
+        branches = jnp.stack([x.added for x in states if x.added is not None], -2)
+        of_input = self._of_input(point, [(state, each) for each in states])
+        mixed = self._mixed(leaves, state.y, branches, point, key)
+        stream = state.x if of_input else state.y
+        return state.moved(stream + mixed.astype(stream.dtype), of_input, mixed)
+
+    def _mixed(
+        self,
+        leaves: Leaves,
+        y: Float[Array, "... d"],
+        branches: Float[Array, "... members d"],
+        point: AttachmentPoint,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "... d"]:
+        """The sum of the branches' values by their scores."""
+        own = {name: leaves[name].astype(y.dtype) for name in self.leaf_names}
+
+        def projected(name: str, x: Array) -> Array:
+            product = jnp.matmul(x, own[f"{name}/kernel"], precision=point.precision)
+            bias = own.get(f"{name}/bias")
+            return product if bias is None else arrays.add_last(product, bias)
+
+        query, keys = projected("query", y), projected("key", branches)
+        values = projected("value", branches) if self.value else branches
+        scores = jnp.einsum("...d,...nd->...n", query, keys, precision=point.precision)
+        # A softmax over bfloat16 scores loses the differences between near ones.
+        scores = dropout(scores.astype(jnp.float32), self.dropout, key)
+        shares = jax.nn.softmax(scores).astype(y.dtype)
+        return jnp.einsum("...n,...nd->...d", shares, values, precision=point.precision)
+
+
+def _identity(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Ones on the diagonal and 1e-6 elsewhere, as the authors' code starts V."""
+    return jnp.where(jnp.eye(shape[-1], dtype=bool), 1.0, jnp.full(shape, 1e-6))
+
+
+def fuse(*members: Any, value: bool = True, dropout: float = 0.0) -> tuple[Method, ...]:
+    """The entry for AdapterFusion over named adapters, which are usually frozen.
+
+    Args:
+        *members: as of `aj.stack`.
+        value: whether there is the matrix V; see `methods.Fusion`.
+        dropout: probability of zeroing a score before the softmax while training.
+
+    Returns:
+        Entries of a recipe.
+
+    Raises:
+        UserError: a member is no name or composition, or stands there twice.
+
+    Example:
+        >>> import adapters_jax as aj
+        >>> tasks = [aj.Bottleneck("**/output", 48, name=name) for name in ("ner", "cola")]
+        >>> aj.Recipe(*tasks).frozen() + aj.fuse("ner", "cola")
+        Recipe(
+          Bottleneck(targets=('**/output',), name='ner', train=False, bottleneck_dim=48),
+          Bottleneck(targets=('**/output',), name='cola', train=False, bottleneck_dim=48),
+          Fusion(members=('ner', 'cola')),
+        )
+
+    Reference: Pfeiffer et al. 2021, arXiv:2005.00247.
+    """
+    return entries(Fusion, members, value=value, dropout=dropout)
