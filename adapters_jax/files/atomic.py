@@ -23,7 +23,8 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
 
     Args:
         target: the path of the directory; an old one is replaced.
-        files: contents by name: bytes, or a function that writes a file to a path.
+        files: contents by name, `x` or `a/x`: bytes, or a function that writes a file to a
+            path.
 
     Raises:
         FileSystemError: the disk is full or cannot be written. An old directory is unchanged, and
@@ -151,6 +152,7 @@ def _put_back(old: Path, directory: Path) -> None:
 
 def _write(path: Path, content: Content) -> None:
     """Writes a file and syncs it to disk."""
+    path.parent.mkdir(exist_ok=True)
     # A function closes its file, which is opened once more, to append nothing, to be synced.
     if callable(content):
         content(path)

@@ -153,6 +153,12 @@ ADAPTERHUB_HEAD = replace(
     pickle="pytorch_model_head.bin",
     keys=(),
 )
+FUSION = replace(
+    ADAPTERHUB,
+    config="adapter_fusion_config.json",
+    tensors="model_adapter_fusion.safetensors",
+    pickle="pytorch_model_adapter_fusion.bin",
+)
 
 
 def _read_shards(index: Path) -> dict[str, Array]:

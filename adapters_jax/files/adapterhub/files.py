@@ -7,17 +7,18 @@ that torch pickled, which AdapterHub writes by default, tensors alone are read.
 Reference: Poth et al. 2023, "Adapters", arXiv:2311.11077; https://docs.adapterhub.ml/loading.html
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, UserError
+from adapters_jax.errors import AdapterFileError, AdapterWarning, UserError
 from adapters_jax.files import directories, hub
-from adapters_jax.files.adapterhub import convert, heads
+from adapters_jax.files.adapterhub import convert, heads, setups
 from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
-from adapters_jax.files.adapterhub.config import VERSION
-from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
+from adapters_jax.files.adapterhub.config import VERSION, children
+from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD, FUSION
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import (
     Leaves,
@@ -27,11 +28,12 @@ from adapters_jax.files.module_map import (
     placed,
     shortest,
 )
-from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.methods import Fusion, Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
 FILES = (*ADAPTERHUB.files, *ADAPTERHUB_HEAD.files)
+_Read = tuple[list[Method], dict[str, Array], list[str]]
 
 
 def load_adapterhub(
@@ -89,15 +91,9 @@ def load_adapterhub(
     """
     directory = hub.find(directory, revision, FILES)
     blocks = find_blocks(names, base)
-    whole, tensors = ADAPTERHUB.read(directory)
-    of_head = (*ADAPTERHUB_HEAD.files, ADAPTERHUB_HEAD.pickle)
+    read = _setup if (directory / setups.SETUP).is_file() else _single
     try:
-        methods, leaves, problems = convert.read(whole, tensors, blocks)
-        if with_head and any((directory / name).exists() for name in of_head):
-            trained, more = heads.read(*ADAPTERHUB_HEAD.read(directory), blocks, pooling)
-            methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
-            leaves |= trained
-            problems += more
+        methods, leaves, problems = read(directory, blocks, with_head, pooling)
         if not problems:
             return as_in_model(methods, leaves, blocks.module_map)
     except AdapterFileError:
@@ -107,6 +103,67 @@ def load_adapterhub(
     raise AdapterFileError(
         f"{directory} cannot be converted from AdapterHub: {'; '.join(problems)}"
     )
+
+
+def _single(directory: Path, blocks: Blocks, with_head: bool, pooling: str | None) -> _Read:
+    """One adapter: its methods, its leaves by path, and a sentence for each problem."""
+    if (directory / FUSION.config).is_file() and not (directory / ADAPTERHUB.config).is_file():
+        raise AdapterFileError(
+            f"{directory} has a fusion without the adapters that it fuses; save them together, "
+            "with AdapterHub's model.save_adapter_setup(directory, Fuse(...))"
+        )
+    methods, leaves, problems = convert.read(*ADAPTERHUB.read(directory), blocks)
+    if with_head and _has_head(directory):
+        trained, more = heads.read(*ADAPTERHUB_HEAD.read(directory), blocks, pooling)
+        methods += [Unfreeze(shortest(trained, blocks.module_map.base))] if trained else []
+        leaves |= trained
+        problems += more
+    return methods, leaves, problems
+
+
+def _has_head(directory: Path) -> bool:
+    of_head = (*ADAPTERHUB_HEAD.files, ADAPTERHUB_HEAD.pickle)
+    return any((directory / name).exists() for name in of_head)
+
+
+def _setup(directory: Path, blocks: Blocks, with_head: bool, pooling: str | None) -> _Read:
+    """Several adapters and their composition; of their heads, that which AdapterHub makes active.
+
+    Warns:
+        AdapterWarning: others have heads.
+    """
+    root, head = setups.read_setup(directory)
+    compositions, names = setups.entries_of(root)
+    methods, leaves, problems = list[Method](), dict[str, Array](), list[str]()
+    ends: list[Method] = []
+    last = root.members[-1] if root.kind == "Stack" else root
+    chosen = head or ("" if last.members else last.name)
+    for name, ours in names.items():
+        own = with_head and name == chosen
+        each, arrays, wrong = _single(directory / name, blocks, own, pooling)
+        ends += [method for method in each if method.slot is None]
+        each, arrays = setups.named([m for m in each if m.slot is not None], arrays, ours)
+        methods, leaves = methods + each, leaves | arrays
+        problems += [f"{name}: {problem}" for problem in wrong]
+    unread = [name for name in names if name != chosen and _has_head(directory / name)]
+    if with_head and unread:
+        warnings.warn(
+            f"{directory}: the heads of {', '.join(unread)} are not read, since a model has one",
+            AdapterWarning,
+            stacklevel=4,
+        )
+    where, wrong = setups.check_members(Recipe(methods, compositions), leaves, blocks)
+    configs = [ADAPTERHUB.read(directory / name)[0] for name in names]
+    parts = [part for config in configs for part in children(config)[0]]
+    stacks = any(each.kind == "Stack" and len(each.members) > 1 for each in root)
+    if stacks and not all(part.get("original_ln_after", True) for part in parts):
+        wrong = [*dict.fromkeys([*wrong, setups.ADDED_AGAIN])]
+    fusions = iter([each for each in root if each.kind == "Fuse"])
+    for i, entry in enumerate(compositions):
+        if isinstance(entry, Fusion):
+            made, arrays, more = setups.read_fusion(directory, next(fusions), entry, blocks, where)
+            compositions[i], leaves, wrong = made, leaves | arrays, wrong + more
+    return [*methods, *compositions, *ends], leaves, problems + wrong
 
 
 def save_adapterhub(
@@ -134,7 +191,9 @@ def save_adapterhub(
 
     Args:
         directory: a new or empty one, or one with an adapter of AdapterHub and nothing else, which
-            is replaced; it appears whole or not at all, and its parents are made.
+            is replaced; it appears whole or not at all, and its parents are made. A new or empty
+            one for a recipe with a composition (`aj.stack`, `aj.split`, `aj.batch_split`,
+            `aj.fuse`), which `model.load_adapter_setup` loads.
         recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
             head of two layers.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
@@ -176,19 +235,67 @@ def save_adapterhub(
         ('reviews', 'lora', 2)
     """
     flat = directories.flat_leaves("save_adapterhub", adapters)
-    directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
+    several = any(method.members for method in Recipe(recipe))
+    if several:
+        directory = directories.empty_directory(directory)
+    else:
+        directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
     blocks = find_blocks(names, base, prefix)
-    config, tensors, head, problems = to_adapterhub(
-        recipe, flat, blocks, name, pooling, labels, head_type
+    about = _about(blocks, name, prefix) | fields
+    files, problems = contents(
+        Recipe(recipe), flat, blocks, about, pooling, labels=labels, head_type=head_type
     )
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
-    about = _about(blocks, name, prefix) | fields
-    whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
-    files = ADAPTERHUB.content(about | {"config": config}, whole)
-    if head[0]:
-        files |= ADAPTERHUB_HEAD.content(about | {"config": head[0]}, head[1])
     return directories.write(directory, files, beside)
+
+
+def contents(
+    recipe: Recipe,
+    leaves: Mapping[str, Array],
+    blocks: Blocks,
+    about: Mapping[str, Any],
+    pooling: str | None = None,
+    **head: Any,
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files of an adapter, or of a composition of several, and a sentence for each problem."""
+    if not any(method.members for method in recipe):
+        return _single_files(recipe, leaves, blocks, about, pooling, **head)
+    unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
+    ends = {path: x for path, x in leaves.items() if recipe.owner(path) is None}
+    files, last, problems = setups.written(unrolled, flat, blocks, about, bool(ends))
+    for name in dict.fromkeys(m.name for m in recipe.attached if m.name and not m.members):
+        entries = recipe[name]
+        own = {path: x for path, x in leaves.items() if entries.owner(path) is not None}
+        methods, own = setups.named(entries.methods, own, "")
+        if name == last:
+            methods, own = methods + [m for m in recipe if m.slot is None], own | ends
+        of = {**about, "name": name}
+        more, wrong = _single_files(Recipe(*methods), own, blocks, of, pooling, **head)
+        files |= {f"{name}/{file}": data for file, data in more.items()}
+        problems += [f"{name}: {problem}" for problem in wrong]
+    return files, problems
+
+
+def _single_files(
+    recipe: Recipe,
+    leaves: Mapping[str, Array],
+    blocks: Blocks,
+    about: Mapping[str, Any],
+    pooling: str | None,
+    **head: Any,
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files of one adapter, and a sentence for each problem."""
+    config, tensors, own, problems = to_adapterhub(
+        recipe, leaves, blocks, about["name"], pooling, **head
+    )
+    if problems:
+        return {}, problems
+    whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
+    files = ADAPTERHUB.content({**about, "config": config}, whole)
+    if own[0]:
+        files |= ADAPTERHUB_HEAD.content({**about, "config": own[0]}, own[1])
+    return files, []
 
 
 def to_adapterhub(

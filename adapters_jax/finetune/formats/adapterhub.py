@@ -60,15 +60,15 @@ class AdapterHub(AdapterFormat):
 
         if lacking := _no_such_type(base):
             return [lacking]
-        return files.to_adapterhub(
+        return files.contents(
             adapter.recipe,
             adapter.leaves,
             blocks.find_blocks(base.names, base.params),
-            adapter.name,
+            {"name": adapter.name},
             _pooling(base, adapter.leaves),
-            adapter.labels,
-            adapter.head_type,
-        )[3]
+            labels=adapter.labels,
+            head_type=adapter.head_type,
+        )[1]
 
     def write(self, directory: Path, adapter: Adapter, base: BaseModel) -> None:
         """See `save_adapterhub`; raises UserError for a base of a type that AdapterHub lacks."""
