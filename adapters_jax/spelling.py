@@ -191,8 +191,12 @@ _SENTENCES = {
         "set_adapter set_active_adapters active_adapters active_adapter"
     ),
     "write aj.combine(base, trees, weights=[...])": "add_weighted_adapter average_adapter",
-    "there is no fusion; aj.combine adds up LoRA": "Fuse AdapterFusion AdapterFusionConfig",
-    "write bank.rows(['a', 'b']) of an aj.Bank": "BatchSplit",
+    "write aj.fuse('a', 'b') after named adapters in a recipe": (
+        "Fuse AdapterFusion AdapterFusionConfig add_adapter_fusion"
+    ),
+    "write aj.batch_split('a', 'b') after named adapters in a recipe, or aj.Bank for many": (
+        "BatchSplit Parallel"
+    ),
     "write aj.partition(params, recipe), in NNX nnx.state(model, aj.nnx.AdapterParam)": (
         "get_peft_model_state_dict"
     ),
