@@ -27,6 +27,7 @@ from adapters_jax.methods.compositions import (
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.fusion import Fusion, fuse
 from adapters_jax.methods.ia3 import IA3
+from adapters_jax.methods.invertible import Invertible
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.loha import LoHa
@@ -53,6 +54,7 @@ for _method in (
     IA3,
     LlamaAdapter,
     PrefixTuning,
+    Invertible,
     Stacked,
     Averaged,
     Split,
@@ -79,6 +81,7 @@ __all__ = [
     "Factor",
     "Formed",
     "Fusion",
+    "Invertible",
     "Leaf",
     "LeafMethod",
     "LlamaAdapter",
