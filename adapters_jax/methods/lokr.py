@@ -90,7 +90,7 @@ class LoKr(Ranked):
     def shapes_at(self, fan_in: int, fan_out: int, path: str) -> dict[str, tuple[int, int]]:
         """The shapes of all leaves of a weight at a path, without the axes of layers."""
         pairs = zip(divided(fan_in, self.factor), divided(fan_out, self.factor), strict=True)
-        found, r = {}, self.rank_at(path)
+        found, r = dict[str, tuple[int, int]](), self.rank_at(path)
         for name, (m, k) in zip(("w1", "w2"), pairs, strict=True):
             found |= {name: (m, k), f"{name}_a": (m, r), f"{name}_b": (r, k)}
         return {name: found[name] for name in self.leaf_names}

@@ -59,7 +59,7 @@ class VeRA(LeafMethod):
 
     targets: str | tuple[str, ...]
     rank: int = size(256)
-    d_initial: float = number(0.1)
+    d_initial: float = number(0.1, low=-math.inf)
     dropout: float = number(0.0, high=1.0, closed=True)
     inputs: int | None = size(None)
     outputs: int | None = size(None)
