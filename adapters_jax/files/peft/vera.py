@@ -7,6 +7,7 @@ has.
 Reference: https://huggingface.co/docs/peft/package_reference/vera
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def read(
         problems.append(f"vera_A and vera_B are {shapes[0]} and {shapes[1]}, expected rank {rank}")
         return [], {}
     own: dict[str, dict[str, Array]] = {}
+    sizes: tuple[list[int], list[int]] = [], []  # the inputs and the outputs
     for module, found in added.items():
         try:
             (reference, *others) = references(config, module, module_map)
@@ -61,6 +63,8 @@ def read(
                     f"{reference.path} of {list(reference.shape)} at rank {rank}"
                 )
             own[reference.path] = {"d": d, "b": b.reshape(outputs)}
+            sizes[0].append(math.prod(reference.shape) // b.size)
+            sizes[1].append(b.size)
         except UserError as problem:
             problems.append(str(problem))
     if not own:
@@ -71,9 +75,8 @@ def read(
         rank=rank,
         d_initial=value(config, "d_initial"),
         dropout=value(config, "vera_dropout"),
-        inputs=len(left),
-        outputs=right.shape[1],
     )
+    left, right = left[: max(sizes[0])], right[:, : max(sizes[1])]
     leaves = {f"{path}/vera/{n}": x for path, each in own.items() for n, x in each.items()}
     leaves |= {"vera/left": left, "vera/right": right}
     return [method], {path: x.astype(np.float32) for path, x in leaves.items()}
