@@ -196,17 +196,17 @@ def test_other_weights_are_the_formula_on_matrices(name, kind):
 
 
 CHECKED = {
-    "loha": LoHa(("**", "!**/conv"), 2),
-    "lokr": LoKr(("**", "!**/conv"), 2, both=True),
-    "oft": OFT(("**", "!{embed,**/conv}"), 4, terms=5),
-    "vera": VeRA(("**", "!**/conv"), 4),
+    "loha": LoHa("**", 2),
+    "lokr": LoKr("**", 2, both=True),
+    "oft": OFT(("**", "!embed"), 4, terms=5),
+    "vera": VeRA("**", 4),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_whole_contract(name):
-    assert "mlp" in check_method(CHECKED[name])
+    assert len(check_method(CHECKED[name])) == 5
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -111,7 +111,8 @@ def write(
         names.append(name)
         tensors |= {f"{ROOT}{name}.{key}": own[ours].ravel() for key, ours in _OWN.items()}
     for key, ours in SHARED.items():
-        tensors[key] = np.ascontiguousarray(leaves[f"{method.slot}/{ours}"].T)
+        if (path := f"{method.slot}/{ours}") in leaves:  # else `placed` says that it is missing
+            tensors[key] = np.ascontiguousarray(leaves[path].T)
     fields = {
         "peft_type": "VERA",
         "target_modules": sorted(names, key=in_order),
