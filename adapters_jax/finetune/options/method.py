@@ -82,8 +82,8 @@ PRESETS = {
     "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
     "loha": Preset(_published("loha"), _LOHA, 2e-3),
-    "lokr": Preset(_published("lokr"), (*_LOHA, "factor", "full", "both"), 2e-3),
-    "oft": Preset(_published("oft"), ("targets", "block", "terms", "share"), 2e-3),
+    "lokr": Preset(_published("lokr"), (*_LOHA, "factor"), 2e-3),
+    "oft": Preset(_published("oft"), ("targets", "block", "terms"), 2e-3),
     "vera": Preset(_published("vera"), (*_ADDED, "rank", "d_initial"), 1e-2),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
@@ -132,11 +132,8 @@ class MethodOptions:
         dora: LoRA with a trained norm for every output (DoRA).
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
         factor: for lokr, the wanted size of the left factor; near the square roots by default.
-        full: for lokr, a right factor that is not of low rank.
-        both: for lokr, a left factor of low rank too.
         block: for oft, the inputs that one rotation mixes; 32 by default.
         terms: for oft, the terms of a series that stands for a matrix's inverse.
-        share: for oft, one rotation for all blocks of inputs.
         d_initial: for vera, where the scales of the rank start; 0.1 by default.
         adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's or VeRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
@@ -167,11 +164,8 @@ class MethodOptions:
     dora: bool = False
     bias: str | None = None
     factor: int | None = None
-    full: bool = False
-    both: bool = False
     block: int | None = None
     terms: int | None = None
-    share: bool = False
     d_initial: float | None = None
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()
