@@ -317,5 +317,7 @@ def test_blocks_that_do_not_divide_the_inputs(weights):
 def test_the_guide_shows_the_method_of_the_plugin(weights):
     page = (HERE.parent / "docs" / "guides" / "own-method.md").read_text()
     assert inspect.getsource(sys.modules["weights_plugin.vera"].SeededVeRA) in page
-    block = next(b for b in page.split("```python\n") if "class SeededVeRA" in b).partition("```")[0]
+    block = next(b for b in page.split("```python\n") if "class SeededVeRA" in b).partition("```")[
+        0
+    ]
     assert len(block.splitlines()) <= 60
