@@ -50,18 +50,22 @@ from adapters_jax.linen import init_adapters as init_adapters
 from adapters_jax.methods.calibration import Calibration as Calibration
 from adapters_jax.methods import (
     IA3 as IA3,
+    OFT as OFT,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
     Count as Count,
     DoRA as DoRA,
     Leaf as Leaf,
     LlamaAdapter as LlamaAdapter,
+    LoHa as LoHa,
+    LoKr as LoKr,
     LoRA as LoRA,
     Method as Method,
     PrefixTuning as PrefixTuning,
     Unfreeze as Unfreeze,
     average as average,
     batch_split as batch_split,
+    VeRA as VeRA,
     bottleneck_parameters as bottleneck_parameters,
     fuse as fuse,
     llama_adapter_parameters as llama_adapter_parameters,
@@ -79,10 +83,14 @@ from adapters_jax.presets import (
     last_layers as last_layers,
     layer_norms as layer_norms,
     llama_adapter as llama_adapter,
+    loha as loha,
+    lokr as lokr,
     lora as lora,
+    oft as oft,
     parallel as parallel,
     pfeiffer as pfeiffer,
     prefix_tuning as prefix_tuning,
+    vera as vera,
 )
 from adapters_jax.recipe import Recipe as Recipe
 from adapters_jax.suggesting import Suggestion as Suggestion, suggest as suggest

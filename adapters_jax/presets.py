@@ -6,13 +6,17 @@ from typing import Any, Literal
 from adapters_jax.errors import UserError, check_choice, shown
 from adapters_jax.methods import (
     IA3,
+    OFT,
     Bottleneck,
     DoRA,
     LlamaAdapter,
+    LoHa,
+    LoKr,
     LoRA,
     Method,
     PrefixTuning,
     Unfreeze,
+    VeRA,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import as_patterns, either
@@ -175,6 +179,116 @@ def lora(
     own = tuple(f"{either(target)}/bias" for target in factors.targets)
     biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}
     return _recipe(factors, biases[bias], head=head)
+
+
+def loha(
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Hyeon-Woo et al. 2022, arXiv:2108.06098: a product of two low-rank products, entry by entry.
+
+    Args:
+        rank, alpha: as in `LoHa`.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `LoHa`.
+
+    Raises:
+        UserError: a field of `LoHa` is out of its range, or `head` is no path.
+
+    Example:
+        >>> loha(4)
+        Recipe(
+          LoHa(targets=('**/{query,value}',), rank=4),
+        )
+    """
+    return _recipe(LoHa(targets, rank, alpha, **fields), head=head)
+
+
+def lokr(
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Edalati et al. 2022, arXiv:2212.10650: a Kronecker product, with a low-rank right factor.
+
+    Args:
+        rank, alpha: as in `LoKr`.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `LoKr`; the paper's own form has `full=True`.
+
+    Raises:
+        UserError: a field of `LoKr` is out of its range, or `head` is no path.
+
+    Example:
+        >>> lokr(4, factor=16)
+        Recipe(
+          LoKr(targets=('**/{query,value}',), rank=4, factor=16),
+        )
+    """
+    return _recipe(LoKr(targets, rank, alpha, **fields), head=head)
+
+
+def oft(
+    block: int = 32,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Qiu et al. 2023, arXiv:2306.07280: rotations of a layer's inputs.
+
+    Args:
+        block: inputs that one rotation mixes; it has to divide the inputs of all targets.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `OFT`.
+
+    Raises:
+        UserError: a field of `OFT` is out of its range, or `head` is no path.
+
+    Example:
+        >>> oft(16, terms=5)
+        Recipe(
+          OFT(targets=('**/{query,value}',), block=16, terms=5),
+        )
+    """
+    return _recipe(OFT(targets, block, **fields), head=head)
+
+
+def vera(
+    rank: int = 256,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Kopiczko et al. 2024, arXiv:2310.11454: scales of random factors that all layers share.
+
+    Args:
+        rank: as in `VeRA`.
+        targets: patterns of linear layers.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `VeRA`.
+
+    Raises:
+        UserError: a field of `VeRA` is out of its range, or `head` is no path.
+
+    Example:
+        >>> vera(64)
+        Recipe(
+          VeRA(targets=('**/{query,value}',), rank=64),
+        )
+    """
+    return _recipe(VeRA(targets, rank, **fields), head=head)
 
 
 def ia3(

@@ -60,6 +60,11 @@ def _placement(value: Any) -> str:
     return "parallel" if value else "sequential"
 
 
+def _size(value: Any) -> int | None:
+    """The size of an axis; None for what PEFT computes itself."""
+    return value if isinstance(value, int) and value > 0 else None
+
+
 # Our name for a setting of PEFT, AdapterHub or qwix, and our value for theirs; None if we lack it.
 OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "r": ("rank", _same),
@@ -76,6 +81,12 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "non_linearity": ("activation", _same),
     "scaling": ("scale", _same),
     "is_parallel": ("placement", _placement),
+    "decompose_both": ("both", _same),
+    "decompose_factor": ("factor", _size),
+    "oft_block_size": ("block", _same),
+    "block_share": ("share", _same),
+    "num_cayley_neumann_terms": ("terms", _same),
+    "vera_dropout": ("dropout", _same),
 }
 _STARTS = "a_init is gaussian, uniform, gaussian_rank, pissa, olora, loftq or eva"
 _OF_STARTS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
@@ -115,6 +126,8 @@ _SETTINGS = {
         "monteclora_config use_bdlora velora_config"
     ),
     "a weight that is used twice has one adapter": "ensure_weight_tying",
+    "terms=None inverts a matrix, and terms=5 takes a series": "use_cayley_neumann",
+    "the random factors are leaves, and always saved": "save_projection projection_prng_key",
 }
 INSTEAD = {name: text for text, names in _SETTINGS.items() for name in names.split()}
 # Settings of PEFT that change no arithmetic here, whatever their value is.
@@ -129,6 +142,10 @@ _SENTENCES = {
         "LoraConfig LoRAConfig"
     ),
     "write aj.IA3(targets, feed_forward=...), or aj.ia3()": "IA3Config",
+    "write aj.LoHa('**/{query,value}', rank=8, alpha=8), or aj.loha(8)": "LoHaConfig",
+    "write aj.LoKr('**/{query,value}', rank=8, alpha=8), or aj.lokr(8)": "LoKrConfig",
+    "write aj.OFT('**/{query,value}', block=32, terms=5), or aj.oft(32, terms=5)": "OFTConfig",
+    "write aj.VeRA('**/{query,value}', rank=256), or aj.vera(256)": "VeraConfig",
     "write aj.layer_norms()": "LNTuningConfig LayerNormTuningConfig",
     "write aj.llama_adapter(10)": "AdaptionPromptConfig",
     "write aj.prefix_tuning(20)": "PrefixTuningConfig",
@@ -141,10 +158,10 @@ _SENTENCES = {
         "AdaLoraConfig AdamssConfig ArrowConfig BOFTConfig BdLoraConfig BeftConfig BoneConfig "
         "C3AConfig CPTConfig CartridgeConfig CompacterConfig DeftConfig DeloraConfig "
         "FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig KasaConfig "
-        "LilyConfig LoHaConfig LoKrConfig MissConfig MontecloraConfig MultitaskPromptTuningConfig "
-        "OFTConfig OSFConfig PeanutConfig PolyConfig PromptEncoderConfig PsoftConfig PveraConfig "
+        "LilyConfig MissConfig MontecloraConfig MultitaskPromptTuningConfig "
+        "OSFConfig PeanutConfig PolyConfig PromptEncoderConfig PsoftConfig PveraConfig "
         "RandLoraConfig RoadConfig ShadowConfig ShiraConfig SupertuningConfig TinyLoraConfig "
-        "TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig "
+        "TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig WaveFTConfig "
         "XLoraConfig"
     ),
     "a_init='pissa' is the nearest start that is here": "CordaConfig LoraGAConfig",

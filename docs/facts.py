@@ -71,6 +71,34 @@ ENTRIES = {
         lambda: aj.lora(dora=True),
         ("lora",),
     ),
+    "loha": Entry(
+        "`W + (alpha / r) (A1 B1) * (A2 B2)`, entry by entry",
+        "2r(in + out)",
+        "Hyeon-Woo et al. 2022",
+        aj.loha,
+        ("loha",),
+    ),
+    "lokr": Entry(
+        "`W + (alpha / r) kron(W1, A B)`",
+        "mk + r(n + l), for in = mn and out = kl",
+        "Edalati et al. 2022",
+        aj.lokr,
+        ("lokr",),
+    ),
+    "oft": Entry(
+        "rotations of a weight's inputs",
+        "in(k - 1) / 2, for blocks of k",
+        "Qiu et al. 2023",
+        lambda: aj.oft(4, terms=5),
+        ("oft",),
+    ),
+    "vera": Entry(
+        "trained scales of shared random factors",
+        "r + out",
+        "Kopiczko et al. 2024",
+        aj.vera,
+        ("vera",),
+    ),
     "ia3": Entry("scales of activations", "d", "Liu et al. 2022", aj.ia3, ("ia3",)),
     "llama_adapter": Entry(
         "gated prompts in attention",
@@ -141,7 +169,7 @@ def formats(name: str) -> tuple[str, ...]:
 
 
 def _trained(recipe: aj.Recipe, leaves: dict[str, Any]) -> dict[str, Any]:
-    return {path: leaf for path, leaf in leaves.items() if recipe.trains(path)}
+    return {path: leaf for path, leaf in leaves.items() if recipe.keeps(path)}
 
 
 def _described(params: Any, names: Any, prefix: str, kind: Any, model_type: str) -> BaseModel:

@@ -491,12 +491,12 @@ def test_expressions_that_take_for_ever_elsewhere_end(tmp_path, fields, data):
 @pytest.mark.parametrize(
     ("fields", "data"),
     [
-        ({"peft_type": "VERA"}, ["AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload"]),
+        ({"peft_type": "BOFT"}, ["AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload"]),
         (
-            {"peft_type": "OFT", "task_type": "SEQ_CLS"},
+            {"peft_type": "BOFT", "task_type": "SEQ_CLS"},
             ["from peft import AutoPeftModelForSequenceClassification;", "save_pretrained"],
         ),
-        ({"peft_type": "VERA"}, ["peft_type='VERA'", "LORA", "ADAPTION_PROMPT", "IA3"]),
+        ({"peft_type": "BOFT"}, ["peft_type='BOFT'", "LORA", "ADAPTION_PROMPT", "IA3"]),
         ({"use_bdlora": True, "use_qalora": True}, ["use_bdlora=True", "use_qalora=True"]),
         ({"lora_bias": True}, ["lora_bias=True"]),
         ({"layer_replication": [[0, 2]]}, ["layer_replication=[[0, 2]]"]),

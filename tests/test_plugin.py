@@ -236,7 +236,7 @@ def weights():
     sys.path.remove(str(PLUGIN))
     for name in [name for name in sys.modules if name.partition(".")[0] == "weights_plugin"]:
         del sys.modules[name]
-    del METHODS["vera"], METHODS["oft"]
+    del METHODS["seeded_vera"], METHODS["low_rank_oft"]
 
 
 def drawn(shape, seed):
@@ -267,8 +267,8 @@ def oft_by_hand(leaves, kernel, method):
 
 
 BY_HAND = {
-    "vera": (lambda plugin: plugin.VeRA("**", 3, seed=7), vera_by_hand, 3 + 5),
-    "oft": (lambda plugin: plugin.OFT("**", 4), oft_by_hand, 2 * 6),
+    "vera": (lambda plugin: plugin.SeededVeRA("**", 3, seed=7), vera_by_hand, 3 + 5),
+    "oft": (lambda plugin: plugin.LowRankOFT("**", 4), oft_by_hand, 2 * 6),
 }
 
 
@@ -298,24 +298,26 @@ def test_a_method_on_weights_is_its_formula(weights, tmp_path, make, by_hand, co
 
 def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weights):
     for target in ("mlp/up", "attention/query"):
-        method = weights.VeRA(f"**/{target}", 4, d_initial=0.1)
+        method = weights.SeededVeRA(f"**/{target}", 4, d_initial=0.1)
         assert check_method(method, variants=["plain"]) == [target.partition("/")[0]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["VeRA", "OFT"])
+@pytest.mark.parametrize("name", ["SeededVeRA", "LowRankOFT"])
 def test_methods_on_weights_keep_the_whole_contract(weights, name):
     targets = ("**", "!embed")  # its 11 rows are no blocks of 4
     assert len(check_method(getattr(weights, name)(targets, 4))) == 5
 
 
 def test_blocks_that_do_not_divide_the_inputs(weights):
-    with raises(aj.RecipeError, "OFT", "4 inputs", "block=3"):
-        aj.adapt(nn.Dense(3), weights.OFT("**", 3)).init(jax.random.key(0), X)
+    with raises(aj.RecipeError, "LowRankOFT", "4 inputs", "block=3"):
+        aj.adapt(nn.Dense(3), weights.LowRankOFT("**", 3)).init(jax.random.key(0), X)
 
 
 def test_the_guide_shows_the_method_of_the_plugin(weights):
     page = (HERE.parent / "docs" / "guides" / "own-method.md").read_text()
-    assert inspect.getsource(sys.modules["weights_plugin.vera"].VeRA) in page
-    block = next(b for b in page.split("```python\n") if "class VeRA" in b).partition("```")[0]
+    assert inspect.getsource(sys.modules["weights_plugin.vera"].SeededVeRA) in page
+    block = next(b for b in page.split("```python\n") if "class SeededVeRA" in b).partition("```")[
+        0
+    ]
     assert len(block.splitlines()) <= 60

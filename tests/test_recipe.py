@@ -22,6 +22,10 @@ PRESETS = {
     "pfeiffer": aj.pfeiffer(dropout=0.1),
     "parallel": aj.parallel(8, init_std=1e-3),
     "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
+    "loha": aj.loha(4, alpha_pattern={"layer_0/**": 2.0}),
+    "lokr": aj.lokr(4, 16.0, both=True),
+    "oft": aj.oft(16, share=True),
+    "vera": aj.vera(64, dropout=0.1, head="head"),
     "bitfit": aj.bitfit(head="head"),
     "layer_norms": aj.layer_norms(head="head"),
     "last_layers": aj.last_layers(2, 12),
@@ -55,6 +59,15 @@ OTHER = {
         "alpha_pattern": {"layer_0/**": 1.5, "**": None},
         "slices": ((0, 4), (8, 12)),
     },
+    "loha": {
+        "targets": ("a",),
+        "rank": 3,
+        "alpha": 0.1,
+        "rank_pattern": {"layer_0/**": 1, "**": 2},
+        "alpha_pattern": {"layer_0/**": 1.5, "**": None},
+    },
+    "oft": {"targets": ("a",), "block": 4, "terms": 5, "share": True},
+    "vera": {"targets": ("a",), "rank": 3, "d_initial": -0.5, "dropout": 0.25},
     "ia3": {"targets": ("a", "b"), "feed_forward": ("b",)},
     "llama_adapter": {
         "targets": ("a", "b"),
@@ -67,6 +80,7 @@ OTHER = {
     "unfreeze": {"targets": ("a/**",)},
 }
 OTHER["dora"] = {**OTHER["lora"], "slices": ()}
+OTHER["lokr"] = {**OTHER["loha"], "factor": 4, "full": True, "both": True}
 ENTRY = {"name": "first", "train": False}  # of every method that adds leaves
 for added in OTHER.keys() - {"unfreeze"}:
     OTHER[added] |= ENTRY
@@ -184,7 +198,8 @@ def test_any_recipe_round_trips_through_json():
     assert len(seen) > 200
 
 
-BUILT_IN = ("bottleneck", "lora", "dora", "ia3", "llama_adapter", "prefix", "unfreeze")
+BUILT_IN = ("bottleneck", "lora", "dora", "loha", "lokr", "oft", "vera", "ia3", "llama_adapter")
+BUILT_IN += ("prefix", "unfreeze")
 
 
 def as_json(**row):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from adapters_jax.errors import RecipeError, other_names
 from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag, grow_in
-from adapters_jax.linen.points import points_of, with_shared
+from adapters_jax.linen.points import points_of, with_copies
 from adapters_jax.linen.weights import changed_weights, leaf_methods
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
@@ -171,7 +171,7 @@ class Adapted(nn.Module):
                 if isinstance(each.method, LeafMethod) and each.weight_path in own:
                     grow_in(inner.scope.rewound(), each)
             grown = inner.scope._variables["params"]
-            whole = with_shared(merge_trees(grown), found)
+            whole = with_copies(merge_trees(grown), found)
             for name, part in whole.items():  # under the base's own keys
                 grown[name] = part
         if not any(map(_is_module, jax.tree.leaves(y))):

@@ -339,7 +339,11 @@ class Interceptor:
 
 
 def leaves_in(
-    scope: Any, method: Method, point: AttachmentPoint, top: Any = None
+    scope: Any,
+    method: Method,
+    point: AttachmentPoint,
+    top: Any = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Array]:
     """A method's arrays by name; initialised where the scope does not have them yet.
 
@@ -348,6 +352,7 @@ def leaves_in(
         method: the method.
         point: what it adapts.
         top: the scope of the whole model, where shared arrays are; without it they are copies.
+        shapes: of the arrays by name, where they are known.
     """
     leaves = {}
     for name, leaf in method.leaves(point).items():
@@ -357,8 +362,9 @@ def leaves_in(
         holder = functools.reduce(lambda s, group: s.push(group, reuse=True), groups, node)
         # `param` traces the initialiser in each call, to compare its shape with the array's.
         held = nn.meta.unbox(holder.get_variable("params", last))
-        fits = held is not None and held.shape == leaf.shape
-        leaves[name] = held if fits else nn.meta.unbox(holder.param(last, leaf.init, leaf.shape))
+        shape = (shapes or {}).get(name, leaf.shape)
+        fits = held is not None and held.shape == shape
+        leaves[name] = held if fits else nn.meta.unbox(holder.param(last, leaf.init, shape))
     return leaves
 
 
@@ -372,7 +378,7 @@ def grow_in(root: Any, each: Placement) -> None:
     holder, owner = scope_at(each.prefix), scope_at(each.module)
     point = each.point()
     inputs_for(f"{each.path or 'the model'}.init", [each], None)
-    leaves = leaves_in(holder, each.method, point, root)
+    leaves = leaves_in(holder, each.method, point, root, dict(each.arrays))
     if each.method.from_weight:
         weight = owner.get_variable("params", each.weight)
         made, rest = started(each.method, leaves, point, unboxed(weight))

@@ -17,11 +17,11 @@ from adapters_jax.placement import (
     Placements,
     check_nested,
     check_reached,
-    check_shared,
     check_targets,
     chosen,
     on_outputs,
     taken,
+    with_shared,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, join
@@ -63,7 +63,7 @@ def points_of(
     check_targets(recipe, found, modules, visits, every, {**own, **unused}, {}, layers)
     check_reached(found, interceptor.reached)
     check_nested(found)
-    check_shared(found)
+    found = with_shared(found)
     numbered = numbered_paths(like)
     held = {*own, *(above for path in own for above in around(path))}
     for each in found:
@@ -88,7 +88,7 @@ def points_of(
     return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
 
 
-def with_shared(params: Tree, placements: Placements) -> Tree:
+def with_copies(params: Tree, placements: Placements) -> Tree:
     """Parameters with one of the copies that flax made of each shared array, in its own place."""
     flat = flatten(params)
     for each in placements:

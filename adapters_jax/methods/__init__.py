@@ -6,7 +6,7 @@ A new method is one file and one line here. For methods of other packages:
   those that act in attention.
 - `AttachmentPoint`, with the `Axes` of a weight, is what a method adapts; a `Leaf` for each array,
   and a `Count`, are what it says of itself.
-- `LowRank` and `Scale` are the changes of a weight, of arrays that are a `Factor` each.
+- `LowRank`, `Scale`, `Added` and `Rotation` are the changes of a weight, of a `Factor` each.
 - `arrays` has initialisers, `settings` fields that check their values.
 """
 
@@ -40,7 +40,7 @@ from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.methods.vera import VeRA
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Added, Formed, LowRank, Scale, Turned
+from adapters_jax.weights.changes import Added, LowRank, Rotation, Scale
 from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
@@ -79,7 +79,6 @@ __all__ = [
     "Count",
     "DoRA",
     "Factor",
-    "Formed",
     "Fusion",
     "Invertible",
     "Leaf",
@@ -92,10 +91,10 @@ __all__ = [
     "Method",
     "PrefixTuning",
     "Prompt",
+    "Rotation",
     "Scale",
     "Split",
     "Stacked",
-    "Turned",
     "Unfreeze",
     "VeRA",
     "arrays",

@@ -141,6 +141,8 @@ class Method:
             are stored once, at the top of the tree, `SLOT/LEAF`, without layer axes; every module
             must ask for one shape. At least one leaf is a module's own. `count` is of the leaves
             that are neither frozen nor shared.
+        cut_leaves: those shared ones that are as large as the largest that a module asks for; each
+            module gets all of it, and uses what it needs.
         fits(point): whether it can attach to an output or attention; by default, to all. It is
             called for those of every module, targeted or not.
         stated: fields that JSON must have; other fields have their defaults where it lacks them.
@@ -214,6 +216,7 @@ class Method:
     frozen_leaves: ClassVar[tuple[str, ...]] = ()
     shared_leaves: ClassVar[tuple[str, ...]] = ()
     members: ClassVar[Any] = ()  # names; a field of compositions
+    cut_leaves: ClassVar[tuple[str, ...]] = ()
 
     targets: str | tuple[str, ...]
     name: str = field(default="", kw_only=True, repr=False, metadata={"check": check_name})

@@ -26,7 +26,7 @@ class LeafMethod(Method):
 
     Required beside what `Method` requires:
         changes(leaves, point, weight, key): the changes of the module's leaves, each a tuple of
-            `LowRank` and `Scale`.
+            `LowRank`, `Scale`, `Added` and `Rotation`.
 
     Optional:
         weight_axes(axes, path): which axes of the weight its arrays have. By these they are split

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
-from adapters_jax.methods.ranked import Ranked
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
+from adapters_jax.methods.ranked import Ranked, sizes_of
 from adapters_jax.methods.settings import number, size
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Change, Formed
+from adapters_jax.weights.changes import Added, Change
 from adapters_jax.weights.factors import RANK, Factor
 
 
@@ -51,8 +51,6 @@ class LoHa(Ranked):
     slot: ClassVar[str] = "loha"
     paper: ClassVar[str] = "2108.06098"
     leaf_names: ClassVar[tuple[str, ...]] = ("a1", "b1", "a2", "b2")  # type: ignore[misc]
-    stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
-    pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
 
     targets: str | tuple[str, ...]
     rank: int = size(8)
@@ -80,20 +78,13 @@ class LoHa(Ranked):
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
         """The closed form 2 r (in + out)."""
-        rank, a, b = self.rank_at(path), shapes["a1"], shapes["b1"]
-        n = len(a) + len(b) - 2 - len(weight)
-        fan_in = math.prod(a[n:-1])
-        fan_out = math.prod(weight) // (math.prod(a[:n]) * fan_in)
-        value = 2 * rank * (fan_in + fan_out)
-        return Count(f"2*{rank}*({fan_in} + {fan_out})", value, math.prod(a[:n]))
+        rank = self.rank_at(path)
+        fan_in, fan_out, copies = sizes_of(shapes["a1"], shapes["b1"], weight)
+        return Count(f"2*{rank}*({fan_in} + {fan_out})", 2 * rank * (fan_in + fan_out), copies)
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""
         return {**leaves, "b2": -leaves["b2"]}
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Factors of zeros."""
-        return zeros_like(leaves)
 
     def changes(
         self,
@@ -103,36 +94,30 @@ class LoHa(Ranked):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """The entrywise product of both products."""
-        axes, shape = point.axes, point.weight_shape
-        sizes = tuple(shape[i] for i in (*axes.inputs, *axes.outputs))
-        own = self.weight_axes(axes, point.path)
-        factors = tuple(
-            Factor(leaves[name], tuple(i if i in axes.shared else RANK for i in own[name]))
+        axes, own = point.axes, self.weight_axes(point.axes, point.path)
+        scaled = {**leaves, "b1": self.scale_at(point.path) * leaves["b1"]}
+        arrays = tuple(
+            Factor(scaled[name], tuple(i if i in axes.shared else RANK for i in own[name]))
             for name in self.leaf_names
         )
-        make = Hadamard(sizes, self.scale_at(point.path))
-        return {point.weight: (Formed(factors, make, (*axes.inputs, *axes.outputs)),)}
+        return {point.weight: (Added(arrays, hadamard, (*axes.inputs, *axes.outputs)),)}
 
 
-@dataclass(frozen=True)
-class Hadamard:
-    """Makes `scale (A1 B1) * (A2 B2)` in the shape of the inputs and outputs.
+def hadamard(
+    a1: Float[Array, "..."],
+    b1: Float[Array, "..."],
+    a2: Float[Array, "..."],
+    b2: Float[Array, "..."],
+) -> Float[Array, "in out"]:
+    """`(A1 B1) * (A2 B2)` of factors with the rank as last axis of A, and as first one of B.
 
-    Attributes:
-        shape: this shape.
-        scale: multiplies the product.
+    Example:
+        >>> hadamard(*(n * jnp.ones((2, 2)) for n in (1, 2, 3, 4)))[0]
+        Array([96., 96.], dtype=float32)
     """
-
-    shape: tuple[int, ...]
-    scale: float
-
-    def __call__(self, *factors: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The change, from A1, B1, A2 and B2."""
-        a1, b1, a2, b2 = factors
-        rank = a1.shape[-1]
-        products = (
-            jnp.matmul(a.reshape(-1, rank), b.reshape(rank, -1), precision="highest")
-            for a, b in ((a1, b1), (a2, b2))
-        )
-        one, two = products
-        return (self.scale * one * two).reshape(self.shape)
+    r = a1.shape[-1]
+    one, two = (
+        jnp.matmul(a.reshape(-1, r), b.reshape(r, -1), precision="highest")
+        for a, b in ((a1, b1), (a2, b2))
+    )
+    return one * two

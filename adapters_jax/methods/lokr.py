@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.ranked import Ranked
 from adapters_jax.methods.settings import flag, number, size
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Change, Formed
+from adapters_jax.weights.changes import Added, Change
 from adapters_jax.weights.factors import RANK, Factor
-
-LEFT, LEFT_A, LEFT_B = "w1", "w1_a", "w1_b"
-RIGHT, RIGHT_A, RIGHT_B = "w2", "w2_a", "w2_b"
 
 
 def divided(n: int, factor: int | None = None) -> tuple[int, int]:
@@ -74,8 +71,6 @@ class LoKr(Ranked):
     kind: ClassVar[str] = "lokr"
     slot: ClassVar[str] = "lokr"
     paper: ClassVar[str] = "2212.10650"
-    stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
-    pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
 
     targets: str | tuple[str, ...]
     rank: int = size(8)
@@ -89,51 +84,45 @@ class LoKr(Ranked):
     @property
     def leaf_names(self) -> tuple[str, ...]:
         """W1 or its factors, then W2 or its factors."""
-        left = (LEFT_A, LEFT_B) if self.both else (LEFT,)
-        return (*left, *((RIGHT,) if self.full else (RIGHT_A, RIGHT_B)))
+        left = ("w1_a", "w1_b") if self.both else ("w1",)
+        return (*left, *(("w2",) if self.full else ("w2_a", "w2_b")))
 
     def shapes_at(self, fan_in: int, fan_out: int, path: str) -> dict[str, tuple[int, int]]:
         """The shapes of all leaves of a weight at a path, without the axes of layers."""
-        (m, n), (k, o) = divided(fan_in, self.factor), divided(fan_out, self.factor)
-        r = self.rank_at(path)
-        every = {LEFT: (m, k), LEFT_A: (m, r), LEFT_B: (r, k)}
-        every |= {RIGHT: (n, o), RIGHT_A: (n, r), RIGHT_B: (r, o)}
-        return {name: every[name] for name in self.leaf_names}
+        pairs = zip(divided(fan_in, self.factor), divided(fan_out, self.factor), strict=True)
+        found, r = dict[str, tuple[int, int]](), self.rank_at(path)
+        for name, (m, k) in zip(("w1", "w2"), pairs, strict=True):
+            found |= {name: (m, k), f"{name}_a": (m, r), f"{name}_b": (r, k)}
+        return {name: found[name] for name in self.leaf_names}
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The factors of one weight."""
         axes, shape = point.axes, point.weight_shape
         front = tuple(shape[i] for i in axes.shared)
-        found = {}
-        for name, own in self.shapes_at(*axes.sizes(shape)[:2], point.path).items():
-            # torch takes the last axis of its (out, in) for the input; one factor of W1 is enough.
-            start = arrays.zeros if name in (LEFT, LEFT_B) else arrays.uniform(own[0] ** -0.5)
-            found[name] = Leaf((*front, *own), start)
-        return found
+        own = self.shapes_at(*axes.sizes(shape)[:2], point.path)
+        # One factor of W1 is enough for a start at the base.
+        inits = {n: arrays.uniform(m**-0.5) for n, (m, _) in own.items()}
+        inits |= dict.fromkeys(("w1", "w1_b"), arrays.zeros)
+        return {name: Leaf((*front, *size), inits[name]) for name, size in own.items()}
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
-        """The closed form, m k or r (m + k), and n l or r (n + l)."""
-        own = {name: shape[-2:] for name, shape in shapes.items()}
-        (m, k) = own.get(LEFT) or (own[LEFT_A][0], own[LEFT_B][1])
-        (n, o) = own.get(RIGHT) or (own[RIGHT_A][0], own[RIGHT_B][1])
-        rank = self.rank_at(path)
-        left = f"{rank}*({m} + {k})" if self.both else f"{m}*{k}"
-        right = f"{n}*{o}" if self.full else f"{rank}*({n} + {o})"
-        value = (rank * (m + k) if self.both else m * k) + (n * o if self.full else rank * (n + o))
-        return Count(f"{left} + {right}", value, math.prod(weight) // (m * n * k * o))
+        """The closed form, the entries of W1 and W2, or of their factors."""
+        left, right = (shapes[self.leaf_names[i]] for i in (0, 1 + self.both))
+        layers, fan_in = math.prod(left[:-2]), left[-2] * right[-2]
+        own = self.shapes_at(fan_in, math.prod(weight) // (layers * fan_in), path).values()
+        return Count(" + ".join(f"{m}*{k}" for m, k in own), sum(m * k for m, k in own), layers)
 
     def infer(
         self, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], path: str
     ) -> Axes | None:
         """The roles of the weight's axes by the sizes of the factors."""
-        left = shapes[self.leaf_names[0]]
-        n, every = len(left) - 2, tuple(range(len(weight)))
-        own = {name: shape[-2:] for name, shape in shapes.items()}
+        front, every = shapes[self.leaf_names[0]][:-2], tuple(range(len(weight)))
+        n, own = len(front), {name: shape[-2:] for name, shape in shapes.items()}
         for end in every[n + 1 :]:
             fan_in, fan_out = math.prod(weight[n:end]), math.prod(weight[end:])
-            if left[:n] == weight[:n] and self.shapes_at(fan_in, fan_out, path) == own:
+            if front == weight[:n] and self.shapes_at(fan_in, fan_out, path) == own:
                 return Axes(every[n:end], every[end:], every[:n])
         return None
 
@@ -141,10 +130,6 @@ class LoKr(Ranked):
         """Leaves whose change has the opposite sign."""
         name = self.leaf_names[0]
         return {**leaves, name: -leaves[name]}
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Factors of zeros."""
-        return zeros_like(leaves)
 
     def changes(
         self,
@@ -154,32 +139,10 @@ class LoKr(Ranked):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """The Kronecker product."""
-        axes, shape = point.axes, point.weight_shape
-        own = tuple(Factor(leaves[name], (*axes.shared, RANK, RANK)) for name in self.leaf_names)
-        sizes = tuple(shape[i] for i in (*axes.inputs, *axes.outputs))
-        make = Kronecker(sizes, self.scale_at(point.path), self.both)
-        return {point.weight: (Formed(own, make, (*axes.inputs, *axes.outputs)),)}
-
-
-@dataclass(frozen=True)
-class Kronecker:
-    """Makes `scale kron(W1, W2)` in the shape of the inputs and outputs.
-
-    Attributes:
-        shape: this shape.
-        scale: multiplies the product.
-        both: whether W1 is two factors.
-    """
-
-    shape: tuple[int, ...]
-    scale: float
-    both: bool
-
-    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The change, from W1 and W2 or their factors."""
-        left, right = (arrays[:2], arrays[2:]) if self.both else (arrays[:1], arrays[1:])
-        one, two = (
-            each[0] if len(each) == 1 else jnp.matmul(*each, precision="highest")
-            for each in (left, right)
-        )
-        return (self.scale * jnp.kron(one, two)).reshape(self.shape)
+        sides, axes = dict(leaves), point.axes
+        for name in {"w1", "w2"} - leaves.keys():
+            a, b = leaves[f"{name}_a"], leaves[f"{name}_b"]
+            sides[name] = jnp.matmul(a, b, precision="highest")
+        both = (self.scale_at(point.path) * sides["w1"], sides["w2"])
+        arrays = tuple(Factor(each, (*axes.shared, RANK, RANK)) for each in both)
+        return {point.weight: (Added(arrays, jnp.kron, (*axes.inputs, *axes.outputs)),)}

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.leaf import Shapes
-from adapters_jax.methods.ranked import Ranked
+from adapters_jax.methods.ranked import Ranked, sizes_of
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.weights.axes import Axes, fitting
@@ -108,8 +108,6 @@ class LoRA(Ranked):
     slot: ClassVar[str] = "lora"
     paper: ClassVar[str] = "2106.09685"
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")  # type: ignore[misc]
-    stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
-    pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     size_fields: ClassVar[tuple[str, ...]] = (
         *("rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_pattern"),
         *("a_init", "dropout"),
@@ -272,21 +270,11 @@ class LoRA(Ranked):
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
     ) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
-        rank, a, b = self.rank_at(path), shapes["a"], shapes["b"]
-        # Together A and B have the axes of the weight and the rank twice; axes of layers and
-        # experts are in both, and so once more.
-        n = len(a) + len(b) - 2 - len(weight)
-        # Factors that disagree are wrong: the weight then says how many pairs are expected, and the
-        # audit reports the difference.
-        copies = a[:n] if a[:n] == b[:n] else weight[:n]
-        fan_in = math.prod(a[len(copies) : -1])
-        fan_out = math.prod(weight) // (math.prod(copies) * fan_in)
+        rank = self.rank_at(path)
+        fan_in, fan_out, copies = sizes_of(shapes["a"], shapes["b"], weight)
         fan_out = sum(stop - start for start, stop in self.slices) or fan_out
-        return Count(
-            f"{rank}*({fan_in} + {fan_out})",
-            lora_parameters(fan_in, fan_out, rank),
-            math.prod(copies),
-        )
+        parameters = lora_parameters(fan_in, fan_out, rank)
+        return Count(f"{rank}*({fan_in} + {fan_out})", parameters, copies)
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""
@@ -295,10 +283,6 @@ class LoRA(Ranked):
     def size(self, leaves: Leaves) -> int:
         """The rank."""
         return leaves["a"].shape[-1]
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Factors of zeros."""
-        return zeros_like(leaves)
 
     def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
         """The same change at the scale of `whole`, whose ratio goes into B."""

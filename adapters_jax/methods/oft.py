@@ -13,13 +13,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError
+from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.settings import flag, size
 from adapters_jax.weights.axes import Axes
-from adapters_jax.weights.changes import Change, Turned
+from adapters_jax.weights.changes import Change, Rotation
 from adapters_jax.weights.factors import RANK, Factor
 
 
@@ -35,9 +35,9 @@ class OFT(LeafMethod):
     Args:
         targets: patterns of modules, or of leaves.
         block: k, which has to divide the inputs.
-        terms: None inverts I - S; a number takes as many terms of its Neumann series, as the
-            authors' newer code and PEFT do (5), which costs products alone and is orthogonal up to
-            the terms left out.
+        terms: None inverts I - S; a number, 2 or more, takes as many terms of the Neumann series,
+            as the authors' newer code and PEFT do (5), which costs products alone, and is
+            orthogonal up to the terms left out.
         share: all blocks are one.
 
     Raises:
@@ -61,22 +61,26 @@ class OFT(LeafMethod):
     terms: int | None = size(None)
     share: bool = flag(False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.terms == 1 or self.block < 2:
+            raise UserError(
+                f"OFT: block={self.block} and terms={self.terms}, expected 2 or more of each; one "
+                "turns nothing"
+            )
+
     @property
     def entries(self) -> int:
         """The entries of one S above its diagonal."""
         return self.block * (self.block - 1) // 2
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """The skew-symmetric blocks of one weight.
-
-        Raises:
-            RecipeError: the blocks do not divide its inputs, or it looks rows up.
-        """
+        """The blocks of one weight; raises RecipeError where they do not divide its inputs."""
         fan_in = point.axes.sizes(point.weight_shape)[0]
-        if fan_in % self.block or self.block < 2:
+        if fan_in % self.block:
             raise RecipeError(
-                f"OFT: block={self.block} does not divide the {fan_in} inputs of {point.path!r} "
-                "into blocks of two or more; give another block"
+                f"OFT: block={self.block} does not divide the {fan_in} inputs of {point.path!r}; "
+                "give another block, or other targets"
             )
         stacked = tuple(point.weight_shape[i] for i in point.axes.shared)
         blocks = 1 if self.share else fan_in // self.block
@@ -105,35 +109,29 @@ class OFT(LeafMethod):
         return None
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
-        """Leaves whose rotation is the inverse; of a series, up to the terms left out.
-
-        Raises:
-            RecipeError: R is of a series, whose inverse is none.
-        """
+        """Leaves of the inverse rotation; raises RecipeError for a series, which has none."""
         if self.terms is not None:
             return super().inverse(leaves, point)
         return {"skew": -leaves["skew"]}
 
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Rotations by nothing."""
+        """Entries of zero, of which R is I."""
         return zeros_like(leaves)
 
     def rotation(self, skew: Float[Array, "*stacked entries"]) -> Float[Array, "*stacked k k"]:
         """R of the entries of S above its diagonal, in their dtype."""
         upper = jnp.zeros((*skew.shape[:-1], self.block, self.block), skew.dtype)
-        rows, columns = jnp.triu_indices(self.block, 1)
-        upper = upper.at[..., rows, columns].set(skew)
-        s, eye = upper - upper.mT, jnp.eye(self.block, dtype=skew.dtype)
-        eye = jnp.broadcast_to(eye, s.shape)
+        upper = upper.at[..., *jnp.triu_indices(self.block, 1)].set(skew)
+        s = upper - upper.mT
+        eye = jnp.broadcast_to(jnp.eye(self.block, dtype=skew.dtype), s.shape)
         if self.terms is None:
             # (I + S) (I - S)^-1 is I + 2 S (I - S)^-1, which is exactly I where S is zero.
             return eye + 2 * jnp.linalg.solve(eye - s, s)
-        # I + 2 S + 2 S^2 + ..., whose last term counts once, as PEFT has it.
-        made, power = eye, s
-        for i in range(1, self.terms):
-            last = i == self.terms - 1 and self.terms > 2
-            made = made + (power if last else 2 * power)
+        # I + 2 S + 2 S^2 + ..., whose last power counts once, as in the authors' code and PEFT.
+        made, power = eye + 2 * s, s
+        for i in range(2, self.terms):
             power = jnp.matmul(power, s, precision="highest")
+            made = made + (power if i == self.terms - 1 else 2 * power)
         return made
 
     def changes(
@@ -144,10 +142,5 @@ class OFT(LeafMethod):
         key: PRNGKeyArray | None = None,
     ) -> dict[str, tuple[Change, ...]]:
         """The rotation of the inputs."""
-        axes = point.axes
-        by = self.rotation(leaves["skew"])
-        if self.share:
-            blocks = axes.sizes(point.weight_shape)[0] // self.block
-            by = jnp.broadcast_to(by, (*by.shape[:-3], blocks, *by.shape[-2:]))
-        factor = Factor(by, (*axes.shared, RANK, RANK, RANK))
-        return {point.weight: (Turned(factor, axes.inputs),)}
+        by = Factor(self.rotation(leaves["skew"]), (*point.axes.shared, RANK, RANK, RANK))
+        return {point.weight: (Rotation(by, point.axes.inputs),)}

@@ -1,10 +1,17 @@
 """`Ranked`: the rank and the scale of methods whose targets may differ in them."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from jaxtyping import Array
+
+from adapters_jax.methods.base import Leaves, zeros_like
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import matches
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -13,6 +20,9 @@ class Ranked(LeafMethod):
 
     Subclasses define them, in an order and with defaults of their own.
     """
+
+    stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
+    pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
 
     if TYPE_CHECKING:
         rank: int
@@ -34,3 +44,24 @@ class Ranked(LeafMethod):
     def divisor(self, rank: int) -> float:
         """What alpha is divided by."""
         return rank
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Factors of zeros."""
+        return zeros_like(leaves)
+
+
+def sizes_of(a: Shape, b: Shape, weight: Shape) -> tuple[int, int, int]:
+    """The fan-in, the fan-out and the number of pairs of factors with these shapes.
+
+    Example:
+        >>> sizes_of((5, 8, 2), (5, 2, 6), (5, 8, 6))
+        (8, 6, 5)
+    """
+    # Together A and B have the axes of the weight and the rank twice; axes of layers and experts
+    # are in both, and so once more.
+    n = len(a) + len(b) - 2 - len(weight)
+    # Factors that disagree are wrong: the weight then says how many pairs are expected, and the
+    # audit reports the difference.
+    copies = a[:n] if a[:n] == b[:n] else weight[:n]
+    fan_in = math.prod(a[len(copies) : -1])
+    return fan_in, math.prod(weight) // (math.prod(copies) * fan_in), math.prod(copies)

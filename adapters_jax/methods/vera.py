@@ -11,7 +11,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
 from adapters_jax.methods.leaf import LeafMethod
@@ -21,14 +20,19 @@ from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.factors import RANK, Factor
 
 
+def _he(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """He's uniform start of a matrix (in, out), as in the authors' code and PEFT."""
+    return arrays.uniform(math.sqrt(6 / shape[0]))(key, shape)
+
+
 @dataclass(frozen=True)
 class VeRA(LeafMethod):
     """Whatever reads W sees `W + A diag(d) B diag(b)`: d and b train, A and B are random.
 
     A is (in, r) and B (r, out), of all modules of the entry: they are stored once, at the top of
-    the tree, and do not train. Modules with fewer inputs or outputs than `inputs` and `outputs` use
-    the first rows of A and the first columns of B. d is (r,) and b (out,), with the axes of stacked
-    layers and experts in front; d starts at `d_initial`, b at zero. A product with an input is
+    the tree, as large as the largest module needs, and do not train. Other modules use the first
+    rows of A and the first columns of B. d is (r,) and b (out,), with the axes of stacked layers
+    and experts in front; d starts at `d_initial`, b at zero. A product with an input is
     `x W + ((x A) * d) B * b`. Leaves are float32.
 
     Args:
@@ -36,8 +40,6 @@ class VeRA(LeafMethod):
         rank: r.
         d_initial: where d starts.
         dropout: probability of zeroing an entry of the product's input while training.
-        inputs: the rows of A; None where all modules have as many inputs.
-        outputs: the columns of B; None where all modules have as many outputs.
 
     Raises:
         UserError: a field is out of its range.
@@ -45,8 +47,8 @@ class VeRA(LeafMethod):
     Example:
         >>> point = AttachmentPoint("weight", "q", {"kernel": (8, 6)}, weight="kernel",
         ...                         axes=Axes((0,), (1,)))
-        >>> {name: leaf.shape for name, leaf in VeRA("q", rank=4, inputs=9).leaves(point).items()}
-        {'d': (4,), 'b': (6,), 'left': (9, 4), 'right': (4, 6)}
+        >>> {name: leaf.shape for name, leaf in VeRA("q", rank=4).leaves(point).items()}
+        {'d': (4,), 'b': (6,), 'left': (8, 4), 'right': (4, 6)}
     """
 
     kind: ClassVar[str] = "vera"
@@ -54,42 +56,29 @@ class VeRA(LeafMethod):
     paper: ClassVar[str] = "2310.11454"
     leaf_names: ClassVar[tuple[str, ...]] = ("d", "b", "left", "right")  # type: ignore[misc]
     shared_leaves: ClassVar[tuple[str, ...]] = ("left", "right")
-    frozen_leaves: ClassVar[tuple[str, ...]] = ("left", "right")
+    frozen_leaves: ClassVar[tuple[str, ...]] = shared_leaves
+    cut_leaves: ClassVar[tuple[str, ...]] = shared_leaves
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank")
 
     targets: str | tuple[str, ...]
     rank: int = size(256)
-    d_initial: float = number(0.1)
+    d_initial: float = number(0.1, low=-math.inf)
     dropout: float = number(0.0, high=1.0, closed=True)
-    inputs: int | None = size(None)
-    outputs: int | None = size(None)
 
     def weight_axes(self, axes: Axes, path: str) -> dict[str, tuple[int, ...]]:
         """The weight's axes of d and b."""
         return {"d": (*axes.shared, RANK), "b": (*axes.shared, *axes.outputs)}
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """The scales of one weight, and the factors that it shares with others.
-
-        Raises:
-            RecipeError: the weight has more inputs or outputs than the factors.
-        """
+        """The scales of one weight, and the factors that it shares with others."""
         axes, shape, rank = point.axes, point.weight_shape, self.rank
         fan_in, fan_out, _ = axes.sizes(shape)
-        inputs, outputs = self.inputs or fan_in, self.outputs or fan_out
-        if fan_in > inputs or fan_out > outputs:
-            raise RecipeError(
-                f"VeRA: {point.path!r} has {fan_in} inputs and {fan_out} outputs, and inputs="
-                f"{inputs}, outputs={outputs}; give the largest of all modules"
-            )
         stacked = tuple(shape[i] for i in axes.shared)
-        # He's uniform start, as the authors' code and PEFT have it.
-        left, right = (arrays.uniform(math.sqrt(6 / n)) for n in (inputs, rank))
         return {
             "d": Leaf((*stacked, rank), lambda key, shape: jnp.full(shape, self.d_initial)),
             "b": Leaf((*stacked, *(shape[i] for i in axes.outputs)), arrays.zeros),
-            "left": Leaf((inputs, rank), left),
-            "right": Leaf((rank, outputs), right),
+            "left": Leaf((fan_in, rank), _he),
+            "right": Leaf((rank, fan_out), _he),
         }
 
     def count(

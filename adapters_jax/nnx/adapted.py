@@ -38,9 +38,9 @@ from adapters_jax.placement import (
     Placements,
     check_nested,
     check_reached,
-    check_shared,
     check_targets,
     taken,
+    with_shared,
 )
 from adapters_jax.placement.patterns import check_loaded
 from adapters_jax.recipe import Recipe
@@ -81,10 +81,10 @@ def _grow_shared(model: Any, placements: Sequence[Placement], rngs: nnx.Rngs) ->
         method = each.method
         if not method.shared_leaves or method.slot in vars(model):
             continue
-        leaves = method.leaves(each.point())
+        leaves, shapes = method.leaves(each.point()), dict(each.arrays)
         node: Any = nnx.Dict()
         for name in method.shared_leaves:
-            value = leaves[name].init(_drawn(rngs.params), leaves[name].shape)
+            value = leaves[name].init(_drawn(rngs.params), shapes[name])
             setattr(node, name, _variable(method, name, value))
         setattr(model, method.slot, node)
 
@@ -264,7 +264,7 @@ def _adapted(
     )
     check_reached(attached, found.reached)
     check_nested(attached)
-    check_shared(attached)
+    attached = with_shared(attached)
     adapted = _grown(adapted, recipe, attached, rngs, seen(attached))
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, found.stated)

@@ -11,13 +11,13 @@ from adapters_jax.placement.counting import Counted, counted, left_over, without
 from adapters_jax.placement.finding import (
     check_nested,
     check_reached,
-    check_shared,
     check_targets,
     chosen,
     named_node,
     on_outputs,
     taken,
     usable_paths,
+    with_shared,
 )
 from adapters_jax.placement.placed import (
     Known,
@@ -40,7 +40,6 @@ __all__ = [
     "Visit",
     "check_nested",
     "check_reached",
-    "check_shared",
     "check_targets",
     "chosen",
     "counted",
@@ -51,5 +50,6 @@ __all__ = [
     "own_leaves",
     "taken",
     "usable_paths",
+    "with_shared",
     "without_adapter",
 ]

@@ -281,24 +281,37 @@ def check_nested(found: Sequence[Placement]) -> None:
                 )
 
 
-def check_shared(found: Sequence[Placement]) -> None:
-    """Checks that all modules of an entry ask for one shape of each leaf that they share.
+def with_shared(found: Sequence[Placement]) -> list[Placement]:
+    """The placements with the shape that each leaf has which all modules of an entry share.
 
     Raises:
-        RecipeError: names the first two that differ.
+        RecipeError: modules ask for several, and the method cannot cut one; names the first two.
     """
-    first: dict[str, tuple[Placement, Shape]] = {}
+    shapes: dict[str, tuple[Placement, Shape]] = {}
     for each in found:
         for name, shape in each.arrays:
             if name not in each.method.shared_leaves:
                 continue
-            other, known = first.setdefault(each.paths()[name], (each, shape))
-            if known != shape:
+            path = each.paths()[name]
+            other, known = shapes.setdefault(path, (each, shape))
+            if name in each.method.cut_leaves:
+                shapes[path] = each, tuple(map(max, known, shape))
+            elif known != shape:
                 raise RecipeError(
                     f"{type(each.method).__name__}: all modules share {name!r}, and it is "
                     f"{list(known)} at {other.path!r} and {list(shape)} at {each.path!r}; give one "
                     "entry for the modules of each size, with a name"
                 )
+    return [
+        replace(
+            each,
+            arrays=tuple(
+                (name, shapes.get(each.paths()[name], (each, shape))[1])
+                for name, shape in each.arrays
+            ),
+        )
+        for each in found
+    ]
 
 
 _SHOWN = 5

@@ -132,95 +132,68 @@ class Scale:
 class Added:
     """Adds an array to a weight, so that whatever reads it forms the sum.
 
-    Attributes:
-        by: the array, which may lack axes of the weight.
-
-    Example:
-        >>> Added(Factor(jnp.asarray([1.0, 2.0]), (1,))).applied(jnp.ones((1, 2)))
-        Array([[2., 3.]], dtype=float32)
-    """
-
-    by: Factor
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The array."""
-        return (self.by,)
-
-    def with_factors(self, by: Factor) -> "Added":
-        """The change with another array."""
-        return Added(by)
-
-    def renamed(self, new: Callable[[int], int]) -> "Added":
-        """The change of a weight whose axes have new numbers."""
-        return Added(self.by.renamed(new))
-
-    def applied(self, weight: Array) -> Array:
-        """The changed weight."""
-        return weight + beside(self.by, range(weight.ndim), weight.dtype)
-
-
-@dataclass(frozen=True)
-class Formed:
-    """Adds what a function makes of some arrays to a weight; it is made where the weight is read.
-
-    So a loop over stacked layers makes that of one layer at a time.
+    The array may be what a function makes of several: it is made where the weight is read, and a
+    loop over stacked layers makes that of one layer at a time.
 
     Attributes:
-        arrays: what it is made of. Their first axes are those of stacked layers and experts, the
-            same for each; the others are `RANK`.
-        make: the function of the arrays of one of these; hashable, and equal where it does the
-            same.
-        axes: the weight's axes that the result has, in order.
+        arrays: the array, which may lack axes of the weight. Or what `make` gets: their first axes
+            are those of stacked layers and experts, the same for each; the others are `RANK`.
+        make: the function, of the arrays of one layer and expert. It returns the entries in order.
+        axes: the weight's axes that its result has, in order.
 
     Example:
         >>> halves = tuple(Factor(jnp.ones((2, 2)), (RANK, RANK)) for _ in range(2))
-        >>> Formed(halves, jnp.kron, (0, 1)).applied(jnp.zeros((4, 4)))[0]
+        >>> Added(halves, jnp.kron, (0, 1)).applied(jnp.zeros((4, 4)))[0]
         Array([1., 1., 1., 1.], dtype=float32)
     """
 
     arrays: tuple[Factor, ...]
-    make: Callable[..., Array]
-    axes: tuple[int, ...]
+    make: Callable[..., Array] | None = None
+    axes: tuple[int, ...] = ()
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The arrays."""
         return self.arrays
 
-    def with_factors(self, *arrays: Factor) -> "Formed":
+    def with_factors(self, *arrays: Factor) -> "Added":
         """The change with other arrays."""
         return replace(self, arrays=arrays)
 
-    def renamed(self, new: Callable[[int], int]) -> "Formed":
+    def renamed(self, new: Callable[[int], int]) -> "Added":
         """The change of a weight whose axes have new numbers."""
         arrays = tuple(each.renamed(new) for each in self.arrays)
         return replace(self, arrays=arrays, axes=tuple(map(new, self.axes)))
 
-    def made(self) -> Added:
-        """The change as an array."""
-        shared, make = tuple(i for i in self.arrays[0].axes if i != RANK), self.make
+    def made(self, shape: Sequence[int]) -> "Added":
+        """The change of a weight of this shape with one array."""
+        if self.make is None:
+            return self
+        shared, make = [i for i in self.arrays[0].axes if i != RANK], self.make
         for _ in shared:
             make = jax.vmap(make)
-        return Added(Factor(make(*(each.array for each in self.arrays)), (*shared, *self.axes)))
+        axes = (*shared, *self.axes)
+        array = make(*(each.array for each in self.arrays)).reshape([shape[i] for i in axes])
+        return Added((Factor(array, axes),))
 
     def applied(self, weight: Array) -> Array:
         """The changed weight."""
-        return self.made().applied(weight)
+        (whole,) = self.made(weight.shape).arrays
+        return weight + beside(whole, range(weight.ndim), weight.dtype)
 
 
 @dataclass(frozen=True)
-class Turned:
-    """Multiplies a weight's inputs by a matrix in blocks: `R W`, which is `(x R) W` of an input.
+class Rotation:
+    """Multiplies a weight's inputs by a matrix in blocks: it is `R W`, and `(x R) W` of an input.
 
     Attributes:
-        by: the blocks, (blocks, k, k), behind axes of stacked layers and experts; the last three
-            axes are `RANK`.
+        by: the blocks, (blocks, k, k), or (1, k, k) if all are one, behind axes of stacked layers
+            and experts; the last three axes are `RANK`.
         inputs: the weight's axes that are its inputs, of blocks k entries in all.
 
     Example:
         >>> swap = Factor(jnp.asarray([[[0.0, 1.0], [1.0, 0.0]]]), (RANK, RANK, RANK))
-        >>> Turned(swap, (0,)).applied(jnp.asarray([[1.0], [2.0]])).tolist()
+        >>> Rotation(swap, (0,)).applied(jnp.asarray([[1.0], [2.0]])).tolist()
         [[2.0], [1.0]]
     """
 
@@ -232,15 +205,15 @@ class Turned:
         """The blocks."""
         return (self.by,)
 
-    def with_factors(self, by: Factor) -> "Turned":
+    def with_factors(self, by: Factor) -> "Rotation":
         """The change with other blocks."""
         return replace(self, by=by)
 
-    def renamed(self, new: Callable[[int], int]) -> "Turned":
+    def renamed(self, new: Callable[[int], int]) -> "Rotation":
         """The change of a weight whose axes have new numbers."""
-        return Turned(self.by.renamed(new), tuple(map(new, self.inputs)))
+        return Rotation(self.by.renamed(new), tuple(map(new, self.inputs)))
 
-    def turned(self, x: Array, axes: Sequence[int], inverse: bool = False) -> Array:
+    def rotated(self, x: Array, axes: Sequence[int], inverse: bool = False) -> Array:
         """An array with `x R` in place of its inputs, or with `R x`.
 
         Args:
@@ -251,25 +224,28 @@ class Turned:
         shared = [axis for axis in self.by.axes if axis != RANK]
         others = [axis for axis in axes if axis not in (*shared, *self.inputs)]
         order = [axes.index(axis) for axis in (*shared, *others, *self.inputs)]
-        blocks, size, _ = self.by.array.shape[-3:]
-        moved = x.transpose(order)
-        split = moved.reshape(*moved.shape[: len(order) - len(self.inputs)], blocks, 1, size)
         by = cast(self.by.array, x.dtype)
-        by = by.reshape(*by.shape[:-3], *(1,) * len(others), blocks, size, size)
+        *stacked, blocks, size, _ = by.shape
+        moved = x.transpose(order)
+        # A row of inputs for each block.
+        split = moved.reshape(*moved.shape[: len(order) - len(self.inputs)], -1, 1, size)
+        by = by.reshape(*stacked, *(1,) * len(others), blocks, size, size)
         made = jnp.matmul(split, by.mT if inverse else by, precision="highest")
         return made.reshape(moved.shape).transpose([order.index(i) for i in range(x.ndim)])
 
     def applied(self, weight: Array) -> Array:
         """The changed weight."""
-        return self.turned(weight, range(weight.ndim), inverse=True)
+        return self.rotated(weight, range(weight.ndim), inverse=True)
 
 
-Change = LowRank | Scale | Added | Formed | Turned | Observed
+Change = LowRank | Scale | Added | Rotation | Observed
 
 
-def _made(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """Changes with arrays in place of the functions that make them, for parts of the weight."""
-    return tuple(change.made() if isinstance(change, Formed) else change for change in changes)
+def _uncut(change: Change) -> tuple[int, ...]:
+    """The axes along which no part of a change is one: that of its range, the inputs it mixes."""
+    if isinstance(change, Rotation):
+        return change.inputs
+    return change.start[:1] if isinstance(change, LowRank) and change.start else ()
 
 
 _EVALUATION = contextvars.ContextVar("evaluation", default=False)
@@ -334,6 +310,13 @@ class Changed:
             whole = change.applied(whole)
         return whole.astype(self.dtype)
 
+    @property
+    def made(self) -> "Changed":
+        """The weight with arrays in place of functions that make them."""
+        # A part of a weight has a part of an array, but not of what makes it.
+        changes = (c.made(self.shape) if isinstance(c, Added) else c for c in self.changes)
+        return replace(self, changes=tuple(changes))
+
     def settled(self) -> "Changed":
         """The weight without the keys of dropout that does not act in an evaluation."""
         # jax finds a jitted function again by its arguments, and the context is not one of them.
@@ -377,7 +360,7 @@ class Changed:
     def reshaped(self, shape: Sequence[int]) -> "Changed | None":
         """The reshaped weight; None where axes of both factors would become one axis."""
         blocks = blocks_of(self.shape, shape)
-        changes = [_reshaped(change, blocks, shape) for change in _made(self.changes)]
+        changes = [_reshaped(change, blocks, shape) for change in self.made.changes]
         if any(change is None for change in changes):
             return None
         kept = [change for change in changes if change is not None]
@@ -391,7 +374,7 @@ class Changed:
             shape: the shape with the new axes.
             where: for each axis of the weight its position in `shape`.
         """
-        changes = [change.renamed(where.__getitem__) for change in self.changes]
+        changes = [change.renamed(where.__getitem__) for change in self.made.changes]
 
         def scales(scales: Array) -> Array:
             sizes = dict(zip(where, scales.shape, strict=True))
@@ -412,16 +395,13 @@ class Changed:
             cut: cuts an array, given where it has each axis of the weight.
             axes: the axes that are cut.
         """
-        changes = []
-        for change in _made(self.changes):
-            if isinstance(change, LowRank) and change.start and change.start[0] in axes:
-                return None
-            if isinstance(change, Turned) and not {*change.inputs}.isdisjoint(axes):
-                return None
-            changes.append(change.with_factors(*(f.on_axes(cut) for f in change.factors)))
+        changes = self.made.changes
+        if any(axis in _uncut(change) for change in changes for axis in axes):
+            return None
+        parts = [c.with_factors(*(f.on_axes(cut) for f in c.factors)) for c in changes]
         own = {i: i for i in range(len(self.shape))}
         scales = cut_scales(cut, axes, self.shape)
-        return self.viewed(lambda w: cut(w, own), changes, scales)
+        return self.viewed(lambda w: cut(w, own), parts, scales)
 
     def taken(
         self,
@@ -446,15 +426,12 @@ class Changed:
             return Factor(factor.on_axes(take).array, (*front, *kept))
 
         changes = []
-        for change in _made(self.changes):
-            if isinstance(change, LowRank):
-                if change.start and change.start[0] == axis:
-                    return None
-                start = change.start and (others[change.start[0]], change.start[1])
-                change = replace(change, start=start)
-            if isinstance(change, Turned):
-                if axis in change.inputs:
-                    return None
+        for change in self.made.changes:
+            if axis in _uncut(change):
+                return None
+            if isinstance(change, LowRank) and change.start:
+                change = replace(change, start=(others[change.start[0]], change.start[1]))
+            if isinstance(change, Rotation):
                 change = replace(change, inputs=tuple(others[i] for i in change.inputs))
             changes.append(change.with_factors(*map(one, change.factors)))
 
@@ -473,12 +450,12 @@ class Changed:
 
     def layers(self, length: int) -> "Layers":
         """The weight as a stack of layers on its first axis."""
-        whole = self
-        starts = [c.start for c in self.changes if isinstance(c, LowRank)]
-        if any(start and start[0] == 0 for start in starts):
+        along = any(isinstance(change, Added) and 0 in change.axes for change in self.changes)
+        whole = self.made if along else self
+        if any(0 in _uncut(change) for change in self.changes):
             whole = Changed.of(self.formed())
         elif self.views:
-            whole = replace(self, base=self.floats(self.base), views=())
+            whole = replace(whole, base=self.floats(self.base), views=())
         rows, rest = [], []
         for change in whole.changes:
             front = [f.on_axes(_to_front) if 0 in f.axes else f for f in change.factors]
@@ -524,9 +501,8 @@ class Layers:
 for _cls, _data in (
     (LowRank, ["a", "b", "key"]),
     (Scale, ["by"]),
-    (Added, ["by"]),
-    (Formed, ["arrays"]),
-    (Turned, ["by"]),
+    (Added, ["arrays"]),
+    (Rotation, ["by"]),
     (Changed, ["base", "changes"]),
 ):
     _static = [f.name for f in fields(_cls) if f.name not in _data]
@@ -546,7 +522,7 @@ def _reshaped(
         if len(left) > 1 or len(right) > 1:
             return None
         change = replace(change, start=(right[0], change.start[1]))
-    if isinstance(change, Turned):
+    if isinstance(change, Rotation):
         own = [block for block in blocks if not {*block[0]}.isdisjoint(change.inputs)]
         if any(len(left) > 1 or len(right) > 1 for left, right in own):
             return None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from adapters_jax.weights.changes import Added, Changed, Formed, LowRank, Scale, Turned, dropout
+from adapters_jax.weights.changes import Added, Changed, LowRank, Rotation, Scale, dropout
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted
 from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import Packed
@@ -63,7 +63,7 @@ def multiplied(
     """
     x, *rest = others
     meeting = None
-    if any(isinstance(change, Added | Formed) for change in changed.changes):
+    if any(isinstance(change, Added) for change in changed.changes):
         return None
     if jnp.issubdtype(x.dtype, jnp.floating):
         meeting = MEETINGS[primitive.name](primitive, params, where, changed, x.ndim)
@@ -90,10 +90,10 @@ def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) 
             return _product(inside, x, rest, meeting)
         y = _product(inside, x, rest, meeting)
         return y * beside(last.by, meeting.out, y.dtype)
-    if isinstance(last, Turned):
-        x = last.turned(x, meeting.seen)
+    if isinstance(last, Rotation):
+        x = last.rotated(x, meeting.seen)
         return _product(replace(changed, changes=changed.changes[:-1]), x, rest, meeting)
-    scales = [i for i, change in enumerate(changed.changes) if isinstance(change, Scale | Turned)]
+    scales = [i for i, change in enumerate(changed.changes) if isinstance(change, Scale | Rotation)]
     first = scales[-1] + 1 if scales else 0
     y = _product(replace(changed, changes=changed.changes[:first]), x, rest, meeting)
     for change in (c for c in changed.changes[first:] if isinstance(c, LowRank)):
@@ -159,7 +159,7 @@ def _separable(changed: Changed, inner: Axes, outer: Axes) -> bool:
     for change in changed.changes:
         if isinstance(change, LowRank) and change.start and change.start[0] in outer:
             return False
-        if isinstance(change, Turned) and {*change.inputs} != {*inner}:
+        if isinstance(change, Rotation) and {*change.inputs} != {*inner}:
             return False
         if isinstance(change, Scale):
             axes = set(change.by.axes)

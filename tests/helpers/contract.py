@@ -79,6 +79,12 @@ CASES = {
     ),
     "lora_einsum": Case("mix", aj.Recipe(aj.LoRA("**/mix", R, 6.0)), R * 2 * D),
     "lora_conv": Case("conv", aj.Recipe(aj.LoRA("**/conv", R, 6.0)), R * (3 * D + D)),
+    "loha": Case("mlp", aj.Recipe(aj.LoHa("**/mlp/{up,output}", R, 6.0)), 4 * R * (D + HIDDEN)),
+    "lokr": Case(  # 8 = 2 * 4 and 16 = 4 * 4
+        "attention", aj.Recipe(aj.LoKr("**/attention/*", 1, 6.0)), 4 * (2 * 2 + 1 * (4 + 4))
+    ),
+    "oft": Case("mlp", aj.Recipe(aj.OFT("**/mlp/*", 4)), (D + HIDDEN) // 4 * 6),
+    "vera": Case("mlp", aj.Recipe(aj.VeRA("**/mlp/*", R))),
     "ia3": Case(
         "mlp", aj.Recipe(aj.IA3("**/mlp/{up,output}", feed_forward="**/mlp/output")), 2 * HIDDEN
     ),

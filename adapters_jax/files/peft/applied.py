@@ -18,8 +18,12 @@ from adapters_jax.files.peft.trained import NORM
 # What decides how factors act, where no pattern does.
 _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
-    *("adapter_len", "adapter_layers"),
+    *("adapter_len", "adapter_layers", "decompose_both", "decompose_factor", "coft"),
+    *("use_effective_conv2d", "oft_block_size", "block_share", "use_cayley_neumann"),
+    "num_cayley_neumann_terms",
 )
+
+_NUMBERS = {"LORA": ("r", "lora_alpha"), **dict.fromkeys(("LOHA", "LOKR"), ("r", "alpha"))}
 
 
 def differences(
@@ -56,8 +60,10 @@ def differences(
         problems.append(f"PEFT would not apply the factors of {first_few(ignored)}")
     if more := sorted(targets - factors):
         problems.append(f"PEFT would adapt {first_few(more)} as well, by target_modules")
-    for name in sorted(factors & targets) if config["peft_type"] == "LORA" else ():
-        meant = {"r": len(added[name]["a"]), "lora_alpha": number_at(written, "lora_alpha", name)}
+    fields = _NUMBERS.get(config["peft_type"], ())
+    for name in sorted(factors & targets):
+        meant = {field: number_at(written, field, name) for field in fields}
+        meant |= {"r": len(added[name]["a"])} if config["peft_type"] == "LORA" else {}
         problems += [
             f"PEFT would take {field}={given} for {name}, expected {meant[field]}"
             for field in meant

@@ -1,11 +1,37 @@
-"""What a file of PEFT lacks, names twice, or has without effect in the model that reads it."""
+"""Which modules a file of PEFT and a model have of each other: none, twice, or without effect."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from adapters_jax.errors import first_few
+from adapters_jax.errors import UserError, first_few
+from adapters_jax.files.layouts import ModuleReference
 from adapters_jax.files.module_map import ModuleMap
 from adapters_jax.files.peft.config import KINDS, is_target, unread_fields
+from adapters_jax.placement import Placement, Placements
+
+Parts = tuple[ModuleReference, ...]
+
+
+def references(config: Mapping[str, Any], module: str, module_map: ModuleMap) -> Parts:
+    """Our modules of one of theirs that has tensors; raises UserError where PEFT adapts none."""
+    there = module_map.at(module)
+    if not there:
+        raise UserError(f"names maps {module} to no layer of the base")
+    if not is_target(config, module):
+        raise UserError(f"{module} has tensors but is not among the target modules")
+    return there
+
+
+def adapted(
+    added: Placements, module_map: ModuleMap, problems: list[str]
+) -> Iterator[tuple[str, Parts, list[Placement | None]]]:
+    """Their modules of which a part is adapted: the name, our parts, and what each of them has."""
+    here = {each.path: each for each in added}
+    for bare, parts in module_map.modules.items():
+        mine = [here.pop(reference.path, None) for reference in parts]
+        if any(mine):
+            yield bare, parts, mine
+    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
 
 
 def twice_spelt(added: Iterable[str], plain: Iterable[str], module_map: ModuleMap) -> list[str]:

@@ -205,7 +205,9 @@ KINDS = {
         rules={
             **_MODULES,
             **dict.fromkeys(("r", "oft_block_size"), whole(0)),
-            "num_cayley_neumann_terms": whole(),
+            "num_cayley_neumann_terms": rule(
+                lambda n: type(n) is int and n > 1, "2 or more, since one turns nothing"
+            ),
             **dict.fromkeys(("module_dropout", "eps"), _NUMBER),
             **dict.fromkeys(("block_share", "use_cayley_neumann", "init_weights"), of(bool)),
             "coft": one_of(False),
@@ -260,7 +262,7 @@ def config_problems(config: Config) -> list[str]:
         >>> config_problems({"peft_type": "LORA", "r": "4", "use_qalora": True, "new_field": 1})
         ["r='4', expected a whole number", 'use_qalora=True is not supported']
         >>> config_problems({"peft_type": "XLORA"})
-        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3 or LN_TUNING or ...
+        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3 or ...
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:

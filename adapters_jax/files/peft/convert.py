@@ -1,4 +1,4 @@
-"""Reads and writes adapters of Hugging Face PEFT: LoRA, DoRA, LLaMA-Adapter, (IA)^3 and norms.
+"""Reads and writes adapters of Hugging Face PEFT: those of its methods that are here, and norms.
 
 A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`, or its shards, or
 an older release's `adapter_model.bin`, of which tensors alone are read. Neither torch nor PEFT is
@@ -141,8 +141,8 @@ def save_peft(
     Args:
         directory: a new or empty one, or one with an adapter of PEFT and nothing else, which is
             replaced; its parents are made.
-        recipe: LoRA, DoRA, LlamaAdapter or IA3, or Unfreeze of norms; all but LlamaAdapter may have
-            Unfreeze beside them.
+        recipe: LoRA, DoRA, LoHa, LoKr, OFT, VeRA, IA3 or LlamaAdapter, or Unfreeze of norms; all
+            but LlamaAdapter may have Unfreeze beside them.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
             Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
@@ -292,8 +292,8 @@ def to_peft(
     if kind is None:
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
-            f"the recipe adds {others}; PEFT stores LoRA alone, DoRA alone, LlamaAdapter alone, "
-            "IA3 alone, or trained norms"
+            f"the recipe adds {others}; PEFT stores one of LoRA, DoRA, LoHa, LoKr, OFT, VeRA, IA3 "
+            "and LlamaAdapter, or trained norms"
         )
         return {}, {}, problems + held
     fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)
@@ -315,7 +315,10 @@ def to_peft(
             f"{paths}: PEFT's {fields['peft_type']} does not support trained biases beside it"
         )
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
-        problems.append("PEFT's IA3 does not support a trained embedding with a tied output layer")
+        problems.append(
+            f"PEFT's {fields['peft_type']} does not support a trained embedding with a tied output "
+            "layer"
+        )
     return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)
 
 

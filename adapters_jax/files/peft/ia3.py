@@ -17,7 +17,8 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.expressions import matches
 from adapters_jax.files.layouts import WHOLE, Array, ModuleReference, joined
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
-from adapters_jax.files.peft.config import ROOT, Config, is_target
+from adapters_jax.files.peft.checks import adapted, references
+from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import IA3, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -43,11 +44,11 @@ def read(
     leaves: dict[str, Array] = {}
     inner: list[str] = []
     for module, found in added.items():
-        there, inputs, vector = module_map.at(module), scales_input(config, module), found["scale"]
-        if not there:
-            problems.append(f"names maps {module} to no layer of the base")
-        elif not is_target(config, module):
-            problems.append(f"{module} has a vector but is not among the target modules")
+        inputs, vector = scales_input(config, module), found["scale"]
+        try:
+            there = references(config, module, module_map)
+        except UserError as problem:
+            problems.append(str(problem))
             continue
         for reference in there:
             scale = _our_scale(reference, vector, inputs)
@@ -95,13 +96,7 @@ def write(
     """Returns the fields, and the vector of every module."""
     tensors: dict[str, Array] = {}
     targets: dict[str, bool] = {}
-    here = {each.path: each for each in added}
-    unknown = set(here)
-    for bare, parts in module_map.modules.items():
-        mine = [here.get(reference.path) for reference in parts]
-        unknown -= {reference.path for reference in parts}
-        if not any(mine):
-            continue
+    for bare, parts, mine in adapted(added, module_map, problems):
         kinds = {each.method.scales_input(each.path) for each in mine if each}
         scales = [each.leaves(leaves)["scale"] if each else None for each in mine]
         try:
@@ -112,7 +107,6 @@ def write(
         name = module_map.full(bare)
         targets[name] = True in kinds
         tensors[f"{ROOT}{name}.ia3_l"] = vector
-    problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
     fields = {
         "peft_type": "IA3",
         "target_modules": sorted(targets, key=in_order),

@@ -1,15 +1,16 @@
-"""LoHa and LoKr in PEFT's files.
+"""LoHa and LoKr in PEFT's files, whose tensors are those of LyCORIS.
 
 PEFT's factors are of weights `(out, in)`, ours of `(in, out)`. Of a module that fuses several of
 ours, each takes its outputs' part of LoHa's factors; a Kronecker product cannot be taken apart so.
-The window of a convolution is flattened behind its inputs in PEFT's factors, or stands in a tensor
-`t`, as which LyCORIS's "cp" form has it; read, both become ours.
+The window of a convolution is flattened behind its inputs in LoHa's factors, or stands in a tensor
+`t` (LyCORIS's "cp"); read, both become ours. A convolution's LoKr has its window in W2 alone, and
+so is another one than ours.
 
 Reference: https://huggingface.co/docs/peft/package_reference/loha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,193 +18,186 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, their_factors
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, pattern_of, shortest
-from adapters_jax.files.peft.config import ROOT, Config, is_target, number_at, value
-from adapters_jax.methods import LoHa, LoKr, Method
+from adapters_jax.files.peft.checks import adapted, references
+from adapters_jax.files.peft.config import ROOT, Config, number_at, value
+from adapters_jax.methods import METHODS, LoKr, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
+
+Made = tuple[dict[str, Any], dict[str, Array]]  # fields of the method, and leaves by name
 
 
 def read(
     config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one method for all targets, of LoKr one for each form, and the leaves by path."""
-    leaves: dict[str, Array] = {}
-    groups: dict[Any, dict[str, str]] = {}  # our paths and their modules, by form
+    kind, leaves = config["peft_type"].lower(), dict[str, Array]()
+    groups: dict[Any, dict[str, tuple[int, float]]] = {}  # our paths with rank and alpha, by form
+    factor = value(config, "decompose_factor")
     for module, found in added.items():
-        there = module_map.at(module)
+        numbers = number_at(config, "r", module), number_at(config, "alpha", module)
         try:
-            if not there:
-                raise UserError(f"names maps {module} to no layer of the base")
-            if not is_target(config, module):
-                raise UserError(f"{module} has factors but is not among the target modules")
-            for reference in there:
-                form, own = _OURS[config["peft_type"]](config, module, reference, found)
-                slot = config["peft_type"].lower()
-                leaves |= {f"{reference.path}/{slot}/{n}": x for n, x in own.items()}
-                groups.setdefault(form, {})[reference.path] = module
+            for reference in references(config, module, module_map):
+                form, own = ours(module, reference, found, numbers[0], [factor])
+                leaves |= {f"{reference.path}/{kind}/{name}": x for name, x in own.items()}
+                groups.setdefault(tuple(form.items()), {})[reference.path] = numbers
         except UserError as problem:
             problems.append(str(problem))
     if not groups and not problems:
         problems.append(f"the file has no factors of {config['peft_type']}")
+    usual = value(config, "r"), value(config, "alpha")
     methods: list[Method] = []
-    among, usual = [*module_map.paths, *module_map.base], (value(config, "r"), alpha(config))
-    for form, modules in groups.items():
-        ranks = {path: number_at(config, "r", name) for path, name in modules.items()}
-        alphas = {path: number_at(config, "alpha", name) for path, name in modules.items()}
+    for form, paths in groups.items():
+        ranks, alphas = ({path: each[i] for path, each in paths.items()} for i in (0, 1))
         patterns: dict[str, Any] = {
             "rank_pattern": pattern_of(ranks, usual[0]),
             "alpha_pattern": pattern_of(alphas, usual[1]),
         }
-        kind: Any = LoHa if config["peft_type"] == "LOHA" else LoKr
-        methods.append(kind(shortest(modules, among), *usual, **dict(form), **patterns))
+        targets = shortest(paths, [*module_map.paths, *module_map.base])
+        method: Any = METHODS[kind]
+        methods.append(method(targets, *usual, **dict(form), **patterns))
     return methods, leaves
 
 
-def alpha(config: Config) -> float:
-    """The alpha of a configuration."""
-    return value(config, "alpha")
+def ours(
+    module: str,
+    reference: ModuleReference,
+    found: Mapping[str, Array],
+    rank: int,
+    factors: Iterable[int] = (),
+) -> Made:
+    """The method's form and the leaves of one of our modules.
 
+    Args:
+        module: the name of theirs.
+        reference: our module.
+        found: their tensors by name.
+        rank: the rank.
+        factors: for LoKr, the values that PEFT's `decompose_factor` may have.
 
-def _checked(module: str, found: Leaves, *forms: set[str]) -> None:
-    """Raises UserError unless a module has the tensors of one of several forms."""
+    Raises:
+        UserError: the tensors are not those of one module, or do not fit ours.
+    """
+    loha = {f"hada_w{i}_{x}" for i in _PAIRS for x in "ab"}
+    forms = [loha, loha | {"hada_t1", "hada_t2"}]
+    if any(name.startswith("lokr") for name in found):
+        forms = [{*one, *two} for one in _SIDES["w1"] for two in _SIDES["w2"]]
     if found.keys() not in forms:
-        names = " or ".join(", ".join(sorted(form)) for form in forms)
-        raise UserError(f"{module} has {', '.join(sorted(found))}, expected {names}")
+        known = " or ".join(", ".join(sorted(form)) for form in forms)
+        raise UserError(f"{module} has {', '.join(sorted(found))}, expected {known}")
+    made = None
+    if reference.weight == "kernel":
+        fits = _our_loha if "hada_w1_a" in found else _our_lokr
+        made = fits(reference, found, rank, factors)
+    if made is None:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in found.items())
+        raise UserError(
+            f"{module} has {shapes}, which do not fit {reference.path} of {list(reference.shape)} "
+            f"at rank {rank}" + "".join(f" and factor {each}" for each in factors)
+        )
+    return made[0], {name: array.astype(np.float32) for name, array in made[1].items()}
 
 
 _PAIRS = ("1", "2")
-_LOHA = {f"hada_w{i}_{x}" for i in _PAIRS for x in "ab"}
+_SIDES = {side: ((f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")) for side in ("w1", "w2")}
 
 
 def _our_loha(
-    config: Config, module: str, reference: ModuleReference, found: Leaves
-) -> tuple[Any, dict[str, Array]]:
-    """LoHa's factors of one of our modules."""
-    windows = {f"hada_t{i}" for i in _PAIRS}
-    _checked(module, found, _LOHA, _LOHA | windows)
+    reference: ModuleReference, found: Mapping[str, Array], rank: int, factors: Iterable[int]
+) -> Made | None:
+    """LoHa's factors; None if they do not fit."""
     made: dict[str, Array] = {}
-    rank = number_at(config, "r", module)
+    *window, inputs, _ = shape = reference.shape
     for i in _PAIRS:
         out: Any = found[f"hada_w{i}_a"]
         inner: Any = found[f"hada_w{i}_b"]
-        if f"hada_t{i}" in found:
-            window = found[f"hada_t{i}"]
-            if window.ndim != 4 or out.ndim != 2 or inner.shape[:1] != window.shape[1:2]:
-                raise _misfit(module, found, reference)
-            inner, out = np.einsum("ijkl,jp->ipkl", window, inner), out.T
-        elif inner.ndim == 2 and len(reference.shape) == 4 and reference.weight == "kernel":
-            *places, inputs, _ = reference.shape
-            if inner.size != len(inner) * np.prod(reference.shape[:-1]):
-                raise _misfit(module, found, reference)
-            inner = inner.reshape(len(inner), inputs, *places)
+        if (core := found.get(f"hada_t{i}")) is not None:
+            if core.ndim != 4 or out.ndim != 2 or inner.shape[:1] != core.shape[1:2]:
+                return None
+            inner, out = np.einsum("ijkl,jp->ipkl", core, inner), out.T
+            # A window of one axis has a second one of size 1 there.
+            inner = inner[..., 0] if len(shape) == 3 and inner.shape[-1] == 1 else inner
+        elif len(shape) == 4 and inner.ndim == 2:
+            if inner.shape[1] != inputs * math.prod(window):
+                return None
+            inner = inner.reshape(len(inner), inputs, *window)
         if out.ndim != 2 or inner.ndim < 2 or len(inner) != rank:
-            raise _misfit(module, found, reference)
+            return None
         pair = our_factors(reference, inner, out.reshape(*out.shape, *(1,) * (inner.ndim - 2)))
-        if pair is None:
-            raise _misfit(module, found, reference)
-        made |= {f"{name}{i}": array.astype(np.float32) for name, array in pair.items()}
-    return (), made
+        # Flat factors of several inputs' axes do not say whether the weight is a convolution's.
+        if pair is None or (inner.ndim == 2 and pair["a"].ndim > 2):
+            return None
+        made |= {f"{name}{i}": array for name, array in pair.items()}
+    return {}, made
 
 
 def _our_lokr(
-    config: Config, module: str, reference: ModuleReference, found: Leaves
-) -> tuple[Any, dict[str, Array]]:
-    """LoKr's factors of one of our modules, and the form that they have."""
-    left, right = (
-        ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}),
-        (*({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}),),
-    )
-    _checked(module, found, *(one | other for one in left for other in right))
-    factor = value(config, "decompose_factor")
-    if reference.part or reference.weight != "kernel" or _is_window(reference):
-        raise UserError(f"{module} is no linear layer of one weight, which LoKr needs here")
-    form: dict[str, Any] = {"factor": None if factor == -1 else factor}
-    form |= {"full": "lokr_w2" in found, "both": "lokr_w1" not in found}
-    own = {
-        **_turned(found, "w1", "lokr_w1"),
-        **_turned(found, "w2", "lokr_w2"),
-    }
-    rank = number_at(config, "r", module)
-    method = LoKr(reference.path, rank, alpha(config), **form)
-    fitting = [
-        method.shapes_at(
-            math.prod(reference.shape[:n]), math.prod(reference.shape[n:]), reference.path
-        )
-        for n in range(1, len(reference.shape))
-    ]
-    if {name: array.shape for name, array in own.items()} not in fitting:
-        raise _misfit(module, found, reference)
-    return tuple(form.items()), {n: x.astype(np.float32) for n, x in own.items()}
-
-
-def _turned(found: Leaves, ours: str, theirs: str) -> dict[str, Array]:
-    """One side of a product, turned around: `(P Q)^T = Q^T P^T`."""
-    if theirs in found:
-        return {ours: found[theirs].T}
-    return {f"{ours}_a": found[f"{theirs}_b"].T, f"{ours}_b": found[f"{theirs}_a"].T}
-
-
-def _is_window(reference: ModuleReference) -> bool:
-    """Whether a kernel is a convolution's; one with axes of heads has three."""
-    return len(reference.shape) == 4
-
-
-def _misfit(module: str, found: Leaves, reference: ModuleReference) -> UserError:
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in found.items())
-    return UserError(
-        f"{module} has {shapes}, which do not fit {reference.path} of {list(reference.shape)}, the "
-        "rank and the factor of the configuration"
-    )
-
-
-_OURS = {"LOHA": _our_loha, "LOKR": _our_lokr}
+    reference: ModuleReference, found: Mapping[str, Array], rank: int, factors: Iterable[int]
+) -> Made | None:
+    """LoKr's factors, turned around since `(P Q)^T = Q^T P^T`; None if they do not fit."""
+    (inputs, *outputs), own = reference.shape, dict[str, Array]()
+    for side in _SIDES:
+        if f"lokr_{side}" in found:
+            own[side] = found[f"lokr_{side}"].T
+        else:
+            own |= {f"{side}_a": found[f"lokr_{side}_b"].T, f"{side}_b": found[f"lokr_{side}_a"].T}
+    shapes = {name: array.shape for name, array in own.items()}
+    form: dict[str, Any] = {"full": "w2" in own, "both": "w1" not in own}
+    for factor in factors if reference.part is None else ():
+        form["factor"] = None if factor == -1 else factor
+        if LoKr("**", rank, **form).shapes_at(inputs, math.prod(outputs), "") == shapes:
+            return form, own
+    return None
 
 
 def write(
     recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the factors of every module."""
-    here = {each.path: each for each in added}
     methods: list[Any] = list(recipe.attached)
     kind, tensors = methods[0].kind, dict[str, Array]()
-    forms = {(m.factor, m.both) for m in methods} if kind == "lokr" else set()
+    forms = {(m.factor, m.both) for m in methods} if kind == "lokr" else {(None, False)}
     if len(forms) > 1:
         problems.append("its methods have several values of factor and both, and PEFT has one each")
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for bare, parts in module_map.modules.items():
-        mine = [here.pop(reference.path, None) for reference in parts]
-        if not any(mine):
-            continue
+    numbers: dict[str, dict[str, Any]] = {"r": {}, "alpha": {}}
+    for bare, parts, mine in adapted(added, module_map, problems):
         (each, *_), (reference, *_) = mine, parts
-        name = module_map.full(bare)
-        if each is None or len(parts) > 1 or reference.weight != "kernel" or _is_window(reference):
+        most = len(reference.shape) - 1 if kind == "loha" and len(reference.shape) == 4 else 1
+        if (
+            each is None
+            or len(parts) > 1
+            or reference.weight != "kernel"
+            or (len(each.point().axes.inputs) > most)
+        ):
             problems.append(f"{bare}: it is no linear layer of one weight, which this file needs")
             continue
-        ranks[name] = each.method.rank_at(each.path)
-        alphas[name] = rounded(each.method.scale_at(each.path) * ranks[name])
-        own = each.leaves(leaves)
-        try:
-            theirs = _their_loha(reference, own) if kind == "loha" else _their_lokr(each, own)
-        except UserError as problem:
-            problems.append(str(problem))
-            continue
+        name, own, rank = module_map.full(bare), each.leaves(leaves), each.method.rank_at(each.path)
+        if kind == "loha":
+            theirs = _their_loha(reference, own)
+        else:
+            rank, theirs = _their_lokr(own, rank)
+        numbers["r"][name] = rank
+        numbers["alpha"][name] = rounded(each.method.scale_at(each.path) * rank)
         tensors |= {f"{ROOT}{name}.{key}": array for key, array in theirs.items()}
-    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
-    usual = max(ranks.values(), default=1), next(iter(alphas.values()), 1)
+    usual = {field: next(iter(found.values()), 1) for field, found in numbers.items()}
     fields: dict[str, Any] = {
         "peft_type": kind.upper(),
-        "target_modules": sorted(ranks, key=in_order),
-        "r": usual[0],
-        "alpha": usual[1],
-        "rank_pattern": {name: n for name, n in ranks.items() if n != usual[0]},
-        "alpha_pattern": {name: n for name, n in alphas.items() if n != usual[1]},
+        "target_modules": sorted(numbers["r"], key=in_order),
+        **usual,
+        "rank_pattern": {name: n for name, n in numbers["r"].items() if n != usual["r"]},
+        "alpha_pattern": {name: n for name, n in numbers["alpha"].items() if n != usual["alpha"]},
         "use_effective_conv2d": False,
         "init_weights": True,
     }
     if kind == "lokr":
         (factor, both), *_ = forms
         fields |= {"decompose_both": both, "decompose_factor": -1 if factor is None else factor}
+    problems += [
+        f"PEFT would take {field}={given} for {name}, expected {meant}"
+        for field, found in numbers.items()
+        for name, meant in found.items()
+        if (given := number_at(fields, field, name)) != meant
+    ]
     return fields, tensors
 
 
@@ -212,30 +206,26 @@ def _their_loha(reference: ModuleReference, own: Mapping[str, Array]) -> dict[st
     made: dict[str, Array] = {}
     for i in _PAIRS:
         inner, out = their_factors(reference, {"a": own[f"a{i}"], "b": own[f"b{i}"]})
-        made |= {f"hada_w{i}_a": out, f"hada_w{i}_b": inner.reshape(len(inner), -1)}
+        made |= {f"hada_w{i}_a": out.reshape(len(out), -1)}
+        made |= {f"hada_w{i}_b": inner.reshape(len(inner), -1)}
     return made
 
 
-def _their_lokr(each: Any, own: Mapping[str, Array]) -> dict[str, Array]:
-    """PEFT's tensors of one module; it has no factors where they would be no smaller."""
+def _their_lokr(own: Mapping[str, Array], rank: int) -> tuple[int, dict[str, Array]]:
+    """PEFT's rank and tensors of one module: it has factors where they are smaller, and no others.
+
+    So a whole W2 has a rank for which its factors would be no smaller.
+    """
+    if "w2" in own:
+        rank = max(rank, -(-max(own["w2"].shape) // 2))
     made: dict[str, Array] = {}
-    rank = each.method.rank_at(each.path)
-    for side in ("w1", "w2"):
-        whole = own.get(side)
-        n, o = (
-            whole.shape if whole is not None else (len(own[f"{side}_a"]), own[f"{side}_b"].shape[1])
-        )
-        factored = rank < max(n, o) / 2 and (side == "w2" or each.method.both)
-        if whole is None and not factored:
-            whole = own[f"{side}_a"] @ own[f"{side}_b"]
-        if whole is not None and factored:
-            raise UserError(
-                f"{each.path}: PEFT would make factors of rank {rank} for its {side}, and it is "
-                f"whole here; raise the rank to {-(-max(n, o) // 2)}"
-            )
-        if whole is not None:
-            made[f"lokr_{side}"] = np.ascontiguousarray(whole.T)
+    for side in _SIDES:
+        a, b = own.get(f"{side}_a"), own.get(f"{side}_b")
+        whole: Any = own[side] if a is None or b is None else a @ b
+        if a is None or b is None or rank >= max(whole.shape) / 2:
+            made[f"lokr_{side}"] = whole.T
         else:
-            made[f"lokr_{side}_a"] = np.ascontiguousarray(own[f"{side}_b"].T)
-            made[f"lokr_{side}_b"] = np.ascontiguousarray(own[f"{side}_a"].T)
-    return made
+            more = rank - len(b)
+            made[f"lokr_{side}_a"] = np.pad(b, [(0, more), (0, 0)]).T
+            made[f"lokr_{side}_b"] = np.pad(a, [(0, 0), (0, more)]).T
+    return rank, {name: np.ascontiguousarray(array) for name, array in made.items()}

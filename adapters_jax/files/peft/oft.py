@@ -14,7 +14,8 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
-from adapters_jax.files.peft.config import ROOT, Config, is_target, value
+from adapters_jax.files.peft.checks import adapted, references
+from adapters_jax.files.peft.config import ROOT, Config, value
 from adapters_jax.methods import OFT, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -37,13 +38,10 @@ def read(
         )
     for module, found in added.items():
         try:
-            there, skew = module_map.at(module), found["skew"]
-            if not there:
-                raise UserError(f"names maps {module} to no layer of the base")
-            if not is_target(config, module):
-                raise UserError(f"{module} has blocks but is not among the target modules")
+            skew = found["skew"]
             block = _size(skew.shape[-1]) if skew.ndim == 2 else 0
-            for reference in there:  # parts of one module have its inputs, and so its rotation
+            # Parts of one module have its inputs, and so its rotation.
+            for reference in references(config, module, module_map):
                 shape = reference.shape
                 inputs = [int(np.prod(shape[:n])) for n in range(1, len(shape))]
                 fits = reference.weight == "kernel" and len(shape) < 4
@@ -60,9 +58,9 @@ def read(
             problems.append(str(problem))
     if not groups and not problems:
         problems.append("the file has no oft_R tensor")
-    terms = max(value(config, "num_cayley_neumann_terms"), 2)
-    # PEFT adds the last power of three terms as it does that of four.
-    counted = (4 if terms == 3 else terms) if series else None
+    terms = value(config, "num_cayley_neumann_terms")
+    # PEFT's series of three terms is that of four.
+    counted = max(terms, 4) if series and terms > 2 else terms if series else None
     among = [*module_map.paths, *module_map.base]
     return [
         OFT(shortest(paths, among), block, counted, share) for block, paths in groups.items()
@@ -85,15 +83,14 @@ def write(
     recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, and the blocks of every module."""
-    here, tensors = {each.path: each for each in added}, dict[str, Array]()
+    tensors = dict[str, Array]()
     methods: list[Any] = list(recipe.attached)
     if len({(m.block, m.terms, m.share) for m in methods}) > 1:
         problems.append("its entries have several values of block, terms or share; PEFT has one")
+    if methods[0].terms == 3:
+        problems.append("terms=3, and PEFT's series of 3 terms has 4; write terms=2 or terms=4")
     method, names = methods[0], list[str]()
-    for bare, parts in module_map.modules.items():
-        mine = [here.pop(reference.path, None) for reference in parts]
-        if not any(mine):
-            continue
+    for bare, parts, mine in adapted(added, module_map, problems):
         own = [each.leaves(leaves)["skew"] for each in mine if each]
         if len(own) < len(parts) or any(not np.array_equal(own[0], x) for x in own[1:]):
             problems.append(f"{bare}: its parts are turned differently, and PEFT turns its input")
@@ -102,7 +99,6 @@ def write(
         names.append(name)
         skew = own[0].reshape(-1, own[0].shape[-1])
         tensors[f"{ROOT}{name}.{KEY}.weight"] = -skew if method.terms is None else skew
-    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
     fields = {
         "peft_type": "OFT",
         "peft_version": SINCE,

@@ -7,6 +7,7 @@ has.
 Reference: https://huggingface.co/docs/peft/package_reference/vera
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
-from adapters_jax.files.peft.config import KINDS, ROOT, Config, is_target, value
+from adapters_jax.files.peft.checks import adapted, references
+from adapters_jax.files.peft.config import KINDS, ROOT, Config, value
 from adapters_jax.methods import Method, VeRA
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -44,11 +46,14 @@ def read(
         shapes = [list(shared[name].shape) for name in ("left", "right")]
         problems.append(f"vera_A and vera_B are {shapes[0]} and {shapes[1]}, expected rank {rank}")
         return [], {}
-    leaves: dict[str, Array] = {}
+    own: dict[str, dict[str, Array]] = {}
+    sizes: tuple[list[int], list[int]] = [], []  # the inputs and the outputs
     for module, found in added.items():
         try:
-            reference = _reference(config, module, module_map)
-            if found.keys() != {"d", "b"}:
+            (reference, *others) = references(config, module, module_map)
+            if others or reference.weight != "kernel" or len(reference.shape) > 3:
+                raise UserError(f"{module} is no linear layer of one weight, which VeRA needs here")
+            if found.keys() != {*_OWN.values()}:
                 raise UserError(f"{module} has {', '.join(sorted(found))}, expected d and b")
             d, b = found["d"], found["b"]
             outputs = _outputs(reference, b.size, len(left), right.shape[1])
@@ -57,37 +62,24 @@ def read(
                     f"{module} has scales of {list(d.shape)} and {list(b.shape)}, which do not fit "
                     f"{reference.path} of {list(reference.shape)} at rank {rank}"
                 )
-            own = {"d": d, "b": b.reshape(outputs)}
-            leaves |= {f"{reference.path}/vera/{n}": x.astype(np.float32) for n, x in own.items()}
+            own[reference.path] = {"d": d, "b": b.reshape(outputs)}
+            sizes[0].append(math.prod(reference.shape) // b.size)
+            sizes[1].append(b.size)
         except UserError as problem:
             problems.append(str(problem))
-    if not leaves:
+    if not own:
         problems += [] if problems else ["the file has no scales of VeRA"]
         return [], {}
-    paths = dict.fromkeys(path.removesuffix("/d").removesuffix("/b") for path in leaves)
-    modules = [path.removesuffix("/vera") for path in paths]
     method = VeRA(
-        shortest(modules, [*module_map.paths, *module_map.base]),
+        shortest(own, [*module_map.paths, *module_map.base]),
         rank=rank,
         d_initial=value(config, "d_initial"),
         dropout=value(config, "vera_dropout"),
-        inputs=len(left),
-        outputs=right.shape[1],
     )
-    both = {"vera/left": left.astype(np.float32), "vera/right": right.astype(np.float32)}
-    return [method], leaves | both
-
-
-def _reference(config: Config, module: str, module_map: ModuleMap) -> ModuleReference:
-    """Our module of one of theirs."""
-    there = module_map.at(module)
-    if not there:
-        raise UserError(f"names maps {module} to no layer of the base")
-    if not is_target(config, module):
-        raise UserError(f"{module} has scales but is not among the target modules")
-    if len(there) > 1 or there[0].weight != "kernel" or len(there[0].shape) > 3:
-        raise UserError(f"{module} is no linear layer of one weight, which VeRA needs here")
-    return there[0]
+    left, right = left[: max(sizes[0])], right[:, : max(sizes[1])]
+    leaves = {f"{path}/vera/{n}": x for path, each in own.items() for n, x in each.items()}
+    leaves |= {"vera/left": left, "vera/right": right}
+    return [method], {path: x.astype(np.float32) for path, x in leaves.items()}
 
 
 def _outputs(
@@ -105,15 +97,12 @@ def write(
     recipe: Recipe, added: Placements, leaves: Leaves, module_map: ModuleMap, problems: list[str]
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields, the scales of every module and the shared factors."""
-    here, tensors = {each.path: each for each in added}, dict[str, Array]()
+    tensors = dict[str, Array]()
     methods: list[Any] = list(recipe.attached)
     if len(methods) > 1:
         problems.append("it has several entries of VeRA, and PEFT has one pair of factors")
     method, names = methods[0], list[str]()
-    for bare, parts in module_map.modules.items():
-        mine = [here.pop(reference.path, None) for reference in parts]
-        if not any(mine):
-            continue
+    for bare, parts, mine in adapted(added, module_map, problems):
         each, name = mine[0], module_map.full(bare)
         if each is None or len(parts) > 1 or parts[0].weight != "kernel":
             problems.append(f"{bare}: it is no linear layer of one weight, which VeRA needs")
@@ -121,9 +110,9 @@ def write(
         own = each.leaves(leaves)
         names.append(name)
         tensors |= {f"{ROOT}{name}.{key}": own[ours].ravel() for key, ours in _OWN.items()}
-    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
     for key, ours in SHARED.items():
-        tensors[key] = np.ascontiguousarray(leaves[f"{method.slot}/{ours}"].T)
+        if (path := f"{method.slot}/{ours}") in leaves:  # else `placed` says that it is missing
+            tensors[key] = np.ascontiguousarray(leaves[path].T)
     fields = {
         "peft_type": "VERA",
         "target_modules": sorted(names, key=in_order),

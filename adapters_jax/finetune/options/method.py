@@ -72,13 +72,19 @@ _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
-_LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LORA += (*_PATTERNS, "dora", "bias")
+_LOHA = ("targets", "rank", "alpha", *_PATTERNS)
 
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
     "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
     "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
+    "loha": Preset(_published("loha"), _LOHA, 2e-3),
+    "lokr": Preset(_published("lokr"), (*_LOHA, "factor"), 2e-3),
+    "oft": Preset(_published("oft"), ("targets", "block", "terms"), 2e-3),
+    "vera": Preset(_published("vera"), (*_ADDED, "rank", "d_initial"), 1e-2),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
@@ -116,8 +122,8 @@ class MethodOptions:
             initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
-        rank: r of LoRA; 8 by default.
-        alpha: LoRA scales by alpha / r; the rank by default.
+        rank: r of LoRA, LoHa and LoKr, 8 by default, or of VeRA, 256 by default.
+        alpha: LoRA, LoHa and LoKr scale by alpha / r; the rank by default.
         a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
             which take A and B out of the weight.
         rank_stabilized: LoRA scales by alpha / sqrt(r) instead of alpha / r.
@@ -125,7 +131,11 @@ class MethodOptions:
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
-        adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's input.
+        factor: for lokr, the wanted size of the left factor; near the square roots by default.
+        block: for oft, the inputs that one rotation mixes; 32 by default.
+        terms: for oft, the terms of a series that stands for a matrix's inverse.
+        d_initial: for vera, where the scales of the rank start; 0.1 by default.
+        adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's or VeRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
         feed_forward: for ia3, patterns of the modules whose input is scaled; by default the last
             projections of the feed-forward layers.
@@ -153,6 +163,10 @@ class MethodOptions:
     alpha_pattern: dict[str, float] | None = None
     dora: bool = False
     bias: str | None = None
+    factor: int | None = None
+    block: int | None = None
+    terms: int | None = None
+    d_initial: float | None = None
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()
     feed_forward: tuple[str, ...] = ()

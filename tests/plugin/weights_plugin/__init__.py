@@ -1,6 +1,6 @@
 """Methods of another package that change weights, written with public names alone."""
 
-from weights_plugin.oft import OFT
-from weights_plugin.vera import VeRA
+from weights_plugin.oft import LowRankOFT
+from weights_plugin.vera import SeededVeRA
 
-__all__ = ["OFT", "VeRA"]
+__all__ = ["LowRankOFT", "SeededVeRA"]

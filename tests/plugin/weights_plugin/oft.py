@@ -1,4 +1,4 @@
-"""OFT: a trained rotation of the inputs of a weight, in blocks.
+"""OFT: a trained rotation of the inputs of a weight, in blocks, as a sum of low rank.
 
 Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280.
 """
@@ -14,14 +14,14 @@ from adapters_jax.methods import Axes, Count, Factor, Leaf, LeafMethod, LowRank,
 
 @aj.register_method
 @dataclass(frozen=True)
-class OFT(LeafMethod):
+class LowRankOFT(LeafMethod):
     """`R W` with `R = (I + S) (I - S)^-1` for each block of inputs, S skew-symmetric.
 
     It is the sum `W + (R - I) W`, a product of rank `in`. Trained are the entries of S above its
     diagonal, (blocks, k (k - 1) / 2) for blocks of k inputs.
     """
 
-    kind, slot, leaf_names = "oft", "oft", ("skew",)
+    kind, slot, leaf_names = "low_rank_oft", "low_rank_oft", ("skew",)
     paper = "2306.07280"
 
     block: int = settings.size(4)
@@ -30,7 +30,7 @@ class OFT(LeafMethod):
         fan_in = point.axes.sizes(point.weight_shape)[0]
         if fan_in % self.block:
             raise aj.RecipeError(
-                f"OFT: {point.path!r} has {fan_in} inputs, expected a multiple of block="
+                f"LowRankOFT: {point.path!r} has {fan_in} inputs, expected a multiple of block="
                 f"{self.block}; give another block"
             )
         stacked = tuple(point.weight_shape[i] for i in point.axes.shared)

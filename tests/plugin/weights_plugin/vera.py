@@ -1,4 +1,4 @@
-"""VeRA: trained scales of random factors that all layers have in common.
+"""VeRA whose random factors come from a seed, and are stored nowhere.
 
 Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
 """
@@ -15,10 +15,10 @@ from adapters_jax.methods import RANK, Count, Factor, Leaf, LeafMethod, LowRank,
 
 @aj.register_method
 @dataclass(frozen=True)
-class VeRA(LeafMethod):
+class SeededVeRA(LeafMethod):
     """`W + A diag(d) B diag(b)`: d and b train; A and B are random, and made from the seed."""
 
-    kind, slot, leaf_names = "vera", "vera", ("d", "b")
+    kind, slot, leaf_names = "seeded_vera", "seeded_vera", ("d", "b")
     paper = "2310.11454"
 
     rank: int = settings.size(256)
