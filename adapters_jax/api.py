@@ -52,6 +52,7 @@ from adapters_jax.methods import (
     IA3 as IA3,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
+    Compacter as Compacter,
     Count as Count,
     DoRA as DoRA,
     Leaf as Leaf,
@@ -68,6 +69,7 @@ from adapters_jax.methods import (
 )
 from adapters_jax.presets import (
     bitfit as bitfit,
+    compacter as compacter,
     full as full,
     houlsby as houlsby,
     ia3 as ia3,

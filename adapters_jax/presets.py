@@ -7,6 +7,7 @@ from adapters_jax.errors import UserError, check_choice, shown
 from adapters_jax.methods import (
     IA3,
     Bottleneck,
+    Compacter,
     DoRA,
     LlamaAdapter,
     LoRA,
@@ -135,6 +136,37 @@ def parallel(
         targets, bottleneck_dim, reduction_factor, placement="parallel", scale=scale, **fields
     )
     return _recipe(adapter, head=head)
+
+
+def compacter(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = OUTPUTS,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Mahabadi et al. 2021, arXiv:2106.04647: two adapters a block, of Kronecker products.
+
+    With `targets="**/mlp/output"` it is their Compacter++, one adapter a block.
+
+    Args:
+        bottleneck_dim: m; d / 32 where neither width field is given, as in AdapterHub.
+        reduction_factor, targets, head: as in `houlsby`.
+        **fields: further fields of `Compacter`.
+
+    Raises:
+        UserError: as in `houlsby`.
+
+    Example:
+        >>> compacter()
+        Recipe(
+          Compacter(targets=('**/attention/output', '**/mlp/output'), reduction_factor=32),
+        )
+    """
+    if bottleneck_dim is None and reduction_factor is None:
+        reduction_factor = 32
+    return _recipe(Compacter(targets, bottleneck_dim, reduction_factor, **fields), head=head)
 
 
 def lora(

@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -211,7 +212,9 @@ def loading(directory, *data, fixture="bert_double", **options):
     ("change", "data"),
     [
         ({"architecture": "reft"}, ["architecture='reft'", "lora, union"]),
-        ({"phm_layer": True}, ["phm_layer=True"]),
+        ({"phm_layer": 1}, ["phm_layer=1"]),
+        ({"phm_layer": True}, ["adapter_down.0.W_left"]),
+        ({"phm_dim": 0}, ["phm_dim=0"]),
         ({"use_gating": True, "inv_adapter": "nice"}, ["inv_adapter='nice'", "use_gating=True"]),
         ({"some_future_field": 0.5}, ["some_future_field=0.5"]),
         ({"stochastic_depth": 0.1}, ["stochastic_depth=0.1", "0.0"]),
@@ -667,3 +670,56 @@ def test_scales_go_both_ways_and_what_adapterhub_cannot_scale_is_named(tmp_path)
     leaves = {f"layers/{n}/mlp/up/ia3/scale": arrays.drawn((32,)) for n in range(2)}
     with raises(UserError, "layers/0/mlp/up", "outputs"):
         save_adapterhub(tmp_path / "b", inner, unflatten(leaves), names, params, name="own")
+
+
+SHARED = "bert.shared_parameters.own."
+
+
+def compacter_tree(recipe, params):
+    adapted = aj.adapt(base_of("bert")[1], recipe)
+    whole = aj.init_adapters(adapted, params, jax.random.key(0), jnp.ones((1, 4), int))
+    return arrays.drawn_like(aj.adapters_of(whole, recipe), 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shared_weights": True, "factored_rule": True, "train_rule": False},
+        {"shared_rule": False, "full": True, "bias": False, "norm_before": True},
+    ],
+)
+def test_compacter_goes_both_ways(settings, tmp_path):
+    names, _, params, _ = base_of("bert")
+    recipe = aj.compacter(reduction_factor=4, **settings)
+    tree = compacter_tree(recipe, params)
+    saved = save_adapterhub(tmp_path / "a", recipe, tree, names, params, name="own")
+    found, leaves = load_adapterhub(saved, names, params)
+    assert [
+        {*vars(m).items()} - {*vars(n).items()} for m, n in zip(found, recipe, strict=True)
+    ] == [{("targets", found.attached[0].targets)}]
+    equal(flatten(leaves), flatten(tree))
+    shared = {name for name in tensors_of(saved) if name.startswith(SHARED)}
+    assert len(shared) == len(recipe.attached[0].shared_leaves)
+
+
+def test_what_compacters_share_in_adapterhub_is_one(tmp_path):
+    names, _, params, _ = base_of("bert")
+    several = aj.Recipe(
+        aj.Compacter("**/layer_0/mlp/output", 8, name="one"),
+        aj.Compacter("**/layer_1/mlp/output", 8, name="two"),
+    )
+    tree = compacter_tree(several, params)
+    with raises(UserError, "layer_1/mlp/output", "one rule for all"):
+        save_adapterhub(tmp_path / "a", several, tree, names, params)
+    same = unflatten(flatten(tree) | {"compacter_two/rule": flatten(tree)["compacter_one/rule"]})
+    saved = save_adapterhub(tmp_path / "b", several, same, names, params, name="own")
+    assert len(tensors_of(saved)) == 2 * 6 + 1
+    whole = config_of(saved)
+    whole["config"]["reduction_factor"] = {"0": 4, "1": 2}
+    (saved / CONFIG).write_text(json.dumps(whole))
+    with raises(AdapterFileError, "reduction_factor={'0': 4, '1': 2} with shared_phm_rule"):
+        load_adapterhub(saved, names, params)
+    both = aj.Recipe(aj.Bottleneck("**/layer_0/mlp/output", 8), several.methods[0])
+    with raises(UserError, "two adapters of bert/layer_0/mlp/output"):
+        save_adapterhub(tmp_path / "c", both, compacter_tree(both, params), names, params)

@@ -52,6 +52,19 @@ RECIPES = {
             ),
         ),
         aj.Recipe(aj.IA3("**/layer_1/{attention/{key,value},mlp/intermediate}")),
+        aj.compacter(reduction_factor=4, head="head"),
+        aj.Recipe(
+            aj.Compacter(
+                "**/mlp_norm",
+                8,
+                phm_dim=2,
+                **{**AROUND, "activation": "tanh"},
+                full=True,
+                shared_rule=False,
+                factored_rule=True,
+                norm_before=True,
+            )
+        ),
     ],
     "gpt2": [
         aj.houlsby(4, layer_norms=None, activation="gelu_exact", scale=0.5),
@@ -59,12 +72,14 @@ RECIPES = {
         aj.parallel(targets="**/mlp_sum", reduction_factor=5),
         aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/up")),
         aj.Recipe(aj.IA3(("**/{key,value}", "**/mlp/up"))),
+        aj.compacter(8, shared_weights=True, factored_rule=True, train_rule=False),
     ],
     "llama": [
         aj.houlsby(4, layer_norms=None, activation="silu"),
         aj.pfeiffer(targets="**/mlp_sum", reduction_factor=7, norm_before=True, norm_after=True),
         aj.parallel(4, targets="**/{attention,mlp}_sum"),
         aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
+        aj.compacter(8, targets="**/mlp_sum", bias=False, phm_rank=2, scale=2.0),
     ],
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
@@ -74,6 +89,17 @@ CONFIGS = {
     "double": lambda: hub.DoubleSeqBnConfig(reduction_factor=7, non_linearity="gelu_new"),
     "seq": lambda: hub.SeqBnConfig(reduction_factor={"0": 5, "default": 64}, mh_adapter=True),
     "par": lambda: hub.ParBnConfig(ln_after=True),
+    "compacter": lambda: hub.CompacterConfig(reduction_factor=4),
+    "compacter_plus": lambda: hub.CompacterPlusPlusConfig(
+        reduction_factor=8, shared_W_phm=True, factorized_phm_rule=True, learn_phm=False
+    ),
+    "compacter_whole": lambda: hub.CompacterPlusPlusConfig(
+        reduction_factor={"0": 4, "default": 2},
+        shared_phm_rule=False,
+        factorized_phm_W=False,
+        phm_dim=2,
+        phm_bias=False,
+    ),
     "before": lambda: hub.DoubleSeqBnConfig(ln_before=True, residual_before_ln=False),
     "plus": lambda: hub.SeqBnConfig(original_ln_after=False, residual_before_ln=False),
     "lora": lambda: hub.LoRAConfig(

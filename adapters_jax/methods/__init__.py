@@ -13,6 +13,7 @@ A new method is one file and one line here. For methods of other packages:
 from adapters_jax.methods import arrays, settings
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
+from adapters_jax.methods.compacter import Compacter
 from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.leaf import LeafMethod
@@ -32,6 +33,7 @@ from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
     Bottleneck,
+    Compacter,
     LoRA,
     DoRA,
     LoHa,
@@ -54,6 +56,7 @@ __all__ = [
     "AttachmentPoint",
     "Axes",
     "Bottleneck",
+    "Compacter",
     "Count",
     "DoRA",
     "Factor",

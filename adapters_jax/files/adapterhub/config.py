@@ -16,7 +16,7 @@ from adapters_jax.files.settings import (
     rule,
     whole,
 )
-from adapters_jax.methods import Bottleneck
+from adapters_jax.methods import Bottleneck, Compacter
 
 Config = Mapping[str, Any]
 VERSION = "adapters.1.3.0"
@@ -46,12 +46,22 @@ REQUIRED: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
     "lora": (),
 }
+# Our fields of Compacter by AdapterHub's, each with AdapterHub's default.
+PHM: dict[str, tuple[str, Any]] = {
+    "phm_dim": ("phm_dim", 4),
+    "phm_rank": ("phm_rank", 1),
+    "phm_bias": ("bias", True),
+    "factorized_phm_W": ("full", True),  # the opposite of ours
+    "factorized_phm_rule": ("factored_rule", False),
+    "shared_W_phm": ("shared_weights", False),
+    "shared_phm_rule": ("shared_rule", True),
+    "learn_phm": ("train_rule", True),
+}
 # Initialisation, and fields that act only beside a field that is not supported.
 IDLE = {
     *("architecture", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor"),
-    *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm"),
-    *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule"),
-    *("hypercomplex_nonlinearity", "attention_type", "new_attention_norm"),
+    *("phm_c_init", "phm_init_range", "hypercomplex_nonlinearity"),
+    *("attention_type", "new_attention_norm"),
 }
 ACTIVATIONS = {
     **{"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu", "swish": "silu", "silu": "silu"},
@@ -78,6 +88,9 @@ RULES: dict[str | None, dict[str, Rule]] = {
     None: {
         **_OF_ALL,
         **{name: of(bool) for name, x in DEFAULTS[None].items() if type(x) is bool},
+        **{name: of(bool) for name, (_, x) in PHM.items() if type(x) is bool},
+        **dict.fromkeys(("phm_dim", "phm_rank"), whole(1)),
+        "phm_layer": of(bool),
         "scaling": _NUMBER,
         "dropout": rule(lambda found: found == 0.0, _DROPOUT),
         "reduction_factor": rule(
@@ -226,8 +239,26 @@ def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
 def tensor_names(method: Bottleneck) -> dict[str, str]:
     """AdapterHub's names of a bottleneck's leaves; a norm before it is `adapter_down.0` as well."""
     first = "adapter_down.1" if method.norm_before else "adapter_down.0"
-    names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
-    names |= {f"up/{k}": f"adapter_up.{t}" for k, t in (("kernel", "weight"), ("bias", "bias"))}
+    if isinstance(method, Compacter):
+        names = _phm_names(method, {"down": first, "up": "adapter_up"})
+    else:
+        names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
+        names |= {"up/kernel": "adapter_up.weight", "up/bias": "adapter_up.bias"}
     for norm in method.norms:
         names |= {f"{norm}/scale": f"adapter_{norm}.weight", f"{norm}/bias": f"adapter_{norm}.bias"}
+    return names
+
+
+def _phm_names(method: Compacter, modules: Mapping[str, str]) -> dict[str, str]:
+    """The names of the projections' leaves; of those that modules share, in what all share."""
+    names = {}
+    for leaf in method.projections:
+        side, _, part = leaf.partition("_")
+        if side == "rule":
+            names[leaf] = f"phm_{leaf}"
+        elif leaf in method.shared_leaves:
+            names[leaf] = f"W_{side}{part.removeprefix('weight')}"
+        else:
+            part = part.replace("weight", "W").replace("rule", "phm_rule")
+            names[leaf] = f"{modules[side]}.{'b' if part == 'bias' else part}"
     return names
