@@ -7,6 +7,7 @@ A new method is one file and one line here. For methods of other packages:
 - `AttachmentPoint`, with the `Axes` of a weight, is what a method adapts; a `Leaf` for each array,
   and a `Count`, are what it says of itself.
 - `LowRank` and `Scale` are the changes of a weight, of arrays that are a `Factor` each.
+- `known_tokens` says which positions of a call are tokens, for methods that act on some of them.
 - `arrays` has initialisers, `settings` fields that check their values.
 """
 
@@ -21,7 +22,9 @@ from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_param
 from adapters_jax.methods.loha import LoHa
 from adapters_jax.methods.lokr import LoKr
 from adapters_jax.methods.lora import LoRA, lora_parameters
+from adapters_jax.methods.loreft import LoReFT
 from adapters_jax.methods.oft import OFT
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
@@ -42,6 +45,7 @@ for _method in (
     VeRA,
     IA3,
     LlamaAdapter,
+    LoReFT,
     PrefixTuning,
     Unfreeze,
 ):
@@ -67,6 +71,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "LowRank",
     "Method",
     "PrefixTuning",
@@ -83,4 +88,5 @@ __all__ = [
     "prefix_parameters",
     "register_method",
     "settings",
+    "known_tokens",
 ]
