@@ -71,7 +71,9 @@ def logits_of(of, recipe, adapters, tmp_path, by_file=True):
     _, model, params, inputs = of
     if isinstance(model, Decoder):
         directory = aj.save_adapter(tmp_path / "ours", adapters, recipe)
-        return aj.load_adapter(directory, model, None, *inputs.values())(**inputs)
+        adapted = aj.load_adapter(directory, model, None, *inputs.values())
+        adapted.eval()
+        return adapted(**inputs)
     adapted = aj.adapt(model, recipe)
     whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
     if by_file:

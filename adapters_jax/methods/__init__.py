@@ -82,11 +82,11 @@ __all__ = [
     "VeRA",
     "arrays",
     "bottleneck_parameters",
+    "known_tokens",
     "llama_adapter_parameters",
     "lora_parameters",
     "method_named",
     "prefix_parameters",
     "register_method",
     "settings",
-    "known_tokens",
 ]

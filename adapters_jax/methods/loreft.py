@@ -17,7 +17,7 @@ from adapters_jax.errors import RecipeError, UserError, shown
 from adapters_jax.methods import arrays, outputs
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
 from adapters_jax.methods.bottleneck import ACTIVATIONS
-from adapters_jax.methods.places import places
+from adapters_jax.methods.places import Places, places
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
@@ -152,22 +152,23 @@ class LoReFT(Method):
             )
         if isinstance(known, bool):
             before = jnp.arange(length)
-            real, after = jnp.ones(length, bool), length - 1 - before
+            known = Places(jnp.ones(length, bool), before, length - 1 - before)
         else:
-            real, before, after = known.tokens, known.before, known.after
+            real = known.tokens
             if y.ndim != 3 or real.shape[1] != length or real.shape[0] not in (1, len(y)):
                 raise RecipeError(
                     f"{where}: the output is {list(y.shape)}, and the call has {list(real.shape)} "
                     "tokens; target modules that return an array of (batch, length, d)"
                 )
-        if after is None and self.suffix_positions:
+        if known.after is None and self.suffix_positions:
             raise RecipeError(
                 f"{where}: suffix_positions={self.suffix_positions} in a pass with a cache, where "
                 "the last tokens are not known yet; call the model on whole texts, or train with "
                 "prefix_positions alone"
             )
-        first = real & (before < self.prefix_positions)
-        last = first if after is None else real & (after < self.suffix_positions)
+        first = last = known.tokens & (known.before < self.prefix_positions)
+        if known.after is not None:
+            last = known.tokens & (known.after < self.suffix_positions)
         return {"prefix": first, "suffix": last, "both": first | last}
 
     def _edit(self, leaves: Leaves, unit: str, y: Array, precision: Any) -> Array:

@@ -41,10 +41,16 @@ DEFAULTS: dict[str | None, dict[str, Any]] = {
         **{"r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "leave_out": []},
         "composition_mode": "add",
     },
+    "reft": {
+        "architecture": "reft",
+        **{"layers": "all", "tied_weights": False},
+        **{"dropout": 0.05, "non_linearity": None, "output_reft": True},
+    },
 }
 REQUIRED: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
     "lora": (),
+    "reft": ("prefix_positions", "suffix_positions", "r", "orthogonality"),
 }
 # Our fields of Compacter by AdapterHub's, each with AdapterHub's default.
 PHM: dict[str, tuple[str, Any]] = {
@@ -74,15 +80,22 @@ _DROPOUT = (
     "0.0: AdapterHub applies it after the up-projection, we between the projections; set it to "
     "0.0 in the file, which changes no prediction"
 )
+
+
+def _is_numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(type(n) is int for n in found)
+
+
 _NUMBER = rule(is_number, "a number")
+_ACTIVATION = rule(
+    lambda found: isinstance(found, str) and found.lower() in ACTIVATIONS,
+    f"one of {', '.join(ACTIVATIONS)}",
+)
 _OF_ALL: dict[str, Rule] = {
     "stochastic_depth": one_of(0.0),
     "composition_mode": one_of("add"),
     "dtype": one_of("float32"),
-    "leave_out": rule(
-        lambda found: isinstance(found, list) and all(type(n) is int for n in found),
-        "a list of layer numbers",
-    ),
+    "leave_out": rule(_is_numbers, "a list of layer numbers"),
 }
 RULES: dict[str | None, dict[str, Rule]] = {
     None: {
@@ -100,10 +113,7 @@ RULES: dict[str | None, dict[str, Rule]] = {
             ),
             "a number above 0, or one for each layer",
         ),
-        "non_linearity": rule(
-            lambda found: isinstance(found, str) and found.lower() in ACTIVATIONS,
-            f"one of {', '.join(ACTIVATIONS)}",
-        ),
+        "non_linearity": _ACTIVATION,
     },
     "lora": {
         **_OF_ALL,
@@ -115,6 +125,17 @@ RULES: dict[str | None, dict[str, Rule]] = {
             lambda found: isinstance(found, list) and {*map(str, found)} <= {*"qkv"},
             "a list of q, k and v",
         ),
+    },
+    "reft": {
+        **dict.fromkeys(("tied_weights", "orthogonality"), of(bool)),
+        "subtract_projection": one_of(True, advice=", as AdapterHub reads every file"),
+        **dict.fromkeys(("prefix_positions", "suffix_positions"), whole()),
+        **{"r": whole(1), "dropout": _NUMBER, "output_reft": one_of(True)},
+        "dtype": one_of("float32"),
+        "layers": rule(
+            lambda found: found == "all" or _is_numbers(found), "'all', or a list of layer numbers"
+        ),
+        "non_linearity": _ACTIVATION,
     },
 }
 
@@ -165,8 +186,8 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
         >>> (only,), problems = children(whole)
         >>> only["r"], only["attn_matrices"], problems
         (4, ['q', 'v'], [])
-        >>> children({"config": {"architecture": "reft"}})[1]
-        ["architecture='reft', expected lora, union, or null for a bottleneck"]
+        >>> children({"config": {"architecture": "new"}})[1]
+        ["architecture='new', expected lora, reft, union, or null for a bottleneck"]
     """
     config, problems, found = whole.get("config"), [], []
     if not isinstance(config, Mapping):
@@ -174,9 +195,9 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
     several = config.get("configs") if config.get("architecture") == "union" else [config]
     for each in several if isinstance(several, list) else [several]:
         kind = each.get("architecture") if isinstance(each, Mapping) else each
-        if not isinstance(each, Mapping) or not (kind is None or kind == "lora"):
+        if not isinstance(each, Mapping) or not (kind is None or kind in ("lora", "reft")):
             problems.append(
-                f"architecture={kind!r}, expected lora, union, or null for a bottleneck"
+                f"architecture={kind!r}, expected lora, reft, union, or null for a bottleneck"
             )
             continue
         given = _modern(whole, each)

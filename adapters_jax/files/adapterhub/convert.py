@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from adapters_jax.files.adapterhub import reft
 from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import (
     ACTIVATIONS,
@@ -48,8 +49,8 @@ def read(
     leaves: dict[str, Array] = {}
     # AdapterHub applies LoRA before the bottleneck, so LoRA comes first in the recipe.
     for config in sorted(configs, key=lambda config: config["architecture"] is None):
-        add = _our_bottlenecks if config["architecture"] is None else _our_loras
-        methods += add(config, found, blocks, leaves, problems)
+        readers = {None: _our_bottlenecks, "lora": _our_loras, "reft": reft.read}
+        methods += readers[config["architecture"]](config, found, blocks, leaves, problems)
     problems += [
         f"{module} has tensors, but the configuration does not adapt it" for module in found
     ]
@@ -57,7 +58,7 @@ def read(
 
 
 def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: list[str]) -> Added:
-    """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name.
+    """The tensors by module, with `.adapters`, `.loras` or `.refts` behind, and by their own name.
 
     Those that modules share are there under `shared_parameters`.
     """
@@ -66,14 +67,14 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
         modern = key  # the first versions had other names for adapters of tasks and of languages
         for legacy in _LEGACY:
             modern = modern.replace(legacy, "adapters")
-        for kind in ("adapters", "loras", _SHARED):
+        for kind in ("adapters", "loras", "refts", _SHARED):
             module, mark, rest = f".{modern}".partition(f".{kind}.{name}.")
             if mark:
                 own = f"{blocks.module_map.bare(module[1:])}.{kind}" if kind != _SHARED else kind
                 found.setdefault(own, {})[rest] = tensor
                 break
         else:
-            problems.append(f"{key} belongs to no bottleneck or LoRA of the adapter {name!r}")
+            problems.append(f"{key} belongs to no bottleneck, LoRA or ReFT of the adapter {name!r}")
     return found
 
 
@@ -247,14 +248,16 @@ def write(
         problems += [f"two adapters of {path}, and AdapterHub supports one" for path in twice]
         settings = convert(own, leaves, blocks, name, tensors, problems)
         configs += _configs(kind, settings, blocks)
-    known = ("bottleneck", "compacter", "lora", "ia3")
+    configs += reft.write(added, leaves, blocks, name, tensors, problems)
+    known = ("bottleneck", "compacter", "lora", "ia3", "loreft")
     others = {type(m).__name__ for m in recipe.attached if m.kind not in known}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(
-            f"the recipe adds {what}; AdapterHub's files support Bottleneck, Compacter, LoRA, IA3"
+            f"the recipe adds {what}; AdapterHub's files support Bottleneck, Compacter, LoRA, IA3 "
+            "and LoReFT"
         )
-    if sum("architecture" in config for config in configs) > 1:
+    if sum(config.get("architecture") == "lora" for config in configs) > 1:
         problems.append(
             "AdapterHub supports one LoRA in an adapter, with one rank, alpha and dropout, on the "
             "same projections of each layer"
