@@ -31,6 +31,9 @@ class Compacter(Bottleneck):
     a kernel (d, m), s_i is (d/n, r) and t_i is (r, m/n). The kernels are formed in float32.
 
     Args:
+        targets, bottleneck_dim, reduction_factor, placement, scale: as in `Bottleneck`.
+        activation, dropout, norm_before, norm_after, output: likewise.
+        init_std: of the rules at the start, see `rule_init`.
         phm_dim: n, which divides the width of the output and that of the bottleneck.
         phm_rank: r.
         full: whether whole (d/n, m/n) matrices stand in place of the products `s_i t_i`.
