@@ -120,6 +120,14 @@ UNEQUAL = {
             aj.Compacter("**/output", 4, phm_dim=2, scale=3.0),
         ],
     ),
+    "loreft": (
+        "mlp",
+        aj.LoReFT("**/mlp/*", 3, suffix_positions=1),
+        [
+            aj.LoReFT("**/mlp/*", 3, suffix_positions=1),
+            aj.LoReFT("**/output", 2, suffix_positions=1),
+        ],
+    ),
     "ia3": ("mlp", aj.IA3("**/mlp/*"), [aj.IA3("**/mlp/*"), aj.IA3("**/up")]),
     "llama_adapter": (
         "attention",
