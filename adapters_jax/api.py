@@ -53,6 +53,7 @@ from adapters_jax.methods import (
     OFT as OFT,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
+    Compacter as Compacter,
     Count as Count,
     DoRA as DoRA,
     Leaf as Leaf,
@@ -60,6 +61,7 @@ from adapters_jax.methods import (
     LoHa as LoHa,
     LoKr as LoKr,
     LoRA as LoRA,
+    LoReFT as LoReFT,
     Method as Method,
     PrefixTuning as PrefixTuning,
     Unfreeze as Unfreeze,
@@ -77,6 +79,7 @@ from adapters_jax.methods import (
 )
 from adapters_jax.presets import (
     bitfit as bitfit,
+    compacter as compacter,
     full as full,
     houlsby as houlsby,
     ia3 as ia3,
@@ -87,6 +90,7 @@ from adapters_jax.presets import (
     lokr as lokr,
     lora as lora,
     oft as oft,
+    loreft as loreft,
     parallel as parallel,
     pfeiffer as pfeiffer,
     prefix_tuning as prefix_tuning,

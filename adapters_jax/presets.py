@@ -8,11 +8,13 @@ from adapters_jax.methods import (
     IA3,
     OFT,
     Bottleneck,
+    Compacter,
     DoRA,
     LlamaAdapter,
     LoHa,
     LoKr,
     LoRA,
+    LoReFT,
     Method,
     PrefixTuning,
     Unfreeze,
@@ -23,6 +25,7 @@ from adapters_jax.targets import as_patterns, either
 
 # As the models of this library name them; other models are adapted by `targets`.
 OUTPUTS = ("**/attention/output", "**/mlp/output")
+LAYER = "**/{layer_{}|layers/{}}"  # one layer of an encoder or a decoder
 # `attention_norm`, flax's `LayerNorm_0`, GPT-2's `ln_1`. One of the parts is enough, hence the
 # bars: RMSNorm has no bias.
 LAYER_NORMS = "**/*{norm|Norm|ln}*/{scale|bias}"
@@ -139,6 +142,37 @@ def parallel(
         targets, bottleneck_dim, reduction_factor, placement="parallel", scale=scale, **fields
     )
     return _recipe(adapter, head=head)
+
+
+def compacter(
+    bottleneck_dim: int | None = None,
+    reduction_factor: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = OUTPUTS,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Mahabadi et al. 2021, arXiv:2106.04647: two adapters a block, of Kronecker products.
+
+    With `targets="**/mlp/output"` it is their Compacter++, one adapter a block.
+
+    Args:
+        bottleneck_dim: m; d / 32 where neither width field is given, as in AdapterHub.
+        reduction_factor, targets, head: as in `houlsby`.
+        **fields: further fields of `Compacter`.
+
+    Raises:
+        UserError: as in `houlsby`.
+
+    Example:
+        >>> compacter()
+        Recipe(
+          Compacter(targets=('**/attention/output', '**/mlp/output'), reduction_factor=32),
+        )
+    """
+    if bottleneck_dim is None and reduction_factor is None:
+        reduction_factor = 32
+    return _recipe(Compacter(targets, bottleneck_dim, reduction_factor, **fields), head=head)
 
 
 def lora(
@@ -316,6 +350,45 @@ def ia3(
     """
     inner = as_patterns(feed_forward, "ia3 feed_forward")
     return _recipe(IA3((*as_patterns(targets, "ia3"), *inner), inner), head=head)
+
+
+def loreft(
+    rank: int = 4,
+    *,
+    last: int | None = None,
+    num_layers: int | None = None,
+    layers: Iterable[int] | None = None,
+    targets: str = LAYER,
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Wu et al. 2024, arXiv:2404.03592: edits of what layers return, at the first tokens.
+
+    Args:
+        rank: r.
+        last, num_layers, layers, head: as in `llama_adapter`; of `num_layers` alone all are taken.
+        targets: pattern of one layer with `{}` for its number, or of all: "layers" where they are
+            scanned.
+        **fields: further fields of `LoReFT`, such as `suffix_positions=3`.
+
+    Raises:
+        UserError: as in `llama_adapter`, or `targets` has `{}` and no numbers are given.
+
+    Example:
+        >>> loreft(num_layers=2, targets="layers/{}", suffix_positions=3)
+        Recipe(
+          LoReFT(targets=('layers/0', 'layers/1'), rank=4, suffix_positions=3),
+        )
+    """
+    if last is None and layers is None:
+        if "{}" in targets and num_layers is None:
+            raise UserError(
+                f"loreft: targets={targets!r} with the numbers of no layers; give num_layers, or "
+                "layers, or a pattern of whole layers, such as targets='layers' of scanned ones"
+            )
+        layers = range(num_layers or 0) if "{}" in targets else None
+    chosen = _chosen("loreft", targets, last, num_layers, layers)
+    return _recipe(LoReFT(chosen, rank, **fields), head=head)
 
 
 def llama_adapter(

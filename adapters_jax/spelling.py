@@ -87,6 +87,17 @@ OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "block_share": ("share", _same),
     "num_cayley_neumann_terms": ("terms", _same),
     "vera_dropout": ("dropout", _same),
+    "phm_bias": ("bias", _same),
+    "phm_c_init": ("rule_init", _same),
+    "phm_init_range": ("init_std", _same),
+    "factorized_phm_W": ("full", lambda value: not value),
+    "factorized_phm_rule": ("factored_rule", _same),
+    "shared_phm_rule": ("shared_rule", _same),
+    "shared_W_phm": ("shared_weights", _same),
+    "learn_phm": ("train_rule", _same),
+    "tied_weights": ("tied", _same),
+    "orthogonality": ("orthogonal", _same),
+    "subtract_projection": ("subtract", _same),
 }
 _STARTS = "a_init is gaussian, uniform, gaussian_rank, pissa, olora, loftq or eva"
 _OF_STARTS = "init_lora_weights loftq_config eva_config corda_config lora_ga_config"
@@ -154,9 +165,15 @@ _SENTENCES = {
         "BnConfig SeqBnConfig DoubleSeqBnConfig ParBnConfig HoulsbyConfig PfeifferConfig"
     ),
     "write a recipe such as aj.lora(8)": "PeftConfig AdapterConfig",
+    "write aj.compacter(), or aj.compacter(targets='**/mlp/output')": (
+        "CompacterConfig CompacterPlusPlusConfig"
+    ),
+    "write aj.loreft(num_layers=12), with orthogonal=False or subtract=False": (
+        "ReftConfig LoReftConfig NoReftConfig DiReftConfig"
+    ),
     "this library does not have that method; adapters-jax methods lists those that it has": (
         "AdaLoraConfig AdamssConfig ArrowConfig BOFTConfig BdLoraConfig BeftConfig BoneConfig "
-        "C3AConfig CPTConfig CartridgeConfig CompacterConfig DeftConfig DeloraConfig "
+        "C3AConfig CPTConfig CartridgeConfig DeftConfig DeloraConfig "
         "FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig KasaConfig "
         "LilyConfig MissConfig MontecloraConfig MultitaskPromptTuningConfig "
         "OSFConfig PeanutConfig PolyConfig PromptEncoderConfig PsoftConfig PveraConfig "

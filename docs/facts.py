@@ -63,6 +63,20 @@ ENTRIES = {
         lambda: aj.houlsby(4, layer_norms=None),
         ("houlsby", "pfeiffer", "parallel"),
     ),
+    "compacter": Entry(
+        "a bottleneck of Kronecker products",
+        "2r(d + m) + d + m",
+        "Mahabadi et al. 2021",
+        lambda: aj.compacter(8),
+        ("compacter",),
+    ),
+    "loreft": Entry(
+        "edits of hidden states at some tokens",
+        "2dr + r",
+        "Wu et al. 2024",
+        lambda: aj.loreft(num_layers=2),
+        ("loreft",),
+    ),
     "lora": Entry("`W + (alpha / r) A B`", "r(in + out)", "Hu et al. 2021", aj.lora, ("lora",)),
     "dora": Entry(
         "LoRA, and a trained norm for every output",
@@ -194,7 +208,8 @@ def _llama(recipe: aj.Recipe) -> tuple[BaseModel, dict[str, Any]]:
     model = nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
     base = _described(model, decoder.NAMES, "model.", "decoder", "llama")
     try:
-        adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(1))
+        ids = (jnp.ones((1, 4), int),)
+        adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=ids)
     except aj.RecipeError:
         return base, {}
     return base, _trained(recipe, flatten(nnx.state(adapted, nnx.Param)))
@@ -237,7 +252,7 @@ def _meanings(method: type[Method]) -> dict[str, str]:
 
 
 def _leaves(method: type[Method]) -> tuple[str, ...]:
-    needed = {"bottleneck_dim": 1} if method.kind == "bottleneck" else {}
+    needed = {"bottleneck_dim": 1} if issubclass(method, aj.Bottleneck) else {}
     return method("x", **needed).leaf_names
 
 

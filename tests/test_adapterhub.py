@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_peft import inputs_of
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, UserError
-from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
+from adapters_jax.files.adapterhub import load_adapterhub, reft, save_adapterhub
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD
 from adapters_jax.finetune.models import FAMILIES, bert, decoder
 from adapters_jax.finetune.models.decoder import Decoder
@@ -70,7 +71,9 @@ def logits_of(of, recipe, adapters, tmp_path, by_file=True):
     _, model, params, inputs = of
     if isinstance(model, Decoder):
         directory = aj.save_adapter(tmp_path / "ours", adapters, recipe)
-        return aj.load_adapter(directory, model, None, *inputs.values())(**inputs)
+        adapted = aj.load_adapter(directory, model, None, *inputs.values())
+        adapted.eval()
+        return adapted(**inputs)
     adapted = aj.adapt(model, recipe)
     whole = aj.merge_trees(adapters, aj.partition(params, recipe)[1])
     if by_file:
@@ -210,8 +213,10 @@ def loading(directory, *data, fixture="bert_double", **options):
 @pytest.mark.parametrize(
     ("change", "data"),
     [
-        ({"architecture": "reft"}, ["architecture='reft'", "lora, union"]),
-        ({"phm_layer": True}, ["phm_layer=True"]),
+        ({"architecture": "mtl_lora"}, ["architecture='mtl_lora'", "reft, union"]),
+        ({"phm_layer": 1}, ["phm_layer=1"]),
+        ({"phm_layer": True}, ["adapter_down.0.W_left"]),
+        ({"phm_dim": 0}, ["phm_dim=0"]),
         ({"use_gating": True, "inv_adapter": "nice"}, ["inv_adapter='nice'", "use_gating=True"]),
         ({"some_future_field": 0.5}, ["some_future_field=0.5"]),
         ({"stochastic_depth": 0.1}, ["stochastic_depth=0.1", "0.0"]),
@@ -262,7 +267,7 @@ def test_an_unsupported_placement_is_the_only_problem(tmp_path):
 @pytest.mark.parametrize("configs", [None, "text", [3], [{"architecture": "union"}]])
 def test_unions_without_configurations_raise(tmp_path, configs):
     directory = copied(tmp_path, "bert_double", {"architecture": "union", "configs": configs})
-    loading(directory, "architecture=", "lora, union")
+    loading(directory, "architecture=", "lora, reft, union")
 
 
 def test_invertible_adapters_raise(tmp_path):
@@ -667,3 +672,161 @@ def test_scales_go_both_ways_and_what_adapterhub_cannot_scale_is_named(tmp_path)
     leaves = {f"layers/{n}/mlp/up/ia3/scale": arrays.drawn((32,)) for n in range(2)}
     with raises(UserError, "layers/0/mlp/up", "outputs"):
         save_adapterhub(tmp_path / "b", inner, unflatten(leaves), names, params, name="own")
+
+
+SHARED = "bert.shared_parameters.own."
+
+
+def compacter_tree(recipe, params):
+    adapted = aj.adapt(base_of("bert")[1], recipe)
+    whole = aj.init_adapters(adapted, params, jax.random.key(0), jnp.ones((1, 4), int))
+    return arrays.drawn_like(aj.adapters_of(whole, recipe), 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shared_weights": True, "factored_rule": True, "train_rule": False},
+        {"shared_rule": False, "full": True, "bias": False, "norm_before": True},
+    ],
+)
+def test_compacter_goes_both_ways(settings, tmp_path):
+    names, _, params, _ = base_of("bert")
+    recipe = aj.compacter(reduction_factor=4, **settings)
+    tree = compacter_tree(recipe, params)
+    saved = save_adapterhub(tmp_path / "a", recipe, tree, names, params, name="own")
+    found, leaves = load_adapterhub(saved, names, params)
+    assert [
+        {*vars(m).items()} - {*vars(n).items()} for m, n in zip(found, recipe, strict=True)
+    ] == [{("targets", found.attached[0].targets)}]
+    equal(flatten(leaves), flatten(tree))
+    shared = {name for name in tensors_of(saved) if name.startswith(SHARED)}
+    assert len(shared) == len(recipe.attached[0].shared_leaves)
+
+
+def test_what_compacters_share_in_adapterhub_is_one(tmp_path):
+    names, _, params, _ = base_of("bert")
+    several = aj.Recipe(
+        aj.Compacter("**/layer_0/mlp/output", 8, name="one"),
+        aj.Compacter("**/layer_1/mlp/output", 8, name="two"),
+    )
+    tree = compacter_tree(several, params)
+    with raises(UserError, "layer_1/mlp/output", "one rule for all"):
+        save_adapterhub(tmp_path / "a", several, tree, names, params)
+    same = unflatten(flatten(tree) | {"compacter_two/rule": flatten(tree)["compacter_one/rule"]})
+    saved = save_adapterhub(tmp_path / "b", several, same, names, params, name="own")
+    assert len(tensors_of(saved)) == 2 * 6 + 1
+    whole = config_of(saved)
+    whole["config"]["reduction_factor"] = {"0": 4, "1": 2}
+    (saved / CONFIG).write_text(json.dumps(whole))
+    with raises(AdapterFileError, "reduction_factor={'0': 4, '1': 2} with shared_phm_rule"):
+        load_adapterhub(saved, names, params)
+    both = aj.Recipe(aj.Bottleneck("**/layer_0/mlp/output", 8), several.methods[0])
+    with raises(UserError, "two adapters of bert/layer_0/mlp/output"):
+        save_adapterhub(tmp_path / "c", both, compacter_tree(both, params), names, params)
+
+
+def loreft_tree(recipe, params):
+    adapted = aj.adapt(base_of("bert")[1], recipe)
+    whole = aj.init_adapters(adapted, params, jax.random.key(0), jnp.ones((1, 4), int))
+    return aj.adapters_of(whole, recipe)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suffix_positions": 2, "dropout": 0.1},
+        {"prefix_positions": 0, "suffix_positions": 1, "activation": "gelu_exact"},
+        {"suffix_positions": 1, "tied": True, "orthogonal": False, "layers": [1]},
+    ],
+)
+def test_loreft_goes_both_ways(settings, tmp_path):
+    names, _, params, _ = base_of("bert")
+    recipe = aj.loreft(3, **{"num_layers": 2, **settings})
+    tree = loreft_tree(recipe, params)
+    saved = save_adapterhub(tmp_path / "a", recipe, tree, names, params, name="own")
+    config = config_of(saved)["config"]
+    assert config["architecture"] == "reft" and config["r"] == 3
+    assert config["layers"] == ([1] if "layers" in settings else "all")
+    found, leaves = load_adapterhub(saved, names, params)
+    (mine,), (again,) = recipe, found
+    for field in ("rank", "prefix_positions", "suffix_positions", "orthogonal", "activation"):
+        assert getattr(mine, field) == getattr(again, field)
+    assert mine.units == again.units and mine.dropout == again.dropout
+    flat, back = flatten(tree), flatten(leaves)
+    assert flat.keys() == back.keys()
+    for path, leaf in flat.items():
+        np.testing.assert_allclose(back[path], leaf, atol=1e-6, err_msg=path)
+
+
+def test_an_orthonormal_projection_of_torch():
+    """By its definition: reflections at the columns below the diagonal, times base and signs."""
+    original, base = arrays.drawn((2, 6), 1), np.linalg.qr(arrays.drawn((6, 6), 2))[0]
+    original[0, 0], original[1, 1] = -1.0, 1.9
+    whole = np.eye(6)
+    for i in range(2):
+        axis = np.where(np.arange(6) < i, 0, original[i])
+        axis[i] = 1.0
+        whole = whole @ (np.eye(6) - 2 * np.outer(axis, axis) / (axis @ axis))
+    expected = (base @ whole)[:, :2] * [-1.0, 1.0]
+    np.testing.assert_allclose(reft._turned(original, base), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "data"),
+    [
+        ({"layers": [5]}, ["layer 5"]),
+        ({"layers": ["all"]}, ["layers=['all']"]),
+        ({"r": 2}, ["encoder.layer.0.reft_layer", "(3, 32)", "(2, 32)"]),
+        ({"subtract_projection": False}, ["subtract_projection=False"]),
+        ({"output_reft": False, "dtype": "float16"}, ["output_reft=False", "dtype='float16'"]),
+        ({"tied_weights": True}, ["encoder.layer.1.reft_layer", "units.1"]),
+        ({"non_linearity": "glu"}, ["non_linearity='glu'"]),
+        ({"new": 1}, ["new=1"]),
+        ({"orthogonality": False}, ["parametrizations", "projection.weight"]),
+    ],
+)
+def test_unsupported_settings_of_reft_raise_an_error_that_names_them(tmp_path, change, data):
+    names, _, params, _ = base_of("bert")
+    recipe = aj.loreft(3, num_layers=2, suffix_positions=1)
+    saved = save_adapterhub(
+        tmp_path / "a", recipe, loreft_tree(recipe, params), names, params, name="own"
+    )
+    whole = config_of(saved)
+    whole["config"] |= change
+    (saved / CONFIG).write_text(json.dumps(whole))
+    with raises(AdapterFileError, *data):
+        load_adapterhub(saved, names, params)
+
+
+def test_what_adapterhubs_reft_does_not_have(tmp_path):
+    names, _, params, _ = base_of("bert")
+    cases = [
+        (aj.Recipe(aj.LoReFT("**/mlp/output", 2)), ["bert/layer_0/mlp/output", "whole layers"]),
+        (aj.loreft(2, num_layers=2, subtract=False), ["bert/layer_1", "subtract=False"]),
+        (aj.loreft(2, num_layers=2, activation="elu"), ["activation='elu'"]),
+        (aj.loreft(2, layers=[0]) + aj.loreft(3, layers=[1]), ["one LoReFT"]),
+        (aj.loreft(32, num_layers=2), ["rank=32"]),
+    ]
+    for recipe, data in cases:
+        with raises(UserError, *data):
+            save_adapterhub(tmp_path / "a", recipe, loreft_tree(recipe, params), names, params)
+
+
+def test_a_whole_layer_by_names_of_ones_own(tmp_path):
+    params = base_of("bert")[2]
+    recipe = aj.loreft(2, layers=[0])
+    tree = loreft_tree(recipe, params)
+    own = {
+        "encoder.layer.0.attention.self.query": "bert/layer_0/attention/query",
+        "encoder.layer.0.output.dense": "bert/layer_0/mlp/output/dense",
+    }
+    saved = save_adapterhub(tmp_path / "a", recipe, tree, own, params, name="own")
+    found, leaves = load_adapterhub(saved, own, params)
+    assert found.attached[0].targets == ("bert/layer_0",)
+    one = {"encoder.layer.0.output.dense": "bert/layer_0/mlp/output/dense"}
+    with raises(AdapterFileError, "no path for encoder.layer.0"):
+        load_adapterhub(saved, one, params)
+    explicit = load_adapterhub(saved, one | {"encoder.layer.0": "bert/layer_0"}, params)
+    equal(flatten(explicit[1]), flatten(leaves))

@@ -3,8 +3,11 @@
 from contextlib import contextmanager
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.finished import encoder_run
 from helpers.trained import trained
 from test_adapterhub import (
@@ -23,7 +26,8 @@ import adapters_jax as aj
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_predictor
-from adapters_jax.finetune.models.bert import BertClassifier, load_bert
+from adapters_jax.finetune.models.bert import Bert, BertClassifier, BertConfig, load_bert
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.trees import flatten
 
 WHY = "needs torch and adapters: pip install 'adapters-jax[interop-test]'"
@@ -52,6 +56,21 @@ RECIPES = {
             ),
         ),
         aj.Recipe(aj.IA3("**/layer_1/{attention/{key,value},mlp/intermediate}")),
+        aj.compacter(reduction_factor=4, head="head"),
+        aj.Recipe(
+            aj.Compacter(
+                "**/mlp_norm",
+                8,
+                phm_dim=2,
+                **{**AROUND, "activation": "tanh"},
+                full=True,
+                shared_rule=False,
+                factored_rule=True,
+                norm_before=True,
+            )
+        ),
+        aj.loreft(2, num_layers=2, suffix_positions=2, head="head"),
+        aj.loreft(3, layers=[1], orthogonal=False, activation="tanh"),
     ],
     "gpt2": [
         aj.houlsby(4, layer_norms=None, activation="gelu_exact", scale=0.5),
@@ -59,12 +78,16 @@ RECIPES = {
         aj.parallel(targets="**/mlp_sum", reduction_factor=5),
         aj.lora(4, 2.0, targets=("**/{key,value}", "**/mlp/up")),
         aj.Recipe(aj.IA3(("**/{key,value}", "**/mlp/up"))),
+        aj.compacter(8, shared_weights=True, factored_rule=True, train_rule=False),
+        aj.loreft(2, num_layers=2, prefix_positions=2, suffix_positions=1, tied=True) + aj.lora(2),
     ],
     "llama": [
         aj.houlsby(4, layer_norms=None, activation="silu"),
         aj.pfeiffer(targets="**/mlp_sum", reduction_factor=7, norm_before=True, norm_after=True),
         aj.parallel(4, targets="**/{attention,mlp}_sum"),
         aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
+        aj.compacter(8, targets="**/mlp_sum", bias=False, phm_rank=2, scale=2.0),
+        aj.loreft(2, num_layers=2, prefix_positions=0, suffix_positions=2, activation="silu"),
     ],
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
@@ -74,6 +97,21 @@ CONFIGS = {
     "double": lambda: hub.DoubleSeqBnConfig(reduction_factor=7, non_linearity="gelu_new"),
     "seq": lambda: hub.SeqBnConfig(reduction_factor={"0": 5, "default": 64}, mh_adapter=True),
     "par": lambda: hub.ParBnConfig(ln_after=True),
+    "compacter": lambda: hub.CompacterConfig(reduction_factor=4),
+    "compacter_plus": lambda: hub.CompacterPlusPlusConfig(
+        reduction_factor=8, shared_W_phm=True, factorized_phm_rule=True, learn_phm=False
+    ),
+    "compacter_whole": lambda: hub.CompacterPlusPlusConfig(
+        reduction_factor={"0": 4, "default": 2},
+        shared_phm_rule=False,
+        factorized_phm_W=False,
+        phm_dim=2,
+        phm_bias=False,
+    ),
+    "loreft": lambda: hub.LoReftConfig(r=3),
+    "loreft_both": lambda: hub.LoReftConfig(r=2, suffix_positions=2, non_linearity="gelu"),
+    "noreft": lambda: hub.NoReftConfig(r=2, tied_weights=True, suffix_positions=1, layers=[0]),
+    "reft_union": lambda: hub.ConfigUnion(hub.LoReftConfig(), hub.LoRAConfig(r=2)),
     "before": lambda: hub.DoubleSeqBnConfig(ln_before=True, residual_before_ln=False),
     "plus": lambda: hub.SeqBnConfig(original_ln_after=False, residual_before_ln=False),
     "lora": lambda: hub.LoRAConfig(
@@ -239,3 +277,99 @@ def test_a_converted_run_has_the_same_logits_in_adapterhub(tmp_path, monkeypatch
     ours = load_predictor(run)
     np.testing.assert_allclose(got, ours.model.apply({"params": ours.params}, ids), atol=1e-4)
     assert model.heads["there"].config["label2id"] == {"no": 0, "yes": 1}
+
+
+def summary(model, config):
+    """AdapterHub's count of an adapter's parameters."""
+    hub.init(model)
+    model.add_adapter("counted", config=config)
+    return next(
+        row["#param"] for row in model.adapter_summary(as_dict=True) if row["name"] == "counted"
+    )
+
+
+BERT_BASE = {
+    "compacter": (aj.compacter(), hub.CompacterConfig(), 57_088),
+    "compacter_plus": (
+        aj.compacter(targets="**/mlp/output"),
+        hub.CompacterPlusPlusConfig(),
+        28_576,
+    ),
+    "compacter_own": (
+        aj.compacter(phm_rank=3, shared_rule=False, factored_rule=True),
+        hub.CompacterConfig(phm_rank=3, shared_phm_rule=False, factorized_phm_rule=True),
+        24 * (2 * 3 * (768 + 24) + 768 + 24 + 4 * 4**2),
+    ),
+    "noreft": (
+        aj.loreft(4, num_layers=12, suffix_positions=3, orthogonal=False),
+        hub.NoReftConfig(r=4, suffix_positions=3),
+        12 * 2 * (2 * 768 * 4 + 4),
+    ),
+    "loreft": (
+        aj.loreft(4, num_layers=12, suffix_positions=3, tied=True),
+        hub.LoReftConfig(r=4, suffix_positions=3, tied_weights=True),
+        12 * (2 * 768 * 4 + 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BERT_BASE)
+def test_counts_on_bert_base_are_adapterhubs(name):
+    recipe, config, expected = BERT_BASE[name]
+    assert summary(transformers.BertModel(transformers.BertConfig()), config) == expected
+    model, ids = Bert(BertConfig()), jnp.ones((1, 4), int)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    adapted = aj.adapt(model, recipe)
+    whole = aj.init_adapters(adapted, params, jax.random.key(1), ids)
+    assert aj.audit(adapted, whole).adapter_parameters == expected
+
+
+LLAMA = {"hidden_size": 1024, "intermediate_size": 1408, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "expected"),
+    [
+        (
+            aj.compacter(),
+            hub.CompacterConfig(),
+            4 * (2 * (1024 + 32) + 1024 + 32) + 4**3,
+        ),
+        (
+            aj.loreft(8, num_layers=2, prefix_positions=0, suffix_positions=1, tied=True),
+            hub.LoReftConfig(r=8, prefix_positions=0, suffix_positions=1, tied_weights=True),
+            2 * (2 * 1024 * 8 + 8),
+        ),
+        (
+            aj.loreft(8, num_layers=2),
+            # Its second unit is there although no position uses it.
+            hub.LoReftConfig(r=8),
+            2 * (2 * 1024 * 8 + 8),
+        ),
+    ],
+)
+def test_counts_on_a_llama_are_adapterhubs(recipe, config, expected):
+    theirs = summary(transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)), config)
+    dead = getattr(config, "suffix_positions", 1) == 0
+    assert theirs == expected * (2 if dead else 1)
+    model = nnx.eval_shape(lambda: Decoder(DecoderConfig(**LLAMA), rngs=nnx.Rngs(0)))
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+    assert aj.audit(adapted).adapter_parameters == expected
+
+
+def test_the_direft_of_adapterhub_is_what_it_loads_again(tmp_path):
+    torch.manual_seed(1)
+    model = model_of("bert", False)
+    model.add_adapter("made", config=hub.DiReftConfig(r=2), set_active=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".made." in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
+    of = base_of("bert")
+    recipe, adapters = load_adapterhub(tmp_path / "a", of[0], of[2])
+    again = theirs("bert", tmp_path / "a")
+    assert recipe.attached[0].subtract and np.abs(again - logits_there(model, "bert")).max() > 1e-2
+    got = logits_of(of, recipe, adapters, tmp_path)
+    np.testing.assert_allclose(seen(of, got), seen(of, again), atol=1e-4)

@@ -112,6 +112,22 @@ UNEQUAL = {
             aj.Bottleneck("**/output", bottleneck_dim=3, scale=4.0),
         ],
     ),
+    "compacter": (
+        "mlp",
+        aj.Compacter("**/mlp/*", 6, phm_dim=2, scale=2.0),
+        [
+            aj.Compacter("**/mlp/*", 6, phm_dim=2),
+            aj.Compacter("**/output", 4, phm_dim=2, scale=3.0),
+        ],
+    ),
+    "loreft": (
+        "mlp",
+        aj.LoReFT("**/mlp/*", 3, suffix_positions=1),
+        [
+            aj.LoReFT("**/mlp/*", 3, suffix_positions=1),
+            aj.LoReFT("**/output", 2, suffix_positions=1),
+        ],
+    ),
     "ia3": ("mlp", aj.IA3("**/mlp/*"), [aj.IA3("**/mlp/*"), aj.IA3("**/up")]),
     "llama_adapter": (
         "attention",

@@ -45,6 +45,8 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 RECIPES = {
     "bottleneck": aj.houlsby(8),
+    "compacter": aj.compacter(8),
+    "loreft": aj.Recipe(aj.LoReFT("**/mlp/output", 4, suffix_positions=2)),
     "lora": aj.lora(4),
     "dora": aj.Recipe(aj.DoRA("**/{query,value}", 4)),
     "loha": aj.loha(4),

@@ -10,7 +10,7 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax import Bottleneck, LoRA, Recipe, Unfreeze
-from adapters_jax.methods import METHODS
+from adapters_jax.methods import METHODS, Composition
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.lora import INITS
 from adapters_jax.placement.patterns import require_points
@@ -20,6 +20,8 @@ PRESETS = {
     "houlsby": aj.houlsby(32, head="head"),
     "houlsby_factor": aj.houlsby(reduction_factor=16, layer_norms=None, activation="relu"),
     "pfeiffer": aj.pfeiffer(dropout=0.1),
+    "compacter": aj.compacter(targets="**/mlp/output", bias=False),
+    "loreft": aj.loreft(2, layers=[1, 3], suffix_positions=2, head="head"),
     "parallel": aj.parallel(8, init_std=1e-3),
     "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
     "loha": aj.loha(4, alpha_pattern={"layer_0/**": 2.0}),
@@ -68,6 +70,11 @@ OTHER = {
     },
     "oft": {"targets": ("a",), "block": 4, "terms": 5, "share": True},
     "vera": {"targets": ("a",), "rank": 3, "d_initial": -0.5, "dropout": 0.25},
+    "loreft": {
+        **{"targets": ("a",), "rank": 5, "prefix_positions": 1, "suffix_positions": 2},
+        **{"tied": True, "orthogonal": False, "subtract": False, "activation": "silu"},
+        **{"dropout": 0.25, "output": "1"},
+    },
     "ia3": {"targets": ("a", "b"), "feed_forward": ("b",)},
     "llama_adapter": {
         "targets": ("a", "b"),
@@ -77,7 +84,17 @@ OTHER = {
         "init_std": 0.5,
     },
     "prefix": {"targets": ("a",), "length": 3, "init_std": 0.0},
+    "invertible": {
+        "targets": ("a",),
+        "reduction_factor": 3.0,
+        "activation": "silu",
+        "init_std": 0.5,
+    },
     "unfreeze": {"targets": ("a/**",)},
+}
+OTHER["compacter"] = OTHER["bottleneck"] | {
+    **{"phm_dim": 2, "phm_rank": 3, "full": True, "shared_rule": False, "factored_rule": True},
+    **{"train_rule": False, "shared_weights": True, "bias": False, "rule_init": "uniform"},
 }
 OTHER["dora"] = {**OTHER["lora"], "slices": ()}
 OTHER["lokr"] = {**OTHER["loha"], "factor": 4, "full": True, "both": True}
@@ -134,7 +151,8 @@ def test_presets_round_trip_through_json(preset):
 )
 def test_every_field_round_trips_and_counts_for_equality(name, field):
     cls = METHODS[name]
-    plain = {"targets": "x"} | ({"bottleneck_dim": 64} if name == "bottleneck" else {})
+    bottleneck = name in ("bottleneck", "compacter")
+    plain = {"targets": "x"} | ({"bottleneck_dim": 64} if bottleneck else {})
     changed = plain | {field: OTHER[name][field]}
     if field == "reduction_factor":
         del changed["bottleneck_dim"]
@@ -149,6 +167,7 @@ def test_the_table_of_fields_has_them_all():
         for name, cls in METHODS.items()
         if cls.__module__.startswith("adapters_jax.")
         and getattr(importlib.import_module(cls.__module__), cls.__name__, None) is cls
+        and not issubclass(cls, Composition)  # test_compositions.py has theirs
     }  # without those that doctests register
 
 
@@ -440,6 +459,12 @@ def test_presets_follow_their_papers():
     assert aj.parallel(scale=1.0).methods[0].scale == 1.0
     assert aj.lora().methods == (LoRA("**/{query,value}", 8, None),)
     assert aj.lora(4, 2.0, targets="a", head="b").methods == (LoRA("a", 4, 2.0), Unfreeze("b/**"))
+    assert aj.compacter().methods == (aj.Compacter(aj.presets.OUTPUTS, reduction_factor=32),)
+    assert aj.compacter(8).methods == (aj.Compacter(aj.presets.OUTPUTS, 8),)
+    assert aj.loreft(last=1, num_layers=3).methods == (aj.LoReFT("**/{layer_2|layers/2}", 4),)
+    assert aj.loreft(targets="layers").methods == (aj.LoReFT("layers", 4),)
+    with raises(aj.UserError, "num_layers"):
+        aj.loreft()
     assert aj.bitfit().methods == (Unfreeze("**/bias"),)
     norms = aj.layer_norms(head="head")
     assert norms.trains("h/0/ln_1/scale") and norms.trains("head/kernel")
@@ -449,6 +474,8 @@ def test_presets_follow_their_papers():
         aj.houlsby: "1902.00751",
         aj.pfeiffer: "2005.00247",
         aj.parallel: "2110.04366",
+        aj.compacter: "2106.04647",
+        aj.loreft: "2404.03592",
         aj.lora: "2106.09685",
         aj.bitfit: "2106.10199",
         aj.layer_norms: "1902.00751",

@@ -43,6 +43,14 @@ from adapters_jax.spelling import ALL_LINEAR, ELSEWHERE, INSTEAD, NAMES
         (lambda: aj.IA3("x", feedforward_modules=["w0"]), "IA3(..., feed_forward=('**/w0',))"),
         (lambda: aj.houlsby(8, non_linearity="relu"), "activation='relu'"),
         (lambda: aj.Bottleneck("x", 8, is_parallel=True), "placement='parallel'"),
+        (
+            lambda: aj.Compacter("x", 8, factorized_phm_W=False, learn_phm=False),
+            "full=True, train_rule=False",
+        ),
+        (
+            lambda: aj.LoReFT("x", r=2, tied_weights=True, orthogonality=False),
+            "LoReFT(..., rank=2, tied=True, orthogonal=False)",
+        ),
         (lambda: aj.LlamaAdapter("x", adapter_len=10), "prompt_length=10"),
         (lambda: aj.PrefixTuning("x", num_virtual_tokens=20), "length=20"),
         (lambda: aj.LoRA("x", modules_to_save=["head"]), "aj.Unfreeze('NAME/**')"),

@@ -7,12 +7,14 @@ A new method is one file and one line here. For methods of other packages:
 - `AttachmentPoint`, with the `Axes` of a weight, is what a method adapts; a `Leaf` for each array,
   and a `Count`, are what it says of itself.
 - `LowRank`, `Scale`, `Added` and `Rotation` are the changes of a weight, of a `Factor` each.
+- `known_tokens` says which positions of a call are tokens, for methods that act on some of them.
 - `arrays` has initialisers, `settings` fields that check their values.
 """
 
 from adapters_jax.methods import arrays, settings
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
+from adapters_jax.methods.compacter import Compacter
 from adapters_jax.methods.compositions import (
     Averaged,
     BatchSplit,
@@ -33,7 +35,9 @@ from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_param
 from adapters_jax.methods.loha import LoHa
 from adapters_jax.methods.lokr import LoKr
 from adapters_jax.methods.lora import LoRA, lora_parameters
+from adapters_jax.methods.loreft import LoReFT
 from adapters_jax.methods.oft import OFT
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
 from adapters_jax.methods.registry import METHODS, method_named, register_method
@@ -45,6 +49,7 @@ from adapters_jax.weights.factors import RANK, Factor
 
 for _method in (
     Bottleneck,
+    Compacter,
     LoRA,
     DoRA,
     LoHa,
@@ -53,6 +58,7 @@ for _method in (
     VeRA,
     IA3,
     LlamaAdapter,
+    LoReFT,
     PrefixTuning,
     Invertible,
     Stacked,
@@ -75,6 +81,7 @@ __all__ = [
     "Axes",
     "BatchSplit",
     "Bottleneck",
+    "Compacter",
     "Composition",
     "Count",
     "DoRA",
@@ -87,6 +94,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "LowRank",
     "Method",
     "PrefixTuning",
@@ -102,6 +110,7 @@ __all__ = [
     "batch_split",
     "bottleneck_parameters",
     "fuse",
+    "known_tokens",
     "llama_adapter_parameters",
     "lora_parameters",
     "method_named",

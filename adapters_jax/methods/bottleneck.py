@@ -103,6 +103,7 @@ class Bottleneck(Method):
         *("bottleneck_dim", "reduction_factor"),
         *("scale", "dropout", "init_std"),
     )
+    linear_in: ClassVar[tuple[str, ...]] = ("up/kernel", "up/bias")  # the branch, in any of these
 
     targets: str | tuple[str, ...]
     bottleneck_dim: int | None = size(None)
@@ -129,7 +130,12 @@ class Bottleneck(Method):
     def leaf_names(self) -> tuple[str, ...]:
         """The names of its arrays."""
         own = [f"{name}/{part}" for name in self.norms for part in ("scale", "bias")]
-        return ("down/kernel", "down/bias", "up/kernel", "up/bias", *own)
+        return (*self.projections, *own)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of the arrays of its projections."""
+        return ("down/kernel", "down/bias", "up/kernel", "up/bias")
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -151,23 +157,31 @@ class Bottleneck(Method):
         return self.bottleneck_dim or max(1, int(d // (self.reduction_factor or 1)))
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """The arrays of one adapter, W1 (d, m) and W2 (m, d) with their biases."""
-        d, m = point.width, self.width(point.width)
-        # Houlsby's code draws with TensorFlow's truncated_normal, whose deviation after truncation
-        # is below init_std as well; it is not corrected.
-        kernel = arrays.truncated_normal(self.init_std)
-        leaves = {
-            "down/kernel": Leaf((d, m), kernel),
-            "down/bias": Leaf((m,), arrays.zeros),
-            "up/kernel": Leaf((m, d), kernel),
-            "up/bias": Leaf((d,), arrays.zeros),
-        }
+        """The arrays of one adapter: of its projections and its norms."""
+        d = point.width
+        leaves = self.projection_leaves(point.path, d, self.width(d))
         for name in self.norms:
             leaves |= {
                 f"{name}/scale": Leaf((d,), arrays.ones),
                 f"{name}/bias": Leaf((d,), arrays.zeros),
             }
         return leaves
+
+    def projection_leaves(self, path: str, d: int, m: int) -> dict[str, Leaf]:
+        """The arrays of the projections, W1 (d, m) and W2 (m, d) with their biases."""
+        # Houlsby's code draws with TensorFlow's truncated_normal, whose deviation after truncation
+        # is below init_std as well; it is not corrected.
+        kernel = arrays.truncated_normal(self.init_std)
+        return {
+            "down/kernel": Leaf((d, m), kernel),
+            "down/bias": Leaf((m,), arrays.zeros),
+            "up/kernel": Leaf((m, d), kernel),
+            "up/bias": Leaf((d,), arrays.zeros),
+        }
+
+    def projection(self, leaves: Leaves, name: str) -> tuple[Array, Array | None]:
+        """Kernel and bias of the projection "down" or "up"."""
+        return leaves[f"{name}/kernel"], leaves[f"{name}/bias"]
 
     def count(
         self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
@@ -253,7 +267,7 @@ class Bottleneck(Method):
                 f"Bank: the Bottleneck at {path!r} has a norm after its scale of {self.scale}, "
                 f"expected the bank's, {whole.scale}"  # type: ignore[attr-defined]
             )
-        up = {name: leaves[name] * ratio for name in ("up/kernel", "up/bias")}
+        up = {name: leaves[name] * ratio for name in self.linear_in if name in leaves}
         return {**leaves, **up}
 
     def _branch(
@@ -262,15 +276,17 @@ class Bottleneck(Method):
         """scale * up(f(down(x))), with the adapter's norms before and after it."""
         # Cast here and not when they are stored: training keeps float32, products run in the dtype
         # of the model.
-        own = {name: leaves[name].astype(x.dtype) for name in self.leaf_names}
+        own = {name: leaves[name].astype(x.dtype) for name in leaves if name.startswith("norm_")}
+
+        def project(x: Array, name: str) -> Array:
+            kernel, bias = self.projection(leaves, name)
+            product = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
+            return product if bias is None else arrays.add_last(product, bias.astype(x.dtype))
+
         if self.norm_before:
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])
-        hidden = jnp.matmul(x, own["down/kernel"], precision=precision)
-        hidden = ACTIVATIONS[self.activation](arrays.add_last(hidden, own["down/bias"]))
-        hidden = dropout(hidden, self.dropout, key)
-        y = arrays.add_last(
-            jnp.matmul(hidden, own["up/kernel"], precision=precision), own["up/bias"]
-        )
+        hidden = ACTIVATIONS[self.activation](project(x, "down"))
+        y = project(dropout(hidden, self.dropout, key), "up")
         # An array of y's dtype, since a NumPy float64 as the scale would promote y.
         y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
         if self.norm_after:

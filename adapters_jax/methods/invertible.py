@@ -71,7 +71,7 @@ class Invertible(Method):
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
         """The arrays of both networks."""
-        made = {}
+        made: dict[str, Leaf] = {}
         for network, (before, middle, after) in self._sizes(point.width).items():
             kernel = arrays.normal(self.init_std)
             made |= {

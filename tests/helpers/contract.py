@@ -48,6 +48,19 @@ CASES = {
         ADAPTER,
         **NEAR,
     ),
+    "compacter": Case(
+        "mlp",
+        aj.Recipe(aj.Compacter("**/mlp/output", M, phm_dim=2)),
+        2 * (D + M) + D + M,
+        once=2**3,
+        **NEAR,
+    ),
+    "loreft": Case(
+        "mlp",
+        aj.Recipe(aj.LoReFT("**/mlp/output", R, suffix_positions=1)),
+        2 * (2 * D * R + R),
+        away=100.0,
+    ),
     "lora_dense": Case(
         "mlp", aj.Recipe(aj.LoRA("**/mlp/{up,output}", R, 6.0)), 2 * R * (D + HIDDEN)
     ),

@@ -7,6 +7,7 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import Decoder
+from adapters_jax.trees import split_adapters
 
 
 def trained(base, recipe):
@@ -18,14 +19,14 @@ def trained(base, recipe):
     if isinstance(model, Decoder):
         examples = tuple(inputs.values())
         grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=examples)
-        graph, adapters, rest = nnx.split(grown, aj.nnx.AdapterParam, ...)
+        graph, adapters, rest = nnx.split(grown, aj.nnx.ADAPTERS, ...)
 
         def apply(adapters):
             return nnx.merge(graph, adapters, rest)(**inputs)
     else:
         adapted = aj.adapt(model, recipe)
         whole = aj.init_adapters(adapted, params, jax.random.key(0), **inputs)
-        adapters, frozen = aj.partition(whole, recipe)
+        adapters, frozen = split_adapters(whole, aj.Recipe(recipe))
 
         def apply(adapters):
             return adapted.apply({"params": aj.merge_trees(adapters, frozen)}, **inputs)

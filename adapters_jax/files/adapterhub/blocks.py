@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from adapters_jax.errors import UserError
@@ -39,6 +40,7 @@ class Blocks:
         layers: the numbers of the blocks, which count on from an encoder's to its decoder's.
         bottlenecks: the sublayers.
         loras: the names of the modules to which LoRA attaches, by matrix; at least one for each.
+        names: the blocks' names, which end in a dot, by their numbers.
     """
 
     architecture: Architecture
@@ -46,6 +48,23 @@ class Blocks:
     layers: Sequence[int]
     bottlenecks: Mapping[Point, Sublayer]
     loras: Mapping[Point, Mapping[str, Sequence[str]]]
+    names: Mapping[int, str]
+
+    def outputs(self) -> dict[int, tuple[str, int]]:
+        """The paths of our blocks, and the width of what they return, by number.
+
+        Of a block the path is what those of its modules have in common, if there are several.
+        """
+        found = {}
+        for number, name in self.names.items():
+            inside = [x for n, x in self.module_map.modules.items() if n.startswith(name)]
+            paths = [each.path.split("/") for several in inside for each in several]
+            same = [*takewhile(lambda at: len({*at}) == 1, zip(*paths, strict=False))]
+            path = self.module_map.attention.get(name[:-1]) or "/".join(at[0] for at in same)
+            widths = [own.width for (n, _), own in self.bottlenecks.items() if n == number]
+            if path and path not in self.module_map.whole:
+                found[number] = path, max(widths, default=0)
+        return found
 
     def locations(self, layer: int, kind: str | None) -> set[str]:
         """The locations in a block of LoRA, or of bottlenecks if `kind` is None."""
@@ -142,7 +161,7 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
         for n, (stack, _) in layers.items()
         for location, modules in stack.loras.items()
     }
-    return Blocks(architecture, module_map, list(layers), bottlenecks, loras)
+    return Blocks(architecture, module_map, list(layers), bottlenecks, loras, blocks)
 
 
 def _sublayer(

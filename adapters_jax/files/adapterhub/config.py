@@ -16,7 +16,7 @@ from adapters_jax.files.settings import (
     rule,
     whole,
 )
-from adapters_jax.methods import Bottleneck
+from adapters_jax.methods import Bottleneck, Compacter
 
 Config = Mapping[str, Any]
 VERSION = "adapters.1.3.0"
@@ -41,17 +41,33 @@ DEFAULTS: dict[str | None, dict[str, Any]] = {
         **{"r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "leave_out": []},
         "composition_mode": "add",
     },
+    "reft": {
+        "architecture": "reft",
+        **{"layers": "all", "tied_weights": False},
+        **{"dropout": 0.05, "non_linearity": None, "output_reft": True},
+    },
 }
 REQUIRED: dict[str | None, tuple[str, ...]] = {
     None: ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"),
     "lora": (),
+    "reft": ("prefix_positions", "suffix_positions", "r", "orthogonality"),
+}
+# Our fields of Compacter by AdapterHub's, each with AdapterHub's default.
+PHM: dict[str, tuple[str, Any]] = {
+    "phm_dim": ("phm_dim", 4),
+    "phm_rank": ("phm_rank", 1),
+    "phm_bias": ("bias", True),
+    "factorized_phm_W": ("full", True),  # the opposite of ours
+    "factorized_phm_rule": ("factored_rule", False),
+    "shared_W_phm": ("shared_weights", False),
+    "shared_phm_rule": ("shared_rule", True),
+    "learn_phm": ("train_rule", True),
 }
 # Initialisation, and fields that act only beside a field that is not supported.
 IDLE = {
     *("architecture", "init_weights", "init_weights_seed", "inv_adapter_reduction_factor"),
-    *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm"),
-    *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule"),
-    *("hypercomplex_nonlinearity", "attention_type", "new_attention_norm"),
+    *("phm_c_init", "phm_init_range", "hypercomplex_nonlinearity"),
+    *("attention_type", "new_attention_norm"),
 }
 ACTIVATIONS = {
     **{"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu", "swish": "silu", "silu": "silu"},
@@ -64,20 +80,30 @@ _DROPOUT = (
     "0.0: AdapterHub applies it after the up-projection, we between the projections; set it to "
     "0.0 in the file, which changes no prediction"
 )
+
+
+def _is_numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(type(n) is int for n in found)
+
+
 _NUMBER = rule(is_number, "a number")
+_ACTIVATION = rule(
+    lambda found: isinstance(found, str) and found.lower() in ACTIVATIONS,
+    f"one of {', '.join(ACTIVATIONS)}",
+)
 _OF_ALL: dict[str, Rule] = {
     "stochastic_depth": one_of(0.0),
     "composition_mode": one_of("add"),
     "dtype": one_of("float32"),
-    "leave_out": rule(
-        lambda found: isinstance(found, list) and all(type(n) is int for n in found),
-        "a list of layer numbers",
-    ),
+    "leave_out": rule(_is_numbers, "a list of layer numbers"),
 }
 RULES: dict[str | None, dict[str, Rule]] = {
     None: {
         **_OF_ALL,
         **{name: of(bool) for name, x in DEFAULTS[None].items() if type(x) is bool},
+        **{name: of(bool) for name, (_, x) in PHM.items() if type(x) is bool},
+        **dict.fromkeys(("phm_dim", "phm_rank"), whole(1)),
+        "phm_layer": of(bool),
         "scaling": _NUMBER,
         "dropout": rule(lambda found: found == 0.0, _DROPOUT),
         "reduction_factor": rule(
@@ -87,10 +113,7 @@ RULES: dict[str | None, dict[str, Rule]] = {
             ),
             "a number above 0, or one for each layer",
         ),
-        "non_linearity": rule(
-            lambda found: isinstance(found, str) and found.lower() in ACTIVATIONS,
-            f"one of {', '.join(ACTIVATIONS)}",
-        ),
+        "non_linearity": _ACTIVATION,
     },
     "lora": {
         **_OF_ALL,
@@ -102,6 +125,17 @@ RULES: dict[str | None, dict[str, Rule]] = {
             lambda found: isinstance(found, list) and {*map(str, found)} <= {*"qkv"},
             "a list of q, k and v",
         ),
+    },
+    "reft": {
+        **dict.fromkeys(("tied_weights", "orthogonality"), of(bool)),
+        "subtract_projection": one_of(True, advice=", as AdapterHub reads every file"),
+        **dict.fromkeys(("prefix_positions", "suffix_positions"), whole()),
+        **{"r": whole(1), "dropout": _NUMBER, "output_reft": one_of(True)},
+        "dtype": one_of("float32"),
+        "layers": rule(
+            lambda found: found == "all" or _is_numbers(found), "'all', or a list of layer numbers"
+        ),
+        "non_linearity": _ACTIVATION,
     },
 }
 
@@ -152,8 +186,8 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
         >>> (only,), problems = children(whole)
         >>> only["r"], only["attn_matrices"], problems
         (4, ['q', 'v'], [])
-        >>> children({"config": {"architecture": "reft"}})[1]
-        ["architecture='reft', expected lora, union, or null for a bottleneck"]
+        >>> children({"config": {"architecture": "new"}})[1]
+        ["architecture='new', expected lora, reft, union, or null for a bottleneck"]
     """
     config, problems, found = whole.get("config"), [], []
     if not isinstance(config, Mapping):
@@ -161,9 +195,9 @@ def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
     several = config.get("configs") if config.get("architecture") == "union" else [config]
     for each in several if isinstance(several, list) else [several]:
         kind = each.get("architecture") if isinstance(each, Mapping) else each
-        if not isinstance(each, Mapping) or not (kind is None or kind == "lora"):
+        if not isinstance(each, Mapping) or not (kind is None or kind in ("lora", "reft")):
             problems.append(
-                f"architecture={kind!r}, expected lora, union, or null for a bottleneck"
+                f"architecture={kind!r}, expected lora, reft, union, or null for a bottleneck"
             )
             continue
         given = _modern(whole, each)
@@ -226,8 +260,26 @@ def placement(config: Config, post_norm: bool) -> tuple[str, str] | str:
 def tensor_names(method: Bottleneck) -> dict[str, str]:
     """AdapterHub's names of a bottleneck's leaves; a norm before it is `adapter_down.0` as well."""
     first = "adapter_down.1" if method.norm_before else "adapter_down.0"
-    names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
-    names |= {f"up/{k}": f"adapter_up.{t}" for k, t in (("kernel", "weight"), ("bias", "bias"))}
+    if isinstance(method, Compacter):
+        names = _phm_names(method, {"down": first, "up": "adapter_up"})
+    else:
+        names = {"down/kernel": f"{first}.weight", "down/bias": f"{first}.bias"}
+        names |= {"up/kernel": "adapter_up.weight", "up/bias": "adapter_up.bias"}
     for norm in method.norms:
         names |= {f"{norm}/scale": f"adapter_{norm}.weight", f"{norm}/bias": f"adapter_{norm}.bias"}
+    return names
+
+
+def _phm_names(method: Compacter, modules: Mapping[str, str]) -> dict[str, str]:
+    """The names of the projections' leaves; of those that modules share, in what all share."""
+    names = {}
+    for leaf in method.projections:
+        side, _, part = leaf.partition("_")
+        if side == "rule":
+            names[leaf] = f"phm_{leaf}"
+        elif leaf in method.shared_leaves:
+            names[leaf] = f"W_{side}{part.removeprefix('weight')}"
+        else:
+            part = part.replace("weight", "W").replace("rule", "phm_rule")
+            names[leaf] = f"{modules[side]}.{'b' if part == 'bias' else part}"
     return names

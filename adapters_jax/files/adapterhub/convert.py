@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from adapters_jax.files.adapterhub import reft
 from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import (
     ACTIVATIONS,
     DEFAULTS,
     LOCATIONS,
+    PHM,
     POST_NORM,
     PRE_NORM,
     SCALE,
@@ -20,7 +22,7 @@ from adapters_jax.files.adapterhub.config import (
 )
 from adapters_jax.files.layouts import Array, our_factors, rounded, their_factors
 from adapters_jax.files.module_map import Added, Leaves, shortest
-from adapters_jax.methods import IA3, Bottleneck, LoRA, Method
+from adapters_jax.methods import IA3, Bottleneck, Compacter, LoRA, Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.lora import CHANGING
 from adapters_jax.placement import Placement, Placements
@@ -31,6 +33,7 @@ _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("t
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
 Own = Mapping[str, Placement]  # of one method, by path
 _IA3 = {"r": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
+_SHARED = "shared_parameters"
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
@@ -46,8 +49,8 @@ def read(
     leaves: dict[str, Array] = {}
     # AdapterHub applies LoRA before the bottleneck, so LoRA comes first in the recipe.
     for config in sorted(configs, key=lambda config: config["architecture"] is None):
-        add = _our_bottlenecks if config["architecture"] is None else _our_loras
-        methods += add(config, found, blocks, leaves, problems)
+        readers = {None: _our_bottlenecks, "lora": _our_loras, "reft": reft.read}
+        methods += readers[config["architecture"]](config, found, blocks, leaves, problems)
     problems += [
         f"{module} has tensors, but the configuration does not adapt it" for module in found
     ]
@@ -55,19 +58,23 @@ def read(
 
 
 def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: list[str]) -> Added:
-    """The tensors by module, with `.adapters` or `.loras` after its name, and by their own name."""
+    """The tensors by module, with `.adapters`, `.loras` or `.refts` behind, and by their own name.
+
+    Those that modules share are there under `shared_parameters`.
+    """
     found: Added = {}
     for key, tensor in tensors.items():
         modern = key  # the first versions had other names for adapters of tasks and of languages
         for legacy in _LEGACY:
             modern = modern.replace(legacy, "adapters")
-        for kind in ("adapters", "loras"):
-            module, mark, rest = modern.partition(f".{kind}.{name}.")
+        for kind in ("adapters", "loras", "refts", _SHARED):
+            module, mark, rest = f".{modern}".partition(f".{kind}.{name}.")
             if mark:
-                found.setdefault(f"{blocks.module_map.bare(module)}.{kind}", {})[rest] = tensor
+                own = f"{blocks.module_map.bare(module[1:])}.{kind}" if kind != _SHARED else kind
+                found.setdefault(own, {})[rest] = tensor
                 break
         else:
-            problems.append(f"{key} belongs to no bottleneck or LoRA of the adapter {name!r}")
+            problems.append(f"{key} belongs to no bottleneck, LoRA or ReFT of the adapter {name!r}")
     return found
 
 
@@ -99,6 +106,12 @@ def _our_bottlenecks(
         "norm_before": config["ln_before"],
         "norm_after": config["ln_after"],
     }
+    make: type[Bottleneck] = Bottleneck
+    if config.get("phm_layer"):
+        make = Compacter
+        given = {ours: config.get(theirs, default) for theirs, (ours, default) in PHM.items()}
+        fields |= {**given, "full": not given["full"]}
+    shared = found.pop(_SHARED, {}) if make is Compacter else {}
     for point, (module, paths, width) in sublayers.items():
         path, factor = paths.get(role), _our_factor(config, point[0])
         if factor is None:
@@ -108,12 +121,18 @@ def _our_bottlenecks(
                 f"names has no path for the {role} of {module}, or for the projection before it"
             )
         else:
-            method = Bottleneck(path, reduction_factor=factor, **fields)
-            new = _leaves(method, path, width, mine[point], module, problems)
-            leaves |= {f"{path}/adapter/{name}": x for name, x in new.items()}
+            method = make(path, reduction_factor=factor, **fields)
+            new = _leaves(method, path, width, {**mine[point], **shared}, module, problems)
+            prefix = f"{path}/{method.slot}"
+            leaves |= {method.path_of(prefix, name): x for name, x in new.items()}
             groups.setdefault(factor, []).append(path)
+    if len(groups) > 1 and shared:
+        problems.append(
+            f"reduction_factor={config['reduction_factor']!r} with shared_phm_rule or shared_W_phm "
+            "is not supported, since adapters of one width share them"
+        )
     return [
-        Bottleneck(shortest(paths, blocks.paths), reduction_factor=factor, **fields)
+        make(shortest(paths, blocks.paths), reduction_factor=factor, **fields)
         for factor, paths in groups.items()
     ]
 
@@ -138,15 +157,24 @@ def _leaves(
         if not np.array_equal(got.setdefault(f"adapter_norm_before.{kind}", twin), twin):
             problems.append(f"{module}: adapter_down.0 and adapter_norm_before differ")
     names = tensor_names(method)
+    own = method.leaves(AttachmentPoint("output", path, width=width))
     expected = {
-        names[leaf]: list(spec.shape[::-1])
-        for leaf, spec in method.leaves(AttachmentPoint("output", path, width=width)).items()
+        names[leaf]: list(_theirs(leaf, np.empty(spec.shape)).shape) for leaf, spec in own.items()
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
     if shapes != expected:
         problems.append(f"{module} has {shapes or 'no tensors'}, expected {expected}")
         return {}
-    return {leaf: got[name].T.astype(np.float32) for leaf, name in names.items()}
+    arrays = {leaf: got[name].astype(np.float32) for leaf, name in names.items()}
+    return {
+        leaf: x.T if leaf.endswith("kernel") else x.reshape(own[leaf].shape)
+        for leaf, x in arrays.items()
+    }
+
+
+def _theirs(leaf: str, x: Array) -> Array:
+    """A leaf of a bottleneck as AdapterHub's tensor: kernels (out, in), and biases of one axis."""
+    return x.T if leaf.endswith("kernel") else x.reshape(-1) if leaf.endswith("bias") else x
 
 
 def _our_loras(
@@ -213,18 +241,23 @@ def write(
     tensors: Leaves = {}
     configs: list[dict[str, Any]] = []
     for kind, convert in ((None, _their_bottlenecks), ("lora", _their_loras)):
-        kinds = ("lora", "ia3") if kind else ("bottleneck",)
-        own = {each.path: each for each in added if each.method.kind in kinds}
+        kinds = ("lora", "ia3") if kind else ("bottleneck", "compacter")
+        mine = [each for each in added if each.method.kind in kinds]
+        own = {each.path: each for each in mine}
+        twice = [each.path for each in mine if own[each.path] is not each]
+        problems += [f"two adapters of {path}, and AdapterHub supports one" for path in twice]
         settings = convert(own, leaves, blocks, name, tensors, problems)
         configs += _configs(kind, settings, blocks)
-    known = ("bottleneck", "lora", "ia3")
+    configs += reft.write(added, leaves, blocks, name, tensors, problems)
+    known = ("bottleneck", "compacter", "lora", "ia3", "loreft")
     others = {type(m).__name__ for m in recipe.attached if m.kind not in known}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(
-            f"the recipe adds {what}; AdapterHub's files support Bottleneck, LoRA and IA3"
+            f"the recipe adds {what}; AdapterHub's files support Bottleneck, Compacter, LoRA, IA3 "
+            "and LoReFT"
         )
-    if sum("architecture" in config for config in configs) > 1:
+    if sum(config.get("architecture") == "lora" for config in configs) > 1:
         problems.append(
             "AdapterHub supports one LoRA in an adapter, with one rank, alpha and dropout, on the "
             "same projections of each layer"
@@ -248,15 +281,20 @@ def _their_bottlenecks(
             continue
         if point in settings:
             problems.append(f"{path}: AdapterHub supports one bottleneck in each sublayer")
-        width, m = leaves["down/kernel"].shape[-2:]
         sublayer = blocks.bottlenecks[point]
-        if leaves["down/kernel"].ndim != 2 or width != sublayer.width:
+        specs = method.leaves(AttachmentPoint("output", path, width=sublayer.width))
+        if any(leaves[leaf].shape != spec.shape for leaf, spec in specs.items()):
             problems.append(f"{path}: its leaves do not fit one layer of this base")
             continue
-        settings[point] = fields | {"reduction_factor": _their_factor(method, width, m)}, ()
+        factor = _their_factor(method, sublayer.width, method.width(sublayer.width))
+        settings[point] = fields | {"reduction_factor": factor}, ()
         module = f"{sublayer.module}.adapters.{name}"
         names = tensor_names(method)
-        tensors |= {f"{module}.{names[leaf]}": x.T for leaf, x in leaves.items()}
+        for leaf, x in leaves.items():
+            at = f"{_SHARED}.{name}" if leaf in method.shared_leaves else module
+            tensor = tensors.setdefault(f"{at}.{names[leaf]}", _theirs(leaf, x))
+            if not np.array_equal(tensor, _theirs(leaf, x)):
+                problems.append(f"{path}: AdapterHub supports one {leaf} for all of its adapters")
         if method.norm_before:  # AdapterHub stores the norm under two names
             for leaf, kind in (("scale", "weight"), ("bias", "bias")):
                 tensors[f"{module}.adapter_down.0.{kind}"] = leaves[f"norm_before/{leaf}"]
@@ -283,6 +321,10 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
         "ln_before": method.norm_before,
         "ln_after": method.norm_after,
     }
+    if isinstance(method, Compacter):
+        given = {theirs: getattr(method, ours) for theirs, (ours, _) in PHM.items()}
+        fields |= given | {"phm_layer": True, "factorized_phm_W": not method.full}
+        fields |= {"phm_c_init": method.rule_init, "phm_init_range": method.init_std}
     if (role, method.placement) == ("sum", "parallel"):
         return fields | {"is_parallel": True, "original_ln_before": False}
     for row in POST_NORM if blocks.architecture.post_norm else PRE_NORM:

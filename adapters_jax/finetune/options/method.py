@@ -68,6 +68,11 @@ def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fi
     return _published("prefix_tuning")(last=last, num_layers=num_layers, targets=targets, **fields)
 
 
+def _loreft(*, layer: str, num_layers: int, **fields: Any):
+    """Edits of what all layers return, or the top ones."""
+    return _published("loreft")(num_layers=num_layers, targets=layer, **fields)
+
+
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
@@ -75,17 +80,20 @@ _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LORA += (*_PATTERNS, "dora", "bias")
 _LOHA = ("targets", "rank", "alpha", *_PATTERNS)
+_LOREFT = ("rank", "prefix_positions", "suffix_positions", "last", "adapter_dropout")
 
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
     "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
     "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
+    "compacter": Preset(_published("compacter"), (*_BOTTLENECK, "phm_dim"), 3e-3),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
     "loha": Preset(_published("loha"), _LOHA, 2e-3),
     "lokr": Preset(_published("lokr"), (*_LOHA, "factor"), 2e-3),
     "oft": Preset(_published("oft"), ("targets", "block", "terms"), 2e-3),
     "vera": Preset(_published("vera"), (*_ADDED, "rank", "d_initial"), 1e-2),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
+    "loreft": Preset(_loreft, _LOREFT, 1e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
@@ -122,7 +130,8 @@ class MethodOptions:
             initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
-        rank: r of LoRA, LoHa and LoKr, 8 by default, or of VeRA, 256 by default.
+        phm_dim: n of compacter, the number and size of its rules; 4 by default.
+        rank: r of LoRA, LoHa and LoKr, 8 by default, of VeRA, 256, or of loreft, 4.
         alpha: LoRA, LoHa and LoKr scale by alpha / r; the rank by default.
         a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
             which take A and B out of the weight.
@@ -141,8 +150,11 @@ class MethodOptions:
             projections of the feed-forward layers.
         layers: number of layers that last-layers trains; 2 by default.
         prompt_length: tokens in a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
-        last: number of layers with prompts, from the top; by default all, for llama-adapter all
-            but two.
+        last: number of layers with prompts or loreft, from the top; by default all, for
+            llama-adapter all but two.
+        prefix_positions: how many of a text's first tokens loreft edits; 3 by default.
+        suffix_positions: how many of its last tokens loreft edits, which no generation can; 0 by
+            default.
         gate: for llama-adapter, one gate for each "head" or one for the "layer".
         gate_activation: for llama-adapter, tanh or identity.
     """
@@ -155,6 +167,7 @@ class MethodOptions:
     init_std: float | None = None
     scale: float | None = None
     layer_norms: str | None = None
+    phm_dim: int | None = None
     rank: int | None = None
     alpha: float | None = None
     a_init: str | None = None
@@ -173,6 +186,8 @@ class MethodOptions:
     layers: int | None = None
     prompt_length: int | None = None
     last: int | None = None
+    prefix_positions: int | None = None
+    suffix_positions: int | None = None
     gate: str | None = None
     gate_activation: str | None = None
 
@@ -230,7 +245,7 @@ class MethodOptions:
             )
         if "adapter_dropout" in fields:
             fields["dropout"] = fields.pop("adapter_dropout")
-        if self.method in ("last-layers", "llama-adapter", "prefix-tuning"):
+        if self.method in ("last-layers", "llama-adapter", "prefix-tuning", "loreft"):
             fields |= {"num_layers": num_layers, "layer": layer}
         return _startable(preset.make(**fields, head=head))
 

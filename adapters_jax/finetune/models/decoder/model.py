@@ -34,6 +34,7 @@ from adapters_jax.finetune.models.parts.functions import capped
 from adapters_jax.finetune.models.parts.relative import Places
 from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation, warmed
 from adapters_jax.finetune.models.parts.tokens import check_tokens, chunks, token_positions
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 from adapters_jax.weights.meshes import split_rows
 
@@ -181,7 +182,9 @@ class Decoder(nnx.Module):
         x = self._embed(input_ids, positions)
         kinds = distinct(self.config.layer_kinds)[1]
         x = self._stream(x, input_ids)
-        return self._last(run_nnx(self.layers, x, contexts, kinds, remat=self.remat))
+        with known_tokens(attention_mask, segments):
+            x = run_nnx(self.layers, x, contexts, kinds, remat=self.remat)
+        return self._last(x)
 
     def _stream(self, x: Float[Array, "batch length d"], input_ids: Array) -> Any:
         """What goes from block to block, at the first one."""
@@ -298,7 +301,8 @@ class Decoder(nnx.Module):
         masks = [of(kind) for kind in kinds]
         contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
         x = self._stream(self._embed(input_ids, positions), input_ids)
-        x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
+        with known_tokens(attention_mask, before=positions):
+            x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
         return self._last(x), cache
 
 

@@ -30,6 +30,7 @@ from adapters_jax.finetune.models.parts.blocks import distinct, run_linen
 from adapters_jax.finetune.models.parts.relative import relative_positions
 from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation
 from adapters_jax.finetune.models.parts.tokens import check_tokens
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 
 
@@ -144,7 +145,8 @@ class Encoder(Typed):
             )
             for kind in kinds
         ]
-        return self._run(x, contexts, numbers)
+        with known_tokens(attention_mask):
+            return self._run(x, contexts, numbers)
 
     def pool(
         self,

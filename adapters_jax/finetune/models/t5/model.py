@@ -18,6 +18,7 @@ from adapters_jax.finetune.models.parts.blocks import check_remat
 from adapters_jax.finetune.models.parts.relative import relative_buckets
 from adapters_jax.finetune.models.parts.tokens import check_tokens
 from adapters_jax.finetune.models.t5.config import T5Config
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 
 Ids = Int[Array, "batch length"]
@@ -166,7 +167,9 @@ class T5(nnx.Module):
     ) -> Float[Array, "batch length d"]:
         """Computes the encoder's hidden states after its last norm; see `hidden`."""
         check_tokens(input_ids, attention_mask)
-        return self.encoder(self.embeddings(input_ids), Mask.of(attention_mask))
+        x = self.embeddings(input_ids)
+        with known_tokens(attention_mask):
+            return self.encoder(x, Mask.of(attention_mask))
 
     def decode(
         self,
@@ -179,7 +182,8 @@ class T5(nnx.Module):
         check_tokens(decoder_input_ids, decoder_attention_mask)
         mask = Mask.of(decoder_attention_mask, causal=True)
         x = self.embeddings(decoder_input_ids)
-        return self.decoder(x, mask, encoded, Mask.of(attention_mask))
+        with known_tokens(decoder_attention_mask):
+            return self.decoder(x, mask, encoded, Mask.of(attention_mask))
 
     def read_prompts(
         self, input_ids: Ids, attention_mask: Num[Array, "batch length"], slots: int
@@ -218,7 +222,9 @@ class T5(nnx.Module):
             The hidden states after the last norm, and the extended cache.
         """
         check_tokens(input_ids, attention_mask)
-        return self.decoder.extend(self.embeddings(input_ids), *cache.reserve(attention_mask))
+        x, (cache, positions, mask) = self.embeddings(input_ids), cache.reserve(attention_mask)
+        with known_tokens(attention_mask, before=positions):
+            return self.decoder.extend(x, cache, positions, mask)
 
 
 def abstract_t5(config: T5Config, **options: Any) -> T5:

@@ -20,6 +20,7 @@ from adapters_jax.finetune.models.parts.blocks import check_remat
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
 from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
 from adapters_jax.finetune.models.whisper.config import WhisperConfig
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 
 Features = Float[Array, "batch mels frames"]
@@ -158,8 +159,9 @@ class Whisper(nnx.Module):
             start = self.config.decoder_start_token_id
             ids = jnp.full((len(features), 1), start, jnp.int32)
         check_tokens(ids, mask, self.config.longest)
-        x = self.decoder.embed(ids, token_positions(ids, mask))
-        return self.decoder(x, Mask.of(mask, causal=True), self.encode(features))
+        x, heard = self.decoder.embed(ids, token_positions(ids, mask)), self.encode(features)
+        with known_tokens(mask):
+            return self.decoder(x, Mask.of(mask, causal=True), heard)
 
     def encode(self, features: Features) -> Heard:
         """Computes the encoder's hidden states after its last norm; see `hidden`."""
@@ -199,7 +201,8 @@ class Whisper(nnx.Module):
         check_tokens(input_ids, attention_mask)
         cache, positions, mask = cache.reserve(attention_mask)
         x = self.decoder.embed(input_ids, positions)
-        return self.decoder.extend(x, cache, positions, mask)
+        with known_tokens(attention_mask, before=positions):
+            return self.decoder.extend(x, cache, positions, mask)
 
 
 def abstract_whisper(config: WhisperConfig, **options: Any) -> Whisper:

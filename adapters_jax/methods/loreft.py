@@ -1,0 +1,212 @@
+"""LoReFT: edits of hidden states in a low-rank subspace, at the first and last tokens.
+
+Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:2404.03592.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from adapters_jax.errors import RecipeError, UserError, shown
+from adapters_jax.methods import arrays, outputs
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.bottleneck import ACTIVATIONS
+from adapters_jax.methods.places import Places, places
+from adapters_jax.methods.settings import choice, flag, number, size
+from adapters_jax.weights.changes import dropout
+
+PARTS = ("kernel", "bias", "projection")
+
+
+@dataclass(frozen=True)
+class LoReFT(Method):
+    """At some positions, `y + (f(y W + b) - y R) R^T` of a module's output y, (..., length, d).
+
+    The positions are the first and last tokens of each text. W is (d, r), b (r,), and R (d, r) has
+    orthonormal columns. Without `orthogonal` it is NoReFT, and without `subtract` also DiReFT.
+
+    Which positions are tokens is known in the models of this library, and of others in the body of
+    `methods.known_tokens(mask)`; else all of the array are. A generation with a cache takes no last
+    tokens, since they change with each new one.
+
+    Args:
+        targets: patterns of module paths, such as whole layers.
+        rank: r.
+        prefix_positions: how many of the first tokens.
+        suffix_positions: how many of the last ones, which count as such where both meet.
+        tied: whether first and last tokens have the same W, b and R.
+        orthogonal: whether the columns of R are made orthonormal, from any that are independent.
+        subtract: whether `y R` is subtracted.
+        activation: f, "identity" or another name in `ACTIVATIONS`.
+        dropout: probability of zeroing an entry of the new y while training.
+        output: as in `Bottleneck`.
+
+    Raises:
+        UserError: a field is out of its range, or there are no positions.
+
+    Example:
+        >>> leaves = LoReFT("layers/*", rank=2).leaves(AttachmentPoint("output", "x", width=8))
+        >>> {name: leaf.shape for name, leaf in leaves.items()}
+        {'prefix/kernel': (8, 2), 'prefix/bias': (2,), 'prefix/projection': (8, 2)}
+    """
+
+    kind: ClassVar[str] = "loreft"
+    slot: ClassVar[str] = "loreft"
+    paper: ClassVar[str] = "2404.03592"
+    unmergeable: ClassVar[str] = "it acts on some positions of a text and not on others"
+    size_fields: ClassVar[tuple[str, ...]] = ("rank", "dropout")
+
+    targets: str | tuple[str, ...]
+    rank: int = size(1)
+    prefix_positions: int = number(3, closed=True)  # type: ignore[assignment]
+    suffix_positions: int = number(0, closed=True)  # type: ignore[assignment]
+    tied: bool = flag(False)
+    orthogonal: bool = flag(True)
+    subtract: bool = flag(True)
+    activation: str = choice("identity", ACTIVATIONS)
+    dropout: float = number(0.0, high=1.0, closed=True)
+    output: str | int | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = (self.prefix_positions, self.suffix_positions)
+        if any(type(n) is not int for n in counts) or not any(counts):
+            raise UserError(
+                f"LoReFT: prefix_positions={shown(counts[0])} and suffix_positions="
+                f"{shown(counts[1])}, expected whole numbers, one of them above 0"
+            )
+        object.__setattr__(self, "output", outputs.as_path("LoReFT", self.output))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What has its own arrays: the first tokens, the last ones, or both together."""
+        counts = {"prefix": self.prefix_positions, "suffix": self.suffix_positions}
+        own = tuple(name for name, n in counts.items() if n)
+        return ("both",) if self.tied and len(own) == 2 else own
+
+    @property
+    def leaf_names(self) -> tuple[str, ...]:
+        """The names of its arrays."""
+        return tuple(f"{unit}/{part}" for unit in self.units for part in PARTS)
+
+    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
+        """The arrays of one module.
+
+        Raises:
+            RecipeError: its output is narrower than the rank.
+        """
+        d, r = point.width, self.rank
+        if r > d:
+            raise RecipeError(f"LoReFT: rank={r} at {point.path!r}, whose output is {d} wide")
+        # As torch's linear layers start, and its orthogonal ones.
+        usual = arrays.uniform(1 / math.sqrt(d))
+        turned = jax.nn.initializers.orthogonal() if self.orthogonal else usual
+        own = {"kernel": Leaf((d, r), usual), "bias": Leaf((r,), usual)}
+        own["projection"] = Leaf((d, r), turned)
+        return {f"{unit}/{part}": own[part] for unit in self.units for part in PARTS}
+
+    def count(
+        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
+    ) -> Count:
+        """The closed form 2dr + r, for first and last tokens each where they are not tied."""
+        *layers, d, _ = shapes[f"{self.units[0]}/kernel"]
+        r, n = self.rank, len(self.units)
+        one = f"2*{d}*{r} + {r}"
+        return Count(f"{n}*({one})" if n > 1 else one, n * (2 * d * r + r), math.prod(layers))
+
+    def forward(
+        self,
+        leaves: Leaves,
+        point: AttachmentPoint,
+        x: Any,
+        y: Float[Array, "... length d"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "... length d"]:
+        """The output with the edited positions; `x` is not used.
+
+        Raises:
+            RecipeError: the output is not of the call's tokens, or nobody knows which are the last.
+        """
+        chosen, edited = self._chosen(point, y), y
+        keys = [None] * 2 if key is None else jax.random.split(key)
+        for unit, own in zip(self.units, keys, strict=False):  # the last tokens after the first
+            new = dropout(self._edit(leaves, unit, y, point.precision), self.dropout, own)
+            edited = jnp.where(arrays.beside(chosen[unit][..., None], y), new, edited)
+        return edited
+
+    def _chosen(self, point: AttachmentPoint, y: Array) -> dict[str, Bool[Array, "..."]]:
+        """The positions that each unit edits."""
+        where, known = f"LoReFT at {point.path!r}", places()
+        length = y.shape[-2] if y.ndim > 1 else 0
+        if length < 2 and known is False:
+            raise RecipeError(
+                f"{where}: the output is {list(y.shape)}, expected (..., length, d). If it is one "
+                "token, a step of a generation or a whole text, the model has to say which: with "
+                "methods.known_tokens(mask, before=...) or methods.known_tokens()"
+            )
+        if isinstance(known, bool):
+            before = jnp.arange(length)
+            known = Places(jnp.ones(length, bool), before, length - 1 - before)
+        else:
+            real = known.tokens
+            if y.ndim != 3 or real.shape[1] != length or real.shape[0] not in (1, len(y)):
+                raise RecipeError(
+                    f"{where}: the output is {list(y.shape)}, and the call has {list(real.shape)} "
+                    "tokens; target modules that return an array of (batch, length, d)"
+                )
+        if known.after is None and self.suffix_positions:
+            raise RecipeError(
+                f"{where}: suffix_positions={self.suffix_positions} in a pass with a cache, where "
+                "the last tokens are not known yet; call the model on whole texts, or train with "
+                "prefix_positions alone"
+            )
+        first = last = known.tokens & (known.before < self.prefix_positions)
+        if known.after is not None:
+            last = known.tokens & (known.after < self.suffix_positions)
+        return {"prefix": first, "suffix": last, "both": first | last}
+
+    def _edit(self, leaves: Leaves, unit: str, y: Array, precision: Any) -> Array:
+        """y with the edit at all positions."""
+        kernel, bias, turned = (leaves[f"{unit}/{part}"] for part in PARTS)
+        turned = orthonormal(turned) if self.orthogonal else turned
+        kernel, bias, turned = (x.astype(y.dtype) for x in (kernel, bias, turned))
+        source = arrays.add_last(jnp.matmul(y, kernel, precision=precision), bias)
+        source = ACTIVATIONS[self.activation](source)
+        if self.subtract:
+            source = source - jnp.matmul(y, turned, precision=precision)
+        return y + jnp.matmul(source, turned.T, precision=precision)
+
+    def size(self, leaves: Leaves) -> int:
+        """The rank."""
+        return leaves[f"{self.units[0]}/bias"].shape[-1]
+
+    def neutral(self, leaves: Leaves) -> dict[str, Array]:
+        """Zeros, of which R is zero."""
+        return zeros_like(leaves)
+
+
+def orthonormal(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
+    """The Q of `matrix = Q U` with orthonormal columns and U triangular, above 0 in its diagonal.
+
+    Columns of zeros stay, so that a bank can pad with them.
+
+    Example:
+        >>> orthonormal(jnp.array([[2.0, 1.0], [0.0, -3.0], [0.0, 0.0]])).tolist()
+        [[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
+    """
+    columns = matrix.astype(jnp.float32)
+    squares = jnp.square(columns).sum(0)
+    empty = squares == 0.0
+    columns = columns * jax.lax.rsqrt(jnp.where(empty, 1.0, squares))[None]
+    # By Cholesky factors, since LAPACK's Q of a column of zeros is no zero, and its derivative NaN.
+    # Twice, since once is as far from orthonormal as the square of the condition number.
+    for _ in range(2):
+        gram = jnp.matmul(columns.T, columns, precision="highest") + jnp.diag(empty * 1.0)
+        columns = solve_triangular(jnp.linalg.cholesky(gram), columns.T, lower=True).T
+    return columns

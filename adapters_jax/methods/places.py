@@ -1,0 +1,92 @@
+"""Places: which positions of a call are tokens, and how many of their text are around each one.
+
+A method on an output sees an array of positions, and neither padding, nor texts packed into a row,
+nor what a cache holds. Models say it around their layers: `with known_tokens(mask): ...`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Num
+
+Counts = Int[Array, "#batch length"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of the positions of a call.
+
+    Attributes:
+        tokens: which positions are tokens.
+        before: how many tokens of its text come before each position.
+        after: how many come after it; None where a cache goes on, so that nobody knows.
+    """
+
+    tokens: Bool[Array, "#batch length"]
+    before: Counts
+    after: Counts | None
+
+
+# Between a model's call and the methods in it lie modules of others, whose calls take no argument
+# of ours. True: what positions the arrays have are the places.
+_PLACES: ContextVar[Places | bool] = ContextVar("places", default=False)
+
+
+def places() -> Places | bool:
+    """What is said of the call: True for arrays that are whole texts, False where nothing is."""
+    return _PLACES.get()
+
+
+@contextlib.contextmanager
+def known_tokens(
+    mask: Num[Array, "batch length"] | None = None,
+    segments: Int[Array, "batch length"] | None = None,
+    *,
+    before: Counts | None = None,
+) -> Iterator[None]:
+    """What the methods in the body know of the positions of their arrays.
+
+    Enter it in the function that jax compiles, as its arrays are part of the program.
+
+    Args:
+        mask: 1 for tokens and 0 for padding, on either side; None: all are tokens.
+        segments: the number of each position's text, where a row has several.
+        before: in a pass that a cache goes before or after, the number of tokens before each one.
+
+    Example:
+        >>> with known_tokens(jnp.array([[0, 1, 1, 1]])):
+        ...     places().before.tolist(), places().after.tolist()
+        ([[0, 0, 1, 2]], [[3, 2, 1, 0]])
+    """
+    found: Places | bool = True
+    given = next((x for x in (mask, segments, before) if x is not None), None)
+    if given is not None:
+        real = jnp.ones(given.shape, bool) if mask is None else mask != 0
+        if before is not None:
+            found = Places(real, before, None)
+        else:
+            found = Places(real, _before(real, segments), _after(real, segments))
+    token = _PLACES.set(found)
+    try:
+        yield
+    finally:
+        _PLACES.reset(token)
+
+
+def _before(real: Bool[Array, "batch length"], segments: Array | None) -> Counts:
+    """How many tokens of the same text come before each position."""
+    counts = real.cumsum(1, dtype=jnp.int32) - real
+    if segments is None:
+        return counts
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return counts - jax.lax.cummax(jnp.where(begins, counts, 0), axis=1)
+
+
+def _after(real: Bool[Array, "batch length"], segments: Array | None) -> Counts:
+    """How many tokens of the same text come after each position."""
+    mirrored = None if segments is None else segments[:, ::-1]
+    return _before(real[:, ::-1], mirrored)[:, ::-1]
