@@ -50,6 +50,7 @@ from adapters_jax.linen import init_adapters as init_adapters
 from adapters_jax.methods.calibration import Calibration as Calibration
 from adapters_jax.methods import (
     IA3 as IA3,
+    AdaLoRA as AdaLoRA,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
     Count as Count,
@@ -84,6 +85,10 @@ from adapters_jax.suggesting import Suggestion as Suggestion, suggest as suggest
 from adapters_jax.trace.inputs import inputs as inputs
 from adapters_jax.trace.registry import register_attention as register_attention
 from adapters_jax.training import losses as losses
+from adapters_jax.training.adalora import (
+    adalora_budget as adalora_budget,
+    orthogonality as orthogonality,
+)
 from adapters_jax.training.optimizers import freeze_base as freeze_base, lora_plus as lora_plus
 from adapters_jax.training.state import TrainState as TrainState
 from adapters_jax.training.step import (

@@ -11,6 +11,7 @@ A new method is one file and one line here. For methods of other packages:
 """
 
 from adapters_jax.methods import arrays, settings
+from adapters_jax.methods.adalora import AdaLoRA
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.dora import DoRA
@@ -34,6 +35,7 @@ for _method in (
     Bottleneck,
     LoRA,
     DoRA,
+    AdaLoRA,
     LoHa,
     LoKr,
     OFT,
@@ -50,6 +52,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "RANK",
+    "AdaLoRA",
     "Added",
     "AttachmentPoint",
     "Axes",

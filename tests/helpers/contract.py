@@ -57,6 +57,11 @@ CASES = {
         2 * R * (D + HIDDEN) + D + HIDDEN,
         away=1e-5,
     ),
+    "adalora": Case(
+        "mlp",
+        aj.Recipe(aj.AdaLoRA("**/mlp/{up,output}", R, 6.0)),
+        2 * R * (D + HIDDEN) + 2 * R,
+    ),
     "pissa": Case(
         "attention",
         aj.Recipe(aj.LoRA("**/attention/{query,out}", R, 6.0, a_init="pissa")),
