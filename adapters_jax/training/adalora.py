@@ -26,14 +26,14 @@ class BudgetState(NamedTuple):
     """The state of `adalora_budget`.
 
     Attributes:
-        count: the number of steps made.
+        steps: the number of steps made.
         inner: the optimiser's own state.
         sensitivity: averages of |w dL/dw|, of AdaLoRA's leaves by path.
         uncertainty: averages of how far it is from its average.
         kept: which entries of l the final budget keeps, by path.
     """
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     inner: optax.OptState
     sensitivity: Tree
     uncertainty: Tree
@@ -98,12 +98,12 @@ def adalora_budget(
     sizes = {"total_steps": total_steps, "target_rank": target_rank, "every": every}
     for name, value in sizes.items():
         check_size("adalora_budget", name, value)
-    rest = {"initial_steps": initial_steps, "final_steps": final_steps}
-    for name, value in rest.items():
-        if type(value) is not int or value < 0:
-            raise UserError(f"adalora_budget: {name}={value!r}, expected a whole number, or 0")
-    for name, value in {"beta1": beta1, "beta2": beta2}.items():
-        check_number("adalora_budget", name, value, high=1.0, closed=True)
+    stages = {"initial_steps": initial_steps, "final_steps": final_steps}
+    for name, count in stages.items():
+        if type(count) is not int or count < 0:
+            raise UserError(f"adalora_budget: {name}={count!r}, expected a whole number, or 0")
+    for name, beta in {"beta1": beta1, "beta2": beta2}.items():
+        check_number("adalora_budget", name, beta, high=1.0, closed=True)
     last = total_steps - final_steps  # the step of the last cut
     if max(initial_steps, 1) >= last:  # the first step has nothing to rank by before it
         raise UserError(
@@ -114,16 +114,16 @@ def adalora_budget(
 
     def init(params: Tree) -> BudgetState:
         own = leaves_of(recipe, params)
-        modules = sum(x.size // x.shape[-1] for x in _numbers(own).values())
-        if target_rank * modules > sum(x.size for x in _numbers(own).values()):
+        numbers = _numbers(own)
+        triplets, modules = _sizes(numbers)
+        if target_rank * modules > triplets:
             raise UserError(
                 f"adalora_budget: target_rank={target_rank} is above the mean rank of AdaLoRA at "
-                f"the start, {sum(x.size for x in _numbers(own).values()) / modules:g}; lower it, "
-                "or raise AdaLoRA's rank"
+                f"the start, {triplets / modules:g}; lower it, or raise AdaLoRA's rank"
             )
-        averages = [unflatten({p: jnp.zeros_like(x) for p, x in own.items()}) for _ in range(2)]
-        kept = unflatten({p: jnp.ones(x.shape, bool) for p, x in _numbers(own).items()})
-        return BudgetState(jnp.zeros((), jnp.int32), tx.init(params), *averages, kept)
+        zeros = [unflatten({p: jnp.zeros_like(x) for p, x in own.items()}) for _ in range(2)]
+        kept = unflatten({path: jnp.ones(x.shape, bool) for path, x in numbers.items()})
+        return BudgetState(jnp.zeros((), jnp.int32), tx.init(params), zeros[0], zeros[1], kept)
 
     def update(
         grads: Tree, state: BudgetState, params: Tree | None = None, **extra: Any
@@ -133,7 +133,7 @@ def adalora_budget(
                 "adalora_budget: update got no params; write tx.update(grads, s, params)"
             )
         updates, inner = tx.update(grads, state.inner, params, **extra)
-        step = state.count + 1
+        step = state.steps + 1
         after = leaves_of(recipe, optax.apply_updates(params, updates))
         slopes = leaves_of(recipe, grads)
         averages = flatten(state.sensitivity), flatten(state.uncertainty)
@@ -156,8 +156,9 @@ def adalora_budget(
             return jnp.where(now_kept[path], update, -value) if path in now_kept else update
 
         updates = jax.tree_util.tree_map_with_path(cut, updates, params)
-        trees = (unflatten(each) for each in (smooth, doubt, kept))
-        return updates, BudgetState(step, inner, *trees)
+        return updates, BudgetState(
+            step, inner, unflatten(smooth), unflatten(doubt), unflatten(kept)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -186,6 +187,14 @@ def _numbers(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {path: x for path, x in leaves.items() if path.rpartition("/")[2] == "lambda"}
 
 
+def _sizes(numbers: Mapping[str, Any]) -> tuple[int, int]:
+    """How many entries all l have, and of how many modules, layers and experts they are."""
+    return (
+        sum(x.size for x in numbers.values()),
+        sum(x.size // x.shape[-1] for x in numbers.values()),
+    )
+
+
 def _scores(entries: Mapping[str, Array]) -> dict[str, Array]:
     """The importance of each entry of l, from that of every number of the leaves."""
     scores = {}
@@ -199,8 +208,8 @@ def _scores(entries: Mapping[str, Array]) -> dict[str, Array]:
 
 def _cuts(scores: Mapping[str, Array], target: int, first: int, last: int) -> Array:
     """For each entry that goes in the end, the step from which one more of them is out."""
-    whole = sum(x.size for x in scores.values())
-    goal = target * sum(x.size // x.shape[-1] for x in scores.values())
+    whole, modules = _sizes(scores)
+    goal = target * modules
     # In Python's floats, as in the authors' code: float32 would round some budgets up.
     steps = range(first + 1, last + 1)
     parts = ((1 - (step - first) / (last - first)) ** 3 for step in steps)

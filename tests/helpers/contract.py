@@ -59,7 +59,7 @@ CASES = {
     ),
     "adalora": Case(
         "mlp",
-        aj.Recipe(aj.AdaLoRA("**/mlp/{up,output}", R, 6.0)),
+        aj.Recipe(aj.AdaLoRA("**/mlp/{up,output}", R, 60.0)),
         2 * R * (D + HIDDEN) + 2 * R,
     ),
     "pissa": Case(
