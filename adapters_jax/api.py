@@ -60,6 +60,7 @@ from adapters_jax.methods import (
     LoRA as LoRA,
     Method as Method,
     PrefixTuning as PrefixTuning,
+    PromptTuning as PromptTuning,
     Unfreeze as Unfreeze,
     bottleneck_parameters as bottleneck_parameters,
     llama_adapter_parameters as llama_adapter_parameters,
@@ -103,6 +104,10 @@ from adapters_jax.transforms.bank import Bank as Bank
 from adapters_jax.transforms.calibrate import calibrate as calibrate, eva_ranks as eva_ranks
 from adapters_jax.transforms.combine import Combined as Combined, combine as combine
 from adapters_jax.transforms.merge import merge as merge, unmerge as unmerge
+from adapters_jax.transforms.prompting import (
+    start_prompt as start_prompt,
+    with_prompt as with_prompt,
+)
 from adapters_jax.transforms.quantize import dequantize as dequantize, quantize as quantize
 from adapters_jax.transforms.stacking import (
     Stack as Stack,

@@ -24,6 +24,7 @@ from adapters_jax.methods.lora import LoRA, lora_parameters
 from adapters_jax.methods.oft import OFT
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
+from adapters_jax.methods.prompt_tuning import PromptTuning
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.methods.vera import VeRA
@@ -43,6 +44,7 @@ for _method in (
     IA3,
     LlamaAdapter,
     PrefixTuning,
+    PromptTuning,
     Unfreeze,
 ):
     register_method(_method)
@@ -71,6 +73,7 @@ __all__ = [
     "Method",
     "PrefixTuning",
     "Prompt",
+    "PromptTuning",
     "Scale",
     "Turned",
     "Unfreeze",

@@ -106,6 +106,9 @@ CASES = {
         2 * K * D,
         away=1.0,
     ),
+    "prompt_tuning": Case(  # of a token that the batch has
+        "mlp", aj.Recipe(aj.PromptTuning("embed", K, placeholder=1)), 0, once=K * D, away=10.0
+    ),
     "unfreeze": Case("mlp", aj.Recipe(aj.Unfreeze("**/bias")), 0, unfrozen=HIDDEN + D),
     "together": Case(
         "mlp",

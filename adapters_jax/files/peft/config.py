@@ -95,6 +95,7 @@ class Kind:
         trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
             well as modules, or "norms" and heads.
         shared: our names of tensors that are of no module, by their keys.
+        root: begins the keys of tensors of modules.
     """
 
     reader: str
@@ -104,6 +105,7 @@ class Kind:
     rules: Mapping[str, Rule]
     trains: str
     shared: Mapping[str, str] = field(default_factory=dict)
+    root: str = ROOT
 
 
 def _is_masks(found: Any) -> bool:
@@ -242,6 +244,23 @@ KINDS = {
             "layers_pattern": plain_names(str, list),
         },
         trains="modules",
+    ),
+    "PROMPT_TUNING": Kind(
+        *("prompt_tuning", "prompt_tuning", ("prompt_tuning",)),
+        leaves={},
+        rules={
+            "num_virtual_tokens": whole(1),
+            "num_transformer_submodules": one_of(1),
+            **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), whole(1)),
+            "modules_to_save": plain_names(list),
+            **dict.fromkeys(
+                ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), of(str)
+            ),
+            "tokenizer_kwargs": of(dict),
+        },
+        trains="modules",
+        shared={"prompt_embeddings": "embedding"},
+        root="base_model.",
     ),
     "LN_TUNING": Kind(
         *("trained", "trained", ()),
