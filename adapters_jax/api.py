@@ -69,6 +69,7 @@ from adapters_jax.methods import (
     register_method as register_method,
 )
 from adapters_jax.presets import (
+    adalora as adalora,
     bitfit as bitfit,
     full as full,
     houlsby as houlsby,
@@ -80,6 +81,7 @@ from adapters_jax.presets import (
     parallel as parallel,
     pfeiffer as pfeiffer,
     prefix_tuning as prefix_tuning,
+    prompt_tuning as prompt_tuning,
 )
 from adapters_jax.recipe import Recipe as Recipe
 from adapters_jax.suggesting import Suggestion as Suggestion, suggest as suggest

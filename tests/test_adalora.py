@@ -1,5 +1,7 @@
 """AdaLoRA: its change and its penalty by hand, and its budget against the paper's algorithm."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,18 @@ from flax import nnx
 from helpers.arrays import double, drawn
 from helpers.contract import APIS, CASES, ids
 from helpers.errors import raises
+from helpers.finished import MEANINGS, REVIEWS, decoder_run, encoder_run
 from test_checkpoint import bits
 from test_peft import base_of
 
 import adapters_jax as aj
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.testing.contract import VARIANTS
 from adapters_jax.trees import flatten, unflatten
 
@@ -349,3 +357,40 @@ def test_gpt2s_fused_projection_gets_it_as_lora(tmp_path):
     again = aj.load_adapter(native, model, example_inputs=tuple(inputs.values()))
     np.testing.assert_allclose(again(**inputs), own(**inputs), atol=1e-4)
     assert np.abs(model(**inputs) - own(**inputs)).max() > 0.05
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("make", [encoder_run, decoder_run])
+def test_a_run_ends_with_the_budget_of_its_flags(make, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {encoder_run: REVIEWS, decoder_run: f"{MEANINGS} --exact-match 0"}[make]
+    make()  # writes the files
+    flags = "--method adalora --rank 4 --target-rank 2 --epochs 3 --batch-size 8 --name trained"
+    assert main(["finetune", *files.split(), *flags.split()]) == 0
+    recipe, adapters = aj.read_adapter("runs/trained/adapter")
+    assert [method.rank for method in recipe.attached] == [4]
+    numbers = [x for path, x in flatten(adapters).items() if path.endswith("/lambda")]
+    left = sum(int((np.asarray(x) != 0).sum()) for x in numbers)
+    assert left == 2 * sum(x.size // 4 for x in map(np.asarray, numbers))
+    assert main(["convert", "runs/trained", "converted", "--to", "peft"]) == 0
+
+
+def test_flags_of_a_budget_need_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    encoder_run()
+    flags = f"{REVIEWS} --method lora --target-rank 2 --name other"
+    with raises(aj.UserError, "--target-rank", "lora"):
+        parse(Finetune, flags.split()).prepare(Console(json=True))
+
+
+def test_the_penalty_is_in_the_loss_of_a_run():
+    options = OptimizerOptions(learning_rate=1e-2, orthogonality=0.25)
+    problem = SimpleNamespace(recipe=RECIPE, loss=lambda *_: (2.0, {"accuracy": 1.0}))
+    params = unflatten(tree(1))
+    loss, metrics = options.loss_of(problem)(params, None, None)
+    np.testing.assert_allclose(loss, 2.0 + 0.25 * aj.orthogonality(params, RECIPE), rtol=1e-6)
+    assert metrics == {"accuracy": 1.0}
+    without = SimpleNamespace(recipe=aj.lora(), loss=problem.loss)
+    assert options.loss_of(without) is problem.loss

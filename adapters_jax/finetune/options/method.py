@@ -73,12 +73,14 @@ _PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
+_ADALORA = tuple(name for name in _LORA if name not in ("a_init", "dora", "bias"))
 
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
     "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
     "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
+    "adalora": Preset(_published("adalora"), _ADALORA, 2e-3),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
@@ -116,7 +118,7 @@ class MethodOptions:
             initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
-        rank: r of LoRA; 8 by default.
+        rank: r of LoRA; 8 by default, and 12 at the start of adalora.
         alpha: LoRA scales by alpha / r; the rank by default.
         a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
             which take A and B out of the weight.
@@ -251,6 +253,11 @@ class MethodOptions:
 
 def _startable(recipe: Recipe) -> Recipe:
     """The recipe; raises UserError for a start that no command makes, and that would not train."""
+    if any(method.kind == "prompt_tuning" for method in recipe.attached):
+        raise UserError(
+            "PromptTuning needs placeholders in front of rows, by aj.with_prompt, which commands "
+            "do not put there; write --method prefix-tuning or llama-adapter, or train in Python"
+        )
     for start in (getattr(method, "a_init", "") for method in recipe.attached):
         if start == "eva" or start.startswith("loftq"):
             raise UserError(

@@ -21,7 +21,7 @@ from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.pretrained.record import OF_BASE, BaseRecord, changes, with_changes
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
-from adapters_jax.methods import LoRA
+from adapters_jax.methods import AdaLoRA, LoRA
 from adapters_jax.recipe import Recipe, as_compared
 
 _TURNS = ("assistant", "last", "all")  # the values of --turns, which was --loss
@@ -39,6 +39,10 @@ def shared_config(
     if training.lora_plus not in (None, 1.0) and not any(isinstance(m, LoRA) for m in recipe):
         raise UserError(
             f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
+        )
+    if training.target_rank and not any(isinstance(m, AdaLoRA) for m in recipe):
+        raise UserError(
+            f"--target-rank: for adalora, and {options.method.title} has no budget; leave it out"
         )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
     path = Path(options.model)
