@@ -114,7 +114,7 @@ def test_for_people_there_are_tables_and_with_a_name_methods(capsys):
     assert main(["models", "mixtral"]) == 0
     printed = capsys.readouterr().out
     assert "mistralai/Mixtral-8x7B-v0.1" in printed and "46,702,792,704" in printed
-    assert "mixtral: parallel, lora, llama-adapter" in printed
+    assert "mixtral: parallel, lora, adalora, llama-adapter" in printed
     assert main(["models"]) == 0
     assert "google/vit-large-patch16-224" in capsys.readouterr().out
 

@@ -22,6 +22,8 @@ PRESETS = {
     "pfeiffer": aj.pfeiffer(dropout=0.1),
     "parallel": aj.parallel(8, init_std=1e-3),
     "lora": aj.lora(4, 16.0, rank_stabilized=True, rank_pattern={"layer_0/**": 2}),
+    "adalora": aj.adalora(4, 16.0, dropout=0.1),
+    "prompt_tuning": aj.prompt_tuning(4, placeholder=7, head="head"),
     "bitfit": aj.bitfit(head="head"),
     "layer_norms": aj.layer_norms(head="head"),
     "last_layers": aj.last_layers(2, 12),
@@ -64,9 +66,11 @@ OTHER = {
         "init_std": 0.5,
     },
     "prefix": {"targets": ("a",), "length": 3, "init_std": 0.0},
+    "prompt_tuning": {"targets": ("a",), "length": 3, "placeholder": 5, "init_std": 0.0},
     "unfreeze": {"targets": ("a/**",)},
 }
 OTHER["dora"] = {**OTHER["lora"], "slices": ()}
+OTHER["adalora"] = {**OTHER["lora"], "a_init": "gaussian"}
 ENTRY = {"name": "first", "train": False}  # of every method that adds leaves
 for added in OTHER.keys() - {"unfreeze"}:
     OTHER[added] |= ENTRY
@@ -185,6 +189,7 @@ def test_any_recipe_round_trips_through_json():
 
 
 BUILT_IN = ("bottleneck", "lora", "dora", "ia3", "llama_adapter", "prefix", "unfreeze")
+BUILT_IN += ("adalora", "prompt_tuning")
 
 
 def as_json(**row):

@@ -25,6 +25,7 @@ SIZES = {
     "pfeiffer": "bottleneck_dim",
     "parallel": "bottleneck_dim",
     "lora": "rank",
+    "adalora": "rank",
     "llama-adapter": "prompt_length",
     "prefix-tuning": "prompt_length",
     "last-layers": "layers",

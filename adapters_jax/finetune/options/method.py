@@ -70,18 +70,17 @@ def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fi
 
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
+_ADALORA = (*_ADDED, "rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_pattern")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
-_ADALORA = tuple(name for name in _LORA if name not in ("a_init", "dora", "bias"))
-
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
     "pfeiffer": Preset(_published("pfeiffer"), _BOTTLENECK, 2e-3, paper="2005.00247"),
     "parallel": Preset(_published("parallel"), _BOTTLENECK, 2e-3, paper="2110.04366"),
     "lora": Preset(_published("lora"), _LORA, 2e-3),
-    "adalora": Preset(_published("adalora"), _ADALORA, 2e-3),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
+    "adalora": Preset(_published("adalora"), _ADALORA, 2e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
