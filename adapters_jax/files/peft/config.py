@@ -307,7 +307,7 @@ def config_problems(config: Config) -> list[str]:
         >>> config_problems({"peft_type": "LORA", "r": "4", "use_qalora": True, "new_field": 1})
         ["r='4', expected a whole number", 'use_qalora=True is not supported']
         >>> config_problems({"peft_type": "XLORA"})
-        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3 or LN_TUNING or ...
+        ["peft_type='XLORA', expected LORA or ADALORA or ADAPTION_PROMPT or IA3 or ...
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -162,7 +162,7 @@ def check_same(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of the settings that differ between two configurations of runs.
 
-    A data option at its default is no difference, since newer versions have more of them. Nor is
+    An option at its default is no difference, since newer versions have more of them. Nor is
     `{a,b}` for `{a|b}` in a recipe. What comes of the base is for `changes`.
     """
 
@@ -172,6 +172,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             stored.pop(key, None)
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+        if isinstance(stored.get("optimizer"), dict):
+            stored["optimizer"] = plain(OptimizerOptions()) | stored["optimizer"]
         stored["recipe"] = as_compared(stored.get("recipe"))
         stored["task_type"] = stored.get("task_type") or task_of(stored).name
         return stored
