@@ -51,6 +51,7 @@ from adapters_jax.methods.calibration import Calibration as Calibration
 from adapters_jax.methods import (
     IA3 as IA3,
     OFT as OFT,
+    AdaLoRA as AdaLoRA,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
     Compacter as Compacter,
@@ -64,6 +65,7 @@ from adapters_jax.methods import (
     LoReFT as LoReFT,
     Method as Method,
     PrefixTuning as PrefixTuning,
+    PromptTuning as PromptTuning,
     Unfreeze as Unfreeze,
     average as average,
     batch_split as batch_split,
@@ -78,6 +80,7 @@ from adapters_jax.methods import (
     stack as stack,
 )
 from adapters_jax.presets import (
+    adalora as adalora,
     bitfit as bitfit,
     compacter as compacter,
     full as full,
@@ -95,12 +98,17 @@ from adapters_jax.presets import (
     pfeiffer as pfeiffer,
     prefix_tuning as prefix_tuning,
     vera as vera,
+    prompt_tuning as prompt_tuning,
 )
 from adapters_jax.recipe import Recipe as Recipe
 from adapters_jax.suggesting import Suggestion as Suggestion, suggest as suggest
 from adapters_jax.trace.inputs import inputs as inputs
 from adapters_jax.trace.registry import register_attention as register_attention
 from adapters_jax.training import losses as losses
+from adapters_jax.training.adalora import (
+    adalora_budget as adalora_budget,
+    orthogonality as orthogonality,
+)
 from adapters_jax.training.optimizers import freeze_base as freeze_base, lora_plus as lora_plus
 from adapters_jax.training.state import TrainState as TrainState
 from adapters_jax.training.step import (
@@ -115,6 +123,10 @@ from adapters_jax.transforms.bank import Bank as Bank
 from adapters_jax.transforms.calibrate import calibrate as calibrate, eva_ranks as eva_ranks
 from adapters_jax.transforms.combine import Combined as Combined, combine as combine
 from adapters_jax.transforms.merge import merge as merge, unmerge as unmerge
+from adapters_jax.transforms.prompting import (
+    start_prompt as start_prompt,
+    with_prompt as with_prompt,
+)
 from adapters_jax.transforms.quantize import dequantize as dequantize, quantize as quantize
 from adapters_jax.transforms.stacking import (
     Stack as Stack,

@@ -7,6 +7,7 @@ from adapters_jax.errors import UserError, check_choice, shown
 from adapters_jax.methods import (
     IA3,
     OFT,
+    AdaLoRA,
     Bottleneck,
     Compacter,
     DoRA,
@@ -17,6 +18,7 @@ from adapters_jax.methods import (
     LoReFT,
     Method,
     PrefixTuning,
+    PromptTuning,
     Unfreeze,
     VeRA,
 )
@@ -325,6 +327,35 @@ def vera(
     return _recipe(VeRA(targets, rank, **fields), head=head)
 
 
+def adalora(
+    rank: int = 12,
+    alpha: float | None = None,
+    *,
+    targets: str | tuple[str, ...] = "**/{query,value}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Zhang et al. 2023, arXiv:2303.10512: LoRA whose ranks `adalora_budget` divides.
+
+    Args:
+        rank: r at the start; the paper starts at 1.5 times the rank that it ends with.
+        alpha: the scale is alpha / r; None means alpha = r.
+        targets: patterns of linear layers; the paper adapts all of a block.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `AdaLoRA`.
+
+    Raises:
+        UserError: a field of `AdaLoRA` is out of its range, or `head` is not a text.
+
+    Example:
+        >>> adalora(6)
+        Recipe(
+          AdaLoRA(targets=('**/{query,value}',), rank=6),
+        )
+    """
+    return _recipe(AdaLoRA(targets, rank, alpha, **fields), head=head)
+
+
 def ia3(
     *,
     targets: str | tuple[str, ...] = "**/{key,value}",
@@ -455,6 +486,33 @@ def prefix_tuning(
     """
     chosen = _chosen("prefix_tuning", targets, last, num_layers, layers)
     return _recipe(PrefixTuning(chosen, length, **fields), head=head)
+
+
+def prompt_tuning(
+    length: int = 20,
+    *,
+    targets: str = "{embeddings|**/embeddings/word}",
+    head: str | None = None,
+    **fields: Any,
+) -> Recipe:
+    """Lester et al. 2021, arXiv:2104.08691: trained embeddings before those of the input.
+
+    Args:
+        length: K, tokens of the prompt, whose placeholders `aj.with_prompt` adds to ids.
+        targets: the pattern of the embedding of tokens.
+        head: path of the task's head, which trains whole.
+        **fields: further fields of `PromptTuning`.
+
+    Raises:
+        UserError: a field of `PromptTuning` is out of its range, or `head` is not a text.
+
+    Example:
+        >>> prompt_tuning(8)
+        Recipe(
+          PromptTuning(targets=('{embeddings|**/embeddings/word}',), length=8),
+        )
+    """
+    return _recipe(PromptTuning(targets, length, **fields), head=head)
 
 
 def _chosen(

@@ -68,6 +68,7 @@ def _size(value: Any) -> int | None:
 # Our name for a setting of PEFT, AdapterHub or qwix, and our value for theirs; None if we lack it.
 OURS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "r": ("rank", _same),
+    "init_r": ("rank", _same),
     "lora_alpha": ("alpha", _same),
     "lora_dropout": ("dropout", _same),
     "use_rslora": ("rank_stabilized", _same),
@@ -121,6 +122,12 @@ _SETTINGS = {
         "attn_matrices selfattn_lora intermediate_lora output_lora"
     ),
     "targets may be paths of weights, '**/experts/up'": "target_parameters",
+    "aj.adalora_budget around the optimiser has target_rank, total_steps, initial_steps, "
+    "final_steps, every, beta1 and beta2": ("target_r total_step tinit tfinal deltaT beta1 beta2"),
+    "aj.orthogonality(params, recipe) is added to the loss": "orth_reg_weight",
+    "aj.start_prompt(params, recipe, ids) starts a prompt from tokens": (
+        "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
+    ),
     "aj.llama_adapter(last=...) says how many layers have prompts": "adapter_layers",
     _TASK: "task_type",
     "the class is the method": "peft_type",
@@ -160,7 +167,8 @@ _SENTENCES = {
     "write aj.layer_norms()": "LNTuningConfig LayerNormTuningConfig",
     "write aj.llama_adapter(10)": "AdaptionPromptConfig",
     "write aj.prefix_tuning(20)": "PrefixTuningConfig",
-    "there is no prompt tuning; aj.prefix_tuning(20) is the nearest method": "PromptTuningConfig",
+    "write aj.prompt_tuning(20), and aj.with_prompt(recipe, ids)": "PromptTuningConfig",
+    "write aj.adalora(12), and aj.adalora_budget around the optimiser": "AdaLoraConfig",
     "write aj.houlsby(), aj.pfeiffer() or aj.parallel(), or aj.Bottleneck(targets, m)": (
         "BnConfig SeqBnConfig DoubleSeqBnConfig ParBnConfig HoulsbyConfig PfeifferConfig"
     ),
@@ -172,7 +180,7 @@ _SENTENCES = {
         "ReftConfig LoReftConfig NoReftConfig DiReftConfig"
     ),
     "this library does not have that method; adapters-jax methods lists those that it has": (
-        "AdaLoraConfig AdamssConfig ArrowConfig BOFTConfig BdLoraConfig BeftConfig BoneConfig "
+        "AdamssConfig ArrowConfig BOFTConfig BdLoraConfig BeftConfig BoneConfig "
         "C3AConfig CPTConfig CartridgeConfig DeftConfig DeloraConfig "
         "FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig KasaConfig "
         "LilyConfig MissConfig MontecloraConfig MultitaskPromptTuningConfig "

@@ -78,6 +78,13 @@ ENTRIES = {
         ("loreft",),
     ),
     "lora": Entry("`W + (alpha / r) A B`", "r(in + out)", "Hu et al. 2021", aj.lora, ("lora",)),
+    "adalora": Entry(
+        "`W + (alpha / r) A diag(l) B`, with a rank for each module in the end",
+        "r(in + out) + r",
+        "Zhang et al. 2023",
+        aj.adalora,
+        ("adalora",),
+    ),
     "dora": Entry(
         "LoRA, and a trained norm for every output",
         "r(in + out) + out",
@@ -127,6 +134,13 @@ ENTRIES = {
         "Li and Liang 2021",
         aj.prefix_tuning,
         ("prefix_tuning",),
+    ),
+    "prompt_tuning": Entry(
+        "trained embeddings before the input's",
+        "Kd",
+        "Lester et al. 2021",
+        aj.prompt_tuning,
+        ("prompt_tuning",),
     ),
     "unfreeze": Entry(
         "trains the base's own parameters",

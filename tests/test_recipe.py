@@ -28,6 +28,8 @@ PRESETS = {
     "lokr": aj.lokr(4, 16.0, both=True),
     "oft": aj.oft(16, share=True),
     "vera": aj.vera(64, dropout=0.1, head="head"),
+    "adalora": aj.adalora(4, 16.0, dropout=0.1),
+    "prompt_tuning": aj.prompt_tuning(4, placeholder=7, head="head"),
     "bitfit": aj.bitfit(head="head"),
     "layer_norms": aj.layer_norms(head="head"),
     "last_layers": aj.last_layers(2, 12),
@@ -90,6 +92,7 @@ OTHER = {
         "activation": "silu",
         "init_std": 0.5,
     },
+    "prompt_tuning": {"targets": ("a",), "length": 3, "placeholder": 5, "init_std": 0.0},
     "unfreeze": {"targets": ("a/**",)},
 }
 OTHER["compacter"] = OTHER["bottleneck"] | {
@@ -98,6 +101,8 @@ OTHER["compacter"] = OTHER["bottleneck"] | {
 }
 OTHER["dora"] = {**OTHER["lora"], "slices": ()}
 OTHER["lokr"] = {**OTHER["loha"], "factor": 4, "full": True, "both": True}
+OTHER["adalora"] = {**OTHER["lora"], "a_init": "gaussian"}
+ONE_VALUE = {("dora", "slices"), ("adalora", "a_init")}  # they take their default alone
 ENTRY = {"name": "first", "train": False}  # of every method that adds leaves
 for added in OTHER.keys() - {"unfreeze"}:
     OTHER[added] |= ENTRY
@@ -147,7 +152,7 @@ def test_presets_round_trip_through_json(preset):
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [(m, f) for m in OTHER for f in OTHER[m] if (m, f) != ("dora", "slices")]
+    ("name", "field"), [(m, f) for m in OTHER for f in OTHER[m] if (m, f) not in ONE_VALUE]
 )
 def test_every_field_round_trips_and_counts_for_equality(name, field):
     cls = METHODS[name]
@@ -219,6 +224,7 @@ def test_any_recipe_round_trips_through_json():
 
 BUILT_IN = ("bottleneck", "lora", "dora", "loha", "lokr", "oft", "vera", "ia3", "llama_adapter")
 BUILT_IN += ("prefix", "unfreeze")
+BUILT_IN += ("adalora", "prompt_tuning")
 
 
 def as_json(**row):

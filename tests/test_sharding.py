@@ -35,6 +35,7 @@ SOME = [
     ("nnx", "lora_embed", "plain", "data=8"),
     ("linen", "llama_adapter", "plain", "data=8"),
     ("nnx", "dora", "plain", "fsdp=8"),
+    ("linen", "adalora", "plain", "data=2,model=4"),
     ("linen", "ia3", "plain", "data=2,fsdp=2,model=2"),
 ]
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, first_few, shown
+from adapters_jax.files.folding import folded_into_lora
 from adapters_jax.files.layouts import (
     WHOLE,
     Array,
@@ -312,9 +313,13 @@ def as_in_model(
 def as_in_file(
     recipe: Recipe | Method, leaves: Mapping[str, Array], module_map: ModuleMap
 ) -> tuple[Recipe, Leaves]:
-    """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base."""
+    """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base.
+
+    What has the change of a LoRA is that LoRA.
+    """
+    recipe, leaves = folded_into_lora(Recipe(recipe), leaves)
     if not module_map.scanned or module_map.table is None:
-        return Recipe(recipe), dict(leaves)
+        return recipe, dict(leaves)
     unrolled, tree = unstack_layers((recipe, unflatten(leaves)), module_map.table)
     return unrolled, flatten(tree)
 

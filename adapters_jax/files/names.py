@@ -117,6 +117,8 @@ class NameTable:
         since_5: names of modules in transformers 4, and in the models of transformers 5, with `{}`
             for a number; the first pair that begins a name counts. `rules` have those of 4, which
             checkpoints of both have. Files of adapters and checkpoints are read with either.
+        scales_embedding: whether transformers' model multiplies what its embedding of tokens
+            returns, behind it or in it by its version.
         transformers: the version of transformers whose model adapters are written for. None means
             the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
             of 4 PEFT reads with either.
@@ -138,6 +140,7 @@ class NameTable:
     held_twice: tuple[str, ...] = ()
     stacked: tuple[ParameterRule, ...] = ()
     since_5: tuple[tuple[str, str], ...] = ()
+    scales_embedding: bool = False
     transformers: int | None = None
 
     def parameter(

@@ -12,6 +12,7 @@ A new method is one file and one line here. For methods of other packages:
 """
 
 from adapters_jax.methods import arrays, settings
+from adapters_jax.methods.adalora import AdaLoRA
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.compacter import Compacter
@@ -40,6 +41,7 @@ from adapters_jax.methods.oft import OFT
 from adapters_jax.methods.places import known_tokens
 from adapters_jax.methods.prefix import PrefixTuning, prefix_parameters
 from adapters_jax.methods.prompt import Prompt
+from adapters_jax.methods.prompt_tuning import PromptTuning
 from adapters_jax.methods.registry import METHODS, method_named, register_method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.methods.vera import VeRA
@@ -52,6 +54,7 @@ for _method in (
     Compacter,
     LoRA,
     DoRA,
+    AdaLoRA,
     LoHa,
     LoKr,
     OFT,
@@ -66,6 +69,7 @@ for _method in (
     Split,
     BatchSplit,
     Fusion,
+    PromptTuning,
     Unfreeze,
 ):
     register_method(_method)
@@ -75,6 +79,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "RANK",
+    "AdaLoRA",
     "Added",
     "AttachmentPoint",
     "Averaged",
@@ -99,6 +104,7 @@ __all__ = [
     "Method",
     "PrefixTuning",
     "Prompt",
+    "PromptTuning",
     "Rotation",
     "Scale",
     "Split",

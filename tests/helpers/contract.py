@@ -70,6 +70,11 @@ CASES = {
         2 * R * (D + HIDDEN) + D + HIDDEN,
         away=1e-5,
     ),
+    "adalora": Case(
+        "mlp",
+        aj.Recipe(aj.AdaLoRA("**/mlp/{up,output}", R, 60.0)),
+        2 * R * (D + HIDDEN) + 2 * R,
+    ),
     "pissa": Case(
         "attention",
         aj.Recipe(aj.LoRA("**/attention/{query,out}", R, 6.0, a_init="pissa")),
@@ -119,6 +124,9 @@ CASES = {
         aj.Recipe(aj.PrefixTuning("**/attention", K)),
         2 * K * D,
         away=1.0,
+    ),
+    "prompt_tuning": Case(  # of a token that the batch has
+        "mlp", aj.Recipe(aj.PromptTuning("embed", K, placeholder=1)), 0, once=K * D, away=10.0
     ),
     "unfreeze": Case("mlp", aj.Recipe(aj.Unfreeze("**/bias")), 0, unfrozen=HIDDEN + D),
     "together": Case(

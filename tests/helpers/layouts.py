@@ -22,7 +22,10 @@ def train(api, case, variant, layout, small=0):
     from helpers.contract import APIS, CASES, VARIANTS, ids
 
     subject = APIS[api](CASES[case], **VARIANTS[variant])
-    state, batch = subject.state(optax.adam(1e-2)), np.asarray(ids(shape=(8, 6)))
+    tx, budget = optax.adam(1e-2), {"total_steps": STEPS, "target_rank": 1, "final_steps": 4}
+    if case == "adalora":
+        tx = aj.adalora_budget(tx, CASES[case].recipe, **budget)
+    state, batch = subject.state(tx), np.asarray(ids(shape=(8, 6)))
     if layout:
         mesh = make_mesh(layout)
         state, batch = shard(state, mesh, small=small), shard_batch(batch, mesh)

@@ -18,7 +18,14 @@ from adapters_jax.files.peft.trained import NORM
 # What decides how factors act, where no pattern does.
 _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
-    *("adapter_len", "adapter_layers", "decompose_both", "decompose_factor", "coft"),
+    *(
+        "adapter_len",
+        "adapter_layers",
+        "num_virtual_tokens",
+        "decompose_both",
+        "decompose_factor",
+        "coft",
+    ),
     *("use_effective_conv2d", "oft_block_size", "block_share", "use_cayley_neumann"),
     "num_cayley_neumann_terms",
 )
@@ -46,7 +53,9 @@ def differences(
         for field in _ACTING
         if config.get(field) != written.get(field)
     ]
-    if config["peft_type"] == "ADAPTION_PROMPT":
+    if config["peft_type"] == "PROMPT_TUNING" and not config.get("task_type"):
+        problems.append("PEFT applies a prompt only with a task_type, such as 'CAUSAL_LM'; give it")
+    if config["peft_type"] in ("ADAPTION_PROMPT", "PROMPT_TUNING"):
         return problems
     if config["target_modules"] in (None, "all-linear"):
         return [*problems, "target_modules has to name modules or parts of names; leave it out"]

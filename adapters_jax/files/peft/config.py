@@ -67,6 +67,7 @@ _CLASSES = {
 }
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
 DEFAULTS |= {"alpha": 8, "decompose_factor": -1}  # of LoHa and LoKr
+DEFAULTS |= {"init_r": 12}  # of AdaLoRA
 DEFAULTS |= {"d_initial": 0.1, "vera_dropout": 0.0}
 DEFAULTS |= {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
 
@@ -94,6 +95,7 @@ class Kind:
         trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
             well as modules, or "norms" and heads.
         shared: our names of tensors that are of no module, by their keys.
+        root: begins the keys of tensors of modules.
     """
 
     reader: str
@@ -103,6 +105,14 @@ class Kind:
     rules: Mapping[str, Rule]
     trains: str
     shared: Mapping[str, str] = field(default_factory=dict)
+    root: str = ROOT
+
+
+def _is_masks(found: Any) -> bool:
+    """Whether a value has a list of flags for each of its names."""
+    return isinstance(found, dict) and all(
+        isinstance(own, list) and all(isinstance(x, bool) for x in own) for own in found.values()
+    )
 
 
 _NUMBER = rule(lambda n: is_number(n) and n >= 0, "a number")
@@ -146,6 +156,26 @@ KINDS = {
             "lora_bias": of(bool),
             "eva_config": of(dict),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
+            "bias": one_of("none", "all", "lora_only"),
+        },
+        trains="biases",
+    ),
+    "ADALORA": Kind(
+        *("adalora", "lora_writing", ()),  # ours is written as LORA
+        leaves={"lora_A": "a", "lora_E": "lambda", "lora_B": "b"},
+        rules={
+            **_MODULES,
+            **dict.fromkeys(("init_r", "r", "target_r", "deltaT", "total_step"), whole()),
+            **dict.fromkeys(("tinit", "tfinal"), whole(0)),
+            **dict.fromkeys(("beta1", "beta2", "orth_reg_weight", "lora_dropout"), _NUMBER),
+            "lora_alpha": rule(lambda n: is_number(n) and n > 0, "a number above 0"),
+            "rank_pattern": rule(_is_masks, "lists of true and false"),
+            "layers_to_transform": of(int, list),
+            "layers_pattern": plain_names(str, list),
+            **dict.fromkeys(("alpha_pattern", "loftq_config"), of(dict)),
+            **dict.fromkeys(("use_rslora", "ensure_weight_tying"), of(bool)),
+            "init_lora_weights": of(bool, str),
+            **dict.fromkeys(("use_dora", "target_parameters"), rule(lambda x: not x, "none")),
             "bias": one_of("none", "all", "lora_only"),
         },
         trains="biases",
@@ -217,6 +247,23 @@ KINDS = {
         },
         trains="modules",
     ),
+    "PROMPT_TUNING": Kind(
+        *("prompt_tuning", "prompt_tuning", ("prompt_tuning",)),
+        leaves={},
+        rules={
+            "num_virtual_tokens": whole(1),
+            "num_transformer_submodules": one_of(1),
+            **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), whole(1)),
+            "modules_to_save": plain_names(list),
+            **dict.fromkeys(
+                ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), of(str)
+            ),
+            "tokenizer_kwargs": of(dict),
+        },
+        trains="modules",
+        shared={"prompt_embeddings": "embedding"},
+        root="base_model.",
+    ),
     "LN_TUNING": Kind(
         *("trained", "trained", ()),
         leaves={},
@@ -262,7 +309,7 @@ def config_problems(config: Config) -> list[str]:
         >>> config_problems({"peft_type": "LORA", "r": "4", "use_qalora": True, "new_field": 1})
         ["r='4', expected a whole number", 'use_qalora=True is not supported']
         >>> config_problems({"peft_type": "XLORA"})
-        ["peft_type='XLORA', expected LORA or ADAPTION_PROMPT or IA3 or ...
+        ["peft_type='XLORA', expected LORA or ADALORA or ADAPTION_PROMPT or IA3 or ...
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -314,6 +314,7 @@ def to_peft(
         problems.append(
             f"{paths}: PEFT's {fields['peft_type']} does not support trained biases beside it"
         )
+    more = {f"{kind.root}{key.removeprefix(ROOT)}": x for key, x in more.items()}
     if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
         problems.append(
             f"PEFT's {fields['peft_type']} does not support a trained embedding with a tied output "
@@ -362,10 +363,10 @@ def split_tensors(
     for key, tensor in tensors.items():
         if key in kind.shared:
             continue
-        if not key.startswith(ROOT):
-            problems.append(f"{key} does not begin with {ROOT}")
+        if not key.startswith(kind.root):
+            problems.append(f"{key} does not begin with {kind.root}")
             continue
-        name = _DEFAULT.sub(r"\1", key.removeprefix(ROOT))
+        name = _DEFAULT.sub(r"\1", key.removeprefix(kind.root))
         if keys.setdefault(name, key) != key:
             problems.append(f"{key} and {keys[name]} are the same tensor; remove one of them")
         match = _KEY.fullmatch(name)

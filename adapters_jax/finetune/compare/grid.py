@@ -27,6 +27,7 @@ SIZES = {
     "compacter": "bottleneck_dim",
     "lora": "rank",
     "loreft": "rank",
+    "adalora": "rank",
     "llama-adapter": "prompt_length",
     "prefix-tuning": "prompt_length",
     "last-layers": "layers",

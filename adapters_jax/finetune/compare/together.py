@@ -147,8 +147,9 @@ class _Group:
         base = trainings[0].state.base
         for training in trainings:
             training.state = replace(training.state, base=base)
-        accumulate = trainings[0].options.accumulate
-        step = make_train_step(trainings[0].problem.loss, accumulate=accumulate)
+        first = trainings[0]
+        loss = first.options.loss_of(first.problem)
+        step = make_train_step(loss, accumulate=first.options.accumulate)
         return cls(members, stack_states([training.state for training in trainings]), step)
 
     def is_faster(self, title: str, say: Callable[[str], None]) -> bool:

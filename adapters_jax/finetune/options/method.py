@@ -75,6 +75,7 @@ def _loreft(*, layer: str, num_layers: int, **fields: Any):
 
 _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
+_ADALORA = (*_ADDED, "rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_pattern")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -94,6 +95,7 @@ PRESETS = {
     "vera": Preset(_published("vera"), (*_ADDED, "rank", "d_initial"), 1e-2),
     "ia3": Preset(_published("ia3"), ("targets", "feed_forward"), 5e-3),
     "loreft": Preset(_loreft, _LOREFT, 1e-3),
+    "adalora": Preset(_published("adalora"), _ADALORA, 2e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
     "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
@@ -131,7 +133,8 @@ class MethodOptions:
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         phm_dim: n of compacter, the number and size of its rules; 4 by default.
-        rank: r of LoRA, LoHa and LoKr, 8 by default, of VeRA, 256, or of loreft, 4.
+        rank: r of LoRA, LoHa and LoKr, 8 by default, of VeRA, 256, of loreft, 4, or at the start of
+            adalora, 12.
         alpha: LoRA, LoHa and LoKr scale by alpha / r; the rank by default.
         a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
             which take A and B out of the weight.
@@ -280,6 +283,11 @@ class MethodOptions:
 
 def _startable(recipe: Recipe) -> Recipe:
     """The recipe; raises UserError for a start that no command makes, and that would not train."""
+    if any(method.kind == "prompt_tuning" for method in recipe.attached):
+        raise UserError(
+            "PromptTuning needs placeholders in front of rows, by aj.with_prompt, which commands "
+            "do not put there; write --method prefix-tuning or llama-adapter, or train in Python"
+        )
     for start in (getattr(method, "a_init", "") for method in recipe.attached):
         if start == "eva" or start.startswith("loftq"):
             raise UserError(

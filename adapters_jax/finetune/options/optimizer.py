@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
     from adapters_jax.recipe import Recipe
 
-_LIMITS = dict.fromkeys(
-    ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"), math.inf
-) | {"warmup": 1.0, "dropout": 1.0}
-_ZERO = ("weight_decay", "clip", "warmup", "dropout")  # may be 0
+_LIMITS = (
+    dict.fromkeys(
+        ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"),
+        math.inf,
+    )
+    | {"orthogonality": math.inf}
+    | {"warmup": 1.0, "dropout": 1.0}
+)
+_ZERO = ("weight_decay", "clip", "warmup", "dropout", "orthogonality")  # may be 0
 MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
 
 
@@ -34,6 +40,9 @@ class OptimizerOptions:
             default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
             default none.
+        target_rank: for adalora, the mean rank in the end, which is reached when 30 % of the steps
+            are left; by default two thirds of --rank.
+        orthogonality: for adalora, the factor on the penalty of factors that are not orthogonal.
         epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, for
             question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
             a new head on an encoder, as many as make 340, at most 20 (`python -m benchmarks
@@ -51,6 +60,8 @@ class OptimizerOptions:
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     lora_plus: float | None = None
+    target_rank: int | None = None
+    orthogonality: float = 0.5
     epochs: float | None = None
     dropout: float | None = None
     batch_size: int | None = None
@@ -65,7 +76,7 @@ class OptimizerOptions:
             value = getattr(self, name)
             if value is not None:
                 check_number("the optimizer", flag(name), value, high=high, closed=name in _ZERO)
-        for name in ("batch_size", "accumulate", "evaluations"):
+        for name in ("batch_size", "accumulate", "evaluations", "target_rank"):
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
         if self.batch_size is not None and self.batch_size % self.accumulate:
@@ -150,7 +161,45 @@ class OptimizerOptions:
             lora = [method for method in recipe.attached if isinstance(method, LoRA)]
             groups |= dict.fromkeys((f"**/{method.slot}/b" for method in lora), faster)
         tx = freeze_base(adamw(self.learning_rate), recipe, groups)
-        return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+        tx = optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+        return self._with_budget(tx, steps, recipe)
+
+    def _with_budget(
+        self, tx: optax.GradientTransformation, steps: int, recipe: Recipe
+    ) -> optax.GradientTransformation:
+        """The optimiser with the budget of AdaLoRA, where the recipe trains one."""
+        from adapters_jax.training.adalora import adalora_budget
+
+        methods = _adaptive(recipe)
+        if not methods:
+            return tx
+        rank = self.target_rank or max(1, min(method.rank for method in methods) * 2 // 3)
+        final = steps - self.settled(steps, recipe)
+        stages = {"initial_steps": int(steps * self.warmup), "final_steps": final}
+        return adalora_budget(tx, recipe, total_steps=steps, target_rank=rank, **stages)
+
+    def settled(self, steps: int, recipe: Recipe) -> int:
+        """The step from which the ranks of AdaLoRA stay; 0 where the recipe trains none."""
+        return steps - int(0.3 * steps) if _adaptive(recipe) else 0
+
+    def loss_of(self, problem: Any) -> Callable[..., Any]:
+        """The loss of a problem, with the penalty of AdaLoRA where its recipe trains one."""
+        if not _adaptive(problem.recipe) or not self.orthogonality:
+            return problem.loss
+
+        def loss(subject: Any, batch: Any, key: Any) -> Any:
+            from adapters_jax.training.adalora import orthogonality
+
+            found = problem.loss(subject, batch, key)
+            value, *rest = found if isinstance(found, tuple) else (found,)
+            return value + self.orthogonality * orthogonality(subject, problem.recipe), *rest
+
+        return loss
+
+
+def _adaptive(recipe: Recipe) -> list[Any]:
+    """The AdaLoRAs that a recipe trains."""
+    return [method for method in recipe.attached if method.kind == "adalora" and method.train]
 
 
 def _decays(params: Any) -> Any:

@@ -100,7 +100,10 @@ def measured(
         return clock() - start
 
     training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), half)
-    state, step = training.state, make_train_step(problem.loss, accumulate=options.accumulate)
+    state, step = (
+        training.state,
+        make_train_step(options.loss_of(problem), accumulate=options.accumulate),
+    )
     counts: Counter[Any] = Counter()
     firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory
 

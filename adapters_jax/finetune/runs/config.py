@@ -21,7 +21,7 @@ from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.pretrained.record import OF_BASE, BaseRecord, changes, with_changes
 from adapters_jax.finetune.run_directory import FORMAT, Run, RunError
 from adapters_jax.finetune.tasks import task_of
-from adapters_jax.methods import LoRA
+from adapters_jax.methods import AdaLoRA, LoRA
 from adapters_jax.recipe import Recipe, as_compared
 
 _TURNS = ("assistant", "last", "all")  # the values of --turns, which was --loss
@@ -39,6 +39,10 @@ def shared_config(
     if training.lora_plus not in (None, 1.0) and not any(isinstance(m, LoRA) for m in recipe):
         raise UserError(
             f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
+        )
+    if training.target_rank and not any(isinstance(m, AdaLoRA) for m in recipe):
+        raise UserError(
+            f"--target-rank: for adalora, and {options.method.title} has no budget; leave it out"
         )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
     path = Path(options.model)
@@ -158,7 +162,7 @@ def check_same(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of the settings that differ between two configurations of runs.
 
-    A data option at its default is no difference, since newer versions have more of them. Nor is
+    An option at its default is no difference, since newer versions have more of them. Nor is
     `{a,b}` for `{a|b}` in a recipe. What comes of the base is for `changes`.
     """
 
@@ -168,6 +172,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             stored.pop(key, None)
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+        if isinstance(stored.get("optimizer"), dict):
+            stored["optimizer"] = plain(OptimizerOptions()) | stored["optimizer"]
         stored["recipe"] = as_compared(stored.get("recipe"))
         stored["task_type"] = stored.get("task_type") or task_of(stored).name
         return stored

@@ -195,7 +195,9 @@ class Training:
         rate = options.schedule(steps, options.learning_rate or 0.0)
         # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
-        marks = options.marks(len(problem.train))
+        # What is best on dev is kept, and before that step it would have more ranks than asked for.
+        first = options.settled(steps, problem.recipe)
+        marks = {mark for mark in options.marks(len(problem.train)) if mark >= first}
         return cls(problem, options, state, log, steps, marks, **callbacks)
 
     @property
@@ -233,7 +235,9 @@ class Training:
         if saving is not None:
             self.resume(saving)
         self.on_best(self.best())
-        step = make_train_step(self.problem.loss, accumulate=self.options.accumulate)
+        step = make_train_step(
+            self.options.loss_of(self.problem), accumulate=self.options.accumulate
+        )
         try:
             self._run(step, saving)
         except NotFiniteError as error:

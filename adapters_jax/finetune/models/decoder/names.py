@@ -112,6 +112,7 @@ PER_LAYER = (
 NAMES_PER_LAYER = replace(
     NAMES_WITH_NORMS_AROUND,
     rules=(*NAMES_WITH_NORMS_AROUND.rules, *PER_LAYER),
+    scales_embedding=True,
     parameters=(
         ParameterRule(r"layers/(\d+)/scalar", r"layers.\1.layer_scalar"),
         ParameterRule(r"layers/(\d+)/mixture/input_scale", r"layers.\1.router.scale"),

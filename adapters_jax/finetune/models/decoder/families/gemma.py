@@ -8,12 +8,13 @@ Reference: Gemma (2024), https://arxiv.org/abs/2403.08295; Gemma 2 (2024),
 https://arxiv.org/abs/2408.00118; Gemma 3 (2025), https://arxiv.org/abs/2503.19786
 """
 
+from dataclasses import replace
 from typing import Any
 
 from adapters_jax.files.layouts import rounded
 from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
 from adapters_jax.finetune.models.decoder.families.windows import alternating, types_of
-from adapters_jax.finetune.models.decoder.names import NAMES_WITH_NORMS_AROUND
+from adapters_jax.finetune.models.decoder.names import NAMES, NAMES_WITH_NORMS_AROUND
 
 DEFAULTS: dict[str, Any] = {
     "head_dim": 256,
@@ -93,6 +94,7 @@ GEMMA = Architecture(
     defaults={**DEFAULTS, "num_key_value_heads": 16},
     settings=("attention_bias",),
     read=_first,
+    names=replace(NAMES, scales_embedding=True),
     known=KNOWN,
 )
 GEMMA2 = Architecture(
@@ -112,7 +114,7 @@ GEMMA2 = Architecture(
     renamed={"hidden_activation": "hidden_act"},
     read=lambda values: _later(values, every=2),
     write=_write,
-    names=NAMES_WITH_NORMS_AROUND,
+    names=replace(NAMES_WITH_NORMS_AROUND, scales_embedding=True),
     known=KNOWN2,
 )
 GEMMA3 = Architecture(
@@ -134,6 +136,6 @@ GEMMA3 = Architecture(
     read=lambda values: _later(values, values.get("sliding_window_pattern", 6)),
     write=_write,
     supported={"use_bidirectional_attention": (False, None)},
-    names=NAMES_WITH_NORMS_AROUND,
+    names=replace(NAMES_WITH_NORMS_AROUND, scales_embedding=True),
     known=KNOWN3,
 )
