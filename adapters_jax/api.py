@@ -50,6 +50,7 @@ from adapters_jax.linen import init_adapters as init_adapters
 from adapters_jax.methods.calibration import Calibration as Calibration
 from adapters_jax.methods import (
     IA3 as IA3,
+    ActivatedLoRA as ActivatedLoRA,
     AttachmentPoint as AttachmentPoint,
     Bottleneck as Bottleneck,
     Count as Count,
@@ -61,6 +62,7 @@ from adapters_jax.methods import (
     PrefixTuning as PrefixTuning,
     Unfreeze as Unfreeze,
     bottleneck_parameters as bottleneck_parameters,
+    invoked as invoked,
     llama_adapter_parameters as llama_adapter_parameters,
     lora_parameters as lora_parameters,
     prefix_parameters as prefix_parameters,

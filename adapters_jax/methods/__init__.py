@@ -11,6 +11,7 @@ A new method is one file and one line here. For methods of other packages:
 """
 
 from adapters_jax.methods import arrays, settings
+from adapters_jax.methods.activated import ActivatedLoRA, invoked
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.dora import DoRA
@@ -33,6 +34,7 @@ from adapters_jax.weights.factors import RANK, Factor
 for _method in (
     Bottleneck,
     LoRA,
+    ActivatedLoRA,
     DoRA,
     LoHa,
     LoKr,
@@ -50,6 +52,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "RANK",
+    "ActivatedLoRA",
     "Added",
     "AttachmentPoint",
     "Axes",
@@ -75,6 +78,7 @@ __all__ = [
     "arrays",
     "bottleneck_parameters",
     "llama_adapter_parameters",
+    "invoked",
     "lora_parameters",
     "method_named",
     "prefix_parameters",

@@ -139,6 +139,9 @@ def _check(model: Any, inputs: Inputs, read: Mapping[str, str]) -> None:
         for held in holds(module):
             names = (join(path, *held.nodes, name) for name in held.method.leaf_names)
             own.update(dict.fromkeys(names, path))
+    if any(held.method.gated for module in modules.values() for held in holds(module)):
+        given = {**inputs.kwargs, "invoked": True}  # what a call says of it changes no reading
+        inputs = Inputs(inputs.args, given, inputs.method)
     if left := traced(copy(model), inputs).stated(own):
         path, operation = next(iter(left.items()))
         raise RecipeError(

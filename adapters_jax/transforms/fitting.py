@@ -126,7 +126,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
     method = owner.method
     if method.from_weight == "changes":
         raise _changed_base(method, owner.path)
-    if type(method) is not type(whole):
+    if type(method) not in (type(whole), *whole.also):
         raise RecipeError(
             f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
             f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
