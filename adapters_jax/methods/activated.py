@@ -3,10 +3,11 @@
 Greenewald et al. 2025, "Activated LoRA: Fine-tuned LLMs for Intrinsics", arXiv:2504.12397.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
@@ -15,6 +16,7 @@ from adapters_jax.errors import RecipeError, UserError, shown
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method
 from adapters_jax.methods.lora import CHANGING, LoRA
 from adapters_jax.targets import join
+from adapters_jax.trace.inputs import Inputs
 from adapters_jax.weights.changes import Change, LowRank
 from adapters_jax.weights.gates import Gate
 
@@ -73,11 +75,12 @@ class ActivatedLoRA(LoRA):
             )
 
     def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """The factors of one weight; raises RecipeError for a table, which is looked up."""
-        if point.axes.lookup:
+        """The factors of one weight; raises RecipeError for tables and convolutions."""
+        if point.axes.lookup or point.axes.window:
+            how = "looks up rows of" if point.axes.lookup else "convolves with"
             raise RecipeError(
-                f"ActivatedLoRA: the model looks up rows of {point.path!r}, and only a product "
-                f"with the inputs of all tokens can be activated; exclude it: '!{point.path}'"
+                f"ActivatedLoRA: the model {how} {point.path!r}, and only a weight that each token "
+                f"meets by itself, in a product, can be activated; exclude it: '!{point.path}'"
             )
         return super().leaves(point)
 
@@ -117,11 +120,13 @@ def _tokens(owner: str, value: Any) -> tuple[int, ...]:
 
 
 def _is_token(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool) and 0 <= x < 2**31
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(0 <= x < 2**31)
 
 
 def invoked(
-    ids: Int[Array, "*batch length"], invocation: Sequence[int] | Sequence[Sequence[int] | None]
+    ids: Int[Array, "*batch length"],
+    invocation: Sequence[int] | Sequence[Sequence[int] | None],
+    segments: Int[Array, "*batch length"] | None = None,
 ) -> Bool[Array, "*batch length"]:
     """Which tokens are those from the last invocation on, for `invoked=` in calls of a model.
 
@@ -129,10 +134,11 @@ def invoked(
         ids: the tokens, padded on either side.
         invocation: the tokens of an `ActivatedLoRA`, its `invocation`; or for each row those of its
             adapter, None for one that acts on all of its tokens.
+        segments: the number of each token's text, where a row has several, one behind another.
 
     Returns:
-        False before the last invocation of a row, and in rows without one. Its `.any(-1)` is for
-        the tokens that a generation makes after these.
+        False before the last invocation of a text, and in texts without one. Its last entry is
+        right for the tokens that a generation makes after these.
 
     Raises:
         UserError: these are no tokens, or of another number of rows.
@@ -149,36 +155,61 @@ def invoked(
             f"invoked: ids are {ids.dtype}{list(ids.shape)}, expected the ids of tokens, "
             "(batch, length)"
         )
-    rows = isinstance(invocation, Sequence) and any(
-        x is None or isinstance(x, Sequence) for x in invocation
-    )
-    if not rows:
-        return _from_last(ids, _tokens("invoked", invocation))
+    one = jnp.zeros(ids.shape, jnp.int32) if segments is None else jnp.asarray(segments)
+    if not any(x is None or isinstance(x, Sequence) for x in invocation):
+        return _from_last(ids, _tokens("invoked", invocation), one)
     if ids.ndim != 2 or len(ids) != len(invocation):
         raise UserError(
             f"invoked: there are the invocations of {len(invocation)} rows, and ids of "
             f"{list(ids.shape)}"
         )
     each = [
-        jnp.ones(row.shape, bool) if own is None else _from_last(row, _tokens("invoked", own))
-        for row, own in zip(ids, invocation, strict=True)
+        jnp.ones(len(row), bool) if own is None else _from_last(row, _tokens("invoked", own), text)
+        for row, own, text in zip(ids, invocation, one, strict=True)
     ]
     return jnp.stack(each)
 
 
-def _from_last(ids: Array, tokens: tuple[int, ...]) -> Array:
-    """Which tokens do not come before the last of these sequences."""
+def _from_last(ids: Array, tokens: tuple[int, ...], segments: Array) -> Array:
+    """Which tokens do not come before the last of these sequences in their segment."""
+    length = ids.shape[-1]
+    n = length - len(tokens) + 1
     starts = jnp.zeros(ids.shape, bool)
-    n = ids.shape[-1] - len(tokens) + 1
     if n > 0:
-        found = [ids[..., i : i + n] == token for i, token in enumerate(tokens)]
-        starts = starts.at[..., :n].set(jnp.stack(found).all(0))
-    return jnp.cumsum(starts, -1) * starts.any(-1, keepdims=True) >= jnp.maximum(
-        starts.sum(-1, keepdims=True), 1
-    )
+        parts = [
+            (ids[..., i : i + n] == token) & (segments[..., i : i + n] == segments[..., :n])
+            for i, token in enumerate(tokens)
+        ]
+        starts = starts.at[..., :n].set(jnp.stack(parts).all(0))
+    edge = segments[..., 1:] != segments[..., :-1]
+    one, places, axis = jnp.ones((*ids.shape[:-1], 1), bool), jnp.arange(length), ids.ndim - 1
+    first = jnp.where(jnp.concatenate([one, edge], -1), places, 0)
+    last = jnp.where(jnp.concatenate([edge, one], -1), places, length)
+    first, last = jax.lax.cummax(first, axis), jax.lax.cummin(last, axis, reverse=True)
+    counts = jnp.cumsum(starts, -1)
+    before = jnp.take_along_axis(counts - starts, first, -1)
+    whole = jnp.take_along_axis(counts, last, -1)
+    return (counts == whole) & (whole > before)
 
 
-def call_gate(methods: Sequence[Method], given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def from_invocation(
+    methods: Iterable[Method], ids: Any, segments: Any = None
+) -> dict[str, Array]:
+    """What a call of a model with some methods takes beside its tokens: `invoked`, or nothing.
+
+    Raises:
+        RecipeError: methods have different invocations.
+    """
+    found = {method.invocation for method in methods if isinstance(method, ActivatedLoRA)}
+    if len(found) > 1:
+        raise RecipeError(
+            f"the recipe has the invocations {' and '.join(map(str, sorted(found)))}, and a call "
+            "says for all of its methods where they act; write one for all"
+        )
+    return {"invoked": invoked(ids, found.pop(), segments)} if found else {}
+
+
+def call_gate(methods: Iterable[Method], given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What a call says of where methods act, and its other arguments.
 
     Args:
@@ -198,3 +229,10 @@ def call_gate(methods: Sequence[Method], given: Mapping[str, Any]) -> tuple[Any,
             "invoked=aj.invoked(ids, tokens), or True for all tokens"
         )
     return jnp.asarray(gate), rest
+
+
+def everywhere(methods: Iterable[Method], inputs: Inputs) -> Inputs:
+    """Inputs of an abstract run, in which methods act on all tokens where the inputs do not say."""
+    if not any(method.gated for method in methods):
+        return inputs
+    return Inputs(inputs.args, {"invoked": True, **inputs.kwargs}, inputs.method)

@@ -248,9 +248,7 @@ def _groups(primitive: Any, params: Any, where: int, changed: Changed, ndim: int
     )
     expected = {frozenset({0, 1, RANK}), frozenset({0, 2, RANK})}
     fits = all(
-        isinstance(c, LowRank)
-        and {frozenset(f.axes) for f in c.factors} == expected
-        and not c.gate
+        isinstance(c, LowRank) and {frozenset(f.axes) for f in c.factors} == expected and not c.gate
         for c in changed.changes
     )
     if where != 1 or given != usual or not fits:

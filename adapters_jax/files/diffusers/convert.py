@@ -176,6 +176,8 @@ def save_diffusers(
     for part, (recipe, adapters, names, base) in parts.items():
         flat = flat_leaves("save_diffusers", adapters)
         config, theirs, wrong = to_peft(recipe, flat, _names(names, base), base)
+        if config.get("alora_invocation_tokens"):
+            wrong.append("such files have no place for the invocation of an ActivatedLoRA")
         several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
         prefix = "lora_te1_" if several else _PREFIXES[part]
         keys = [key for key in theirs if key.endswith(_OF_A)]

@@ -18,7 +18,7 @@ from adapters_jax.files.peft.trained import NORM
 # What decides how factors act, where no pattern does.
 _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
-    *("adapter_len", "adapter_layers"),
+    *("adapter_len", "adapter_layers", "alora_invocation_tokens"),
 )
 
 

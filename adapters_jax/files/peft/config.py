@@ -20,6 +20,7 @@ from adapters_jax.files.settings import (
     rule,
     value_problems,
     whole,
+    wholes,
 )
 
 Config = Mapping[str, Any]
@@ -78,7 +79,9 @@ _ADVICE = (
     "path_initial_model_for_weight_conversion)"
 )
 # What PEFT does not do on parameters.
-NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias")
+NOT_ON_PARAMETERS = (
+    *("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ _LYCORIS: dict[str, Rule] = {
 }
 KINDS = {
     "LORA": Kind(
-        *("lora", "lora_writing", ("lora", "dora")),
+        *("lora", "lora_writing", ("lora", "dora", "activated_lora")),
         leaves={
             "lora_A": "a",
             "lora_B": "b",
@@ -143,6 +146,7 @@ KINDS = {
             "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
             "trainable_token_indices": of(list, dict),
+            "alora_invocation_tokens": wholes(range(1 << 12), 2**31),
             "lora_bias": of(bool),
             "eva_config": of(dict),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),

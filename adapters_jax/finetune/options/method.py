@@ -72,7 +72,7 @@ _ADDED: tuple[str, ...] = ("targets", "adapter_dropout")
 _PROMPT = ("prompt_length", "last", "init_std")
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
-_LORA += ("rank_pattern", "alpha_pattern", "dora", "bias")
+_LORA += ("rank_pattern", "alpha_pattern", "dora", "invocation", "bias")
 
 PRESETS = {
     "houlsby": Preset(_published("houlsby"), (*_BOTTLENECK, "layer_norms"), 2e-3),
@@ -124,6 +124,7 @@ class MethodOptions:
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
+        invocation: LoRA from the last of these tokens on alone (activated LoRA), as their ids.
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
         adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's input.
         targets: patterns of the modules to adapt, such as "**/{query,value}".
@@ -152,6 +153,7 @@ class MethodOptions:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     dora: bool = False
+    invocation: tuple[int, ...] = ()
     bias: str | None = None
     adapter_dropout: float | None = None
     targets: tuple[str, ...] = ()

@@ -36,11 +36,13 @@ from adapters_jax.finetune.tasks.base import (
     Task,
     Untrained,
     Usage,
+    check_continues,
     in_row_order,
     rows_sha256,
 )
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.generator import Generator
+from adapters_jax.methods.activated import from_invocation
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.losses import TOKENS
@@ -200,6 +202,7 @@ class DecoderProblem(ABC):
     ) -> Self:
         """The problem of rows, on the base with the adapters of a run's recipe."""
         recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
+        check_continues(recipe, not decoder.encodes, setup.model)
         example = (np.zeros((1, 8), np.int32),)
         model = adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
         own = {"say": setup.say, "mesh": setup.mesh, **more}
@@ -269,6 +272,13 @@ def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -
     if any(method.dropout for path in HEADS for method in recipe.at(path)):
         return length
     return -(-TOKENS * (mesh.size if mesh else 1) // rows)
+
+
+def hidden_of(model: Any, batch: Batch) -> Float[Array, "batch length d"]:
+    """The hidden states of a batch of packed texts; an adapter may act on a part of each text."""
+    ids, segments = batch["input_ids"], batch["segments"]
+    acts = from_invocation(vars(model).get("adapter_recipe", ()), ids, segments)
+    return model.hidden(ids, positions=batch["positions"], segments=segments, **acts)
 
 
 def learnt_first(
