@@ -208,6 +208,11 @@ def test_the_check_reads_shapes_alone():
 
 REFUSED = {
     "IA3": (aj.IA3("query"), {"query/ia3/scale": draw(1, 10)}, "IA3"),
+    "activated": (
+        aj.ActivatedLoRA("query", 2, invocation=(1,)),
+        {"query/lora/a": draw(1, 12, 2), "query/lora/b": draw(2, 2, 10)},
+        "activated",
+    ),
     "bottleneck": (
         aj.Bottleneck("query", 2),
         {f"query/adapter/{k}": draw(1, *s) for k, s in (("down/kernel", (10, 2)),)},

@@ -192,9 +192,7 @@ def _from_last(ids: Array, tokens: tuple[int, ...], segments: Array) -> Array:
     return (counts == whole) & (whole > before)
 
 
-def from_invocation(
-    methods: Iterable[Method], ids: Any, segments: Any = None
-) -> dict[str, Array]:
+def from_invocation(methods: Iterable[Method], ids: Any, segments: Any = None) -> dict[str, Array]:
     """What a call of a model with some methods takes beside its tokens: `invoked`, or nothing.
 
     Raises:

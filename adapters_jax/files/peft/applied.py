@@ -20,6 +20,7 @@ _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
     *("adapter_len", "adapter_layers", "alora_invocation_tokens"),
 )
+_ACTIVATING = (*_ACTING, "task_type")
 
 
 def differences(
@@ -39,7 +40,7 @@ def differences(
     """
     problems = [
         f"{field}={config.get(field)!r} is not the adapter's {written.get(field)!r}"
-        for field in _ACTING
+        for field in (_ACTIVATING if written.get("alora_invocation_tokens") else _ACTING)
         if config.get(field) != written.get(field)
     ]
     if config["peft_type"] == "ADAPTION_PROMPT":

@@ -277,6 +277,8 @@ def config_problems(config: Config) -> list[str]:
         for field in _CHANGES
         if field not in rules and given.get(field)
     ]
+    if config.get("use_dora") and config.get("alora_invocation_tokens"):
+        problems.append("use_dora=True with alora_invocation_tokens is not supported")
     if config.get("target_parameters"):
         problems += [
             f"{field}={config[field]!r} with target_parameters is not supported"

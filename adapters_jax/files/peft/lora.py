@@ -60,7 +60,6 @@ def read(
         return [], reader.leaves
     make: Any = DoRA if config.get("use_dora") else LoRA
     if tokens := config.get("alora_invocation_tokens"):
-        problems += ["use_dora=True with alora_invocation_tokens"] if make is DoRA else []
         make = partial(ActivatedLoRA, invocation=tokens)
     method = make(
         shortest(ranks, [*module_map.paths, *module_map.base]),

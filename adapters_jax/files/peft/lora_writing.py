@@ -67,7 +67,9 @@ def write(
     problems += [f"names has no name for {path}; add it" for path in unknown]
     fields = _fields(methods, writer, sorted(modules, key=in_order))
     if methods[0].gated:
-        fields["alora_invocation_tokens"] = list(methods[0].invocation)
+        # PEFT looks for the invocation in the calls of its class of this task alone.
+        tokens = list(methods[0].invocation)
+        fields |= {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"}
     if parameters:
         fields |= {"target_parameters": parameters, "peft_version": WRITTEN}
         problems += [

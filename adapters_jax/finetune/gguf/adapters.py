@@ -154,7 +154,9 @@ def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any]
             "blk.0.attn_q.weight.lora_a and .lora_b"
         )
     config = _config(tensors, alpha)
-    return config | {"alora_invocation_tokens": fields.get(_INVOCATION)}, tensors
+    if tokens := fields.get(_INVOCATION):
+        config |= {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"}
+    return config, tensors
 
 
 def _read(tensor: GGUFTensor, base: str, which: str, layout: Layout, heads: Heads) -> Array:
