@@ -192,6 +192,23 @@ def _from_last(ids: Array, tokens: tuple[int, ...], segments: Array) -> Array:
     return (counts == whole) & (whole > before)
 
 
+def start_of(ids: Sequence[int], tokens: tuple[int, ...] | None) -> int:
+    """The first token of a text that an adapter acts on; the text's length where it has none.
+
+    Args:
+        ids: the text.
+        tokens: the adapter's invocation; None for one that acts on all tokens.
+
+    Example:
+        >>> start_of([7, 8, 1, 7, 8], (7, 8)), start_of([7, 8], (8, 7)), start_of([7, 8], None)
+        (3, 2, 0)
+    """
+    if tokens is None:
+        return 0
+    starts = range(len(ids) - len(tokens), -1, -1)
+    return next((i for i in starts if tuple(ids[i : i + len(tokens)]) == tokens), len(ids))
+
+
 def from_invocation(methods: Iterable[Method], ids: Any, segments: Any = None) -> dict[str, Array]:
     """What a call of a model with some methods takes beside its tokens: `invoked`, or nothing.
 
