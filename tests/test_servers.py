@@ -208,11 +208,6 @@ def test_the_check_reads_shapes_alone():
 
 REFUSED = {
     "IA3": (aj.IA3("query"), {"query/ia3/scale": draw(1, 10)}, "IA3"),
-    "activated": (
-        aj.ActivatedLoRA("query", 2, invocation=(1,)),
-        {"query/lora/a": draw(1, 12, 2), "query/lora/b": draw(2, 2, 10)},
-        "activated",
-    ),
     "bottleneck": (
         aj.Bottleneck("query", 2),
         {f"query/adapter/{k}": draw(1, *s) for k, s in (("down/kernel", (10, 2)),)},
@@ -236,6 +231,16 @@ def test_what_a_server_never_loads_is_refused_with_the_way(case):
     recipe = aj.Recipe(*recipe) if isinstance(recipe, list) else recipe
     with raises(aj.UserError, "vLLM", datum, "adapters-jax merge"):
         for_server(VLLM, recipe, leaves, NAMES, BASE)
+
+
+def test_an_activated_lora_is_for_llama_cpp_alone():
+    recipe = aj.ActivatedLoRA("query", 2, invocation=(1,))
+    leaves = {"query/lora/a": draw(1, 12, 2), "query/lora/b": draw(2, 2, 10)}
+    with raises(aj.UserError, "vLLM", "activated") as caught:
+        for_server(VLLM, recipe, leaves, NAMES, BASE)
+    assert "merge" not in str(caught.value)
+    served = for_server(SERVERS["llama.cpp"], recipe, leaves, NAMES, BASE)
+    assert served.recipe == aj.Recipe(recipe)
 
 
 def test_biases_convolutions_embeddings_and_other_bases_are_refused():

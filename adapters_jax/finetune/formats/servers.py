@@ -182,7 +182,9 @@ def for_server(
         supported = ", ".join(sorted(server.model_types))
         problems.append(f"it has LoRA for bases of the types {supported}, and not for {model_type}")
     if problems:
-        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}; {MERGE}")
+        # Of an activated LoRA there is no merged checkpoint.
+        problems += [] if config.get("alora_invocation_tokens") else [MERGE]
+        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}")
     pairs = {}
     for name, factors in _factors(tensors).items():
         own, alpha = number_at(config, "r", name), number_at(config, "lora_alpha", name)
