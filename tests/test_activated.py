@@ -10,10 +10,18 @@ from flax import linen as nn
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 from helpers.errors import raises
+from helpers.finished import MEANINGS, REVIEWS
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from test_decoder_model import TINY, build
+from tokenizers import Tokenizer
 
 import adapters_jax as aj
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.serving.adapters import Read, covering
+from adapters_jax.finetune.tasks.decoder import hidden_of
 from adapters_jax.linen import Adapted
 from adapters_jax.trees import flatten
 
@@ -252,7 +260,7 @@ class Experts(nn.Module):
         return jnp.einsum("etd,edf->etf", jnp.stack([x[0], x[1]]), w)
 
 
-class Read(nn.Module):
+class Summed(nn.Module):
     @nn.compact
     def __call__(self, x):
         w = self.param("up", nn.initializers.normal(), (D, D))
@@ -265,7 +273,7 @@ class Read(nn.Module):
         (nn.Embed(9, D), "**"),
         (nn.Conv(3, (2,)), "**"),
         (Experts(), "up"),
-        (Read(), "up"),
+        (Summed(), "up"),
     ],
 )
 def test_weights_that_no_token_meets_by_itself_are_refused(base, targets):
@@ -337,6 +345,77 @@ def test_rows_of_a_bank_have_each_its_invocation(style):
     np.testing.assert_allclose(y[[0, 1, 3]], whole[[0, 1, 3]], atol=2e-5)
     subject.a, subject.b = subject.a[..., :1], subject.b[:, :1]
     np.testing.assert_allclose(y[2], subject.formula(np.asarray(gate), 1.0)[2], atol=2e-5)
+
+
+def test_a_row_of_a_bank_acts_from_one_token_on():
+    layer = nn.Sequential([nn.Dense(4), nn.Dense(4)])
+    whole = aj.ActivatedLoRA("**", 1, invocation=(1,))
+    model = aj.adapt(layer, whole)
+    base = layer.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = aj.init_adapters(model, base, jax.random.key(1), jnp.ones((1, 4)))
+    adapters = aj.adapters_of(params, model.recipe)
+    both = aj.Recipe(aj.ActivatedLoRA("*_0", 1, invocation=(2,)), aj.LoRA("*_1", 1))
+    with raises(aj.RecipeError, "(2,)", "None", "layers_0", "layers_1"):
+        aj.Bank(model, params).put("both", (both, adapters))
+
+
+def test_the_recipe_of_a_server_has_room_for_both_kinds():
+    plain, activated = aj.LoRA("**", 2), aj.ActivatedLoRA("*", 3, invocation=(4,))
+    leaves = {f"up/lora/{name}": np.ones(s) for name, s in (("a", (6, 2)), ("b", (2, 6)))}
+    more = {f"q/lora/{name}": np.ones(s) for name, s in (("a", (6, 3)), ("b", (3, 6)))}
+    reads = [Read(aj.Recipe(plain), leaves), Read(aj.Recipe(activated), more)]
+    for order in (reads, reads[::-1]):
+        (method,) = covering(order).attached
+        assert type(method) is aj.ActivatedLoRA and method.rank == 3
+        assert {*method.targets} == {"up", "q"}
+    assert type(covering(reads[:1]).methods[0]) is aj.LoRA
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A function that prepares a run on rows, some of whose prompts have an invocation."""
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "llama")
+    write_meanings(tmp_path / "rows.csv", rows=40)
+    encoder = Tokenizer.from_file("llama/tokenizer.json")
+
+    def prepared(text, flags=""):
+        ids = encoder.encode(text, add_special_tokens=False).ids
+        more = f"--method lora --rank 2 --invocation {' '.join(map(str, ids))} {flags}"
+        words = f"{MEANINGS} {more} --exact-match 0 --name x".split()
+        return tuple(ids), parse(Finetune, words).prepare(Console(json=True)).problem
+
+    return prepared
+
+
+def test_training_acts_within_each_text_of_a_packed_row(trained):
+    """The loss of a row is that of its texts one by one, each from its own invocation on."""
+    tokens, problem = trained("French")
+    assert problem.recipe.attached[0].invocation == tokens
+    state = nnx.state(problem.model, aj.nnx.AdapterParam)
+    nnx.update(problem.model, jax.tree.map(jnp.asarray, drawn_like(state, 1)))
+    batch = problem.train[0]
+    hidden = np.asarray(hidden_of(problem.model, batch))
+    seen, acted = 0, 0
+    for row, segments in enumerate(np.asarray(batch["segments"])):
+        for each in set(segments.tolist()) - {0}:
+            where = np.flatnonzero(segments == each)
+            ids = np.asarray(batch["input_ids"])[row, where][None]
+            acts = brute(ids[0].tolist(), [0] * len(where), tokens)[None]
+            alone = problem.model.hidden(ids, invoked=jnp.asarray(acts))
+            np.testing.assert_allclose(hidden[row, where], alone[0], atol=2e-5)
+            seen, acted = seen + 1, acted + bool(acts.any())
+    assert 0 < acted < seen
+
+
+def test_what_cannot_be_trained_is_refused(trained, tmp_path):
+    with raises(aj.UserError, "--invocation", "0 0 0"):
+        trained("nothing of these", "")
+    write_model(tmp_path / "tiny", pooler=True)
+    write_reviews(tmp_path / "reviews.jsonl", rows=40)
+    words = f"{REVIEWS} --method lora --invocation 5 --name y".split()
+    with raises(aj.UserError, "--invocation", "tiny"):
+        parse(Finetune, words).prepare(Console(json=True))
 
 
 CONFIG = replace(TINY, num_hidden_layers=2)

@@ -67,6 +67,8 @@ OTHER = {
     "unfreeze": {"targets": ("a/**",)},
 }
 OTHER["dora"] = {**OTHER["lora"], "slices": ()}
+OTHER["activated_lora"] = {**OTHER["lora"], "invocation": (4, 2)}
+NEEDED = {"bottleneck": {"bottleneck_dim": 64}, "activated_lora": {"invocation": (1,)}}
 ENTRY = {"name": "first", "train": False}  # of every method that adds leaves
 for added in OTHER.keys() - {"unfreeze"}:
     OTHER[added] |= ENTRY
@@ -120,7 +122,7 @@ def test_presets_round_trip_through_json(preset):
 )
 def test_every_field_round_trips_and_counts_for_equality(name, field):
     cls = METHODS[name]
-    plain = {"targets": "x"} | ({"bottleneck_dim": 64} if name == "bottleneck" else {})
+    plain = {"targets": "x"} | NEEDED.get(name, {})
     changed = plain | {field: OTHER[name][field]}
     if field == "reduction_factor":
         del changed["bottleneck_dim"]
