@@ -14,6 +14,7 @@ from flax import nnx
 from adapters_jax.errors import visible
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
+from adapters_jax.methods.activated import everywhere
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Counted, Placement, Placements, Shape, counted
@@ -307,6 +308,8 @@ def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tupl
     """How an adapted model computes each changed weight, by its path."""
     if inputs is None or not isinstance(model, Adapted | nnx.Module):
         return {}
+    recipe = model.recipe if isinstance(model, Adapted) else recipe_of(model)
+    inputs = everywhere(recipe, inputs)
     with recording() as records, explained(model, inputs):
         if isinstance(model, Adapted):
             run_abstractly(model, params, inputs)

@@ -7,6 +7,7 @@ from adapters_jax.errors import UserError, check_choice, shown
 from adapters_jax.methods import (
     IA3,
     OFT,
+    ActivatedLoRA,
     AdaLoRA,
     Bottleneck,
     Compacter,
@@ -184,6 +185,7 @@ def lora(
     targets: str | tuple[str, ...] = "**/{query,value}",
     bias: Literal["none", "all", "lora_only"] = "none",
     dora: bool = False,
+    invocation: tuple[int, ...] = (),
     head: str | None = None,
     **fields: Any,
 ) -> Recipe:
@@ -195,12 +197,13 @@ def lora(
         targets: patterns of linear layers.
         bias: which biases train as well: none, all of the model, or those that the targets have.
         dora: use `DoRA` instead of `LoRA`.
+        invocation: tokens from whose last occurrence on it acts: use `ActivatedLoRA`.
         head: path of the task's head, which trains whole.
         **fields: further fields of `LoRA`.
 
     Raises:
         UserError: `bias` has another value, a field of `LoRA` is out of its range, or `head` is
-            no path.
+            no path; or `dora` and `invocation` are both given.
 
     Example:
         >>> lora(4, bias="lora_only")
@@ -210,7 +213,12 @@ def lora(
         )
     """
     check_choice("lora", "bias", bias, ("none", "all", "lora_only"))
-    factors = (DoRA if dora else LoRA)(targets, rank, alpha, **fields)
+    if dora and invocation:
+        raise UserError(f"lora: dora=True and invocation={shown(invocation)}, expected one of them")
+    kind = DoRA if dora else LoRA
+    if invocation:
+        kind, fields = ActivatedLoRA, {**fields, "invocation": invocation}
+    factors = kind(targets, rank, alpha, **fields)
     # A projection of the targets may have no bias, which is no mistake here.
     own = tuple(f"{either(target)}/bias" for target in factors.targets)
     biases = {"none": None, "all": Unfreeze("**/bias"), "lora_only": Unfreeze(own)}

@@ -110,6 +110,9 @@ _TASK = (
 # What stands in place of a setting that no method here has.
 _SETTINGS = {
     "aj.DoRA is a separate method": "use_dora",
+    "aj.ActivatedLoRA(..., invocation=(49152, 1598)) is a separate method": (
+        "alora_invocation_tokens"
+    ),
     "aj.lora(bias=...) trains biases": "bias lora_bias",
     "aj.Unfreeze('NAME/**') beside it in a recipe trains a module": "modules_to_save head",
     "'!**/NAME' among the targets leaves a module out": "exclude_modules",
@@ -140,7 +143,7 @@ _SETTINGS = {
     _STARTS: _OF_STARTS,
     _NOTHING: (
         "layer_replication trainable_token_indices use_qalora arrow_config use_gating "
-        "alora_invocation_tokens prefix_projection encoder_hidden_size init_weights kasa_config "
+        "prefix_projection encoder_hidden_size init_weights kasa_config "
         "monteclora_config use_bdlora velora_config"
     ),
     "a weight that is used twice has one adapter": "ensure_weight_tying",

@@ -120,6 +120,13 @@ ENTRIES = {
         aj.vera,
         ("vera",),
     ),
+    "activated_lora": Entry(
+        "LoRA, from the last invocation in a text on",
+        "r(in + out)",
+        "Greenewald et al. 2025",
+        lambda: aj.lora(invocation=(5, 6)),
+        ("lora",),
+    ),
     "ia3": Entry("scales of activations", "d", "Liu et al. 2022", aj.ia3, ("ia3",)),
     "llama_adapter": Entry(
         "gated prompts in attention",
@@ -180,7 +187,7 @@ def _paper(method: type[Method], entry: Entry) -> str:
 
 def merges(method: type[Method]) -> bool:
     """Whether `aj.merge` supports the method; one without leaves trains weights of the base."""
-    return method.slot is None or method.acts_on == "weight" or method.merged is not Method.merged
+    return method.slot is None or method.merged is not Method.merged
 
 
 @cache
@@ -237,7 +244,7 @@ def settings(name: str) -> str:
         (f"`{field.name}`", _default(field), means.get(field.name, ""))
         for field in dataclasses.fields(method)
     ]
-    more = " --dora" if name == "dora" else ""
+    more = {"dora": " --dora", "activated_lora": " --invocation ID ..."}.get(name, "")
     flags = [flag + more for flag in PRESETS if flag.replace("-", "_") in entry.presets]
     facts = [
         ("class", f"`aj.{method.__name__}`"),
@@ -266,8 +273,9 @@ def _meanings(method: type[Method]) -> dict[str, str]:
 
 
 def _leaves(method: type[Method]) -> tuple[str, ...]:
-    needed = {"bottleneck_dim": 1} if issubclass(method, aj.Bottleneck) else {}
-    return method("x", **needed).leaf_names
+    width: dict[str, Any] = {"bottleneck_dim": 1}
+    needed = {"bottleneck": width, "compacter": width, "activated_lora": {"invocation": (1,)}}
+    return method("x", **needed.get(method.kind, {})).leaf_names
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

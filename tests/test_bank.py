@@ -225,9 +225,8 @@ def test_generation_with_a_bank_writes_its_cache_in_place():
     def copies(model, rows):
         """How many arrays of the size of a layer's keys are copied for each token."""
         split = nnx.split(model)
-        program = generation._generate.lower(
-            *split, prompts, prompts != 0, sampling, rows, None, new
-        )
+        begin = generation._Begin(prompts, prompts != 0, None, None, None)
+        program = generation._generate.lower(*split, begin, sampling, rows, new)
         shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", loop_of(program.compile().as_text()))
         return [math.prod(map(int, shape.split(","))) for shape in shapes].count(slots)
 

@@ -187,13 +187,14 @@ def test_no_program_knows_the_capacity(scan):
         )
         graphdef, state = nnx.split(bank.model)
         decode = generation._generate
+        begin = generation._Begin(ids, ids != 0, None, None, None)
         taken = slots.Slots(bank, rows=3, context=8, pieces=(1, 4))
         feed = slots.Choice.stacked([slots.Choice()] * 3)
         live = np.ones(3, bool)
-        step = slots._step.lower(taken._model, taken._caches, ids[:, 0], live, rows, feed, 8)
+        step = slots._step.lower(taken._model, taken._caches, ids[:, 0], live, rows, feed, 8, None)
         return [
             forward.lower(bank.model, ids, rows).as_text(),
-            decode.lower(graphdef, state, ids, ids != 0, sampling, rows, None, 2).as_text(),
+            decode.lower(graphdef, state, begin, sampling, rows, 2).as_text(),
             step.as_text(),
         ]
 

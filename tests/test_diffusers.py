@@ -871,7 +871,10 @@ def test_the_configuration_beside_the_tensors(tmp_path):
     recipe, adapters, *_ = load_diffusers(file, None, PARAMS, part="unet")
     expected = formula(PARAMS, PATHS, pairs, lambda i, rank: (6 if i else 2) / rank**0.5)
     check(expected, recipe, adapters)
-    for wrong in ({"unet.bias": "some"}, {"unet.peft_type": "LOHA"}, {"unet.lora_alpha": "x"}):
+    for wrong in (
+        *({"unet.bias": "some"}, {"unet.peft_type": "LOHA"}, {"unet.lora_alpha": "x"}),
+        {"unet.alora_invocation_tokens": [1, 2]},
+    ):
         save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config | wrong)})
         with raises(AdapterFileError, file, *(k.removeprefix("unet.") for k in wrong)):
             load_diffusers(file, None, PARAMS, part="unet")
@@ -884,12 +887,14 @@ def test_what_cannot_be_written(tmp_path):
     lora = aj.LoRA(f"{PATHS['conv_in']}", rank=2)
     part = (lora, adapted(lora), None, PARAMS)
     file, scales = tmp_path / "a.safetensors", aj.IA3("**/to_q")
+    activated = aj.ActivatedLoRA(lora.targets, rank=2, invocation=(1,))
     cases = [
         ({"unet": part}, {"style": "comfy"}, ("comfy", "kohya", "diffusers")),
         ({"vae": part}, {}, ("vae", "text_encoder_2")),
         ({}, {}, (file,)),
         ({"unet": part, "transformer": part}, {}, ("transformer", "lora_unet_conv_in")),
         ({"unet": (scales, adapted(scales), None, PARAMS)}, {}, ("unet", "ia3")),
+        ({"unet": (activated, part[1], None, PARAMS)}, {}, ("unet", "ActivatedLoRA")),
         (
             {"unet": (lora, part[1], {"conv_out": PATHS[f"{MIDDLE}.proj_in"]}, PARAMS)},
             {},

@@ -396,3 +396,117 @@ def test_bytes_that_end_in_no_character_lose_no_text_after_them():
     for token in (256, *"é€".encode(), 257):  # the bytes of € spoil é only until they are whole
         sink.token(token)
     assert "".join(whole) == "xé€y"
+
+
+class Activated:
+    """An engine of an adapter that is invoked, one that acts on all tokens, and the base."""
+
+    tokens = (9, 11)
+    prefix = (*range(40, 58),)  # two whole pieces, and two tokens more
+
+    def __init__(self, rows=3):
+        targets = "**/{query,value}"
+        recipes = {
+            "check": aj.ActivatedLoRA(targets, 2, alpha=6.0, invocation=self.tokens),
+            "other": aj.ActivatedLoRA("**/query", 1, alpha=4.0, invocation=(5,)),
+            "plain": aj.LoRA(targets, rank=2),
+        }
+        made = {name: trained(recipe, 7 + i) for i, (name, recipe) in enumerate(recipes.items())}
+        self.alone = {None: BASE, **{name: model for name, (_, model) in made.items()}}
+        whole = aj.ActivatedLoRA(targets, 2, invocation=(1,))
+        model = aj.adapt(BASE, whole, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+        sizes = Sizes(rows=rows, context=48, pieces=(1, 8), queue=16)
+        self.engine = Engine(aj.Bank(model, capacity=9), sizes)
+        self.engine.start()
+        for name, (adapter, _) in made.items():
+            self.engine.put(name, self.engine.fit(name, adapter), name).result(60)
+
+    def ask(self, name, prompt):
+        """The tokens of a request that is alone."""
+        sink = Collected()
+        self.engine.submit(prompt, sink, model=name, most=5)
+        ids, why = sink.wait()
+        assert why == "length"
+        return ids
+
+    def expected(self, name, prompt):
+        ids = jnp.array([[0] * (30 - len(prompt)) + prompt])
+        mask = jnp.arange(30)[None] >= 30 - len(prompt)
+        return generate(self.alone[name], ids, mask, max_new_tokens=5).ids[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def activated():
+    made = Activated()
+    yield made
+    made.engine.close()
+
+
+def test_requests_act_from_their_own_invocation_on(activated):
+    """Together, and each as `generate` alone; also without an invocation, or with another's."""
+    texts = [[3, 9, 11, 4], [9, 11, 6, 9, 11], [3, 4, 6], [5, 9, 11, 5, 8], [*range(20, 33), 9, 11]]
+    asked = [(name, text) for text in texts for name in activated.alone]
+    wanted = [activated.expected(*each) for each in asked]
+    assert len({tuple(x) for x in wanted[:4]}) >= 3
+    before, sinks = activated.engine.counts.tokens, [Collected() for _ in asked]
+    for start in range(0, len(asked), 10):
+        some = list(zip(asked, sinks, strict=True))[start : start + 10]
+        for (name, text), sink in some:
+            activated.engine.submit(text, sink, model=name, most=5)
+        assert all(sink.wait()[1] == "length" for _, sink in some)
+    assert [sink.ids for sink in sinks] == wanted
+    assert activated.engine.counts.tokens - before == 5 * len(asked)
+
+
+def test_what_the_base_read_is_read_once(activated, caplog):
+    """By any request that the base reads so far; in whole pieces, and with the same tokens."""
+    prompt = [*activated.prefix]
+    engine, alone = activated.engine, Activated(rows=1)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        cases = [  # the adapter, what follows the prefix, and how many tokens are there already
+            (None, [1, 2], 0),
+            (None, [1, 2], 16),
+            ("check", [9, 11, 3], 16),
+            ("other", [5, 3], 16),
+            ("check", [3, 4], 16),
+            ("plain", [9, 11, 3], 0),
+            ("check", [*activated.tokens, *prompt[:6]], 16),
+        ]
+        for name, rest, reused in cases:
+            before = engine.counts.reused_tokens, engine.counts.prompt_tokens
+            assert activated.ask(name, prompt + rest) == activated.expected(name, prompt + rest)
+            assert engine.counts.reused_tokens - before[0] == reused, (name, rest)
+            assert engine.counts.prompt_tokens - before[1] == len(prompt + rest)
+        # An invocation in the middle of a piece: the piece before it alone is the base's.
+        early = [*prompt[:10], *activated.tokens, *prompt[10:]]
+        before = engine.counts.reused_tokens
+        assert activated.ask("check", early) == activated.expected("check", early)
+        assert engine.counts.reused_tokens - before == 8
+        # One row, which a plain adapter overwrites: then nothing is there any more.
+        for name, reused in ((None, 0), ("check", 16), ("plain", 0), ("check", 0)):
+            before = alone.engine.counts.reused_tokens
+            text = [*prompt, 9, 11]
+            assert alone.ask(name, text) == activated.expected(name, text)
+            assert alone.engine.counts.reused_tokens - before == reused
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        alone.engine.close()
+    programs = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
+    assert sum("_copied" in text for text in programs) <= 1  # of the engine with one row
+
+
+def test_a_copied_beginning_holds_nothing_of_what_followed_it():
+    """Numbers that are not finite, which masks would multiply by zero, stay where they were."""
+    made = Activated(rows=2)
+    try:
+        made.ask(None, [*made.prefix])
+        made.engine._slots._caches = jax.tree.map(
+            lambda x: x.at[0, :, 16:].set(jnp.nan) if x.ndim == 5 else x,
+            made.engine._slots._caches,
+        )
+        text = [*made.prefix[:16], 9, 11, 3]
+        assert made.ask("check", text) == made.expected("check", text)
+        assert made.engine.counts.reused_tokens == 16
+    finally:
+        made.engine.close()

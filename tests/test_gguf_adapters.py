@@ -110,6 +110,21 @@ def test_an_embedding_and_an_output_layer_of_their_own_are_written(tmp_path):
     assert changes((recipe, leaves), FORMATS["gguf"].read(tmp_path / "gguf", base)) == []
 
 
+def test_an_invocation_goes_to_llama_cpp_and_back(tmp_path):
+    base = load_base_model(str(FIXTURES / "mistral"))
+    recipe, leaves = drawn(base, outside_experts)
+    (lora,) = recipe.attached
+    activated = aj.ActivatedLoRA(lora.targets, 2, 3.0, a_init="uniform", invocation=(5, 17))
+    FORMATS["gguf"].write(tmp_path, Adapter(aj.Recipe(activated), leaves), base)
+    field = gguf.GGUFReader(tmp_path / ADAPTER).get_field("adapter.alora.invocation_tokens")
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.contents() == [5, 17]
+    found, again = FORMATS["gguf"].read(tmp_path, base)
+    (method,) = found.attached
+    assert type(method) is aj.ActivatedLoRA and method.invocation == (5, 17)
+    assert changes((aj.Recipe(activated), leaves), (found, again)) == []
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")

@@ -498,6 +498,15 @@ def test_expressions_that_take_for_ever_elsewhere_end(tmp_path, fields, data):
         ),
         ({"peft_type": "BOFT"}, ["peft_type='BOFT'", "LORA", "ADAPTION_PROMPT", "IA3"]),
         ({"use_bdlora": True, "use_qalora": True}, ["use_bdlora=True", "use_qalora=True"]),
+        ({"alora_invocation_tokens": ["a"]}, ["alora_invocation_tokens=['a']", "whole numbers"]),
+        (
+            {"alora_invocation_tokens": [1], "use_dora": True},
+            ["use_dora=True with alora_invocation_tokens"],
+        ),
+        (
+            {"target_parameters": ["q.weight"], "alora_invocation_tokens": [1]},
+            ["alora_invocation_tokens=[1]"],
+        ),
         ({"lora_bias": True}, ["lora_bias=True"]),
         ({"layer_replication": [[0, 2]]}, ["layer_replication=[[0, 2]]"]),
         ({"trainable_token_indices": [3]}, ["rows", [3]]),

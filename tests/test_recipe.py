@@ -103,6 +103,12 @@ OTHER["dora"] = {**OTHER["lora"], "slices": ()}
 OTHER["lokr"] = {**OTHER["loha"], "factor": 4, "full": True, "both": True}
 OTHER["adalora"] = {**OTHER["lora"], "a_init": "gaussian"}
 ONE_VALUE = {("dora", "slices"), ("adalora", "a_init")}  # they take their default alone
+OTHER["activated_lora"] = {**OTHER["lora"], "invocation": (4, 2)}
+NEEDED = {
+    "bottleneck": {"bottleneck_dim": 64},
+    "compacter": {"bottleneck_dim": 64},
+    "activated_lora": {"invocation": (1,)},
+}
 ENTRY = {"name": "first", "train": False}  # of every method that adds leaves
 for added in OTHER.keys() - {"unfreeze"}:
     OTHER[added] |= ENTRY
@@ -156,8 +162,7 @@ def test_presets_round_trip_through_json(preset):
 )
 def test_every_field_round_trips_and_counts_for_equality(name, field):
     cls = METHODS[name]
-    bottleneck = name in ("bottleneck", "compacter")
-    plain = {"targets": "x"} | ({"bottleneck_dim": 64} if bottleneck else {})
+    plain = {"targets": "x"} | NEEDED.get(name, {})
     changed = plain | {field: OTHER[name][field]}
     if field == "reduction_factor":
         del changed["bottleneck_dim"]

@@ -233,6 +233,16 @@ def test_what_a_server_never_loads_is_refused_with_the_way(case):
         for_server(VLLM, recipe, leaves, NAMES, BASE)
 
 
+def test_an_activated_lora_is_for_llama_cpp_alone():
+    recipe = aj.ActivatedLoRA("query", 2, invocation=(1,))
+    leaves = {"query/lora/a": draw(1, 12, 2), "query/lora/b": draw(2, 2, 10)}
+    with raises(aj.UserError, "vLLM", "activated") as caught:
+        for_server(VLLM, recipe, leaves, NAMES, BASE)
+    assert "merge" not in str(caught.value)
+    served = for_server(SERVERS["llama.cpp"], recipe, leaves, NAMES, BASE)
+    assert served.recipe == aj.Recipe(recipe)
+
+
 def test_biases_convolutions_embeddings_and_other_bases_are_refused():
     with_bias = {"query": {"kernel": draw(0, 12, 10), "bias": draw(1, 10)}}
     leaves = {f"query/lora/{k}": x for k, x in pair(0, 2).items()}

@@ -17,6 +17,7 @@ from adapters_jax.distributed.program import Program
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
 from adapters_jax.finetune.tasks.decoder import chunk_of
+from adapters_jax.methods.activated import from_invocation
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
 
@@ -192,7 +193,8 @@ def _loss_of(model: Any, kind: str, chunk: int) -> Callable[[Any, Any, Any], Any
 
     def loss(subject: Any, ids: Any, key: Any) -> Any:
         if kind == "decoder":
-            hidden, labels = subject.hidden(ids)[:, :-1], ids[:, 1:]
+            acts = from_invocation(vars(subject).get("adapter_recipe", ()), ids)
+            hidden, labels = subject.hidden(ids, **acts)[:, :-1], ids[:, 1:]
             return cross_entropy(hidden, subject.logits, labels, chunk=chunk)
         if kind == "encoder-decoder":
             hidden = subject.hidden(ids, None, subject.shifted(ids))

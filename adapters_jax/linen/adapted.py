@@ -16,6 +16,7 @@ from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag, grow_in
 from adapters_jax.linen.points import points_of, with_copies
 from adapters_jax.linen.weights import changed_weights, leaf_methods
+from adapters_jax.methods.activated import call_gate
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
 from adapters_jax.placement import Known, Placements
@@ -105,7 +106,8 @@ class Adapted(nn.Module):
             *args: the inputs of the base.
             method: the function to run, a name or a function of the base; by default `__call__`.
             adapters: the adapter of each row, as `Bank.rows` gives them.
-            **kwargs: further arguments of the function, and flax's, such as `rngs`, `mutable`.
+            **kwargs: further arguments of the function, and flax's, such as `rngs`, `mutable`; with
+                `invoked` the tokens that an `ActivatedLoRA` acts on, as `aj.invoked` gives them.
 
         Returns:
             What the base returns, and with `mutable` the changed collections as well.
@@ -146,6 +148,7 @@ class Adapted(nn.Module):
     def _call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of the base, by name or as a function of the base."""
         inner: Any = self.inner
+        gate, kwargs = call_gate(self.recipe.attached, kwargs)
         function = Inputs(args, kwargs, method).function(inner)
         if inner.scope is None:
             return function(*args, **kwargs)
@@ -157,7 +160,7 @@ class Adapted(nn.Module):
         called = "__call__" if method is None else method
         unbound = getattr(type(inner), called) if isinstance(called, str) else called
         unbound = getattr(unbound, "__func__", unbound)
-        with thin() as trace, self._weights(trace, unbound, args, kwargs):  # noqa: SIM117
+        with thin() as trace, self._weights(trace, unbound, args, kwargs, gate):  # noqa: SIM117
             with self._intercepted():
                 y = lowered(function(*args, **kwargs))
         # While it initialises, the base runs without changed weights, whose arrays are not there
@@ -231,7 +234,9 @@ class Adapted(nn.Module):
 
     @nn.nowrap
     @contextlib.contextmanager
-    def _weights(self, trace: Any, function: Any, args: Any, kwargs: Any) -> Iterator[None]:
+    def _weights(
+        self, trace: Any, function: Any, args: Any, kwargs: Any, gate: Any
+    ) -> Iterator[None]:
         """Gives the base its changed weights for the time of a call."""
         inner: Any = self.inner
         own = inner.scope.variables().get("params", {})
@@ -249,7 +254,7 @@ class Adapted(nn.Module):
         placements = self.placements_in(own)
         # `put_variable` would need a mutable collection. Submodules take their part of this one
         # when they are called, so they see the change, and nobody else does after the call.
-        inner.scope._variables["params"] = changed_weights(own, placements, trace, key)
+        inner.scope._variables["params"] = changed_weights(own, placements, trace, key, gate)
         try:
             yield
         finally:

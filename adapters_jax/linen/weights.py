@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import DenyList
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import arrays
@@ -27,7 +27,11 @@ from adapters_jax.weights.quantized import is_quantized, unboxed
 
 
 def changed_weights(
-    params: Tree, placements: Sequence[Placement], trace: Thin, key: PRNGKeyArray | None = None
+    params: Tree,
+    placements: Sequence[Placement],
+    trace: Thin,
+    key: PRNGKeyArray | None = None,
+    gate: Array | None = None,
 ) -> Tree:
     """Parameters as the model's code sees them: with changed weights, without what changes them.
 
@@ -36,6 +40,7 @@ def changed_weights(
         placements: where its adapters are.
         trace: the trace that computes with changed weights.
         key: for dropout while training; None in evaluation.
+        gate: the tokens that gated methods act on.
     """
     flat = flatten(params)
     shapes = {path: tuple(unboxed(leaf).shape) for path, leaf in flat.items()}
@@ -46,6 +51,7 @@ def changed_weights(
         weight = flat[each.weight_path]
         own = arrays.key_at(key, each.prefix) if key is not None and each.method.dropout else None
         leaves = {name: formed(unboxed(leaf)) for name, leaf in each.leaves(flat).items()}
+        leaves |= {"invoked": gate} if each.method.gated else {}
         point = each.point(owned[each.module])
         found = each.method.changes(leaves, point, lambda w=weight: formed(nn.meta.unbox(w)), own)
         for name, several in found.items():

@@ -12,6 +12,7 @@ A new method is one file and one line here. For methods of other packages:
 """
 
 from adapters_jax.methods import arrays, settings
+from adapters_jax.methods.activated import ActivatedLoRA, invoked
 from adapters_jax.methods.adalora import AdaLoRA
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
@@ -53,6 +54,7 @@ for _method in (
     Bottleneck,
     Compacter,
     LoRA,
+    ActivatedLoRA,
     DoRA,
     AdaLoRA,
     LoHa,
@@ -79,6 +81,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "RANK",
+    "ActivatedLoRA",
     "AdaLoRA",
     "Added",
     "AttachmentPoint",
@@ -116,6 +119,7 @@ __all__ = [
     "batch_split",
     "bottleneck_parameters",
     "fuse",
+    "invoked",
     "known_tokens",
     "llama_adapter_parameters",
     "lora_parameters",

@@ -137,6 +137,9 @@ class Method:
     Optional:
         frozen_leaves: the names of leaves that do not train, such as random projections. They are
             in files, and counted apart.
+        gated: whether calls say where it acts, by `invoked=`; `changes` then gets that as
+            `leaves["invoked"]`.
+        also: the other classes whose adapters a bank takes where its recipe has this one.
         shared_leaves: the names of leaves that all modules of a recipe's entry have in common. They
             are stored once, at the top of the tree, `SLOT/LEAF`, without layer axes; every module
             must ask for one shape. At least one leaf is a module's own. `count` is of the leaves
@@ -217,6 +220,8 @@ class Method:
     shared_leaves: ClassVar[tuple[str, ...]] = ()
     members: ClassVar[Any] = ()  # names; a field of compositions
     cut_leaves: ClassVar[tuple[str, ...]] = ()
+    gated: ClassVar[bool] = False
+    also: ClassVar[tuple[type["Method"], ...]] = ()
 
     targets: str | tuple[str, ...]
     name: str = field(default="", kw_only=True, repr=False, metadata={"check": check_name})

@@ -63,9 +63,9 @@ def register_method(cls: M) -> M:
         # A module that registers its class may be imported by its user and by its entry point.
         if other is cls:
             return cls
-        # DoRA shares LoRA's slot: no module has both, and files of one are near to those of the
-        # other.
-        related = issubclass(cls, other) or issubclass(other, cls)
+        # Those derived from LoRA share its slot: no module has two, and files of one are near to
+        # those of the others.
+        related = _first_of_slot(cls) is _first_of_slot(other)
         taken = cls.slot is not None and other.slot == cls.slot and not related
         what = "kind" if other.kind == cls.kind else "slot" * taken
         if what:
@@ -75,6 +75,11 @@ def register_method(cls: M) -> M:
             )
     METHODS[cls.kind] = cls
     return cls
+
+
+def _first_of_slot(cls: type[Method]) -> type:
+    """The class from which a method has its slot."""
+    return next(base for base in reversed(cls.__mro__) if getattr(base, "slot", None) == cls.slot)
 
 
 def _is_own_dataclass(cls: type) -> bool:

@@ -63,6 +63,8 @@ def children_of(placed: Placement, rngs: nnx.Rngs) -> dict[str, Any]:
             lambda d, group: d.setdefault(group, nnx.Dict()), groups, children
         )
         holder[last] = _variable(method, name, leaf.init(_drawn(rngs.params), shapes[name]))
+    if method.gated:
+        children["invoked"] = nnx.data(None)  # likewise
     if method.dropout:
         drop = children["dropout"] = nnx.Dropout(method.dropout, rngs=rngs)
         if placed.layers:

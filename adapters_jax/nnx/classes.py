@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import other_names
 from adapters_jax.methods import outputs
+from adapters_jax.methods.activated import call_gate
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.methods.mixed import Rows, by_rows, needs_rows
 from adapters_jax.methods.prompt import inserted
@@ -141,7 +142,10 @@ def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with sharing(self) if "adapters" not in kwargs else contextlib.nullcontext():
+        if "adapters" in kwargs:
+            return shared(self, *args, **kwargs)
+        gate, kwargs = call_gate(vars(self).get("adapter_recipe", ()), kwargs)
+        with sharing(self, gate):
             return shared(self, *args, **kwargs)
 
     def shared(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -226,7 +226,12 @@ def read(child: Any, method: Method) -> dict[str, Array]:
             f"{type(method).__name__}: its modules share {', '.join(method.shared_leaves)}, which "
             "the whole model holds; call a function of the model, and not of a part alone"
         )
-    return {name: marked(_step(child, name.split("/"))[...]) for name in method.leaf_names}
+    leaves = {name: marked(_step(child, name.split("/"))[...]) for name in method.leaf_names}
+    gate = child.invoked if method.gated else None
+    if gate is not None:  # outside of a loop over layers, that of the first one is that of all
+        layers = gate.ndim - gate.get_metadata("axes")
+        leaves["invoked"] = gate[(0,) * layers] if layers else gate[...]
+    return leaves
 
 
 def _step(node: Any, names: Iterable[str]) -> Any:
@@ -237,33 +242,43 @@ def _step(node: Any, names: Iterable[str]) -> Any:
 
 
 @contextlib.contextmanager
-def sharing(model: Any) -> Iterator[None]:
+def sharing(model: Any, gate: Array | None = None) -> Iterator[None]:
     """In its body, each module has copies of the arrays that it shares with others.
 
     They have the layer axes of the module, since transforms of flax split all that it holds.
+
+    Args:
+        model: the model.
+        gate: the tokens that gated methods act on, which their modules then have as well.
     """
     recipe = vars(model).get("adapter_recipe", ())
-    if not any(method.shared_leaves for method in recipe):
+    if not any(method.shared_leaves for method in recipe) and gate is None:
         yield
         return
-    put: list[tuple[Any, str]] = []
+    put: list[tuple[Any, str, Any]] = []
+
+    def copied(node: Any, name: str, like: Any, value: Array, layers: Any, **about: Any) -> None:
+        put.append((node, name, vars(node)[name]))
+        # Not by `setattr`, which flax refuses for a model of another trace.
+        vars(node)[name] = like(jnp.broadcast_to(value, (*layers, *value.shape)), **about)
+
     for module in modules_of(model).values():
         for placed in holds(module):
             node = node_of(module, placed)
             for name in placed.method.shared_leaves:
-                if getattr(node, name) is not None:
-                    continue
-                variable = getattr(vars(model)[placed.method.slot], name)
-                value = variable.get_raw_value()
-                copies = jnp.broadcast_to(value, (*placed.layers, *value.shape))
-                # Not by `setattr`, which flax refuses for a model of another trace.
-                vars(node)[name] = type(variable)(copies)
-                put.append((node, name))
+                if getattr(node, name) is None:
+                    variable = getattr(vars(model)[placed.method.slot], name)
+                    value = variable.get_raw_value()
+                    copied(node, name, type(variable), value, placed.layers)
+            if placed.method.gated and gate is not None:
+                # In float, as code that differentiates or casts all parameters expects.
+                given, axes = gate.astype(jnp.float32), gate.ndim
+                copied(node, "invoked", FrozenAdapterParam, given, placed.layers, axes=axes)
     try:
         yield
     finally:
-        for node, name in put:
-            vars(node)[name] = None
+        for node, name, before in reversed(put):
+            vars(node)[name] = before
 
 
 def key_of(child: Any) -> Array | None:

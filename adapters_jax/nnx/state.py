@@ -14,6 +14,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 from adapters_jax.errors import RecipeError
+from adapters_jax.methods.activated import everywhere
 from adapters_jax.nnx.classes import leaf_names, without_adapters
 from adapters_jax.nnx.graph import copy, holds, modules_of, original
 from adapters_jax.nnx.points import mark, traced
@@ -139,6 +140,8 @@ def _check(model: Any, inputs: Inputs, read: Mapping[str, str]) -> None:
         for held in holds(module):
             names = (join(path, *held.nodes, name) for name in held.method.leaf_names)
             own.update(dict.fromkeys(names, path))
+    methods = [held.method for module in modules.values() for held in holds(module)]
+    inputs = everywhere(methods, inputs)  # where they act changes no reading
     if left := traced(copy(model), inputs).stated(own):
         path, operation = next(iter(left.items()))
         raise RecipeError(

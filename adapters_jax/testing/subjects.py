@@ -94,6 +94,14 @@ class Subject:
     frozen: Any
     output: Any
     base_logits: Any
+    recipe: Recipe
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What calls take beside the ids: the tokens that gated methods act on, each second one."""
+        tokens = jnp.arange(BATCH * LENGTH).reshape(BATCH, LENGTH)
+        gated = any(method.gated for method in self.recipe.attached)
+        return {"invoked": tokens % 2 == 0} if gated else {}
 
     @functools.cached_property
     def _drawn(self) -> tuple[float, float]:
@@ -151,11 +159,11 @@ class Linen(Subject):
 
     def run(self, adapters, frozen):
         """The output of the adapted model."""
-        return self.model.apply({"params": merge_trees(adapters, frozen)}, ids())
+        return self.model.apply({"params": merge_trees(adapters, frozen)}, ids(), **self.given)
 
     def logits_of(self, params, x):
         """The output of the adapted model, by the argument that a loss gets."""
-        return self.model.apply({"params": params}, x)
+        return self.model.apply({"params": params}, x, **self.given)
 
     def whole(self, adapters):
         """The adapted model with these adapters: a tree in linen, a model in NNX."""
@@ -192,7 +200,11 @@ class Linen(Subject):
 
     def in_bank(self, bank, names):
         """The output of rows with an adapter each."""
-        apply = jax.jit(lambda params, rows: bank.model.apply(params, ids(), adapters=rows))
+
+        @jax.jit
+        def apply(params, rows):
+            return bank.model.apply(params, ids(), adapters=rows, **self.given)
+
         return apply({"params": bank.params}, bank.rows(names))
 
     def loaded(self, directory):
@@ -229,11 +241,11 @@ class Nnx(Subject):
 
     def run(self, adapters, frozen):
         """The output of the adapted model."""
-        return nnx.merge(self.graphdef, adapters, frozen, copy=True)(ids())
+        return nnx.merge(self.graphdef, adapters, frozen, copy=True)(ids(), **self.given)
 
     def logits_of(self, model, x):
         """The output of the adapted model, by the argument that a loss gets."""
-        return model(x)
+        return model(x, **self.given)
 
     def whole(self, adapters):
         """The adapted model with these adapters: a tree in linen, a model in NNX."""
@@ -265,7 +277,7 @@ class Nnx(Subject):
 
     def in_bank(self, bank, names):
         """The output of rows with an adapter each."""
-        run = nnx.jit(lambda model, rows: model(ids(), adapters=rows))
+        run = nnx.jit(lambda model, rows: model(ids(), adapters=rows, **self.given))
         return run(bank.model, bank.rows(names))
 
     def loaded(self, directory):

@@ -26,10 +26,12 @@ class Fitted:
     Attributes:
         leaves: its leaves by path, numpy; it has none where it adapts nothing.
         lengths: how many tokens its prompts have, by the path of the attention module.
+        invocation: the tokens from which on it acts; None for all tokens.
     """
 
     leaves: dict[str, Any]
     lengths: dict[str, int]
+    invocation: tuple[int, ...] | None = None
 
 
 def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
@@ -95,6 +97,7 @@ def fitted(
     """
     made: dict[str, Any] = {}
     lengths: dict[str, int] = {}
+    invocations: dict[Any, str] = {}
     for path in flat:
         if path not in room:
             raise _no_room(caller, path, recipe, whole)
@@ -103,6 +106,8 @@ def fitted(
         if mine is None:
             raise _no_room(caller, join(owner.prefix, owner.name), recipe, whole)
         _check_settings(caller, owner, mine.method)
+        if mine.method.gated:
+            invocations[getattr(owner.method, "invocation", None)] = owner.path
         paths = owner.paths()
         lacking = [path for path in paths.values() if path not in flat]
         if lacking:
@@ -120,7 +125,10 @@ def fitted(
             if whole.owner(path):
                 raise _no_room(caller, path, recipe, whole)
             made[path] = _unfrozen(caller, path, flat, room)
-    return Fitted(made, lengths)
+    if len(invocations) > 1:
+        own = " and ".join(f"{tokens} at {path}" for tokens, path in invocations.items())
+        raise RecipeError(f"{caller}: it acts from {own} on, and a row of a bank from one on")
+    return Fitted(made, lengths, next(iter(invocations), None))
 
 
 def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
@@ -128,7 +136,7 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
     method = owner.method
     if method.from_weight == "changes":
         raise _changed_base(method, owner.path)
-    if type(method) is not type(whole):
+    if type(method) not in (type(whole), *whole.also):
         raise RecipeError(
             f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
             f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"

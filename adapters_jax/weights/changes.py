@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
+from adapters_jax.weights.gates import Gate
 from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import View, cut_scales, rows_of, split_scales
 from adapters_jax.weights.quantized import is_quantized, once
@@ -35,6 +36,7 @@ class LowRank:
         key: the key of the dropout, or one for each index of the weight's first axis; None in
             evaluation.
         scale: multiplies the product.
+        gate: the inputs that it is for; None for all.
 
     Example:
         >>> a, b = Factor(jnp.ones((4, 2)), (0, RANK)), Factor(jnp.ones((2, 3)), (RANK, 1))
@@ -48,6 +50,7 @@ class LowRank:
     dropout: float = 0.0
     key: Any = None
     scale: float = 1.0
+    gate: Gate | None = None
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -74,7 +77,9 @@ class LowRank:
         return beside(contracted(a, b, range(ndim), "highest"), range(ndim), dtype)
 
     def applied(self, weight: Array) -> Array:
-        """The changed weight."""
+        """The changed weight; raises RecipeError for a change of some inputs alone."""
+        if self.gate is not None:
+            raise self.gate.refused("other than in a product with its input")
         change = self.product(weight.ndim, weight.dtype)
         if self.start is not None:
             axis = self.start[0]
@@ -499,7 +504,7 @@ class Layers:
 
 
 for _cls, _data in (
-    (LowRank, ["a", "b", "key"]),
+    (LowRank, ["a", "b", "key", "gate"]),
     (Scale, ["by"]),
     (Added, ["arrays"]),
     (Rotation, ["by"]),

@@ -159,6 +159,8 @@ def _separable(changed: Changed, inner: Axes, outer: Axes) -> bool:
     for change in changed.changes:
         if isinstance(change, LowRank) and change.start and change.start[0] in outer:
             return False
+        if isinstance(change, LowRank) and change.gate and len(outer) > len(inner):
+            return False  # experts, whose inputs may be any of the tokens
         if isinstance(change, Rotation) and {*change.inputs} != {*inner}:
             return False
         if isinstance(change, Scale):
@@ -174,6 +176,8 @@ def _dot_thin(meeting: Meeting, change: LowRank, x: Array, rest: Sequence[Any]) 
     first, second = (f.cast(x.dtype) for f in both)
     precision, out = dict(meeting.params)["precision"], meeting.out
     h = contracted(Factor(x, meeting.seen), first, (*second.axes, *out), precision)
+    if change.gate is not None:
+        h = change.gate.on(h, [i for i in meeting.seen if i not in meeting.inner])
 
     def times(second: Factor, h: Factor, out: Axes) -> Array:
         # In the order of the operands, so that XLA transposes nothing.
@@ -206,7 +210,7 @@ def _conv(primitive: Any, params: Any, where: int, changed: Changed, ndim: int) 
     expected = {frozenset({*inner, RANK}), frozenset({kept, RANK})}
     fits = all(
         {frozenset(f.axes) for f in c.factors} == expected
-        if isinstance(c, LowRank)
+        if isinstance(c, LowRank) and not c.gate
         else isinstance(c, Scale) and set(c.by.axes) in ({kept}, {inner[0]}, set())
         for c in changed.changes
     )
@@ -244,7 +248,7 @@ def _groups(primitive: Any, params: Any, where: int, changed: Changed, ndim: int
     )
     expected = {frozenset({0, 1, RANK}), frozenset({0, 2, RANK})}
     fits = all(
-        isinstance(c, LowRank) and {frozenset(f.axes) for f in c.factors} == expected
+        isinstance(c, LowRank) and {frozenset(f.axes) for f in c.factors} == expected and not c.gate
         for c in changed.changes
     )
     if where != 1 or given != usual or not fits:

@@ -64,6 +64,11 @@ CASES = {
     "lora_dense": Case(
         "mlp", aj.Recipe(aj.LoRA("**/mlp/{up,output}", R, 6.0)), 2 * R * (D + HIDDEN)
     ),
+    "activated_lora": Case(
+        "mlp",
+        aj.Recipe(aj.ActivatedLoRA("**/mlp/{up,output}", R, 6.0, invocation=(1, 2))),
+        2 * R * (D + HIDDEN),
+    ),
     "dora": Case(
         "mlp",
         aj.Recipe(aj.DoRA("**/mlp/{up,output}", R, 6.0)),

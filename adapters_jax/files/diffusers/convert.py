@@ -34,6 +34,7 @@ from adapters_jax.trees import Tree, flatten
 _CONFIG = "lora_adapter_metadata"  # Diffusers' name of PEFT's configuration, among the metadata
 _OF_ANOTHER = re.compile(rf"{_CONFIG}|sshs_|ss_network_(dim|alpha|module)")
 _OF_A = ".lora_A.weight"
+_USUAL = {"peft_type": "LORA", "alora_invocation_tokens": None}  # of PEFT's other adapters
 # The ends of the names of A, B and the magnitude in each style.
 _STYLES = {
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
@@ -118,7 +119,14 @@ def load_diffusers(
         for prefix in {module.prefix for module in own.values()}
     }
     checked = [{"peft_type": "LORA", **config} for config in configs.values() if config]
-    if problems := [problem for config in checked for problem in config_problems(config)]:
+    problems = [problem for config in checked for problem in config_problems(config)]
+    problems += [
+        f"{field}={config[field]!r} is not supported"
+        for config in checked
+        for field, usual in _USUAL.items()
+        if config.get(field, usual) != usual
+    ]
+    if problems:
         raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(problems)}")
     pairs, module_map = {}, find_modules(_names(names, base), base)
     # Products of numbers that float32 cannot hold are found in the leaves.
@@ -176,6 +184,8 @@ def save_diffusers(
     for part, (recipe, adapters, names, base) in parts.items():
         flat = flat_leaves("save_diffusers", adapters)
         config, theirs, wrong = to_peft(recipe, flat, _names(names, base), base)
+        if config.get("alora_invocation_tokens"):
+            wrong.append("such files have no place for the invocation of an ActivatedLoRA")
         several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
         prefix = "lora_te1_" if several else _PREFIXES[part]
         keys = [key for key in theirs if key.endswith(_OF_A)]

@@ -18,17 +18,11 @@ from adapters_jax.files.peft.trained import NORM
 # What decides how factors act, where no pattern does.
 _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
-    *(
-        "adapter_len",
-        "adapter_layers",
-        "num_virtual_tokens",
-        "decompose_both",
-        "decompose_factor",
-        "coft",
-    ),
-    *("use_effective_conv2d", "oft_block_size", "block_share", "use_cayley_neumann"),
-    "num_cayley_neumann_terms",
+    *("adapter_len", "adapter_layers", "alora_invocation_tokens", "num_virtual_tokens"),
+    *("decompose_both", "decompose_factor", "coft", "use_effective_conv2d", "oft_block_size"),
+    *("block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
 )
+_ACTIVATING = (*_ACTING, "task_type")
 
 _NUMBERS = {"LORA": ("r", "lora_alpha"), **dict.fromkeys(("LOHA", "LOKR"), ("r", "alpha"))}
 
@@ -50,7 +44,7 @@ def differences(
     """
     problems = [
         f"{field}={config.get(field)!r} is not the adapter's {written.get(field)!r}"
-        for field in _ACTING
+        for field in (_ACTIVATING if written.get("alora_invocation_tokens") else _ACTING)
         if config.get(field) != written.get(field)
     ]
     if config["peft_type"] == "PROMPT_TUNING" and not config.get("task_type"):

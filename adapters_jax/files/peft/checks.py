@@ -73,6 +73,11 @@ def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMa
     texts, named = [], {module_map.bare(key): key for key in added}
     if fields := unread_fields(config):
         texts.append(f"adapter_config.json: {first_few(fields, 8)} is ignored")
+    if config.get("alora_invocation_tokens") and config.get("task_type") != "CAUSAL_LM":
+        texts.append(
+            f"task_type={config.get('task_type')!r} with alora_invocation_tokens: PEFT would apply "
+            "nothing, as it looks for them for 'CAUSAL_LM' alone; here it acts from them on"
+        )
     inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
     prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
     is_causal = module_map.tied or "lm_head" in module_map.modules

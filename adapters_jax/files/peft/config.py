@@ -20,6 +20,7 @@ from adapters_jax.files.settings import (
     rule,
     value_problems,
     whole,
+    wholes,
 )
 
 Config = Mapping[str, Any]
@@ -79,7 +80,9 @@ _ADVICE = (
     "path_initial_model_for_weight_conversion)"
 )
 # What PEFT does not do on parameters.
-NOT_ON_PARAMETERS = ("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias")
+NOT_ON_PARAMETERS = (
+    *("lora_dropout", "use_dora", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ _LYCORIS: dict[str, Rule] = {
 }
 KINDS = {
     "LORA": Kind(
-        *("lora", "lora_writing", ("lora", "dora")),
+        *("lora", "lora_writing", ("lora", "dora", "activated_lora")),
         leaves={
             "lora_A": "a",
             "lora_B": "b",
@@ -153,6 +156,7 @@ KINDS = {
             "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
             "trainable_token_indices": of(list, dict),
+            "alora_invocation_tokens": wholes(range(1 << 12), 2**31),
             "lora_bias": of(bool),
             "eva_config": of(dict),
             "init_lora_weights": one_of(*STARTS, advice=_ADVICE),
@@ -322,6 +326,8 @@ def config_problems(config: Config) -> list[str]:
         for field in _CHANGES
         if field not in rules and given.get(field)
     ]
+    if config.get("use_dora") and config.get("alora_invocation_tokens"):
+        problems.append("use_dora=True with alora_invocation_tokens is not supported")
     if config.get("target_parameters"):
         problems += [
             f"{field}={config[field]!r} with target_parameters is not supported"

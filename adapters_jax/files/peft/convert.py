@@ -292,8 +292,8 @@ def to_peft(
     if kind is None:
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
-            f"the recipe adds {others}; PEFT stores one of LoRA, DoRA, LoHa, LoKr, OFT, VeRA, IA3 "
-            "and LlamaAdapter, or trained norms"
+            f"the recipe adds {others}; PEFT stores one of LoRA, DoRA, ActivatedLoRA, LoHa, "
+            "LoKr, OFT, VeRA, IA3 and LlamaAdapter, or trained norms"
         )
         return {}, {}, problems + held
     fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)

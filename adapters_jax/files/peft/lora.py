@@ -9,6 +9,7 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from adapters_jax.files.peft.config import (
     value,
 )
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key, references_of
-from adapters_jax.methods import DoRA, LoRA, Method
+from adapters_jax.methods import ActivatedLoRA, DoRA, LoRA, Method
 from adapters_jax.targets import join
 
 Factors = Mapping[str, Array]
@@ -36,7 +37,7 @@ _NUMBERS = ("r", "lora_alpha")
 def read(
     config: Config, added: Mapping[str, Factors], module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
-    """Returns one LoRA or DoRA for all targets, with patterns where ranks or alphas differ."""
+    """Returns one LoRA of any kind for all targets, with patterns where ranks or alphas differ."""
     reader = _Reader(config, module_map)
     rest = _without_tied(config, added, module_map, problems)
     keys = {module_map.bare(key): key for key in rest}
@@ -57,7 +58,10 @@ def read(
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
         return [], reader.leaves
-    method = (DoRA if config.get("use_dora") else LoRA)(
+    make: Any = DoRA if config.get("use_dora") else LoRA
+    if tokens := config.get("alora_invocation_tokens"):
+        make = partial(ActivatedLoRA, invocation=tokens)
+    method = make(
         shortest(ranks, [*module_map.paths, *module_map.base]),
         rank=value(config, "r"),
         alpha=value(config, "lora_alpha"),
@@ -128,6 +132,8 @@ class _Reader:
         self.check(module, found, numbers[0], len(a))
         if is_embedding and magnitude is not None:
             raise UserError(f"{module}: DoRA on an embedding is not supported")
+        if is_embedding and self.config.get("alora_invocation_tokens"):
+            raise UserError(f"{module}: activated LoRA on an embedding is not supported")
         for reference in there:
             factors = our_factors(reference, a, b, magnitude)
             if factors is None:

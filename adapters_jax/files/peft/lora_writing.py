@@ -52,6 +52,8 @@ def write(
         for start in CHANGING
         if any(m.a_init == start for m in methods)
     ]
+    if len({getattr(m, "invocation", ()) for m in methods}) > 1:
+        problems.append("PEFT has one alora_invocation_tokens for all modules; these differ")
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
     if module_map.table and module_map.table.stacks:
@@ -64,6 +66,10 @@ def write(
     unknown = sorted(pair.target for pair in pairs.values())
     problems += [f"names has no name for {path}; add it" for path in unknown]
     fields = _fields(methods, writer, sorted(modules, key=in_order))
+    if methods[0].gated:
+        # PEFT looks for the invocation in the calls of its class of this task alone.
+        tokens = list(methods[0].invocation)
+        fields |= {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"}
     if parameters:
         fields |= {"target_parameters": parameters, "peft_version": WRITTEN}
         problems += [

@@ -44,6 +44,7 @@ class Server:
         owner: its name in messages.
         ranks: the limits of the rank that it can be started with, in order; empty for any.
         reads_rank_stabilized: whether it divides alpha by the root of the rank where PEFT does.
+        reads_invocation: whether a LoRA can act from its invocation on.
         loads_outer: whether it has LoRA on every base's embedding and output layer, if these are
             not tied.
         model_types: the types of base, as in `config.json`, that it has LoRA for; empty if unknown.
@@ -53,6 +54,7 @@ class Server:
     owner: str
     ranks: tuple[int, ...] = ()
     reads_rank_stabilized: bool = False
+    reads_invocation: bool = False
     loads_outer: bool = False
     model_types: frozenset[str] = frozenset()
     start: str = ""
@@ -72,7 +74,9 @@ SERVERS = {
         start="start it with --enable-lora --max-lora-rank {}",
     ),
     "sglang": Server("SGLang", start="start it with --enable-lora --max-lora-rank {}"),
-    "llama.cpp": Server("llama.cpp", loads_outer=True, start="load it with --lora"),
+    "llama.cpp": Server(
+        "llama.cpp", reads_invocation=True, loads_outer=True, start="load it with --lora"
+    ),
 }
 
 
@@ -178,7 +182,9 @@ def for_server(
         supported = ", ".join(sorted(server.model_types))
         problems.append(f"it has LoRA for bases of the types {supported}, and not for {model_type}")
     if problems:
-        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}; {MERGE}")
+        # Of an activated LoRA there is no merged checkpoint.
+        problems += [] if config.get("alora_invocation_tokens") else [MERGE]
+        raise UserError(f"{server.owner} cannot load this adapter: {'; '.join(problems)}")
     pairs = {}
     for name, factors in _factors(tensors).items():
         own, alpha = number_at(config, "r", name), number_at(config, "lora_alpha", name)
@@ -249,6 +255,8 @@ def _problems(
     if config["peft_type"] != "LORA":
         return [f"it loads LoRA, and this is {config['peft_type']}"]
     found = []
+    if config.get("alora_invocation_tokens") and not server.reads_invocation:
+        found.append("it would apply an activated LoRA to all tokens, not from its invocation on")
     if saved := config.get("modules_to_save"):
         found.append(f"it has no trained {', '.join(saved)} beside LoRA (--no-head leaves a head)")
     if config.get("bias", "none") != "none":

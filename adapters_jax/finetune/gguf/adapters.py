@@ -82,7 +82,7 @@ def to_gguf(
         if not is_a and (own := _heads(name, layout, heads)):
             tensor = neighbours(tensor, own)
         made[f"{name}.weight.lora_{'a' if is_a else 'b'}"] = tensor
-    return _written(architecture, config["lora_alpha"], made)
+    return _written(architecture, config, made)
 
 
 def _heads(name: str, layout: Layout, heads: Heads) -> int:
@@ -91,7 +91,7 @@ def _heads(name: str, layout: Layout, heads: Heads) -> int:
     return each.get(name.split(".")[-1], 0) if layout.permuted else 0
 
 
-def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> bytes:
+def _written(architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
     with needed("writing a GGUF file", "gguf"):
         import gguf
 
@@ -100,7 +100,10 @@ def _written(architecture: str, alpha: float, tensors: Mapping[str, Array]) -> b
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
+        if tokens := config.get("alora_invocation_tokens"):
+            kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+            writer.add_key_value(_INVOCATION, list(tokens), *kinds)
         for name, tensor in tensors.items():
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
         # gguf writes to paths only, and in this order.
@@ -128,7 +131,6 @@ def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any]
             ("general.type", "adapter"),
             ("adapter.type", "lora"),
             ("general.architecture", architecture),
-            (_INVOCATION, None),
         )
         if fields.get(name) != expected
     ]
@@ -151,7 +153,10 @@ def from_gguf(path: Path, model_type: str, heads: Heads) -> tuple[dict[str, Any]
             f"{str(path)!r} has {', '.join(problems) or 'no tensors'}, expected pairs such as "
             "blk.0.attn_q.weight.lora_a and .lora_b"
         )
-    return _config(tensors, alpha), tensors
+    config = _config(tensors, alpha)
+    if tokens := fields.get(_INVOCATION):
+        config |= {"alora_invocation_tokens": tokens, "task_type": "CAUSAL_LM"}
+    return config, tensors
 
 
 def _read(tensor: GGUFTensor, base: str, which: str, layout: Layout, heads: Heads) -> Array:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.parts.tokens import check_tokens
+from adapters_jax.methods.activated import from_invocation
 from adapters_jax.methods.mixed import Rows
 
 
@@ -61,6 +62,16 @@ class _Sampling(NamedTuple):
     stop: Int[Array, " stops"]
 
 
+class _Begin(NamedTuple):
+    """What a generation begins with: the prompts, and what is known of them."""
+
+    prompts: Int[Array, "batch length"]
+    mask: Bool[Array, "batch length"]
+    source: Float[Array, "batch ..."] | None
+    cache: Any
+    invoked: Bool[Array, "batch length"] | None
+
+
 class _Loop(NamedTuple):
     step: Int[Array, ""]
     last: Int[Array, " batch"]
@@ -81,6 +92,8 @@ def generate(
     stop: Sequence[int] = (),
     adapters: Rows | None = None,
     source: Float[Array, "batch ..."] | None = None,
+    invoked: Bool[Array, "batch length"] | None = None,
+    cache: Any = None,
 ) -> Generated:
     """Continues or, with an encoder, answers each prompt of a batch, independently of the others.
 
@@ -102,6 +115,11 @@ def generate(
         adapters: which adapter of a bank each row has, where the model is the bank's.
         source: what the encoder of a `models.whisper.Whisper` reads, its log-mel features; the
             prompts are then the tokens with which the decoder begins.
+        invoked: of a bank's model with an `ActivatedLoRA`, the tokens that each row's adapter acts
+            on, as `aj.invoked` gives them; other models find the invocation in the prompts. New
+            tokens are as the last one of their prompt.
+        cache: what was read before the prompts, as `extend` returns it, with slots for the prompts
+            and the new tokens: with an `ActivatedLoRA`, also what its base read.
 
     Returns:
         The new tokens, and their number in each row.
@@ -131,7 +149,10 @@ def generate(
         attention_mask = jnp.ones(input_ids.shape, bool)
     check_tokens(input_ids, attention_mask)
     _check(attention_mask, max_new_tokens, temperature, top_p, key)
-    check_length(model, (np.asarray(attention_mask) != 0).sum(1), max_new_tokens)
+    held = 0 if cache is None else np.asarray(cache.held).sum(1)
+    check_length(model, (np.asarray(attention_mask) != 0).sum(1) + held, max_new_tokens)
+    _check_cache(model, cache, input_ids.shape, max_new_tokens)
+    acts = _where_invoked(model, input_ids, attention_mask, adapters, invoked)
     sampling = _Sampling(
         jnp.float32(temperature),
         jnp.float32(top_p),
@@ -139,7 +160,52 @@ def generate(
         jnp.asarray(stop, jnp.int32),
     )
     prompts, mask = jnp.asarray(input_ids, jnp.int32), attention_mask != 0
-    return _generate(*nnx.split(model), prompts, mask, sampling, adapters, source, max_new_tokens)
+    begin = _Begin(prompts, mask, source, cache, acts)
+    return _generate(*nnx.split(model), begin, sampling, adapters, max_new_tokens)
+
+
+def _check_cache(model: Any, cache: Any, shape: tuple[int, ...], new: int) -> None:
+    """Raises UserError where a cache has other rows, or too few slots."""
+    if cache is None:
+        return
+    if not hasattr(model, "empty_cache"):
+        raise UserError(f"generate: {type(model).__name__} reads prompts by its encoder; no cache=")
+    rows, slots = cache.held.shape
+    free = slots - int(cache.used)
+    if rows != shape[0] or free < shape[1] + new:
+        raise UserError(
+            f"generate: the cache has {rows} rows with {free} free slots, expected {shape[0]} with "
+            f"{shape[1] + new}, for the prompts and {new} new tokens"
+        )
+
+
+def _where_invoked(
+    model: Any, ids: Array, mask: Array, adapters: Rows | None, invoked: Any
+) -> Bool[Array, "batch length"] | None:
+    """The tokens of the prompts that an `ActivatedLoRA` acts on; None for a model without one."""
+    methods = vars(model).get("adapter_recipe", ())
+    if not any(method.gated for method in methods):
+        if invoked is not None:
+            raise UserError("generate: invoked= is for a model with an ActivatedLoRA")
+        return None
+    if not hasattr(model, "empty_cache"):
+        raise UserError(
+            f"generate: {type(model).__name__} reads prompts by its encoder, and an ActivatedLoRA "
+            "is invoked in the text that a decoder continues"
+        )
+    if adapters is not None and invoked is None:
+        raise UserError(
+            "generate: the rows of a bank have invocations of their own; write "
+            "invoked=aj.invoked(input_ids, [(49152, 1598), None, ...]), None for other adapters"
+        )
+    if invoked is None:  # padding is a text by itself
+        return from_invocation(methods, ids, mask)["invoked"]
+    found = jnp.asarray(invoked)
+    if found.shape != ids.shape or found.dtype != bool:
+        raise UserError(
+            f"generate: invoked is {found.dtype}{list(found.shape)}, expected bool{[*ids.shape]}"
+        )
+    return found
 
 
 def _check_model(model: Any) -> None:
@@ -195,38 +261,37 @@ def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, k
         raise UserError(f"generate: {'; '.join(wrong)}.")
 
 
-@partial(jax.jit, static_argnums=(0, 7))
+@partial(jax.jit, static_argnums=(0, 5))
 def _generate(
     graphdef: Any,
     state: Any,
-    prompts: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
+    begin: _Begin,
     sampling: _Sampling,
     adapters: Rows | None,
-    source: Float[Array, "batch ..."] | None,
     new: int,
 ) -> Generated:
     given: dict[str, Rows] = {}
     if adapters is not None:  # each token writes into the cache that the one before left
         given["adapters"] = adapters.replace(grouped=True)  # type: ignore[attr-defined]
 
-    def run(ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
+    def run(ids: Array, mask: Array, cache: Any, acts: Array | None) -> tuple[Array, Any]:
         """The cache extended by tokens, and the logits after the last token of each row."""
         model = _model(graphdef, state)
-        hidden, cache = model.extend(ids, mask, cache, **given)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
-        return model.logits(hidden, **given), cache
+        hidden, cache = model.extend(ids, mask, cache, **given, **_invoked(acts))
+        hidden = _last(hidden, mask)[:, 0]
+        acts = None if acts is None else _last(acts[..., None], mask)[:, 0, 0]
+        return model.logits(hidden, **given, **_invoked(acts)), cache
 
     # The pass over the prompts is outside of the loop, since its shapes differ from a token's.
-    batch = len(prompts)
-    ones = jnp.ones((batch, 1), bool)
-    logits, cache = run(*_begin(_model(graphdef, state), prompts, mask, source, new, given))
+    prompts, batch = begin.prompts, len(begin.prompts)
+    ones, acts = jnp.ones((batch, 1), bool), begin.invoked
+    logits, cache = run(*_begin(_model(graphdef, state), begin, new, given), acts)
+    after = None if acts is None else _last(acts[..., None], begin.mask)[..., 0]
     nothing = Generated(jnp.zeros((batch, new), jnp.int32), jnp.zeros(batch, jnp.int32))
     start = _Loop(jnp.int32(0), prompts[:, 0], jnp.zeros(batch, bool), nothing, cache)
 
     def step(loop: _Loop) -> _Loop:
-        logits, cache = run(loop.last[:, None], ones, loop.cache)
+        logits, cache = run(loop.last[:, None], ones, loop.cache, after)
         return _record(loop._replace(cache=cache), logits, sampling)
 
     def goes_on(loop: _Loop) -> Array:
@@ -235,15 +300,21 @@ def _generate(
     return jax.lax.while_loop(goes_on, step, _record(start, logits, sampling)).made
 
 
-def _begin(
-    model: Any,
-    prompts: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
-    source: Float[Array, "batch ..."] | None,
-    new: int,
-    given: dict[str, Rows],
-) -> tuple[Array, Array, Any]:
+def _last(x: Shaped[Array, "batch length d"], mask: Array) -> Shaped[Array, "batch 1 d"]:
+    """What belongs to the last token of each row."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], 1)
+
+
+def _invoked(acts: Array | None) -> dict[str, Array]:
+    return {} if acts is None else {"invoked": acts}
+
+
+def _begin(model: Any, begin: _Begin, new: int, given: dict[str, Rows]) -> tuple[Array, Array, Any]:
     """The first tokens that the decoder reads, their mask, and the cache before them."""
+    prompts, mask, source = begin.prompts, begin.mask, begin.source
+    if begin.cache is not None:
+        return prompts, mask, begin.cache
     if hasattr(model, "read_prompts"):
         return model.read_prompts(prompts, mask, new + 1, **given)
     batch, length = prompts.shape

@@ -14,6 +14,7 @@ FLAGS = {
     "lora_target_modules": "targets",
     "lora_bias": "bias",
     "use_dora": "dora",
+    "alora_invocation_tokens": "invocation",
     "model_name_or_path": "model",
     "model_name": "model",
     "base_model": "model",

@@ -79,7 +79,7 @@ _ADALORA = (*_ADDED, "rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_
 _BOTTLENECK = (*_ADDED, "bottleneck_dim", "reduction_factor", "activation", "init_std", "scale")
 _LORA = (*_ADDED, "rank", "alpha", "a_init", "rank_stabilized")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_LORA += (*_PATTERNS, "dora", "bias")
+_LORA += (*_PATTERNS, "dora", "invocation", "bias")
 _LOHA = ("targets", "rank", "alpha", *_PATTERNS)
 _LOREFT = ("rank", "prefix_positions", "suffix_positions", "last", "adapter_dropout")
 
@@ -142,6 +142,7 @@ class MethodOptions:
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
+        invocation: LoRA from the last of these tokens on alone (activated LoRA), as their ids.
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
         factor: for lokr, the wanted size of the left factor; near the square roots by default.
         block: for oft, the inputs that one rotation mixes; 32 by default.
@@ -178,6 +179,7 @@ class MethodOptions:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     dora: bool = False
+    invocation: tuple[int, ...] = ()
     bias: str | None = None
     factor: int | None = None
     block: int | None = None

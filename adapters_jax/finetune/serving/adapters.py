@@ -150,16 +150,21 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     """
     found: dict[Any, tuple[type[Method], dict[str, Any], dict[str, None], list[int]]] = {}
     unfrozen: dict[str, None] = {}
-    for each in adapters:
+    every = list(adapters)
+    kinds = {type(method) for each in every for method in each.recipe}
+    wider = {other: kind for kind in kinds for other in kind.also}
+    for each in every:
         for owner in owners_of(each.recipe, list(each.leaves)):
             method = owner.method
+            kind = wider.get(type(method), type(method))
             leaves = {n: each.leaves[path] for n, path in owner.paths().items()}
             size = method.size(leaves)
             free = ("targets", "train", *(method.size_fields if size is not None else ()))
             names = [f.name for f in dataclasses.fields(method) if f.name not in free]
             kept = {name: getattr(method, name) for name in names}
-            key = (type(method), repr(kept))
-            _, kept, targets, sizes = found.setdefault(key, (type(method), kept, {}, []))
+            key = (kind, repr(kept))
+            _, kept, targets, sizes = found.setdefault(key, (kind, kept, {}, []))
+            kept |= {"invocation": method.invocation} if method.gated else {}
             targets[owner.path] = None
             if size is not None:
                 sizes.append(size)

@@ -78,6 +78,7 @@ class Metrics:
         for name, text, value in (
             ("tokens", "New tokens", counts.tokens),
             ("prompt_tokens", "Tokens of prompts", counts.prompt_tokens),
+            ("reused_tokens", "Tokens of prompts read before", counts.reused_tokens),
             ("steps", "Turns of the engine", counts.steps),
             ("adapter_changes", "Adapters added, replaced and dropped", counts.changes),
         ):

@@ -32,6 +32,7 @@ from adapters_jax.finetune.serving.requests import (
     UnknownModelError,
 )
 from adapters_jax.finetune.serving.slots import Choice, Slots
+from adapters_jax.methods.activated import start_of
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
 
@@ -185,6 +186,7 @@ class Engine:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
             adapter = served.fitted if served else None
             request = Request(list(prompt), adapter, most, choice, stop, sink, until)
+            request.start = start_of(prompt, adapter.invocation) if adapter else len(prompt)
             self._waiting.append(request)
             self._changed.notify()
         return request
@@ -335,7 +337,8 @@ class Engine:
         # A request that is alone is computed as a piece of one token, without the other rows.
         if len(live) == 1 and self.sizes.pieces[0] == 1:
             ((row, each),) = live
-            token = self._slots.read(row, [each.last], False, each.adapter, _choice(each))
+            acts = [_acts(each)]
+            token = self._slots.read(row, [each.last], False, each.adapter, _choice(each), acts)
             self._take(row, each, token.id, token.finite)
         elif live:
             self._step(dict(live))
@@ -363,14 +366,23 @@ class Engine:
     def _join(self) -> None:
         """Gives free rows to those that wait longest."""
         with self._changed:
-            for row, each in enumerate(self._running):
-                if each is None and self._waiting:
-                    self._running[row] = self._waiting.popleft()
+            free = [row for row, each in enumerate(self._running) if each is None]
+            while free and self._waiting:
+                row = self._slots.least(free)
+                free.remove(row)
+                self._running[row] = self._waiting.popleft()
 
     def _read(self, row: int, request: Request) -> None:
         """Reads a piece of a prompt; the last one gives the first token."""
+        if not request.read:  # the last token gives the first new one, so it is read in any case
+            plain = request.prompt[: min(request.start, len(request.prompt) - 1)]
+            request.read = self._slots.reuse(row, plain)
+            self.counts.prompt_tokens += request.read
+            self.counts.reused_tokens += request.read
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]
-        token = self._slots.read(row, part, not request.read, request.adapter, _choice(request))
+        acts = [i >= request.start for i in range(request.read, request.read + len(part))]
+        choice = _choice(request)
+        token = self._slots.read(row, part, not request.read, request.adapter, choice, acts)
         request.read += len(part)
         self.counts.prompt_tokens += len(part)
         if request.read == len(request.prompt):
@@ -383,6 +395,7 @@ class Engine:
             [request.last if request else None for request in rows],
             [request.adapter if request else None for request in rows],
             [_choice(request) if request else Choice() for request in rows],
+            [bool(request and _acts(request)) for request in rows],
         )
         for row, each in live.items():
             self._take(row, each, made[row].id, made[row].finite)
@@ -412,6 +425,11 @@ class Engine:
     def _end(self, request: Request, why: End) -> None:
         self.counts.ended[why] += 1
         request.sink.end(why)
+
+
+def _acts(request: Request) -> bool:
+    """Whether the adapter acts on new tokens, as on the prompt's last one."""
+    return request.start < len(request.prompt)
 
 
 def _choice(request: Request) -> Choice:

@@ -63,6 +63,7 @@ class Request:
         made: the number of new tokens.
         last: the id of the token before the next one.
         cancelled: whether nobody waits for it any more.
+        start: the first token of the prompt that its adapter acts on; their number where none is.
 
     Example:
         >>> request = Request([5, 7], None, 3, Choice(), frozenset({2}), sink=None, deadline=60.0)
@@ -81,6 +82,7 @@ class Request:
     made: int = 0
     last: int = 0
     cancelled: bool = False
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,14 @@ class Sizes:
 
 @dataclass
 class Counts:
-    """What an engine has done so far; numbers only grow, but for those of now."""
+    """What an engine has done so far; numbers only grow, but for those of now.
+
+    Of the tokens of prompts, `reused_tokens` were read for an earlier request.
+    """
 
     ended: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     tokens: int = 0
     steps: int = 0
     changes: int = 0

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.finetune.models.generation import nucleus
-from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.finetune.models.parts.cache import Cache, Kept
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
@@ -106,12 +106,25 @@ class Slots:
         self._widths = sorted({max(1, whole // 4), max(1, whole // 2), whole})
         self._used = [0] * rows
         one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
+        layers = jax.tree.leaves(one.layers, is_leaf=lambda x: isinstance(x, Kept))
+        self._cuts = not any(layer.state for layer in layers)  # a recurrence has no earlier state
+        # Of each row, the first tokens that the base has read, in whole pieces; and whether the
+        # next ones follow them.
+        self._plain: list[list[int]] = [[] for _ in range(rows)]
+        self._open = [False] * rows
+        self._gated = any(method.gated for method in bank.recipe.attached)
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
         self.bank, self._model = bank, _Model(*bank.split)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
     def read(
-        self, row: int, ids: Sequence[int], first: bool, adapter: Fitted | None, choice: Choice
+        self,
+        row: int,
+        ids: Sequence[int],
+        first: bool,
+        adapter: Fitted | None,
+        choice: Choice,
+        acts: Sequence[bool] | None = None,
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -122,24 +135,63 @@ class Slots:
             first: whether a prompt begins with them.
             adapter: what the bank's `fit` made of the adapter; None is the base.
             choice: how the token after them is chosen.
+            acts: which of them the adapter acts on; None for all.
 
         Returns:
             The token that follows them.
         """
+        acting = np.ones(len(ids), bool) if acts is None else np.asarray(acts, bool)
+        self._note(row, ids, first, adapter is None or not acting.any())
         padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
         padded[: len(ids)] = ids
         place = np.array([row, len(ids), first], np.int32)
         rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
-        self._caches, token = _read(self._model, self._caches, padded, place, rows, feed)
+        gate = np.pad(acting, (0, len(padded) - len(ids))) if self._gated else None
+        self._caches, token = _read(self._model, self._caches, padded, place, rows, feed, gate)
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
         return chosen
+
+    def _note(self, row: int, ids: Sequence[int], first: bool, plain: bool) -> None:
+        """Keeps which tokens of a row the base has read, with the same program for equal ones."""
+        if first:
+            self._plain[row] = []
+        self._open[row] = plain and len(ids) == self.pieces[-1] and (first or self._open[row])
+        if self._open[row]:
+            self._plain[row] += ids
+
+    def least(self, rows: Sequence[int]) -> int:
+        """The first of some rows with the fewest tokens that others could reuse."""
+        return min(rows, key=lambda row: len(self._plain[row]))
+
+    def reuse(self, row: int, ids: Sequence[int]) -> int:
+        """Gives an empty row the tokens that the base has read in any row, instead of reading them.
+
+        So requests of the base, and of adapters that are invoked later, read a common beginning
+        once. What they compute then is what they would have computed.
+
+        Args:
+            row: the row.
+            ids: the tokens of a prompt that the base is to read.
+
+        Returns:
+            How many of them the row has, a multiple of the longest piece.
+        """
+        found = [_common(plain, ids) // self.pieces[-1] * self.pieces[-1] for plain in self._plain]
+        source = int(np.argmax(found))
+        n = found[source]
+        if not n or not self._cuts:
+            return 0
+        self._caches = _copied(self._caches, np.array([source, row, n], np.int32))
+        self._plain[row], self._open[row], self._used[row] = [*ids[:n]], True, n
+        return n
 
     def step(
         self,
         last: Sequence[int | None],
         adapters: Sequence[Fitted | None],
         choices: Sequence[Choice],
+        acts: Sequence[bool] | None = None,
     ) -> list[Token]:
         """The next token of each row.
 
@@ -147,6 +199,7 @@ class Slots:
             last: the token before; None for a row that has no use for one, whose tokens stay.
             adapters: the adapter of each row.
             choices: how its token is chosen.
+            acts: whether the row's adapter acts on these tokens; None for all.
         """
         live = np.array([token is not None for token in last])
         ids = np.array([token or 0 for token in last], np.int32)
@@ -154,9 +207,13 @@ class Slots:
         # A row that is not live writes behind its last token, too; nothing sees what it writes.
         most = 1 + max(self._used)
         width = next((width for width in self._widths if width >= most), self._widths[-1])
-        for row in np.flatnonzero(live):
-            self._used[row] += 1
-        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width)
+        for row, plain in enumerate(self._plain):
+            if live[row]:
+                self._used[row] += 1
+            else:
+                del plain[width - 1 :]  # where it writes if its own last token is behind
+        gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
+        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width, gate)
         return _tokens(token)
 
     def _rows_of(self, adapters: Sequence[Fitted | None]) -> Rows:
@@ -174,7 +231,7 @@ class Slots:
 
     def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
         """Runs every program once, on empty rows; `compiled` is called with how many there are."""
-        programs = len(self.pieces) + len(self._widths)
+        programs = len(self.pieces) + len(self._widths) + self._cuts
         for n, length in enumerate(self.pieces, 1):
             self.read(0, [0] * length, True, None, Choice())
             compiled(n, programs)
@@ -182,7 +239,10 @@ class Slots:
             self._used = [width - 1] * self.rows
             self.step([0] * self.rows, [None] * self.rows, [Choice()] * self.rows)
             compiled(n, programs)
-        self._used = [0] * self.rows
+        if self._cuts:
+            self._caches = _copied(self._caches, np.array([0, 0, 0], np.int32))
+            compiled(programs, programs)
+        self._used, self._plain = [0] * self.rows, [[] for _ in range(self.rows)]
 
 
 def _tokens(chosen: Token) -> list[Token]:
@@ -200,17 +260,19 @@ def _step(
     rows: Rows,
     feed: Choice,
     width: int,
+    gate: Bool[Array, " rows"] | None,
 ) -> tuple[Cache, Token]:
     decoder = model.merged()
 
-    def one(cache: Cache, token: Array, live: Array, index: Any) -> tuple[Array, Cache]:
+    def one(cache: Cache, token: Array, live: Array, index: Any, acts: Any) -> tuple[Array, Cache]:
         of_row = jax.tree.map(lambda x: x[None], index)
         seen, ids = cache.narrow(width), token[None, None]
-        hidden, new = decoder.extend(ids, live[None, None], seen, adapters=of_row)
-        logits = decoder.logits(hidden[:, 0], adapters=of_row)[0]
+        given = {"adapters": of_row} | ({} if acts is None else {"invoked": acts[None]})
+        hidden, new = decoder.extend(ids, live[None, None], seen, **given)
+        logits = decoder.logits(hidden[:, 0], **given)[0]
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
-    logits, caches = jax.vmap(one)(caches, ids, live, rows)
+    logits, caches = jax.vmap(one)(caches, ids, live, rows, gate)
     return caches, _choose(logits, feed)
 
 
@@ -222,16 +284,33 @@ def _read(
     place: Int[Array, "3"],
     rows: Rows,
     feed: Choice,
+    gate: Bool[Array, " piece"] | None,
 ) -> tuple[Cache, Token]:
     decoder = model.merged()
     row, count, first = place
+    each = {} if gate is None else {"invoked": gate[None]}
+    last = {} if gate is None else {"invoked": gate[count - 1][None]}
     # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
     old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
     mask = jnp.arange(len(ids)) < count
-    hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows)
-    logits = decoder.logits(hidden[:, count - 1], adapters=rows)
+    hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
+    logits = decoder.logits(hidden[:, count - 1], adapters=rows, **last)
     new = new._replace(used=old.used + count)
     return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed)
+
+
+@partial(jax.jit, donate_argnames="caches")
+def _copied(caches: Cache, place: Int[Array, "3"]) -> Cache:
+    """The caches with the first tokens of one row in another."""
+    source, row, n = place
+    part = jax.tree.map(lambda x: x[source], caches).until(n)
+    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, part)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of tokens that two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
+from adapters_jax.errors import UserError
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, hold_out
@@ -413,6 +414,15 @@ class Problem(Protocol):
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
+
+
+def check_continues(recipe: Recipe, continues: bool, model: str) -> None:
+    """Raises UserError where an adapter is invoked in a text, and the base does not continue it."""
+    if not continues and any(method.gated for method in recipe):
+        raise UserError(
+            f"--invocation, or an ActivatedLoRA in --recipe: its tokens are found in the text that "
+            f"a decoder continues, and {model!r} does not continue it here; leave it out"
+        )
 
 
 def rows_sha256(rows: Iterable[Iterable[Any]]) -> str:

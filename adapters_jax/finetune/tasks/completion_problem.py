@@ -25,7 +25,7 @@ from adapters_jax.finetune.pretrained.decoder import (
     rounded,
 )
 from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Batch, NotFiniteError, Scores, Setup
-from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, hidden_of, learnt_first
 from adapters_jax.finetune.tasks.metrics import ROUGE, exact_match, perplexity, rouge
 from adapters_jax.training.losses import cross_entropy, sequence_log_probs
 from adapters_jax.training.state import TrainState
@@ -125,10 +125,7 @@ def _learnt(
     if hasattr(model, "read_prompts"):  # an encoder's prompts are not in the sequence
         labels = labels[:, :most]
         return model.hidden(batch["input_ids"], batch["segments"], model.shifted(labels)), labels
-    hidden = model.hidden(
-        batch["input_ids"], positions=batch["positions"], segments=batch["segments"]
-    )
-    return learnt_first(hidden, labels, most)
+    return learnt_first(hidden_of(model, batch), labels, most)
 
 
 def token_losses(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, " batch"]:

@@ -36,11 +36,13 @@ from adapters_jax.finetune.tasks.base import (
     Task,
     Untrained,
     Usage,
+    check_continues,
     in_row_order,
     rows_sha256,
 )
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.generator import Generator
+from adapters_jax.methods.activated import from_invocation, start_of
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.losses import TOKENS
@@ -140,6 +142,23 @@ def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
     return setup.prompts
 
 
+def _check_invoked(recipe: Recipe, train: Batches, setup: Setup) -> None:
+    """Raises UserError where no sequence has the tokens on which an adapter acts."""
+    for method in recipe:
+        if not method.gated:
+            continue
+        tokens, rows = method.invocation, [row.input_ids.tolist() for row in train.rows]  # type: ignore[attr-defined]
+        found = sum(start_of(row, tokens) < len(row) for row in rows)
+        if not found:
+            raise UserError(
+                f"--invocation {' '.join(map(str, tokens))}: none of the {len(rows)} sequences of "
+                "tokens to train on has these tokens, and the adapter would never act; they are "
+                "ids of this base's tokenizer, and belong to every prompt"
+            )
+        if found < len(rows):
+            setup.say(f"the invocation is in {found} of {len(rows)} sequences to train on")
+
+
 @dataclass(frozen=True)
 class BuiltRows:
     """The batches of rows.
@@ -200,6 +219,8 @@ class DecoderProblem(ABC):
     ) -> Self:
         """The problem of rows, on the base with the adapters of a run's recipe."""
         recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
+        check_continues(recipe, not decoder.encodes, setup.model)
+        _check_invoked(recipe, rows.train, setup)
         example = (np.zeros((1, 8), np.int32),)
         model = adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
         own = {"say": setup.say, "mesh": setup.mesh, **more}
@@ -269,6 +290,13 @@ def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -
     if any(method.dropout for path in HEADS for method in recipe.at(path)):
         return length
     return -(-TOKENS * (mesh.size if mesh else 1) // rows)
+
+
+def hidden_of(model: Any, batch: Batch) -> Float[Array, "batch length d"]:
+    """The hidden states of a batch of packed texts; an adapter may act on a part of each text."""
+    ids, segments = batch["input_ids"], batch["segments"]
+    acts = from_invocation(vars(model).get("adapter_recipe", ()), ids, segments)
+    return model.hidden(ids, positions=batch["positions"], segments=segments, **acts)
 
 
 def learnt_first(

@@ -38,6 +38,7 @@ from adapters_jax.finetune.tasks.base import (
     TrainedHead,
     Untrained,
     Usage,
+    check_continues,
     in_row_order,
 )
 from adapters_jax.finetune.tasks.labelled_problem import (
@@ -152,6 +153,7 @@ class EncoderTask(Task):
                 "--augment: a head that trains alone reads features that are computed once, of "
                 "images as they are; leave it out, or give another --method"
             )
+        check_continues(recipe, False, setup.model)
         model = adapt(encoder.classifier(_width(encoder, readout), setup.dropout), recipe)
         # A separate key for the head: it starts equal with every method.
         head_key, adapters_key = jax.random.split(jax.random.key(setup.seed))

@@ -29,7 +29,7 @@ from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, rounded
 from adapters_jax.finetune.tasks.base import HELD_OUT, Batch, NotFiniteError, Scores, Setup
 from adapters_jax.finetune.tasks.completion_problem import encode_pair
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
-from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, learnt_first
+from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, hidden_of, learnt_first
 from adapters_jax.finetune.tasks.views import lengths_of
 from adapters_jax.training.losses import (
     dpo_loss,
@@ -395,7 +395,7 @@ class PreferenceProblem(DecoderProblem):
 def pair_log_probs(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array, "batch 2"]:
     """The log-probabilities of both completions of each row, after their prompts."""
     segments, labels = jnp.asarray(batch["segments"]), jnp.asarray(batch["labels"])
-    hidden = model.hidden(batch["input_ids"], positions=batch["positions"], segments=segments)
+    hidden = hidden_of(model, batch)
     found = [
         learnt_first(hidden, jnp.where(segments == each, labels, NOTHING), most)
         for each in SEGMENTS

@@ -111,6 +111,15 @@ class Cache(NamedTuple):
         held = change(self.held, 1, *(each.held for each in others))
         return self._replace(layers=layers, held=held)
 
+    def until(self, n: Int[Array, ""]) -> Self:
+        """The cache with its first n slots alone, and room for others; others' numbers are gone."""
+
+        def kept(x: Array, axis: int) -> Array:
+            place = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+            return jnp.where(place < n, x, jnp.zeros((), x.dtype))
+
+        return self._map_slots(kept)._replace(used=n)
+
     @property
     def positions(self) -> Int[Array, "batch slots"]:
         """The position of the token in each slot, counted without padding."""
