@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.errors import raises
 from helpers.finished import encoder_run
 from helpers.trained import trained
 from test_adapterhub import (
@@ -56,6 +57,10 @@ RECIPES = {
             ),
         ),
         aj.Recipe(aj.IA3("**/layer_1/{attention/{key,value},mlp/intermediate}")),
+        aj.Recipe(
+            aj.methods.Invertible("bert/embeddings", reduction_factor=3.0, activation="tanh"),
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", activation="tanh"),
+        ),
         aj.compacter(reduction_factor=4, head="head"),
         aj.Recipe(
             aj.Compacter(
@@ -246,16 +251,47 @@ def tensors_apart():
         yield
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("base", RECIPES)
-def test_what_is_made_there_has_the_same_logits_here(base, config, tmp_path):
+INVERTIBLE = {
+    "seq": lambda: hub.SeqBnInvConfig(),
+    "double": lambda: hub.DoubleSeqBnInvConfig(inv_adapter_reduction_factor=3),
+}
+
+
+def noisy(base, config):
+    """A base in AdapterHub with an adapter whose tensors are far from their start."""
     torch.manual_seed(1)
     model = model_of(base, False)
-    model.add_adapter("made", config=CONFIGS[config](), set_active=True)
+    model.add_adapter("made", config=config, set_active=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".made." in name:
                 parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("config", INVERTIBLE)
+def test_an_invertible_adapter_from_there(config, tmp_path):
+    model = noisy("bert", INVERTIBLE[config]())
+    model.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
+    of = base_of("bert")
+    recipe, adapters = load_adapterhub(tmp_path / "a", of[0], of[2])
+    assert "invertible" in {method.kind for method in recipe}
+    got = seen(of, logits_of(of, recipe, adapters, tmp_path))
+    np.testing.assert_allclose(got, seen(of, logits_there(model, "bert")), atol=1e-4)
+
+
+def test_an_invertible_adapter_of_a_decoder_is_refused(tmp_path):
+    model = noisy("gpt2", hub.SeqBnInvConfig())
+    model.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
+    of = base_of("gpt2")
+    with raises(aj.AdapterFileError, "a decoder undoes it before its output"):
+        load_adapterhub(tmp_path / "a", of[0], of[2])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("base", RECIPES)
+def test_what_is_made_there_has_the_same_logits_here(base, config, tmp_path):
+    model = noisy(base, CONFIGS[config]())
     with tensors_apart():
         model.save_adapter(str(tmp_path / "a"), "made", use_safetensors=True)
     of = base_of(base)

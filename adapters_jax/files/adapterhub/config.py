@@ -104,6 +104,7 @@ RULES: dict[str | None, dict[str, Rule]] = {
         **{name: of(bool) for name, (_, x) in PHM.items() if type(x) is bool},
         **dict.fromkeys(("phm_dim", "phm_rank"), whole(1)),
         "phm_layer": of(bool),
+        "inv_adapter": one_of(None, "nice"),
         "scaling": _NUMBER,
         "dropout": rule(lambda found: found == 0.0, _DROPOUT),
         "reduction_factor": rule(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters_jax.files.adapterhub import reft
+from adapters_jax.files.adapterhub import invertible, reft
 from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import (
     ACTIVATIONS,
@@ -50,6 +50,8 @@ def read(
     # AdapterHub applies LoRA before the bottleneck, so LoRA comes first in the recipe.
     for config in sorted(configs, key=lambda config: config["architecture"] is None):
         readers = {None: _our_bottlenecks, "lora": _our_loras, "reft": reft.read}
+        if config["architecture"] is None:
+            methods += invertible.read(config, found, blocks, leaves, problems)
         methods += readers[config["architecture"]](config, found, blocks, leaves, problems)
     problems += [
         f"{module} has tensors, but the configuration does not adapt it" for module in found
@@ -67,10 +69,11 @@ def _sorted(tensors: Mapping[str, Array], name: str, blocks: Blocks, problems: l
         modern = key  # the first versions had other names for adapters of tasks and of languages
         for legacy in _LEGACY:
             modern = modern.replace(legacy, "adapters")
-        for kind in ("adapters", "loras", "refts", _SHARED):
+        for kind in ("adapters", "loras", "refts", _SHARED, invertible.INVERTIBLE):
             module, mark, rest = f".{modern}".partition(f".{kind}.{name}.")
             if mark:
-                own = f"{blocks.module_map.bare(module[1:])}.{kind}" if kind != _SHARED else kind
+                of_model = kind in (_SHARED, invertible.INVERTIBLE)
+                own = kind if of_model else f"{blocks.module_map.bare(module[1:])}.{kind}"
                 found.setdefault(own, {})[rest] = tensor
                 break
         else:
@@ -248,14 +251,23 @@ def write(
         problems += [f"two adapters of {path}, and AdapterHub supports one" for path in twice]
         settings = convert(own, leaves, blocks, name, tensors, problems)
         configs += _configs(kind, settings, blocks)
+    fields, activation = invertible.write(added, leaves, blocks, name, tensors, problems)
+    bottlenecks = [each for each in configs if "reduction_factor" in each]
+    if fields and {each["non_linearity"] for each in bottlenecks} != {_NAMES[activation]}:
+        problems.append(
+            f"AdapterHub's invertible adapter has the activation of the bottlenecks beside it, "
+            f"expected some with activation={activation!r}"
+        )
+    for each in bottlenecks[:1]:
+        each |= fields
     configs += reft.write(added, leaves, blocks, name, tensors, problems)
-    known = ("bottleneck", "compacter", "lora", "ia3", "loreft")
+    known = ("bottleneck", "compacter", "lora", "ia3", "loreft", "invertible")
     others = {type(m).__name__ for m in recipe.attached if m.kind not in known}
     if others or not recipe.attached:
         what = ", ".join(sorted(others)) or "nothing"
         problems.append(
-            f"the recipe adds {what}; AdapterHub's files support Bottleneck, Compacter, LoRA, IA3 "
-            "and LoReFT"
+            f"the recipe adds {what}; AdapterHub's files support Bottleneck, Compacter, "
+            "Invertible, LoRA, IA3 and LoReFT"
         )
     if sum(config.get("architecture") == "lora" for config in configs) > 1:
         problems.append(
