@@ -36,6 +36,7 @@ from adapters_jax.trees import Tree, flatten
 _CONFIG = "lora_adapter_metadata"  # Diffusers' name of PEFT's configuration, among the metadata
 _OF_ANOTHER = re.compile(rf"{_CONFIG}|sshs_|ss_network_(dim|alpha|module)")
 _OF_A = ".lora_A.weight"
+_USUAL = {"peft_type": "LORA", "alora_invocation_tokens": None}  # of PEFT's other adapters
 # The ends of the names of A, B and the magnitude in each style.
 _STYLES = {
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
@@ -121,10 +122,13 @@ def load_diffusers(
     }
     checked = [{"peft_type": "LORA", **config} for config in configs.values() if config]
     problems = [problem for config in checked for problem in config_problems(config)]
-    kinds = {config["peft_type"] for config in checked}
-    if problems := problems or [
-        f"peft_type={kind!r}, expected 'LORA'" for kind in kinds - {"LORA"}
-    ]:
+    problems += [
+        f"{field}={config[field]!r} is not supported"
+        for config in checked
+        for field, usual in _USUAL.items()
+        if config.get(field, usual) != usual
+    ]
+    if problems:
         raise AdapterFileError(f"{file}: the configuration in it has {'; '.join(problems)}")
     pairs, module_map = {}, find_modules(_names(names, base), base)
     # Products of numbers that float32 cannot hold are found in the leaves.
