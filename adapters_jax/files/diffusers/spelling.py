@@ -1,4 +1,4 @@
-"""How files of diffusion models name the parts, modules and tensors of LoRA.
+"""How files of diffusion models name the parts, modules and tensors of LoRA, LoHa and LoKr.
 
 kohya's files have `_` between all words, so a module cannot be told from its name alone. All names
 are therefore compared in one spelling, that of Diffusers with `_` for each dot.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapters_jax.errors import AdapterFileError, first_few
+from adapters_jax.files.peft.config import KINDS
 
 # Prefixes of a part's names: the first two are those that kohya and Diffusers write.
 PARTS = {
@@ -28,6 +29,8 @@ _FIELDS = {
     **dict.fromkeys(("lora_down", "lora_A", "lora.down", "lora_linear_layer.down"), "lora_down"),
     **dict.fromkeys(("lora_up", "lora_B", "lora.up", "lora_linear_layer.up"), "lora_up"),
     **{name: name for name in ("lora_mid", "alpha", "dora_scale", "lora_magnitude_vector")},
+    **KINDS["LOHA"].leaves,
+    **KINDS["LOKR"].leaves,
 }
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _FIELDS))})(?:\.weight)?")
 # The names of Diffusers before 0.20, whose text encoders have names of its own too.
@@ -37,14 +40,15 @@ _OLD = (
     (r"\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.self_attn\.to_(q|k|v|out)(\.0)?\.", r".self_attn.\1_proj."),
 )
-_OTHERS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "diff": "weights", "on_input": "(IA)^3"}
+_OTHERS = {"oft": "OFT", "diff": "weights", "on_input": "(IA)^3"}
 _OTHER = re.compile(rf".+\.({'|'.join(_OTHERS)})(?:_\w+)?(?:\.weight)?")
 
 
 class Module(NamedTuple):
     """A module in a file: what its names begin with, its name, and its tensors' keys by field.
 
-    Fields are `lora_down`, `lora_up`, `lora_mid`, `alpha`, `dora_scale`, `lora_magnitude_vector`.
+    Fields are `lora_down`, `lora_up`, `lora_mid`, `alpha`, `dora_scale`, `lora_magnitude_vector`,
+    and those of LoHa and LoKr in PEFT's files.
     """
 
     prefix: str
@@ -89,8 +93,8 @@ def by_part(file: Path, keys: Iterable[str]) -> dict[str, dict[tuple[str, ...], 
     if others:
         kinds = [f"{kind} ({first_few(several, 2)})" for kind, several in others.items()]
         raise AdapterFileError(
-            f"{file} holds {' and '.join(kinds)}, and only LoRA is read; merge it into its "
-            "checkpoint with LyCORIS's tools/merge.py, and load the merged checkpoint"
+            f"{file} holds {' and '.join(kinds)}, and LoRA, LoHa and LoKr are read; merge it "
+            "into its checkpoint with LyCORIS's tools/merge.py, and load the merged checkpoint"
         )
     if unknown or twice:
         ends = "whose names end like .lora_down.weight, .lora_B.weight, .alpha or .dora_scale"

@@ -10,7 +10,8 @@ Reference: https://huggingface.co/docs/peft/package_reference/loha
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from adapters_jax.files.peft.config import ROOT, Config, number_at, value
 from adapters_jax.methods import METHODS, LoKr, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
+from adapters_jax.weights.axes import Axes
 
 Made = tuple[dict[str, Any], dict[str, Array]]  # fields of the method, and leaves by name
 
@@ -78,13 +80,7 @@ def ours(
     Raises:
         UserError: the tensors are not those of one module, or do not fit ours.
     """
-    loha = {f"hada_w{i}_{x}" for i in _PAIRS for x in "ab"}
-    forms = [loha, loha | {"hada_t1", "hada_t2"}]
-    if any(name.startswith("lokr") for name in found):
-        forms = [{*one, *two} for one in _SIDES["w1"] for two in _SIDES["w2"]]
-    if found.keys() not in forms:
-        known = " or ".join(", ".join(sorted(form)) for form in forms)
-        raise UserError(f"{module} has {', '.join(sorted(found))}, expected {known}")
+    check_names(module, found)
     made = None
     if reference.weight == "kernel":
         fits = _our_loha if "hada_w1_a" in found else _our_lokr
@@ -102,6 +98,17 @@ _PAIRS = ("1", "2")
 _SIDES = {side: ((f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")) for side in ("w1", "w2")}
 
 
+def check_names(module: str, found: Iterable[str]) -> None:
+    """Raises UserError unless a module has the tensors of one LoHa or of one LoKr."""
+    loha = {f"hada_w{i}_{x}" for i in _PAIRS for x in "ab"}
+    forms = [loha, loha | {"hada_t1", "hada_t2"}]
+    if any(name.startswith("lokr") for name in found):
+        forms = [{*one, *two} for one in _SIDES["w1"] for two in _SIDES["w2"]]
+    if {*found} not in forms:
+        known = " or ".join(", ".join(sorted(form)) for form in forms)
+        raise UserError(f"{module} has {', '.join(sorted(found))}, expected {known}")
+
+
 def _our_loha(
     reference: ModuleReference, found: Mapping[str, Array], rank: int, factors: Iterable[int]
 ) -> Made | None:
@@ -115,8 +122,9 @@ def _our_loha(
             if core.ndim != 4 or out.ndim != 2 or inner.shape[:1] != core.shape[1:2]:
                 return None
             inner, out = np.einsum("ijkl,jp->ipkl", core, inner), out.T
-            # A window of one axis has a second one of size 1 there.
-            inner = inner[..., 0] if len(shape) == 3 and inner.shape[-1] == 1 else inner
+            # A window of one axis has a second one of size 1 there, and a dense layer two.
+            while inner.ndim > len(shape) and inner.shape[-1] == 1:
+                inner = inner[..., 0]
         elif len(shape) == 4 and inner.ndim == 2:
             if inner.shape[1] != inputs * math.prod(window):
                 return None
@@ -135,7 +143,10 @@ def _our_lokr(
     reference: ModuleReference, found: Mapping[str, Array], rank: int, factors: Iterable[int]
 ) -> Made | None:
     """LoKr's factors, turned around since `(P Q)^T = Q^T P^T`; None if they do not fit."""
-    (inputs, *outputs), own = reference.shape, dict[str, Array]()
+    own, shape = dict[str, Array](), _without_window(reference)
+    found = {
+        name: x.reshape(x.shape[:2]) if x.shape[2:] == (1, 1) else x for name, x in found.items()
+    }
     for side in _SIDES:
         if f"lokr_{side}" in found:
             own[side] = found[f"lokr_{side}"].T
@@ -145,9 +156,16 @@ def _our_lokr(
     form: dict[str, Any] = {"full": "w2" in own, "both": "w1" not in own}
     for factor in factors if reference.part is None else ():
         form["factor"] = None if factor == -1 else factor
-        if LoKr("**", rank, **form).shapes_at(inputs, math.prod(outputs), "") == shapes:
+        method = LoKr("**", rank, **form)
+        if method.shapes_at(shape[0], math.prod(shape[1:]), "") == shapes:
             return form, own
     return None
+
+
+def _without_window(reference: ModuleReference) -> tuple[int, ...]:
+    """The shape of a kernel; that of a convolution of one place without its window."""
+    shape = reference.shape
+    return shape[2:] if len(shape) == 4 and shape[:2] == (1, 1) else shape
 
 
 def write(
@@ -156,26 +174,21 @@ def write(
     """Returns the fields, and the factors of every module."""
     methods: list[Any] = list(recipe.attached)
     kind, tensors = methods[0].kind, dict[str, Array]()
-    forms = {(m.factor, m.both) for m in methods} if kind == "lokr" else {(None, False)}
-    if len(forms) > 1:
-        problems.append("its methods have several values of factor and both, and PEFT has one each")
+    factor = _one_factor(methods, added, problems) if kind == "lokr" else None
+    both = any(method.both for method in methods) if kind == "lokr" else False
     numbers: dict[str, dict[str, Any]] = {"r": {}, "alpha": {}}
     for bare, parts, mine in adapted(added, module_map, problems):
         (each, *_), (reference, *_) = mine, parts
-        most = len(reference.shape) - 1 if kind == "loha" and len(reference.shape) == 4 else 1
-        if (
-            each is None
-            or len(parts) > 1
-            or reference.weight != "kernel"
-            or (len(each.point().axes.inputs) > most)
-        ):
-            problems.append(f"{bare}: it is no linear layer of one weight, which this file needs")
+        if each is None or len(parts) > 1 or not _is_held(kind, reference, each.point().axes):
+            what = "linear layer" if kind == "lokr" else "linear layer or convolution"
+            problems.append(f"{bare} is no {what} of one weight, which PEFT's {kind} needs")
             continue
         name, own, rank = module_map.full(bare), each.leaves(leaves), each.method.rank_at(each.path)
         if kind == "loha":
             theirs = _their_loha(reference, own)
         else:
-            rank, theirs = _their_lokr(own, rank)
+            window = (1, 1) if len(reference.shape) == 4 else ()
+            rank, theirs = _their_lokr(own, rank, both, window)
         numbers["r"][name] = rank
         numbers["alpha"][name] = rounded(each.method.scale_at(each.path) * rank)
         tensors |= {f"{ROOT}{name}.{key}": array for key, array in theirs.items()}
@@ -190,7 +203,6 @@ def write(
         "init_weights": True,
     }
     if kind == "lokr":
-        (factor, both), *_ = forms
         fields |= {"decompose_both": both, "decompose_factor": -1 if factor is None else factor}
     problems += [
         f"PEFT would take {field}={given} for {name}, expected {meant}"
@@ -199,6 +211,25 @@ def write(
         if (given := number_at(fields, field, name)) != meant
     ]
     return fields, tensors
+
+
+def _is_held(kind: str, reference: ModuleReference, axes: Axes) -> bool:
+    """Whether a kernel is one that PEFT's file can hold factors of."""
+    if len(reference.shape) == 4:
+        return kind == "loha" or len(_without_window(reference)) == 2
+    return reference.weight == "kernel" and len(axes.inputs) == 1
+
+
+def _one_factor(methods: Sequence[Any], added: Placements, problems: list[str]) -> int | None:
+    """The factor that gives all weights of LoKr the sizes that they have."""
+    factors = {method.factor: None for method in methods}
+    for factor in factors:
+        alike = (replace(each.method, factor=factor).leaves(each.point()) for each in added)
+        shapes = ({n: leaf.shape for n, leaf in leaves.items()} for leaves in alike)
+        if all(found == dict(each.arrays) for found, each in zip(shapes, added, strict=True)):
+            return factor
+    problems.append(f"PEFT has one factor, and none of {[*factors]} fits all weights")
+    return None
 
 
 def _their_loha(reference: ModuleReference, own: Mapping[str, Array]) -> dict[str, Array]:
@@ -211,21 +242,25 @@ def _their_loha(reference: ModuleReference, own: Mapping[str, Array]) -> dict[st
     return made
 
 
-def _their_lokr(own: Mapping[str, Array], rank: int) -> tuple[int, dict[str, Array]]:
+def _their_lokr(
+    own: Mapping[str, Array], rank: int, both: bool, window: tuple[int, ...]
+) -> tuple[int, dict[str, Array]]:
     """PEFT's rank and tensors of one module: it has factors where they are smaller, and no others.
 
-    So a whole W2 has a rank for which its factors would be no smaller.
+    So whole ones, W1 if `both` is set, have a rank for which factors would be no smaller. The W2 of
+    a convolution has a window of one place.
     """
-    if "w2" in own:
-        rank = max(rank, -(-max(own["w2"].shape) // 2))
+    for side in own.keys() & ({*_SIDES} if both else {"w2"}):
+        rank = max(rank, -(-max(own[side].shape) // 2))
     made: dict[str, Array] = {}
     for side in _SIDES:
         a, b = own.get(f"{side}_a"), own.get(f"{side}_b")
         whole: Any = own[side] if a is None or b is None else a @ b
         if a is None or b is None or rank >= max(whole.shape) / 2:
-            made[f"lokr_{side}"] = whole.T
+            more = window if side == "w2" else ()
+            made[f"lokr_{side}"] = whole.T.reshape(*whole.T.shape, *more)
         else:
-            more = rank - len(b)
-            made[f"lokr_{side}_a"] = np.pad(b, [(0, more), (0, 0)]).T
-            made[f"lokr_{side}_b"] = np.pad(a, [(0, 0), (0, more)]).T
+            zeros = (0, rank - len(b))
+            made[f"lokr_{side}_a"] = np.pad(b, [zeros, (0, 0)]).T
+            made[f"lokr_{side}_b"] = np.pad(a, [(0, 0), zeros]).T
     return rank, {name: np.ascontiguousarray(array) for name, array in made.items()}
