@@ -53,12 +53,13 @@ class Blocks:
     def outputs(self) -> dict[int, tuple[str, int]]:
         """The paths of our blocks, and the width of what they return, by number.
 
-        Of a block the path is what those of its modules have in common, if there are several.
+        Of a block the path is what those of its projections have in common, if there are several.
         """
         found = {}
         for number, name in self.names.items():
-            inside = [x for n, x in self.module_map.modules.items() if n.startswith(name)]
-            paths = [each.path.split("/") for several in inside for each in several]
+            every = (own for (n, _), own in self.loras.items() if n == number)
+            inside = {x for own in every for several in own.values() for x in several}
+            paths = [own.path.split("/") for x in inside for own in self.module_map.at(x)]
             same = [*takewhile(lambda at: len({*at}) == 1, zip(*paths, strict=False))]
             path = self.module_map.attention.get(name[:-1]) or "/".join(at[0] for at in same)
             widths = [own.width for (n, _), own in self.bottlenecks.items() if n == number]
