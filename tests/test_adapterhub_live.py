@@ -65,6 +65,7 @@ RECIPES = {
         aj.pfeiffer(targets="**/mlp_sum", reduction_factor=7, norm_before=True, norm_after=True),
         aj.parallel(4, targets="**/{attention,mlp}_sum"),
         aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
+        aj.adalora(3, 4.0),  # as the LoRA with the same change
     ],
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
