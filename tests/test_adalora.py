@@ -96,7 +96,10 @@ def tree(seed):
 
 
 def algorithm(leaves, slopes, *, rate, total, target, first, final, every, beta1, beta2):
-    """Algorithm 1 of the paper, triplet by triplet, for a sequence of gradients; yields leaves."""
+    """Algorithm 1 of the paper, triplet by triplet, for a sequence of gradients.
+
+    Yields the leaves, and the averages of sensitivities and of their uncertainties.
+    """
     leaves = {path: double(x) for path, x in leaves.items()}
     mean = {path: np.zeros_like(x) for path, x in leaves.items()}
     far, chosen = {path: np.zeros_like(x) for path, x in leaves.items()}, None
@@ -131,7 +134,7 @@ def algorithm(leaves, slopes, *, rate, total, target, first, final, every, beta1
             kept = chosen
         for prefix, layer, i in {*triplets} - {*kept}:
             leaves[f"{prefix}/lambda"][layer][i] = 0.0
-        yield leaves
+        yield leaves, mean, far
 
 
 PLAN = {"total_steps": 14, "target_rank": 1, "initial_steps": 2, "final_steps": 4, "every": 3}
@@ -152,12 +155,15 @@ def test_the_budget_is_that_of_the_algorithm(beta1):
     tx = budget(beta1=beta1, beta2=0.7)
     params = unflatten(tree(0))
     state, update, kept = tx.init(params), jax.jit(tx.update), []
-    for grads, expected in zip(slopes, reference, strict=True):
+    for grads, (expected, *averages) in zip(slopes, reference, strict=True):
         updates, state = update(unflatten(grads), state, params)
         params = optax.apply_updates(params, updates)
         for path, x in flatten(params).items():
             np.testing.assert_allclose(x, expected[path], atol=1e-5)
             np.testing.assert_array_equal(np.asarray(x) == 0, expected[path] == 0)
+        for got, wanted in zip((state.sensitivity, state.uncertainty), averages, strict=True):
+            for path, x in flatten(got).items():
+                np.testing.assert_allclose(x, wanted[path], atol=1e-5)
         kept.append(sum(int((x != 0).sum()) for p, x in expected.items() if "lambda" in p))
     assert kept == [8, 8, 6, 8, 8, 3, 8, 8, 3, 3, 3, 3, 3, 3]
 

@@ -93,6 +93,7 @@ RECIPES = {
         aj.lora(3, 4.0, targets="**/{query,key,value,up}"),
         aj.compacter(8, targets="**/mlp_sum", bias=False, phm_rank=2, scale=2.0),
         aj.loreft(2, num_layers=2, prefix_positions=0, suffix_positions=2, activation="silu"),
+        aj.adalora(3, 4.0),  # as the LoRA with the same change
     ],
 }
 CASES = [(base, i) for base, recipes in RECIPES.items() for i in range(len(recipes))]
