@@ -14,7 +14,7 @@ from flax import nnx
 from adapters_jax.errors import visible
 from adapters_jax.linen import Adapted, run_abstractly
 from adapters_jax.methods import Method
-from adapters_jax.methods.activated import everywhere
+from adapters_jax.methods.invocation import everywhere
 from adapters_jax.nnx import copy, recipe_of
 from adapters_jax.nnx.adapted import placements_of
 from adapters_jax.placement import Counted, Placement, Placements, Shape, counted

@@ -257,7 +257,7 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x):
         w = self.param("up", nn.initializers.normal(), (2, D, D))
-        return jnp.einsum("etd,edf->etf", jnp.stack([x[0], x[1]]), w)
+        return jnp.einsum("ebtd,edf->ebtf", jnp.stack([x, x[::-1]]), w)
 
 
 class Summed(nn.Module):
@@ -319,6 +319,16 @@ def test_settings_that_mean_nothing(fields, data):
         aj.LoRA("**", alora_invocation_tokens=[1, 2])
 
 
+def test_one_call_says_where_all_methods_act():
+    layer, x = nn.Sequential([nn.Dense(4), nn.Dense(4)]), jnp.ones((1, 2, 4))
+    two = [aj.ActivatedLoRA(f"*_{i}", 1, invocation=(i,)) for i in range(2)]
+    model = aj.adapt(layer, aj.Recipe(*two))
+    params = layer.init(jax.random.key(0), x)["params"]
+    params = aj.init_adapters(model, params, jax.random.key(1), x)
+    with raises(aj.RecipeError, "(0,) and (1,)"):
+        model.apply({"params": params}, x, invoked=True)
+
+
 @pytest.mark.parametrize("style", ["linen", "scan"])
 def test_rows_of_a_bank_have_each_its_invocation(style):
     """Beside one that acts on all of its tokens, a smaller one, and the base."""
@@ -357,6 +367,9 @@ def test_a_row_of_a_bank_acts_from_one_token_on():
     both = aj.Recipe(aj.ActivatedLoRA("*_0", 1, invocation=(2,)), aj.LoRA("*_1", 1))
     with raises(aj.RecipeError, "(2,)", "None", "layers_0", "layers_1"):
         aj.Bank(model, params).put("both", (both, adapters))
+    plain = aj.adapt(layer, aj.LoRA("**", 1))
+    with raises(aj.RecipeError, "make the bank of ActivatedLoRA"):
+        aj.Bank(plain, params).put("check", (whole, adapters))
 
 
 def test_the_recipe_of_a_server_has_room_for_both_kinds():
@@ -368,6 +381,9 @@ def test_the_recipe_of_a_server_has_room_for_both_kinds():
         (method,) = covering(order).attached
         assert type(method) is aj.ActivatedLoRA and method.rank == 3
         assert {*method.targets} == {"up", "q"}
+    other = aj.ActivatedLoRA("*", 3, invocation=(9,), slices=((0, 6),))
+    several = covering([*reads, Read(aj.Recipe(other), more)]).attached
+    assert len(several) == 2 and {method.invocation for method in several} == {(4,)}
     assert type(covering(reads[:1]).methods[0]) is aj.LoRA
 
 

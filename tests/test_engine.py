@@ -496,6 +496,22 @@ def test_what_the_base_read_is_read_once(activated, caplog):
     assert sum("_copied" in text for text in programs) <= 1  # of the engine with one row
 
 
+def test_narrower_steps_leave_of_a_beginning_what_they_do_not_touch():
+    """Rows that are free write as well, into the last place that a step sees."""
+    made, long = Activated(), [*range(30, 56)]
+    try:
+        assert made.ask(None, long) == made.expected(None, long)
+        sinks = [Collected(), Collected()]
+        for sink in sinks:  # two at a time, of less tokens than the narrowest step sees
+            made.engine.submit([3, 9, 11], sink, model="check", most=5)
+        assert all(sink.wait()[1] == "length" for sink in sinks)
+        assert made.engine.counts.reused_tokens == 0
+        assert made.ask(None, long) == made.expected(None, long)
+        assert made.engine.counts.reused_tokens == 8  # of 24, as a step of width 12 wrote at 11
+    finally:
+        made.engine.close()
+
+
 def test_a_copied_beginning_holds_nothing_of_what_followed_it():
     """Numbers that are not finite, which masks would multiply by zero, stay where they were."""
     made = Activated(rows=2)

@@ -17,7 +17,7 @@ from adapters_jax.distributed.program import Program
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
 from adapters_jax.finetune.tasks.decoder import chunk_of
-from adapters_jax.methods.activated import from_invocation
+from adapters_jax.methods.invocation import from_invocation
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
 

@@ -16,7 +16,7 @@ from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag, grow_in
 from adapters_jax.linen.points import points_of, with_copies
 from adapters_jax.linen.weights import changed_weights, leaf_methods
-from adapters_jax.methods.activated import call_gate
+from adapters_jax.methods.invocation import call_gate
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
 from adapters_jax.placement import Known, Placements

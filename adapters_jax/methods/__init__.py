@@ -12,7 +12,7 @@ A new method is one file and one line here. For methods of other packages:
 """
 
 from adapters_jax.methods import arrays, settings
-from adapters_jax.methods.activated import ActivatedLoRA, invoked
+from adapters_jax.methods.activated import ActivatedLoRA
 from adapters_jax.methods.adalora import AdaLoRA
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
@@ -32,6 +32,7 @@ from adapters_jax.methods.dora import DoRA
 from adapters_jax.methods.fusion import Fusion, fuse
 from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.invertible import Invertible
+from adapters_jax.methods.invocation import invoked
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.llama_adapter import LlamaAdapter, llama_adapter_parameters
 from adapters_jax.methods.loha import LoHa

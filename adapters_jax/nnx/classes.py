@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from adapters_jax.errors import other_names
 from adapters_jax.methods import outputs
-from adapters_jax.methods.activated import call_gate
 from adapters_jax.methods.base import AttachmentPoint
+from adapters_jax.methods.invocation import call_gate
 from adapters_jax.methods.mixed import Rows, by_rows, needs_rows
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.nnx.containers import (

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.activated import everywhere
+from adapters_jax.methods.invocation import everywhere
 from adapters_jax.nnx.classes import leaf_names, without_adapters
 from adapters_jax.nnx.graph import copy, holds, modules_of, original
 from adapters_jax.nnx.points import mark, traced

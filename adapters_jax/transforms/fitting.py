@@ -137,9 +137,12 @@ def _check_settings(caller: str, owner: Owner, whole: Method) -> None:
     if method.from_weight == "changes":
         raise _changed_base(method, owner.path)
     if type(method) not in (type(whole), *whole.also):
+        fix = "make the bank of a recipe with both, at separate targets"
+        if type(whole) in method.also:
+            fix = f"make the bank of {type(method).__name__}, which has room for both"
         raise RecipeError(
             f"{caller}: at {owner.path} it has {type(method).__name__}, and there is room for "
-            f"{type(whole).__name__}; make the bank of a recipe with both, at separate targets"
+            f"{type(whole).__name__}; {fix}"
         )
     for field in dataclasses.fields(method):
         if field.name in ("targets", "train", *method.size_fields):

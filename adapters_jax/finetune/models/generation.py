@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.parts.tokens import check_tokens
-from adapters_jax.methods.activated import from_invocation
+from adapters_jax.methods.invocation import from_invocation
 from adapters_jax.methods.mixed import Rows
 
 

@@ -153,6 +153,8 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     every = list(adapters)
     kinds = {type(method) for each in every for method in each.recipe}
     wider = {other: kind for kind in kinds for other in kind.also}
+    gated = [method for each in every for method in each.recipe if method.gated]
+    tokens = next((getattr(method, "invocation", ()) for method in gated), ())
     for each in every:
         for owner in owners_of(each.recipe, list(each.leaves)):
             method = owner.method
@@ -164,7 +166,8 @@ def covering(adapters: Iterable[Read]) -> Recipe:
             kept = {name: getattr(method, name) for name in names}
             key = (kind, repr(kept))
             _, kept, targets, sizes = found.setdefault(key, (kind, kept, {}, []))
-            kept |= {"invocation": method.invocation} if method.gated else {}
+            if kind.gated:  # each row brings its own, and the recipe has one for all
+                kept["invocation"] = tokens
             targets[owner.path] = None
             if size is not None:
                 sizes.append(size)

@@ -32,7 +32,7 @@ from adapters_jax.finetune.serving.requests import (
     UnknownModelError,
 )
 from adapters_jax.finetune.serving.slots import Choice, Slots
-from adapters_jax.methods.activated import start_of
+from adapters_jax.methods.invocation import start_of
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
 

@@ -42,7 +42,7 @@ from adapters_jax.finetune.tasks.base import (
 )
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.generator import Generator
-from adapters_jax.methods.activated import from_invocation, start_of
+from adapters_jax.methods.invocation import from_invocation, start_of
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.losses import TOKENS
