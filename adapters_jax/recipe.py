@@ -270,11 +270,18 @@ class Recipe:
         """What parameters belong to, by path, without those of the base."""
         return {path: owner for path in paths if (owner := self.owner(path))}
 
-    def absent(self, paths: Iterable[str]) -> str:
-        """The names of the methods that none of the parameters belongs to, for a message."""
+    def absent(self, paths: Iterable[str], trained: bool = False) -> str:
+        """The names of the methods that none of the parameters belongs to, for a message.
+
+        Args:
+            paths: the paths of the parameters.
+            trained: whether parameters of frozen entries may be left out of them.
+        """
         present = {owner.method for owner in self.owners(paths).values()}
         return ", ".join(
-            type(m).__name__ for m in self.attached if m.leaf_names and m not in present
+            type(m).__name__
+            for m in self.attached
+            if m.leaf_names and m not in present and (m.train or not trained)
         )
 
     def trains(self, path: str) -> bool:

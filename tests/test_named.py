@@ -224,6 +224,21 @@ def test_a_frozen_adapter_is_loaded_and_the_next_one_trains(api, tmp_path):
     assert api.audit(thawed).frozen_adapter_parameters == 0
 
 
+def test_groups_of_rates_over_a_frozen_adapter(api):
+    """The optimiser of groups sees the trained part, without the frozen entry's leaves."""
+    both = api.drawn(api.adapt(NER, on=api.drawn(api.adapt(SW))))
+    recipe = Recipe(SW).frozen() + NER
+    trained = unflatten({p: x for p, x in api.leaves(both).items() if recipe.trains(p)})
+    tx = aj.freeze_base(optax.sgd(0.5), recipe, {"**/up/bias": optax.sgd(0.25)})
+    updates, _ = tx.update(trained, tx.init(trained), trained)
+    for path, update in flatten(updates).items():
+        rate = 0.25 if path.endswith("up/bias") else 0.5
+        np.testing.assert_allclose(update, -rate * flatten(trained)[path], rtol=1e-6)
+    own = {"up_0": {"kernel": np.ones((8, 8))}}
+    with raises(aj.RecipeError, "hold nothing of Bottleneck;"):  # the one that trains
+        tx.init(own)
+
+
 def test_an_adapter_goes_from_one_recipe_into_another_by_its_name(tmp_path):
     api = InLinen()
     both = api.drawn(api.adapt(Recipe(SW, NER)))

@@ -102,7 +102,7 @@ def _in_groups(
 
     def init(params: Tree) -> optax.OptState:
         paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        absent = recipe.absent(paths)
+        absent = recipe.absent(paths, trained=True)
         if absent and not _is_part(params):
             raise RecipeError(
                 f"freeze_base: the parameters hold nothing of {absent}; pass what "
