@@ -149,6 +149,16 @@ ENTRIES = {
         aj.prompt_tuning,
         ("prompt_tuning",),
     ),
+    "invertible": Entry(
+        "two couplings of an embedding's halves",
+        "d(m1 + m2) + m1 + m2 + d",
+        "Pfeiffer et al. 2020",
+        lambda: aj.Recipe(
+            aj.methods.Invertible("bert/embeddings"),
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", activation="relu"),
+        ),
+        (),
+    ),
     "unfreeze": Entry(
         "trains the base's own parameters",
         "all that it matches",
