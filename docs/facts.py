@@ -154,7 +154,7 @@ ENTRIES = {
         "d(m1 + m2) + m1 + m2 + d",
         "Pfeiffer et al. 2020",
         lambda: aj.Recipe(
-            aj.methods.Invertible("bert/embeddings"),
+            aj.methods.Invertible("**/embeddings"),
             aj.Bottleneck("**/mlp_norm", 4, placement="norm", activation="relu"),
         ),
         (),
