@@ -169,6 +169,17 @@ ENTRIES = {
 }
 
 
+def of_readme() -> str:
+    """One row for each method, in short."""
+    rows = [("method", "adds", "merges", "files of", "paper")]
+    for name, entry in ENTRIES.items():
+        method, taken = METHODS[name], [each for each in formats(name) if each != "adapters_jax"]
+        merged = "yes" if merges(method) else "no"
+        others = ", ".join(taken) or "none other"
+        rows.append((f"`{method.__name__}`", entry.does, merged, others, _paper(method, entry)))
+    return table(rows)
+
+
 def methods() -> str:
     """One row for each method: what it adds, and which parts of the library support it."""
     names = [each.owner for each in FORMATS.values() if each.name != "native"]
@@ -364,4 +375,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["sizes"]:
         print(sizes())
     else:
-        between_marks(README, methods(), BEGIN, END)
+        between_marks(README, of_readme(), BEGIN, END)

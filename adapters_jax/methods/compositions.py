@@ -1,6 +1,6 @@
 """Compositions: how named adapters on the output of one module act together.
 
-Pfeiffer et al. 2020, "MAD-X", arXiv:2005.00052, stacks adapters; AdapterHub has the others
+MAD-X stacks adapters of languages and tasks; AdapterHub has the others, too
 (https://docs.adapterhub.ml/adapter_composition.html).
 """
 
@@ -32,6 +32,10 @@ class Composition(Method):
 
     Raises:
         UserError: there are no members, or one stands there twice.
+
+    Example:
+        >>> issubclass(Stacked, Composition), Stacked(members=("sw", "ner")).members
+        (True, ('sw', 'ner'))
     """
 
     stated: ClassVar[tuple[str, ...]] = ("members",)
@@ -104,6 +108,10 @@ class Composition(Method):
 class Stacked(Composition):
     """Adapters one after the other; modules that lack one skip it.
 
+    Args:
+        targets: all modules.
+        members: the names of the entries, in order.
+
     Example:
         >>> Stacked(members=("sw", "ner"))
         Stacked(members=('sw', 'ner'))
@@ -111,7 +119,6 @@ class Stacked(Composition):
 
     kind: ClassVar[str] = "stack"
     slot: ClassVar[str] = "stack"
-    paper: ClassVar[str] = "2005.00052"
 
     def compose(
         self,
@@ -132,6 +139,8 @@ class Averaged(Composition):
     """The weighted mean of what the module returns with each adapter alone.
 
     Args:
+        targets: all modules.
+        members: the names of the entries, in order.
         weights: a number for each member; they are divided by their sum. Empty for equal ones.
 
     Raises:
@@ -183,6 +192,8 @@ class Split(Composition):
     """Each adapter on its own part of an axis: of a sequence's positions, or of a batch's rows.
 
     Args:
+        targets: all modules.
+        members: the names of the entries, in order.
         sizes: the size of each part; one of them may be None, for the rest of the axis. Empty for
             parts of one size.
 
@@ -265,6 +276,11 @@ class Split(Composition):
 @dataclass(frozen=True)
 class BatchSplit(Split):
     """Each adapter on its own rows of a batch.
+
+    Args:
+        targets: all modules.
+        members: the names of the entries, in order.
+        sizes: as in `Split`, of rows.
 
     Example:
         >>> BatchSplit(members=("a", "b")).bounds(6, "x")
