@@ -177,7 +177,7 @@ def test_factors_of_vera_for_larger_modules_are_cut(tmp_path):
     again = kernels(*load_peft(saved, NAMES, BASE))
     np.testing.assert_allclose(again["down"], expected, atol=1e-5)
     trained = {path: x for path, x in flatten(adapters).items() if recipe.trains(path)}
-    with raises(aj.UserError, "lacks left, right"):
+    with raises(aj.UserError, "lacks left, right", "vera/right", "aj.adapters_of"):
         save_peft(tmp_path / "c", recipe, unflatten(trained), NAMES, BASE)
 
 

@@ -408,6 +408,10 @@ def test_changes_that_add_arrays_or_mix_inputs_keep_to_the_sum():
     )
     wide = changed.broadcast((2, 6, 3, 4), (0, 1, 3)).formed()
     np.testing.assert_allclose(wide, np.broadcast_to(weight[:, :, None], (2, 6, 3, 4)), **near)
+    one = tuple(Factor(h.array[..., :1], h.axes) for h in halves)
+    narrow = Changed.of(base[..., :1], (Added(one, jnp.kron, (1, 2)),))
+    expanded = narrow.broadcast((2, 6, 4), (0, 1, 2)).formed()
+    np.testing.assert_allclose(expanded, np.broadcast_to(narrow.formed(), (2, 6, 4)), **near)
     assert changed.reshaped((2, 3, 2, 4)) is None and changed.reshaped((12, 4)) is None
     split = changed.reshaped((2, 6, 2, 2))
     np.testing.assert_allclose(split.formed(), weight.reshape(2, 6, 2, 2), **near)

@@ -111,8 +111,13 @@ def write(
         names.append(name)
         tensors |= {f"{ROOT}{name}.{key}": own[ours].ravel() for key, ours in _OWN.items()}
     for key, ours in SHARED.items():
-        if (path := f"{method.slot}/{ours}") in leaves:  # else `placed` says that it is missing
+        if (path := f"{method.slot}/{ours}") in leaves:
             tensors[key] = np.ascontiguousarray(leaves[path].T)
+        else:
+            problems.append(
+                f"there is no {path}, which does not train; give aj.adapters_of(params, recipe), "
+                "in NNX nnx.state(model, aj.nnx.ADAPTERS)"
+            )
     fields = {
         "peft_type": "VERA",
         "target_modules": sorted(names, key=in_order),
