@@ -50,7 +50,8 @@ def known_tokens(
 ) -> Iterator[None]:
     """What the methods in the body know of the positions of their arrays.
 
-    Enter it in the function that jax compiles, as its arrays are part of the program.
+    Enter it in the function that jax compiles, as its arrays are part of the program. A part of the
+    model that is compiled by itself, as by `nnx.jit` inside of it, keeps those of its first call.
 
     Args:
         mask: 1 for tokens and 0 for padding, on either side; None: all are tokens.

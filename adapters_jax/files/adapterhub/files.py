@@ -1,4 +1,4 @@
-"""Reads and writes adapters of AdapterHub: bottlenecks, LoRA and heads.
+"""Reads and writes adapters of AdapterHub: bottlenecks, Compacter, LoRA, LoReFT and heads.
 
 A directory of AdapterHub's holds `adapter_config.json` and `adapter.safetensors`, and for a head
 `head_config.json` and `model_head.safetensors`. Neither torch nor AdapterHub is needed. Of a `.bin`
@@ -194,9 +194,9 @@ def save_adapterhub(
             is replaced; it appears whole or not at all, and its parents are made. A new or empty
             one for a recipe with a composition (`aj.stack`, `aj.split`, `aj.batch_split`,
             `aj.fuse`), which `model.load_adapter_setup` loads.
-        recipe: Bottleneck and LoRA, and Unfreeze of the head, or of head and pooler, which become a
-            head of two layers.
-        adapters: the trained part of a model, as `partition` returns it, or an NNX state.
+        recipe: Bottleneck, Compacter, LoRA, IA3 and LoReFT, and Unfreeze of the head, or of head
+            and pooler, which become a head of two layers.
+        adapters: the adapters of a model, as `adapters_of` returns them, or an NNX state.
         names, base: as in `load_adapterhub`. Families that share our paths (BERT, RoBERTa,
             DistilBERT and ELECTRA) differ in their names for AdapterHub alone, so another one's
             table is no error here.
