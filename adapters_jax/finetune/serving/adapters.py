@@ -23,6 +23,7 @@ from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pre
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.tasks import read_run
+from adapters_jax.finetune.tasks.base import check_placeholders
 from adapters_jax.methods.base import Method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam
@@ -108,6 +109,7 @@ class DecoderBase:
             return self._read_run(run, any_base)
         form = formats.format_of(directory)
         recipe, leaves = form.read(directory, self._base.accepting(any_base))
+        check_placeholders(recipe)
         return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
 
     def _read_run(self, run: Run, any_base: bool) -> Read:
