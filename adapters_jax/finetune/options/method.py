@@ -252,7 +252,7 @@ class MethodOptions:
 
 def _startable(recipe: Recipe) -> Recipe:
     """The recipe; raises UserError for a start that no command makes, and that would not train."""
-    from adapters_jax.finetune.tasks.base import check_placeholders
+    from adapters_jax.finetune.formats.base import check_placeholders
 
     check_placeholders(recipe)
     for start in (getattr(method, "a_init", "") for method in recipe.attached):

@@ -18,12 +18,11 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.formats.base import BaseModel, check_placeholders
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.tasks import read_run
-from adapters_jax.finetune.tasks.base import check_placeholders
 from adapters_jax.methods.base import Method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
-from adapters_jax.errors import UserError
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, hold_out
@@ -464,12 +463,3 @@ class NotFiniteError(ArithmeticError):
     def __init__(self, step: int, what: str):
         super().__init__(f"step {step}: {what} is not finite")
         self.step = step
-
-
-def check_placeholders(recipe: Recipe) -> None:
-    """Raises UserError for a prompt that would have no effect on the rows of commands."""
-    if any(method.kind == "prompt_tuning" for method in recipe.attached):
-        raise UserError(
-            "PromptTuning acts where aj.with_prompt puts its placeholders in front of rows, which "
-            "commands do not do; use it in Python, or train --method prefix-tuning"
-        )
