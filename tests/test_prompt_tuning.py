@@ -1,5 +1,7 @@
 """Prompt tuning: what the model sees wherever placeholders are, its start, and PEFT's files."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,18 @@ from flax import nnx
 from helpers.arrays import double, drawn
 from helpers.contract import shaken
 from helpers.errors import raises
+from helpers.tiny import write_llama
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
+from adapters_jax.files import directories
+from adapters_jax.files.directories import PEFT
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.convert import from_peft
 from adapters_jax.finetune.models.decoder import ARCHITECTURES, Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.serving.adapters import DecoderBase
 
 K, D = 3, 4
 TABLE, PROMPT = drawn((10, D), 1), drawn((K, D), 2)
@@ -233,3 +240,19 @@ def test_gemmas_embeddings_are_scaled_in_some_versions_alone():
         with raises(aj.AdapterFileError, "transformers 5"):
             names = ARCHITECTURES[family].names
             from_peft(CONFIG_OF_PEFT, {"prompt_embeddings": PROMPT}, names, base)
+
+
+def test_commands_refuse_a_prompt_that_would_have_no_effect(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_llama(tmp_path / "llama")
+    base = DecoderBase("llama")
+    width = base.decoder.model.config.hidden_size
+    config = {**CONFIG_OF_PEFT, "base_model_name_or_path": "llama"}
+    directories.write(
+        tmp_path / "theirs", PEFT.content(config, {"prompt_embeddings": drawn((K, width))}), None
+    )
+    with raises(UserError, "aj.with_prompt"):
+        base.read(tmp_path / "theirs")
+    Path("recipe.json").write_text(aj.prompt_tuning(4).to_json())
+    with raises(UserError, "aj.with_prompt"):
+        MethodOptions(recipe=Path("recipe.json")).build()

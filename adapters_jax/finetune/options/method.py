@@ -285,11 +285,9 @@ class MethodOptions:
 
 def _startable(recipe: Recipe) -> Recipe:
     """The recipe; raises UserError for a start that no command makes, and that would not train."""
-    if any(method.kind == "prompt_tuning" for method in recipe.attached):
-        raise UserError(
-            "PromptTuning needs placeholders in front of rows, by aj.with_prompt, which commands "
-            "do not put there; write --method prefix-tuning or llama-adapter, or train in Python"
-        )
+    from adapters_jax.finetune.formats.base import check_placeholders
+
+    check_placeholders(recipe)
     for start in (getattr(method, "a_init", "") for method in recipe.attached):
         if start == "eva" or start.startswith("loftq"):
             raise UserError(

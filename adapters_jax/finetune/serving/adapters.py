@@ -18,7 +18,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.formats.base import BaseModel, check_placeholders
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
@@ -108,6 +108,7 @@ class DecoderBase:
             return self._read_run(run, any_base)
         form = formats.format_of(directory)
         recipe, leaves = form.read(directory, self._base.accepting(any_base))
+        check_placeholders(recipe)
         return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
 
     def _read_run(self, run: Run, any_base: bool) -> Read:
