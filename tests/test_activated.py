@@ -252,12 +252,12 @@ def test_tokens_in_one_axis_have_each_its_own():
 
 
 class Experts(nn.Module):
-    """Each expert has rows of its own, which may be any of the tokens."""
+    """As many experts as rows, each with inputs of its own, which may be any of the tokens."""
 
     @nn.compact
     def __call__(self, x):
-        w = self.param("up", nn.initializers.normal(), (2, D, D))
-        return jnp.einsum("ebtd,edf->ebtf", jnp.stack([x, x[::-1]]), w)
+        w = self.param("up", nn.initializers.normal(), (4, D, D))
+        return jnp.einsum("etd,edf->etf", x[::-1], w)
 
 
 class Summed(nn.Module):
