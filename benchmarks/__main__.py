@@ -21,6 +21,7 @@ BENCHMARKS = {
     "defaults": "passes and learning rates on 900 rows of four data sets; hours, resumes",
     "estimate": "the error of a plan for a CPU against a TPU compiler's; needs libtpu",
     "files": "adapter files against raw safetensors; the cost of a checkpoint in training",
+    "fusion": "fusion of three tasks' adapters against the best single one; an hour, resumes",
     "latency": "a forward pass of GPT-2 medium and BERT-base: adapters, LoRA, merged LoRA",
     "llama": "a decoder: a step against one by hand; decoding with and without LoRA",
     "losses": "a loss over a large vocabulary against tokamax's; needs libtpu and tokamax",

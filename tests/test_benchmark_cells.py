@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters_jax.finetune.compare.grid import read_candidate
-from benchmarks import baselines, cells, defaults, sweep, tradeoff
+from benchmarks import baselines, cells, defaults, fusion, sweep, tradeoff
 from benchmarks.report import Report
 
 
@@ -310,3 +310,48 @@ def test_the_sweep_counts_each_outcome(tmp_path):
     broken = [row["reason"] for row in report.rows if row["table"] == sweep.BROKEN]
     assert broken == ["wrong by 0.2", "crashed: KeyError: 'a'"]
     assert [row["measured"] for row in report.rows if "wrong" in row.get("claim", "")] == [2]
+
+
+def test_a_fusion_is_compared_with_the_best_single_adapter(tmp_path, monkeypatch):
+    """Its rate is the best on dev with the first seed, and the points are those on test."""
+    trained = []
+
+    def train(self, cell):
+        trained.append(cell)
+        rate, above = cell.rate or 1e-3, cell.what == fusion.FUSION and cell.data != "cola"
+        dev = 0.5 - 100 * abs(rate - fusion.RATES[1])
+        result = {"learning_rate": rate, "trainable_parameters": 9, "seconds": 36.0}
+        if above and cell.seed == 1:
+            dev = 0.0  # of a seed that chooses nothing
+        test = {"f1": 0.5 + 0.01 * above * (1 + cell.seed), "x": 0.0}
+        self.keep(cell, {**result, "dev": {"f1": dev, "x": 0.0}, "test": test})
+
+    monkeypatch.setattr(fusion, "ROOT", tmp_path)
+    monkeypatch.setattr(fusion.Trainings, "_train", train)
+    report = Report("fusion", "", tmp_path)
+    fusion.run(report, False)
+    tables = _tables(report)
+    rates, seeds, data = len(fusion.RATES), len(fusion.SEEDS), len(fusion.TASKS)
+    # With no adapters in comparisons/, each fusion trains them again, in the place of their rows.
+    fusions = data * (rates + seeds - 1)
+    assert len(trained) == 2 * data * seeds + fusions + len(fusion.TASKS) * fusions
+    (done,) = tables["Cells that are done; the same command goes on"]
+    assert (done["done"], done["hours"]) == (2 * data * seeds + fusions, pytest.approx(0.3))
+    later = {c.rate for c in trained if c.what == fusion.FUSION and c.seed}
+    assert later == {fusion.RATES[1]}
+    points = {
+        row["data"]: (pytest.approx(row["mean"]), pytest.approx(row["deviation"]), row["each"])
+        for row in tables["Points that the fusion is above, by seed"]
+        if row["over"] == fusion.OWN
+    }
+    assert points["movies"] == (2.0, 1.0, "+1.0, +2.0, +3.0")
+    assert points["cola"] == (0.0, 0.0, "+0.0, +0.0, +0.0")
+    chosen = {row["learning rate"] for row in tables["Test x 100"] if row["what"] == fusion.FUSION}
+    assert chosen == {fusion.RATES[1]}
+    measured = {row["claim"].partition(",")[0]: row["measured"] for row in tables["Wanted"]}
+    assert measured == pytest.approx({"wnut17": -2.0, "cola": 0.0, "movies": -2.0})
+
+    trained.clear()
+    again = Report("fusion", "", tmp_path)
+    fusion.run(again, False)
+    assert not trained and again.rows == report.rows

@@ -42,7 +42,7 @@ def freeze_base(
 
     Raises:
         UserError: `tx` or a group's is not an optimiser.
-        RecipeError: `init` of the result raises it where a method of the recipe has no parameters.
+        RecipeError: `init` of the result raises it where an entry that trains has no parameters.
         TargetError: `init` of the result raises it where a group's pattern matches no trained leaf.
 
     Example:
