@@ -553,7 +553,7 @@ def products(kind, seed=4):
             if math.prod(window) > 1:
                 continue
             (m, n), (o, k) = (
-                divided(size, 2 if kind == "lokr_factor" else None) for size in (inputs, outputs)
+                divided(size, 1 if kind == "lokr_factor" else None) for size in (inputs, outputs)
             )
             whole = kind == "lokr_whole"
             own = {"lokr_w1": draw(o, m), "lokr_w2": draw(k, n, *(1 for _ in window if whole))}
