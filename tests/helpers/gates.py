@@ -32,6 +32,12 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAMES = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional")
 
 
+def invoked(recipe, ids):
+    """Where activated methods act, for a call on ids."""
+    acting = [method.invocation for method in recipe if method.kind == "activated_lora"]
+    return {"invoked": aj.invoked(ids, acting[0])} if acting else {}
+
+
 def decoder(recipe, scan, dtype, layers=None):
     """A decoder (NNX) with a recipe: the abstract state of its training, and its loss."""
     options = {"param_dtype": jnp.bfloat16, "scan": scan, "remat": scan}
@@ -47,8 +53,8 @@ def decoder(recipe, scan, dtype, layers=None):
     model = nnx.eval_shape(lambda: aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=(ids,)))
 
     def loss(model, ids, key):
-        labels = ids[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), labels).mean()
+        logits = model(ids[:, :-1], **invoked(recipe, ids[:, :-1]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
     return aj.abstract_state(model, tx=TX), loss
 
@@ -65,7 +71,7 @@ def encoder(recipe, scan, dtype, layers=None):
     params = aj.init_adapters(model, params, jax.random.key(1), ids)
 
     def loss(params, ids, key):
-        hidden = model.apply({"params": params}, ids[:, 1:])
+        hidden = model.apply({"params": params}, ids[:, 1:], **invoked(recipe, ids[:, 1:]))
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
 
     return aj.abstract_state(model, params, tx=TX), loss
