@@ -236,6 +236,9 @@ _SENTENCES = {
         "set_adapter set_active_adapters active_adapters active_adapter"
     ),
     "write aj.combine(base, trees, weights=[...])": "add_weighted_adapter average_adapter",
+    "write adapters_jax.methods.Invertible('**/embeddings') beside bottlenecks": (
+        "SeqBnInvConfig DoubleSeqBnInvConfig"
+    ),
     "write aj.fuse('a', 'b') after named adapters in a recipe": (
         "Fuse AdapterFusion AdapterFusionConfig add_adapter_fusion"
     ),
