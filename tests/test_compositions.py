@@ -423,3 +423,66 @@ def test_in_half_precision():
     y = model.apply({"params": half}, X.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), model.apply({"params": params}, X), atol=0.15)
+
+
+class Named(nn.Module):
+    """A model whose part has a composition's name."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(8, name="split")(nn.Dense(8, name="ff")(x))
+
+
+class NnxNamed(nnx.Module):
+    def __init__(self, rngs):
+        self.ff, self.stack = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def split(self):
+        return self.ff, self.stack
+
+    def __call__(self, x):
+        return x + self.stack(self.ff(x))
+
+
+@pytest.mark.parametrize("kind", ["stack", "split"])
+def test_a_model_may_have_a_part_of_a_compositions_name(kind):
+    members = [aj.Bottleneck("ff", 3, name=n) for n in "ab"]
+    around = [aj.Bottleneck("{|ff}", 3, name=n) for n in "ab"]
+    for chosen in (members, around):
+        recipe = aj.Recipe(*chosen, getattr(aj, kind)("a", "b"))
+        model, params = adapted(recipe, Named())
+        wanted = model.apply({"params": params}, X)
+        plain = Named().apply({"params": aj.partition(params, recipe)[1]}, X)
+        assert np.abs(wanted - plain).max() > 1e-2
+        same = aj.adapt(NnxNamed(nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1), example_inputs=(X,))
+        flat = {path.replace("split/", "stack/"): x for path, x in flatten(params).items()}
+        for path, variable in nnx.to_flat_state(nnx.state(same, nnx.Param)):
+            variable[...] = flat["/".join(map(str, path))]
+        np.testing.assert_allclose(same(X), wanted, atol=1e-5)
+        aj.nnx.detach(same)
+        np.testing.assert_allclose(same(X), plain, atol=1e-5)
+
+
+def test_in_equinox():
+    eqx = pytest.importorskip("equinox", reason="needs equinox: pip install equinox")
+
+    class Mlp(eqx.Module):
+        first: eqx.nn.Linear
+        second: eqx.nn.Linear
+
+        def __call__(self, x):
+            return self.second(jax.nn.relu(self.first(x)))
+
+    keys = jax.random.split(KEY, 2)
+    base = Mlp(eqx.nn.Linear(8, 8, key=keys[0]), eqx.nn.Linear(8, 8, key=keys[1]))
+    x = X[0, 0]
+    members = [aj.Bottleneck("first", 3, name=n) for n in "ab"]
+    recipe = aj.Recipe(*members, aj.average("a", "b", weights=(3, 1)))
+    model = aj.adapt(base, recipe, example_inputs=(x,))
+    tree = drawn(aj.init_adapters(model, base, jax.random.key(1), x), recipe)
+    flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(tree).items()}
+    own = {p.removeprefix("first/"): v for p, v in flat.items() if p.startswith("first/")}
+    y = own["weight"] @ np.asarray(x, np.float64) + own["bias"]
+    y = averaged("ab", (0.75, 0.25), own, y, lambda y: y)
+    wanted = flat["second/weight"] @ np.maximum(y, 0) + flat["second/bias"]
+    np.testing.assert_allclose(model(tree, x), wanted, atol=1e-5)

@@ -101,7 +101,8 @@ class Calls:
         """
         if self.init:
             return self._seen(path, module, arrays, run, args, kwargs)
-        methods = [m for m in self.interceptor.recipe.at(path) if m.slot in held]
+        found = self.interceptor.recipe.at(path)
+        methods = [m for m in found if m.slot in held or not m.leaf_names]
         leaves = {m: {n: flatten(held[m.slot])[n] for n in m.leaf_names} for m in methods}
         visit = Visit(path)
         prompts = [(m, leaves[m], visit.at(m)) for m in methods if m.acts_on == "attention"]

@@ -75,6 +75,8 @@ def _bound(
 ) -> tuple[dict[str, Array], AttachmentPoint, Any]:
     """A method's arrays, its attachment point and a key for its dropout, for one output."""
     point = visit.at(method, width=y.shape[-1])
+    if not method.leaf_names:  # the module may have a part of that name
+        return {}, point, None
     leaves = leaves_in(module.scope.push(method.slot, reuse=True), method, point)
     return leaves, point, dropout_key(module, method, evaluation)
 
@@ -332,7 +334,7 @@ class Interceptor:
 
     def _refuse_taken_names(self, module: Any, visit: Visit, methods: Sequence[Method]) -> None:
         """Raises RecipeError where the base already uses the name of a method's leaves."""
-        for method in methods:
+        for method in [method for method in methods if method.leaf_names]:
             held = module.scope.get_variable("params", method.slot) is not None
             if held and (visit.point(method) or _has_leaves(module, method)):
                 raise taken(visit.path, method)

@@ -110,6 +110,9 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
         inputs: what a calibration has of the weight's inputs.
     """
     method = placed.method
+    if not placed.arrays:
+        module.adapter_methods = (*holds(module), placed)
+        return
     children = nnx.Dict(children_of(placed, rngs))
     beside = any(other.nodes[0] == method.slot for other in holds(module))
     top = bool(method.shared_leaves) and not placed.module  # what is shared is there already

@@ -296,6 +296,8 @@ def _bound(
 ) -> tuple[dict[str, Array], AttachmentPoint, Array | None]:
     """A method's arrays, its attachment point and a key for its dropout, for one output."""
     point = point_of(module, held, width=y.shape[-1])
+    if not held.arrays:
+        return {}, point, None
     return leaves_of(module, held), point, key_of(node_of(module, held))
 
 
@@ -334,7 +336,7 @@ def refresh_all(model: Any) -> None:
 def without_adapters(model: Any) -> None:
     """Takes all adapters out of a model, in place, and restores its modules' classes."""
     for module in list(modules_of(model).values()):
-        for name in dict.fromkeys(placed.nodes[0] for placed in holds(module)):
+        for name in dict.fromkeys(each.nodes[0] for each in holds(module) if each.arrays):
             delattr(module, name)
         for name in ("adapter_methods", CALLS, INSIDE):
             if name in vars(module):

@@ -263,7 +263,7 @@ def sharing(model: Any, gate: Array | None = None) -> Iterator[None]:
         vars(node)[name] = like(jnp.broadcast_to(value, (*layers, *value.shape)), **about)
 
     for module in modules_of(model).values():
-        for placed in holds(module):
+        for placed in [placed for placed in holds(module) if placed.arrays]:
             node = node_of(module, placed)
             for name in placed.method.shared_leaves:
                 if getattr(node, name) is None:

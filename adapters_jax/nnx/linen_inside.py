@@ -60,7 +60,7 @@ def _passed(node: Any) -> dict[Any, Any]:
             is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
             parts[key] = jax.tree.map(_of_flax, getattr(node, name), is_leaf=is_leaf)
     for held in holds(node):
-        if held.method.acts_on != "weight":
+        if held.method.acts_on != "weight" and held.arrays:
             leaves = leaves_of(node, held)
             parts[held.nodes[0]] = unflatten({name: nnx.Param(x) for name, x in leaves.items()})
     return parts
