@@ -217,7 +217,8 @@ def loading(directory, *data, fixture="bert_double", **options):
         ({"phm_layer": 1}, ["phm_layer=1"]),
         ({"phm_layer": True}, ["adapter_down.0.W_left"]),
         ({"phm_dim": 0}, ["phm_dim=0"]),
-        ({"use_gating": True, "inv_adapter": "nice"}, ["inv_adapter='nice'", "use_gating=True"]),
+        ({"use_gating": True, "inv_adapter": "glow"}, ["inv_adapter='glow'", "use_gating=True"]),
+        ({"inv_adapter": "nice"}, ["invertible_adapters has no tensors", "'F.0.weight': [8, 16]"]),
         ({"some_future_field": 0.5}, ["some_future_field=0.5"]),
         ({"stochastic_depth": 0.1}, ["stochastic_depth=0.1", "0.0"]),
         ({"dropout": 0.1}, ["dropout=0.1", "0.0"]),
@@ -336,7 +337,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(tmp_path):
         ("encoder.layer.1.output", "'adapter_up.bias': [3]", "'adapter_up.bias': [32]"),
         ("encoder.layer.7.output.adapters",),
         (f"{root}.0.output.adapters.other.adapter_up.bias", "'task'"),
-        ("bert.invertible_adapters.task.F.0.weight", "'task'"),
+        ("invertible_adapters has tensors, but the configuration does not adapt it",),
     )
     assert len(problems) == len(expected)
     for data in expected:

@@ -160,9 +160,10 @@ def test_around_a_norm_the_target_has_to_be_one():
     model = aj.adapt(nn.Dense(D), aj.Bottleneck("**", M, placement="norm"))
     with raises(aj.TargetError, "Dense"):
         jax.eval_shape(model.init, jax.random.key(0), drawn((2, D)))
-    method = aj.Bottleneck("**", M, placement="norm")
-    with raises(aj.RecipeError, "placement='norm'", "aj.adapt"):
-        method.forward(LEAVES, POINT, drawn((2, D)), drawn((2, D)))
+    method, x, y = aj.Bottleneck("**", M, placement="norm"), drawn((2, D), 3), drawn((2, D), 4)
+    assert method.changes_input and not aj.Bottleneck("**", M).changes_input
+    got = method.forward(LEAVES, POINT, jnp.asarray(x), jnp.asarray(y))  # the norm's input
+    np.testing.assert_allclose(got, x + branch(y), rtol=1e-5, atol=1e-5)
 
 
 def test_any_number_of_leading_axes():
