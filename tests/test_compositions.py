@@ -284,6 +284,27 @@ def test_saved_and_loaded(tmp_path):
     assert again.recipe == aj.read_adapter(saved)[0] == model.recipe
 
 
+@pytest.mark.parametrize("inputs", [None, (X,)], ids=["shapes", "a run"])
+@pytest.mark.parametrize("case", ["average", "stack of fuse", "average of stack"])
+def test_nnx_models_and_states_are_saved_and_loaded(case, inputs, tmp_path):
+    base, recipe = Nnx(nnx.Rngs(0)), aj.Recipe(*adapters(), CASES[case][0])
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1), example_inputs=(X,))
+    state = nnx.to_flat_state(nnx.state(model, aj.nnx.AdapterParam))
+    for i, (_, variable) in enumerate(state):
+        variable[...] += 0.3 * jax.random.normal(jax.random.key(i), variable.shape)
+    saved = aj.save_adapter(tmp_path / "model", model)
+    again = aj.load_adapter(saved, base, example_inputs=inputs)
+    np.testing.assert_array_equal(again(X), model(X))
+    linen = aj.adapt(Linen(), recipe)
+    params = aj.init_adapters(linen, Linen().init(KEY, X)["params"], KEY, X)
+    trained = aj.TrainState.create(linen, drawn(params, recipe), tx=optax.sgd(0.1), key=KEY)
+    saved = aj.save_adapter(tmp_path / "state", trained)
+    given = () if inputs is None else inputs
+    one, tree = aj.load_adapter(saved, Linen(), Linen().init(KEY, X)["params"], *given)
+    wanted = linen.apply({"params": drawn(params, recipe)}, X)
+    np.testing.assert_array_equal(one.apply({"params": tree}, X), wanted)
+
+
 def test_rows_of_a_bank():
     recipe = aj.Recipe(*adapters(), aj.fuse("a", "b", "c"))
     model, first = adapted(recipe)

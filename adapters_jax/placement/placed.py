@@ -290,8 +290,23 @@ def _in_tree(recipe: Recipe, shapes: tuple[tuple[str, Shape], ...]) -> Placement
     groups, base = groups_of(recipe, dict(shapes))
     owned = own_leaves(base)
     found = [located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups]
+    found += _compositions(recipe, found)
     order = {method: i for i, method in enumerate(recipe.attached)}
     return Placements(sorted(found, key=lambda each: order[each.method]))
+
+
+def _compositions(recipe: Recipe, found: Sequence[Placement]) -> list[Placement]:
+    """The placements of compositions without arrays: they are where their members are."""
+    names: dict[str, set[str]] = {}
+    for each in found:
+        if each.method.acts_on == "output":
+            names.setdefault(each.module, set()).add(each.method.name)
+    made = []
+    for method in [m for m in recipe.attached if m.members and not m.leaf_names]:
+        for module in [path for path, own in names.items() if not own.isdisjoint(method.members)]:
+            made.append(Placement(method, module, module))
+            names[module].add(method.name)
+    return made
 
 
 def groups_of(
