@@ -1,6 +1,6 @@
 """`adapt`: one function for linen, NNX, plain functions, Equinox and Haiku."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from flax import linen as nn
@@ -19,13 +19,13 @@ from adapters_jax.trace.inputs import Inputs
 
 
 @overload
-def adapt(model: nn.Module, recipe: Recipe | Method, /) -> Adapted: ...
+def adapt(model: nn.Module, recipe: Recipe | Method | Sequence[Method], /) -> Adapted: ...
 
 
 @overload
 def adapt(
     model: nnx.Module,
-    recipe: Recipe | Method,
+    recipe: Recipe | Method | Sequence[Method],
     /,
     *,
     rngs: nnx.Rngs,
@@ -38,7 +38,7 @@ def adapt(
 def adapt(
     model: Callable[..., Any],
     params: Any,
-    recipe: Recipe | Method,
+    recipe: Recipe | Method | Sequence[Method],
     /,
     *,
     example_inputs: Iterable[Any] | Inputs,
@@ -48,7 +48,7 @@ def adapt(
 def adapt(
     model: Any,
     params: Any = None,
-    recipe: Recipe | Method | None = None,
+    recipe: Recipe | Method | Sequence[Method] | None = None,
     *,
     rngs: nnx.Rngs | None = None,
     example_inputs: Iterable[Any] | Inputs | None = None,
@@ -63,7 +63,7 @@ def adapt(
         model: a linen, NNX or Equinox module, or a function of its parameters, such as the `apply`
             of Haiku; it is not changed. A model that has adapters gets more.
         params: functions only: the parameters, arrays or `jax.ShapeDtypeStruct` in any pytree.
-        recipe: which modules or arrays get adapters, and what else trains.
+        recipe: which modules or arrays get adapters, and what else trains; or its entries.
         rngs: NNX only: seeds of the adapters and of their dropout.
         example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, in a tuple or as
             `aj.inputs(x, mask=m)`. In NNX they are needed where a target is not a single layer of

@@ -360,7 +360,8 @@ def _check_members(methods: Sequence[Method]) -> None:
             if name not in before or not name:
                 raise RecipeError(
                     f"{method.kind}: no entry before it has the name {shown(name)}; there is "
-                    f"{known}"
+                    f"{known}. For a model that has the adapters write aj.adapt(model, [...]), "
+                    "with the new entries alone"
                 )
             if name in taken:
                 raise RecipeError(
