@@ -236,7 +236,7 @@ def weights():
     sys.path.remove(str(PLUGIN))
     for name in [name for name in sys.modules if name.partition(".")[0] == "weights_plugin"]:
         del sys.modules[name]
-    del METHODS["seeded_vera"], METHODS["low_rank_oft"]
+    del METHODS["seeded_vera"], METHODS["low_rank_oft"], METHODS["informed"]
 
 
 def drawn(shape, seed):
@@ -307,6 +307,41 @@ def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weight
 def test_methods_on_weights_keep_the_whole_contract(weights, name):
     targets = ("**", "!embed")  # its 11 rows are no blocks of 4
     assert len(check_method(getattr(weights, name)(targets, 4))) == 5
+
+
+def test_a_start_from_activations_and_from_both_weights(weights):
+    rows = drawn((64, 8), 1) @ np.diag([5.0, 4.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    base, x = {"kernel": drawn((8, 16), 2)}, jnp.asarray(rows, jnp.float32)
+    method = weights.Informed("**", 2)
+    seen = aj.calibrate(nn.Dense(16, False), method, [(x,)], params=base)
+    model = aj.adapt(nn.Dense(16, False), method)
+    params = aj.init_adapters(model, base, jax.random.key(0), x, calibration=seen)
+    _, directions = np.linalg.eigh(np.cov(rows.T))
+    a = np.asarray(params["informed"]["a"], float)
+    np.testing.assert_allclose(np.abs(a.T @ directions[:, :-3:-1]), np.eye(2), atol=1e-3)
+    small = aj.quantize(model, params, x, dtype="int4", block=8)
+    lost = base["kernel"].astype(float) - np.asarray(small["kernel"].unbox(), float)
+    assert np.abs(lost).max() > 1e-3
+    np.testing.assert_allclose(small["informed"]["b"], a.T @ lost, atol=1e-5)
+
+
+def test_two_of_a_class_on_one_module_and_one_of_them_frozen(weights, tmp_path):
+    base, x = {"kernel": drawn((8, 5), 2), "bias": drawn((5,), 3)}, drawn((3, 8), 1)
+    first = weights.SeededVeRA("**", 3, seed=1, name="first")
+    model = aj.adapt(nn.Dense(5), first)
+    params = aj.init_adapters(model, base, jax.random.key(0), x)
+    own = {name: drawn(leaf.shape, 4) for name, leaf in params["seeded_vera_first"].items()}
+    aj.save_adapter(tmp_path / "a", {"seeded_vera_first": own}, aj.Recipe(first))
+    model, params = aj.load_adapter(tmp_path / "a", nn.Dense(5), base, x, train=False)
+    model = aj.adapt(model, weights.SeededVeRA("**", 2, seed=2, name="second"))
+    params = aj.init_adapters(model, params, jax.random.key(1), x)
+    audit = aj.audit(model, params)
+    assert (audit.frozen_adapter_parameters, audit.trainable_parameters) == (3 + 5, 2 + 5)
+    new = {name: drawn(leaf.shape, 5) for name, leaf in params["seeded_vera_second"].items()}
+    kernel = vera_by_hand(own, base["kernel"].astype(float), first)
+    kernel = vera_by_hand(new, kernel, weights.SeededVeRA("**", 2, seed=2))
+    y = model.apply({"params": {**params, "seeded_vera_second": new}}, x)
+    np.testing.assert_allclose(y, x @ kernel + base["bias"], atol=2e-5)
 
 
 def test_blocks_that_do_not_divide_the_inputs(weights):
