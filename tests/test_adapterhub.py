@@ -831,3 +831,60 @@ def test_a_whole_layer_by_names_of_ones_own(tmp_path):
         load_adapterhub(saved, one, params)
     explicit = load_adapterhub(saved, one | {"encoder.layer.0": "bert/layer_0"}, params)
     equal(flatten(explicit[1]), flatten(leaves))
+
+
+SINGLE = {"type": "single", "children": ["task"]}
+
+
+def setup_of(tmp_path, setup, **fields):
+    """A directory of one adapter, `task`, with a setup."""
+    directory = tmp_path / "setup"
+    copied(directory, "bert_double").rename(directory / "task")
+    (directory / "adapter_setup.json").write_text(
+        json.dumps({"adapter_setup": setup, "head_setup": None, **fields})
+    )
+    return directory
+
+
+def test_a_setup_of_one_adapter_is_that_adapter(tmp_path):
+    names, _, params, _ = of_fixture("bert_double")
+    stack = setup_of(tmp_path, {"type": "Stack", "children": [SINGLE]})
+    recipe, tree = load_adapterhub(stack, names, params, pooling="pooler")
+    alone, leaves = loaded("bert_double")
+    assert [m.name for m in recipe.attached] == ["task"] * len(alone.attached)
+    named = {path.replace("/adapter/", "/adapter_task/") for path in flatten(leaves)}
+    assert flatten(tree).keys() == named
+
+
+@pytest.mark.filterwarnings("ignore::adapters_jax.AdapterWarning")  # of a head that is not read
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ([], "describes no composition"),
+        ({"type": "Stack"}, "describes no composition"),
+        ({"type": "Split", "children": [SINGLE], "kwargs": [1]}, "describes no composition"),
+        ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [{}]}}, "no composition"),
+        ({"type": "Stack", "children": [{"type": "single", "children": ["../task"]}]}, "'../task'"),
+        ({"type": "Stack", "children": [{"type": "single", "children": [".."]}]}, "'..'"),
+        ({"type": "Stack", "children": [{"type": "single", "children": ["x" * 999]}]}, "the name"),
+        ({"type": "Stack", "children": [SINGLE] * 300}, "more than 256 adapters"),
+        ({"type": "Stack", "children": [SINGLE, SINGLE]}, "task stands in it twice"),
+        ({"type": "Average", "children": [SINGLE]}, "divides an average"),
+        ({"type": "MultiTask", "children": [SINGLE]}, "'MultiTask' is no composition of ours"),
+        ({"type": "Stack", "children": [{"type": "single", "children": ["gone"]}]}, "gone lacks"),
+        ({"type": "Fuse", "children": [SINGLE]}, "lacks adapter_fusion_config.json"),
+        ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [1, 2]}}, "a size for each"),
+    ],
+    ids=range(14),
+)
+def test_setups_that_are_wrong(setup, words, tmp_path):
+    names, _, params, _ = of_fixture("bert_double")
+    with raises(AdapterFileError, words):
+        load_adapterhub(setup_of(tmp_path, setup), names, params, pooling="pooler")
+
+
+def test_a_fusion_without_its_adapters_says_what_to_save(tmp_path):
+    names, _, params, _ = of_fixture("bert_double")
+    (tmp_path / "adapter_fusion_config.json").write_text("{}")
+    with raises(AdapterFileError, "model.save_adapter_setup(directory, Fuse(...))"):
+        load_adapterhub(tmp_path, names, params)

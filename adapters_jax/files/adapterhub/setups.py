@@ -26,7 +26,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import join
 
 SETUP = "adapter_setup.json"
-_MOST_NODES = 256
+_MOST_NODES, _LONGEST = 256, 128
 _LEAVES = {
     "query/kernel": "query.weight",
     "query/bias": "query.bias",
@@ -89,7 +89,7 @@ def read_setup(directory: Path) -> tuple[Node, str | None]:
         root = _node(data["adapter_setup"], [_MOST_NODES])
         problems = [*_problems(root)]
         head = data.get("head_setup")
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise AdapterFileError(f"{path} describes no composition: {error!r}") from None
     if not (head is None or isinstance(head, str)):
         problems.append("it has several heads, and a model has one; save it with one")
@@ -105,7 +105,8 @@ def _node(data: Mapping[str, Any], left: list[int]) -> Node:
     kind, inside = data["type"], data["children"]
     if kind == "single":
         (name,) = inside
-        if not isinstance(name, str) or {*name} & {*"/\\\0"} or not name.strip("."):
+        odd = not isinstance(name, str) or {*name} & {*"/\\\0"} or not name.strip(".")
+        if odd or len(name) > _LONGEST:
             raise ValueError(f"an adapter of the name {shown(name)}")
         return Node(kind, name)
     members = tuple(_node(each, left) for each in inside)
