@@ -95,6 +95,29 @@ def _of_base(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
     return seeds
 
 
+def _of_adapterhub(folder: Path) -> Mapping[str, Files]:
+    """The fixtures of AdapterHub, and a setup: a fusion of an adapter with itself."""
+    found = dict(_of_base("adapterhub", *_HUB)(folder))
+    one = {name: x for name, x in found["bert_double"].items() if isinstance(x, bytes)}
+    single = [{"type": "single", "children": [name]} for name in "ab"]
+    setup = {"adapter_setup": {"type": "Fuse", "children": single}, "head_setup": None}
+    config = {"config": {"value": True}, "name": "a,b", "adapter_names": ["a", "b"]}
+    tensors = {
+        f"bert.encoder.layer.{n}.{at}.adapter_fusion_layer.a,b.{name}": np.ones(
+            (32, 32) if name.endswith("weight") else 32, np.float32
+        )
+        for n in (0, 1)
+        for at in ("attention.output", "output")
+        for name in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
+    }
+    made: dict[str, Any] = {f"{name}/{file}": x for name in "ab" for file, x in one.items()}
+    made["a,b/adapter_fusion_config.json"] = json.dumps(config).encode()
+    made["a,b/model_adapter_fusion.safetensors"] = save(tensors)
+    made["adapter_setup.json"] = json.dumps(setup).encode()
+    found["bert_setup"] = {**made, "base": Fixed(json.dumps("bert"))}
+    return found
+
+
 def _diffusion(_: Path) -> Mapping[str, Files]:
     """LoRA of a dense layer and a convolution, by kohya's names and by those of Diffusers."""
     ones = partial(np.ones, dtype=np.float32)
@@ -500,9 +523,7 @@ _HUB = ("bert_double", "bert_union", "bert_norms", "gpt2_double", "llama_lora")
 TARGETS: dict[str, Target] = {
     "adapter": Target(_adapters, read_adapter, more={".json": (bad_recipe, bad_recipe)}),
     "peft": Target(_of_base("peft", *_PEFT), partial(_read_with_base, peft.load_peft)),
-    "adapterhub": Target(
-        _of_base("adapterhub", *_HUB), partial(_read_with_base, adapterhub.load_adapterhub)
-    ),
+    "adapterhub": Target(_of_adapterhub, partial(_read_with_base, adapterhub.load_adapterhub)),
     "diffusers": Target(_diffusion, _read_diffusion),
     "pickle": Target(
         _pickles,
