@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from helpers import hostile, tiny
 from safetensors.numpy import save
 
@@ -35,7 +36,7 @@ from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.summary import inputs_of, summarize
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.models import FAMILIES
-from adapters_jax.finetune.models.decoder import DecoderConfig
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.encoder.checkpoint import abstract
 from adapters_jax.finetune.models.registry import family_of
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
@@ -43,7 +44,7 @@ from adapters_jax.finetune.pretrained.locate import read_tokenizer
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.finetune.tensors import from_tensors
-from adapters_jax.trees import unflatten
+from adapters_jax.trees import flatten, unflatten
 
 from .mutators import Fixed, bad_recipe, flipped, overwritten, spliced, swollen, worded
 from .stateful import FORM, checkpoints, read_checkpoint, read_upload, uploads
@@ -93,6 +94,22 @@ def _of_base(parent: str, *names: str) -> Callable[[Path], Mapping[str, Files]]:
         return {n: {**f, "base": Fixed(json.dumps(n.split("_")[0]))} for n, f in found.items()}
 
     return seeds
+
+
+def _of_peft(folder: Path) -> Mapping[str, Files]:
+    """The fixtures of PEFT, and an adapter of each kind that has none, with ones for numbers."""
+    found = dict(_of_base("peft", *_PEFT)(folder))
+    config = DecoderConfig.from_json(FIXTURES / "llama" / "config.json")
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    ids = (jnp.ones((1, 4), int),)
+    for recipe in (aj.loha(2), aj.lokr(2), aj.oft(8), aj.vera(4), aj.lora(2, invocation=(5, 6))):
+        kind = recipe.methods[0].kind
+        grown = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=ids)
+        shapes = flatten(nnx.state(grown, nnx.Param))
+        ones = {p: np.ones(x.shape, np.float32) for p, x in shapes.items() if recipe.keeps(p)}
+        peft.save_peft(folder / kind, recipe, unflatten(ones), *_base("llama"))
+        found[f"llama_{kind}"] = {**files_of(folder / kind), "base": Fixed(json.dumps("llama"))}
+    return found
 
 
 def _of_adapterhub(folder: Path) -> Mapping[str, Files]:
@@ -522,7 +539,7 @@ _HUB = ("bert_double", "bert_union", "bert_norms", "gpt2_double", "llama_lora")
 
 TARGETS: dict[str, Target] = {
     "adapter": Target(_adapters, read_adapter, more={".json": (bad_recipe, bad_recipe)}),
-    "peft": Target(_of_base("peft", *_PEFT), partial(_read_with_base, peft.load_peft)),
+    "peft": Target(_of_peft, partial(_read_with_base, peft.load_peft)),
     "adapterhub": Target(_of_adapterhub, partial(_read_with_base, adapterhub.load_adapterhub)),
     "diffusers": Target(_diffusion, _read_diffusion),
     "pickle": Target(
