@@ -63,12 +63,13 @@ RECIPES = {
     "unfreeze": aj.layer_norms(),
 }
 # DoRA's norms depend on parameters alone, and in a scanned linen model on those of all layers:
-# they are taken in front of the loop, where a quantised base is in floats on the way.
-AT_ONCE = ("linen", True, "dora")
+# they are taken in front of the loop, where a quantised base is in floats on the way. So are OFT's
+# rotations, whose small blocks a TPU stores in tiles that are 16 times as large.
+AT_ONCE = {("linen", True, "dora"), ("linen", True, "oft")}
 # LoHa and LoKr form the sum of one weight at a time, in float32.
 FORMED = ("loha", "lokr")
 # XLA takes the sums in the gradients of VeRA's scales into other products.
-FEWER = {"vera": 0.999}
+FEWER = {"vera": 0.999, "compacter": 0.9999}  # and some thin sums of Compacter's kernels
 
 
 def test_every_method_that_is_registered_has_a_gate():
@@ -79,11 +80,20 @@ def test_every_method_that_is_registered_has_a_gate():
     assert single == set(RECIPES)
 
 
+OFTEN = ("bottleneck", "lora", "dora", "ia3", "llama_adapter", "prefix", "unfreeze")
+# Each program takes 20 seconds to compile: the other methods have one of either kind.
+STEPS = [
+    pytest.param(method, api, scan, id=f"{method}-{api}-{'scan' if scan else 'plain'}")
+    for method in RECIPES
+    for api in MODELS
+    for scan in (False, True)
+    if method in OFTEN or scan == (api == "linen")
+]
+
+
 @tpu
 @slow
-@pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
-@pytest.mark.parametrize("api", MODELS)
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize(("method", "api", "scan"), STEPS)
 def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan):
     """The base is no output, is copied nowhere and never in floats as a whole; no product is done
     that a gradient of the adapters can do without."""
@@ -98,7 +108,7 @@ def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan)
         assert trained <= program.aliased, dtype
         least = FEWER.get(method, 1.0) * needed
         assert least <= products(step.text) <= 1.01 * (needed + recomputed), dtype
-        if (api, scan, method) != AT_ONCE:
+        if (api, scan, method) not in AT_ONCE:
             if method not in FORMED:
                 assert copies(step.text, scan, dtype == "bf16") == [], dtype
             if scan:
