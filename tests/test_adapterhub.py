@@ -864,6 +864,7 @@ def test_a_setup_of_one_adapter_is_that_adapter(tmp_path):
         ({"type": "Stack"}, "describes no composition"),
         ({"type": "Split", "children": [SINGLE], "kwargs": [1]}, "describes no composition"),
         ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [{}]}}, "no composition"),
+        ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [2.7]}}, "parts of [2.7]"),
         ({"type": "Stack", "children": [{"type": "single", "children": ["../task"]}]}, "'../task'"),
         ({"type": "Stack", "children": [{"type": "single", "children": [".."]}]}, "'..'"),
         ({"type": "Stack", "children": [{"type": "single", "children": ["x" * 999]}]}, "the name"),
@@ -875,12 +876,34 @@ def test_a_setup_of_one_adapter_is_that_adapter(tmp_path):
         ({"type": "Fuse", "children": [SINGLE]}, "lacks adapter_fusion_config.json"),
         ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [1, 2]}}, "a size for each"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_setups_that_are_wrong(setup, words, tmp_path):
     names, _, params, _ = of_fixture("bert_double")
     with raises(AdapterFileError, words):
         load_adapterhub(setup_of(tmp_path, setup), names, params, pooling="pooler")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_fusion_keeps_its_settings_and_arrays(value, tmp_path):
+    names, model, params, inputs = base_of("bert")
+    one = {"targets": "**/mlp_norm", "bottleneck_dim": 4, "placement": "norm", "activation": "relu"}
+    members = [aj.Bottleneck(name=name, **one) for name in "ab"]
+    recipe = aj.Recipe(*members, aj.fuse("a", "b", value=value, dropout=0.25))
+    whole = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(0), **inputs)
+    trained, _ = aj.partition(whole, recipe)
+    saved = save_adapterhub(tmp_path / "a", recipe, trained, names, params)
+    again, tree = load_adapterhub(saved, names, params)
+    (fusion,) = (m for m in again if m.members)
+    assert (fusion.value, fusion.dropout, fusion.members) == (value, 0.25, ("a", "b"))
+    equal(flatten(tree), flatten(trained))
+    config = saved / "a,b" / "adapter_fusion_config.json"
+    whole = json.loads(config.read_text())
+    for field in ("query_before_ln", "residual_before", "temperature"):
+        changed = whole | {"config": whole["config"] | {field: True}}
+        config.write_text(json.dumps(changed))
+        with raises(AdapterFileError, f"{field}=True"):
+            load_adapterhub(saved, names, params)
 
 
 def test_a_fusion_without_its_adapters_says_what_to_save(tmp_path):

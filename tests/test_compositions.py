@@ -355,6 +355,18 @@ def test_a_stack_passes_over_modules_without_a_member():
     np.testing.assert_allclose(model.apply({"params": params}, X), wanted, atol=2e-5)
 
 
+def test_a_member_of_another_base_is_refused(tmp_path):
+    """Its file says which base it is of, before a composition can name it."""
+    other = Linen().init(jax.random.key(5), X)["params"]
+    one = aj.Recipe(adapters()[0])
+    trained = aj.init_adapters(aj.adapt(Linen(), one), other, KEY, X)
+    state = aj.TrainState.create(aj.adapt(Linen(), one), trained, tx=optax.sgd(0.1), key=KEY)
+    saved = aj.save_adapter(tmp_path / "a", state)
+    base = Linen().init(KEY, X)["params"]
+    with raises(aj.MismatchError, "layer_0"):
+        aj.load_adapter(saved, Linen(), base, X, train=False)
+
+
 A, B = adapters()[:2]
 BAD = [
     (lambda: aj.Recipe(A, aj.stack("a", "z")), "no entry before it has the name 'z'; there is a"),

@@ -58,8 +58,8 @@ def adalora_budget(
     `s(l_i) + mean s(A[:, i]) + mean s(B[i])`, with `s(w)` the average of the sensitivity
     |w dL/dw| times that of its uncertainty. While `initial_steps` pass, all entries stay; then the
     budget falls from the initial number of entries to `target_rank` times the number of modules, by
-    a cubic schedule, and only so many entries are kept at every step that `every` divides. In the
-    last `final_steps` the choice stands. An entry that was zeroed has a gradient and may come back
+    a cubic schedule, and at every step that `every` divides those beyond it are zeroed. In the last
+    `final_steps` the choice stands. An entry that was zeroed has a gradient and may come back
     until then. Steps are counted from 1; the scale of a module stays alpha / r of the initial r.
 
     All of it is in the optimiser's state, so that checkpoints go on exactly. Where it is combined
@@ -218,7 +218,7 @@ def _cuts(scores: Mapping[str, Array], target: int, first: int, last: int) -> Ar
 
 
 def _largest(scores: Mapping[str, Array], removed: Array) -> dict[str, Array]:
-    """Which entries are left without so many of the least important of all."""
+    """Which entries stay, where `removed` of the least important of all are zeroed."""
     flat = jnp.concatenate([x.ravel() for x in scores.values()])
     stays = jnp.argsort(jnp.argsort(flat)) >= removed
     ends = np.cumsum([x.size for x in scores.values()])[:-1]

@@ -28,6 +28,7 @@ from adapters_jax.files.module_map import (
     placed,
     shortest,
 )
+from adapters_jax.files.untrusted import read_json
 from adapters_jax.methods import Fusion, Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
@@ -153,7 +154,7 @@ def _setup(directory: Path, blocks: Blocks, with_head: bool, pooling: str | None
             stacklevel=4,
         )
     where, wrong = setups.check_members(Recipe(methods, compositions), leaves, blocks)
-    configs = [ADAPTERHUB.read(directory / name)[0] for name in names]
+    configs = [read_json(directory / name / ADAPTERHUB.config) for name in names]
     parts = [part for config in configs for part in children(config)[0]]
     stacks = any(each.kind == "Stack" and len(each.members) > 1 for each in root)
     if stacks and not all(part.get("original_ln_after", True) for part in parts):

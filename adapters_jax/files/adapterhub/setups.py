@@ -34,12 +34,11 @@ _LEAVES = {
     "key/bias": "key.bias",
     "value/kernel": "value.weight",
 }
-# AdapterHub's "static" and "dynamic"; `value_initialized` and `regularization` are of training.
+# What AdapterHub's "static" and "dynamic" have in common, and a fusion of ours computes.
 _FUSION = {
     **{"key": True, "query": True, "query_before_ln": False, "residual_before": False},
-    **{"temperature": False, "value_before_softmax": True, "dropout_prob": None},
+    "temperature": False,
 }
-_OF_TRAINING = {"value", "regularization", "value_initialized", "value_before_softmax"}
 _AVERAGE = (
     "AdapterHub divides an average by the number of its adapters once more, so that the average of "
     "two equal adapters is not that adapter; use aj.average here, or a stack"
@@ -112,7 +111,9 @@ def _node(data: Mapping[str, Any], left: list[int]) -> Node:
     members = tuple(_node(each, left) for each in inside)
     sizes = data.get("kwargs", {}).get("splits" if kind == "Split" else "batch_sizes", ())
     last = [member.adapters()[-1] for member in members]
-    return Node(str(kind), ",".join(last), members, tuple(map(int, sizes)))
+    if not all(type(size) is int for size in sizes):
+        raise ValueError(f"parts of {shown(sizes)}")
+    return Node(str(kind), ",".join(last), members, tuple(sizes))
 
 
 def _problems(root: Node) -> Iterator[str]:
@@ -173,11 +174,11 @@ def read_fusion(
     """A fusion of a setup: the entry, its leaves, and a sentence for each problem."""
     config, tensors = FUSION.read(directory / node.name)
     own = config["config"] if isinstance(config["config"], Mapping) else {}
-    odd = [k for k, x in _FUSION.items() if k not in _OF_TRAINING and own.get(k, x) != x]
-    if odd and odd != ["dropout_prob"]:
+    if odd := [key for key, x in _FUSION.items() if own.get(key, x) != x]:
         what = ", ".join(f"{key}={shown(own[key])}" for key in odd)
         return method, {}, [f"the fusion {node.name} has {what}, which we do not support"]
-    method = replace(method, value=bool(own.get("value", True)))
+    dropout = own.get("dropout_prob") or 0.0
+    method = replace(method, value=bool(own.get("value", True)), dropout=dropout)
     leaves: Leaves = {}
     problems: list[str] = []
     left = {blocks.module_map.bare(key): tensor for key, tensor in tensors.items()}
@@ -285,8 +286,9 @@ def written(
             for leaf in method.leaf_names:
                 tensors[f"{module}.{_LEAVES[leaf]}"] = leaves[f"{path}/{method.slot}/{leaf}"].T
         whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
-        config: dict[str, Any] = {**_FUSION, "value": method.value, "regularization": method.value}
-        config |= {"value_initialized": method.value, "dropout_prob": method.dropout or None}
+        config: dict[str, Any] = {**_FUSION, "value_before_softmax": True}
+        config |= dict.fromkeys(("value", "value_initialized", "regularization"), method.value)
+        config["dropout_prob"] = method.dropout or None
         text = {**about, "name": fused.name, "config": config}
         text["adapter_names"] = fused.name.split(",")
         content = FUSION.content(text, whole)

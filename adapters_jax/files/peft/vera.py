@@ -85,7 +85,7 @@ def read(
 def _outputs(
     reference: ModuleReference, size: int, inputs: int, outputs: int
 ) -> tuple[int, ...] | None:
-    """The output axes of a weight with so many outputs; None where there are none."""
+    """The sizes of the output axes of a weight that has `size` outputs; None where none fit."""
     shape = reference.shape
     for n in range(1, len(shape)):
         if np.prod(shape[n:]) == size <= outputs and np.prod(shape[:n]) <= inputs:
