@@ -352,12 +352,12 @@ def as_compared(value: Any) -> str:
 
 def _check_members(methods: Sequence[Method]) -> None:
     """Raises RecipeError unless compositions run entries before them that act on outputs, once."""
-    before: dict[str, list[Method]] = {}
+    runs: dict[str, list[Method]] = {}  # by name, the methods and no compositions
     taken: dict[str, str] = {}
     for method in methods:
         for name in method.members:
-            known = ", ".join(filter(None, before)) or "no named entries"
-            if name not in before or not name:
+            if name not in runs or not name:
+                known = ", ".join(filter(None, runs)) or "no named entries"
                 raise RecipeError(
                     f"{method.kind}: no entry before it has the name {shown(name)}; there is "
                     f"{known}. For a model that has the adapters write aj.adapt(model, [...]), "
@@ -369,15 +369,16 @@ def _check_members(methods: Sequence[Method]) -> None:
                     "composition, or give that composition a name and use it here"
                 )
             taken[name] = method.kind
-            other = [m for m in before[name] if m.acts_on != "output"]
+            other = [each for each in runs[name] if each.acts_on != "output"]
             if other and method.kind != "stack":
                 raise RecipeError(
-                    f"{method.kind}: {name!r} has {type(other[0]).__name__}, which acts on "
+                    f"{method.kind}: {name!r} runs {type(other[0]).__name__}, which acts on "
                     f"{'weights' if other[0].acts_on == 'weight' else 'attention'}; compositions "
                     "but aj.stack are of adapters on outputs. For others there are aj.combine and "
                     "aj.Bank"
                 )
-        before.setdefault(method.name, []).append(method)
+        own = [each for name in method.members for each in runs[name]]
+        runs.setdefault(method.name, []).extend(own if method.members else [method])
 
 
 def _members(item: Any) -> Iterable[Method]:

@@ -284,6 +284,25 @@ def test_saved_and_loaded(tmp_path):
     assert again.recipe == aj.read_adapter(saved)[0] == model.recipe
 
 
+def test_what_has_no_arrays_is_never_frozen(tmp_path):
+    """Else a frozen recipe, or a file loaded with train=False, would wait for its leaves."""
+    recipe = aj.Recipe(*adapters(), aj.stack("a", "b"))
+    model, params = adapted(recipe)
+    assert [m.train for m in recipe.frozen()] == [False] * 3 + [True]
+    saved = tmp_path / "a"
+    aj.save_adapter(saved, aj.partition(params, recipe)[0], recipe)
+    base = Linen().init(KEY, X)["params"]
+    frozen, tree = aj.load_adapter(saved, Linen(), base, X, train=False)
+    y = model.apply({"params": params}, X)
+    np.testing.assert_array_equal(frozen.apply({"params": tree}, X), y)
+    with raises(aj.RecipeError, "every entry of the recipe is frozen"):
+        aj.TrainState.create(frozen, tree, tx=optax.sgd(0.1), key=KEY)
+    both = aj.adapt(frozen, aj.Bottleneck("**/ff", 2, name="d"))
+    tree = aj.init_adapters(both, tree, KEY, X)
+    aj.save_adapter(tmp_path / "b", aj.adapters_of(tree, both.recipe), both.recipe)
+    assert aj.audit(both, tree).trainable_parameters == 2 * (2 * 8 * 2 + 8 + 2)
+
+
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["shapes", "a run"])
 @pytest.mark.parametrize("case", ["average", "stack of fuse", "average of stack"])
 def test_nnx_models_and_states_are_saved_and_loaded(case, inputs, tmp_path):
@@ -381,7 +400,13 @@ BAD = [
     (lambda: aj.split("a", "b", sizes=(0, 2)), "sizes=0, expected a whole number >= 1"),
     (
         lambda: aj.Recipe(A, aj.LoRA("**/ff", name="l"), aj.average("a", "l")),
-        "'l' has LoRA, which acts on weights",
+        "'l' runs LoRA, which acts on weights",
+    ),
+    (
+        lambda: aj.Recipe(
+            A, B, aj.LoRA("**/ff", name="l"), aj.split(aj.stack("b", aj.stack("a", "l")))
+        ),
+        "'stack_b_stack_a_l' runs LoRA, which acts on weights",
     ),
 ]
 

@@ -47,6 +47,8 @@ class Composition(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.leaf_names:  # nothing of it can be frozen, as where a whole recipe is
+            object.__setattr__(self, "train", True)
         members = self.members
         if not (
             isinstance(members, tuple) and members and all(isinstance(m, str) for m in members)

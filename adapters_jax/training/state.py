@@ -436,7 +436,7 @@ def _check_ready(placements: Iterable[Placement], flat: Mapping[str, Any]) -> No
 
 def _check_trained(recipe: Recipe, adapters: Tree, base: Tree) -> None:
     """Raises RecipeError where a method has no leaves, or a trained leaf can have no gradient."""
-    if not any(method.train for method in recipe):
+    if not any(method.train for method in recipe if method.leaf_names or method.slot is None):
         raise RecipeError(
             "TrainState.create: every entry of the recipe is frozen (train=False), so nothing "
             "trains; adapt the model with one more, or load the adapter with train=True"
