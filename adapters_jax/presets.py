@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from adapters_jax.errors import UserError, check_choice, shown
+from adapters_jax.errors import UserError, check_choice, check_size, shown
 from adapters_jax.methods import (
     IA3,
     OFT,
@@ -425,7 +425,9 @@ def loreft(
                 f"loreft: targets={targets!r} with the numbers of no layers; give num_layers, or "
                 "layers, or a pattern of whole layers, such as targets='layers' of scanned ones"
             )
-        layers = range(num_layers or 0) if "{}" in targets else None
+        if num_layers is not None:
+            check_size("loreft", "num_layers", num_layers)
+            layers = range(num_layers)
     chosen = _chosen("loreft", targets, last, num_layers, layers)
     return _recipe(LoReFT(chosen, rank, **fields), head=head)
 

@@ -223,7 +223,7 @@ class Recipe:
             RecipeError: two of them keep their leaves under one name, or a method that reads the
                 weight comes after one that changes it.
         """
-        slots = [m.slot for m in methods]
+        slots = [m.slot for m in methods if m.leaf_names]
         if len(set(slots)) < len(slots):
             raise RecipeError(
                 f"two methods of the recipe target {path!r} and both keep their parameters in "

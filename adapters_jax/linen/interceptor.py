@@ -232,7 +232,7 @@ class Interceptor:
         acting = [
             (method, functools.partial(_bound, module, method, visit, here.evaluation))
             for method in methods
-            if visit.point(method) or _has_leaves(module, method)
+            if method.members or visit.point(method) or _has_leaves(module, method)
         ]
         again = calls.with_input(run, module, args, kwargs)
         y = outputs.adapted(acting, path, again, x, y)

@@ -371,12 +371,9 @@ class Method:
     ) -> Float[Array, "..."]:
         """What `forward` adds to the output, or to the input where `changes_input` is true.
 
-        Raises:
-            RecipeError: the method is no sum of that kind, so that `aj.fuse` cannot have it.
+        Where a class defines it, it is called in place of `forward`.
         """
-        raise RecipeError(
-            f"fuse: {type(self).__name__} at {point.path!r} has no branch; fuse bottleneck adapters"
-        )
+        raise NotImplementedError
 
     def compose(
         self,
@@ -590,7 +587,7 @@ def started(
 def missing_members(cls: type[Method]) -> list[str]:
     """The names of the members that a class lacks to be a method."""
     lacking = [name for name in ("kind", "slot") if not hasattr(cls, name)]
-    if getattr(cls, "slot", "") is not None:
+    if getattr(cls, "slot", "") is not None and cls.compose is Method.compose:
         run = {"attention": "attend", "weight": "changes"}.get(cls.acts_on, "forward")
         # An inherited stub counts as missing: it would add nothing to a model, in silence.
         members = ("leaf_names", "leaves", "count", run)

@@ -61,6 +61,7 @@ class Compacter(Bottleneck):
     kind: ClassVar[str] = "compacter"
     slot: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "2106.04647"
+    size_fields: ClassVar[tuple[str, ...]] = (*Bottleneck.size_fields, "rule_init")
     linear_in: ClassVar[tuple[str, ...]] = ("up_weight", "up_weight_right", "up_bias")
 
     init_std: float = number(1e-4, closed=True)
@@ -73,6 +74,14 @@ class Compacter(Bottleneck):
     shared_weights: bool = flag(False)
     bias: bool = flag(True)
     rule_init: Literal["normal", "uniform"] = choice("normal", ("normal", "uniform"))
+
+    def __post_init__(self) -> None:
+        if self.shared_weights and self.shared_rule and not (self.bias or self.norms):
+            raise RecipeError(
+                "Compacter: with shared_weights=True, shared_rule=True and bias=False no module "
+                "has an array of its own; set one of them otherwise"
+            )
+        super().__post_init__()
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -156,7 +165,7 @@ class Compacter(Bottleneck):
         own = {**self._shapes(d, m), **{f"{norm}/scale": (d,) for norm in self.norms}}
         name = next(name for name in own if name in self.own_leaves)
         layers = shapes[name][: len(shapes[name]) - len(own[name])]
-        formula = " + ".join(term for term, _ in terms)
+        formula = " + ".join(term for term, _ in terms) or "0"
         return Count(formula, sum(value for _, value in terms), math.prod(layers))
 
     @property

@@ -6,7 +6,7 @@ MAD-X stacks adapters of languages and tasks; AdapterHub has the others, too
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError, check_number, check_size, shown
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
+from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
 from adapters_jax.methods.outputs import State
+from adapters_jax.methods.places import known_part
 
 Runner = Callable[[str, State], State | None]
 
@@ -40,7 +41,6 @@ class Composition(Method):
 
     stated: ClassVar[tuple[str, ...]] = ("members",)
     unmergeable: ClassVar[str] = "it runs adapters one beside the other"
-    leaf_names: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]
 
     targets: str | tuple[str, ...] = field(default=("**",), repr=False)
     members: tuple[str, ...] = ()  # type: ignore[misc]
@@ -61,23 +61,9 @@ class Composition(Method):
             twice = max(members, key=members.count)
             raise UserError(f"{self.kind}: {twice!r} stands there twice; name each adapter once")
 
-    def leaves(self, point: AttachmentPoint) -> dict[str, Leaf]:
-        """No arrays."""
-        return {}
-
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
-        """No parameters."""
-        return Count("0", 0)
-
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
         """No arrays: with members that leave the base as it is, a composition does."""
         return {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises RecipeError: a composition runs its members by `compose`."""
-        raise RecipeError(f"{self.kind}: it runs the entries {', '.join(self.members)}")
 
     def _each(self, point: AttachmentPoint, run: Runner, state: State) -> list[State]:
         """The states after each member alone; raises RecipeError where the module lacks one."""
@@ -186,7 +172,9 @@ class Averaged(Composition):
         states = self._each(point, run, state)
         of_input = self._of_input(point, [(state, each) for each in states])
         parts = jnp.stack([each.x if of_input else each.y for each in states], -1)
-        return state.moved(parts @ jnp.asarray(self.shares, parts.dtype), of_input)
+        # A product rounds once; by itself it would round float32 to bfloat16 on a TPU.
+        shares = jnp.asarray(self.shares, parts.dtype)
+        return state.moved(jnp.matmul(parts, shares, precision="highest"), of_input)
 
 
 @dataclass(frozen=True)
@@ -267,7 +255,8 @@ class Split(Composition):
             at = (*(slice(None),) * axis, slice(start, end))
             x = state.x[at] if getattr(state.x, "ndim", 0) == y.ndim else state.x
             before.append(State(x, y[at], state.again))
-            after.append(run(name, before[-1]))
+            with known_part(min(axis, 1), start, end, y.shape[axis]):
+                after.append(run(name, before[-1]))
         pairs = list(zip(before, after, strict=True))
         of_input = self._of_input(point, [(old, new) for old, new in pairs if new])
         ends = [new or old for old, new in pairs]

@@ -48,6 +48,7 @@ class Fusion(Composition):
     kind: ClassVar[str] = "fuse"
     slot: ClassVar[str] = "fusion"
     paper: ClassVar[str] = "2005.00247"
+    size_fields: ClassVar[tuple[str, ...]] = ("dropout",)
 
     value: bool = flag(True)
     dropout: float = number(0.0, high=1.0, closed=True)

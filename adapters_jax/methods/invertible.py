@@ -49,6 +49,7 @@ class Invertible(Method):
     kind: ClassVar[str] = "invertible"
     slot: ClassVar[str] = "invertible"
     paper: ClassVar[str] = "2005.00052"
+    size_fields: ClassVar[tuple[str, ...]] = ("init_std",)
     unmergeable: ClassVar[str] = "nonlinearities stand between its projections"
     leaf_names: ClassVar[tuple[str, ...]] = tuple(  # type: ignore[misc]
         f"{network}/{part}" for network in _NETWORKS for part in _PARTS

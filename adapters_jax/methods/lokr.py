@@ -22,7 +22,10 @@ from adapters_jax.weights.factors import RANK, Factor
 
 
 def divided(n: int, factor: int | None = None) -> tuple[int, int]:
-    """Two numbers whose product is n, as LyCORIS and PEFT divide it.
+    """Two numbers whose product is n, as PEFT divides it.
+
+    LyCORIS puts the smaller one first in every case, so that its files of sizes below the square of
+    a factor have another order.
 
     Args:
         n: the number.

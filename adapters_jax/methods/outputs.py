@@ -88,6 +88,11 @@ def adapted(
         if method.name:
             named.setdefault(method.name, []).append((method, run))
         own = _alone(method, named)
+        if len({each.output for each in own}) > 1:
+            raise RecipeError(
+                f"{method.kind}: its members act on several outputs of the module at {path!r}; "
+                "give all of them the same output="
+            )
         if own and not (method.name and method.name in members):
             x, y, again = _step(run, own[0].output, method, path, again, x, y)
     return y

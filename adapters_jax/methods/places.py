@@ -78,6 +78,32 @@ def known_tokens(
         _PLACES.reset(token)
 
 
+@contextlib.contextmanager
+def known_part(axis: int, start: int, end: int, length: int) -> Iterator[None]:
+    """In its body, the places are those of some of the rows (axis 0) or of the positions (1).
+
+    Args:
+        axis: which of both.
+        start, end: the part.
+        length: the size of the whole axis.
+    """
+    known, at = places(), (slice(None),) * axis + (slice(start, end),)
+    if axis and not isinstance(known, Places):
+        n = jnp.arange(length)[None]
+        known = Places(n >= 0, n, length - 1 - n)
+    if isinstance(known, Places):
+        tokens, before, after = (
+            x if x is None or len(x) == 1 > axis else x[at]
+            for x in (known.tokens, known.before, known.after)
+        )
+        known = Places(tokens, before, after)  # type: ignore[arg-type]
+    token = _PLACES.set(known)
+    try:
+        yield
+    finally:
+        _PLACES.reset(token)
+
+
 def _before(real: Bool[Array, "batch length"], segments: Array | None) -> Counts:
     """How many tokens of the same text come before each position."""
     counts = real.cumsum(1, dtype=jnp.int32) - real

@@ -54,6 +54,7 @@ class VeRA(LeafMethod):
     kind: ClassVar[str] = "vera"
     slot: ClassVar[str] = "vera"
     paper: ClassVar[str] = "2310.11454"
+    size_fields: ClassVar[tuple[str, ...]] = ("d_initial", "dropout")
     leaf_names: ClassVar[tuple[str, ...]] = ("d", "b", "left", "right")  # type: ignore[misc]
     shared_leaves: ClassVar[tuple[str, ...]] = ("left", "right")
     frozen_leaves: ClassVar[tuple[str, ...]] = shared_leaves

@@ -135,12 +135,11 @@ def on_outputs(recipe: Recipe, visit: Visit, layers: Shape = ()) -> Iterator[Pla
         visit: the module.
         layers: the layer axes that it is stacked on.
     """
-    names = set[str]()
+    points: dict[str, Any] = {}
     for method in recipe.at(visit.path):
-        if method.members and names.isdisjoint(method.members):
-            continue
-        if point := visit.point(method):
-            names.add(method.name)
+        found = [points[name] for name in method.members if name in points]
+        if point := next(iter(found), None) if method.members else visit.point(method):
+            points.setdefault(method.name, point)
             width, sizes = point.width, point.attention
             placed = Placement(method, visit.path, visit.path, width=width, attention=sizes)
             yield replace(placed, layers=layers, reaches=True).with_arrays()
@@ -179,7 +178,7 @@ def check_targets(
         # A table that is added to a product is no bias.
         if bias in leaves and math.prod(leaves[bias].shape) == _outputs(leaf)
     }
-    for method in recipe:
+    for method in [method for method in recipe if not method.members]:
         other: dict[str, str | None] = {
             path: None if selects(method.targets, own) else f"shared with {own}; use that path"
             for path, own in tied.items()

@@ -140,6 +140,7 @@ def adalora_budget(
         smooth, doubt = {}, {}
         for path, value in after.items():
             now, (mean, far) = jnp.abs(value * slopes[path]), (each[path] for each in averages)
+            now = jnp.where(jnp.isfinite(now), now, mean)  # of a step that the optimiser may skip
             new = beta1 * mean + (1 - beta1) * now
             new_far = beta2 * far + (1 - beta2) * jnp.abs(now - new)
             smooth[path] = jnp.where(step < last, new, mean)

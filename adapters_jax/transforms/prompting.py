@@ -63,7 +63,7 @@ def with_prompt(
         ([[-1, -1, 5, 6]], [[1.0, 1.0, 1.0, 1.0]])
     """
     method = _method(recipe)
-    made = []
+    made: list[Any] = []
     for name, x, value in (
         ("ids", ids, method.placeholder),
         ("mask", mask, 1),
@@ -74,9 +74,15 @@ def with_prompt(
                 f"with_prompt: {name} is of {list(np.shape(x))}, expected the shape of the ids, "
                 f"{list(np.shape(ids))}"
             )
+        if x is None:
+            made.append(None)
+            continue
         library: Any = jnp if isinstance(x, jax.Array) else np
+        x = library.asarray(x)
+        if name != "mask" and jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+            x = x.astype(np.int32)  # unsigned numbers have no -1
         front = [(0, 0)] * (np.ndim(ids) - 1) + [(method.length, 0)]
-        made.append(None if x is None else library.pad(x, front, constant_values=value))
+        made.append(library.pad(x, front, constant_values=value))
     return Prompted(*made)
 
 

@@ -161,7 +161,9 @@ def _separable(changed: Changed, inner: Axes, outer: Axes) -> bool:
             return False
         if isinstance(change, LowRank) and change.gate and len(outer) > len(inner):
             return False  # experts, whose inputs may be any of the tokens
-        if isinstance(change, Rotation) and {*change.inputs} != {*inner}:
+        if isinstance(change, Rotation) and (
+            {*change.inputs} != {*inner} or not {*change.by.axes} <= {RANK, *outer}
+        ):
             return False
         if isinstance(change, Scale):
             axes = set(change.by.axes)

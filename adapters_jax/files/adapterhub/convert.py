@@ -152,7 +152,8 @@ def _leaves(
     names = tensor_names(method)
     own = method.leaves(AttachmentPoint("output", path, width=width))
     expected = {
-        names[leaf]: list(_theirs(leaf, np.empty(spec.shape)).shape) for leaf, spec in own.items()
+        names[leaf]: list(_theirs(leaf, np.broadcast_to(np.float32(0), spec.shape)).shape)
+        for leaf, spec in own.items()
     }
     shapes = {name: list(tensor.shape) for name, tensor in got.items()}
     if shapes != expected:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters_jax.errors import AdapterFileError, AdapterWarning, UserError
+from adapters_jax.errors import AdapterFileError, AdapterWarning, UserError, shown
 from adapters_jax.files import directories, hub
 from adapters_jax.files.adapterhub import convert, heads, setups
 from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
@@ -146,6 +146,11 @@ def _setup(directory: Path, blocks: Blocks, with_head: bool, pooling: str | None
         each, arrays = setups.named([m for m in each if m.slot is not None], arrays, ours)
         methods, leaves = methods + each, leaves | arrays
         problems += [f"{name}: {problem}" for problem in wrong]
+    if with_head and head and head not in names:
+        problems.append(
+            f"its head {shown(head)} has a directory of its own, which is not read; save it under "
+            "the name of an adapter, or load with with_head=False"
+        )
     unread = [name for name in names if name != chosen and _has_head(directory / name)]
     if with_head and unread:
         warnings.warn(

@@ -6,9 +6,10 @@ a directory of its name, and a fusion in one of its members' names with commas b
 Reference: https://docs.adapterhub.ml/adapter_composition.html
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,12 +106,14 @@ def _node(data: Mapping[str, Any], left: list[int]) -> Node:
     if kind == "single":
         (name,) = inside
         odd = not isinstance(name, str) or {*name} & {*"/\\\0"} or not name.strip(".")
-        if odd or len(name) > _LONGEST:
+        if odd or len(name.encode()) > _LONGEST:
             raise ValueError(f"an adapter of the name {shown(name)}")
         return Node(kind, name)
     members = tuple(_node(each, left) for each in inside)
     sizes = data.get("kwargs", {}).get("splits" if kind == "Split" else "batch_sizes", ())
     last = [member.adapters()[-1] for member in members]
+    if kind == "Fuse" and len(",".join(last).encode()) > 255:
+        raise ValueError("a fusion whose name is too long for a directory")
     if not all(type(size) is int for size in sizes):
         raise ValueError(f"parts of {shown(sizes)}")
     return Node(str(kind), ",".join(last), members, tuple(sizes))
@@ -132,8 +135,7 @@ def entries_of(root: Node) -> tuple[list[Method], dict[str, str]]:
     """The compositions of a setup as entries of a recipe, and our names of its adapters."""
     names: dict[str, str] = {}
     for name in root.adapters():
-        ours = re.sub(r"[^A-Za-z0-9_]", "_", name)[:64]
-        names[name] = f"{ours}_{len(names)}" if ours in names.values() else ours
+        names[name] = _free(re.sub(r"[^A-Za-z0-9_]", "_", name)[:64], names.values())
     made: list[Method] = []
     of: dict[int, str] = {}
     for each in root:
@@ -141,7 +143,8 @@ def entries_of(root: Node) -> tuple[list[Method], dict[str, str]]:
         if not members or (each.kind == "Stack" and len(members) == 1):
             of[id(each)] = members[0] if members else names[each.name]
             continue
-        of[id(each)] = "" if each is root else f"{each.kind.lower()}_{len(made)}"
+        own = _free(each.kind.lower(), {*names.values(), *of.values()})
+        of[id(each)] = "" if each is root else own
         fields: dict[str, Any] = {"members": members, "name": of[id(each)]}
         if each.kind == "Fuse":
             made.append(Fusion(**fields))
@@ -151,6 +154,12 @@ def entries_of(root: Node) -> tuple[list[Method], dict[str, str]]:
             cls = Split if each.kind == "Split" else BatchSplit
             made.append(cls(**fields, sizes=each.sizes))
     return made, names
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number behind it if others have it."""
+    numbered = (f"{name[:60]}_{n}" for n in itertools.count())
+    return name if name not in taken else next(each for each in numbered if each not in taken)
 
 
 def named(methods: Sequence[Method], leaves: Leaves, name: str) -> tuple[list[Method], Leaves]:
@@ -209,7 +218,7 @@ def check_members(
     problems: list[str] = []
     roles = blocks.roles()
     for owner in recipe.owners(leaves).values():
-        if owner.method.members or owner.method.kind != "bottleneck" or owner.module not in roles:
+        if owner.method.kind not in ("bottleneck", "compacter") or owner.module not in roles:
             continue
         point, role = roles[owner.module]
         where[point] = owner.module
@@ -227,6 +236,19 @@ def check_members(
             )
     entries = [m for m in recipe if m.members]
     inner = {m.name for m in entries if m.name}
+    used = {name for m in entries for name in m.members}
+    firsts = {m.members[0] for m in entries if m.kind == "stack" and m.name not in used}
+    problems += [
+        f"{m.name} has an invertible adapter, and AdapterHub applies that of the first adapter "
+        "alone, to all rows; have one in the first adapter of a stack"
+        for m in recipe.attached
+        if entries and m.kind == "invertible" and m.name not in firsts
+    ]
+    if len({m.name for m in recipe.attached if m.kind == "lora"}) > 1:
+        problems.append(
+            "several adapters have LoRA, of which AdapterHub's stack gives each what the one "
+            "before adds, and adds the last; use one"
+        )
     around = [m for m in entries if m.kind != "stack" and not inner.isdisjoint(m.members)]
     roles_of = {role for forms in found.values() for role, _ in forms}
     if around and roles_of - {"output"}:

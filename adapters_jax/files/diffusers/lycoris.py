@@ -42,6 +42,11 @@ class Product(NamedTuple):
         alpha = found.get("alpha")
         found = {name: x for name, x in found.items() if name != "alpha"}
         check_names(str(module), found)
+        least = {name: 4 if name.startswith("hada_t") else 2 for name in found}
+        if flat := [name for name, x in found.items() if x.ndim < least[name]]:
+            raise UserError(
+                f"{module} has {flat[0]} {list(found[flat[0]].shape)}, expected more axes"
+            )
         ranks = [len(found[x]) for x in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if x in found]
         if not ranks:  # two whole factors, which LyCORIS does not scale
             return cls(str(module), found, 1, 1)
@@ -88,12 +93,16 @@ def products(
     whole = {key[:-1] for key in theirs if key.endswith("lokr_w2") and key[:-1] + "1" in theirs}
     for key in list(theirs):
         name, _, end = key.removeprefix(ROOT).rpartition(".")
+        if not end.startswith(("hada_", "lokr_")):
+            continue  # what is left is refused, as no LoRA
         tensor, module = theirs.pop(key), prefix + name.replace(".", "_")
         rank, alpha = (number_at(config, field, name) for field in ("r", "alpha"))
         if end in ("lokr_w1", "lokr_w2") and f"{ROOT}{name}.lokr_w" in whole:
             # Two whole factors are not scaled there, and do not tell a rank.
             tensor = tensor * np.float32(alpha / rank if end == "lokr_w1" else 1)
             alpha = 1
+        if f"{module}.{end}" in made:
+            wrong.append(f"{module} is the name of two modules")
         made[f"{module}.{end}"] = tensor
         made[f"{module}.alpha"] = np.asarray(alpha, np.float32)
     return made

@@ -16,6 +16,7 @@ from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
 from adapters_jax.files.peft import lora
 from adapters_jax.files.peft.config import Config, value
+from adapters_jax.files.untrusted import not_finite
 from adapters_jax.methods import Method
 
 
@@ -37,10 +38,14 @@ def read(
             a, b = a.reshape(len(a), shape[-2], *shape[:-2]), b[..., None, None]
         if len(a):
             scaled = a * (scale * numbers).reshape(-1, *(1,) * (a.ndim - 1))
-            pairs[module] = {"a": scaled.astype(np.float32), "b": b}
+            with np.errstate(over="ignore", invalid="ignore"):
+                pairs[module] = {"a": scaled.astype(np.float32), "b": b}
+            if not_finite(pairs[module]):
+                problems.append(f"{module} times lora_alpha is too large for float32")
     ranks = {module: len(pair["a"]) for module, pair in pairs.items()}
     rank = max(ranks.values(), default=1)
-    patterns: Any = {module: r for module, r in ranks.items() if r != rank}
+    # PEFT finds a key at the end of a name, where it does not begin with "^".
+    patterns: Any = {f"^{module}": r for module, r in ranks.items() if r != rank}
     as_lora = {
         **{name: found for name, found in config.items() if name not in ("use_rslora", "bias")},
         **{"peft_type": "LORA", "init_lora_weights": True, "r": rank, "lora_alpha": rank},

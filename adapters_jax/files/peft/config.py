@@ -240,7 +240,7 @@ KINDS = {
             **_MODULES,
             **dict.fromkeys(("r", "oft_block_size"), whole(0)),
             "num_cayley_neumann_terms": rule(
-                lambda n: type(n) is int and n > 1, "2 or more, since one turns nothing"
+                lambda n: type(n) is int and 1 < n < 100, "2 to 99, since one turns nothing"
             ),
             **dict.fromkeys(("module_dropout", "eps"), _NUMBER),
             **dict.fromkeys(("block_share", "use_cayley_neumann", "init_weights"), of(bool)),

@@ -40,7 +40,8 @@ def read(
         numbers = number_at(config, "r", module), number_at(config, "alpha", module)
         try:
             for reference in references(config, module, module_map):
-                form, own = ours(module, reference, found, numbers[0], [factor])
+                tried = [factor] if kind == "lokr" else []
+                form, own = ours(module, reference, found, numbers[0], tried)
                 leaves |= {f"{reference.path}/{kind}/{name}": x for name, x in own.items()}
                 groups.setdefault(tuple(form.items()), {})[reference.path] = numbers
         except UserError as problem:
@@ -89,7 +90,7 @@ def ours(
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in found.items())
         raise UserError(
             f"{module} has {shapes}, which do not fit {reference.path} of {list(reference.shape)} "
-            f"at rank {rank}" + "".join(f" and factor {each}" for each in factors)
+            f"at rank {rank}" + "".join(f" and factor {each}" for each in [*factors][:2])
         )
     return made[0], {name: array.astype(np.float32) for name, array in made[1].items()}
 
@@ -119,7 +120,7 @@ def _our_loha(
         out: Any = found[f"hada_w{i}_a"]
         inner: Any = found[f"hada_w{i}_b"]
         if (core := found.get(f"hada_t{i}")) is not None:
-            if core.ndim != 4 or out.ndim != 2 or inner.shape[:1] != core.shape[1:2]:
+            if core.ndim != 4 or {out.ndim, inner.ndim} != {2} or len(inner) != core.shape[1]:
                 return None
             inner, out = np.einsum("ijkl,jp->ipkl", core, inner), out.T
             # A window of one axis has a second one of size 1 there, and a dense layer two.
@@ -153,6 +154,9 @@ def _our_lokr(
         else:
             own |= {f"{side}_a": found[f"lokr_{side}_b"].T, f"{side}_b": found[f"lokr_{side}_a"].T}
     shapes = {name: array.shape for name, array in own.items()}
+    sides = [shapes.get(s) or (*shapes[f"{s}_a"][:1], *shapes[f"{s}_b"][1:]) for s in _SIDES]
+    if [*map(math.prod, zip(*sides, strict=False))] != [shape[0], math.prod(shape[1:])]:
+        return None  # whatever the factor is
     form: dict[str, Any] = {"full": "w2" in own, "both": "w1" not in own}
     for factor in factors if reference.part is None else ():
         form["factor"] = None if factor == -1 else factor
@@ -204,12 +208,6 @@ def write(
     }
     if kind == "lokr":
         fields |= {"decompose_both": both, "decompose_factor": -1 if factor is None else factor}
-    problems += [
-        f"PEFT would take {field}={given} for {name}, expected {meant}"
-        for field, found in numbers.items()
-        for name, meant in found.items()
-        if (given := number_at(fields, field, name)) != meant
-    ]
     return fields, tensors
 
 

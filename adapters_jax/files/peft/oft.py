@@ -45,7 +45,8 @@ def read(
                 shape = reference.shape
                 inputs = [int(np.prod(shape[:n])) for n in range(1, len(shape))]
                 fits = reference.weight == "kernel" and len(shape) < 4
-                blocks = [1] if share else [n // block for n in inputs if block and n % block == 0]
+                blocks = [n // block for n in inputs if block and n % block == 0]
+                blocks = [1] if share and blocks else blocks
                 if not (fits and block and len(skew) in blocks):
                     raise UserError(
                         f"{module} has blocks of {list(skew.shape)}, which do not fit "

@@ -209,7 +209,7 @@ class Slots:
         width = next((width for width in self._widths if width >= most), self._widths[-1])
         for row, plain in enumerate(self._plain):
             if live[row]:
-                self._used[row] += 1
+                self._used[row], self._open[row] = self._used[row] + 1, False
             else:
                 del plain[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
