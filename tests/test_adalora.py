@@ -168,6 +168,18 @@ def test_the_budget_is_that_of_the_algorithm(beta1):
     assert kept == [8, 8, 6, 8, 8, 3, 8, 8, 3, 3, 3, 3, 3, 3]
 
 
+def test_the_gradients_of_a_skipped_step_are_not_remembered():
+    tx = budget(optax.apply_if_finite(optax.sgd(0.1), 3))
+    params = unflatten(tree(0))
+    state = tx.init(params)
+    for seed, wrong in ((1, False), (2, True), (3, False)):
+        slopes = {p: np.full_like(x, np.nan) if wrong else x for p, x in tree(seed).items()}
+        updates, state = tx.update(unflatten(slopes), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state.sensitivity)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.uncertainty))
+
+
 def test_what_is_cut_is_what_matters_least():
     params = {path: np.ones_like(x) for path, x in tree(0).items()}
     slopes = {path: np.full_like(x, 0.1) for path, x in params.items()}
@@ -344,6 +356,7 @@ def test_a_file_of_peft_is_read_by_folding():
         ({}, {"rank_pattern": None}, ["h.q", "rank 4", "A [3, 4]"]),
         ({}, {"rank_pattern": MASKS | {"h.q.lora_E": [True] * 4}}, ["h.q", "rank 4"]),
         ({}, {"lora_alpha": 0}, ["lora_alpha=0"]),
+        ({}, {"lora_alpha": 1e42}, ["h.q", "lora_alpha", "too large for float32"]),
         ({}, {"use_dora": True}, ["use_dora=True"]),
         ({}, {"target_modules": ["q2"]}, ["h.q", "target modules"]),
         ({"base_model.model.h.q.lora_E": None}, {}, ["h.q", "E"]),

@@ -833,7 +833,11 @@ def test_a_whole_layer_by_names_of_ones_own(tmp_path):
     equal(flatten(explicit[1]), flatten(leaves))
 
 
-SINGLE = {"type": "single", "children": ["task"]}
+def single(name):
+    return {"type": "single", "children": [name]}
+
+
+SINGLE = single("task")
 
 
 def setup_of(tmp_path, setup, **fields):
@@ -875,13 +879,86 @@ def test_a_setup_of_one_adapter_is_that_adapter(tmp_path):
         ({"type": "Stack", "children": [{"type": "single", "children": ["gone"]}]}, "gone lacks"),
         ({"type": "Fuse", "children": [SINGLE]}, "lacks adapter_fusion_config.json"),
         ({"type": "Split", "children": [SINGLE], "kwargs": {"splits": [1, 2]}}, "a size for each"),
+        (single("\u00e9" * 100), "the name"),
+        ({"type": "Fuse", "children": [single(f"{i:090}") for i in range(3)]}, "too long"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_setups_that_are_wrong(setup, words, tmp_path):
     names, _, params, _ = of_fixture("bert_double")
     with raises(AdapterFileError, words):
         load_adapterhub(setup_of(tmp_path, setup), names, params, pooling="pooler")
+
+
+def test_names_that_ours_would_make_one_are_kept_apart(tmp_path):
+    names, _, params, _ = of_fixture("bert_double")
+    theirs = ["a-b", "a_b_0", "a_b", "stack"]
+    inner = {"type": "Stack", "children": [single(name) for name in theirs[2:]]}
+    setup = {"type": "Stack", "children": [*(single(name) for name in theirs[:2]), inner]}
+    directory = setup_of(tmp_path, setup)
+    for name in theirs:
+        copied(tmp_path / "one", "bert_double").rename(directory / name)
+        fields = json.loads((directory / name / CONFIG).read_text())
+        tensors = tensors_of(directory / name)
+        own = {key.replace(f".{fields['name']}.", f".{name}."): x for key, x in tensors.items()}
+        safetensors.numpy.save_file(own, directory / name / TENSORS)
+        (directory / name / CONFIG).write_text(json.dumps({**fields, "name": name}))
+        for head in ADAPTERHUB_HEAD.files:
+            (directory / name / head).unlink(missing_ok=True)
+    recipe, _ = load_adapterhub(directory, names, params)
+    members = [m.members for m in recipe if m.members]
+    assert len({m.name for m in recipe.attached if not m.members}) == 4
+    assert members[-1][-1] not in {m.name for m in recipe.attached if not m.members}
+
+
+@pytest.mark.filterwarnings("ignore::adapters_jax.AdapterWarning")  # of task's head
+def test_a_head_of_a_name_of_its_own_is_named(tmp_path):
+    names, _, params, _ = of_fixture("bert_double")
+    directory = setup_of(tmp_path, {"type": "Stack", "children": [SINGLE]}, head_setup="other")
+    with raises(AdapterFileError, "'other'", "directory of its own", "with_head=False"):
+        load_adapterhub(directory, names, params, pooling="pooler")
+
+
+UNWRITTEN = {
+    "parallel compacters": (
+        (
+            aj.Compacter("**/mlp", 4, phm_dim=2, placement="parallel", name="a"),
+            aj.Compacter("**/mlp", 4, phm_dim=2, placement="parallel", name="b"),
+            aj.stack("a", "b"),
+        ),
+        ("layer 0 has a parallel bottleneck",),
+    ),
+    "an invertible adapter that is not the first": (
+        (
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", name="a"),
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", name="b"),
+            aj.methods.Invertible("**/embeddings", name="b"),
+            aj.stack("a", "b"),
+        ),
+        ("b has an invertible adapter", "first adapter of a stack"),
+    ),
+    "LoRA in two adapters": (
+        (
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", name="a"),
+            aj.LoRA("**/query", 2, name="a"),
+            aj.Bottleneck("**/mlp_norm", 4, placement="norm", name="b"),
+            aj.LoRA("**/query", 2, name="b"),
+            aj.stack("a", "b"),
+        ),
+        ("several adapters have LoRA",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_setups_that_adapterhub_would_run_otherwise_are_not_written(case, tmp_path):
+    names, model, params, inputs = base_of("bert")
+    entries, words = UNWRITTEN[case]
+    recipe = aj.Recipe(*entries)
+    whole = aj.init_adapters(aj.adapt(model, recipe), params, jax.random.key(0), **inputs)
+    with raises(UserError, *words):
+        save_adapterhub(tmp_path / "a", recipe, aj.partition(whole, recipe)[0], names, params)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("value", [True, False])

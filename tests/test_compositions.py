@@ -544,3 +544,59 @@ def test_in_equinox():
     y = averaged("ab", (0.75, 0.25), own, y, lambda y: y)
     wanted = flat["second/weight"] @ np.maximum(y, 0) + flat["second/bias"]
     np.testing.assert_allclose(model(tree, x), wanted, atol=1e-5)
+
+
+class Two(nn.Module):
+    """A layer with two outputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="one")(x), nn.Dense(4, name="two")(x)
+
+
+class OfTwo(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Two(name="two")(x)
+
+
+def test_members_act_on_the_output_that_they_name():
+    first, second = (aj.Bottleneck("two", 3, name=name, output=1) for name in "ab")
+    model, params = adapted(aj.Recipe(first, second, aj.average("a", "b")), OfTwo())
+    y = model.apply({"params": params}, X)
+    base = OfTwo().apply({"params": params}, X)
+    np.testing.assert_array_equal(y[0], base[0])
+    own = {
+        path.removeprefix("two/"): np.asarray(x, np.float64) for path, x in flatten(params).items()
+    }
+    wanted = averaged("ab", (0.5, 0.5), own, np.asarray(base[1], np.float64), lambda y: y)
+    np.testing.assert_allclose(y[1], wanted, atol=2e-5)
+    _, params = adapted(aj.Recipe(first, second, aj.fuse("a", "b")), OfTwo())
+    assert params["two"]["fusion"]["query"]["kernel"].shape == (4, 4)
+    other = aj.Bottleneck("two", 3, name="b", output=0)
+    with raises(aj.RecipeError, "'two'", "several outputs"):
+        adapted(aj.Recipe(first, other, aj.average("a", "b")), OfTwo())
+
+
+def test_parts_of_a_split_know_their_positions():
+    """LoReFT on the first and last position of a part is that of the whole text's."""
+    reft = aj.LoReFT("layer_0", rank=2, prefix_positions=1, suffix_positions=1, name="r")
+    whole, params = adapted(aj.Recipe(reft))
+    other = aj.Bottleneck("layer_0", 2, name="b")
+    for entries, part in (
+        (aj.split("r", "b", sizes=(4, 2)), (slice(None), slice(4))),
+        (aj.batch_split("r", "b", sizes=(3, 1)), (slice(3),)),
+    ):
+        model, both = adapted(aj.Recipe(reft, other, entries))
+        both = unflatten({**flatten(both), **flatten(params)})
+        outputs = []
+        for net in (aj.adapt(Linen(), aj.Recipe(reft)), model):
+            _, seen = net.apply({"params": both}, X, capture_intermediates=True)
+            outputs.append(seen["intermediates"]["layer_0"]["__call__"][0][part])
+        np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
+def test_two_stacks_without_names_on_one_module():
+    model, params = adapted(aj.Recipe(*adapters(), aj.stack("b", "a"), aj.stack("c")))
+    wanted = expected(params, lambda *of: stacked("bac", *of), "sequential")
+    np.testing.assert_allclose(model.apply({"params": params}, X), wanted, atol=2e-5)

@@ -854,6 +854,11 @@ WRONG = {
         AdapterFileError,
         (f"{Q}.lora_down.weight", "complex64"),
     ),
+    "a vector in a LoHa": (
+        {f"{Q}.hada_{name}": np.ones(2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        AdapterFileError,
+        (Q, "hada_w1_a [2]"),
+    ),
     "norms of inputs": (
         with_keys(PLAIN, {}, **{f"{Q}.dora_scale": np.ones((1, DOWN.shape[1]))}),
         AdapterFileError,

@@ -25,6 +25,7 @@ from adapters_jax.finetune.serving import (
     TextSink,
     UnknownModelError,
 )
+from adapters_jax.finetune.serving.slots import Slots
 from adapters_jax.testing.subjects import shaken
 
 CONFIG = DecoderConfig(
@@ -526,3 +527,14 @@ def test_a_copied_beginning_holds_nothing_of_what_followed_it():
         assert made.engine.counts.reused_tokens == 16
     finally:
         made.engine.close()
+
+
+def test_a_beginning_ends_where_steps_of_all_rows_go_on():
+    """What is read after such a step follows tokens that the row's beginning lacks."""
+    model = aj.adapt(BASE, RECIPES["small"], rngs=nnx.Rngs(1))
+    slots = Slots(aj.Bank(model, capacity=2), rows=2, context=16, pieces=(1,))
+    for n, token in enumerate([5, 6]):
+        slots.read(0, [token], not n, None, Choice())
+    slots.step([7, None], [None, None], [Choice()] * 2)
+    slots.read(0, [8], False, None, Choice())
+    assert slots.reuse(1, [5, 6, 8, 9]) == 2

@@ -86,6 +86,14 @@ def test_rows_without_placeholders_are_the_bases():
     )
 
 
+def test_unsigned_ids_get_placeholders_that_they_have_no_number_for():
+    ids = np.array([[5, 6]], np.uint16)
+    made = aj.with_prompt(METHOD, ids, ids > 0, labels=jnp.asarray(ids))
+    assert made.ids.tolist() == [[-1] * K + [5, 6]]
+    assert made.labels.tolist() == [[-100] * K + [5, 6]]
+    assert made.mask.tolist() == [[1] * (K + 2)]
+
+
 def test_a_placeholder_may_be_a_token():
     recipe = aj.PromptTuning("embed", K, placeholder=9)
     model, base, params = net(recipe)

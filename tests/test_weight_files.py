@@ -256,6 +256,33 @@ WRONG = {
         {"peft_type": "OFT"},
         ("h.0.down", "[1, 3]", "[6, 4]"),
     ),
+    "shared blocks of no size": (
+        {"h.0.down.oft_R.weight": drawn((1, 6), 1)},
+        {"peft_type": "OFT", "block_share": True},
+        ("h.0.down", "[1, 6]", "[6, 4]"),
+    ),
+    "a long series": (
+        {"h.0.down.oft_R.weight": SKEW},
+        {"peft_type": "OFT", "num_cayley_neumann_terms": 100},
+        ("num_cayley_neumann_terms=100",),
+    ),
+    "a LoHa with a vector in it": (
+        at(
+            "h.0.conv",
+            {
+                **{f"hada_t{i}": np.ones((2, 2, 3, 1)) for i in (1, 2)},
+                **{f"hada_w{i}_a": np.ones((2, 4)) for i in (1, 2)},
+                **{f"hada_w{i}_b": np.ones(2) for i in (1, 2)},
+            },
+        ),
+        {"peft_type": "LOHA", "r": 2},
+        ("h.0.conv", "hada_w1_b [2]"),
+    ),
+    "a LoKr of other sizes": (
+        at("h.0.down", {"lokr_w1": np.ones((2, 2)), "lokr_w2": np.ones((5, 3))}),
+        {"peft_type": "LOKR", "r": 2},
+        ("h.0.down", "lokr_w2 [5, 3]"),
+    ),
     "VeRA without factors": (at("h.0.down", SCALES), {"peft_type": "VERA", "r": 2}, ("vera_A",)),
     "VeRA of another rank": (
         {**VERA, **at("h.0.down", SCALES)},

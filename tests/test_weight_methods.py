@@ -245,6 +245,17 @@ def test_no_weight_is_formed_for_a_rotation_or_for_vera():
     assert flops(LoHa("**", r), d, d, rows) > 2 * 2 * d * d * r  # which has to form its sum
 
 
+def test_an_ensemble_turns_the_inputs_of_each_member():
+    members = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "axis_size": 3}
+    base = nn.vmap(nn.Dense, in_axes=None, **members)(OUT, name="all")
+    model, params = grown(base, OFT("**", 3, terms=2), X)
+    y = model.apply({"params": params}, X)
+    for i in range(3):
+        own = jax.tree.map(lambda x, i=i: x[i], params)
+        one = aj.adapt(nn.Dense(OUT), model.recipe)
+        np.testing.assert_allclose(y[i], one.apply({"params": own}, X), atol=1e-5)
+
+
 class Scanned(nn.Module):
     length: int = 16
 
@@ -325,6 +336,17 @@ def test_the_factors_of_all_sizes_are_those_of_lyco_and_peft():
 def test_settings_out_of_range_and_in_other_spellings(make, data):
     with raises(aj.UserError, *data):
         make()
+
+
+def test_adapters_of_other_starts_are_in_one_bank():
+    """What a field says of the start alone does not matter to an adapter that is there."""
+    model, params = grown(nn.Dense(OUT), VeRA("**", 3), X)
+    other, theirs = grown(nn.Dense(OUT), VeRA("**", 3, d_initial=0.5), X, seed=5)
+    theirs = aj.adapters_of(theirs, other.recipe)
+    bank = aj.Bank(model, params).put("b", (other.recipe, theirs))
+    y = bank.model.apply({"params": bank.params}, X[None], adapters=bank.rows(["b"]))
+    alone = other.apply({"params": {**params, **theirs}}, X)
+    np.testing.assert_allclose(y[0], alone, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

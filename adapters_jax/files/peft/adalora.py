@@ -37,8 +37,8 @@ def read(
         if len(shape) == 4 and a.shape[1] == np.prod(shape[:-1]):  # they flatten a window
             a, b = a.reshape(len(a), shape[-2], *shape[:-2]), b[..., None, None]
         if len(a):
-            scaled = a * (scale * numbers).reshape(-1, *(1,) * (a.ndim - 1))
             with np.errstate(over="ignore", invalid="ignore"):
+                scaled = a * (scale * numbers).reshape(-1, *(1,) * (a.ndim - 1))
                 pairs[module] = {"a": scaled.astype(np.float32), "b": b}
             if not_finite(pairs[module]):
                 problems.append(f"{module} times lora_alpha is too large for float32")
