@@ -581,7 +581,7 @@ def test_members_act_on_the_output_that_they_name():
 def test_parts_of_a_split_know_their_positions():
     """LoReFT on the first and last position of a part is that of the whole text's."""
     reft = aj.LoReFT("layer_0", rank=2, prefix_positions=1, suffix_positions=1, name="r")
-    whole, params = adapted(aj.Recipe(reft))
+    params = adapted(aj.Recipe(reft))[1]
     other = aj.Bottleneck("layer_0", 2, name="b")
     for entries, part in (
         (aj.split("r", "b", sizes=(4, 2)), (slice(None), slice(4))),
