@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -189,7 +190,7 @@ class Recipe:
         ]
         return html_table(["method", "targets", "settings"], rows, words=3)
 
-    @property
+    @functools.cached_property
     def attached(self) -> tuple[Method, ...]:
         """The methods that add parameters to modules."""
         return tuple(m for m in self.methods if m.slot is not None)
@@ -206,6 +207,17 @@ class Recipe:
             RecipeError: two of them keep their leaves under one name, or a method that reads the
                 module's weight comes after one that changes it.
         """
+        # Every call of every module asks, in every trace.
+        if path not in self._at:
+            self._at[path] = self._targeting(path)
+        return self._at[path]
+
+    @functools.cached_property
+    def _at(self) -> dict[str, tuple[Method, ...]]:
+        """What `at` has found so far."""
+        return {}
+
+    def _targeting(self, path: str) -> tuple[Method, ...]:
         found: list[Method] = []
         for method in self.attached:
             here = [m.name for m in found if m.acts_on == "output"]
@@ -248,6 +260,16 @@ class Recipe:
             >>> Recipe(LoRA("**/query")).owner("layer_0/query/lora/a").path
             'layer_0/query'
         """
+        if path not in self._owners:
+            self._owners[path] = self._owning(path)
+        return self._owners[path]
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, Owner | None]:
+        """What `owner` has found so far."""
+        return {}
+
+    def _owning(self, path: str) -> Owner | None:
         names = path.split("/")
         # A name of a path may be a slot by accident, so every occurrence is tried.
         nested = None

@@ -120,16 +120,15 @@ def join(*names: str) -> str:
     return "/".join(filter(None, names))
 
 
-def around(path: str) -> Iterator[str]:
+def around(path: str) -> list[str]:
     """The paths of what is around a path, the nearest first, without that of the whole model.
 
     Example:
-        >>> list(around("layer_0/attention/query"))
+        >>> around("layer_0/attention/query")
         ['layer_0/attention', 'layer_0']
     """
-    while "/" in path:
-        path = path.rpartition("/")[0]
-        yield path
+    names = path.split("/")
+    return ["/".join(names[:i]) for i in range(len(names) - 1, 0, -1)]
 
 
 def weight(*patterns: str) -> int:
