@@ -29,9 +29,9 @@ def check_name(owner: str, name: str, value: Any) -> None:
         )
 
 
-def size(default: int | None) -> Any:
-    """A field for the size of an axis."""
-    return _field(default, check_size)
+def size(default: int | None, low: int = 1) -> Any:
+    """A field for the size of an axis, or for a whole number from `low` on."""
+    return _field(default, partial(check_size, low=low))
 
 
 def number(default: float | None, **bounds: Any) -> Any:
@@ -50,7 +50,7 @@ def flag(default: bool) -> Any:
 
 
 def check_fields(method: Any) -> None:
-    """Checks the fields of a method, and turns those of patterns into tuples.
+    """Checks the fields of a method, turns those of patterns into tuples, `output` into a path.
 
     Raises:
         UserError: a value is out of its range; a TargetError where patterns are none.
@@ -69,6 +69,26 @@ def check_fields(method: Any) -> None:
         patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
         # Methods are frozen, since jit hashes them; only so can `__post_init__` set a field.
         object.__setattr__(method, name, patterns)
+    if "output" in {x.name for x in fields(method)}:
+        object.__setattr__(method, "output", _path(owner, method.output))
+
+
+def _path(owner: str, output: Any) -> str | None:
+    """An `output` as a path of names and positions; None stays None.
+
+    Raises:
+        UserError: it is neither a name, a path nor a position.
+    """
+    if isinstance(output, str) and output:
+        return output
+    if isinstance(output, int) and not isinstance(output, bool) and output >= 0:
+        return str(output)
+    if output is not None:
+        raise UserError(
+            f"{owner}: output={output!r}, expected None, a position such as 1, a name such as "
+            "'hidden_states', or a path of them such as '0/hidden_states'"
+        )
+    return None
 
 
 def _pairs(owner: str, name: str, value: Any) -> tuple[tuple[str, Any], ...]:
