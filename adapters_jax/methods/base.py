@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError, check_flag, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.methods.settings import check_fields, check_name
+from adapters_jax.methods.settings import check_fields, check_name, settings_of
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
@@ -276,6 +276,10 @@ class Method:
             )
         if self.name:
             object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
+
+    def __str__(self) -> str:
+        """Its class and settings, a name among them, without those that have their default."""
+        return f"{type(self).__name__}({', '.join(settings_of(self))})"
 
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""

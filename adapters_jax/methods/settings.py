@@ -1,8 +1,8 @@
 """Fields of methods that say their own bounds; `Method` checks them when one is made."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,15 @@ def choice(default: str, choices: Iterable[str]) -> Any:
 def flag(default: bool) -> Any:
     """A field for True or False."""
     return _field(default, check_flag)
+
+
+def settings_of(method: Any, without: Sequence[str] = ()) -> list[str]:
+    """The fields of a method that do not have their default, as `name=value`."""
+    return [
+        f"{x.name}={getattr(method, x.name)!r}"
+        for x in fields(method)
+        if x.name not in without and (x.default is MISSING or getattr(method, x.name) != x.default)
+    ]
 
 
 def check_fields(method: Any) -> None:
