@@ -308,13 +308,13 @@ def check_number(
         raise UserError(f"{owner}: {name}={shown(value)}, expected a {kind}{lower}{upper}")
 
 
-def check_size(owner: str, name: str, value: Any) -> None:
-    """Raises UserError unless `value` is a whole number of at least 1 that an axis can have."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
+def check_size(owner: str, name: str, value: Any, low: int = 1) -> None:
+    """Raises UserError unless `value` is a whole number, `low` or more, that an axis can have."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < LARGEST:
         more = f" and < {LARGEST}" if isinstance(value, int) and value >= LARGEST else ""
         if isinstance(value, str | tuple | list) and "*" in shown(value):
             more = f"; patterns are given by name, targets={shown(value)}"
-        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= 1{more}")
+        raise UserError(f"{owner}: {name}={shown(value)}, expected a whole number >= {low}{more}")
 
 
 def check_flag(owner: str, name: str, value: Any) -> None:

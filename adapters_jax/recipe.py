@@ -17,6 +17,7 @@ from adapters_jax.errors import (
 )
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.methods.calibration import Observer
+from adapters_jax.methods.settings import settings_of
 from adapters_jax.targets import join, selects
 from adapters_jax.texts import check_nesting, html_table, parse_json
 
@@ -181,11 +182,11 @@ class Recipe:
         return Recipe(other, self)
 
     def __repr__(self) -> str:
-        return "Recipe(\n" + "".join(f"  {short(m)},\n" for m in self.methods) + ")"
+        return "Recipe(\n" + "".join(f"  {m},\n" for m in self.methods) + ")"
 
     def _repr_html_(self) -> str:
         rows = [
-            [type(m).__name__, ", ".join(m.targets), ", ".join(_settings(m, ("targets",)))]
+            [type(m).__name__, ", ".join(m.targets), ", ".join(settings_of(m, ("targets",)))]
             for m in self.methods
         ]
         return html_table(["method", "targets", "settings"], rows, words=3)
@@ -436,27 +437,12 @@ def _got(item: Any) -> str:
     return kind if isinstance(item, Mapping) else shown(item)
 
 
-def short(method: Method) -> str:
-    """The repr of a method without the fields that have their default."""
-    return f"{type(method).__name__}({', '.join(_settings(method))})"
-
-
 def _written(method: Method) -> dict[str, Any]:
     """The fields of a method for JSON, without a name and `train` where they say nothing."""
     # Most entries have neither, and files of earlier versions lack them.
     silent = {"name": "", "train": True}
     fields = dataclasses.asdict(method)
     return {key: x for key, x in fields.items() if key not in silent or x != silent[key]}
-
-
-def _settings(method: Method, without: Sequence[str] = ()) -> list[str]:
-    """The fields of a method that do not have their default, as `name=value`."""
-    return [
-        f"{f.name}={getattr(method, f.name)!r}"
-        for f in dataclasses.fields(method)
-        if f.name not in without
-        and (f.default is dataclasses.MISSING or getattr(method, f.name) != f.default)
-    ]
 
 
 def _method(row: Any) -> Method:

@@ -1,6 +1,7 @@
 """Activated LoRA: each token's change by its formula, in both APIs, in loops, banks and caches."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ import adapters_jax as aj
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.serving.adapters import Read, covering
-from adapters_jax.finetune.tasks.decoder import hidden_of
+from adapters_jax.finetune.tasks.decoder import hidden_of, recipe_for
 from adapters_jax.linen import Adapted
 from adapters_jax.trees import flatten
 
@@ -422,6 +424,17 @@ def test_training_acts_within_each_text_of_a_packed_row(trained):
             np.testing.assert_allclose(hidden[row, where], alone[0], atol=2e-5)
             seen, acted = seen + 1, acted + bool(acts.any())
     assert 0 < acted < seen
+
+
+def test_the_invocation_may_be_a_text(trained):
+    tokens, problem = trained("French")
+    options = parse(MethodOptions, ["--method", "lora", "--invocation", "<user> French"])
+    assert problem.decoder.tokenizer.token_to_id("<user>") == 2
+    recipe = recipe_for(SimpleNamespace(recipe=options.build), problem.decoder)
+    assert recipe.attached[0].invocation == (2, *tokens)
+    for words, encode in (("a text",), None), (("two", "texts"), list):
+        with raises(aj.UserError, "--invocation", words[-1]):
+            MethodOptions("lora", invocation=words).build(encode=encode)
 
 
 def test_what_cannot_be_trained_is_refused(trained, tmp_path):

@@ -102,8 +102,8 @@ def test_norms_of_its_own(placement, before, after):
     assert set(method.leaves(POINT)) == set(method.leaf_names)
     shapes = {name: leaf.shape for name, leaf in method.leaves(POINT).items()}
     count = method.count("", shapes, None)
-    extra = " + 2*6" * (before + after)
-    assert count.formula == f"2*6*3 + 6 + 3{extra}"
+    wide = {0: "6", 1: "3*6", 2: "5*6"}[before + after]
+    assert count.formula == f"2*6*3 + {wide} + 3"
     assert count.parameters == sum(math.prod(shape) for shape in shapes.values())
 
 

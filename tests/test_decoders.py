@@ -361,7 +361,7 @@ def test_completions_are_generated_up_to_the_positions_of_the_model(directory):
     decoder = replace(decoder, config=replace(decoder.config, max_position_embeddings=8))
     texts = [("food", "It serves Thai dishes dishes"), ("food food food food is Thai", "It")]
     table, said = Table(texts, None, (), "rows.csv", [2, 3]), []
-    setup = Setup("tiny", None, 2, 0, {}, None, exact_match=2, say=said.append)
+    setup = Setup("tiny", lambda **_: aj.Recipe(), 2, 0, {}, None, exact_match=2, say=said.append)
     data = TaskData("rows", table, table, table, ("perplexity",))
     rows = build_completions(data, decoder, Prompts(chat=False), 8, False, setup)
     assert rows.parts["dev"].new_tokens == 8 - 6
@@ -433,7 +433,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         ("generate runs/full --prompt x --seed -1", UserError, ["--seed -1", "2**32 - 1"]),
         ("generate runs/full --prompt x --temperature -1", UserError, ["--temperature=-1.0"]),
         ("generate runs/full --prompt x --max-new-tokens 62", UserError, [62, "at most 64"]),
-        (f"{TRAIN.replace('32', '65')} --rank 2", UserError, ["--max-length 65", 64]),
+        (f"{TRAIN.replace('32', '65')} --method lora", UserError, ["--max-length 65", 64]),
         ("generate runs/full --prompt x --max-new-tokens 0", UserError, ["--max-new-tokens=0"]),
         ("combine runs/lora --weights 1 2 --out both", UserError, ["1 adapter", "2 weights"]),
         ("combine runs/lora --weights 1 --out runs/full", RunError, ["runs/full", "--name"]),

@@ -53,6 +53,7 @@ def place(tmp_path, monkeypatch):
         pytest.param(encoder_run, "--method head-only", marks=slow),
         pytest.param(encoder_run, "--method layer-norms", marks=slow),
         pytest.param(encoder_run, "--method prefix-tuning", marks=slow),
+        pytest.param(encoder_run, "--method prompt-tuning --prompt-length 3", marks=slow),
         pytest.param(encoder_run, "--method lora --quantize int8", marks=slow),
         pytest.param(decoder_run, "--method lora --dora", marks=slow),
         pytest.param(decoder_run, "--method ia3", marks=slow),
@@ -61,6 +62,7 @@ def place(tmp_path, monkeypatch):
         pytest.param(decoder_run, "--method compacter --bottleneck-dim 4", marks=slow),
         pytest.param(decoder_run, "--method loreft --rank 2", marks=slow),
         pytest.param(decoder_run, "--method prefix-tuning", marks=slow),
+        pytest.param(decoder_run, "--method prompt-tuning", marks=slow),
         pytest.param(decoder_run, "--method lora --quantize int8", marks=slow),
     ],
 )

@@ -17,8 +17,8 @@ from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.methods import known_tokens
+from adapters_jax.methods.arrays import orthonormal
 from adapters_jax.methods.base import AttachmentPoint
-from adapters_jax.methods.loreft import orthonormal
 from adapters_jax.testing import check_method
 
 D, R, LENGTH = 8, 2, 7
@@ -211,7 +211,7 @@ def test_the_last_tokens_of_a_generation_are_not_known():
         rngs=nnx.Rngs(1),
         example_inputs=IDS,
     )
-    with raises(aj.RecipeError, "layers/1", "suffix_positions=1", "cache"):
+    with raises(aj.RecipeError, "layers/1", "the last tokens, 1", "cache"):
         generate(model, jnp.ones((1, 4), int), max_new_tokens=2)
 
 
@@ -249,7 +249,7 @@ def test_what_is_not_known_is_an_error():
     with known_tokens(jnp.ones((2, 5))), raises(aj.RecipeError, "[2, 7, 8]", "[2, 5]"):
         method.forward(leaves, POINT, None, jnp.asarray(Y))
     before = jnp.zeros((2, LENGTH), int)
-    with known_tokens(before=before), raises(aj.RecipeError, "suffix_positions=3"):
+    with known_tokens(before=before), raises(aj.RecipeError, "the last tokens, 3"):
         method.forward(leaves, POINT, None, jnp.asarray(Y))
     with raises(aj.RecipeError, "rank=9", "8 wide"):
         aj.LoReFT("**", 9).leaves(POINT)

@@ -395,3 +395,22 @@ def test_lora_plus_of_the_command_line_finds_named_factors():
     for owner, slot in (("q", "lora_one"), ("k", "lora")):
         a, b = (float(jnp.abs(updates[owner][slot][name]).max()) for name in "ab")
         assert b == pytest.approx(4 * a, rel=1e-3)
+
+
+def test_one_entry_of_a_file_is_loaded_by_its_name(api, tmp_path):
+    both = api.drawn(api.adapt(Recipe(SW, NER)))
+    saved = api.save(tmp_path / "both", both)
+    loaded = api.load(saved, only="ner", train=False)
+    assert api.recipe(loaded) == Recipe(NER).frozen()
+    own = {path: x for path, x in api.leaves(both).items() if "adapter_sw" not in path}
+    found = api.leaves(loaded)
+    assert found.keys() == own.keys()
+    for path, x in own.items():
+        np.testing.assert_array_equal(found[path], x)
+    with raises(aj.AdapterFileError, str(tmp_path / "both"), "cola"):
+        api.load(saved, only="cola")
+
+
+def test_a_text_of_a_method_has_its_name():
+    assert str(NER) == "Bottleneck(targets=('up_*',), name='ner', bottleneck_dim=2)"
+    assert str(aj.LoRA("a")) == "LoRA(targets=('a',))"

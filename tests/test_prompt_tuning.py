@@ -1,7 +1,5 @@
 """Prompt tuning: what the model sees wherever placeholders are, its start, and PEFT's files."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,6 @@ from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.convert import from_peft
 from adapters_jax.finetune.models.decoder import ARCHITECTURES, Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
-from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.serving.adapters import DecoderBase
 
 K, D = 3, 4
@@ -250,7 +247,7 @@ def test_gemmas_embeddings_are_scaled_in_some_versions_alone():
             from_peft(CONFIG_OF_PEFT, {"prompt_embeddings": PROMPT}, names, base)
 
 
-def test_commands_refuse_a_prompt_that_would_have_no_effect(tmp_path, monkeypatch):
+def test_a_server_refuses_a_prompt_that_would_have_no_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_llama(tmp_path / "llama")
     base = DecoderBase("llama")
@@ -261,6 +258,3 @@ def test_commands_refuse_a_prompt_that_would_have_no_effect(tmp_path, monkeypatc
     )
     with raises(UserError, "aj.with_prompt"):
         base.read(tmp_path / "theirs")
-    Path("recipe.json").write_text(aj.prompt_tuning(4).to_json())
-    with raises(UserError, "aj.with_prompt"):
-        MethodOptions(recipe=Path("recipe.json")).build()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from adapters_jax.errors import (
     MismatchError,
     OtherBaseError,
     RecipeError,
-    check_flag,
     compare_trees,
     first_few,
     shortened,
@@ -38,6 +37,7 @@ from adapters_jax.files.adapter import (
 )
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
+from adapters_jax.files.stored import Stored, Tensors, as_in_model, named, training
 from adapters_jax.files.untrusted import TensorFile
 from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
@@ -66,25 +66,7 @@ from adapters_jax.weights.fingerprints import remember
 _LOG = logging.getLogger(__name__)
 
 
-class _Tensors(NamedTuple):
-    """Arrays by path that are not read yet."""
-
-    shapes: Mapping[str, Any]
-    read: Callable[[], Mapping[str, Any]]
-
-
-class _Adapter(NamedTuple):
-    """An adapter whose arrays are not read yet."""
-
-    directory: Path
-    recipe: Recipe
-    trained: _Tensors
-    state: _Tensors
-    placements: Placements | None = None
-    same_base: bool = False  # as the one that it was trained on, by the paths and shapes of all
-
-
-_NO_STATE = _Tensors({}, dict)
+_NO_STATE = Tensors({}, dict)
 _NO_INPUTS = ", and, if it was adapted with example_inputs=(...), with these"
 
 
@@ -100,6 +82,7 @@ def load_adapter(
     collections: Mapping[str, Tree] | None = None,
     example_inputs: Iterable[Any] | Inputs | None = None,
     train: bool | None = None,
+    only: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Loads a saved adapter onto a base; its file has the recipe, with every rank and alpha.
@@ -124,6 +107,7 @@ def load_adapter(
         example_inputs: NNX and Equinox only: the inputs that `adapt` got, if it got any.
         train: whether the adapter's leaves train; False freezes them, under another adapter that
             the model then gets from `adapt`. None is as it was saved.
+        only: the name of the entries to load, where the recipe has others as well.
         **kwargs: linen only: further arguments of the model's call.
 
     Returns:
@@ -137,7 +121,7 @@ def load_adapter(
             paths or shapes, or another id or configuration. Values are not compared.
         AdapterMismatchError: its tensors or its statistics do not fit this base; the message names
             every difference.
-        AdapterRecipeError: its recipe does not fit this base.
+        AdapterRecipeError: its recipe does not fit this base, or has no entry of the name `only`.
         AdapterFileError: neither the disk nor the Hub has the directory, it does not hold an
             adapter, or it is damaged. The three errors above are subclasses of this one.
         MismatchError, ValueError, TypeError: params or example inputs do not fit the model itself.
@@ -188,56 +172,21 @@ def load_adapter(
         if not any_base:
             _check_base(file, manifest, tree, own, sha256, base, stack)
         same = manifest.base is not None and manifest.base.tree_sha256 == sha256
-        recipe, placements = _training(manifest.recipe, manifest.placements, train)
-        adapter = _Adapter(
+        adapter = Stored(
             file.path.parent,
-            recipe,
-            _Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
-            _Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
-            placements,
+            manifest.recipe,
+            Tensors(file.shapes, functools.partial(read_arrays, file, manifest)),
+            Tensors(state.shapes, functools.partial(read_state, state)) if state else _NO_STATE,
+            manifest.placements,
             same and not own.methods,
         )
+        adapter = training(named(adapter, only), train)
         if stack:
-            adapter = _as_in_model(adapter, tree, stack)
+            adapter = as_in_model(adapter, tree, stack)
         with checked_before():
             if isinstance(model, nnx.Module):
                 return _load_nnx(adapter, model, args or example_inputs)
             return _load_linen(adapter, model, params, other, args, kwargs)
-
-
-def _training(
-    recipe: Recipe, placements: Placements | None, train: bool | None
-) -> tuple[Recipe, Placements | None]:
-    """A recipe, and its placements, whose added leaves all train, or do not."""
-    if train is None:
-        return recipe, placements
-    check_flag("load_adapter", "train", train)
-    new = {m: m if m.slot is None else replace(m, train=train) for m in recipe}
-    found = [replace(each, method=new[each.method]) for each in placements or ()]
-    return Recipe(*new.values()), None if placements is None else Placements(found)
-
-
-def _as_in_model(adapter: _Adapter, tree: Tree, stack: Stack) -> _Adapter:
-    """The adapter with its layers stacked if the model's are, and unrolled otherwise."""
-    scanned = any(map(stack.holds, flatten(tree)))
-    of_layers = stack.number if scanned else stack.holds
-    convert = stack_layers if scanned else unstack_layers
-
-    def converted(tensors: _Tensors) -> _Tensors:
-        if not any(map(of_layers, tensors.shapes)):
-            return tensors
-        shapes = flatten(convert(unflatten(tensors.shapes), stack))
-        return _Tensors(shapes, lambda: flatten(convert(unflatten(tensors.read()), stack)))
-
-    recipe, trained = adapter.recipe, adapter.trained
-    try:
-        if any(map(of_layers, trained.shapes)):
-            recipe, _ = convert((recipe, unflatten(trained.shapes)), stack)
-        return _Adapter(adapter.directory, recipe, converted(trained), converted(adapter.state))
-    except RecipeError as error:
-        raise AdapterRecipeError(f"the adapter in {adapter.directory}: {error}") from error
-    except MismatchError as error:
-        raise AdapterMismatchError(f"the adapter in {adapter.directory}: {error}") from error
 
 
 def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
@@ -280,7 +229,7 @@ def _check_base(
 
 
 def _load_linen(
-    adapter: _Adapter, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
+    adapter: Stored, model: nn.Module, params: Tree, other: Tree | None, args: Any, kwargs: Any
 ) -> tuple[Any, ...]:
     recipe, shapes, key = adapter.recipe, shapes_of(params), jax.random.key(0)
 
@@ -304,7 +253,7 @@ def _load_linen(
     return adapted, params, with_state(other, state)
 
 
-def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
+def _load_nnx(adapter: Stored, model: nnx.Module, inputs: Any) -> nnx.Module:
     graphdef, whole = nnx.split(model)
     shapes = nnx.merge(graphdef, jax.eval_shape(lambda whole: whole, whole))
 
@@ -323,7 +272,7 @@ def _load_nnx(adapter: _Adapter, model: nnx.Module, inputs: Any) -> nnx.Module:
 
 
 def _placed(
-    adapter: _Adapter,
+    adapter: Stored,
     base: Mapping[str, Any],
     run: Callable[[Recipe], Placements],
     advice: str = "",
@@ -358,7 +307,7 @@ def _placed(
     return placements
 
 
-def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
+def _compared(adapter: Stored, base: Mapping[str, Any]) -> Placements:
     """The placements in a file, which are for this very base, compared with what the shapes say.
 
     Raises:
@@ -381,7 +330,7 @@ def _compared(adapter: _Adapter, base: Mapping[str, Any]) -> Placements:
     return Placements(each.with_arrays() for each in adapter.placements or ())
 
 
-def _check_placements(adapter: _Adapter, found: Placements) -> None:
+def _check_placements(adapter: Stored, found: Placements) -> None:
     """Raises AdapterMismatchError where the placements in a file are others than those here."""
     attached = adapter.recipe.attached
     own = Placements(each for each in found if each.method in attached)
@@ -395,7 +344,7 @@ def _check_placements(adapter: _Adapter, found: Placements) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]:
+def _blaming(adapter: Stored, base_alone: Callable[[], Any]) -> Iterator[None]:
     """Blames the recipe for a failing abstract run, unless the base alone fails as well."""
     try:
         yield
@@ -407,7 +356,7 @@ def _blaming(adapter: _Adapter, base_alone: Callable[[], Any]) -> Iterator[None]
         ) from error
 
 
-def _check_fit(adapter: _Adapter, expected: Mapping[str, Any], advice: str = "") -> None:
+def _check_fit(adapter: Stored, expected: Mapping[str, Any], advice: str = "") -> None:
     """Raises AdapterMismatchError unless the tensors are exactly those that the recipe trains."""
     advice += _advice(adapter.trained.shapes, expected)
     compare_trees(
@@ -420,7 +369,7 @@ def _check_fit(adapter: _Adapter, expected: Mapping[str, Any], advice: str = "")
     )
 
 
-def _check_state(adapter: _Adapter, other: Tree | None) -> None:
+def _check_state(adapter: Stored, other: Tree | None) -> None:
     """Raises AdapterMismatchError unless the state in the file, if it has any, is that of the base.
 
     A file without state, such as one of an earlier version, fits every base.

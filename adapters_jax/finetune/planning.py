@@ -20,6 +20,7 @@ from adapters_jax.finetune.tasks.decoder import chunk_of
 from adapters_jax.methods.invocation import from_invocation
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.prompting import virtual_tokens
 
 BY_NUMBER = ("llama-adapter", "prefix-tuning", "last-layers")  # they address layers by number
 
@@ -106,7 +107,7 @@ class Job:
         self.say(f"compiling {self.method.title} of {self.model}{few} for {batch} x {self.length}")
         family, config = find_shape(self.model)
         model, state = self._state(layers) if layers else self.state
-        inputs = family.inputs(config, batch, self.length)
+        inputs = family.inputs(config, batch, self.length + virtual_tokens(state.recipe))
         chunk = chunk or chunk_of(state.recipe, batch, self.length, self.mesh)
         found = plan(state, _loss_of(model, family.kind, chunk), inputs, self.mesh)
         return found if self.accelerator or self.dtype == "float32" else _halved(found)

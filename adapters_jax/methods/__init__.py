@@ -17,19 +17,10 @@ from adapters_jax.methods.adalora import AdaLoRA
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Method
 from adapters_jax.methods.bottleneck import Bottleneck, bottleneck_parameters
 from adapters_jax.methods.compacter import Compacter
-from adapters_jax.methods.compositions import (
-    Averaged,
-    BatchSplit,
-    Composition,
-    Split,
-    Stacked,
-    average,
-    batch_split,
-    split,
-    stack,
-)
+from adapters_jax.methods.composing import average, batch_split, fuse, split, stack
+from adapters_jax.methods.compositions import Averaged, BatchSplit, Composition, Split, Stacked
 from adapters_jax.methods.dora import DoRA
-from adapters_jax.methods.fusion import Fusion, fuse
+from adapters_jax.methods.fusion import Fusion
 from adapters_jax.methods.ia3 import IA3
 from adapters_jax.methods.invertible import Invertible
 from adapters_jax.methods.invocation import invoked

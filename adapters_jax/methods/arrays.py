@@ -1,18 +1,31 @@
-"""Functions of arrays that several methods use: initialisers, dropout, layer norm."""
+"""Functions of arrays that several methods use: initialisers, layer norm, attention."""
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from adapters_jax.errors import UserError, shown
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+
+
+class Attended(NamedTuple):
+    """What queries get from some keys and values.
+
+    Attributes:
+        output: softmax(logits) v, (..., heads, head_dim).
+        total: the logarithm of the sum of the exponentials of the logits, (..., heads), float32.
+    """
+
+    output: Array
+    total: Array
 
 
 def over_layers(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
@@ -100,3 +113,56 @@ def layer_norm(
 def beside(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
     """x with axes of size 1 in front, so that it has as many axes as `like`."""
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+def orthonormal(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
+    """The Q of `matrix = Q U` with orthonormal columns and U triangular, above 0 in its diagonal.
+
+    Columns of zeros stay, so that a bank can pad with them.
+
+    Example:
+        >>> orthonormal(jnp.array([[2.0, 1.0], [0.0, -3.0], [0.0, 0.0]])).tolist()
+        [[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
+    """
+    columns = matrix.astype(jnp.float32)
+    squares = jnp.square(columns).sum(0)
+    empty = squares == 0.0
+    columns = columns * jax.lax.rsqrt(jnp.where(empty, 1.0, squares))[None]
+    # By Cholesky factors, since LAPACK's Q of a column of zeros is no zero, and its derivative NaN.
+    # Twice, since once is as far from orthonormal as the square of the condition number.
+    for _ in range(2):
+        gram = jnp.matmul(columns.T, columns, precision="highest") + jnp.diag(empty * 1.0)
+        columns = solve_triangular(jnp.linalg.cholesky(gram), columns.T, lower=True).T
+    return columns
+
+
+def attend_to(
+    query: Float[Array, "... heads head_dim"],
+    key: Float[Array, "prompt kv_heads head_dim"],
+    value: Float[Array, "prompt kv_heads head_dim"],
+    logits: Callable[[Array], Array],
+    precision: Any = None,
+    counts: Bool[Array, " prompt"] | None = None,
+) -> Attended:
+    """What queries get from a prompt, without a mask.
+
+    Args:
+        query: query head i reads key head i // (heads / kv_heads).
+        key: the keys.
+        value: the values.
+        logits: the logits of products of queries and keys, float32.
+        precision: as in `jnp.einsum`.
+        counts: which tokens count; None for all.
+    """
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    # Query heads are grouped by their key head, so that keys are not repeated in memory.
+    groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
+    products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
+    # A softmax over bfloat16 logits loses the differences between near ones.
+    scores = logits(products.astype(jnp.float32))
+    if counts is not None:  # a finite number, since there may be no token that counts
+        scores = jnp.where(counts, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores).astype(query.dtype)
+    output = jnp.einsum("...kgp,pkh->...kgh", weights, value, precision=precision)
+    total = jax.scipy.special.logsumexp(scores, axis=-1).reshape(query.shape[:-1])
+    return Attended(output.reshape(query.shape), total)

@@ -5,7 +5,9 @@ alone, so a method of another package can do everything that a built-in one does
 `adapters_jax.testing.check_method` tests it.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError, check_flag, other_names
 from adapters_jax.methods.arrays import Initializer, over_layers
-from adapters_jax.methods.settings import check_fields, check_name
+from adapters_jax.methods.settings import check_fields, check_name, settings_of
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
@@ -103,6 +105,25 @@ class Count:
     parameters: int
     copies: int = 1
 
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]], layers: Iterable[int] = ()) -> "Count":
+        """The count of arrays with these shapes, which are stacked on layer axes.
+
+        Example:
+            >>> Count.of([(768, 64), (64,), (64, 768), (768,)], layers=(12,))
+            Count(formula='2*768*64 + 768 + 64', parameters=99136, copies=12)
+        """
+        # Arrays of one size are one term, whatever the order of their axes.
+        sizes = Counter(tuple(sorted(s for s in shape if s != 1)) for shape in shapes)
+        terms = [
+            "*".join(map(str, (*[n] * (n > 1), *reversed(size)))) or "1"
+            for size, n in sorted(
+                sizes.items(), key=lambda x: (len(x[0]), x[0][::-1]), reverse=True
+            )
+        ]
+        total = sum(n * math.prod(size) for size, n in sizes.items())
+        return cls(" + ".join(terms) or "0", total, math.prod(layers))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -128,7 +149,8 @@ class Method:
             property. Every attachment point has all of them.
         leaves(point): a `Leaf` for each name.
         count(path, shapes, weight): the closed form of the parameters at one module, computed
-            from the settings; the audit compares it with the arrays.
+            from the settings; the audit compares it with the arrays. Or, of a method on outputs,
+            width_of(shapes): the width of the output by the arrays, from which `count` follows.
         forward(leaves, point, x, y, key): the module's output with the method. Methods
             that act inside attention modules have `acts_on = "attention"`, `attend` and
             `attend_inline` instead, as `Prompt` has; methods that change weights derive from
@@ -167,6 +189,7 @@ class Method:
             an adapted model is quantised.
         unready(leaves): why leaves cannot train yet, which `TrainState.create` asks.
         neutral(leaves): leaves that leave the base as it is; a bank of adapters needs them.
+            `neutral = zeros` where zeros do.
         size(leaves), fitted(leaves, path, whole), size_fields: what may differ in a bank.
         pattern_fields: fields of (pattern, value) pairs, each with the field that it overrides.
         subset_fields: fields of patterns that match some of the targets.
@@ -254,6 +277,10 @@ class Method:
         if self.name:
             object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
 
+    def __str__(self) -> str:
+        """Its class and settings, a name among them, without those that have their default."""
+        return f"{type(self).__name__}({', '.join(settings_of(self))})"
+
     def __add__(self, other: Any) -> Any:
         """Raises TypeError for two methods, which alone are no recipe; a recipe adds methods."""
         if isinstance(other, Method):
@@ -336,7 +363,16 @@ class Method:
             shapes: shapes of the leaves by name, with layer axes.
             weight: shape of the module's weight, with layer axes; empty where it has none.
         """
-        return Count("0", 0)
+        if not self.own_leaves:
+            return Count("0", 0)
+        point = AttachmentPoint(self.acts_on, path, width=self.width_of(shapes))
+        own, first = self.leaves(point), self.own_leaves[0]
+        counted = [own[n].shape for n in self.own_leaves if n not in self.frozen_leaves]
+        return Count.of(counted, shapes[first][: len(shapes[first]) - len(own[first].shape)])
+
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width of the output for which the leaves have these shapes, for `count`."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -536,8 +572,8 @@ class Method:
         return ""
 
 
-def zeros_like(leaves: Leaves) -> dict[str, Array]:
-    """Zeros of the shapes and dtypes of leaves."""
+def zeros(method: Method, leaves: Leaves) -> dict[str, Array]:
+    """Zeros of the shapes and dtypes of leaves, which leave the base as it is."""
     return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
@@ -590,7 +626,8 @@ def missing_members(cls: type[Method]) -> list[str]:
     if getattr(cls, "slot", "") is not None and cls.compose is Method.compose:
         run = {"attention": "attend", "weight": "changes"}.get(cls.acts_on, "forward")
         # An inherited stub counts as missing: it would add nothing to a model, in silence.
-        members = ("leaf_names", "leaves", "count", run)
+        counts = "count" if cls.width_of is Method.width_of else "width_of"
+        members = ("leaf_names", "leaves", counts, run)
         lacking += [n for n in members if getattr(cls, n) is getattr(Method, n, None)]
         abstract = "__isabstractmethod__"  # of a base class between, such as `Prompt`
         lacking += [n for n in dir(cls) if getattr(getattr(cls, n, None), abstract, False)]

@@ -15,15 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError
-from adapters_jax.methods import arrays, outputs
-from adapters_jax.methods.base import (
-    AttachmentPoint,
-    Count,
-    Leaf,
-    Leaves,
-    Method,
-    zeros_like,
-)
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
@@ -104,6 +97,7 @@ class Bottleneck(Method):
         *("scale", "dropout", "init_std"),
     )
     linear_in: ClassVar[tuple[str, ...]] = ("up/kernel", "up/bias")  # the branch, in any of these
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     bottleneck_dim: int | None = size(None)
@@ -124,7 +118,6 @@ class Bottleneck(Method):
                 f"Bottleneck: bottleneck_dim={self.bottleneck_dim} and reduction_factor="
                 f"{self.reduction_factor}, expected exactly one of them, such as bottleneck_dim=64"
             )
-        object.__setattr__(self, "output", outputs.as_path("Bottleneck", self.output))
 
     @property
     def leaf_names(self) -> tuple[str, ...]:
@@ -183,17 +176,9 @@ class Bottleneck(Method):
         """Kernel and bias of the projection "down" or "up"."""
         return leaves[f"{name}/kernel"], leaves[f"{name}/bias"]
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
-    ) -> Count:
-        """The closed form 2md + d + m, plus 2d for each norm; d is the leaves', m the recipe's."""
-        d = shapes["down/kernel"][-2]
-        m = self.width(d)
-        return Count(
-            f"2*{d}*{m} + {d} + {m}" + f" + 2*{d}" * len(self.norms),
-            bottleneck_parameters(d, m) + 2 * d * len(self.norms),
-            math.prod(shapes["down/bias"][:-1]),
-        )
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is 2md + d + m, plus 2d for each norm, with the recipe's m."""
+        return shapes["down/kernel"][-2]
 
     @property
     def changes_input(self) -> bool:
@@ -249,10 +234,6 @@ class Bottleneck(Method):
     def size(self, leaves: Leaves) -> int:
         """The width between the projections."""
         return leaves["down/bias"].shape[-1]
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Zeros, also for the norms, so that the branch is zero."""
-        return zeros_like(leaves)
 
     def fitted(self, leaves: Leaves, path: str, whole: Method) -> dict[str, Array]:
         """The same branch at the scale of `whole`, whose ratio goes into the up-projection."""

@@ -5,7 +5,6 @@ The sums are those of Zhang et al. 2021, "Beyond Fully-Connected Layers with Qua
 Parameterization of Hypercomplex Multiplications with 1/n Parameters", arXiv:2102.08597.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,11 +14,9 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import Count, Leaf, Leaves
+from adapters_jax.methods.base import Leaf, Leaves
 from adapters_jax.methods.bottleneck import Bottleneck
 from adapters_jax.methods.settings import choice, flag, number, size
-
-SIDES = ("down", "up")
 
 
 @dataclass(frozen=True)
@@ -75,41 +72,32 @@ class Compacter(Bottleneck):
     bias: bool = flag(True)
     rule_init: Literal["normal", "uniform"] = choice("normal", ("normal", "uniform"))
 
-    def __post_init__(self) -> None:
-        if self.shared_weights and self.shared_rule and not (self.bias or self.norms):
-            raise RecipeError(
-                "Compacter: with shared_weights=True, shared_rule=True and bias=False no module "
-                "has an array of its own; set one of them otherwise"
-            )
-        super().__post_init__()
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """The names of the arrays of the rules."""
-        every = ["rule"] if self.shared_rule else [f"{side}_rule" for side in SIDES]
-        return tuple(x for name in every for x in _parts(name, self.factored_rule))
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The names of the arrays that the kernels are made of beside the rules."""
-        return tuple(x for side in SIDES for x in _parts(f"{side}_weight", not self.full))
+    def _shapes(self, d: int = 0, m: int = 0) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays of the projections between the widths d and m."""
+        n, made = self.phm_dim, dict[str, tuple[int, ...]]()
+        for side, a, b in (("down", d // n, m // n), ("up", m // n, d // n)):
+            made |= _matrices(f"{side}_weight", (n, a, b), 0 if self.full else self.phm_rank)
+            # The bias has two axes since the kernel's columns are n blocks: a bank pads each one.
+            made |= {f"{side}_bias": (n, b)} if self.bias else {}
+            rule = "rule" if self.shared_rule else f"{side}_rule"
+            made |= _matrices(rule, (n, n, n), int(self.factored_rule))
+        return made
 
     @property
     def projections(self) -> tuple[str, ...]:
         """The names of the arrays of its projections."""
-        biases = [f"{side}_bias" for side in SIDES if self.bias]
-        return (*self.weights, *biases, *self.rules)
+        return tuple(self._shapes())
 
     @property
     def shared_leaves(self) -> tuple[str, ...]:  # type: ignore[override]
         """The names of the arrays that all modules share."""
-        shared = self.weights if self.shared_weights else ()
-        return (*shared, *self.rules) if self.shared_rule else shared
+        shared = ["weight"] * self.shared_weights + ["rule"] * self.shared_rule
+        return tuple(name for name in self._shapes() if any(part in name for part in shared))
 
     @property
     def frozen_leaves(self) -> tuple[str, ...]:  # type: ignore[override]
         """The names of the arrays that do not train."""
-        return () if self.train_rule else self.rules
+        return tuple(name for name in self._shapes() if "rule" in name and not self.train_rule)
 
     def projection_leaves(self, path: str, d: int, m: int) -> dict[str, Leaf]:
         """The arrays of the projections.
@@ -117,79 +105,41 @@ class Compacter(Bottleneck):
         Raises:
             RecipeError: n does not divide both widths.
         """
-        n = self.phm_dim
-        if d % n or m % n:
+        if d % self.phm_dim or m % self.phm_dim:
             raise RecipeError(
                 f"Compacter: at {path!r} the output is {d} wide and the bottleneck {m}, which "
-                f"phm_dim={n} does not divide; choose another phm_dim or width"
+                f"phm_dim={self.phm_dim} does not divide; choose another phm_dim or width"
             )
-        shapes = self._shapes(d, m)
-        return {name: Leaf(shape, self._init(name, shape)) for name, shape in shapes.items()}
+        return {name: Leaf(x, self._init(name, x)) for name, x in self._shapes(d, m).items()}
 
     def _init(self, name: str, shape: tuple[int, ...]) -> arrays.Initializer:
         """The initialiser of an array of the projections."""
-        if name.endswith("bias"):
-            return arrays.zeros
-        if name in self.rules:
-            start = arrays.normal if self.rule_init == "normal" else arrays.uniform
-            return start(self.init_std)
-        return arrays.normal(math.sqrt(2 / (shape[-2] + shape[-1])))
+        if "rule" in name:
+            return getattr(arrays, self.rule_init)(self.init_std)
+        glorot = arrays.normal((2 / (shape[-2] + shape[-1])) ** 0.5)
+        return arrays.zeros if name.endswith("bias") else glorot
 
-    def _shapes(self, d: int, m: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays of the projections between the widths d and m."""
-        n, r = self.phm_dim, self.phm_rank
-        every: dict[str, tuple[int, ...]] = dict.fromkeys(self.rules, (n, n, n))
-        every |= {name: (n, n, 1) for name in self.rules if name.endswith("left")}
-        every |= {name: (n, 1, n) for name in self.rules if name.endswith("right")}
-        for side, a, b in (("down", d // n, m // n), ("up", m // n, d // n)):
-            # The bias has two axes since the kernel's columns are n blocks: a bank pads each one.
-            every |= {f"{side}_weight": (n, a, b), f"{side}_bias": (n, b)}
-            every |= {f"{side}_weight_left": (n, a, r), f"{side}_weight_right": (n, r, b)}
-        return {name: every[name] for name in self.projections}
-
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
-    ) -> Count:
-        """The closed form of a module's own arrays that train: by default 2r(d + m) + d + m."""
-        n, r = self.phm_dim, self.phm_rank
-        d, m = n * shapes[self.weights[0]][-2], n * shapes[self._inner][-1]
-        terms = []
-        if not self.shared_weights:
-            whole = (f"2*{d}*{m}/{n}", 2 * d * m // n)
-            terms.append(whole if self.full else (f"2*{r}*({d} + {m})", 2 * r * (d + m)))
-        if self.bias:
-            terms.append((f"{d} + {m}", d + m))
-        if self.train_rule and not self.shared_rule:
-            terms.append((f"4*{n}^2", 4 * n**2) if self.factored_rule else (f"2*{n}^3", 2 * n**3))
-        terms += [(f"2*{d}", 2 * d)] * len(self.norms)
-        own = {**self._shapes(d, m), **{f"{norm}/scale": (d,) for norm in self.norms}}
-        name = next(name for name in own if name in self.own_leaves)
-        layers = shapes[name][: len(shapes[name]) - len(own[name])]
-        formula = " + ".join(term for term, _ in terms) or "0"
-        return Count(formula, sum(value for _, value in terms), math.prod(layers))
-
-    @property
-    def _inner(self) -> str:
-        """The name of the array whose last axis is m/n."""
-        return _parts("down_weight", not self.full)[-1]
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is 2r(d + m) + d + m by default."""
+        return self.phm_dim * shapes["down_weight" if self.full else "down_weight_left"][-2]
 
     def size(self, leaves: Leaves) -> int:
         """The width between the projections, divided by n."""
-        return leaves[self._inner].shape[-1]
+        return leaves["down_weight" if self.full else "down_weight_right"].shape[-1]
 
     def projection(self, leaves: Leaves, name: str) -> tuple[Array, Array | None]:
         """Kernel, formed in float32, and bias of the projection "down" or "up"."""
         rule = _whole(leaves, "rule" if self.shared_rule else f"{name}_rule")
         weight = _whole(leaves, f"{name}_weight")
         kernel = jnp.einsum("nab,ncd->acbd", rule, weight, precision="highest")
-        a, c, b, d = kernel.shape
         bias = leaves[f"{name}_bias"].reshape(-1) if self.bias else None
-        return kernel.reshape(a * c, b * d), bias
+        return kernel.reshape(rule.shape[1] * weight.shape[1], -1), bias
 
 
-def _parts(name: str, factored: bool) -> tuple[str, ...]:
-    """The names of the arrays of n matrices: of each one, or of the two factors of each one."""
-    return (f"{name}_left", f"{name}_right") if factored else (name,)
+def _matrices(name: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of n matrices (n, a, b), or with a rank of the two factors of each."""
+    n, a, b = shape
+    return {f"{name}_left": (n, a, rank), f"{name}_right": (n, rank, b)} if rank else {name: shape}
 
 
 def _whole(leaves: Leaves, name: str) -> Array:

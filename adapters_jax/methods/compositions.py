@@ -6,9 +6,9 @@ MAD-X stacks adapters of languages and tasks; AdapterHub has the others, too
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
@@ -65,8 +65,12 @@ class Composition(Method):
         """No arrays: with members that leave the base as it is, a composition does."""
         return {}
 
-    def _each(self, point: AttachmentPoint, run: Runner, state: State) -> list[State]:
-        """The states after each member alone; raises RecipeError where the module lacks one."""
+    def _each(self, point: AttachmentPoint, run: Runner, state: State) -> tuple[list[State], bool]:
+        """The states after each member alone, and whether members change the module's input.
+
+        Raises:
+            RecipeError: the module lacks one, or some change its input and others its output.
+        """
         found = {name: run(name, state) for name in self.members}
         for name, after in found.items():
             if after is None:
@@ -75,7 +79,8 @@ class Composition(Method):
                     f"{self.kind}: {name!r} has no adapter on the output of {point.path!r}, where "
                     f"{' and '.join(there)} have one; give all members the same targets"
                 )
-        return [after for after in found.values() if after is not None]
+        states = [after for after in found.values() if after is not None]
+        return states, self._of_input(point, [(state, each) for each in states])
 
     def _of_input(self, point: AttachmentPoint, pairs: Iterable[tuple[State, State]]) -> bool:
         """Whether members change the module's input, by the states before and after each.
@@ -169,8 +174,7 @@ class Averaged(Composition):
         key: PRNGKeyArray | None = None,
     ) -> State:
         """The state with the mean of all members."""
-        states = self._each(point, run, state)
-        of_input = self._of_input(point, [(state, each) for each in states])
+        states, of_input = self._each(point, run, state)
         parts = jnp.stack([each.x if of_input else each.y for each in states], -1)
         # A product rounds once; by itself it would round float32 to bfloat16 on a TPU.
         shares = jnp.asarray(self.shares, parts.dtype)
@@ -288,111 +292,3 @@ class BatchSplit(Split):
             "Bank: batch_split chooses adapters by rows, as a bank does by names; leave it out of "
             "the bank's recipe"
         )
-
-
-def stack(*members: Any) -> tuple[Method, ...]:
-    """The entry by which named adapters act one after the other, such as a language's and a task's.
-
-    Args:
-        *members: names of adapters; or compositions, which become entries before this one.
-
-    Returns:
-        Entries of a recipe.
-
-    Raises:
-        UserError: a member is neither, or stands there twice.
-
-    Example:
-        >>> import adapters_jax as aj
-        >>> language = aj.Bottleneck("**/output", 48, name="sw", train=False)
-        >>> aj.Recipe(language, aj.Bottleneck("**/output", 48, name="ner"), aj.stack("sw", "ner"))
-        Recipe(
-          Bottleneck(targets=('**/output',), name='sw', train=False, bottleneck_dim=48),
-          Bottleneck(targets=('**/output',), name='ner', bottleneck_dim=48),
-          Stacked(members=('sw', 'ner')),
-        )
-
-    Reference: Pfeiffer et al. 2020, arXiv:2005.00052.
-    """
-    return entries(Stacked, members)
-
-
-def average(*members: Any, weights: Sequence[float] = ()) -> tuple[Method, ...]:
-    """The entry for the weighted mean of what modules return with each of several adapters.
-
-    Args:
-        *members: as of `stack`.
-        weights: a number for each; they are divided by their sum. Empty for equal ones.
-
-    Returns:
-        Entries of a recipe.
-
-    Raises:
-        UserError: a member or weight is none.
-
-    Example:
-        >>> average("a", "b", weights=(3, 1))
-        (Averaged(members=('a', 'b'), weights=(3, 1)),)
-    """
-    return entries(Averaged, members, weights=tuple(weights))
-
-
-def split(*members: Any, sizes: Sequence[int | None] = ()) -> tuple[Method, ...]:
-    """The entry by which adapters act on parts of each sequence, one after the other.
-
-    Args:
-        *members: as of `stack`.
-        sizes: the number of positions of each, None for the rest; empty for equal parts.
-
-    Returns:
-        Entries of a recipe.
-
-    Raises:
-        UserError: a member or size is none.
-
-    Example:
-        >>> split("question", "context", sizes=(32, None))
-        (Split(members=('question', 'context'), sizes=(32, None)),)
-    """
-    return entries(Split, members, sizes=tuple(sizes))
-
-
-def batch_split(*members: Any, sizes: Sequence[int | None] = ()) -> tuple[Method, ...]:
-    """The entry by which adapters act on rows of a batch.
-
-    One batch that is given several times, `jnp.tile(ids, (2, 1))`, has the outputs of each adapter
-    for it, as AdapterHub's `Parallel`. A bank, `aj.Bank`, is for many adapters.
-
-    Args:
-        *members: as of `stack`.
-        sizes: the number of rows of each, None for the rest; empty for equal parts.
-
-    Returns:
-        Entries of a recipe.
-
-    Raises:
-        UserError: a member or size is none.
-
-    Example:
-        >>> batch_split("a", "b")
-        (BatchSplit(members=('a', 'b'), sizes=()),)
-    """
-    return entries(BatchSplit, members, sizes=tuple(sizes))
-
-
-def entries(cls: type[Composition], members: Sequence[Any], **fields: Any) -> tuple[Method, ...]:
-    """A composition after those that it has as members, which get names from theirs."""
-    before: list[Method] = []
-    names = []
-    for member in members:
-        if isinstance(member, Composition):
-            member = (member,)
-        if isinstance(member, tuple) and member and isinstance(member[-1], Composition):
-            *inner, last = member
-            last = (
-                last if last.name else replace(last, name=f"{last.kind}_{'_'.join(last.members)}")
-            )
-            before += [*inner, last]
-            member = last.name
-        names.append(member)
-    return (*before, cls(members=tuple(names), **fields))

@@ -4,10 +4,9 @@ Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Trans
 arXiv:2005.00247.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
-from adapters_jax.methods.compositions import Composition, Runner, entries
+from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, zeros
+from adapters_jax.methods.compositions import Composition, Runner
 from adapters_jax.methods.outputs import State
 from adapters_jax.methods.settings import flag, number
 from adapters_jax.weights.changes import dropout
@@ -70,13 +69,9 @@ class Fusion(Composition):
             made["value/kernel"] = Leaf((d, d), _identity)
         return made
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
-        """The closed form 3d^2 + 2d; 2d^2 + 2d without V."""
-        *layers, d, _ = shapes["query/kernel"]
-        kernels = 3 if self.value else 2
-        return Count(f"{kernels}*{d}*{d} + 2*{d}", kernels * d * d + 2 * d, math.prod(layers))
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is 3d^2 + 2d, or 2d^2 + 2d without V."""
+        return shapes["query/kernel"][-1]
 
     def neutral(self, leaves: Leaves) -> dict[str, Array]:
         """Zeros.
@@ -86,7 +81,7 @@ class Fusion(Composition):
         """
         if not self.value:
             raise RecipeError("Bank: a fusion with value=False acts whatever its arrays are")
-        return zeros_like(leaves)
+        return zeros(self, leaves)
 
     def compose(
         self,
@@ -101,7 +96,7 @@ class Fusion(Composition):
         Raises:
             RecipeError: a member is not at the module, or is no sum of the output and a branch.
         """
-        states = self._each(point, run, state)
+        states, of_input = self._each(point, run, state)
         lacking = [n for n, x in zip(self.members, states, strict=True) if x.added is None]
         if lacking:
             raise RecipeError(
@@ -109,7 +104,6 @@ class Fusion(Composition):
                 "bottleneck adapters, or stacks of them"
             )
         branches = jnp.stack([x.added for x in states if x.added is not None], -2)
-        of_input = self._of_input(point, [(state, each) for each in states])
         mixed = self._mixed(leaves, state.y, branches, point, key)
         stream = state.x if of_input else state.y
         return state.moved(stream + mixed.astype(stream.dtype), of_input, mixed)
@@ -142,32 +136,3 @@ class Fusion(Composition):
 def _identity(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     """Ones on the diagonal and 1e-6 elsewhere, as the authors' code starts V."""
     return jnp.where(jnp.eye(shape[-1], dtype=bool), 1.0, jnp.full(shape, 1e-6))
-
-
-def fuse(*members: Any, value: bool = True, dropout: float = 0.0) -> tuple[Method, ...]:
-    """The entry for AdapterFusion over named adapters, which are usually frozen.
-
-    Args:
-        *members: as of `aj.stack`.
-        value: whether there is the matrix V; see `methods.Fusion`.
-        dropout: probability of zeroing a score before the softmax while training.
-
-    Returns:
-        Entries of a recipe.
-
-    Raises:
-        UserError: a member is no name or composition, or stands there twice.
-
-    Example:
-        >>> import adapters_jax as aj
-        >>> tasks = [aj.Bottleneck("**/output", 48, name=name) for name in ("ner", "cola")]
-        >>> aj.Recipe(*tasks).frozen() + aj.fuse("ner", "cola")
-        Recipe(
-          Bottleneck(targets=('**/output',), name='ner', train=False, bottleneck_dim=48),
-          Bottleneck(targets=('**/output',), name='cola', train=False, bottleneck_dim=48),
-          Fusion(members=('ner', 'cola')),
-        )
-
-    Reference: Pfeiffer et al. 2021, arXiv:2005.00247.
-    """
-    return entries(Fusion, members, value=value, dropout=dropout)

@@ -4,7 +4,6 @@ Pfeiffer et al. 2020, "MAD-X: An Adapter-Based Framework for Multi-Task Cross-Li
 arXiv:2005.00052, section 3.3; the coupling is NICE's, Dinh et al. 2015, arXiv:1410.8516.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.settings import choice, number
 
@@ -54,6 +53,7 @@ class Invertible(Method):
     leaf_names: ClassVar[tuple[str, ...]] = tuple(  # type: ignore[misc]
         f"{network}/{part}" for network in _NETWORKS for part in _PARTS
     )
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     reduction_factor: float = number(2.0)
@@ -83,22 +83,9 @@ class Invertible(Method):
             }
         return made
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
-        """The closed form d m_1 + m_1 + d m_2 + m_2 + d, of middles m_1 and m_2."""
-        *layers, half = shapes["first/up/bias"]
-        d = half + shapes["second/up/bias"][-1]
-        one, two = (middle for _, middle, _ in self._sizes(d).values())
-        return Count(
-            f"{d}*({one} + {two}) + {one} + {two} + {d}",
-            d * (one + two) + one + two + d,
-            math.prod(layers),
-        )
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Zeros."""
-        return zeros_like(leaves)
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is d m_1 + m_1 + d m_2 + m_2 + d, of middles m_1 and m_2."""
+        return shapes["first/up/bias"][-1] + shapes["second/up/bias"][-1]
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
-from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.prompt import Prompt, Tokens, grouped
 from adapters_jax.methods.settings import choice, number, size
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda x: x}
@@ -118,7 +118,7 @@ class LlamaAdapter(Prompt):
         gate = leaves["gate"]
         return {**leaves, "gate": gate[head : head + 1] if self.gate == "head" else gate}
 
-    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+    def joined(self, leaves: Leaves, context: arrays.Attended, prompt: arrays.Attended) -> Array:
         """The attention's output plus the gated output over the prompt."""
         dtype = prompt.output.dtype
         gate = ACTIVATIONS[self.gate_activation](leaves["gate"]).astype(dtype)

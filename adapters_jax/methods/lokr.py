@@ -16,7 +16,7 @@ from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.ranked import Ranked
 from adapters_jax.methods.settings import flag, number, size
-from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.axes import Axes, halves
 from adapters_jax.weights.changes import Added, Change
 from adapters_jax.weights.factors import RANK, Factor
 
@@ -113,21 +113,17 @@ class LoKr(Ranked):
     ) -> Count:
         """The closed form, the entries of W1 and W2, or of their factors."""
         left, right = (shapes[self.leaf_names[i]] for i in (0, 1 + self.both))
-        layers, fan_in = math.prod(left[:-2]), left[-2] * right[-2]
-        own = self.shapes_at(fan_in, math.prod(weight) // (layers * fan_in), path).values()
-        return Count(" + ".join(f"{m}*{k}" for m, k in own), sum(m * k for m, k in own), layers)
+        fan_in = left[-2] * right[-2]
+        fan_out = math.prod(weight) // (math.prod(left[:-2]) * fan_in)
+        return Count.of(self.shapes_at(fan_in, fan_out, path).values(), left[:-2])
 
     def infer(
         self, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], path: str
     ) -> Axes | None:
         """The roles of the weight's axes by the sizes of the factors."""
-        front, every = shapes[self.leaf_names[0]][:-2], tuple(range(len(weight)))
-        n, own = len(front), {name: shape[-2:] for name, shape in shapes.items()}
-        for end in every[n + 1 :]:
-            fan_in, fan_out = math.prod(weight[n:end]), math.prod(weight[end:])
-            if front == weight[:n] and self.shapes_at(fan_in, fan_out, path) == own:
-                return Axes(every[n:end], every[end:], every[:n])
-        return None
+        own = {name: shape[-2:] for name, shape in shapes.items()}
+        fits = lambda fan_in, fan_out: self.shapes_at(fan_in, fan_out, path) == own  # noqa: E731
+        return halves(weight, shapes[self.leaf_names[0]][:-2], fits)
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from adapters_jax.errors import RecipeError, UserError, shown
-from adapters_jax.methods import arrays, outputs
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.bottleneck import ACTIVATIONS
-from adapters_jax.methods.places import Places, places
+from adapters_jax.methods.places import ends
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
 
@@ -61,11 +60,12 @@ class LoReFT(Method):
     paper: ClassVar[str] = "2404.03592"
     unmergeable: ClassVar[str] = "it acts on some positions of a text and not on others"
     size_fields: ClassVar[tuple[str, ...]] = ("rank", "dropout")
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     rank: int = size(1)
-    prefix_positions: int = number(3, closed=True)  # type: ignore[assignment]
-    suffix_positions: int = number(0, closed=True)  # type: ignore[assignment]
+    prefix_positions: int = size(3, low=0)
+    suffix_positions: int = size(0, low=0)
     tied: bool = flag(False)
     orthogonal: bool = flag(True)
     subtract: bool = flag(True)
@@ -75,13 +75,8 @@ class LoReFT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = (self.prefix_positions, self.suffix_positions)
-        if any(type(n) is not int for n in counts) or not any(counts):
-            raise UserError(
-                f"LoReFT: prefix_positions={shown(counts[0])} and suffix_positions="
-                f"{shown(counts[1])}, expected whole numbers, one of them above 0"
-            )
-        object.__setattr__(self, "output", outputs.as_path("LoReFT", self.output))
+        if not self.units:
+            raise UserError("LoReFT: prefix_positions=0 and suffix_positions=0; give one of them")
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -111,14 +106,9 @@ class LoReFT(Method):
         own["projection"] = Leaf((d, r), turned)
         return {f"{unit}/{part}": own[part] for unit in self.units for part in PARTS}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...] | None
-    ) -> Count:
-        """The closed form 2dr + r, for first and last tokens each where they are not tied."""
-        *layers, d, _ = shapes[f"{self.units[0]}/kernel"]
-        r, n = self.rank, len(self.units)
-        one = f"2*{d}*{r} + {r}"
-        return Count(f"{n}*({one})" if n > 1 else one, n * (2 * d * r + r), math.prod(layers))
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is 2dr + r, twice for first and last tokens that are not tied."""
+        return shapes[f"{self.units[0]}/kernel"][-2]
 
     def forward(
         self,
@@ -133,48 +123,19 @@ class LoReFT(Method):
         Raises:
             RecipeError: the output is not of the call's tokens, or nobody knows which are the last.
         """
-        chosen, edited = self._chosen(point, y), y
+        counts, edited = (self.prefix_positions, self.suffix_positions), y
+        first, last = ends(y, *counts, f"LoReFT at {point.path!r}")
+        chosen = {"prefix": first, "suffix": last, "both": first | last}
         keys = [None] * 2 if key is None else jax.random.split(key)
         for unit, own in zip(self.units, keys, strict=False):  # the last tokens after the first
             new = dropout(self._edit(leaves, unit, y, point.precision), self.dropout, own)
             edited = jnp.where(arrays.beside(chosen[unit][..., None], y), new, edited)
         return edited
 
-    def _chosen(self, point: AttachmentPoint, y: Array) -> dict[str, Bool[Array, "..."]]:
-        """The positions that each unit edits."""
-        where, known = f"LoReFT at {point.path!r}", places()
-        length = y.shape[-2] if y.ndim > 1 else 0
-        if length < 2 and known is False:
-            raise RecipeError(
-                f"{where}: the output is {list(y.shape)}, expected (..., length, d). If it is one "
-                "token, a step of a generation or a whole text, the model has to say which: with "
-                "methods.known_tokens(mask, before=...) or methods.known_tokens()"
-            )
-        if isinstance(known, bool):
-            before = jnp.arange(length)
-            known = Places(jnp.ones(length, bool), before, length - 1 - before)
-        else:
-            real = known.tokens
-            if y.ndim != 3 or real.shape[1] != length or real.shape[0] not in (1, len(y)):
-                raise RecipeError(
-                    f"{where}: the output is {list(y.shape)}, and the call has {list(real.shape)} "
-                    "tokens; target modules that return an array of (batch, length, d)"
-                )
-        if known.after is None and self.suffix_positions:
-            raise RecipeError(
-                f"{where}: suffix_positions={self.suffix_positions} in a pass with a cache, where "
-                "the last tokens are not known yet; call the model on whole texts, or train with "
-                "prefix_positions alone"
-            )
-        first = last = known.tokens & (known.before < self.prefix_positions)
-        if known.after is not None:
-            last = known.tokens & (known.after < self.suffix_positions)
-        return {"prefix": first, "suffix": last, "both": first | last}
-
     def _edit(self, leaves: Leaves, unit: str, y: Array, precision: Any) -> Array:
         """y with the edit at all positions."""
         kernel, bias, turned = (leaves[f"{unit}/{part}"] for part in PARTS)
-        turned = orthonormal(turned) if self.orthogonal else turned
+        turned = arrays.orthonormal(turned) if self.orthogonal else turned
         kernel, bias, turned = (x.astype(y.dtype) for x in (kernel, bias, turned))
         source = arrays.add_last(jnp.matmul(y, kernel, precision=precision), bias)
         source = ACTIVATIONS[self.activation](source)
@@ -185,28 +146,3 @@ class LoReFT(Method):
     def size(self, leaves: Leaves) -> int:
         """The rank."""
         return leaves[f"{self.units[0]}/bias"].shape[-1]
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Zeros, of which R is zero."""
-        return zeros_like(leaves)
-
-
-def orthonormal(matrix: Float[Array, "d r"]) -> Float[Array, "d r"]:
-    """The Q of `matrix = Q U` with orthonormal columns and U triangular, above 0 in its diagonal.
-
-    Columns of zeros stay, so that a bank can pad with them.
-
-    Example:
-        >>> orthonormal(jnp.array([[2.0, 1.0], [0.0, -3.0], [0.0, 0.0]])).tolist()
-        [[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
-    """
-    columns = matrix.astype(jnp.float32)
-    squares = jnp.square(columns).sum(0)
-    empty = squares == 0.0
-    columns = columns * jax.lax.rsqrt(jnp.where(empty, 1.0, squares))[None]
-    # By Cholesky factors, since LAPACK's Q of a column of zeros is no zero, and its derivative NaN.
-    # Twice, since once is as far from orthonormal as the square of the condition number.
-    for _ in range(2):
-        gram = jnp.matmul(columns.T, columns, precision="highest") + jnp.diag(empty * 1.0)
-        columns = solve_triangular(jnp.linalg.cholesky(gram), columns.T, lower=True).T
-    return columns

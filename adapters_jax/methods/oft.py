@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.settings import flag, size
-from adapters_jax.weights.axes import Axes
+from adapters_jax.weights.axes import Axes, halves
 from adapters_jax.weights.changes import Change, Rotation
 from adapters_jax.weights.factors import RANK, Factor
 
@@ -55,6 +55,7 @@ class OFT(LeafMethod):
     paper: ClassVar[str] = "2306.07280"
     leaf_names: ClassVar[tuple[str, ...]] = ("skew",)  # type: ignore[misc]
     stated: ClassVar[tuple[str, ...]] = ("targets", "block")
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     block: int = size(32)
@@ -99,24 +100,19 @@ class OFT(LeafMethod):
     ) -> Axes | None:
         """The roles of the weight's axes by the number of blocks."""
         *stacked, blocks, entries = shapes["skew"]
-        n, every = len(stacked), tuple(range(len(weight)))
-        if entries != self.entries or tuple(stacked) != weight[:n]:
-            return None
-        for end in every[n + 1 :]:
-            inputs = math.prod(weight[n:end])
-            if inputs == blocks * self.block or (self.share and inputs % self.block == 0):
-                return Axes(every[n:end], every[end:], every[:n])
-        return None
+
+        def fits(fan_in: int, fan_out: int) -> bool:
+            """Whether the weight's inputs have as many blocks."""
+            whole = fan_in % self.block == 0 if self.share else fan_in == blocks * self.block
+            return whole and entries == self.entries
+
+        return halves(weight, tuple(stacked), fits)
 
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves of the inverse rotation; raises RecipeError for a series, which has none."""
         if self.terms is not None:
             return super().inverse(leaves, point)
         return {"skew": -leaves["skew"]}
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Entries of zero, of which R is I."""
-        return zeros_like(leaves)
 
     def rotation(self, skew: Float[Array, "*stacked entries"]) -> Float[Array, "*stacked k k"]:
         """R of the entries of S above its diagonal, in their dtype."""

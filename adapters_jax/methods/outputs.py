@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.errors import RecipeError
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
 from adapters_jax.trace.calls import Returned, part_of, with_part
 
@@ -46,24 +46,6 @@ class State:
 
 Run = Callable[[State], State]
 Named = dict[str, list[tuple[Method, Run]]]  # the entries of a module so far, by their names
-
-
-def as_path(owner: str, output: Any) -> str | None:
-    """An `output` as a path of names and positions; None stays None.
-
-    Raises:
-        UserError: it is neither a name, a path nor a position.
-    """
-    if isinstance(output, str) and output:
-        return output
-    if isinstance(output, int) and not isinstance(output, bool) and output >= 0:
-        return str(output)
-    if output is not None:
-        raise UserError(
-            f"{owner}: output={output!r}, expected None, a position such as 1, a name such as "
-            "'hidden_states', or a path of them such as '0/hidden_states'"
-        )
-    return None
 
 
 def adapted(

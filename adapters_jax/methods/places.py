@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
+from adapters_jax.errors import RecipeError
+
 Counts = Int[Array, "#batch length"]
 
 
@@ -39,6 +41,50 @@ _PLACES: ContextVar[Places | bool] = ContextVar("places", default=False)
 def places() -> Places | bool:
     """What is said of the call: True for arrays that are whole texts, False where nothing is."""
     return _PLACES.get()
+
+
+def ends(
+    y: Num[Array, "*batch length d"], first: int, last: int, where: str
+) -> tuple[Bool[Array, "*batch length"], Bool[Array, "*batch length"]]:
+    """Which positions of an output are among the first tokens of their text, and the last ones.
+
+    Args:
+        y: the output.
+        first, last: how many are meant of each.
+        where: the method and its module, for messages.
+
+    Raises:
+        RecipeError: the output is not of the call's tokens, or nobody knows which are the last.
+    """
+    known = _places_of(y, where)
+    if known.after is None and last:
+        raise RecipeError(
+            f"{where}: the last tokens, {last} of each text, are not known in a pass with a cache; "
+            "call the model on whole texts, or train with first tokens alone"
+        )
+    front = known.tokens & (known.before < first)
+    return front, front if known.after is None else known.tokens & (known.after < last)
+
+
+def _places_of(y: Num[Array, "*batch length d"], where: str) -> Places:
+    """The places of the positions of an output."""
+    known, length = places(), y.shape[-2] if y.ndim > 1 else 0
+    if length < 2 and known is False:
+        raise RecipeError(
+            f"{where}: the output is {list(y.shape)}, expected (..., length, d). If it is one "
+            "token, a step of a generation or a whole text, the model has to say which: with "
+            "methods.known_tokens(mask, before=...) or methods.known_tokens()"
+        )
+    if isinstance(known, bool):
+        n = jnp.arange(length)
+        return Places(n >= 0, n, length - 1 - n)
+    real = known.tokens
+    if y.ndim != 3 or real.shape[1] != length or real.shape[0] not in (1, len(y)):
+        raise RecipeError(
+            f"{where}: the output is {list(y.shape)}, and the call has {list(real.shape)} tokens; "
+            "target modules that return an array of (batch, length, d)"
+        )
+    return known
 
 
 @contextlib.contextmanager

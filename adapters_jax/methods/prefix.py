@@ -16,7 +16,7 @@ from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.mixed import counting
-from adapters_jax.methods.prompt import Attended, Prompt, Tokens, grouped
+from adapters_jax.methods.prompt import Prompt, Tokens, grouped
 from adapters_jax.methods.settings import number, size
 from adapters_jax.trace.masks import Mask, as_array
 from adapters_jax.trace.registry import AttentionFn
@@ -106,7 +106,7 @@ class PrefixTuning(Prompt):
         """The keys and values of one head."""
         return {name: x[:, key_head : key_head + 1] for name, x in leaves.items()}
 
-    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+    def joined(self, leaves: Leaves, context: arrays.Attended, prompt: arrays.Attended) -> Array:
         """The output of one softmax over the prefix and the context."""
         # exp(p) / (exp(p) + exp(c)) for the totals p and c, without an overflow of either.
         share = jax.nn.sigmoid(prompt.total - context.total)[..., None]

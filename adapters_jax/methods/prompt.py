@@ -3,31 +3,19 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method, zeros_like
+from adapters_jax.methods import arrays
+from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method, zeros
 from adapters_jax.methods.mixed import counting
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.registry import Attention, AttentionFn
 
 Tokens = tuple[Float[Array, "prompt kv_heads head_dim"], Float[Array, "prompt kv_heads head_dim"]]
-
-
-class Attended(NamedTuple):
-    """What queries get from some keys and values.
-
-    Attributes:
-        output: softmax(logits) v, (..., heads, head_dim).
-        total: the logarithm of the sum of the exponentials of the logits, (..., heads), float32.
-    """
-
-    output: Array
-    total: Array
 
 
 @dataclass(frozen=True)
@@ -53,6 +41,7 @@ class Prompt(Method):
 
     acts_on: ClassVar[Kind] = "attention"
     shares_softmax: ClassVar[bool] = False
+    neutral = zeros
 
     @abstractmethod
     def tokens(
@@ -67,7 +56,7 @@ class Prompt(Method):
         """
 
     @abstractmethod
-    def joined(self, leaves: Leaves, context: Attended, prompt: Attended) -> Array:
+    def joined(self, leaves: Leaves, context: arrays.Attended, prompt: arrays.Attended) -> Array:
         """The module's output, (..., heads, head_dim), before its output projection."""
 
     def of_head(self, leaves: Leaves, head: int, key_head: int) -> Leaves:
@@ -79,10 +68,6 @@ class Prompt(Method):
             key_head: the number of its key head.
         """
         return leaves
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Zeros; a bank gives rows without an adapter a prompt of no tokens."""
-        return zeros_like(leaves)
 
     def attend(
         self,
@@ -107,7 +92,8 @@ class Prompt(Method):
         prompt = self._prompt(leaves, point, project, scaled, logits)
         # jax.nn.dot_product_attention and its like return no denominator, so only methods with a
         # softmax for the prompt alone can do with this.
-        return self.joined(leaves, Attended(mixed, jnp.zeros(())), prompt).astype(mixed.dtype)
+        context = arrays.Attended(mixed, jnp.zeros(()))
+        return self.joined(leaves, context, prompt).astype(mixed.dtype)
 
     def attend_inline(
         self, leaves: Leaves, point: AttachmentPoint, inline: Inline, mixed: Array
@@ -117,7 +103,7 @@ class Prompt(Method):
             leaves = self.of_head(leaves, inline.before, inline.keys_before)
         prompt = self._prompt(leaves, point, inline.project, inline.query, inline.logits)
         total = inline.total() if self.shares_softmax else jnp.zeros(())
-        return self.joined(leaves, Attended(mixed, total), prompt).astype(mixed.dtype)
+        return self.joined(leaves, arrays.Attended(mixed, total), prompt).astype(mixed.dtype)
 
     def _prompt(
         self,
@@ -126,43 +112,11 @@ class Prompt(Method):
         project: Callable[[str, Array], Array],
         query: Array,
         logits: Callable[[Array], Array],
-    ) -> Attended:
+    ) -> arrays.Attended:
         """What scaled queries get from the tokens, which are projected in the dtype of queries."""
         key, value = self.tokens(leaves, point, lambda n, x: project(n, x.astype(query.dtype)))
         counts = counting(point.path, key.shape[0])
-        return attend_to(query, key, value, logits, point.precision, counts)
-
-
-def attend_to(
-    query: Float[Array, "... heads head_dim"],
-    key: Float[Array, "prompt kv_heads head_dim"],
-    value: Float[Array, "prompt kv_heads head_dim"],
-    logits: Callable[[Array], Array],
-    precision: Any = None,
-    counts: Bool[Array, " prompt"] | None = None,
-) -> Attended:
-    """What queries get from a prompt, without a mask.
-
-    Args:
-        query: query head i reads key head i // (heads / kv_heads).
-        key: the keys.
-        value: the values.
-        logits: the logits of products of queries and keys, float32.
-        precision: as in `jnp.einsum`.
-        counts: which tokens count; None for all.
-    """
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    # Query heads are grouped by their key head, so that keys are not repeated in memory.
-    groups = query.reshape(*query.shape[:-2], key.shape[1], -1, query.shape[-1])
-    products = jnp.einsum("...kgh,pkh->...kgp", groups, key, precision=precision)
-    # A softmax over bfloat16 logits loses the differences between near ones.
-    scores = logits(products.astype(jnp.float32))
-    if counts is not None:  # a finite number, since there may be no token that counts
-        scores = jnp.where(counts, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores).astype(query.dtype)
-    output = jnp.einsum("...kgp,pkh->...kgh", weights, value, precision=precision)
-    total = jax.scipy.special.logsumexp(scores, axis=-1).reshape(query.shape[:-1])
-    return Attended(output.reshape(query.shape), total)
+        return arrays.attend_to(query, key, value, logits, point.precision, counts)
 
 
 def inserted(

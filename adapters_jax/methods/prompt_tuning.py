@@ -3,7 +3,6 @@
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.settings import number, size
 
 PLACEHOLDER = -1
@@ -54,6 +53,7 @@ class PromptTuning(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("embedding",)  # type: ignore[misc]
     size_fields: ClassVar[tuple[str, ...]] = ("init_std",)
     unmergeable: ClassVar[str] = "its tokens are an input, not a change of a weight"
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     length: int = size(20)
@@ -72,12 +72,9 @@ class PromptTuning(Method):
         shape = (self.length, point.width)
         return {"embedding": Leaf(shape, arrays.normal(self.init_std))}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
-        """The closed form Kd."""
-        *copies, _, d = shapes["embedding"]
-        return Count(f"{self.length}*{d}", self.length * d, math.prod(copies))
+    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The width d; the count is Kd."""
+        return shapes["embedding"][-1]
 
     def forward(
         self,
@@ -103,7 +100,3 @@ class PromptTuning(Method):
         place = (jnp.cumsum(ours, axis=-1) - 1) % self.length
         prompt = leaves["embedding"].astype(y.dtype)[place]
         return jnp.where(ours[..., None], prompt, y)
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Zeros, which a row without placeholders does not read."""
-        return zeros_like(leaves)

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxtyping import Array
-
-from adapters_jax.methods.base import Leaves, zeros_like
+from adapters_jax.methods.base import zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import matches
 
@@ -23,6 +21,7 @@ class Ranked(LeafMethod):
 
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
     pattern_fields: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+    neutral = zeros
 
     if TYPE_CHECKING:
         rank: int
@@ -44,10 +43,6 @@ class Ranked(LeafMethod):
     def divisor(self, rank: int) -> float:
         """What alpha is divided by."""
         return rank
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Factors of zeros."""
-        return zeros_like(leaves)
 
 
 def sizes_of(a: Shape, b: Shape, weight: Shape) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """Fields of methods that say their own bounds; `Method` checks them when one is made."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,9 @@ def check_name(owner: str, name: str, value: Any) -> None:
         )
 
 
-def size(default: int | None) -> Any:
-    """A field for the size of an axis."""
-    return _field(default, check_size)
+def size(default: int | None, low: int = 1) -> Any:
+    """A field for the size of an axis, or for a whole number from `low` on."""
+    return _field(default, partial(check_size, low=low))
 
 
 def number(default: float | None, **bounds: Any) -> Any:
@@ -49,8 +49,17 @@ def flag(default: bool) -> Any:
     return _field(default, check_flag)
 
 
+def settings_of(method: Any, without: Sequence[str] = ()) -> list[str]:
+    """The fields of a method that do not have their default, as `name=value`."""
+    return [
+        f"{x.name}={getattr(method, x.name)!r}"
+        for x in fields(method)
+        if x.name not in without and (x.default is MISSING or getattr(method, x.name) != x.default)
+    ]
+
+
 def check_fields(method: Any) -> None:
-    """Checks the fields of a method, and turns those of patterns into tuples.
+    """Checks the fields of a method, turns those of patterns into tuples, `output` into a path.
 
     Raises:
         UserError: a value is out of its range; a TargetError where patterns are none.
@@ -69,6 +78,26 @@ def check_fields(method: Any) -> None:
         patterns = patterns if patterns == () else as_patterns(patterns, f"{owner} {name}")
         # Methods are frozen, since jit hashes them; only so can `__post_init__` set a field.
         object.__setattr__(method, name, patterns)
+    if "output" in {x.name for x in fields(method)}:
+        object.__setattr__(method, "output", _path(owner, method.output))
+
+
+def _path(owner: str, output: Any) -> str | None:
+    """An `output` as a path of names and positions; None stays None.
+
+    Raises:
+        UserError: it is neither a name, a path nor a position.
+    """
+    if isinstance(output, str) and output:
+        return output
+    if isinstance(output, int) and not isinstance(output, bool) and output >= 0:
+        return str(output)
+    if output is not None:
+        raise UserError(
+            f"{owner}: output={output!r}, expected None, a position such as 1, a name such as "
+            "'hidden_states', or a path of them such as '0/hidden_states'"
+        )
+    return None
 
 
 def _pairs(owner: str, name: str, value: Any) -> tuple[tuple[str, Any], ...]:

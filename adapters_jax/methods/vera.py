@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.methods import arrays
-from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros_like
+from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.settings import number, size
 from adapters_jax.weights.axes import Axes
@@ -60,6 +60,7 @@ class VeRA(LeafMethod):
     frozen_leaves: ClassVar[tuple[str, ...]] = shared_leaves
     cut_leaves: ClassVar[tuple[str, ...]] = shared_leaves
     stated: ClassVar[tuple[str, ...]] = ("targets", "rank")
+    neutral = zeros
 
     targets: str | tuple[str, ...]
     rank: int = size(256)
@@ -93,10 +94,6 @@ class VeRA(LeafMethod):
     def inverse(self, leaves: Leaves, point: AttachmentPoint) -> Leaves:
         """Leaves whose change has the opposite sign."""
         return {**leaves, "b": -leaves["b"]}
-
-    def neutral(self, leaves: Leaves) -> dict[str, Array]:
-        """Scales and factors of zeros."""
-        return zeros_like(leaves)
 
     def changes(
         self,

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 from adapters_jax.errors import RecipeError, TargetError, other_names, shortened, warn
 from adapters_jax.methods import Method
-from adapters_jax.recipe import Recipe, short
+from adapters_jax.recipe import Recipe
 from adapters_jax.targets import failures, is_expression, matches, selects
 
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
@@ -143,7 +143,7 @@ def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
     fresh = [m for m in recipe.attached if not m.train and m not in there]
     if fresh and not _CHECKED.get():
         raise RecipeError(
-            f"{caller}: {short(fresh[0])} is frozen, and the model has no leaves of it, which "
+            f"{caller}: {fresh[0]} is frozen, and the model has no leaves of it, which "
             "would stay as they start; load it, model = aj.load_adapter(directory, model, ..., "
             "train=False), and adapt that model with the other entries"
         )

@@ -1,5 +1,6 @@
 """Inputs with a prompt's placeholders in front, and prompts that start from tokens."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +33,9 @@ class Prompted(NamedTuple):
 
 def with_prompt(
     recipe: Recipe | Method,
-    ids: Int[Array, "... length"],
-    mask: Array | None = None,
-    labels: Array | None = None,
+    ids: Int[Array | np.ndarray, "... length"],
+    mask: Array | np.ndarray | None = None,
+    labels: Array | np.ndarray | None = None,
     *,
     ignore: int = -100,
 ) -> Prompted:
@@ -152,6 +153,18 @@ def start_prompt(params: Any, recipe: Recipe | Method, ids: Int[Array, " tokens"
 def _floats(leaf: Any) -> Any:
     """A parameter without boxes, a quantised one in floats."""
     return leaf.unbox() if is_quantized(leaf) else unboxed(leaf)
+
+
+def prompt_of(methods: Iterable[Method]) -> PromptTuning | None:
+    """The `PromptTuning` of a recipe, or None; raises RecipeError where it has several."""
+    found = [method for method in methods if isinstance(method, PromptTuning)]
+    return _method(Recipe(*found)) if found else None
+
+
+def virtual_tokens(methods: Iterable[Method]) -> int:
+    """The number of placeholders that a recipe's prompt has before each row; 0 without one."""
+    prompt = prompt_of(methods)
+    return prompt.length if prompt else 0
 
 
 def _method(recipe: Recipe | Method) -> PromptTuning:

@@ -206,6 +206,25 @@ def _fit(
     return len(ranks) < 2
 
 
+def halves(weight: Shape, front: Shape, fits: Callable[[int, int], bool]) -> Axes | None:
+    """The roles of a weight's axes by the sizes of both sides: shared axes, inputs, outputs.
+
+    Args:
+        weight: the shape of the weight.
+        front: the sizes of the shared axes.
+        fits: whether a fan-in and a fan-out are right.
+
+    Example:
+        >>> halves((5, 8, 2, 3), (5,), lambda fan_in, fan_out: fan_in == 16)
+        Axes(inputs=(1, 2), outputs=(3,), shared=(0,), window=(), lookup=False)
+    """
+    n, every = len(front), tuple(range(len(weight)))
+    for end in every[n + 1 :] if weight[:n] == front else ():
+        if fits(math.prod(weight[n:end]), math.prod(weight[end:])):
+            return Axes(every[n:end], every[end:], every[:n])
+    return None
+
+
 def from_text(text: str) -> Axes:
     """The roles that `Axes.text` is of."""
     shared, _, rest = text.rpartition(";")

@@ -30,6 +30,7 @@ SIZES = {
     "adalora": "rank",
     "llama-adapter": "prompt_length",
     "prefix-tuning": "prompt_length",
+    "prompt-tuning": "prompt_length",
     "last-layers": "layers",
 }
 _SIZED = ("houlsby --bottleneck-dim 8", "houlsby --bottleneck-dim 64", "lora --rank 8")

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import UserError
 from adapters_jax.files import hub
 from adapters_jax.files.directories import Pair
 from adapters_jax.files.identity import BaseIdentity
@@ -273,12 +272,3 @@ def _fields(old: Any, new: Any) -> list[str]:
         for name, was, now in pairs
         if was != now and name not in (*_FREE, *_SIZES)
     ]
-
-
-def check_placeholders(recipe: Recipe) -> None:
-    """Raises UserError for a prompt that would have no effect on the rows of commands."""
-    if any(method.kind == "prompt_tuning" for method in recipe.attached):
-        raise UserError(
-            "PromptTuning acts where aj.with_prompt puts its placeholders in front of rows, which "
-            "commands do not do; use it in Python, or train --method prefix-tuning"
-        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters_jax.errors import FileSystemError, UserError, file_errors
+from adapters_jax.errors import FileSystemError, UserError, file_errors, shown
 from adapters_jax.finetune.options.flags import flag, given
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ def _prefix_tuning(*, layer: str, num_layers: int, last: int | None = None, **fi
     return _published("prefix_tuning")(last=last, num_layers=num_layers, targets=targets, **fields)
 
 
+def _prompt_tuning(*, prompt_length: int = 20, **fields: Any):
+    """Virtual tokens, whose placeholders the command puts in front of each row."""
+    return _published("prompt_tuning")(prompt_length, **fields)
+
+
 def _loreft(*, layer: str, num_layers: int, **fields: Any):
     """Edits of what all layers return, or the top ones."""
     return _published("loreft")(num_layers=num_layers, targets=layer, **fields)
@@ -98,6 +103,7 @@ PRESETS = {
     "adalora": Preset(_published("adalora"), _ADALORA, 2e-3),
     "llama-adapter": Preset(_llama_adapter, (*_PROMPT, "gate", "gate_activation"), 9e-3),
     "prefix-tuning": Preset(_prefix_tuning, _PROMPT, 9e-3),
+    "prompt-tuning": Preset(_prompt_tuning, ("targets", "prompt_length", "init_std"), 1e-2),
     "bitfit": Preset(_published("bitfit"), (), 2e-3, paper="2106.10199"),
     "layer-norms": Preset(_published("layer_norms"), (), 2e-3),
     "last-layers": Preset(
@@ -129,7 +135,7 @@ class MethodOptions:
         reduction_factor: m as a fraction of the model's width, d / reduction_factor.
         activation: between the projections of a bottleneck: gelu, relu, silu, tanh, ...
         init_std: standard deviation of the initial bottleneck kernels, by default 0.01, or of the
-            initial prompts, by default 1 for llama-adapter and 0.02 for prefix-tuning.
+            initial prompts, by default 1 for llama-adapter and 0.02 for the others.
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         phm_dim: n of compacter, the number and size of its rules; 4 by default.
@@ -142,7 +148,8 @@ class MethodOptions:
         rank_pattern: other ranks for some targets, as PATTERN RANK PATTERN RANK ...
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
-        invocation: LoRA from the last of these tokens on alone (activated LoRA), as their ids.
+        invocation: LoRA from the last of these tokens on alone (activated LoRA): their ids, or a
+            text, in which the base's tokenizer finds its control tokens.
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
         factor: for lokr, the wanted size of the left factor; near the square roots by default.
         block: for oft, the inputs that one rotation mixes; 32 by default.
@@ -153,7 +160,8 @@ class MethodOptions:
         feed_forward: for ia3, patterns of the modules whose input is scaled; by default the last
             projections of the feed-forward layers.
         layers: number of layers that last-layers trains; 2 by default.
-        prompt_length: tokens in a layer's prompt; 10 for llama-adapter, 20 for prefix-tuning.
+        prompt_length: tokens in a layer's prompt, or of prompt-tuning before those of each row; 10
+            for llama-adapter, 20 for the others.
         last: number of layers with prompts or loreft, from the top; by default all, for
             llama-adapter all but two.
         prefix_positions: how many of a text's first tokens loreft edits; 3 by default.
@@ -179,7 +187,7 @@ class MethodOptions:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     dora: bool = False
-    invocation: tuple[int, ...] = ()
+    invocation: tuple[int | str, ...] = ()
     bias: str | None = None
     factor: int | None = None
     block: int | None = None
@@ -217,7 +225,12 @@ class MethodOptions:
         return PRESETS[self.method].learning_rate * math.sqrt(WIDEST / width)
 
     def build(
-        self, *, head: str | None = None, num_layers: int = 0, layer: str = "**/layer_{}"
+        self,
+        *,
+        head: str | None = None,
+        num_layers: int = 0,
+        layer: str = "**/layer_{}",
+        encode: Callable[[str], Sequence[int]] | None = None,
     ) -> Recipe:
         """Builds the recipe.
 
@@ -225,6 +238,7 @@ class MethodOptions:
             head: path of the task's head, which always trains.
             num_layers: number of layers of the model, for methods that count layers.
             layer: pattern of one layer of the model, with `{}` for its number.
+            encode: gives the tokens of a text, where a tokenizer is there.
 
         Raises:
             UserError: a flag belongs to another method, a field is out of its range, or the
@@ -250,6 +264,8 @@ class MethodOptions:
             )
         if "adapter_dropout" in fields:
             fields["dropout"] = fields.pop("adapter_dropout")
+        if self.invocation:
+            fields["invocation"] = _tokens(self.invocation, encode)
         if self.method in ("last-layers", "llama-adapter", "prefix-tuning", "loreft"):
             fields |= {"num_layers": num_layers, "layer": layer}
         return _startable(preset.make(**fields, head=head))
@@ -283,11 +299,24 @@ class MethodOptions:
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
 
 
+def _tokens(
+    words: tuple[int | str, ...], encode: Callable[[str], Sequence[int]] | None
+) -> tuple[int, ...]:
+    """The tokens of an invocation, of ids or of one text."""
+    ids = [word for word in words if isinstance(word, int)]
+    texts = [word for word in words if isinstance(word, str)]
+    if not texts:
+        return tuple(ids)
+    if encode is None or len(words) > 1:
+        raise UserError(
+            f"--invocation {shown(words)}: expected the ids of tokens, or, where a decoder is "
+            "trained, whose tokenizer reads it, one text in quotation marks"
+        )
+    return tuple(encode(texts[0]))
+
+
 def _startable(recipe: Recipe) -> Recipe:
     """The recipe; raises UserError for a start that no command makes, and that would not train."""
-    from adapters_jax.finetune.formats.base import check_placeholders
-
-    check_placeholders(recipe)
     for start in (getattr(method, "a_init", "") for method in recipe.attached):
         if start == "eva" or start.startswith("loftq"):
             raise UserError(

@@ -31,6 +31,7 @@ from adapters_jax.finetune.pretrained.locate import (
     locate,
     read_tokenizer,
 )
+from adapters_jax.transforms.prompting import prompt_of
 from adapters_jax.transforms.quantize import quantize as quantize_model
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def complete(
     Args:
         model: a decoder's model, adapted or not.
         decoder: the decoder, for its tokenizer and the token that ends a completion.
-        prompts: the token ids of each prompt.
+        prompts: the token ids of each prompt, without placeholders of a model with virtual tokens.
         new_tokens: the largest number of tokens to generate.
         stop: further tokens that end a completion, beside the decoder's own.
         **sampling: `temperature`, `top_p` and `key` of `generate`.
@@ -291,6 +292,8 @@ def complete(
     Returns:
         The texts of the completions, without the prompts.
     """
+    if virtual := prompt_of(vars(model).get("adapter_recipe", ())):
+        prompts = [[virtual.placeholder] * virtual.length + [*prompt] for prompt in prompts]
     width = rounded(max(map(len, prompts)))
     ids, mask = np.zeros((2, len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):

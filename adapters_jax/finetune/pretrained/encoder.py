@@ -25,8 +25,10 @@ from adapters_jax.finetune.pretrained.locate import (
     locate,
     read_tokenizer,
 )
+from adapters_jax.methods import PromptTuning
 from adapters_jax.presets import HEAD
 from adapters_jax.recipe import Recipe
+from adapters_jax.transforms.prompting import prompt_of
 from adapters_jax.transforms.quantize import quantize as quantize_params
 from adapters_jax.trees import merge_trees, partition
 from adapters_jax.weights.quantized import is_quantized
@@ -49,6 +51,7 @@ class Encoder:
         identity: its identity, as an adapter's manifest stores it.
         attention: "auto", "dense" or "flash".
         head: the head that the checkpoint has itself; None if a new one is made.
+        prompt: the virtual tokens that come before those of each row.
     """
 
     architecture: Classifier
@@ -60,6 +63,7 @@ class Encoder:
     identity: BaseIdentity
     attention: str = "auto"
     head: Any = None
+    prompt: PromptTuning | None = None
 
     @property
     def example(self) -> Any:
@@ -74,6 +78,7 @@ class Encoder:
             names = [field.name for field in dataclasses.fields(config) if "dropout" in field.name]
             config = dataclasses.replace(config, **dict.fromkeys(names, dropout))
         options = {"dtype": jnp.dtype(self.dtype), "attention": self.attention}
+        options |= {"prompt": self.prompt} if self.prompt else {}
         return self.architecture.build(config, width, self.pooling, **options)
 
     def init(self, width: int, key: Any) -> Any:
@@ -85,17 +90,33 @@ class Encoder:
         head = jax.jit(lambda key: model.init(key, ids)["params"][HEAD])(key)
         return self.under(head)
 
+    def prompted(self, recipe: Recipe) -> Self:
+        """The same encoder with the prompt of a recipe, if it has one, before the tokens of rows.
+
+        Raises:
+            UserError: the model has no positions for it.
+        """
+        encoder = dataclasses.replace(self, prompt=prompt_of(recipe))
+        if encoder.longest < 1:
+            raise UserError(f"the prompt leaves none of the {self.longest} positions of the model")
+        return encoder
+
+    @property
+    def base(self) -> Self:
+        """The encoder without a prompt."""
+        return dataclasses.replace(self, prompt=None)
+
     @property
     def bare(self) -> tuple[nn.Module, Any]:
-        """The classifier and its parameters, with its own head or the identity.
+        """The classifier and its parameters, with its own head or the identity, without a prompt.
 
         With the identity, its outputs are what a head reads.
         """
         if self.head is not None:
-            return self.classifier(1), self.under(self.head)
+            return self.base.classifier(1), self.under(self.head)
         width = self.config.head_features
         identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
-        return self.classifier(width), self.under(identity)
+        return self.base.classifier(width), self.under(identity)
 
     def under(self, head: Any) -> Any:
         """The parameters of the classifier: the encoder's and the head's."""
@@ -110,15 +131,15 @@ class Encoder:
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens of a row; every image has as many."""
-        return self.config.longest
+        """The largest number of tokens of a row, without a prompt's; every image has as many."""
+        return self.config.longest - (self.prompt.length if self.prompt else 0)
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError if the model has no positions for rows of this length."""
         if max_length > self.longest:
             raise UserError(
                 f"--max-length {max_length}: expected at most {self.longest}, the positions of the "
-                "model"
+                f"model{' without those of the prompt' if self.prompt else ''}"
             )
 
     def encode(self, texts: Texts, max_length: int) -> tuple[list[Row], int]:

@@ -18,7 +18,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats.base import BaseModel, check_placeholders
+from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
@@ -28,6 +28,7 @@ from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.fitting import owners_of
+from adapters_jax.transforms.prompting import virtual_tokens
 from adapters_jax.trees import flatten
 
 _log = logging.getLogger(__name__)
@@ -52,11 +53,23 @@ class About:
 
 @dataclass(frozen=True)
 class Read:
-    """An adapter that was read: its recipe, its leaves by path, and what it is."""
+    """An adapter that was read: its recipe, its leaves by path, and what it is.
+
+    Raises:
+        UserError: it has a prompt, whose placeholders a server does not put in front of rows.
+    """
 
     recipe: Recipe
     leaves: Mapping[str, Any]
     about: About = field(default_factory=lambda: About({}))
+
+    def __post_init__(self) -> None:
+        if virtual_tokens(self.recipe.attached):
+            raise UserError(
+                "PromptTuning acts where placeholders are in front of rows, and the server, whose "
+                "rows have adapters of their own, puts none there; use `adapters-jax predict` or "
+                "`generate`, aj.with_prompt in Python, or train --method prefix-tuning"
+            )
 
 
 class DecoderBase:
@@ -108,7 +121,6 @@ class DecoderBase:
             return self._read_run(run, any_base)
         form = formats.format_of(directory)
         recipe, leaves = form.read(directory, self._base.accepting(any_base))
-        check_placeholders(recipe)
         return Read(recipe, leaves, About(shown_of(form.name, recipe, leaves)))
 
     def _read_run(self, run: Run, any_base: bool) -> Read:

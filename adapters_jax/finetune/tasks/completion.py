@@ -24,6 +24,7 @@ from adapters_jax.finetune.tasks.decoder import (
     chosen_prompts,
     length_of,
     load_base,
+    packs,
 )
 from adapters_jax.finetune.tasks.metrics import ROUGE, rouge_scorer
 from adapters_jax.finetune.tasks.views import Histogram, Judged, View, lengths_of, shared
@@ -86,9 +87,7 @@ class Completion(TokenLossTask):
         column, completion = columns["prompt"], columns["completion"]
         prompts = _alone(setup, decoder) if completion is None else chosen_prompts(setup, decoder)
         length = length_of(setup, decoder)
-        pack = setup.pack and not decoder.encodes
-        if setup.pack and decoder.encodes:
-            setup.say(f"{setup.model} has an encoder, so each prompt has a row; none are packed")
+        pack = packs(setup, decoder)
         rows = build_completions(data, decoder, prompts, length, pack, setup)
         metrics = data.metrics if rows.parts["dev"].prompts else _without_texts(data.metrics)
         problem = CompletionProblem.of(setup, decoder, rows, metrics)

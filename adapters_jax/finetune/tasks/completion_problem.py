@@ -25,10 +25,17 @@ from adapters_jax.finetune.pretrained.decoder import (
     rounded,
 )
 from adapters_jax.finetune.tasks.base import HELD_OUT, PARTS, Batch, NotFiniteError, Scores, Setup
-from adapters_jax.finetune.tasks.decoder import BuiltRows, DecoderProblem, hidden_of, learnt_first
+from adapters_jax.finetune.tasks.decoder import (
+    BuiltRows,
+    DecoderProblem,
+    hidden_of,
+    learnt_first,
+    recipe_for,
+)
 from adapters_jax.finetune.tasks.metrics import ROUGE, exact_match, perplexity, rouge
 from adapters_jax.training.losses import cross_entropy, sequence_log_probs
 from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.prompting import prompt_of, virtual_tokens, with_prompt
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,10 @@ def _learnt(
     """The hidden states and labels of each sequence's tokens to learn, which alone get logits."""
     labels = jnp.asarray(batch["labels"])
     if hasattr(model, "read_prompts"):  # an encoder's prompts are not in the sequence
-        labels = labels[:, :most]
-        return model.hidden(batch["input_ids"], batch["segments"], model.shifted(labels)), labels
+        labels, ids, mask = labels[:, :most], batch["input_ids"], batch["segments"]
+        if prompt := prompt_of(vars(model).get("adapter_recipe", ())):
+            ids, mask, _ = with_prompt(prompt, ids, mask)
+        return model.hidden(ids, mask, model.shifted(labels)), labels
     return learnt_first(hidden_of(model, batch), labels, most)
 
 
@@ -213,7 +222,8 @@ def build_completions(
         asked = _asked(getattr(data, part).texts, setup.exact_match)
         ids = [prompts.encode(prompt, decoder) for prompt in asked]
         longest = max((len(completion) for _, completion in examples[part]), default=1)
-        room = decoder.config.longest - max(map(len, ids), default=0)
+        room = decoder.config.longest - virtual_tokens(recipe_for(setup, decoder))
+        room -= max(map(len, ids), default=0)
         if longest > room:
             setup.say(
                 f"completions of {part} are generated up to {room} tokens of {longest}, as the "

@@ -10,7 +10,7 @@ from adapters_jax.finetune.tasks.base import PARTS, Columns, Setup
 from adapters_jax.finetune.tasks.completion import PreparedCompletions, TokenLossTask
 from adapters_jax.finetune.tasks.completion_problem import CompletionProblem, build_batches
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder, Encoded
-from adapters_jax.finetune.tasks.decoder import check_chats, length_of, load_base
+from adapters_jax.finetune.tasks.decoder import check_chats, length_of, load_base, packs
 
 
 class ConversationTask(TokenLossTask):
@@ -58,13 +58,14 @@ class ConversationTask(TokenLossTask):
             examples[part] = found.examples
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
-        built = build_batches(examples, length, setup.pack, setup)
+        pack = packs(setup, decoder)
+        built = build_batches(examples, length, pack, setup)
         problem = CompletionProblem.of(setup, decoder, built, data.metrics)
         config = {
             "max_length": length,
             "metrics": list(data.metrics),
             "turns": setup.turns,
-            "pack": setup.pack,
+            "pack": pack,
             "tokens_sha256": problem.checksum(),
         }
         return PreparedCompletions(problem, built.tokens, config)

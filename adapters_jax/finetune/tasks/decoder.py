@@ -47,6 +47,7 @@ from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.training.losses import TOKENS
 from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.prompting import prompt_of, virtual_tokens, with_prompt
 
 MAX_LENGTH = 256
 # Paths by which a recipe adapts the head of a model, which may be the embedding.
@@ -121,17 +122,40 @@ def load_base(setup: Setup) -> PretrainedDecoder:
     return load_pretrained_decoder(setup.model, setup.dtype, setup.quantize, setup.attention)
 
 
+def recipe_for(setup: Setup, decoder: PretrainedDecoder) -> Recipe:
+    """The recipe of a run on a base, whose tokenizer reads an invocation."""
+
+    def encode(text: str) -> list[int]:
+        # Not `decoder.encode`, for which control tokens that a text spells are text.
+        return decoder.tokenizer.encode(text, add_special_tokens=False).ids
+
+    layers = {"num_layers": decoder.config.num_layers, "layer": decoder.family.layer}
+    return setup.recipe(**layers, encode=encode)
+
+
 def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
     """The largest number of tokens in a sequence, which the model must have positions for."""
-    longest = decoder.config.longest
-    if setup.max_length is None:
-        return min(MAX_LENGTH, longest)
-    if setup.max_length > longest:
+    virtual = virtual_tokens(recipe_for(setup, decoder))
+    longest = decoder.config.longest - virtual
+    length = min(MAX_LENGTH, longest) if setup.max_length is None else setup.max_length
+    if length > longest or length < 1:
+        also = f" without the {virtual} of the prompt" if virtual else ""
         raise UserError(
-            f"--max-length {setup.max_length}: expected at most {longest}, the positions of the "
-            "model"
+            f"--max-length {length}: expected 1 to {longest}, the positions of the model{also}"
         )
-    return setup.max_length
+    return length
+
+
+def packs(setup: Setup, decoder: PretrainedDecoder) -> bool:
+    """Whether short rows share a sequence; a message says why not, where they should."""
+    why = ""
+    if decoder.encodes:
+        why = f"{setup.model} has an encoder, so each prompt has a row"
+    elif virtual_tokens(recipe_for(setup, decoder)):
+        why = "the virtual tokens of the prompt are in front of each row"
+    if setup.pack and why:
+        setup.say(f"{why}; none are packed")
+    return setup.pack and not why
 
 
 def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
@@ -153,7 +177,8 @@ def _check_invoked(recipe: Recipe, train: Batches, setup: Setup) -> None:
             raise UserError(
                 f"--invocation {' '.join(map(str, tokens))}: none of the {len(rows)} sequences of "
                 "tokens to train on has these tokens, and the adapter would never act; they are "
-                "ids of this base's tokenizer, and belong to every prompt"
+                "ids of this base's tokenizer, and belong to every prompt; a text may have other "
+                "tokens in the middle of another, of which you can give the ids"
             )
         if found < len(rows):
             setup.say(f"the invocation is in {found} of {len(rows)} sequences to train on")
@@ -218,7 +243,7 @@ class DecoderProblem(ABC):
         **more: Any,
     ) -> Self:
         """The problem of rows, on the base with the adapters of a run's recipe."""
-        recipe = setup.recipe(num_layers=decoder.config.num_layers, layer=decoder.family.layer)
+        recipe = recipe_for(setup, decoder)
         check_continues(recipe, not decoder.encodes, setup.model)
         _check_invoked(recipe, rows.train, setup)
         example = (np.zeros((1, 8), np.int32),)
@@ -293,10 +318,21 @@ def chunk_of(recipe: Recipe, rows: int, length: int, mesh: Mesh | None = None) -
 
 
 def hidden_of(model: Any, batch: Batch) -> Float[Array, "batch length d"]:
-    """The hidden states of a batch of packed texts; an adapter may act on a part of each text."""
+    """The hidden states of a batch of packed texts; an adapter may act on a part of each text.
+
+    Where a model has a prompt, the texts are not packed, and it comes before each of them.
+    """
+    methods = vars(model).get("adapter_recipe", ())
     ids, segments = batch["input_ids"], batch["segments"]
-    acts = from_invocation(vars(model).get("adapter_recipe", ()), ids, segments)
-    return model.hidden(ids, positions=batch["positions"], segments=segments, **acts)
+    positions: Any = batch["positions"]
+    front = 0
+    if prompt := prompt_of(methods):
+        front = prompt.length
+        first = jnp.broadcast_to(jnp.arange(front), (len(ids), front))
+        positions = jnp.concatenate([first, positions + front], 1)
+        ids, segments, _ = with_prompt(prompt, ids, segments)  # 1: the first segment
+    acts = from_invocation(methods, ids, segments)
+    return model.hidden(ids, positions=positions, segments=segments, **acts)[:, front:]
 
 
 def learnt_first(

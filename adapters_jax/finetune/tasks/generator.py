@@ -10,6 +10,7 @@ from flax import nnx
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.models.generation import check_length
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, complete
+from adapters_jax.transforms.prompting import virtual_tokens
 
 BATCH_SIZE = 16  # prompts completed at a time
 NEW_TOKENS = 128
@@ -120,7 +121,8 @@ class Generator:
 
     def _room(self, encoded: Sequence[Sequence[int]], new_tokens: int | None) -> int:
         """The largest number of new tokens; raises UserError if the model cannot read as many."""
-        lengths = [len(ids) for ids in encoded]
+        virtual = virtual_tokens(vars(self.model).get("adapter_recipe", ()))
+        lengths = [virtual + len(ids) for ids in encoded]
         if new_tokens is None:
             room = self.decoder.config.longest - max(lengths)
             new_tokens = max(1, min(NEW_TOKENS, room))

@@ -91,6 +91,8 @@ class EncoderTask(Task):
         readout.check_batch(setup.batch_size // setup.accumulate)
         pooling = readout.pooling or setup.pooling
         encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
+        if self.kind == "encoder":
+            encoder = encoder.prompted(setup.recipe(num_layers=encoder.config.num_layers))
         # The default length is at most what the model has positions for.
         length = setup.max_length or min(readout.max_length, encoder.longest)
         inputs: dict[str, Inputs] = {}
@@ -187,6 +189,9 @@ class EncoderTask(Task):
             run.adapter, classifier, params, ids, base=base, any_base=any_base
         )
         params = store_frozen(params, adapted.recipe, config["dtype"])
+        encoder = encoder.prompted(adapted.recipe)
+        if encoder.prompt:
+            adapted = adapt(encoder.classifier(_width(encoder, readout)), adapted.recipe)
         return TextPredictor(
             encoder, adapted, params, readout, config["max_length"], config["pairs"]
         )

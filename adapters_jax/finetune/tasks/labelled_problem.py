@@ -224,7 +224,7 @@ def head_problem(
     if encoder.pooling in (TOKENS, MASKED):
         return dataclasses.replace(
             problem,
-            model=adapt(encoder.classifier(problem.readout.width, dropout=0.0), head_only()),
+            model=adapt(encoder.base.classifier(problem.readout.width, dropout=0.0), head_only()),
             params=encoder.under(problem.params[HEAD]),
         )
     size, done = train.batch_size, itertools.count(1)

@@ -31,6 +31,7 @@ from adapters_jax.finetune.tasks.decoder import (
     chosen_prompts,
     length_of,
     load_base,
+    recipe_for,
 )
 from adapters_jax.finetune.tasks.preference_problem import (
     Objective,
@@ -40,6 +41,7 @@ from adapters_jax.finetune.tasks.preference_problem import (
 )
 from adapters_jax.finetune.tasks.views import Histogram, Judged, View, of_part, shared
 from adapters_jax.training.state import TrainState
+from adapters_jax.transforms.prompting import virtual_tokens
 
 
 class PreferenceTask(DecoderTask):
@@ -106,6 +108,11 @@ class PreferenceTask(DecoderTask):
             raise UserError(
                 "--template and --no-chat are of prompts that are texts; the chat template writes "
                 "lists of messages"
+            )
+        if virtual_tokens(recipe_for(setup, decoder)):
+            raise UserError(
+                f"--task {self.name} reads both answers in one sequence, and the virtual tokens of "
+                "a prompt are in front of one text; give another --method, such as prefix-tuning"
             )
         length = length_of(setup, decoder)
         encoder = PreferenceEncoder(decoder, prompts, length)

@@ -16,19 +16,24 @@ from adapters_jax.finetune.models.encoder.layers import Configured, Typed
 from adapters_jax.finetune.models.encoder.model import Encoder, ImageEncoder, mean_pool
 from adapters_jax.finetune.models.parts.attention import Choice
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
+from adapters_jax.methods import PromptTuning
+from adapters_jax.transforms.prompting import with_prompt
 
 TOKENS = "tokens"  # the pooling of a head that reads the state of each token
+Prompted = tuple[Array, Array | None, Array | None, int]
 
 
 class Headed(Typed, kw_only=True):  # type: ignore[call-arg]
     """The base class of models with a head, whose options are those of `Encoder`.
 
-    A subclass has the encoder's configuration as its first field.
+    A subclass has the encoder's configuration as its first field. With a `prompt`, which the
+    adapted model then has as well, its placeholders are put in front of the tokens of each row.
     """
 
     attention: Choice = "auto"
     remat: bool | str = False
     scan: bool = False
+    prompt: PromptTuning | None = None
 
     encoder: ClassVar[Callable[..., Any]] = Encoder
 
@@ -38,6 +43,13 @@ class Headed(Typed, kw_only=True):  # type: ignore[call-arg]
         c: Any = self.config  # type: ignore[attr-defined]
         options = {"attention": self.attention, "remat": self.remat, "scan": self.scan}
         setattr(self, c.base, type(self).encoder(c, **options, **self.types))
+
+    @nn.nowrap
+    def prompted(self, ids: Array, mask: Array | None, types: Array | None) -> Prompted:
+        """The inputs with placeholders in front, and the number of these."""
+        if self.prompt is None:
+            return ids, mask, types, 0
+        return *with_prompt(self.prompt, ids, mask, types, ignore=0), self.prompt.length
 
     @nn.nowrap
     def make_head(self, features: int) -> None:
@@ -85,9 +97,11 @@ class EncoderClassifier(Headed):
     ) -> Float[Array, "batch labels"] | Float[Array, "batch length labels"]:
         """Computes float32 logits; the arguments are those of the encoder."""
         encoder = getattr(self, self.config.base)
-        hidden = encoder(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
+        inputs = self.prompted(input_ids, attention_mask, token_type_ids)
+        ids, attention_mask, types, front = inputs
+        hidden = encoder(ids, attention_mask, types, position_ids, deterministic)
         if self.pooling == TOKENS:
-            pooled = hidden
+            pooled = hidden[:, front:]
         elif self.pooling == "mean":
             pooled = mean_pool(hidden, attention_mask)
         elif self.pooling == "pooler":
@@ -180,7 +194,8 @@ class MaskedLanguageModel(Headed):
     ) -> Float[Array, "batch tokens vocab"]:
         """Computes float32 logits of the tokens at `positions`, of all tokens by default."""
         encoder = getattr(self, self.config.base)
-        hidden = encoder(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+        *inputs, front = self.prompted(input_ids, attention_mask, token_type_ids)
+        hidden = encoder(*inputs, deterministic=deterministic)[:, front:]
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
         words = encoder.variables["params"]["embeddings"]["word"]["embedding"]
