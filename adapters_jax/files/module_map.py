@@ -25,7 +25,7 @@ from adapters_jax.files.layouts import (
     spans,
     their_leaf,
 )
-from adapters_jax.files.names import HEADS, ROW, NameTable
+from adapters_jax.files.names import HEADS, ROW, Keys, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
@@ -59,6 +59,7 @@ class ModuleMap:
             theirs fuses ours.
         heads: their modules beside the base, whose names have no prefix.
         prefix: begins the names that `full` makes.
+        keys: see `NameTable`.
         table: the model's table; None for a mapping.
     """
 
@@ -73,6 +74,7 @@ class ModuleMap:
     stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
+    keys: tuple[Keys, ...] | str = ""
     table: NameTable | None = None
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
@@ -161,10 +163,12 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
             f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
             "from their names of modules to paths of the base"
         )
+    keys = getattr(base, "attention_keys", "") if isinstance(base, nnx.Module) else ""
     if isinstance(names, NameTable):
         prefix = "".join(names.prefixes[:1]) if prefix is None else prefix
-        return replace(_by_table(names, by_path, leaves), scanned=scanned, prefix=prefix)
-    return replace(_by_mapping(names, by_path, leaves), prefix=prefix or "")
+        module_map = replace(_by_table(names, by_path, leaves), keys=names.keys or keys)
+        return replace(module_map, scanned=scanned, prefix=prefix)
+    return replace(_by_mapping(names, by_path, leaves), keys=keys, prefix=prefix or "")
 
 
 def _by_table(
