@@ -31,6 +31,7 @@ REFUSED = {
     **dict.fromkeys(("cohere2", "gemma2", "gemma3", "gemma3_text", "gpt_oss"), "slides"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "slides"),
     **{"bloom": "distance", "deepseek_v3": "wider", "llama4_text": "chunks"},
+    "llama4": "chunks",
 }
 FOUR = transformers.__version__.startswith("4.")
 KNOWN = transformers.CONFIG_MAPPING.keys()

@@ -57,7 +57,7 @@ class ModuleMap:
             the order in which it defines them.
         stacked: the same of parameters that only the model of transformers 5 has; several where
             theirs fuses ours.
-        heads: their modules beside the base, whose names have no prefix.
+        heads: their modules beside the base; see `NameTable`.
         prefix: begins the names that `full` makes.
         keys: see `NameTable`.
         table: the model's table; None for a mapping.
@@ -97,10 +97,11 @@ class ModuleMap:
         return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
 
     def full(self, name: str, prefix: str | None = None) -> str:
-        """A bare name with this prefix, as the written model has it; heads have no prefix."""
+        """A bare name with this prefix, or with that of heads, as the written model has it."""
         own = self.prefix if prefix is None else prefix
         name = self.table.renamed(name) if self.table else name
-        return name if name.split(".")[0] in self.heads else own + name
+        of_heads = self.table.head_prefix if self.table else ""
+        return (of_heads if name.split(".")[0] in self.heads else own) + name
 
     @property
     def held_twice(self) -> tuple[str, ...]:

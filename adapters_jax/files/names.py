@@ -126,7 +126,8 @@ class NameTable:
             the order in which PyTorch's module defines them, by which PEFT nests their factors.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
             weight in a model that does not have the output layer as a module.
-        heads: their modules beside the base, whose names have no prefix.
+        heads: their modules beside the base, whose names have none of these prefixes.
+        head_prefix: begins the names of heads, as in a class that holds another with its head.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
         stacked: rules for parameters that the model of transformers 5 holds instead of those of the
@@ -156,6 +157,7 @@ class NameTable:
     parameters: tuple[ParameterRule, ...] = ()
     tied: tuple[str, str] | None = None
     heads: tuple[str, ...] = HEADS
+    head_prefix: str = ""
     held_twice: tuple[str, ...] = ()
     stacked: tuple[ParameterRule, ...] = ()
     since_5: tuple[tuple[str, str], ...] = ()
