@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -441,10 +441,13 @@ def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(chosen, key=in_order))
 
 
-def pattern_of(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Patterns of modules for each number that differs from the usual one."""
-    others = sorted({number for number in numbers.values() if number != usual})
-    groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
+def pattern_of(
+    numbers: Mapping[str, Any], usual: Any, stated: Collection[str] = ()
+) -> dict[str, Any]:
+    """Patterns of modules for each number that differs from the usual one, or has to be stated."""
+    chosen = {path: n for path, n in numbers.items() if n != usual or path in stated}
+    others = sorted({*chosen.values()})
+    groups = {n: [path for path, number in chosen.items() if number == n] for n in others}
     return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
 
 
