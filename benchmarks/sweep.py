@@ -4,7 +4,7 @@ A cell is one configuration on one family with one release of transformers. PEFT
 on a tiny checkpoint, with values in all that trains; the library reads it, and writes it again for
 PEFT. Both have to compute what PEFT computed, or to be refused by an error that is meant for users.
 The file sweep-cells.jsonl beside the results has a line for each finished cell. A cell that has a
-line does not run again; delete the file to begin anew. Run the command once in an environment with
+line does not run again; delete the lines of those to try anew, or the file. Run the command once in an environment with
 each release of transformers: the tables have all of them.
 """
 
@@ -151,6 +151,8 @@ class Base:
             with tempfile.TemporaryDirectory() as folder:
                 saved = aj.save_adapter(Path(folder, "a"), adapters, recipe)
                 model = aj.load_adapter(saved, nnx.clone(base), example_inputs=arguments)
+            if _has(recipe, "prompt_tuning"):
+                return np.asarray(model(*aj.with_prompt(recipe, *arguments)[:2]))
             return np.asarray(self._compiled(aj.merge(model) if _merges(recipe) else model))
         adapted = aj.adapt(self.family.build(config), recipe)
         whole = aj.merge_trees(adapters, aj.partition(base, recipe)[1])
@@ -160,7 +162,11 @@ class Base:
 
 
 def _merges(recipe: Any) -> bool:
-    return all(method.kind != "llama_adapter" for method in aj.Recipe(recipe).attached)
+    return not _has(recipe, "llama_adapter", "prefix", "prompt_tuning")
+
+
+def _has(recipe: Any, *kinds: str) -> bool:
+    return any(method.kind in kinds for method in aj.Recipe(recipe).attached)
 
 
 def _made(base: Base, make: Callable[[Any], Any], directory: Path) -> np.ndarray:
@@ -207,13 +213,16 @@ def outcome(base: Base, make: Callable[[Any], Any]) -> dict[str, str]:
         try:
             names, params = base.names, base.loaded[1]
             recipe, adapters = load_peft(theirs, names, params)
-            found[step] = _close(base.here(recipe, adapters), expected)
+            got = base.here(recipe, adapters)[:, -plain.shape[1] :]
+            found[step] = _close(got, expected)
             step = "written"
-            save_peft(ours, recipe, adapters, names, params, prefix=_prefix(base))
+            task = json.loads((theirs / "adapter_config.json").read_text()).get("task_type")
+            more = {"task_type": task} if task else {}  # without which PEFT applies no prompt
+            save_peft(ours, recipe, adapters, names, params, prefix=_prefix(base), **more)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
                 again = peft.PeftModel.from_pretrained(base.theirs(), ours)
-            found[step] = _close(base.there(again), expected)
+            found[step] = _close(base.there(again)[:, -plain.shape[1] :], expected)
         except UserError as error:
             found[step] = f"refused: {_reason(error)}"
         except Exception as error:  # a crash is what the sweep looks for

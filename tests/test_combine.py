@@ -238,3 +238,20 @@ def test_switching_by_merging_with_the_kept_base_is_exact():
     again = aj.merge(model, aj.merge_trees(adapters, BASE), X)
     for a, b in _pairs(first, again):
         np.testing.assert_array_equal(a, b)
+
+
+class Gate(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1, use_bias=False, name="gate")(x)
+
+
+def test_a_sum_of_ranks_above_the_sizes_of_a_layer_is_exact():
+    base = {"gate": {"kernel": np.zeros((IN, 1), np.float32)}}
+    tree = {"gate": {"lora": {"a": drawn((IN, 1), 1), "b": drawn((1, 1), 2)}}}
+    one = aj.Recipe(aj.LoRA("gate", 1)), tree
+    combined = aj.combine(base, [one, one], [1.0, 2.0])
+    model = aj.adapt(Gate(), combined.recipe)
+    merged = aj.merge(model, aj.merge_trees(base, combined.adapters), np.ones((1, IN)))
+    expected = 3 * double(tree["gate"]["lora"]["a"]) @ double(tree["gate"]["lora"]["b"])
+    np.testing.assert_allclose(merged["gate"]["kernel"], expected, atol=1e-6)

@@ -268,9 +268,15 @@ def test_further_settings_compute_what_they_do_in_transformers(name, settings, t
     assert own.num_parameters == sum(x.numel() for x in model.parameters())
 
 
+def everywhere(name):
+    """Also at Qwen's gates of one output, where the rank is above its size."""
+    return peft.LoraConfig(r=3, lora_alpha=1, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 CASES = [(name, kind) for name in EVERY for kind in (lora, dora, ia3)]
 # PEFT has LLaMA-Adapter for these alone.
 CASES += [("llama", prompts), ("mistral", prompts)]
+CASES += [(name, everywhere) for name in EVERY if name in ("qwen3_next", "qwen3_5_moe_text")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -1,5 +1,6 @@
 """LoRA: scales, initialisers, ranks, and dropout with every flag that turns it off."""
 
+import dataclasses
 import math
 
 import jax
@@ -136,6 +137,31 @@ def test_a_rank_beyond_the_weight(axes, shape, parts):
         aj.LoRA("**", limit + 1).leaves(point)
     fixed = aj.LoRA("**", limit + 1, rank_pattern={"layer_0/query": limit})
     assert fixed.leaves(point)["a"].shape[-1] == limit
+
+
+@pytest.mark.parametrize("make", [aj.LoRA, aj.DoRA])
+def test_a_rank_beyond_the_weight_that_a_pattern_sets(make):
+    recipe = make("**", 8, alpha=4, rank_pattern={"**": 3})
+    model, x = aj.adapt(nn.Dense(1), recipe), drawn((5, 6), 1)
+    params = nn.Dense(1).init(jax.random.key(0), x)["params"]
+    params = aj.init_adapters(model, params, jax.random.key(1), x)
+    a, b = drawn((6, 3), 2), drawn((3, 1), 3)
+    params["lora"] = {**params["lora"], "a": jnp.asarray(a), "b": jnp.asarray(b)}
+    assert {n: leaf.shape for n, leaf in params["lora"].items() if n in "ab"} == {
+        "a": (6, 3),
+        "b": (3, 1),
+    }
+    merged = aj.merge(model, params, x)
+    expected = x @ np.asarray(merged["kernel"])
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-5)
+    if make is aj.LoRA:
+        change = 4 / 3 * double(a) @ double(b)
+        np.testing.assert_allclose(merged["kernel"] - params["kernel"], change, atol=1e-5)
+    found = aj.audit(model, params)
+    assert found.adapter_parameters == 3 * (6 + 1) + (make is aj.DoRA)
+    for start in ("pissa", "loftq", "eva"):  # which have no more directions than the weight
+        with raises(aj.RecipeError, "rank 3"):
+            dataclasses.replace(recipe, a_init=start).leaves(point_of((6, 1)))
 
 
 def test_a_rank_beyond_one_expert():

@@ -293,6 +293,45 @@ def test_a_layer_of_one_input(tmp_path):
     equal(flatten(load_peft(source, {"l": "line"}, params)[1]), own)
 
 
+class Gated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, use_bias=False, name="up")(x) * nn.Dense(1, use_bias=False, name="gate")(
+            x
+        )
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_rank_above_the_sizes_of_a_layer_goes_both_ways(rank, tmp_path):
+    """As "all-linear" gives it to Qwen3-Next's gates of one output; the tensors stay."""
+    own = factors("gate", rank, width=6, out=1) | factors("up", width=6, out=4)
+    x, names = jnp.ones((1, 6)), {"l.gate": "gate", "l.up": "up"}
+    params = Gated().init(jax.random.key(0), x)["params"]
+    lora = aj.LoRA("*", 2, 3, rank_pattern={"gate": rank})
+    source = save_peft(tmp_path / "a", lora, unflatten(own), names, params)
+    config = json.loads((source / CONFIG).read_text())
+    assert (config["r"], config["rank_pattern"]) == (rank, {} if rank == 2 else {"l.up": 2})
+    recipe, adapters = load_peft(source, names, params)
+    assert dict(recipe.methods[0].rank_pattern)["gate"] == rank
+    equal(flatten(adapters), own)
+    again = save_peft(tmp_path / "b", recipe, adapters, names, params)
+    equal(tensors_of(again), tensors_of(source))
+    assert json.loads((again / CONFIG).read_text()) == config
+    native = aj.save_adapter(tmp_path / "native", adapters, recipe)
+    model, loaded = aj.load_adapter(native, Gated(), params, x)
+    assert aj.audit(model, loaded).adapter_parameters == rank * 7 + 2 * 10
+    merged = aj.merge(model, loaded, x)
+    for name, scale in (("gate", 3 / rank), ("up", 1.5)):
+        change = scale * own[f"{name}/lora/a"] @ own[f"{name}/lora/b"]
+        np.testing.assert_allclose(
+            merged[name]["kernel"] - params[name]["kernel"], change, atol=1e-5
+        )
+    expected = Gated().apply({"params": merged}, x)
+    np.testing.assert_allclose(model.apply({"params": loaded}, x), expected, rtol=1e-5)
+    with raises(aj.RecipeError, "rank 2", "'gate'", "min(6, 1)"):  # said for no target
+        aj.init_adapters(aj.adapt(Gated(), aj.LoRA("*", 2)), params, jax.random.key(0), x)
+
+
 def test_fields_at_their_default_do_no_harm(tmp_path):
     fields = {"new": None, "newer": False, "dict": {}, "list": [], "megatron_core": "megatron.core"}
     fields |= {"rank_pattern": None, "bias": None, "init_lora_weights": None, "lora_dropout": None}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import adapters_jax as aj
 from adapters_jax.errors import BaseFileError
-from adapters_jax.files.peft import save_peft
+from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.config import ROOT
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.formats.servers import SERVERS, Server, for_server
@@ -98,6 +98,25 @@ def test_ranks_and_alphas_become_one_with_the_same_products(tmp_path, server, st
     for name, expected in products(recipe, leaves).items():
         np.testing.assert_allclose(changes[name], expected, rtol=0, atol=2e-6)
     assert "3 and 8" in served.notes[0] and served.notes[-1].endswith("--max-lora-rank 8")
+
+
+def test_a_rank_above_the_sizes_of_a_layer_stays(tmp_path):
+    base = BASE | {"gate": {"kernel": draw(7, 12, 1)}}
+    names = NAMES | {"gate_proj": "gate"}
+    own = leaves_of((3, 3)) | {f"gate/lora/{k}": x for k, x in pair(7, 3, (12, 1)).items()}
+    recipe = aj.Recipe(aj.LoRA("*", 3, rank_pattern={"gate": 3}))
+    served = for_server(VLLM, recipe, own, names, base)
+    assert served.leaves.keys() == own.keys()
+    assert all(np.array_equal(x, own[path]) for path, x in served.leaves.items())
+    read_as_a_server(tmp_path / "a", served, base, names)
+    lower = own | {f"gate/lora/{k}": x for k, x in pair(7, 1, (12, 1)).items()}
+    recipe = aj.Recipe(aj.LoRA("*", 3, rank_pattern={"gate": 1}))
+    served = for_server(VLLM, recipe, lower, names, base)  # zeros fill the one up to three
+    assert served.leaves["gate/lora/a"].shape == (12, 3)
+    again, _ = load_peft(
+        save_peft(tmp_path / "b", served.recipe, unflatten(served.leaves), names, base), names, base
+    )
+    assert again.methods[0].rank_at("gate") == 3
 
 
 def test_an_adapter_that_a_server_loads_stays_as_it_is(tmp_path):

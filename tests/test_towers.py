@@ -39,8 +39,8 @@ from adapters_jax.trees import flatten
 
 FIXTURES = Path(__file__).parent / "fixtures" / "towers"
 BESIDE = (
-    *("vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_vision"),
-    *("embed_audio", "mtp"),
+    *("vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower"),
+    *("embed_vision", "embed_audio", "mtp"),
 )
 NEWER = ("gemma4", "qwen3_5", "qwen3_5_moe")  # than transformers 4
 OLDER = sorted(TOWERS.keys() - set(NEWER))
@@ -101,7 +101,7 @@ def test_a_cache_changes_nothing(name):
     np.testing.assert_allclose(seen(mask, hidden), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", OLDER)
+@pytest.mark.parametrize("name", sorted({*OLDER} - {"llama4"}))  # whose layers are unlike
 def test_scanned_layers_compute_the_same(name):
     expected = reference(name)
     ids, mask = expected["input_ids"], expected["attention_mask"]
@@ -189,6 +189,7 @@ LARGE = {"hidden_size": 8192, "num_hidden_layers": 80, "rms_norm_eps": 1e-5, "ro
 LEFT_OUT = {
     "gemma3": {"vocab_size": 262208, "hidden_size": 2304, "num_attention_heads": 8},
     "gemma4": {"hidden_size": 2304, "num_attention_heads": 8, "sliding_window": 512},
+    "llama4": {"vocab_size": 202048, "hidden_size": 5120, "num_attention_heads": 40},
     "llava": {"vocab_size": 32000, "hidden_size": 4096, "rms_norm_eps": 1e-6},
     "mistral3": {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2_vl": LARGE,
@@ -376,16 +377,17 @@ def test_an_adapter_has_the_names_of_the_multimodal_class(name, tmp_path):
     base, recipe, tree = adapted(name)
     saved = save_peft(tmp_path / "peft", recipe, tree, base.names, base.params, prefix=base.prefix)
     keys = read_keys(saved)
-    layer = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
+    own = {"llama4": "language_model.model."}.get(name, "model.language_model.")
+    layer = f"base_model.model.{own}layers.1.self_attn.q_proj.lora_A.weight"
     assert layer in keys and len(keys) == len(flatten(tree))
     targets = json.loads((saved / "adapter_config.json").read_text())["target_modules"]
-    assert all(each.startswith("model.language_model.layers.") for each in targets)
+    assert all(each.startswith(f"{own}layers.") for each in targets)
     back, leaves = load_peft(saved, base.names, base.params)
     assert back.methods[0].rank == 2
     mine, theirs = flatten(tree), flatten(leaves)
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(x, theirs[path]) for path, x in mine.items())
-    with pytest.raises(AdapterFileError, match=r"names maps model\.language_model\.layers\.[01]"):
+    with pytest.raises(AdapterFileError, match=r"names maps .*language_model\..*layers\.[01]"):
         load_peft(saved, FAMILIES[base.params.config.model_type].names, base.params)
 
 

@@ -48,8 +48,11 @@ def their_base(path):
 def theirs(name, model):
     expected = reference(name)
     ids, mask = (torch.tensor(expected[key]) for key in ("input_ids", "attention_mask"))
+    run = model.eval()
+    if name == "llama4" and not FOUR:  # 5.24 fails to return what the whole has of texts alone
+        run = model.language_model
     with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=mask).logits.numpy()[mask.numpy() == 1]
+        return run(input_ids=ids, attention_mask=mask).logits.numpy()[mask.numpy() == 1]
 
 
 def ours(name, model):
@@ -172,7 +175,7 @@ def test_what_is_written_is_the_multimodal_model_with_another_text(name, base, t
 
 
 @pytest.mark.skipif(FOUR, reason="the images of the fixtures have the names of transformers 5")
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen2_5_vl"])
 def test_a_merged_run_computes_in_the_multimodal_class(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tower_run(name)
@@ -240,6 +243,7 @@ SIGLIP = {
     **{"intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27},
     **{"patch_size": 14, "vision_use_head": False},
 }
+LLAMA4 = {"hidden_size": 1408, "image_size": 336, "vision_output_dim": 4096}
 LATER = {"hidden_size": 1280, "intermediate_size": 3420}
 # By published name: its type, settings of its images, and the number of parameters on the Hub.
 PUBLISHED = {
@@ -248,6 +252,8 @@ PUBLISHED = {
     "google/gemma-3-27b-pt": ("gemma3", SIGLIP, 27_432_406_640),
     "llava-hf/llava-1.5-7b-hf": ("llava", None, 7_063_427_072),
     "mistralai/Mistral-Small-3.1-24B-Base-2503": ("mistral3", None, 24_011_361_280),
+    "meta-llama/Llama-4-Scout-17B-16E": ("llama4", LLAMA4, 108_641_793_536),
+    "meta-llama/Llama-4-Maverick-17B-128E": ("llama4", LLAMA4, 401_583_781_376),
     "Qwen/Qwen2-VL-2B": ("qwen2_vl", {"hidden_size": 1536}, 2_208_985_600),
     "Qwen/Qwen2-VL-7B": ("qwen2_vl", {"hidden_size": 3584}, 8_291_375_616),
     "Qwen/Qwen2-VL-72B": ("qwen2_vl", {"hidden_size": 8192}, 73_405_560_320),

@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from adapters_jax.files.layouts import (
     spans,
     their_leaf,
 )
-from adapters_jax.files.names import HEADS, ROW, NameTable
+from adapters_jax.files.names import HEADS, ROW, Keys, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
@@ -57,8 +57,9 @@ class ModuleMap:
             the order in which it defines them.
         stacked: the same of parameters that only the model of transformers 5 has; several where
             theirs fuses ours.
-        heads: their modules beside the base, whose names have no prefix.
+        heads: their modules beside the base; see `NameTable`.
         prefix: begins the names that `full` makes.
+        keys: see `NameTable`.
         table: the model's table; None for a mapping.
     """
 
@@ -73,6 +74,7 @@ class ModuleMap:
     stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = HEADS
     prefix: str = ""
+    keys: tuple[Keys, ...] | str = ""
     table: NameTable | None = None
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
@@ -95,10 +97,11 @@ class ModuleMap:
         return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
 
     def full(self, name: str, prefix: str | None = None) -> str:
-        """A bare name with this prefix, as the written model has it; heads have no prefix."""
+        """A bare name with this prefix, or with that of heads, as the written model has it."""
         own = self.prefix if prefix is None else prefix
         name = self.table.renamed(name) if self.table else name
-        return name if name.split(".")[0] in self.heads else own + name
+        of_heads = self.table.head_prefix if self.table else ""
+        return (of_heads if name.split(".")[0] in self.heads else own) + name
 
     @property
     def held_twice(self) -> tuple[str, ...]:
@@ -161,10 +164,12 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
             f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
             "from their names of modules to paths of the base"
         )
+    keys = getattr(base, "attention_keys", "") if isinstance(base, nnx.Module) else ""
     if isinstance(names, NameTable):
         prefix = "".join(names.prefixes[:1]) if prefix is None else prefix
-        return replace(_by_table(names, by_path, leaves), scanned=scanned, prefix=prefix)
-    return replace(_by_mapping(names, by_path, leaves), prefix=prefix or "")
+        module_map = replace(_by_table(names, by_path, leaves), keys=names.keys or keys)
+        return replace(module_map, scanned=scanned, prefix=prefix)
+    return replace(_by_mapping(names, by_path, leaves), keys=keys, prefix=prefix or "")
 
 
 def _by_table(
@@ -436,10 +441,13 @@ def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(chosen, key=in_order))
 
 
-def pattern_of(numbers: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Patterns of modules for each number that differs from the usual one."""
-    others = sorted({number for number in numbers.values() if number != usual})
-    groups = {n: [path for path, number in numbers.items() if number == n] for n in others}
+def pattern_of(
+    numbers: Mapping[str, Any], usual: Any, stated: Collection[str] = ()
+) -> dict[str, Any]:
+    """Patterns of modules for each number that differs from the usual one, or has to be stated."""
+    chosen = {path: n for path, n in numbers.items() if n != usual or path in stated}
+    others = sorted({*chosen.values()})
+    groups = {n: [path for path, number in chosen.items() if number == n] for n in others}
     return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
 
 

@@ -56,6 +56,23 @@ class ParameterRule(NamedTuple):
     part: tuple[int, int] | None = None
 
 
+class Keys(NamedTuple):
+    """The keys of an attention module, and how they turn by the position of their token.
+
+    Attributes:
+        heads: the number of heads of the keys.
+        width: the width of a head.
+        frequencies: by how many radians a position turns each pair of a head's first features;
+            empty if it turns none.
+        interleaved: whether a pair is of neighbours, not of two halves.
+    """
+
+    heads: int
+    width: int
+    frequencies: tuple[float, ...] = ()
+    interleaved: bool = False
+
+
 class Source(NamedTuple):
     """The tensor that one of our arrays comes from, and how its axes differ from ours."""
 
@@ -109,7 +126,8 @@ class NameTable:
             the order in which PyTorch's module defines them, by which PEFT nests their factors.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
             weight in a model that does not have the output layer as a module.
-        heads: their modules beside the base, whose names have no prefix.
+        heads: their modules beside the base, whose names have none of these prefixes.
+        head_prefix: begins the names of heads, as in a class that holds another with its head.
         held_twice: their modules that others of theirs hold and call under another name. PEFT
             replaces them where they have this name, which changes nothing.
         stacked: rules for parameters that the model of transformers 5 holds instead of those of the
@@ -119,6 +137,8 @@ class NameTable:
             checkpoints of both have. Files of adapters and checkpoints are read with either.
         scales_embedding: whether transformers' model multiplies what its embedding of tokens
             returns, behind it or in it by its version.
+        keys: those of each attention module in order, which PEFT's prefixes need; or why it can
+            have no such prefix. By default an NNX base says it, in its `attention_keys`.
         transformers: the version of transformers whose model adapters are written for. None means
             the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
             of 4 PEFT reads with either.
@@ -137,10 +157,12 @@ class NameTable:
     parameters: tuple[ParameterRule, ...] = ()
     tied: tuple[str, str] | None = None
     heads: tuple[str, ...] = HEADS
+    head_prefix: str = ""
     held_twice: tuple[str, ...] = ()
     stacked: tuple[ParameterRule, ...] = ()
     since_5: tuple[tuple[str, str], ...] = ()
     scales_embedding: bool = False
+    keys: tuple[Keys, ...] | str = ""
     transformers: int | None = None
 
     def parameter(

@@ -334,6 +334,8 @@ def _shapes(
         classifies=family.classifier is not None,
         pooling=config.get("pooling"),
     )
+    names = replace(base.names, keys=getattr(problem.model, "attention_keys", ""))
+    base = replace(base, names=names)  # stand-ins do not say how their keys turn
     return base, {path: x for path, x in arrays.items() if recipe.trains(path)}
 
 

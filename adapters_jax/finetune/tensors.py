@@ -195,7 +195,7 @@ def to_tensors(tree: Any, names: NameTable) -> dict[str, np.ndarray]:
         sources, stacked = names.sources(path, array.shape)
         for own, source in zip(array if stacked else [array], sources.values(), strict=True):
             own_head = source.name.split(".")[0] in names.heads
-            prefix = "" if own_head else "".join(names.prefixes[:1])
+            prefix = names.head_prefix if own_head else "".join(names.prefixes[:1])
             rows = own if ROW in source.name else [own]
             for name, row in zip(source.names(own.shape), rows, strict=True):
                 parts.setdefault(prefix + name, []).append((source, row))

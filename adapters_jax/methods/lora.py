@@ -25,6 +25,7 @@ from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.leaf import Shapes
 from adapters_jax.methods.ranked import Ranked, sizes_of
 from adapters_jax.methods.settings import choice, flag, number, size
+from adapters_jax.targets import matches
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, LowRank
@@ -91,6 +92,7 @@ class LoRA(Ranked):
             weight's inputs vary most, which `aj.calibrate` finds.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).
         rank_pattern: other ranks for some targets, a mapping from patterns; the first match counts.
+            A rank above min(in, out), as some files of PEFT have it, has to be one of these.
         alpha_pattern: likewise other alphas, matched independently of the ranks.
         slices: adapt only these ranges of a dense layer's outputs, such as the queries and values
             of a fused projection: `((0, 768), (1536, 2304))`. B has as many columns.
@@ -156,7 +158,8 @@ class LoRA(Ranked):
         """The factors A and B of one weight.
 
         Raises:
-            RecipeError: the rank exceeds the weight's fan-in or fan-out, or slices do not fit it.
+            RecipeError: the rank exceeds the weight's fan-in or fan-out, and no pattern sets it, or
+                slices do not fit the weight.
         """
         axes, rank, shape = point.axes, self.rank_at(point.path), point.weight_shape
         fan_in, fan_out, _ = axes.sizes(shape)
@@ -165,8 +168,8 @@ class LoRA(Ranked):
             fan_out = self._sliced(point)
             b_shape = (*b_shape[:-1], fan_out)
         # A product of a higher rank has no more freedom than one at min(in, out), only more
-        # parameters, so such a rank is a mistake.
-        if rank > min(fan_in, fan_out):
+        # parameters, so such a rank is a mistake, unless it is set for this target.
+        if rank > min(fan_in, fan_out) and not self._may_exceed(point.path):
             raise RecipeError(
                 f"{type(self).__name__}: rank {rank} at {point.path!r} exceeds min(in, out) = "
                 f"min({fan_in}, {fan_out}) = {min(fan_in, fan_out)}; lower it, here alone "
@@ -177,6 +180,11 @@ class LoRA(Ranked):
         a = arrays.zeros if axes.lookup else INITS[self.a_init](fan_in, rank)
         b = arrays.normal(1.0) if axes.lookup and self.a_init not in _ROUNDS else arrays.zeros
         return {"a": Leaf(axes.a_shape(shape, rank), a), "b": Leaf(b_shape, b)}
+
+    def _may_exceed(self, path: str) -> bool:
+        """Whether a pattern sets the rank, and the factors do not start from the weight's own."""
+        own = self.a_init not in CHANGING and not self.from_inputs
+        return own and any(matches(pattern, path) for pattern, _ in self.rank_pattern)
 
     def _sliced(self, point: AttachmentPoint) -> int:
         """The total width of the slices; raises RecipeError where they do not fit."""

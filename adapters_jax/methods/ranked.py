@@ -45,6 +45,17 @@ class Ranked(LeafMethod):
         return rank
 
 
+def exceeds(a: Shape, b: Shape, weight: Shape) -> bool:
+    """Whether factors have a higher rank than their product can.
+
+    Example:
+        >>> exceeds((8, 4), (4, 1), (8, 1)), exceeds((8, 1), (1, 1), (8, 1))
+        (True, False)
+    """
+    fan_in, fan_out, _ = sizes_of(a, b, weight)
+    return a[-1] > min(fan_in, fan_out)
+
+
 def sizes_of(a: Shape, b: Shape, weight: Shape) -> tuple[int, int, int]:
     """The fan-in, the fan-out and the number of pairs of factors with these shapes.
 

@@ -107,6 +107,7 @@ def combine(
     shapes = _shapes(base)
     changes = [_changes(shapes, *adapter_leaves(adapter, "combine")) for adapter in adapters]
     paths = {prefix: change.path for each in changes for prefix, change in each.items()}
+    most = {change.path: change.most for each in changes for change in each.values()}
     made, lost, whole = {}, 0.0, 0.0
     for prefix, path in sorted(paths.items()):
         parts = [
@@ -121,7 +122,9 @@ def combine(
         lost, whole = lost + missing, whole + total
     ranks = {paths[prefix]: factors[0].shape[-1] for prefix, factors in made.items()}
     usual = max(ranks.values())
-    other = {path: r for path, r in ranks.items() if r != usual}
+    # A sum of ranks above min(in, out) is set for its weight, since LoRA takes it for a mistake
+    # otherwise.
+    other = {path: r for path, r in ranks.items() if r != usual or r > most[path]}
     # A model that is itself the layer has the empty path, which is not a pattern.
     recipe = Recipe(LoRA(tuple(path or "**" for path in sorted(ranks)), usual, rank_pattern=other))
     flat = {join(s, n): x for s, ab in made.items() for n, x in zip("ab", ab, strict=True)}
@@ -174,6 +177,11 @@ class _Change:
         """The sum with another change of the layer, whose factors come beside these."""
         a = jnp.concatenate([self.a, other.a], axis=-1)
         return replace(self, a=a, b=jnp.concatenate([self.b, other.b], axis=-2))
+
+    @property
+    def most(self) -> int:
+        """The largest rank that the product can have."""
+        return min(self.a.shape[-2], self.b.shape[-1])
 
     def product(self) -> Float[Array, "*layers in out"]:
         # A TPU would multiply in bfloat16, and TIES compares the products by size.
@@ -233,7 +241,7 @@ def _at_rank(
 ) -> tuple[tuple[Array, Array], float, float]:
     """The factors nearest to a combined change; the squared norms of the lost part and of all."""
     like = parts[0][0]
-    if rank > min(like.a.shape[-2], like.b.shape[-1]):
+    if rank > like.most:
         raise RecipeError(
             f"combine: rank {rank} exceeds min(in, out) = "
             f"min({like.a.shape[-2]}, {like.b.shape[-1]}) of a weight; lower it"

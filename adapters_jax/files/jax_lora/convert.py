@@ -256,7 +256,9 @@ def as_peft(
         )
     sizes = {p: (len(leaves[f"{p}/lora/a"]), leaves[f"{p}/lora/b"].shape[1]) for p, *_ in numbers}
     kernels = {f"{p}/kernel": jax.ShapeDtypeStruct(x, jnp.float32) for p, x in sizes.items()}
-    return _recipe(numbers, sizes, rank_stabilized), unflatten(leaves), paths, unflatten(kernels)
+    most = {path: min(size) for path, size in sizes.items()}
+    recipe = _recipe(numbers, sizes, rank_stabilized, most)
+    return recipe, unflatten(leaves), paths, unflatten(kernels)
 
 
 def _read(
@@ -323,7 +325,11 @@ def _placed(pairs: Sequence[Pair], leaves: Flat) -> tuple[Recipe, Placements]:
         for pair, (module, _) in zip(pairs, names, strict=True)
     ]
     numbers = [(t, pair.rank, pair.alpha) for t, pair in zip(targets, pairs, strict=True)]
-    recipe = _recipe(numbers, [*owned, *leaves], pairs[0].rank_stabilized)
+    most = {
+        target: min(pair.layout.axes.sizes(pair.shape)[:2])
+        for target, pair in zip(targets, pairs, strict=True)
+    }
+    recipe = _recipe(numbers, [*owned, *leaves], pairs[0].rank_stabilized, most)
     placed = (
         Placement(recipe.attached[0], target, module, "", name, pair.shape, pair.layout.axes)
         for target, pair, (module, name) in zip(targets, pairs, names, strict=True)
@@ -332,9 +338,12 @@ def _placed(pairs: Sequence[Pair], leaves: Flat) -> tuple[Recipe, Placements]:
 
 
 def _recipe(
-    numbers: Sequence[tuple[str, int, float]], among: Iterable[str], rank_stabilized: bool
+    numbers: Sequence[tuple[str, int, float]],
+    among: Iterable[str],
+    rank_stabilized: bool,
+    most: Mapping[str, int],
 ) -> Recipe:
-    """One LoRA for targets with a rank and an alpha each."""
+    """One LoRA for targets with a rank and an alpha each; `most` is each one's min(in, out)."""
     ranks, alphas = {t: rank for t, rank, _ in numbers}, {t: alpha for t, _, alpha in numbers}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -343,7 +352,7 @@ def _recipe(
         rank=rank,
         alpha=alpha,
         rank_stabilized=rank_stabilized,
-        rank_pattern=pattern_of(ranks, rank),
+        rank_pattern=pattern_of(ranks, rank, [t for t, r, _ in numbers if r > most[t]]),
         alpha_pattern=pattern_of(alphas, alpha),
     )
     return Recipe(lora)

@@ -19,11 +19,13 @@ from adapters_jax.files.peft.trained import NORM
 _ACTING = (
     *("peft_type", "use_rslora", "use_dora", "fan_in_fan_out", "feedforward_modules"),
     *("adapter_len", "adapter_layers", "alora_invocation_tokens", "num_virtual_tokens"),
+    *("num_attention_heads", "num_transformer_submodules"),
     *("decompose_both", "decompose_factor", "coft", "use_effective_conv2d", "oft_block_size"),
     *("block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
 )
 _ACTIVATING = (*_ACTING, "task_type")
 
+_BEFORE = ("PROMPT_TUNING", "PREFIX_TUNING")  # what is before the text
 _NUMBERS = {"LORA": ("r", "lora_alpha"), **dict.fromkeys(("LOHA", "LOKR"), ("r", "alpha"))}
 
 
@@ -47,9 +49,9 @@ def differences(
         for field in (_ACTIVATING if written.get("alora_invocation_tokens") else _ACTING)
         if config.get(field) != written.get(field)
     ]
-    if config["peft_type"] == "PROMPT_TUNING" and not config.get("task_type"):
+    if config["peft_type"] in _BEFORE and not config.get("task_type"):
         problems.append("PEFT applies a prompt only with a task_type, such as 'CAUSAL_LM'; give it")
-    if config["peft_type"] in ("ADAPTION_PROMPT", "PROMPT_TUNING"):
+    if config["peft_type"] in ("ADAPTION_PROMPT", *_BEFORE):
         return problems
     if config["target_modules"] in (None, "all-linear"):
         return [*problems, "target_modules has to name modules or parts of names; leave it out"]

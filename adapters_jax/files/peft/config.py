@@ -56,8 +56,7 @@ _MERGE = (
     "{0}.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_BASE)"
 )
 _UNMERGED = {
-    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
-    *("ADAPTION_PROMPT", "POLY", "XLORA"),
+    *("MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "POLY", "XLORA"),
 }
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -266,6 +265,22 @@ KINDS = {
         },
         trains="modules",
         shared={"prompt_embeddings": "embedding"},
+        root="base_model.",
+    ),
+    "PREFIX_TUNING": Kind(
+        *("prefix", "prefix", ("prefix",)),
+        leaves={},
+        rules={
+            "num_virtual_tokens": whole(1),
+            "num_transformer_submodules": one_of(1),
+            **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), whole(1)),
+            "encoder_hidden_size": whole(1),
+            "prefix_projection": of(bool),
+            "init_weights": of(str),
+            "modules_to_save": plain_names(list),
+        },
+        trains="modules",
+        shared={"prompt_embeddings": "pairs"},
         root="base_model.",
     ),
     "LN_TUNING": Kind(

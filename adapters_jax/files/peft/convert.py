@@ -78,6 +78,8 @@ def load_peft(
             output layer twice, the embedding's name first. Only a `NameTable` can state how
             PyTorch's axes lie: that its weights are `(in, out)`, which matters for those that the
             file holds whole, and what a `ParameterRule` says.
+            A prefix of PEFT's needs to know how keys turn by their position: decoders of the
+            library say that, another model's `NameTable` in its `keys`.
         base: the model's parameters as a tree of arrays (abstract ones suffice) or an NNX module;
             their shapes tell the kinds of layers apart.
         revision: a branch, tag or commit on the Hub.
@@ -141,8 +143,8 @@ def save_peft(
     Args:
         directory: a new or empty one, or one with an adapter of PEFT and nothing else, which is
             replaced; its parents are made.
-        recipe: LoRA, DoRA, LoHa, LoKr, OFT, VeRA, IA3 or LlamaAdapter, or Unfreeze of norms; all
-            but LlamaAdapter may have Unfreeze beside them.
+        recipe: LoRA, DoRA, LoHa, LoKr, OFT, VeRA, IA3, LlamaAdapter, PromptTuning or PrefixTuning,
+            or Unfreeze of norms; all but LlamaAdapter may have Unfreeze beside them.
         adapters: the trained part of a model, as `partition` returns it, or an NNX state.
         names, base: as in `load_peft`. A kernel with several input axes counts as a convolution's.
             Families that share our paths (BERT, RoBERTa, DistilBERT and ELECTRA) differ in their
@@ -293,7 +295,7 @@ def to_peft(
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
             f"the recipe adds {others}; PEFT stores one of LoRA, DoRA, ActivatedLoRA, LoHa, "
-            "LoKr, OFT, VeRA, IA3 and LlamaAdapter, or trained norms"
+            "LoKr, OFT, VeRA, IA3, LlamaAdapter, PromptTuning and PrefixTuning, or trained norms"
         )
         return {}, {}, problems + held
     fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)

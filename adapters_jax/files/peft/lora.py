@@ -28,6 +28,7 @@ from adapters_jax.files.peft.config import (
 )
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key, references_of
 from adapters_jax.methods import ActivatedLoRA, DoRA, LoRA, Method
+from adapters_jax.methods.ranked import exceeds
 from adapters_jax.targets import join
 
 Factors = Mapping[str, Array]
@@ -68,7 +69,7 @@ def read(
         dropout=value(config, "lora_dropout"),
         a_init=STARTS[value(config, "init_lora_weights")],
         rank_stabilized=bool(config.get("use_rslora")),
-        rank_pattern=pattern_of(ranks, value(config, "r")),
+        rank_pattern=pattern_of(ranks, value(config, "r"), reader.beyond),
         alpha_pattern=pattern_of(alphas, value(config, "lora_alpha")),
     )
     return [method], reader.leaves
@@ -91,6 +92,7 @@ class _Reader:
     leaves: dict[str, Array] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    beyond: set[str] = field(default_factory=set)  # the targets whose rank is above their sizes
 
     def numbers(self, name: str) -> tuple[int, float]:
         """The rank and the alpha; patterns name a parameter by itself, others by their module."""
@@ -98,8 +100,17 @@ class _Reader:
             name = f"{name}.weight"
         return number_at(self.config, "r", name), number_at(self.config, "lora_alpha", name)
 
-    def keep(self, target: str, node: str, factors: Factors, numbers: tuple[int, float]) -> None:
+    def keep(
+        self,
+        target: str,
+        node: str,
+        factors: Factors,
+        numbers: tuple[int, float],
+        weight: tuple[int, ...],
+    ) -> None:
         """Adds the leaves at a node, whose numbers the method has by the path of its target."""
+        if exceeds(factors["a"].shape, factors["b"].shape, weight):
+            self.beyond.add(target)
         self.leaves.update({f"{node}/{k}": x.astype(np.float32) for k, x in factors.items()})
         self.ranks[target], self.alphas[target] = numbers
 
@@ -141,7 +152,7 @@ class _Reader:
             target, node = reference.path, join(reference.path, "lora")
             if _has_several(reference, self.module_map):
                 target, node = join(target, reference.weight), join(node, reference.weight)
-            self.keep(target, node, factors, numbers)
+            self.keep(target, node, factors, numbers, reference.shape)
 
     def add_parameter(self, name: str, named: Mapping[str, Factors]) -> None:
         """Adds the factors of a parameter that a module holds itself; `named` has those of all."""
@@ -155,11 +166,11 @@ class _Reader:
             target, node = reference.path, _node(reference.path)
             if (module := target.rpartition("/")[0]) in self.module_map.whole:
                 target, node = module, join(module, "lora")
-            self.keep(target, node, pair, numbers)
+            self.keep(target, node, pair, numbers, reference.shape)
 
     def add_experts(self, path: str, found: Mapping[str, Factors], lacking: Sequence[str]) -> None:
         """Adds the factors of experts, one pair with the experts on its first axis."""
-        _, inputs, outputs = self.module_map.base[path].shape
+        _, inputs, outputs = weight = self.module_map.base[path].shape
         (first, *_), wrong = found, []
         rank, _ = numbers = self.numbers(first)
         expected = {"a": (rank, inputs), "b": (outputs, rank)}
@@ -178,7 +189,7 @@ class _Reader:
         if wrong:
             raise UserError("; ".join(wrong))
         pair = {k: np.stack([own[k].T for own in found.values()]) for k in ("a", "b")}
-        self.keep(path, _node(path), pair, numbers)
+        self.keep(path, _node(path), pair, numbers, weight)
 
 
 def _node(path: str) -> str:

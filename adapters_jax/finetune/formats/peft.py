@@ -106,7 +106,7 @@ class Peft(AdapterFormat):
         unnamed = _UNNAMED.get(base.kind, "AutoModelForMaskedLM")
         task = _task(base, leaves)
         kind = _CLASSES.get(task, "AutoModel") if task else unnamed
-        if task == "CAUSAL_LM" and base.prefix == "model.language_model.":  # beside images
+        if task == "CAUSAL_LM" and "language_model." in base.prefix:  # beside images
             kind = "AutoModelForImageTextToText"
         more = f", num_labels={leaves[f'{HEAD}bias'].size}" if has_head(leaves) else ""
         if (score := leaves.get(f"{SCORE}kernel")) is not None:

@@ -158,7 +158,7 @@ def covering(adapters: Iterable[Read]) -> Recipe:
         >>> large = Read(Recipe(LoRA("*", 4)), {"q/lora/a": np.ones((6, 4)), "q/lora/b": b})
         >>> covering([small, large])
         Recipe(
-          LoRA(targets=('up', 'q'), rank=4),
+          LoRA(targets=('up', 'q'), rank=4, rank_pattern=(('**', 4),)),
         )
     """
     found: dict[Any, tuple[type[Method], dict[str, Any], dict[str, None], list[int]]] = {}
@@ -187,6 +187,9 @@ def covering(adapters: Iterable[Read]) -> Recipe:
                 kept[method.size_fields[0]] = max(sizes)
         own = {path: None for path in each.leaves if each.recipe.owner(path) is None}
         unfrozen |= own
+    for kind, kept, _, sizes in found.values():
+        if sizes and "rank_pattern" in kind.size_fields:  # zeros fill up ranks, also above sizes
+            kept["rank_pattern"] = {"**": max(sizes)}
     methods = [kind(targets=tuple(targets), **kept) for kind, kept, targets, _ in found.values()]
     return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
 

@@ -17,7 +17,9 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.errors import UserError, check_size
+from adapters_jax.files.names import Keys
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
+from adapters_jax.finetune.models.decoder.keys import attention_keys
 from adapters_jax.finetune.models.decoder.layers import (
     Context,
     DecoderLayer,
@@ -198,6 +200,11 @@ class Decoder(nnx.Module):
         """The largest number of tokens of a row, if positions are learned; otherwise None."""
         config = self.config
         return config.max_position_embeddings if config.learned_positions else None
+
+    @property
+    def attention_keys(self) -> tuple[Keys, ...] | str:
+        """How the keys of each layer turn by position; see `keys.attention_keys`."""
+        return attention_keys(self.config)
 
     def _embed(
         self, input_ids: Int[Array, "batch length"], positions: Int[Array, "#batch length"]

@@ -19,7 +19,9 @@ from adapters_jax.files.names import NameTable
 # version 4.51 and earlier had them in classes.
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 # Images, sounds, and layers that guess several tokens ahead, which transformers does not read.
-_BESIDE = r"(vision_tower|multi_modal_projector|visual|audio_tower|embed_(vision|audio)|mtp)\..*"
+_BESIDE = (
+    r"(vision_(tower|model)|multi_modal_projector|visual|audio_tower|embed_(vision|audio)|mtp)\..*"
+)
 _STREAMS = ("mrope_section", "mrope_interleaved")  # which number of a position turns a feature
 
 
@@ -32,11 +34,14 @@ class Tower:
             that has none.
         flat: whether older files have the settings of text beside those of images.
         defaults: the values of absent settings of text, where the architecture has others.
+        holds_head: whether the class holds the text's model with its output layer, as the text
+            alone has them, in `language_model`.
     """
 
     texts: Mapping[str, str]
     flat: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    holds_head: bool = False
 
 
 _QWEN2 = {
@@ -47,6 +52,7 @@ _QWEN2 = {
 TOWERS: dict[str, Tower] = {
     "gemma3": Tower({"gemma3_text": "gemma3_text"}),
     "gemma4": Tower({"gemma4_text": "gemma4_text"}),
+    "llama4": Tower({"llama4_text": "llama4_text"}, holds_head=True),
     "llava": Tower({name: name for name in ("llama", "mistral", "qwen2")}),
     "mistral3": Tower({"mistral": "mistral"}),
     "qwen2_vl": Tower({f"qwen2_vl{end}": "qwen2" for end in ("_text", "")}, True, _QWEN2),
@@ -114,7 +120,12 @@ def table(names: NameTable, model_type: Any) -> NameTable:
     """The names of an architecture's tensors in the checkpoints of a type, multimodal or not."""
     if model_type not in TOWERS:
         return names
-    return replace(names, prefixes=_PREFIXES, ignored=(*names.ignored, _BESIDE))
+    names = replace(names, prefixes=_PREFIXES, ignored=(*names.ignored, _BESIDE))
+    if not TOWERS[model_type].holds_head:
+        return names
+    inside = "language_model.model."
+    prefixes = (inside, *(each for each in _PREFIXES if each != inside))
+    return replace(names, prefixes=prefixes, head_prefix="language_model.")
 
 
 def is_beside(name: str) -> bool:
