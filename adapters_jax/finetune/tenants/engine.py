@@ -6,12 +6,11 @@ that has no place on the device waits on the host, and takes the place of the on
 least recently.
 """
 
-import dataclasses
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,11 +20,9 @@ from flax import nnx
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import RecipeError, UserError, check_size, shown
-from adapters_jax.finetune.tenants.losses import KINDS
 from adapters_jax.finetune.tenants.programs import Batch, Programs
 from adapters_jax.finetune.tenants.requests import (
     Adam,
-    Checked,
     ClosedError,
     Passed,
     Row,
@@ -33,7 +30,8 @@ from adapters_jax.finetune.tenants.requests import (
     UnknownTenantError,
     checked_rows,
 )
-from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
+from adapters_jax.finetune.tenants.rooms import Host, Room
+from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Recipe
@@ -41,74 +39,6 @@ from adapters_jax.transforms.bank import Bank
 from adapters_jax.trees import leaves_by_path
 
 _CLOSED = "the engine is closed"
-
-
-class _Pass:
-    """Rows of one request, and what was computed of them."""
-
-    def __init__(self, rows: list[Checked], loss: str, backward: bool, buckets: list[int]) -> None:
-        self.rows, self.kind, self.backward = rows, KINDS[loss], backward
-        self.future: Future[Passed] = Future()
-        self.left = len(rows)
-        self.logprobs: list[Any] = [None] * len(rows)
-        self.losses: list[Any] = [None] * len(rows)
-        self.waiting: dict[int, deque[int]] = {}  # the numbers of rows, by the bucket of the length
-        for i, bucket in enumerate(buckets):
-            self.waiting.setdefault(bucket, deque()).append(i)
-
-    def take(self, i: int, logprobs: np.ndarray, losses: np.ndarray) -> None:
-        """Takes the results of a row."""
-        n = self.rows[i].tokens.size
-        self.logprobs[i], self.losses[i] = logprobs[:n].copy(), losses[:n].copy()
-        self.left -= 1
-
-    def result(self) -> Passed:
-        """The result, once no row is left."""
-        total = math.fsum(float(x.sum(dtype=np.float64)) for x in self.losses)
-        return Passed(self.logprobs, self.losses, {"loss:sum": total})
-
-
-@dataclasses.dataclass(eq=False)
-class _Step:
-    """A step of AdamW."""
-
-    adam: Adam
-    future: "Future[dict[str, float]]" = dataclasses.field(default_factory=Future)
-
-
-@dataclasses.dataclass(eq=False)
-class _Order:
-    """Something that is done with a tenant between batches."""
-
-    work: Callable[[], Any]
-    future: "Future[Any]" = dataclasses.field(default_factory=Future)
-
-
-@dataclasses.dataclass(eq=False)
-class _Tenant:
-    """A tenant; what it has on the host is in its own shapes."""
-
-    name: str
-    recipe: Recipe
-    fit: Fit
-    leaves: Host
-    grads: Host = dataclasses.field(default_factory=dict)
-    mean: Host = dataclasses.field(default_factory=dict)
-    square: Host = dataclasses.field(default_factory=dict)
-    step: int = 0
-    place: int | None = None  # on the device; then the arrays above are old
-    summed: bool = False  # whether it has gradients
-    sick: bool = False  # whether one of their losses was not finite
-    requests: deque[Any] = dataclasses.field(default_factory=deque)
-
-    def passes(self) -> list[_Pass]:
-        """The requests that only read its adapter, and may be computed now."""
-        found = []
-        for request in self.requests:
-            if not isinstance(request, _Pass):
-                break
-            found.append(request)
-        return found
 
 
 class Tenants:
@@ -181,14 +111,18 @@ class Tenants:
         # A bank for its model, in which each row has its own adapter; its places are not used.
         split = Bank(adapted, capacity=1).split
         room = Room.of(self.recipe, leaves_by_path(split[1]))
-        shapes = sorted({1, rows // group})
         self._programs = Programs(
-            split, room, places=places, shapes=shapes, each=group, lengths=self.lengths
+            split,
+            room,
+            places=places,
+            sizes=sorted({1, rows // group}),
+            each=group,
+            lengths=self.lengths,
         )
         self._starts: dict[Recipe, Any] = {}
-        self._tenants: dict[str, _Tenant] = {}
-        self._turns: deque[_Tenant] = deque()  # in the order in which they may give rows
-        self._placed: dict[_Tenant, None] = {}  # those on the device, last named last
+        self._tenants: dict[str, Tenant] = {}
+        self._turns: deque[Tenant] = deque()  # in the order in which they may give rows
+        self._placed: dict[Tenant, None] = {}  # those on the device, last named last
         self._free = list(range(places, 0, -1))
         self._changed = threading.Condition()
         self._closing = False
@@ -248,7 +182,7 @@ class Tenants:
         self._check_new(name)
         leaves = self._initial(recipe, seed)
         fit = self._programs.room.fit(name, recipe, {p: x.shape for p, x in leaves.items()})
-        tenant = _Tenant(name, recipe, fit, leaves)
+        tenant = Tenant(name, recipe, fit, leaves)
         with self._changed:
             self._check_new(name)
             self._tenants[name] = tenant
@@ -263,9 +197,10 @@ class Tenants:
         with self._changed:
             tenant = self._named(name)
             del self._tenants[name]
+            # The thread may compute rows of it now; it forgets the tenant afterwards.
+            requests = tenant.emptied()
             self._changed.notify()
-        # The thread may compute rows of it now; it forgets the tenant afterwards.
-        _fail([tenant], UnknownTenantError(f"tenant {name!r} was dropped"))
+        fail(requests, UnknownTenantError(f"tenant {name!r} was dropped"))
 
     def forward_backward(
         self,
@@ -294,8 +229,7 @@ class Tenants:
         checked = checked_rows(
             rows, loss, config, vocabulary=self.vocabulary, longest=self.lengths[-1]
         )
-        buckets = [next(n for n in self.lengths if n >= row.tokens.size) for row in checked]
-        return self._queue(name, _Pass(checked, loss, backward, buckets))
+        return self._queue(name, Pass(checked, loss, backward, self.lengths))
 
     def optim_step(self, name: str, adam: Adam = Adam()) -> "Future[dict[str, float]]":
         """Makes an AdamW step with the gradients since the last one, and forgets them.
@@ -316,7 +250,7 @@ class Tenants:
             UnknownTenantError: there is no tenant of that name.
             ClosedError: the engine is closed.
         """
-        return self._queue(name, _Step(adam.checked()))
+        return self._queue(name, Step(adam.checked()))
 
     def snapshot(self, name: str) -> "Future[Snapshot]":
         """The tenant's adapter and optimiser state, after all requests before this one.
@@ -326,7 +260,7 @@ class Tenants:
             ClosedError: the engine is closed.
         """
         tenant = self._named(name)
-        return self._queue(name, _Order(lambda: self._taken(tenant)))
+        return self._queue(name, Order(lambda: self._taken(tenant)))
 
     def restore(self, name: str, snapshot: Snapshot, *, optimizer: bool) -> "Future[None]":
         """Gives a tenant the adapter of a snapshot, and forgets its gradients.
@@ -343,7 +277,7 @@ class Tenants:
         """
         tenant = self._named(name)
         tenant.fit.check(name, snapshot.leaves)
-        return self._queue(name, _Order(lambda: self._restored(tenant, snapshot, optimizer)))
+        return self._queue(name, Order(lambda: self._restored(tenant, snapshot, optimizer)))
 
     def _initial(self, recipe: Recipe, seed: int) -> Host:
         """The leaves of a new adapter."""
@@ -364,7 +298,7 @@ class Tenants:
         if name in self._tenants:
             raise UserError(f"Tenants.create: the name {name!r} is taken; drop it, or give another")
 
-    def _named(self, name: str) -> _Tenant:
+    def _named(self, name: str) -> Tenant:
         if name not in self._tenants:
             raise UnknownTenantError(f"no tenant is named {shown(name)}")
         return self._tenants[name]
@@ -394,15 +328,16 @@ class Tenants:
         finally:  # also after a bug, so that nobody waits for ever
             with self._changed:
                 self._closing = True
-            _fail(self._turns, ClosedError(_CLOSED))
+                requests = [each for tenant in self._turns for each in tenant.emptied()]
+            fail(requests, ClosedError(_CLOSED))
 
-    def _stays(self, tenant: _Tenant) -> bool:
+    def _stays(self, tenant: Tenant) -> bool:
         return self._tenants.get(tenant.name) is tenant
 
     def _has_work(self) -> bool:
         return self._closing or any(t.requests or not self._stays(t) for t in self._turns)
 
-    def _forget(self, tenant: _Tenant) -> None:
+    def _forget(self, tenant: Tenant) -> None:
         """Frees the place of a tenant that was dropped."""
         with self._changed:
             self._turns.remove(tenant)
@@ -410,114 +345,96 @@ class Tenants:
             self._free.append(tenant.place)
             del self._placed[tenant]
 
-    def _due(self, kind: type) -> list[tuple[_Tenant, Any]]:
+    def _due(self, kind: type) -> list[tuple[Tenant, Any]]:
         """The tenants whose next request is of a kind, and that request."""
         with self._changed:
-            return [(t, t.requests[0]) for t in self._turns if _next(t, kind)]
+            return [(each, each.requests[0]) for each in self._turns if each.next(kind)]
 
     def _orders(self) -> None:
         """Does what has to be done between batches."""
-        while due := self._due(_Order):
+        while due := self._due(Order):
             for tenant, order in due:
                 self._end(tenant, order, order.work)
 
     def _steps(self) -> None:
         """Makes the steps that are due, as many in one program as there are places."""
-        due = self._due(_Step)
-        for tenant, step in [each for each in due if not each[0].summed]:
-            metrics = {"grad_norm": 0.0, "step": float(tenant.step)}
-            self._end(tenant, step, lambda metrics=metrics: metrics)
+        due = self._due(Step)
+        for tenant, step in due:
+            if not tenant.summed:
+                metrics = {"grad_norm": 0.0, "step": float(tenant.step)}
+                self._end(tenant, step, partial(dict, metrics))
         due = [each for each in due if each[0].summed][: self._programs.places]
         if not due:
             return
-        self._place([tenant for tenant, _ in due])
-        made = self._programs.step([(t.place, t.step, s.adam) for t, s in due])
+        places = self._place([tenant for tenant, _ in due])
+        given = [(place, t, step.adam) for place, (t, step) in zip(places, due, strict=True)]
+        made = self._programs.step([(place, t.step, adam, t.sick) for place, t, adam in given])
         for (tenant, step), (norm, fine) in zip(due, made, strict=True):
-            self._end(tenant, step, lambda t=tenant, n=norm, f=fine: _stepped(t, n, f))
+            self._end(tenant, step, partial(tenant.stepped, norm, fine))
 
     def _batch(self) -> None:
         """Computes one batch of rows, if there are any."""
-        chosen = self._chosen()
-        if not chosen:
-            return
-        length, backward, groups = chosen
-        self._place([tenant for tenant, _ in groups])
-        shapes, each = self._programs.shapes, self._programs.each
-        batch = Batch.empty(next(n for n in shapes if n >= len(groups)), each, length)
-        for g, (tenant, rows) in enumerate(groups):
-            batch.places[g] = tenant.place
-            for r, (request, i) in enumerate(rows, g * each):
-                _fill(batch, r, request.rows[i], request.kind)
-        logprobs, losses = self._programs.run(batch, backward)
-        for g, (tenant, rows) in enumerate(groups):
-            for r, (request, i) in enumerate(rows, g * each):
-                request.take(i, logprobs[r], losses[r])
-                tenant.summed |= backward
-                tenant.sick |= backward and not np.isfinite(losses[r]).all()
-            for request in {id(request): request for request, _ in rows}.values():
-                if not request.left:
-                    self._end(tenant, request, request.result)
-
-    def _chosen(self) -> tuple[int, bool, list[tuple[_Tenant, list[tuple[_Pass, int]]]]] | None:
-        """The next batch: its length, whether it has gradients, and rows in groups by tenant."""
+        programs = self._programs
         with self._changed:
-            turns = {
-                t: p
-                for t in self._turns
-                if (p := [r for r in t.passes() if any(r.waiting.values())])
-            }
+            turns = {each: passes for each in self._turns if (passes := each.passes())}
         if not turns:
-            return None
-        first = next(iter(turns.values()))[0]
-        backward, length = first.backward, max(n for n, rows in first.waiting.items() if rows)
-        groups: list[tuple[_Tenant, list[tuple[_Pass, int]]]] = []
-        most = self._programs.shapes[-1]
-        # Shorter rows fill what the program has room for in any case.
-        for lengths in ((length,), tuple(n for n in reversed(self.lengths) if n < length)):
-            waiting = deque(turns)
-            while waiting and len(groups) < most:
-                tenant = waiting.popleft()
-                named = {each for each, _ in groups} | {tenant}
-                if len(named) > self._programs.places:
-                    continue
-                rows = _rows(turns[tenant], backward, lengths, self._programs.each)
-                if rows:
-                    groups.append((tenant, rows))
-                    waiting.append(tenant)
-            most = next(n for n in self._programs.shapes if n >= len(groups))
-        with self._changed:  # those that were served stand last
+            return
+        length, backward, groups = choose(turns, programs.sizes, programs.each, programs.places)
+        with self._changed:  # those that are served stand last
             for tenant in dict.fromkeys(tenant for tenant, _ in groups):
                 self._turns.remove(tenant)
                 self._turns.append(tenant)
-        return length, backward, groups
+        size = next(n for n in programs.sizes if n >= len(groups))
+        batch = Batch.empty(size, programs.each, length)
+        batch.places[: len(groups)] = self._place([tenant for tenant, _ in groups])
+        rows = [
+            (r, tenant, *row)
+            for g, (tenant, rows) in enumerate(groups)
+            for r, row in enumerate(rows, g * programs.each)
+        ]
+        for r, _, request, i in rows:
+            request.fill(batch, r, i)
+        logprobs, losses = programs.run(batch, backward)
+        for r, tenant, request, i in rows:
+            request.take(i, logprobs[r], losses[r])
+            tenant.summed |= backward
+            tenant.sick |= backward and not np.isfinite(losses[r]).all()
+            if not request.left:
+                self._end(tenant, request, request.result)
 
-    def _end(self, tenant: _Tenant, request: Any, work: Callable[[], Any]) -> None:
+    def _end(self, tenant: Tenant, request: Any, work: Callable[[], Any]) -> None:
         """Ends a tenant's request, with what `work` returns or raises."""
         with self._changed:
-            if request in tenant.requests:  # unless it was dropped
+            waits = request in tenant.requests  # unless the tenant was dropped
+            if waits:
                 tenant.requests.remove(request)
-        if not request.future.set_running_or_notify_cancel():
-            return
+        waits = waits and request.future.set_running_or_notify_cancel()
         try:
-            request.future.set_result(work())
-        except UserError as error:
-            request.future.set_exception(error)
+            result = work()
+        except Exception as error:
+            if waits:
+                request.future.set_exception(error)
+            if not isinstance(error, UserError):  # a bug, which ends the engine
+                raise
+        else:
+            if waits:
+                request.future.set_result(result)
 
-    def _place(self, tenants: Sequence[_Tenant]) -> None:
-        """Gives each of these tenants a place on the device."""
+    def _place(self, tenants: Sequence[Tenant]) -> list[int]:
+        """The places of these tenants on the device; those that have none get one."""
         named = dict.fromkeys(tenants)
-        self._placed |= {
-            each: self._placed.pop(each, None) for each in named if each in self._placed
-        }
-        for tenant in [each for each in named if each.place is None]:
-            if not self._free:
-                self._leave(next(iter(self._placed)))
-            tenant.place, self._placed[tenant] = self._free.pop(), None
-            arrays = tenant.leaves, tenant.grads, tenant.mean, tenant.square
-            self._programs.write(tenant.place, tenant.fit, *arrays)
-            tenant.leaves = tenant.grads = tenant.mean = tenant.square = {}
+        self._placed |= {each: self._placed.pop(each) for each in named if each in self._placed}
+        for tenant in named:
+            if tenant.place is None:
+                if not self._free:
+                    self._leave(next(iter(self._placed)))
+                tenant.place, self._placed[tenant] = self._free.pop(), None
+                arrays = tenant.leaves, tenant.grads, tenant.mean, tenant.square
+                self._programs.write(tenant.place, tenant.fit, *arrays)
+                tenant.leaves = tenant.grads = tenant.mean = tenant.square = {}
+        return [tenant.place or 0 for tenant in tenants]
 
-    def _leave(self, tenant: _Tenant) -> None:
+    def _leave(self, tenant: Tenant) -> None:
         """Takes a tenant to the host."""
         found = self._programs.read(tenant.place, tenant.fit)  # type: ignore[arg-type]
         tenant.leaves, tenant.grads, tenant.mean, tenant.square = found
@@ -527,13 +444,13 @@ class Tenants:
         del self._placed[tenant]
         tenant.place = None
 
-    def _taken(self, tenant: _Tenant) -> Snapshot:
+    def _taken(self, tenant: Tenant) -> Snapshot:
         leaves, mean, square = tenant.leaves, tenant.mean, tenant.square
         if tenant.place is not None:
             leaves, _, mean, square = self._programs.read(tenant.place, tenant.fit)
         return Snapshot(tenant.recipe, {**leaves}, {**mean}, {**square}, tenant.step)
 
-    def _restored(self, tenant: _Tenant, snapshot: Snapshot, optimizer: bool) -> None:
+    def _restored(self, tenant: Tenant, snapshot: Snapshot, optimizer: bool) -> None:
         if tenant.place is not None:
             self._leave(tenant)
         tenant.leaves, tenant.grads = {**snapshot.leaves}, {}
@@ -556,51 +473,3 @@ def _check_trainable(recipe: Recipe) -> None:
             raise RecipeError(
                 f"Tenants: {type(method).__name__} {why}, which is not supported; leave that out"
             )
-
-
-def _next(tenant: _Tenant, kind: type) -> bool:
-    return bool(tenant.requests) and isinstance(tenant.requests[0], kind)
-
-
-def _fail(tenants: Sequence[_Tenant] | deque[_Tenant], error: UserError) -> None:
-    """Ends all requests of tenants with an error."""
-    for tenant in tenants:
-        while tenant.requests:
-            future = tenant.requests.popleft().future
-            if not future.done() and future.set_running_or_notify_cancel():
-                future.set_exception(error)
-
-
-def _stepped(tenant: _Tenant, norm: float, fine: bool) -> dict[str, float]:
-    """The metrics of a step; raises UserError where it was not made."""
-    sick, tenant.summed, tenant.sick = tenant.sick, False, False
-    if not fine or sick:
-        what = "a loss" if sick else f"the gradients' norm ({norm}) or an update"
-        raise UserError(
-            f"tenant {tenant.name!r}: {what} is not finite, so that no step was made; the adapter "
-            "is as it was, and the gradients are forgotten"
-        )
-    tenant.step += 1
-    return {"grad_norm": norm, "step": float(tenant.step)}
-
-
-def _rows(
-    passes: Sequence[_Pass], backward: bool, lengths: Sequence[int], most: int
-) -> list[tuple[_Pass, int]]:
-    """Takes up to `most` rows of these lengths from a tenant's requests."""
-    found: list[tuple[_Pass, int]] = []
-    for length in lengths:
-        for request in passes:
-            waiting = request.waiting.get(length)
-            while request.backward == backward and waiting and len(found) < most:
-                found.append((request, waiting.popleft()))
-    return found
-
-
-def _fill(batch: Batch, r: int, row: Checked, kind: int) -> None:
-    """Writes a row into a batch."""
-    n, given = row.tokens.size, batch.given
-    batch.tokens[r, :n], batch.targets[r, :n] = row.tokens, row.targets
-    given.kind[r], given.beta[r], given.counts[r, :n] = kind, row.beta, True
-    for name in ("weights", "reference", "low", "high", "sequence"):
-        getattr(given, name)[r, :n] = getattr(row, name)

@@ -27,10 +27,10 @@ Leaves = dict[str, Array]
 class Stack(NamedTuple):
     """All tenants on the device by path, with the places on the first axis."""
 
-    leaves: Leaves
-    grads: Leaves
-    mean: Leaves
-    square: Leaves
+    leaves: Any
+    grads: Any
+    mean: Any
+    square: Any
 
 
 class Tables(NamedTuple):
@@ -73,11 +73,14 @@ class Batch(NamedTuple):
     def empty(cls, groups: int, each: int, length: int) -> "Batch":
         """A batch of padding, to write into."""
         shape = groups * each, length
-        floats = [np.zeros(shape, np.float32) for _ in range(5)]
-        kind, beta = np.zeros(shape[0], np.int32), np.zeros(shape[0], np.float32)
-        given = Given(kind, np.zeros(shape, bool), *floats, beta)
+        given: dict[str, Any] = {name: np.zeros(shape, np.float32) for name in Given._fields}
+        given["kind"], given["counts"] = np.zeros(shape[0], np.int32), np.zeros(shape, bool)
+        given["beta"] = np.zeros(shape[0], np.float32)
         places, tokens = np.zeros(groups, np.int32), np.zeros(shape, np.int32)
-        return cls(places, tokens, np.full(shape, -1, np.int32), given)
+        return cls(places, tokens, np.full(shape, -1, np.int32), Given(**given))
+
+
+Due = tuple[int, int, Adam, bool]  # a place, the steps before, the numbers, whether it may not be
 
 
 class Steps(NamedTuple):
@@ -87,15 +90,16 @@ class Steps(NamedTuple):
     places: Any
     steps: Any
     numbers: Any
+    sick: Any
 
     @classmethod
-    def of(cls, most: int, steps: Sequence[tuple[int, int, Adam]]) -> "Steps":
-        """Steps as arrays: each has a place, the number of steps before, and Adam's numbers."""
-        places, before = np.zeros(most, np.int32), np.zeros(most, np.int32)
+    def of(cls, most: int, steps: Sequence[Due]) -> "Steps":
+        """Steps as arrays."""
+        places, before, sick = (np.zeros(most, np.int32) for _ in range(3))
         numbers = np.zeros((most, len(Adam._fields)), np.float32)
-        for i, (place, step, adam) in enumerate(steps):
-            places[i], before[i], numbers[i] = place, step, adam
-        return cls(np.int32(len(steps)), places, before, numbers)
+        for i, each in enumerate(steps):
+            places[i], before[i], numbers[i], sick[i] = each
+        return cls(np.int32(len(steps)), places, before, numbers, sick)
 
 
 class Programs:
@@ -105,7 +109,7 @@ class Programs:
         split: graph, adapter and rest of a bank's model, as `Bank.split` gives them.
         room: the largest adapter.
         places: how many tenants are on the device at a time.
-        shapes: the numbers of groups that a batch may have, rising.
+        sizes: the numbers of groups that a batch may have, rising.
         each: the number of rows of a group.
         lengths: the numbers of tokens that a row may have, rising.
 
@@ -119,13 +123,13 @@ class Programs:
         room: Room,
         *,
         places: int,
-        shapes: Sequence[int],
+        sizes: Sequence[int],
         each: int,
         lengths: Sequence[int],
     ) -> None:
         self._graphdef, self._adapter, self._base = split
         self.room, self.places, self.each = room, places, each
-        self.shapes, self.lengths = tuple(shapes), tuple(lengths)
+        self.sizes, self.lengths = tuple(sizes), tuple(lengths)
         self.tables = Tables.empty(room, places + 1)
         self._stack: Any = None
         self._compiled: dict[Any, Any] = {}
@@ -134,45 +138,38 @@ class Programs:
         """Makes the arrays and compiles every program; `compiled` is called after each."""
         idle = {path: x.astype(np.float32) for path, x in self.room.idle.items()}
         self._stack = jax.jit(self._idle)(idle)
-        passes = list(itertools.product(self.shapes, self.lengths, (True, False)))
-        of = len(passes) + 3
-        # Ahead of time, so that a call of other shapes fails where it would compile anew.
-        for n, (groups, length, backward) in enumerate(passes, 1):
+        stack, tables, sizes = self._stack, self.tables, self.tables.sizes
+        whole, place = self._host({}, {}, {}, {}), np.int32(0)
+        jobs: dict[Any, tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]] = {
+            "step": (self._steps, (0,), (stack, sizes, Steps.of(self.places, []))),
+            "write": (self._written, (0,), (stack, whole, place)),
+            "read": (self._taken, (), (stack, place)),
+        }
+        for groups, length in itertools.product(self.sizes, self.lengths):
             batch = Batch.empty(groups, self.each, length)
-            given = self._base, self._stack.leaves, self._stack.grads, self.tables, batch
-            if backward:
-                made = jax.jit(self._backward, donate_argnums=2).lower(*given)
-            else:
-                made = jax.jit(self._forward).lower(*given[:2], *given[3:])
-            self._compiled[groups, length, backward] = made.compile()
-            compiled(n, of)
-        place, whole = np.int32(0), self._host({}, {}, {}, {})
-        steps = Steps.of(self.places, [])
-        for name, run, given in (
-            ("step", self._steps, (self._stack, self.tables.sizes, steps)),
-            ("write", self._written, (self._stack, whole, place)),
-            ("read", self._taken, (self._stack, place)),
-        ):
-            donated = () if name == "read" else (0,)
-            made = jax.jit(run, donate_argnums=donated).lower(*given)
-            self._compiled[name] = made.compile()
-            compiled(of - 3 + len(self._compiled) - len(passes), of)
+            given = self._base, stack.leaves, tables, batch
+            jobs[groups, length, False] = self._forward, (), given
+            jobs[groups, length, True] = self._backward, (0,), (stack.grads, *given)
+        # Ahead of time, so that a call of other shapes fails where it would compile anew.
+        for n, (name, (run, donated, given)) in enumerate(jobs.items(), 1):
+            self._compiled[name] = jax.jit(run, donate_argnums=donated).lower(*given).compile()
+            compiled(n, len(jobs))
 
     def run(self, batch: Batch, backward: bool) -> tuple[np.ndarray, np.ndarray]:
         """Runs a batch; returns log-probabilities and losses, and adds up gradients if asked."""
         groups, length = batch.places.size, batch.tokens.shape[1]
         program = self._compiled[groups, length, backward]
+        given = self._base, self._stack.leaves, self.tables, batch
         if backward:
-            given = self._base, self._stack.leaves, self._stack.grads, self.tables, batch
-            grads, *found = program(*given)
+            grads, *found = program(self._stack.grads, *given)
             self._stack = self._stack._replace(grads=grads)
         else:
-            found = program(self._base, self._stack.leaves, self.tables, batch)
+            found = program(*given)
         logprobs, losses = jax.device_get(found)
         return logprobs, losses
 
-    def step(self, steps: Sequence[tuple[int, int, Adam]]) -> list[tuple[float, bool]]:
-        """Makes steps; of each the norm of its gradients, and whether it was finite and so made."""
+    def step(self, steps: Sequence[Due]) -> list[tuple[float, bool]]:
+        """Makes steps; of each its gradients' norm, and whether all was finite and so done."""
         given = Steps.of(self.places, steps)
         self._stack, found = self._compiled["step"](self._stack, self.tables.sizes, given)
         norms, fine = jax.device_get(found)
@@ -212,7 +209,7 @@ class Programs:
         return self._passed(base, mine, tables, batch)[1]
 
     def _backward(
-        self, base: Any, leaves: Leaves, grads: Leaves, tables: Tables, batch: Batch
+        self, grads: Leaves, base: Any, leaves: Leaves, tables: Tables, batch: Batch
     ) -> Any:
         mine = {path: _at(x, batch.places) for path, x in leaves.items()}
         trained = {path: mine[path] for path in self.room.trained}
@@ -250,7 +247,9 @@ class Programs:
             stack, norms, fine = carry
             place = steps.places[i]
             mine = jax.tree.map(lambda x: _at(x, place), stack)
-            after, norm, good = self._step(mine, sizes[place], steps.steps[i], steps.numbers[i])
+            after, norm, good = self._step(
+                mine, sizes[place], jax.tree.map(lambda x: x[i], steps[2:])
+            )
             stack = jax.tree.map(lambda x, new: x.at[place].set(new), stack, after)
             return stack, norms.at[i].set(norm), fine.at[i].set(good)
 
@@ -263,13 +262,13 @@ class Programs:
         self,
         mine: Stack,
         sizes: Int[Array, "leaves axes"],
-        step: Int[Array, ""],
-        numbers: Float[Array, " numbers"],
+        due: tuple[Int[Array, ""], Float[Array, " numbers"], Int[Array, ""]],
     ) -> tuple[Stack, Array, Array]:
         """A tenant after its step, its gradients' norm, and whether the step was made."""
+        step, numbers, sick = due
         adam = Adam(*numbers)
         grads = {path: _own(x, sizes[i]) for i, (path, x) in enumerate(mine.grads.items())}
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         most = jnp.where(adam.grad_clip_norm > 0, adam.grad_clip_norm, jnp.inf)
         clipped, _ = optax.clip_by_global_norm(most).update(grads, optax.EmptyState())
         leaves = {path: mine.leaves[path] for path in grads}
@@ -281,7 +280,7 @@ class Programs:
             for i, (path, x) in enumerate(updates.items())
         }
         # A sum of squares is finite only if all numbers are.
-        good = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        good = (sick == 0) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         after = mine._replace(
             leaves=mine.leaves | {path: leaves[path] + x for path, x in updates.items()},
             mean=state.mu,

@@ -305,13 +305,13 @@ _total.defvjp(_total_with_gradients, _gradients, symbolic_zeros=True)
 def _log_probs(head: Head, hidden: Array, labels: Array, held: tuple[Array, ...]) -> Array:
     """The log-probabilities of all chunks; `held` are the arrays that the head reads."""
     whole = tuple(map(gathered, held))
-    return jax.lax.map(lambda part: _of_chunk(head, *part, whole), (hidden, labels))
+    return jax.lax.map(lambda part: _of_chunk(head, part[0], part[1], whole), (hidden, labels))
 
 
 def _of_chunk(head: Head, hidden: Array, labels: Array, held: tuple[Array, ...]) -> Array:
     """The log-probabilities of one chunk."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return -_losses(head, hidden, labels, (labels >= 0).astype(wide), *held)
+    counts = (labels >= 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    return 0.0 - _losses(head, hidden, labels, counts, *held)
 
 
 def _log_probs_with_gradients(head: Head, hidden: Any, labels: Any, held: Any) -> Any:
@@ -320,7 +320,7 @@ def _log_probs_with_gradients(head: Head, hidden: Any, labels: Any, held: Any) -
 
     def one(part: tuple[Array, Array]) -> Any:
         if not hidden.perturbed:
-            return _of_chunk(head, *part, values), None
+            return _of_chunk(head, part[0], part[1], values), None
         found, pull = jax.vjp(lambda x: _of_chunk(head, x, part[1], values), part[0])
         # A token's log-probability depends on its own hidden state alone, so that one pass backward
         # gives the gradients of all of them.
