@@ -62,7 +62,7 @@ class Served:
         self.client = self.asking()
 
     def asking(self, key=None, page="<title>page</title>"):
-        return TestClient(application(self.api, page, LIMITS, key), HERE)
+        return TestClient(application(self.api, page, LIMITS, [key] if key else []), HERE)
 
     def files(self, name, **changed):
         """The files of a run's adapter, as a form has them; those changed have other bytes."""
