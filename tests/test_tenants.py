@@ -23,7 +23,7 @@ from adapters_jax.finetune.tenants import (
 from adapters_jax.finetune.tenants.losses import KINDS, LOSSES, THRESHOLDS, token_losses
 from adapters_jax.finetune.tenants.programs import Batch
 from adapters_jax.finetune.tenants.requests import checked_rows
-from adapters_jax.finetune.tenants.waiting import fill
+from adapters_jax.finetune.tenants.waiting import Pass, choose, fill
 from adapters_jax.trees import flatten
 
 VOCABULARY, EXAMPLE = 32, (jnp.ones((1, 4), int),)
@@ -208,28 +208,30 @@ def test_each_tenant_gets_the_numbers_of_training_alone(tenants):
 def test_losses_and_their_slopes_are_the_published_ones(loss):
     """Beside a row of another loss, with padding, and with thresholds of tokens."""
     rows, rng = [row(seed, loss, n) for seed, n in ((1, 9), (2, 5))], np.random.default_rng(3)
-    logprobs = np.log(1 / VOCABULARY) + rng.normal(0, 0.5, (3, 9))
+    logprobs = np.log(1 / VOCABULARY) + rng.normal(0, 0.5, (4, 9))
     config = dict(LOSSES[loss].config)
     if "clip_low_threshold" in config:
         config = {"clip_low_threshold": 0.7}
         rows[1].values["clip_high_threshold"] = rng.uniform(1.0, 1.5, 5)
-    checked = checked_rows(rows, loss, config, vocabulary=VOCABULARY, longest=9)
-    batch = Batch.empty(1, 3, 9)
-    for i, each in enumerate(checked):
-        fill(batch, i, each, KINDS[loss])
-    overflow = row(4, "importance_sampling", 9)
-    overflow.values["logprobs"] = np.full(9, -1e30)
-    (each,) = checked_rows([overflow], "importance_sampling", None, vocabulary=32, longest=9)
-    fill(batch, 2, each, KINDS["importance_sampling"])
+    # The ratio is more than float32 holds, which CISPO clips; importance sampling has no loss then.
+    for other in ("cispo", "importance_sampling"):
+        rows.append(row(4, other, 9))
+        rows[-1].values["logprobs"] = np.full(9, -200.0)
+    batch, cases = Batch.empty(1, 4, 9), [(loss, config)] * 2
+    cases += [("cispo", None), ("importance_sampling", None)]
+    for i, (each, case) in enumerate(zip(rows, cases, strict=True)):
+        (checked,) = checked_rows([each], *case, vocabulary=VOCABULARY, longest=9)
+        fill(batch, i, checked, KINDS[case[0]])
     losses = lambda x: token_losses(x, batch.given)  # noqa: E731
     found, back = jax.vjp(losses, jnp.asarray(logprobs, jnp.float32))
-    (slopes,) = back(jnp.ones((3, 9)))
-    for i, (each, n) in enumerate(zip(rows, (9, 5), strict=True)):
-        total, slope = formula(loss, logprobs[i, :n], each.values, config)
+    (slopes,) = back(jnp.ones((4, 9)))
+    for i, (each, case) in enumerate(zip(rows[:3], cases, strict=False)):
+        n = len(each.tokens)
+        total, slope = formula(case[0], logprobs[i, :n], each.values, case[1])
         np.testing.assert_allclose(found[i].sum(), total, rtol=1e-5)
         np.testing.assert_allclose(slopes[i, :n], slope, rtol=1e-4, atol=1e-5)
         assert not found[i, n:].any() and not slopes[i, n:].any()
-    assert not np.isfinite(found[2]).all()  # and yet the others are
+    assert not np.isfinite(found[3]).any()
 
 
 def test_nothing_compiles_after_the_start_and_places_are_shared(tenants, caplog):
@@ -305,6 +307,27 @@ def test_a_tenant_with_many_rows_does_not_keep_others_waiting(tenants):
     assert tenants.optim_step("many").result(60) == {"grad_norm": 0.0, "step": 0.0}
     tenants.drop("many")
     tenants.drop("few")
+
+
+def test_tenants_give_groups_in_turn_and_shorter_rows_fill_what_is_left():
+    def waits(*sizes):
+        rows = checked_rows(
+            *([row(1, "cross_entropy", n) for n in sizes], "cross_entropy", None),
+            **{"vocabulary": VOCABULARY, "longest": 16},
+        )
+        return [Pass(rows, "cross_entropy", True, (8, 16))]
+
+    def taken(turns, places=3):
+        length, _, groups = choose(turns, (1, 4), 2, places)
+        found = [(who, [x.rows[i].tokens.size for x, i in rows]) for who, rows in groups]
+        return length, found
+
+    long, few = waits(*[16] * 9), waits(16, 3, 5, 7)
+    groups = [("a", [16, 16]), ("b", [16, 3]), ("a", [16, 16]), ("a", [16, 16])]
+    assert taken({"a": long, "b": few}) == (16, groups)
+    assert taken({"b": few, "a": long}) == (8, [("b", [5, 7])])  # a smaller program is enough
+    groups = [("a", [16, 16]), ("c", [16, 3]), ("a", [16])]
+    assert taken({"a": long, "c": waits(16, 3), "d": waits(16)}, places=2) == (16, groups)
 
 
 GOOD = row(1, "cross_entropy", 4)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapting import adapt
-from adapters_jax.errors import RecipeError, UserError, check_size, shown
+from adapters_jax.errors import MismatchError, RecipeError, UserError, check_size, shown
 from adapters_jax.finetune.tenants.programs import Batch, Programs
 from adapters_jax.finetune.tenants.requests import (
     Adam,
@@ -62,7 +62,8 @@ class Tenants:
         vocabulary: the number of tokens that the model knows.
 
     Raises:
-        UserError: a size is not a positive whole number, or `group` does not divide `rows`.
+        UserError: the model is no decoder, a size is not a positive whole number, or `group` does
+            not divide `rows`.
         RecipeError: a method of the recipe has dropout, or acts from some tokens on; or the recipe
             does not fit the model or a bank.
 
@@ -91,6 +92,8 @@ class Tenants:
         group: int = 4,
         lengths: Sequence[int] = (64, 128, 256, 512),
     ) -> None:
+        if not hasattr(model, "hidden"):
+            raise UserError(f"Tenants: {type(model).__name__} is no decoder, which is what trains")
         self.recipe = Recipe(recipe)
         for name, value in (("places", places), ("rows", rows), ("group", group)):
             check_size("Tenants", name, value)
@@ -101,9 +104,8 @@ class Tenants:
             check_size("Tenants", "lengths", length)
         longest = getattr(model, "longest", None)
         if not self.lengths or (longest is not None and self.lengths[-1] > longest):
-            raise UserError(
-                f"Tenants: lengths={shown(lengths)}, expected one or more, each at most {longest}"
-            )
+            most = f", each at most {longest}" if longest else ""
+            raise UserError(f"Tenants: lengths={shown(lengths)}, expected one or more{most}")
         _check_trainable(self.recipe)
         self.vocabulary: int = model.config.vocab_size  # type: ignore[attr-defined]
         self._base = nnx.split(model)
@@ -267,16 +269,23 @@ class Tenants:
 
         Args:
             name: the tenant.
-            snapshot: of a tenant with an adapter of the same shapes.
+            snapshot: of a tenant with the same recipe.
             optimizer: whether it gets the optimiser's state too; else it gets a new one.
 
         Raises:
-            MismatchError: the shapes differ.
+            MismatchError: the shapes or the recipes differ.
             UnknownTenantError: there is no tenant of that name.
             ClosedError: the engine is closed.
         """
         tenant = self._named(name)
         tenant.fit.check(name, snapshot.leaves)
+        for moments in (snapshot.mean, snapshot.square):
+            tenant.fit.check(name, moments, some=True)
+        if snapshot.recipe != tenant.recipe:
+            raise MismatchError(
+                f"tenant {name!r} has {tenant.recipe}, and the snapshot is of {snapshot.recipe}; "
+                "restore it to a tenant that was created with the snapshot's recipe"
+            )
         return self._queue(name, Order(lambda: self._restored(tenant, snapshot, optimizer)))
 
     def _initial(self, recipe: Recipe, seed: int) -> Host:
@@ -289,6 +298,8 @@ class Tenants:
             return leaves_by_path(nnx.state(made, ADAPTERS))
 
         if recipe not in self._starts:
+            if len(self._starts) >= _RECIPES:
+                self._starts.pop(next(iter(self._starts)))
             self._starts[recipe] = jax.jit(start).lower(state, np.uint32(seed)).compile()
         return jax.device_get(self._starts[recipe](state, np.uint32(seed)))
 
@@ -352,9 +363,8 @@ class Tenants:
 
     def _orders(self) -> None:
         """Does what has to be done between batches."""
-        while due := self._due(Order):
-            for tenant, order in due:
-                self._end(tenant, order, order.work)
+        for tenant, order in self._due(Order):
+            self._end(tenant, order, order.work)
 
     def _steps(self) -> None:
         """Makes the steps that are due, as many in one program as there are places."""
@@ -460,6 +470,8 @@ class Tenants:
         tenant.step = snapshot.step if optimizer else 0
         tenant.summed = tenant.sick = False
 
+
+_RECIPES = 64  # whose initialisations stay compiled
 
 # Of which only the shape matters.
 _EXAMPLE = (jnp.zeros((1, 4), jnp.int32),)

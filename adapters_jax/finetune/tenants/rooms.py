@@ -105,12 +105,13 @@ class Fit(NamedTuple):
         own = {path: x for path, x in leaves.items() if path in self.shapes}
         return {p: np.array(x[tuple(map(slice, self.shapes[p]))]) for p, x in own.items()}
 
-    def check(self, name: str, leaves: Mapping[str, Any]) -> None:
-        """Raises MismatchError unless these are leaves of the tenant's shapes."""
+    def check(self, name: str, leaves: Mapping[str, Any], *, some: bool = False) -> None:
+        """Raises MismatchError unless these are leaves of the tenant's shapes; `some` may lack."""
         shapes = {path: tuple(np.shape(x)) for path, x in leaves.items()}
-        wrong = [p for p in {**shapes, **self.shapes} if shapes.get(p) != self.shapes.get(p)]
+        known = {p: s for p, s in self.shapes.items() if not some or p in shapes}
+        wrong = [path for path in {**shapes, **known} if shapes.get(path) != known.get(path)]
         if wrong:
-            given, own = (each.get(wrong[0], "absent") for each in (shapes, self.shapes))
+            given, own = (each.get(wrong[0], "absent") for each in (shapes, known))
             raise MismatchError(
                 f"tenant {name!r}: {wrong[0]} of the snapshot is {given}, expected {own}; restore "
                 "it to a tenant that was created with the snapshot's recipe"

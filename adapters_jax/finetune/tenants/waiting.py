@@ -187,29 +187,29 @@ def choose(
     """
     first = next(iter(turns.values()))[0]
     length, groups, named = first.longest, list[tuple[Tenant, Rows]](), set[Tenant]()
-    shorter = [n for n in reversed(first.waiting) if n < length]
+    fitting = [n for n in reversed(first.waiting) if n <= length]
     most = sizes[-1]
-    # Shorter rows fill what the program has room for in any case.
-    for lengths in ([length], [length, *shorter]):
+    # Shorter rows alone fill only what the program has room for in any case.
+    for begin in ([length], fitting):
         waiting = deque(turns)
         while waiting and len(groups) < most:
             tenant = waiting.popleft()
-            if tenant not in named and len(named) == places:
-                continue
-            if rows := _rows(turns[tenant], first.backward, lengths, each):
-                groups.append((tenant, rows))
+            passes = [x for x in turns[tenant] if x.backward == first.backward]
+            begins = any(request.waiting[n] for request in passes for n in begin)
+            if begins and (tenant in named or len(named) < places):
+                groups.append((tenant, _rows(passes, fitting, each)))
                 named.add(tenant)
                 waiting.append(tenant)
         most = next(n for n in sizes if n >= len(groups))
     return Chosen(length, first.backward, groups)
 
 
-def _rows(passes: Sequence[Pass], backward: bool, lengths: Sequence[int], most: int) -> Rows:
-    """Takes up to `most` rows of these lengths from a tenant's requests."""
+def _rows(passes: Sequence[Pass], lengths: Sequence[int], most: int) -> Rows:
+    """Takes up to `most` rows from a tenant's requests, by these lengths."""
     found: Rows = []
     for length in lengths:
         for request in passes:
             waiting = request.waiting[length]
-            while request.backward == backward and waiting and len(found) < most:
+            while waiting and len(found) < most:
                 found.append((request, waiting.popleft()))
     return found
