@@ -7,10 +7,12 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import tarfile
 import threading
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -28,7 +30,6 @@ from tinker import types  # noqa: E402
 from tinker.proto import tinker_public_pb2 as pb  # noqa: E402
 
 import adapters_jax as aj  # noqa: E402
-from adapters_jax.finetune.compare.grid import read_candidate  # noqa: E402
 from adapters_jax.finetune.formats import FORMATS  # noqa: E402
 from adapters_jax.finetune.serving import Sizes  # noqa: E402
 from adapters_jax.finetune.serving.adapters import DecoderBase, covering  # noqa: E402
@@ -47,7 +48,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 
 KEYS = ("tml-one", "tml-two")
 TEXT = [4, 5, 6, 7, 8, 9, 10, 11]
-HOULSBY = "houlsby --reduction-factor 8"
 UNTIED = {"tie_word_embeddings": False, "max_position_embeddings": 64}
 
 
@@ -55,12 +55,11 @@ class Parts:
     """What all servers of this file share: the base and the compiled programs."""
 
     def __init__(self, llama):
-        def build(text):
-            return read_candidate(text).method.build(num_layers=3, layer="layers/{}")
-
         self.base = DecoderBase(llama)
-        self.recipes = Recipes(self.base, 4, build)
-        room = covering(map(self.base.planned, (self.recipes.largest, build(HOULSBY))))
+        self.recipes = Recipes(self.base, 4)
+        room = covering(
+            map(self.base.planned, (self.recipes.largest, aj.houlsby(reduction_factor=8)))
+        )
         bank = aj.Bank(self.base.adapted(room), capacity=4)
         self.engine = Engine(bank, Sizes(rows=2, context=32, pieces=(1, 8)))
         sizes = {"places": 2, "rows": 4, "group": 2, "lengths": (16,)}
@@ -127,6 +126,10 @@ def connected(server, key=KEYS[0]):
     yield client
     client.close("success").result(30)
     del client
+    collect()
+
+
+def collect():
     with warnings.catch_warnings(action="ignore"):  # it leaves a connection open
         gc.collect()
 
@@ -234,10 +237,12 @@ def test_a_model_resumes_from_a_checkpoint_of_a_server_that_is_gone(parts, tmp_p
         assert len(rest.list_checkpoints(run).result(30).checkpoints) == 1
 
 
-@pytest.mark.parametrize("metadata", [HOULSBY, aj.Recipe(aj.LoRA("**/mlp/*", 2)).to_json()])
-def test_other_methods_and_recipes(server, metadata):
+@pytest.mark.parametrize(
+    "recipe", [aj.houlsby(reduction_factor=16), aj.Recipe(aj.LoRA("**/mlp/*", 2))]
+)
+def test_other_methods_and_recipes(server, recipe):
     with connected(server) as client:
-        model, losses = trained(client, 12, 0.05, user_metadata={"recipe": metadata})
+        model, losses = trained(client, 12, 0.05, user_metadata={"recipe": recipe.to_json()})
         assert losses[-1] < losses[0] - 1 and not model.get_info().is_lora
         sampler = model.save_weights_and_get_sampling_client()
         (sequence,) = sampled(sampler).sequences
@@ -461,7 +466,7 @@ def test_bad_models(server):
     for changed in (
         {"base_model": "other"},
         {"session_id": "none"},
-        {"user_metadata": {"recipe": "nothing --rank 2"}},
+        {"user_metadata": {"recipe": "lora --config /etc/passwd"}},
         {"user_metadata": {"recipe": "[{]"}},
         {"optimizer_config": {"type": "dimuon", "version": 1}},
     ):
@@ -557,20 +562,36 @@ def test_bad_samples(server, changed):
         assert answer.status_code == 400
 
 
+def run_block(page, address):
+    """Runs the block of a page that asks a server."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    block = next(x for x in re.findall(r"```python\n(.*?)```", text, re.S) if "import tinker" in x)
+    seen = {}
+    exec(block.replace("http://localhost:8000", address).replace("smollm2-135m", "llama"), seen)
+    if "answer" in seen:
+        assert seen["answer"].sequences[0].tokens == seen["ids"][2:] and seen["loss"] < 0.1
+    seen["client"].close("success").result(30)
+
+
 def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
     """A server as the README starts it, killed and started again."""
     flags = (llama, "--train", "--rank", "4", "--context", "32", "--rows", "2", "--keep")
     more = ("--adapters", "2", "--places", "2")
     with serving(*flags, str(tmp_path), *more) as server:
+        for page in ("README.md", "docs/guides/training-service.md"):
+            run_block(page, server.address)
         client = tinker.ServiceClient(base_url=server.address, api_key="tml-any")
         model, _ = trained(client, 2)
         path = model.save_state("two").result(60).path
         expected = step(model)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
+        client.holder.close()
     with serving(*flags, str(tmp_path), *more) as server, connected(server, "tml-any") as client:
         model = client.create_training_client_from_state_with_optimizer(path)
         model = model.result(60) if hasattr(model, "result") else model
         assert step(model) == expected
         with server.open("/v1/models") as answer:
             assert json.load(answer)["data"][0]["id"] == "llama"
+    del client, model
+    collect()

@@ -275,7 +275,7 @@ class Serve(Command):
         if self.train:
             from adapters_jax.finetune.tinker.recipes import Recipes
 
-            recipes = Recipes(base, self.rank, build)
+            recipes = Recipes(base, self.rank)
             built = [recipes.largest, *map(build, self.room)]
         later = [base.planned(each) for each in built]
         room = (recipes, covering(later)) if self.train else None

@@ -40,7 +40,7 @@ class Limits:
 
     body: int = 2**20
     upload: int = 2**28
-    training: int = 2**24
+    training: int = 2**23
     seconds: float = 300.0
     receiving: float = 30.0
     connections: int = 512

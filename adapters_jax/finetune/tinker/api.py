@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -29,7 +30,6 @@ from adapters_jax.finetune.tinker import checkpoints, wire
 from adapters_jax.finetune.tinker.futures import waited
 from adapters_jax.finetune.tinker.sampling import asked
 from adapters_jax.finetune.tinker.service import Model, Service
-from adapters_jax.texts import parse_json
 
 V1 = "/api/v1"
 _PATIENCE = 20.0  # seconds that a question for an answer is held; the client waits for 45
@@ -52,6 +52,7 @@ class TrainingApi:
     ) -> None:
         self._do, self._names, self._context, self._limits = service, names, context, limits
         self._secret = secrets.token_bytes(32)
+        self._reading = asyncio.Semaphore(2)  # bodies at a time, as each may become much larger
 
     def routes(self) -> list[Route]:
         """The paths."""
@@ -106,7 +107,11 @@ class TrainingApi:
     async def config(self, _: Request) -> Response:
         """What the client is to do: pack its data, and ask for all samples of a session at once."""
         flags = types.ClientConfigResponse(
-            proto_compress_fwdbwd=True, sample_use_retrieve_futures=True
+            proto_compress_fwdbwd=True,
+            sample_use_retrieve_futures=True,
+            # That of httpx instead: pyqwest's loses a cancellation, and the client then hangs as it
+            # closes, with one question for samples under way.
+            use_pyqwest_transport=False,
         )
         return JSONResponse(flags.model_dump())
 
@@ -189,20 +194,11 @@ class TrainingApi:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != wire.PROTOBUF:
             raise HTTPException(415, f"expected a body of the type {wire.PROTOBUF}")
-        body, encoding = await request.body(), request.headers.get("content-encoding", "")
-        read = await asyncio.to_thread(
-            lambda: wire.read_pass(wire.unpacked(body, encoding, self._limits.training))
-        )
+        read, rows, tokens = await self._read(_whole_pass, request)
         model = self._do.model(_owner(request), read.model)
         if request.url.path.endswith("/forward"):
             read.message.forward_only = True
-        rows: Any
-        try:
-            rows = await asyncio.to_thread(wire.rows_of, read.message)
-        except UserError as error:
-            rows = error  # the request has its place in the order all the same
-        name = self._do.passed(model, read, rows, wire.tokens_in(read.message))
-        return _later(name, model.id)
+        return _later(self._do.passed(model, read, rows, tokens), model.id)
 
     async def step(self, request: Request) -> Response:
         """Begins a step of the optimiser."""
@@ -229,15 +225,16 @@ class TrainingApi:
 
     async def load(self, request: Request) -> Response:
         """Begins to load a checkpoint, into a model that is there or a new one."""
-        data = await self._body(request)
-        body = parsed(types.LoadWeightsRequest, data)
-        if body.model_id is None:
+        model: Any
+        kind = types.LoadWeightsRequest
+        body = await self._read(lambda data: _or_error(kind, data), request)
+        if not isinstance(body, UserError) and body.model_id is None:
             if body.base_model is not None:
                 self._check_base(body.base_model)
-            model_id, name = self._do.create_from(_owner(request), body)
-            return _later(name, model_id)
-        model = self._do.model(_owner(request), body.model_id)
-        return _later(self._do.load(model, body), model.id)
+            model, name = self._do.create_from(_owner(request), body)
+            return _later(name, model)
+        model, body = await self._numbered(kind, request)
+        return _later(body if isinstance(body, str) else self._do.load(model, body), model.id)
 
     def _check_base(self, name: str) -> None:
         if name not in self._names:
@@ -251,20 +248,13 @@ class TrainingApi:
         The client counts a request that is refused, so what is wrong with it is its answer: the
         name of that comes in place of the body.
         """
-        data = await self._body(request)
-        owner = _owner(request)
-        try:
-            body = parsed(kind, data)
-            if body.seq_id is None:
-                raise UserError("the body: seq_id: expected a number")
-            return self._do.model(owner, body.model_id), body
-        except UnknownModelError:
-            raise
-        except UserError as error:
-            problem, ids = error, _ids(data)
+        body, ids = await self._read(lambda data: (_or_error(kind, data), _ids(data)), request)
+        problem = body if isinstance(body, UserError) else None
         if ids is None:
-            raise problem
-        model = self._do.model(owner, ids[0])
+            raise problem or UserError("the body: model_id, seq_id: expected a text and a number")
+        model = self._do.model(_owner(request), ids[0])
+        if problem is None:
+            return model, body
 
         def refuse() -> Any:
             raise problem
@@ -325,9 +315,10 @@ class TrainingApi:
         for name in body.retrieved_request_ids:
             self._do.futures.drop(owner, name)
         seconds = _PATIENCE if body.timeout is None else min(body.timeout, _PATIENCE)
-        self._do.sampler(owner, target.sampling_session_id)
-        list_ = f"{target.sampling_session_id}:{target.cloned_sampler_id}"
-        return JSONResponse(await self._do.futures.ended(owner, list_, body.prev_cursor, seconds))
+        if body.timeout != 0:  # else it only reports what it has, maybe behind the session's end
+            self._do.sampler(owner, target.sampling_session_id)
+        name = f"{target.sampling_session_id}:{target.cloned_sampler_id}"
+        return JSONResponse(await self._do.futures.ended(owner, name, body.prev_cursor, seconds))
 
     # Checkpoints and runs
 
@@ -387,9 +378,8 @@ class TrainingApi:
 
     async def weights_info(self, request: Request) -> Response:
         """What a model of a checkpoint needs."""
-        values = parse_json((await self._body(request)).decode("utf-8", "replace"))
-        path = values.get("tinker_path") if isinstance(values, dict) else None
-        about = self._do.checkpoints.find(_owner(request), str(path)).about
+        body = await self._read(_Path, request)
+        about = self._do.checkpoints.find(_owner(request), body.tinker_path).about
         more = {k: v for k, v in (about["lora"] or {}).items() if k.startswith("train_")}
         return JSONResponse({"base_model": self._names[0], **_lora(about), **more})
 
@@ -435,12 +425,38 @@ class TrainingApi:
         data = await asyncio.to_thread(file.read_bytes)
         return Response(data, media_type="application/octet-stream")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _read(self, read: Any, request: Request) -> Any:
+        """A body: what a function makes of its bytes, or what a kind of request reads of them."""
         body, encoding = await request.body(), request.headers.get("content-encoding", "")
-        return await asyncio.to_thread(wire.unpacked, body, encoding, self._limits.training)
 
-    async def _read(self, kind: Any, request: Request) -> Any:
-        return parsed(kind, await self._body(request))
+        def make() -> Any:
+            data = wire.unpacked(body, encoding, self._limits.training)
+            return parsed(read, data) if isinstance(read, type) else read(data)
+
+        async with self._reading:
+            return await asyncio.to_thread(make)
+
+
+class _Path(BaseModel):
+    tinker_path: str
+
+
+def _whole_pass(data: bytes) -> tuple[wire.Pass, Any, int]:
+    """A forward pass, its rows and their number of tokens."""
+    read = wire.read_pass(data)
+    rows: Any
+    try:
+        rows = wire.rows_of(read.message)
+    except UserError as error:
+        rows = error  # the request has its place in the order all the same
+    return read, rows, wire.tokens_in(read.message)
+
+
+def _or_error(kind: Any, data: bytes) -> Any:
+    try:
+        return parsed(kind, data)
+    except UserError as error:
+        return error
 
 
 def _owner(request: Request) -> str:

@@ -118,6 +118,8 @@ class Futures:
             raise UserError(
                 f"the request has {tokens} tokens, expected at most {bounds.tokens}; send fewer"
             )
+        if name in own.ended:
+            self._remove(own, name)
         self._forget(own, room=1)
         if len(own.entries) >= bounds.futures or own.tokens + tokens > bounds.tokens:
             raise BusyError("as much is on its way for this key as may be; try again later")
@@ -170,7 +172,9 @@ class Futures:
 
     async def ended(self, owner: str, target: str, cursor: int, seconds: float) -> dict[str, Any]:
         """The requests of a sampling session that ended since a cursor, once there are some."""
-        found = self._ended.setdefault((owner, target), _Ended())
+        found = self._ended.get((owner, target)) or _Ended(cursor + 1)
+        if seconds > 0:  # else nobody will ask again, and there is nothing to keep for it
+            self._ended[owner, target] = found
         found.trim(cursor)
         if not found.ids:
             found.more.clear()

@@ -1,8 +1,8 @@
-"""What trains of a model: Tinker's LoRA, or a method or recipe of this library."""
+"""What trains of a model: Tinker's LoRA, or a recipe of this library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adapters_jax.errors import UserError
@@ -21,13 +21,12 @@ class Recipes:
     Args:
         base: the decoder.
         rank: the largest rank of LoRA.
-        build: the recipe of a method and its flags, such as "houlsby --reduction-factor 8".
 
     Attributes:
         largest: LoRA of that rank on every weight that a client can ask for.
     """
 
-    def __init__(self, base: DecoderBase, rank: int, build: Callable[[str], Recipe]) -> None:
+    def __init__(self, base: DecoderBase, rank: int) -> None:
         everything = Recipe(LoRA("**", rank, ALPHA))
         owners = owners_of(everything, list(base.planned(everything).leaves))
         # The rows of a table that texts are looked up in are no layer that Tinker adapts.
@@ -36,7 +35,7 @@ class Recipes:
         for path in paths:
             part = "attn" if "/attention/" in path else "mlp" if "/" in path else "unembed"
             self._parts[part].append(path)
-        self._rank, self._build = rank, build
+        self._rank = rank
         self.largest = Recipe(LoRA(tuple(paths), rank, ALPHA))
 
     def of(self, lora: Any, metadata: Mapping[str, str]) -> tuple[Recipe, dict[str, Any]]:
@@ -44,15 +43,15 @@ class Recipes:
 
         Args:
             lora: Tinker's LoRA, or None.
-            metadata: what the client says of the model; "recipe" has a method and its flags, or
-                the JSON of a recipe, which takes the place of Tinker's LoRA.
+            metadata: what the client says of the model; "recipe" has the JSON of a recipe, which
+                takes the place of Tinker's LoRA.
 
         Raises:
             UserError: it is none, or its rank is above the server's.
         """
         text = metadata.get(KEY)
         if text is not None:
-            made = Recipe.from_json(text) if text.lstrip()[:1] in "{[" else self._build(text)
+            made = Recipe.from_json(text)
             return made, {"lora": None, "recipe": made.to_json()}
         if lora is None:
             raise UserError(f"the model has no lora_config, and no {KEY!r} in its user_metadata")

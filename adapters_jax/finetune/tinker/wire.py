@@ -19,6 +19,7 @@ from adapters_jax.finetune.serving.slots import Likely
 from adapters_jax.finetune.tenants import Passed, Row
 
 PROTOBUF = "application/x-protobuf"
+MOST_DATA = 8192  # of one request; the client sends at most 1,024
 _KINDS = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_INT64: "<i8", pb.DTYPE_INT32: "<i4"}
 _NOTHING = -99999.0  # the client's log-probability where there is no token
 
@@ -74,6 +75,8 @@ def read_pass(data: bytes) -> Pass:
         message.ParseFromString(data)
     except DecodeError as error:
         raise UserError(f"the body is no ForwardBackwardRequest: {error}") from None
+    if len(message.data) > MOST_DATA:  # each costs time, also an empty one
+        raise UserError(f"the body has {len(message.data)} data, expected at most {MOST_DATA}")
     return Pass(message.model_id, message.seq_id, message)
 
 
