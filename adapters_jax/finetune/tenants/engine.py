@@ -20,7 +20,8 @@ from flax import nnx
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import MismatchError, RecipeError, UserError, check_size, shown
-from adapters_jax.finetune.tenants.programs import Batch, Programs
+from adapters_jax.finetune.tenants.places import Places
+from adapters_jax.finetune.tenants.programs import Batch, Programs, Stack
 from adapters_jax.finetune.tenants.requests import (
     Adam,
     ClosedError,
@@ -46,6 +47,9 @@ class Tenants:
 
     Rows of several tenants are computed by one program, each with its tenant's adapter; methods,
     ranks and losses may differ. Gradients add up over `forward_backward`s until `optim_step`.
+    Requests of one tenant are done in the order of the calls. Each raises UnknownTenantError where
+    there is no tenant of that name, and ClosedError where the engine is closed.
+
     All programs are compiled by `start`. A recipe that `create` sees for the first time compiles
     its initialisation, in the caller's thread.
 
@@ -124,8 +128,7 @@ class Tenants:
         self._starts: dict[Recipe, Any] = {}
         self._tenants: dict[str, Tenant] = {}
         self._turns: deque[Tenant] = deque()  # in the order in which they may give rows
-        self._placed: dict[Tenant, None] = {}  # those on the device, last named last
-        self._free = list(range(places, 0, -1))
+        self._places = Places(self._programs)
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="tenants", daemon=True)
@@ -184,7 +187,7 @@ class Tenants:
         self._check_new(name)
         leaves = self._initial(recipe, seed)
         fit = self._programs.room.fit(name, recipe, {p: x.shape for p, x in leaves.items()})
-        tenant = Tenant(name, recipe, fit, leaves)
+        tenant = Tenant(name, recipe, fit, Stack(leaves, {}, {}, {}))
         with self._changed:
             self._check_new(name)
             self._tenants[name] = tenant
@@ -224,8 +227,6 @@ class Tenants:
 
         Raises:
             UserError: the rows, the loss or its settings are not as they should be.
-            UnknownTenantError: there is no tenant of that name.
-            ClosedError: the engine is closed.
         """
         self._named(name)
         checked = checked_rows(
@@ -249,20 +250,13 @@ class Tenants:
 
         Raises:
             UserError: a number is out of its range.
-            UnknownTenantError: there is no tenant of that name.
-            ClosedError: the engine is closed.
         """
         return self._queue(name, Step(adam.checked()))
 
     def snapshot(self, name: str) -> "Future[Snapshot]":
-        """The tenant's adapter and optimiser state, after all requests before this one.
-
-        Raises:
-            UnknownTenantError: there is no tenant of that name.
-            ClosedError: the engine is closed.
-        """
+        """The tenant's adapter and optimiser state, after all requests before this one."""
         tenant = self._named(name)
-        return self._queue(name, Order(lambda: self._taken(tenant)))
+        return self._queue(name, Order(lambda: self._snapshot(tenant)))
 
     def restore(self, name: str, snapshot: Snapshot, *, optimizer: bool) -> "Future[None]":
         """Gives a tenant the adapter of a snapshot, and forgets its gradients.
@@ -274,8 +268,6 @@ class Tenants:
 
         Raises:
             MismatchError: the shapes or the recipes differ.
-            UnknownTenantError: there is no tenant of that name.
-            ClosedError: the engine is closed.
         """
         tenant = self._named(name)
         tenant.fit.check(name, snapshot.leaves)
@@ -286,7 +278,7 @@ class Tenants:
                 f"tenant {name!r} has {tenant.recipe}, and the snapshot is of {snapshot.recipe}; "
                 "restore it to a tenant that was created with the snapshot's recipe"
             )
-        return self._queue(name, Order(lambda: self._restored(tenant, snapshot, optimizer)))
+        return self._queue(name, Order(lambda: self._restore(tenant, snapshot, optimizer)))
 
     def _initial(self, recipe: Recipe, seed: int) -> Host:
         """The leaves of a new adapter."""
@@ -352,9 +344,7 @@ class Tenants:
         """Frees the place of a tenant that was dropped."""
         with self._changed:
             self._turns.remove(tenant)
-        if tenant.place is not None:
-            self._free.append(tenant.place)
-            del self._placed[tenant]
+        self._places.leave(tenant)
 
     def _due(self, kind: type) -> list[tuple[Tenant, Any]]:
         """The tenants whose next request is of a kind, and that request."""
@@ -376,7 +366,7 @@ class Tenants:
         due = [each for each in due if each[0].summed][: self._programs.places]
         if not due:
             return
-        places = self._place([tenant for tenant, _ in due])
+        places = self._places.of([tenant for tenant, _ in due])
         given = [(place, t, step.adam) for place, (t, step) in zip(places, due, strict=True)]
         made = self._programs.step([(place, t.step, adam, t.sick) for place, t, adam in given])
         for (tenant, step), (norm, fine) in zip(due, made, strict=True):
@@ -396,7 +386,7 @@ class Tenants:
                 self._turns.append(tenant)
         size = next(n for n in programs.sizes if n >= len(groups))
         batch = Batch.empty(size, programs.each, length)
-        batch.places[: len(groups)] = self._place([tenant for tenant, _ in groups])
+        batch.places[: len(groups)] = self._places.of([tenant for tenant, _ in groups])
         rows = [
             (r, tenant, *row)
             for g, (tenant, rows) in enumerate(groups)
@@ -430,43 +420,14 @@ class Tenants:
             if waits:
                 request.future.set_result(result)
 
-    def _place(self, tenants: Sequence[Tenant]) -> list[int]:
-        """The places of these tenants on the device; those that have none get one."""
-        named = dict.fromkeys(tenants)
-        self._placed |= {each: self._placed.pop(each) for each in named if each in self._placed}
-        for tenant in named:
-            if tenant.place is None:
-                if not self._free:
-                    self._leave(next(iter(self._placed)))
-                tenant.place, self._placed[tenant] = self._free.pop(), None
-                arrays = tenant.leaves, tenant.grads, tenant.mean, tenant.square
-                self._programs.write(tenant.place, tenant.fit, *arrays)
-                tenant.leaves = tenant.grads = tenant.mean = tenant.square = {}
-        return [tenant.place or 0 for tenant in tenants]
-
-    def _leave(self, tenant: Tenant) -> None:
-        """Takes a tenant to the host."""
-        found = self._programs.read(tenant.place, tenant.fit)  # type: ignore[arg-type]
-        tenant.leaves, tenant.grads, tenant.mean, tenant.square = found
-        if not tenant.summed:
-            tenant.grads = {}
-        self._free.append(tenant.place)  # type: ignore[arg-type]
-        del self._placed[tenant]
-        tenant.place = None
-
-    def _taken(self, tenant: Tenant) -> Snapshot:
-        leaves, mean, square = tenant.leaves, tenant.mean, tenant.square
-        if tenant.place is not None:
-            leaves, _, mean, square = self._programs.read(tenant.place, tenant.fit)
+    def _snapshot(self, tenant: Tenant) -> Snapshot:
+        leaves, _, mean, square = self._places.arrays(tenant)
         return Snapshot(tenant.recipe, {**leaves}, {**mean}, {**square}, tenant.step)
 
-    def _restored(self, tenant: Tenant, snapshot: Snapshot, optimizer: bool) -> None:
-        if tenant.place is not None:
-            self._leave(tenant)
-        tenant.leaves, tenant.grads = {**snapshot.leaves}, {}
-        tenant.mean, tenant.square = (
-            ({**snapshot.mean}, {**snapshot.square}) if optimizer else ({}, {})
-        )
+    def _restore(self, tenant: Tenant, snapshot: Snapshot, optimizer: bool) -> None:
+        self._places.leave(tenant)
+        moments = (snapshot.mean, snapshot.square) if optimizer else ({}, {})
+        tenant.arrays = Stack(snapshot.leaves, {}, *moments)
         tenant.step = snapshot.step if optimizer else 0
         tenant.summed = tenant.sick = False
 

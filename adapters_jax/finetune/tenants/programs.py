@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from adapters_jax.finetune.tenants.losses import Given, token_losses
 from adapters_jax.finetune.tenants.requests import Adam
-from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
+from adapters_jax.finetune.tenants.rooms import Fit, Room
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.training.losses.chunked import token_log_probs
 
@@ -25,7 +25,7 @@ Leaves = dict[str, Array]
 
 
 class Stack(NamedTuple):
-    """All tenants on the device by path, with the places on the first axis."""
+    """Arrays by path: of one tenant, or of all on the device, with their places in front."""
 
     leaves: Any
     grads: Any
@@ -139,7 +139,7 @@ class Programs:
         idle = {path: x.astype(np.float32) for path, x in self.room.idle.items()}
         self._stack = jax.jit(self._idle)(idle)
         stack, tables, sizes = self._stack, self.tables, self.tables.sizes
-        whole, place = self._host({}, {}, {}, {}), np.int32(0)
+        whole, place = self._padded(Stack({}, {}, {}, {})), np.int32(0)
         jobs: dict[Any, tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]] = {
             "step": (self._steps, (0,), (stack, sizes, Steps.of(self.places, []))),
             "write": (self._written, (0,), (stack, whole, place)),
@@ -175,22 +175,20 @@ class Programs:
         norms, fine = jax.device_get(found)
         return [(float(norms[i]), bool(fine[i])) for i in range(len(steps))]
 
-    def write(self, place: int, fit: Fit, leaves: Host, grads: Host, mean: Host, sq: Host) -> None:
-        """Puts a tenant into a place; leaves are in its own shapes, absent ones zeros."""
+    def write(self, place: int, fit: Fit, mine: Stack) -> None:
+        """Puts a tenant into a place; its arrays have its own shapes, and absent ones are zeros."""
         self.tables.write(place, fit)
-        whole = self._host(leaves, grads, mean, sq)
-        self._stack = self._compiled["write"](self._stack, whole, np.int32(place))
+        self._stack = self._compiled["write"](self._stack, self._padded(mine), np.int32(place))
 
-    def read(self, place: int, fit: Fit) -> tuple[Host, Host, Host, Host]:
-        """A tenant's leaves, gradients and both moments, in its own shapes."""
+    def read(self, place: int, fit: Fit) -> Stack:
+        """A tenant's arrays, in its own shapes."""
         found = jax.device_get(self._compiled["read"](self._stack, np.int32(place)))
-        return tuple(fit.cut(x) for x in found)  # type: ignore[return-value]
+        return Stack(*map(fit.cut, found))
 
-    def _host(self, leaves: Host, *rest: Host) -> Stack:
+    def _padded(self, mine: Stack) -> Stack:
         """A tenant's arrays in the room's shapes."""
-        return Stack(
-            self.room.padded(leaves), *(self.room.padded(each, zeros=True) for each in rest)
-        )
+        rest = (self.room.padded(each, zeros=True) for each in mine[1:])
+        return Stack(self.room.padded(mine.leaves), *rest)
 
     def _idle(self, idle: Leaves) -> Stack:
         """The arrays of all places, each with an idle adapter."""

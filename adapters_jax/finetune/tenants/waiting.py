@@ -10,9 +10,9 @@ import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.tenants.losses import KINDS
-from adapters_jax.finetune.tenants.programs import Batch
+from adapters_jax.finetune.tenants.programs import Batch, Stack
 from adapters_jax.finetune.tenants.requests import Adam, Checked, Passed
-from adapters_jax.finetune.tenants.rooms import Fit, Host
+from adapters_jax.finetune.tenants.rooms import Fit
 from adapters_jax.recipe import Recipe
 
 
@@ -87,18 +87,15 @@ class Order:
 
 @dataclasses.dataclass(eq=False)
 class Tenant:
-    """A tenant; what it has on the host is in its own shapes.
+    """A tenant.
 
     Attributes:
         name: its name.
         recipe: its recipe.
         fit: how its leaves lie in the room.
-        leaves: its leaves, unless it has a place; likewise the next three.
-        grads: its gradients, as far as they are not zeros; likewise the next two.
-        mean: Adam's mean of gradients.
-        square: the mean of their squares.
+        arrays: its arrays in its own shapes, without those that are zeros; old ones while it has a
+            place on the device.
         step: the number of steps made.
-        place: where it is on the device; None on the host.
         summed: whether it has gradients.
         sick: whether one of their losses was not finite.
         requests: what it waits for, in the order of the calls.
@@ -107,12 +104,8 @@ class Tenant:
     name: str
     recipe: Recipe
     fit: Fit
-    leaves: Host
-    grads: Host = dataclasses.field(default_factory=dict)
-    mean: Host = dataclasses.field(default_factory=dict)
-    square: Host = dataclasses.field(default_factory=dict)
+    arrays: Stack
     step: int = 0
-    place: int | None = None
     summed: bool = False
     sick: bool = False
     requests: deque[Any] = dataclasses.field(default_factory=deque)
