@@ -534,6 +534,22 @@ def test_a_client_that_never_asks_for_its_answers(parts, tmp_path):
         assert ask(server, "create_model", {**body, "lora_config": {"rank": 2}}).status_code == 200
 
 
+def test_the_sampling_session_that_was_used_least_recently_makes_room(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(samplers=11)) as server:
+        body = {"tags": [], "user_metadata": None, "sdk_version": "0"}
+        session = ask(server, "create_session", body).json()["session_id"]
+        names = []
+        for i in range(12):
+            body = {"session_id": session, "sampling_session_seq_id": i, "base_model": "llama"}
+            answer = ask(server, "create_sampling_session", body)
+            names.append(answer.json()["sampling_session_id"])
+            assert ask(server, f"samplers/{names[1 % len(names)]}", method="GET").status_code == 200
+        there = [ask(server, f"samplers/{name}", method="GET").status_code for name in names]
+        assert there == [404] + [200] * 11
+        assert ask(server, f"sessions/{session}/finish", {}).status_code == 200
+        assert len(server.service.samplers) == 0
+
+
 BAD_SAMPLES = [
     {"num_samples": 0},
     {"num_samples": 10**6},

@@ -6,16 +6,11 @@ server of `skyrl-tx` 0.3.
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import hmac
 import json
 import secrets
-import time
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,18 +18,18 @@ from starlette.routing import Route
 from tinker import types
 
 from adapters_jax.errors import UserError
-from adapters_jax.finetune.serving.guard import Limits
+from adapters_jax.finetune.serving.guard import TRAINING, Limits
 from adapters_jax.finetune.serving.requests import UnknownModelError
 from adapters_jax.finetune.serving.schemas import parsed
-from adapters_jax.finetune.tinker import checkpoints, wire
+from adapters_jax.finetune.tinker import wire
+from adapters_jax.finetune.tinker.archives import Archives
+from adapters_jax.finetune.tinker.bodies import Reader, lora_in, owner_of
 from adapters_jax.finetune.tinker.futures import waited
 from adapters_jax.finetune.tinker.sampling import asked
 from adapters_jax.finetune.tinker.service import Model, Service
 
-V1 = "/api/v1"
 _PATIENCE = 20.0  # seconds that a question for an answer is held; the client waits for 45
 _CLONE = 1_000_000_000  # clones of a sampling client count from multiples of it
-_LINK = 3600.0  # seconds that a link to a file holds
 
 
 class TrainingApi:
@@ -50,13 +45,11 @@ class TrainingApi:
     def __init__(
         self, service: Service, names: tuple[str, ...], context: int, limits: Limits
     ) -> None:
-        self._do, self._names, self._context, self._limits = service, names, context, limits
-        self._secret = secrets.token_bytes(32)
-        self._reading = asyncio.Semaphore(2)  # bodies at a time, as each may become much larger
+        self._do, self._names, self._context = service, names, context
+        self._reader = Reader(limits)
 
     def routes(self) -> list[Route]:
         """The paths."""
-        run, checkpoint = f"{V1}/training_runs/{{run}}", "checkpoints/{kind}/{name}"
         posts: dict[str, Callable[[Request], Any]] = {
             "client/config": self.config,
             "client/dynamic_config": self.dynamic_config,
@@ -73,29 +66,18 @@ class TrainingApi:
             "save_weights_external": self.save,
             "save_weights_for_sampler": self.save,
             "load_weights": self.load,
-            "weights_info": self.weights_info,
             "create_sampling_session": self.create_sampling_session,
             "asample": self.sample,
             "retrieve_future": self.retrieve,
             "retrieve_futures": self.retrieve_many,
             "telemetry": self.telemetry,
         }
-        gets: dict[str, Callable[[Request], Any]] = {
-            f"{V1}/healthz": self.health,
-            f"{V1}/get_server_capabilities": self.capabilities,
-            f"{V1}/samplers/{{sampler}}": self.sampler,
-            f"{V1}/training_runs": self.runs,
-            run: self.run,
-            f"{run}/checkpoints": self.listed,
-            f"{V1}/checkpoints": self.listed,
-            f"{run}/{checkpoint}/archive": self.archive,
-            f"{run}/{checkpoint}/external_weights_urls": self.links,
-            f"{V1}/files/{{link}}/{{file}}": self.file,
-        }
         return [
-            *(Route(f"{V1}/{path}", each, methods=["POST"]) for path, each in posts.items()),
-            *(Route(path, each) for path, each in gets.items()),
-            Route(f"{run}/{checkpoint}", self.delete, methods=["DELETE"]),
+            *(Route(f"{TRAINING}{path}", each, methods=["POST"]) for path, each in posts.items()),
+            Route(f"{TRAINING}healthz", self.health),
+            Route(f"{TRAINING}get_server_capabilities", self.capabilities),
+            Route(f"{TRAINING}samplers/{{sampler}}", self.sampler),
+            *Archives(self._do, self._names[0], self._reader).routes(),
         ]
 
     # The server and its sessions
@@ -136,14 +118,14 @@ class TrainingApi:
 
     async def create_session(self, request: Request) -> Response:
         """Begins a session."""
-        await self._read(types.CreateSessionRequest, request)
-        return JSONResponse({"session_id": self._do.begin_session(_owner(request))})
+        await self._reader.read(types.CreateSessionRequest, request)
+        return JSONResponse({"session_id": self._do.begin_session(owner_of(request))})
 
     async def heartbeat(self, request: Request) -> Response:
         """Keeps a session."""
-        body = await self._read(types.SessionHeartbeatRequest, request)
+        body = await self._reader.read(types.SessionHeartbeatRequest, request)
         try:
-            self._do.session(_owner(request), body.session_id)
+            self._do.session(owner_of(request), body.session_id)
         except UnknownModelError as error:
             raise HTTPException(410, str(error)) from None  # which ends the client's heartbeats
         return JSONResponse({"type": "session_heartbeat"})
@@ -151,35 +133,35 @@ class TrainingApi:
     async def finish(self, request: Request) -> Response:
         """Ends a session with its models."""
         await request.body()
-        self._do.end_session(_owner(request), request.path_params["session"])
+        self._do.end_session(owner_of(request), request.path_params["session"])
         return JSONResponse({})
 
     # Models
 
     async def create_model(self, request: Request) -> Response:
         """Begins to create a model."""
-        body = await self._read(types.CreateModelRequest, request)
+        body = await self._reader.read(types.CreateModelRequest, request)
         self._check_base(body.base_model)
-        model, name = self._do.create(_owner(request), body)
+        model, name = self._do.create(owner_of(request), body)
         return _later(name, model)
 
     async def info(self, request: Request) -> Response:
         """What a model is."""
-        body = await self._read(types.GetInfoRequest, request)
-        model = self._do.model(_owner(request), body.model_id)
+        body = await self._reader.read(types.GetInfoRequest, request)
+        model = self._do.model(owner_of(request), body.model_id)
         decoder = self._do.base.decoder
         data = {
             "arch": decoder.settings()["model_type"],
             "model_name": self._names[0],
             "tokenizer_id": self._names[-1],
         }
-        about = {"model_id": model.id, "model_name": self._names[0], **_lora(model.about)}
+        about = {"model_id": model.id, "model_name": self._names[0], **lora_in(model.about)}
         return JSONResponse({"type": "get_info", "model_data": data, **about})
 
     async def unload(self, request: Request) -> Response:
         """Forgets a model."""
-        body = await self._read(types.UnloadModelRequest, request)
-        owner = _owner(request)
+        body = await self._reader.read(types.UnloadModelRequest, request)
+        owner = owner_of(request)
         model = self._do.model(owner, body.model_id)
         name = f"{model.id}:unload"
         entry = self._do.futures.make(owner, name)
@@ -194,8 +176,8 @@ class TrainingApi:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != wire.PROTOBUF:
             raise HTTPException(415, f"expected a body of the type {wire.PROTOBUF}")
-        read, rows, tokens = await self._read(_whole_pass, request)
-        model = self._do.model(_owner(request), read.model)
+        read, rows, tokens = await self._reader.read(_whole_pass, request)
+        model = self._do.model(owner_of(request), read.model)
         if request.url.path.endswith("/forward"):
             read.message.forward_only = True
         return _later(self._do.passed(model, read, rows, tokens), model.id)
@@ -227,11 +209,11 @@ class TrainingApi:
         """Begins to load a checkpoint, into a model that is there or a new one."""
         model: Any
         kind = types.LoadWeightsRequest
-        body = await self._read(lambda data: _or_error(kind, data), request)
+        body = await self._reader.read(lambda data: _or_error(kind, data), request)
         if not isinstance(body, UserError) and body.model_id is None:
             if body.base_model is not None:
                 self._check_base(body.base_model)
-            model, name = self._do.create_from(_owner(request), body)
+            model, name = self._do.create_from(owner_of(request), body)
             return _later(name, model)
         model, body = await self._numbered(kind, request)
         return _later(body if isinstance(body, str) else self._do.load(model, body), model.id)
@@ -248,11 +230,13 @@ class TrainingApi:
         The client counts a request that is refused, so what is wrong with it is its answer: the
         name of that comes in place of the body.
         """
-        body, ids = await self._read(lambda data: (_or_error(kind, data), _ids(data)), request)
+        body, ids = await self._reader.read(
+            lambda data: (_or_error(kind, data), _ids(data)), request
+        )
         problem = body if isinstance(body, UserError) else None
         if ids is None:
             raise problem or UserError("the body: model_id, seq_id: expected a text and a number")
-        model = self._do.model(_owner(request), ids[0])
+        model = self._do.model(owner_of(request), ids[0])
         if problem is None:
             return model, body
 
@@ -265,29 +249,29 @@ class TrainingApi:
 
     async def create_sampling_session(self, request: Request) -> Response:
         """Begins a session of samples."""
-        body = await self._read(types.CreateSamplingSessionRequest, request)
+        body = await self._reader.read(types.CreateSamplingSessionRequest, request)
         if body.model_path is None:
             self._check_base(body.base_model or "")
-        name = await self._do.begin_sampling(_owner(request), body)
+        name = await self._do.begin_sampling(owner_of(request), body)
         return JSONResponse({"type": "create_sampling_session", "sampling_session_id": name})
 
     async def sampler(self, request: Request) -> Response:
         """What a session of samples samples from."""
         name = request.path_params["sampler"]
-        self._do.sampler(_owner(request), name)
+        self._do.samplers.find(owner_of(request), name)
         return JSONResponse({"sampler_id": name, "base_model": self._names[0]})
 
     async def sample(self, request: Request) -> Response:
         """Begins to sample."""
-        body = await self._read(types.SampleRequest, request)
-        owner, session = _owner(request), body.sampling_session_id
+        body = await self._reader.read(types.SampleRequest, request)
+        owner, session = owner_of(request), body.sampling_session_id
         if session is None:
             if body.model_path is None:
                 self._check_base(body.base_model or "")
             weights = await self._do.weights(owner, body.model_path)
             name, target = f"sample:{secrets.token_hex(16)}", None
         else:
-            weights, number = self._do.sampler(owner, session), body.seq_id or 0
+            weights, number = self._do.samplers.find(owner, session), body.seq_id or 0
             name, target = f"{session}:{number}", f"{session}:{number // _CLONE}"
         decoder = self._do.base.decoder
         checked = asked(body, self._context, decoder.end, secrets.randbits(32))
@@ -299,8 +283,8 @@ class TrainingApi:
 
     async def retrieve(self, request: Request) -> Response:
         """An answer, once it is there."""
-        body = await self._read(types.FutureRetrieveRequest, request)
-        entry = self._do.futures.find(_owner(request), body.request_id)
+        body = await self._reader.read(types.FutureRetrieveRequest, request)
+        entry = self._do.futures.find(owner_of(request), body.request_id)
         if entry is None:
             raise HTTPException(410, "this answer is no more: send its request again")
         if not await waited(entry.done, _PATIENCE):
@@ -310,135 +294,15 @@ class TrainingApi:
 
     async def retrieve_many(self, request: Request) -> Response:
         """Which requests of a session of samples ended, once there are some."""
-        body = await self._read(types.FuturesRetrieveRequest, request)
-        owner, target = _owner(request), body.target
+        body = await self._reader.read(types.FuturesRetrieveRequest, request)
+        owner, target = owner_of(request), body.target
         for name in body.retrieved_request_ids:
             self._do.futures.drop(owner, name)
         seconds = _PATIENCE if body.timeout is None else min(body.timeout, _PATIENCE)
         if body.timeout != 0:  # else it only reports what it has, maybe behind the session's end
-            self._do.sampler(owner, target.sampling_session_id)
+            self._do.samplers.find(owner, target.sampling_session_id)
         name = f"{target.sampling_session_id}:{target.cloned_sampler_id}"
         return JSONResponse(await self._do.futures.ended(owner, name, body.prev_cursor, seconds))
-
-    # Checkpoints and runs
-
-    async def runs(self, request: Request) -> Response:
-        """The models that are there, and those that have checkpoints."""
-        owner = _owner(request)
-        live = [each.id for each in self._do.models.values() if each.owner == owner]
-        saved = [each.model for each in self._do.checkpoints.of(owner)]
-        names = list(dict.fromkeys([*saved, *live]))
-        offset, limit = (_number(request, *pair) for pair in (("offset", 0), ("limit", 20)))
-        rows = [self._run(owner, name) for name in names[offset : offset + limit]]
-        cursor = {"offset": offset, "limit": limit, "total_count": len(names)}
-        return JSONResponse({"training_runs": rows, "cursor": cursor})
-
-    async def run(self, request: Request) -> Response:
-        """A model that is there, or has checkpoints."""
-        return JSONResponse(self._run(_owner(request), request.path_params["run"]))
-
-    def _run(self, owner: str, name: str) -> dict[str, Any]:
-        saved = self._do.checkpoints.of(owner, name)
-        model = self._do.models.get(name)
-        if model is None or model.owner != owner:
-            if not saved:
-                raise UnknownModelError(f"there is no training run {name!r}")
-            about, asked_at = saved[-1].about, saved[-1].about["time"]
-        else:
-            about, asked_at = model.about, _time(model.asked)
-
-        def last(kind: str) -> Any:
-            return next((each.shown() for each in reversed(saved) if each.kind == kind), None)
-
-        return {
-            "training_run_id": name,
-            "base_model": self._names[0],
-            "model_owner": owner,
-            **_lora(about),
-            "last_request_time": asked_at,
-            "last_checkpoint": last("weights"),
-            "last_sampler_checkpoint": last("sampler_weights"),
-            "user_metadata": about["metadata"] or None,
-        }
-
-    async def listed(self, request: Request) -> Response:
-        """The checkpoints of a model, or of all."""
-        found = self._do.checkpoints.of(_owner(request), request.path_params.get("run"))
-        rows = [each.shown() for each in found]
-        if "run" in request.path_params:
-            return JSONResponse({"checkpoints": rows})
-        offset, limit = (_number(request, *pair) for pair in (("offset", 0), ("limit", 100)))
-        cursor = {"offset": offset, "limit": limit, "total_count": len(rows)}
-        return JSONResponse({"checkpoints": rows[offset : offset + limit], "cursor": cursor})
-
-    def _found(self, request: Request) -> checkpoints.Checkpoint:
-        given = request.path_params
-        path = f"tinker://{given['run']}/{given['kind']}/{given['name']}"
-        return self._do.checkpoints.find(_owner(request), path)
-
-    async def weights_info(self, request: Request) -> Response:
-        """What a model of a checkpoint needs."""
-        body = await self._read(_Path, request)
-        about = self._do.checkpoints.find(_owner(request), body.tinker_path).about
-        more = {k: v for k, v in (about["lora"] or {}).items() if k.startswith("train_")}
-        return JSONResponse({"base_model": self._names[0], **_lora(about), **more})
-
-    async def delete(self, request: Request) -> Response:
-        """Removes a checkpoint."""
-        await asyncio.to_thread(self._do.checkpoints.drop, self._found(request))
-        return Response(status_code=204)
-
-    async def archive(self, request: Request) -> Response:
-        """PEFT's files of a checkpoint, as tar.gz."""
-        files = await asyncio.to_thread(self._do.exported, self._found(request))
-        data = await asyncio.to_thread(checkpoints.packed, files)
-        return Response(data, media_type="application/gzip")
-
-    async def links(self, request: Request) -> Response:
-        """Links to PEFT's files of a checkpoint, which need no key for an hour."""
-        found = self._found(request)
-        if found.kind != "external_weights":
-            raise UserError(f"{found.path} has no files to download; save_weights_external does")
-        until, root = time.time() + _LINK, str(request.base_url).rstrip("/")
-        link = self._signed(found.owner, found.path, int(until))
-        urls = {path.name: f"{root}{V1}/files/{link}/{path.name}" for path in found.files()}
-        return JSONResponse({"urls": urls, "expires": _time(until)})
-
-    def _signed(self, owner: str, path: str, until: int) -> str:
-        text = json.dumps([owner, path, until]).encode()
-        return f"{text.hex()}.{hmac.new(self._secret, text, hashlib.sha256).hexdigest()}"
-
-    async def file(self, request: Request) -> Response:
-        """A file that a link names."""
-        text, _, mark = request.path_params["link"].partition(".")
-        try:
-            owner, path, until = json.loads(bytes.fromhex(text))
-            right = hmac.compare_digest(self._signed(owner, path, until), f"{text}.{mark}")
-        except (ValueError, TypeError):
-            right = False
-        if not right or until < time.time():
-            raise HTTPException(403, "the link is no more; ask for a new one")
-        found = self._do.checkpoints.find(owner, path)
-        file = next((x for x in found.files() if x.name == request.path_params["file"]), None)
-        if file is None:
-            raise UnknownModelError(f"{path} has no such file")
-        data = await asyncio.to_thread(file.read_bytes)
-        return Response(data, media_type="application/octet-stream")
-
-    async def _read(self, read: Any, request: Request) -> Any:
-        """A body: what a function makes of its bytes, or what a kind of request reads of them."""
-        body, encoding = await request.body(), request.headers.get("content-encoding", "")
-
-        def make() -> Any:
-            data = wire.unpacked(body, encoding, self._limits.training)
-            return parsed(read, data) if isinstance(read, type) else read(data)
-
-        async with self._reading:
-            return await asyncio.to_thread(make)
-
-
-class _Path(BaseModel):
-    tinker_path: str
 
 
 def _whole_pass(data: bytes) -> tuple[wire.Pass, Any, int]:
@@ -459,18 +323,8 @@ def _or_error(kind: Any, data: bytes) -> Any:
         return error
 
 
-def _owner(request: Request) -> str:
-    """The key that a request has, as the guard noted it."""
-    return request.scope["owner"]
-
-
 def _later(name: str, model: str) -> Response:
     return JSONResponse({"request_id": name, "model_id": model})
-
-
-def _lora(about: Any) -> dict[str, Any]:
-    lora = about["lora"]
-    return {"is_lora": lora is not None, "lora_rank": lora["rank"] if lora else None}
 
 
 def _ids(data: bytes) -> tuple[str, int] | None:
@@ -482,14 +336,3 @@ def _ids(data: bytes) -> tuple[str, int] | None:
         return None
     fits = isinstance(model, str) and isinstance(number, int) and not isinstance(number, bool)
     return (model, number) if fits else None
-
-
-def _number(request: Request, name: str, default: int) -> int:
-    text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or len(text) > 9:
-        raise UserError(f"{name} is {text!r}, expected a number")
-    return int(text)
-
-
-def _time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

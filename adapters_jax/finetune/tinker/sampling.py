@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.finetune.serving.engine import Engine
-from adapters_jax.finetune.serving.requests import BusyError, End, Scores
+from adapters_jax.finetune.serving.requests import BusyError, End, Scores, UnknownModelError
 from adapters_jax.finetune.serving.schemas import LONGEST_STOP, LOWEST_TEMPERATURE
 from adapters_jax.finetune.serving.slots import TOP, Choice
 from adapters_jax.finetune.tinker import wire
@@ -203,7 +203,7 @@ class Sampler:
         self, owner: str, weights: Weights, asked: Asked, i: int
     ) -> tuple[wire.Sampled, Scores]:
         scores = Scores(prompt=asked.prompts and i == 0, top=asked.top_made > 0)
-        choice = replace_seed(asked.choice, i)
+        choice = asked.choice._replace(seed=(asked.choice.seed + i) % 2**32)
         async with self._turn(owner):
             sink = _Sample(asked, self._decode)
             while True:
@@ -267,9 +267,49 @@ class Sampler:
         self._free += 1
 
 
-def replace_seed(choice: Choice, i: int) -> Choice:
-    """The choice of sample `i` of a request."""
-    return choice._replace(seed=(choice.seed + i) % 2**32)
+class Samplers:
+    """The sampling sessions of all keys, a bounded number of each.
+
+    Args:
+        most: how many a key may have; the one that was used least recently makes room.
+        forgot: is told of each that is no more: its key, and the beginning of its answers' names.
+    """
+
+    def __init__(self, most: int, forgot: Callable[[str, str], None]) -> None:
+        self._most, self._forgot = most, forgot
+        self._all: dict[str, OrderedDict[str, Weights]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._all.values()))
+
+    def add(self, owner: str, name: str, weights: Weights) -> None:
+        """Adds a session."""
+        own = self._all.setdefault(owner, OrderedDict())
+        own[name] = weights
+        while len(own) > self._most:
+            self._forget(owner, next(iter(own)))
+
+    def find(self, owner: str, name: str) -> Weights:
+        """The weights of a session.
+
+        Raises:
+            UnknownModelError: the key has no such session, or no more.
+        """
+        own = self._all.get(owner, OrderedDict())
+        if name not in own:
+            raise UnknownModelError(f"there is no sampling session {shown(name)}; begin a new one")
+        own.move_to_end(name)
+        return own[name]
+
+    def end(self, owner: str, start: str) -> None:
+        """Forgets the sessions of a key whose names begin with `start`."""
+        own = self._all.get(owner, OrderedDict())
+        for name in [each for each in own if each.startswith(start)]:
+            self._forget(owner, name)
+
+    def _forget(self, owner: str, name: str) -> None:
+        del self._all[owner][name]
+        self._forgot(owner, f"{name}:")
 
 
 def _of_prompt(

@@ -12,7 +12,6 @@ import logging
 import secrets
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from adapters_jax.finetune.tinker import wire
 from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints
 from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background
 from adapters_jax.finetune.tinker.recipes import Recipes
-from adapters_jax.finetune.tinker.sampling import Asked, Sampler, Weights
+from adapters_jax.finetune.tinker.sampling import Asked, Sampler, Samplers, Weights
 from adapters_jax.recipe import Recipe
 
 _log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class Service:
         self._bounds, self._seconds = bounds, seconds
         self._sampler = Sampler(engine, base.decoder.tokenizer.decode, seconds)
         self._sessions: dict[str, _Session] = {}
-        self._samplers: dict[str, OrderedDict[str, Weights]] = {}
+        self.samplers = Samplers(bounds.samplers, self.futures.forget)
 
     # Sessions
 
@@ -126,9 +125,7 @@ class Service:
         self.session(owner, name)
         for model in [each for each in self.models.values() if each.session == name]:
             self.unload(model)
-        own = self._samplers.get(owner, OrderedDict())
-        for sampler in [each for each in own if each.startswith(f"{name}:")]:
-            self._forget(owner, sampler)
+        self.samplers.end(owner, f"{name}:")
         del self._sessions[name]
 
     # Models
@@ -402,7 +399,7 @@ class Service:
             weights = Weights(fitted)
             if request.kind == "inflight":
                 model.inflight.fitted, weights = fitted, model.inflight
-            self._add(model.owner, name, weights)
+            self.samplers.add(model.owner, name, weights)
             return {"sampling_session_id": name, "type": request.type}
 
         return self.ordered(model, request.seq_id, save)
@@ -412,7 +409,7 @@ class Service:
         session = self.session(owner, request.session_id)
         weights = await self.weights(owner, request.model_path)
         name = f"{session}:sample:{request.sampling_session_seq_id}"
-        self._add(owner, name, weights)
+        self.samplers.add(owner, name, weights)
         return name
 
     async def weights(self, owner: str, path: str | None) -> Weights:
@@ -422,18 +419,6 @@ class Service:
         snapshot = await asyncio.to_thread(_loaded, self.checkpoints.find(owner, path), False)
         return Weights(await asyncio.to_thread(self._engine.fit, path, snapshot.adapter))
 
-    def sampler(self, owner: str, name: str) -> Weights:
-        """The weights of a session of samples.
-
-        Raises:
-            UnknownModelError: the key has no such session, or no more.
-        """
-        own = self._samplers.get(owner, OrderedDict())
-        if name not in own:
-            raise UnknownModelError(f"there is no sampling session {shown(name)}; begin a new one")
-        own.move_to_end(name)
-        return own[name]
-
     def sample(
         self, owner: str, name: str, target: str | None, weights: Weights, asked: Asked
     ) -> None:
@@ -441,16 +426,6 @@ class Service:
         if self.futures.find(owner, name) is None:
             entry = self.futures.make(owner, name, asked.tokens, target)
             background(self._settled(owner, entry, self._sampler.sample(owner, weights, asked)))
-
-    def _add(self, owner: str, name: str, weights: Weights) -> None:
-        own = self._samplers.setdefault(owner, OrderedDict())
-        own[name] = weights
-        while len(own) > self._bounds.samplers:
-            self._forget(owner, next(iter(own)))
-
-    def _forget(self, owner: str, name: str) -> None:
-        del self._samplers[owner][name]
-        self.futures.forget(owner, f"{name}:")
 
 
 def _loaded(checkpoint: Checkpoint, optimizer: bool) -> Snapshot:

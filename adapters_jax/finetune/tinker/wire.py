@@ -204,11 +204,11 @@ def likeliest(found: Sequence[Likely], k: int, before: int = 0) -> tuple[np.ndar
         k: how many; further ones than there are have the client's mark of nothing.
         before: for how many positions before them there is nothing.
     """
-    ids, logprobs = np.zeros((before, k), np.int32), np.full((before, k), _NOTHING, np.float32)
-    for each in found:
-        new, own = np.atleast_2d(each.ids)[:, :k], np.atleast_2d(each.logprobs)[:, :k]
-        lacking = ((0, 0), (0, k - new.shape[1]))
-        ids = np.concatenate([ids, np.pad(new, lacking)])
-        own = np.pad(own, lacking, constant_values=_NOTHING)
-        logprobs = np.concatenate([logprobs, own])
+    rows = [np.atleast_2d(each.ids)[:, :k] for each in found]
+    own = [np.atleast_2d(each.logprobs)[:, :k] for each in found]
+    n = before + sum(map(len, rows))
+    ids, logprobs = np.zeros((n, k), np.int32), np.full((n, k), _NOTHING, np.float32)
+    if found:
+        width = rows[0].shape[1]  # a small vocabulary may have fewer
+        ids[before:, :width], logprobs[before:, :width] = np.concatenate(rows), np.concatenate(own)
     return ids, logprobs
