@@ -363,7 +363,10 @@ def test_the_order_is_that_of_the_numbers_and_each_counts_once(server):
     assert answered(server, first[0]) == loss  # a client that lost the answer asks again
     assert answered(server, passed(server, model, 3).json()["request_id"]) != loss
     assert ask(server, "retrieve_future", {"request_id": "none"}).status_code == 410
-    far = ask(server, "optim_step", adam(model, 10**6)).json()["request_id"]
+    for _ in range(2):
+        far = ask(server, "optim_step", adam(model, 10**6)).json()["request_id"]
+    (own,) = server.service.futures._owners.values()
+    assert own.bytes == sum(len(entry.data) for entry in own.entries.values())
     assert "1000000" in answered(server, far)["error"]
 
 

@@ -60,6 +60,12 @@ class Scores:
         made: each new token with its log-probability, before the sink gets it.
         given: of the prompt's tokens from the second on, piece by piece: their log-probabilities,
             and the likeliest tokens there.
+
+    Example:
+        >>> scores = Scores(top=True)  # for engine.submit(prompt, sink, scores=scores, ...)
+        >>> scores.made.append(Token(7, True, -0.5, Likely([7, 3], [-0.5, -1.2])))
+        >>> [(token.id, token.logprob) for token in scores.made]
+        [(7, -0.5)]
     """
 
     prompt: bool = False

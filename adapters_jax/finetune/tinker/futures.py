@@ -125,6 +125,8 @@ class Futures:
             raise BusyError("as much is on its way for this key as may be; try again later")
         entry = own.entries[name] = Entry(name, tokens, target)
         own.tokens += tokens
+        if target is not None:
+            self._ended.setdefault((owner, target), _Ended())
         return entry
 
     def end(self, owner: str, entry: Entry, data: bytes, kind: str = JSON) -> None:
@@ -135,8 +137,8 @@ class Futures:
         own.bytes += len(data)
         own.ended[entry.id] = entry
         entry.done.set()
-        if entry.target is not None:
-            listed = self._ended.setdefault((owner, entry.target), _Ended())
+        listed = self._ended.get((owner, entry.target or ""))
+        if listed is not None:  # else its session is no more
             listed.ids.append(entry)
             listed.trim(listed.first + len(listed.ids) - 1 - self._bounds.futures)
             listed.more.set()
