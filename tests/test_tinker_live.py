@@ -235,6 +235,11 @@ def test_a_model_resumes_from_a_checkpoint_of_a_server_that_is_gone(parts, tmp_p
         assert made.sequences[0].tokens
         rest.delete_checkpoint_from_tinker_path(path).result(30)
         assert len(rest.list_checkpoints(run).result(30).checkpoints) == 1
+        rest.set_checkpoint_ttl_from_tinker_path(named, 3600).result(30)
+        (listed,) = rest.list_checkpoints(run).result(30).checkpoints
+        assert 3500 < listed.expires_at.timestamp() - listed.time.timestamp() < 4000
+        server.service.checkpoints.expire(server.service.checkpoints.find(owner(0), named), -1)
+        assert rest.list_checkpoints(run).result(30).checkpoints == []
 
 
 @pytest.mark.parametrize(
@@ -444,6 +449,8 @@ def test_bad_bodies(server):
     ):
         answer = ask(server, "forward_backward", body, headers=headers)
         assert answer.status_code == status, (body[:20], answer.text)
+        if body == bomb:
+            assert str(2**20) in answer.text  # by its size, not by what it has
     good = zstandard.ZstdCompressor().compress(packed(model, 1))
     answer = ask(server, "forward_backward", good, headers=packed_)
     assert answered(server, answer.json()["request_id"])["loss:sum"] > 0

@@ -30,6 +30,10 @@ class _Path(BaseModel):
     tinker_path: str
 
 
+class _Until(BaseModel):
+    ttl_seconds: int | None
+
+
 class Archives:
     """The paths of runs and checkpoints.
 
@@ -54,6 +58,7 @@ class Archives:
             Route(f"{TRAINING}checkpoints", self.listed),
             Route(f"{TRAINING}weights_info", self.weights_info, methods=["POST"]),
             Route(checkpoint, self.delete, methods=["DELETE"]),
+            Route(f"{checkpoint}/ttl", self.expire, methods=["PUT"]),
             Route(f"{checkpoint}/archive", self.archive),
             Route(f"{checkpoint}/external_weights_urls", self.links),
             Route(f"{TRAINING}files/{{link}}/{{file}}", self.file),
@@ -123,6 +128,12 @@ class Archives:
     async def delete(self, request: Request) -> Response:
         """Removes a checkpoint."""
         await asyncio.to_thread(self._do.checkpoints.drop, self._found(request))
+        return Response(status_code=204)
+
+    async def expire(self, request: Request) -> Response:
+        """Has a checkpoint removed some time from now, or never."""
+        body = await self._reader.read(_Until, request)
+        await asyncio.to_thread(self._do.checkpoints.expire, self._found(request), body.ttl_seconds)
         return Response(status_code=204)
 
     async def archive(self, request: Request) -> Response:

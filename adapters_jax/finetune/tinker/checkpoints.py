@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from adapters_jax.errors import AdapterFileError, FileSystemError, UserError, file_errors, shown
 from adapters_jax.files.adapter import read_adapter, save_adapter
-from adapters_jax.files.atomic import Content, restore, write_directory
+from adapters_jax.files.atomic import Content, restore, write_directory, write_file
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.finetune.serving.requests import UnknownModelError
 from adapters_jax.finetune.serving.schemas import matches_name
@@ -135,7 +135,7 @@ class Checkpoints:
         snapshot: Snapshot,
         files: Mapping[str, Content],
         about: Mapping[str, Any],
-        replace: bool = False,
+        overwrite: bool = False,
     ) -> Checkpoint:
         """Writes a checkpoint, which is on the disk when this returns.
 
@@ -144,7 +144,7 @@ class Checkpoints:
             snapshot: its adapter and optimiser; of the latter only `weights` have something.
             files: the adapter's files, for `external_weights`.
             about: what is known of it, for JSON.
-            replace: whether one of the same name is replaced.
+            overwrite: whether one of the same name is replaced.
 
         Raises:
             UserError: it cannot have this name, or the key has too many bytes already.
@@ -157,7 +157,7 @@ class Checkpoints:
             )
         path = f"tinker://{model}/{kind}/{name}"
         folder = self._directory.joinpath(owner, model.replace(":", "-"), kind, name)
-        if (owner, path) in self._all and not replace:
+        if (owner, path) in self._all and not overwrite:
             raise UserError(f"there is a checkpoint {path}; give another name, or overwrite it")
         with tempfile.TemporaryDirectory(prefix="adapters-jax-") as beside:
             if kind != "external_weights":
@@ -180,6 +180,13 @@ class Checkpoints:
                     owner, model, kind, name, folder, values
                 )
         return saved
+
+    def expire(self, checkpoint: Checkpoint, seconds: float | None) -> None:
+        """Has a checkpoint removed some seconds from now; None keeps it."""
+        until = None if seconds is None else time.time() + seconds
+        values = {**checkpoint.about, "expires": until}
+        write_file(checkpoint.folder / _ABOUT, json.dumps(values).encode())
+        self._all[checkpoint.owner, checkpoint.path] = replace(checkpoint, about=values)
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Removes a checkpoint."""

@@ -347,10 +347,10 @@ class Service:
                 if request.age_encryption_recipients:
                     raise UserError("age_encryption_recipients is not supported; leave it out")
                 files = await asyncio.to_thread(self._exported, snapshot)
-            replace = getattr(request, "overwrite", False)
+            overwrite = getattr(request, "overwrite", False)
             place = model.owner, model.id, kind, name
             saved = await asyncio.to_thread(
-                self.checkpoints.save, *place, snapshot, files, about, replace
+                self.checkpoints.save, *place, snapshot, files, about, overwrite
             )
             return {"path": saved.path, "size_bytes": saved.about["size"], "type": request.type}
 
