@@ -17,6 +17,7 @@ import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.finished import decoder_run
+from helpers.tiny import write_llama
 from starlette.formparsers import MultiPartParser
 from starlette.testclient import TestClient
 
@@ -591,3 +592,12 @@ def test_without_its_extra(monkeypatch):
         monkeypatch.delitem(sys.modules, f"adapters_jax.finetune.{name}", raising=False)
     with command_raises(MissingPackageError, "starlette", "[serve]'"):
         assert main(["serve", "base", "--port", "0"]) == 2
+
+
+def test_training_without_its_extra(monkeypatch, tmp_path):
+    folder = str(write_llama(tmp_path / "llama"))
+    for name in [name for name in sys.modules if name.startswith("adapters_jax.finetune.tinker")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tinker", None)
+    with command_raises(MissingPackageError, "tinker", "[serve-train]'"):
+        assert main(["serve", folder, "--train", "--port", "0"]) == 2
