@@ -41,6 +41,7 @@ BENCHMARKS = {
     "sweep": "PEFT's configurations on every family, both ways; needs torch and peft; resumes",
     "switch": "switching adapters under a jitted function: time, bytes, compilations",
     "tasks": "whether training another task changes the outputs of the first one",
+    "tenants": "a step of eight tenants through the engine, of one, and alone",
     "tracing": "tracing models of 32 layers with LoRA, against tracing their bases",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, resumes"

@@ -21,6 +21,7 @@ from adapters_jax.finetune.serving import (
     Choice,
     Engine,
     FullError,
+    Scores,
     Sizes,
     TextSink,
     UnknownModelError,
@@ -158,6 +159,33 @@ def test_top_k(engine):
             found.add(sink.wait()[0][0])
     assert firsts[1] == {likely[0]}
     assert firsts[3] <= {*likely[:3]} and len(firsts[3]) > 1
+
+
+@pytest.mark.parametrize("name", ["large", "prompt", None])
+def test_log_probabilities_are_those_of_the_model(engine, name):
+    """Of new tokens and of a prompt of more than one piece, whatever the temperature."""
+    prompt = np.random.default_rng(8).integers(0, CONFIG.vocab_size, 11).tolist()
+    scores, sink = Scores(prompt=True, top=True), Collected()
+    other = Collected()  # which wants none
+    engine.submit(prompt, other, model="small", most=12)
+    choice = Choice(temperature=1.7, top_p=0.9, seed=4)
+    engine.submit(prompt, sink, model=name, most=6, choice=choice, scores=scores)
+    ids, _ = sink.wait()
+    text = prompt + ids
+    expected = np.asarray(jax.nn.log_softmax(ALONE[name](jnp.array([text]))[0]))
+    own = np.take_along_axis(expected[:-1], np.array(text[1:])[:, None], 1)[:, 0]
+    given = np.concatenate([own for own, _ in scores.given])
+    np.testing.assert_allclose(given, own[: len(prompt) - 1], atol=2e-5)
+    assert [token.id for token in scores.made] == ids
+    np.testing.assert_allclose(
+        [token.logprob for token in scores.made], own[len(prompt) - 1 :], atol=2e-5
+    )
+    tops = [*(top for _, top in scores.given), *(token.top for token in scores.made)]
+    likely = np.concatenate([np.atleast_2d(top.logprobs) for top in tops])
+    np.testing.assert_allclose(likely, -np.sort(-expected[:-1], axis=1)[:, :20], atol=2e-5)
+    likeliest = np.concatenate([np.atleast_2d(top.ids) for top in tops])[:, 0]
+    assert likeliest.tolist() == expected[:-1].argmax(1).tolist()
+    assert other.wait()[1] == "length"
 
 
 def test_the_reasons_of_an_end(engine):

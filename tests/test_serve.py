@@ -11,11 +11,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.finished import decoder_run
+from helpers.tiny import write_llama
 from starlette.formparsers import MultiPartParser
 from starlette.testclient import TestClient
 
@@ -62,7 +64,7 @@ class Served:
         self.client = self.asking()
 
     def asking(self, key=None, page="<title>page</title>"):
-        return TestClient(application(self.api, page, LIMITS, key), HERE)
+        return TestClient(application(self.api, page, LIMITS, [key] if key else []), HERE)
 
     def files(self, name, **changed):
         """The files of a run's adapter, as a form has them; those changed have other bytes."""
@@ -109,6 +111,28 @@ def test_answers_are_those_of_the_runs_alone(served):
     for prompt in (PROMPT, raw):  # the base takes prompts as they are
         assert served.ask(model="base", prompt=prompt).json()["choices"][0]["text"] == expected
     assert len(distinct | {expected}) == 3
+
+
+def test_log_probabilities(served):
+    """Those of the model, at the tokens of the answer."""
+    answer = served.ask(logprobs=3, max_tokens=4).json()["choices"][0]
+    seen, alone = answer["logprobs"], served.alone["first"]
+    assert "".join(answer["text"].split()) == "".join("".join(seen["tokens"]).split())
+    ids = alone.prompts.encode(PROMPT, alone.decoder)
+    made = [alone.decoder.tokenizer.token_to_id(text.strip()) for text in seen["tokens"]]
+    logits = alone.model(jnp.array([[*ids, *made]]))[0, len(ids) - 1 : -1]
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    own = expected[np.arange(len(made)), made]
+    np.testing.assert_allclose(seen["token_logprobs"], own, atol=1e-4)
+    for top, row in zip(seen["top_logprobs"], expected, strict=True):
+        np.testing.assert_allclose([*top.values()], -np.sort(-row)[:3], atol=1e-4)
+    assert served.ask(max_tokens=4).json()["choices"][0]["logprobs"] is None
+    messages = [{"role": "user", "content": "food"}]
+    chat = {"prompt": None, "messages": messages, "logprobs": True, "top_logprobs": 2}
+    (choice,) = served.ask("/v1/chat/completions", **chat).json()["choices"]
+    for row in choice["logprobs"]["content"]:
+        assert row["top_logprobs"][0]["logprob"] == row["logprob"] <= 0
+    assert served.ask(logprobs=1, stream=True).status_code == 400
 
 
 def test_conversations(served):
@@ -569,3 +593,12 @@ def test_without_its_extra(monkeypatch):
         monkeypatch.delitem(sys.modules, f"adapters_jax.finetune.{name}", raising=False)
     with command_raises(MissingPackageError, "starlette", "[serve]'"):
         assert main(["serve", "base", "--port", "0"]) == 2
+
+
+def test_training_without_its_extra(monkeypatch, tmp_path):
+    folder = str(write_llama(tmp_path / "llama"))
+    for name in [name for name in sys.modules if name.startswith("adapters_jax.finetune.tinker")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tinker", None)
+    with command_raises(MissingPackageError, "tinker", "[serve-train]'"):
+        assert main(["serve", folder, "--train", "--port", "0"]) == 2

@@ -174,6 +174,8 @@ def _extra_of(name: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("adapters_jax"):
             raise
         extra = "serve" if name == "serve" else "finetune"
+        if error.name.partition(".")[0] in ("tinker", "zstandard", "google"):
+            extra = "serve-train"
         raise MissingPackageError("this command", error.name, extra) from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from adapters_jax.finetune.serving.kept import Kept
     from adapters_jax.finetune.serving.labels import Labeller
     from adapters_jax.finetune.serving.listening import Says
+    from adapters_jax.recipe import Recipe
 
-    _Made = tuple[Api, Engine | Labeller, dict[str, Read]]
+    # The paths, what computes, the adapters of the start, and what models may train.
+    _Made = tuple[Api, Engine | Labeller, dict[str, Read], Any]
 
 
 KEY = "ADAPTERS_JAX_API_KEY"
+_TRAINING = 8  # models on the device at a time, each with gradients and an optimiser's state
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +47,9 @@ class Serve(Command):
     when the server ends, unless --keep names a directory for them. The address itself shows a page
     to try them on, once the base is loaded and compiled; until then /healthz says so.
     Elsewhere than on this machine it needs an API key, in the environment variable
-    ADAPTERS_JAX_API_KEY. SIGTERM ends it once the answers that run are whole.
+    ADAPTERS_JAX_API_KEY, or several with spaces between them. With --train it trains adapters as
+    well, for the client of the package tinker (Tinker's protocol, /api/v1/...): each key has models
+    and checkpoints of its own. SIGTERM ends it once the answers that run are whole.
 
     Args:
         base: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub.
@@ -63,6 +70,9 @@ class Serve(Command):
         queue: requests that wait; further ones get the status 429.
         seconds: longest time of an answer, in the queue and computed.
         connections: connections at a time; further ones get the status 503.
+        train: train adapters for clients of Tinker's protocol, on a decoder; what they save is in
+            --keep, or else gone when the server ends.
+        rank: largest rank of the LoRA that clients train; other methods need a --room.
         stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
         any_base: serve runs, with warnings, whose base had other files in training.
@@ -74,12 +84,14 @@ class Serve(Command):
     --port 8080
   curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
     -d '{"model": "reviews", "prompt": "A moving film.", "max_tokens": 32}'
+  adapters-jax serve smollm2-135m --train --keep checkpoints --rank 16
   curl -X PUT localhost:8000/v1/adapters/new -F files=@adapter_config.json \\
     -F files=@adapter_model.safetensors"""
     positional = ("base", "runs")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Adapters": ("name", "room", "adapters", "keep", "places"),
+        "Training": ("train", "rank"),
         "Address": ("host", "port", "connections", "stall"),
         "Work": ("rows", "context", "queue", "seconds", "dtype"),
     }
@@ -92,6 +104,8 @@ class Serve(Command):
     adapters: int = 32
     keep: Path | None = None
     places: int | None = None
+    train: bool = False
+    rank: int = 32
     rows: int = 8
     context: int = 1024
     queue: int = 64
@@ -108,15 +122,15 @@ class Serve(Command):
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Listens, so that a taken port is found before anything is loaded or compiled."""
-        for flag in ("adapters", "rows", "context", "queue", "connections"):
+        for flag in ("adapters", "rows", "context", "queue", "connections", "rank"):
             check_size("serve", f"--{flag}", getattr(self, flag))
         check_size("serve", "--places", self._on_device)
         check_number("serve", "--seconds", self.seconds)
         check_number("serve", "--stall", self.stall)
         if not 0 <= self.port < 2**16:
             raise UserError(f"--port {self.port}: expected a number from 0 to {2**16 - 1}")
-        key = os.environ.get(KEY) or None
-        if self.host not in LOOPBACK and key is None:
+        keys = os.environ.get(KEY, "").split()
+        if self.host not in LOOPBACK and not keys:
             raise UserError(
                 f"--host {self.host} lets other machines in; set {KEY} to a key that they need, or "
                 "leave --host out"
@@ -152,7 +166,7 @@ class Serve(Command):
                         console.say(f"{called} with {adapters} at {address}; Ctrl-C ends it")
                         console.result({"address": address, "base": called, "adapters": names})
 
-                    return self._application(api, called, limits, key), ready
+                    return self._application(api, called, limits, keys), ready
 
                 serve(sockets, limits, make, console.say)
 
@@ -180,23 +194,64 @@ class Serve(Command):
 
         runs = {name: find_run(path).path for name, path in named.items()}
         make = self._completing if is_decoder(self.base) else self._labelling
-        api, engine, read = make(runs, called, limits, kept)
+        if self.train:
+            # Before anything is loaded, so that a package that is absent is said at once.
+            from adapters_jax.finetune.tinker.api import TrainingApi as TrainingApi
+        api, engine, read, room = make(runs, called, limits, kept)
         stack.callback(engine.close)
         says("compiling", "compiling the programs")
         engine.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs"))
         for name, each in read.items():
             fitted = engine.fit(name, (each.recipe, each.leaves))
             engine.put(name, fitted, each.about).result()
+        if self.train:
+            api.training = self._training(api, room, called, limits, says, stack)
         return api
 
-    def _application(self, api: Api, called: str, limits: Limits, key: str | None) -> Any:
+    def _training(
+        self,
+        api: Any,
+        room: Any,
+        called: str,
+        limits: Limits,
+        says: Says,
+        stack: contextlib.ExitStack,
+    ) -> Any:
+        """The paths of Tinker's protocol; `stack` closes what trains."""
+        from adapters_jax.finetune.tenants import Tenants
+        from adapters_jax.finetune.tinker.api import TrainingApi
+        from adapters_jax.finetune.tinker.checkpoints import Checkpoints
+        from adapters_jax.finetune.tinker.futures import Bounds
+        from adapters_jax.finetune.tinker.service import Service
+
+        folder = self.keep
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapters-jax-")))
+        context, (recipes, largest) = api.engine.sizes.context, room
+        tenants = Tenants(
+            api.decoder.model,
+            largest,
+            places=min(self._on_device, _TRAINING),
+            rows=self.rows,
+            group=math.gcd(self.rows, 4),
+            lengths=sorted({max(1, context // n) for n in (8, 4, 2, 1)}),
+        )
+        stack.callback(tenants.close)
+        says("compiling", "compiling the programs that train")
+        tenants.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs that train"))
+        saved, bounds = Checkpoints(folder / "training"), Bounds(models=self.adapters)
+        service = Service(api.reader, api.engine, tenants, saved, recipes, bounds, limits.seconds)
+        names = tuple(dict.fromkeys((called, self.base)))
+        return TrainingApi(service, names, context, limits).routes()
+
+    def _application(self, api: Api, called: str, limits: Limits, keys: Sequence[str]) -> Any:
         """The application, with its page."""
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.serving.api import application
 
-        about = {"title": "adapters-jax serve", "base": called, "key": key is not None}
+        about = {"title": "adapters-jax serve", "base": called, "key": bool(keys)}
         page = render("serve", **about, hidden=HIDDEN.pattern)
-        return application(api, page, limits, key)
+        return application(api, page, limits, keys)
 
     def _completing(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
@@ -212,12 +267,23 @@ class Serve(Command):
         read = self._read(base, runs, kept)
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
-        later = [base.planned(read_candidate(text).method.build(**layers)) for text in texts]
+
+        def build(text: str) -> Recipe:
+            return read_candidate(text).method.build(**layers)
+
+        recipes, built = None, [build(text) for text in texts]
+        if self.train:
+            from adapters_jax.finetune.tinker.recipes import Recipes
+
+            recipes = Recipes(base, self.rank)
+            built = [recipes.largest, *map(build, self.room)]
+        later = [base.planned(each) for each in built]
+        room = (recipes, covering(later)) if self.train else None
         model = _together(lambda: base.adapted(covering([*read.values(), *later])))
         context = min(self.context, base.decoder.config.longest)
         sizes = Sizes(self.rows, context, queue=self.queue, adapters=self.adapters)
         engine = Engine(Bank(model, capacity=max(self.rows, self._on_device)), sizes)
-        return TextApi(base, engine, called, limits, kept), engine, read
+        return TextApi(base, engine, called, limits, kept), engine, read, room
 
     def _labelling(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
@@ -228,6 +294,8 @@ class Serve(Command):
         from adapters_jax.finetune.serving.labels import BATCH, EncoderBase, LabelApi, Labeller
         from adapters_jax.finetune.tasks import read_run
 
+        if self.train:
+            raise UserError(f"--train: {self.base} is an encoder; train adapters of a decoder")
         if self.room or not runs:
             raise UserError(
                 f"{self.base} is an encoder, whose server has room for adapters like its runs; "
@@ -242,7 +310,7 @@ class Serve(Command):
         bank = _together(lambda: base.bank(covering(read.values()), width, places))
         longest = max(about.max_length for about in abouts)
         engine = Labeller(base, bank, longest, self.queue, self.adapters)
-        return LabelApi(base, engine, called, limits, kept), engine, read
+        return LabelApi(base, engine, called, limits, kept), engine, read, None
 
     def _read(self, base: Any, runs: Mapping[str, Path], kept: Kept | None) -> dict[str, Read]:
         """The adapters of the command line and those that are kept, but for damaged ones."""

@@ -17,6 +17,7 @@ from adapters_jax.finetune.serving.requests import (
     BusyError,
     FullError,
     Request,
+    Scores,
     Sizes,
     UnknownModelError,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Engine",
     "FullError",
     "Request",
+    "Scores",
     "Sizes",
     "TextSink",
     "UnknownModelError",

@@ -18,7 +18,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.formats.base import Adapter, BaseModel
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
@@ -132,6 +132,15 @@ class DecoderBase:
         recipe, leaves = formats.format_of(run.adapter).read(run.adapter, base)
         prompts, stop = task.asking(run, config, self.decoder)  # type: ignore[attr-defined]
         return Read(recipe, leaves, About(shown_of("run", recipe, leaves), prompts, stop))
+
+    def export(self, directory: Path, adapter: Read) -> None:
+        """Writes an adapter in PEFT's format.
+
+        Raises:
+            UserError: the format does not support it.
+        """
+        written = Adapter(adapter.recipe, adapter.leaves)
+        formats.FORMATS["peft"].write(directory, written, self._base)
 
     def planned(self, recipe: Recipe) -> Read:
         """The shapes of an adapter that is yet to come."""

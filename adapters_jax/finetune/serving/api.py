@@ -100,7 +100,12 @@ class Api:
         name: what requests call the base.
         limits: the limits of requests.
         kept: where adapters that come later are kept; None keeps them in memory alone.
+
+    Attributes:
+        training: the paths of what trains adapters, if anything does.
     """
+
+    training: Sequence[Route] = ()
 
     def __init__(
         self, base: Any, engine: Any, name: str, limits: Limits, kept: Kept | None = None
@@ -290,14 +295,14 @@ async def _refuse(_: Request, error: Exception) -> Response:
     return refused(_STATUS.get(type(error), 400), str(error))
 
 
-def application(api: Any, page: str, limits: Limits, key: str | None = None) -> Starlette:
+def application(api: Any, page: str, limits: Limits, keys: Sequence[str] = ()) -> Starlette:
     """The application.
 
     Args:
         api: what its paths do.
         page: the HTML of its page.
         limits: the limits of requests.
-        key: the API key that requests need; without one, only this machine's browsers may ask.
+        keys: the API keys, of which requests need one; without any, only this machine may ask.
     """
     description = schemas.openapi(__version__, api.routes())
 
@@ -308,7 +313,12 @@ def application(api: Any, page: str, limits: Limits, key: str | None = None) -> 
         return JSONResponse(description)
 
     return Starlette(
-        routes=[Route("/", show_page), Route("/openapi.json", describe), *api.routes()],
-        middleware=[Middleware(Guard, limits=limits, key=key, requests=api.metrics.requests)],
+        routes=[
+            Route("/", show_page),
+            Route("/openapi.json", describe),
+            *api.routes(),
+            *api.training,
+        ],
+        middleware=[Middleware(Guard, limits=limits, keys=keys, requests=api.metrics.requests)],
         exception_handlers=dict.fromkeys((UserError, HTTPException, ClientDisconnect), _refuse),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from adapters_jax.errors import UserError
 from adapters_jax.finetune.serving import schemas
 from adapters_jax.finetune.serving.adapters import About, DecoderBase
 from adapters_jax.finetune.serving.api import Api
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
 from adapters_jax.finetune.serving.kept import Kept
-from adapters_jax.finetune.serving.requests import End
-from adapters_jax.finetune.serving.slots import Choice
+from adapters_jax.finetune.serving.requests import End, Scores
+from adapters_jax.finetune.serving.slots import Choice, Token
 from adapters_jax.finetune.serving.texts import TextSink
 from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
@@ -122,6 +124,9 @@ class TextApi(Api):
         room = self.engine.sizes.context - len(asked.ids)
         wanted = body.max_tokens or getattr(body, "max_completion_tokens", None)
         seed = secrets.randbits(32) if body.seed is None else body.seed
+        if body.likeliest is not None and body.stream:
+            raise UserError("the body: logprobs: not in a stream; leave one of them out")
+        scores = None if body.likeliest is None else Scores(top=body.likeliest > 0)
         answer, decode = _Answer(), self.decoder.tokenizer.decode
         sink = TextSink(decode, answer.put, lambda why: answer.put((why,)), body.stops)
         running = self.engine.submit(
@@ -132,6 +137,7 @@ class TextApi(Api):
             choice=Choice(body.temperature, body.top_p, body.top_k, seed),
             stop=asked.stop,
             seconds=self.limits.seconds,
+            scores=scores,
         )
         form = _Form(body.model, chat)
 
@@ -169,7 +175,10 @@ class TextApi(Api):
         text = await _unless_gone(request, _joined(pieces()))
         if answer.why in _BROKEN:
             return refused(*_BROKEN[answer.why])
-        return JSONResponse({**form.whole(text, answer.why), "usage": usage()})
+        seen = None
+        if scores is not None:
+            seen = form.logprobs(scores.made[: sink.tokens], body.likeliest, decode)
+        return JSONResponse({**form.whole(text, answer.why, seen), "usage": usage()})
 
 
 class _Form:
@@ -180,11 +189,43 @@ class _Form:
         self.head = {"created": int(time.time()), "model": model}
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
 
-    def whole(self, text: str, why: str) -> dict[str, Any]:
+    def whole(self, text: str, why: str, logprobs: Any = None) -> dict[str, Any]:
         """A whole answer."""
         message = {"role": "assistant", "content": text}
         said = {"message": message} if self.chat else {"text": text}
+        said["logprobs"] = logprobs
         return self._of("chat.completion" if self.chat else "text_completion", said, why)
+
+    def logprobs(self, made: Sequence[Token], k: int, decode: Any) -> dict[str, Any]:
+        """The log-probabilities of new tokens, and of the `k` likeliest ones in their places."""
+        texts = [decode([token.id]) for token in made]
+        tops = [
+            {
+                decode([i]): p
+                for i, p in zip(
+                    token.top.ids.tolist()[:k], token.top.logprobs.tolist(), strict=False
+                )
+            }
+            for token in made
+        ]
+        if not self.chat:
+            starts = [0, *itertools.accumulate(map(len, texts))][:-1]
+            own = [token.logprob for token in made]
+            return {
+                "tokens": texts,
+                "token_logprobs": own,
+                "top_logprobs": tops,
+                "text_offset": starts,
+            }
+
+        def one(text: str, logprob: float) -> dict[str, Any]:
+            return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+        rows = [
+            {**one(text, token.logprob), "top_logprobs": [one(*pair) for pair in top.items()]}
+            for text, token, top in zip(texts, made, tops, strict=True)
+        ]
+        return {"content": rows, "refusal": None}
 
     def piece(self, text: str, why: str | None) -> dict[str, Any]:
         """A piece of an answer."""
@@ -193,7 +234,7 @@ class _Form:
         return self._of("chat.completion.chunk" if self.chat else "text_completion", said, why)
 
     def _of(self, kind: str, said: dict[str, Any], why: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": why}
+        choice = {"index": 0, "logprobs": None, **said, "finish_reason": why}
         return {"id": self.id, "object": kind, **self.head, "choices": [choice]}
 
 

@@ -26,12 +26,13 @@ from adapters_jax.finetune.serving.requests import (
     End,
     FullError,
     Request,
+    Scores,
     Served,
     Sink,
     Sizes,
     UnknownModelError,
 )
-from adapters_jax.finetune.serving.slots import Choice, Slots
+from adapters_jax.finetune.serving.slots import Choice, Slots, Token
 from adapters_jax.methods.invocation import start_of
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
@@ -139,22 +140,24 @@ class Engine:
         prompt: Sequence[int],
         sink: Sink,
         *,
-        model: str | None = None,
+        model: str | Fitted | None = None,
         most: int,
         choice: Choice = Choice(),
         stop: frozenset[int] = frozenset(),
         seconds: float = 600.0,
+        scores: Scores | None = None,
     ) -> Request:
         """Puts a request into the queue.
 
         Args:
             prompt: the ids of the prompt's tokens, from 0 to `vocabulary` - 1.
             sink: takes its tokens, as `TextSink` does.
-            model: the adapter's name; None is the base.
+            model: the adapter's name, or what `fit` made of one that has none; None is the base.
             most: the largest number of new tokens.
             choice: how tokens are chosen; `step` is the engine's.
             stop: ids of tokens that end it; the sink does not get them.
             seconds: the time after which it ends in any case, in seconds from now.
+            scores: takes the log-probabilities of its tokens.
 
         Returns:
             The request, to give to `cancel`; its tokens go to the sink.
@@ -180,12 +183,12 @@ class Engine:
             )
         until = time.monotonic() + seconds
         with self._changed:
-            served = None if model is None else self._served(model)
+            adapter = self._served(model).fitted if isinstance(model, str) else model
             self._check_open()
             if len(self._waiting) >= self.sizes.queue:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
-            adapter = served.fitted if served else None
             request = Request(list(prompt), adapter, most, choice, stop, sink, until)
+            request.scores = scores
             request.start = start_of(prompt, adapter.invocation) if adapter else len(prompt)
             self._waiting.append(request)
             self._changed.notify()
@@ -339,7 +342,7 @@ class Engine:
             ((row, each),) = live
             acts = [_acts(each)]
             token = self._slots.read(row, [each.last], False, each.adapter, _choice(each), acts)
-            self._take(row, each, token.id, token.finite)
+            self._take(row, each, token)
         elif live:
             self._step(dict(live))
         self.counts.steps += 1
@@ -374,19 +377,25 @@ class Engine:
 
     def _read(self, row: int, request: Request) -> None:
         """Reads a piece of a prompt; the last one gives the first token."""
-        if not request.read:  # the last token gives the first new one, so it is read in any case
+        scored = request.scores is not None and request.scores.prompt
+        # The last token gives the first new one, so it is read in any case.
+        if not request.read and not scored:
             plain = request.prompt[: min(request.start, len(request.prompt) - 1)]
             request.read = self._slots.reuse(row, plain)
             self.counts.prompt_tokens += request.read
             self.counts.reused_tokens += request.read
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]
         acts = [i >= request.start for i in range(request.read, request.read + len(part))]
-        choice = _choice(request)
-        token = self._slots.read(row, part, not request.read, request.adapter, choice, acts)
+        after = request.prompt[request.read + 1 : request.read + 1 + len(part)] if scored else ()
+        token = self._slots.read(
+            row, part, not request.read, request.adapter, _choice(request), acts, after
+        )
+        if request.scores is not None and token.given is not None:
+            request.scores.given.append(token.given)
         request.read += len(part)
         self.counts.prompt_tokens += len(part)
         if request.read == len(request.prompt):
-            self._take(row, request, token.id, token.finite)
+            self._take(row, request, token)
 
     def _step(self, live: dict[int, Request]) -> None:
         """Makes one token for each of these rows."""
@@ -398,19 +407,21 @@ class Engine:
             [bool(request and _acts(request)) for request in rows],
         )
         for row, each in live.items():
-            self._take(row, each, made[row].id, made[row].finite)
+            self._take(row, each, made[row])
 
-    def _take(self, row: int, request: Request, token: int, finite: bool) -> None:
+    def _take(self, row: int, request: Request, made: Token) -> None:
         """Hands a token to a request, and frees its row if it was the last one."""
         why: End | None = None
-        if not finite:
+        if not made.finite:
             why = "not finite"
-        elif token in request.stop:
+        elif made.id in request.stop:
             why = "stop"
         else:
-            request.made, request.last = request.made + 1, token
+            request.made, request.last = request.made + 1, made.id
             self.counts.tokens += 1
-            if not request.sink.token(token):
+            if request.scores is not None:
+                request.scores.made.append(made)
+            if not request.sink.token(made.id):
                 why = "stop"
             elif request.made == request.most:
                 why = "length"
@@ -433,4 +444,5 @@ def _acts(request: Request) -> bool:
 
 
 def _choice(request: Request) -> Choice:
-    return request.choice._replace(step=request.made)
+    top = request.scores is not None and request.scores.top
+    return request.choice._replace(step=request.made, top=int(top))

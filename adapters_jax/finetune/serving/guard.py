@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -16,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters_jax.errors import visible
 from adapters_jax.finetune.addresses import LOOPBACK
 
-OPEN = ("/", "/healthz", "/livez", "/openapi.json")  # need no key, and have no secret
+OPEN = ("/", "/healthz", "/livez", "/openapi.json", "/api/v1/healthz")  # need no key: no secrets
+TRAINING, _LINKS = "/api/v1/", "/api/v1/files/"  # a link to a file is a secret itself
 _JSON_PATHS = ("/v1/completions", "/v1/chat/completions", "/predict")
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 LATER = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
@@ -29,6 +32,7 @@ class Limits:
     Attributes:
         body: bytes of a request's JSON.
         upload: bytes of an adapter's files.
+        training: bytes of a request of Tinker's protocol, also without its compression.
         seconds: the time that an answer may take, in the queue and computed.
         receiving: the seconds that a body may take to arrive, and a reader to go on reading.
         connections: connections at a time.
@@ -36,6 +40,7 @@ class Limits:
 
     body: int = 2**20
     upload: int = 2**28
+    training: int = 2**23
     seconds: float = 300.0
     receiving: float = 30.0
     connections: int = 512
@@ -59,10 +64,12 @@ class Guard:
 
     Pages of other hosts cannot use the server of a browser's own machine: without a key, the `Host`
     must be this machine, and an `Origin` must be the server itself.
+
+    What passes has in its scope, as "owner", a name of the key that it came with.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None, requests: Any) -> None:
-        self.app, self.limits, self.key, self.requests = app, limits, key, requests
+    def __init__(self, app: ASGIApp, limits: Limits, keys: Sequence[str], requests: Any) -> None:
+        self.app, self.limits, self.keys, self.requests = app, limits, tuple(keys), requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it."""
@@ -72,6 +79,8 @@ class Guard:
         scope = _by_path(scope)
         headers, upload = Headers(scope=scope), scope["path"].startswith("/v1/adapters/")
         most = self.limits.upload if upload else self.limits.body
+        if scope["path"].startswith(TRAINING):
+            most = self.limits.training
         status = 500
 
         async def counted(message: Message) -> None:
@@ -85,6 +94,7 @@ class Guard:
             if problem is not None:
                 await refused(*problem)(scope, receive, counted)
                 return
+            scope["owner"] = self._owner(headers)
             await self.app(scope, _bounded(receive, most, self.limits.receiving), counted)
         finally:
             self.requests.labels(str(status)).inc()
@@ -100,13 +110,10 @@ class Guard:
             return 400, "the Host or the Origin is no address"
         if origin is not None and page != host:
             return 403, "a page of another host asks, which is not allowed"
-        if self.key is None and name not in LOOPBACK:
+        if not self.keys and name not in LOOPBACK:
             return 403, f"the Host is not this machine; ask {LOOPBACK[1]}"
-        scheme, _, given_key = headers.get("authorization", "").partition(" ")
-        # compare_digest takes as long for every key, so the time does not tell how much is right.
-        given = given_key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        wanted = (self.key or "").encode()
-        if self.key and scope["path"] not in OPEN and not hmac.compare_digest(given, wanted):
+        is_open = scope["path"] in OPEN or scope["path"].startswith(_LINKS)
+        if self.keys and not is_open and self._owner(headers) is None:
             return 401, "the API key is missing or another one; send Authorization: Bearer KEY"
         # A number of digits without end would be an integer without end: 20 of them are enough.
         length = headers.get("content-length", "0")
@@ -120,6 +127,17 @@ class Guard:
         ):
             return 415, "expected a body of the type application/json"
         return None
+
+    def _owner(self, headers: Headers) -> str | None:
+        """A name of a request's key; None without a right one."""
+        if not self.keys:
+            return "everyone"
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        text = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = text.encode("latin-1")
+        # compare_digest takes as long for every key, so the time does not tell how much is right.
+        right = [hmac.compare_digest(given, key.encode()) for key in self.keys]
+        return hashlib.sha256(given).hexdigest()[:16] if any(right) else None
 
 
 def _by_path(scope: Scope) -> Scope:

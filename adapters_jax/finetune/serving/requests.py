@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from adapters_jax.errors import UserError, check_size
-from adapters_jax.finetune.serving.slots import Choice
+from adapters_jax.finetune.serving.slots import Choice, Likely, Token
 from adapters_jax.transforms.fitting import Fitted
 
 End = Literal["stop", "length", "cancelled", "timeout", "not finite", "closed"]
@@ -47,6 +47,33 @@ class Served:
     about: Any
 
 
+@dataclass
+class Scores:
+    """What a request wants to know of its tokens; the engine's thread adds to it.
+
+    Args:
+        prompt: whether log-probabilities of the prompt's tokens are wanted, too; it is read anew
+            then.
+        top: whether the likeliest tokens at each position are.
+
+    Attributes:
+        made: each new token with its log-probability, before the sink gets it.
+        given: of the prompt's tokens from the second on, piece by piece: their log-probabilities,
+            and the likeliest tokens there.
+
+    Example:
+        >>> scores = Scores(top=True)  # for engine.submit(prompt, sink, scores=scores, ...)
+        >>> scores.made.append(Token(7, True, -0.5, Likely([7, 3], [-0.5, -1.2])))
+        >>> [(token.id, token.logprob) for token in scores.made]
+        [(7, -0.5)]
+    """
+
+    prompt: bool = False
+    top: bool = False
+    made: list[Token] = field(default_factory=list)
+    given: list[tuple[Any, Likely]] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt on its way; `Engine.submit` makes it.
@@ -64,6 +91,7 @@ class Request:
         last: the id of the token before the next one.
         cancelled: whether nobody waits for it any more.
         start: the first token of the prompt that its adapter acts on; their number where none is.
+        scores: takes the log-probabilities of its tokens; None if nobody wants them.
 
     Example:
         >>> request = Request([5, 7], None, 3, Choice(), frozenset({2}), sink=None, deadline=60.0)
@@ -83,6 +111,7 @@ class Request:
     last: int = 0
     cancelled: bool = False
     start: int = 0
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)

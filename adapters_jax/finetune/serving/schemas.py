@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adapters_jax.errors import UserError, shortened
+from adapters_jax.finetune.serving.slots import TOP
 from adapters_jax.texts import parse_json
 
 MOST_STOPS, LONGEST_STOP = 4, 200
@@ -56,6 +57,14 @@ class CompletionRequest(_Generation):
     """A prompt to go on with; with the adapter of a run it is formatted as in its training."""
 
     prompt: str | Annotated[list[int], Field(min_length=1)]
+    logprobs: int | None = Field(
+        None, ge=0, le=TOP, description="of new tokens, and that many of the likeliest ones"
+    )
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are wanted at each position; None for no log-probabilities."""
+        return self.logprobs
 
 
 class TextPart(_Body):
@@ -92,6 +101,13 @@ class ChatRequest(_Generation):
         min_length=1, max_length=MOST_MESSAGES
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
+    logprobs: bool = Field(False, description="of new tokens; not in streams")
+    top_logprobs: int = Field(0, ge=0, le=TOP, description="so many of the likeliest ones as well")
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are wanted at each position; None for no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
 
 class PredictRequest(_Body):

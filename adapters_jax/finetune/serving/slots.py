@@ -22,6 +22,8 @@ from adapters_jax.methods.mixed import Rows
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
 
+TOP = 20  # of the likeliest tokens, as many as OpenAI's API shows
+
 
 class Choice(NamedTuple):
     """How a row's next token is chosen.
@@ -32,10 +34,11 @@ class Choice(NamedTuple):
         top_k: sample among this many of the likeliest tokens; 0 is all.
         seed: the seed of the row, a whole number of 32 bits, 0 or more.
         step: the number of tokens that the row has already.
+        top: whether the log-probabilities of the likeliest tokens are wanted, 0 or 1.
 
     Example:
         >>> Choice(temperature=0.7, top_p=0.9, seed=1)
-        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0)
+        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0, top=0)
 
     Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
     arXiv:1904.09751; Fan et al., Hierarchical Neural Story Generation (top-k sampling, 2018),
@@ -47,10 +50,11 @@ class Choice(NamedTuple):
     top_k: Any = 0
     seed: Any = 0
     step: Any = 0
+    top: Any = 0
 
     @classmethod
     def stacked(cls, rows: Sequence["Choice"]) -> "Choice":
-        """The choices of several rows, as arrays (rows,): float32, float32, int32, uint32, int32.
+        """The choices of several rows, as arrays (rows,): two float32, int32, uint32, two int32.
 
         Args:
             rows: the choice of each row.
@@ -59,15 +63,34 @@ class Choice(NamedTuple):
             >>> Choice.stacked([Choice(), Choice(top_k=5)]).top_k.tolist()
             [0, 5]
         """
-        kinds = np.float32, np.float32, np.int32, np.uint32, np.int32
+        kinds = np.float32, np.float32, np.int32, np.uint32, np.int32, np.int32
         return cls(*(np.array(x, t) for x, t in zip(zip(*rows, strict=True), kinds, strict=True)))
 
 
+class Likely(NamedTuple):
+    """The likeliest tokens at some positions, and their log-probabilities: (..., TOP)."""
+
+    ids: Any
+    logprobs: Any
+
+
 class Token(NamedTuple):
-    """A token that was chosen, and whether the logits that it was chosen by were finite."""
+    """A token that was chosen.
+
+    Attributes:
+        id: the token.
+        finite: whether the logits that it was chosen by were finite.
+        logprob: its log-probability by these logits, before temperature, top-k and top-p.
+        top: the likeliest tokens there, if its row's choice asks for them.
+        given: for the tokens that were read before it, those asked for by `following`: the
+            log-probabilities of the tokens that follow them, and the likeliest tokens there.
+    """
 
     id: Any
     finite: Any
+    logprob: Any
+    top: Likely
+    given: tuple[Any, Likely] | None = None
 
 
 @partial(
@@ -125,6 +148,7 @@ class Slots:
         adapter: Fitted | None,
         choice: Choice,
         acts: Sequence[bool] | None = None,
+        following: Sequence[int] = (),
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -136,6 +160,8 @@ class Slots:
             adapter: what the bank's `fit` made of the adapter; None is the base.
             choice: how the token after them is chosen.
             acts: which of them the adapter acts on; None for all.
+            following: the tokens that follow them in the prompt, if their log-probabilities are
+                wanted; behind the prompt's last token there is none.
 
         Returns:
             The token that follows them.
@@ -147,10 +173,17 @@ class Slots:
         place = np.array([row, len(ids), first], np.int32)
         rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
         gate = np.pad(acting, (0, len(padded) - len(ids))) if self._gated else None
-        self._caches, token = _read(self._model, self._caches, padded, place, rows, feed, gate)
+        then = np.full(len(padded), -1, np.int32)
+        then[: len(following)] = following
+        self._caches, token, given = _read(
+            self._model, self._caches, padded, then, place, rows, feed, gate
+        )
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
-        return chosen
+        if not len(following):
+            return chosen
+        seen = jax.tree.map(lambda x: x[: len(following)], jax.device_get(given))
+        return chosen._replace(given=seen)
 
     def _note(self, row: int, ids: Sequence[int], first: bool, plain: bool) -> None:
         """Keeps which tokens of a row the base has read, with the same program for equal ones."""
@@ -247,8 +280,11 @@ class Slots:
 
 def _tokens(chosen: Token) -> list[Token]:
     """The tokens of all rows, on the host."""
-    ids, finite = jax.device_get(chosen)
-    return [Token(int(i), bool(f)) for i, f in zip(ids, finite, strict=True)]
+    ids, finite, logprobs, top, _ = jax.device_get(chosen)
+    return [
+        Token(int(i), bool(f), float(p), Likely(*pair))
+        for i, f, p, *pair in zip(ids, finite, logprobs, *top, strict=True)
+    ]
 
 
 @partial(jax.jit, static_argnames="width", donate_argnames="caches")
@@ -281,11 +317,12 @@ def _read(
     model: _Model,
     caches: Cache,
     ids: Int[Array, " piece"],
+    following: Int[Array, " piece"],
     place: Int[Array, "3"],
     rows: Rows,
     feed: Choice,
     gate: Bool[Array, " piece"] | None,
-) -> tuple[Cache, Token]:
+) -> tuple[Cache, Token, tuple[Any, Likely]]:
     decoder = model.merged()
     row, count, first = place
     each = {} if gate is None else {"invoked": gate[None]}
@@ -296,7 +333,14 @@ def _read(
     hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
     logits = decoder.logits(hidden[:, count - 1], adapters=rows, **last)
     new = new._replace(used=old.used + count)
-    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed)
+
+    def given() -> tuple[Array, Likely]:
+        logits = decoder.logits(hidden, adapters=rows, **each)[0]
+        return _logprobs(logits, jnp.maximum(following, 0)), _likeliest(logits)
+
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(given))
+    seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
+    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed), seen
 
 
 @partial(jax.jit, donate_argnames="caches")
@@ -330,7 +374,22 @@ def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:
         return jax.random.categorical(key, kept).astype(jnp.int32)
 
     chosen = jax.lax.cond((feed.temperature > 0).any(), sample, lambda: likeliest)
-    return Token(chosen, jnp.isfinite(logits.max(-1)))
+    shapes = jax.eval_shape(_likeliest, logits)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    top = jax.lax.cond((feed.top > 0).any(), lambda: _likeliest(logits), lambda: none)
+    return Token(chosen, jnp.isfinite(logits.max(-1)), _logprobs(logits, chosen), top)
+
+
+def _logprobs(logits: Float[Array, "n vocab"], ids: Int[Array, " n"]) -> Float[Array, " n"]:
+    """The log-probability of one token by each row of logits."""
+    own = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+    return own - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _likeliest(logits: Float[Array, "n vocab"]) -> Likely:
+    """The likeliest tokens of each row of logits, at most TOP."""
+    most, ids = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return Likely(ids, most - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
 
 def _of_top_k(logits: Float[Array, "rows vocab"], feed: Choice) -> Float[Array, "rows vocab"]:

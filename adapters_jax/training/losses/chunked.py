@@ -74,28 +74,12 @@ def cross_entropy(
     parts = -(-length // chunk)
     if parts <= 1:
         return _loss(head, hidden, labels, weights)
-    size = -(-length // parts)  # the parts are nearly equal, so that little is padded
-
-    def split(x: Array) -> Array:
-        padding = [(0, 0), (0, parts * size - length), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, parts, size, *x.shape[2:]), 1, 0)
-
-    part = jax.ShapeDtypeStruct((batch, size, hidden.shape[-1]), hidden.dtype)
-    try:
-        # custom_vjp differentiates arguments alone, and a head holds its weights in its closure:
-        # closure_convert makes them arguments.
-        pure, held = jax.closure_convert(head, part)
-    except TraceContextError as error:
-        raise UserError(
-            "cross_entropy: the head changes a state of the model, as dropout does, which cannot "
-            "be done chunk by chunk; leave dropout out of the head's recipe, or write "
-            f"chunk={length} to hold all logits at once"
-        ) from error
+    pure, held = _pure("cross_entropy", head, hidden, parts)
     # Gradients of weights near one stay in float16's range, as they would under a loss scale.
     largest = jax.lax.stop_gradient(jnp.abs(weights).max())
     largest = jnp.where(largest > 0, largest, 1.0)
-    rows = split(hidden), split(labels), split(weights / largest)
-    return largest * _total(pure, rows, tuple(held))
+    rows = tuple(_split(x, parts) for x in (hidden, labels, weights / largest))
+    return largest * _total(pure, rows, held)
 
 
 def sequence_log_probs(
@@ -148,6 +132,49 @@ def sequence_log_probs(
     return jax.vmap(one)(hidden, labels, weights)
 
 
+def token_log_probs(
+    hidden: Float[Array, "batch length d"],
+    head: Callable[[Float[Array, "batch chunk d"]], Float[Array, "batch chunk vocab"]],
+    labels: Int[Array, "batch length"],
+    *,
+    chunk: int | None = None,
+) -> Float[Array, "batch length"]:
+    """The log-probability of each token, for losses of any form, with few logits at a time.
+
+    The logits of one chunk are held at a time, and gradients are exact. Those by the hidden states
+    are computed together with the log-probabilities; those by the head, where it trains, take its
+    logits once more.
+
+    Args:
+        hidden: the last hidden states.
+        head: computes logits of hidden states, as for `cross_entropy`.
+        labels: the next token of each position. Negative labels count nothing.
+        chunk: the number of positions, in every row, whose logits are held at once; as for
+            `cross_entropy`.
+
+    Returns:
+        The log-probabilities, in float32 at least; 0 for labels that do not count.
+
+    Raises:
+        UserError: as for `cross_entropy`.
+
+    Example:
+        >>> hidden, table = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))
+        >>> labels = jnp.array([[3, 1, 2], [-1, -1, 5]])
+        >>> found = token_log_probs(hidden, lambda x: x @ table, labels, chunk=2)
+        >>> (found / jnp.log(8)).round(4).tolist()
+        [[-1.0, -1.0, -1.0], [0.0, 0.0, -1.0]]
+    """
+    _check(hidden, labels, None)
+    batch, length = labels.shape
+    chunk = _chunk(batch) if chunk is None else chunk
+    check_size("token_log_probs", "chunk", chunk)
+    parts = -(-length // chunk)
+    pure, held = _pure("token_log_probs", head, hidden, parts)
+    found = _log_probs(pure, _split(hidden, parts), _split(labels, parts, -1), held)
+    return jnp.moveaxis(found, 0, 1).reshape(batch, -1)[:, :length]
+
+
 def _chunk(batch: int) -> int:
     """The positions in every row whose logits are held at once, by default."""
     return max(1, -(-TOKENS // max(batch, 1)))
@@ -170,6 +197,32 @@ def _check(hidden: Any, labels: Any, weights: Any) -> None:
         wrong.append(f"weights must have the shape of labels, {labels.shape}, got {weights.shape}")
     if wrong:
         raise UserError(f"cross_entropy: {wrong[0]}")
+
+
+def _split(x: Array, parts: int, fill: int = 0) -> Array:
+    """An array (batch, length, ...) as (parts, batch, size, ...), padded to equal parts."""
+    batch, length = x.shape[:2]
+    size = -(-length // parts)  # the parts are nearly equal, so that little is padded
+    padding = [(0, 0), (0, parts * size - length), *[(0, 0)] * (x.ndim - 2)]
+    x = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(x.reshape(batch, parts, size, *x.shape[2:]), 1, 0)
+
+
+def _pure(caller: str, head: Head, hidden: Array, parts: int) -> tuple[Head, tuple[Array, ...]]:
+    """A head as a function of the arrays that it reads, and these."""
+    batch, length, width = hidden.shape
+    part = jax.ShapeDtypeStruct((batch, -(-length // parts), width), hidden.dtype)
+    try:
+        # custom_vjp differentiates arguments alone, and a head holds its weights in its closure:
+        # closure_convert makes them arguments.
+        pure, held = jax.closure_convert(head, part)
+    except TraceContextError as error:
+        raise UserError(
+            f"{caller}: the head changes a state of the model, as dropout does, which cannot "
+            "be done chunk by chunk; leave dropout out of the head's recipe, or write "
+            f"chunk={length} to hold all logits at once"
+        ) from error
+    return pure, tuple(held)
 
 
 def _loss(head: Head, hidden: Array, labels: Array, weights: Array, *held: Array) -> Array:
@@ -246,3 +299,67 @@ def _gradients(head: Head, kept: Any, change: Any) -> Any:
 # Symbolic zeros tell which arguments are differentiated: a frozen head of 500 million weights needs
 # no sum of gradients.
 _total.defvjp(_total_with_gradients, _gradients, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(head: Head, hidden: Array, labels: Array, held: tuple[Array, ...]) -> Array:
+    """The log-probabilities of all chunks; `held` are the arrays that the head reads."""
+    whole = tuple(map(gathered, held))
+    return jax.lax.map(lambda part: _of_chunk(head, part[0], part[1], whole), (hidden, labels))
+
+
+def _of_chunk(head: Head, hidden: Array, labels: Array, held: tuple[Array, ...]) -> Array:
+    """The log-probabilities of one chunk."""
+    counts = (labels >= 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    return 0.0 - _losses(head, hidden, labels, counts, *held)
+
+
+def _log_probs_with_gradients(head: Head, hidden: Any, labels: Any, held: Any) -> Any:
+    """The log-probabilities, and what their gradients need."""
+    values = tuple(x.value if x.perturbed else gathered(x.value) for x in held)
+
+    def one(part: tuple[Array, Array]) -> Any:
+        if not hidden.perturbed:
+            return _of_chunk(head, part[0], part[1], values), None
+        found, pull = jax.vjp(lambda x: _of_chunk(head, x, part[1], values), part[0])
+        # A token's log-probability depends on its own hidden state alone, so that one pass backward
+        # gives the gradients of all of them.
+        return found, pull(jnp.ones_like(found))[0]
+
+    found, grads = jax.lax.map(one, (hidden.value, labels.value))
+    trained = [x.value if x.perturbed else None for x in held]
+    rest = [None if x.perturbed else x.value for x in held]
+    again = (hidden.value, labels.value) if any(x.perturbed for x in held) else None
+    return found, (grads, again, trained, rest)
+
+
+def _log_probs_gradients(head: Head, kept: Any, change: Any) -> Any:
+    """The gradients by the hidden states and by what trains in the head."""
+    by_hidden, again, trained, rest = kept
+    if isinstance(change, SymbolicZero):
+        change = jnp.zeros(change.shape, change.dtype)
+    if by_hidden is not None:
+        by_hidden = (change[..., None] * by_hidden).astype(by_hidden.dtype)
+    if again is None:
+        return by_hidden, None, tuple(None for _ in trained)
+    moving = {i: x for i, x in enumerate(trained) if x is not None}
+
+    def add(sums: dict[int, Array], part: Any) -> tuple[dict[int, Array], None]:
+        hidden, labels, change = part
+
+        def found(moving: dict[int, Array]) -> Array:
+            held = tuple(moving.get(i, x) for i, x in enumerate(rest))
+            return _of_chunk(head, hidden, labels, held)
+
+        (grads,) = jax.vjp(found, moving)[1](change)
+        return {i: sums[i] + grads[i].astype(sums[i].dtype) for i in sums}, None
+
+    # Sums over many chunks in bfloat16 would stop growing.
+    wide = {i: jnp.promote_types(x.dtype, jnp.float32) for i, x in moving.items()}
+    zeros = {i: jnp.zeros(x.shape, wide[i]) for i, x in moving.items()}
+    sums, _ = jax.lax.scan(add, zeros, (*again, change))
+    held = tuple(None if x is None else sums[i].astype(x.dtype) for i, x in enumerate(trained))
+    return by_hidden, None, held
+
+
+_log_probs.defvjp(_log_probs_with_gradients, _log_probs_gradients, symbolic_zeros=True)

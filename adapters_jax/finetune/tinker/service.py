@@ -1,0 +1,435 @@
+"""Sessions, models that train, and what clients ask of them, for the keys that they belong to.
+
+All of it runs in the event loop's thread; arrays and files are other threads' work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters_jax.errors import FileSystemError, UserError, shown
+from adapters_jax.finetune.serving.adapters import DecoderBase, Read
+from adapters_jax.finetune.serving.engine import Engine
+from adapters_jax.finetune.serving.requests import UnknownModelError
+from adapters_jax.finetune.tenants import Adam, Snapshot, Tenants, UnknownTenantError
+from adapters_jax.finetune.tinker import wire
+from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints
+from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background
+from adapters_jax.finetune.tinker.recipes import Recipes
+from adapters_jax.finetune.tinker.sampling import Asked, Sampler, Samplers, Weights
+from adapters_jax.recipe import Recipe
+
+_log = logging.getLogger(__name__)
+_SILENT = 900.0  # seconds without a heartbeat, after which a session is over
+Work = Callable[[], Coroutine[Any, Any, "bytes | dict[str, Any]"]]
+
+
+@dataclass(eq=False)
+class Model:
+    """A model that trains.
+
+    Attributes:
+        id: what clients call it.
+        owner: the key that it belongs to.
+        session: the session that it belongs to.
+        recipe: what trains of it.
+        about: what a checkpoint says of it: its recipe, its rank, what the client says.
+        turns: its requests in their order.
+        asked: when it was last asked for something, in seconds since 1970.
+        inflight: what its inflight sampling sessions share.
+    """
+
+    id: str
+    owner: str
+    session: str
+    recipe: Recipe
+    about: dict[str, Any]
+    turns: Turns
+    asked: float = field(default_factory=time.time)
+    inflight: Weights = field(default_factory=lambda: Weights(None))
+
+
+@dataclass
+class _Session:
+    owner: str
+    seen: float = field(default_factory=time.monotonic)
+
+
+class Service:
+    """What the paths do.
+
+    Args:
+        base: the decoder.
+        engine: samples; it has been started.
+        tenants: trains; it has been started.
+        checkpoints: where saves go.
+        recipes: reads what trains.
+        bounds: what one key may have at a time.
+        seconds: how long a request that is missing in a model's order is waited for, and how long
+            a sample may be computed.
+    """
+
+    def __init__(
+        self,
+        base: DecoderBase,
+        engine: Engine,
+        tenants: Tenants,
+        checkpoints: Checkpoints,
+        recipes: Recipes,
+        bounds: Bounds = Bounds(),
+        seconds: float = 300.0,
+    ) -> None:
+        self.base, self.checkpoints, self.futures = base, checkpoints, Futures(bounds)
+        self.models: dict[str, Model] = {}
+        self._engine, self._tenants, self._recipes = engine, tenants, recipes
+        self._bounds, self._seconds = bounds, seconds
+        self._sampler = Sampler(engine, base.decoder.tokenizer.decode, seconds)
+        self._sessions: dict[str, _Session] = {}
+        self.samplers = Samplers(bounds.samplers, self.futures.forget)
+
+    # Sessions
+
+    def begin_session(self, owner: str) -> str:
+        """Begins a session; those that are silent end."""
+        now = time.monotonic()
+        for name in [n for n, each in self._sessions.items() if now - each.seen > _SILENT]:
+            self.end_session(self._sessions[name].owner, name)
+        name = secrets.token_hex(16)
+        self._sessions[name] = _Session(owner)
+        return name
+
+    def session(self, owner: str, name: str) -> str:
+        """A session of a key, which shows that its client is there.
+
+        Raises:
+            UnknownModelError: the key has no such session.
+        """
+        found = self._sessions.get(name)
+        if found is None or found.owner != owner:
+            raise UnknownModelError(f"there is no session {shown(name)}; begin a new one")
+        found.seen = time.monotonic()
+        return name
+
+    def end_session(self, owner: str, name: str) -> None:
+        """Ends a session with its models and sampling sessions."""
+        self.session(owner, name)
+        for model in [each for each in self.models.values() if each.session == name]:
+            self.unload(model)
+        self.samplers.end(owner, f"{name}:")
+        del self._sessions[name]
+
+    # Models
+
+    def model(self, owner: str, name: str) -> Model:
+        """A model of a key.
+
+        Raises:
+            UnknownModelError: the key has no such model.
+        """
+        found = self.models.get(name)
+        if found is None or found.owner != owner:
+            raise UnknownModelError(
+                f"there is no model {shown(name)}; if the server was started anew, create one from "
+                "its last checkpoint"
+            )
+        found.asked = time.time()
+        return found
+
+    def create(self, owner: str, request: Any) -> tuple[str, str]:
+        """Begins to create a model; returns the names of the model and of the answer."""
+        metadata = {str(k): str(v) for k, v in (request.user_metadata or {}).items()}
+        if request.optimizer_config.type != "adamw":
+            raise UserError(
+                f"the optimizer {request.optimizer_config.type} is none here, but adamw"
+            )
+        recipe, about = self._recipes.of(request.lora_config, metadata)
+        seed = getattr(request.lora_config, "seed", None)
+        seed = secrets.randbits(31) if seed is None else seed
+
+        def make(model: Model) -> Work:
+            async def create() -> dict[str, Any]:
+                await asyncio.to_thread(self._tenants.create, model.id, recipe, seed)
+                return {"model_id": model.id, "type": "create_model"}
+
+            return create
+
+        return self._made(owner, request, recipe, about, metadata, make)
+
+    def create_from(self, owner: str, request: Any) -> tuple[str, str]:
+        """Begins to create a model from a checkpoint; returns both names."""
+        found = self.checkpoints.find(owner, request.path)
+        metadata = {str(k): str(v) for k, v in (request.user_metadata or {}).items()}
+        recipe = Recipe.from_json(found.about["recipe"])
+
+        def make(model: Model) -> Work:
+            async def create() -> dict[str, Any]:
+                snapshot = await asyncio.to_thread(_loaded, found, request.optimizer)
+                await asyncio.to_thread(self._tenants.create, model.id, recipe, 0)
+                return await self._restored(model, found, snapshot, request.optimizer)
+
+            return create
+
+        return self._made(owner, request, recipe, found.about, metadata, make)
+
+    def _made(
+        self,
+        owner: str,
+        request: Any,
+        recipe: Recipe,
+        about: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        make: Callable[[Model], Work],
+    ) -> tuple[str, str]:
+        session = self.session(owner, request.session_id)
+        name = f"{session}:train:{request.model_seq_id}"  # as the client derives it, too
+        if name not in self.models:
+            own = sum(each.owner == owner for each in self.models.values())
+            if own >= self._bounds.models:
+                raise UserError(f"this key has {own} models, the most; unload one")
+            kept = {key: about[key] for key in ("lora", "recipe")}
+            turns = Turns(self._seconds)
+            model = Model(name, owner, session, recipe, {**kept, "metadata": metadata}, turns)
+            self.models[name] = model
+            work = make(model)
+
+            async def create() -> dict[str, Any]:
+                try:
+                    return await work()  # type: ignore[return-value]
+                except BaseException:
+                    self.unload(model)
+                    raise
+
+            self.ordered(model, 0, lambda: create())
+        return name, f"{name}:0"
+
+    def unload(self, model: Model) -> None:
+        """Forgets a model; what it was yet to do fails."""
+        if self.models.pop(model.id, None) is None:
+            return
+        for entry in model.turns.close():
+            self.futures.fail(model.owner, entry, "the model is gone")
+        with contextlib.suppress(UnknownTenantError):  # it may never have been made
+            self._tenants.drop(model.id)
+
+    # Their requests
+
+    def ordered(
+        self,
+        model: Model,
+        number: int,
+        work: Callable[[], Awaitable[Any]],
+        tokens: int = 0,
+        whole: bool = True,
+    ) -> str:
+        """Does something once all earlier requests of a model are begun; returns the answer's name.
+
+        Args:
+            model: the model.
+            number: the request's number; one that came before is not done again.
+            work: begins it at its call, and is awaited for the answer.
+            tokens: how many tokens it has.
+            whole: whether the next request begins only after its end.
+        """
+        name = f"{model.id}:{number}"
+        if model.turns.has(number):
+            return name
+        entry = self.futures.make(model.owner, name, tokens)
+        try:
+            model.turns.check(number)
+        except UserError as error:
+            self.futures.fail(model.owner, entry, str(error))
+            return name
+
+        async def start() -> None:
+            try:
+                answer = work()
+            except UserError as error:
+                self.futures.fail(model.owner, entry, str(error))
+                return
+            settled = self._settled(model.owner, entry, answer)
+            if whole:
+                await settled
+            else:
+                background(settled)
+
+        model.turns.add(number, entry, start)
+        return name
+
+    async def _settled(self, owner: str, entry: Entry, answer: Awaitable[Any]) -> None:
+        """Puts an answer, or its error, where the client asks for it."""
+        try:
+            made = await answer
+        except FileSystemError as error:
+            self.futures.fail(owner, entry, str(error), "server")
+        except UserError as error:
+            self.futures.fail(owner, entry, str(error))
+        except asyncio.CancelledError:
+            self.futures.fail(owner, entry, "the request was cancelled")
+            raise
+        except Exception:
+            _log.exception("a request failed: %s", entry.id)
+            self.futures.fail(owner, entry, "the server failed; its log says why", "server")
+        else:
+            if isinstance(made, bytes):
+                self.futures.end(owner, entry, made, wire.PROTOBUF)
+            else:
+                self.futures.end(owner, entry, json.dumps(made).encode(), JSON)
+
+    def passed(self, model: Model, read: wire.Pass, rows: Any, tokens: int) -> str:
+        """Begins a forward pass, with gradients unless it is one alone.
+
+        Args:
+            model: the model.
+            read: the request.
+            rows: its rows, or the UserError that they are.
+            tokens: how many tokens it has.
+        """
+
+        def work() -> Awaitable[bytes]:
+            if isinstance(rows, UserError):
+                raise rows
+            message = read.message
+            future = self._tenants.forward_backward(
+                model.id,
+                rows,
+                message.loss_fn,
+                wire.config_of(message),
+                backward=not message.forward_only,
+            )
+
+            async def answer() -> bytes:
+                return wire.passed(await asyncio.wrap_future(future))
+
+            return answer()
+
+        return self.ordered(model, read.number, work, tokens, whole=False)
+
+    def step(self, model: Model, request: Any) -> str:
+        """Begins a step of the optimiser."""
+
+        def work() -> Awaitable[dict[str, Any]]:
+            given = request.optim_params
+            if not hasattr(given, "beta2"):
+                raise UserError(f"the optimizer {given.type} is none here, but adamw")
+            adam = Adam(*(getattr(given, name) for name in Adam._fields))
+            future = self._tenants.optim_step(model.id, adam)
+
+            async def answer() -> dict[str, Any]:
+                return {"metrics": await asyncio.wrap_future(future)}
+
+            return answer()
+
+        return self.ordered(model, request.seq_id, work, whole=False)
+
+    def save(self, model: Model, request: Any, kind: str) -> str:
+        """Begins to save a model."""
+        name = f"{request.seq_id:06d}" if request.path is None else request.path
+        ttl = request.ttl_seconds
+        said = getattr(request, "user_metadata", None) or {}
+        about = {**model.about, "metadata": {**model.about["metadata"], **said}}
+        if ttl is not None:
+            about["expires"] = time.time() + ttl
+
+        async def save() -> dict[str, Any]:
+            snapshot = await asyncio.wrap_future(self._tenants.snapshot(model.id))
+            files = {}
+            if kind == "external_weights":
+                if request.age_encryption_recipients:
+                    raise UserError("age_encryption_recipients is not supported; leave it out")
+                files = await asyncio.to_thread(self._exported, snapshot)
+            overwrite = getattr(request, "overwrite", False)
+            place = model.owner, model.id, kind, name
+            saved = await asyncio.to_thread(
+                self.checkpoints.save, *place, snapshot, files, about, overwrite
+            )
+            return {"path": saved.path, "size_bytes": saved.about["size"], "type": request.type}
+
+        return self.ordered(model, request.seq_id, save)
+
+    def _exported(self, snapshot: Snapshot) -> dict[str, bytes]:
+        """PEFT's files of an adapter."""
+        with tempfile.TemporaryDirectory(prefix="adapters-jax-") as folder:
+            self.base.export(Path(folder, "a"), Read(snapshot.recipe, snapshot.leaves))
+            return {path.name: path.read_bytes() for path in Path(folder, "a").iterdir()}
+
+    def exported(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """PEFT's files of a checkpoint; another thread may call it."""
+        if checkpoint.kind == "external_weights":
+            return {path.name: path.read_bytes() for path in checkpoint.files()}
+        return self._exported(self.checkpoints.load(checkpoint))
+
+    def load(self, model: Model, request: Any) -> str:
+        """Begins to load a checkpoint into a model that is there."""
+
+        async def load() -> dict[str, Any]:
+            found = self.checkpoints.find(model.owner, request.path)
+            snapshot = await asyncio.to_thread(_loaded, found, request.optimizer)
+            return await self._restored(model, found, snapshot, request.optimizer)
+
+        return self.ordered(model, request.seq_id, load)
+
+    async def _restored(
+        self, model: Model, found: Checkpoint, snapshot: Snapshot, optimizer: bool
+    ) -> dict[str, Any]:
+        future = self._tenants.restore(model.id, snapshot, optimizer=optimizer)
+        await asyncio.wrap_future(future)
+        return {"path": found.path, "model_id": model.id, "type": "load_weights"}
+
+    # Samples
+
+    def save_for_sampler(self, model: Model, request: Any) -> str:
+        """Begins to save a model for samples: by a name, or only for a session of them."""
+        if request.sampling_session_seq_id is None:
+            return self.save(model, request, "sampler_weights")
+        name = f"{model.session}:sample:{request.sampling_session_seq_id}"
+
+        async def save() -> dict[str, Any]:
+            snapshot = await asyncio.wrap_future(self._tenants.snapshot(model.id))
+            fitted = await asyncio.to_thread(self._engine.fit, model.id, snapshot.adapter)
+            weights = Weights(fitted)
+            if request.kind == "inflight":
+                model.inflight.fitted, weights = fitted, model.inflight
+            self.samplers.add(model.owner, name, weights)
+            return {"sampling_session_id": name, "type": request.type}
+
+        return self.ordered(model, request.seq_id, save)
+
+    async def begin_sampling(self, owner: str, request: Any) -> str:
+        """Begins a session of samples of the base or of a checkpoint."""
+        session = self.session(owner, request.session_id)
+        weights = await self.weights(owner, request.model_path)
+        name = f"{session}:sample:{request.sampling_session_seq_id}"
+        self.samplers.add(owner, name, weights)
+        return name
+
+    async def weights(self, owner: str, path: str | None) -> Weights:
+        """The weights of a checkpoint, or the base."""
+        if path is None:
+            return Weights(None)
+        snapshot = await asyncio.to_thread(_loaded, self.checkpoints.find(owner, path), False)
+        return Weights(await asyncio.to_thread(self._engine.fit, path, snapshot.adapter))
+
+    def sample(
+        self, owner: str, name: str, target: str | None, weights: Weights, asked: Asked
+    ) -> None:
+        """Begins to sample; `name` is that of the answer, `target` that of the session."""
+        if self.futures.find(owner, name) is None:
+            entry = self.futures.make(owner, name, asked.tokens, target)
+            background(self._settled(owner, entry, self._sampler.sample(owner, weights, asked)))
+
+
+def _loaded(checkpoint: Checkpoint, optimizer: bool) -> Snapshot:
+    """What a checkpoint has; raises UserError if it lacks the optimiser that is asked for."""
+    if optimizer and checkpoint.kind != "weights":
+        raise UserError(f"{checkpoint.path} has no optimiser's state; load it without, or weights")
+    return Checkpoints.load(checkpoint)
