@@ -4,8 +4,8 @@ A cell is one configuration on one family with one release of transformers. PEFT
 on a tiny checkpoint, with values in all that trains; the library reads it, and writes it again for
 PEFT. Both have to compute what PEFT computed, or to be refused by an error that is meant for users.
 The file sweep-cells.jsonl beside the results has a line for each finished cell. A cell that has a
-line does not run again; delete the lines of those to try anew, or the file. Run the command once in an environment with
-each release of transformers: the tables have all of them.
+line does not run again; delete the lines of those to try anew, or the file. Run the command once in
+an environment with each release of transformers: the tables have all of them.
 """
 
 import json

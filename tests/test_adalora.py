@@ -348,6 +348,28 @@ def test_a_file_of_peft_is_read_by_folding():
     assert "v" not in adapters  # nothing of it is left
 
 
+@pytest.mark.parametrize("short", ["q", "block.q"])
+def test_ranks_of_modules_whose_names_end_alike_stay_apart(short):
+    """PEFT, and the reader of its LoRA, find a pattern at the end of a name."""
+    from adapters_jax.files.peft.convert import from_peft
+
+    names = {"q": "q", "block.q": "block/q"}
+    kernel = {"kernel": np.zeros((4, 6), np.float32)}
+    tensors, masks = {}, {}
+    for name in names:
+        rank = 1 if name == short else 3
+        masks[f"{name}.lora_E"] = [True] * rank + [False] * (4 - rank)
+        for end, shape in (("A", (rank, 4)), ("E", (rank, 1)), ("B", (6, rank))):
+            tensors[f"base_model.model.{name}.lora_{end}"] = drawn(shape, rank)
+    config = {**CONFIG, "target_modules": ["q"], "rank_pattern": masks}
+    recipe, adapters = from_peft(config, tensors, names, {"q": kernel, "block": {"q": kernel}})
+    method = recipe.methods[0]
+    for path, own in (("q", adapters["q"]), ("block/q", adapters["block"]["q"])):
+        rank = 1 if path == short.replace(".", "/") else 3
+        assert own["lora"]["a"].shape == (4, rank)
+        assert method.rank_at(path) == rank and method.scale_at(path) == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "fields", "data"),
     [

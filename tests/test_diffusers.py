@@ -603,6 +603,8 @@ def test_loha_and_lokr(kind, tmp_path):
             np.testing.assert_array_equal(written[key], tensor)
     with safe_open(file, "np") as opened:
         assert opened.metadata()["ss_network_module"] == "lycoris.kohya"
+    if kind == "lokr_whole":  # whose scale is in the first factor, since LyCORIS applies none
+        assert {x.item() for key, x in written.items() if key.endswith("alpha")} == {1.0}
     again, tree, *_ = load_diffusers(file, None, PARAMS)
     check(exactly(changes), again, tree)
 
@@ -1026,6 +1028,15 @@ def test_what_cannot_be_written(tmp_path):
     tree = adapted(grown, params, model)
     names = {"transformer_blocks.3.attn.to_q": grown.targets[0]}
     cases.append(({"transformer": (grown, tree, names, params)}, {}, ("qkv", *names)))
+    for other in (aj.LoHa, aj.LoKr):
+        grown = other("transformer_blocks_3_attn_to_q", 2)
+        tree = adapted(grown, params, model)
+        cases.append(({"transformer": (grown, tree, names, params)}, {}, ("qkv", *names)))
+    same = aj.LoHa(lora.targets, 2)
+    same = (same, adapted(same), None, PARAMS)
+    twice = ("transformer", "lora_unet_conv_in is the name of two modules")
+    for one, two in ((part, same), (same, part), (same, same)):
+        cases.append(({"unet": one, "transformer": two}, {}, twice))
     for parts, given, data in cases:
         with raises(UserError, *data):
             save_diffusers(file, parts, **given)

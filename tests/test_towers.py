@@ -391,6 +391,19 @@ def test_an_adapter_has_the_names_of_the_multimodal_class(name, tmp_path):
         load_peft(saved, FAMILIES[base.params.config.model_type].names, base.params)
 
 
+@pytest.mark.parametrize(("name", "root"), [("llama4", "language_model."), ("llava", "")])
+def test_an_output_layer_has_the_name_of_the_multimodal_class(name, root, tmp_path):
+    base = load_base_model(str(FIXTURES / name))
+    recipe = aj.Recipe(aj.LoRA("head", rank=2))
+    model = aj.adapt(base.params, recipe, rngs=nnx.Rngs(0))
+    tree = drawn_like(nnx.to_pure_dict(nnx.state(model, AdapterParam)))
+    saved = save_peft(tmp_path / "peft", recipe, tree, base.names, base.params)
+    keys = {f"base_model.model.{root}lm_head.lora_{end}.weight" for end in "AB"}
+    assert read_keys(saved).keys() == keys
+    _, leaves = load_peft(saved, base.names, base.params)
+    np.testing.assert_array_equal(leaves["head"]["lora"]["a"], tree["head"]["lora"]["a"])
+
+
 def read_keys(directory):
     return load_file(directory / "adapter_model.safetensors")
 

@@ -181,6 +181,33 @@ def test_factors_of_vera_for_larger_modules_are_cut(tmp_path):
         save_peft(tmp_path / "c", recipe, unflatten(trained), NAMES, BASE)
 
 
+@pytest.mark.parametrize("module", ["heads", "out"])
+def test_scales_of_vera_have_the_axes_of_the_outputs(module, tmp_path):
+    """Six inputs by (2, 3) outputs, and (2, 3) inputs by six outputs, which are flat to PEFT."""
+    own = {"vera_lambda_d": SCALES["vera_lambda_d"], "vera_lambda_b": drawn((6,), 5)}
+    tensors = {**VERA, **at(f"h.0.{module}", own)}
+    recipe, adapters = load(tmp_path / "a", tensors, peft_type="VERA", r=2)
+    base, b = BASE[module]["kernel"], own["vera_lambda_b"]
+    assert adapters[module]["vera"]["b"].shape == ((2, 3) if module == "heads" else (6,))
+    left, right = double(VERA["vera_A"]).T[:6], double(VERA["vera_B"]).T[:, :6]
+    change = left @ np.diag(double(own["vera_lambda_d"])) @ right @ np.diag(double(b))
+    found = kernels(recipe, adapters)[module]
+    np.testing.assert_allclose(found, base + change.reshape(base.shape), atol=1e-5)
+    saved = save_peft(tmp_path / "b", recipe, adapters, NAMES, BASE)
+    written = load_file(saved / "adapter_model.safetensors")
+    np.testing.assert_array_equal(written[f"base_model.model.h.0.{module}.vera_lambda_b"], b)
+
+
+@pytest.mark.parametrize(("there", "terms"), [(2, 2), (3, 4), (4, 4), (6, 6), (None, 5)])
+def test_three_terms_of_peft_are_four(there, terms, tmp_path):
+    config = {"peft_type": "OFT", "num_cayley_neumann_terms": there}
+    recipe, adapters = load(tmp_path / "a", {"h.0.down.oft_R.weight": 0.1 * SKEW}, **config)
+    assert recipe.methods[0].terms == terms
+    saved = save_peft(tmp_path / "b", recipe, adapters, NAMES, BASE)
+    written = json.loads((saved / "adapter_config.json").read_text())
+    assert written["num_cayley_neumann_terms"] == terms
+
+
 SKEW = drawn((2, 3), 1)
 WRONG = {
     "half of a LoHa": (
@@ -298,6 +325,16 @@ WRONG = {
         {**VERA, **at("h.0.down", {**SCALES, "vera_lambda_b": drawn((5,), 1)})},
         {"peft_type": "VERA", "r": 2},
         ("h.0.down", "[5]", "[6, 4]"),
+    ),
+    "VeRA of factors with too few inputs": (
+        {**VERA, "vera_A": VERA["vera_A"][:, :5].copy(), **at("h.0.down", SCALES)},
+        {"peft_type": "VERA", "r": 2},
+        ("h.0.down", "[6, 4]"),
+    ),
+    "VeRA of factors with too few outputs": (
+        {**VERA, "vera_B": VERA["vera_B"][:3].copy(), **at("h.0.down", SCALES)},
+        {"peft_type": "VERA", "r": 2},
+        ("h.0.down", "[6, 4]"),
     ),
     "VeRA with half of its scales": (
         {**VERA, "h.0.down.vera_lambda_d": SCALES["vera_lambda_d"]},

@@ -21,7 +21,14 @@ from safetensors.numpy import save
 
 from adapters_jax.errors import AdapterFileError, AdapterMismatchError, UserError, first_few
 from adapters_jax.files.atomic import write_file
-from adapters_jax.files.diffusers.lycoris import Made, Product, Several, checked_alpha, products
+from adapters_jax.files.diffusers.lycoris import (
+    Made,
+    Product,
+    Several,
+    checked_alpha,
+    not_fused,
+    products,
+)
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
 from adapters_jax.files.layouts import Array, our_factors, rounded, spans
@@ -192,7 +199,7 @@ def save_diffusers(
             wrong.append("such files have no place for the invocation of an ActivatedLoRA")
         several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
         prefix = "lora_te1_" if several else _PREFIXES[part]
-        tensors |= products(config, theirs, prefix, style, wrong)
+        tensors |= products(config, theirs, prefix, style, tensors.keys(), wrong)
         keys = [key for key in theirs if key.endswith(_OF_A)]
         most = max((len(theirs[key]) for key in keys), default=0)
         for key in keys:
@@ -213,14 +220,13 @@ def save_diffusers(
                 b = np.pad(b, [(0, 0), more, *[(0, 0)] * (b.ndim - 2)])
             ends = zip(_STYLES[style], (a, b, norms), strict=True)
             made |= {end: x for end, x in ends if x is not None}
-            if f"{module}.{_STYLES[style][0]}" in tensors:
+            if not tensors.keys().isdisjoint((f"{module}.{_STYLES[style][0]}", f"{module}.alpha")):
                 wrong.append(f"{module} is the name of two modules")
             tensors |= {f"{module}.{end}": x for end, x in made.items()}
             if names is None and style == "diffusers" and re.search(r"(?<!linear)_\d+(\.|$)", name):
                 wrong.append(f"{name} may have numbers behind dots there; give names")
-            if style == "kohya" and re.match(r"(single_)?transformer_blocks[._]", name):
-                fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
-                wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
+            if style == "kohya":
+                not_fused(name, wrong)
         wrong += [f"{key.removeprefix(ROOT)} is no LoRA of a layer" for key in theirs]
         problems += [f"{part}: {problem}" for problem in wrong]
     if problems or not tensors:

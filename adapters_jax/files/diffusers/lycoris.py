@@ -5,7 +5,8 @@ Reference: https://github.com/KohakuBlueleaf/LyCORIS/tree/main/lycoris/modules (
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,19 +78,36 @@ class Product(NamedTuple):
         return made
 
 
+def not_fused(name: str, wrong: list[str]) -> None:
+    """Adds the problem of a module that kohya's files have as a part of FLUX's fused one."""
+    if re.match(r"(single_)?transformer_blocks[._]", name):
+        fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
+        wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
+
+
 def products(
     config: Mapping[str, Any],
     theirs: dict[str, Array],
     prefix: str,
     style: str,
+    there: Collection[str],
     wrong: list[str],
 ) -> dict[str, Array]:
-    """Takes LoHa and LoKr out of PEFT's tensors, and names them as kohya's scripts do."""
+    """Takes LoHa and LoKr out of PEFT's tensors, and names them as kohya's scripts do.
+
+    Args:
+        config, theirs: the adapter in PEFT's form; the tensors that are taken leave it.
+        prefix: begins the names of modules.
+        style: the one to write.
+        there: the keys of what is in the file already.
+        wrong: gets the problems.
+    """
     if config.get("peft_type") not in ("LOHA", "LOKR"):
         return {}
     if style != "kohya":
         wrong.append(f"Diffusers has no {config['peft_type']}; write style='kohya'")
     made: dict[str, Array] = {}
+    modules: dict[str, str] = {}  # theirs by their name in the file
     whole = {key[:-1] for key in theirs if key.endswith("lokr_w2") and key[:-1] + "1" in theirs}
     for key in list(theirs):
         name, _, end = key.removeprefix(ROOT).rpartition(".")
@@ -101,7 +119,10 @@ def products(
             # Two whole factors are not scaled there, and do not tell a rank.
             tensor = tensor * np.float32(alpha / rank if end == "lokr_w1" else 1)
             alpha = 1
-        if f"{module}.{end}" in made:
+        if module not in modules:
+            not_fused(name, wrong)
+        other = modules.setdefault(module, name)
+        if other != name or f"{module}.alpha" in there:
             wrong.append(f"{module} is the name of two modules")
         made[f"{module}.{end}"] = tensor
         made[f"{module}.alpha"] = np.asarray(alpha, np.float32)

@@ -1,4 +1,4 @@
-"""Which modules a file of PEFT and a model have of each other: none, twice, or without effect."""
+"""Which modules a file of PEFT names, and those that it and a model lack of each other."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,10 +6,34 @@ from typing import Any
 from adapters_jax.errors import UserError, first_few
 from adapters_jax.files.layouts import ModuleReference
 from adapters_jax.files.module_map import ModuleMap
-from adapters_jax.files.peft.config import KINDS, is_target, unread_fields
+from adapters_jax.files.peft.config import KINDS, Config, is_target, unread_fields
 from adapters_jax.placement import Placement, Placements
 
 Parts = tuple[ModuleReference, ...]
+# PEFT's modules for LoRA where the configuration names none; it knows each model's family.
+_DEFAULT_TARGETS = (
+    *({"q_proj", "v_proj"}, {"query", "value"}, {"q", "v"}, {"c_attn"}, {"query_key_value"}),
+    *({"q_proj", "v_proj", "fc1", "fc2"}, {"query_proj", "value_proj"}, {"in_proj"}),
+)
+
+
+def with_targets(config: Config, modules: Iterable[str], problems: list[str]) -> Config:
+    """The configuration with the modules that PEFT chooses where it names none."""
+    kind, names = config["peft_type"], {module.rpartition(".")[2] for module in modules}
+    if kind not in ("LORA", "IA3") or not names or config.get("target_parameters"):
+        return config
+    if config.get("target_modules") is not None:
+        return config
+    targets = next((each for each in _DEFAULT_TARGETS if names <= each), None)
+    if kind == "IA3" or targets is None:
+        more = "" if kind == "LORA" else " and feedforward_modules"
+        problems.append(
+            f"target_modules=null stands for modules that PEFT chooses by the base's family, and "
+            f"it would not read all of {', '.join(sorted(names))}; write target_modules="
+            f"{sorted(names)}{more} into adapter_config.json"
+        )
+        return config
+    return {**config, "target_modules": sorted(targets)}
 
 
 def references(config: Mapping[str, Any], module: str, module_map: ModuleMap) -> Parts:

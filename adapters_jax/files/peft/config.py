@@ -4,7 +4,7 @@ Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,6 @@ _CHANGES = (
     *("lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
     "megatron_config",
-)
-# PEFT's modules for LoRA where the configuration names none; it knows each model's family.
-_DEFAULT_TARGETS = (
-    *({"q_proj", "v_proj"}, {"query", "value"}, {"q", "v"}, {"c_attn"}, {"query_key_value"}),
-    *({"q_proj", "v_proj", "fc1", "fc2"}, {"query_proj", "value_proj"}, {"in_proj"}),
 )
 _MERGE = (
     "; merge it in PEFT: from peft import {0}; "
@@ -123,6 +118,12 @@ _MODULES: dict[str, Rule] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
     "modules_to_save": plain_names(list),
     "fan_in_fan_out": of(bool),
+}
+_VIRTUAL: dict[str, Rule] = {  # of tokens that are before the text
+    **dict.fromkeys(("num_virtual_tokens", "token_dim"), whole(1)),
+    **dict.fromkeys(("num_attention_heads", "num_layers"), whole(1)),
+    "num_transformer_submodules": one_of(1),
+    "modules_to_save": plain_names(list),
 }
 _LOHA = [f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")]
 _LOKR = [f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
@@ -254,10 +255,7 @@ KINDS = {
         *("prompt_tuning", "prompt_tuning", ("prompt_tuning",)),
         leaves={},
         rules={
-            "num_virtual_tokens": whole(1),
-            "num_transformer_submodules": one_of(1),
-            **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), whole(1)),
-            "modules_to_save": plain_names(list),
+            **_VIRTUAL,
             **dict.fromkeys(
                 ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), of(str)
             ),
@@ -271,13 +269,10 @@ KINDS = {
         *("prefix", "prefix", ("prefix",)),
         leaves={},
         rules={
-            "num_virtual_tokens": whole(1),
-            "num_transformer_submodules": one_of(1),
-            **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), whole(1)),
+            **_VIRTUAL,
             "encoder_hidden_size": whole(1),
             "prefix_projection": of(bool),
             "init_weights": of(str),
-            "modules_to_save": plain_names(list),
         },
         trains="modules",
         shared={"prompt_embeddings": "pairs"},
@@ -361,25 +356,6 @@ def unread_fields(config: Config) -> list[str]:
     """
     known = {*IDLE, *_CHANGES, *KINDS[config["peft_type"]].rules}
     return [f"{k}={shown(found, 80)}" for k, found in config.items() if found and k not in known]
-
-
-def with_targets(config: Config, modules: Iterable[str], problems: list[str]) -> Config:
-    """The configuration with the modules that PEFT chooses where it names none."""
-    kind, names = config["peft_type"], {module.rpartition(".")[2] for module in modules}
-    if kind not in ("LORA", "IA3") or not names or config.get("target_parameters"):
-        return config
-    if config.get("target_modules") is not None:
-        return config
-    targets = next((each for each in _DEFAULT_TARGETS if names <= each), None)
-    if kind == "IA3" or targets is None:
-        more = "" if kind == "LORA" else " and feedforward_modules"
-        problems.append(
-            f"target_modules=null stands for modules that PEFT chooses by the base's family, and "
-            f"it would not read all of {', '.join(sorted(names))}; write target_modules="
-            f"{sorted(names)}{more} into adapter_config.json"
-        )
-        return config
-    return {**config, "target_modules": sorted(targets)}
 
 
 def tied_problem(embedding: str, head: str, held_twice: Collection[str]) -> str:

@@ -29,13 +29,12 @@ from adapters_jax.files.module_map import (
     shortest,
 )
 from adapters_jax.files.peft.applied import differences
-from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved
+from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved, with_targets
 from adapters_jax.files.peft.config import (
     KINDS,
     ROOT,
     Kind,
     config_problems,
-    with_targets,
 )
 from adapters_jax.files.peft.trained import (
     IN_WRAPPER,
