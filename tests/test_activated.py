@@ -406,6 +406,7 @@ def trained(tmp_path, monkeypatch):
     return prepared
 
 
+@pytest.mark.slow
 def test_training_acts_within_each_text_of_a_packed_row(trained):
     """The loss of a row is that of its texts one by one, each from its own invocation on."""
     tokens, problem = trained("French")
@@ -478,6 +479,7 @@ def full(model, ids, acts):
     return ids[:, -NEW:]
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
     model = lively(aj.ActivatedLoRA(TARGETS, 2, invocation=SEQUENCE), scan=scan)

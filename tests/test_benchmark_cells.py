@@ -11,6 +11,8 @@ from adapters_jax.finetune.compare.grid import read_candidate
 from benchmarks import baselines, cells, defaults, fusion, sweep, tradeoff
 from benchmarks.report import Report
 
+pytestmark = pytest.mark.slow
+
 
 def _trained(score, monkeypatch):
     """Replaces trainings: the scores of a cell are those of `score(recipe, rate, seed)`.

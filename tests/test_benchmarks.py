@@ -29,6 +29,8 @@ from benchmarks import (
 from benchmarks.harness import Spread
 from benchmarks.report import Report, _processor
 
+pytestmark = pytest.mark.slow
+
 
 def test_spread_and_ratio():
     assert Spread.of([5.0, 1.0, 2.0, 4.0]) == Spread(3.0, 1.75, 4.25, 4)

@@ -15,6 +15,8 @@ from benchmarks.report import CLAIMS, Report
 from benchmarks.shapes import FULL, HOULSBY, LORA, Subject
 from benchmarks.workers import forget_peak, peak_bytes
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Subject("toy BERT", 2, 16)
 TOY_BERT, TOY_GPT = Subject("toy BERT", 2, 8), Subject("toy GPT-2", 1, 8)
 

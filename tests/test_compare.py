@@ -94,6 +94,7 @@ def whole(directory):
     return summary, directory / "whole"
 
 
+@pytest.mark.slow
 def test_every_cell_is_a_finished_run_of_finetune(whole):
     summary, out = whole
     names = sorted(path.name for path in (out / "cells").iterdir())

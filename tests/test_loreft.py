@@ -176,6 +176,7 @@ def moved(model):
     return model
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_decoder_reads_padding_packing_and_caches_alike(scan):
     of = {"targets": "layers"} if scan else {"num_layers": 2}

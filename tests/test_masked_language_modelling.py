@@ -205,6 +205,7 @@ def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):
             np.testing.assert_array_equal(after[path.removeprefix("bert/")], tensor, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_hides_the_same_tokens(monkeypatch):
     """A run that is stopped and resumed has the adapter of one that was not, to the bit."""
     write_masked(Path("tiny"))

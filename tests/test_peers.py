@@ -17,7 +17,10 @@ from benchmarks.report import FIGURES, Report
 from benchmarks.workers import HERE, PeerError, Worker, forget_peak, peak_bytes
 
 WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[interop-test]'"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
+]
 TOY = replace(files.TOY, bert=replace(files.TOY.bert, num_hidden_layers=1))
 TOY = replace(TOY, llama=replace(TOY.llama, num_hidden_layers=1))
 TOY = replace(TOY, qwen=replace(TOY.qwen, num_hidden_layers=1))
