@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_an_error():
         aj.Compacter("**", 5, phm_dim=5).leaves(POINT)
     with raises(aj.RecipeError, "bottleneck 6", "phm_dim=4"):
         aj.Compacter("**", reduction_factor=2).leaves(POINT)
-    with raises(aj.RecipeError, "shared_weights=True", "bias=False", "array of its own"):
+    with raises(aj.RecipeError, "Compacter", "share every array", "up_weight_right"):
         aj.Compacter("**", 4, shared_weights=True, bias=False)
     with raises(aj.UserError, "bottleneck_dim=4 and reduction_factor=2"):
         aj.Compacter("**", 4, 2)

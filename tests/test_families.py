@@ -130,7 +130,7 @@ def test_gpt2_ends_completions_with_the_token_of_its_config(gpt2):
 def test_learned_positions_limit_texts(gpt2, capsys):
     words = "finetune --model ./gpt2 --train rows.csv --prompt mr --completion ref --name mine"
     assert main([*words.split(), "--max-length", "33"]) == 2
-    assert "--max-length 33: expected at most 32" in capsys.readouterr().err
+    assert "--max-length 33: expected 1 to 32, the positions" in capsys.readouterr().err
     model, ids = load_pretrained_decoder(str(gpt2)).model, np.ones((2, 30), int)
     with raises(aj.UserError, "30 tokens", "3 new ones", "at most 32"):
         generate(model, ids, max_new_tokens=3)

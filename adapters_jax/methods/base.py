@@ -268,11 +268,16 @@ class Method:
             )
         apart = {*self.frozen_leaves, *self.shared_leaves}
         nested = any("/" in name for name in self.shared_leaves)
-        if apart and (nested or not self.own_leaves or not apart <= {*self.leaf_names}):
+        if self.shared_leaves and not self.own_leaves:
+            raise RecipeError(
+                f"{type(self).__name__}: with these settings modules share every array, "
+                f"shared_leaves={self.shared_leaves}; let each module have one of its own"
+            )
+        if apart and (nested or not apart <= {*self.leaf_names}):
             raise RecipeError(
                 f"{type(self).__name__}: frozen_leaves={self.frozen_leaves} and shared_leaves="
                 f"{self.shared_leaves}, expected some of {self.leaf_names}, shared ones without a "
-                "slash, and one leaf or more that each module has for itself"
+                "slash"
             )
         if self.name:
             object.__setattr__(self, "slot", f"{type(self).slot}_{self.name}")
