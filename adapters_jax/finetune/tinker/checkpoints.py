@@ -34,6 +34,7 @@ from adapters_jax.trees import flatten, unflatten
 
 KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _ABOUT, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
+_CENTURY = 100 * 365 * 86_400
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, most: int = 2**36) -> None:
         self._directory, self._most = directory, most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         with file_errors(directory, "made"):
             directory.mkdir(parents=True, exist_ok=True)
             for parent in directory.glob("*/*/*"):
@@ -157,8 +158,6 @@ class Checkpoints:
             )
         path = f"tinker://{model}/{kind}/{name}"
         folder = self._directory.joinpath(owner, model.replace(":", "-"), kind, name)
-        if (owner, path) in self._all and not overwrite:
-            raise UserError(f"there is a checkpoint {path}; give another name, or overwrite it")
         with tempfile.TemporaryDirectory(prefix="adapters-jax-") as beside:
             if kind != "external_weights":
                 tree = unflatten(dict(snapshot.leaves))
@@ -169,6 +168,10 @@ class Checkpoints:
             size = sum(_size(content) for content in files.values())
             with self._lock:
                 used = sum(each.about["size"] for each in self.of(owner))
+                if (owner, path) in self._all and not overwrite:
+                    raise UserError(
+                        f"there is a checkpoint {path}; give another name, or overwrite it"
+                    )
                 if used + size > self._most:
                     raise UserError(
                         f"the checkpoints of this key would have {used + size} bytes, expected at "
@@ -183,18 +186,27 @@ class Checkpoints:
 
     def expire(self, checkpoint: Checkpoint, seconds: float | None) -> None:
         """Has a checkpoint removed some seconds from now; None keeps it."""
-        until = None if seconds is None else time.time() + seconds
-        values = {**checkpoint.about, "expires": until}
-        write_file(checkpoint.folder / _ABOUT, json.dumps(values).encode())
-        self._all[checkpoint.owner, checkpoint.path] = replace(checkpoint, about=values)
+        values = {**checkpoint.about, "expires": until(seconds)}
+        with self._lock:
+            if not self._has(checkpoint):
+                raise UnknownModelError(f"there is no checkpoint {checkpoint.path} any more")
+            write_file(checkpoint.folder / _ABOUT, json.dumps(values).encode())
+            self._all[checkpoint.owner, checkpoint.path] = replace(checkpoint, about=values)
 
     def drop(self, checkpoint: Checkpoint) -> None:
-        """Removes a checkpoint."""
-        self._all.pop((checkpoint.owner, checkpoint.path), None)
+        """Removes a checkpoint, unless it is removed or replaced already."""
+        gone = checkpoint.folder.with_name(f".{checkpoint.name}.new.{secrets.token_hex(4)}")
         with file_errors(checkpoint.folder, "removed"):
-            gone = checkpoint.folder.with_name(f".{checkpoint.name}.new.{secrets.token_hex(4)}")
-            checkpoint.folder.replace(gone)
+            with self._lock:
+                if not self._has(checkpoint):
+                    return
+                checkpoint.folder.replace(gone)
+                del self._all[checkpoint.owner, checkpoint.path]
             shutil.rmtree(gone)
+
+    def _has(self, checkpoint: Checkpoint) -> bool:
+        """Whether this is the one of its address, and no later one has its place."""
+        return self._all.get((checkpoint.owner, checkpoint.path)) is checkpoint
 
     @staticmethod
     def load(checkpoint: Checkpoint) -> Snapshot:
@@ -245,6 +257,17 @@ def _size(content: Content) -> int:
     if isinstance(content, bytes):
         return len(content)
     return Path(content.args[0]).stat().st_size  # type: ignore[attr-defined]
+
+
+def until(seconds: float | None) -> float | None:
+    """The time some seconds from now; None for None.
+
+    Raises:
+        UserError: they are more than a hundred years, or negative.
+    """
+    if seconds is not None and not 0 <= seconds <= _CENTURY:
+        raise UserError(f"ttl_seconds is {shown(seconds)}, expected 0 to {_CENTURY}, or none")
+    return None if seconds is None else time.time() + seconds
 
 
 def _now() -> str:
