@@ -514,11 +514,17 @@ def test_a_full_disk_is_the_answer_and_leaves_nothing(server, tmp_path, monkeypa
         broken.setattr(os, "fsync", full)
         answer = answered(server, ask(server, "save_weights", body).json()["request_id"])
     assert answer["category"] == "server" and "space" in answer["error"]
+    assert str(tmp_path) not in answer["error"]
     assert server.service.checkpoints.of(owner(0)) == []
     answer = answered(
         server, ask(server, "save_weights", {**body, "seq_id": 2}).json()["request_id"]
     )
     assert answer["path"] == f"tinker://{model}/weights/a"
+    (file,) = tmp_path.rglob("adapter*.safetensors")
+    file.write_bytes(b"damaged")
+    body = {"model_id": model, "path": answer["path"], "seq_id": 3, "optimizer": False}
+    answer = answered(server, ask(server, "load_weights", body).json()["request_id"])
+    assert "damaged" in answer["error"] and str(tmp_path) not in answer["error"]
 
 
 def test_a_client_that_never_asks_for_its_answers(parts, tmp_path):
@@ -770,3 +776,23 @@ def test_an_engine_that_ended_is_said(parts, tmp_path):
             assert answered(server, name)["category"] == "server"
         finally:
             parts.tenants._closing = False
+
+
+def test_many_models_that_are_made_slowly_keep_nobody_from_asking(parts, tmp_path, monkeypatch):
+    whole, go_on = parts.tenants.create, threading.Event()
+
+    def slow(*args):
+        assert go_on.wait(20)
+        whole(*args)
+
+    monkeypatch.setattr(parts.tenants, "create", slow)
+    with parts.serve(tmp_path, Bounds(models=99)) as server:
+        session, answers = session_of(server), []
+        try:
+            for i in range(min(32, os.cpu_count() + 4) + 1):  # as many threads as asyncio has
+                answers.append(create(server, session, i).json()["request_id"])
+            assert ask(server, "session_heartbeat", {"session_id": session}).status_code == 200
+        finally:
+            go_on.set()
+        for name in answers:
+            assert "error" not in answered(server, name)
