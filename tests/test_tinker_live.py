@@ -731,6 +731,20 @@ def test_bodies_that_wait_are_bounded(parts, tmp_path):
         assert ask(server, "get_info", {"model_id": model}).status_code == 404
 
 
+def test_samples_that_are_short_or_have_no_number(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(tokens=1000)) as server:
+        body = {"session_id": session_of(server), "sampling_session_seq_id": 0}
+        answer = ask(server, "create_sampling_session", {**body, "base_model": "llama"}).json()
+        body = {"sampling_session_id": answer["sampling_session_id"], "num_samples": 8}
+        body["prompt"] = {"chunks": [{"type": "encoded_text", "tokens": [5]}]}
+        body["sampling_params"] = {"max_tokens": 1}
+        answer = ask(server, "asample", body)
+        assert answer.status_code == 400 and "seq_id" in answer.text
+        assert ask(server, "asample", {**body, "seq_id": 0}).status_code == 200
+        answer = ask(server, "asample", {**body, "seq_id": 1, "num_samples": 32})
+        assert answer.status_code == 400 and "tokens" in answer.text
+
+
 def test_a_time_that_no_clock_has(server):
     _, model, _ = begun(server)
     body = {"model_id": model, "path": "a", "seq_id": 1, "ttl_seconds": 10**39}
@@ -762,6 +776,8 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         made.expire(old, 60)
     assert made.find("me", new.path) is new and made.load(new).leaves
+    made._most = new.about["size"]
+    made.save(*place, about, overwrite=True)  # in the place of its own bytes
 
 
 def test_an_engine_that_ended_is_said(parts, tmp_path):

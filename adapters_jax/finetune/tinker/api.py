@@ -278,7 +278,9 @@ class TrainingApi:
             weights = await self._do.weights(owner, body.model_path)
             name, target = f"sample:{secrets.token_hex(16)}", None
         else:
-            weights, number = self._do.samplers.find(owner, session), body.seq_id or 0
+            weights, number = self._do.samplers.find(owner, session), body.seq_id
+            if number is None:  # or it would get the answer of another such request
+                raise UserError("the body: seq_id: a request of a sampling session needs a number")
             name, target = f"{session}:{number}", f"{session}:{number // _CLONE}"
         decoder = self._do.base.decoder
         checked = asked(body, self._context, decoder.end, secrets.randbits(32))

@@ -172,7 +172,7 @@ class Checkpoints:
                 files = {**files, _OPTIMIZER: _optimizer(snapshot)}
             size = sum(_size(content) for content in files.values())
             with self._lock:
-                used = sum(each.about["size"] for each in self.of(owner))
+                used = sum(each.about["size"] for each in self.of(owner) if each.path != path)
                 if (owner, path) in self._all and not overwrite:
                     raise UserError(
                         f"there is a checkpoint {path}; give another name, or overwrite it"
