@@ -234,6 +234,25 @@ def test_losses_and_their_slopes_are_the_published_ones(loss):
     assert not np.isfinite(found[3]).any()
 
 
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "gspo"])
+def test_a_ratio_beyond_float32_is_clipped_and_counts_nothing_without_an_advantage(loss):
+    rows = [row(1, loss, 3), row(2, loss, 3)]
+    batch = Batch.empty(1, 2, 3)
+    for i, (each, advantage) in enumerate(zip(rows, (1.0, 0.0), strict=True)):
+        far = {"logprobs": np.full(3, -300.0), "advantages": np.full(3, advantage)}
+        given = [each._replace(values=each.values | far)]
+        (checked,) = checked_rows(given, loss, None, vocabulary=VOCABULARY, longest=3)
+        fill(batch, i, checked, KINDS[loss])
+    losses = lambda x: token_losses(x, batch.given)  # noqa: E731
+    found, back = jax.vjp(losses, jnp.full((2, 3), -2.0))
+    (slopes,) = back(jnp.ones((2, 3)))
+    high = LOSSES[loss].config.get("clip_high_threshold", np.inf)
+    value, slope = (2 * high, -high) if loss == "cispo" else (-high, 0.0)
+    np.testing.assert_allclose(found[0], value, rtol=1e-6)
+    np.testing.assert_allclose(slopes[0], -np.inf if high == np.inf else slope)
+    assert not found[1].any() and not slopes[1].any()
+
+
 def test_nothing_compiles_after_the_start_and_places_are_shared(tenants, caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for i in range(5):

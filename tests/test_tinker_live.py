@@ -11,6 +11,7 @@ import re
 import signal
 import tarfile
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from tinker import types  # noqa: E402
 from tinker.proto import tinker_public_pb2 as pb  # noqa: E402
 
 import adapters_jax as aj  # noqa: E402
+from adapters_jax.errors import UserError  # noqa: E402
 from adapters_jax.finetune.formats import FORMATS  # noqa: E402
 from adapters_jax.finetune.serving import Sizes  # noqa: E402
 from adapters_jax.finetune.serving.adapters import DecoderBase, covering  # noqa: E402
@@ -40,7 +42,7 @@ from adapters_jax.finetune.serving.guard import Limits  # noqa: E402
 from adapters_jax.finetune.tenants import Tenants  # noqa: E402
 from adapters_jax.finetune.tinker.api import TrainingApi  # noqa: E402
 from adapters_jax.finetune.tinker.checkpoints import Checkpoints  # noqa: E402
-from adapters_jax.finetune.tinker.futures import Bounds  # noqa: E402
+from adapters_jax.finetune.tinker.futures import Bounds, Futures  # noqa: E402
 from adapters_jax.finetune.tinker.recipes import Recipes  # noqa: E402
 from adapters_jax.finetune.tinker.service import Service  # noqa: E402
 
@@ -238,7 +240,7 @@ def test_a_model_resumes_from_a_checkpoint_of_a_server_that_is_gone(parts, tmp_p
         rest.set_checkpoint_ttl_from_tinker_path(named, 3600).result(30)
         (listed,) = rest.list_checkpoints(run).result(30).checkpoints
         assert 3500 < listed.expires_at.timestamp() - listed.time.timestamp() < 4000
-        server.service.checkpoints.expire(server.service.checkpoints.find(owner(0), named), -1)
+        server.service.checkpoints.expire(server.service.checkpoints.find(owner(0), named), 0)
         assert rest.list_checkpoints(run).result(30).checkpoints == []
 
 
@@ -512,11 +514,17 @@ def test_a_full_disk_is_the_answer_and_leaves_nothing(server, tmp_path, monkeypa
         broken.setattr(os, "fsync", full)
         answer = answered(server, ask(server, "save_weights", body).json()["request_id"])
     assert answer["category"] == "server" and "space" in answer["error"]
+    assert str(tmp_path) not in answer["error"]
     assert server.service.checkpoints.of(owner(0)) == []
     answer = answered(
         server, ask(server, "save_weights", {**body, "seq_id": 2}).json()["request_id"]
     )
     assert answer["path"] == f"tinker://{model}/weights/a"
+    (file,) = tmp_path.rglob("adapter*.safetensors")
+    file.write_bytes(b"damaged")
+    body = {"model_id": model, "path": answer["path"], "seq_id": 3, "optimizer": False}
+    answer = answered(server, ask(server, "load_weights", body).json()["request_id"])
+    assert "damaged" in answer["error"] and str(tmp_path) not in answer["error"]
 
 
 def test_a_client_that_never_asks_for_its_answers(parts, tmp_path):
@@ -621,3 +629,186 @@ def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
             assert json.load(answer)["data"][0]["id"] == "llama"
     del client, model
     collect()
+
+
+def session_of(server):
+    body = {"tags": [], "user_metadata": None, "sdk_version": "0"}
+    return ask(server, "create_session", body).json()["session_id"]
+
+
+def create(server, session, number=0, **more):
+    body = {"session_id": session, "model_seq_id": number, "base_model": "llama"}
+    return ask(server, "create_model", {**body, "lora_config": {"rank": 2}, **more})
+
+
+def test_a_model_that_is_unloaded_while_it_is_made_leaves_no_tenant(server, parts, monkeypatch):
+    whole = parts.tenants.create
+    begun_, go_on, made = (threading.Event() for _ in range(3))
+
+    def slow(*args):
+        begun_.set()
+        assert go_on.wait(30)
+        whole(*args)
+        made.set()
+
+    monkeypatch.setattr(parts.tenants, "create", slow)
+    model = create(server, session_of(server)).json()["model_id"]
+    assert begun_.wait(30)
+    assert ask(server, "unload_model", {"model_id": model}).status_code == 200
+    go_on.set()
+    assert made.wait(30)
+    for _ in range(1000):
+        if model not in parts.tenants.names:
+            break
+        time.sleep(0.01)
+    assert model not in parts.tenants.names
+
+
+def test_a_model_that_was_refused_for_now_is_made_later(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(futures=1), seconds=0.5) as server:
+        session, model, name = begun(server)
+        answered(server, name)
+        ask(server, "optim_step", adam(model, 2))  # waits for the one before it
+        answer = create(server, session, 1)
+        assert answer.status_code == 429
+        while answer.status_code == 429:
+            answer = create(server, session, 1)
+        assert answered(server, answer.json()["request_id"])["type"] == "create_model"
+
+
+@pytest.mark.parametrize("shape", [[2**62] * 20, [1] * 70, [-1]])
+def test_shapes_that_no_array_has(server, shape):
+    _, model, _ = begun(server)
+    message = pb.ForwardBackwardRequest.FromString(packed(model, 1, [4, 5]))
+    del message.data[0].loss_fn_inputs["target_tokens"].shape[:]
+    message.data[0].loss_fn_inputs["target_tokens"].shape.extend(shape)
+    answer = ask(server, "forward_backward", message.SerializeToString(), headers=PROTO)
+    assert "target_tokens" in answered(server, answer.json()["request_id"])["error"]
+    assert answered(server, passed(server, model, 2).json()["request_id"])["loss:sum"] > 0
+
+
+def test_an_answer_that_is_forgotten_while_it_is_waited_for(server, monkeypatch):
+    """It is gone, and no empty one."""
+    _, model, name = begun(server)
+    answered(server, name)
+    end = Futures.end
+
+    def forgotten(self, owner, entry, *args):
+        end(self, owner, entry, *args)
+        self.drop(owner, entry.id)
+
+    monkeypatch.setattr(Futures, "end", forgotten)
+    late = ask(server, "optim_step", adam(model, 2)).json()["request_id"]
+    first = threading.Timer(0.5, lambda: ask(server, "optim_step", adam(model, 1)))
+    first.start()
+    assert ask(server, "retrieve_future", {"request_id": late}).status_code == 410
+    first.join()
+
+
+def test_what_a_key_may_have_is_bounded():
+    """An answer's time begins when it is there; lists of clones are as few as answers."""
+    futures = Futures(Bounds(futures=3, seconds=100.0))
+    entry = futures.make("me", "a")
+    entry.made -= 200
+    futures.end("me", entry, b"x")
+    assert futures.find("me", "a") is entry
+    for i in range(9):
+        futures.end("me", futures.make("me", f"s:{i}", target=f"s:{i}"), b"x")
+    assert len(futures._ended) == 3
+
+
+def test_bodies_that_wait_are_bounded(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(tokens=64, sessions=2)) as server:
+        _, model, _ = begun(server)
+        wide = np.ones(2**12, np.float32)
+        assert passed(server, model, 2, [4, 5], weights=wide).status_code == 400
+        said = {"user_metadata": {"note": "x" * 2**16}}
+        body = {"model_id": model, "path": "a", "seq_id": 1, **said}
+        answer = answered(server, ask(server, "save_weights", body).json()["request_id"])
+        assert "65536" in answer["error"]
+        assert create(server, session_of(server), **said).status_code == 400
+        session_of(server)
+        assert ask(server, "get_info", {"model_id": model}).status_code == 404
+
+
+def test_samples_that_are_short_or_have_no_number(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(tokens=1000)) as server:
+        body = {"session_id": session_of(server), "sampling_session_seq_id": 0}
+        answer = ask(server, "create_sampling_session", {**body, "base_model": "llama"}).json()
+        body = {"sampling_session_id": answer["sampling_session_id"], "num_samples": 8}
+        body["prompt"] = {"chunks": [{"type": "encoded_text", "tokens": [5]}]}
+        body["sampling_params"] = {"max_tokens": 1}
+        answer = ask(server, "asample", body)
+        assert answer.status_code == 400 and "seq_id" in answer.text
+        assert ask(server, "asample", {**body, "seq_id": 0}).status_code == 200
+        answer = ask(server, "asample", {**body, "seq_id": 1, "num_samples": 32})
+        assert answer.status_code == 400 and "tokens" in answer.text
+
+
+def test_a_time_that_no_clock_has(server):
+    _, model, _ = begun(server)
+    body = {"model_id": model, "path": "a", "seq_id": 1, "ttl_seconds": 10**39}
+    answer = answered(server, ask(server, "save_weights", body).json()["request_id"])
+    assert "ttl_seconds" in answer["error"]
+    body = {**body, "seq_id": 2, "ttl_seconds": 60}
+    path = answered(server, ask(server, "save_weights", body).json()["request_id"])["path"]
+    place = "/".join(["training_runs", model, "checkpoints", *path.split("/")[3:], "ttl"])
+    for seconds in (10**39, -1):
+        answer = ask(server, place, {"ttl_seconds": seconds}, method="PUT")
+        assert answer.status_code == 400
+
+
+def test_a_link_is_not_read_before_its_mark_is_right(server):
+    text = (b"[" * 9000).hex()
+    for link in (f"{text}.0", "x", "0.\u00e9"):
+        assert ask(server, f"files/{link}/a", method="GET").status_code == 403
+
+
+def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
+    parts.tenants.create("t", parts.recipes.largest, 0)
+    snapshot, made = parts.tenants.snapshot("t").result(60), Checkpoints(tmp_path)
+    parts.tenants.drop("t")
+    about = {"metadata": {}, "lora": None, "recipe": ""}
+    place = "me", "m", "weights", "a", snapshot, {}
+    old = made.save(*place, {**about, "expires": time.time() - 1})
+    new = made.save(*place, about)  # the name is free, since the old one's time is over
+    made.drop(old)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        made.expire(old, 60)
+    assert made.find("me", new.path) is new and made.load(new).leaves
+    made._most = new.about["size"]
+    made.save(*place, about, overwrite=True)  # in the place of its own bytes
+
+
+def test_an_engine_that_ended_is_said(parts, tmp_path):
+    """By the server's health, and as no mistake of the client."""
+    with parts.serve(tmp_path) as server:
+        _, model, name = begun(server)
+        answered(server, name)
+        parts.tenants._closing = True
+        try:
+            assert ask(server, "healthz", method="GET").status_code == 503
+            name = ask(server, "optim_step", adam(model, 1)).json()["request_id"]
+            assert answered(server, name)["category"] == "server"
+        finally:
+            parts.tenants._closing = False
+
+
+def test_many_models_that_are_made_slowly_keep_nobody_from_asking(parts, tmp_path, monkeypatch):
+    whole, go_on = parts.tenants.create, threading.Event()
+
+    def slow(*args):
+        assert go_on.wait(20)
+        whole(*args)
+
+    monkeypatch.setattr(parts.tenants, "create", slow)
+    with parts.serve(tmp_path, Bounds(models=99)) as server:
+        session, answers = session_of(server), []
+        try:
+            for i in range(min(32, os.cpu_count() + 4) + 1):  # as many threads as asyncio has
+                answers.append(create(server, session, i).json()["request_id"])
+            assert ask(server, "session_heartbeat", {"session_id": session}).status_code == 200
+        finally:
+            go_on.set()
+        for name in answers:
+            assert "error" not in answered(server, name)

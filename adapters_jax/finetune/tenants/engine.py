@@ -289,11 +289,14 @@ class Tenants:
             made = adapt(nnx.merge(graphdef, state), recipe, rngs=rngs, example_inputs=_EXAMPLE)
             return leaves_by_path(nnx.state(made, ADAPTERS))
 
-        if recipe not in self._starts:
-            if len(self._starts) >= _RECIPES:
-                self._starts.pop(next(iter(self._starts)))
-            self._starts[recipe] = jax.jit(start).lower(state, np.uint32(seed)).compile()
-        return jax.device_get(self._starts[recipe](state, np.uint32(seed)))
+        made = self._starts.get(recipe)
+        if made is None:
+            made = jax.jit(start).lower(state, np.uint32(seed)).compile()
+            with self._changed:  # several threads may create tenants
+                self._starts[recipe] = made
+                if len(self._starts) > _RECIPES:
+                    self._starts.pop(next(iter(self._starts)))
+        return jax.device_get(made(state, np.uint32(seed)))
 
     def _check_new(self, name: str) -> None:
         if self._closing:

@@ -13,6 +13,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 _LOW, _HIGH = "clip_low_threshold", "clip_high_threshold"
+_LARGE = 80.0  # its exp is beyond all sensible thresholds, and float32 holds it
 
 
 class Loss(NamedTuple):
@@ -94,7 +95,10 @@ def token_losses(
     # A row of another loss may have no q at all, and exp of what is not selected could overflow,
     # whose gradient would be 0 times infinity.
     reads = jnp.array([name in ("importance_sampling", "ppo", "gspo") for name in LOSSES])
-    ratio = jnp.exp(jnp.where(reads[kind], change, 0.0))
+    power = jnp.where(reads[kind], change, 0.0)
+    # Nor may it overflow where a large ratio is clipped or counts nothing: the slope is 0 there.
+    flat = (a == 0) | ((a > 0) & (kind != KINDS["importance_sampling"]))
+    ratio = jnp.exp(jnp.where(flat, jnp.minimum(power, _LARGE), power))
     clipped = jnp.minimum(ratio * a, jnp.clip(ratio, given.low, given.high) * a)
     coefficient = jnp.clip(jnp.exp(stop_gradient(change)), given.low, given.high)
     objectives = {

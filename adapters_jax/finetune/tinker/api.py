@@ -29,6 +29,8 @@ from adapters_jax.finetune.tinker.sampling import asked
 from adapters_jax.finetune.tinker.service import Model, Service
 
 _PATIENCE = 20.0  # seconds that a question for an answer is held; the client waits for 45
+_FORGOTTEN = "this answer is no more: send its request again"
+_MOST_JSON = 2**16  # bytes of a request that waits for its turn, as thousands of them may
 _CLONE = 1_000_000_000  # clones of a sampling client count from multiples of it
 
 
@@ -84,7 +86,8 @@ class TrainingApi:
 
     async def health(self, _: Request) -> Response:
         """Whether requests are answered."""
-        return JSONResponse({"status": "ok"})
+        alive = self._do.alive
+        return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
     async def config(self, _: Request) -> Response:
         """What the client is to do: pack its data, and ask for all samples of a session at once."""
@@ -140,7 +143,11 @@ class TrainingApi:
 
     async def create_model(self, request: Request) -> Response:
         """Begins to create a model."""
-        body = await self._reader.read(types.CreateModelRequest, request)
+        body = await self._reader.read(
+            lambda data: _or_error(types.CreateModelRequest, data), request
+        )
+        if isinstance(body, UserError):
+            raise body
         self._check_base(body.base_model)
         model, name = self._do.create(owner_of(request), body)
         return _later(name, model)
@@ -271,7 +278,9 @@ class TrainingApi:
             weights = await self._do.weights(owner, body.model_path)
             name, target = f"sample:{secrets.token_hex(16)}", None
         else:
-            weights, number = self._do.samplers.find(owner, session), body.seq_id or 0
+            weights, number = self._do.samplers.find(owner, session), body.seq_id
+            if number is None:  # or it would get the answer of another such request
+                raise UserError("the body: seq_id: a request of a sampling session needs a number")
             name, target = f"{session}:{number}", f"{session}:{number // _CLONE}"
         decoder = self._do.base.decoder
         checked = asked(body, self._context, decoder.end, secrets.randbits(32))
@@ -286,10 +295,12 @@ class TrainingApi:
         body = await self._reader.read(types.FutureRetrieveRequest, request)
         entry = self._do.futures.find(owner_of(request), body.request_id)
         if entry is None:
-            raise HTTPException(410, "this answer is no more: send its request again")
+            raise HTTPException(410, _FORGOTTEN)
         if not await waited(entry.done, _PATIENCE):
             more = {"request_id": entry.id, "queue_state": "active"}
             return JSONResponse({"type": "try_again", **more})
+        if not entry.kind:
+            raise HTTPException(410, _FORGOTTEN)
         return Response(entry.data, media_type=entry.kind)
 
     async def retrieve_many(self, request: Request) -> Response:
@@ -313,10 +324,13 @@ def _whole_pass(data: bytes) -> tuple[wire.Pass, Any, int]:
         rows = wire.rows_of(read.message)
     except UserError as error:
         rows = error  # the request has its place in the order all the same
-    return read, rows, wire.tokens_in(read.message)
+    # What comes with a token has about 28 bytes; a body of more waits, too, and counts as more.
+    return read, rows, max(wire.tokens_in(read.message), len(data) // 32)
 
 
 def _or_error(kind: Any, data: bytes) -> Any:
+    if len(data) > _MOST_JSON:
+        return UserError(f"the body has {len(data)} bytes, expected at most {_MOST_JSON}")
     try:
         return parsed(kind, data)
     except UserError as error:

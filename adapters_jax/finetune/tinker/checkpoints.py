@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
+import logging
+import os
 import secrets
 import shutil
 import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +36,10 @@ from adapters_jax.finetune.serving.schemas import matches_name
 from adapters_jax.finetune.tenants import Snapshot
 from adapters_jax.trees import flatten, unflatten
 
+_log = logging.getLogger(__name__)
 KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _ABOUT, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
+_CENTURY = 100 * 365 * 86_400
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, most: int = 2**36) -> None:
         self._directory, self._most = directory, most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         with file_errors(directory, "made"):
             directory.mkdir(parents=True, exist_ok=True)
             for parent in directory.glob("*/*/*"):
@@ -157,9 +163,7 @@ class Checkpoints:
             )
         path = f"tinker://{model}/{kind}/{name}"
         folder = self._directory.joinpath(owner, model.replace(":", "-"), kind, name)
-        if (owner, path) in self._all and not overwrite:
-            raise UserError(f"there is a checkpoint {path}; give another name, or overwrite it")
-        with tempfile.TemporaryDirectory(prefix="adapters-jax-") as beside:
+        with _unplaced(path), tempfile.TemporaryDirectory(prefix="adapters-jax-") as beside:
             if kind != "external_weights":
                 tree = unflatten(dict(snapshot.leaves))
                 save_adapter(Path(beside, "a"), tree, snapshot.recipe)
@@ -168,7 +172,11 @@ class Checkpoints:
                 files = {**files, _OPTIMIZER: _optimizer(snapshot)}
             size = sum(_size(content) for content in files.values())
             with self._lock:
-                used = sum(each.about["size"] for each in self.of(owner))
+                used = sum(each.about["size"] for each in self.of(owner) if each.path != path)
+                if (owner, path) in self._all and not overwrite:
+                    raise UserError(
+                        f"there is a checkpoint {path}; give another name, or overwrite it"
+                    )
                 if used + size > self._most:
                     raise UserError(
                         f"the checkpoints of this key would have {used + size} bytes, expected at "
@@ -183,18 +191,27 @@ class Checkpoints:
 
     def expire(self, checkpoint: Checkpoint, seconds: float | None) -> None:
         """Has a checkpoint removed some seconds from now; None keeps it."""
-        until = None if seconds is None else time.time() + seconds
-        values = {**checkpoint.about, "expires": until}
-        write_file(checkpoint.folder / _ABOUT, json.dumps(values).encode())
-        self._all[checkpoint.owner, checkpoint.path] = replace(checkpoint, about=values)
+        values = {**checkpoint.about, "expires": until(seconds)}
+        with _unplaced(checkpoint.path), self._lock:
+            if not self._has(checkpoint):
+                raise UnknownModelError(f"there is no checkpoint {checkpoint.path} any more")
+            write_file(checkpoint.folder / _ABOUT, json.dumps(values).encode())
+            self._all[checkpoint.owner, checkpoint.path] = replace(checkpoint, about=values)
 
     def drop(self, checkpoint: Checkpoint) -> None:
-        """Removes a checkpoint."""
-        self._all.pop((checkpoint.owner, checkpoint.path), None)
-        with file_errors(checkpoint.folder, "removed"):
-            gone = checkpoint.folder.with_name(f".{checkpoint.name}.new.{secrets.token_hex(4)}")
-            checkpoint.folder.replace(gone)
+        """Removes a checkpoint, unless it is removed or replaced already."""
+        gone = checkpoint.folder.with_name(f".{checkpoint.name}.new.{secrets.token_hex(4)}")
+        with _unplaced(checkpoint.path), file_errors(checkpoint.folder, "removed"):
+            with self._lock:
+                if not self._has(checkpoint):
+                    return
+                checkpoint.folder.replace(gone)
+                del self._all[checkpoint.owner, checkpoint.path]
             shutil.rmtree(gone)
+
+    def _has(self, checkpoint: Checkpoint) -> bool:
+        """Whether this is the one of its address, and no later one has its place."""
+        return self._all.get((checkpoint.owner, checkpoint.path)) is checkpoint
 
     @staticmethod
     def load(checkpoint: Checkpoint) -> Snapshot:
@@ -206,17 +223,22 @@ class Checkpoints:
         """
         if checkpoint.kind == "external_weights":
             raise UserError(f"{checkpoint.path} has PEFT's files; load weights or sampler_weights")
-        recipe, tree = read_adapter(checkpoint.folder)
-        leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
-        means: dict[str, dict[str, np.ndarray]] = {"mean": {}, "square": {}}
-        step = 0
-        if (checkpoint.folder / _OPTIMIZER).is_file():
-            tensors = read_tensors(checkpoint.folder / _OPTIMIZER)
-            step = int(tensors.pop("step"))
-            for name, value in tensors.items():
-                which, _, path = name.partition("/")
-                means[which][path] = np.asarray(value)
-        return Snapshot(recipe, leaves, **means, step=step)
+        with _unplaced(checkpoint.path):
+            return _load(checkpoint)
+
+
+def _load(checkpoint: Checkpoint) -> Snapshot:
+    recipe, tree = read_adapter(checkpoint.folder)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+    means: dict[str, dict[str, np.ndarray]] = {"mean": {}, "square": {}}
+    step = 0
+    if (checkpoint.folder / _OPTIMIZER).is_file():
+        tensors = read_tensors(checkpoint.folder / _OPTIMIZER)
+        step = int(tensors.pop("step"))
+        for name, value in tensors.items():
+            which, _, path = name.partition("/")
+            means[which][path] = np.asarray(value)
+    return Snapshot(recipe, leaves, **means, step=step)
 
 
 def _read(file: Path) -> Checkpoint | None:
@@ -245,6 +267,32 @@ def _size(content: Content) -> int:
     if isinstance(content, bytes):
         return len(content)
     return Path(content.args[0]).stat().st_size  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _unplaced(path: str) -> Iterator[None]:
+    """Errors of files name a checkpoint by its address: where it is on the disk, the log has."""
+    try:
+        yield
+    except FileSystemError as error:
+        _log.error("%s: %s", path, error)
+        raised = FileSystemError(f"{path}: {os.strerror(error.errno or errno.EIO)}")
+        raised.errno = error.errno
+        raise raised from error
+    except AdapterFileError as error:
+        _log.error("%s: %s", path, error)
+        raise AdapterFileError(f"the files of {path} are damaged") from error
+
+
+def until(seconds: float | None) -> float | None:
+    """The time some seconds from now; None for None.
+
+    Raises:
+        UserError: they are more than a hundred years, or negative.
+    """
+    if seconds is not None and not 0 <= seconds <= _CENTURY:
+        raise UserError(f"ttl_seconds is {shown(seconds)}, expected 0 to {_CENTURY}, or none")
+    return None if seconds is None else time.time() + seconds
 
 
 def _now() -> str:

@@ -31,6 +31,7 @@ class Bounds:
         tokens: tokens of requests that are on their way.
         models: models that train.
         samplers: sampling sessions; the one that was used least recently makes room.
+        sessions: sessions; the one that has been silent for longest makes room.
     """
 
     futures: int = 8192
@@ -39,6 +40,7 @@ class Bounds:
     tokens: int = 2**22
     models: int = 32
     samplers: int = 64
+    sessions: int = 1024
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class Entry:
         kind: the content type of the answer; empty while there is none.
         data: the answer.
         failed: whether it is an error.
+        made: when it began, then when the answer came, in seconds.
         target: the sampling session in whose list it appears once it is there.
     """
 
@@ -126,13 +129,23 @@ class Futures:
         entry = own.entries[name] = Entry(name, tokens, target)
         own.tokens += tokens
         if target is not None:
-            self._ended.setdefault((owner, target), _Ended())
+            self._list(owner, target)
         return entry
+
+    def _list(self, owner: str, target: str, first: int = 1) -> _Ended:
+        """The list of a sampling session; the oldest one of a key that has too many makes room."""
+        found = self._ended.get((owner, target))
+        if found is None:
+            own = [key for key in self._ended if key[0] == owner]
+            if len(own) >= self._bounds.futures:
+                del self._ended[own[0]]
+            found = self._ended[owner, target] = _Ended(first)
+        return found
 
     def end(self, owner: str, entry: Entry, data: bytes, kind: str = JSON) -> None:
         """Puts an answer there."""
         own = self._owners[owner]
-        entry.data, entry.kind = data, kind
+        entry.data, entry.kind, entry.made = data, kind, time.monotonic()
         own.tokens -= entry.tokens
         own.bytes += len(data)
         own.ended[entry.id] = entry
@@ -170,13 +183,15 @@ class Futures:
     def _remove(self, own: _Owner, name: str) -> None:
         own.bytes -= len(own.ended.pop(name).data)
         entry = own.entries.pop(name)
-        entry.data = b""  # also where the list of its sampling session still names it
+        # Also where the list of its sampling session still names it, or somebody waits for it.
+        entry.data, entry.kind = b"", ""
 
     async def ended(self, owner: str, target: str, cursor: int, seconds: float) -> dict[str, Any]:
         """The requests of a sampling session that ended since a cursor, once there are some."""
-        found = self._ended.get((owner, target)) or _Ended(cursor + 1)
-        if seconds > 0:  # else nobody will ask again, and there is nothing to keep for it
-            self._ended[owner, target] = found
+        if seconds > 0:
+            found = self._list(owner, target, cursor + 1)
+        else:  # nobody will ask again, and there is nothing to keep for it
+            found = self._ended.get((owner, target)) or _Ended(cursor + 1)
         found.trim(cursor)
         if not found.ids:
             found.more.clear()

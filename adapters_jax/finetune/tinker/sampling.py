@@ -60,8 +60,8 @@ class Asked:
 
     @property
     def tokens(self) -> int:
-        """The tokens that it may have on its way."""
-        return len(self.prompt) + self.n * self.most
+        """The tokens that it may have on its way; a sample costs memory, however short it is."""
+        return len(self.prompt) + self.n * max(self.most, 64)
 
 
 def asked(request: Any, context: int, end: int, seed: int) -> Asked:

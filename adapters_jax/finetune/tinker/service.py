@@ -21,9 +21,15 @@ from adapters_jax.errors import FileSystemError, UserError, shown
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.requests import UnknownModelError
-from adapters_jax.finetune.tenants import Adam, Snapshot, Tenants, UnknownTenantError
+from adapters_jax.finetune.tenants import (
+    Adam,
+    ClosedError,
+    Snapshot,
+    Tenants,
+    UnknownTenantError,
+)
 from adapters_jax.finetune.tinker import wire
-from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints
+from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints, until
 from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background
 from adapters_jax.finetune.tinker.recipes import Recipes
 from adapters_jax.finetune.tinker.sampling import Asked, Sampler, Samplers, Weights
@@ -96,6 +102,18 @@ class Service:
         self._sampler = Sampler(engine, base.decoder.tokenizer.decode, seconds)
         self._sessions: dict[str, _Session] = {}
         self.samplers = Samplers(bounds.samplers, self.futures.forget)
+        # So that threads are left for what reads requests, whatever many clients create or save.
+        self._heavy = asyncio.Semaphore(2)
+
+    async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Does something long in another thread, at most two at a time."""
+        async with self._heavy:
+            return await asyncio.to_thread(work, *args)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it samples and trains."""
+        return self._engine.alive and self._tenants.alive
 
     # Sessions
 
@@ -104,6 +122,9 @@ class Service:
         now = time.monotonic()
         for name in [n for n, each in self._sessions.items() if now - each.seen > _SILENT]:
             self.end_session(self._sessions[name].owner, name)
+        own = [name for name, each in self._sessions.items() if each.owner == owner]
+        if len(own) >= self._bounds.sessions:
+            self.end_session(owner, min(own, key=lambda name: self._sessions[name].seen))
         name = secrets.token_hex(16)
         self._sessions[name] = _Session(owner)
         return name
@@ -158,7 +179,7 @@ class Service:
 
         def make(model: Model) -> Work:
             async def create() -> dict[str, Any]:
-                await asyncio.to_thread(self._tenants.create, model.id, recipe, seed)
+                await self.aside(self._begin, model, recipe, seed)
                 return {"model_id": model.id, "type": "create_model"}
 
             return create
@@ -173,13 +194,23 @@ class Service:
 
         def make(model: Model) -> Work:
             async def create() -> dict[str, Any]:
-                snapshot = await asyncio.to_thread(_loaded, found, request.optimizer)
-                await asyncio.to_thread(self._tenants.create, model.id, recipe, 0)
+                snapshot = await self.aside(_loaded, found, request.optimizer)
+                await self.aside(self._begin, model, recipe, 0)
                 return await self._restored(model, found, snapshot, request.optimizer)
 
             return create
 
         return self._made(owner, request, recipe, found.about, metadata, make)
+
+    def _begin(self, model: Model, recipe: Recipe, seed: int) -> None:
+        """Creates a model's tenant; another thread calls it."""
+        self._tenants.create(model.id, recipe, seed)
+        if self.models.get(model.id) is not model:  # it was unloaded meanwhile
+            self._drop(model)
+
+    def _drop(self, model: Model) -> None:
+        with contextlib.suppress(UnknownTenantError):
+            self._tenants.drop(model.id)
 
     def _made(
         self,
@@ -209,7 +240,11 @@ class Service:
                     self.unload(model)
                     raise
 
-            self.ordered(model, 0, lambda: create())
+            try:
+                self.ordered(model, 0, lambda: create())
+            except UserError:  # as much as may be is on its way; the client asks again
+                self.unload(model)
+                raise
         return name, f"{name}:0"
 
     def unload(self, model: Model) -> None:
@@ -218,8 +253,7 @@ class Service:
             return
         for entry in model.turns.close():
             self.futures.fail(model.owner, entry, "the model is gone")
-        with contextlib.suppress(UnknownTenantError):  # it may never have been made
-            self._tenants.drop(model.id)
+        self._drop(model)  # which may not be there yet, and then goes once it is
 
     # Their requests
 
@@ -253,9 +287,8 @@ class Service:
         async def start() -> None:
             try:
                 answer = work()
-            except UserError as error:
-                self.futures.fail(model.owner, entry, str(error))
-                return
+            except Exception as error:
+                answer = _raised(error)
             settled = self._settled(model.owner, entry, answer)
             if whole:
                 await settled
@@ -269,7 +302,7 @@ class Service:
         """Puts an answer, or its error, where the client asks for it."""
         try:
             made = await answer
-        except FileSystemError as error:
+        except (FileSystemError, ClosedError) as error:
             self.futures.fail(owner, entry, str(error), "server")
         except UserError as error:
             self.futures.fail(owner, entry, str(error))
@@ -337,20 +370,20 @@ class Service:
         ttl = request.ttl_seconds
         said = getattr(request, "user_metadata", None) or {}
         about = {**model.about, "metadata": {**model.about["metadata"], **said}}
-        if ttl is not None:
-            about["expires"] = time.time() + ttl
 
         async def save() -> dict[str, Any]:
+            expires = {} if ttl is None else {"expires": until(ttl)}
             snapshot = await asyncio.wrap_future(self._tenants.snapshot(model.id))
             files = {}
             if kind == "external_weights":
                 if request.age_encryption_recipients:
                     raise UserError("age_encryption_recipients is not supported; leave it out")
-                files = await asyncio.to_thread(self._exported, snapshot)
+                files = await self.aside(self._exported, snapshot)
             overwrite = getattr(request, "overwrite", False)
             place = model.owner, model.id, kind, name
-            saved = await asyncio.to_thread(
-                self.checkpoints.save, *place, snapshot, files, about, overwrite
+            known = {**about, **expires}
+            saved = await self.aside(
+                self.checkpoints.save, *place, snapshot, files, known, overwrite
             )
             return {"path": saved.path, "size_bytes": saved.about["size"], "type": request.type}
 
@@ -373,7 +406,7 @@ class Service:
 
         async def load() -> dict[str, Any]:
             found = self.checkpoints.find(model.owner, request.path)
-            snapshot = await asyncio.to_thread(_loaded, found, request.optimizer)
+            snapshot = await self.aside(_loaded, found, request.optimizer)
             return await self._restored(model, found, snapshot, request.optimizer)
 
         return self.ordered(model, request.seq_id, load)
@@ -395,7 +428,7 @@ class Service:
 
         async def save() -> dict[str, Any]:
             snapshot = await asyncio.wrap_future(self._tenants.snapshot(model.id))
-            fitted = await asyncio.to_thread(self._engine.fit, model.id, snapshot.adapter)
+            fitted = await self.aside(self._engine.fit, model.id, snapshot.adapter)
             weights = Weights(fitted)
             if request.kind == "inflight":
                 model.inflight.fitted, weights = fitted, model.inflight
@@ -416,8 +449,8 @@ class Service:
         """The weights of a checkpoint, or the base."""
         if path is None:
             return Weights(None)
-        snapshot = await asyncio.to_thread(_loaded, self.checkpoints.find(owner, path), False)
-        return Weights(await asyncio.to_thread(self._engine.fit, path, snapshot.adapter))
+        snapshot = await self.aside(_loaded, self.checkpoints.find(owner, path), False)
+        return Weights(await self.aside(self._engine.fit, path, snapshot.adapter))
 
     def sample(
         self, owner: str, name: str, target: str | None, weights: Weights, asked: Asked
@@ -426,6 +459,10 @@ class Service:
         if self.futures.find(owner, name) is None:
             entry = self.futures.make(owner, name, asked.tokens, target)
             background(self._settled(owner, entry, self._sampler.sample(owner, weights, asked)))
+
+
+async def _raised(error: Exception) -> Any:
+    raise error
 
 
 def _loaded(checkpoint: Checkpoint, optimizer: bool) -> Snapshot:

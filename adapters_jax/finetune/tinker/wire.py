@@ -6,6 +6,7 @@ The messages are those of the package `tinker`, whose client is the reference.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -133,8 +134,8 @@ def _tensor(name: str, tensor: Any) -> np.ndarray:
         raise UserError(f"{name}: its dtype is {tensor.dtype}, expected float32 or int64")
     array = _numbers(name, tensor.dense, _KINDS[tensor.dtype])
     shape = tuple(tensor.shape) or array.shape
-    if any(n < 0 for n in shape) or int(np.prod([float(n) for n in shape])) != array.size:
-        raise UserError(f"{name} has {array.size} numbers, expected those of {list(shape)}")
+    if len(shape) > 2 or any(n < 0 for n in shape) or math.prod(shape) != array.size:
+        raise UserError(f"{name} has {array.size} numbers, expected those of {shown(list(shape))}")
     return array.reshape(shape)
 
 
