@@ -210,6 +210,8 @@ def _fits(method: Any, family: Family, paths: list[str]) -> bool:
     # LoReFT means `output="hidden"`.
     if method == "loreft" and any(path.endswith("/per_layer") for path in paths):
         return False
+    if method == "prompt-tuning" and family.kind == "vision":
+        return False  # its embeddings are of patches, which have no placeholders
     softmax = [path for path in paths if path not in others]
     try:
         for each in recipe.methods:
