@@ -464,7 +464,10 @@ def test_bad_bodies(server):
     assert "error" in answered(server, name)
     name = ask(server, "optim_step", adam(model, 4, beta1=1.5)).json()["request_id"]
     assert "beta1" in answered(server, name)["error"]
-    name = ask(server, "optim_step", adam(model, 5)).json()["request_id"]
+    other = {"model_id": model, "seq_id": 5, "optim_params": {"type": "dimuon", "version": 1}}
+    name = ask(server, "optim_step", other).json()["request_id"]
+    assert "'dimuon', expected 'adamw'" in answered(server, name)["error"]
+    name = ask(server, "optim_step", adam(model, 6)).json()["request_id"]
     assert answered(server, name)["metrics"]["step"] == 1.0
 
 
@@ -475,15 +478,16 @@ def test_bad_models(server):
         body = {"session_id": session, "model_seq_id": 0, "base_model": "llama"}
         answer = ask(server, "create_model", {**body, "lora_config": lora})
         assert answer.status_code == 400 and named in answer.json()["error"]["message"]
-    for changed in (
-        {"base_model": "other"},
-        {"session_id": "none"},
-        {"user_metadata": {"recipe": "lora --config /etc/passwd"}},
-        {"user_metadata": {"recipe": "[{]"}},
-        {"optimizer_config": {"type": "dimuon", "version": 1}},
+    for changed, named in (
+        ({"base_model": "other"}, "'other', expected 'llama'"),
+        ({"session_id": "none"}, "no session"),
+        ({"user_metadata": {"recipe": "lora --config /etc/passwd"}}, "JSON"),
+        ({"user_metadata": {"recipe": "[{]"}}, "JSON"),
+        ({"optimizer_config": {"type": "dimuon", "version": 1}}, "'dimuon', expected 'adamw'"),
     ):
-        whole = {**body, "lora_config": {"rank": 2}, **changed}
-        assert ask(server, "create_model", whole).status_code in (400, 404)
+        answer = ask(server, "create_model", {**body, "lora_config": {"rank": 2}, **changed})
+        assert answer.status_code in (400, 404)
+        assert named in answer.json()["error"]["message"]
     wide = {"recipe": aj.Recipe(aj.LoRA("**/query", 64)).to_json()}
     whole = {**body, "user_metadata": wide}
     name = ask(server, "create_model", whole).json()["request_id"]

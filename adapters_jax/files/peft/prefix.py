@@ -104,7 +104,7 @@ def _layers(module_map: ModuleMap, problems: list[str]) -> dict[str, Keys]:
 
 
 def turned(key: Array, keys: Keys, positions: int) -> Array:
-    """Keys (..., width) as they would be at positions that are so many further.
+    """Keys (..., width), rotated by as many positions as are given; back by negative ones.
 
     Example:
         >>> quarter = Keys(1, 3, (np.pi / 2,))

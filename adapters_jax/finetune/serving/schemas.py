@@ -102,7 +102,7 @@ class ChatRequest(_Generation):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
     logprobs: bool = Field(False, description="of new tokens; not in streams")
-    top_logprobs: int = Field(0, ge=0, le=TOP, description="so many of the likeliest ones as well")
+    top_logprobs: int = Field(0, ge=0, le=TOP, description="also this many of the likeliest tokens")
 
     @property
     def likeliest(self) -> int | None:

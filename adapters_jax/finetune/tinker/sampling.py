@@ -272,7 +272,8 @@ class Samplers:
 
     Args:
         most: how many a key may have; the one that was used least recently makes room.
-        forgot: is told of each that is no more: its key, and the beginning of its answers' names.
+        forgot: is called for each session that ends, with its key and the beginning of the names
+            of its answers.
     """
 
     def __init__(self, most: int, forgot: Callable[[str, str], None]) -> None:

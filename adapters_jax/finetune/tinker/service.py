@@ -169,10 +169,7 @@ class Service:
     def create(self, owner: str, request: Any) -> tuple[str, str]:
         """Begins to create a model; returns the names of the model and of the answer."""
         metadata = {str(k): str(v) for k, v in (request.user_metadata or {}).items()}
-        if request.optimizer_config.type != "adamw":
-            raise UserError(
-                f"the optimizer {request.optimizer_config.type} is none here, but adamw"
-            )
+        _check_adamw(request.optimizer_config)
         recipe, about = self._recipes.of(request.lora_config, metadata)
         seed = getattr(request.lora_config, "seed", None)
         seed = secrets.randbits(31) if seed is None else seed
@@ -236,7 +233,7 @@ class Service:
             async def create() -> dict[str, Any]:
                 try:
                     return await work()  # type: ignore[return-value]
-                except BaseException:
+                except BaseException:  # also a cancellation: a model that is half made has to go
                     self.unload(model)
                     raise
 
@@ -352,8 +349,7 @@ class Service:
 
         def work() -> Awaitable[dict[str, Any]]:
             given = request.optim_params
-            if not hasattr(given, "beta2"):
-                raise UserError(f"the optimizer {given.type} is none here, but adamw")
+            _check_adamw(given)
             adam = Adam(*(getattr(given, name) for name in Adam._fields))
             future = self._tenants.optim_step(model.id, adam)
 
@@ -463,6 +459,13 @@ class Service:
 
 async def _raised(error: Exception) -> Any:
     raise error
+
+
+def _check_adamw(given: Any) -> None:
+    """Raises UserError for the settings of another optimiser."""
+    kind = getattr(given, "type", "adamw")  # the numbers of AdamW have no type
+    if kind != "adamw":
+        raise UserError(f"the optimizer is {kind!r}, expected 'adamw', the only one here")
 
 
 def _loaded(checkpoint: Checkpoint, optimizer: bool) -> Snapshot:
