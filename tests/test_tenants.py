@@ -328,6 +328,25 @@ def test_a_tenant_with_many_rows_does_not_keep_others_waiting(tenants):
     tenants.drop("few")
 
 
+def test_a_request_that_fits_no_batch_of_the_first_tenant_has_its_turn(tenants):
+    """One batch has gradients or has none, as the tenant needs that stands first."""
+    for name in ("first", "second"):
+        tenants.create(name, RECIPES["lora"], seed=1)
+    seen = []
+    with tenants._changed:  # so that both wait before a batch is chosen
+        many = tenants.forward_backward(
+            "first", [row(i, "cross_entropy", 8) for i in range(40)], "cross_entropy"
+        )
+        few = tenants.forward_backward(
+            "second", [row(1, "cross_entropy", 8)], "cross_entropy", backward=False
+        )
+        few.add_done_callback(lambda _: seen.append(many.done()))
+    many.result(60)
+    assert seen == [False]
+    for name in ("first", "second"):
+        tenants.drop(name)
+
+
 def test_tenants_give_groups_in_turn_and_shorter_rows_fill_what_is_left():
     def waits(*sizes):
         rows = checked_rows(
