@@ -1,5 +1,7 @@
 """Prompt tuning: what the model sees wherever placeholders are, its start, and PEFT's files."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,12 @@ from adapters_jax.files import directories
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.convert import from_peft
-from adapters_jax.finetune.models.decoder import ARCHITECTURES, Decoder, DecoderConfig
+from adapters_jax.finetune.models.decoder import (
+    ARCHITECTURES,
+    Decoder,
+    DecoderConfig,
+    load_decoder,
+)
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.serving.adapters import DecoderBase
 
@@ -144,6 +151,20 @@ def test_decoding_with_a_cache_reads_the_prompt():
             tokens.append(new)
     without = generate(base, PROMPTS, THERE, max_new_tokens=4)
     assert made.ids.tolist() != without.ids.tolist()
+
+
+def test_a_placeholder_has_no_row_in_the_tables_of_layers():
+    """Nor has it that of the last token, which -1 would name."""
+    _, base = load_decoder(Path(__file__).parent / "fixtures" / "decoders" / "gemma4_text")
+    recipe = aj.prompt_tuning(2)
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1))
+    ids, *_ = aj.with_prompt(recipe, np.array([[5, 6, 7]]))
+    before = model(ids)
+    table = model.per_layer.embeddings.embedding
+    table[...] = table[...].at[-1].add(1.0)
+    np.testing.assert_array_equal(model(ids), before)
+    table[...] = table[...].at[5].add(1.0)
+    assert np.abs(model(ids) - before).max() > 1e-4
 
 
 def test_rows_of_a_bank_have_a_prompt_each():

@@ -2,8 +2,7 @@
 
 import difflib
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,9 +28,8 @@ from adapters_jax.files.names import HEADS, ROW, Keys, NameTable
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import selects
 from adapters_jax.transforms.stacking import count_layers, split, stack_layers, unstack_layers
-from adapters_jax.trees import Tree, flatten, join, unflatten
+from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.quantized import unboxed
 
 _WRAPPER = "base_model.model."  # before every name in PEFT's files
@@ -420,37 +418,3 @@ def as_in_base(leaves: Mapping[str, Array], module_map: ModuleMap) -> bool:
     """Whether leaves equal the base's, which some files repeat."""
     both: Iterable[tuple[Array, Any]] = [(x, module_map.base[path]) for path, x in leaves.items()]
     return all(hasattr(own, "__array__") and np.array_equal(x, own) for x, own in both)
-
-
-def shortest(paths: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
-    """Patterns that match these paths and no others: by their last names, or the paths themselves.
-
-    Example:
-        >>> shortest(["layer_0/query", "layer_1/query"], ["layer_0/query", "layer_1/query", "norm"])
-        ('**/query',)
-        >>> shortest(["layer_0/query"], ["layer_0/query", "layer_1/query"])
-        ('layer_0/query',)
-    """
-    chosen, among = set(paths), list(among)
-    for length in (1, 2):
-        tails = {"/".join(path.split("/")[-length:]) for path in chosen}
-        patterns = tuple(sorted(join("**", tail) for tail in tails))
-        fewer = len(patterns) < len(chosen)
-        if fewer and {path for path in among if selects(patterns, path)} == chosen:
-            return patterns
-    return tuple(sorted(chosen, key=in_order))
-
-
-def pattern_of(
-    numbers: Mapping[str, Any], usual: Any, stated: Collection[str] = ()
-) -> dict[str, Any]:
-    """Patterns of modules for each number that differs from the usual one, or has to be stated."""
-    chosen = {path: n for path, n in numbers.items() if n != usual or path in stated}
-    others = sorted({*chosen.values()})
-    groups = {n: [path for path, number in chosen.items() if number == n] for n in others}
-    return {pattern: n for n in others for pattern in shortest(groups[n], numbers)}
-
-
-def in_order(path: str) -> list[tuple[int, str]]:
-    """A sort key that compares the numbers in paths as numbers."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]

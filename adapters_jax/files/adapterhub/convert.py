@@ -21,7 +21,8 @@ from adapters_jax.files.adapterhub.config import (
 )
 from adapters_jax.files.adapterhub.loras import Own, Settings, points
 from adapters_jax.files.layouts import Array, rounded
-from adapters_jax.files.module_map import Added, Leaves, shortest
+from adapters_jax.files.module_map import Added, Leaves
+from adapters_jax.files.patterns import shortest
 from adapters_jax.methods import Bottleneck, Compacter, Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placements

@@ -20,14 +20,8 @@ from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.files.adapterhub.config import VERSION, children
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD, FUSION
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import (
-    Leaves,
-    Names,
-    as_in_file,
-    as_in_model,
-    placed,
-    shortest,
-)
+from adapters_jax.files.module_map import Leaves, Names, as_in_file, as_in_model, placed
+from adapters_jax.files.patterns import shortest
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.methods import Fusion, Method, Unfreeze
 from adapters_jax.recipe import Recipe

@@ -8,7 +8,8 @@ import numpy as np
 from adapters_jax.files.adapterhub.blocks import Blocks, Point
 from adapters_jax.files.adapterhub.config import SCALE, Config
 from adapters_jax.files.layouts import Array, our_factors, rounded, their_factors
-from adapters_jax.files.module_map import Added, Leaves, shortest
+from adapters_jax.files.module_map import Added, Leaves
+from adapters_jax.files.patterns import shortest
 from adapters_jax.methods import IA3, LoRA, Method
 from adapters_jax.methods.lora import CHANGING
 from adapters_jax.placement import Placement

@@ -12,7 +12,8 @@ import numpy as np
 from adapters_jax.files.adapterhub.blocks import Blocks
 from adapters_jax.files.adapterhub.config import ACTIVATIONS, DEFAULTS, Config
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Added, Leaves, shortest
+from adapters_jax.files.module_map import Added, Leaves
+from adapters_jax.files.patterns import shortest
 from adapters_jax.methods import LoReFT, Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placements

@@ -32,7 +32,8 @@ from adapters_jax.files.diffusers.lycoris import (
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
 from adapters_jax.files.layouts import Array, our_factors, rounded, spans
-from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, shortest
+from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules
+from adapters_jax.files.patterns import shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
 from adapters_jax.files.untrusted import not_finite, open_tensors, parse

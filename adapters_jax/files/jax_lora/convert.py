@@ -16,7 +16,7 @@ from jax.dtypes import canonicalize_dtype
 
 from adapters_jax.errors import MismatchError, OtherBaseError, RecipeError, UserError, first_few
 from adapters_jax.files.jax_lora.pairs import Flat, Pair, find_pairs, leaves_of, nested
-from adapters_jax.files.module_map import pattern_of, shortest
+from adapters_jax.files.patterns import pattern_of, shortest
 from adapters_jax.methods import LoRA
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.nnx.adapted import adapt_at, placements_of

@@ -26,8 +26,8 @@ from adapters_jax.files.module_map import (
     as_in_model,
     find_modules,
     placed,
-    shortest,
 )
+from adapters_jax.files.patterns import shortest
 from adapters_jax.files.peft.applied import differences
 from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved, with_targets
 from adapters_jax.files.peft.config import (

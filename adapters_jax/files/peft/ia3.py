@@ -16,7 +16,8 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.expressions import matches
 from adapters_jax.files.layouts import WHOLE, Array, ModuleReference, joined
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap
+from adapters_jax.files.patterns import in_order, shortest
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import IA3, Method

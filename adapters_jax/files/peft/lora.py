@@ -16,7 +16,8 @@ import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors
-from adapters_jax.files.module_map import ModuleMap, pattern_of, shortest
+from adapters_jax.files.module_map import ModuleMap
+from adapters_jax.files.patterns import pattern_of, shortest
 from adapters_jax.files.peft.config import (
     STARTS,
     Config,

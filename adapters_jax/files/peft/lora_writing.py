@@ -19,7 +19,8 @@ from adapters_jax.files.layouts import (
     rounded,
     their_factors,
 )
-from adapters_jax.files.module_map import Leaves, ModuleMap, in_order
+from adapters_jax.files.module_map import Leaves, ModuleMap
+from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import (
     WRITTEN,

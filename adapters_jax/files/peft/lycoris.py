@@ -18,7 +18,8 @@ import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, their_factors
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, pattern_of, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap
+from adapters_jax.files.patterns import in_order, pattern_of, shortest
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, number_at, value
 from adapters_jax.methods import METHODS, LoKr, Method

@@ -13,7 +13,8 @@ import numpy as np
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap
+from adapters_jax.files.patterns import in_order, shortest
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, value
 from adapters_jax.methods import OFT, Method

@@ -15,8 +15,9 @@ import numpy as np
 
 from adapters_jax.errors import first_few
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap
 from adapters_jax.files.names import Keys
+from adapters_jax.files.patterns import in_order, shortest
 from adapters_jax.files.peft.config import KINDS, Config
 from adapters_jax.methods import Method, PrefixTuning
 from adapters_jax.placement import Placements

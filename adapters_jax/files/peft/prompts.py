@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Added, Leaves, ModuleMap, in_order, shortest
+from adapters_jax.files.module_map import Added, Leaves, ModuleMap
+from adapters_jax.files.patterns import in_order, shortest
 from adapters_jax.files.peft.config import ROOT, Config
 from adapters_jax.methods import LlamaAdapter, Method
 from adapters_jax.placement import Placements

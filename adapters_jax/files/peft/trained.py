@@ -9,14 +9,8 @@ import numpy as np
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import (
-    Leaves,
-    ModuleMap,
-    as_in_base,
-    in_order,
-    our_leaves,
-    their_leaves,
-)
+from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, our_leaves, their_leaves
+from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import ROOT, Config, is_target, number_at, tied_problem
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements

@@ -46,7 +46,9 @@ class PerLayerInputs(nnx.Module):
     def __call__(self, ids: Int[Array, "batch length"], x: Hidden) -> tuple[Input, ...]:
         """The input of each layer."""
         shape = *ids.shape, self.layers, self.width
-        of_tokens = (self.embeddings(ids) * self.width**0.5).reshape(shape)
+        # A placeholder of a prompt has no row in the table, and -1 would be the last token's.
+        rows = jnp.where(ids[..., None] >= 0, self.embeddings(ids), 0)
+        of_tokens = (rows * self.width**0.5).reshape(shape)
         of_context = self.norm((self.projection(x) * x.shape[-1] ** -0.5).reshape(shape))
         whole = (of_context + of_tokens) * 2**-0.5
         return tuple(jnp.moveaxis(whole, 2, 0))
