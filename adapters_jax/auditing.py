@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -400,10 +400,13 @@ def _unmatched(
     """The patterns that match nothing in the tree."""
     # A pattern may name the weight itself, `**/experts/up`.
     weights = {each.module for each in placements if each.method.acts_on == "weight"}
-    inside = {path for path in shapes if not weights.isdisjoint(around(path))}
-    owned = {path for each in placements for path in (each.path, each.module)} | inside
-    patterns = [(p, owned) for method in recipe.attached for p in method.targets]
-    patterns += [(p, set(shapes)) for several in recipe.unfrozen for p in several]
+    inside = dict.fromkeys(path for path in shapes if not weights.isdisjoint(around(path)))
+    # Not sets: their order, and so how long a search takes, is another one in each process.
+    owned = dict.fromkeys(path for each in placements for path in (each.path, each.module)) | inside
+    patterns: list[tuple[str, Collection[str]]] = [
+        (p, owned) for method in recipe.attached for p in method.targets
+    ]
+    patterns += [(p, shapes.keys()) for several in recipe.unfrozen for p in several]
     return tuple(
         pattern
         for pattern, paths in patterns

@@ -108,13 +108,12 @@ def growing(api, kind):
     found = {}
     for what in few:
         first, second = more[what] - few[what], most[what] - more[what]
-        # Sets have their names in another order in each process, so that a search ends earlier or
-        # later. One line for each pair of layers is 21 lines at first, and then 39.
+        # One line for each pair of layers is 21 lines at first, and then 39.
         assert first.total() > 100, what
         faster = {
             name: (first[name], lines)
             for name, lines in second.items()
-            if lines > 1.06 * first[name] + 16
+            if lines > first[name] + 8
         }
         found |= {what: faster} if faster else {}
     return found
