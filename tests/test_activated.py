@@ -144,6 +144,7 @@ def subject(request):
     return Subject(request.param)
 
 
+@pytest.mark.witness("linen", "function", "state")
 def test_each_token_has_the_formula_from_its_invocation_on(subject):
     gate = aj.invoked(IDS, SEQUENCE)
     np.testing.assert_array_equal(gate, ACTS)
@@ -182,6 +183,7 @@ def test_a_call_that_does_not_say_where_is_refused(subject):
         subject.call(invoked=ACTS.T)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_formula():
     """By differences of the formula, and none where no token is activated."""
     subject = Subject("linen")
@@ -219,6 +221,7 @@ def brute(row, segments, tokens):
     return found
 
 
+@pytest.mark.slow
 def test_the_tokens_of_every_short_text():
     draw = np.random.default_rng(0)
     for _ in range(60):
@@ -438,6 +441,7 @@ def test_the_invocation_may_be_a_text(trained):
             MethodOptions("lora", invocation=words).build(encode=encode)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_refused(trained, tmp_path):
     with raises(aj.UserError, "--invocation", "0 0 0"):
         trained("nothing of these", "")
@@ -479,7 +483,7 @@ def full(model, ids, acts):
     return ids[:, -NEW:]
 
 
-@pytest.mark.witness("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
     model = lively(aj.ActivatedLoRA(TARGETS, 2, invocation=SEQUENCE), scan=scan)
@@ -500,6 +504,7 @@ def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
         np.testing.assert_array_equal(made.ids, expected)
 
 
+@pytest.mark.slow
 def test_a_bases_cache_is_read_on_from_the_invocation():
     """The keys and values before it are the base's to the bit: nobody computes them anew."""
     base = lively()
@@ -518,6 +523,7 @@ def test_a_bases_cache_is_read_on_from_the_invocation():
         generate(model, rest, max_new_tokens=NEW + 1, cache=cache)
 
 
+@pytest.mark.slow
 def test_generation_with_a_bank():
     plain = lively(aj.LoRA(TARGETS, 2))
     model = lively(aj.ActivatedLoRA(TARGETS, 2, invocation=SEQUENCE))

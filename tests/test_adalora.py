@@ -229,6 +229,7 @@ def test_a_training_resumes_to_the_last_bit_and_compiles_once(api, tmp_path):
     assert sum(int((np.asarray(x) != 0).sum()) for x in numbers) == len(numbers)
 
 
+@pytest.mark.slow
 def test_trainings_with_budgets_run_together():
     recipe, subject = CASES["adalora"].recipe, APIS["linen"](CASES["adalora"], **VARIANTS["plain"])
     step, states = aj.make_train_step(loss_of(subject, recipe)), []
@@ -267,6 +268,7 @@ def test_the_penalty_is_a_mean_of_norms():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_penalty_has_a_gradient_where_it_is_zero():
     node = {"a": jnp.eye(4)[:, :2], "lambda": jnp.ones(2), "b": jnp.eye(3)[:2]}
     slopes = jax.grad(lambda node: aj.orthogonality({"adalora": node}, METHOD))(node)
@@ -406,6 +408,7 @@ def test_a_convolution_of_peft_has_its_window_flat():
     np.testing.assert_allclose(got, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gpt2s_fused_projection_gets_it_as_lora(tmp_path):
     names, model, _, inputs = base_of("gpt2")
     recipe = aj.Recipe(aj.AdaLoRA("**/{query,value}", rank=2))
@@ -427,7 +430,7 @@ def test_gpt2s_fused_projection_gets_it_as_lora(tmp_path):
 # The command line.
 
 
-@pytest.mark.witness("encoder_run")
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [encoder_run, decoder_run])
 def test_a_run_ends_with_the_budget_of_its_flags(make, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -443,6 +446,7 @@ def test_a_run_ends_with_the_budget_of_its_flags(make, tmp_path, monkeypatch, ca
     assert main(["convert", "runs/trained", "converted", "--to", "peft"]) == 0
 
 
+@pytest.mark.slow
 def test_flags_of_a_budget_need_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     encoder_run()

@@ -801,6 +801,7 @@ def test_unsupported_settings_of_reft_raise_an_error_that_names_them(tmp_path, c
         load_adapterhub(saved, names, params)
 
 
+@pytest.mark.slow
 def test_what_adapterhubs_reft_does_not_have(tmp_path):
     names, _, params, _ = base_of("bert")
     cases = [

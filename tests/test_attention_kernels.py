@@ -93,12 +93,13 @@ def check(kernel, mask, cap=None):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
-@pytest.mark.witness("causal", "packed", "window")
+@pytest.mark.witness("causal")
 @pytest.mark.parametrize("name", MASKS)
 def test_splash_attention_gives_what_the_formula_gives(name):
     check(Splash(interpret=True), MASKS[name])
 
 
+@pytest.mark.slow
 def test_splash_attention_bounds_the_scores():
     check(Splash(interpret=True), Mask(causal=True), 1.5)
 
@@ -172,7 +173,7 @@ def outcome(config, recipe, choice, options, *inputs):
     return jax.jit(jax.grad(loss, has_aux=True))(noise(params))
 
 
-@pytest.mark.witness("lora-config0-inputs0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "inputs"),
     [
@@ -192,6 +193,7 @@ def test_a_decoder_by_a_kernel_is_the_dense_one(method, config, inputs):
         np.testing.assert_allclose(ours, wanted, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

@@ -158,6 +158,17 @@ UNEQUAL = {
 }
 
 
+@pytest.mark.witness(
+    "lora-linen",
+    "dora-nnx",
+    "houlsby-nnx",
+    "compacter-nnx",
+    "loreft-nnx",
+    "ia3-linen",
+    "llama_adapter-nnx",
+    "unfrozen-nnx",
+    "mixed-nnx",
+)
 @BOTH
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_rows_equal_their_adapters_alone(api, name):
@@ -165,7 +176,7 @@ def test_rows_equal_their_adapters_alone(api, name):
     check_rows(Case(api, kind, recipe), adapters)
 
 
-@pytest.mark.witness("lora-linen", "lora-nnx")
+@pytest.mark.witness("lora-nnx")
 @BOTH
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix", "unfrozen"])
 def test_scanned_and_rematerialised_layers(api, name):
@@ -186,7 +197,7 @@ T5_CONFIG = T5Config(
 )
 
 
-@pytest.mark.witness("<lambda>0-False")
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
     "make", [lambda **kw: Decoder(CONFIG, **kw), lambda **kw: T5(T5_CONFIG, **kw)]
@@ -212,6 +223,7 @@ def test_generation_with_a_bank_equals_each_alone(make, scan):
     assert made.ids[0].tolist() != made.ids[3].tolist()
 
 
+@pytest.mark.slow
 def test_generation_with_a_bank_writes_its_cache_in_place():
     """As without one; a copy of the keys and values takes longer than the adapters' products."""
     model = aj.adapt(Decoder(CONFIG, rngs=nnx.Rngs(0)), aj.LoRA("**", rank=2), rngs=nnx.Rngs(1))
@@ -239,6 +251,7 @@ def loop_of(text):
     return max((text.split(f"\n%{name} ")[1].split("\n}\n")[0] for name in bodies), key=len)
 
 
+@pytest.mark.slow
 def test_heads_of_fewer_outputs():
     """Further logits of a row get no share, and the others are those of the adapter alone."""
     whole = nn.Sequential([nn.Dense(4), nn.Dense(5)])
@@ -259,6 +272,7 @@ def test_heads_of_fewer_outputs():
         bank.put("bare", bare)
 
 
+@pytest.mark.slow
 def test_changes_of_the_bank_compile_nothing(caplog):
     case = Case("linen", "mlp", aj.LoRA("**/up", rank=4))
     adapters = [case.adapter(aj.LoRA("**/up", rank=r), seed=r)[0] for r in (4, 2, 1)]
@@ -317,6 +331,7 @@ def test_dropout_differs_between_rows():
     assert (y[0] == 0).any() and ((y[0] == 0) != (y[1] == 0)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_of_an_nnx_model_differs_between_rows(scan):
     """Also where layers are scanned, whose random keys are stacked."""
@@ -361,6 +376,7 @@ def test_statistics_are_for_all_rows(rows):
     np.testing.assert_allclose(y, base.apply(variables, x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cache_has_rows():
     """Each row reads and writes its own part of the cache that was made for the whole batch."""
     base = nn.MultiHeadDotProductAttention(2, decode=True)
@@ -372,7 +388,7 @@ def test_a_cache_has_rows():
     decodes_alike(bank, base, variables, x)
 
 
-@pytest.mark.witness("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 3])
 def test_a_cache_of_scanned_layers_has_rows(rows):
     """Also where there are as many layers as rows."""

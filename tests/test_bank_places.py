@@ -173,6 +173,7 @@ CONFIG = DecoderConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_no_program_knows_the_capacity(scan):
     """Forward, decoding and a server's step are the same texts for few places and for many."""

@@ -66,6 +66,7 @@ def test_encode_truncates_the_longer_text_first_and_counts(tokenizer):
         encode(tokenizer, [("a", None)], 7)
 
 
+@pytest.mark.slow
 def test_every_row_once_an_epoch_in_another_order_each():
     batches = make()
     epochs = [
@@ -114,6 +115,7 @@ def test_batches_hold_what_their_rows_hold():
         assert dtypes.pop("weight") == "float32" and set(dtypes.values()) == {"int32"}
 
 
+@pytest.mark.slow
 def test_few_shapes_and_only_the_last_of_a_bucket_has_filler():
     batches = make()
     assert {batch["input_ids"].shape for batch in batches} == {(8, 16), (8, 32), (8, 64)}

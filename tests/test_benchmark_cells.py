@@ -58,7 +58,7 @@ def _tables(report):
     return tables
 
 
-@pytest.mark.witness("0.3-2.0-27-undecided", "-9.0-0.01-41-not reproduced")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("above", "apart", "size", "verdict"),
     [
@@ -110,6 +110,7 @@ def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
     assert len(calls) == done  # nothing is trained twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["layer-norms", tradeoff.HOULSBY, tradeoff.FULL])
 def test_a_recipe_that_always_diverges_has_a_row(tmp_path, monkeypatch, lost):
     def score(recipe, rate, seed):

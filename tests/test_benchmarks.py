@@ -136,7 +136,7 @@ def test_report_writes_rows_as_they_come(tmp_path):
     assert not (tmp_path / "half.json").exists()
 
 
-@pytest.mark.witness("LoRA r=8 on q, v")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", step.cases(replace(step.TINY, layers=1), m=8), ids=lambda c: c.name
 )
@@ -194,7 +194,7 @@ def test_layers_traced_by_hand_have_the_operations_of_ours():
     assert not hand - ours
 
 
-@pytest.mark.witness("NNX")
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["linen", "NNX"])
 def test_the_program_of_scanned_layers_does_not_grow(api):
     def lines(deep):

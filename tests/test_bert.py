@@ -111,6 +111,7 @@ def test_padding_does_not_change_the_logits(pooling):
     assert np.abs(apply(ids, mask) - apply(ids, jnp.ones_like(ids))).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_pooling_picks_different_summaries():
     variables = tiny_variables()
     logits = [
@@ -178,6 +179,7 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
     assert np.abs(logits - exact).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients():
     def loss(variables, remat):
         hidden = Bert(TINY, remat=remat).apply(variables, IDS)
@@ -203,6 +205,7 @@ def test_dropout_acts_only_when_asked(rate):
     assert np.abs(quiet - dropped).max() > 0.1
 
 
+@pytest.mark.slow
 def test_scanned_blocks_start_from_random_numbers_of_their_own():
     model = Bert(replace(TINY, num_hidden_layers=2), scan=True)
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]

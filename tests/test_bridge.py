@@ -145,7 +145,7 @@ def assert_same(model, params, linen):
     assert all(np.abs(x).max() > 1e-3 for x in got.values())
 
 
-@pytest.mark.witness("LoRA", "Bottleneck")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_linen_inside_nnx_computes_as_linen_alone(method):
     model = linen_inside(method)
@@ -180,6 +180,7 @@ class AttendsAlone(nn.Module):
         return Attends(name="block")(x)
 
 
+@pytest.mark.slow
 def test_prompts_in_the_attention_of_linen_inside_nnx():
     """With a second method that is attached later, and acts on the same linen module."""
     first, second = aj.LlamaAdapter("**/attention", 3), aj.Bottleneck("**/attention", 2)
@@ -221,6 +222,7 @@ class Stacked(nnx.Module):
         return run(x, self.layers)
 
 
+@pytest.mark.slow
 def test_stacked_layers_of_both_apis():
     """Each of the layers computes what it computes alone, with its own adapters."""
     methods = aj.LoRA("{ws,second/out}", 2, 3.0), aj.Bottleneck("second/{out,attention}", 2)
@@ -281,6 +283,7 @@ def test_the_formula_of_lora_on_both_sides_of_either_bridge():
     np.testing.assert_allclose(model(X), h, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_on_both_sides_of_either_bridge():
     small = aj.quantize(LinenInside(nnx.Rngs(0)), X, dtype="int8")
     model = shake_adapters(aj.adapt(small, LORA, rngs=nnx.Rngs(1), example_inputs=(X,)))

@@ -63,6 +63,7 @@ def test_each_shape_of_a_batch_is_measured_once(words, monkeypatch):
     assert len(times) == 2 * (steps + 2 * (len(shapes) + 1))  # two of each shape, and of dev
 
 
+@pytest.mark.slow
 def test_one_batch_of_each_shape_is_kept(words, monkeypatch):
     made, alive = [], []
 
@@ -93,6 +94,7 @@ def test_without_epochs_there_are_up_to_twenty(words, tmp_path):
     assert config["optimizer"]["epochs"] == config["options"]["optimizer"]["epochs"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_epochs_that_fit(words, tmp_path, capsys):
     assert main([*words, "--budget", "1h", "--epochs", "1.5"]) == 0
     config = json.loads((tmp_path / "runs/run/config.json").read_text())
@@ -101,6 +103,7 @@ def test_a_run_keeps_the_epochs_that_fit(words, tmp_path, capsys):
     assert "fit into 1h" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_time_that_is_too_short_ends_in_one_sentence(words):
     with command_raises(UserError, "--budget 0.001s", "one step"):
         assert main([*words, "--budget", "0.001s"]) == 2

@@ -40,6 +40,7 @@ def listed(capsys, *words):
     return {each.pop("family"): each for each in json.loads(capsys.readouterr().out)}
 
 
+@pytest.mark.witness("bert", "llama0", "deepseek_v3", "whisper")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
 def test_the_formula_of_a_family_counts_every_setting_of_the_fixtures(path):
     values = read_json(path)
@@ -132,6 +133,7 @@ def test_commands_are_those_whose_loader_takes_the_family(name, tmp_path):
     assert ("merge" in commands) == (decodes or family.classifier is not None)
 
 
+@pytest.mark.witness("bert", "modernbert", "gpt2", "gemma4_text")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapterhub_is_named_where_its_blocks_are_found_under_its_own_model_type(name):
     family = FAMILIES[name]
@@ -188,6 +190,7 @@ def test_methods_are_those_that_the_models_take(name):
     assert [method for method in Entry(family, {}).methods if method != "head-only"] == fits
 
 
+@pytest.mark.slow
 def test_methods_of_some_families(capsys):
     assert listed(capsys, "bert-base")["bert"]["methods"] == list(PRESETS)
     llama = listed(capsys, "llama-7b")["llama"]["methods"]
@@ -203,6 +206,7 @@ def test_every_family_recomputes_its_layers():
             assert jax.tree.leaves(family.shapes(config, scan=family.scans, remat=True))
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_command_prints(capsys):
     assert main(["models", "--markdown"]) == 0
     assert capsys.readouterr().out == PAGE.read_text(encoding="utf-8")

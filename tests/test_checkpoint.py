@@ -188,6 +188,7 @@ def a_link_elsewhere(path):
     path.symlink_to("/proc/self/mem")  # reading it is an error of the device
 
 
+@pytest.mark.witness("sha256.json-a_loop", "-a_pipe", "None-a_link_elsewhere", "None-unlink")
 @pytest.mark.parametrize("harm", [a_directory, a_loop, a_pipe, a_link_elsewhere, Path.unlink])
 @pytest.mark.parametrize("name", [CHECKSUMS, "", None])
 def test_what_cannot_be_read_is_damage(harm, name, tmp_path, caplog):
@@ -252,7 +253,7 @@ def test_a_file_in_place_of_the_directory_is_one_sentence(tmp_path):
         Checkpoints(tmp_path / "file")
 
 
-@pytest.mark.witness("truncated")
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [truncated, flipped, Path.unlink])
 def test_a_damaged_newest_checkpoint_is_logged_and_the_one_before_is_used(harm, tmp_path, caplog):
     after = saved(tmp_path / "all", [None, None, None])
@@ -287,6 +288,7 @@ def test_if_every_checkpoint_is_damaged_there_is_none(tmp_path, caplog):
     assert (tmp_path / "damaged-1" / "arrays").is_dir()
 
 
+@pytest.mark.slow
 def test_another_shape_or_recipe_is_an_error_and_the_checkpoint_stays(tmp_path):
     saved(tmp_path, [None])
     with Checkpoints(tmp_path) as checkpoints:
@@ -375,6 +377,7 @@ def test_a_directory_is_of_one_process_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_changes_neither_the_order_nor_the_arrays(tmp_path, monkeypatch):
     now, hour = time.time_ns(), 3600 * 10**9
     with monkeypatch.context() as patch:  # each reading is an hour before the last one

@@ -51,6 +51,7 @@ def test_when_figures_agree():
     assert slower == ["not reproduced"] * 2 + ["in part", "reproduced", "reproduced", "in part"]
 
 
+@pytest.mark.slow
 def test_weights_are_noise_on_every_leaf_and_the_base_is_shared():
     base = TOY_BERT.weights()
     for name in shapes.RECIPES:
@@ -64,6 +65,7 @@ def test_weights_are_noise_on_every_leaf_and_the_base_is_shared():
     assert np.allclose(scales, 1.0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_counts_and_files_of_gpt3(report):
     parameters.run(report, quick=True)
     counts = {row["what"]: row["trainable"] for row in report.rows if "trainable" in row}
@@ -119,6 +121,7 @@ def test_contenders_hold_what_table_1_says():
     ]
 
 
+@pytest.mark.slow
 def test_latency_of_a_toy(report, monkeypatch):
     toy = dataclasses.replace(latency.TOYS[1], published=(2.2, 3.0), rounds=2)
     monkeypatch.setattr(latency, "TOYS", (toy,))
@@ -133,6 +136,7 @@ def test_latency_of_a_toy(report, monkeypatch):
     assert "two a block, m=4" in two["how"]
 
 
+@pytest.mark.slow
 def test_a_merge_that_changes_the_program_is_not_reproduced(report, monkeypatch):
     monkeypatch.setattr(latency, "TOYS", (dataclasses.replace(latency.TOYS[0], rounds=1),))
     texts = iter(["one program", "another"])
@@ -215,6 +219,7 @@ def test_speedup_of_a_toy(report, monkeypatch):
     assert [row["ours"] for row in report.verdicts().values()] == ["2.00 times"]
 
 
+@pytest.mark.slow
 def test_switching_compiles_once_and_gives_each_adapters_own_outputs():
     case = switch.linen_case(TOY_GPT, LORA)
     traces, took = switch.switched(case, 6)
@@ -235,6 +240,7 @@ def test_outputs_that_do_not_alternate_are_an_error():
             switch.check(iter(wrong))
 
 
+@pytest.mark.slow
 def test_switching_of_toys(report, monkeypatch):
     monkeypatch.setattr(switch, "TOYS", switch.TOYS[:1])
     switch.run(report, quick=True)
@@ -242,6 +248,7 @@ def test_switching_of_toys(report, monkeypatch):
     assert [row["programs"] for row in report.rows if "programs" in row] == [1, 1]
 
 
+@pytest.mark.slow
 def test_another_task_changes_nothing_of_the_first(report, monkeypatch):
     monkeypatch.setattr(tasks, "TOY", TOY_BERT)
     monkeypatch.setattr(tasks, "SIDES", (HOULSBY, FULL))
@@ -253,6 +260,7 @@ def test_another_task_changes_nothing_of_the_first(report, monkeypatch):
     assert all(row["loss, last step"] < row["loss, first step"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_task_that_loses_a_leaf_has_other_outputs(report, monkeypatch):
     kept = tasks._kept
     monkeypatch.setattr(

@@ -103,6 +103,7 @@ def fails(command):
     return fails
 
 
+@pytest.mark.slow
 def test_help_lists_every_command(command):
     for words in ("--help", "-h", []):
         status, out, _ = command(words)
@@ -203,6 +204,7 @@ def test_the_tasks_are_listed(command):
     assert all(f"| {name} | " in page for name in TASKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["models", "tasks", "methods"])
 def test_listings_are_whole_at_any_width(name, capsys):
     for table in command_of(name)().find().tables:
@@ -290,6 +292,7 @@ def test_predict_prints_a_table_and_json(command):
     assert all(set(row["probabilities"]) == {"no", "yes"} for row in rows)
 
 
+@pytest.mark.slow
 def test_predict_reads_files_and_stdin_alike(command, monkeypatch, tmp_path):
     lines = Path("reviews.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[:3]]
@@ -303,6 +306,7 @@ def test_predict_reads_files_and_stdin_alike(command, monkeypatch, tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_predict_on_pairs_and_numbers(command):
     _, out, _ = command(
         ["predict", "runs/pairs", "good film", "plot", "bad film", "plot", "--json"]
@@ -518,6 +522,7 @@ def test_one_file_for_two_parts_is_an_error(fails):
     fails(f"{TRAIN} --test reviews.jsonl", UserError, "--train and --test", "reviews.jsonl")
 
 
+@pytest.mark.slow
 def test_rows_that_are_in_two_parts_are_counted(command, monkeypatch):
     handlers = [*logging.root.handlers, logging.StreamHandler(sys.stderr)]  # as orbax makes one
     monkeypatch.setattr(logging.root, "handlers", handlers)
@@ -625,6 +630,7 @@ def test_a_corrupted_target_is_an_error(fails, directory, tmp_path, target):
     fails(f"predict {run.path} text", RunError, run.config, target)
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_is_an_error(fails, directory, tmp_path):
     shutil.copytree(directory / "runs" / "single", tmp_path / "run")
     write_model(tmp_path / "tiny", seed=1)
@@ -670,7 +676,7 @@ def test_a_user_error_shows_its_traceback_with_debug(command, monkeypatch):
     assert command(words) == (status, "", err)
 
 
-@pytest.mark.witness("toml")
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix):
     path = tmp_path / f"flags.{suffix}"

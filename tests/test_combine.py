@@ -119,6 +119,7 @@ def test_dare_keeps_a_part_and_its_mean():
     assert 0.45 < np.mean(means) < 0.55
 
 
+@pytest.mark.slow
 def test_layers_in_a_stack_are_summed_each_by_itself():
     """As many layers as the rank, so that shapes alone could not tell them from it."""
     layers, rank = 2, 2
@@ -246,6 +247,7 @@ class Gate(nn.Module):
         return nn.Dense(1, use_bias=False, name="gate")(x)
 
 
+@pytest.mark.slow
 def test_a_sum_of_ranks_above_the_sizes_of_a_layer_is_exact():
     base = {"gate": {"kernel": np.zeros((IN, 1), np.float32)}}
     tree = {"gate": {"lora": {"a": drawn((IN, 1), 1), "b": drawn((1, 1), 2)}}}

@@ -80,6 +80,7 @@ def test_counts(name):
     assert (again.parameters, again.copies) == (count.parameters, 7)
 
 
+@pytest.mark.slow
 def test_bert_base_has_the_published_numbers():
     model, ids = bert.Bert(bert.BERT_BASE), jnp.ones((1, 4), int)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -134,6 +135,7 @@ def test_what_does_not_fit_is_an_error():
         aj.Compacter("**", 4, rule_init="glorot")
 
 
+@pytest.mark.slow
 def test_the_whole_contract():
     method = aj.Compacter("**/mlp/output", 4, phm_dim=2)
     assert check_method(method, start_tolerance=1e-3, variants=("plain",)) == ["mlp"]

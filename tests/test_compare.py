@@ -205,6 +205,7 @@ def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     assert best["dev"]["accuracy"]["mean"] == max(means)
 
 
+@pytest.mark.slow
 def test_the_best_on_dev_can_be_used_as_the_page_says(whole, monkeypatch, capsys):
     summary, out = whole
     best, rows = summary["best"], summary["recipes"]
@@ -251,6 +252,7 @@ def never(*_, **__):
     raise AssertionError("something trains")
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatch):
     monkeypatch.setattr(Training, "train", never)
     status, summary, last = compare(directory, "whole")
@@ -289,6 +291,7 @@ def without_times(summary):
     return json.dumps(kept, sort_keys=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "data"),
     [
@@ -302,12 +305,14 @@ def test_cells_of_other_flags_are_an_error(copy, directory, monkeypatch, flags, 
     fails(directory, RunError, cell, *data, "--out", out="copy", flags=flags)
 
 
+@pytest.mark.slow
 def test_cells_of_other_rows_are_an_error(copy, directory):
     path = copy / "cells" / "layer-norms-lr-0.002-seed-1" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_sha256": "0"}))
     fails(directory, RunError, path.parent, "data_sha256", "--out", out="copy")
 
 
+@pytest.mark.slow
 def test_cells_of_older_versions_with_their_command_line_are_the_same(copy, directory, monkeypatch):
     for path in (copy / "cells").glob("*/config.json"):
         config = json.loads(path.read_text())
@@ -317,6 +322,7 @@ def test_cells_of_older_versions_with_their_command_line_are_the_same(copy, dire
     assert compare(directory, "copy", "--checkpoint-every", 7)[0] == 0
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time(copy, directory):
     cell = Run(copy / "cells" / "layer-norms-lr-0.002-seed-1")
     config = cell.read_config()
@@ -394,6 +400,7 @@ def test_errors_are_found_before_anything_is_written(
     fails(directory, kind, *data, flags=flags, recipes=recipes)
 
 
+@pytest.mark.slow
 def test_errors_of_several_recipes_are_listed_and_one_of_the_rows_is_named_once(directory):
     recipes = ("lora --targets x", "bitfit", "houlsby --rank 3")
     data = ("--recipes 'lora --targets x'", "--recipes 'houlsby --rank 3'", "--method houlsby")
@@ -583,6 +590,7 @@ def test_labels_of_one_point_do_not_cover_each_other_or_the_line():
     assert not any(box.contains(ends[0, 0], y) for box in boxes for y in np.linspace(*ends[:, 1]))
 
 
+@pytest.mark.slow
 def test_several_data_sets_are_drawn_side_by_side(tmp_path):
     row = {"method": "lora", "family": "lora", "size_name": "rank"}
     scores = {"accuracy": {"mean": 0.8, "deviation": None}}

@@ -199,6 +199,15 @@ def expected(params, formula, placement):
     return x
 
 
+@pytest.mark.witness(
+    "stack-norm",
+    "average-norm",
+    "split-sequential",
+    "batch_split-norm",
+    "fuse-norm",
+    "fuse without values-norm",
+    "average of stack-sequential",
+)
 @pytest.mark.parametrize("placement", ["sequential", "norm"])
 @pytest.mark.parametrize("case", CASES)
 def test_each_composition_is_its_formula(case, placement):
@@ -219,6 +228,7 @@ def test_each_composition_is_its_formula(case, placement):
     np.testing.assert_allclose(same(X), y, atol=1e-5)
 
 
+@pytest.mark.witness("average", "fuse of stack")
 @pytest.mark.parametrize("case", CASES)
 def test_in_scanned_layers(case):
     entries, formula = CASES[case]
@@ -256,6 +266,7 @@ def frozen_and_fused(tmp_path, **fields):
     return model, aj.init_adapters(model, params, jax.random.key(1), X)
 
 
+@pytest.mark.slow
 def test_fusion_trains_alone_over_frozen_adapters(tmp_path):
     model, params = frozen_and_fused(tmp_path, dropout=0.2)
     assert model.recipe == aj.Recipe(*adapters()).frozen() + aj.fuse("a", "b", "c", dropout=0.2)
@@ -303,6 +314,7 @@ def test_what_has_no_arrays_is_never_frozen(tmp_path):
     assert aj.audit(both, tree).trainable_parameters == 2 * (2 * 8 * 2 + 8 + 2)
 
 
+@pytest.mark.witness("stack of fuse-a run")
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["shapes", "a run"])
 @pytest.mark.parametrize("case", ["average", "stack of fuse", "average of stack"])
 def test_nnx_models_and_states_are_saved_and_loaded(case, inputs, tmp_path):
@@ -475,6 +487,7 @@ def test_what_adds_no_branch_is_not_fused():
         METHODS.pop("tests_doubled")
 
 
+@pytest.mark.slow
 def test_in_half_precision():
     model, params = adapted(aj.Recipe(*adapters(), aj.fuse("a", "b", "c")))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -560,6 +573,7 @@ class OfTwo(nn.Module):
         return Two(name="two")(x)
 
 
+@pytest.mark.slow
 def test_members_act_on_the_output_that_they_name():
     first, second = (aj.Bottleneck("two", 3, name=name, output=1) for name in "ab")
     model, params = adapted(aj.Recipe(first, second, aj.average("a", "b")), OfTwo())
@@ -578,6 +592,7 @@ def test_members_act_on_the_output_that_they_name():
         adapted(aj.Recipe(first, other, aj.average("a", "b")), OfTwo())
 
 
+@pytest.mark.slow
 def test_parts_of_a_split_know_their_positions():
     """LoReFT on the first and last position of a part is that of the whole text's."""
     reft = aj.LoReFT("layer_0", rank=2, prefix_positions=1, suffix_positions=1, name="r")
@@ -596,6 +611,7 @@ def test_parts_of_a_split_know_their_positions():
         np.testing.assert_allclose(*outputs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_stacks_without_names_on_one_module():
     model, params = adapted(aj.Recipe(*adapters(), aj.stack("b", "a"), aj.stack("c")))
     wanted = expected(params, lambda *of: stacked("bac", *of), "sequential")

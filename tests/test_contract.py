@@ -17,14 +17,18 @@ def build(api, case, variant="plain", **options):
 # By default a variant has the methods whose shapes or whose code in it are their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
 WITNESSES = {
-    "remat": ("lora_conv", "prefix", "together"),
-    "bf16": ("dora", "llama_adapter", "together"),
-    "scan": CHOSEN,
+    "linen-plain": CASES,
+    "nnx-plain": CHOSEN,
+    "linen-remat": ("lora_conv", "prefix"),
+    "nnx-bf16": ("dora", "llama_adapter", "together"),
+    "linen-scan": ("dora", "prefix"),
+    "nnx-scan": ("bottleneck", "lora_conv"),
+    "linen-scan_remat": ("together",),
 }
 
 
 def named(api, case, variant):
-    slow = case not in WITNESSES.get(variant, CASES)
+    slow = case not in WITNESSES.get(f"{api}-{variant}", ())
     return pytest.param(f"{api}-{case}-{variant}", marks=[pytest.mark.slow] if slow else [])
 
 

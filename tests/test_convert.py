@@ -114,7 +114,7 @@ CASES = [("reviews", "peft"), ("reviews", "adapterhub"), ("bottlenecks", "adapte
 CASES += [("meanings", "peft"), ("meanings", "adapterhub")]
 
 
-@pytest.mark.witness("bottlenecks-adapterhub", "meanings-peft")
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "to"), CASES)
 def test_a_round_trip_of_a_run_keeps_equal_tensors(convert, run, to):
     base = "llama" if run == "meanings" else "tiny"
@@ -198,6 +198,7 @@ def test_factors_in_a_fused_projection_have_the_same_product_and_a_note(convert)
             assert np.abs(expected).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_native_copy_of_a_run_has_all_that_prediction_needs(convert):
     out, report = convert("runs/reviews", "native", "--license", "mit")
     same("runs/reviews/adapter", out)
@@ -270,6 +271,7 @@ def test_problems_by_shapes_are_those_that_write_raises(folder, monkeypatch, tmp
         FORMATS[to].write(tmp_path / "out", Adapter(found.recipe, found.leaves), found.base)
 
 
+@pytest.mark.slow
 def test_a_roberta_has_its_own_prefix_and_no_head_in_peft(convert, tmp_path):
     shutil.copytree(FIXTURES / "roberta", tmp_path / "roberta")
     d, model = 32, ("--model", str(tmp_path / "roberta"))

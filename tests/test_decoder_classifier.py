@@ -38,6 +38,7 @@ def scored(**options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_score_reads_the_last_token_of_each_row(scan):
     model, plain = scored(scan=scan), load_decoder(LLAMA)[1]
@@ -99,6 +100,7 @@ def test_adapters_with_a_score_go_to_peft_and_back(tmp_path):
         load_peft(directory, NAMES, other)
 
 
+@pytest.mark.slow
 def test_a_command_converts_a_score(tmp_path):
     _, model = load_decoder_classifier(LLAMA, 3)
     recipe, tree = adapter()

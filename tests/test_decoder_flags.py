@@ -81,7 +81,7 @@ METHODS = {
 }
 
 
-@pytest.mark.witness("lora-bloom", "llama_adapter-gpt_neox")
+@pytest.mark.slow
 @by_head
 @pytest.mark.parametrize("method", METHODS)
 def test_an_axis_of_heads_changes_no_number(name, method):
@@ -102,7 +102,7 @@ def test_an_axis_of_heads_changes_no_number(name, method):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.witness("bloom", "cohere2")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bloom", "cohere2", "gpt_neox", "opt-post"])
 def test_prompts_and_factors_read_a_cache_as_they_read_the_text(name):
     ids, mask = inputs_of(name)
@@ -122,6 +122,7 @@ def test_prompts_and_factors_read_a_cache_as_they_read_the_text(name):
     np.testing.assert_allclose(stepwise(model)[mask == 1], whole[mask == 1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prefix_is_at_no_distance_in_alibi():
     """Each head's softmax over the prefix, without a bias, and the context, with its own."""
     ids, _ = inputs_of("bloom")

@@ -62,6 +62,7 @@ def leaves(model):
     return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_reference_behind_padding():
     ids, mask, expected = reference()
     _, model = load_decoder(FIXTURE)
@@ -83,6 +84,7 @@ def test_grouped_heads_are_repeated_heads():
     np.testing.assert_allclose(run(grouped, IDS), run(full, IDS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_fn_gets_rotated_queries_and_few_key_heads():
     calls = []
 
@@ -258,6 +260,7 @@ def feed_forward_gradient(scan, dropout=0.0):
     return nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, aj.nnx.AdapterParam)))(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
 def test_an_activation_that_is_computed_again_changes_no_gradient(scan, monkeypatch):
     again = feed_forward_gradient(scan)
@@ -268,6 +271,7 @@ def test_an_activation_that_is_computed_again_changes_no_gradient(scan, monkeypa
     jax.tree.map(close, again, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["plain", "scan"])
 def test_an_adapter_with_dropout_draws_where_activations_are_computed_again(scan):
     found, without = feed_forward_gradient(scan, 0.5), feed_forward_gradient(scan)
@@ -275,6 +279,7 @@ def test_an_adapter_with_dropout_draws_where_activations_are_computed_again(scan
     assert all(x > 1e-4 for x in jax.tree.leaves(apart))
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients():
     def loss(model):
         return jax.nn.log_softmax(model(IDS))[:, :, 0].sum()
@@ -355,6 +360,7 @@ def test_rotary_settings_of_each_kind_of_layer_are_read():
     assert full == LayerKind(None, 1e6, RopeScaling("linear", 8.0))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_makes_its_directory(tmp_path):
     model = build(TINY)
     save_decoder(tmp_path / "new" / "one", TINY, model)

@@ -88,6 +88,7 @@ def test_a_message_counts_the_rows_that_are_packed():
     assert said == [f"{len(EXAMPLES)} train rows are packed into 2 sequences of 8 tokens"]
 
 
+@pytest.mark.slow
 def test_packed_losses_are_those_of_each_example_alone(model):
     packed = losses(model, batch_of([[0, 1, 2]]))
     alone = losses(model, batch_of([[0], [1], [2]]))
@@ -112,6 +113,7 @@ def test_the_loss_is_the_mean_over_tokens_of_completions(model):
     assert score == {"perplexity": pytest.approx(np.exp(expected), rel=1e-4)}
 
 
+@pytest.mark.slow
 def test_dropout_in_the_head_draws_one_mask_for_all_tokens(monkeypatch):
     monkeypatch.setattr(decoder, "TOKENS", 3)
     train = Batches([sequence(EXAMPLES)], None, 1, 0, (LENGTH,))
@@ -212,6 +214,7 @@ def test_a_run_learns_and_writes_what_it_found(directory):
     assert run.curves.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_generate_prints_what_the_run_learnt(command, monkeypatch):
     prompts = [f"food {food}" for food in FOODS]
     texts = [f"It serves {food} dishes" for food in FOODS]
@@ -228,6 +231,7 @@ def test_generate_prints_what_the_run_learnt(command, monkeypatch):
     assert piped == out
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_sampled(directory):
     generator = load_generator(directory / "runs" / "lora")
     draws = [list(generator.generate(["food Thai"] * 4, 8, 2.0, seed=seed)) for seed in (1, 1, 2)]
@@ -266,6 +270,7 @@ def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
+@pytest.mark.slow
 def test_generate_and_merge_announce_each_wait(command, monkeypatch, tmp_path):
     texts, out = announced(monkeypatch), tmp_path / "merged"
     status, _, err = command("generate runs/lora --max-new-tokens 2 --prompt food mr ref")
@@ -278,6 +283,7 @@ def test_generate_and_merge_announce_each_wait(command, monkeypatch, tmp_path):
     assert texts == ["loading and merging runs/lora", f"writing {out}"]
 
 
+@pytest.mark.slow
 def test_a_combined_run_generates_from_the_sum(command):
     words = "combine runs/lora runs/lora --weights 1.5 -0.5 --out runs/both --json"
     status, out, err = command(words)

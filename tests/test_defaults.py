@@ -106,6 +106,7 @@ def test_epochs_that_were_asked_for_are_taken_as_they_are(prepared, options, epo
     assert "so that" not in printed
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_defaults_that_it_began_with(prepared):
     wide = {"method": MethodOptions("houlsby", bottleneck_dim=256)}
     job, _ = prepared(**wide)
@@ -125,6 +126,7 @@ def test_a_run_whose_passes_cannot_be_read_does_not_go_on(prepared, damage):
         resume_run(job.run, job.console, time.perf_counter())
 
 
+@pytest.mark.slow
 def test_a_wide_bottleneck_trains_at_its_own_rate_unless_flags_say_so(prepared):
     wide = MethodOptions("houlsby", bottleneck_dim=256)
     assert prepared(method=wide)[0].config["optimizer"]["learning_rate"] == 1e-3

@@ -62,6 +62,7 @@ def test_a_text_begins_with_an_empty_memory(chunk):
         np.testing.assert_allclose(own, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_chunks_are_those_of_the_recurrence():
     inputs = drawn(20.0)
 
@@ -97,6 +98,7 @@ PADDING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", PADDING.values(), ids=PADDING)
 def test_padding_changes_nothing(row):
     model, tokens = layer(), np.array([row, [1] * 9], bool)
@@ -145,6 +147,7 @@ def test_prompts_say_that_a_delta_layer_has_no_softmax():
             )
 
 
+@pytest.mark.slow
 def test_a_prompt_of_gated_attention_is_added_before_the_gate():
     _, model = load_decoder(FIXTURE)
     recipe, ids = aj.Recipe(aj.LlamaAdapter("layers/1/attention", 5)), np.arange(3, 8)[None]
@@ -180,6 +183,7 @@ def test_linear_attention_needs_its_sizes():
         DecoderConfig(num_hidden_layers=1, layer_types=("linear_attention",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5_text", "gemma4_text"])
 def test_rows_of_a_server_generate_what_they_do_alone(name):
     """Prompts in pieces, and rows that wait while others go on, each with what its layers keep."""

@@ -142,7 +142,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
         assert getattr(counts[0], field) == getattr(counts[1], field) > 0
 
 
-@pytest.mark.witness("llama")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)
@@ -175,6 +175,7 @@ def test_steps_and_merging_are_those_of_unrolled_layers(name):
     assert np.abs(two["layers"]["attention"]["query"]["kernel"][...]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_every_layer_drops_by_itself():
     config = bert.BertConfig(20, 8, 3, 2, 12, hidden_dropout_prob=0.5, max_position_embeddings=10)
     model = bert.Bert(config, scan=True)
@@ -225,6 +226,7 @@ def test_an_unknown_policy_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_generation_with_a_stacked_cache():
     prompts, mask = jnp.array([[9, 9, 3, 4], [5, 6, 7, 8]]), jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     recipe = aj.Recipe(RECIPE.methods[:2])
@@ -236,6 +238,7 @@ def test_generation_with_a_stacked_cache():
     assert len(set(expected.ids.ravel().tolist())) > 4
 
 
+@pytest.mark.slow
 def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
     names, ids = bert.NAMES, inputs_of("bert")["input_ids"]
     scanned, stacked, trained = adapted("bert", True)
@@ -259,6 +262,7 @@ def test_an_adapter_file_goes_onto_the_other_form_in_one_call(tmp_path):
         aj.load_adapter(saved, base, other, ids, names=names)
 
 
+@pytest.mark.slow
 def test_a_file_of_unrolled_layers_goes_onto_scanned_ones(tmp_path):
     names, ids = decoder.NAMES, inputs_of("llama")["input_ids"]
     model, _, trained = adapted("llama", False)

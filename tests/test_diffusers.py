@@ -155,6 +155,7 @@ def formula(params, paths, pairs, scale_of):
     return made
 
 
+@pytest.mark.slow
 def test_kohya(tmp_path):
     """Names without dots, LoCon's 3x3 and 1x1 convolutions, and an alpha for each module."""
     pairs = drawn()
@@ -997,6 +998,7 @@ def test_the_configuration_beside_the_tensors(tmp_path):
         load_diffusers(file, None, PARAMS, part="unet")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written(tmp_path):
     lora = aj.LoRA(f"{PATHS['conv_in']}", rank=2)
     part = (lora, adapted(lora), None, PARAMS)
@@ -1117,6 +1119,7 @@ def test_a_text_encoder_of_the_library(prefix, tmp_path):
         load_diffusers(tmp_path / "a.safetensors", NAMES_OF_DECODER, base)
 
 
+@pytest.mark.slow
 def test_a_module_with_two_weights(tmp_path):
     """Its target is the weight: the first one that is no bias, as in files of PEFT."""
     base = {"gate": {"kernel": jnp.ones((3, 5)), "other": jnp.ones((3, 5)), "bias": jnp.ones(5)}}

@@ -69,7 +69,7 @@ def kept(name, hidden):
     return np.asarray(hidden)[expected(name)[0]["attention_mask"] == 1]
 
 
-@pytest.mark.witness("bert", "modernbert", "deberta_v3")
+@pytest.mark.witness("bert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_hidden_states_and_logits_are_those_of_transformers(name):
     inputs, wanted = expected(name)
@@ -81,7 +81,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(logits, wanted["logits"], atol=1e-4)
 
 
-@pytest.mark.witness("modernbert", "deberta_v3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_parameter_shows_in_the_logits(name):
     """A part whose values do not matter would pass the comparison untested."""
@@ -93,7 +93,7 @@ def test_every_parameter_shows_in_the_logits(name):
     assert [path for path in idle if not path.endswith("key/bias")] == []
 
 
-@pytest.mark.witness("modernbert", "deberta_v3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_is_like_rows_on_their_own(name):
     inputs, _ = expected(name)
@@ -156,7 +156,7 @@ def test_published_names_have_the_published_counts(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.witness("modernbert-base")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["distilbert-base", "electra-small", "modernbert-base", "deberta-v3-xsmall"]
 )
@@ -274,6 +274,7 @@ def count(preset, d, layers):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*ENCODERS[2:4], "deberta_v3")]
 
 
+@pytest.mark.witness("modernbert-lora", "modernbert-prefix", "deberta_v2-houlsby", "deberta_v2-ia3")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["modernbert", "deberta_v2", *SLOW])
 def test_presets_work_unchanged(name, preset):
@@ -326,7 +327,7 @@ def test_finetune_works(name, directory, monkeypatch, capsys):
     assert summary["results"][0]["trainable_parameters"] > bottlenecks
 
 
-@pytest.mark.witness("modernbert")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [each for each in ENCODERS if each != "bert"])
 def test_predict_works(name, directory, monkeypatch, capsys):
     """On a run that is made without training, on pairs, so that token types show."""

@@ -50,6 +50,7 @@ def by_hand(mixture, x):
     return np.einsum("blei,eid,ble->bld", inner, output, weights)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_the_weighted_sum_of_the_experts_that_a_token_takes(model):
     mixture, x = model.layers[0].mlp, drawn((2, 5, 16))
     np.testing.assert_allclose(mixture(x), by_hand(mixture, double(x)), atol=1e-5)

@@ -92,6 +92,7 @@ def test_a_record_is_enough_for_every_command(other, run, capsys):
         assert main(["convert", "mine", "hub", "--to", "adapterhub", "--model", "base"]) == 2
 
 
+@pytest.mark.slow
 def test_a_record_is_enough_to_train_generate_and_merge(other, run, capsys):
     capsys.readouterr()
     write_meanings(other.parent / "rows.csv", rows=40)

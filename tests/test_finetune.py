@@ -80,6 +80,7 @@ def test_it_learns_what_a_constant_cannot(houlsby):
     assert rows["houlsby"]["dev"] == summary["dev"]
 
 
+@pytest.mark.slow
 def test_what_follows_the_last_step_is_announced(directory, monkeypatch):
     texts = announced(monkeypatch)
     assert finetune(directory, "--epochs", 1, "--no-baselines", "--name", "announced")[0] == 0
@@ -173,6 +174,7 @@ def test_a_seed_decides_everything(directory):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
     trees, orders = [], []
     for seed in (0, 1):
@@ -203,7 +205,7 @@ def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     assert high.value == pytest.approx(120.5, abs=6)
 
 
-@pytest.mark.witness("flags0")
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--method", "head-only"), ("--dtype", "bfloat16")])
 def test_other_ways_to_train_save_what_predicts(directory, flags):
     name = flags[1]
@@ -231,6 +233,7 @@ def test_a_kernel_that_the_device_does_not_have(directory):
     assert not (directory / "flash").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(directory):
     flags = ("--learning-rate", 1e30, "--clip", 0, "--name", "diverged", "--no-baselines")
     with command_raises(StoppedError, "step ", directory / "diverged", "--learning-rate", "1e+30"):
@@ -245,6 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(directory):
     assert not run.report.exists()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_outlives_a_loss_that_is_not_finite(directory, monkeypatch):
     rows = LabelledProblem.batch
 
@@ -265,6 +269,7 @@ def test_the_best_adapter_outlives_a_loss_that_is_not_finite(directory, monkeypa
     assert compute(["accuracy"], ids, task.dev.labels)["accuracy"] == max(scored.values())
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_same_training(directory):
     adapters = []
     for parts in (1, 4):

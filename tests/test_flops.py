@@ -146,6 +146,7 @@ def test_full_fine_tuning_does_not_pass_the_gate():
     assert flops(program) > 1.4 * max(map(floor, METHODS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("api", APIS)
 def test_a_step_returns_donated_buffers_and_a_few_numbers(api, method):
@@ -325,6 +326,7 @@ def texts_step(method, where):
     return step.jitted.lower(state.replace(base=None), state.base, ids).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NORM)
 def test_the_gradient_of_a_factor_copies_no_cotangent(method):
     rows, text = TEXTS * LENGTH, texts_step(method, "all").as_text()

@@ -63,7 +63,7 @@ def normalized(x, scale, centred):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale
 
 
-@pytest.mark.witness("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("centred", [True, False])
 def test_norms_have_their_derivative(centred):
     def ours(x, scale):
@@ -284,7 +284,7 @@ def kept(layer, layers=(6, 14)):
     return (temporary(layers[1]) - temporary(layers[0])) / (layers[1] - layers[0])
 
 
-@pytest.mark.witness("silu")
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
 def test_an_activation_keeps_its_input_alone(name):
@@ -293,6 +293,7 @@ def test_an_activation_keeps_its_input_alone(name):
     assert kept(lambda x, a, b, c: theirs(x @ a)) > 1.7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_norm_keeps_its_input_alone():
     def ours(x, a, b, c):
@@ -306,6 +307,7 @@ def test_a_norm_keeps_its_input_alone():
     assert kept(theirs) > 1.7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_gate_keeps_what_it_multiplies_alone():
     def ours(x, a, b, c):

@@ -76,6 +76,7 @@ def shaken(model, recipe):
     return adapted
 
 
+@pytest.mark.slow
 def test_greedy_is_full_passes_of_each_prompt_alone_on_either_side_of_padding(model, expected):
     for ids, mask in (LEFT, RIGHT):
         made = generate(model, ids, mask, max_new_tokens=NEW)
@@ -135,6 +136,7 @@ def test_a_cache_may_be_filled_to_its_last_slot():
     assert int(cache.used) == 3
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_probabilities_of_temperature_and_top_p(model):
     rows, temperature, top_p = 4000, 2.0, 0.8
     prompts = jnp.tile(jnp.array([SHORT]), (rows, 1))
@@ -159,6 +161,7 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(top_p, kept):
     assert set(np.flatnonzero(np.isfinite(got))) == set(np.argsort(-logits)[:kept])
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_its_row_and_the_last_one_the_work(expected):
     passes = []
 
@@ -221,6 +224,7 @@ def test_an_adapted_model_generates_what_its_merged_one_does(model, expected):
     assert made != expected
 
 
+@pytest.mark.slow
 def test_bottlenecks_on_whole_layers_act_and_dropout_does_not(model, expected):
     recipe = aj.Recipe(
         aj.Bottleneck("layers/*/attention", 4, dropout=0.5), aj.Bottleneck("layers/*", 4)
@@ -280,6 +284,7 @@ def test_only_decoders_generate():
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LEFT[0], max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_prompts_beyond_the_longest_text_are_an_error():
     config = replace(CONFIG, max_position_embeddings=8)
     model = build(config)

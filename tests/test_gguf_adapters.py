@@ -135,6 +135,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_gguf_and_back(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(folder)
     words = ["--to", "native", "--model", "llama", "--json"]

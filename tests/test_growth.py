@@ -90,7 +90,7 @@ def work(api, kind, layers):
     return found if kind == "outputs" else {**found, "merge": lines_of(lambda: merge(model))[1]}
 
 
-@pytest.mark.witness("linen-paths", "nnx-outputs")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("api", LAYERS)
 def test_work_grows_with_the_number_of_layers(api, kind):
@@ -111,9 +111,7 @@ def growing(api, kind):
         # One line for each pair of layers is 21 lines at first, and then 39.
         assert first.total() > 100, what
         faster = {
-            name: (first[name], lines)
-            for name, lines in second.items()
-            if lines > first[name] + 8
+            name: (first[name], lines) for name, lines in second.items() if lines > first[name] + 8
         }
         found |= {what: faster} if faster else {}
     return found

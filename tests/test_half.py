@@ -248,6 +248,7 @@ def test_a_decoders_overflows_are_skipped_counted_and_shown(tmp_path, capsys):
     assert np.isfinite(losses_of(directory)).all()
 
 
+@pytest.mark.slow
 def test_a_decoder_whose_steps_are_not_finite_stops_with_the_cause(tmp_path, monkeypatch, capsys):
     from adapters_jax.finetune.tasks.completion_problem import CompletionProblem
 

@@ -220,6 +220,7 @@ def command(capfd):
     return command
 
 
+@pytest.mark.slow
 def test_a_run_on_an_id_notes_the_commit(place, command, monkeypatch, cache):
     monkeypatch.chdir(place)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
@@ -367,6 +368,7 @@ def test_the_three_lines_of_the_card_run(server, command, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.witness("bert")
 @pytest.mark.parametrize("name", ["decoders/llama", "t5/flan_t5", "bert"])
 def test_the_three_lines_of_a_card_without_a_run_load_the_adapter(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -446,6 +448,7 @@ def test_ids_of_the_hub():
     assert [name for name in (*good, *bad) if hub.is_id(name)] == list(good)
 
 
+@pytest.mark.slow
 def test_audit_asks_the_hub_for_the_configuration_alone(tmp_path, monkeypatch, capsys):
     write_model(tmp_path / "tiny")
     files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}

@@ -361,6 +361,7 @@ LATER = {
 }
 
 
+@pytest.mark.witness("bert-6.0.0", "decoders/llama-12.1.0.dev0")
 @pytest.mark.parametrize("version", ["6.0.0", "12.1.0.dev0"])
 @pytest.mark.parametrize("name", LATER)
 def test_a_later_transformers_is_a_warning(name, version, tmp_path):

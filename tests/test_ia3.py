@@ -204,6 +204,7 @@ def test_feed_forward_matches_targets_and_is_stacked_with_them():
         aj.stack_layers((unlike, unflatten(leaves)), stack)
 
 
+@pytest.mark.slow
 def test_the_papers_targets_on_our_models():
     """BERT-base: keys, values and the 3072 inner activations of 12 layers."""
     counts = count_parameters("bert-base", MethodOptions("ia3"))
@@ -346,6 +347,7 @@ def test_peft_matches_ends_of_names_for_feed_forward_modules(tmp_path):
     np.testing.assert_array_equal(adapters["down"]["ia3"]["scale"], drawn((1, 6), 1)[0])
 
 
+@pytest.mark.slow
 def test_our_models_in_peft_names(tmp_path):
     names, model, _, inputs = base_of("gpt2")
     recipe = aj.ia3()

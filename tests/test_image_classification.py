@@ -76,6 +76,7 @@ def write_image(name, mode="RGB", color=None, **options):
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", pytest.param("houlsby", marks=pytest.mark.slow)])
 def test_it_trains_predicts_and_comes_back_from_its_files(method, capsys):
     write_vit(Path("tiny"))
@@ -137,6 +138,7 @@ def test_a_merged_run_is_a_classifier_of_transformers():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
 def test_other_image_encoders_have_heads_on_what_transformers_reads(name):
     encoder = load_encoder(str(write_vit(Path("tiny"), name)))
@@ -298,6 +300,7 @@ def test_batches_are_functions_of_the_step_and_every_image_comes_once():
     assert in_order == [[0, 1], [2, 3], [4, -1]]
 
 
+@pytest.mark.slow
 def test_augmented_images_are_flips_and_moves_of_the_image():
     pixels = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
     whole = np.pad(pixels, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
@@ -320,6 +323,7 @@ def test_augmented_images_are_flips_and_moves_of_the_image():
     np.testing.assert_array_equal(untouched["pixels"], pixels)
 
 
+@pytest.mark.slow
 def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
     write_vit(Path("tiny"))
     Path("digits").mkdir()
@@ -353,7 +357,7 @@ def test_images_are_not_served():
         EncoderBase(str(write_vit(Path("tiny"))))
 
 
-@pytest.mark.witness("digits/table.csv")
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["digits", "digits/table.csv"])
 def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
     write_vit(Path("tiny"))

@@ -42,7 +42,7 @@ def command(tmp_path):
     return run
 
 
-@pytest.mark.witness("here-147456")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "adapters"),
     [
@@ -73,6 +73,7 @@ def test_a_command_that_needs_an_extra_says_so_in_one_line(command, tmp_path):
     assert done.returncode == 2 and "huggingface_hub" in done.stderr
 
 
+@pytest.mark.slow
 def test_models_needs_no_extra(command):
     done = command("models", "bert-base")
     assert (done.returncode, done.stderr) == (0, "adapters-jax models: importing jax\n")
@@ -86,6 +87,7 @@ def imported_by(code):
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_help_and_completion_import_nothing_of_the_work():
     """Each command's help in turn: one that imports jax would leave it imported for the others."""
     helps = "".join(f"    assert main([{name!r}, '--help']) == 0\n" for name in COMMANDS)
@@ -100,6 +102,7 @@ def test_help_and_completion_import_nothing_of_the_work():
     assert not imported & {*WORK, *EXTRAS}
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_is_found_before_the_work_is_imported():
     for words in (["finetune", "--rnk", "3"], ["methods", "--json", "--markdown"], ["chat"]):
         code = f"from adapters_jax.finetune.cli.main import main\nassert main({words}) == 2"
@@ -118,6 +121,7 @@ def test_what_files_hold_is_shown_without_jax(tmp_path):
     assert "jax" not in imported_by(code)
 
 
+@pytest.mark.slow
 def test_a_model_is_audited_without_the_kernels_of_accelerators():
     """Pallas takes a fifth as long to import as jax."""
     imported = imported_by("import adapters_jax.finetune.shapes")
@@ -125,11 +129,13 @@ def test_a_model_is_audited_without_the_kernels_of_accelerators():
     assert not any(name.startswith("jax.experimental.pallas.") for name in imported)
 
 
+@pytest.mark.slow
 def test_the_package_itself_imports_nothing_until_a_name_is_used():
     assert not imported_by("import adapters_jax\nadapters_jax.__version__") & WORK
     assert imported_by("import adapters_jax\nadapters_jax.lora") >= {"jax", "flax", "numpy"}
 
 
+@pytest.mark.slow
 def test_a_function_is_no_module_whatever_was_imported_before():
     """A module of the package with a function's name would be found in its place."""
     modules = {each.name for each in pkgutil.iter_modules(aj.__path__)}
@@ -166,6 +172,7 @@ GGUF = {f"adapters_jax.finetune.gguf.{name}" for name in ("adapters", "header", 
 OF_OTHERS = {"adapters_jax.files.adapterhub", "adapters_jax.files.peft", *GGUF}
 
 
+@pytest.mark.slow
 def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_path):
     """A format's code is imported when one of its files is read, written or promised."""
     lora = aj.LoRA("query", 2)
@@ -195,6 +202,7 @@ def test_our_own_adapters_and_rows_need_no_code_of_other_libraries_formats(tmp_p
     assert not imported & OF_OTHERS
 
 
+@pytest.mark.slow
 def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
     imported = imported_by(
         "import numpy as np\n"
@@ -220,6 +228,7 @@ def test_a_lora_of_peft_needs_no_code_of_other_methods_and_formats(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_importing_the_commands_starts_no_backend():
     code = (
         "from adapters_jax.finetune.cli import compare, finetune, serve; import jax._src.xla_bridge"

@@ -318,6 +318,17 @@ def noise(tree, seed=1):
     return jax.tree.map(lambda x: jnp.asarray(0.5 * draw(x.shape), jnp.float32), tree)
 
 
+@pytest.mark.witness(
+    "heads one by one-prefix",
+    "products by head-gated",
+    "repeated keys-prefix",
+    "rotary in pairs-gated",
+    "partial rotary-prefix",
+    "fused by head-gated",
+    "stacked-prefix",
+    "one key head-prefix",
+    "shifted-gated",
+)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_every_style_computes_the_formula(style, method):
@@ -631,6 +642,7 @@ def test_keys_that_come_from_elsewhere():
     assert own["embedding"].shape == (K, D)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_prompts_share_no_softmax():
     """The prefix is in the softmax of the context, the gated prompt beside it, in either order."""
     style = STYLES["groups"]

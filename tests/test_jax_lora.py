@@ -146,6 +146,7 @@ def pi(rank_stabilized=False):
     return model, params, run(model, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_openpi(rank_stabilized):
     """A pair for each head; einsums over heads sum B by itself; feed-forwards have no scale."""
@@ -171,6 +172,7 @@ def test_openpi(rank_stabilized):
     assert away(run(model, nested({**flat(params), **flat(back)})), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_what_is_trained_here_goes_on_in_openpi():
     model, params, _ = pi()
     base = only(params, lora=False)
@@ -216,6 +218,7 @@ def qwix_model(alpha=ALPHA):
     return base, model, model(X)
 
 
+@pytest.mark.slow
 def test_qwix():
     base, model, expected = qwix_model()
     lora, whole = (nnx.state(model, kind) for kind in (nnx.LoRAParam, nnx.Param))
@@ -330,6 +333,7 @@ def changes_of(directory):
     return found
 
 
+@pytest.mark.slow
 def test_peft_of_openpi(tmp_path):
     """The changes of Hugging Face's weights are those of ours, transposed and in their parts."""
     tree = {"PaliGemma": {"llm": pi()[1]}}
@@ -457,6 +461,7 @@ class Robot(nnx.Module):
         return self.head(self.llm(x))
 
 
+@pytest.mark.slow
 def test_openpi_inside_nnx():
     model, base = Robot(Pi(RANK, ALPHA / RANK), nnx.Rngs(0)), Robot(Pi(), nnx.Rngs(0))
     nnx.update(model, drawn(nnx.state(model, nnx.Param)))

@@ -105,6 +105,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
+@pytest.mark.slow
 def test_requests_change_what_is_kept(served, kept, monkeypatch):
     api = TextApi(served.base, served.engine, "base", LIMITS, kept)
     client = TestClient(application(api, "", LIMITS), HERE)

@@ -140,6 +140,17 @@ PUBLISHED_T5 = {
 ROUNDED = {"google/mt5-large": 1.2e9, "google/mt5-xl": 3.7e9, "google/mt5-xxl": 13e9}
 
 
+@pytest.mark.witness(
+    "openai-community/gpt2",
+    "meta-llama/Llama-3.2-1B",
+    "HuggingFaceTB/SmolLM2-135M",
+    "Qwen/Qwen3-0.6B",
+    "google/gemma-3-1b-pt",
+    "Qwen/Qwen3-30B-A3B",
+    "deepseek-ai/DeepSeek-V3",
+    "google/flan-t5-base",
+    "bigscience/bloom-560m",
+)
 @pytest.mark.parametrize("name", PUBLISHED | PUBLISHED_T5)
 def test_the_parameters_are_the_published_ones(name):
     family, config = find_known(name)
@@ -208,6 +219,7 @@ def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, 
         find_shape(name)
 
 
+@pytest.mark.slow
 def test_audit_and_plan_take_published_names(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["audit", "--model", "google/gemma-3-1b-pt", "--method", "lora", "--json"]) == 0

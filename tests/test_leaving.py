@@ -35,6 +35,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "flags"),
     [
@@ -91,6 +92,7 @@ def test_what_is_promised_before_training_is_what_happens_after(make, flags, cap
 OTHERS = ("xlm_roberta", "distilbert", "electra", "modernbert", "deberta_v3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=slow) for name in OTHERS)])
 def test_a_merged_encoder_is_a_classifier_of_transformers(base):
     predictor = load_predictor(merged_encoder(base))
@@ -140,6 +142,7 @@ def _outputs(predictor, params, model, texts):
     return np.asarray(model.apply({"params": params}, *arrays))
 
 
+@pytest.mark.slow
 def test_a_head_that_transformers_has_not_is_in_a_file_of_its_own(capsys):
     run = encoder_run(f"{MEAN} lora --rank 2 --label stars --task regression", "mine")
     assert main(["merge", run, "--out", "merged", "--json"]) == 0
@@ -165,6 +168,7 @@ CHOICES = {"question": "the", "choice1": "good", "choice2": "bad"}
 PAIR = {"sentence2": "the plot"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "row", "metric", "shape"),
     [

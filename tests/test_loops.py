@@ -281,6 +281,7 @@ def linen(seed=0):
     return LinenNet().init(jax.random.key(seed), X)["params"]
 
 
+@pytest.mark.slow
 def test_one_linen_model_with_several_bases():
     model = aj.adapt(LinenNet(), LINEN)
     seeds = [aj.init_adapters(model, linen(i), jax.random.key(9), X) for i in range(3)]

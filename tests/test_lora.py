@@ -390,6 +390,7 @@ def test_by_hand_in_linen_dropout_follows_the_key_and_the_flag():
         module.apply(params, x, deterministic=False)
 
 
+@pytest.mark.slow
 def test_each_scanned_layer_drops_entries_of_its_own():
     """Three layers with one kernel, one pair of factors and one input differ by their masks."""
 

@@ -111,6 +111,7 @@ def test_counts(name):
     assert (stacked.parameters, stacked.copies) == (count.parameters, 7)
 
 
+@pytest.mark.slow
 def test_what_is_orthonormal_stays_and_columns_of_zeros_too():
     matrix = drawn((40, 6), 1) * np.array([1, 1e-3, 1e3, 1, 0, 1], np.float32)
     matrix[:, 3] = matrix[:, 0] + 1e-2 * matrix[:, 3]  # nearly dependent
@@ -126,6 +127,7 @@ def test_what_is_orthonormal_stays_and_columns_of_zeros_too():
     np.testing.assert_allclose(square.T @ square, np.eye(6), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_formula():
     method = method_of("both")
     leaves, along = leaves_of(method), leaves_of(method, 9)
@@ -176,7 +178,7 @@ def moved(model):
     return model
 
 
-@pytest.mark.witness("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_decoder_reads_padding_packing_and_caches_alike(scan):
     of = {"targets": "layers"} if scan else {"num_layers": 2}
@@ -216,6 +218,7 @@ def test_the_last_tokens_of_a_generation_are_not_known():
         generate(model, jnp.ones((1, 4), int), max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_an_encoder_and_an_encoder_decoder_have_their_own_tokens():
     config = T5Config(29, 16, 8, 20, num_layers=1, num_decoder_layers=1, num_heads=2)
     recipe = aj.loreft(2, suffix_positions=2, targets="{encoder,decoder}/layers/*")
@@ -259,6 +262,7 @@ def test_what_is_not_known_is_an_error():
             aj.LoReFT("**", **fields)
 
 
+@pytest.mark.slow
 def test_the_whole_contract():
     method = aj.LoReFT("**/mlp/output", 2, suffix_positions=1)
     assert check_method(method, start_tolerance=math.inf, variants=("plain",)) == ["mlp"]

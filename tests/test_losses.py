@@ -85,6 +85,7 @@ def test_gradients_by_weights_and_of_a_scaled_loss():
     np.testing.assert_allclose(by_hidden, -3 * expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_row_by_vmap():
     hidden, table, labels = arrays()
 
@@ -126,6 +127,7 @@ def test_float16_gradients_survive_until_the_loss_scale():
     np.testing.assert_allclose(grad, expected, atol=1e-2 * np.abs(expected).max())
 
 
+@pytest.mark.witness("**/query-True", "{head,embeddings}-False")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", ["**/query", "{head,embeddings}", "**"])
 def test_heads_of_decoders_with_lora(tied, target):
@@ -149,6 +151,7 @@ def test_heads_of_decoders_with_lora(tied, target):
     assert max(np.abs(x).max() for x in jax.tree.leaves(whole[1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_linen_head_in_a_step():
     class Model(nn.Module):
         def setup(self):
@@ -211,6 +214,7 @@ def test_the_program_holds_one_chunk_and_costs_no_more(trained):
     }
 
 
+@pytest.mark.slow
 def test_dropout_in_the_head_is_refused_unless_all_logits_are_held():
     model = aj.adapt(
         tiny_decoder(tie_word_embeddings=False), aj.LoRA("head", 2, dropout=0.5), rngs=nnx.Rngs(0)
@@ -250,6 +254,7 @@ def test_bad_input(given, named):
 # Of whole sequences
 
 
+@pytest.mark.witness("None", "100")
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100])
 def test_log_probabilities_of_sequences_are_those_of_the_formula(chunk):
     """Each with a factor of its own in the loss, as losses of preferences have."""

@@ -98,6 +98,7 @@ def test_a_tenth_of_what_is_hidden_stays_and_a_tenth_is_random():
     np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.015)
 
 
+@pytest.mark.slow
 def test_texts_are_packed_into_blocks_and_no_token_is_lost():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     texts = [("the film was", None), ("good", None), ("a plot and music " * 5, None)]
@@ -113,6 +114,7 @@ def test_texts_are_packed_into_blocks_and_no_token_is_lost():
     assert inside == expected
 
 
+@pytest.mark.slow
 def test_masks_are_functions_of_seed_and_step_and_those_of_dev_are_fixed():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     readout, texts = MaskedTokens(), [("the film was good a plot and music " * 9, None)]
@@ -157,6 +159,7 @@ def readout_metrics():
     return ["perplexity", "loss", "accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):
     write_masked(Path("tiny"), head)
@@ -231,6 +234,7 @@ def test_a_resumed_run_hides_the_same_tokens(monkeypatch):
         np.testing.assert_array_equal(again[path], tensor, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_more_special_tokens_than_embeddings():
     write_masked(Path("tiny"))
     tokenizer = Tokenizer.from_file("tiny/tokenizer.json")
@@ -290,6 +294,7 @@ def test_a_merged_checkpoint_says_that_its_output_layer_is_its_word_embeddings()
     assert not [name for name in load_file("merged/model.safetensors") if "decoder.weight" in name]
 
 
+@pytest.mark.slow
 def test_texts_to_predict_have_masks_that_fit():
     encoder = load_encoder(str(write_masked(Path("tiny"))), MASKED)
     readout = MaskedTokens()
@@ -306,6 +311,7 @@ def test_texts_to_predict_have_masks_that_fit():
     assert readout.inputs(other, [("a [MASK]", None)], 16).where[1] == [1]
 
 
+@pytest.mark.slow
 def test_bases_without_a_mask_token_or_a_tied_head_are_refused(capsys):
     write_model(Path("bare"))
     write_texts(Path("rows.txt"), 40)

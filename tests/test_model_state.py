@@ -579,6 +579,7 @@ def test_boxed_collections_stay_boxed(tmp_path):
         assert mixed.names == ("model",) and mixed.value.tolist() == [7.0, 7.0, 7.0]
 
 
+@pytest.mark.slow
 def test_state_of_unrolled_layers_loads_onto_scanned_ones_and_back(tmp_path):
     class Block(nnx.Module):
         def __init__(self, rngs):

@@ -89,6 +89,7 @@ def packed(tmp_path):
     return tmp_path / "packed", tmp_path / "plain", tensors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_as_its_numbers_and_saved_without_the_method(packed, tmp_path):
     directory, plain, _ = packed
     config, found = load_decoder(directory)

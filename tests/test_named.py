@@ -385,6 +385,7 @@ def test_a_frozen_adapter_is_loaded_again_in_its_place(tmp_path):
     np.testing.assert_array_equal(api(again), api(other))
 
 
+@pytest.mark.slow
 def test_lora_plus_of_the_command_line_finds_named_factors():
     recipe = Recipe(aj.LoRA("q", 2, name="one"), aj.DoRA("k", 2))
     params = {"q": {"lora_one": factors(2, 0)}, "k": {"lora": factors(2, 1)}}

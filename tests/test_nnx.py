@@ -617,6 +617,7 @@ def test_stacked_layers_have_a_dropout_stream_each():
     np.testing.assert_array_equal(run(model, x), run(model, x))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     gradients = []
     for remat in (True, False):

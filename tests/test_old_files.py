@@ -181,6 +181,7 @@ def test_an_old_run_predicts_what_it_did(runs, capsys):
     np.testing.assert_allclose(found, [0.5356135583855327, 0.5174516691349453], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_goes_on_to_the_same_numbers(runs):
     assert main(["finetune", "--resume", "interrupted", "--json"]) == 0
     lines = map(json.loads, (runs / "interrupted" / "metrics.jsonl").read_text().splitlines())

@@ -139,6 +139,19 @@ def scaled_sizes(function, *args):
     return {math.prod(int(n) for n in dims.split(",") if n) for dims in found}
 
 
+@pytest.mark.witness(
+    "dense-int8-None-float32",
+    "dense-int8-None-bfloat16",
+    "dense-int8-16-float32",
+    "dense-int4-32-float32",
+    "dense-nf4-32-float32",
+    "outputs on two axes-int8-None-float32",
+    "heads first-int4-32-float32",
+    "tied-int8-16-float32",
+    "cut-int8-None-float32",
+    "rows-int8-None-bfloat16",
+    "grouped-nf4-32-float32",
+)
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(("dtype", "block", "kind"), FORMS)
 @pytest.mark.parametrize("name", LAYERS)
@@ -176,6 +189,7 @@ def test_blocks_are_for_many_outputs_and_long_enough(monkeypatch):
         assert (64 * 136 in sizes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(("api", "case", "variant", "dtype"), MODELS)
 def test_whole_models_train_as_on_floats(api, case, variant, dtype):
@@ -205,6 +219,7 @@ def test_a_batch_of_adapters_reads_a_packed_weight_once():
     assert "i4[64,16]" in text and "[5,64,16]" not in text and "[5,4,16,16]" not in text
 
 
+@pytest.mark.slow
 def test_looked_up_rows_are_scaled_alone_and_others_are_not_there():
     table = nn.Embed(50, 64)
     params = table.init(jax.random.key(0), jnp.array([0]))["params"]

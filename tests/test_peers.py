@@ -51,7 +51,7 @@ def checked(names, directory, model, method, **settings):
     return found, losses
 
 
-@pytest.mark.witness("bert-lora")
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_sides_on_jax_do_equal_work(directory, model, method):
     names = JAX if method == "lora" else {"ours", "hand"}
@@ -66,6 +66,7 @@ def test_sides_on_jax_do_equal_work(directory, model, method):
     assert third < first
 
 
+@pytest.mark.slow
 def test_all_linear_layers_train_on_both_sides_and_in_chunks(directory):
     more = {"batch": 8, "length": 160, "chunked": True}  # chunks of 80 tokens
     found, losses = checked({"ours", "qwix_lora"}, directory, "qwen", "lora-all", **more)
@@ -77,6 +78,7 @@ def test_all_linear_layers_train_on_both_sides_and_in_chunks(directory):
     assert whole.losses(3) == pytest.approx(losses["ours"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tenant_has_the_losses_that_it_has_alone(directory):
     """The first tenant has the adapter of the file and the first half of the rows."""
     more = {"chunked": True}
@@ -91,6 +93,7 @@ def test_a_tenant_has_the_losses_that_it_has_alone(directory):
         steps.check_equal({"a": losses, "b": np.add(losses, [[0, 0], [0, 0], [0, 1]])}, {})
 
 
+@pytest.mark.slow
 def test_generated_tokens_are_the_likeliest_and_lora_changes_them(directory):
     job = TOY.job("generate", directory, "qwen", "lora-all")
     job = replace(job, batch=3, length=5, tokens=4)
@@ -166,6 +169,7 @@ def test_a_side_names_what_it_does_not_support(directory, name):
         found.time("switch")
 
 
+@pytest.mark.slow
 def test_forward_passes_differ_by_their_adapters_alone(directory):
     found = side("ours", directory, "forward")
     logits = {(contenders.OURS, what): found.result(what) for what in found.works}
@@ -175,6 +179,7 @@ def test_forward_passes_differ_by_their_adapters_alone(directory):
         latency.check_equal({**logits, ("PEFT", "LoRA"): logits[contenders.OURS, "base"]})
 
 
+@pytest.mark.slow
 def test_a_switch_gives_each_adapters_logits_and_is_not_compiled(directory):
     found = side("ours", directory, "uses", method="houlsby")
     logits = []
@@ -248,6 +253,7 @@ class Here:
         self.made = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", [Here, pytest.param(Worker, marks=pytest.mark.slow)])
 def test_a_case_without_pytorch(directory, tmp_path, monkeypatch, worker):
     monkeypatch.setattr(contenders, "Worker", worker)

@@ -1208,6 +1208,7 @@ def test_names_that_are_none():
         save_peft("nowhere", recipe, tree, {"base_model.model.a.line": "line"}, params)
 
 
+@pytest.mark.slow
 def test_a_state_is_no_tree_of_adapters():
     base = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     model = aj.adapt(base, aj.LoRA("**", 1), rngs=nnx.Rngs(1))

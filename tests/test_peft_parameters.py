@@ -173,6 +173,7 @@ STACKED = NameTable(
 )
 
 
+@pytest.mark.slow
 def test_a_recipe_of_modules_with_several_weights_and_scanned_layers(tmp_path):
     x = drawn(3, 2, 4)
     adapted = aj.adapt(Layers(), aj.LoRA("layers", 2, 4))

@@ -73,6 +73,7 @@ def test_a_run_finds_what_a_tree_says_and_more(api, name):
         )
 
 
+@pytest.mark.witness("linen-lora", "linen-prefix", "nnx-bottleneck", "nnx-ia3")
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_loading_onto_the_same_base_runs_no_model(tmp_path, api, name):
     subject, placements, _ = made(api, name)

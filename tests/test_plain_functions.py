@@ -89,6 +89,7 @@ def test_a_function_computes_the_sum_and_starts_as_itself():
     assert_near(adapted(tree, x), run(weights, double(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, aj.DoRA("**", 2), aj.IA3("layers/**")], ids=repr)
 def test_a_decoder_of_plain_numpy_is_its_merged_one(method):
     params = decoder_params()
@@ -107,6 +108,7 @@ def test_a_decoder_of_plain_numpy_is_its_merged_one(method):
         assert "computed thin: 6 of 6 changed weights" in audit.computed()
 
 
+@pytest.mark.slow
 def test_a_step_costs_what_thin_products_by_hand_cost():
     params = decoder_params()
     adapted = aj.adapt(decoder, params, LORA, example_inputs=(IDS,))
@@ -148,6 +150,7 @@ def test_a_step_costs_what_thin_products_by_hand_cost():
     assert flops(ours) <= 1.01 * flops(lambda t, b: by_hand(t, b, ids))
 
 
+@pytest.mark.slow
 def test_training_files_banks_and_quantising(tmp_path):
     params = decoder_params()
     adapted = aj.adapt(decoder, params, LORA, example_inputs=(IDS,))
@@ -426,6 +429,7 @@ def bottleneck(y, leaves):
     return y + inner @ leaves["up/kernel"] + leaves["up/bias"]
 
 
+@pytest.mark.slow
 def test_equinox_modules_take_bottlenecks_on_their_outputs():
     eqx = pytest.importorskip("equinox")
 
@@ -503,6 +507,7 @@ def equinox_blocks():
     return (scanned, stacked), (looped, unrolled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -574,6 +579,7 @@ def test_haiku_merges_into_its_own_parameters(method):
     assert moved(adapted(tree, x), run(params, x))
 
 
+@pytest.mark.slow
 def test_haiku_modules_take_bottlenecks_and_prompts():
     run, params = haiku_net()
     x = drawn((2, 5, D))
@@ -606,6 +612,7 @@ def run_with_prefix(params, prefix, x):
     return linear(np.maximum(linear(y, "mlp/~/linear_0"), 0), "mlp/~/linear_1")
 
 
+@pytest.mark.slow
 def test_haiku_in_a_loop_over_layers():
     hk = pytest.importorskip("haiku")
     body = lambda x: x + hk.nets.MLP([6, D], name="mlp")(x)  # noqa: E731
@@ -623,6 +630,7 @@ def test_haiku_in_a_loop_over_layers():
     assert down["kernel"].shape == (LAYERS, D, 2)
 
 
+@pytest.mark.slow
 def test_haiku_names_inside_a_loop_are_not_those_outside():
     """A module in a loop over layers has the name of one outside, which alone is adapted."""
     hk = pytest.importorskip("haiku")

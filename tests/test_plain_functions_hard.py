@@ -52,6 +52,7 @@ class TestHaiku:
     def linear(self, params, x):
         return x @ params["w"] + params["b"]
 
+    @pytest.mark.slow
     def test_in_a_loop_over_layers_each_layer_has_its_adapter(self):
         def body(x):
             stack = hk.experimental.layer_stack(3)

@@ -51,6 +51,7 @@ def planned(recipe, batch=8, tx=None, dtype=jnp.bfloat16, mesh=None, **options):
     return plan(state, loss, x, mesh, **options)
 
 
+@pytest.mark.slow
 def test_bytes_and_counts_are_those_of_arithmetic():
     lora = planned(aj.LoRA("*", RANK))
     base, adapters = 3 * (WIDTH * WIDTH + WIDTH), 3 * 2 * RANK * WIDTH
@@ -72,6 +73,7 @@ def test_bytes_and_counts_are_those_of_arithmetic():
     assert (frozen.adapters, frozen.optimizer) == (4 * WIDTH, 0)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_parts_share_memory():
     small, large = planned(aj.LoRA("*", RANK), 512), planned(aj.LoRA("*", RANK), 4096)
     per_row = (large.activations - small.activations) / (4096 - 512)
@@ -101,6 +103,7 @@ def test_a_forward_pass_of_parts_has_the_memory_of_one():
     assert planned(512, accumulate=8).temporaries == part.temporaries
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits_is_the_largest():
     def plan_of(batch):
         return planned(aj.LoRA("*", RANK), batch)
@@ -180,6 +183,7 @@ print(json.dumps([one.to_dict(), eight.to_dict(), lora.to_dict()]))
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_divides_it():
     run = [sys.executable, "-c", MESHED]
     ran = subprocess.run(run, env=environment(8), capture_output=True, text=True)
@@ -195,6 +199,7 @@ def test_a_mesh_divides_it():
     assert lora["adapters"] == 4 * 3 * 2 * RANK * WIDTH  # small: everywhere
 
 
+@pytest.mark.slow
 def test_a_real_state_is_planned_like_its_shapes():
     model = aj.adapt(Net(jnp.float32), aj.LoRA("*", RANK))
     x = np.ones((8, WIDTH), np.float32)
@@ -213,7 +218,7 @@ def command(*flags):
     return status, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.witness("tiny")
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     (write_model if model == "tiny" else write_llama)(tmp_path / model)
@@ -236,6 +241,7 @@ def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
         assert json.loads(out)["plans"]["lora"]["base"] == 4 * counted.frozen_parameters
 
 
+@pytest.mark.slow
 def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
     write_llama(tmp_path / "llama")
     flags = ("--model", tmp_path / "llama", "--length", 16, "--no-full")

@@ -196,6 +196,7 @@ def test_the_contract_finds_a_wrong_count(Shift, monkeypatch):
         check_method(Shift("nowhere"))
 
 
+@pytest.mark.slow
 def test_the_contract_judges_by_the_effect_of_the_method(Shift, monkeypatch):
     """A hundredth of the strength has the same effect to it, and half of a change is found."""
     assert check_method(Shift("**/mlp/up", 0.01), variants=["plain"]) == ["mlp"]
@@ -296,6 +297,7 @@ def test_a_method_on_weights_is_its_formula(weights, tmp_path, make, by_hand, co
     np.testing.assert_array_equal(adapted, model.apply({"params": params}, x))
 
 
+@pytest.mark.slow
 def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weights):
     for target in ("mlp/up", "attention/query"):
         method = weights.SeededVeRA(f"**/{target}", 4, d_initial=0.1)

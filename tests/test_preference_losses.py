@@ -93,6 +93,7 @@ def test_beta_is_a_number_above_0(name, beta):
         ours(*values, beta=beta)
 
 
+@pytest.mark.slow
 def test_arrays_have_one_value_a_row():
     row, column = jnp.zeros(3), jnp.zeros((3, 1))
     for call in (

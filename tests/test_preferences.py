@@ -107,7 +107,7 @@ def formula(loss, beta, log_probs, batch):
     return (1 - jax.nn.sigmoid(sign * (rewards[:, 0] - point))).mean(), rewards[:, :1]
 
 
-@pytest.mark.witness("dpo", "kto")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
     problem = prepared(loss).problem
@@ -142,6 +142,7 @@ def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_base_is_there_once_in_the_audit_the_plan_and_the_step():
     problem = prepared("dpo").problem
     base = sum(x.size for x in jax.tree.leaves(nnx.state(problem.decoder.model, nnx.Param)))
@@ -212,6 +213,7 @@ def check_same_result():
         assert cut == straight, file
 
 
+@pytest.mark.slow
 def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatch, capsys):
     made()
     assert main(f"{TRAIN} --name straight --json".split()) == 0

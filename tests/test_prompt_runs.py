@@ -67,6 +67,7 @@ def greedy(model, start, end, *, of=lambda tokens: padded(tokens)):
     return [token for token in tokens[len(start) :] if token != end]
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_decoder_is_of_rows_behind_the_prompt():
     problem = problem_of(f"{MEANINGS} {PROMPT} --exact-match 0")
     assert max(row.segments.max() for row in problem.train.rows) == 1  # none are packed
@@ -97,6 +98,7 @@ def test_an_encoder_reads_the_prompt_before_the_prompts_of_a_decoder():
     assert complete(model, problem.decoder, prompts, 4) == made
 
 
+@pytest.mark.slow
 def test_a_run_generates_behind_its_prompt():
     generator = load_generator(decoder_run(PROMPT))
     prompts, made = ["food French", "food food food Thai"], []
@@ -110,6 +112,7 @@ def test_a_run_generates_behind_its_prompt():
         next(generator.generate(["food"], longest - K))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["pooler", "mean", pytest.param("cls", marks=pytest.mark.slow)])
 def test_the_outputs_of_an_encoder_are_of_rows_behind_the_prompt(pooling):
     predictor = load_predictor(encoder_run(f"{PROMPT} --pooling {pooling}"))
@@ -135,6 +138,7 @@ def test_a_run_learns_and_is_read_again(capsys):
     assert main(["convert", "runs/a", "theirs", "--to", "peft", "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_a_server_refuses_a_run_with_a_prompt():
     run = Path(encoder_run(PROMPT))
     with raises(aj.UserError, "PromptTuning", "predict"):
@@ -162,6 +166,7 @@ def test_a_prompt_takes_positions_of_the_model(words, data):
         problem_of(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_tokens", [True, False])
 def test_a_head_that_reads_each_token_gets_those_of_the_text(of_tokens):
     prompt = aj.PromptTuning("bert/embeddings/word", K)

@@ -140,6 +140,7 @@ PROMPTS = np.random.default_rng(4).integers(1, 29, (3, 5))
 THERE = np.array([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_reads_the_prompt():
     base, model = decoder()
     ids, mask, _ = aj.with_prompt(aj.PromptTuning("embeddings", K), PROMPTS, THERE)
@@ -167,6 +168,7 @@ def test_a_placeholder_has_no_row_in_the_tables_of_layers():
     assert np.abs(model(ids) - before).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_rows_of_a_bank_have_a_prompt_each():
     base, model = decoder()
     recipe, own = aj.PromptTuning("embeddings", K), nnx.state(model, aj.nnx.AdapterParam)
@@ -268,6 +270,7 @@ def test_gemmas_embeddings_are_scaled_in_some_versions_alone():
             from_peft(CONFIG_OF_PEFT, {"prompt_embeddings": PROMPT}, names, base)
 
 
+@pytest.mark.slow
 def test_a_server_refuses_a_prompt_that_would_have_no_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_llama(tmp_path / "llama")

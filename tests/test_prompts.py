@@ -256,6 +256,7 @@ def test_an_attention_of_another_library(known, registered):
     )
 
 
+@pytest.mark.slow
 def test_a_kernel_needs_a_registration(known):
     class KernelZoo(nn.Module):
         @nn.compact
@@ -436,6 +437,7 @@ def test_a_function_that_masks_by_itself_would_hide_the_prefix():
         model(X)
 
 
+@pytest.mark.slow
 def test_prompts_keep_the_dtype_of_a_half_precision_base():
     half = jnp.bfloat16
     model = Decoder(TINY, dtype=half, param_dtype=half, rngs=nnx.Rngs(0))

@@ -102,13 +102,7 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.witness(
-    "linen-lora_dense_general-plain-int4",
-    "nnx-lora_conv-plain-int8",
-    "linen-together-scan_remat-nf4",
-    "nnx-together-scan_remat-nf4",
-    "linen-lora_embed-plain-int4",
-)
+@pytest.mark.witness("nnx-lora_conv-plain-int8", "linen-lora_embed-plain-int4")
 @pytest.mark.parametrize(("api", "case", "variant", "dtype"), GRADIENTS)
 def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
     api, case, variant, dtype
@@ -172,6 +166,7 @@ def trained(api, recipe, **options):
     return state, subject
 
 
+@pytest.mark.witness("nnx")
 @pytest.mark.parametrize("api", APIS)
 def test_a_training_its_checkpoint_its_file_and_its_merge(api, tmp_path):
     recipe = aj.Recipe(aj.LoRA("**/mlp/{up,output}", 2), aj.Unfreeze("**/norm/scale"))
@@ -223,6 +218,7 @@ def test_an_audit_and_an_identity_are_those_of_the_float_base(api):
     assert aj.base_identity(base, small.recipe) == identity
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_quantised_but_for_what_trains():
     """As PiSSA needs it: its factors come out of the float weight, and the rest is quantised."""
     pissa = aj.LoRA("**/attention/query", 2, a_init="pissa")
@@ -447,7 +443,7 @@ def memory_of_a_step(api, layers, dtype):
     return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
 
 
-@pytest.mark.witness("nnx-int8")
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("api", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
 def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(api, dtype):
@@ -467,6 +463,7 @@ def test_a_plan_counts_what_a_quantised_base_holds():
     assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [{0: 32}, {1: 16, 2: 64}, {}])
 def test_nf4_by_the_bits_of_its_numbers_is_that_of_qwix(tiles):
     weight = jax.random.normal(jax.random.key(0), (128, 96, 64))
@@ -490,6 +487,7 @@ def test_programs_are_those_of_their_platform():
     assert {key for key, (*_, rows) in read.items() if rows} == {("int4", "cuda")}
 
 
+@pytest.mark.slow
 def test_numbers_in_rows_are_the_same_numbers():
     values = jnp.arange(-8, 8).reshape(2, 2, 4).astype(jnp.int4)
     np.testing.assert_array_equal(_in_rows(values).astype(jnp.int8), values.astype(jnp.int8))

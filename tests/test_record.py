@@ -155,6 +155,7 @@ CHANGES = {  # how a base changes, and what the error names
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_changed_file_is_named_by_resume_and_by_use(place, case):
     base, change, named = CHANGES[case]
@@ -167,7 +168,7 @@ def test_a_changed_file_is_named_by_resume_and_by_use(place, case):
     assert Path(f"cut-{base}", "config.json").read_bytes() == before
 
 
-@pytest.mark.witness("tiny")
+@pytest.mark.slow
 @pytest.mark.parametrize("base", TRAIN)
 def test_what_nothing_reads_may_change(place, base, capsys):
     assert main(USE[base]) == 0
@@ -186,7 +187,7 @@ def test_what_nothing_reads_may_change(place, base, capsys):
         assert Path(f"cut-{base}", file).read_bytes() == Path(f"done-{base}", file).read_bytes()
 
 
-@pytest.mark.witness("tokens")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tokens", "activation", "end"])
 def test_with_the_flag_a_run_goes_on_and_records_what_changed(place, case, capsys):
     base, change, named = CHANGES[case]
@@ -261,6 +262,7 @@ def test_a_server_takes_a_run_of_another_base_where_its_operator_says_so(place, 
     assert served.read(Path(f"done-{base}"), any_base=True).leaves
 
 
+@pytest.mark.slow
 def test_in_python_too(place):
     before = load_predictor("done-tiny").predict([TEXTS[0]])
     swap_tokens(place / "tiny")
@@ -279,7 +281,7 @@ def test_in_python_too(place):
     assert open_source("alone", "tiny", "mean", any_base=True).leaves
 
 
-@pytest.mark.witness("tiny")
+@pytest.mark.slow
 @pytest.mark.parametrize("base", TRAIN)
 def test_a_run_of_before_goes_on_with_one_warning(place, base, capsys):
     for name in ("done", "cut"):

@@ -29,6 +29,7 @@ def run(tmp_path, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_the_page_is_written_anew_from_the_files(run, capsys):
     before = Page(run.report.read_text()).sections
     run.report.unlink()
@@ -59,6 +60,7 @@ def test_damaged_findings_are_an_error(run, text):
         assert main(["report", "run"]) == 2
 
 
+@pytest.mark.witness("damage0")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -89,6 +91,7 @@ def test_metrics_without_the_training_are_an_error(run):
         assert main(["report", "run"]) == 2
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_kept_and_shown(run):
     words = {"text": "t", "class": "no", "predicted": "yes"}
     values = (1.0, float("inf"), float("nan"), float("-inf"))

@@ -117,6 +117,7 @@ def test_sigterm_saves_first_and_meanwhile_the_run_is_locked(straight, commands,
     assert sorted(path.name for path in run.iterdir()) == names
 
 
+@pytest.mark.slow
 def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path):
     run, inside, taken = Run(tmp_path / "run"), tmp_path / "inside", []
     run.path.mkdir()
@@ -137,6 +138,7 @@ def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path
     assert not os.listdir(run.path)
 
 
+@pytest.mark.slow
 def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     run = Run(tmp_path)
     code = "import sys, time, pathlib; from adapters_jax.finetune.run_directory import Run;"
@@ -203,6 +205,7 @@ def test_options_that_cannot_be_read_are_named(straight, place, capsys, options,
     assert all(str(datum) in error for datum in (damaged / "config.json", *data)), error
 
 
+@pytest.mark.slow
 def test_a_damaged_configuration_is_restored_from_a_checkpoint(straight, place, capsys):
     run = place / "cut"
     with pytest.MonkeyPatch.context() as patch:
@@ -347,6 +350,7 @@ def test_a_full_disk_ends_a_run_that_resumes_later(straight, place, capsys, monk
     assert result(run) == result(straight[0])
 
 
+@pytest.mark.slow
 def test_words_are_read_again_as_the_same_flags():
     flags = ["--train=a.csv", "--no-pack", "--metrics", "f1", "accuracy", "--text-pair=-x y"]
     flags += ["--method", "lora", "--rank-pattern", "a", "1", "b", "2", "--template={prompt} ="]

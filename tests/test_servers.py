@@ -309,6 +309,7 @@ def test_the_command_states_the_error_and_what_it_writes_is_what_it_states(run, 
     assert (config["r"], config["use_dora"]) == (32, False)
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_is_read_again_and_compared(run, capsys):
     assert main(["merge", run, "--out", "merged"]) == 0
     generator = load_generator(run)
@@ -320,6 +321,7 @@ def test_a_merged_checkpoint_is_read_again_and_compared(run, capsys):
         check_checkpoint(Path("merged"), generator.decoder, model)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_flags_that_mean_nothing(run, capsys):
     Path("flags.json").write_text('{"to": "native", "for": "vllm"}')
     for words, datum in (

@@ -76,6 +76,7 @@ def trained(slow):
     return finish(start(8, rows=list(dict.fromkeys(rows))))
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_losses_of_one_device(trained):
     compared = 0
     for (*subject, laid), result in trained.items():
@@ -331,6 +332,7 @@ print(json.dumps([whole, max(held), peak[0] - before, sum(total)]))
 """
 
 
+@pytest.mark.slow
 def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
     config = DecoderConfig(
         vocab_size=8192,
@@ -388,7 +390,7 @@ print(json.dumps([[int(n) for n in dims.split(",") if n]
 """
 
 
-@pytest.mark.witness("decoder")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_devices_exchange_weights_and_no_activations_in_layers(kind):
     """Each of 4 devices has 2 of 8 rows; a layer's weights are gathered, forward and backward."""

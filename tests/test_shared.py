@@ -80,6 +80,7 @@ def gelu(x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+@pytest.mark.slow
 def test_one_rule_of_all_layers_also_of_scanned_ones(plugin):
     _, _, model, whole = in_linen(plugin.Phm("**/{up,first}"))
     flat = {path: np.asarray(x, np.float64) for path, x in flatten(whole).items()}
@@ -105,6 +106,7 @@ def test_one_rule_of_all_layers_also_of_scanned_ones(plugin):
     np.testing.assert_allclose(model.apply({"params": whole}, X), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_shared_leaf_is_the_sum_over_its_modules(plugin):
     _, _, model, whole = in_linen(plugin.Phm("**/{up,first}"))
 
@@ -179,6 +181,7 @@ def test_a_low_rank_change_with_shared_factors_is_its_formula(plugin):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Phm", "SharedVeRA"])
 def test_they_keep_the_contract(plugin, kind):
     assert check_method(getattr(plugin, kind)("**/mlp/up", 4), variants=("plain", "scan")) == [
@@ -233,6 +236,7 @@ def test_a_detached_model_has_nothing_shared(plugin):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

@@ -360,6 +360,7 @@ def test_ranks_go_where_directions_explain_most_within_the_budget():
     np.testing.assert_allclose(method.scale_at(left), 1.0)
 
 
+@pytest.mark.slow
 def test_a_calibration_that_cannot_be_is_refused():
     params, x = mlp(), BATCHES[0][0]
     bad = BATCHES[1][0].copy()
@@ -441,6 +442,7 @@ def test_a_weight_without_activations_of_its_own_is_named(how):
         aj.calibrate(Net(), EVA, BATCHES, params=params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_batch_costs_a_forward_pass_and_thin_products_and_compiles_once(scanned):
     """By XLA: what a gradient would need beside the statistics is not computed."""

@@ -269,6 +269,34 @@ def gradients(model):
     return jax.tree.leaves(jax.grad(loss)(trained))
 
 
+@pytest.mark.witness(
+    "nnx.state of the model-lora",
+    "nnx.to_pure_dict-lora",
+    "nnx.to_flat_state-lora",
+    "nnx.state of a layer-lora",
+    "vars-lora",
+    "nnx.iter_graph-lora",
+    "jax.tree.leaves-lora",
+    "jax.tree.map-lora",
+    "nnx.split and merge-lora",
+    "nnx.update-lora",
+    "nnx.clone-lora",
+    "called and read-lora",
+    "a decay of its own-lora",
+    "lax.scan over state-lora",
+    "nnx.scan, and state-lora",
+    "state in nnx.scan-lora",
+    "nnx.remat, and state-lora",
+    "nnx.jit, and state-lora",
+    "nnx.jit of weights-lora",
+    "nnx.scan of weights-lora",
+    "nnx.grad of a layer-lora",
+    "nnx.WeightNorm-lora",
+    "nnx.state of the model-dora",
+    "nnx.state of the model-ia3",
+    "nnx.scan of weights-dora",
+    "nnx.grad of a layer-ia3",
+)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("style", STYLES)
 def test_adapted_is_merged_is_the_formula(style, method):
@@ -507,6 +535,7 @@ def test_an_abstract_model_stays_abstract():
 READS = "Style reads parameters as state.* would read 'd/adapter/down/.*' with them.*'!d'"
 
 
+@pytest.mark.slow
 def test_an_adapter_of_an_output_that_would_be_read_is_refused():
     method = aj.Bottleneck("d", 2)
     with pytest.raises(RecipeError, match=READS):

@@ -116,7 +116,7 @@ def stepwise(model, expected, first):
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.witness("t5-True")
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scan"), [(name, False) for name in NAMES] + [("t5", True)])
 def test_a_cache_changes_nothing(name, scan):
     expected = reference(name)
@@ -151,6 +151,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"), [(name, each) for name, several in CHANGES.items() for each in several]
 )
@@ -162,6 +163,7 @@ def test_every_setting_of_a_checkpoint_shows_in_its_logits(name, change):
     assert np.abs(run(other, expected)[2] - expected["logits"]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_decoder_reads_the_start_token_and_all_labels_but_the_last():
     _, model = load_t5(FIXTURES / "t5")
     labels = np.array([[5, 6, 1, -1], [7, 1, -1, -1]])
@@ -210,7 +212,7 @@ def test_copies_of_the_embedding_in_older_files_are_not_read(name, tmp_path):
         load_t5(tmp_path)
 
 
-@pytest.mark.witness("flan_t5")
+@pytest.mark.slow
 @every
 def test_bfloat16_rounds_no_more_than_in_transformers(name):
     expected = reference(name)
@@ -221,7 +223,7 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
     assert 0 < np.abs(logits - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
 
 
-@pytest.mark.witness("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(scan):
     expected = reference("mt5")

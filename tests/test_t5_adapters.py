@@ -46,6 +46,7 @@ ATTENTIONS = [
 MLPS = ["encoder/layers/0/mlp", "decoder/layers/0/mlp"]
 
 
+@pytest.mark.slow
 def test_presets_adapt_the_modules_that_they_adapt_in_other_libraries():
     lora = grown(aj.lora(2))[1]
     assert modules(lora, "lora") == {f"{at}/{x}" for at in ATTENTIONS for x in ("query", "value")}
@@ -71,7 +72,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.witness("lora")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
 def test_an_adapted_model_generates_what_it_computes_without_a_cache(kind):
     adapted, _ = grown(RECIPES[kind])
@@ -84,6 +85,7 @@ def test_an_adapted_model_generates_what_it_computes_without_a_cache(kind):
     assert made.ids.tolist() != generate(base, *PROMPTS, max_new_tokens=new).ids.tolist()
 
 
+@pytest.mark.slow
 def test_a_merged_model_with_scanned_layers_computes_the_same():
     adapted, _ = grown(RECIPES["lora"], "t5", scan=True)
     run = nnx.jit(lambda model: model(*PROMPTS))
@@ -137,6 +139,7 @@ def test_a_mapping_without_the_encoder_has_no_numbers_for_the_decoder(tmp_path):
         save_adapterhub(tmp_path / "a", recipe, adapters, names, model)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_decoder_are_numbered_after_those_of_the_encoder(tmp_path):
     recipe = aj.Recipe(aj.Bottleneck("decoder/layers/1/mlp/output", 4))
     _, adapters = grown(recipe, "t5")  # three blocks encode, two decode

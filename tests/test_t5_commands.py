@@ -46,6 +46,7 @@ def logits(model):
     return np.asarray(nnx.jit(lambda model: model(IDS))(model))
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_completions_and_padding_has_none():
     examples = [Example([3, 8, 1], [4, 6, 8, 7, 1]), Example([3, 3, 3, 3, 10, 1], [4, 1])]
     batch = Batches([pair(each) for each in examples], None, 2, None, buckets=(8,))[0]
@@ -61,6 +62,7 @@ def test_the_loss_is_that_of_the_completions_and_padding_has_none():
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tiny_checkpoint_is_audited_and_planned(run):
     shutil.copytree(FIXTURES / "mt5", "base")
     flags = "--model base --method lora --rank 2"
@@ -71,6 +73,7 @@ def test_a_tiny_checkpoint_is_audited_and_planned(run):
     assert plan["plans"]["lora"]["trainable_parameters"] == counts["adapter_parameters"]
 
 
+@pytest.mark.slow
 def test_texts_without_prompts_are_not_for_an_encoder(run):
     shutil.copytree(FIXTURES / "t5", "base")
     with command_raises(UserError, "--text", "'base'", "--prompt", "--completion"):

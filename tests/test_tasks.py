@@ -60,6 +60,7 @@ def finetune(name, more=""):
     return main(f"{FINETUNE} --name {name} {more}".split())
 
 
+@pytest.mark.slow
 def test_a_task_of_a_test_trains_resumes_and_predicts(place, monkeypatch, capsys, slow):
     batch = TaggingProblem.batch
 
@@ -128,6 +129,7 @@ def test_flags_of_other_tasks_are_errors(place, capsys, words, data):
     assert all(datum in err for datum in data), err
 
 
+@pytest.mark.slow
 def test_a_format_of_a_test_is_read_by_the_ordinary_command(place, monkeypatch, capsys):
     def read_xyz(path, raw):
         header, records = read_csv(path, raw.replace(b";", b","))
@@ -154,6 +156,7 @@ def test_a_format_of_a_test_is_read_by_the_ordinary_command(place, monkeypatch, 
     assert " or .xyz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_constant_is_the_most_frequent_class_or_the_mean(place):
     lines = [f"film number {i},{'rare' if i % 4 == 0 else 'usual'}" for i in range(120)]
     Path("uneven.csv").write_text("text,label\n" + "\n".join(lines))
@@ -186,6 +189,7 @@ class Bigrams:
         return hidden @ self.table
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_sequence_is_summed_over_its_labelled_tokens():
     ids = np.array([[1, 2, 3, 4], [4, 3, 0, 1]])
     labels = np.array([[NOTHING, 3, 0, NOTHING], [0, NOTHING, NOTHING, NOTHING]])
@@ -227,6 +231,7 @@ def test_old_runs_have_the_task_that_they_were_trained_on(place, config, name):
     assert task_of(config).name == name
 
 
+@pytest.mark.slow
 def test_an_old_run_predicts_and_resumes(place, capsys):
     write_reviews(Path("reviews.jsonl"), 60)
     words = "--text review --method head-only --epochs 1 --max-length 12 --no-baselines"

@@ -161,6 +161,7 @@ def script(name, seed):
     return steps
 
 
+@pytest.mark.slow
 def test_each_tenant_gets_the_numbers_of_training_alone(tenants):
     scripts = {name: script(name, i) for i, name in enumerate(RECIPES)}
     for seed, (name, recipe) in enumerate(RECIPES.items()):
@@ -436,6 +437,7 @@ def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants):
             Tenants(BASE, RECIPES["lora"], **options)
 
 
+@pytest.mark.slow
 def test_closing_ends_what_waits():
     engine = Tenants(BASE, RECIPES["lora"], places=1, rows=1, group=1, lengths=(8,))
     engine.create("a", RECIPES["lora"], 0)

@@ -65,7 +65,7 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.witness("1-nnx", "3-linen")
+@pytest.mark.witness("3-linen")
 @BOTH
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_trained_together_equals_trained_apart(api, accumulate):
@@ -134,6 +134,7 @@ def bits_of(state):
     return bits(jax.tree.map(plain, state.checkpointed))
 
 
+@pytest.mark.slow
 @BOTH
 def test_some_of_many_make_a_step(api):
     """They are what they are alone, and no bit of the others changes."""
@@ -163,6 +164,7 @@ def test_some_of_many_make_a_step(api):
     assert step.jitted._cache_size() == 2  # this one and that of a state alone
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_step_of_some_does_not_cost_what_all_are(api):
     """Bytes, temporaries and what is not in place are those of the trainings that make it."""
@@ -220,6 +222,7 @@ def test_each_has_its_loss_scale():
         aj.stack_states([new(), plain])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_each(tmp_path):
     """A training goes on from a checkpoint of its own, whoever was beside it."""
     model, params = adapted("linen")

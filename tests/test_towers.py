@@ -84,6 +84,7 @@ def test_every_type_has_a_checkpoint():
     assert {path.name for path in FIXTURES.iterdir()} == set(TOWERS)
 
 
+@pytest.mark.witness("llava", "mistral3", "qwen2_vl", "qwen3_vl")
 @every
 def test_hidden_states_and_logits_are_those_of_transformers(name):
     expected = reference(name)
@@ -93,6 +94,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
         np.testing.assert_allclose(seen(mask, got), seen(mask, expected[own]), atol=1e-4)
 
 
+@pytest.mark.witness("llava", "qwen2_5_vl", "qwen3_vl")
 @every
 def test_a_cache_changes_nothing(name):
     ids, mask, expected = prompts(reference(name))
@@ -120,6 +122,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.witness("gemma3-old", "llava-bare", "qwen2_vl-qwen", "mistral3-now")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @every
 def test_names_of_both_generations_are_the_same_model(name, spelling, tmp_path):
@@ -229,6 +232,7 @@ def changed(model, seed=1):
     return model
 
 
+@pytest.mark.witness("gemma3", "qwen2_5_vl")
 @every
 def test_what_is_written_keeps_all_that_belongs_to_images(name, tmp_path):
     config, model = load_decoder(FIXTURES / name)
@@ -485,6 +489,7 @@ def tower_run(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_vl"])
 def test_a_merged_run_is_the_multimodal_checkpoint_again(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -143,6 +143,7 @@ def test_bfloat16_is_within_its_rounding():
     assert 1e-4 < error < 0.05 * np.abs(wanted["hidden"]).max()
 
 
+@pytest.mark.slow
 def test_audit_plan_and_finetune_take_an_image_encoder_or_say_why_not(capsys, tmp_path):
     lora = ["--model", str(FIXTURES / "vit"), "--method", "lora", "--rank", "2"]
     assert main(["audit", *lora]) == 0

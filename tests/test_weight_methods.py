@@ -166,6 +166,18 @@ KINDS = ("heads", "out", "conv", "strided", "embed", "experts", "loop", "views",
 SOME = ("loha", "lokr", "oft", "oft_share", "vera")
 
 
+@pytest.mark.witness(
+    "loha-conv",
+    "loha-loop",
+    "lokr-heads",
+    "lokr-embed",
+    "lokr-part",
+    "oft-out",
+    "oft-strided",
+    "oft_share-views",
+    "vera-experts",
+    "vera-loop",
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOME)
 def test_other_weights_are_the_formula_on_matrices(name, kind):
@@ -412,6 +424,7 @@ def test_a_file_of_modules_of_two_sizes(tmp_path):
     np.testing.assert_array_equal(got, model.apply({"params": params}, X))
 
 
+@pytest.mark.slow
 def test_changes_that_add_arrays_or_mix_inputs_keep_to_the_sum():
     """Any view of a changed weight is the view of the sum, or is refused so that it is formed."""
     base = jnp.asarray(drawn((2, 6, 4)))

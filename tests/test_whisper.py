@@ -40,6 +40,7 @@ def inputs_of(expected):
     )
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_hidden_states_and_logits_are_those_of_transformers(scan, expected):
     _, model = load_whisper(FIXTURE, scan=scan)
@@ -56,6 +57,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(scan, expected):
     np.testing.assert_allclose(logits[written], expected["logits"][written], atol=1e-4)
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_generated_tokens_are_those_of_transformers(scan, expected):
     _, model = load_whisper(FIXTURE, scan=scan)
@@ -65,6 +67,7 @@ def test_generated_tokens_are_those_of_transformers(scan, expected):
     np.testing.assert_array_equal(made.ids, expected["generated"])
 
 
+@pytest.mark.slow
 def test_hidden_states_with_a_cache_are_those_without(expected):
     _, model = load_whisper(FIXTURE)
     features, ids, mask = inputs_of(expected)
@@ -172,6 +175,7 @@ def test_a_setting_that_cannot_be(setting, said):
         WhisperConfig.from_dict(values | setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_lora_trains_and_merges(scan, expected):
     _, model = load_whisper(FIXTURE, scan=scan)
@@ -187,6 +191,7 @@ def test_lora_trains_and_merges(scan, expected):
     np.testing.assert_allclose(run(aj.merge(adapted))[written], logits[written], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_new_weights_are_finite():
     model = Whisper(CONFIG, rngs=nnx.Rngs(0))
     assert np.isfinite(model(jnp.ones((1, 6, 20)))).all()

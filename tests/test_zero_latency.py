@@ -78,7 +78,7 @@ def test_the_program_of_a_merged_model_is_that_of_its_base(name):
     assert adapted != base
 
 
-@pytest.mark.witness("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 def test_and_so_are_its_dtypes(half):
     dtype = jnp.bfloat16 if half else jnp.float32

@@ -15,6 +15,7 @@ def test_cell(name, method, tmp_path):
     check(name, method, tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_page_shows_every_cell():
     part = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
