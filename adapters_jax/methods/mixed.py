@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.methods.arrays import over_layers
+from adapters_jax.trace.mapping import vmap
 
 # Set while a model is traced under a vmap over adapters: for each prompt how many of its tokens
 # count, by the path of its attention module. Between `by_rows` and the methods and kernels that
@@ -234,7 +235,7 @@ def by_rows(run: Callable[[Any, Any, Any], Any], rows: Rows, inputs: Any, keys: 
     # The base is in the closure of `run`, so vmap does not map it: its products stay those of the
     # whole batch, each with one read of the weights.
     given_rows = dict(rows.adapters), dict(rows.lengths)
-    outputs = jax.vmap(one, in_axes=where)(*given_rows, own, parts)
+    outputs = vmap(one, in_axes=where)(*given_rows, own, parts)
     (made,) = found
     merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
     return jax.tree.unflatten(made.structure, merged)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from adapters_jax.errors import UserError, check_size, compare_trees, warn
 from adapters_jax.linen import Adapted
 from adapters_jax.methods.mixed import mapping
+from adapters_jax.trace.mapping import vmap
 from adapters_jax.training.state import TrainState, check_state, checked_collections
 from adapters_jax.training.together import Optimizers, check_step, picked, put_back, taken
 from adapters_jax.trees import Tree, leaves_by_path, with_leaves
@@ -122,7 +123,7 @@ def make_train_step(
         several, whole = isinstance(state.tx, Optimizers), state
         if only is not None:
             state = taken(whole, only)
-        each = jax.vmap(measured, (0, None, 0)) if several else measured
+        each = vmap(measured, (0, None, 0)) if several else measured
         # The optimisers' states are stacked by optimiser and not by training, so vmap cannot take
         # them with the rest of the state.
         with on_mesh(state.mesh), mapping() if several else contextlib.nullcontext():

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adapters_jax.finetune.models.generation import nucleus
 from adapters_jax.finetune.models.parts.cache import Cache, Kept
 from adapters_jax.methods.mixed import Rows
+from adapters_jax.trace.mapping import vmap
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
 
@@ -308,7 +309,7 @@ def _step(
         logits = decoder.logits(hidden[:, 0], **given)[0]
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
-    logits, caches = jax.vmap(one)(caches, ids, live, rows, gate)
+    logits, caches = vmap(one)(caches, ids, live, rows, gate)
     return caches, _choose(logits, feed)
 
 
