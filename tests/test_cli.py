@@ -677,12 +677,13 @@ def test_a_user_error_shows_its_traceback_with_debug(command, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["toml", "json"])
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix):
     path = tmp_path / f"flags.{suffix}"
     values = {"method": "lora", "rank": 4, "rank-pattern": {"layer_0/**": 2}, "json": True}
-    lines = (f"{key} = {json.dumps(value).replace(': ', ' = ')}\n" for key, value in values.items())
-    path.write_text(json.dumps(values) if suffix == "json" else "".join(lines))
+    toml = (f"{key} = {json.dumps(value).replace(': ', ' = ')}\n" for key, value in values.items())
+    yaml = "method: lora\nrank: 4  # of both\nrank-pattern:\n  layer_0/**: 2\njson: true\n"
+    path.write_text({"json": json.dumps(values), "toml": "".join(toml), "yaml": yaml}[suffix])
     line = f"{AUDIT} --method lora --rank-pattern layer_0/** 2 --json"
     assert command(f"{AUDIT} --config {path}") == command(f"{line} --rank 4")
     assert command(f"{AUDIT} --rank 8 --config={path}") == command(f"{line} --rank 8")
@@ -691,7 +692,12 @@ def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix)
 @pytest.mark.parametrize(
     ("name", "text", "kind", "data"),
     [
-        ("a.toml", "rnk = 4\nnothing = 1", UsageError, ["rnk", " rank?", "nothing"]),
+        (
+            "a.toml",
+            "rnk = 4\nnothing = 1",
+            UsageError,
+            ["rnk", "Did you mean rank?", "nothing is unknown"],
+        ),
         ("a.toml", 'rank = "four"', UsageError, ["rank='four'"]),
         ("a.toml", "rank = 4.5", UsageError, ["rank=4.5"]),
         ("a.toml", "json = 1", UsageError, ["json=1"]),
@@ -700,7 +706,19 @@ def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix)
         ("a.toml", "[method]\nrank = 4", UsageError, ["method={'rank': 4}"]),
         ("a.toml", "rank == 4", UsageError, ["line 1, column 7"]),
         ("a.json", "[]", UsageError, ["list"]),
-        ("a.yaml", "", UsageError, ["'.yaml'", ".toml", ".json"]),
+        ("a.ini", "", UsageError, ["'.ini'", ".yaml", ".toml", ".json"]),
+        ("a.yaml", "rank: 4\nrank: 8", UsageError, ["'rank'", "line 2"]),
+        ("a.yaml", "rank:\n\t- 4", UsageError, ["tab", "line 2"]),
+        ("a.yaml", "rank: &r 4\nscale: *r", UsageError, ["anchor", "line 1"]),
+        ("a.yaml", "rank: !!python/name:os.system x", UsageError, ["tag", "line 1"]),
+        ("a.yaml", "rank: [4", UsageError, ["line 1, column 9"]),
+        ("a.yaml", "rank: 1e999", UsageError, ["'1e999'", "line 1"]),
+        ("a.yaml", f"rank: {'9' * 50}", UsageError, ["'9999", "line 1"]),
+        ("a.yaml", "{[1]: 2}", UsageError, ["a key", "line 1"]),
+        ("a.yaml", "[" * 5000, UsageError, ["a.yaml"]),
+        ("a.yaml", "rank: yes", UsageError, ["rank='yes'"]),
+        ("a.yaml", "- rank: 4", UsageError, ["list"]),
+        ("a.yaml", "lora_r: 4\nwandb: true", UsageError, ["Write rank", "wandb"]),
         ("a.json", None, FileSystemError, []),
     ],
 )

@@ -1,6 +1,7 @@
-"""Flags of other libraries' training scripts, and what our commands call them.
+"""Flags and keys of other libraries' training scripts, and what our commands call them.
 
-It is asked once a flag has failed. For settings of methods there is `adapters_jax.spelling`.
+They are those of transformers, TRL, axolotl and LLaMA-Factory. It is asked once one has failed. For
+settings of methods there is `adapters_jax.spelling`.
 """
 
 from adapters_jax.spelling import OURS
@@ -50,24 +51,53 @@ FLAGS = {
     "fp16": "dtype float16",
     "load_in_8bit": "quantize int8",
     "load_in_4bit": "quantize nf4",
+    "base": "model",
+    "adapter": "method",
+    "finetuning_type": "method",
+    "lora_target": "targets",
+    "datasets": "train",
+    "dataset": "train",
+    "test_datasets": "test",
+    "eval_dataset": "dev",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation": "accumulate",
+    "warmup_steps": "warmup, the part of all steps",
+    "sample_packing": "pack",
+    "packing": "pack",
+    "max_samples": "limit",
+    "evals_per_epoch": "evaluations",
+    "flash_attention": "attention",
+    "flash_attn": "attention",
+    "pref_loss": "loss",
+    "pref_beta": "beta",
+    "rl": "loss",
+    "fsdp": "mesh",
+    "deepspeed": "mesh",
 }
 # Flags of theirs that name what a training does here anyway, or that have nothing like them.
 _UNNEEDED = {
     "finetune trains, scores dev and test, and keeps the best adapter": (
-        "do_train do_eval do_predict load_best_model_at_end eval_strategy evaluation_strategy "
-        "save_strategy"
+        "do_train do_eval do_predict stage load_best_model_at_end eval_strategy "
+        "evaluation_strategy save_strategy"
     ),
-    "the rate rises over --warmup of the steps and falls linearly": "lr_scheduler_type",
-    "the optimiser is AdamW": "optim",
+    "the rate rises over --warmup of the steps and falls linearly": (
+        "lr_scheduler_type lr_scheduler"
+    ),
+    "the optimiser is AdamW": "optim optimizer",
     "--method names the method": "use_peft peft_type",
     "the model and the columns say the task, or --task": "task_type lora_task_type",
     "an encoder's head always trains; a recipe (--recipe) trains other modules": (
         "modules_to_save lora_modules_to_save"
     ),
-    "a run's metrics.jsonl and report.html have every step": "report_to logging_steps logging_dir",
-    "--name names a new run": "overwrite_output_dir",
-    "adapters-jax push uploads a finished run": "push_to_hub hub_model_id",
+    "a run's metrics.jsonl and report.html have every step": (
+        "report_to logging_steps logging_dir wandb wandb_project tensorboard plot_loss"
+    ),
+    "--name names a new run": "overwrite_output_dir overwrite_cache",
+    "adapters-jax push uploads a finished run": "push push_to_hub hub_model_id",
     "--accumulate saves memory": "gradient_checkpointing",
+    "a tenth of the rows is kept for dev, unless --dev names a file": "val_set_size val_size",
 }
 UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.split()}
 

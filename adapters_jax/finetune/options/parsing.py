@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 CONFIG = "--config"
 EVERY = "Every command"  # the last heading of a help
 _FIRST = ("Options", "Comparison", "Model", "Data", "Method")  # the first ones
+
+
+def _parse_yaml(text: str) -> Any:
+    from adapters_jax.finetune.options.yaml_file import parse_yaml  # PyYAML takes 15 ms
+
+    return parse_yaml(text)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys((".yaml", ".yml"), _parse_yaml),
+    ".toml": tomllib.loads,
+    ".json": parse_json,
+}
 _DASH = "\N{FIGURE DASH}"  # stands for a lone -, which cyclopts takes for an option
 
 
@@ -34,8 +47,8 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
     Args:
         command: a dataclass; the fields of nested dataclasses are flags as well. The fields that
             its attribute `positional` names are given without a flag.
-        flags: the words of the command line. `--config` names a TOML or JSON file of flags; a flag
-            on the line overrides the file's.
+        flags: the words of the command line. `--config` names a YAML, TOML or JSON file of flags;
+            a flag on the line overrides the file's.
         prog: the name of the command in its help.
         about: the text above the flags in the help.
 
@@ -86,13 +99,26 @@ def _explained(
         return f"{name} is missing: {argument.parameter.help}".rstrip(".")
     if isinstance(error, cyclopts.UnknownOptionError) and error.token.keyword is not None:
         word = error.token.keyword.partition("=")[0]
-        field, _, value = (field_of(word) or "").partition(" ")
-        names = {leaf.name for leaf in leaves}
-        if field.rstrip(",") in names:
-            return f"Unknown option: {word}. Write {flag(field)} {value}".rstrip()
-        if "epochs" in names and (reason := unneeded(word)):
-            return f"Unknown option: {word}. Leave it out: {reason}"
+        return f"Unknown option: {word}{_meant(word, {leaf.name for leaf in leaves}, flag)}"
     return None
+
+
+def _meant(word: str, names: Collection[str], written: Callable[[str], str] = str) -> str:
+    """The end of a sentence about an unknown name: what to write in its place, if that is known.
+
+    Args:
+        word: the name, of a flag or of a key in a file.
+        names: the names of the command's fields.
+        written: how one is written.
+    """
+    field, _, value = (field_of(word) or "").partition(" ")
+    if field.rstrip(",") in names:
+        return f". Write {written(field)} {value}".rstrip()
+    if "epochs" in names and (reason := unneeded(word)):
+        return f". Leave it out: {reason}"
+    # Below 0.7 it would be a guess, such as --rank for --wandb.
+    near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, 1, 0.7)
+    return f". Did you mean {written(near[0])}?" if near else ""
 
 
 def completion(
@@ -145,7 +171,7 @@ class _Leaf(NamedTuple):
         return any(get_origin(each) is kind for each in self.kinds)
 
 
-_FILE = "TOML or JSON file of flags, such as rank = 8."
+_FILE = "YAML, TOML or JSON file of flags, such as rank: 8."
 _SHOW = "show the traceback of a user error as well."
 _EXTRAS = (  # flags that are read before the command is made, which gets no value of them
     _Leaf(("config",), Path | None, None, _FILE, EVERY, (Path,)),
@@ -319,16 +345,17 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
     """Reads a file of flags; returns the values by field, for cyclopts.
 
     Raises:
-        UsageError: the file is neither TOML nor JSON, the command does not have a key, or a value
+        UsageError: the file is not YAML, TOML or JSON, the command does not have a key, or a value
             has the wrong type.
     """
-    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": parse_json}
-    if path.suffix not in readers:
-        raise UsageError(f"{CONFIG} {path}: unknown suffix {path.suffix!r}; use .toml or .json")
+    if path.suffix not in _READERS:
+        raise UsageError(
+            f"{CONFIG} {path}: unknown suffix {path.suffix!r}; use .yaml, .toml or .json"
+        )
     with file_errors(path):
         data = path.read_bytes()
     try:
-        values = readers[path.suffix](data.decode("utf-8"))
+        values = _READERS[path.suffix](data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
@@ -338,8 +365,7 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         name = key.replace("-", "_")
         leaf = leaves.get(name) or leaves.get(f"{name}_")  # as `for_`, which Python has for --for
         if leaf is None:
-            near = difflib.get_close_matches(name, leaves, 1)
-            problems.append(f"{key} is unknown" + (f", is it {near[0]}?" if near else ""))
+            problems.append(f"{key} is unknown{_meant(name, leaves)}")
         elif expected := misfit(value, leaf.hint):
             problems.append(f"{key}={shown(value)}, expected {expected}")
         elif value is not None:
