@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -27,6 +28,7 @@ from adapters_jax.finetune.options.method import PRESETS, MethodName, MethodOpti
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.report.findings import read_findings
 from adapters_jax.finetune.run_directory import Run, run_name
+from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.runs.stopping import StoppedError
 from adapters_jax.finetune.tasks.base import in_row_order
 from adapters_jax.finetune.tasks.classification import Classes
@@ -334,6 +336,33 @@ def test_epochs_may_be_a_fraction():
     assert (options.steps(100), options.marks(100)) == (150, {50, 100, 150})
     short = OptimizerOptions(epochs=0.001)
     assert (short.steps(10), short.marks(10)) == (1, {1})
+
+
+def test_patience_counts_the_evaluations_in_a_row_that_were_not_the_best():
+    problem, state = SimpleNamespace(metrics=("accuracy",)), SimpleNamespace(adapters=None)
+    training = Training(problem, OptimizerOptions(patience=2), state, None, 100, set())
+    training.log = SimpleNamespace(flush=list)
+    left = []
+    for training.step, accuracy in ((10, 0.5), (20, 0.4), (30, 0.6), (40, 0.6), (50, 0.1)):
+        training._consider(training.step, {"accuracy": accuracy})
+        left.append(training.left)
+    assert left == [True, True, True, True, False]
+    assert training.best_step == 30
+    training.due = True  # a step that is made is scored
+    assert training.left
+
+
+@pytest.mark.slow
+def test_a_run_ends_when_its_patience_does(directory):
+    flags = ["--epochs", 6, "--evaluations", 1, "--patience", 2]
+    flags += ["--learning-rate", 1e-9, "--head-learning-rate", 1e-9]
+    _, summary, run, err = finetune(directory, *flags, "--no-baselines", "--name", "patience")
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    scored = [record["step"] for record in records if "dev" in record]
+    assert len(scored) == 3
+    assert summary["best_step"] == scored[0]
+    assert summary["ended_after_step"] == scored[2]
+    assert f"ended after step {scored[2]}, since --patience ran out" in err
 
 
 def test_decay_leaves_biases_and_norms_alone():

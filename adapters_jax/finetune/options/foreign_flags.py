@@ -51,6 +51,7 @@ FLAGS = {
     "fp16": "dtype float16",
     "load_in_8bit": "quantize int8",
     "load_in_4bit": "quantize nf4",
+    "early_stopping_patience": "patience",
     "base": "model",
     "adapter": "method",
     "finetuning_type": "method",

@@ -55,6 +55,8 @@ class OptimizerOptions:
         warmup: fraction of the steps while the learning rate rises.
         clip: largest global norm of a gradient; 0 for no clipping.
         evaluations: number of times in an epoch that the dev rows are scored.
+        patience: end training after so many evaluations in a row of which none was the best on dev;
+            by default it goes on to the last step. The learning rate falls as if it did.
     """
 
     learning_rate: float | None = None
@@ -70,13 +72,14 @@ class OptimizerOptions:
     warmup: float = 0.1
     clip: float = 1.0
     evaluations: int = 2
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name, high in _LIMITS.items():
             value = getattr(self, name)
             if value is not None:
                 check_number("the optimizer", flag(name), value, high=high, closed=name in _ZERO)
-        for name in ("batch_size", "accumulate", "evaluations", "target_rank"):
+        for name in ("batch_size", "accumulate", "evaluations", "patience", "target_rank"):
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
         if self.batch_size is not None and self.batch_size % self.accumulate:

@@ -164,6 +164,8 @@ class Job:
             "dev": found.dev,
             "results": results,
         }
+        if found.impatient:
+            summary["ended_after_step"] = found.step
         if found.skipped:
             summary["skipped_steps"] = found.skipped
         config = {**self.config, "summary": summary}
@@ -180,6 +182,8 @@ class Job:
         metric, steps = self.problem.metrics[0], self.optimizer.steps(len(self.problem.train))
         score = f"{metric} {show_metric(metric, found.dev[metric])}"
         kept = f"step {found.best_step} of {steps} is kept, the best on dev ({score})"
+        if found.impatient:
+            kept = f"ended after step {found.step}, since --patience ran out; {kept}"
         took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
         self.console.finish(*table, took, summary)
 

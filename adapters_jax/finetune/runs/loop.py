@@ -7,6 +7,7 @@ that is not finite changes no parameter, so finding it late is harmless.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -203,7 +204,13 @@ class Training:
     @property
     def left(self) -> bool:
         """Whether anything is left to do."""
-        return self.due or self.step < self.steps
+        return self.due or (self.step < self.steps and not self.impatient)
+
+    @property
+    def impatient(self) -> bool:
+        """Whether as many evaluations in a row as `--patience` allows were not the best on dev."""
+        since = sum("dev" in record and record["step"] > self.best_step for record in self.records)
+        return since >= (self.options.patience or math.inf)
 
     @property
     def skipped(self) -> int:
