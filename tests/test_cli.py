@@ -426,6 +426,7 @@ AUDIT = "audit --model bert-base"
         (f"{AUDIT} --config deep.toml", UsageError, ["deep.toml"]),
         (f"{AUDIT} --config nul.json", UsageError, ["nul.json", "model='a\\x00b'", "NUL"]),
         ("compare --recipes --seeds 0", UsageError, ["--recipes", "at least 1", "0"]),
+        ("schema fintune", UserError, ["'fintune'", "finetune, "]),
         ("audit", UsageError, ["--model is missing", "config.json"]),
         ("audit --model", UsageError, ["--model requires an argument"]),
         ("audit --model .", BaseFileError, ["'.'", "config.json"]),
@@ -674,6 +675,26 @@ def test_a_user_error_shows_its_traceback_with_debug(command, monkeypatch):
     assert err.startswith("Traceback") and "UserError: LoRA: rank=0" in err
     monkeypatch.setenv("ADAPTERS_JAX_DEBUG", "1")
     assert command(words) == (status, "", err)
+
+
+def test_the_schema_of_a_file_of_flags_takes_what_the_command_takes(command):
+    """Every flag is in it, with the values that the command reads and no others."""
+    status, out, _ = command("schema finetune")
+    schema = json.loads(out)
+    fields = schema["properties"]
+    assert (status, schema["additionalProperties"]) == (0, False)
+    assert fields["rank"] == {
+        "type": ["integer", "null"],
+        "description": fields["rank"]["description"],
+    }
+    assert "houlsby" in fields["method"]["enum"]
+    assert fields["targets"]["items"] == {"type": "string"}
+    assert fields["rank_pattern"]["additionalProperties"] == {"type": "integer"}
+    assert fields["warmup"]["default"] == 0.1
+    help_ = command("finetune --help")[1]
+    flags = set(re.findall(r"^│ \*?\s*(?:[A-Z]+ )?--([a-z][a-z-]*)", help_, re.M))
+    flags = {flag for flag in flags if not flag.startswith("no-")} - {"config", "debug"}
+    assert {name.replace("_", "-") for name in fields} == flags
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""`adapters-jax doctor` and `completion`: the installation, and the shell that it is used from."""
+"""`adapters-jax doctor`, `completion` and `schema`: the installation, the shell and the editor."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -81,5 +82,45 @@ class Completion(Command):
             if not self.json:
                 print(script, end="")
             console.result({"shell": self.shell, "script": script})
+
+        return report
+
+
+@dataclass(frozen=True)
+class Schema(Command):
+    """Prints the JSON schema of a command's --config file, by which editors complete its keys.
+
+    Editors with a YAML language server read it by a file's first line,
+    `# yaml-language-server: $schema=finetune.schema.json`.
+
+    Args:
+        command: a command, such as finetune.
+    """
+
+    examples = """\
+  adapters-jax schema finetune > finetune.schema.json
+  adapters-jax schema compare > compare.schema.json"""
+    positional = ("command",)
+
+    command: str
+
+    @property
+    def needs_jax(self) -> bool:
+        """Whether jax is imported: a schema has flags alone."""
+        return False
+
+    def prepare(self, console: Console) -> Callable[[], None]:
+        """Reads the flags of the command, and returns a function that prints the schema."""
+        from adapters_jax.finetune.cli.main import COMMANDS, command_of
+        from adapters_jax.finetune.options.parsing import schema
+
+        if self.command not in COMMANDS:
+            raise UserError(
+                f"there is no command {self.command!r}; the commands are {', '.join(COMMANDS)}"
+            )
+        found = schema(command_of(self.command), self.command)
+
+        def report() -> None:
+            print(json.dumps(found, indent=2))
 
         return report

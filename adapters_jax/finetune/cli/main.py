@@ -52,6 +52,7 @@ COMMANDS = {
     "report": ("adapters_jax.finetune.cli.report", "Report"),
     "doctor": ("adapters_jax.finetune.cli.doctor", "Doctor"),
     "completion": ("adapters_jax.finetune.cli.doctor", "Completion"),
+    "schema": ("adapters_jax.finetune.cli.doctor", "Schema"),
 }
 OTHERS = {"train": "finetune", "chat": "generate --chat"}  # commands of other programs
 HELP = """\
@@ -78,6 +79,7 @@ commands:
   report     write the page of a run or of a comparison anew, from its files
   doctor     check the installed versions, the devices and a tiny step
   completion print a script with which a shell completes commands and flags
+  schema     print the JSON schema of a command's --config file, for editors
 
 examples:
   adapters-jax finetune
@@ -90,7 +92,7 @@ examples:
   adapters-jax audit --model bert-base --method houlsby --bottleneck-dim 64
 
 adapters-jax COMMAND --help shows a command's flags; adapters-jax --version shows the version.
---config FILE reads flags from a TOML or JSON file; --debug shows the traceback of a user error.
+--config FILE reads flags from YAML, TOML or JSON; --debug shows the traceback of a user error.
 """
 
 

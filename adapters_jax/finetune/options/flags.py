@@ -203,6 +203,42 @@ def _fits(value: Any, hint: Any) -> tuple[bool, str]:
     return isinstance(value, kind) and (hint is bool or not isinstance(value, bool)), words
 
 
+def json_type(hint: Any) -> dict[str, Any]:
+    """A type as a JSON schema has it.
+
+    Example:
+        >>> json_type(tuple[int, ...] | None)
+        {'type': ['array', 'null'], 'items': {'type': 'integer'}}
+        >>> json_type(Literal["a", "b"])
+        {'enum': ['a', 'b']}
+    """
+    inner = get_args(hint)
+    if (origin := get_origin(hint)) in (Union, types.UnionType):
+        found = [json_type(each) for each in inner]
+        if any("enum" in each for each in found):
+            return {"anyOf": found}
+        return {k: v for each in found for k, v in each.items()} | {
+            "type": [each["type"] for each in found]
+        }
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if origin is tuple:
+        return {"type": "array", "items": json_type(inner[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_type(inner[1])}
+    return {"type": _JSON_TYPES[hint]}
+
+
+_JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    Path: "string",
+    type(None): "null",
+}
+
+
 def _typed(value: Any, hint: Any) -> Any:
     """Converts a JSON value to a type that it fits."""
     if isinstance(value, list):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from adapters_jax.errors import UserError, file_errors, shown
-from adapters_jax.finetune.options.flags import flag, members, misfit
+from adapters_jax.finetune.options.flags import flag, json_type, members, misfit, plain
 from adapters_jax.finetune.options.foreign_flags import field_of, unneeded
 from adapters_jax.texts import parse_json
 
@@ -139,6 +139,38 @@ def completion(
         app = _app(command, list(_leaves(command)), name, about(command).partition("\n")[0])
         program.command(app)
     return program.generate_completion(prog_name=prog, shell=shell)
+
+
+def schema(command: Any, name: str) -> dict[str, Any]:
+    """The JSON schema of a file for `--config`, by which editors complete and check it.
+
+    Args:
+        command: the dataclass of a command.
+        name: its name.
+
+    Example:
+        >>> from adapters_jax.finetune.options.optimizer import OptimizerOptions
+        >>> schema(OptimizerOptions, "train")["properties"]["epochs"]["type"]
+        ['number', 'null']
+    """
+    positional = getattr(command, "positional", ())
+    flags = {}
+    for leaf in _leaves(command):
+        if leaf.name not in positional:
+            default = plain(leaf.default)
+            told = {} if default in (None, inspect.Parameter.empty) else {"default": default}
+            flags[leaf.name.rstrip("_")] = {
+                **json_type(leaf.hint),
+                "description": leaf.help,
+                **told,
+            }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"flags of adapters-jax {name}",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": flags,
+    }
 
 
 class _Leaf(NamedTuple):
