@@ -735,6 +735,24 @@ def test_bodies_that_wait_are_bounded(parts, tmp_path):
         assert ask(server, "get_info", {"model_id": model}).status_code == 404
 
 
+def test_a_silent_session_ends_when_another_is_heard(server):
+    silent, model, _ = begun(server)
+    server.service._sessions[silent].seen -= 1000
+    other, kept, _ = begun(server)
+    assert ask(server, "get_info", {"model_id": model}).status_code == 404
+    server.service._sessions[other].seen -= 1000  # the one that is heard lives on
+    assert ask(server, "session_heartbeat", {"session_id": other}).status_code == 200
+    assert ask(server, "get_info", {"model_id": kept}).status_code == 200
+
+
+def test_a_heartbeat_ends_the_silent(server):
+    silent, model, _ = begun(server)
+    other, _, _ = begun(server)
+    server.service._sessions[silent].seen -= 1000
+    assert ask(server, "session_heartbeat", {"session_id": other}).status_code == 200
+    assert ask(server, "get_info", {"model_id": model}).status_code == 404
+
+
 def test_samples_that_are_short_or_have_no_number(parts, tmp_path):
     with parts.serve(tmp_path, Bounds(tokens=1000)) as server:
         body = {"session_id": session_of(server), "sampling_session_seq_id": 0}

@@ -118,10 +118,8 @@ class Service:
     # Sessions
 
     def begin_session(self, owner: str) -> str:
-        """Begins a session; those that are silent end."""
-        now = time.monotonic()
-        for name in [n for n, each in self._sessions.items() if now - each.seen > _SILENT]:
-            self.end_session(self._sessions[name].owner, name)
+        """Begins a session."""
+        self._end_silent()
         own = [name for name, each in self._sessions.items() if each.owner == owner]
         if len(own) >= self._bounds.sessions:
             self.end_session(owner, min(own, key=lambda name: self._sessions[name].seen))
@@ -130,7 +128,7 @@ class Service:
         return name
 
     def session(self, owner: str, name: str) -> str:
-        """A session of a key, which shows that its client is there.
+        """A session of a key, which shows that its client is there; those that are silent end.
 
         Raises:
             UnknownModelError: the key has no such session.
@@ -139,15 +137,23 @@ class Service:
         if found is None or found.owner != owner:
             raise UnknownModelError(f"there is no session {shown(name)}; begin a new one")
         found.seen = time.monotonic()
+        self._end_silent()
         return name
+
+    def _end_silent(self) -> None:
+        last = time.monotonic() - _SILENT
+        for name in [n for n, each in self._sessions.items() if each.seen < last]:
+            self._end(name)
 
     def end_session(self, owner: str, name: str) -> None:
         """Ends a session with its models and sampling sessions."""
-        self.session(owner, name)
+        self._end(self.session(owner, name))
+
+    def _end(self, name: str) -> None:
+        owner = self._sessions.pop(name).owner
         for model in [each for each in self.models.values() if each.session == name]:
             self.unload(model)
         self.samplers.end(owner, f"{name}:")
-        del self._sessions[name]
 
     # Models
 
