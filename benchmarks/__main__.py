@@ -19,6 +19,7 @@ BENCHMARKS = {
     "bank": "batches with an adapter for each row, or one for all; also PEFT's",
     "bank-places": "only the part of `bank` on banks of 32, 1,024 and 4,096 places",
     "baselines": "each task on its data: baselines, default adapter, time; an hour, resumes",
+    "compiling": "compiling models with LoRA, against compiling their bases",
     "defaults": "passes and learning rates on 900 rows of four data sets; hours, resumes",
     "estimate": "the error of a plan for a CPU against a TPU compiler's; needs libtpu",
     "files": "adapter files against raw safetensors; the cost of a checkpoint in training",
