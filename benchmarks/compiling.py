@@ -1,8 +1,8 @@
 """Processor seconds that XLA takes to compile models with LoRA, against compiling their bases.
 
 Compiled are the outputs, and a gradient: of what LoRA trains, and of all parameters in the base
-alone. Models are abstract, of four layers, unrolled, as those of `tracing`. Neither jax's caches nor
-those of compiled programs are used. XLA compiles on several threads, so the time of all counts.
+alone. Models are abstract, of four layers, unrolled, as those of `tracing`. Neither jax's caches
+nor those of compiled programs are used. XLA compiles on several threads; the time of all counts.
 """
 
 import time
