@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, matches_any, selects
 from adapters_jax.texts import bytes_text, html_table
 from adapters_jax.trace.inputs import Inputs, explained
+from adapters_jax.trace.reads import Tracked
 from adapters_jax.training.optimizers import check_optimizer
 from adapters_jax.training.state import in_full, refuse_state
 from adapters_jax.trees import Tree, check_params, flatten, unflatten
@@ -80,6 +81,8 @@ class Audit:
         frozen_bytes: bytes of the frozen parameters.
         unmatched: patterns of the recipe that match nothing in the tree.
         quantized_parameters: how many of the frozen parameters are quantised.
+        packed: of an audit with inputs, in how many places the model reads a quantised weight
+            other than by rows ("reads"), and by platform in how many of them never in floats.
 
     Example:
         >>> import adapters_jax as aj, jax.numpy as jnp
@@ -101,6 +104,7 @@ class Audit:
     unmatched: tuple[str, ...]
     quantized_parameters: int = 0
     frozen_adapter_parameters: int = 0
+    packed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def percent(self) -> float:
@@ -169,6 +173,12 @@ class Audit:
         if self.quantized_parameters:
             floats = self.frozen_parameters - self.quantized_parameters
             lines.append(f"quantized {self.quantized_parameters:,} of the frozen, float {floats:,}")
+        if self.packed:
+            lines.append(
+                "of {reads} reads of quantized weights, {cuda} are packed on a GPU, {tpu} on a "
+                "TPU, none on a CPU; the others turn the weight into floats while its layer "
+                "computes, which is slower and gives the same".format(**self.packed)
+            )
         lines += self.computed()
         return lines + [f"the pattern {p!r} matches nothing" for p in self.unmatched]
 
@@ -200,6 +210,7 @@ class Audit:
         return Group(table, *map(Text, self.totals()))
 
 
+PACKED = ("cuda", "tpu")  # the platforms of which some products read packed weights
 HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
 
 
@@ -246,7 +257,7 @@ def audit(
         check_optimizer("audit", tx)
     recipe, leaves, known = _leaves(model, params)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    computed = _computed(model, params, Inputs.of(inputs)) if inputs is not None else {}
+    reads = _reads(model, params, Inputs.of(inputs)) if inputs is not None else {}
     found = counted(recipe, shapes, known)
     trains = recipe.trained(leaves)
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trains}
@@ -262,7 +273,7 @@ def audit(
     optimizer = jax.eval_shape(tx.init, unflatten(trained))
     return Audit(
         entries=(
-            *_in_order(_adapters(found, computed)),
+            *_in_order(_adapters(found, _computed(reads))),
             *_in_order(_beside(found)),
             *_in_order(_unfrozen(recipe, unfrozen)),
         ),
@@ -276,6 +287,7 @@ def audit(
         frozen_bytes=_size(frozen),
         unmatched=_unmatched(recipe, shapes, [each.placed for each in found]),
         quantized_parameters=sum(math.prod(x.shape) for x in frozen.values() if is_quantized(x)),
+        packed=_packed(reads),
     )
 
 
@@ -304,8 +316,8 @@ def _leaves(model: Any, params: Tree) -> tuple[Recipe, dict[str, Any], Placement
     return recipe, {path: unboxed(leaf) for path, leaf in flatten(params).items()}, known
 
 
-def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tuple[str, ...]]:
-    """How an adapted model computes each changed weight, by its path."""
+def _reads(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, Tracked]:
+    """How an adapted model reads its changed and its quantised weights, by path."""
     if inputs is None or not isinstance(model, Adapted | nnx.Module):
         return {}
     recipe = model.recipe if isinstance(model, Adapted) else recipe_of(model)
@@ -316,11 +328,24 @@ def _computed(model: Any, params: Tree, inputs: Inputs | None) -> dict[str, tupl
         else:
             # A copy, as a run changes statistics and the counters of random streams.
             nnx.eval_shape(lambda m: jax.tree.leaves(inputs.call(m)), copy(model))
+    return records
+
+
+def _computed(records: Mapping[str, Tracked]) -> dict[str, tuple[str, ...]]:
+    """How each weight is computed, by its path."""
     how = {"sum": "sum", "product": "thin", "lookup": "thin"}
     return {
         path: tuple(dict.fromkeys(f"{read.operation}: {how[read.how]}" for read in leaf.reads))
         for path, leaf in records.items()
     }
+
+
+def _packed(records: Mapping[str, Tracked]) -> dict[str, int]:
+    """How many reads of quantised weights there are, and how many of them packed, by platform."""
+    found = [read for leaf in records.values() for read in leaf.reads if read.how != "lookup"]
+    packed = [read.packed for read in found if read.packed is not None]
+    counts = {name: sum(name in platforms for platforms in packed) for name in PACKED}
+    return {"reads": len(packed), **counts} if packed else {}
 
 
 def _adapters(adapters: list[Counted], computed: Mapping[str, tuple[str, ...]]) -> list[AuditEntry]:

@@ -25,6 +25,7 @@ from benchmarks.tunix_llama import Size, loss_of
 
 TX = optax.adamw(1e-3)
 RANK, ALPHA = 4, 8
+LINEAR = ("**/attention/*", "**/mlp/*")  # all linear layers of a decoder
 
 
 def ours(
@@ -38,12 +39,13 @@ def ours(
         layers: how many of its layers.
         rows: sequences in the batch.
         length: tokens in a sequence.
-        **how: `method` ("lora", "houlsby", "full"), `dtype`, `quantize`, `remat`, `chunk`, the
-            positions whose logits are held at once (None holds all), and `trainings`, by which the
-            batch is divided, each with an adapter of its own.
+        **how: `method` ("lora", "houlsby", "full"), `targets` of LoRA, `dtype`, `quantize`,
+            `remat`, `chunk`, the positions whose logits are held at once (None holds all), and
+            `trainings`, by which the batch is divided, each with an adapter of its own.
     """
     method, dtype = how.get("method", "lora"), jnp.dtype(how.get("dtype", "bfloat16"))
-    options = MethodOptions(method, rank=RANK) if method == "lora" else MethodOptions(method)
+    lora = {"rank": RANK, "targets": how.get("targets", ())}
+    options = MethodOptions(method, **lora if method == "lora" else {})
     types = {"dtype": dtype, "param_dtype": dtype, "remat": how.get("remat", False)}
     adapted, params = adapted_shape(model, options, how.get("quantize"), layers, **types)
     family, config = find_shape(model)
@@ -138,6 +140,7 @@ SIDES: dict[str, Callable[..., jax.stages.Lowered]] = {
     "tunix": tunix,
     "ours, float32": ours_beside_by_hand,
     "by hand, float32": by_hand,
+    "ours, all linear layers": partial(ours, targets=LINEAR),
     "full fine-tuning": partial(ours, method="full"),
     "ours, an adapter for each 4 rows": partial(ours, trainings=8),
 }

@@ -40,8 +40,12 @@ PACKED = {  # estimated time, bytes and temporaries of a quantised base / of one
     ("int8", "v5e"): (0.92, 0.75, 1.00),
     **{(dtype, "v5p"): (1.02, 0.90, 1.00) for dtype in ("int4", "nf4")},
     **{(dtype, "v5e"): (0.90, 0.70, 1.00) for dtype in ("int4", "nf4")},
+    **{(dtype, "h100"): (1.00, 1.00, 1.00) for dtype in ("int8", "int4", "nf4")},
 }
+NARROWER = {("llama-3.2-1b", "v5e"): 0.80, ("gemma-3-4b-pt", "v5e"): 0.80}  # peak, int4 / int8
+THIN = 1.03  # the estimated time of LoRA on all linear layers / on queries and values
 EACH, FULL = "ours, an adapter for each 4 rows", "full fine-tuning"
+LINEAR = "ours, all linear layers"
 COUNTED = ("flops", "bytes_accessed", "moved", "seconds", "total", "temporaries")
 
 
@@ -181,9 +185,9 @@ CELLS: tuple[Cost | Whole, ...] = (
     ),
     *(
         Cost(side, "meta-llama-3-8b", 32, 1, 2048, "v5p")
-        for side in ("ours", FULL, "ours, tunix's model", "qwix, tunix's model")
+        for side in ("ours", LINEAR, FULL, "ours, tunix's model", "qwix, tunix's model")
     ),
-    Cost("ours", "meta-llama-3-8b", 32, 1, 2048, "v5e"),
+    *(Cost("ours", "meta-llama-3-8b", 32, 1, 2048, device) for device in ("v5e", "h100")),
     *(
         Cost("ours", "meta-llama-3-8b", 32, 1, 2048, device, {"quantize": dtype})
         for dtype, device in PACKED
@@ -251,6 +255,17 @@ def show(report: Report, cells: list[Any], rows: Mapping[str, Row]) -> None:
     for cell, row in done.items():
         if isinstance(cell, Cost) and "quantize" in cell.how:
             _claim_packed(report, cell, row, done.get(replace(cell, how={}), {}))
+        if isinstance(cell, Cost) and cell.side == LINEAR and cell.beside("ours") in done:
+            took = _layer(row, "seconds") / _layer(done[cell.beside("ours")], "seconds")
+            what = f"seconds of a layer, {cell.model}, {cell.device}"
+            report.claim(f"{what}: LoRA on all linear layers / q and v", round(took, 3), THIN)
+        if isinstance(cell, Whole) and cell.dtype == "int4":
+            wider = done.get(replace(cell, dtype="int8"))
+            if wider and (cell.model, cell.device) in NARROWER:
+                limit = NARROWER[cell.model, cell.device]
+                what = f"peak memory, {cell.model}, {cell.rows} x {cell.length}, {cell.device}"
+                peak = round(row["total"] / wider["total"], 3)
+                report.claim(f"{what}: int4 / int8", peak, limit)
     for cell, row in done.items():
         beside = cell.beside(FULL) if isinstance(cell, Cost) and cell.side == "ours" else None
         if isinstance(cell, Cost) and beside in done:
@@ -352,16 +367,26 @@ def _claim(
 def _claim_packed(report: Report, cell: Cost, row: Row, floats: Row) -> None:
     """The costs of a layer on a quantised base over those on a base in bfloat16."""
     dtype = cell.how["quantize"]
-    names = ("seconds", "bytes_accessed", "temporaries")
-    for name, limit in zip(names, PACKED[dtype, cell.device], strict=True):
-        if not floats or row["two"][name] is None:
-            continue
+    time, moved, kept = PACKED[dtype, cell.device]
+    limits = {"seconds": time, "bytes_accessed": moved, "moved": moved, "temporaries": kept}
+    for name, limit in limits.items():
         mine, others = (
-            each["two"][name] if name == "temporaries" else each["three"][name] - each["two"][name]
+            each.get("two", {}).get(name) if name == "temporaries" else _layer(each, name)
             for each in (row, floats)
         )
-        what = f"{name.replace('_', ' ')} of a layer, {cell.model}, {cell.device}"
+        if mine is None or others is None:  # a compiler that does not say
+            continue
+        names = {"moved": "bytes moved", "temporaries": "temporaries of two layers"}
+        what = names.get(name, name.replace("_", " "))
+        what = what if name == "temporaries" else f"{what} of a layer"
+        what = f"{what}, {cell.model}, {cell.device}"
         report.claim(f"{what}: {dtype} / bfloat16", round(mine / others, 3), limit)
+
+
+def _layer(row: Row, name: str) -> Any:
+    """What a layer costs: the difference of three and of two; None where one is not known."""
+    two, three = (row.get(size, {}).get(name) for size in ("two", "three"))
+    return None if two is None or three is None else three - two
 
 
 def _described(lowered: jax.stages.Lowered) -> Row:

@@ -214,12 +214,15 @@ def places(report: Report, quick: bool, rounds: int) -> None:
     recipe, tree = aj.nnx.recipe_of(model), nnx.state(model, aj.nnx.AdapterParam)
     ids, names = jnp.ones((batch, length), jnp.int32), [str(i) for i in range(batch)]
     forward = nnx.jit(lambda model, ids, rows: model(ids, adapters=rows))
+    texts = dict[int, str]()
     runs: dict[tuple[str, int], Callable[[], None]] = {}
     for n in sizes:
         bank = aj.Bank(model, capacity=n)
         fitted = [bank.fit("", (recipe, own)) for own in several(tree, batch)]
         for i in range(n):
             bank = bank.put(str(i), fitted[i % batch])
+
+        texts[n] = forward.lower(bank.model, ids, bank.rows(names)).as_text()
 
         def call(bank: aj.Bank = bank, model: Any = bank.model) -> None:
             jax.block_until_ready(forward(model, ids, bank.rows(names)))
@@ -229,6 +232,9 @@ def places(report: Report, quick: bool, rounds: int) -> None:
             jax.block_until_ready(new.rows(["0"]).adapters)
 
         runs |= {("forward", n): call, ("put", n): put}
+    differ = float(texts[sizes[0]] != texts[sizes[-1]])
+    what = f"programs of a forward pass that differ, banks of {sizes[-1]:,} and of {sizes[0]:,}"
+    report.claim(what, differ, 0.0)
     seconds = interleave(runs, rounds)
     for what, limit in MANY.items():
         case = f"{what}, 8 layers, {batch} x {length}"
@@ -239,8 +245,11 @@ def places(report: Report, quick: bool, rounds: int) -> None:
         report.claim(f"time, {case}, a bank of {sizes[-1]:,} / of {sizes[0]:,}", took, limit)
 
 
-def run(report: Report, quick: bool) -> None:
-    """Runs the whole benchmark; at toy sizes if quick."""
+def run(report: Report, quick: bool, part: str = "") -> None:
+    """Runs the whole benchmark, or only its part `places`; at toy sizes if quick."""
+    if part:
+        places(report, quick, rounds=2 if quick else 21)
+        return
     subject = Subject("toy BERT", 4, 16) if quick else Subject("BERT-base", 32, 128)
     rounds = 2 if quick else 10
     for name in (LORA, HOULSBY):

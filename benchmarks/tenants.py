@@ -6,6 +6,7 @@ and not run: their operations and memory, by the compiler of this machine.
 """
 
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import optax
 from flax import nnx
 
 import adapters_jax as aj
+from adapters_jax.distributed.devices import devices
+from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.tenants import Adam, Row, Tenants
 from adapters_jax.finetune.tenants.programs import Batch, Programs
@@ -27,12 +30,15 @@ LIMIT, CREATE = 1.05, 0.05  # of times, FLOPs and memory; seconds for a new tena
 RATE = 1e-3
 
 
-def run(report: Report, quick: bool) -> None:
-    """Runs the whole benchmark; a small decoder and few rounds if quick."""
+def run(report: Report, quick: bool, part: str = "") -> None:
+    """Runs the whole benchmark, or only its part `compiled`; a small decoder if quick."""
     layers, length, rounds = (1, 16, 1) if quick else (8, 128, 7)
     config = DecoderConfig(8192, 576, 1536, layers, 9, 3)  # SmolLM2's layers
     base = Decoder(config, rngs=nnx.Rngs(0))
     recipe = aj.LoRA(("**/attention/*", "**/mlp/*"), rank=8)
+    if part:
+        _many(report, base, recipe, 8 if quick else 64, length)
+        return
     engine = Tenants(base, recipe, places=9, rows=ROWS, group=4, lengths=(length,))
     engine.start()
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, length + 1))
@@ -102,29 +108,40 @@ def _alone(base: Any, recipe: Any, ids: np.ndarray) -> tuple[Any, Any]:
 
 
 def _many(report: Report, base: Any, recipe: Any, n: int, length: int) -> None:
-    """Compiles a row of each of n tenants, and n rows of one."""
-    costs = {}
-    for tenants in (n, 1):
-        engine = Tenants(
-            base, recipe, places=n, rows=n, group=n // tenants, lengths=(length,)
-        )._programs
-        costs[tenants] = _compiled(engine, tenants, length)
-        flops, peak = costs[tenants]
-        report.add(
-            f"{n} rows by the compiler", tenants=tenants, **{"GFLOP": flops / 1e9, "MB": peak / 1e6}
-        )
-    for i, what in enumerate(("FLOPs", "peak")):
-        report.claim(f"{what} of {n} tenants / 1 tenant", costs[n][i] / costs[1][i], LIMIT)
+    """Compiles a row of each of n tenants, and n rows of one, for this machine and for a TPU."""
+    for device in ("this machine", *(["v5p"] if find_spec("libtpu") else [])):
+        found = dict[int, Program]()
+        for tenants in (n, 1):
+            group = n // tenants
+            engine = Tenants(base, recipe, places=n, rows=n, group=group, lengths=(length,))
+            found[tenants] = program = _compiled(engine._programs, tenants, length, device)
+            row = {
+                "for": device,
+                "tenants": tenants,
+                "GFLOP": program.flops and program.flops / 1e9,
+            }
+            row |= {"MB": program.total / 1e6, "MB of temporaries": program.temporaries / 1e6}
+            row["ms, estimated"] = program.seconds and 1e3 * program.seconds
+            report.add(f"{n} rows by the compiler", **row)
+        for what in ("flops", "total", "temporaries", "seconds"):
+            some, one = (getattr(program, what) for program in found.values())
+            if some and one:
+                named = {"flops": "FLOPs", "total": "peak", "seconds": "estimated seconds"}
+                case = f"{named.get(what, what)} of {n} tenants / 1 tenant, {device}"
+                report.claim(case, round(some / one, 3), LIMIT)
 
 
-def _compiled(programs: Programs, groups: int, length: int) -> tuple[float, float]:
-    """The operations and the bytes of the program of a batch."""
+def _compiled(programs: Programs, groups: int, length: int, device: str) -> Program:
+    """The program of a batch, for a device."""
     stack = jax.eval_shape(
         programs._idle, {p: np.float32(x) for p, x in programs.room.idle.items()}
     )
     batch = Batch.empty(groups, programs.each, length)
-    given = stack.grads, programs._base, stack.leaves, programs.tables, batch
-    made = jax.jit(programs._backward, donate_argnums=0).lower(*given).compile()
-    memory = made.memory_analysis()
-    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    return made.cost_analysis()["flops"], held
+    given: Any = stack.grads, programs._base, stack.leaves, programs.tables, batch
+    if device != "this machine":
+        kept = jax.sharding.SingleDeviceSharding(devices(device)[0])
+        given = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=kept), given
+        )
+    program: Any = compile_program(jax.jit(programs._backward, donate_argnums=0).lower(*given))
+    return program

@@ -14,6 +14,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -38,10 +39,26 @@ RECIPES = {
 }
 FEW = jnp.zeros((1, 8), jnp.int32)
 IDS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
-Traces = dict[str, Callable[[], Any]]
 
 
-def linen_sides(layers: int) -> dict[str, Traces]:
+@dataclass(frozen=True)
+class Side:
+    """A model, adapted or not.
+
+    Attributes:
+        functions: of the trained and the frozen parameters and of ids, by what they compute.
+        trees: the trained and the frozen parameters, abstract.
+    """
+
+    functions: dict[str, Callable[..., Any]]
+    trees: tuple[Any, Any]
+
+    def trace(self, what: str) -> Any:
+        """The jaxpr of a function."""
+        return jax.make_jaxpr(self.functions[what])(*self.trees, IDS)
+
+
+def linen_sides(layers: int) -> dict[str, Side]:
     """BERT, alone and with LoRA."""
     config = BertConfig(30522, 768, layers, 12, 3072, max_position_embeddings=512)
     base = BertClassifier(config, 2)
@@ -54,11 +71,11 @@ def linen_sides(layers: int) -> dict[str, Traces]:
     return sides
 
 
-def _linen(model: Any, trained: Any, frozen: Any) -> Traces:
+def _linen(model: Any, trained: Any, frozen: Any) -> Side:
     def outputs(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
         return model.apply({"params": aj.merge_trees(trained, frozen)}, ids)
 
-    return traces(outputs, trained, frozen)
+    return side_of(outputs, trained, frozen)
 
 
 class Projection(nnx.Linear):
@@ -72,7 +89,7 @@ class Factor(nnx.Param):
     """A factor of LoRA."""
 
 
-def nnx_sides(layers: int) -> dict[str, Traces]:
+def nnx_sides(layers: int) -> dict[str, Side]:
     """A Llama, alone, with LoRA, and with LoRA by hand."""
     config = DecoderConfig(32000, 4096, 11008, layers, 32)
 
@@ -94,26 +111,23 @@ def nnx_sides(layers: int) -> dict[str, Traces]:
     return sides
 
 
-def _nnx(model: nnx.Module, trains: type[nnx.Param]) -> Traces:
+def _nnx(model: nnx.Module, trains: type[nnx.Param]) -> Side:
     parts: Any = nnx.split(model, trains, ...)
     graphdef, trained, frozen = parts
 
     def outputs(trained: Any, frozen: Any, ids: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, trained, frozen)(ids)
 
-    return traces(outputs, trained, frozen)
+    return side_of(outputs, trained, frozen)
 
 
-def traces(outputs: Callable[..., jax.Array], trained: Any, frozen: Any) -> Traces:
-    """What is timed, by name."""
+def side_of(outputs: Callable[..., jax.Array], trained: Any, frozen: Any) -> Side:
+    """The outputs of a model, and their gradient."""
 
     def gradient(trained: Any, frozen: Any, ids: jax.Array) -> Any:
         return jax.value_and_grad(lambda trained: outputs(trained, frozen, ids).sum())(trained)
 
-    return {
-        "outputs": lambda: jax.make_jaxpr(outputs)(trained, frozen, IDS),
-        "gradient": lambda: jax.make_jaxpr(gradient)(trained, frozen, IDS),
-    }
+    return Side({"outputs": outputs, "gradient": gradient}, (trained, frozen))
 
 
 def seconds_of(trace: Callable[[], Any]) -> float:
@@ -177,20 +191,20 @@ def run(report: Report, quick: bool) -> None:
     for name, make in MODELS.items():
         sides = make(layers)
         for what in ("outputs", "gradient"):
-            _compare(report, f"{name}, {what}", {k: v[what] for k, v in sides.items()}, rounds)
+            _compare(report, name, what, sides, rounds)
 
 
-def _compare(
-    report: Report, what: str, sides: Mapping[str, Callable[[], Any]], rounds: int
-) -> None:
+def _compare(report: Report, name: str, what: str, sides: Mapping[str, Side], rounds: int) -> None:
     """Times the sides in turn."""
-    equations = {name: len(trace().jaxpr.eqns) for name, trace in sides.items()}
-    runs = {name: lambda trace=trace: seconds_of(trace) for name, trace in sides.items()}
-    seconds = interleave(runs, rounds)
-    report.samples(what, seconds)
-    for name, took in seconds.items():
-        over = ratio(seconds, name, BASE)
-        row = {"equations": equations[name], "seconds": Spread.of(took), "of the base's": over}
-        report.add("Tracing", of=what, adapters=name, **row)
-        if name in RECIPES:
-            report.claim(f"time to trace {what}, {name} / {BASE}", over, SLACK)
+    equations = {key: len(side.trace(what).jaxpr.eqns) for key, side in sides.items()}
+    runs = {
+        key: lambda side=side: seconds_of(lambda: side.trace(what)) for key, side in sides.items()
+    }
+    seconds, of = interleave(runs, rounds), f"{name}, {what}"
+    report.samples(of, seconds)
+    for key, took in seconds.items():
+        over = ratio(seconds, key, BASE)
+        row = {"equations": equations[key], "seconds": Spread.of(took), "of the base's": over}
+        report.add("Tracing", of=of, adapters=key, **row)
+        if key in RECIPES:
+            report.claim(f"time to trace {of}, {key} / {BASE}", over, SLACK)

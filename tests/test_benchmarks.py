@@ -185,7 +185,7 @@ def test_packages_that_are_missing_are_a_row(monkeypatch, tmp_path):
 def test_layers_traced_by_hand_have_the_operations_of_ours():
     sides = tracing.nnx_sides(layers=1)
     names = tracing.BASE, "LoRA on all linear layers", tracing.HAND
-    base, ours, hand = (operations(sides[name]["outputs"]()) for name in names)
+    base, ours, hand = (operations(sides[name].trace("outputs")) for name in names)
     assert hand - base == {"dot_general": 14, "mul": 7, "add": 7}
     # Beside the products, how a CPU computes and stores them, and what it computes again.
     forms = dict.fromkeys(("name", "optimization_barrier"), 7) | {"remat2": 1}

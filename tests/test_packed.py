@@ -4,6 +4,7 @@ They run on a CPU here: `accelerator` takes the branch of a TPU or a GPU where a
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 from helpers.contract import APIS
 from helpers.packed import check_gradients
@@ -187,6 +189,33 @@ def test_blocks_are_for_many_outputs_and_long_enough(monkeypatch):
         model, small, _ = both(layer, x, "int4", block, "float32")
         sizes = scaled_sizes(lambda x: model.apply({"params": small}, x), x)  # noqa: B023
         assert (64 * 136 in sizes) == expected
+
+
+PACKED = [  # rows of the input, what a base is quantised to, and the packed reads of three
+    (8, {"dtype": "int8"}, {"cuda": 3, "tpu": 0}),
+    (8, {"dtype": "int4"}, {"cuda": 2, "tpu": 0}),  # 192 inputs have three blocks
+    (1, {"dtype": "int4"}, {"cuda": 2, "tpu": 1}),
+    (1, {"dtype": "nf4"}, {"cuda": 2, "tpu": 0}),
+    (1, {"dtype": "int4", "block": 8}, {"cuda": 0, "tpu": 0}),  # too short
+]
+
+
+@pytest.mark.parametrize(("rows", "how", "expected"), PACKED)
+def test_the_audit_says_where_packed_weights_turn_into_floats(rows, how, expected):
+    x = jnp.ones((rows, 64))
+    layer = nn.Sequential([nn.Dense(192), nn.Dense(64), nn.Dense(5)])
+    params = drawn_like(jax.eval_shape(layer.init, jax.random.key(0), x)["params"])
+    params = aj.quantize(layer, params, x, **how)
+    model = aj.adapt(layer, aj.LoRA("layers_1", rank=2))
+    params = aj.init_adapters(model, params, jax.random.key(0), x)
+    draw, widths = nnx.Rngs(0), (64, 192, 64, 5)
+    parts = [nnx.Linear(*pair, rngs=draw) for pair in itertools.pairwise(widths)]
+    small = aj.quantize(nnx.Sequential(*parts), x, **how)
+    other = aj.adapt(small, aj.LoRA("layers/1", rank=2), rngs=draw, example_inputs=(x,))
+    for audit in (aj.audit(model, params, inputs=(x,)), aj.audit(other, inputs=(x,))):
+        assert audit.packed == {"reads": 3, **expected}
+        line = "of 3 reads of quantized weights, {cuda} are packed on a GPU, {tpu} on a TPU"
+        assert line.format(**expected) in str(audit)
 
 
 @pytest.mark.slow

@@ -49,6 +49,8 @@ class Read:
         window: those of them that run over positions of the input, as a convolution's do.
         shared: axes of the leaf that the operation batches, or sees one index of.
         outputs: the other axes of the leaf.
+        packed: the platforms on which the operation reads a quantised leaf without its floats;
+            None of other leaves.
     """
 
     operation: str
@@ -57,6 +59,7 @@ class Read:
     shared: Axes = _NONE
     outputs: Axes = _NONE
     window: Axes = _NONE
+    packed: tuple[str, ...] | None = field(default=None, kw_only=True)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from jaxtyping import Array
 from adapters_jax.trace.reads import Read, Tracked
 from adapters_jax.trace.through import Through
 from adapters_jax.weights.changes import Changed
+from adapters_jax.weights.quantized import is_quantized
 
 _RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=None)
 
@@ -87,10 +88,11 @@ class Lazy(jax.core.Tracer):
         """This weight, or what another trace has of it, as a value of that trace."""
         return Lazy(trace, changed or self.changed, self.leaves, self.looked_up)
 
-    def record(self, operation: str, how: str = "sum") -> None:
+    def record(self, operation: str, how: str = "sum", packed: tuple[str, ...] = ()) -> None:
         """Records how an operation reads the weight, where somebody asks."""
+        platforms = packed if is_quantized(self.changed.base) else None
         for leaf in self.leaves:
-            leaf.reads.append(Read(operation, how))
+            leaf.reads.append(Read(operation, how, packed=platforms))
 
 
 # By the name of a primitive: `rule(trace, primitive, values, params, where)` computes it for the

@@ -62,17 +62,32 @@ def multiplied(
         where: the weight's position among its operands.
     """
     x, *rest = others
-    meeting = None
-    if any(isinstance(change, Added) for change in changed.changes):
-        return None
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        meeting = MEETINGS[primitive.name](primitive, params, where, changed, x.ndim)
+    meeting = _meeting(primitive, changed, x, params, where)
     if meeting is None:
         return None
     # A packed weight has views, functions that are new each time: no earlier trace would be found.
     alike = primitive.name == "dot_general" and not is_quantized(changed.base)
     compute = _jitted_product if alike else _product
     return compute(changed.settled(), x, rest, meeting)
+
+
+def packed_on(
+    primitive: Any, changed: Changed, x: Array, params: Any, where: int
+) -> tuple[str, ...]:
+    """The platforms on which `multiplied` reads a quantised weight without its floats."""
+    meeting = _meeting(primitive, changed, x, params, where)
+    if meeting is None or not is_quantized(changed.base):
+        return ()
+    packed = Packed.of(changed.base, changed.views, changed, x, meeting)
+    return () if packed is None else packed.platforms
+
+
+def _meeting(primitive: Any, changed: Changed, x: Array, params: Any, where: int) -> Meeting | None:
+    """How the input meets the weight; None where the sum has to be formed."""
+    added = any(isinstance(change, Added) for change in changed.changes)
+    if added or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    return MEETINGS[primitive.name](primitive, params, where, changed, x.ndim)
 
 
 def _product(changed: Changed, x: Array, rest: Sequence[Any], meeting: Meeting) -> Array:

@@ -25,7 +25,7 @@ from adapters_jax.weights.lazy import (
     lowered,
     thin,
 )
-from adapters_jax.weights.products import MEETINGS, multiplied
+from adapters_jax.weights.products import MEETINGS, multiplied, packed_on
 
 
 def _view(function: Callable[[Lazy, Any], Any]) -> Rule:
@@ -202,8 +202,10 @@ def _product(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wh
     for value in others:
         if isinstance(value, Lazy):
             value.record(primitive.name)
-    y = multiplied(primitive, x.changed, [*map(formed, others)], params, where)
-    x.record(primitive.name, "sum" if y is None else "product")
+    others = [*map(formed, others)]
+    y = multiplied(primitive, x.changed, others, params, where)
+    packed = packed_on(primitive, x.changed, others[0], params, where) if x.leaves else ()
+    x.record(primitive.name, "sum" if y is None else "product", packed)
     return primitive.bind(*map(formed, values), **params) if y is None else y
 
 

@@ -7,7 +7,8 @@ equal losses, logits and trainable counts before they are timed. Each side has i
 they run in turn.
 
 `python -m benchmarks peers` measures a step on queries and values, latency, files and imports. Its
-further parts have results of their own: `peers-linear`, `peers-generation` and `peers-tenants`.
+further parts have results of their own: `peers-linear`, `peers-generation`, `peers-tenants`, and
+`peers-latency`, which is a part of the whole as well.
 """
 
 import shutil
@@ -17,7 +18,12 @@ from pathlib import Path
 from benchmarks.peers import files, generation, latency, linear, steps, tenants, uses
 from benchmarks.report import Report
 
-PARTS = {"linear": linear.run, "generation": generation.run, "tenants": tenants.run}
+PARTS = {
+    "latency": latency.alone,
+    "linear": linear.run,
+    "generation": generation.run,
+    "tenants": tenants.run,
+}
 
 
 def run(report: Report, quick: bool, part: str = "") -> None:
