@@ -215,13 +215,16 @@ def merges(method: type[Method]) -> bool:
 def formats(name: str) -> tuple[str, ...]:
     """The libraries whose files hold a method on one of two common bases."""
     recipe = ENTRIES[name].recipe()
-    found = []
-    for file in FORMATS.values():
-        for base, leaves in (_bert(recipe), _llama(recipe)):
-            if leaves and not file.problems(Adapter(recipe, stand_ins(leaves)), base):
-                found.append(file.owner)
-                break
-    return tuple(found)
+    made = [(Adapter(recipe, stand_ins(own)), base) for base, own in _bases(recipe) if own]
+    return tuple(
+        file.owner
+        for file in FORMATS.values()
+        if any(not file.problems(adapter, base) for adapter, base in made)
+    )
+
+
+def _bases(recipe: aj.Recipe) -> list[tuple[BaseModel, dict[str, Any]]]:
+    return [_bert(recipe), _llama(recipe)]
 
 
 def _trained(recipe: aj.Recipe, leaves: dict[str, Any]) -> dict[str, Any]:

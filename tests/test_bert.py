@@ -357,7 +357,7 @@ def test_minilm_embeddings_agree_with_human_similarity():
     from adapters_jax.finetune.pretrained import assets
 
     with STSB.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[::4]
     directory = assets.fetch("minilm")
     distinct = sorted({row[name] for row in rows for name in ("sentence1", "sentence2")})
     embedding = dict(zip(distinct, embed(directory, distinct), strict=True))
@@ -365,7 +365,7 @@ def test_minilm_embeddings_agree_with_human_similarity():
         np.stack([embedding[row[name]] for row in rows]) for name in ("sentence1", "sentence2")
     )
     scores = [float(row["score"]) for row in rows]
-    assert len(scores) == 1500
+    assert len(scores) == 375
     assert spearmanr((first * second).sum(axis=1), scores).statistic >= 0.86
 
 

@@ -89,7 +89,7 @@ def test_one_batch_of_each_shape_is_kept(words, monkeypatch):
 
 @pytest.mark.slow
 def test_without_epochs_there_are_up_to_twenty(words, tmp_path):
-    assert main([*words, "--budget", "9h", "--no-baselines"]) == 0
+    assert main([*words, "--budget", "9h", "--no-baselines", "--limit", "32"]) == 0
     config = json.loads((tmp_path / "runs/run/config.json").read_text())
     assert config["optimizer"]["epochs"] == config["options"]["optimizer"]["epochs"] == 20
 

@@ -146,5 +146,5 @@ def test_the_whole_contract():
 def test_the_whole_contract_with_other_settings(name):
     settings = {**SETTINGS[name], "placement": "sequential", "init_std": 0.3}
     method = aj.Compacter("**/mlp/output", 4, phm_dim=2, **settings)
-    variants = ("plain", "scan")
+    variants = ("plain", "scan") if name == "factored" else ("plain",)  # shared by all layers
     assert check_method(method, start_tolerance=math.inf, variants=variants) == ["mlp"]

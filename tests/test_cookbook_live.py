@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 pytest.importorskip("tinker_cookbook", reason="needs pip install adapters-jax[cookbook-test]")
 pytestmark = pytest.mark.slow
 
-MODEL, TESTS = "tiny", str(Path(__file__).parent)
+MODEL, DPO = "tiny", str(Path(__file__).parent / "fixtures" / "cookbook_dpo.py")
 COMMON = ["renderer_name=qwen3_instruct", f"model_name={MODEL}", "learning_rate=0.02"]
 
 
@@ -34,11 +34,12 @@ def run(tmp_path_factory):
     kept = ("--rank", "8", "--context", "256", "--rows", "4", "--keep", str(folder / "kept"))
     with contextlib.chdir(folder), serving(MODEL, "--train", *kept) as server:
 
-        def run(module, *flags):
-            own = {"TINKER_API_KEY": "tml-any", "HF_HUB_OFFLINE": "1", "PYTHONPATH": TESTS}
-            log = folder / module
+        def run(recipe, *flags):
+            own = {"TINKER_API_KEY": "tml-any", "HF_HUB_OFFLINE": "1"}
+            log = folder / Path(recipe).name
             words = [*COMMON, f"base_url={server.address}", f"log_path={log}", *flags]
-            command = [sys.executable, "-m", module, *words]
+            entry = [recipe] if recipe == DPO else ["-m", recipe]
+            command = [sys.executable, *entry, *words]
             done = subprocess.run(
                 command, env={**os.environ, **own}, capture_output=True, text=True
             )
@@ -100,7 +101,7 @@ def test_supervised_chat(run):
 
 
 def test_preferences_with_the_clients_own_loss(run):
-    steps = run("helpers.cookbook_dpo", "pairs=pairs.jsonl")
+    steps = run(DPO, "pairs=pairs.jsonl")
     assert steps[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the base
     assert steps[-1]["dpo_loss"] < 0.5
     assert steps[-1]["margin"] > 0.3

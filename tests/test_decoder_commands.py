@@ -1,4 +1,8 @@
-"""The commands on a tiny checkpoint of every family of decoders."""
+"""The commands on tiny checkpoints of decoders, one of each kind of layers and files.
+
+What the commands do with a decoder depends on its `Architecture` alone: test_decoder_families reads
+and writes the files of every family, and the live tests train, merge and convert adapters on each.
+"""
 
 import json
 import shutil
@@ -12,13 +16,21 @@ from helpers.tiny import write_llama, write_meanings
 
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.inference import load_generator
-from adapters_jax.finetune.models.decoder import ARCHITECTURES, DecoderConfig, load_decoder
+from adapters_jax.finetune.models.decoder import DecoderConfig, load_decoder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 TRAIN = (
     "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 24 "
     "--name mine --method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --limit 16 "
     "--learning-rate 0.1"
+)
+WITNESSES = (
+    "llama",
+    "gpt2",  # transposed and fused kernels, learnt positions
+    "gpt_neox",  # fused by heads, and an output layer of its own
+    "gpt_oss",  # experts in one tensor, and sinks
+    "deepseek_v3",  # latent attention, and unlike layers
+    "qwen3_next",  # linear attention, and an expert for all
 )
 IDS = np.array([[4, 9, 5, 6, 11, 7]])
 
@@ -41,7 +53,7 @@ def logits(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", WITNESSES)
 def test_a_decoder_is_trained_used_merged_converted_and_pushed(name, run):
     shutil.copytree(FIXTURES / name, "base")
     write_llama(Path("words"), num_hidden_layers=1)

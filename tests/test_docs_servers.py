@@ -11,6 +11,7 @@ from helpers.pages import commands, params
 from helpers.serving import serving
 
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.pretrained.assets import ASSETS
 
 pytestmark = [pytest.mark.pages, pytest.mark.slow]
 TRAIN = "finetune --model smollm2-135m --train devset.csv --prompt mr --completion ref --limit 16"
@@ -23,16 +24,28 @@ raise SystemExit(main())"""
 HUB = [each for each in params("sh", asks=True) if "localhost" not in each.values[0].text]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with a run by three names, and PEFT's files of it."""
+    made = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        pages.write_files(made)
+        pages.write_stand_ins(made, patch)
+        assert main(TRAIN.split()) == 0
+        for name in ("e2e-lora", "fr"):
+            shutil.copytree("runs/e2e", f"runs/{name}")
+        assert main(["convert", "runs/e2e", "theirs", "--to", "peft"]) == 0
+    return made
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory: a run by three names, and PEFT's files of it."""
+def folder(made, tmp_path, monkeypatch):
+    """The working directory: a copy of it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    pages.write_files(tmp_path)
-    pages.write_stand_ins(tmp_path, monkeypatch)
-    assert main(TRAIN.split()) == 0
-    for name in ("e2e-lora", "fr"):
-        shutil.copytree("runs/e2e", f"runs/{name}")
-    assert main(["convert", "runs/e2e", "theirs", "--to", "peft"]) == 0
+    for name in pages.STAND_INS:
+        monkeypatch.delitem(ASSETS, name)
     return tmp_path
 
 

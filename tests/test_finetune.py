@@ -167,13 +167,11 @@ def test_a_seed_decides_everything(directory):
     flags = ("--epochs", 1, "--no-baselines", "--limit", 64)
     runs = [
         finetune(directory, *flags, "--name", f"seed{i}", "--seed", seed)[2]
-        for i, seed in enumerate((1, 1, 2))
+        for i, seed in enumerate((1, 1))  # the next test has two
     ]
-    tensors = [load_file(run.adapter / "adapter.safetensors") for run in runs]
-    same = [all((tensors[0][k] == other[k]).all() for k in tensors[0]) for other in tensors[1:]]
-    assert same == [True, False]
-    texts = [run.metrics.read_text() for run in runs]
-    assert texts[0] == texts[1] != texts[2]
+    one, other = (load_file(run.adapter / "adapter.safetensors") for run in runs)
+    assert all((one[k] == other[k]).all() for k in one)
+    assert runs[0].metrics.read_text() == runs[1].metrics.read_text()
 
 
 @pytest.mark.slow
@@ -195,6 +193,7 @@ def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
 def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     flags = ("--task", "regression", "--label", "stars", "--text-pair", "topic")
     lora = ("--method", "lora", "--rank", 4, "--epochs", 12, "--max-length", 12)
+    lora += ("--evaluations", 1)
     status, summary, run, _ = finetune(directory, *flags, *lora, "--name", "stars")
     assert status == 0
     mean, _, lora = summary["results"]

@@ -34,7 +34,7 @@ from adapters_jax.trees import flatten
 
 pytestmark = pytest.mark.hostile
 
-USUAL, MANY = 1000, 5000
+USUAL, MANY = 1000, 2500
 FEW = 60  # files of each reader
 FEWER = {"base": 6, "checkpoint": 20, "upload": 12}  # of those that take long
 ADAPTER = TARGETS["adapter"]

@@ -64,7 +64,6 @@ def in_nnx(layers, recipe):
 
 
 RECIPES = {
-    "patterns": lambda api, layers: aj.LoRA("**/layer*/**", 2),
     "paths": lambda api, layers: aj.LoRA(
         [
             f"{LAYERS[api].format(i)}/{name}"

@@ -155,7 +155,7 @@ def finetune(place, name, *more):
     flags = ["--model", place / "tiny", "--train", place / "reviews.jsonl", "--text", "review"]
     flags += ["--max-length", 8, "--batch-size", 16, "--limit", 160, "--epochs", 3]
     flags += ["--bottleneck-dim", 4, "--learning-rate", 0.01, "--no-baselines"]
-    flags += ["--runs", place, "--name", name]
+    flags += ["--evaluations", 1, "--runs", place, "--name", name]
     status = main(["finetune", *map(str, [*flags, *more])])
     return status, json.loads((place / name / "config.json").read_text())
 
@@ -216,7 +216,7 @@ def decoder(place, name, factor, *tensors):
         flags = ["--model", place / name, "--train", rows, "--prompt", "mr", "--completion", "ref"]
         flags += ["--max-length", 16, "--method", "lora", "--rank", 2, "--no-chat"]
         flags += ["--epochs", epochs, "--batch-size", 8, "--learning-rate", 0.05]
-        flags += ["--exact-match", 0, "--no-baselines"]
+        flags += ["--exact-match", 0, "--no-baselines", "--evaluations", 1]
         flags += ["--dtype", dtype, "--runs", place / "runs", "--name", f"{name}-{dtype}"]
         status = main(["finetune", *map(str, flags)])
         directory = place / "runs" / f"{name}-{dtype}"

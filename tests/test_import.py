@@ -46,7 +46,6 @@ def command(tmp_path):
 @pytest.mark.parametrize(
     ("model", "adapters"),
     [
-        ("bert-base", 24 * 4 * (768 + 768)),
         ("Llama-3.2-1B-Instruct", 16 * 4 * (2 * 2048 + 2048 + 512)),
         ("minilm", 12 * 4 * (384 + 384)),  # a pinned model, which is not in the cache
         ("here", 24 * 4 * (768 + 768)),

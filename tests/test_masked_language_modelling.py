@@ -254,7 +254,8 @@ def test_a_merged_run_is_a_masked_language_model():
     write_masked(Path("tiny"))
     for name, count in (("rows", 40), ("dev", 4), ("test", 4)):
         write_texts(Path(f"{name}.txt"), count)
-    words = TRAIN.replace("houlsby --bottleneck-dim 16 --layer-norms=", "lora").split()
+    words = TRAIN.replace("houlsby --bottleneck-dim 16 --layer-norms=", "lora")
+    words = words.replace("--epochs 10", "--epochs 3").split()
     assert main([*words, "--no-baselines"]) == 0
     assert main(["merge", "runs/run", "--out", "merged"]) == 0
     encoder = load_encoder("merged", MASKED)

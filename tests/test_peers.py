@@ -14,7 +14,7 @@ from benchmarks.harness import Spread
 from benchmarks.peers import contenders, files, generation, latency, linear, steps, uses
 from benchmarks.peers.contenders import OURS, PEFT, QWIX, Contender, Group
 from benchmarks.report import FIGURES, Report
-from benchmarks.workers import HERE, PeerError, Worker, forget_peak, peak_bytes
+from benchmarks.workers import HERE, PeerError, forget_peak, peak_bytes
 
 WHY = "needs torch, transformers, peft and adapters: pip install 'adapters-jax[interop-test]'"
 pytestmark = [
@@ -254,9 +254,8 @@ class Here:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker", [Here, pytest.param(Worker, marks=pytest.mark.slow)])
-def test_a_case_without_pytorch(directory, tmp_path, monkeypatch, worker):
-    monkeypatch.setattr(contenders, "Worker", worker)
+def test_a_case_without_pytorch(directory, tmp_path, monkeypatch):
+    """In processes, as benchmarks run."""
     absent = {contenders.TORCH: "torch could not be installed", HERE: None}
     monkeypatch.setattr(contenders, "unavailable", absent.get)
     some = {name: contenders.CONTENDERS[name] for name in ("adapters_jax", "PEFT")}

@@ -84,7 +84,7 @@ def test_texts_without_prompts_are_not_for_an_encoder(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "flan_t5", "mt5"])
+@pytest.mark.parametrize("name", ["t5", "mt5"])  # tied and not; flan_t5 is trained below
 def test_an_encoder_decoder_is_trained_used_merged_converted_and_pushed(name, run):
     shutil.copytree(FIXTURES / name, "base")
     Path("base", "expected.npz").unlink()
@@ -130,7 +130,8 @@ def test_it_learns_to_answer_prompts(run):
     shutil.copytree(FIXTURES / "flan_t5", "base")
     targets = "**/{query,value,up,head}"
     Path("asked.csv").write_text("mr\nfood food Thai\nfood Greek\n")
-    run(f"{TRAIN} --epochs 40 --exact-match 0 --rank 8 --targets {targets}")
+    write_meanings(Path("rows.csv"), rows=480)  # of few epochs, each of which is scored and saved
+    run(f"{TRAIN} --epochs 5 --evaluations 1 --exact-match 0 --rank 8 --targets {targets}")
     lines = run("generate runs/mine --file asked.csv --max-new-tokens 8 --json").splitlines()
     assert [json.loads(line)["completion"] for line in lines] == [
         "It serves Thai dishes",

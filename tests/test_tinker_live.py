@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 
 KEYS = ("tml-one", "tml-two")
 TEXT = [4, 5, 6, 7, 8, 9, 10, 11]
-UNTIED = {"tie_word_embeddings": False, "max_position_embeddings": 64}
+UNTIED = {"tie_word_embeddings": False, "max_position_embeddings": 64, "num_hidden_layers": 1}
 
 
 class Parts:

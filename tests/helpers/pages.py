@@ -90,8 +90,10 @@ def run_command(line, block):
         return
     words = shlex.split(re.sub(r"\s+#.*", "", line))[1:]
     for flag, value in (block.added or ()) if line.startswith(TRAINS) else ():
-        if flag in words:
-            words[words.index(flag) + 1] = value
+        if flag in words:  # its values end where the next flag begins
+            first = words.index(flag) + 1
+            ends = (i for i in range(first, len(words)) if words[i].startswith("--"))
+            words[first : next(ends, len(words))] = [value]
         else:
             words += [flag, value]
     assert command_line.main(words) == 0, line
