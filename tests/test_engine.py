@@ -161,6 +161,61 @@ def test_top_k(engine):
     assert firsts[3] <= {*likely[:3]} and len(firsts[3]) > 1
 
 
+def by_hand(name, prompt, most, choice):
+    """The tokens that the formulas of OpenAI's API give with passes over the whole text."""
+    (bias, counts), ids = np.zeros((2, CONFIG.vocab_size), np.float32), [*prompt]
+    for token, value in choice.bias:
+        bias[token] = value
+    key = jax.random.fold_in(jax.random.key(choice.seed), 0)
+    for step in range(most):
+        logits = np.asarray(ALONE[name](jnp.array([ids + [0] * (32 - len(ids))])))[0, len(ids) - 1]
+        logits = logits + bias - choice.presence * (counts > 0) - choice.frequency * counts
+        if choice.temperature:
+            at = jax.random.fold_in(key, step)
+            ids.append(int(jax.random.categorical(at, logits / choice.temperature)))
+        else:
+            ids.append(int(logits.argmax()))
+        counts[ids[-1]] += 1
+    return ids[len(prompt) :]
+
+
+def test_penalties_and_biases(engine):
+    """Beside rows without any, alone, and in rows that others had before."""
+    likely = offline("large", [3, 4], 12)
+    bias = ((likely[0], -100.0), (17, 2.5))
+    choices = {
+        "presence": Choice(presence=1.9),
+        "frequency": Choice(frequency=0.7),
+        "rewarded": Choice(frequency=-1.5),
+        "bias": Choice(bias=bias),
+        "all": Choice(presence=1.0, frequency=0.5, bias=bias),
+        "sampled": Choice(1.3, presence=1.0, frequency=0.5, bias=bias, seed=11),
+    }
+    expected = {name: by_hand("large", [3, 4], 12, each) for name, each in choices.items()}
+    assert len({tuple(ids) for ids in [likely, *expected.values()]}) == 7
+    for alone in (False, True):
+        sinks = {}
+        for name, choice in choices.items():
+            for kind, given in ((name, choice), (f"plain {name}", Choice())):
+                sinks[kind] = Collected()
+                engine.submit([3, 4], sinks[kind], model="large", most=12, choice=given)
+                if alone:
+                    sinks[kind].wait()
+        for kind, sink in sinks.items():
+            assert sink.wait() == (expected.get(kind, likely), "length"), kind
+    with raises(UserError, 64, 63):
+        engine.submit([1], Collected(), most=1, choice=Choice(bias=((64, 1.0),)))
+
+
+def test_a_prompt_that_is_only_read(engine):
+    scores, sink = Scores(prompt=True), Collected()
+    engine.submit([5, 9, 2], sink, model="large", most=0, scores=scores)
+    assert sink.wait() == ([], "length") and not scores.made
+    expected = np.asarray(jax.nn.log_softmax(ALONE["large"](jnp.array([[5, 9, 2]]))[0]))
+    ((own, _),) = scores.given
+    np.testing.assert_allclose(own, [expected[0, 9], expected[1, 2]], atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["large", "prompt", None])
 def test_log_probabilities_are_those_of_the_model(engine, name):
     """Of new tokens and of a prompt of more than one piece, whatever the temperature."""
@@ -269,7 +324,7 @@ def test_bad_requests_and_adapters_change_nothing(engine):
         ([64], 1, [64, 63]),
         ([-1], 1, [-1]),
         ([1] * 30, 3, [30, 3, 32]),
-        ([1], 0, [0]),
+        ([1], -1, [-1]),
     ]:
         with raises(UserError, *data):
             engine.submit(prompt, sink, most=most)

@@ -282,11 +282,33 @@ BAD = {
     "no model": (b'{"prompt": "x"}', 400, "model"),
     "a number for a text": (b'{"model": "first", "prompt": 1}', 400, "prompt"),
     "an unknown field": (
-        b'{"model": "first", "prompt": "food", "logit_bias": {}}',
+        b'{"model": "first", "prompt": "food", "best": {}}',
+        400,
+        "best",
+    ),
+    "the best of several": (b'{"model": "first", "prompt": "food", "best_of": 2}', 400, "best_of"),
+    "too many answers": (b'{"model": "first", "prompt": ["food", "It", "is"], "n": 90}', 400, "90"),
+    "no new tokens": (b'{"model": "first", "prompt": "food", "max_tokens": 0}', 400, "echo"),
+    "a bias beyond the vocabulary": (
+        b'{"model": "first", "prompt": "food", "logit_bias": {"13": 1}}',
+        400,
+        "13",
+    ),
+    "a bias of a word": (
+        b'{"model": "first", "prompt": "food", "logit_bias": {"food": 1}}',
         400,
         "logit_bias",
     ),
-    "several answers": (b'{"model": "first", "prompt": "food", "n": 2}', 400, "n"),
+    "a large penalty": (
+        b'{"model": "first", "prompt": "food", "presence_penalty": 3}',
+        400,
+        "presence_penalty",
+    ),
+    "one of several prompts too long": (
+        b'{"model": "base", "prompt": ["It", "is", "%s"]}' % (b"food " * 60),
+        400,
+        "48",
+    ),
     "temperature NaN": (
         b'{"model": "first", "prompt": "food", "temperature": NaN}',
         400,

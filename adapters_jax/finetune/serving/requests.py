@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from adapters_jax.errors import UserError, check_size
-from adapters_jax.finetune.serving.slots import Choice, Likely, Token
+from adapters_jax.finetune.serving.choosing import Choice, Likely, Token
 from adapters_jax.transforms.fitting import Fitted
 
 End = Literal["stop", "length", "cancelled", "timeout", "not finite", "closed"]
@@ -113,6 +113,17 @@ class Request:
     start: int = 0
     scores: Scores | None = None
 
+    @property
+    def acts(self) -> bool:
+        """Whether the adapter acts on new tokens, as on the prompt's last one."""
+        return self.start < len(self.prompt)
+
+    @property
+    def choosing(self) -> Choice:
+        """How the next token is chosen."""
+        top = self.scores is not None and self.scores.top
+        return self.choice._replace(step=self.made, top=int(top))
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -165,3 +176,23 @@ class Counts:
     tokens: int = 0
     steps: int = 0
     changes: int = 0
+
+
+def check_request(
+    prompt: Sequence[int], most: int, choice: Choice, context: int, vocabulary: int
+) -> None:
+    """Raises UserError if no engine of this context and vocabulary can complete a prompt."""
+    if not prompt:
+        raise UserError("the prompt is empty; expected at least one token")
+    unknown = [token for token in prompt if not 0 <= token < vocabulary]
+    if unknown:
+        raise UserError(f"the prompt has the token {unknown[0]}, expected 0 to {vocabulary - 1}")
+    if most < 0 or len(prompt) + most > context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and {most} new ones are asked for, expected "
+            f"no negative number and at most {context} together; shorten the prompt or "
+            "ask for fewer"
+        )
+    biased = [token for token, _ in choice.bias if not 0 <= token < vocabulary]
+    if biased:
+        raise UserError(f"the bias is of the token {biased[0]}, expected 0 to {vocabulary - 1}")

@@ -8,7 +8,7 @@ All shapes are static, so the programs are compiled once, whatever the requests 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,81 +16,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from adapters_jax.finetune.models.generation import nucleus
 from adapters_jax.finetune.models.parts.cache import Cache, Kept
+from adapters_jax.finetune.serving.choosing import (
+    Choice,
+    Likely,
+    Marks,
+    Token,
+    choose,
+    likeliest_of,
+    logprobs_of,
+)
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
-
-TOP = 20  # of the likeliest tokens, as many as OpenAI's API shows
-
-
-class Choice(NamedTuple):
-    """How a row's next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token; any other value divides the logits.
-        top_p: sample among the fewest tokens that have this probability together, from 0 to 1.
-        top_k: sample among this many of the likeliest tokens; 0 is all.
-        seed: the seed of the row, a whole number of 32 bits, 0 or more.
-        step: the number of tokens that the row has already.
-        top: whether the log-probabilities of the likeliest tokens are wanted, 0 or 1.
-
-    Example:
-        >>> Choice(temperature=0.7, top_p=0.9, seed=1)
-        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0, top=0)
-
-    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
-    arXiv:1904.09751; Fan et al., Hierarchical Neural Story Generation (top-k sampling, 2018),
-    arXiv:1805.04833.
-    """
-
-    temperature: Any = 0.0
-    top_p: Any = 1.0
-    top_k: Any = 0
-    seed: Any = 0
-    step: Any = 0
-    top: Any = 0
-
-    @classmethod
-    def stacked(cls, rows: Sequence["Choice"]) -> "Choice":
-        """The choices of several rows, as arrays (rows,): two float32, int32, uint32, two int32.
-
-        Args:
-            rows: the choice of each row.
-
-        Example:
-            >>> Choice.stacked([Choice(), Choice(top_k=5)]).top_k.tolist()
-            [0, 5]
-        """
-        kinds = np.float32, np.float32, np.int32, np.uint32, np.int32, np.int32
-        return cls(*(np.array(x, t) for x, t in zip(zip(*rows, strict=True), kinds, strict=True)))
-
-
-class Likely(NamedTuple):
-    """The likeliest tokens at some positions, and their log-probabilities: (..., TOP)."""
-
-    ids: Any
-    logprobs: Any
-
-
-class Token(NamedTuple):
-    """A token that was chosen.
-
-    Attributes:
-        id: the token.
-        finite: whether the logits that it was chosen by were finite.
-        logprob: its log-probability by these logits, before temperature, top-k and top-p.
-        top: the likeliest tokens there, if its row's choice asks for them.
-        given: for the tokens that were read before it, those asked for by `following`: the
-            log-probabilities of the tokens that follow them, and the likeliest tokens there.
-    """
-
-    id: Any
-    finite: Any
-    logprob: Any
-    top: Likely
-    given: tuple[Any, Likely] | None = None
 
 
 @partial(
@@ -137,6 +75,8 @@ class Slots:
         self._open = [False] * rows
         self._gated = any(method.gated for method in bank.recipe.attached)
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
+        sizes = rows, bank.model.config.vocab_size
+        self._marks = Marks(jnp.zeros(sizes, jnp.int32), jnp.zeros(sizes, jnp.float32))
         self.bank, self._model = bank, _Model(*bank.split)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
@@ -149,6 +89,7 @@ class Slots:
         choice: Choice,
         acts: Sequence[bool] | None = None,
         following: Sequence[int] = (),
+        made: bool = False,
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -162,6 +103,7 @@ class Slots:
             acts: which of them the adapter acts on; None for all.
             following: the tokens that follow them in the prompt, if their log-probabilities are
                 wanted; behind the prompt's last token there is none.
+            made: whether the only one of them is a token that the row has made.
 
         Returns:
             The token that follows them.
@@ -170,13 +112,13 @@ class Slots:
         self._note(row, ids, first, adapter is None or not acting.any())
         padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
         padded[: len(ids)] = ids
-        place = np.array([row, len(ids), first], np.int32)
+        place = np.array([row, len(ids), first, made], np.int32)
         rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
         gate = np.pad(acting, (0, len(padded) - len(ids))) if self._gated else None
         then = np.full(len(padded), -1, np.int32)
         then[: len(following)] = following
-        self._caches, token, given = _read(
-            self._model, self._caches, padded, then, place, rows, feed, gate
+        self._caches, self._marks, token, given = _read(
+            self._model, self._caches, self._marks, padded, then, place, rows, feed, gate
         )
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
@@ -219,6 +161,14 @@ class Slots:
         self._plain[row], self._open[row], self._used[row] = [*ids[:n]], True, n
         return n
 
+    def mark(self, row: int, choice: Choice) -> None:
+        """Gives a row the bias of a choice, and no tokens yet; nothing for one without marks."""
+        if choice.marked:
+            bias = np.zeros(self._marks.bias.shape[1], np.float32)
+            for token, value in choice.bias:
+                bias[token] += value
+            self._marks = _marked(self._marks, np.int32(row), bias)
+
     def step(
         self,
         last: Sequence[int | None],
@@ -246,7 +196,9 @@ class Slots:
             else:
                 del plain[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
-        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width, gate)
+        self._caches, self._marks, token = _step(
+            self._model, self._caches, self._marks, ids, live, rows, feed, width, gate
+        )
         return _tokens(token)
 
     def _rows_of(self, adapters: Sequence[Fitted | None]) -> Rows:
@@ -264,6 +216,7 @@ class Slots:
 
     def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
         """Runs every program once, on empty rows; `compiled` is called with how many there are."""
+        self.mark(0, Choice(presence=1.0))
         programs = len(self.pieces) + len(self._widths) + self._cuts
         for n, length in enumerate(self.pieces, 1):
             self.read(0, [0] * length, True, None, Choice())
@@ -287,17 +240,18 @@ def _tokens(chosen: Token) -> list[Token]:
     ]
 
 
-@partial(jax.jit, static_argnames="width", donate_argnames="caches")
+@partial(jax.jit, static_argnames="width", donate_argnames=("caches", "marks"))
 def _step(
     model: _Model,
     caches: Cache,
+    marks: Marks,
     ids: Int[Array, " rows"],
     live: Bool[Array, " rows"],
     rows: Rows,
     feed: Choice,
     width: int,
     gate: Bool[Array, " rows"] | None,
-) -> tuple[Cache, Token]:
+) -> tuple[Cache, Marks, Token]:
     decoder = model.merged()
 
     def one(cache: Cache, token: Array, live: Array, index: Any, acts: Any) -> tuple[Array, Cache]:
@@ -309,22 +263,24 @@ def _step(
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
     logits, caches = jax.vmap(one)(caches, ids, live, rows, gate)
-    return caches, _choose(logits, feed)
+    marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
+    return caches, marks, choose(logits, feed, marks)
 
 
-@partial(jax.jit, donate_argnames="caches")
+@partial(jax.jit, donate_argnames=("caches", "marks"))
 def _read(
     model: _Model,
     caches: Cache,
+    marks: Marks,
     ids: Int[Array, " piece"],
     following: Int[Array, " piece"],
-    place: Int[Array, "3"],
+    place: Int[Array, "4"],
     rows: Rows,
     feed: Choice,
     gate: Bool[Array, " piece"] | None,
-) -> tuple[Cache, Token, tuple[Any, Likely]]:
+) -> tuple[Cache, Marks, Token, tuple[Any, Likely]]:
     decoder = model.merged()
-    row, count, first = place
+    row, count, first, made = place
     each = {} if gate is None else {"invoked": gate[None]}
     last = {} if gate is None else {"invoked": gate[count - 1][None]}
     # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
@@ -336,11 +292,20 @@ def _read(
 
     def given() -> tuple[Array, Likely]:
         logits = decoder.logits(hidden, adapters=rows, **each)[0]
-        return _logprobs(logits, jnp.maximum(following, 0)), _likeliest(logits)
+        return logprobs_of(logits, jnp.maximum(following, 0)), likeliest_of(logits)
 
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(given))
     seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
-    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed), seen
+    caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
+    marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
+    token = choose(logits, feed, jax.tree.map(lambda x: x[row][None], marks))
+    return caches, marks, token, seen
+
+
+@partial(jax.jit, donate_argnames="marks")
+def _marked(marks: Marks, row: Int[Array, ""], bias: Float[Array, " vocab"]) -> Marks:
+    """The marks with a row that has a bias and no tokens."""
+    return Marks(marks.counts.at[row].set(0), marks.bias.at[row].set(bias))
 
 
 @partial(jax.jit, donate_argnames="caches")
@@ -355,46 +320,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """The number of tokens that two texts begin with alike."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:
-    """Chooses a token for every row, as `generate` does for a batch of one."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def sample() -> Array:
-        scaled = logits / jnp.where(feed.temperature > 0, feed.temperature, 1.0)[:, None]
-        kept = jax.lax.cond((feed.top_k > 0).any(), lambda: _of_top_k(scaled, feed), lambda: scaled)
-        kept = jax.lax.cond(
-            (feed.top_p < 1).any(), lambda: nucleus(kept, feed.top_p[:, None]), lambda: kept
-        )
-        return jnp.where(feed.temperature > 0, jax.vmap(draw)(feed, kept), likeliest)
-
-    def draw(feed: Choice, kept: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(feed.seed), 0), feed.step)
-        return jax.random.categorical(key, kept).astype(jnp.int32)
-
-    chosen = jax.lax.cond((feed.temperature > 0).any(), sample, lambda: likeliest)
-    shapes = jax.eval_shape(_likeliest, logits)
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    top = jax.lax.cond((feed.top > 0).any(), lambda: _likeliest(logits), lambda: none)
-    return Token(chosen, jnp.isfinite(logits.max(-1)), _logprobs(logits, chosen), top)
-
-
-def _logprobs(logits: Float[Array, "n vocab"], ids: Int[Array, " n"]) -> Float[Array, " n"]:
-    """The log-probability of one token by each row of logits."""
-    own = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _likeliest(logits: Float[Array, "n vocab"]) -> Likely:
-    """The likeliest tokens of each row of logits, at most TOP."""
-    most, ids = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
-    return Likely(ids, most - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-
-
-def _of_top_k(logits: Float[Array, "rows vocab"], feed: Choice) -> Float[Array, "rows vocab"]:
-    """Keeps the likeliest logits of rows with a top_k; the others become minus infinity."""
-    falling = jnp.sort(logits, axis=-1, descending=True)
-    last = jnp.clip(feed.top_k - 1, 0, logits.shape[-1] - 1)
-    least = jnp.take_along_axis(falling, last[:, None], axis=-1)
-    return jnp.where((feed.top_k[:, None] > 0) & (logits < least), -jnp.inf, logits)
