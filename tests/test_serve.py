@@ -30,6 +30,7 @@ from adapters_jax.finetune.serving import Engine, Sizes, schemas
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read, covering
 from adapters_jax.finetune.serving.api import application
 from adapters_jax.finetune.serving.completions import TextApi
+from adapters_jax.finetune.serving.conversing import Message
 from adapters_jax.finetune.serving.guard import Limits
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.bank import Bank
@@ -363,7 +364,7 @@ def test_other_bad_requests(served):
 
 
 def test_many_messages_are_refused_before_any_is_read(served, monkeypatch):
-    monkeypatch.setattr(schemas.Message, "plain", None)  # reading one would fail
+    monkeypatch.setattr(Message, "plain", None)  # reading one would fail
     messages = [{"role": "user", "content": "x"}] * (schemas.MOST_MESSAGES + 1)
     body = json.dumps({"model": "first", "messages": messages}).encode()
     with raises(UserError, schemas.MOST_MESSAGES + 1, schemas.MOST_MESSAGES):

@@ -1,5 +1,6 @@
 """What clients of OpenAI's API send, of a server of a tiny Llama: answers are passes by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.tiny import SPOKEN, write_llama
+from helpers.tiny import CHAT, SPOKEN, write_llama
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
@@ -21,6 +22,17 @@ from adapters_jax.testing.subjects import shaken
 from adapters_jax.transforms.bank import Bank
 
 LIMITS = Limits(seconds=60.0)
+CALL = '<tool_call>{"name":"add","arguments":{"x":7}}</tool_call>'
+WORDS = (*SPOKEN, CALL, "add", "7", "tool")
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }} {# <tool_call></tool_call> #}{% endfor %}"
+)
+TEMPLATE += (
+    "{% for m in messages %}<user>{% if m.role == 'tool' %}tool {{ m.tool_call_id }} {% endif %}"
+)
+TEMPLATE += "{{ m.content }}{% for c in m.tool_calls or [] %} {{ c.function.name }} "
+TEMPLATE += "{{ c.function.arguments.x }}{% endfor %}{{ eos_token }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<bot>{% endif %}"
 RECIPE = aj.Recipe(aj.LoRA("**/{query,value}", rank=2, alpha=6.0))
 
 
@@ -28,7 +40,12 @@ class Served:
     """A server of a tiny Llama and of an adapter with random arrays."""
 
     def __init__(self, folder):
-        self.base = DecoderBase(str(write_llama(folder / "llama", seed=3)))
+        write_llama(folder / "llama", 3, TEMPLATE, vocab_size=len(WORDS))
+        file = folder / "llama" / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(WORDS)}
+        file.write_text(json.dumps(tokenizer))
+        self.base = DecoderBase(str(folder / "llama"))
         adapted = self.base.adapted(RECIPE)
         graphdef, tree, rest = nnx.split(adapted, AdapterParam, ...)
         tree = shaken(tree, 5)
@@ -55,7 +72,7 @@ class Served:
 
 
 def ids_of(text):
-    return [SPOKEN.index(word) for word in text.split()]
+    return [WORDS.index(word) for word in text.split()]
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +101,14 @@ def test_prompts_of_every_form(served):
 def test_an_echo_has_the_log_probabilities_of_the_prompt(served, model, most):
     """Of prompts of one token, of several, and of more than one piece."""
     draw = np.random.default_rng(7)
-    prompts = [[6], [5, 6, 4, 9], draw.integers(4, len(SPOKEN), 21).tolist()]
+    prompts = [[6], [5, 6, 4, 9], draw.integers(4, len(WORDS), 21).tolist()]
     asked = {"model": model, "prompt": prompts, "echo": True, "logprobs": 3, "max_tokens": most}
     found = served.choices(**asked)
     for choice, prompt in zip(found, prompts, strict=True):
         seen = choice["logprobs"]
-        shown = [text for text in seen["tokens"] if text[0] != "<"]  # special ones are no text
+        shown = [text for text in seen["tokens"] if WORDS.index(text) not in (1, 2, 3)]  # no text
         assert choice["text"] == " ".join(shown)
-        ids = [SPOKEN.index(word) for word in seen["tokens"]]
+        ids = [WORDS.index(word) for word in seen["tokens"]]
         assert ids[: len(prompt)] == prompt and len(ids) <= len(prompt) + most
         expected = served.logprobs(model, ids)
         own = expected[np.arange(len(ids) - 1), ids[1:]]
@@ -100,7 +117,7 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(served, model, most):
         for top, row in zip(seen["top_logprobs"][1:], expected, strict=False):
             likely = np.argsort(-row)[:3]
             np.testing.assert_allclose([*top.values()], row[likely], atol=1e-4)
-            assert [*top] == [SPOKEN[i] for i in likely]
+            assert [*top] == [WORDS[i] for i in likely]
         # The last made token is the likeliest one, to the last bit, as clients compare.
         for value, top in zip(seen["token_logprobs"], seen["top_logprobs"], strict=True):
             assert top is None or value <= max(top.values())
@@ -150,7 +167,7 @@ def test_a_stream_of_several_answers(served):
 
 def test_penalties_and_a_bias_reach_the_engine(served):
     prompt, bias = ids_of("food food Thai"), {"5": -100, "6": 1.5}
-    expected, counts = [*prompt], np.zeros(len(SPOKEN))
+    expected, counts = [*prompt], np.zeros(len(WORDS))
     for _ in range(6):
         logits = np.asarray(served.models["small"](jnp.array([expected])))[0, -1]
         logits = logits - 1.5 * (counts > 0) - 0.4 * counts
@@ -223,3 +240,72 @@ def test_what_would_be_ignored_is_refused(served, values):
     answer = served.ask(prompt="food", **values)
     (name,) = values if "logit_bias" not in values else ["99"]
     assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def test_tools_through_the_template_and_back(served):
+    """A client calls a tool, and writes the call and its result back, as the API has them."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(
+        base_url="http://127.0.0.1/v1", api_key="none", http_client=served.client, max_retries=0
+    )
+    at = str(WORDS.index(CALL))
+    asked = {"model": "base", "temperature": 0, "tools": TOOLS, "tool_choice": "auto"}
+    said = [{"role": "user", "content": "food"}]
+    calling = {"logit_bias": {at: 100}, "max_tokens": 2}  # two calls
+    answer = client.chat.completions.create(**asked, **calling, messages=said)
+    assert answer.usage.prompt_tokens == len(ids_of("add <user> food <end> <bot>"))
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    functions = [
+        (c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls
+    ]
+    assert functions == [("add", {"x": 7})] * 2
+    one = client.chat.completions.create(
+        **asked, **calling, messages=said, parallel_tool_calls=False
+    )
+    assert len(one.choices[0].message.tool_calls) == 1
+    stream = client.chat.completions.create(**asked, **calling, messages=said, stream=True)
+    pieces = [piece.choices[0] for piece in stream]
+    streamed = [c for piece in pieces for c in piece.delta.tool_calls or []]
+    assert [(c.index, c.function.name) for c in streamed] == [(0, "add"), (1, "add")]
+    assert pieces[-1].finish_reason == "tool_calls"
+    # What is not a call stays text: another function, no tools, and a call with text behind it.
+    bias = {at: 100}
+    for changed in (
+        {"tools": [{**TOOLS[0], "function": {"name": "other"}}]},
+        {"tool_choice": "none"},
+        {"max_tokens": 6, "presence_penalty": 2, "frequency_penalty": 2, "logit_bias": {at: 8}},
+    ):
+        values = {**asked, "logit_bias": bias, "max_tokens": 1, **changed}
+        (choice,) = client.chat.completions.create(**values, messages=said).choices
+        assert CALL in choice.message.content and not choice.message.tool_calls, changed
+    call = answer.choices[0].message.tool_calls[0].model_copy(update={"id": "Thai"})
+    message = answer.choices[0].message.model_copy(update={"tool_calls": [call]})
+    back = [*said, message, {"role": "tool", "tool_call_id": "Thai", "content": "7"}]
+    again = client.chat.completions.create(**asked, max_tokens=3, messages=back)
+    text = "add <user> food <end> <user> add 7 <end> <user> tool Thai 7 <end> <bot>"
+    assert again.usage.prompt_tokens == len(ids_of(text))
+    ids = served.choices(model="base", prompt=ids_of(text), max_tokens=3)[0]["text"]
+    assert again.choices[0].message.content == ids
+
+
+def test_what_no_template_or_server_can_do_with_tools(served, monkeypatch):
+    said = [{"role": "user", "content": "food"}]
+    call = {"id": "a", "function": {"name": "add", "arguments": "7"}}
+    for values, datum in [
+        ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"messages": [{"role": "assistant", "tool_calls": [call]}]}, "arguments of add"),
+        ({"messages": [{"role": "user", "tool_calls": [call], "content": ""}]}, "user"),
+        ({"messages": [{"role": "user"}]}, "content"),
+    ]:
+        answer = served.ask("/v1/chat/completions", **{"messages": said, **values})
+        assert answer.status_code == 400 and datum in answer.json()["error"]["message"]
+    blind = dataclasses.replace(served.api.decoder, chat_template=CHAT)
+    monkeypatch.setattr(served.api, "decoder", blind)
+    answer = served.ask("/v1/chat/completions", messages=said, tools=TOOLS)
+    assert answer.status_code == 400 and "shows no tools" in answer.json()["error"]["message"]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -21,6 +21,7 @@ from adapters_jax.finetune.serving.adapters import DecoderBase
 from adapters_jax.finetune.serving.answers import Answer, Answers
 from adapters_jax.finetune.serving.api import Api
 from adapters_jax.finetune.serving.choosing import Choice
+from adapters_jax.finetune.serving.conversing import calls_of, writes_calls
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.forms import Form
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
@@ -79,11 +80,27 @@ class TextApi(Api):
     async def chat(self, request: Request) -> Response:
         """Answers a conversation."""
         body = schemas.parsed(schemas.ChatRequest, await request.body())
-        served, decoder = self._adapter(body.model), self.decoder
-        messages = [message.plain() for message in body.messages]
-        text, _ = await asyncio.to_thread(decoder.render, messages)
-        ids = (await asyncio.to_thread(decoder.encode, text)).ids
-        return await self._answer(request, body, [ids], served, True)
+        served = self._adapter(body.model)
+        tools = [] if body.tool_choice == "none" else [tool.plain() for tool in body.tools]
+        ids = await asyncio.to_thread(self._conversation, body, tools)
+        names = [tool["function"]["name"] for tool in tools]
+
+        def calls(text: str) -> tuple[str, list[Any]]:
+            before, found = calls_of(text, names)
+            return (before, found) if body.parallel_tool_calls else (before, found[:1])
+
+        reads = tools and writes_calls(self.decoder.chat_template or "")
+        return await self._answer(request, body, [ids], served, True, calls if reads else None)
+
+    def _conversation(self, body: schemas.ChatRequest, tools: list[Any]) -> list[int]:
+        """The tokens of a conversation with tools."""
+        messages, decoder = [message.plain() for message in body.messages], self.decoder
+        text, _ = decoder.render(messages, tools=tools or None)
+        if tools and text == decoder.render(messages)[0]:
+            raise UserError(
+                f"the chat template of {self.name} shows no tools to the model; leave tools out"
+            )
+        return decoder.encode(text).ids
 
     def _wanted(self, body: Any, prompts: Sequence[list[int]]) -> list[Answer]:
         """The answers to each prompt."""
@@ -118,6 +135,7 @@ class TextApi(Api):
         prompts: Sequence[list[int]],
         served: Served | None,
         chat: bool,
+        calls: Callable[[str], tuple[str, list[Any]]] | None = None,
     ) -> Response:
         """Submits prompts, and answers as a stream or as a whole."""
         if body.likeliest is not None and body.stream:
@@ -133,7 +151,7 @@ class TextApi(Api):
             echo=echo,
             seconds=self.limits.seconds,
         )
-        form = Form(body.model, chat, decode, body.likeliest or 0, echo)
+        form = Form(body.model, chat, decode, body.likeliest or 0, echo, calls)
         if body.stream:
             counted = bool(body.stream_options and body.stream_options.include_usage)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -172,7 +190,11 @@ class TextApi(Api):
                 if text is None and answer.why in _BROKEN:
                     yield _event(failure(*_BROKEN[answer.why]))
                     return
-                yield _event(form.piece(answer, text or "", answer.why if text is None else None))
+                if text is None:
+                    for piece in form.ends(answer):
+                        yield _event(piece)
+                elif form.calls is None:
+                    yield _event(form.piece(answer, text))
         if counted:
             yield _event(form.counted(answers.wanted))
         yield "data: [DONE]\n\n"

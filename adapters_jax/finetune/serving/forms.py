@@ -23,6 +23,7 @@ class Form:
         decode: a tokenizer's method, which gives the text of tokens.
         likeliest: how many of the likeliest tokens are shown with log-probabilities.
         echo: whether the text of a prompt is in front of its answer's.
+        calls: splits an answer into its text and its calls of tools; None if there are no tools.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Form:
         decode: Callable[..., str],
         likeliest: int,
         echo: bool,
+        calls: Callable[[str], tuple[str, list[Any]]] | None = None,
     ) -> None:
         self._chat, self._decode, self._likeliest, self._echo = chat, decode, likeliest, echo
+        self.calls = calls
         self._head = {"created": int(time.time()), "model": model}
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
 
@@ -44,12 +47,17 @@ class Form:
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         seen = None if answer.scores is None else self._logprobs(answer, answer.scores)
-        if self._chat:
-            said: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text}}
-        else:
-            said = {"text": self.before(answer) + answer.text}
-        kept = {"index": answer.index, **said, "logprobs": seen}
-        return {**kept, "finish_reason": answer.why}
+        message, why = self._message(answer)
+        said = {"message": message} if self._chat else {"text": self.before(answer) + answer.text}
+        return {"index": answer.index, **said, "logprobs": seen, "finish_reason": why}
+
+    def _message(self, answer: Answer) -> tuple[dict[str, Any], str]:
+        """An answer as a message, and the reason of its end."""
+        text, calls = (answer.text, []) if self.calls is None else self.calls(answer.text)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if not calls:
+            return message, answer.why
+        return {**message, "content": text.strip() or None, "tool_calls": calls}, "tool_calls"
 
     def before(self, answer: Answer) -> str:
         """The text in front of an answer."""
@@ -104,6 +112,18 @@ class Form:
         return self._of(
             kind, [{"index": answer.index, "logprobs": None, **said, "finish_reason": why}]
         )
+
+    def ends(self, answer: Answer) -> list[dict[str, Any]]:
+        """The pieces at the end of an answer; calls of tools are only known there."""
+        if self.calls is None:
+            return [self.piece(answer, "", answer.why)]
+        delta, why = self._message(answer)
+        calls = delta.get("tool_calls", [])
+        if calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+        whole = self.piece(answer, "")
+        whole["choices"][0]["delta"] = delta
+        return [whole, self.piece(answer, "", why)]
 
     def counted(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last piece of a stream, which has no answer."""

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from adapters_jax.errors import UserError, shortened
 from adapters_jax.finetune.serving.choosing import TOP
+from adapters_jax.finetune.serving.conversing import Body, Message, Tool
 from adapters_jax.texts import parse_json
 
 MOST_STOPS, LONGEST_STOP = 16, 200
@@ -23,26 +24,14 @@ _Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        """A null asks for nothing, as a field that is left out."""
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if value is not None}
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has beside its pieces."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Generation(_Body):
+class _Generation(Body):
     """What completions and conversations have in common."""
 
     model: str = Field(max_length=200, description="the base, or an adapter")
@@ -122,26 +111,6 @@ class CompletionRequest(_Generation):
         return self.logprobs
 
 
-class TextPart(_Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def plain(self) -> dict[str, str]:
-        """The message with its content as one text."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
 def _few(messages: Any) -> Any:
     if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
         raise ValueError(f"{len(messages)} messages, expected at most {MOST_MESSAGES}")
@@ -155,11 +124,19 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], BeforeValidator(_few)] = Field(
         min_length=1, max_length=MOST_MESSAGES
     )
-    parallel_tool_calls: bool = True
-    modalities: list[Literal["text"]] = ["text"]
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: Any = Field("auto", description="none or auto")
+    parallel_tool_calls: bool = Field(True, description="false returns the first call alone")
+    modalities: list[Literal["text"]] = Field(["text"])
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
     logprobs: bool = Field(False, description="of new tokens; not in streams")
     top_logprobs: int = Field(0, ge=0, le=TOP, description="also this many of the likeliest tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tool_choice not in ("none", "auto"):
+            raise ValueError("tool_choice: expected none or auto, since no call can be forced")
+        return self
 
     @property
     def likeliest(self) -> int | None:
@@ -167,7 +144,7 @@ class ChatRequest(_Generation):
         return self.top_logprobs if self.logprobs else None
 
 
-class PredictRequest(_Body):
+class PredictRequest(Body):
     """Texts to label, or pairs of texts."""
 
     model: str = Field(max_length=200)
