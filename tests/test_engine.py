@@ -207,6 +207,48 @@ def test_penalties_and_biases(engine):
         engine.submit([1], Collected(), most=1, choice=Choice(bias=((64, 1.0),)))
 
 
+class Turns:
+    """A rule by which only tokens with a remainder of 3 may follow, another one at each turn."""
+
+    def __init__(self, turns=100):
+        self.left, self.taken = turns, 0
+
+    def allowed(self):
+        tokens = np.arange(64) % 3 == self.taken % 3
+        return np.packbits(tokens, bitorder="little").view(np.int32)
+
+    def take(self, token):
+        assert token % 3 == self.taken % 3
+        self.taken += 1
+        return self.taken <= self.left
+
+
+def test_rules_say_which_tokens_may_follow(engine, caplog):
+    """Beside rows without one, and alone; and a rule that cannot go on ends its request."""
+    prompt, expected = [3, 4], [3, 4]
+    for step in range(8):
+        padded = expected + [0] * (32 - len(expected))
+        logits = np.asarray(ALONE["large"](jnp.array([padded])))[0, len(expected) - 1]
+        expected.append(int(np.where(np.arange(64) % 3 == step % 3, logits, -np.inf).argmax()))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for several in (False, True):
+            sinks = [Collected() for _ in range(4)]
+            for i, sink in enumerate(sinks):
+                rule = None if i % 2 else Turns()
+                engine.submit(prompt, sink, model="large", most=8, rule=rule)
+                several or sink.wait()
+            plain = offline("large", prompt, 8)
+            assert [sink.wait() for sink in sinks] == [
+                (expected[2:], "length"),
+                (plain, "length"),
+            ] * 2
+    compiled = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
+    assert not [text for text in compiled if "_step" in text or "_read" in text]
+    sink = Collected()
+    engine.submit(prompt, sink, model="large", most=8, rule=Turns(3))
+    assert sink.wait() == (expected[2:5], "stuck")
+
+
 def test_a_prompt_that_is_only_read(engine):
     scores, sink = Scores(prompt=True), Collected()
     engine.submit([5, 9, 2], sink, model="large", most=0, scores=scores)

@@ -8,6 +8,7 @@
 - `adapters`: reading adapters from anyone, and the recipe that has room for all of them.
 - `api`, `completions`, `schemas`, `forms`: the HTTP interface, in OpenAI's form.
 - `conversing`: messages, tools and calls of conversations.
+- `grammars`: answers that follow a JSON schema.
 - `answers`: the answers to one request, as they come from the engine.
 - `listening`: connections, from before there is an answer until the last one is whole.
 - `guard`: what a request must pass.

@@ -13,7 +13,7 @@ from typing import Any
 
 from adapters_jax.finetune.serving.choosing import Choice
 from adapters_jax.finetune.serving.engine import Engine
-from adapters_jax.finetune.serving.requests import BusyError, End, Request, Scores
+from adapters_jax.finetune.serving.requests import BusyError, End, Request, Rule, Scores
 from adapters_jax.finetune.serving.texts import TextSink
 from adapters_jax.transforms.fitting import Fitted
 
@@ -30,6 +30,7 @@ class Answer:
         most: the largest number of new tokens.
         choice: how tokens are chosen.
         scores: takes the log-probabilities of its tokens; None if nobody wants them.
+        rule: what its tokens must follow; None if nothing.
         text: what is written so far.
         tokens: the number of new tokens.
         why: the reason of the end.
@@ -40,6 +41,7 @@ class Answer:
     most: int
     choice: Choice
     scores: Scores | None = None
+    rule: Rule | None = None
     text: str = ""
     tokens: int = 0
     why: End = "cancelled"
@@ -113,6 +115,7 @@ class Answers:
                     stop=self._ends,
                     seconds=self._deadline - time.monotonic(),
                     scores=each.scores,
+                    rule=each.rule,
                 )
             except BusyError:
                 if not self._next:

@@ -109,15 +109,26 @@ class Marks(NamedTuple):
     bias: Any
 
 
-def choose(logits: Float[Array, "rows vocab"], feed: Choice, marks: Marks) -> Token:
-    """Chooses a token for every row, as `generate` does for a batch of one."""
+def choose(
+    logits: Float[Array, "rows vocab"],
+    feed: Choice,
+    marks: Marks,
+    allowed: Int[Array, "rows words"],
+) -> Token:
+    """Chooses a token for every row, as `generate` does for a batch of one, of those allowed."""
 
     def changed() -> Array:
         once, each = feed.presence[:, None], feed.frequency[:, None]
         change = marks.bias - once * (marks.counts > 0) - each * marks.counts
         return logits + jnp.where(feed.bias[:, None] > 0, change, 0).astype(logits.dtype)
 
-    shown = jax.lax.cond((feed.bias > 0).any(), changed, lambda: logits)
+    def some() -> Array:
+        token = jnp.arange(logits.shape[-1])
+        bits = jnp.right_shift(allowed[:, token // 32], token % 32) & 1
+        return jnp.where(bits > 0, marked, -jnp.inf)
+
+    marked = jax.lax.cond((feed.bias > 0).any(), changed, lambda: logits)
+    shown = jax.lax.cond((allowed != -1).any(), some, lambda: marked)
     first = jnp.argmax(shown, axis=-1).astype(jnp.int32)
 
     def sample() -> Array:

@@ -24,6 +24,7 @@ from adapters_jax.finetune.serving.choosing import Choice
 from adapters_jax.finetune.serving.conversing import calls_of, writes_calls
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.forms import Form
+from adapters_jax.finetune.serving.grammars import Grammar, Grammars
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
 from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import End, Scores, Served
@@ -32,6 +33,7 @@ from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 _BROKEN: dict[End, tuple[int, str]] = {
     "timeout": (408, "the answer took longer than the server's limit; ask for fewer tokens"),
     "not finite": (400, "the adapter's numbers are not finite; train it again"),
+    "stuck": (400, "the answer's schema needs more work than its bounds allow; simplify it"),
     "closed": (503, "the server is shutting down; try another one"),
     "cancelled": (408, "the request was cancelled"),
 }
@@ -60,6 +62,7 @@ class TextApi(Api):
     ) -> None:
         super().__init__(base, engine, name, limits, kept)
         self.decoder = base.decoder
+        self._grammars = Grammars(self.decoder.tokenizer, engine.vocabulary, self.decoder.end)
 
     async def complete(self, request: Request) -> Response:
         """Completes prompts."""
@@ -90,7 +93,11 @@ class TextApi(Api):
             return (before, found) if body.parallel_tool_calls else (before, found[:1])
 
         reads = tools and writes_calls(self.decoder.chat_template or "")
-        return await self._answer(request, body, [ids], served, True, calls if reads else None)
+        schema, grammar = body.response_format.wanted, None
+        if schema is not None:
+            grammar = await asyncio.to_thread(self._grammars.of, schema)
+        found = calls if reads else None
+        return await self._answer(request, body, [ids], served, True, found, grammar)
 
     def _conversation(self, body: schemas.ChatRequest, tools: list[Any]) -> list[int]:
         """The tokens of a conversation with tools."""
@@ -102,7 +109,9 @@ class TextApi(Api):
             )
         return decoder.encode(text).ids
 
-    def _wanted(self, body: Any, prompts: Sequence[list[int]]) -> list[Answer]:
+    def _wanted(
+        self, body: Any, prompts: Sequence[list[int]], grammar: Grammar | None
+    ) -> list[Answer]:
         """The answers to each prompt."""
         most = body.max_tokens
         if most is None:
@@ -125,7 +134,8 @@ class TextApi(Api):
                 )
                 scores = None if likeliest is None else Scores(prompt=echo, top=likeliest > 0)
                 wanted = max(1, min(NEW_TOKENS, room)) if most is None else most
-                answers.append(Answer(len(answers), ids, wanted, choice, scores))
+                rule = None if grammar is None else grammar.copy()
+                answers.append(Answer(len(answers), ids, wanted, choice, scores, rule))
         return answers
 
     async def _answer(
@@ -136,6 +146,7 @@ class TextApi(Api):
         served: Served | None,
         chat: bool,
         calls: Callable[[str], tuple[str, list[Any]]] | None = None,
+        grammar: Grammar | None = None,
     ) -> Response:
         """Submits prompts, and answers as a stream or as a whole."""
         if body.likeliest is not None and body.stream:
@@ -143,7 +154,7 @@ class TextApi(Api):
         echo, decode = getattr(body, "echo", False), self.decoder.tokenizer.decode
         answers = Answers(
             self.engine,
-            self._wanted(body, prompts),
+            self._wanted(body, prompts, grammar),
             adapter=served.fitted if served else None,
             decode=decode,
             ends=frozenset({self.decoder.end, *(served.about.stop if served else ())}),

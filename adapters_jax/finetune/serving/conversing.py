@@ -111,6 +111,37 @@ class Tool(Body):
         return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
 
 
+class Shape(Body):
+    """A JSON schema that an answer follows."""
+
+    name: str = Field("", max_length=64)
+    description: str = ""
+    strict: bool = Field(True, description="is followed in any case")
+    of: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(Body):
+    """What an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Shape | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(
+                f"json_schema: belongs to the type json_schema, and here is {self.type}"
+            )
+        return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema of the answer; None for a text."""
+        if self.json_schema is not None:
+            return self.json_schema.of
+        return None if self.type == "text" else {"type": "object"}
+
+
 def calls_of(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
     """The text before the calls that end an answer, and the calls.
 

@@ -27,6 +27,7 @@ from adapters_jax.finetune.serving.requests import (
     End,
     FullError,
     Request,
+    Rule,
     Scores,
     Served,
     Sink,
@@ -159,6 +160,7 @@ class Engine:
         stop: frozenset[int] = frozenset(),
         seconds: float = 600.0,
         scores: Scores | None = None,
+        rule: Rule | None = None,
     ) -> Request:
         """Puts a request into the queue.
 
@@ -171,6 +173,7 @@ class Engine:
             stop: ids of tokens that end it; the sink does not get them.
             seconds: the time after which it ends in any case, in seconds from now.
             scores: takes the log-probabilities of its tokens.
+            rule: what its tokens must follow, such as a grammar; the engine's thread has it.
 
         Returns:
             The request, to give to `cancel`; its tokens go to the sink.
@@ -189,7 +192,7 @@ class Engine:
             if len(self._waiting) >= self.sizes.queue:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
             request = Request(list(prompt), adapter, most, choice, stop, sink, until)
-            request.scores = scores
+            request.scores, request.rule = scores, rule
             request.start = start_of(prompt, adapter.invocation) if adapter else len(prompt)
             self._waiting.append(request)
             self._changed.notify()
@@ -341,9 +344,8 @@ class Engine:
         # A request that is alone is computed as a piece of one token, without the other rows.
         if len(live) == 1 and self.sizes.pieces[0] == 1:
             ((row, each),) = live
-            acts = [each.acts]
             token = self._slots.read(
-                row, [each.last], False, each.adapter, each.choosing, acts, made=True
+                row, [each.last], False, *each.ways, [each.acts], made=True, allowed=each.allowed
             )
             self._take(row, each, token)
         elif live:
@@ -392,14 +394,16 @@ class Engine:
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]
         acts = [i >= request.start for i in range(request.read, request.read + len(part))]
         after = request.prompt[request.read + 1 : request.read + 1 + len(part)] if scored else ()
+        last = request.read + len(part) == len(request.prompt)
+        may = request.allowed if last else None
         token = self._slots.read(
-            row, part, not request.read, request.adapter, request.choosing, acts, after
+            row, part, not request.read, *request.ways, acts, after, allowed=may
         )
         if request.scores is not None and token.given is not None:
             request.scores.given.append(token.given)
         request.read += len(part)
         self.counts.prompt_tokens += len(part)
-        if request.read == len(request.prompt):
+        if last:
             self._take(row, request, token)
 
     def _step(self, live: dict[int, Request]) -> None:
@@ -410,6 +414,7 @@ class Engine:
             [request.adapter if request else None for request in rows],
             [request.choosing if request else Choice() for request in rows],
             [bool(request and request.acts) for request in rows],
+            [request.allowed if request else None for request in rows],
         )
         for row, each in live.items():
             self._take(row, each, made[row])
@@ -421,6 +426,8 @@ class Engine:
             why = "not finite"
         elif not request.most:
             why = "length"
+        elif request.rule is not None and not request.rule.take(made.id):
+            why = "stuck"
         elif made.id in request.stop:
             why = "stop"
         else:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from adapters_jax.errors import UserError, shortened
 from adapters_jax.finetune.serving.choosing import TOP
-from adapters_jax.finetune.serving.conversing import Body, Message, Tool
+from adapters_jax.finetune.serving.conversing import Body, Message, ResponseFormat, Tool
 from adapters_jax.texts import parse_json
 
 MOST_STOPS, LONGEST_STOP = 16, 200
@@ -126,6 +126,7 @@ class ChatRequest(_Generation):
     )
     tools: list[Tool] = Field([], max_length=128)
     tool_choice: Any = Field("auto", description="none or auto")
+    response_format: ResponseFormat = Field(ResponseFormat(type="text"))
     parallel_tool_calls: bool = Field(True, description="false returns the first call alone")
     modalities: list[Literal["text"]] = Field(["text"])
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")

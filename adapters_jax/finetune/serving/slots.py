@@ -77,6 +77,9 @@ class Slots:
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
         sizes = rows, bank.model.config.vocab_size
         self._marks = Marks(jnp.zeros(sizes, jnp.int32), jnp.zeros(sizes, jnp.float32))
+        self._words = -(-sizes[1] // 32)
+        # Made once, so that steps without grammars send nothing to the device.
+        self._any = {n: jnp.full((n, self._words), -1, jnp.int32) for n in (1, rows)}
         self.bank, self._model = bank, _Model(*bank.split)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
@@ -90,6 +93,7 @@ class Slots:
         acts: Sequence[bool] | None = None,
         following: Sequence[int] = (),
         made: bool = False,
+        allowed: np.ndarray | None = None,
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -104,6 +108,7 @@ class Slots:
             following: the tokens that follow them in the prompt, if their log-probabilities are
                 wanted; behind the prompt's last token there is none.
             made: whether the only one of them is a token that the row has made.
+            allowed: the tokens that may follow, as bits, (vocab / 32,), int32; None for all.
 
         Returns:
             The token that follows them.
@@ -118,7 +123,16 @@ class Slots:
         then = np.full(len(padded), -1, np.int32)
         then[: len(following)] = following
         self._caches, self._marks, token, given = _read(
-            self._model, self._caches, self._marks, padded, then, place, rows, feed, gate
+            self._model,
+            self._caches,
+            self._marks,
+            padded,
+            then,
+            place,
+            rows,
+            feed,
+            gate,
+            self._bits([allowed]),
         )
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
@@ -175,6 +189,7 @@ class Slots:
         adapters: Sequence[Fitted | None],
         choices: Sequence[Choice],
         acts: Sequence[bool] | None = None,
+        allowed: Sequence[np.ndarray | None] | None = None,
     ) -> list[Token]:
         """The next token of each row.
 
@@ -183,7 +198,9 @@ class Slots:
             adapters: the adapter of each row.
             choices: how its token is chosen.
             acts: whether the row's adapter acts on these tokens; None for all.
+            allowed: the tokens that each row may get, as for `read`.
         """
+        bits = self._bits(allowed or [None] * self.rows)
         live = np.array([token is not None for token in last])
         ids = np.array([token or 0 for token in last], np.int32)
         rows, feed = self._rows_of(adapters), Choice.stacked(choices)
@@ -197,9 +214,16 @@ class Slots:
                 del plain[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
         self._caches, self._marks, token = _step(
-            self._model, self._caches, self._marks, ids, live, rows, feed, width, gate
+            self._model, self._caches, self._marks, ids, live, rows, feed, width, gate, bits
         )
         return _tokens(token)
+
+    def _bits(self, allowed: Sequence[np.ndarray | None]) -> Any:
+        """The tokens that rows may get: (rows, words), all of them where nothing else is said."""
+        if all(each is None for each in allowed):
+            return self._any[len(allowed)]
+        every = np.full(self._words, -1, np.int32)
+        return np.stack([every if each is None else each for each in allowed])
 
     def _rows_of(self, adapters: Sequence[Fitted | None]) -> Rows:
         """The rows' adapters, which are the same from most steps to the next."""
@@ -251,6 +275,7 @@ def _step(
     feed: Choice,
     width: int,
     gate: Bool[Array, " rows"] | None,
+    allowed: Int[Array, "rows words"],
 ) -> tuple[Cache, Marks, Token]:
     decoder = model.merged()
 
@@ -264,7 +289,7 @@ def _step(
 
     logits, caches = jax.vmap(one)(caches, ids, live, rows, gate)
     marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
-    return caches, marks, choose(logits, feed, marks)
+    return caches, marks, choose(logits, feed, marks, allowed)
 
 
 @partial(jax.jit, donate_argnames=("caches", "marks"))
@@ -278,6 +303,7 @@ def _read(
     rows: Rows,
     feed: Choice,
     gate: Bool[Array, " piece"] | None,
+    allowed: Int[Array, "1 words"],
 ) -> tuple[Cache, Marks, Token, tuple[Any, Likely]]:
     decoder = model.merged()
     row, count, first, made = place
@@ -298,7 +324,7 @@ def _read(
     seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
     caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
     marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
-    token = choose(logits, feed, jax.tree.map(lambda x: x[row][None], marks))
+    token = choose(logits, feed, jax.tree.map(lambda x: x[row][None], marks), allowed)
     return caches, marks, token, seen
 
 
