@@ -20,6 +20,7 @@ from adapters_jax.transforms.bank import Bank
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'adapters-jax[serve]'")
 SPECIAL = ["<end>", "<user>", "<bot>"]
 WORDS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL]
+LARGE = {"anyOf": [{"enum": [f"x{i}" for i in range(3000)]}] * 30}
 LIMITS = Limits(seconds=60.0)
 
 
@@ -100,6 +101,7 @@ def test_schemas_that_cannot_be_followed(served):
         ({"type": "json_schema"}, "json_schema"),
         ({"type": "json_object", "json_schema": {"schema": {}}}, "json_schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "obj"}}}, "obj"),
+        ({"type": "json_schema", "json_schema": {"schema": LARGE}}, "too big"),
         ({"type": "grammar"}, "response_format.type"),
     ]:
         answer = served.ask(shape)
