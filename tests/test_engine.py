@@ -597,6 +597,9 @@ def test_what_the_base_read_is_read_once(activated, caplog):
             ("other", [5, 3], 16),
             ("check", [3, 4], 16),
             ("plain", [9, 11, 3], 0),
+            ("plain", [9, 11, 3], 16),
+            ("plain", [4], 16),
+            ("other", [9, 3], 16),
             ("check", [*activated.tokens, *prompt[:6]], 16),
         ]
         for name, rest, reused in cases:
@@ -609,8 +612,12 @@ def test_what_the_base_read_is_read_once(activated, caplog):
         before = engine.counts.reused_tokens
         assert activated.ask("check", early) == activated.expected("check", early)
         assert engine.counts.reused_tokens - before == 8
+        before = engine.counts.reused_tokens  # and with that adapter the piece of both, too
+        assert activated.ask("check", early) == activated.expected("check", early)
+        assert engine.counts.reused_tokens - before == 16
         # One row, which a plain adapter overwrites: then nothing is there any more.
-        for name, reused in ((None, 0), ("check", 16), ("plain", 0), ("check", 0)):
+        asked = ((None, 0), ("check", 16), ("plain", 0), ("plain", 16), ("check", 0))
+        for name, reused in asked:
             before = alone.engine.counts.reused_tokens
             text = [*prompt, 9, 11]
             assert alone.ask(name, text) == activated.expected(name, text)
@@ -620,6 +627,32 @@ def test_what_the_base_read_is_read_once(activated, caplog):
         alone.engine.close()
     programs = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
     assert sum("_copied" in text for text in programs) <= 1  # of the engine with one row
+
+
+def test_a_beginning_is_read_once_by_each_adapter(engine):
+    """To the last bit; an adapter of that name that was replaced reads it anew."""
+    prompt = np.random.default_rng(21).integers(0, CONFIG.vocab_size, 19).tolist()
+    engine.put("mine", engine.fit("mine", ADAPTERS["large"]), "").result(60)
+
+    def ask(name, rest):
+        scores, sink, before = Scores(top=True), Collected(), engine.counts.reused_tokens
+        engine.submit(prompt + rest, sink, model=name, most=5, scores=scores)
+        ids, _ = sink.wait()
+        made = [(t.id, t.logprob, t.top.logprobs.tolist()) for t in scores.made]
+        return ids, made, engine.counts.reused_tokens - before
+
+    firsts = {name: ask(name, [7]) for name in ("mine", "prompt", None)}  # one a row
+    assert [reused for _, _, reused in firsts.values()] == [0, 0, 0]
+    for name in ("mine", None):
+        ids, made, reused = ask(name, [7])
+        assert (ids, made, reused) == (*firsts[name][:2], 16)
+        assert ids == offline("large" if name else None, [*prompt, 7], 5)
+    ask("small", [7])  # takes the row that was wanted least recently
+    assert [ask(name, [8])[2] for name in (None, "mine", "prompt")] == [16, 16, 0]
+    engine.put("mine", engine.fit("mine", ADAPTERS["small"]), "", replace=True).result(60)
+    ids, _, reused = ask("mine", [7])
+    assert (ids, reused) == (offline("small", [*prompt, 7], 5), 0)
+    engine.drop("mine").result(60)
 
 
 def test_narrower_steps_leave_of_a_beginning_what_they_do_not_touch():

@@ -376,19 +376,17 @@ class Engine:
         with self._changed:
             free = [row for row, each in enumerate(self._running) if each is None]
             while free and self._waiting:
-                row = self._slots.least(free)
+                request = self._waiting.popleft()
+                row = self._slots.place(free, *request.beginning)
                 free.remove(row)
-                self._running[row] = self._waiting.popleft()
+                self._running[row] = request
 
     def _read(self, row: int, request: Request) -> None:
         """Reads a piece of a prompt; the last one gives the first token."""
         scored = request.scores is not None and request.scores.prompt
         if not request.read:
             self._slots.mark(row, request.choice)
-        # The last token gives the first new one, so it is read in any case.
-        if not request.read and not scored:
-            plain = request.prompt[: min(request.start, len(request.prompt) - 1)]
-            request.read = self._slots.reuse(row, plain)
+            request.read = 0 if scored else self._slots.reuse(row, *request.beginning)
             self.counts.prompt_tokens += request.read
             self.counts.reused_tokens += request.read
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]

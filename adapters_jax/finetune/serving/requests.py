@@ -139,6 +139,15 @@ class Request:
         return self.choice._replace(step=self.made, top=int(top))
 
     @property
+    def beginning(self) -> tuple[Sequence[int], Fitted | None, list[bool]]:
+        """What another row may have read: tokens, their adapter, and on which of them it acts.
+
+        The prompt's last token gives the first new one, so it is read in any case.
+        """
+        ids = self.prompt[:-1]
+        return ids, self.adapter, [i >= self.start for i in range(len(ids))]
+
+    @property
     def ways(self) -> tuple[Fitted | None, Choice]:
         """Its adapter, and how its next token is chosen."""
         return self.adapter, self.choosing

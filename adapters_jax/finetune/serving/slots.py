@@ -5,6 +5,8 @@ one. Rows are at different lengths, so the model is mapped over them: each has i
 All shapes are static, so the programs are compiled once, whatever the requests are.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,10 +71,11 @@ class Slots:
         one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
         layers = jax.tree.leaves(one.layers, is_leaf=lambda x: isinstance(x, Kept))
         self._cuts = not any(layer.state for layer in layers)  # a recurrence has no earlier state
-        # Of each row, the first tokens that the base has read, in whole pieces; and whether the
-        # next ones follow them.
-        self._plain: list[list[int]] = [[] for _ in range(rows)]
+        # Of each row, the first tokens that were read in whole pieces, each with its reader; and
+        # whether the next ones follow them.
+        self._begun: list[list[_Read]] = [[] for _ in range(rows)]
         self._open = [False] * rows
+        self._turns, self._asked = itertools.count(1), [0] * rows  # when each was wanted last
         self._gated = any(method.gated for method in bank.recipe.attached)
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
         sizes = rows, bank.model.config.vocab_size
@@ -114,7 +117,7 @@ class Slots:
             The token that follows them.
         """
         acting = np.ones(len(ids), bool) if acts is None else np.asarray(acts, bool)
-        self._note(row, ids, first, adapter is None or not acting.any())
+        self._note(row, _readers(ids, adapter, acts), first)
         padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
         padded[: len(ids)] = ids
         place = np.array([row, len(ids), first, made], np.int32)
@@ -141,38 +144,70 @@ class Slots:
         seen = jax.tree.map(lambda x: x[: len(following)], jax.device_get(given))
         return chosen._replace(given=seen)
 
-    def _note(self, row: int, ids: Sequence[int], first: bool, plain: bool) -> None:
-        """Keeps which tokens of a row the base has read, with the same program for equal ones."""
+    def _note(self, row: int, read: "list[_Read]", first: bool) -> None:
+        """Keeps what a row has read, with the same program for equal ones."""
         if first:
-            self._plain[row] = []
-        self._open[row] = plain and len(ids) == self.pieces[-1] and (first or self._open[row])
+            self._begun[row] = []
+        self._open[row] = len(read) == self.pieces[-1] and (first or self._open[row])
         if self._open[row]:
-            self._plain[row] += ids
+            self._begun[row] += read
+            self._asked[row] = next(self._turns)
 
-    def least(self, rows: Sequence[int]) -> int:
-        """The first of some rows with the fewest tokens that others could reuse."""
-        return min(rows, key=lambda row: len(self._plain[row]))
+    def place(
+        self,
+        rows: Sequence[int],
+        ids: Sequence[int],
+        adapter: Fitted | None = None,
+        acts: Sequence[bool] | None = None,
+    ) -> int:
+        """The row of some for a prompt, where the fewest beginnings are lost.
 
-    def reuse(self, row: int, ids: Sequence[int]) -> int:
-        """Gives an empty row the tokens that the base has read in any row, instead of reading them.
+        It is one whose beginning the prompt has as well, or that whose beginning nobody has wanted
+        for longest.
 
-        So requests of the base, and of adapters that are invoked later, read a common beginning
-        once. What they compute then is what they would have computed.
+        Args:
+            rows: the rows.
+            ids, adapter, acts: as for `reuse`.
+        """
+        wanted = _readers(ids, adapter, acts)
+
+        def cost(row: int) -> tuple[int, int]:
+            begun = self._begun[row]
+            whole = len(begun) if _common(begun, wanted) == len(begun) else 0
+            return (-whole if whole else bool(begun)), self._asked[row]
+
+        return min(rows, key=cost)
+
+    def reuse(
+        self,
+        row: int,
+        ids: Sequence[int],
+        adapter: Fitted | None = None,
+        acts: Sequence[bool] | None = None,
+    ) -> int:
+        """Gives an empty row the tokens that any row has read alike, instead of reading them.
+
+        So requests with the same adapter read a common beginning once, and so do requests of the
+        base, and of adapters that are invoked later. What they compute then is what they would have
+        computed. A changed adapter is another one.
 
         Args:
             row: the row.
-            ids: the tokens of a prompt that the base is to read.
+            ids: the tokens of a prompt.
+            adapter, acts: as for `read`.
 
         Returns:
             How many of them the row has, a multiple of the longest piece.
         """
-        found = [_common(plain, ids) // self.pieces[-1] * self.pieces[-1] for plain in self._plain]
+        wanted = _readers(ids, adapter, acts)
+        found = [_common(begun, wanted) for begun in self._begun]
         source = int(np.argmax(found))
-        n = found[source]
+        n = found[source] // self.pieces[-1] * self.pieces[-1]
         if not n or not self._cuts:
             return 0
         self._caches = _copied(self._caches, np.array([source, row, n], np.int32))
-        self._plain[row], self._open[row], self._used[row] = [*ids[:n]], True, n
+        self._begun[row], self._open[row], self._used[row] = wanted[:n], True, n
+        self._asked[source] = self._asked[row] = next(self._turns)
         return n
 
     def mark(self, row: int, choice: Choice) -> None:
@@ -207,11 +242,11 @@ class Slots:
         # A row that is not live writes behind its last token, too; nothing sees what it writes.
         most = 1 + max(self._used)
         width = next((width for width in self._widths if width >= most), self._widths[-1])
-        for row, plain in enumerate(self._plain):
+        for row, begun in enumerate(self._begun):
             if live[row]:
                 self._used[row], self._open[row] = self._used[row] + 1, False
             else:
-                del plain[width - 1 :]  # where it writes if its own last token is behind
+                del begun[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
         self._caches, self._marks, token = _step(
             self._model, self._caches, self._marks, ids, live, rows, feed, width, gate, bits
@@ -252,7 +287,7 @@ class Slots:
         if self._cuts:
             self._caches = _copied(self._caches, np.array([0, 0, 0], np.int32))
             compiled(programs, programs)
-        self._used, self._plain = [0] * self.rows, [[] for _ in range(self.rows)]
+        self._used, self._begun = [0] * self.rows, [[] for _ in range(self.rows)]
 
 
 def _tokens(chosen: Token) -> list[Token]:
@@ -342,7 +377,22 @@ def _copied(caches: Cache, place: Int[Array, "3"]) -> Cache:
     return jax.tree.map(lambda x, y: x.at[row].set(y), caches, part)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens that two texts begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+# A token, and the adapter that acted when it was read; None is the base. An adapter that is gone
+# lives on in no row's memory.
+_Read = tuple[int, "weakref.ref[Fitted] | None"]
+
+
+def _readers(
+    ids: Sequence[int], adapter: Fitted | None, acts: Sequence[bool] | None
+) -> list[_Read]:
+    """Tokens, each with the adapter that acts when it is read; without `acts`, on all of them."""
+    reader = None if adapter is None else weakref.ref(adapter)
+    on = itertools.repeat(True, len(ids)) if acts is None else acts
+    return [(token, reader if act else None) for token, act in zip(ids, on, strict=True)]
+
+
+def _common(one: Sequence[_Read], other: Sequence[_Read]) -> int:
+    """The number of tokens that two texts begin with alike, read by the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    unlike = (i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1])
+    return next(unlike, min(len(one), len(other)))
