@@ -20,7 +20,7 @@ from adapters_jax.transforms.bank import Bank
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'adapters-jax[serve]'")
 SPECIAL = ["<end>", "<user>", "<bot>"]
 WORDS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL]
-LARGE = {"anyOf": [{"enum": [f"x{i}" for i in range(3000)]}] * 30}
+LARGE = {"anyOf": [{"enum": [f"x{i}" for i in range(3000)]}] * 60}
 LIMITS = Limits(seconds=60.0)
 
 

@@ -1,6 +1,6 @@
 """How tokens are chosen from logits, with another way for each row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,23 +112,23 @@ class Marks(NamedTuple):
 def choose(
     logits: Float[Array, "rows vocab"],
     feed: Choice,
-    marks: Marks,
+    marks: Callable[[], Marks],
     allowed: Int[Array, "rows words"],
 ) -> Token:
-    """Chooses a token for every row, as `generate` does for a batch of one, of those allowed."""
+    """Chooses a token for every row, as `generate` does for a batch of one, of those allowed.
+
+    `marks` gives those of the rows; it is only computed where some row has any.
+    """
 
     def changed() -> Array:
-        once, each = feed.presence[:, None], feed.frequency[:, None]
-        change = marks.bias - once * (marks.counts > 0) - each * marks.counts
-        return logits + jnp.where(feed.bias[:, None] > 0, change, 0).astype(logits.dtype)
-
-    def some() -> Array:
-        token = jnp.arange(logits.shape[-1])
+        (counts, bias), token = marks(), jnp.arange(logits.shape[-1])
+        change = bias - feed.presence[:, None] * (counts > 0) - feed.frequency[:, None] * counts
+        marked = logits + jnp.where(feed.bias[:, None] > 0, change, 0).astype(logits.dtype)
         bits = jnp.right_shift(allowed[:, token // 32], token % 32) & 1
         return jnp.where(bits > 0, marked, -jnp.inf)
 
-    marked = jax.lax.cond((feed.bias > 0).any(), changed, lambda: logits)
-    shown = jax.lax.cond((allowed != -1).any(), some, lambda: marked)
+    some = (feed.bias > 0).any() | (allowed != -1).any()
+    shown = jax.lax.cond(some, changed, lambda: logits)
     first = jnp.argmax(shown, axis=-1).astype(jnp.int32)
 
     def sample() -> Array:

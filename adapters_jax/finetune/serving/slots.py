@@ -324,7 +324,7 @@ def _step(
 
     logits, caches = jax.vmap(one)(caches, ids, live, rows, gate)
     marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
-    return caches, marks, choose(logits, feed, marks, allowed)
+    return caches, marks, choose(logits, feed, lambda: marks, allowed)
 
 
 @partial(jax.jit, donate_argnames=("caches", "marks"))
@@ -359,7 +359,7 @@ def _read(
     seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
     caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
     marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
-    token = choose(logits, feed, jax.tree.map(lambda x: x[row][None], marks), allowed)
+    token = choose(logits, feed, lambda: jax.tree.map(lambda x: x[row][None], marks), allowed)
     return caches, marks, token, seen
 
 
