@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +306,11 @@ def test_what_no_template_or_server_can_do_with_tools(served, monkeypatch):
     ]:
         answer = served.ask("/v1/chat/completions", **{"messages": said, **values})
         assert answer.status_code == 400 and datum in answer.json()["error"]["message"]
+    answer = served.ask(
+        "/v1/chat/completions", messages=said, response_format={"type": "json_object"}
+    )  # of whole words
+    if find_spec("llguidance"):
+        assert answer.status_code == 400 and "no bytes" in answer.json()["error"]["message"]
     blind = dataclasses.replace(served.api.decoder, chat_template=CHAT)
     monkeypatch.setattr(served.api, "decoder", blind)
     answer = served.ask("/v1/chat/completions", messages=said, tools=TOOLS)

@@ -78,6 +78,11 @@ class Grammars:
         try:
             with self._making:
                 tokenizer = self._read
+        except ValueError as error:
+            raise UserError(
+                f"response_format: the tokenizer has no bytes as tokens ({error}); leave it out"
+            ) from error
+        try:
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_SPACES)
         except ValueError as error:
             raise UserError(f"response_format: {shortened(str(error), 300)}") from error

@@ -20,7 +20,7 @@ LOWEST_TEMPERATURE = 0.01  # below, logits would overflow; 0 is greedy
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 _Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-_Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_Id = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
