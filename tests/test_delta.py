@@ -15,7 +15,8 @@ from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, load_de
 from adapters_jax.finetune.models.decoder.delta import DeltaSizes, delta_rule
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts.cache import LayerCache
-from adapters_jax.finetune.serving.slots import Choice, Slots
+from adapters_jax.finetune.serving.choosing import Choice
+from adapters_jax.finetune.serving.slots import Slots
 from adapters_jax.trace.masks import Mask
 
 FIXTURE = Path(__file__).parent / "fixtures" / "decoders" / "qwen3_next"

@@ -162,6 +162,103 @@ def test_top_k(engine):
     assert firsts[3] <= {*likely[:3]} and len(firsts[3]) > 1
 
 
+def by_hand(name, prompt, most, choice):
+    """The tokens that the formulas of OpenAI's API give with passes over the whole text."""
+    (bias, counts), ids = np.zeros((2, CONFIG.vocab_size), np.float32), [*prompt]
+    for token, value in choice.bias:
+        bias[token] = value
+    key = jax.random.fold_in(jax.random.key(choice.seed), 0)
+    for step in range(most):
+        logits = np.asarray(ALONE[name](jnp.array([ids + [0] * (32 - len(ids))])))[0, len(ids) - 1]
+        logits = logits + bias - choice.presence * (counts > 0) - choice.frequency * counts
+        if choice.temperature:
+            at = jax.random.fold_in(key, step)
+            ids.append(int(jax.random.categorical(at, logits / choice.temperature)))
+        else:
+            ids.append(int(logits.argmax()))
+        counts[ids[-1]] += 1
+    return ids[len(prompt) :]
+
+
+def test_penalties_and_biases(engine):
+    """Beside rows without any, alone, and in rows that others had before."""
+    likely = offline("large", [3, 4], 12)
+    bias = ((likely[0], -100.0), (17, 2.5))
+    choices = {
+        "presence": Choice(presence=1.9),
+        "frequency": Choice(frequency=0.7),
+        "rewarded": Choice(frequency=-1.5),
+        "bias": Choice(bias=bias),
+        "all": Choice(presence=1.0, frequency=0.5, bias=bias),
+        "sampled": Choice(1.3, presence=1.0, frequency=0.5, bias=bias, seed=11),
+    }
+    expected = {name: by_hand("large", [3, 4], 12, each) for name, each in choices.items()}
+    assert len({tuple(ids) for ids in [likely, *expected.values()]}) == 7
+    for alone in (False, True):
+        sinks = {}
+        for name, choice in choices.items():
+            for kind, given in ((name, choice), (f"plain {name}", Choice())):
+                sinks[kind] = Collected()
+                engine.submit([3, 4], sinks[kind], model="large", most=12, choice=given)
+                if alone:
+                    sinks[kind].wait()
+        for kind, sink in sinks.items():
+            assert sink.wait() == (expected.get(kind, likely), "length"), kind
+    with raises(UserError, 64, 63):
+        engine.submit([1], Collected(), most=1, choice=Choice(bias=((64, 1.0),)))
+
+
+class Turns:
+    """A rule by which only tokens with a remainder of 3 may follow, another one at each turn."""
+
+    def __init__(self, turns=100):
+        self.left, self.taken = turns, 0
+
+    def allowed(self):
+        tokens = np.arange(64) % 3 == self.taken % 3
+        return np.packbits(tokens, bitorder="little").view(np.int32)
+
+    def take(self, token):
+        assert token % 3 == self.taken % 3
+        self.taken += 1
+        return self.taken <= self.left
+
+
+def test_rules_say_which_tokens_may_follow(engine, caplog):
+    """Beside rows without one, and alone; and a rule that cannot go on ends its request."""
+    prompt, expected = [3, 4], [3, 4]
+    for step in range(8):
+        padded = expected + [0] * (32 - len(expected))
+        logits = np.asarray(ALONE["large"](jnp.array([padded])))[0, len(expected) - 1]
+        expected.append(int(np.where(np.arange(64) % 3 == step % 3, logits, -np.inf).argmax()))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for several in (False, True):
+            sinks = [Collected() for _ in range(4)]
+            for i, sink in enumerate(sinks):
+                rule = None if i % 2 else Turns()
+                engine.submit(prompt, sink, model="large", most=8, rule=rule)
+                several or sink.wait()
+            plain = offline("large", prompt, 8)
+            assert [sink.wait() for sink in sinks] == [
+                (expected[2:], "length"),
+                (plain, "length"),
+            ] * 2
+    compiled = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
+    assert not [text for text in compiled if "_step" in text or "_read" in text]
+    sink = Collected()
+    engine.submit(prompt, sink, model="large", most=8, rule=Turns(3))
+    assert sink.wait() == (expected[2:5], "stuck")
+
+
+def test_a_prompt_that_is_only_read(engine):
+    scores, sink = Scores(prompt=True), Collected()
+    engine.submit([5, 9, 2], sink, model="large", most=0, scores=scores)
+    assert sink.wait() == ([], "length") and not scores.made
+    expected = np.asarray(jax.nn.log_softmax(ALONE["large"](jnp.array([[5, 9, 2]]))[0]))
+    ((own, _),) = scores.given
+    np.testing.assert_allclose(own, [expected[0, 9], expected[1, 2]], atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["large", "prompt", None])
 def test_log_probabilities_are_those_of_the_model(engine, name):
     """Of new tokens and of a prompt of more than one piece, whatever the temperature."""
@@ -270,7 +367,7 @@ def test_bad_requests_and_adapters_change_nothing(engine):
         ([64], 1, [64, 63]),
         ([-1], 1, [-1]),
         ([1] * 30, 3, [30, 3, 32]),
-        ([1], 0, [0]),
+        ([1], -1, [-1]),
     ]:
         with raises(UserError, *data):
             engine.submit(prompt, sink, most=most)
@@ -506,6 +603,9 @@ def test_what_the_base_read_is_read_once(activated, caplog):
             ("other", [5, 3], 16),
             ("check", [3, 4], 16),
             ("plain", [9, 11, 3], 0),
+            ("plain", [9, 11, 3], 16),
+            ("plain", [4], 16),
+            ("other", [9, 3], 16),
             ("check", [*activated.tokens, *prompt[:6]], 16),
         ]
         for name, rest, reused in cases:
@@ -518,8 +618,12 @@ def test_what_the_base_read_is_read_once(activated, caplog):
         before = engine.counts.reused_tokens
         assert activated.ask("check", early) == activated.expected("check", early)
         assert engine.counts.reused_tokens - before == 8
+        before = engine.counts.reused_tokens  # and with that adapter the piece of both, too
+        assert activated.ask("check", early) == activated.expected("check", early)
+        assert engine.counts.reused_tokens - before == 16
         # One row, which a plain adapter overwrites: then nothing is there any more.
-        for name, reused in ((None, 0), ("check", 16), ("plain", 0), ("check", 0)):
+        asked = ((None, 0), ("check", 16), ("plain", 0), ("plain", 16), ("check", 0))
+        for name, reused in asked:
             before = alone.engine.counts.reused_tokens
             text = [*prompt, 9, 11]
             assert alone.ask(name, text) == activated.expected(name, text)
@@ -529,6 +633,32 @@ def test_what_the_base_read_is_read_once(activated, caplog):
         alone.engine.close()
     programs = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
     assert sum("_copied" in text for text in programs) <= 1  # of the engine with one row
+
+
+def test_a_beginning_is_read_once_by_each_adapter(engine):
+    """To the last bit; an adapter of that name that was replaced reads it anew."""
+    prompt = np.random.default_rng(21).integers(0, CONFIG.vocab_size, 19).tolist()
+    engine.put("mine", engine.fit("mine", ADAPTERS["large"]), "").result(60)
+
+    def ask(name, rest):
+        scores, sink, before = Scores(top=True), Collected(), engine.counts.reused_tokens
+        engine.submit(prompt + rest, sink, model=name, most=5, scores=scores)
+        ids, _ = sink.wait()
+        made = [(t.id, t.logprob, t.top.logprobs.tolist()) for t in scores.made]
+        return ids, made, engine.counts.reused_tokens - before
+
+    firsts = {name: ask(name, [7]) for name in ("mine", "prompt", None)}  # one a row
+    assert [reused for _, _, reused in firsts.values()] == [0, 0, 0]
+    for name in ("mine", None):
+        ids, made, reused = ask(name, [7])
+        assert (ids, made, reused) == (*firsts[name][:2], 16)
+        assert ids == offline("large" if name else None, [*prompt, 7], 5)
+    ask("small", [7])  # takes the row that was wanted least recently
+    assert [ask(name, [8])[2] for name in (None, "mine", "prompt")] == [16, 16, 0]
+    engine.put("mine", engine.fit("mine", ADAPTERS["small"]), "", replace=True).result(60)
+    ids, _, reused = ask("mine", [7])
+    assert (ids, reused) == (offline("small", [*prompt, 7], 5), 0)
+    engine.drop("mine").result(60)
 
 
 def test_narrower_steps_leave_of_a_beginning_what_they_do_not_touch():

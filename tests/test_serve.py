@@ -30,6 +30,7 @@ from adapters_jax.finetune.serving import Engine, Sizes, schemas
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read, covering
 from adapters_jax.finetune.serving.api import application
 from adapters_jax.finetune.serving.completions import TextApi
+from adapters_jax.finetune.serving.conversing import Message
 from adapters_jax.finetune.serving.guard import Limits
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.bank import Bank
@@ -282,11 +283,33 @@ BAD = {
     "no model": (b'{"prompt": "x"}', 400, "model"),
     "a number for a text": (b'{"model": "first", "prompt": 1}', 400, "prompt"),
     "an unknown field": (
-        b'{"model": "first", "prompt": "food", "logit_bias": {}}',
+        b'{"model": "first", "prompt": "food", "best": {}}',
+        400,
+        "best",
+    ),
+    "the best of several": (b'{"model": "first", "prompt": "food", "best_of": 2}', 400, "best_of"),
+    "too many answers": (b'{"model": "first", "prompt": ["food", "It", "is"], "n": 90}', 400, "90"),
+    "no new tokens": (b'{"model": "first", "prompt": "food", "max_tokens": 0}', 400, "echo"),
+    "a bias beyond the vocabulary": (
+        b'{"model": "first", "prompt": "food", "logit_bias": {"13": 1}}',
+        400,
+        "13",
+    ),
+    "a bias of a word": (
+        b'{"model": "first", "prompt": "food", "logit_bias": {"food": 1}}',
         400,
         "logit_bias",
     ),
-    "several answers": (b'{"model": "first", "prompt": "food", "n": 2}', 400, "n"),
+    "a large penalty": (
+        b'{"model": "first", "prompt": "food", "presence_penalty": 3}',
+        400,
+        "presence_penalty",
+    ),
+    "one of several prompts too long": (
+        b'{"model": "base", "prompt": ["It", "is", "%s"]}' % (b"food " * 60),
+        400,
+        "48",
+    ),
     "temperature NaN": (
         b'{"model": "first", "prompt": "food", "temperature": NaN}',
         400,
@@ -341,7 +364,7 @@ def test_other_bad_requests(served):
 
 
 def test_many_messages_are_refused_before_any_is_read(served, monkeypatch):
-    monkeypatch.setattr(schemas.Message, "plain", None)  # reading one would fail
+    monkeypatch.setattr(Message, "plain", None)  # reading one would fail
     messages = [{"role": "user", "content": "x"}] * (schemas.MOST_MESSAGES + 1)
     body = json.dumps({"model": "first", "messages": messages}).encode()
     with raises(UserError, schemas.MOST_MESSAGES + 1, schemas.MOST_MESSAGES):

@@ -254,16 +254,14 @@ class Api:
             )
         return name
 
-    def _adapter(self, model: str) -> tuple[str | None, About]:
-        """The adapter that a request names, and what it is."""
-        if model == self.name:
-            return None, About({})
+    def _adapter(self, model: str) -> Any:
+        """What is served of the adapter that a request names; None for the base."""
         served = self.engine.adapters.get(model)
-        if served is None:
+        if served is None and model != self.name:
             raise UnknownModelError(
                 f"no model is named {model!r}; GET /v1/models lists those that there are"
             )
-        return model, served.about
+        return served
 
     async def complete(self, _: Request) -> Response:
         """Completes a prompt."""

@@ -20,19 +20,22 @@ from concurrent.futures import Future
 from typing import Any
 
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.serving.choosing import Choice, Token
 from adapters_jax.finetune.serving.requests import (
     BusyError,
     Counts,
     End,
     FullError,
     Request,
+    Rule,
     Scores,
     Served,
     Sink,
     Sizes,
     UnknownModelError,
+    check_request,
 )
-from adapters_jax.finetune.serving.slots import Choice, Slots, Token
+from adapters_jax.finetune.serving.slots import Slots
 from adapters_jax.methods.invocation import start_of
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
@@ -135,6 +138,17 @@ class Engine:
         """How many requests have a row."""
         return sum(request is not None for request in self._running)
 
+    def check(self, prompt: Sequence[int], most: int, choice: Choice = Choice()) -> None:
+        """Raises what `submit` would, whatever waits and whichever adapters there are.
+
+        Args:
+            prompt, most, choice: as for `submit`.
+
+        Raises:
+            UserError: as for `submit`.
+        """
+        check_request(prompt, most, choice, self.sizes.context, self.vocabulary)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -146,6 +160,7 @@ class Engine:
         stop: frozenset[int] = frozenset(),
         seconds: float = 600.0,
         scores: Scores | None = None,
+        rule: Rule | None = None,
     ) -> Request:
         """Puts a request into the queue.
 
@@ -153,11 +168,12 @@ class Engine:
             prompt: the ids of the prompt's tokens, from 0 to `vocabulary` - 1.
             sink: takes its tokens, as `TextSink` does.
             model: the adapter's name, or what `fit` made of one that has none; None is the base.
-            most: the largest number of new tokens.
+            most: the largest number of new tokens; 0 only reads the prompt.
             choice: how tokens are chosen; `step` is the engine's.
             stop: ids of tokens that end it; the sink does not get them.
             seconds: the time after which it ends in any case, in seconds from now.
             scores: takes the log-probabilities of its tokens.
+            rule: what its tokens must follow, such as a grammar; the engine's thread has it.
 
         Returns:
             The request, to give to `cancel`; its tokens go to the sink.
@@ -165,22 +181,10 @@ class Engine:
         Raises:
             BusyError: the queue is full, or the engine is closed.
             UnknownModelError: there is no adapter of that name.
-            UserError: the prompt is empty, has a token that the model does not know, or is too long
-                with its new tokens.
+            UserError: the prompt is empty, is too long with its new tokens, or it or the bias has a
+                token that the model does not know.
         """
-        if not prompt:
-            raise UserError("the prompt is empty; expected at least one token")
-        unknown = [token for token in prompt if not 0 <= token < self.vocabulary]
-        if unknown:
-            raise UserError(
-                f"the prompt has the token {unknown[0]}, expected 0 to {self.vocabulary - 1}"
-            )
-        if most < 1 or len(prompt) + most > self.sizes.context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and {most} new ones are asked for, expected "
-                f"at least 1 new token and at most {self.sizes.context} together; shorten the "
-                "prompt or ask for fewer"
-            )
+        self.check(prompt, most, choice)
         until = time.monotonic() + seconds
         with self._changed:
             adapter = self._served(model).fitted if isinstance(model, str) else model
@@ -188,7 +192,7 @@ class Engine:
             if len(self._waiting) >= self.sizes.queue:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
             request = Request(list(prompt), adapter, most, choice, stop, sink, until)
-            request.scores = scores
+            request.scores, request.rule = scores, rule
             request.start = start_of(prompt, adapter.invocation) if adapter else len(prompt)
             self._waiting.append(request)
             self._changed.notify()
@@ -340,8 +344,9 @@ class Engine:
         # A request that is alone is computed as a piece of one token, without the other rows.
         if len(live) == 1 and self.sizes.pieces[0] == 1:
             ((row, each),) = live
-            acts = [_acts(each)]
-            token = self._slots.read(row, [each.last], False, each.adapter, _choice(each), acts)
+            token = self._slots.read(
+                row, [each.last], False, *each.ways, [each.acts], made=True, allowed=each.allowed
+            )
             self._take(row, each, token)
         elif live:
             self._step(dict(live))
@@ -371,30 +376,32 @@ class Engine:
         with self._changed:
             free = [row for row, each in enumerate(self._running) if each is None]
             while free and self._waiting:
-                row = self._slots.least(free)
+                request = self._waiting.popleft()
+                row = self._slots.place(free, *request.beginning)
                 free.remove(row)
-                self._running[row] = self._waiting.popleft()
+                self._running[row] = request
 
     def _read(self, row: int, request: Request) -> None:
         """Reads a piece of a prompt; the last one gives the first token."""
         scored = request.scores is not None and request.scores.prompt
-        # The last token gives the first new one, so it is read in any case.
-        if not request.read and not scored:
-            plain = request.prompt[: min(request.start, len(request.prompt) - 1)]
-            request.read = self._slots.reuse(row, plain)
+        if not request.read:
+            self._slots.mark(row, request.choice)
+            request.read = 0 if scored else self._slots.reuse(row, *request.beginning)
             self.counts.prompt_tokens += request.read
             self.counts.reused_tokens += request.read
         part = request.prompt[request.read : request.read + self.sizes.pieces[-1]]
         acts = [i >= request.start for i in range(request.read, request.read + len(part))]
         after = request.prompt[request.read + 1 : request.read + 1 + len(part)] if scored else ()
+        last = request.read + len(part) == len(request.prompt)
+        may = request.allowed if last else None
         token = self._slots.read(
-            row, part, not request.read, request.adapter, _choice(request), acts, after
+            row, part, not request.read, *request.ways, acts, after, allowed=may
         )
         if request.scores is not None and token.given is not None:
             request.scores.given.append(token.given)
         request.read += len(part)
         self.counts.prompt_tokens += len(part)
-        if request.read == len(request.prompt):
+        if last:
             self._take(row, request, token)
 
     def _step(self, live: dict[int, Request]) -> None:
@@ -403,8 +410,9 @@ class Engine:
         made = self._slots.step(
             [request.last if request else None for request in rows],
             [request.adapter if request else None for request in rows],
-            [_choice(request) if request else Choice() for request in rows],
-            [bool(request and _acts(request)) for request in rows],
+            [request.choosing if request else Choice() for request in rows],
+            [bool(request and request.acts) for request in rows],
+            [request.allowed if request else None for request in rows],
         )
         for row, each in live.items():
             self._take(row, each, made[row])
@@ -414,6 +422,10 @@ class Engine:
         why: End | None = None
         if not made.finite:
             why = "not finite"
+        elif not request.most:
+            why = "length"
+        elif request.rule is not None and not request.rule.take(made.id):
+            why = "stuck"
         elif made.id in request.stop:
             why = "stop"
         else:
@@ -436,13 +448,3 @@ class Engine:
     def _end(self, request: Request, why: End) -> None:
         self.counts.ended[why] += 1
         request.sink.end(why)
-
-
-def _acts(request: Request) -> bool:
-    """Whether the adapter acts on new tokens, as on the prompt's last one."""
-    return request.start < len(request.prompt)
-
-
-def _choice(request: Request) -> Choice:
-    top = request.scores is not None and request.scores.top
-    return request.choice._replace(step=request.made, top=int(top))

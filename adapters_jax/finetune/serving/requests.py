@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from adapters_jax.errors import UserError, check_size
-from adapters_jax.finetune.serving.slots import Choice, Likely, Token
+from adapters_jax.finetune.serving.choosing import Choice, Likely, Token
 from adapters_jax.transforms.fitting import Fitted
 
-End = Literal["stop", "length", "cancelled", "timeout", "not finite", "closed"]
+End = Literal["stop", "length", "cancelled", "timeout", "not finite", "stuck", "closed"]
 
 
 class BusyError(UserError):
@@ -32,6 +34,16 @@ class Sink(Protocol):
 
     def end(self, why: End) -> None:
         """Is told once that there are no more tokens, and why."""
+
+
+class Rule(Protocol):
+    """What a request's tokens must follow; the engine's thread asks it from token to token."""
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next, as bits: (vocab / 32,), int32."""
+
+    def take(self, token: int) -> bool:
+        """Goes on by a token; returns whether it could."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Request:
         cancelled: whether nobody waits for it any more.
         start: the first token of the prompt that its adapter acts on; their number where none is.
         scores: takes the log-probabilities of its tokens; None if nobody wants them.
+        rule: what its tokens must follow; None if nothing.
 
     Example:
         >>> request = Request([5, 7], None, 3, Choice(), frozenset({2}), sink=None, deadline=60.0)
@@ -112,6 +125,37 @@ class Request:
     cancelled: bool = False
     start: int = 0
     scores: Scores | None = None
+    rule: Rule | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether the adapter acts on new tokens, as on the prompt's last one."""
+        return self.start < len(self.prompt)
+
+    @property
+    def choosing(self) -> Choice:
+        """How the next token is chosen."""
+        top = self.scores is not None and self.scores.top
+        return self.choice._replace(step=self.made, top=int(top))
+
+    @property
+    def beginning(self) -> tuple[Sequence[int], Fitted | None, list[bool]]:
+        """What another row may have read: tokens, their adapter, and on which of them it acts.
+
+        The prompt's last token gives the first new one, so it is read in any case.
+        """
+        ids = self.prompt[:-1]
+        return ids, self.adapter, [i >= self.start for i in range(len(ids))]
+
+    @property
+    def ways(self) -> tuple[Fitted | None, Choice]:
+        """Its adapter, and how its next token is chosen."""
+        return self.adapter, self.choosing
+
+    @property
+    def allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, as bits; None for all."""
+        return None if self.rule is None else self.rule.allowed()
 
 
 @dataclass(frozen=True)
@@ -165,3 +209,23 @@ class Counts:
     tokens: int = 0
     steps: int = 0
     changes: int = 0
+
+
+def check_request(
+    prompt: Sequence[int], most: int, choice: Choice, context: int, vocabulary: int
+) -> None:
+    """Raises UserError if no engine of this context and vocabulary can complete a prompt."""
+    if not prompt:
+        raise UserError("the prompt is empty; expected at least one token")
+    unknown = [token for token in prompt if not 0 <= token < vocabulary]
+    if unknown:
+        raise UserError(f"the prompt has the token {unknown[0]}, expected 0 to {vocabulary - 1}")
+    if most < 0 or len(prompt) + most > context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and {most} new ones are asked for, expected "
+            f"no negative number and at most {context} together; shorten the prompt or "
+            "ask for fewer"
+        )
+    biased = [token for token, _ in choice.bias if not 0 <= token < vocabulary]
+    if biased:
+        raise UserError(f"the bias is of the token {biased[0]}, expected 0 to {vocabulary - 1}")

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from adapters_jax.errors import UserError, shortened
-from adapters_jax.finetune.serving.slots import TOP
+from adapters_jax.finetune.serving.choosing import TOP
+from adapters_jax.finetune.serving.conversing import Body, Message, ResponseFormat, Tool
 from adapters_jax.texts import parse_json
 
-MOST_STOPS, LONGEST_STOP = 4, 200
+MOST_STOPS, LONGEST_STOP = 16, 200
+MOST_ANSWERS = 256  # to one request
 MOST_MESSAGES = 4096  # each is several tokens, and templates take time
 LOWEST_TEMPERATURE = 0.01  # below, logits would overflow; 0 is greedy
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 _Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+_Id = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has beside its pieces."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
-class _Generation(_Body):
+class _Generation(Body):
     """What completions and conversations have in common."""
 
     model: str = Field(max_length=200, description="the base, or an adapter")
@@ -44,8 +45,19 @@ class _Generation(_Body):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
+    n: int = Field(
+        1, ge=1, le=128, description="answers to each prompt; seeds count up from `seed`"
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[_Id, _Bias] = Field({}, max_length=1024)
     user: str | None = Field(None, max_length=200, description="is not used")
+    safety_identifier: str | None = Field(None, max_length=200, description="is not used")
+    prompt_cache_key: str | None = Field(None, max_length=200, description="is not used")
+    # Clients send these, and mean no more than they would by leaving them out.
+    store: Literal[False] = False
+    metadata: dict[str, str] = Field({}, max_length=0)
+    service_tier: Literal["auto", "default"] = "auto"
 
     @property
     def stops(self) -> list[str]:
@@ -53,38 +65,50 @@ class _Generation(_Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class CompletionRequest(_Generation):
-    """A prompt to go on with; with the adapter of a run it is formatted as in its training."""
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Several = Annotated[list[str] | list[_Ids], Field(min_length=1, max_length=MOST_ANSWERS)]
 
-    prompt: str | Annotated[list[int], Field(min_length=1)]
-    logprobs: int | None = Field(
-        None, ge=0, le=TOP, description="of new tokens, and that many of the likeliest ones"
+
+class CompletionRequest(_Generation):
+    """Prompts to go on with; with the adapter of a run they are formatted as in its training."""
+
+    prompt: str | _Ids | _Several
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="0 needs echo; by default 128, or the room left"
     )
+    echo: bool = Field(False, description="the prompt's text and log-probabilities are in front")
+    best_of: int | None = Field(None, description="n, or null")
+    logprobs: int | None = Field(
+        None, ge=0, le=TOP, description="of tokens, and that many of the likeliest ones"
+    )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return [*self.prompt]  # type: ignore[list-item]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.best_of not in (None, self.n):
+            raise ValueError(
+                f"best_of: {self.best_of}, expected n ({self.n}) or null, since every answer that "
+                "is made is returned"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0, expected at least 1 unless echo is true")
+        if len(self.prompts) * self.n > MOST_ANSWERS:
+            raise ValueError(
+                f"{len(self.prompts)} prompts with n = {self.n}, expected at most {MOST_ANSWERS} "
+                "answers to a request"
+            )
+        return self
 
     @property
     def likeliest(self) -> int | None:
         """How many likeliest tokens are wanted at each position; None for no log-probabilities."""
         return self.logprobs
-
-
-class TextPart(_Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Body):
-    """A message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def plain(self) -> dict[str, str]:
-        """The message with its content as one text."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": self.role, "content": text}
 
 
 def _few(messages: Any) -> Any:
@@ -100,9 +124,20 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], BeforeValidator(_few)] = Field(
         min_length=1, max_length=MOST_MESSAGES
     )
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: Any = Field("auto", description="none or auto")
+    response_format: ResponseFormat = Field(ResponseFormat(type="text"))
+    parallel_tool_calls: bool = Field(True, description="false returns the first call alone")
+    modalities: list[Literal["text"]] = Field(["text"])
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
     logprobs: bool = Field(False, description="of new tokens; not in streams")
     top_logprobs: int = Field(0, ge=0, le=TOP, description="also this many of the likeliest tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tool_choice not in ("none", "auto"):
+            raise ValueError("tool_choice: expected none or auto, since no call can be forced")
+        return self
 
     @property
     def likeliest(self) -> int | None:
@@ -110,7 +145,7 @@ class ChatRequest(_Generation):
         return self.top_logprobs if self.logprobs else None
 
 
-class PredictRequest(_Body):
+class PredictRequest(Body):
     """Texts to label, or pairs of texts."""
 
     model: str = Field(max_length=200)

@@ -5,10 +5,12 @@ one. Rows are at different lengths, so the model is mapped over them: each has i
 All shapes are static, so the programs are compiled once, whatever the requests are.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,82 +18,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from adapters_jax.finetune.models.generation import nucleus
 from adapters_jax.finetune.models.parts.cache import Cache, Kept
+from adapters_jax.finetune.serving.choosing import (
+    Choice,
+    Likely,
+    Marks,
+    Token,
+    choose,
+    likeliest_of,
+    logprobs_of,
+)
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.trace.mapping import vmap
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
-
-TOP = 20  # of the likeliest tokens, as many as OpenAI's API shows
-
-
-class Choice(NamedTuple):
-    """How a row's next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token; any other value divides the logits.
-        top_p: sample among the fewest tokens that have this probability together, from 0 to 1.
-        top_k: sample among this many of the likeliest tokens; 0 is all.
-        seed: the seed of the row, a whole number of 32 bits, 0 or more.
-        step: the number of tokens that the row has already.
-        top: whether the log-probabilities of the likeliest tokens are wanted, 0 or 1.
-
-    Example:
-        >>> Choice(temperature=0.7, top_p=0.9, seed=1)
-        Choice(temperature=0.7, top_p=0.9, top_k=0, seed=1, step=0, top=0)
-
-    Reference: Holtzman et al., The Curious Case of Neural Text Degeneration (top-p sampling, 2020),
-    arXiv:1904.09751; Fan et al., Hierarchical Neural Story Generation (top-k sampling, 2018),
-    arXiv:1805.04833.
-    """
-
-    temperature: Any = 0.0
-    top_p: Any = 1.0
-    top_k: Any = 0
-    seed: Any = 0
-    step: Any = 0
-    top: Any = 0
-
-    @classmethod
-    def stacked(cls, rows: Sequence["Choice"]) -> "Choice":
-        """The choices of several rows, as arrays (rows,): two float32, int32, uint32, two int32.
-
-        Args:
-            rows: the choice of each row.
-
-        Example:
-            >>> Choice.stacked([Choice(), Choice(top_k=5)]).top_k.tolist()
-            [0, 5]
-        """
-        kinds = np.float32, np.float32, np.int32, np.uint32, np.int32, np.int32
-        return cls(*(np.array(x, t) for x, t in zip(zip(*rows, strict=True), kinds, strict=True)))
-
-
-class Likely(NamedTuple):
-    """The likeliest tokens at some positions, and their log-probabilities: (..., TOP)."""
-
-    ids: Any
-    logprobs: Any
-
-
-class Token(NamedTuple):
-    """A token that was chosen.
-
-    Attributes:
-        id: the token.
-        finite: whether the logits that it was chosen by were finite.
-        logprob: its log-probability by these logits, before temperature, top-k and top-p.
-        top: the likeliest tokens there, if its row's choice asks for them.
-        given: for the tokens that were read before it, those asked for by `following`: the
-            log-probabilities of the tokens that follow them, and the likeliest tokens there.
-    """
-
-    id: Any
-    finite: Any
-    logprob: Any
-    top: Likely
-    given: tuple[Any, Likely] | None = None
 
 
 @partial(
@@ -132,12 +72,18 @@ class Slots:
         one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
         layers = jax.tree.leaves(one.layers, is_leaf=lambda x: isinstance(x, Kept))
         self._cuts = not any(layer.state for layer in layers)  # a recurrence has no earlier state
-        # Of each row, the first tokens that the base has read, in whole pieces; and whether the
-        # next ones follow them.
-        self._plain: list[list[int]] = [[] for _ in range(rows)]
+        # Of each row, the first tokens that were read in whole pieces, each with its reader; and
+        # whether the next ones follow them.
+        self._begun: list[list[_Read]] = [[] for _ in range(rows)]
         self._open = [False] * rows
+        self._turns, self._asked = itertools.count(1), [0] * rows  # when each was wanted last
         self._gated = any(method.gated for method in bank.recipe.attached)
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
+        sizes = rows, bank.model.config.vocab_size
+        self._marks = Marks(jnp.zeros(sizes, jnp.int32), jnp.zeros(sizes, jnp.float32))
+        self._words = -(-sizes[1] // 32)
+        # Made once, so that steps without grammars send nothing to the device.
+        self._any = {n: jnp.full((n, self._words), -1, jnp.int32) for n in (1, rows)}
         self.bank, self._model = bank, _Model(*bank.split)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
@@ -150,6 +96,8 @@ class Slots:
         choice: Choice,
         acts: Sequence[bool] | None = None,
         following: Sequence[int] = (),
+        made: bool = False,
+        allowed: np.ndarray | None = None,
     ) -> Token:
         """Reads tokens of one row; the first ones of a prompt empty the row.
 
@@ -163,21 +111,32 @@ class Slots:
             acts: which of them the adapter acts on; None for all.
             following: the tokens that follow them in the prompt, if their log-probabilities are
                 wanted; behind the prompt's last token there is none.
+            made: whether the only one of them is a token that the row has made.
+            allowed: the tokens that may follow, as bits, (vocab / 32,), int32; None for all.
 
         Returns:
             The token that follows them.
         """
         acting = np.ones(len(ids), bool) if acts is None else np.asarray(acts, bool)
-        self._note(row, ids, first, adapter is None or not acting.any())
+        self._note(row, _readers(ids, adapter, acts), first)
         padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
         padded[: len(ids)] = ids
-        place = np.array([row, len(ids), first], np.int32)
+        place = np.array([row, len(ids), first, made], np.int32)
         rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
         gate = np.pad(acting, (0, len(padded) - len(ids))) if self._gated else None
         then = np.full(len(padded), -1, np.int32)
         then[: len(following)] = following
-        self._caches, token, given = _read(
-            self._model, self._caches, padded, then, place, rows, feed, gate
+        self._caches, self._marks, token, given = _read(
+            self._model,
+            self._caches,
+            self._marks,
+            padded,
+            then,
+            place,
+            rows,
+            feed,
+            gate,
+            self._bits([allowed]),
         )
         self._used[row] = len(ids) + (0 if first else self._used[row])
         (chosen,) = _tokens(token)
@@ -186,39 +145,79 @@ class Slots:
         seen = jax.tree.map(lambda x: x[: len(following)], jax.device_get(given))
         return chosen._replace(given=seen)
 
-    def _note(self, row: int, ids: Sequence[int], first: bool, plain: bool) -> None:
-        """Keeps which tokens of a row the base has read, with the same program for equal ones."""
+    def _note(self, row: int, read: "list[_Read]", first: bool) -> None:
+        """Keeps what a row has read, with the same program for equal ones."""
         if first:
-            self._plain[row] = []
-        self._open[row] = plain and len(ids) == self.pieces[-1] and (first or self._open[row])
+            self._begun[row] = []
+        self._open[row] = len(read) == self.pieces[-1] and (first or self._open[row])
         if self._open[row]:
-            self._plain[row] += ids
+            self._begun[row] += read
+            self._asked[row] = next(self._turns)
 
-    def least(self, rows: Sequence[int]) -> int:
-        """The first of some rows with the fewest tokens that others could reuse."""
-        return min(rows, key=lambda row: len(self._plain[row]))
+    def place(
+        self,
+        rows: Sequence[int],
+        ids: Sequence[int],
+        adapter: Fitted | None = None,
+        acts: Sequence[bool] | None = None,
+    ) -> int:
+        """The row of some for a prompt, where the fewest beginnings are lost.
 
-    def reuse(self, row: int, ids: Sequence[int]) -> int:
-        """Gives an empty row the tokens that the base has read in any row, instead of reading them.
+        It is one whose beginning the prompt has as well, or that whose beginning nobody has wanted
+        for longest.
 
-        So requests of the base, and of adapters that are invoked later, read a common beginning
-        once. What they compute then is what they would have computed.
+        Args:
+            rows: the rows.
+            ids, adapter, acts: as for `reuse`.
+        """
+        wanted = _readers(ids, adapter, acts)
+
+        def cost(row: int) -> tuple[int, int]:
+            begun = self._begun[row]
+            whole = len(begun) if _common(begun, wanted) == len(begun) else 0
+            return (-whole if whole else bool(begun)), self._asked[row]
+
+        return min(rows, key=cost)
+
+    def reuse(
+        self,
+        row: int,
+        ids: Sequence[int],
+        adapter: Fitted | None = None,
+        acts: Sequence[bool] | None = None,
+    ) -> int:
+        """Gives an empty row the tokens that any row has read alike, instead of reading them.
+
+        So requests with the same adapter read a common beginning once, and so do requests of the
+        base, and of adapters that are invoked later. What they compute then is what they would have
+        computed. A changed adapter is another one.
 
         Args:
             row: the row.
-            ids: the tokens of a prompt that the base is to read.
+            ids: the tokens of a prompt.
+            adapter, acts: as for `read`.
 
         Returns:
             How many of them the row has, a multiple of the longest piece.
         """
-        found = [_common(plain, ids) // self.pieces[-1] * self.pieces[-1] for plain in self._plain]
+        wanted = _readers(ids, adapter, acts)
+        found = [_common(begun, wanted) for begun in self._begun]
         source = int(np.argmax(found))
-        n = found[source]
+        n = found[source] // self.pieces[-1] * self.pieces[-1]
         if not n or not self._cuts:
             return 0
         self._caches = _copied(self._caches, np.array([source, row, n], np.int32))
-        self._plain[row], self._open[row], self._used[row] = [*ids[:n]], True, n
+        self._begun[row], self._open[row], self._used[row] = wanted[:n], True, n
+        self._asked[source] = self._asked[row] = next(self._turns)
         return n
+
+    def mark(self, row: int, choice: Choice) -> None:
+        """Gives a row the bias of a choice, and no tokens yet; nothing for one without marks."""
+        if choice.marked:
+            bias = np.zeros(self._marks.bias.shape[1], np.float32)
+            for token, value in choice.bias:
+                bias[token] += value
+            self._marks = _marked(self._marks, np.int32(row), bias)
 
     def step(
         self,
@@ -226,6 +225,7 @@ class Slots:
         adapters: Sequence[Fitted | None],
         choices: Sequence[Choice],
         acts: Sequence[bool] | None = None,
+        allowed: Sequence[np.ndarray | None] | None = None,
     ) -> list[Token]:
         """The next token of each row.
 
@@ -234,21 +234,32 @@ class Slots:
             adapters: the adapter of each row.
             choices: how its token is chosen.
             acts: whether the row's adapter acts on these tokens; None for all.
+            allowed: the tokens that each row may get, as for `read`.
         """
+        bits = self._bits(allowed or [None] * self.rows)
         live = np.array([token is not None for token in last])
         ids = np.array([token or 0 for token in last], np.int32)
         rows, feed = self._rows_of(adapters), Choice.stacked(choices)
         # A row that is not live writes behind its last token, too; nothing sees what it writes.
         most = 1 + max(self._used)
         width = next((width for width in self._widths if width >= most), self._widths[-1])
-        for row, plain in enumerate(self._plain):
+        for row, begun in enumerate(self._begun):
             if live[row]:
                 self._used[row], self._open[row] = self._used[row] + 1, False
             else:
-                del plain[width - 1 :]  # where it writes if its own last token is behind
+                del begun[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
-        self._caches, token = _step(self._model, self._caches, ids, live, rows, feed, width, gate)
+        self._caches, self._marks, token = _step(
+            self._model, self._caches, self._marks, ids, live, rows, feed, width, gate, bits
+        )
         return _tokens(token)
+
+    def _bits(self, allowed: Sequence[np.ndarray | None]) -> Any:
+        """The tokens that rows may get: (rows, words), all of them where nothing else is said."""
+        if all(each is None for each in allowed):
+            return self._any[len(allowed)]
+        every = np.full(self._words, -1, np.int32)
+        return np.stack([every if each is None else each for each in allowed])
 
     def _rows_of(self, adapters: Sequence[Fitted | None]) -> Rows:
         """The rows' adapters, which are the same from most steps to the next."""
@@ -265,6 +276,7 @@ class Slots:
 
     def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
         """Runs every program once, on empty rows; `compiled` is called with how many there are."""
+        self.mark(0, Choice(presence=1.0))
         programs = len(self.pieces) + len(self._widths) + self._cuts
         for n, length in enumerate(self.pieces, 1):
             self.read(0, [0] * length, True, None, Choice())
@@ -276,7 +288,7 @@ class Slots:
         if self._cuts:
             self._caches = _copied(self._caches, np.array([0, 0, 0], np.int32))
             compiled(programs, programs)
-        self._used, self._plain = [0] * self.rows, [[] for _ in range(self.rows)]
+        self._used, self._begun = [0] * self.rows, [[] for _ in range(self.rows)]
 
 
 def _tokens(chosen: Token) -> list[Token]:
@@ -288,17 +300,19 @@ def _tokens(chosen: Token) -> list[Token]:
     ]
 
 
-@partial(jax.jit, static_argnames="width", donate_argnames="caches")
+@partial(jax.jit, static_argnames="width", donate_argnames=("caches", "marks"))
 def _step(
     model: _Model,
     caches: Cache,
+    marks: Marks,
     ids: Int[Array, " rows"],
     live: Bool[Array, " rows"],
     rows: Rows,
     feed: Choice,
     width: int,
     gate: Bool[Array, " rows"] | None,
-) -> tuple[Cache, Token]:
+    allowed: Int[Array, "rows words"],
+) -> tuple[Cache, Marks, Token]:
     decoder = model.merged()
 
     def one(cache: Cache, token: Array, live: Array, index: Any, acts: Any) -> tuple[Array, Cache]:
@@ -310,22 +324,25 @@ def _step(
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
     logits, caches = vmap(one)(caches, ids, live, rows, gate)
-    return caches, _choose(logits, feed)
+    marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
+    return caches, marks, choose(logits, feed, lambda: marks, allowed)
 
 
-@partial(jax.jit, donate_argnames="caches")
+@partial(jax.jit, donate_argnames=("caches", "marks"))
 def _read(
     model: _Model,
     caches: Cache,
+    marks: Marks,
     ids: Int[Array, " piece"],
     following: Int[Array, " piece"],
-    place: Int[Array, "3"],
+    place: Int[Array, "4"],
     rows: Rows,
     feed: Choice,
     gate: Bool[Array, " piece"] | None,
-) -> tuple[Cache, Token, tuple[Any, Likely]]:
+    allowed: Int[Array, "1 words"],
+) -> tuple[Cache, Marks, Token, tuple[Any, Likely]]:
     decoder = model.merged()
-    row, count, first = place
+    row, count, first, made = place
     each = {} if gate is None else {"invoked": gate[None]}
     last = {} if gate is None else {"invoked": gate[count - 1][None]}
     # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
@@ -337,11 +354,20 @@ def _read(
 
     def given() -> tuple[Array, Likely]:
         logits = decoder.logits(hidden, adapters=rows, **each)[0]
-        return _logprobs(logits, jnp.maximum(following, 0)), _likeliest(logits)
+        return logprobs_of(logits, jnp.maximum(following, 0)), likeliest_of(logits)
 
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(given))
     seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
-    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, new), _choose(logits, feed), seen
+    caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
+    marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
+    token = choose(logits, feed, lambda: jax.tree.map(lambda x: x[row][None], marks), allowed)
+    return caches, marks, token, seen
+
+
+@partial(jax.jit, donate_argnames="marks")
+def _marked(marks: Marks, row: Int[Array, ""], bias: Float[Array, " vocab"]) -> Marks:
+    """The marks with a row that has a bias and no tokens."""
+    return Marks(marks.counts.at[row].set(0), marks.bias.at[row].set(bias))
 
 
 @partial(jax.jit, donate_argnames="caches")
@@ -352,50 +378,22 @@ def _copied(caches: Cache, place: Int[Array, "3"]) -> Cache:
     return jax.tree.map(lambda x, y: x.at[row].set(y), caches, part)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens that two texts begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+# A token, and the adapter that acted when it was read; None is the base. An adapter that is gone
+# lives on in no row's memory.
+_Read = tuple[int, "weakref.ref[Fitted] | None"]
 
 
-def _choose(logits: Float[Array, "rows vocab"], feed: Choice) -> Token:
-    """Chooses a token for every row, as `generate` does for a batch of one."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def sample() -> Array:
-        scaled = logits / jnp.where(feed.temperature > 0, feed.temperature, 1.0)[:, None]
-        kept = jax.lax.cond((feed.top_k > 0).any(), lambda: _of_top_k(scaled, feed), lambda: scaled)
-        kept = jax.lax.cond(
-            (feed.top_p < 1).any(), lambda: nucleus(kept, feed.top_p[:, None]), lambda: kept
-        )
-        return jnp.where(feed.temperature > 0, jax.vmap(draw)(feed, kept), likeliest)
-
-    def draw(feed: Choice, kept: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(feed.seed), 0), feed.step)
-        return jax.random.categorical(key, kept).astype(jnp.int32)
-
-    chosen = jax.lax.cond((feed.temperature > 0).any(), sample, lambda: likeliest)
-    shapes = jax.eval_shape(_likeliest, logits)
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    top = jax.lax.cond((feed.top > 0).any(), lambda: _likeliest(logits), lambda: none)
-    return Token(chosen, jnp.isfinite(logits.max(-1)), _logprobs(logits, chosen), top)
+def _readers(
+    ids: Sequence[int], adapter: Fitted | None, acts: Sequence[bool] | None
+) -> list[_Read]:
+    """Tokens, each with the adapter that acts when it is read; without `acts`, on all of them."""
+    reader = None if adapter is None else weakref.ref(adapter)
+    on = itertools.repeat(True, len(ids)) if acts is None else acts
+    return [(token, reader if act else None) for token, act in zip(ids, on, strict=True)]
 
 
-def _logprobs(logits: Float[Array, "n vocab"], ids: Int[Array, " n"]) -> Float[Array, " n"]:
-    """The log-probability of one token by each row of logits."""
-    own = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _likeliest(logits: Float[Array, "n vocab"]) -> Likely:
-    """The likeliest tokens of each row of logits, at most TOP."""
-    most, ids = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
-    return Likely(ids, most - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-
-
-def _of_top_k(logits: Float[Array, "rows vocab"], feed: Choice) -> Float[Array, "rows vocab"]:
-    """Keeps the likeliest logits of rows with a top_k; the others become minus infinity."""
-    falling = jnp.sort(logits, axis=-1, descending=True)
-    last = jnp.clip(feed.top_k - 1, 0, logits.shape[-1] - 1)
-    least = jnp.take_along_axis(falling, last[:, None], axis=-1)
-    return jnp.where((feed.top_k[:, None] > 0) & (logits < least), -jnp.inf, logits)
+def _common(one: Sequence[_Read], other: Sequence[_Read]) -> int:
+    """The number of tokens that two texts begin with alike, read by the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    unlike = (i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1])
+    return next(unlike, min(len(one), len(other)))

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.errors import UserError, shown
+from adapters_jax.finetune.serving.choosing import TOP, Choice
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.requests import BusyError, End, Scores, UnknownModelError
 from adapters_jax.finetune.serving.schemas import LONGEST_STOP, LOWEST_TEMPERATURE
-from adapters_jax.finetune.serving.slots import TOP, Choice
 from adapters_jax.finetune.tinker import wire
 from adapters_jax.transforms.fitting import Fitted
 

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from tinker.proto import tinker_public_pb2 as pb
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.serving.slots import Likely
+from adapters_jax.finetune.serving.choosing import Likely
 from adapters_jax.finetune.tenants import Passed, Row
 
 PROTOBUF = "application/x-protobuf"
