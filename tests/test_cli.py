@@ -172,6 +172,7 @@ def completion_of_bash(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_the_scripts_of_other_shells_have_every_command_and_flag(command, shell):
     status, out, _ = command(f"completion {shell} --json")

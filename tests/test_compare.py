@@ -94,6 +94,7 @@ def whole(directory):
     return summary, directory / "whole"
 
 
+@pytest.mark.slow
 def test_every_cell_is_a_finished_run_of_finetune(whole):
     summary, out = whole
     names = sorted(path.name for path in (out / "cells").iterdir())
@@ -114,6 +115,7 @@ def test_every_cell_is_a_finished_run_of_finetune(whole):
     assert len(config["summary"]["results"]) == 1
 
 
+@pytest.mark.slow
 def test_the_rate_is_chosen_on_dev_and_test_is_reported(whole):
     summary, out = whole
     lines = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
@@ -139,6 +141,7 @@ def _key(row):
     return row["recipe"], row["learning_rate"]
 
 
+@pytest.mark.slow
 def test_trainable_parameters_have_the_head_and_a_percentage_of_the_base(whole, directory):
     summary, _ = whole
     houlsby, norms = summary["recipes"]
@@ -149,6 +152,7 @@ def test_trainable_parameters_have_the_head_and_a_percentage_of_the_base(whole, 
     assert norms["percent"] == pytest.approx(100 * (layer_norms + head) / base)
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     summary, out = whole
     page = (out / "comparison.html").read_text()
@@ -171,6 +175,7 @@ def test_the_page_is_one_file_with_the_commands_to_repeat_it(whole):
     assert not (out / "lock").exists()
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_recipe_and_every_cell(whole):
     summary, out = whole
     sections = Page((out / "comparison.html").read_text()).sections
@@ -192,6 +197,7 @@ def test_the_page_shows_every_recipe_and_every_cell(whole):
     assert configuration["rows.train"] == "32"
 
 
+@pytest.mark.slow
 def test_the_best_command_is_that_of_its_cell_with_baselines(whole):
     summary, _ = whole
     program, name, *flags = shlex.split(summary["best"]["command"])
@@ -226,6 +232,7 @@ def test_the_best_on_dev_can_be_used_as_the_page_says(whole, monkeypatch, capsys
         main(["report", str(damaged)])
 
 
+@pytest.mark.slow
 def test_the_page_of_a_cell_shows_its_own_settings_alone(whole, directory):
     _, out = whole
     cell = out / "cells" / f"{NORMS}-lr-0.002-seed-1"

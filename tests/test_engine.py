@@ -661,6 +661,7 @@ def test_a_beginning_is_read_once_by_each_adapter(engine):
     engine.drop("mine").result(60)
 
 
+@pytest.mark.slow
 def test_narrower_steps_leave_of_a_beginning_what_they_do_not_touch():
     """Rows that are free write as well, into the last place that a step sees."""
     made, long = Activated(), [*range(30, 56)]

@@ -61,7 +61,13 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "experts",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in RECIPES if x != "experts"),
+    ],
+)
 def adapted(request):
     """A decoder with experts, adapted by a recipe, and the values of two adapters of it."""
     base = Decoder(CONFIG, rngs=nnx.Rngs(0))

@@ -154,6 +154,7 @@ def test_decoding_with_a_cache_reads_the_prompt():
     assert made.ids.tolist() != without.ids.tolist()
 
 
+@pytest.mark.slow
 def test_a_placeholder_has_no_row_in_the_tables_of_layers():
     """Nor has it that of the last token, which -1 would name."""
     _, base = load_decoder(Path(__file__).parent / "fixtures" / "decoders" / "gemma4_text")

@@ -220,11 +220,13 @@ def test_another_change_is_recorded_beside_the_first(place):
     assert all(datum in found for datum in ("tokenizer.json", "tokens_sha256", "hidden_act"))
 
 
+@pytest.mark.slow
 def test_the_flag_is_for_runs_that_are_resumed(place):
     with command_raises(UserError, "--any-base", "--resume"):
         assert main([*TRAIN["tiny"].split(), "--model", "tiny", "--any-base"]) == 2
 
 
+@pytest.mark.slow
 def test_every_other_use_of_a_run_compares(place, capsys):
     for words in (
         ["merge", "done-llama", "--out", "merged"],
@@ -250,6 +252,7 @@ def test_every_other_use_of_a_run_compares(place, capsys):
     assert "tokenizer.json" in Path("mine", "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "reader"), [("tiny", EncoderBase), ("llama", DecoderBase)])
 def test_a_server_takes_a_run_of_another_base_where_its_operator_says_so(place, base, reader):
     edited(place / base / "config.json", hidden_act="relu")
@@ -300,6 +303,7 @@ def test_a_run_of_before_goes_on_with_one_warning(place, base, capsys):
         assert main(USE[base]) == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_reads_rows_otherwise_is_an_error(place, monkeypatch, capsys):
     """As another release of a package might, with all files as they were."""
     path = Path("cut-llama", "config.json")
@@ -311,6 +315,7 @@ def test_a_reader_that_reads_rows_otherwise_is_an_error(place, monkeypatch, caps
     assert "trained with tokenizers '0.1.0'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_record_that_is_damaged_is_an_error(place):
     edited(Path("done-tiny", "config.json"), base_files=[1])
     with command_raises(RunError, "done-tiny/config.json", "base_files are [1]"):
@@ -382,12 +387,14 @@ def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     assert sha256_of(tmp_path) != first and len(hashed) == 2
 
 
+@pytest.mark.slow
 def test_a_base_that_cannot_be_read_is_an_error_of_its_file(place):
     edited(place / "tiny" / "config.json", hidden_act="sine")
     with command_raises(BaseFileError, "tiny/config.json", "hidden_act='sine'"):
         assert main(USE["tiny"]) == 2
 
 
+@pytest.mark.slow
 def test_what_was_computed_by_the_base_before_is_computed_again(place):
     reference = Path("cut-tiny", "reference.safetensors")  # as a run of preferences has
     reference.touch()

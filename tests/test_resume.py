@@ -180,6 +180,7 @@ def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, pl
     assert result(old) == result(straight[0])  # there was no checkpoint: from the start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "data"),
     [
@@ -297,6 +298,7 @@ def test_a_decoder_goes_on_from_the_one_before_a_damaged_checkpoint(commands, pl
     assert result(run) == result(place / "straight-meals")
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
     run = straight[0]
     assert f"{run}/report.html" in error_of(capsys, "--resume", run)

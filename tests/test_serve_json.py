@@ -63,6 +63,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
+@pytest.mark.slow
 def test_an_answer_is_the_likeliest_of_its_schema(served):
     """By hand: at each byte, the likeliest of those with which one of the texts goes on."""
     words = ["alpha", "alto", "beta", "gamma", "gas"]
@@ -79,6 +80,7 @@ def test_an_answer_is_the_likeliest_of_its_schema(served):
     assert {each for each, _ in drawn} <= {*whole} and len({*drawn}) > 2
 
 
+@pytest.mark.slow
 def test_answers_are_objects_of_the_schema(served):
     schema = {
         "type": "object",
@@ -99,6 +101,7 @@ def test_answers_are_objects_of_the_schema(served):
     assert plain == served.ask(None).json()["choices"] and plain != [begun]
 
 
+@pytest.mark.slow
 def test_schemas_that_cannot_be_followed(served):
     for shape, datum in [
         ({"type": "json_schema"}, "json_schema"),

@@ -90,6 +90,7 @@ def test_every_layout_gives_the_losses_of_one_device(trained):
     assert compared >= len(SOME) + len(LAYOUTS)
 
 
+@pytest.mark.slow
 def test_devices_exchange_gradients_of_the_adapters_and_the_loss(trained):
     # Used twice, these have two gradients each: a prompt (keys, values), a tied embedding, a norm.
     again = {"llama_adapter": contract.K * contract.D, "together": contract.D}

@@ -254,6 +254,7 @@ def test_a_ratio_beyond_float32_is_clipped_and_counts_nothing_without_an_advanta
     assert not found[1].any() and not slopes[1].any()
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_start_and_places_are_shared(tenants, caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for i in range(5):
@@ -275,6 +276,7 @@ def test_nothing_compiles_after_the_start_and_places_are_shared(tenants, caplog)
         tenants.drop(f"t{i}")
 
 
+@pytest.mark.slow
 def test_a_snapshot_restores_a_tenant_with_and_without_its_optimiser(tenants):
     recipe, rows = RECIPES["dora"], [row(1, "cross_entropy", 7), row(2, "cross_entropy", 16)]
 
@@ -304,6 +306,7 @@ def test_a_snapshot_restores_a_tenant_with_and_without_its_optimiser(tenants):
         tenants.drop(name)
 
 
+@pytest.mark.slow
 def test_a_tenant_with_many_rows_does_not_keep_others_waiting(tenants):
     for name in ("many", "few"):
         tenants.create(name, RECIPES["lora"], 0)
@@ -329,6 +332,7 @@ def test_a_tenant_with_many_rows_does_not_keep_others_waiting(tenants):
     tenants.drop("few")
 
 
+@pytest.mark.slow
 def test_a_request_that_fits_no_batch_of_the_first_tenant_has_its_turn(tenants):
     """One batch has gradients or has none, as the tenant needs that stands first."""
     for name in ("first", "second"):
@@ -400,6 +404,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 @pytest.mark.parametrize("case", BAD)
 def test_bad_rows_are_errors_of_the_call(tenants, case):
@@ -410,6 +415,7 @@ def test_bad_rows_are_errors_of_the_call(tenants, case):
         tenants.forward_backward("good", *call)
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants):
     for change in ({"learning_rate": np.nan}, {"beta1": 1.0}, {"eps": 0.0}, {"weight_decay": -1}):
