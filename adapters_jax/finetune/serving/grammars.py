@@ -16,7 +16,7 @@ import tokenizers
 from adapters_jax.errors import UserError, needed, shortened
 
 # As `json.dumps` writes it; without bounds on spaces, a model might write nothing else.
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar:
