@@ -48,9 +48,13 @@ def test_weights_are_not_copied_for_each_map():
     def f(x, sizes):
         return jax.lax.ragged_dot(x, W[0], sizes)
 
-    text = str(jax.make_jaxpr(vmap(f))(X, SIZES))
-    assert "ragged_dot_general" in text
-    assert "[3,2,4,5]" not in text
+    def slope(x, sizes):
+        return jax.grad(lambda x: jnp.sin(f(x, sizes)).sum())(x)
+
+    for function, products in ((f, 1), (slope, 2)):
+        text = str(jax.make_jaxpr(vmap(function))(X, SIZES))
+        assert text.count("= ragged_dot_general") == products
+        assert "[3,2,4,5]" not in text
 
 
 CONFIG = DecoderConfig(24, 8, 16, 2, 2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2)

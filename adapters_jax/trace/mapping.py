@@ -29,20 +29,19 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
 def _mapped(axis: Any, args: Any, dims: Any, **params: Any) -> tuple[Array, int]:
     """The rule of `ragged_dot_general`; jax has one where all three arguments are mapped."""
     numbers = params["ragged_dot_dimension_numbers"]
-    usual = (((1,), (1,)), ((), ())), (0,), (0,)
     given = (
         numbers.dot_dimension_numbers,
         tuple(numbers.lhs_ragged_dimensions),
         tuple(numbers.rhs_group_dimensions),
     )
-    shared = dims[1] is None
+    # Along their inputs, as in a product, or along their outputs, as in its gradient.
+    usual = [((((1,), (along,)), ((), ())), (0,), (0,)) for along in (1, 2)]
+    shared = dims[1] is None and given in usual
     x, w, sizes = (
-        each
-        if number == 1 and shared and given == usual
-        else batching.bdim_at_front(each, dim, axis.size)
+        each if number == 1 and shared else batching.bdim_at_front(each, dim, axis.size)
         for number, (each, dim) in enumerate(zip(args, dims, strict=True))
     )
-    if shared and given == usual:
+    if shared:
         return _joined(x, w, sizes, params), 0
     return _JAX_RULE(axis, (x, w, sizes), (0, 0, 0), **params)
 
@@ -56,6 +55,6 @@ def _joined(x: Array, w: Array, sizes: Int[Array, "maps groups"], params: Any) -
     # Rows behind the last group have the number after it, and the product makes them zero.
     group = (jnp.arange(rows)[:, None] >= jnp.cumsum(sizes, 1)[:, None]).sum(-1).reshape(-1)
     order = jnp.argsort(group)
-    flat = x.reshape(maps * rows, -1)[order]
+    flat = x.reshape(maps * rows, x.shape[-1])[order]
     y = _PRODUCT.bind(flat, w, sizes.sum(0), **params)
-    return y[jnp.argsort(order)].reshape(maps, rows, -1)
+    return y[jnp.argsort(order)].reshape(maps, rows, y.shape[-1])
