@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.tiny import CHAT, SPOKEN, write_llama
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 import adapters_jax as aj
@@ -18,6 +19,7 @@ from adapters_jax.finetune.serving.adapters import About, DecoderBase
 from adapters_jax.finetune.serving.api import application
 from adapters_jax.finetune.serving.completions import TextApi
 from adapters_jax.finetune.serving.guard import Limits
+from adapters_jax.finetune.serving.schemas import ChatRequest, CompletionRequest
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.testing.subjects import shaken
 from adapters_jax.transforms.bank import Bank
@@ -241,6 +243,24 @@ def test_what_would_be_ignored_is_refused(served, values):
     answer = served.ask(prompt="food", **values)
     (name,) = values if "logit_bias" not in values else ["99"]
     assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (CompletionRequest, {"prompt": [""] * 1000}),
+        (CompletionRequest, {"prompt": [[]] * 1000}),
+        (CompletionRequest, {"prompt": [["a"] * 1000]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (ChatRequest, {"messages": [], "modalities": ["x"] * 1000}),
+    ],
+    ids=["texts", "lists", "ids", "parts", "modalities"],
+)
+def test_a_list_has_one_problem(kind, values):
+    """Those of a million items would take seconds of the loop that all requests share."""
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate({"model": "m", **values})
+    assert error.value.error_count() < 6
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]

@@ -62,7 +62,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = Field("", description="may be left out where calls are")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        "", description="may be left out where calls are"
+    )
     name: str | None = Field(None, max_length=200)
     tool_calls: list[Call] = Field([], max_length=128)
     tool_call_id: str | None = Field(None, max_length=200)

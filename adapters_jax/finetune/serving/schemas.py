@@ -65,8 +65,12 @@ class _Generation(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-_Ids = Annotated[list[int], Field(min_length=1)]
-_Several = Annotated[list[str] | list[_Ids], Field(min_length=1, max_length=MOST_ANSWERS)]
+# A list's first problem is enough: to tell all of them takes seconds of the loop of all requests.
+_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+_Several = Annotated[
+    Annotated[list[str], Field(fail_fast=True)] | Annotated[list[_Ids], Field(fail_fast=True)],
+    Field(min_length=1, max_length=MOST_ANSWERS),
+]
 
 
 class CompletionRequest(_Generation):
@@ -128,7 +132,7 @@ class ChatRequest(_Generation):
     tool_choice: Any = Field("auto", description="none or auto")
     response_format: ResponseFormat = Field(ResponseFormat(type="text"))
     parallel_tool_calls: bool = Field(True, description="false returns the first call alone")
-    modalities: list[Literal["text"]] = Field(["text"])
+    modalities: list[Literal["text"]] = Field(["text"], fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="as max_tokens")
     logprobs: bool = Field(False, description="of new tokens; not in streams")
     top_logprobs: int = Field(0, ge=0, le=TOP, description="also this many of the likeliest tokens")
