@@ -1,7 +1,9 @@
 """What clients of OpenAI's API send, of a server of a tiny Llama: answers are passes by hand."""
 
+import asyncio
 import dataclasses
 import json
+import threading
 from importlib.util import find_spec
 
 import jax
@@ -166,6 +168,45 @@ def test_a_stream_of_several_answers(served):
             ends[choice["index"]] = choice["finish_reason"]
     assert texts == [each["text"] for each in whole["choices"]]
     assert [ends[i] for i in range(4)] == [each["finish_reason"] for each in whole["choices"]]
+
+
+def test_a_stream_whose_client_is_gone_computes_nothing_more(served):
+    """At its first piece, before any answer is waited for."""
+    go_on, taken, gone = threading.Event(), threading.Event(), asyncio.Event()
+
+    class Held:
+        """Holds the engine's thread, so that all requests wait."""
+
+        def token(self, token):
+            taken.set()
+            return go_on.wait() and False
+
+        def end(self, why):
+            pass
+
+    body = {"model": "small", "prompt": "food", "n": 2, "stream": True, "echo": True}
+    arriving = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+
+    async def receive():
+        for message in arriving:
+            return message
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            gone.set()
+            await asyncio.Event().wait()  # nobody reads
+
+    served.engine.submit([5], Held(), most=2)
+    taken.wait()
+    before = served.engine.counts.ended["cancelled"]
+    asyncio.run(served.client.app({**scope, "query_string": b""}, receive, send))
+    go_on.set()
+    assert served.ask(prompt="food").status_code == 200
+    assert served.engine.counts.ended["cancelled"] == before + 2
 
 
 def test_penalties_and_a_bias_reach_the_engine(served):

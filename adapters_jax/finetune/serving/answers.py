@@ -149,8 +149,12 @@ class Answers:
                     answer.text += item
                     yield answer, item
         finally:
-            for running, _ in self._running.values():
-                self._engine.cancel(running)
+            self.close()
+
+    def close(self) -> None:
+        """Ends what is not done yet."""
+        for running, _ in self._running.values():
+            self._engine.cancel(running)
 
 
 def _behind(ids: Sequence[int], decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.prompts import Prompts
@@ -167,7 +168,7 @@ class TextApi(Api):
             counted = bool(body.stream_options and body.stream_options.include_usage)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             events = self._events(answers, form, counted)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _Stream(answers, events, media_type="text/event-stream", headers=headers)
         await _unless_gone(request, self._whole(answers))
         for each in answers.wanted:
             if each.why in _BROKEN:
@@ -209,6 +210,21 @@ class TextApi(Api):
         if counted:
             yield _event(form.counted(answers.wanted))
         yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Answers as a stream, which end with it."""
+
+    def __init__(self, answers: Answers, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends what comes, until all has or the client is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also if `events` never began, or waits behind a piece that nobody takes
+            self._answers.close()
 
 
 def _event(value: Any) -> str:
