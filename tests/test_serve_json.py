@@ -24,6 +24,8 @@ ANY = [
     {"anyOf": [{"properties": {f"p{7 * i + j}": {"const": j}}} for j in range(6)]} for i in range(9)
 ]
 LARGE = {"allOf": ANY}  # 6 ** 9 shapes
+# 2 ** 20 ways to go on after an a, so each more doubles the memory.
+PATTERNS = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(20)]}
 LIMITS = Limits(seconds=60.0)
 
 
@@ -108,6 +110,7 @@ def test_schemas_that_cannot_be_followed(served):
         ({"type": "json_object", "json_schema": {"schema": {}}}, "json_schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "obj"}}}, "obj"),
         ({"type": "json_schema", "json_schema": {"schema": LARGE}}, "too large"),
+        ({"type": "json_schema", "json_schema": {"schema": PATTERNS}}, "20 patterns"),
         ({"type": "grammar"}, "response_format.type"),
     ]:
         answer = served.ask(shape)

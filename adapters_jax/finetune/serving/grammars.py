@@ -6,6 +6,7 @@ follow; the engine's programs get this as bits, whatever the schema is.
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,46 @@ from adapters_jax.errors import UserError, needed, shortened
 
 # As `json.dumps` writes it; without bounds on spaces, a model might write nothing else.
 _SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+_JOINING = {"allOf", "anyOf", "oneOf", "$ref"}
+_SAYING = {"$defs", "definitions", "$schema", "$id", "$comment", "title", "description", "default"}
+_SAYING |= {"examples", "deprecated", "readOnly", "writeOnly", "discriminator"}
+_MOST_WAYS = 2**16
+
+
+def _check_patterns(schema: dict[str, Any]) -> None:
+    """Refuses patterns that may have to hold together, but for small ones.
+
+    llguidance lists the ways in which all of them can go on, whose number is the product of the
+    patterns' own, and its bounds do not see that: it would take all memory.
+
+    Raises:
+        UserError: there are too many of them, or they are too long.
+    """
+    patterns, joined, left = set[str](), False, [schema]
+    while left:
+        each = left.pop()
+        if not isinstance(each, dict):
+            left += each if isinstance(each, list) else ()
+            continue
+        left += each.values()
+        alike = each.get("allOf")
+        parts = len(alike) if isinstance(alike, list) else 0
+        parts += len(each.keys() & (_JOINING - {"allOf"})) + bool(each.keys() - _JOINING - _SAYING)
+        named = each.get("patternProperties")
+        joined = joined or parts > 1 or isinstance(named, dict)  # other names match none of them
+        found = [
+            *(named if isinstance(named, dict) else ()),
+            each.get("pattern"),
+            each.get("format"),
+        ]
+        patterns |= {x for x in found if isinstance(x, str)}
+    if joined and math.prod(1 + len(x) for x in patterns) > _MOST_WAYS:
+        raise UserError(
+            f"response_format: the schema joins schemas, by allOf or beside anyOf, oneOf or $ref, "
+            f"and has {len(patterns)} patterns and formats, too many or too long to hold together; "
+            "shorten them, or do not join"
+        )
 
 
 class Grammar:
@@ -70,11 +111,13 @@ class Grammars:
         """The grammar of a JSON schema.
 
         Raises:
-            UserError: the schema or the tokenizer is of a kind that llguidance does not support.
+            UserError: the schema or the tokenizer is of a kind that llguidance does not support, or
+                the schema's patterns would take too much work.
             MissingPackageError: llguidance is not installed.
         """
         with needed("response_format", "llguidance", "serve"):
             from llguidance import LLMatcher
+        _check_patterns(schema)
         try:
             with self._making:
                 tokenizer = self._read
