@@ -740,6 +740,7 @@ def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix)
         ("a.yaml", "[" * 5000, UsageError, ["a.yaml"]),
         ("a.yaml", "rank: yes", UsageError, ["rank='yes'"]),
         ("a.yaml", "- rank: 4", UsageError, ["list"]),
+        ("a.yaml", "prompt-length: 4\nprompt_length: 8", UsageError, ["prompt_length", "twice"]),
         ("a.yaml", "lora_r: 4\nwandb: true", UsageError, ["Write rank", "wandb"]),
         ("a.json", None, FileSystemError, []),
     ],

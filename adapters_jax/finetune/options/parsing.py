@@ -401,6 +401,8 @@ def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
         elif expected := misfit(value, leaf.hint):
             problems.append(f"{key}={shown(value)}, expected {expected}")
         elif value is not None:
+            if leaf.name.rstrip("_") in found:  # as batch-size and batch_size
+                problems.append(f"{key} is there twice")
             flat = [word for pair in value.items() for word in pair] if leaf.takes(dict) else value
             found[leaf.name.rstrip("_")] = flat
     if problems:
