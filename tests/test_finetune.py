@@ -346,7 +346,9 @@ def test_patience_counts_the_evaluations_in_a_row_that_were_not_the_best():
         training._consider(training.step, {"accuracy": accuracy})
         left.append(training.left)
     assert left == [True, True, True, True, False]
-    assert training.best_step == 30
+    assert training.best_step == 30 and training.impatient
+    training.step = training.steps  # the last one ends it in any case
+    assert not training.left and not training.impatient
     training.due = True  # a step that is made is scored
     assert training.left
 

@@ -208,9 +208,9 @@ class Training:
 
     @property
     def impatient(self) -> bool:
-        """Whether as many evaluations in a row as `--patience` allows were not the best on dev."""
+        """Whether it ends before its last step: `--patience` evaluations in a row were not best."""
         since = sum("dev" in record and record["step"] > self.best_step for record in self.records)
-        return since >= (self.options.patience or math.inf)
+        return self.step < self.steps and since >= (self.options.patience or math.inf)
 
     @property
     def skipped(self) -> int:
