@@ -743,6 +743,10 @@ def test_a_silent_session_ends_when_another_is_heard(server):
     server.service._sessions[other].seen -= 1000  # the one that is heard lives on
     assert ask(server, "session_heartbeat", {"session_id": other}).status_code == 200
     assert ask(server, "get_info", {"model_id": kept}).status_code == 200
+    server.service._sessions[other].seen -= 1000  # also by a request of its model
+    assert ask(server, "get_info", {"model_id": kept}).status_code == 200
+    begun(server)
+    assert ask(server, "get_info", {"model_id": kept}).status_code == 200
 
 
 def test_a_heartbeat_ends_the_silent(server):

@@ -170,6 +170,7 @@ class Service:
                 "its last checkpoint"
             )
         found.asked = time.time()
+        self._sessions[found.session].seen = time.monotonic()
         return found
 
     def create(self, owner: str, request: Any) -> tuple[str, str]:
