@@ -28,8 +28,6 @@ from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_de
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "finetune_llama_sharded.py"
 LAYOUTS = ("data=8", "fsdp=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2")
-SUBJECTS = [(api, case, "plain") for case in contract.CASES for api in contract.APIS]
-SUBJECTS += [(api, "together", "scan") for api in contract.APIS]
 SOME = [
     ("linen", "lora_dense_general", "plain", "data=2,model=4"),
     ("nnx", "lora_embed", "plain", "data=8"),
@@ -65,14 +63,11 @@ def finish(process):
 
 
 @pytest.fixture(scope="module")
-def trained(slow):
-    """A recipe of four methods on every layout, and others on one; with --slow all on each."""
+def trained():
+    """A recipe of four methods on every layout, and others on one."""
     rows = [("nnx", "together", "plain", layout) for layout in (None, *LAYOUTS)]
-    if slow:
-        rows += [(*subject, layout) for subject in SUBJECTS for layout in (None, *LAYOUTS)]
-    else:
-        for *subject, laid in SOME:
-            rows += [(*subject, None), (*subject, laid)]
+    for *subject, laid in SOME:
+        rows += [(*subject, None), (*subject, laid)]
     return finish(start(8, rows=list(dict.fromkeys(rows))))
 
 
