@@ -55,8 +55,8 @@ class OptimizerOptions:
         warmup: fraction of the steps while the learning rate rises.
         clip: largest global norm of a gradient; 0 for no clipping.
         evaluations: number of times in an epoch that the dev rows are scored.
-        patience: end training after so many evaluations in a row of which none was the best on dev;
-            by default it goes on to the last step. The learning rate falls as if it did.
+        patience: end training when this many evaluations in a row bring no better dev score; by
+            default it goes on to the last step. The learning rate falls as if it did.
     """
 
     learning_rate: float | None = None
