@@ -37,6 +37,7 @@ BENCHMARKS = {
     "peers-linear": "a step with LoRA on all linear layers against PEFT, qwix, SkyRL",
     "peers-tenants": "a step of eight tenants and of one, against SkyRL's backend",
     "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
+    "regret": "what LoRA needs on a decoder: ranks, rates, modules; hours, resumes",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",
     "serve": "the server's engine: parallel clients, new adapters, answers compared",
     "speedup": "full fine-tuning / LoRA: FLOPs and time of a step",

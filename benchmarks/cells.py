@@ -6,6 +6,7 @@ is not trained again, not even in another checkout. An interrupted cell resumes 
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,12 +21,17 @@ from adapters_jax.finetune.compare.grid import read_candidate
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
+_DECODER = "--no-chat --template {{prompt}}\\n --held-out 100 --exact-match 0 --max-length"
 SETS = {
     "movies": "",
     "cola": "--glue cola --data {}/cola",
     "stsb": "--glue stsb --data {}/stsb",
     "wnut17": "--task token-classification --train {0}/wnut17/wnut17train.conll "
     "--dev {0}/wnut17/emerging.dev.conll",
+    "e2e": f"--train {{0}}/e2e/devset.csv --prompt mr --completion ref {_DECODER} 128",
+    "gsm8k": f"--train {{0}}/gsm8k/test.jsonl --prompt question --completion answer {_DECODER} 256",
+    "wikitext2": "--train {0}/wikitext2/valid.txt --test {0}/wikitext2/test.txt --text text "
+    "--held-out 100 --exact-match 0 --max-length 256",
 }
 
 
@@ -40,6 +46,8 @@ class Cells:
         rates: the learning rates; none are that of the recipe's preset.
         passes: the passes over the rows; None is the default of the recipe.
         seeds: the seeds.
+        base: the base, as `adapters-jax compare --model` takes it; none is that of the data set.
+        batch: the rows of a step, or packed sequences of a decoder; None is the default.
     """
 
     data: str
@@ -48,6 +56,8 @@ class Cells:
     rates: tuple[float, ...] = ()
     passes: float | None = None
     seeds: tuple[int, ...] = (0,)
+    base: str = ""
+    batch: int | None = None
 
     def __len__(self) -> int:
         return len(self.tried) * len(self.seeds)
@@ -59,21 +69,30 @@ class Cells:
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
         """Those of some finished cells that are of these."""
-        shared = {"data": self.data, "rows": self.rows, "passes": self.passes}
         return [
             row
             for row in rows
-            if {**row, **shared, "recipe": self.recipe} == row
+            if {**row, **self.shared, "recipe": self.recipe} == row
+            and all(name in self.shared or name not in row for name in ("base", "batch"))
             and row["seed"] in self.seeds
             and row["learning_rate"] in self.tried
         ]
 
     @property
+    def shared(self) -> Row:
+        """What the lines of all of them have in common."""
+        chosen = {"base": self.base, "batch": self.batch}
+        given = {name: value for name, value in chosen.items() if value}
+        return {"data": self.data, "rows": self.rows, "passes": self.passes, **given}
+
+    @property
     def name(self) -> str:
         """The name of the comparison that trains them."""
         passes = "own" if self.passes is None else f"{self.passes:g}"
-        recipe = re.sub(r"[^a-z0-9]+", "-", self.recipe)
-        return f"{self.data}-{self.rows}-{passes}-{recipe}"
+        batch = f"batch-{self.batch}" if self.batch else ""
+        more = [each for each in (self.base, batch) if each]
+        words = [self.data, str(self.rows), passes, *more, self.recipe]
+        return re.sub(r"[^a-zA-Z0-9.]+", "-", "-".join(words))
 
     def flags(self) -> list[str]:
         """The flags of the comparison."""
@@ -82,6 +101,8 @@ class Cells:
             recipe = " ".join([recipe, "--learning-rates", *(f"{rate:g}" for rate in self.rates)])
         flags = [*SETS[self.data].format(DATA).split(), "--limit", str(self.rows)]
         flags += [] if self.passes is None else ["--epochs", f"{self.passes:g}"]
+        flags += ["--model", self.base] if self.base else []
+        flags += ["--batch-size", str(self.batch)] if self.batch else []
         return [*flags, "--recipes", recipe, "--seeds", *map(str, self.seeds)]
 
 
@@ -125,24 +146,29 @@ class Store:
         )
 
     def _keep(self, cells: Cells, found: Sequence[Row]) -> None:
-        shared = {"data": cells.data, "rows": cells.rows, "passes": cells.passes}
-        rows = [*self.rows, *cells.of([{**shared, **row} for row in found])]
-        named = ("data", "rows", "passes", "recipe", "learning_rate", "seed")
-        self.rows = [*{tuple(row[name] for name in named): row for row in rows}.values()]
+        rows = [*self.rows, *cells.of([{**cells.shared, **row} for row in found])]
+        named = ("base", "data", "rows", "batch", "passes", "recipe", "learning_rate", "seed")
+        self.rows = [*{tuple(row.get(name) for name in named): row for row in rows}.values()]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 
 def read(path: Path) -> list[Row]:
-    """The cells of a file, with "score" by their first metric, which is 0 where one diverged.
+    """The cells of a file, with "score" by their first metric: higher is better.
 
-    There are none if there is no file.
+    The score of a perplexity is minus the loss, its logarithm. That of a cell which diverged is 0,
+    or minus infinity for a decoder. There are none if there is no file.
     """
     cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for cell in cells:
         metric = next(iter(cell.get("dev", ())), None)
-        scores = {part: cell[part][metric] if metric else 0.0 for part in ("dev", "test")}
+        worst = -math.inf if "base" in cell else 0.0
+        scores = {part: _score(metric, cell[part]) if metric else worst for part in ("dev", "test")}
         cell |= {"metric": metric, "score": scores}
     return cells
+
+
+def _score(metric: str, found: Row) -> float:
+    return -math.log(found[metric]) if metric == "perplexity" else float(found[metric])
 
 
 def compared(flags: list[str]) -> Any:
