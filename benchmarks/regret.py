@@ -55,15 +55,13 @@ def questions() -> list[Cells]:
 
     def ask(recipe: str, data: str = "e2e", batch: int = BATCH, base: str = BASE) -> Cells:
         rate = FIRST[recipe.split()[0]]
-        seeds = (
-            SEEDS if (data, batch, base) == ("e2e", BATCH, BASE) and recipe in COMPARED else (0,)
-        )
-        return Cells(data, ROWS, recipe, (rate,), 1.0, seeds, base, batch)
+        return Cells(data, ROWS, recipe, (rate,), 1.0, (0,), base, batch)
 
     narrow = [path(width) for width in WIDTHS]
     return [
-        *(ask(recipe) for recipe in COMPARED),
-        *(ask(ALL, data) for data in SETS[1:]),
+        *(ask(ALL, data) for data in SETS),
+        *(ask(recipe) for recipe in COMPARED[1:]),
+        *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),
         *(ask(recipe, base=base) for base in narrow for recipe in (lora(8), FULL)),
         *(ask(lora(rank)) for rank in RANKS if rank != 16),
         *(ask(lora(rank, rank)) for rank in RANKS),
