@@ -8,14 +8,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers.errors import raises
-from helpers.tiny import BAD, FILLER, GOOD, write_model, write_reviews
+from helpers.tiny import (
+    BAD,
+    FILLER,
+    GOOD,
+    write_llama,
+    write_meanings,
+    write_model,
+    write_reviews,
+)
 
 import adapters_jax as aj
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.compare.grid import read_candidate
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.prepare import prepare_run, resume_run
@@ -64,6 +74,43 @@ def test_a_lora_plus_of_1_which_older_runs_store_is_none():
             for ratio in (None, 1.0)
         )
         assert jax.tree.structure(one) == jax.tree.structure(none)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "method", "rate"),
+    [
+        ("tiny", [], "houlsby", 2e-3),
+        ("llama", [], "lora", 0.013),  # 5e-4 (2000 / 32)^0.781
+        ("llama", ["--method", "lora", "--rank", "4", "--targets", "**/mlp/*"], "lora", 0.013),
+        ("llama", ["--learning-rate", "0.5"], "lora", 0.5),
+        ("llama", ["--method", "houlsby"], "houlsby", 2e-3),
+    ],
+)
+def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
+    tmp_path, model, flags, method, rate
+):
+    if model == "tiny":
+        write_model(tmp_path / "tiny")
+        rows = ["--train", str(tmp_path / "rows.jsonl"), "--text", "review"]
+        write_reviews(tmp_path / "rows.jsonl")
+    else:
+        write_llama(tmp_path / "llama")
+        rows = ["--train", str(tmp_path / "rows.csv"), "--prompt", "mr", "--completion", "ref"]
+        write_meanings(tmp_path / "rows.csv")
+    words = [*rows, "--model", str(tmp_path / model), "--runs", str(tmp_path / "runs"), *flags]
+    job = parse(Finetune, words).prepare(Console(json=False))
+    stored = job.run.read_config()
+    assert stored["optimizer"]["learning_rate"] == job.optimizer.learning_rate == rate
+    assert stored["options"]["method"]["method"] == method
+    if method == "lora":
+        (lora,) = job.problem.recipe
+        narrow = "--targets" in flags
+        assert (lora.rank, lora.alpha) == (4 if narrow else 16, 32.0)
+        adapted = {entry.path.split("/", 2)[2] for entry in aj.audit(job.problem.model).entries}
+        names = {"mlp/gate", "mlp/up", "mlp/output"}
+        attention = {f"attention/{name}" for name in ("query", "key", "value", "output")}
+        assert adapted == names if narrow else adapted == names | attention
+    job.run.unlock(job.lock)
 
 
 @pytest.fixture

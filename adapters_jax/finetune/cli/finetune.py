@@ -67,7 +67,7 @@ class Finetune(RunOptions, Command):
         The run's directory is made last.
         """
         from adapters_jax.finetune.run_directory import Run
-        from adapters_jax.finetune.runs.prepare import open_run, prepare_run, resume_run
+        from adapters_jax.finetune.runs.prepare import on_base, open_run, prepare_run, resume_run
 
         began = time.perf_counter()
         if self.resume is not None:
@@ -75,9 +75,10 @@ class Finetune(RunOptions, Command):
             return resume_run(Run(self.resume), console, began, self.any_base)
         if self.any_base:
             raise UserError("--any-base: with --resume alone, where a base may have changed")
-        run = self._run()
+        options = on_base(self)
+        run = self._run(options.method.title)
         run.refuse_existing()
-        return open_run(prepare_run(self, run, console, began))
+        return open_run(prepare_run(options, run, console, began))
 
     def _refuse_other_flags(self, resumed: Path) -> None:
         """Raises RunError if there are flags in addition to --resume."""
@@ -93,10 +94,10 @@ class Finetune(RunOptions, Command):
                 "started with; leave all others out"
             )
 
-    def _run(self) -> Run:
+    def _run(self, method: str) -> Run:
         from adapters_jax.finetune.run_directory import Run, RunError, run_name
 
-        parts = (self.model, self.data.title, self.method.title)
+        parts = (self.model, self.data.title, method)
         name = run_name(*parts) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".."):
             raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")

@@ -27,7 +27,7 @@ from adapters_jax.finetune.inference.comparison import comparison_table
 from adapters_jax.finetune.pretrained.locate import is_decoder, pinned
 from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job
-from adapters_jax.finetune.runs.prepare import open_run, prepare_run, resume_run
+from adapters_jax.finetune.runs.prepare import default_rate, open_run, prepare_run, resume_run
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
 from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.finetune.tasks.metrics import show_metric
@@ -55,7 +55,9 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
         )
     texts = options.recipes or RECIPES["decoder" if is_decoder(model) else "encoder"]
     seeds, tuning = options.seeds, options.tuning_seeds
-    candidates = read_candidates(texts, options.learning_rates, seeds, tuning)
+    candidates = read_candidates(
+        texts, options.learning_rates, seeds, tuning, lambda method: default_rate(method, model)
+    )
     out = options.out or Path("comparisons", run_name(model, options.data.title))
     for directory in (out, out / "cells"):
         if directory.exists() and not directory.is_dir():

@@ -9,13 +9,14 @@ import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.options.flags import flag, words
-from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.options.method import DEFAULT, MethodOptions
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.tasks.metrics import better
 
@@ -63,7 +64,7 @@ class Candidate:
     @property
     def size_name(self) -> str | None:
         """The field that holds the size."""
-        return None if self.method.recipe else SIZES.get(self.method.method)
+        return None if self.method.recipe else SIZES.get(self.method.title)
 
     @property
     def family(self) -> str:
@@ -71,8 +72,8 @@ class Candidate:
         if self.method.recipe is not None:
             return self.text
         open_size: dict[str, Any] = {self.size_name: None} if self.size_name else {}
-        without = replace(self.method, method=MethodOptions().method, **open_size)
-        return " ".join([self.method.method, *words(without)])
+        without = replace(self.method, method=None, **open_size)
+        return " ".join([self.method.title, *words(without)])
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,18 @@ class _Written:
     learning_rates: tuple[float, ...] = ()
 
 
-def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate:
+def read_candidate(
+    text: str,
+    learning_rates: Sequence[float] = (),
+    rate: Callable[[MethodOptions], float] = attrgetter("learning_rate"),
+) -> Candidate:
     """Reads the text of a recipe.
 
     Args:
         text: a method and its flags, or a recipe file whose name ends in .json; optionally with its
             own --learning-rates.
         learning_rates: the learning rates if the text has none; by default the method's.
+        rate: gives the default learning rate of a method.
 
     Raises:
         UsageError: the text does not have this form.
@@ -115,13 +121,17 @@ def read_candidate(text: str, learning_rates: Sequence[float] = ()) -> Candidate
     except ValueError as error:  # also of shlex
         raise UsageError(f"--recipes {text!r}: {error}") from error
     rates = written.learning_rates or tuple(learning_rates)
-    rates = rates or (written.method.learning_rate,)
+    rates = rates or (rate(written.method),)
     without = re.sub(rf"\s+{RATES}[=\s]+\S+(\s+(?!-)\S+)*", "", text).strip()
     return Candidate(without, written.method, rates)
 
 
 def read_candidates(
-    texts: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int], tuning_seeds: int
+    texts: Sequence[str],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    tuning_seeds: int,
+    rate: Callable[[MethodOptions], float] = attrgetter("learning_rate"),
 ) -> tuple[Candidate, ...]:
     """Reads the recipes of a comparison, and checks its numbers.
 
@@ -136,10 +146,10 @@ def read_candidates(
     check_size("the comparison", "--tuning-seeds", tuning_seeds)
     if tuning_seeds > len(seeds):
         raise UserError(f"--tuning-seeds {tuning_seeds}: more than the {len(seeds)} --seeds")
-    candidates = tuple(read_candidate(text, learning_rates) for text in texts)
+    candidates = tuple(read_candidate(text, learning_rates, rate) for text in texts)
     for candidate in candidates:
-        for rate in candidate.learning_rates:
-            check_number(f"{candidate.text!r}", "--learning-rates", rate)
+        for each in candidate.learning_rates:
+            check_number(f"{candidate.text!r}", "--learning-rates", each)
     twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
     if twice:
         raise UserError(f"--seeds {' '.join(twice)}: expected each seed once")
@@ -282,7 +292,7 @@ class Grid:
         found = [results[c] for c in cells if rate is not None and "stopped" not in results[c]]
         row: dict[str, Any] = {
             "recipe": candidate.text,
-            "method": candidate.method.method,
+            "method": candidate.method.method or DEFAULT,
             "family": candidate.family,
             "size": candidate.size,
             "size_name": candidate.size_name and flag(candidate.size_name)[2:],

@@ -56,8 +56,9 @@ class CompareOptions(Settings):
     def run_options(self, cell: Cell) -> RunOptions:
         """The options of a cell's run."""
         from adapters_jax.finetune.compare.grid import read_candidate
+        from adapters_jax.finetune.pretrained.locate import kind_of
 
         shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Settings)}
         shared["optimizer"] = replace(self.optimizer, learning_rate=cell.learning_rate)
-        method = read_candidate(cell.recipe).method
+        method = read_candidate(cell.recipe).method.on(kind_of(self.model))
         return RunOptions(**shared, method=method, seed=cell.seed, baselines=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from adapters_jax.errors import FileSystemError, UserError, file_errors, shown
 from adapters_jax.finetune.options.flags import flag, given
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from adapters_jax.recipe import Recipe
 
 HEAD_ONLY = "head-only"
+DEFAULT, ON_DECODERS = "houlsby", "lora"  # the method where none is named
+# Not the tables and what stands beside them, nor routers and gates of a few outputs.
+_OTHERS = "{embeddings|position_embeddings|position_bias|embedding_projection|head_projection|head"
+_OTHERS += "|router|shared_gate|beta|decay|beta_decay|gate_up_bias|output_bias}"
+LINEAR: dict[str, Any] = {"targets": ("**", f"!**/{_OTHERS}/**"), "rank": 16, "alpha": 32.0}
 WIDEST = 64  # the width m of bottlenecks up to which the learning rates of the presets hold
 
 
@@ -129,7 +134,8 @@ class MethodOptions:
     """What to add to the model, and what to train of it.
 
     Args:
-        method: a published recipe; its fields are the flags below, with the paper's defaults.
+        method: a published recipe; its fields are the flags below, with the paper's defaults. By
+            default houlsby, and for a decoder lora.
         recipe: a recipe as a JSON file, instead of --method and its fields.
         bottleneck_dim: width m of bottleneck adapters; 64 by default.
         reduction_factor: m as a fraction of the model's width, d / reduction_factor.
@@ -139,9 +145,10 @@ class MethodOptions:
         scale: factor on a bottleneck's output; by default 1, and 4 for parallel.
         layer_norms: pattern of the layer norms that houlsby trains; "" trains none.
         phm_dim: n of compacter, the number and size of its rules; 4 by default.
-        rank: r of LoRA, LoHa and LoKr, 8 by default, of VeRA, 256, of loreft, 4, or at the start of
-            adalora, 12.
-        alpha: LoRA, LoHa and LoKr scale by alpha / r; the rank by default.
+        rank: r of LoRA, LoHa and LoKr, 8 by default and 16 for lora on a decoder, of VeRA, 256, of
+            loreft, 4, or at the start of adalora, 12.
+        alpha: LoRA, LoHa and LoKr scale by alpha / r; by default the rank, and 32 for lora on a
+            decoder.
         a_init: initial values of LoRA's A: gaussian, uniform or gaussian_rank; or pissa or olora,
             which take A and B out of the weight.
         rank_stabilized: LoRA scales by alpha / sqrt(r) instead of alpha / r.
@@ -156,7 +163,8 @@ class MethodOptions:
         terms: for oft, the terms of a series that stands for a matrix's inverse.
         d_initial: for vera, where the scales of the rank start; 0.1 by default.
         adapter_dropout: dropout of a bottleneck's inner activations, or of LoRA's or VeRA's input.
-        targets: patterns of the modules to adapt, such as "**/{query,value}".
+        targets: patterns of the modules to adapt, such as "**/{query,value}"; lora adapts these two
+            by default, and of a decoder all linear layers but the output layer.
         feed_forward: for ia3, patterns of the modules whose input is scaled; by default the last
             projections of the feed-forward layers.
         layers: number of layers that last-layers trains; 2 by default.
@@ -171,7 +179,7 @@ class MethodOptions:
         gate_activation: for llama-adapter, tanh or identity.
     """
 
-    method: MethodName = "houlsby"
+    method: MethodName | None = None
     recipe: Path | None = None
     bottleneck_dim: int | None = None
     reduction_factor: float | None = None
@@ -207,7 +215,30 @@ class MethodOptions:
     @property
     def title(self) -> str:
         """The name of the method in tables and directories."""
-        return self.method if self.recipe is None else self.recipe.stem
+        return (self.method or DEFAULT) if self.recipe is None else self.recipe.stem
+
+    def on(self, kind: str) -> Self:
+        """Fills in the defaults of a kind of base.
+
+        LoRA on a decoder adapts all linear layers with alpha = 32, as in "LoRA Without Regret"
+        (Schulman et al. 2025, thinkingmachines.ai/blog/lora). Rank 16 is the choice of this
+        library, for the size of its files.
+
+        Example:
+            >>> MethodOptions().on("encoder").method
+            'houlsby'
+            >>> chosen = MethodOptions(targets=("**/mlp/*",)).on("decoder")
+            >>> chosen.method, chosen.rank, chosen.alpha
+            ('lora', 16, 32.0)
+        """
+        if self.recipe is not None:
+            return self
+        method = self.method or (ON_DECODERS if kind == "decoder" else DEFAULT)
+        chosen = replace(self, method=method)
+        if (kind, method) != ("decoder", "lora"):
+            return chosen
+        missing = {name: value for name, value in LINEAR.items() if name not in given(self)}
+        return replace(chosen, **missing)
 
     @property
     def learning_rate(self) -> float:
@@ -222,7 +253,25 @@ class MethodOptions:
             0.001
         """
         width = max(self.bottleneck_dim or WIDEST, WIDEST)
-        return PRESETS[self.method].learning_rate * math.sqrt(WIDEST / width)
+        return PRESETS[self.method or DEFAULT].learning_rate * math.sqrt(WIDEST / width)
+
+    def rate_on(self, kind: str, width: int) -> float:
+        """The default rate on a base; LoRA's on a decoder falls with the width.
+
+        It is 5e-4 (2000 / width)^0.781: ten times the rate of full fine-tuning, by the sweeps of
+        "LoRA Without Regret" and the cookbook of Tinker (its exponent of Llamas).
+
+        Args:
+            kind: the kind of the base.
+            width: the width of its hidden states.
+
+        Example:
+            >>> [MethodOptions("lora").rate_on("decoder", width) for width in (576, 4096)]
+            [0.0013, 0.00029]
+        """
+        if kind != "decoder" or self.method != "lora":
+            return self.learning_rate
+        return float(f"{5e-4 * (2000 / width) ** 0.781:.2g}")
 
     def build(
         self,
@@ -255,12 +304,13 @@ class MethodOptions:
         fields.pop("method", None)
         if self.recipe is not None:
             return _startable(self._from_file(self.recipe, head))
-        preset = PRESETS[self.method]
+        preset = PRESETS[self.method or DEFAULT]
         foreign = [flag(name) for name in fields if name not in preset.flags]
         if foreign:
             known = ", ".join(map(flag, preset.flags)) or "none"
             raise UserError(
-                f"{', '.join(foreign)}: no field of --method {self.method}; its fields are {known}"
+                f"{', '.join(foreign)}: no field of --method {self.method or DEFAULT}; "
+                f"its fields are {known}"
             )
         if "adapter_dropout" in fields:
             fields["dropout"] = fields.pop("adapter_dropout")
@@ -275,7 +325,12 @@ class MethodOptions:
         from adapters_jax.presets import head_only
         from adapters_jax.recipe import Recipe
 
-        others = [flag(name) for name in given(self) if name != "recipe"]
+        # A run that was started when houlsby was the default stores it beside its recipe.
+        others = [
+            flag(name)
+            for name, value in given(self).items()
+            if name != "recipe" and (name, value) != ("method", DEFAULT)
+        ]
         if others:
             raise UserError(
                 f"--recipe {path} holds all settings of the method; put {', '.join(others)} into "

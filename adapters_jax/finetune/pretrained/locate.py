@@ -99,6 +99,19 @@ def kind_of(name: str) -> Kind:
     return "decoder" if kind == "encoder-decoder" else kind
 
 
+def width_of(name: str) -> int:
+    """The width of a base's hidden states, by its configuration alone.
+
+    Example:
+        >>> width_of("smollm2-135m")
+        576
+    """
+    if shape := pinned_shape(name):
+        return int(shape[1].hidden_size)
+    values = read_config(name)
+    return int(family_of(values, name).config.from_dict(values).hidden_size)
+
+
 def is_decoder(name: str) -> bool:
     """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
     return kind_of(name) == "decoder"

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.finetune.options.method import PRESETS, MethodOptions
+from adapters_jax.finetune.options.method import DEFAULT, PRESETS, MethodOptions
 from adapters_jax.recipe import Recipe
 
 _FILE = resources.files("adapters_jax.finetune.report").joinpath("papers.bib")
@@ -61,7 +61,7 @@ def papers_of(method: MethodOptions, recipe: Mapping[str, Any]) -> list[str]:
         >>> papers_of(MethodOptions("lora"), recipe)
         ['2106.09685']
     """
-    preset: Any = PRESETS[method.method]
+    preset: Any = PRESETS[method.method or DEFAULT]
     if preset.paper and method.recipe is None:
         return [preset.paper]
     try:

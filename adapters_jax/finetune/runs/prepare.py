@@ -14,10 +14,10 @@ from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.leaving import ways_out
 from adapters_jax.finetune.models.parts.attention import check_kernel
 from adapters_jax.finetune.options.flags import flag, given
-from adapters_jax.finetune.options.method import HEAD_ONLY
+from adapters_jax.finetune.options.method import DEFAULT, HEAD_ONLY, MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.pretrained.locate import kind_of, pinned
+from adapters_jax.finetune.pretrained.locate import kind_of, pinned, width_of
 from adapters_jax.finetune.pretrained.record import CHANGES, record_of
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
 from adapters_jax.finetune.runs.budget import seconds_of
@@ -34,6 +34,24 @@ from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.placement.patterns import checked_before
 
 _LOG = logging.getLogger(__name__)
+
+
+def on_base(options: RunOptions) -> RunOptions:
+    """Fills in the method and the learning rate that are the defaults on the base.
+
+    A run keeps them: a resumed one has the defaults of the version that started it.
+    """
+    method = options.method.on(kind_of(options.model))
+    rate = options.optimizer.learning_rate
+    if rate is None and (own := default_rate(method, options.model)) != method.learning_rate:
+        rate = own
+    return replace(options, method=method, optimizer=replace(options.optimizer, learning_rate=rate))
+
+
+def default_rate(method: MethodOptions, model: str) -> float:
+    """The default learning rate of a method on a base."""
+    kind = kind_of(model)
+    return method.rate_on(kind, width_of(model) if kind == "decoder" else 0)
 
 
 def prepare_run(
@@ -141,7 +159,7 @@ def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console:
 
 def _training(options: RunOptions, task: Task) -> OptimizerOptions:
     """Fills in the defaults of the training; the movie reviews need fewer epochs."""
-    chosen, method = options.optimizer, options.method.method
+    chosen, method = options.optimizer, options.method.method or DEFAULT
     epochs = task.epochs if method != HEAD_ONLY else None
     chosen = replace(
         chosen,
