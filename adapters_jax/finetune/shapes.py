@@ -68,8 +68,7 @@ def adapted_shape(
     family, config = find_shape(name)
     config = config if layers is None else config.with_layers(layers)
     model, inputs = family.shape(config, **options)
-    own = method.on("decoder" if family.kind == "encoder-decoder" else family.kind)
-    recipe = own.build(num_layers=config.num_layers, layer=family.layer)
+    recipe = method.build(num_layers=config.num_layers, layer=family.layer)
     if isinstance(model, nnx.Module):
         model = quantized(model, *inputs, dtype=quantize) if quantize else model
         return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs), None
@@ -100,6 +99,12 @@ def find_shape(name: str) -> tuple[Family, Any]:
     values = read_config(name)
     family = family_of(values, name)
     return family, family.config.from_dict(values)
+
+
+def on_shape(name: str, method: MethodOptions) -> MethodOptions:
+    """A command's method with the defaults of a shape's kind; see `MethodOptions.on`."""
+    kind = find_shape(name)[0].kind
+    return method.on("decoder" if kind == "encoder-decoder" else kind)
 
 
 @dataclass(frozen=True)

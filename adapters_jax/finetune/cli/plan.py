@@ -101,8 +101,11 @@ class PlanTraining(Command):
                 f"--quantize {self.quantize}: the plan for CPU devices is one of floats; add a "
                 "device, such as --device v5e:1x1"
             )
+        from adapters_jax.finetune.shapes import on_shape
+
         mesh = self._mesh()
-        methods = [self.method, *([FULL] if self.full and self.method != FULL else [])]
+        method = on_shape(self.model, self.method)
+        methods = [method, *([FULL] if self.full and method != FULL else [])]
         jobs = [self._job(method, mesh, console) for method in methods]
         for job in jobs:
             _ = job.state  # raises where model and recipe do not fit
@@ -268,13 +271,14 @@ class CountParameters(Command):
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Counts, and returns a function that reports the counts."""
-        from adapters_jax.finetune.shapes import count_parameters
+        from adapters_jax.finetune.shapes import count_parameters, on_shape
 
-        counts = count_parameters(self.model, self.method)
+        method = on_shape(self.model, self.method)
+        counts = count_parameters(self.model, method)
 
         def report() -> None:
             if not self.json:
                 console.show(counts)
-            console.result({"model": self.model, "method": self.method.title, **counts.to_dict()})
+            console.result({"model": self.model, "method": method.title, **counts.to_dict()})
 
         return report
