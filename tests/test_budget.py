@@ -1,4 +1,4 @@
-"""`--budget`: as many epochs as fit into a time."""
+"""`--budget`: as many epochs as fit into a time, or the size that fits into a number."""
 
 import json
 import weakref
@@ -8,9 +8,14 @@ from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.tiny import write_model, write_reviews
 
+import adapters_jax as aj
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.method import SIZES
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.budget import Cost, fitted, measured, seconds_of
 from adapters_jax.finetune.runs.job import Job
 
@@ -107,3 +112,48 @@ def test_a_run_keeps_the_epochs_that_fit(words, tmp_path, capsys):
 def test_a_time_that_is_too_short_ends_in_one_sentence(words):
     with command_raises(UserError, "--budget 0.001s", "one step"):
         assert main([*words, "--budget", "0.001s"]) == 2
+
+
+def _prepared(words, more):
+    """The job of a run, without the method of `words`."""
+    return parse(Finetune, [*words[1:-4], "--name", "run", *more]).prepare(Console(json=False))
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "size", "count"),
+    [
+        ("lora", "700", 5, 5 * 2 * (32 + 32)),
+        ("houlsby", "700", 4, 2 * (2 * 4 * 32 + 4 + 32)),
+        ("houlsby", "10%", None, None),
+    ],
+)
+def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
+    words, tmp_path, method, budget, size, count
+):
+    job = _prepared(words, ["--method", method, "--budget", budget])
+    field = SIZES[method]
+    chosen = getattr(job.options.method, field)
+    found = aj.audit(job.problem.model, job.problem.params)
+    if size is None:
+        base = found.frozen_parameters + found.trainable_parameters - found.adapter_parameters
+        one = 2 * (2 * 32 + 1)
+        assert found.adapter_parameters <= base / 10 < found.adapter_parameters + one + 200
+    else:
+        assert (chosen, found.adapter_parameters) == (size, count)
+    assert job.config["options"]["budget"] is None
+    assert job.config["options"]["method"][field] == chosen
+    job.run.unlock(job.lock)
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--method", "lora", "--rank", "4", "--budget", "2000"], ["--rank", "leave one"]),
+        (["--method", "lora", "--budget", "3"], ["3 parameters", "--rank 1"]),
+        (["--method", "full", "--budget", "5%"], ["full has no rank"]),
+        (["--budget", "5 %"], ["such as 90s", "1% of the base"]),
+    ],
+)
+def test_a_budget_of_parameters_that_does_not_fit_ends_in_one_sentence(words, more, parts):
+    with raises(UserError, *parts):
+        _prepared(words, more)

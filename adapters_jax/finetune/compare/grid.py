@@ -16,24 +16,11 @@ from typing import Any
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.options.flags import flag, words
-from adapters_jax.finetune.options.method import DEFAULT, MethodOptions
+from adapters_jax.finetune.options.method import DEFAULT, SIZES, MethodOptions
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.tasks.metrics import better
 
 RATES = "--learning-rates"
-SIZES = {
-    "houlsby": "bottleneck_dim",
-    "pfeiffer": "bottleneck_dim",
-    "parallel": "bottleneck_dim",
-    "compacter": "bottleneck_dim",
-    "lora": "rank",
-    "loreft": "rank",
-    "adalora": "rank",
-    "llama-adapter": "prompt_length",
-    "prefix-tuning": "prompt_length",
-    "prompt-tuning": "prompt_length",
-    "last-layers": "layers",
-}
 _SIZED = ("houlsby --bottleneck-dim 8", "houlsby --bottleneck-dim 64", "lora --rank 8")
 RECIPES = {  # of a comparison that names none, by the kind of base
     "encoder": (*_SIZED, "layer-norms", "bitfit", "last-layers --layers 1", "full"),

@@ -123,6 +123,20 @@ PRESETS = {
     ),
     HEAD_ONLY: Preset(_published("head_only"), (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
+# The flag by which recipes of a method differ in size.
+SIZES = {
+    "houlsby": "bottleneck_dim",
+    "pfeiffer": "bottleneck_dim",
+    "parallel": "bottleneck_dim",
+    "compacter": "bottleneck_dim",
+    "lora": "rank",
+    "loreft": "rank",
+    "adalora": "rank",
+    "llama-adapter": "prompt_length",
+    "prefix-tuning": "prompt_length",
+    "prompt-tuning": "prompt_length",
+    "last-layers": "layers",
+}
 if TYPE_CHECKING:
     MethodName = str
 else:  # which a type checker does not read, and the command line does

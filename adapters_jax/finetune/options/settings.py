@@ -99,6 +99,8 @@ class RunOptions(Settings):
             decoder, the base model.
         budget: time for the run, such as 90s, 10m or 1h30m: as many epochs as fit into it, at most
             --epochs, by default 20; the answers that a decoder generates at the end come on top.
+            Or parameters for the adapters, such as 500000, or 1% of the base: the largest rank or
+            width that fits.
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {

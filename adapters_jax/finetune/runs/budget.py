@@ -1,4 +1,4 @@
-"""Fits a run into a time: measures its steps, and chooses how many epochs there are."""
+"""Fits a run into a time, by its epochs, or into a number of parameters, by its rank or width."""
 
 import re
 import time
@@ -12,8 +12,11 @@ import jax
 
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.options.flags import flag
+from adapters_jax.finetune.options.method import SIZES, MethodOptions
 from adapters_jax.finetune.options.optimizer import MOST_EPOCHS, OptimizerOptions
 from adapters_jax.finetune.runs.loop import Training
+from adapters_jax.finetune.shapes import count_parameters
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.training.step import make_train_step
 
@@ -36,8 +39,57 @@ def seconds_of(text: str) -> float:
     parts = zip(found.groups() if found else (), _UNITS.values(), strict=False)
     total = sum(float(part or 0) * unit for part, unit in parts)
     if not 0 < total < float("inf"):
-        raise UserError(f"--budget {text!r}: expected a time such as 90s, 10m or 1h30m")
+        raise UserError(
+            f"--budget {text!r}: expected a time such as 90s, 10m or 1h30m, or a number of "
+            "parameters, such as 500000 or 1% of the base"
+        )
     return total
+
+
+def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | None:
+    """The method at the largest size whose adapters fit; None if the budget is no such number.
+
+    The adapters' parameters grow by the same number with each rank or unit of width, so two counts
+    tell all of them. A head, and parameters of the base that train, come on top.
+
+    Args:
+        method: the method, with no size of its own.
+        model: the base.
+        budget: the text of --budget: a number of parameters, or a part of the base's, in percent.
+
+    Raises:
+        UserError: the method has no size, a size was given, or the smallest one is too large.
+
+    Example:
+        >>> chosen = MethodOptions("lora", targets=("**/{query,value}",), alpha=32.0)
+        >>> sized(chosen, "smollm2-135m", "500000").rank, sized(chosen, "smollm2-135m", "10m")
+        (8, None)
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?%|\d+", budget):
+        return None
+    name = None if method.recipe else SIZES.get(method.title)
+    if name is None or name == "layers":
+        known = ", ".join(each for each, size in SIZES.items() if size != "layers")
+        raise UserError(
+            f"--budget {budget}: {method.title} has no rank or width to choose; expected one of "
+            f"{known}, or a time"
+        )
+
+    def of(size: int) -> MethodOptions:
+        fields: dict[str, Any] = {name: size}
+        return replace(method, **fields)
+
+    one, two = (count_parameters(model, of(size)) for size in (1, 2))
+    base = one.frozen_parameters + one.trainable_parameters - one.adapter_parameters
+    most = float(budget[:-1]) / 100 * base if budget.endswith("%") else float(budget)
+    each = two.adapter_parameters - one.adapter_parameters
+    size = 1 + int((most - one.adapter_parameters) // each)
+    if size < 1:
+        raise UserError(
+            f"--budget {budget}: {int(most):,} parameters, but {method.title} with "
+            f"{flag(name)} 1 has {one.adapter_parameters:,}; allow more"
+        )
+    return of(size)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.leaving import ways_out
 from adapters_jax.finetune.models.parts.attention import check_kernel
 from adapters_jax.finetune.options.flags import flag, given
-from adapters_jax.finetune.options.method import DEFAULT, HEAD_ONLY, MethodOptions
+from adapters_jax.finetune.options.method import DEFAULT, HEAD_ONLY, SIZES, MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.pretrained.locate import kind_of, pinned, width_of
 from adapters_jax.finetune.pretrained.record import CHANGES, record_of
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
-from adapters_jax.finetune.runs.budget import seconds_of
+from adapters_jax.finetune.runs.budget import seconds_of, sized
 from adapters_jax.finetune.runs.config import (
     check_same,
     check_unfinished,
@@ -37,15 +37,23 @@ _LOG = logging.getLogger(__name__)
 
 
 def on_base(options: RunOptions) -> RunOptions:
-    """Fills in the method and the learning rate that are the defaults on the base.
+    """Fills in the method, its size and the learning rate that are the defaults on the base.
 
     A run keeps them: a resumed one has the defaults of the version that started it.
     """
-    method = options.method.on(kind_of(options.model))
+    asked, budget = options.method, options.budget
+    method = asked.on(kind_of(options.model))
+    if budget is not None:
+        size = SIZES.get(method.title)
+        if (chosen := sized(method, options.model, budget)) is not None:
+            if size in given(asked):
+                raise UserError(f"--budget {budget} chooses {flag(size)}; leave one of them out")
+            method, budget = chosen, None
     rate = options.optimizer.learning_rate
     if rate is None and (own := default_rate(method, options.model)) != method.learning_rate:
         rate = own
-    return replace(options, method=method, optimizer=replace(options.optimizer, learning_rate=rate))
+    training = replace(options.optimizer, learning_rate=rate)
+    return replace(options, method=method, optimizer=training, budget=budget)
 
 
 def default_rate(method: MethodOptions, model: str) -> float:
