@@ -217,6 +217,8 @@ def test_what_the_messages_name_is_there():
         (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
         (["--eval_steps", "50"], "--evaluations, the number in an epoch"),
         (["--max_steps=10"], "--epochs, which may be a fraction"),
+        (["--report_to", "wandb"], "--track"),
+        (["--use_tensorboard"], "--track tensorboard"),
     ],
 )
 def test_flags_of_other_scripts_say_ours(words, ours):
@@ -229,6 +231,8 @@ def test_flags_of_other_scripts_that_nothing_needs():
         parse(command_of("finetune"), ["--lr_scheduler_type", "linear"])
     with raises(UserError, "--lora_modules_to_save", "Leave it out", "--recipe"):
         parse(command_of("finetune"), ["--lora_modules_to_save", "classifier"])
+    with raises(UserError, "--wandb-project", "Leave it out", "WANDB_PROJECT"):
+        parse(command_of("finetune"), ["--wandb-project", "mine"])
     with raises(UserError, "--task-type", "Leave it out", "--task"):
         parse(command_of("finetune"), ["--task-type", "SEQ_CLS"])
     with raises(UserError, "--optim") as caught:

@@ -76,6 +76,14 @@ FLAGS = {
     "rl": "loss",
     "fsdp": "mesh",
     "deepspeed": "mesh",
+    "report_to": "track",
+    "wandb": "track wandb",
+    "use_wandb": "track wandb",
+    "tensorboard": "track tensorboard",
+    "use_tensorboard": "track tensorboard",
+    "mlflow": "track mlflow",
+    "use_mlflow": "track mlflow",
+    "trackio": "track trackio",
 }
 # Flags of theirs that name what a training does here anyway, or that have nothing like them.
 _UNNEEDED = {
@@ -92,9 +100,13 @@ _UNNEEDED = {
     "an encoder's head always trains; a recipe (--recipe) trains other modules": (
         "modules_to_save lora_modules_to_save"
     ),
-    "a run's metrics.jsonl and report.html have every step": (
-        "report_to logging_steps logging_dir wandb wandb_project tensorboard plot_loss"
+    "a run's metrics.jsonl and report.html have every step": "logging_steps plot_loss",
+    "--track tensorboard writes to the directory of the run": "logging_dir",
+    "WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT names the project of --track": (
+        "project wandb_project wandb_run_id mlflow_experiment_name trackio_project_name"
     ),
+    "MLFLOW_TRACKING_URI names the server of --track mlflow": "mlflow_tracking_uri",
+    "WANDB_MODE=offline keeps what --track wandb writes here": "wandb_mode",
     "--name names a new run": "overwrite_output_dir overwrite_cache",
     "adapters-jax push uploads a finished run": "push push_to_hub hub_model_id",
     "--accumulate saves memory": "gradient_checkpointing",

@@ -14,6 +14,8 @@ from adapters_jax.finetune.options.optimizer import OptimizerOptions
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]  # of `finetune.tracking`
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -99,12 +101,15 @@ class RunOptions(Settings):
             decoder, the base model.
         budget: time for the run, such as 90s, 10m or 1h30m: as many epochs as fit into it, at most
             --epochs, by default 20; the answers that a decoder generates at the end come on top.
+        track: trackers that get the run's metrics as well, by their own clients and settings, such
+            as WANDB_MODE=offline or MLFLOW_TRACKING_URI.
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": ("seed", "baselines", "budget"),
+        "Run": ("seed", "baselines", "budget", "track"),
     }
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     baselines: bool = True
     budget: str | None = None
+    track: tuple[TrackerName, ...] = ()

@@ -31,6 +31,7 @@ from adapters_jax.finetune.runs.config import (
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
 from adapters_jax.finetune.tasks.base import Setup
+from adapters_jax.finetune.tracking import check_trackers
 from adapters_jax.placement.patterns import checked_before
 
 _LOG = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def _check_numbers(options: RunOptions) -> None:
         check_number("the loss of preferences", "--beta", options.beta)
     if options.budget is not None:
         seconds_of(options.budget)
+    check_trackers(options.track)
 
 
 def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
