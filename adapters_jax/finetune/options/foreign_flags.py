@@ -76,6 +76,9 @@ FLAGS = {
     "rl": "loss",
     "fsdp": "mesh",
     "deepspeed": "mesh",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "optim": "optimizer",
     "report_to": "track",
     "wandb": "track wandb",
     "use_wandb": "track wandb",
@@ -91,10 +94,6 @@ _UNNEEDED = {
         "do_train do_eval do_predict stage load_best_model_at_end eval_strategy "
         "evaluation_strategy save_strategy"
     ),
-    "the rate rises over --warmup of the steps and falls linearly": (
-        "lr_scheduler_type lr_scheduler"
-    ),
-    "the optimiser is AdamW": "optim optimizer",
     "--method names the method": "use_peft peft_type",
     "the model and the columns say the task, or --task": "task_type lora_task_type",
     "an encoder's head always trains; a recipe (--recipe) trains other modules": (
@@ -134,8 +133,8 @@ def unneeded(flag: str) -> str | None:
     """Why a training here needs no flag of another library's scripts; None of other flags.
 
     Example:
-        >>> unneeded("--optim"), unneeded("--rank")
-        ('the optimiser is AdamW', None)
+        >>> unneeded("--use_peft"), unneeded("--rank")
+        ('--method names the method', None)
     """
     return UNNEEDED.get(_as_name(flag))
 

@@ -89,6 +89,9 @@ def prepare_run(
         **prepared.config,
     }
     ways = ways_out(problem, config, prepared.identity)
+    if options.optimizer.optimizer != "adamw" and options.optimizer.learning_rate is None:
+        rate = f"the default learning rate {training.learning_rate:g} is one for adamw"
+        console.say(f"{rate}; --learning-rate takes one for {options.optimizer.optimizer}")
     if training != usual and not before:
         rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
         console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
@@ -122,6 +125,7 @@ def _check_numbers(options: RunOptions) -> None:
     if options.budget is not None:
         seconds_of(options.budget)
     check_trackers(options.track)
+    options.optimizer.check()
 
 
 def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
