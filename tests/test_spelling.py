@@ -217,6 +217,7 @@ def test_what_the_messages_name_is_there():
         (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
         (["--eval_steps", "50"], "--evaluations, the number in an epoch"),
         (["--max_steps=10"], "--epochs, which may be a fraction"),
+        (["--adapter_name_or_path", "x"], "--init-from"),
         (["--report_to", "wandb"], "--track"),
         (["--lr_scheduler_type", "cosine"], "--schedule"),
         (["--optim", "adamw_torch"], "--optimizer"),

@@ -96,7 +96,7 @@ class Finetune(RunOptions, Command):
     def _run(self) -> Run:
         from adapters_jax.finetune.run_directory import Run, RunError, run_name
 
-        parts = (self.model, self.data.title, self.method.title)
+        parts = (self.model, self.data.title, self.title)
         name = run_name(*parts) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".."):
             raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")

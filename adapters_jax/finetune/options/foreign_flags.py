@@ -76,6 +76,8 @@ FLAGS = {
     "rl": "loss",
     "fsdp": "mesh",
     "deepspeed": "mesh",
+    "adapter_name_or_path": "init_from",
+    "lora_model_dir": "init_from",
     "lr_scheduler_type": "schedule",
     "lr_scheduler": "schedule",
     "optim": "optimizer",

@@ -76,7 +76,7 @@ class Job:
     @property
     def title(self) -> str:
         """The name of the method in tables."""
-        return self.options.method.title
+        return self.options.title
 
     @property
     def problem(self) -> Problem:

@@ -29,6 +29,7 @@ from adapters_jax.finetune.runs.config import (
     shared_config,
 )
 from adapters_jax.finetune.runs.job import Job
+from adapters_jax.finetune.runs.starting import Start
 from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
 from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.finetune.tracking import check_trackers
@@ -74,7 +75,13 @@ def prepare_run(
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
         data = replace(data, **few)
     usual = training = _training(options, task)
-    prepared = task.prepare(data, _setup(options, training, task, console))
+    start = Start.of(options)
+    setup = _setup(options, training, task, console)
+    if start is not None:
+        setup = replace(setup, recipe=start.recipe)
+    prepared = task.prepare(data, setup)
+    if start is not None:
+        prepared = start.begin(prepared)
     problem, steps = prepared.problem, len(prepared.problem.train)
     if before:
         training = replace(training, epochs=before.epochs, learning_rate=before.learning_rate)
@@ -87,6 +94,7 @@ def prepare_run(
         "task_type": task.name,
         **shared_config(options, record_of(options.model), data, problem.recipe, training),
         **prepared.config,
+        **({} if start is None else {"init_sha256": start.sha256()}),
     }
     ways = ways_out(problem, config, prepared.identity)
     if options.optimizer.optimizer != "adamw" and options.optimizer.learning_rate is None:

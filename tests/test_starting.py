@@ -1,0 +1,162 @@
+"""`finetune --init-from`: a run starts with the recipe and the arrays of an adapter."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers.errors import raises
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
+from safetensors.numpy import load_file, save_file
+
+import adapters_jax as aj
+from adapters_jax.errors import AdapterMismatchError, OtherBaseError, UserError
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.trees import flatten
+
+LORA = ("--method", "lora", "--rank", 2, "--alpha", 6)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models, rows, and a finished run of each kind of base."""
+    place = tmp_path_factory.mktemp("starting")
+    write_model(place / "tiny")
+    write_reviews(place / "reviews.jsonl")
+    write_llama(place / "llama")
+    write_meanings(place / "meanings.csv")
+    assert finetune(place, "first", *LORA)[0] == 0
+    status, err = finetune(place, "decoder", *LORA)
+    assert status == 0, err
+    return place
+
+
+def flags_of(place, name, *flags):
+    decoder = "decoder" in name
+    rows = (
+        "--train",
+        place / "meanings.csv",
+        "--prompt",
+        "mr",
+        "--completion",
+        "ref",
+        "--exact-match",
+        0,
+        "--batch-size",
+        2,
+    ) * decoder
+    rows = rows or ("--train", place / "reviews.jsonl", "--text", "review", "--batch-size", 16)
+    own = ("--model", place / ("llama" if decoder else "tiny"), "--runs", place, "--name", name)
+    shared = (
+        "--max-length",
+        64 if decoder else 8,
+        "--epochs",
+        0.2,
+        "--no-baselines",
+        "--limit",
+        64,
+    )
+    return [*map(str, (*own, *rows, *shared, "--learning-rate", 0.01, *flags))]
+
+
+def finetune(place, name, *flags):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        status = main(["finetune", *flags_of(place, name, *flags)])
+    return status, err.getvalue()
+
+
+def prepared(place, name, *flags):
+    """The job of a run that is not begun."""
+    return parse(Finetune, flags_of(place, name, *flags)).prepare(Console(json=True))
+
+
+def began(job):
+    """The recipe of a run and its adapter's arrays before the first step; the run is removed."""
+    job.unlock()
+    shutil.rmtree(job.run.path)
+    problem = job.problem
+    state = aj.TrainState.create(
+        problem.model, problem.params, tx=optax.sgd(0.1), key=jax.random.key(0)
+    )
+    return problem.recipe, {path: np.asarray(x) for path, x in flatten(state.adapters).items()}
+
+
+def stored(run):
+    return load_file(run / "adapter" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "flags"),
+    [("first", "", ()), ("first", "adapter/adapter.safetensors", LORA), ("decoder", "adapter", ())],
+)
+def test_a_run_starts_with_the_arrays_and_the_recipe_of_an_adapter(place, kind, inside, flags):
+    job = prepared(place, f"{kind}-again", "--init-from", place / kind / inside, *flags)
+    recipe, leaves = began(job)
+    expected = stored(place / kind)
+    assert leaves.keys() == expected.keys() and any(np.any(x) for x in expected.values())
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    assert {method.scale_at("") for method in recipe.attached} == {3.0}
+
+
+def test_a_run_starts_with_an_adapter_of_peft(place):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["convert", f"{place}/decoder", f"{place}/peft", "--to", "peft"]) == 0
+    _, leaves = began(prepared(place, "decoder-peft", "--init-from", place / "peft"))
+    for path, leaf in stored(place / "decoder").items():
+        np.testing.assert_array_equal(leaves[path], leaf)
+
+
+def test_a_run_without_steps_to_speak_of_scores_as_the_one_before(place):
+    small = ("--learning-rate", 1e-12, "--head-learning-rate", 1e-12)
+    status, err = finetune(place, "same", "--init-from", place / "first", *small)
+    assert status == 0, err
+    before, after = (json.loads((place / n / "config.json").read_text()) for n in ("first", "same"))
+    assert after["summary"]["dev"] == before["summary"]["dev"]
+    assert (before["method"], after["method"]) == ("lora", "from-first")
+    assert after["recipe"] == before["recipe"]
+
+
+def test_another_recipe_or_base_is_refused(place):
+    def refused(kind, flags, *data):
+        with raises(kind, *data):
+            prepared(place, "refused", "--init-from", place / "first", *flags)
+        assert not (place / "refused").exists()
+
+    four = ["--method", "lora", "--rank", 4, "--alpha", 12]
+    refused(AdapterMismatchError, four, "lora/a is [32, 2] there and [32, 4] in this run")
+    refused(AdapterMismatchError, LORA[:4], "query", "the scale is 3 there and 1 in this run")
+    refused(AdapterMismatchError, [*LORA, "--dora"], "LoRA there and DoRA in this run")
+    refused(AdapterMismatchError, ["--method", "loha", "--rank", 2], "query")
+    refused(AdapterMismatchError, ["--pooling", "cls"], "mean", "cls", "--pooling mean")
+    write_model(place / "wider", intermediate_size=64)
+    refused(UserError, ["--model", place / "wider"], "other files")
+    refused(OtherBaseError, ["--model", place / "wider", "--init-from", place / "first/adapter"])
+    rows = [json.loads(line) for line in (place / "reviews.jsonl").read_text().splitlines()]
+    three = [{**row, "label": str(i % 3)} for i, row in enumerate(rows)]
+    (place / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
+    classes = ["--train", place / "three.jsonl", "--label", "label"]
+    refused(AdapterMismatchError, classes, "head/bias is [2] there and [3] in this run")
+    refused(UserError, ["--init-from", place / "none"], "none")
+
+
+def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place):
+    shutil.copytree(place / "first" / "adapter", place / "copy")
+    prepared(place, "resumed", "--init-from", place / "copy").unlock()
+    file = place / "copy" / "adapter.safetensors"
+    whole = file.read_bytes()
+    save_file({k: x + 1 for k, x in load_file(file).items()}, file)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert main(["finetune", "--resume", str(place / "resumed")]) == 2
+        assert "init_sha256" in err.getvalue()
+        file.write_bytes(whole)
+        assert main(["finetune", "--resume", str(place / "resumed")]) == 0, err.getvalue()
