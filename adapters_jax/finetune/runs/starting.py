@@ -60,7 +60,7 @@ class Start:
             return None
         path = Path(options.init_from)
         whole = path.parent if path.is_file() and path.name in every_file() else path
-        source = open_source(str(whole), options.model, options.pooling)
+        source = open_source(str(whole), options.model, options.pooling, headed=True)
         own = options.method.build if given(options.method) else None
         pooling = (source.config or {}).get("pooling")
         # Not the source itself, whose base would stay in memory.

@@ -1,4 +1,4 @@
-"""`finetune --init-from`: a run starts with the recipe and the arrays of an adapter."""
+"""Adapters as files: `finetune --init-from` starts with one, and commands use one without a run."""
 
 import contextlib
 import io
@@ -115,6 +115,16 @@ def test_a_run_starts_with_an_adapter_of_peft(place):
         np.testing.assert_array_equal(leaves[path], leaf)
 
 
+def test_an_encoder_without_a_head_gets_a_new_one(place):
+    command("convert", place / "first", place / "headless", "--to", "peft")
+    recipe, leaves = began(prepared(place, "new-head", "--init-from", place / "headless"))
+    assert recipe.trains("head/kernel") and leaves["head/kernel"].shape == (32, 2)
+    before = stored(place / "first")
+    assert not np.array_equal(leaves["head/kernel"], before["head/kernel"])
+    path = "bert/layer_0/attention/query/lora/b"
+    np.testing.assert_array_equal(leaves[path], before[path])
+
+
 def test_a_run_without_steps_to_speak_of_scores_as_the_one_before(place):
     small = ("--learning-rate", 1e-12, "--head-learning-rate", 1e-12)
     status, err = finetune(place, "same", "--init-from", place / "first", *small)
@@ -160,3 +170,88 @@ def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place):
         assert "init_sha256" in err.getvalue()
         file.write_bytes(whole)
         assert main(["finetune", "--resume", str(place / "resumed")]) == 0, err.getvalue()
+
+
+def command(*words, status=0):
+    """The JSON lines that a command prints, and its stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([*map(str, words), "--json"]) == status, err.getvalue()
+    return [json.loads(line) for line in out.getvalue().splitlines()], err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pooler(place):
+    """A run whose head PEFT has, too."""
+    write_model(place / "pooled", pooler=True)
+    model = ("--model", place / "pooled", "--pooling", "pooler")
+    status, err = finetune(place, "pooler", *LORA, *model)
+    assert status == 0, err
+    return place / "pooler"
+
+
+def test_predict_takes_an_adapter_of_any_format_for_classes(place, pooler):
+    texts = ["a good film", "dull", "the plot was poor"]
+    of_run, _ = command("predict", pooler, *texts)
+    command("convert", pooler, place / "pooler-peft", "--to", "peft")
+    for adapter in ("pooler/adapter", "pooler-peft"):
+        flags = ("--model", place / "pooled", "--pooling", "pooler")
+        found, err = command("predict", place / adapter, *texts, *flags)
+        assert "a head of 2 outputs, that reads pooler; it is taken for classification" in err
+        for ours, theirs in zip(found, of_run, strict=True):
+            names = {"LABEL_0": "no", "LABEL_1": "yes"}
+            named = {names[label]: p for label, p in ours["probabilities"].items()}
+            assert named == pytest.approx(theirs["probabilities"], abs=1e-6)
+
+
+def test_predict_without_a_head_gives_embeddings(place):
+    command("convert", place / "first", place / "bare", "--to", "peft")
+    model = ("--model", place / "tiny")
+    (found,), err = command("predict", place / "bare", "dull", *model)
+    assert "without a head" in err and len(found["embedding"]) == 32
+    command("merge", place / "bare", "--out", place / "merged-bare", *model)
+    command("merge", place / "first", "--out", place / "merged-first")
+    ours, theirs = (
+        load_file(place / name / "model.safetensors") for name in ("merged-bare", "merged-first")
+    )
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_generate_and_merge_take_an_adapter_of_a_decoder(place):
+    model = ("--model", place / "llama")
+    command("convert", place / "decoder", place / "for-llama", "--to", "gguf")
+    asked = ("--prompt", "food Thai", "--max-new-tokens", 4)
+    assert (
+        command("generate", place / "decoder/adapter", *asked, *model)[0]
+        == (command("generate", place / "decoder", *asked)[0])
+    )
+    command("merge", place / "decoder", "--out", place / "merged")
+    weights = load_file(place / "merged" / "model.safetensors")
+    changed = load_file(place / "llama" / "model.safetensors")
+    assert any(not np.array_equal(weights[k], changed[k]) for k in weights)
+    for number, adapter in enumerate(("decoder/adapter", "for-llama/adapter.gguf")):
+        command("merge", place / adapter, *model, "--out", place / f"merged{number}")
+        found = load_file(place / f"merged{number}" / "model.safetensors")
+        for path, weight in weights.items():
+            np.testing.assert_allclose(found[path], weight, atol=1e-6)
+
+
+def test_merge_takes_an_adapter_of_an_encoder(place, pooler):
+    flags = ("--model", place / "pooled", "--pooling", "pooler")
+    command("merge", pooler, "--out", place / "classifier")
+    command("merge", pooler / "adapter", *flags, "--out", place / "labels")
+    ours, theirs = (load_file(place / n / "model.safetensors") for n in ("labels", "classifier"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_adapter_without_a_run_needs_its_base(place):
+    _, err = command("predict", place / "first/adapter", "dull", status=2)
+    assert "does not name its base model; add --model" in err
+    _, err = command("predict", place / "first", "dull", "--pooling", "cls", status=2)
+    assert "--pooling: for an adapter without a run" in err
+    write_model(place / "other", intermediate_size=64)
+    _, err = command("predict", place / "first/adapter", "x", "--model", place / "other", status=2)
+    assert "trained on another base" in err
+    _, err = command("generate", place / "first/adapter", "--model", place / "tiny", status=2)
+    assert "use adapters-jax predict" in err
