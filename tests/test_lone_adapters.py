@@ -14,10 +14,12 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 
 import adapters_jax as aj
-from adapters_jax.errors import AdapterMismatchError, OtherBaseError, UserError
+from adapters_jax.errors import AdapterMismatchError, MismatchError, OtherBaseError, UserError
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.merging import save_encoder
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.trees import flatten
 
@@ -255,3 +257,36 @@ def test_an_adapter_without_a_run_needs_its_base(place):
     assert "trained on another base" in err
     _, err = command("generate", place / "first/adapter", "--model", place / "tiny", status=2)
     assert "use adapters-jax predict" in err
+
+
+def test_a_merged_encoder_is_saved_in_python(place, pooler):
+    predictor = load_predictor(pooler)
+    example = predictor.encoder.example
+    merged = aj.merge(predictor.model, predictor.params, example)
+    labels = ["no", "yes"]
+    notes = save_encoder(place / "ours", place / "pooled", merged, pooling="pooler", labels=labels)
+    command("merge", pooler, "--out", place / "theirs")
+    assert notes == []
+    assert files_of(place / "ours") == files_of(place / "theirs")
+    assert save_encoder(place / "bare-bert", place / "pooled", merged["bert"]) == []
+    ours, before = (load_file(place / name / "model.safetensors") for name in ("bare-bert", "ours"))
+    assert all(np.array_equal(x, before[name]) for name, x in ours.items())
+    (note,) = save_encoder(place / "mean", place / "pooled", without_pooler(merged))
+    assert "head.safetensors" in note and "mean" in note
+    with raises(UserError, "3 labels", "2 outputs"):
+        save_encoder(place / "x", place / "pooled", merged, pooling="pooler", labels=["a"] * 3)
+    with raises(MismatchError, "lora", "aj.merge"):
+        save_encoder(place / "x", place / "pooled", predictor.params, pooling="pooler")
+    with raises(UserError, "exists"):
+        save_encoder(place / "ours", place / "pooled", merged, pooling="pooler")
+    with raises(UserError, "decoder"):
+        save_encoder(place / "x", place / "llama", merged)
+    assert not (place / "x").exists()
+
+
+def without_pooler(params):
+    return {**params, "bert": {k: v for k, v in params["bert"].items() if k != "pooler"}}
+
+
+def files_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
