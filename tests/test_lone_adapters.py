@@ -135,6 +135,8 @@ def test_a_run_without_steps_to_speak_of_scores_as_the_one_before(place):
     assert after["summary"]["dev"] == before["summary"]["dev"]
     assert (before["method"], after["method"]) == ("lora", "from-first")
     assert after["recipe"] == before["recipe"]
+    page = (place / "same" / "report.html").read_text()
+    assert "--init-from" in page and str(place / "first") not in page
 
 
 def test_another_recipe_or_base_is_refused(place):

@@ -76,10 +76,7 @@ def prepare_run(
         data = replace(data, **few)
     usual = training = _training(options, task)
     start = Start.of(options)
-    setup = _setup(options, training, task, console)
-    if start is not None:
-        setup = replace(setup, recipe=start.recipe)
-    prepared = task.prepare(data, setup)
+    prepared = task.prepare(data, _setup(options, training, task, console, start))
     if start is not None:
         prepared = start.begin(prepared)
     problem, steps = prepared.problem, len(prepared.problem.train)
@@ -136,14 +133,20 @@ def _check_numbers(options: RunOptions) -> None:
     options.optimizer.check()
 
 
-def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
+def _setup(
+    options: RunOptions,
+    training: OptimizerOptions,
+    task: Task,
+    console: Console,
+    start: Start | None,
+) -> Setup:
     """The settings of a task; most are options of the same name."""
     names = {field.name for field in fields(options)} & {field.name for field in fields(Setup)}
     own: dict[str, Any] = {name: getattr(options, name) for name in names}
     # Where an option has no value, the task's default counts.
     own = {name: value for name, value in own.items() if value is not None}
     own |= {
-        "recipe": options.method.build,
+        "recipe": options.method.build if start is None else start.recipe,
         "batch_size": training.batch_size or 1,
         "columns": options.data.columns_of(task),
         "dropout": training.dropout,
