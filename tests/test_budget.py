@@ -148,7 +148,7 @@ def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
-        (["--method", "lora", "--rank", "4", "--budget", "2000"], ["--rank", "leave one"]),
+        (["--method", "lora", "--rank", "4", "--budget", "2000"], ["chooses --rank", "leave it"]),
         (["--method", "lora", "--budget", "3"], ["3 parameters", "--rank 1"]),
         (["--method", "full", "--budget", "5%"], ["full has no rank"]),
         (["--budget", "5 %"], ["such as 90s", "1% of the base"]),

@@ -456,7 +456,8 @@ AUDIT = "audit --model bert-base"
         (f"{TRAIN} --model nowhere/", UserError, ["'nowhere/'"]),
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict none x", RunConfigError, ["none", "runs/pairs"]),
-        ("predict runs/single/adapter x", RunConfigError, ["aj.load_adapter"]),
+        ("report runs/single/adapter", RunConfigError, ["aj.load_adapter"]),
+        ("predict runs/single/adapter x", AdapterFileError, ["single/adapter", "--model"]),
         (
             f"{TRAIN} --method lora --rank-pattern q=4",
             UsageError,

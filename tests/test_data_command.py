@@ -210,3 +210,23 @@ def test_gsm8k_as_smollm2_sees_it(data):
     assert (found["rows"], found["layout"], found["duplicates"]) == (1319, None, 0)
     assert found["tokens"]["learnt"] == sum(len(each.ids) + 1 for each in answers)
     assert 0 < found["tokens"]["longer"] < 1319
+
+
+def test_prompts_are_shown_in_the_format_of_the_training(data):
+    write_llama(Path("llama"))
+    rows = {"prompt": "food Thai", "completion": "It serves Thai dishes"}
+    write("a.jsonl", *[rows] * 3)
+
+    def prompt(flags=""):
+        values = data(f"a.jsonl --model llama --json {flags}")[0]
+        return "".join(text for text, learnt in values["examples"][0] if not learnt)
+
+    plain = prompt(r"--no-chat --template It\n{prompt}\nserves")
+    assert plain.split() == ["It", "food", "Thai", "serves"]
+    assert prompt(r"--template serves\n{prompt}") == prompt().replace("food", "serves food", 1)
+    for flags, what in (("", "--model"), ("--model tiny", "encoder")):
+        if flags:
+            write_model(Path("tiny"))
+            write("a.jsonl", {"text": "food", "label": "a"}, {"text": "It", "label": "b"})
+        with command_raises(UserError if flags else DataError, "--template", what):
+            main(f"data a.jsonl {flags} --template x{{prompt}}".split())

@@ -11,8 +11,10 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.commands import announced, command_raises
+from helpers.errors import raises
 from helpers.labelled import load_labelled
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file
@@ -309,10 +311,45 @@ def test_every_method_counts_its_head_once(method):
 
 
 def test_the_schedule_rises_and_falls():
-    schedule = OptimizerOptions(warmup=0.25).schedule(8, 1.0)
+    schedule = OptimizerOptions(warmup=0.25).rates(8, 1.0)
     rates = [float(schedule(step)) for step in range(8)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert float(OptimizerOptions(warmup=0.0).schedule(2, 1.0)(0)) == 1.0
+    assert float(OptimizerOptions(warmup=0.0).rates(2, 1.0)(0)) == 1.0
+    for name, last in (("cosine", [1, 0.75, 0.25]), ("constant", [1, 1, 1])):
+        schedule = OptimizerOptions(warmup=0.4, schedule=name).rates(5, 1.0)
+        assert [float(schedule(step)) for step in (2, 3, 4)] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("name", ["lion", "adadelta", "sgd", "nadam"])
+def test_an_optimiser_of_optax_by_its_name(name):
+    params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    grads = {"dense": {"kernel": jnp.full((2, 3), 0.5), "bias": jnp.full(3, 0.5)}}
+    flat = {"warmup": 0.0, "schedule": "constant", "clip": 0.0, "learning_rate": 0.1}
+    decay, mask = {}, {"dense": {"kernel": True, "bias": False}}
+    if name in ("lion", "adadelta"):
+        decay = {"mask" if name == "lion" else "weight_decay_mask": mask, "weight_decay": 0.5}
+    ours = OptimizerOptions(optimizer=name, **flat, **{"weight_decay": 0.5} if decay else {})
+    theirs = getattr(optax, name)(0.1, **decay)
+    found = [
+        tx.update(grads, tx.init(params), params)[0] for tx in (ours.make(4, aj.full()), theirs)
+    ]
+    jax.tree.map(np.testing.assert_allclose, *found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "data"),
+    [
+        ({"optimizer": "adamv"}, ["adamv", "Did you mean adam?"]),
+        ({"optimizer": "scale_by_adam"}, ["scale_by_adam"]),
+        ({"optimizer": "Paged"}, ["Paged", "lion"]),
+        ({"optimizer": "lbfgs"}, ["lbfgs", "more than gradients"]),
+        ({"optimizer": "rprop"}, ["rprop", "learning rate by step"]),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, ["--weight-decay", "sgd"]),
+    ],
+)
+def test_an_optimiser_that_cannot_train_is_refused(flags, data):
+    with raises(UserError, *data):
+        OptimizerOptions(**flags).check()
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("full", 1e-3), ("head-only", 0.1)])

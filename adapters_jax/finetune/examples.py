@@ -1,10 +1,11 @@
 """Rows as a model sees them: their tokens, and which of them count in the loss."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tokenizers
 
+from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.layouts import layout_of
@@ -47,7 +48,13 @@ class Seen:
         return [(decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
 
 
-def see(model: str, rows: Rows, columns: Mapping[str, str], learnt: Turns = "assistant") -> Seen:
+def see(
+    model: str,
+    rows: Rows,
+    columns: Mapping[str, str],
+    learnt: Turns = "assistant",
+    prompts: Prompts = Prompts(),
+) -> Seen:
     """Encodes rows as the task of their layout does, but cuts none.
 
     Args:
@@ -56,14 +63,17 @@ def see(model: str, rows: Rows, columns: Mapping[str, str], learnt: Turns = "ass
         columns: the columns that the user named: `text` and `text_pair`, or `prompt` and
             `completion`.
         learnt: what the loss of conversations counts.
+        prompts: the format of prompts; without a chat template if the base has none.
 
     Raises:
-        UserError: the base does not learn these rows.
+        UserError: the base does not learn these rows, or they have no prompts to format.
         DataError: a column is missing, or a row cannot be encoded.
     """
     if is_decoder(model):
         reader = load_decoder_tokenizer(model)
-        return Seen(reader.tokenizer, _by_decoder(reader, model, rows, columns, learnt), True)
+        found = _by_decoder(reader, model, rows, columns, learnt, prompts)
+        return Seen(reader.tokenizer, found, True)
+    _check_formatted(prompts, "the rows of an encoder")
     tokenizer = read_tokenizer(locate(model))
     # The file of a tokenizer may ask for both, and lengths are to be those of the rows.
     tokenizer.no_padding()
@@ -80,27 +90,35 @@ def _by_decoder(
     rows: Rows,
     columns: Mapping[str, str],
     learnt: Turns,
+    prompts: Prompts,
 ) -> list[Marked]:
     """The examples of a decoder, by the columns that are named, or by the layout."""
     layout = layout_of(rows.header)
+    chosen = replace(prompts, chat=prompts.chat and reader.chat_template is not None)
     if not columns and layout is not None and layout.task == "conversation":
+        _check_formatted(prompts, "conversations")
         check_chats(reader, model, layout.task)
         return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples
     if not columns and layout is not None and layout.task == "preference":
         pairs = read_preferences(rows)
         if any(row.talks for row in pairs.rows):
             check_chats(reader, model, layout.task)
-        prompts = Prompts(chat=reader.chat_template is not None)
-        encoded, _ = PreferenceEncoder(reader, prompts, _ENDLESS).encode(pairs)
+        encoded, _ = PreferenceEncoder(reader, chosen, _ENDLESS).encode(pairs)
         return [_marked(example) for row in encoded for example in row]
     if "text" in columns:
-        prompts, table = Prompts(chat=False), read_rows(rows, columns["text"], None, None)
+        _check_formatted(prompts, "plain texts")
+        chosen, table = Prompts(chat=False), read_rows(rows, columns["text"], None, None)
     else:
         prompt, completion = (columns.get(role, role) for role in ("prompt", "completion"))
-        prompts = Prompts(chat=reader.chat_template is not None)
         table = read_rows(rows, prompt, completion, None)
-    examples, _ = encode_table(table, prompts, reader, _ENDLESS)
+    examples, _ = encode_table(table, chosen, reader, _ENDLESS)
     return [_marked(example) for example in examples]
+
+
+def _check_formatted(prompts: Prompts, what: str) -> None:
+    """Raises UserError where a format is given for rows that have no prompts."""
+    if prompts != Prompts():
+        raise UserError(f"--template and --no-chat format prompts, which {what} have not")
 
 
 def _marked(example: Example) -> Marked:

@@ -20,7 +20,7 @@ from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
-from adapters_jax.finetune.formats import FORMATS, Adapter, AdapterFormat, has_head, stand_ins
+from adapters_jax.finetune.formats import FORMATS, Adapter, AdapterFormat, Head, has_head, stand_ins
 from adapters_jax.finetune.formats.base import BaseModel
 from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
@@ -97,7 +97,11 @@ class Serving:
 
 
 def open_source(
-    name: str, model: str | None = None, pooling: str | None = None, any_base: bool = False
+    name: str,
+    model: str | None = None,
+    pooling: str | None = None,
+    any_base: bool = False,
+    headed: bool = False,
 ) -> Source:
     """Reads an adapter and its base model.
 
@@ -107,6 +111,7 @@ def open_source(
         model: the base model; by default the run's, or the one that the adapter's file names.
         pooling: what an encoder's head reads; a run has its own.
         any_base: accept a base that changed, or another one, if the adapter fits it.
+        headed: read it for an encoder below a head, as runs have it, if it has no head as well.
 
     Raises:
         AdapterFileError: there is no adapter, it is damaged, a setting is not supported, or the
@@ -135,6 +140,8 @@ def open_source(
     family = find_family(called)
     classifier = family.headed(pooling)
     head = form.head(place, classifier.base) if classifier else None
+    if classifier and headed and head is None:
+        head = Head(1)
     width, pooled = (head.width, head.pooling) if head else (None, None)
     width = form.labels(place) if family.kind == "decoder" else width
     if config:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from adapters_jax.errors import BaseFileError, UserError, file_errors, shortened
+from adapters_jax.errors import BaseFileError, UserError, compare_trees, file_errors, shortened
 from adapters_jax.files.atomic import new_directory
 from adapters_jax.files.untrusted import opened
 from adapters_jax.finetune.base_files import huggingface
@@ -125,7 +125,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     classifier: Any = family.headed(config["pooling"])
     values = huggingface.read_json(files / "config.json")
     prefixes = (family.prefixes[values["model_type"]],)
-    head, notes, target, pooling = params[HEAD], [], config["target"], config["pooling"]
+    head, notes, target, pooling = params.get(HEAD), [], config["target"], config["pooling"]
     if "std" in target:  # its outputs are the labels then; of classes, mean and std are 0 and 1
         kernel, bias = head["kernel"] * target["std"], head["bias"] * target["std"] + target["mean"]
         head = {"kernel": kernel, "bias": bias}
@@ -165,6 +165,68 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     _, found = classifier.load(directory, config["pooling"], absent=True)
     _check_equal(directory, params[classifier.base], found)
     return sorted(path.name for path in directory.iterdir()), notes
+
+
+def save_encoder(
+    directory: str | Path,
+    base: str | Path,
+    params: Any,
+    *,
+    pooling: str = "mean",
+    labels: Sequence[str] = (),
+) -> list[str]:
+    """Writes an encoder without adapters as a checkpoint of Hugging Face, with its tokenizer.
+
+    With a head on the pooler it is a classifier of transformers. Another head is in
+    `head.safetensors`, which a sentence of the returned ones explains.
+
+    Args:
+        directory: a directory that does not exist; it appears whole or not at all.
+        base: the directory or id of the checkpoint that the encoder was loaded from.
+        params: the parameters of `Bert` or of another family's encoder, or of `BertClassifier`
+            with its head, such as `aj.merge` returns: arrays of the shapes of the checkpoint.
+        pooling: what the head reads: "mean", "cls", "pooler" or "tokens", as of the model.
+        labels: the names of the head's classes; by default LABEL_0, LABEL_1, ...
+
+    Returns:
+        Sentences about what the checkpoint does not say; empty if it is a model of transformers.
+
+    Raises:
+        UserError: the directory exists, the base is no encoder, or labels do not fit the head.
+        MismatchError: the parameters are not those of the encoder, such as with adapters.
+        FileSystemError: the system cannot write the directory.
+
+    Example:
+        >>> save_encoder("merged", "my-bert", params, pooling="pooler")  # doctest: +SKIP
+        []
+    """
+    directory, name = Path(directory), str(base)
+    if directory.exists():
+        raise UserError(f"{str(directory)!r} exists already; give another directory")
+    family = find_family(name)
+    if family.classifier is None:
+        raise UserError(f"{name!r} is of the kind {family.kind}, expected an encoder")
+    config, inside = family.config.from_dict(read_config(name)), family.classifier.base
+    width = params[HEAD]["kernel"].shape[-1] if HEAD in params else 0
+    if labels and len(labels) != width:
+        raise UserError(f"{len(labels)} labels for a head of {width} outputs; name each once")
+    if not width:
+        params, pooling = {inside: params}, "pooler" if "pooler" in params else "mean"
+    read = config.pooling if family.kind == "vision" else pooling
+    model = family.classifier.build(config, width or 1, read)
+    key, inputs = jax.random.key(0), family.inputs(config, 1, 8)
+    expected = flatten(jax.eval_shape(model.init, key, inputs)["params"])
+    expected = {path: x for path, x in expected.items() if width or not path.startswith(HEAD)}
+    fix = "give the encoder's own parameters, after aj.merge(model, params)"
+    compare_trees("save_encoder: params", flatten(params), expected, fix)
+    task, target = "sentence-embedding", {}
+    if width == 1:
+        task, target = "regression", {"names": [], "mean": 0.0, "std": 1.0}
+    elif width:
+        task = "image-classification" if family.kind == "vision" else "classification"
+        target = {"names": [*labels] or [f"LABEL_{i}" for i in range(width)]}
+    about = {"model": name, "pooling": read, "task_type": task, "target": target}
+    return write_encoder(directory, about, params)[1]
 
 
 @contextlib.contextmanager

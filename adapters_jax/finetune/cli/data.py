@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.files import DataError, Rows
+from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.data.summary import Lengths, Summary, inputs_of, summarize
@@ -44,6 +45,7 @@ class DescribeData(Command):
         completion: for a decoder, column of the completion.
         turns: tokens of conversations that count in the loss.
         max_length: count the rows that have more tokens than this.
+        prompts: how a decoder is given a prompt.
     """
 
     examples = """\
@@ -61,6 +63,7 @@ class DescribeData(Command):
     completion: str | None = None
     turns: Literal["assistant", "last", "all"] = "assistant"
     max_length: int | None = None
+    prompts: Prompts = field(default_factory=Prompts)
 
     @property
     def needs_jax(self) -> bool:
@@ -73,6 +76,8 @@ class DescribeData(Command):
 
         if not self.files:
             raise DataError("expected files of rows, as in adapters-jax data train.csv test.csv")
+        if self.model is None and self.prompts != Prompts():
+            raise DataError("--template and --no-chat format prompts for a decoder; add --model")
         tables = [(path, read_file(path)) for path in self.files]
         for _, rows in tables:
             if self.label is not None:
@@ -97,7 +102,7 @@ class DescribeData(Command):
         from adapters_jax.finetune.examples import see
 
         columns = {role: getattr(self, role) for role in _ROLES if getattr(self, role)}
-        return see(self.model, rows, columns, self.turns)
+        return see(self.model, rows, columns, self.turns, self.prompts)
 
     def _to_dict(self, described: _Described) -> dict[str, Any]:
         values = {"file": described.path.as_posix(), **described.summary.to_dict()}

@@ -76,7 +76,7 @@ class Finetune(RunOptions, Command):
         if self.any_base:
             raise UserError("--any-base: with --resume alone, where a base may have changed")
         options = on_base(self)
-        run = self._run(options.method.title)
+        run = self._run(options.title)
         run.refuse_existing()
         return open_run(prepare_run(options, run, console, began))
 
@@ -94,10 +94,10 @@ class Finetune(RunOptions, Command):
                 "started with; leave all others out"
             )
 
-    def _run(self, method: str) -> Run:
+    def _run(self, title: str) -> Run:
         from adapters_jax.finetune.run_directory import Run, RunError, run_name
 
-        parts = (self.model, self.data.title, method)
+        parts = (self.model, self.data.title, title)
         name = run_name(*parts) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".."):
             raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.console import Console, stdin_lines
@@ -15,6 +15,7 @@ from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.inference import Generator
+    from adapters_jax.finetune.run_directory import Run
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Generate(Command):
     """Completes prompts with a finished run on a decoder, or talks with it.
 
     Args:
-        run: directory of the run, or the id of one on the Hugging Face Hub.
+        run: directory of the run or of an adapter of a decoder, or the id of one on the Hugging
+            Face Hub.
         prompt: prompts, as in the training column; - reads one prompt per line from stdin.
         file: file of prompts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
         column: the file's column of the prompt; by default the training column.
@@ -33,6 +35,8 @@ class Generate(Command):
         temperature: 0 takes the likeliest token; above 0, tokens are sampled.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: seed of sampling.
+        model: the base, as for finetune: of an adapter whose files do not name it, or where that
+            of a run is now.
         any_base: go on, with warnings, where files of the base changed since training.
     """
 
@@ -63,13 +67,12 @@ class Generate(Command):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    model: str | None = None
     any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the prompts and loads the run."""
-        from adapters_jax.finetune.inference import load_generator
-        from adapters_jax.finetune.run_directory import find_run
-        from adapters_jax.finetune.tasks import read_run
+        from adapters_jax.finetune.runless import run_of
 
         if self.max_new_tokens is not None:
             check_size("sampling", "--max-new-tokens", self.max_new_tokens)
@@ -80,20 +83,27 @@ class Generate(Command):
             raise UserError(f"--seed {self.seed}: expected a number from 0 to 2**32 - 1")
         if self.system is not None and not self.chat:
             raise UserError("--system begins a conversation; add --chat")
-        run = find_run(self.run)
+        with run_of(self.run, self.model, any_base=self.any_base) as run:
+            return self._prepare(run, console)
+
+    def _prepare(self, run: Run, console: Console) -> Callable[[], None]:
+        from adapters_jax.finetune.inference import load_generator
+        from adapters_jax.finetune.tasks import read_run
+
+        loading: dict[str, Any] = {"model": self.model, "any_base": self.any_base}
         config = read_run(run, "generate")[1]
         if self.chat:
             turns = self._turns()
-            with console.waiting(f"loading {run.path}"):
-                talker = load_generator(run.path, any_base=self.any_base)
+            with console.waiting(f"loading {self.run}"):
+                talker = load_generator(run.path, **loading)
             if talker.decoder.chat_template is None:
                 raise UserError(
                     f"--chat: the base of {self.run} has no chat template; use --prompt"
                 )
             return lambda: self._talk(talker, turns, console)
         prompts = self._read(config.get("prompt"))
-        with console.waiting(f"loading {run.path}"):
-            generator = load_generator(run.path, any_base=self.any_base)
+        with console.waiting(f"loading {self.run}"):
+            generator = load_generator(run.path, **loading)
         return lambda: self._complete(generator, prompts, console)
 
     @property

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merge(Command):
-    """Merges the LoRA of a run into its base: a checkpoint that needs no adapter.
+    """Merges the LoRA of a run, or an adapter, into its base: a checkpoint that needs no adapter.
 
     The checkpoint has the layout of Hugging Face, with the tokenizer, and is read again. That of an
     encoder that reads its pooler is a classifier of transformers, with the names of the classes;
@@ -27,32 +27,45 @@ class Merge(Command):
     as bottlenecks and prompts, raise an error.
 
     Args:
-        run: directory of the run.
+        run: directory of the run or of an adapter without one, of adapters_jax, PEFT or AdapterHub,
+            or a GGUF file, or the id of one on the Hugging Face Hub.
         out: directory to write, which must not exist.
+        model: the base, as for finetune: of an adapter whose files do not name it, or where that
+            of a run is now.
+        pooling: what the head of an encoder's adapter without a run reads: mean, cls or pooler.
         dequantize: for a run with --quantize, merge into its weights as floats.
         any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
   adapters-jax merge runs/mine --out merged
-  adapters-jax merge runs/mine --out merged --json"""
+  adapters-jax merge runs/mine --out merged --json
+  adapters-jax merge their-lora --model smollm2-135m --out merged"""
     positional = ("run",)
 
-    run: Path
+    run: str
     out: Path
+    model: str | None = None
+    pooling: Literal["mean", "cls", "pooler"] | None = None
     dequantize: bool = False
     any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Loads the run, and merges its adapter."""
-        from adapters_jax.finetune.run_directory import Run
-        from adapters_jax.transforms.quantize import dequantize
+        from adapters_jax.finetune.runless import run_of
 
         if self.out.exists():
             raise DataError(f"--out {self.out} exists already; give another directory")
         if not self.out.absolute().parent.is_dir():
             raise DataError(f"--out {self.out}: there is no directory {self.out.parent}")
-        config = Run(self.run).read_config()
+        with run_of(self.run, self.model, self.pooling, self.any_base) as run:
+            return self._prepare(run, console)
+
+    def _prepare(self, run: Run, console: Console) -> Callable[[], None]:
+        from adapters_jax.transforms.quantize import dequantize
+
+        config = run.read_config()
+        config["model"] = self.model or config["model"]
         quantized = config.get("quantize")
         if quantized and not self.dequantize:
             raise DataError(
@@ -62,7 +75,7 @@ class Merge(Command):
         opened: Callable[[Any], Any] = dequantize if quantized else lambda subject: subject
         merged = self._decoder if config.get("kind", "encoder") == "decoder" else self._encoder
         with console.waiting(f"loading and merging {self.run}"):
-            save = merged(opened)
+            save = merged(run, config, opened)
 
         def write() -> None:
             with console.waiting(f"writing {self.out}"):
@@ -74,12 +87,14 @@ class Merge(Command):
 
         return write
 
-    def _decoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
+    def _decoder(
+        self, run: Run, config: dict[str, Any], opened: Callable[[Any], Any]
+    ) -> Callable[[], Written]:
         from adapters_jax.finetune.inference import load_generator
         from adapters_jax.finetune.merging import check_checkpoint, write_checkpoint
         from adapters_jax.transforms.merge import merge
 
-        generator = load_generator(self.run, any_base=self.any_base)
+        generator = load_generator(run.path, model=config["model"], any_base=self.any_base)
         model = merge(opened(generator.model))
 
         def save() -> Written:
@@ -89,17 +104,16 @@ class Merge(Command):
 
         return save
 
-    def _encoder(self, opened: Callable[[Any], Any]) -> Callable[[], Written]:
-
+    def _encoder(
+        self, run: Run, config: dict[str, Any], opened: Callable[[Any], Any]
+    ) -> Callable[[], Written]:
         from adapters_jax.finetune.inference import load_predictor
         from adapters_jax.finetune.merging import write_encoder
-        from adapters_jax.finetune.run_directory import Run
         from adapters_jax.transforms.merge import merge
 
-        predictor: Any = load_predictor(self.run, any_base=self.any_base)
+        predictor: Any = load_predictor(run.path, model=config["model"], any_base=self.any_base)
         example = predictor.encoder.example
         params = merge(predictor.model, opened(predictor.params), example)
-        config = Run(self.run).read_config()
         return lambda: write_encoder(self.out, config, params)
 
 

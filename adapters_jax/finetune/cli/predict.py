@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from adapters_jax.errors import file_errors
 from adapters_jax.finetune.console import Console, stdin_lines
@@ -21,6 +21,7 @@ from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.inference import Prediction
+    from adapters_jax.finetune.run_directory import Run
     from adapters_jax.finetune.tasks import Task
 
 
@@ -31,8 +32,11 @@ _LOG = logging.getLogger(__name__)
 class Predict(Command):
     """Predicts with a finished run: the label and its probability, or the value.
 
+    An adapter without a run does as well, of adapters_jax, PEFT or AdapterHub; its classes are
+    called LABEL_0, LABEL_1, ..., and without a head it gives embeddings.
+
     Args:
-        run: directory of the run, or the id of one on the Hugging Face Hub.
+        run: directory of the run or of an adapter, or the id of one on the Hugging Face Hub.
         texts: texts; two by two for a run on pairs, and likewise for more; - reads one row per line
             from stdin.
         file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
@@ -40,12 +44,16 @@ class Predict(Command):
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
             columns of --file come first; a result whose name they have is predicted_NAME.
+        model: the base, as for finetune: of an adapter whose files do not name it, or where that
+            of a run is now.
+        pooling: what the head of an adapter without a run reads: mean, cls or pooler.
         any_base: go on, with warnings, where files of the base changed since training.
     """
 
     examples = """\
   adapters-jax predict runs/minilm-movie-reviews-houlsby "A joy." \\
     "Two hours I want back."
+  adapters-jax predict their-adapter --model minilm "A joy."
   adapters-jax predict runs/reviews --file new.csv --text review \\
     --out predictions.csv
   head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
@@ -60,15 +68,21 @@ class Predict(Command):
     text: str | None = None
     text_pair: str | None = None
     out: Path | None = None
+    model: str | None = None
+    pooling: Literal["mean", "cls", "pooler"] | None = None
     any_base: bool = False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the texts and loads the run."""
+        from adapters_jax.finetune.runless import run_of
+
+        with run_of(self.run, self.model, self.pooling, self.any_base) as run:
+            return self._prepare(run, console)
+
+    def _prepare(self, run: Run, console: Console) -> Callable[[], None]:
         from adapters_jax.finetune.inference import load_predictor
-        from adapters_jax.finetune.run_directory import find_run
         from adapters_jax.finetune.tasks import read_run
 
-        run = find_run(self.run)
         texts, rows = self._read(*read_run(run, "predict"))
         given: list[dict[str, Any]] = []
         if self.out is not None:
@@ -76,8 +90,8 @@ class Predict(Command):
             if self.file is not None:
                 values, _ = choose_values(rows, rows.header)
                 given = [dict(zip(rows.header, map(_finite, row), strict=True)) for row in values]
-        with console.waiting(f"loading {run.path}"):
-            predictor = load_predictor(run.path, any_base=self.any_base)
+        with console.waiting(f"loading {self.run}"):
+            predictor = load_predictor(run.path, model=self.model, any_base=self.any_base)
         cut = predictor.count_cut(texts)
         if cut:
             _LOG.warning(

@@ -76,8 +76,8 @@ def portable_path(path: Path) -> str:
 
 
 def _path_flags(options: Any) -> set[str]:
-    """The flags whose values are paths; a model may be one."""
-    found = {"--model"}
+    """The flags whose values are paths; a model or an adapter may be one."""
+    found = {"--model", "--init-from"}
     for name, hint in get_type_hints(options).items():
         if dataclasses.is_dataclass(hint):
             found |= _path_flags(hint)

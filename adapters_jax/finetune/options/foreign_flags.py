@@ -76,6 +76,19 @@ FLAGS = {
     "rl": "loss",
     "fsdp": "mesh",
     "deepspeed": "mesh",
+    "adapter_name_or_path": "init_from",
+    "lora_model_dir": "init_from",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "optim": "optimizer",
+    "report_to": "track",
+    "wandb": "track wandb",
+    "use_wandb": "track wandb",
+    "tensorboard": "track tensorboard",
+    "use_tensorboard": "track tensorboard",
+    "mlflow": "track mlflow",
+    "use_mlflow": "track mlflow",
+    "trackio": "track trackio",
 }
 # Flags of theirs that name what a training does here anyway, or that have nothing like them.
 _UNNEEDED = {
@@ -83,18 +96,18 @@ _UNNEEDED = {
         "do_train do_eval do_predict stage load_best_model_at_end eval_strategy "
         "evaluation_strategy save_strategy"
     ),
-    "the rate rises over --warmup of the steps and falls linearly": (
-        "lr_scheduler_type lr_scheduler"
-    ),
-    "the optimiser is AdamW": "optim optimizer",
     "--method names the method": "use_peft peft_type",
     "the model and the columns say the task, or --task": "task_type lora_task_type",
     "an encoder's head always trains; a recipe (--recipe) trains other modules": (
         "modules_to_save lora_modules_to_save"
     ),
-    "a run's metrics.jsonl and report.html have every step": (
-        "report_to logging_steps logging_dir wandb wandb_project tensorboard plot_loss"
+    "a run's metrics.jsonl and report.html have every step": "logging_steps plot_loss",
+    "--track tensorboard writes to the directory of the run": "logging_dir",
+    "WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT names the project of --track": (
+        "project wandb_project wandb_run_id mlflow_experiment_name trackio_project_name"
     ),
+    "MLFLOW_TRACKING_URI names the server of --track mlflow": "mlflow_tracking_uri",
+    "WANDB_MODE=offline keeps what --track wandb writes here": "wandb_mode",
     "--name names a new run": "overwrite_output_dir overwrite_cache",
     "adapters-jax push uploads a finished run": "push push_to_hub hub_model_id",
     "--accumulate saves memory": "gradient_checkpointing",
@@ -122,8 +135,8 @@ def unneeded(flag: str) -> str | None:
     """Why a training here needs no flag of another library's scripts; None of other flags.
 
     Example:
-        >>> unneeded("--optim"), unneeded("--rank")
-        ('the optimiser is AdamW', None)
+        >>> unneeded("--use_peft"), unneeded("--rank")
+        ('--method names the method', None)
     """
     return UNNEEDED.get(_as_name(flag))
 

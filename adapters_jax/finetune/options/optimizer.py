@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.errors import UserError, check_number, check_size
 from adapters_jax.finetune.options.flags import flag
@@ -31,7 +34,7 @@ MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How to train: AdamW, with a linear warm-up and a linear decay to zero.
+    """How to train: by default AdamW, with a linear warm-up and a linear decay to zero.
 
     Args:
         learning_rate: the highest learning rate; by default the method's own, and for an m of
@@ -40,6 +43,10 @@ class OptimizerOptions:
             default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
             default none.
+        optimizer: an optimiser of optax by its name there, such as lion, adafactor or sgd; the
+            default learning rates are for adamw.
+        schedule: how the learning rate goes on after the warm-up: linear and cosine fall to 0,
+            constant stays.
         target_rank: for adalora, the mean rank in the end, which is reached when 30 % of the steps
             are left; by default two thirds of --rank.
         orthogonality: for adalora, the factor on the penalty of factors that are not orthogonal.
@@ -51,7 +58,8 @@ class OptimizerOptions:
         batch_size: rows in a step, or packed sequences of a decoder; by default 32, for
             question-answering 8, for a decoder 4.
         accumulate: number of parts that a batch is computed in, one by one, to save memory.
-        weight_decay: weight decay of trained parameters other than biases and layer norms.
+        weight_decay: weight decay of trained parameters other than biases and layer norms, for
+            optimisers that take both, such as adamw and lion.
         warmup: fraction of the steps while the learning rate rises.
         clip: largest global norm of a gradient; 0 for no clipping.
         evaluations: number of times in an epoch that the dev rows are scored.
@@ -62,6 +70,8 @@ class OptimizerOptions:
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     lora_plus: float | None = None
+    optimizer: str = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     target_rank: int | None = None
     orthogonality: float = 0.5
     epochs: float | None = None
@@ -135,15 +145,20 @@ class OptimizerOptions:
         count = max(1, round((self.epochs or 1) * self.evaluations))
         return {-(-steps * n // count) for n in range(1, count + 1)}
 
-    def schedule(self, steps: int, peak: float) -> optax.Schedule:
+    def rates(self, steps: int, peak: float) -> optax.Schedule:
         """The learning rate by step, for a training of `steps` steps."""
         import optax
 
         warm = int(steps * self.warmup)
         rise = optax.linear_schedule(0.0, peak, warm + 1)
-        fall = optax.linear_schedule(peak, 0.0, max(steps - warm, 1))
+        left = max(steps - warm, 1)
+        after = {
+            "linear": lambda: optax.linear_schedule(peak, 0.0, left),
+            "cosine": lambda: optax.cosine_decay_schedule(peak, left),
+            "constant": lambda: optax.constant_schedule(peak),
+        }
         # optax counts steps from 0, and the first step is to have a rate above 0.
-        return optax.join_schedules([lambda step: rise(step + 1), fall], [warm])
+        return optax.join_schedules([lambda step: rise(step + 1), after[self.schedule]()], [warm])
 
     def make(self, steps: int, recipe: Recipe) -> optax.GradientTransformation:
         """Makes the optimiser of what a recipe trains, for a training of `steps` steps."""
@@ -153,19 +168,57 @@ class OptimizerOptions:
         from adapters_jax.presets import HEAD
         from adapters_jax.training.optimizers import freeze_base
 
-        def adamw(peak: float | None) -> optax.GradientTransformation:
-            schedule = self.schedule(steps, peak or 0.0)
-            return optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decays)
+        def of(peak: float | None) -> optax.GradientTransformation:
+            return self._of_optax()(self.rates(steps, peak or 0.0))
 
         rate = self.head_learning_rate if recipe.trains(f"{HEAD}/kernel") else None
-        groups = {f"{HEAD}/**": adamw(rate)} if rate else {}
+        groups = {f"{HEAD}/**": of(rate)} if rate else {}
         if self.lora_plus not in (None, 1.0):  # older runs store 1.0 for none
-            faster = adamw((self.learning_rate or 0.0) * self.lora_plus)
+            faster = of((self.learning_rate or 0.0) * self.lora_plus)
             lora = [method for method in recipe.attached if isinstance(method, LoRA)]
             groups |= dict.fromkeys((f"**/{method.slot}/b" for method in lora), faster)
-        tx = freeze_base(adamw(self.learning_rate), recipe, groups)
+        tx = freeze_base(of(self.learning_rate), recipe, groups)
         tx = optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
         return self._with_budget(tx, steps, recipe)
+
+    def _of_optax(self) -> Callable[[optax.Schedule], optax.GradientTransformation]:
+        """The optimiser of optax, with the weight decay, as a function of the learning rate.
+
+        Raises:
+            UserError: optax has none of this name, or it has no weight decay, which was asked for.
+        """
+        found = _optimizers()
+        if self.optimizer not in found:
+            near = difflib.get_close_matches(self.optimizer, found, 1)
+            raise UserError(
+                f"--optimizer {self.optimizer} is no optimiser of optax"
+                + (f". Did you mean {near[0]}?" if near else f"; there are {', '.join(found)}")
+            )
+        make = found[self.optimizer]
+        takes = inspect.signature(make).parameters
+        mask = next((name for name in ("mask", "weight_decay_mask") if name in takes), "")
+        if mask and "weight_decay" in takes:
+            return partial(make, weight_decay=self.weight_decay, **{mask: _decays})
+        if self.weight_decay not in (0.0, OptimizerOptions.weight_decay):
+            raise UserError(
+                f"--weight-decay: optax's {self.optimizer} has none that leaves out biases and "
+                "layer norms; leave it out"
+            )
+        return make
+
+    def check(self) -> None:
+        """Raises UserError where optax has no such optimiser, or it needs more than gradients."""
+        import jax
+        import jax.numpy as jnp
+
+        tx, like = self._of_optax()(self.rates(2, 1.0)), {"kernel": jnp.ones((2, 2))}
+        try:
+            jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), like)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--optimizer {self.optimizer}: optax's needs more than gradients and a learning "
+                f"rate by step: {error}; write adamw, lion or another one"
+            ) from error
 
     def _with_budget(
         self, tx: optax.GradientTransformation, steps: int, recipe: Recipe
@@ -198,6 +251,16 @@ class OptimizerOptions:
             return value + self.orthogonality * orthogonality(subject, problem.recipe), *rest
 
         return loss
+
+
+def _optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """The optimisers of optax by name: the functions whose first argument is the learning rate."""
+    import optax
+
+    public = {k: v for k, v in vars(optax).items() if not k.startswith(("_", "scale_by_"))}
+    made = {k: v for k, v in public.items() if inspect.isfunction(v) or isinstance(v, partial)}
+    first = {k: next(iter(inspect.signature(v).parameters), "") for k, v in made.items()}
+    return {name: made[name] for name in sorted(made) if first[name] == "learning_rate"}
 
 
 def _adaptive(recipe: Recipe) -> list[Any]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.flags import given
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]  # of `finetune.tracking`
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,27 @@ class RunOptions(Settings):
             --epochs, by default 20; the answers that a decoder generates at the end come on top.
             Or parameters for the adapters, such as 500000, or 1% of the base: the largest rank or
             width that fits.
+        init_from: start with this adapter: the directory of a finished run or of an adapter of
+            adapters_jax, PEFT or AdapterHub, a GGUF file, or an id on the Hugging Face Hub; its
+            recipe is taken unless flags name a method, which has to be the same.
+        track: trackers that get the run's metrics as well, by their own clients and settings, such
+            as WANDB_MODE=offline or MLFLOW_TRACKING_URI.
     """
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": ("seed", "baselines", "budget"),
+        "Run": ("seed", "baselines", "budget", "init_from", "track"),
     }
     method: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     baselines: bool = True
     budget: str | None = None
+    init_from: str | None = None
+    track: tuple[TrackerName, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name of what trains, in tables and directories."""
+        if self.init_from is None or given(self.method):
+            return self.method.title
+        path = PurePath(self.init_from)
+        return f"from-{path.parent.name if path.name == 'adapter' else path.stem}"

@@ -38,17 +38,16 @@ def shared_config(
     """The part of `config.json` that runs on encoders and decoders share."""
     if training.lora_plus not in (None, 1.0) and not any(isinstance(m, LoRA) for m in recipe):
         raise UserError(
-            f"--lora-plus: for methods with LoRA; {options.method.title} has none, leave it out"
+            f"--lora-plus: for methods with LoRA; {options.title} has none, leave it out"
         )
     if training.target_rank and not any(isinstance(m, AdaLoRA) for m in recipe):
         raise UserError(
-            f"--target-rank: for adalora, and {options.method.title} has no budget; leave it out"
+            f"--target-rank: for adalora, and {options.title} has no budget; leave it out"
         )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
-    path = Path(options.model)
-    model = str(path.resolve()) if path.exists() else options.model
+    names = {key: _anywhere(own[key]) for key in ("model", "init_from")}
     return {
-        "model": model,
+        "model": names["model"],
         **base.to_config(),
         "dtype": options.dtype,
         "quantize": options.quantize,
@@ -56,13 +55,18 @@ def shared_config(
         "rows": {part: len(getattr(task, part)) for part in ("train", "dev", "test")},
         "seed": options.seed,
         "data": plain(options.data),
-        "method": options.method.title,
+        "method": options.title,
         "recipe": json.loads(recipe.to_json()),
         "optimizer": plain(training),
         "data_sha256": _sha256(task),
-        "options": plain(RunOptions(**{**own, "model": model})),
+        "options": plain(RunOptions(**{**own, **names})),
         "versions": _versions(),
     }
+
+
+def _anywhere(name: str | None) -> str | None:
+    """The name of a model or an adapter that means the same in any directory."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:

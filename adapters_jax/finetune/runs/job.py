@@ -39,6 +39,7 @@ from adapters_jax.finetune.tasks.base import (
 )
 from adapters_jax.finetune.tasks.metrics import load_metrics, show_metric
 from adapters_jax.finetune.tasks.views import Judged
+from adapters_jax.finetune.tracking import TrackingError, tracked
 from adapters_jax.training.state import TrainState
 
 Result = dict[str, Any]  # a row of the table of results
@@ -58,6 +59,7 @@ class Job:
         began: the time at which the command began, in seconds of `time.perf_counter`.
         lock: the lock of this process on the run; None before `open_run`.
         ways: what the run can become.
+        track: writes a record to the run's trackers, while they are open.
     """
 
     run: Run
@@ -69,11 +71,12 @@ class Job:
     began: float
     lock: FileLock | None = None
     ways: Sequence[Way] = ()
+    track: Callable[[Record], None] = lambda record: None
 
     @property
     def title(self) -> str:
         """The name of the method in tables."""
-        return self.options.method.title
+        return self.options.title
 
     @property
     def problem(self) -> Problem:
@@ -94,7 +97,7 @@ class Job:
             raise self._stopped(error) from error
         except InterruptedRunError as error:
             raise StoppedError(f"{error}; {self._again}", error.status) from error
-        except CheckpointError as error:
+        except (CheckpointError, TrackingError) as error:
             raise StoppedError(f"{error}; {self._again}") from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -151,10 +154,11 @@ class Job:
         return replace(self, optimizer=optimizer, config=config)
 
     def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
-        with Checkpoints(self.run.checkpoints) as checkpoints:
+        trackers = tracked(self.options.track, self.run.path, config=self.config)
+        with Checkpoints(self.run.checkpoints) as checkpoints, trackers as track:
             every = self.options.checkpoint_every
             saving = Saving(checkpoints, every, interrupts, self._resumed, self.config)
-            found, results, judged = self.train_all(saving)
+            found, results, judged = replace(self, track=track).train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
             "run": self.run.path.as_posix(),
@@ -239,7 +243,7 @@ class Job:
             return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[1]
         with self.console.waiting(f"scoring the {baseline.title}"):
             scores: dict[str, Any] = {**baseline.score()}
-        self.run.log({"method": baseline.title, **scores})
+        self._log(baseline.title, scores)
         return {"method": baseline.title, "trainable_parameters": 0, **scores}
 
     def _passes(self, baseline: Untrained | TrainedHead) -> float:
@@ -292,10 +296,17 @@ class Job:
         best = found.best()
         with self.console.waiting("scoring the test rows"):
             test = problem.score(best, "test")
-        self.run.log({"method": title, "step": found.best_step, "test": test})
+        self._log(title, {"step": found.best_step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(best.adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
         return found, row
+
+    def _log(self, title: str, record: Record) -> None:
+        """Writes a record to the metrics and the trackers; there, baselines have their titles."""
+        self.run.log({"method": title, **record})
+        metrics = {**record}
+        step = metrics.pop("step", 0)
+        self.track({"step": step, **(metrics if title == self.title else {title: metrics})})
 
     def _logger(
         self, title: str, metric: str, progress: Progress, speed: Speed
@@ -306,7 +317,7 @@ class Job:
 
         def log(record: Record) -> None:
             nonlocal skipped
-            self.run.log({"method": title, **record})
+            self._log(title, record)
             if "dev" in record:
                 notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
                 speed.pause()

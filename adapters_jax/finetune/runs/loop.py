@@ -193,7 +193,7 @@ class Training:
         state = TrainState.create(problem.model, problem.params, tx=tx, key=key, loss_scale=scale)
         if problem.mesh is not None:
             state = shard(state, problem.mesh)
-        rate = options.schedule(steps, options.learning_rate or 0.0)
+        rate = options.rates(steps, options.learning_rate or 0.0)
         # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
         # What is best on dev is kept, and before that step it would have more ranks than asked for.

@@ -29,8 +29,10 @@ from adapters_jax.finetune.runs.config import (
     shared_config,
 )
 from adapters_jax.finetune.runs.job import Job
+from adapters_jax.finetune.runs.starting import Start
 from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
 from adapters_jax.finetune.tasks.base import Setup
+from adapters_jax.finetune.tracking import check_trackers
 from adapters_jax.placement.patterns import checked_before
 
 _LOG = logging.getLogger(__name__)
@@ -42,18 +44,19 @@ def on_base(options: RunOptions) -> RunOptions:
     A run keeps them: a resumed one has the defaults of the version that started it.
     """
     asked, budget = options.method, options.budget
+    taken = options.init_from is not None and not given(asked)  # the adapter's recipe
     method = asked.on(kind_of(options.model))
-    if budget is not None:
-        size = SIZES.get(method.title)
-        if (chosen := sized(method, options.model, budget)) is not None:
-            if size in given(asked):
-                raise UserError(f"--budget {budget} chooses {flag(size)}; leave one of them out")
-            method, budget = chosen, None
+    if budget is not None and (chosen := sized(method, options.model, budget)) is not None:
+        size = SIZES[method.title]
+        if taken or size in given(asked):
+            other = "--init-from" if taken else flag(size)
+            raise UserError(f"--budget {budget} chooses {flag(size)}; leave it or {other} out")
+        method, budget = chosen, None
     rate = options.optimizer.learning_rate
-    if rate is None and (own := default_rate(method, options.model)) != method.learning_rate:
+    if rate is None and (own := default_rate(method, options.model)) != asked.learning_rate:
         rate = own
     training = replace(options.optimizer, learning_rate=rate)
-    return replace(options, method=method, optimizer=training, budget=budget)
+    return replace(options, method=asked if taken else method, optimizer=training, budget=budget)
 
 
 def default_rate(method: MethodOptions, model: str) -> float:
@@ -99,7 +102,10 @@ def prepare_run(
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
         data = replace(data, **few)
     usual = training = _training(options, task)
-    prepared = task.prepare(data, _setup(options, training, task, console))
+    start = Start.of(options)
+    prepared = task.prepare(data, _setup(options, training, task, console, start))
+    if start is not None:
+        prepared = start.begin(prepared)
     problem, steps = prepared.problem, len(prepared.problem.train)
     if before:
         training = replace(training, epochs=before.epochs, learning_rate=before.learning_rate)
@@ -112,8 +118,12 @@ def prepare_run(
         "task_type": task.name,
         **shared_config(options, record_of(options.model), data, problem.recipe, training),
         **prepared.config,
+        **({} if start is None else {"init_sha256": start.sha256()}),
     }
     ways = ways_out(problem, config, prepared.identity)
+    if options.optimizer.optimizer != "adamw" and options.optimizer.learning_rate is None:
+        rate = f"the default learning rate {training.learning_rate:g} is one for adamw"
+        console.say(f"{rate}; --learning-rate takes one for {options.optimizer.optimizer}")
     if training != usual and not before:
         rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
         console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
@@ -146,16 +156,24 @@ def _check_numbers(options: RunOptions) -> None:
         check_number("the loss of preferences", "--beta", options.beta)
     if options.budget is not None:
         seconds_of(options.budget)
+    check_trackers(options.track)
+    options.optimizer.check()
 
 
-def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console: Console) -> Setup:
+def _setup(
+    options: RunOptions,
+    training: OptimizerOptions,
+    task: Task,
+    console: Console,
+    start: Start | None,
+) -> Setup:
     """The settings of a task; most are options of the same name."""
     names = {field.name for field in fields(options)} & {field.name for field in fields(Setup)}
     own: dict[str, Any] = {name: getattr(options, name) for name in names}
     # Where an option has no value, the task's default counts.
     own = {name: value for name, value in own.items() if value is not None}
     own |= {
-        "recipe": options.method.build,
+        "recipe": options.method.build if start is None else start.recipe,
         "batch_size": training.batch_size or 1,
         "columns": options.data.columns_of(task),
         "dropout": training.dropout,

@@ -1,0 +1,294 @@
+"""Adapters as files: `finetune --init-from` starts with one, and commands use one without a run."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers.errors import raises
+from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
+from safetensors.numpy import load_file, save_file
+
+import adapters_jax as aj
+from adapters_jax.errors import AdapterMismatchError, MismatchError, OtherBaseError, UserError
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.merging import save_encoder
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.trees import flatten
+
+LORA = ("--method", "lora", "--rank", 2, "--alpha", 6)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Models, rows, and a finished run of each kind of base."""
+    place = tmp_path_factory.mktemp("starting")
+    write_model(place / "tiny")
+    write_reviews(place / "reviews.jsonl")
+    write_llama(place / "llama")
+    write_meanings(place / "meanings.csv")
+    assert finetune(place, "first", *LORA)[0] == 0
+    status, err = finetune(place, "decoder", *LORA)
+    assert status == 0, err
+    return place
+
+
+def flags_of(place, name, *flags):
+    decoder = "decoder" in name
+    rows = (
+        "--train",
+        place / "meanings.csv",
+        "--prompt",
+        "mr",
+        "--completion",
+        "ref",
+        "--exact-match",
+        0,
+        "--batch-size",
+        2,
+    ) * decoder
+    rows = rows or ("--train", place / "reviews.jsonl", "--text", "review", "--batch-size", 16)
+    own = ("--model", place / ("llama" if decoder else "tiny"), "--runs", place, "--name", name)
+    shared = (
+        "--max-length",
+        64 if decoder else 8,
+        "--epochs",
+        0.2,
+        "--no-baselines",
+        "--limit",
+        64,
+    )
+    return [*map(str, (*own, *rows, *shared, "--learning-rate", 0.01, *flags))]
+
+
+def finetune(place, name, *flags):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        status = main(["finetune", *flags_of(place, name, *flags)])
+    return status, err.getvalue()
+
+
+def prepared(place, name, *flags):
+    """The job of a run that is not begun."""
+    return parse(Finetune, flags_of(place, name, *flags)).prepare(Console(json=True))
+
+
+def began(job):
+    """The recipe of a run and its adapter's arrays before the first step; the run is removed."""
+    job.unlock()
+    shutil.rmtree(job.run.path)
+    problem = job.problem
+    state = aj.TrainState.create(
+        problem.model, problem.params, tx=optax.sgd(0.1), key=jax.random.key(0)
+    )
+    return problem.recipe, {path: np.asarray(x) for path, x in flatten(state.adapters).items()}
+
+
+def stored(run):
+    return load_file(run / "adapter" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "flags"),
+    [("first", "", ()), ("first", "adapter/adapter.safetensors", LORA), ("decoder", "adapter", ())],
+)
+def test_a_run_starts_with_the_arrays_and_the_recipe_of_an_adapter(place, kind, inside, flags):
+    job = prepared(place, f"{kind}-again", "--init-from", place / kind / inside, *flags)
+    recipe, leaves = began(job)
+    expected = stored(place / kind)
+    assert leaves.keys() == expected.keys() and any(np.any(x) for x in expected.values())
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    assert {method.scale_at("") for method in recipe.attached} == {3.0}
+
+
+def test_a_run_starts_with_an_adapter_of_peft(place):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["convert", f"{place}/decoder", f"{place}/peft", "--to", "peft"]) == 0
+    _, leaves = began(prepared(place, "decoder-peft", "--init-from", place / "peft"))
+    for path, leaf in stored(place / "decoder").items():
+        np.testing.assert_array_equal(leaves[path], leaf)
+
+
+def test_an_encoder_without_a_head_gets_a_new_one(place):
+    command("convert", place / "first", place / "headless", "--to", "peft")
+    recipe, leaves = began(prepared(place, "new-head", "--init-from", place / "headless"))
+    assert recipe.trains("head/kernel") and leaves["head/kernel"].shape == (32, 2)
+    before = stored(place / "first")
+    assert not np.array_equal(leaves["head/kernel"], before["head/kernel"])
+    path = "bert/layer_0/attention/query/lora/b"
+    np.testing.assert_array_equal(leaves[path], before[path])
+
+
+def test_a_run_without_steps_to_speak_of_scores_as_the_one_before(place):
+    small = ("--learning-rate", 1e-12, "--head-learning-rate", 1e-12)
+    status, err = finetune(place, "same", "--init-from", place / "first", *small)
+    assert status == 0, err
+    before, after = (json.loads((place / n / "config.json").read_text()) for n in ("first", "same"))
+    assert after["summary"]["dev"] == before["summary"]["dev"]
+    assert (before["method"], after["method"]) == ("lora", "from-first")
+    assert after["recipe"] == before["recipe"]
+    page = (place / "same" / "report.html").read_text()
+    assert "--init-from" in page and str(place / "first") not in page
+
+
+def test_another_recipe_or_base_is_refused(place):
+    def refused(kind, flags, *data):
+        with raises(kind, *data):
+            prepared(place, "refused", "--init-from", place / "first", *flags)
+        assert not (place / "refused").exists()
+
+    four = ["--method", "lora", "--rank", 4, "--alpha", 12]
+    refused(AdapterMismatchError, four, "lora/a is [32, 2] there and [32, 4] in this run")
+    refused(AdapterMismatchError, LORA[:4], "query", "the scale is 3 there and 1 in this run")
+    refused(AdapterMismatchError, [*LORA, "--dora"], "LoRA there and DoRA in this run")
+    refused(AdapterMismatchError, ["--method", "loha", "--rank", 2], "query")
+    refused(AdapterMismatchError, ["--pooling", "cls"], "mean", "cls", "--pooling mean")
+    write_model(place / "wider", intermediate_size=64)
+    refused(UserError, ["--model", place / "wider"], "other files")
+    refused(OtherBaseError, ["--model", place / "wider", "--init-from", place / "first/adapter"])
+    rows = [json.loads(line) for line in (place / "reviews.jsonl").read_text().splitlines()]
+    three = [{**row, "label": str(i % 3)} for i, row in enumerate(rows)]
+    (place / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
+    classes = ["--train", place / "three.jsonl", "--label", "label"]
+    refused(AdapterMismatchError, classes, "head/bias is [2] there and [3] in this run")
+    refused(UserError, ["--init-from", place / "none"], "none")
+
+
+def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place):
+    shutil.copytree(place / "first" / "adapter", place / "copy")
+    prepared(place, "resumed", "--init-from", place / "copy").unlock()
+    file = place / "copy" / "adapter.safetensors"
+    whole = file.read_bytes()
+    save_file({k: x + 1 for k, x in load_file(file).items()}, file)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert main(["finetune", "--resume", str(place / "resumed")]) == 2
+        assert "init_sha256" in err.getvalue()
+        file.write_bytes(whole)
+        assert main(["finetune", "--resume", str(place / "resumed")]) == 0, err.getvalue()
+
+
+def command(*words, status=0):
+    """The JSON lines that a command prints, and its stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([*map(str, words), "--json"]) == status, err.getvalue()
+    return [json.loads(line) for line in out.getvalue().splitlines()], err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pooler(place):
+    """A run whose head PEFT has, too."""
+    write_model(place / "pooled", pooler=True)
+    model = ("--model", place / "pooled", "--pooling", "pooler")
+    status, err = finetune(place, "pooler", *LORA, *model)
+    assert status == 0, err
+    return place / "pooler"
+
+
+def test_predict_takes_an_adapter_of_any_format_for_classes(place, pooler):
+    texts = ["a good film", "dull", "the plot was poor"]
+    of_run, _ = command("predict", pooler, *texts)
+    command("convert", pooler, place / "pooler-peft", "--to", "peft")
+    for adapter in ("pooler/adapter", "pooler-peft"):
+        flags = ("--model", place / "pooled", "--pooling", "pooler")
+        found, err = command("predict", place / adapter, *texts, *flags)
+        assert "a head of 2 outputs, that reads pooler; it is taken for classification" in err
+        for ours, theirs in zip(found, of_run, strict=True):
+            names = {"LABEL_0": "no", "LABEL_1": "yes"}
+            named = {names[label]: p for label, p in ours["probabilities"].items()}
+            assert named == pytest.approx(theirs["probabilities"], abs=1e-6)
+
+
+def test_predict_without_a_head_gives_embeddings(place):
+    command("convert", place / "first", place / "bare", "--to", "peft")
+    model = ("--model", place / "tiny")
+    (found,), err = command("predict", place / "bare", "dull", *model)
+    assert "without a head" in err and len(found["embedding"]) == 32
+    command("merge", place / "bare", "--out", place / "merged-bare", *model)
+    command("merge", place / "first", "--out", place / "merged-first")
+    ours, theirs = (
+        load_file(place / name / "model.safetensors") for name in ("merged-bare", "merged-first")
+    )
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_generate_and_merge_take_an_adapter_of_a_decoder(place):
+    model = ("--model", place / "llama")
+    command("convert", place / "decoder", place / "for-llama", "--to", "gguf")
+    asked = ("--prompt", "food Thai", "--max-new-tokens", 4)
+    assert (
+        command("generate", place / "decoder/adapter", *asked, *model)[0]
+        == (command("generate", place / "decoder", *asked)[0])
+    )
+    command("merge", place / "decoder", "--out", place / "merged")
+    weights = load_file(place / "merged" / "model.safetensors")
+    changed = load_file(place / "llama" / "model.safetensors")
+    assert any(not np.array_equal(weights[k], changed[k]) for k in weights)
+    for number, adapter in enumerate(("decoder/adapter", "for-llama/adapter.gguf")):
+        command("merge", place / adapter, *model, "--out", place / f"merged{number}")
+        found = load_file(place / f"merged{number}" / "model.safetensors")
+        for path, weight in weights.items():
+            np.testing.assert_allclose(found[path], weight, atol=1e-6)
+
+
+def test_merge_takes_an_adapter_of_an_encoder(place, pooler):
+    flags = ("--model", place / "pooled", "--pooling", "pooler")
+    command("merge", pooler, "--out", place / "classifier")
+    command("merge", pooler / "adapter", *flags, "--out", place / "labels")
+    ours, theirs = (load_file(place / n / "model.safetensors") for n in ("labels", "classifier"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_adapter_without_a_run_needs_its_base(place):
+    _, err = command("predict", place / "first/adapter", "dull", status=2)
+    assert "does not name its base model; add --model" in err
+    _, err = command("predict", place / "first", "dull", "--pooling", "cls", status=2)
+    assert "--pooling: for an adapter without a run" in err
+    write_model(place / "other", intermediate_size=64)
+    _, err = command("predict", place / "first/adapter", "x", "--model", place / "other", status=2)
+    assert "trained on another base" in err
+    _, err = command("generate", place / "first/adapter", "--model", place / "tiny", status=2)
+    assert "use adapters-jax predict" in err
+
+
+def test_a_merged_encoder_is_saved_in_python(place, pooler):
+    predictor = load_predictor(pooler)
+    example = predictor.encoder.example
+    merged = aj.merge(predictor.model, predictor.params, example)
+    labels = ["no", "yes"]
+    notes = save_encoder(place / "ours", place / "pooled", merged, pooling="pooler", labels=labels)
+    command("merge", pooler, "--out", place / "theirs")
+    assert notes == []
+    assert files_of(place / "ours") == files_of(place / "theirs")
+    assert save_encoder(place / "bare-bert", place / "pooled", merged["bert"]) == []
+    ours, before = (load_file(place / name / "model.safetensors") for name in ("bare-bert", "ours"))
+    assert all(np.array_equal(x, before[name]) for name, x in ours.items())
+    (note,) = save_encoder(place / "mean", place / "pooled", without_pooler(merged))
+    assert "head.safetensors" in note and "mean" in note
+    with raises(UserError, "3 labels", "2 outputs"):
+        save_encoder(place / "x", place / "pooled", merged, pooling="pooler", labels=["a"] * 3)
+    with raises(MismatchError, "lora", "aj.merge"):
+        save_encoder(place / "x", place / "pooled", predictor.params, pooling="pooler")
+    with raises(UserError, "exists"):
+        save_encoder(place / "ours", place / "pooled", merged, pooling="pooler")
+    with raises(UserError, "decoder"):
+        save_encoder(place / "x", place / "llama", merged)
+    assert not (place / "x").exists()
+
+
+def without_pooler(params):
+    return {**params, "bert": {k: v for k, v in params["bert"].items() if k != "pooler"}}
+
+
+def files_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
