@@ -22,11 +22,13 @@ pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
 LOOKED_AT = (
-    *("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers"),
-    "search",
+    *("index", "methods/lora", "guides/plan", "results/accelerators", "api/adapting"),
+    *("notebooks/papers", "search"),
 )
 PICTURED = ("index", "methods/lora")
 CODE = ("code", "pre", "script", "style")
+HIDDEN = """[...document.querySelectorAll(".table-wrapper")]
+  .map(part => part.scrollWidth - part.clientWidth).filter(n => n > 1)"""
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
@@ -123,10 +125,11 @@ def test_every_public_name_has_its_place(pages):
 
 
 def problems(page, width, scheme):
-    """What is wrong with a page that is open: its width, colours, accessibility and errors."""
+    """What is wrong with a page that is open: width, colours, tables, accessibility and errors."""
     found = [*page.violations(), *page.errors()]
     needed = page.run("document.documentElement.scrollWidth")
     found += [f"it is {needed} wide"] if needed > width else []
+    found += [f"a table hides {n} pixels" for n in page.run(HIDDEN)]
     colours = page.run("['color', 'backgroundColor'].map(x => getComputedStyle(document.body)[x])")
     text, ground = (sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) for c in colours)
     dark = ground < text
