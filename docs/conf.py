@@ -1,6 +1,7 @@
 """Settings of the site: `sphinx-build -W docs site` builds it."""
 
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -22,6 +23,7 @@ project = "adapters_jax"
 author = copyright = "The adapters_jax authors"
 release = metadata.version("adapters-jax")
 sys.path.insert(0, str(HERE.parent))
+
 extensions = [
     "docs.facts",
     "myst_nb",
@@ -62,6 +64,8 @@ shutil.copytree(
     dirs_exist_ok=True,
     ignore=lambda folder, names: [name for name in names if not name.endswith((".md", ".png"))],
 )
+# So are the commands and their flags, as the command line has them.
+importlib.import_module("docs.flags").write(HERE / "commands")
 
 
 def _moved(app: Any, page: str, source: list[str]) -> None:

@@ -348,9 +348,13 @@ def _lines(path: Path) -> tuple[int, int, int, int]:
 
 
 def text(name: str) -> str:
-    """The table of a name: `methods`, `presets`, `tasks`, or the name of a method."""
+    """The table of a name: `methods`, `presets`, `tasks`, `commands`, or the name of a method."""
     if name in METHODS:
         return settings(name)
+    if name == "commands":
+        from docs.flags import commands  # which uses `table`
+
+        return commands()
     listings = {"presets": ListMethods, "tasks": ListTasks}
     return listings[name]().find().tables[0].markdown() if name in listings else methods()
 

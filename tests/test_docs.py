@@ -26,9 +26,11 @@ from helpers.pages import FENCE, PAGES, ROOT, blocks_of, check_printed, commands
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli import main as command_line
+from adapters_jax.finetune.options.flags import flag
+from adapters_jax.finetune.options.parsing import schema
 from adapters_jax.finetune.pretrained.assets import cached
 from adapters_jax.methods import METHODS
-from docs import facts
+from docs import facts, flags
 
 pytestmark = pytest.mark.pages
 
@@ -180,6 +182,25 @@ def test_every_method_has_a_figure_in_the_one_style():
         assert drawn.get("class") == "drawn" and said["title"] and len(said["desc"]) > 100
         styles.add(said["style"])
     assert len(styles) == 1
+
+
+def test_each_command_has_a_page_with_all_its_flags_and_examples(tmp_path, capsys):
+    (tmp_path / "gone.md").write_text("of a command that is no more")
+    flags.write(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == command_line.COMMANDS.keys()
+    for name in command_line.COMMANDS:
+        text = (tmp_path / f"{name}.md").read_text()
+        command = command_line.command_of(name)
+        rows = re.findall(r"^\| `(\S+)` \| (.+?) \| .*? \| (.+) \|$", text, re.M)
+        assert all(kind and meaning for _, kind, meaning in rows), name
+        named = [flag(field) for field in schema(command, name)["properties"]]
+        named += [field.upper() for field in command.positional]
+        assert sorted(row[0] for row in rows) == sorted([*named, "--config", "--debug"])
+        assert f"```sh\nadapters-jax {name}" in text or "| adapters-jax" in text
+        assert command_line.main([name, "--help"]) == 0
+        headings = re.findall("─ (.+?) ─", capsys.readouterr().out)
+        assert re.findall("^## (.+)$", text, re.M) == headings  # in the order of the help
+        assert f"[{name}](commands/{name}.md)" in flags.commands()
 
 
 def test_the_two_commands_are_there():
