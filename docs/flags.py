@@ -73,10 +73,11 @@ def _default(leaf: Leaf) -> str:
 
 
 def _prose(text: str) -> str:
-    """A help as Markdown, in which stars and brackets mean something."""
-    for mark in "\\`*_[]<>$":
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    """A help as Markdown: what is in backticks is code, and other marks mean themselves."""
+    parts = text.split("`")
+    for mark in "\\*_[]<>$":
+        parts[::2] = [part.replace(mark, f"\\{mark}") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _cell(text: str) -> str:

@@ -7,6 +7,7 @@ addresses, which are not asked for, are put there.
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
 LOOKED_AT = (
     *("index", "methods/lora", "guides/plan", "results/accelerators", "api/adapting"),
-    *("notebooks/papers", "search"),
+    *("commands/finetune", "notebooks/papers", "search"),
 )
 PICTURED = ("index", "methods/lora")
 CODE = ("code", "pre", "script", "style")
@@ -89,6 +90,13 @@ def test_links_and_anchors_lead_somewhere(pages):
     if "SCREENSHOTS" in os.environ:
         listed = Path(os.environ["SCREENSHOTS"], "foreign.txt")
         listed.write_text("\n".join(sorted(foreign)) + "\n")
+
+
+def test_llms_txt_leads_to_every_page(site, pages):
+    listed = re.findall(r"^ *- \[.+\]\((.+?)\): .{10,}$", (site / "llms.txt").read_text(), re.M)
+    made = {"index.html", "search.html", "genindex.html", "py-modindex.html"}
+    there = {str(path.relative_to(site)) for path in pages}
+    assert sorted(listed) == sorted(there - made)
 
 
 def test_no_marks_of_markdown_are_left(pages):
