@@ -222,6 +222,12 @@ def test_what_a_page_of_the_repository_names_is_there(name):
     assert [each for each in links + there if not (ROOT / each).exists()] == []
 
 
+def test_notebooks_install_the_wheel_of_this_version():
+    wheel = f"v{aj.__version__}/adapters_jax-{aj.__version__}-py3-none-any.whl"
+    for page in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        assert re.findall(r"releases/download/([^\"\\]+)", page.read_text()) == [wheel], page
+
+
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
