@@ -1,6 +1,8 @@
 """Writes the results into the README and the documentation: `python -m benchmarks readme`."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,24 @@ from benchmarks.report import CLAIMS, COSTS, FIGURES, LARGEST, WHOLE, Row, cell,
 
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
-PAGE, DEVICES, TASKS = DOCS / "results.md", DOCS / "accelerators.md", DOCS / "tasks.md"
+PAGES, DEVICES, TASKS = DOCS / "results", DOCS / "accelerators.md", DOCS / "tasks.md"
 PEFT = DOCS / "coming-from" / "peft.md"
-LINK = "../benchmarks/results"  # from the pages
+LINK = "../../benchmarks/results"  # from the pages of results
+SHOWN = {  # the files of results by the page that shows their claims and figures
+    "peers": ("peers", "peers-zen5"),
+    "peers-more": ("peers-linear", "peers-generation", "peers-tenants", "sweep"),
+    "step": ("step", "step-tunix", "llama", "speedup"),
+    "memory": ("memory", "plan", "parameters", "files"),
+    "accuracy": ("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17"),
+    "training": ("defaults", "fusion", "tasks"),
+    "latency": ("latency", "switch"),
+    "many": ("bank", "bank-places", "serve", "tenants-compiled"),
+    "accelerators": ("accelerators",),
+    "quantised": ("accelerators",),
+    "starting": ("tracing", "compiling"),
+}
+LAYERS = re.compile(r"int8|int4|nf4|of a layer")  # of `accelerators`, what `quantised` shows
+VERDICTS = ("reproduced", "in part", "undecided", "not reproduced")
 COMPARED = {  # the README's rows, by the file of results that has to be there
     "peers": (
         "time of a step, LoRA, BERT-base, adapters_jax / PEFT",
@@ -48,7 +65,6 @@ PICTURES = {
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
     "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
     "tradeoff-wnut17": "WNUT-17: F1 of entities on test against trainable parameters",
-    "peers": "Step time, memory and latency beside other libraries",
     "peers-linear": "A step with LoRA on all linear layers beside other libraries",
     "peers-generation": "Generation beside transformers",
     "peers-tenants": "A step of one tenant and of eight, beside SkyRL",
@@ -57,69 +73,101 @@ PICTURES = {
 BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- end of results -->"
 
 
-def section(results: Path = RESULTS) -> str:
-    """Builds the text of the page of results.
+def section(page: str, results: Path = RESULTS) -> str:
+    """Builds the generated part of a page of results.
 
-    Every row names the command that reproduces it, and the section lists the figures that miss
-    their limits. A second file of a benchmark, for example from another machine, is shown under
-    its own name.
+    Each benchmark of the page has its claims, its figures and the command that repeats them. Two
+    runs of it, for example on two machines, are columns of one table. The pictures come last,
+    beside each other where there is room.
 
     Args:
+        page: the name of the page, in `SHOWN`.
         results: the directory with the results.
 
     Returns:
         The section as Markdown.
     """
-    files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    claims = [row for name, file in files.items() for row in _claims(file, name)]
-    figures = [row for name, file in files.items() for row in _figures(file, name)]
-    missed = [row for row in figures if row["met"] == "no"]
-    machines = dict.fromkeys(map(_machine, files.values()))
-    parts = [
-        *(["## Published claims", table(claims)] if claims else []),
-        *(f"![{alt}]({LINK}/{name}.png)" for name, alt in _pictures(results)),
-        "## Figures with a limit",
-        f"{len(figures) - len(missed)} of {len(figures)} figures are within their limits.",
-        *(["Not within their limits:", table(missed)] if missed else []),
-        "## All figures",
-        table(figures),
-        f"Measured on {'; '.join(machines)}. Medians, quartiles in brackets.",
+    files = {name: json.loads(path.read_text()) for name, path in _there(page, results)}
+    parts = []
+    for benchmark in dict.fromkeys(file["benchmark"] for file in files.values()):
+        runs = {name: file for name, file in files.items() if file["benchmark"] == benchmark}
+        file = runs[benchmark]
+        about = [f"[{name}]({LINK}/{name}.md) on {_machine(run)}" for name, run in runs.items()]
+        parts += [f"## {benchmark}", f"`{file['command']}`. All tables: {'; '.join(about)}."]
+        claims, figures = _on(page, file, CLAIMS), _figures(page, runs)
+        parts += [table(rows) for rows in (claims, figures) if rows]
+    pictures = [
+        f"![{PICTURES[name]}]({LINK}/{name}.png)"
+        for name in files
+        if name in PICTURES and (results / f"{name}.png").exists()
     ]
+    parts += ["## Pictures", "\n".join(pictures)] if pictures else []
     return "\n\n".join(parts)
 
 
-def _pictures(results: Path) -> list[tuple[str, str]]:
-    """The names of the existing pictures, with their descriptions."""
-    return [(name, alt) for name, alt in PICTURES.items() if (results / f"{name}.png").exists()]
+def _there(page: str, results: Path) -> list[tuple[str, Path]]:
+    """The names and files of the results that a page shows, where they exist."""
+    paths = [(name, results / f"{name}.json") for name in SHOWN[page]]
+    return [(name, path) for name, path in paths if path.exists()]
 
 
-def _sources(file: Row, name: str) -> Row:
-    """The link to all results of a row's benchmark, and the command that reproduces them."""
-    link = f"[{name}]({LINK}/{name}.md)"
-    return {"results": link, "command": f"`{file['command']}`"}
+def _figures(page: str, runs: dict[str, Row]) -> list[Row]:
+    """A row for each figure and limit, with a column for each run."""
+    rows: dict[tuple[str, float], Row] = {}
+    for name, file in runs.items():
+        column = name if len(runs) > 1 else "measured"
+        for row in _on(page, file, FIGURES):
+            start = {"figure": row["claim"], "at most": row["at most"]}
+            found = rows.setdefault((row["claim"], row["at most"]), start)
+            found[column] = _shown(row["measured"]) + ("" if row["met"] else " **(above)**")
+    return list(rows.values())
 
 
-def _claims(file: Row, name: str) -> Iterator[Row]:
-    for row in _rows(file, CLAIMS):
-        yield {**row, **_sources(file, name)}
+def summary(results: Path = RESULTS) -> str:
+    """Builds the table of the first page: what became of the figures and claims of each page.
+
+    Raises:
+        ValueError: no page shows a file of results that has claims or figures.
+    """
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    shown = {name for names in SHOWN.values() for name in names}
+    lost = [n for n in files if n not in shown and any(_rows(files[n], CLAIMS, FIGURES))]
+    if lost:
+        raise ValueError(f"no page of results shows {', '.join(lost)}: add it to SHOWN")
+    rows: list[Row] = []
+    total: Counter[bool] = Counter()
+    for page, names in SHOWN.items():
+        there = [files[name] for name in names if name in files]
+        if not there:
+            continue
+        met = Counter(row["met"] for file in there for row in _on(page, file, FIGURES))
+        total += met
+        found = Counter(row["verdict"] for file in there for row in _on(page, file, CLAIMS))
+        within = f"{met[True]} of {met.total()}" if met else None
+        claims: Row = {verdict: found[verdict] or None for verdict in VERDICTS}
+        rows.append(
+            {"page": f"[{_title(page)}]({page}.md)", "within their limits": within, **claims}
+        )
+    return f"{total[True]} of {total.total()} figures are within their limits.\n\n{table(rows)}"
 
 
-def _figures(file: Row, name: str) -> Iterator[Row]:
-    for row in _rows(file, FIGURES):
-        yield {
-            "figure": row["claim"],
-            "measured": _shown(row["measured"]),
-            "at most": row["at most"],
-            "met": cell(row["met"]),
-            **_sources(file, name),
-        }
+def _title(page: str) -> str:
+    return (PAGES / f"{page}.md").read_text().splitlines()[0].removeprefix("# ")
 
 
-def _rows(file: Row, kind: str) -> Iterator[Row]:
+def _on(page: str, file: Row, kind: str) -> list[Row]:
+    """The rows of a kind that a page shows; two pages share those of `accelerators`."""
+    rows = list(_rows(file, kind))
+    if file["benchmark"] != "accelerators":
+        return rows
+    return [row for row in rows if bool(LAYERS.search(row["claim"])) == (page == "quantised")]
+
+
+def _rows(file: Row, *kinds: str) -> Iterator[Row]:
     return (
         {k: v for k, v in row.items() if k != "table"}
         for row in file["rows"]
-        if row["table"] == kind
+        if row["table"] in kinds
     )
 
 
@@ -185,7 +233,7 @@ def compared(results: Path = RESULTS) -> str:
 
 def write(
     readme: Path = README,
-    page: Path = PAGE,
+    pages: Path = PAGES,
     results: Path = RESULTS,
     devices: Path = DEVICES,
     trained: Path = TASKS,
@@ -195,7 +243,7 @@ def write(
 
     Args:
         readme: the file with the comparison.
-        page: the page of results.
+        pages: the directory with the pages of results.
         results: the directory with the results.
         devices: the page of accelerators.
         trained: the page of tasks.
@@ -204,7 +252,9 @@ def write(
     Raises:
         ValueError: a file does not have its mark exactly once.
     """
-    between_marks(page, section(results))
+    between_marks(pages / "index.md", summary(results))
+    for page in SHOWN:
+        between_marks(pages / f"{page}.md", section(page, results))
     if (results / "peers.json").exists():
         between_marks(readme, compared(results))
     if (results / "accelerators.json").exists():

@@ -2,7 +2,7 @@
 
 A row of the table "Claims" has a published figure, our figure and a verdict. A row of the table
 "Wanted" has one of our figures and its limit. `python -m benchmarks readme` writes both tables into
-docs/results.md.
+docs/results/.
 """
 
 import json

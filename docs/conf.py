@@ -1,6 +1,7 @@
 """Settings of the site: `sphinx-build -W docs site` builds it."""
 
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -10,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import SkipNode, image, raw
+from docutils.nodes import SkipNode, image, paragraph, raw, section
 from latex2mathml.converter import convert
+from sphinx.addnodes import toctree
 from sphinx.util.inspect import stringify_signature
 
 HERE = Path(__file__).parent
@@ -22,6 +24,7 @@ project = "adapters_jax"
 author = copyright = "The adapters_jax authors"
 release = metadata.version("adapters-jax")
 sys.path.insert(0, str(HERE.parent))
+
 extensions = [
     "docs.facts",
     "myst_nb",
@@ -62,6 +65,8 @@ shutil.copytree(
     dirs_exist_ok=True,
     ignore=lambda folder, names: [name for name in names if not name.endswith((".md", ".png"))],
 )
+# So are the commands and their flags, as the command line has them.
+importlib.import_module("docs.flags").write(HERE / "commands")
 
 
 def _moved(app: Any, page: str, source: list[str]) -> None:
@@ -97,6 +102,31 @@ def _drawn(app: Any, page: Any, name: str) -> None:
         figure.replace_self(raw("", (HERE / figure["uri"]).read_text(), format="html"))
 
 
+def _guide(app: Any, error: Exception | None) -> None:
+    """Writes llms.txt: each page under the captions of the index, with its first sentence."""
+    if error or app.builder.name != "html":
+        return
+    env, lines = app.env, [f"# {project}", "", f"> {_first_sentence(app.env, 'index')}"]
+
+    def add(name: str, indent: str = "") -> None:
+        title = env.titles[name].astext()
+        lines.append(f"{indent}- [{title}]({name}.html): {_first_sentence(env, name)}")
+        for below in env.toctree_includes.get(name, ()):
+            add(below, indent + "  ")
+
+    for part in env.get_doctree("index").findall(toctree):
+        lines += ["", f"## {part['caption']}", ""]
+        for _, name in part["entries"]:
+            add(name)
+    Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n")
+
+
+def _first_sentence(env: Any, name: str) -> str:
+    found = env.get_doctree(name).findall(paragraph)
+    text = next((each.astext() for each in found if isinstance(each.parent, section)), "")
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(text.split()))[0]
+
+
 def _inline_math(self: Any, node: Any) -> None:
     self.body.append(convert(node.astext()))
     raise SkipNode
@@ -111,6 +141,7 @@ def setup(app: Any) -> None:
     """Formulas are MathML, which browsers draw themselves; nothing is loaded from elsewhere."""
     app.connect("source-read", _moved)
     app.connect("doctree-resolved", _drawn)
+    app.connect("build-finished", _guide)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _settings)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))

@@ -169,35 +169,26 @@ ENTRIES = {
 }
 
 
-def of_readme() -> str:
-    """One row for each method, in short."""
-    rows = [("method", "adds", "merges", "files of", "paper")]
+def methods(counts: bool = False) -> str:
+    """One row for each method.
+
+    Args:
+        counts: whether there is a column for the parameters of an adapter; the README has none.
+    """
+    rows: list[dict[str, str]] = []
     for name, entry in ENTRIES.items():
         method, taken = METHODS[name], [each for each in formats(name) if each != "adapters_jax"]
-        merged = "yes" if merges(method) else "no"
-        others = ", ".join(taken) or "none other"
-        rows.append((f"`{method.__name__}`", entry.does, merged, others, _paper(method, entry)))
-    return table(rows)
-
-
-def methods() -> str:
-    """One row for each method: what it adds, and which parts of the library support it."""
-    names = [each.owner for each in FORMATS.values() if each.name != "native"]
-    rows = [("method", "adds", "parameters of an adapter", "linen, NNX", "merges", *names, "paper")]
-    for name, entry in ENTRIES.items():
-        method, taken = METHODS[name], formats(name)
         rows.append(
-            (
-                f"`{method.__name__}`",
-                entry.does,
-                entry.count,
-                "both",
-                "yes" if merges(method) else "no",
-                *("yes" if each in taken else "no" for each in names),
-                _paper(method, entry),
-            )
+            {
+                "method": f"`{method.__name__}`",
+                "adds": entry.does,
+                **({"parameters of an adapter": entry.count} if counts else {}),
+                "merges": "yes" if merges(method) else "no",
+                "files of": ", ".join(taken) or "none other",
+                "paper": _paper(method, entry),
+            }
         )
-    return table(rows)
+    return table([[*rows[0]], *([*row.values()] for row in rows)])
 
 
 def _paper(method: type[Method], entry: Entry) -> str:
@@ -348,11 +339,17 @@ def _lines(path: Path) -> tuple[int, int, int, int]:
 
 
 def text(name: str) -> str:
-    """The table of a name: `methods`, `presets`, `tasks`, or the name of a method."""
+    """The table of a name: `methods`, `presets`, `tasks`, `commands`, or the name of a method."""
     if name in METHODS:
         return settings(name)
+    if name == "commands":
+        from docs.flags import commands  # which uses `table`
+
+        return commands()
     listings = {"presets": ListMethods, "tasks": ListTasks}
-    return listings[name]().find().tables[0].markdown() if name in listings else methods()
+    return (
+        listings[name]().find().tables[0].markdown() if name in listings else methods(counts=True)
+    )
 
 
 def setup(app: Any) -> None:
@@ -378,4 +375,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["sizes"]:
         print(sizes())
     else:
-        between_marks(README, of_readme(), BEGIN, END)
+        between_marks(README, methods(), BEGIN, END)

@@ -6,6 +6,7 @@ import os
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -320,7 +321,8 @@ def test_panels_are_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        (readme.PAGE, readme.section),
+        (readme.PAGES / "index.md", readme.summary),
+        *((readme.PAGES / f"{page}.md", partial(readme.section, page)) for page in readme.SHOWN),
         (readme.README, readme.compared),
         (readme.DEVICES, readme.accelerators),
         (readme.TASKS, readme.tasks),
@@ -331,27 +333,57 @@ def test_the_pages_have_the_results_that_are_committed(page, text):
     assert page.read_text().split(readme.BEGIN)[1].split(readme.END)[0].strip() == text()
 
 
-def test_the_section_of_results(tmp_path):
-    report = Report("toy", "python -m benchmarks toy", tmp_path)
-    report.verdict("adapters are free", "+0 %", "+3 %", "a forward", "not reproduced")
-    report.claim("ours / theirs", Spread(0.5, 0.4, 0.6, 3), 0.65)
-    report.claim("bytes", 7.0, 6.0)
-    report.finish()
-    text = readme.section(tmp_path)
-    command = "[toy](../benchmarks/results/toy.md) | `python -m benchmarks toy`"
-    assert f"| adapters are free | +0 % | +3 % | a forward | not reproduced | {command} |" in text
-    assert f"| ours / theirs | 0.5 [0.4, 0.6] | 0.65 | yes | {command} |" in text
-    assert "1 of 2 figures are within their limits." in text
-    assert text.count(f"| bytes | 7 | 6 | no | {command} |") == 2
+def test_the_pages_of_results(tmp_path):
+    def measured(name):
+        report = Report(name, f"python -m benchmarks {name}", tmp_path)
+        report.verdict("adapters are free", "+0 %", "+3 %", "a forward", "not reproduced")
+        report.claim(f"int8 of {name}", Spread(0.5, 0.4, 0.6, 3), 0.65)
+        report.claim("bytes", 7.0, 6.0)
+        report.finish()
 
-    page = tmp_path / "results.md"
-    page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
-    readme.write(page=page, results=tmp_path)
-    assert page.read_text() == f"above\n{readme.BEGIN}\n\n{text}\n\n{readme.END}\nbelow\n"
-    page.write_text("no marks")
-    with raises(ValueError, page, readme.BEGIN, readme.END):
-        readme.write(page=page, results=tmp_path)
-    assert page.read_text() == "no marks"
+    for name in ("bank", "accelerators"):
+        measured(name)
+    text = readme.section("many", tmp_path)
+    assert (
+        "`python -m benchmarks bank`. All tables: [bank](../../benchmarks/results/bank.md)" in text
+    )
+    assert "| adapters are free | +0 % | +3 % | a forward | not reproduced |" in text
+    assert "| int8 of bank | 0.65 | 0.5 [0.4, 0.6] |" in text
+    assert text.count("| bytes | 6 | 7 **(above)** |") == 1
+    halves = [readme.section(page, tmp_path) for page in ("accelerators", "quantised")]
+    assert ["bytes" in half for half in halves] == [True, False]  # each row once
+    assert ["int8" in half for half in halves] == [False, True]
+    assert ["adapters are free" in half for half in halves] == [True, False]
+
+    rows = readme.summary(tmp_path).splitlines()
+    assert rows[0] == "2 of 4 figures are within their limits."
+    assert rows[4:] == [
+        "| [Many adapters over one base](many.md) | 1 of 2 |  |  |  | 1 |",
+        "| [Accelerators](accelerators.md) | 0 of 1 |  |  |  | 1 |",
+        "| [Layers and quantised bases on accelerators](quantised.md) | 1 of 1 |  |  |  |  |",
+    ]
+    measured("new")
+    with raises(ValueError, "new", "SHOWN"):
+        readme.summary(tmp_path)
+
+
+def test_pages_are_written_between_their_marks(tmp_path):
+    pages = [tmp_path / f"{name}.md" for name in ("index", *readme.SHOWN)]
+    for page in pages:
+        page.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    results = tmp_path / "results"
+    report = Report("bank", "python -m benchmarks bank", results)
+    report.claim("bytes", 5.0, 6.0)
+    report.finish()
+    readme.write(pages=tmp_path, results=results)
+    texts = {page.stem: page.read_text() for page in pages}
+    text = readme.section("many", results)
+    assert texts["many"] == f"above\n{readme.BEGIN}\n\n{text}\n\n{readme.END}\nbelow\n"
+    assert "1 of 1" in texts["index"]
+    pages[1].write_text("no marks")
+    with raises(ValueError, pages[1], readme.BEGIN, readme.END):
+        readme.write(pages=tmp_path, results=results)
+    assert pages[1].read_text() == "no marks"
 
 
 def test_the_readme_compares_what_was_measured(tmp_path):

@@ -26,9 +26,11 @@ from helpers.pages import FENCE, PAGES, ROOT, blocks_of, check_printed, commands
 
 import adapters_jax as aj
 from adapters_jax.finetune.cli import main as command_line
+from adapters_jax.finetune.options.flags import flag
+from adapters_jax.finetune.options.parsing import schema
 from adapters_jax.finetune.pretrained.assets import cached
 from adapters_jax.methods import METHODS
-from docs import facts
+from docs import facts, flags
 
 pytestmark = pytest.mark.pages
 
@@ -182,6 +184,25 @@ def test_every_method_has_a_figure_in_the_one_style():
     assert len(styles) == 1
 
 
+def test_each_command_has_a_page_with_all_its_flags_and_examples(tmp_path, capsys):
+    (tmp_path / "gone.md").write_text("of a command that is no more")
+    flags.write(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == command_line.COMMANDS.keys()
+    for name in command_line.COMMANDS:
+        text = (tmp_path / f"{name}.md").read_text()
+        command = command_line.command_of(name)
+        rows = re.findall(r"^\| `(\S+)` \| (.+?) \| .*? \| (.+) \|$", text, re.M)
+        assert all(kind and meaning for _, kind, meaning in rows), name
+        named = [flag(field) for field in schema(command, name)["properties"]]
+        named += [field.upper() for field in command.positional]
+        assert sorted(row[0] for row in rows) == sorted([*named, "--config", "--debug"])
+        assert f"```sh\nadapters-jax {name}" in text or "| adapters-jax" in text
+        assert command_line.main([name, "--help"]) == 0
+        headings = re.findall("─ (.+?) ─", capsys.readouterr().out)
+        assert re.findall("^## (.+)$", text, re.M) == headings  # in the order of the help
+        assert f"[{name}](commands/{name}.md)" in flags.commands()
+
+
 def test_the_two_commands_are_there():
     readme = ROOT / "README.md"
     lines = [line for block in blocks_of(readme) for line in commands(block)]
@@ -191,13 +212,29 @@ def test_the_two_commands_are_there():
     assert "pytest" in found[1]
 
 
+@pytest.mark.parametrize("name", ["AGENTS.md", "README.md", "CONTRIBUTING.md"])
+def test_what_a_page_of_the_repository_names_is_there(name):
+    text = (ROOT / name).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    folders = re.findall(r"`((?:adapters_jax|benchmarks|docs|tests)/[^` ]*)`", text)
+    there = [each for each in folders if "NAME" not in each]
+    assert links
+    assert [each for each in links + there if not (ROOT / each).exists()] == []
+
+
+def test_notebooks_install_the_wheel_of_this_version():
+    wheel = f"v{aj.__version__}/adapters_jax-{aj.__version__}-py3-none-any.whl"
+    for page in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        assert re.findall(r"releases/download/([^\"\\]+)", page.read_text()) == [wheel], page
+
+
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 130
     assert len(text.split()) <= 1500
 
 
 @pytest.mark.slow
 def test_the_readme_has_the_table_of_methods():
     text = (ROOT / "README.md").read_text()
-    assert text.split(facts.BEGIN)[1].split(facts.END)[0].strip() == facts.of_readme()
+    assert text.split(facts.BEGIN)[1].split(facts.END)[0].strip() == facts.methods()

@@ -13,6 +13,8 @@ from helpers.reports import write_pages
 
 pytestmark = pytest.mark.slow
 PICTURED = ("classes", "comparison")
+HIDING = """[...document.querySelectorAll(".wide > table:not(.matrix)")]
+  .filter(each => each.offsetWidth > each.parentElement.clientWidth).map(each => each.className)"""
 KINDS = ("classes", "numbers", "preferences", "comparison")
 
 
@@ -27,6 +29,7 @@ def pages(tmp_path_factory):
 def test_a_page_fits_and_can_be_read(browser, pages, kind, width, scheme):
     page = BrowserPage(browser, pages[kind].as_uri(), width, scheme, f"{kind}-")
     assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run(HIDING) == []
     page.browser.execute_script(CONTRASTS)
     contrasts = page.run("contrasts()")
     assert len(contrasts) > 50

@@ -3,6 +3,8 @@
 With the environment variable SCREENSHOTS, pictures of the page are put into that directory.
 """
 
+import re
+
 import pytest
 from helpers.browser import BrowserPage
 from helpers.finished import decoder_run
@@ -10,6 +12,7 @@ from helpers.pictures import check_picture
 from helpers.serving import serving
 
 from adapters_jax.finetune.inference import load_generator
+from adapters_jax.finetune.report.pages import render
 
 pytestmark = pytest.mark.slow
 PROMPT = "food food Thai"
@@ -56,6 +59,7 @@ def test_the_base_and_adapters_side_by_side(browser, server, runs, width, scheme
     assert [text.split()[0] for text in listed] == ["llama", "rank-2", "rank-3"]
     assert "LoRA, 672 parameters, run" in listed[1]
     page.one("#prompt").send_keys(PROMPT)
+    page.one("#chat").click()  # not as a conversation
     page.one("#tokens").clear()
     page.one("#tokens").send_keys("8")
     page.one("#send").click()
@@ -89,13 +93,20 @@ def test_by_keyboard_alone(browser, server):
     wanted = ["llama", "rank-2", "rank-3", "reload", "tokens", "temperature", "seed", "chat"]
     assert order == wanted
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    keys(Keys.SPACE, Keys.TAB, Keys.ENTER)  # as a conversation; Answer
+    assert page.one("#chat").is_selected()  # the base has a chat template
+    keys(Keys.TAB, Keys.ENTER)  # Answer
     assert page.answers().keys() == {"rank-2", "rank-3"}
+    assert any(url.endswith("/v1/chat/completions") for url in page.asked())
     page.run("document.getElementById('prompt').focus()")
     ActionChains(browser).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(
         Keys.CONTROL
     ).perform()
     page.answers()
+
+
+def test_a_base_without_a_chat_template_is_not_talked_with():
+    page = render("serve", title="", base="llama", key=False, chat=False, hidden="")
+    assert re.search('<input id="chat"[^>]* disabled>', page)
 
 
 def test_errors_are_shown_and_nothing_else_is_asked(browser, server):

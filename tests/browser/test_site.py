@@ -7,6 +7,7 @@ addresses, which are not asked for, are put there.
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,11 +23,13 @@ pytest.importorskip("sphinx", reason="the extra docs is not installed")
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs"
 LOOKED_AT = (
-    *("index", "methods/lora", "guides/plan", "results", "api/adapting", "notebooks/papers"),
-    "search",
+    *("index", "methods/lora", "guides/plan", "results/accelerators", "api/adapting"),
+    *("commands/finetune", "measured/peers", "notebooks/papers", "search"),
 )
 PICTURED = ("index", "methods/lora")
 CODE = ("code", "pre", "script", "style")
+HIDDEN = """[...document.querySelectorAll(".table-wrapper")]
+  .map(part => part.scrollWidth - part.clientWidth).filter(n => n > 1)"""
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
@@ -89,6 +92,13 @@ def test_links_and_anchors_lead_somewhere(pages):
         listed.write_text("\n".join(sorted(foreign)) + "\n")
 
 
+def test_llms_txt_leads_to_every_page(site, pages):
+    listed = re.findall(r"^ *- \[.+\]\((.+?)\): .{10,}$", (site / "llms.txt").read_text(), re.M)
+    made = {"index.html", "search.html", "genindex.html", "py-modindex.html"}
+    there = {str(path.relative_to(site)) for path in pages}
+    assert sorted(listed) == sorted(there - made)
+
+
 def test_no_marks_of_markdown_are_left(pages):
     """A bar in the code of a table needs a backslash, or it ends the cell."""
     assert {path.name: page.text for path, page in pages.items() if "`" in page.text} == {}
@@ -123,10 +133,11 @@ def test_every_public_name_has_its_place(pages):
 
 
 def problems(page, width, scheme):
-    """What is wrong with a page that is open: its width, colours, accessibility and errors."""
+    """What is wrong with a page that is open: width, colours, tables, accessibility and errors."""
     found = [*page.violations(), *page.errors()]
     needed = page.run("document.documentElement.scrollWidth")
     found += [f"it is {needed} wide"] if needed > width else []
+    found += [f"a table hides {n} pixels" for n in page.run(HIDDEN)]
     colours = page.run("['color', 'backgroundColor'].map(x => getComputedStyle(document.body)[x])")
     text, ground = (sum(map(float, c[c.index("(") + 1 : -1].split(",")[:3])) for c in colours)
     dark = ground < text
@@ -137,8 +148,12 @@ def problems(page, width, scheme):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_are_readable(browser, site, width, scheme):
-    """Each page at one width in light colours, at the other in dark ones; some in all four."""
+    """Each page at one width in light colours, at the other in dark ones; some in all four.
+
+    Of the pages that the build makes, which are all alike, only those some.
+    """
     written = [path for kind in ("md", "ipynb") for path in DOCS.rglob(f"*.{kind}")]
+    written = [path for path in written if path.parent.name not in ("measured", "commands")]
     names = {path.relative_to(DOCS).with_suffix("").as_posix() for path in written}
     found = {}
     for name in names.union(LOOKED_AT) if (width == 390) == (scheme == "light") else LOOKED_AT:

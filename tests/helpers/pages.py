@@ -22,7 +22,9 @@ from helpers.tiny import FOODS, write_llama, write_meanings, write_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "measured" not in page.parts]
+PAGES = [
+    page for page in PAGES if not {"measured", "commands"} & {*page.parts}
+]  # made for the site
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
 PRINTED = re.compile(r"^ *(?:print\(|adapters-jax ).*?(?<! )  # (.*)$", re.M)
 ADDED = re.compile(r"# Takes .*the tests take a small model(?: and add (--.*))?\.$", re.M)

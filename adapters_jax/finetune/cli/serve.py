@@ -249,7 +249,9 @@ class Serve(Command):
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.serving.api import application
 
-        about = {"title": "adapters-jax serve", "base": called, "key": bool(keys)}
+        decoder = getattr(api, "decoder", None)  # an encoder's server has none
+        chat = decoder is not None and decoder.chat_template is not None
+        about = {"title": "adapters-jax serve", "base": called, "key": bool(keys), "chat": chat}
         page = render("serve", **about, hidden=HIDDEN.pattern)
         return application(api, page, limits, keys)
 

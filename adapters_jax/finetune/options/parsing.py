@@ -84,7 +84,7 @@ def parse(command: Any, flags: Sequence[str], prog: str = "", about: str = "") -
 
 
 def _explained(
-    error: cyclopts.CycloptsError, flags: Sequence[str], leaves: Sequence[_Leaf]
+    error: cyclopts.CycloptsError, flags: Sequence[str], leaves: Sequence[Leaf]
 ) -> str | None:
     """What is wrong, where we know more of it than cyclopts; None of other errors."""
     import cyclopts
@@ -173,7 +173,7 @@ def schema(command: Any, name: str) -> dict[str, Any]:
     }
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """One flag: a field of a command or of a nested dataclass.
 
     Attributes:
@@ -206,14 +206,28 @@ class _Leaf(NamedTuple):
 _FILE = "YAML, TOML or JSON file of flags, such as rank: 8."
 _SHOW = "show the traceback of a user error as well."
 _EXTRAS = (  # flags that are read before the command is made, which gets no value of them
-    _Leaf(("config",), Path | None, None, _FILE, EVERY, (Path,)),
-    _Leaf(("debug",), bool, False, _SHOW, EVERY, (bool,)),
+    Leaf(("config",), Path | None, None, _FILE, EVERY, (Path,)),
+    Leaf(("debug",), bool, False, _SHOW, EVERY, (bool,)),
 )
+
+
+def flags_of(command: Any) -> list[Leaf]:
+    """The flags of a command as its help lists them: by their headings, those of all last."""
+    leaves = list(_leaves(command))
+    order = _titles(leaves)
+    return sorted([*leaves, *_EXTRAS], key=lambda leaf: order.index(leaf.group))
+
+
+def _titles(leaves: Sequence[Leaf]) -> list[str]:
+    """The headings in the order of the help."""
+    titles = [leaf.group for leaf in leaves]
+    order = dict.fromkeys([*(title for title in _FIRST if title in titles), *titles])
+    return [*(title for title in order if title != EVERY), EVERY]
 
 
 def _leaves(
     owner: Any, default: Any = None, path: tuple[str, ...] = (), group: str = "Options"
-) -> Iterator[_Leaf]:
+) -> Iterator[Leaf]:
     hints, helps = get_type_hints(owner, include_extras=True), _helps(owner)
     headings = _headings(owner)
     for field in dataclasses.fields(owner):
@@ -224,7 +238,7 @@ def _leaves(
             yield from _leaves(hint, inner, names, field.name.capitalize())
         else:
             heading = headings.get(field.name, group)
-            yield _Leaf(names, hint, value, helps.get(field.name, ""), heading, members(hint))
+            yield Leaf(names, hint, value, helps.get(field.name, ""), heading, members(hint))
 
 
 def _headings(owner: type) -> dict[str, str]:
@@ -248,16 +262,13 @@ def _helps(owner: type) -> dict[str, str]:
     return {p.arg_name: " ".join((p.description or "").split()) for p in params}
 
 
-def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclopts.App:
+def _app(command: Any, leaves: Sequence[Leaf], prog: str, about: str) -> cyclopts.App:
     """Makes a cyclopts application of a command, which raises its errors."""
     import cyclopts
 
     positional = getattr(command, "positional", ())
-    titles = [leaf.group for leaf in leaves]
-    order = dict.fromkeys([*(title for title in _FIRST if title in titles), *titles])
     groups = {
-        title: cyclopts.Group(title, sort_key=place)
-        for place, title in enumerate([*(title for title in order if title != EVERY), EVERY])
+        title: cyclopts.Group(title, sort_key=place) for place, title in enumerate(_titles(leaves))
     }
     signature = inspect.Signature(
         sorted(
@@ -288,7 +299,7 @@ def _app(command: Any, leaves: Sequence[_Leaf], prog: str, about: str) -> cyclop
     return app
 
 
-def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.Parameter:
+def _parameter(leaf: Leaf, positional: bool, group: cyclopts.Group) -> inspect.Parameter:
     import cyclopts
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
@@ -308,7 +319,7 @@ def _parameter(leaf: _Leaf, positional: bool, group: cyclopts.Group) -> inspect.
     return inspect.Parameter(leaf.name, kind, annotation=hint, default=leaf.default)
 
 
-def _reading(leaf: _Leaf) -> dict[str, Any]:
+def _reading(leaf: Leaf) -> dict[str, Any]:
     """Settings for flags that cyclopts would read in another way."""
     if leaf.takes(dict):
         pairs = {"accepts_keys": False, "n_tokens": -1, "metavar": "PATTERN N..."}
@@ -373,7 +384,7 @@ def _config_file(flags: Sequence[str]) -> Path | None:
     return None
 
 
-def _read_config(path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+def _read_config(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, Any]:
     """Reads a file of flags; returns the values by field, for cyclopts.
 
     Raises:
