@@ -379,7 +379,7 @@ def test_completions_are_generated_up_to_the_positions_of_the_model(directory):
 
 def test_rows_of_one_prompt_are_held_out_together(tmp_path):
     write_meanings(tmp_path / "rows.csv")
-    rows = DataOptions(tmp_path / "rows.csv", prompt="mr", completion="ref", limit=50)
+    rows = DataOptions((tmp_path / "rows.csv",), prompt="mr", completion="ref", limit=50)
     task = rows.load(TASKS["completion"])
     prompts = [{text for text, _ in part.texts} for part in (task.train, task.dev, task.test)]
     assert all(prompts)
@@ -496,7 +496,7 @@ def test_texts_alone_are_learnt_from_their_second_token(directory, monkeypatch):
     monkeypatch.chdir(directory)
     write_llama(directory / "silent", chat_template=None, num_hidden_layers=1)
     options = {"max_length": 32, "name": "texts", "pack": False}
-    data = DataOptions(Path("rows.csv"), text="mr", limit=8)
+    data = DataOptions((Path("rows.csv"),), text="mr", limit=8)
     job = Finetune("silent", data, **options).prepare(Console(json=True))
     assert (job.config["prompt"], job.config["completion"]) == (None, "mr")
     assert job.config["prompts"] == {"template": "{prompt}", "chat": False}
@@ -508,7 +508,9 @@ def test_texts_alone_are_learnt_from_their_second_token(directory, monkeypatch):
     ):
         assert labels[labels != NOTHING].tolist() == ids[mask == 1].tolist()[1:]
         assert ids[mask == 1][-1] == 1
-    plain = Finetune("silent", DataOptions(Path("rows.csv"), None, None, **MEANINGS), name="plain")
+    plain = Finetune(
+        "silent", DataOptions((Path("rows.csv"),), None, None, **MEANINGS), name="plain"
+    )
     assert plain.prepare(Console(json=True)).config["prompts"]["chat"] is False
 
 

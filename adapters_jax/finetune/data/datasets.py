@@ -166,6 +166,28 @@ def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Table]:
     return {part: make_dataset(table, task, names) for part, table in tables.items()}
 
 
+def check_classes(tables: Sequence[Table]) -> None:
+    """Raises DataError if files that are learnt together have not the same labels.
+
+    Example:
+        >>> a, b = Table([("x", None)], ["yes"], path="a.csv"), Table([("y", None)], ["1"])
+        >>> check_classes([a, replace(b, path="b.csv")])
+        Traceback (most recent call last):
+        adapters_jax.finetune.data.files.DataError: b.csv lacks the label 'yes', which a.csv has...
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        for one, other in ((first, table), (table, first)):
+            lacking = sorted({*one.labels} - {*other.labels})
+            if lacking:
+                raise DataError(
+                    f"{other.path} lacks the label{'s' * (len(lacking) > 1)} "
+                    f"{first_few([*map(repr, lacking)])}, which {one.path} has; files that are "
+                    "trained on together need the same labels: rename those of one, or train two "
+                    "runs"
+                )
+
+
 def hold_out(
     name: str,
     parts: Mapping[str, Any],

@@ -76,18 +76,26 @@ class PlacedRows(Generic[Row]):
         path: the path of the file, for messages.
         rows: the rows.
         lines: the line that each of them starts on, or another name of its place.
+        sources: of rows of several files, the number of each row's file.
     """
 
     path: str
     rows: list[Row]
     lines: list[Line]
+    sources: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
-        return replace(self, rows=[self.rows[i] for i in rows], lines=[self.lines[i] for i in rows])
+        lines, sources = taken(self.lines, rows), taken(self.sources, rows)
+        return replace(self, rows=[self.rows[i] for i in rows], lines=lines, sources=sources)
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These rows and those of other files after them."""
+        every = [self, *others]
+        return replace(self, rows=[row for each in every for row in each.rows], **together(every))
 
     @classmethod
     def of(cls, rows: Rows, make: Callable[[Mapping[str, Any]], Row], what: str) -> Self:
@@ -117,6 +125,19 @@ class PlacedRows(Generic[Row]):
             "; correct or remove them",
         )
         return cls(rows.path, found, lines)
+
+
+def together(files: Sequence[Any]) -> dict[str, Any]:
+    """The path, the lines and the sources of the rows of several files."""
+    path = f"{files[0].path} and {len(files) - 1} more"
+    lines = [f"{place(line)} of {each.path}" for each in files for line in each.lines]
+    sources = [number for number, each in enumerate(files) for _ in each.lines]
+    return {"path": path, "lines": lines, "sources": sources}
+
+
+def taken(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    """The values of rows; none if there are none of any row."""
+    return [values[i] for i in rows] if len(values) else []
 
 
 class RowError(Exception):

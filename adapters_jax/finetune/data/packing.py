@@ -75,13 +75,20 @@ class Marked(NamedTuple):
         return [*(token if learnt else NOTHING for _, (token, learnt) in pairwise(marks)), NOTHING]
 
 
-def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) -> list[list[int]]:
+def pack(
+    examples: Sequence[Example | Marked],
+    length: int,
+    seed: int | None,
+    sources: np.ndarray | None = None,
+) -> list[list[int]]:
     """Chooses the examples of each sequence: an example goes into the first one that has room.
 
     Args:
         examples: the examples; none is longer than `length`.
         length: the number of tokens of a sequence.
         seed: the seed of the order of packing; None keeps their order.
+        sources: a number for each example, `(examples,)`; examples of a sequence have the same one.
+            None is the same for all.
 
     Returns:
         The positions in `examples` of the examples of each sequence.
@@ -93,6 +100,17 @@ def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) ->
     order = np.arange(len(examples))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
+    if sources is None:
+        return _packed(examples, length, order)
+    own = sources[order]
+    parts = [order[own == each] for each in np.unique(own)]
+    return [group for part in parts for group in _packed(examples, length, part)]
+
+
+def _packed(
+    examples: Sequence[Example | Marked], length: int, order: np.ndarray
+) -> list[list[int]]:
+    """The examples of each sequence, taken in an order."""
     packed: list[list[int]] = []
     room: list[int] = []
     for i in order.tolist():

@@ -141,11 +141,12 @@ def _read_files(files: Sequence[Path]) -> Found:
     return rows_of(f"{files[0].as_posix()} and others", found)
 
 
-def title_of(path: FilePath) -> str:
-    """A short name of a file of rows, for the names of runs.
+def title_of(path: FilePath, *others: FilePath) -> str:
+    """A short name of files of rows, for the names of runs.
 
     Example:
-        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv")
-        ('train', 'part')
+        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv"), title_of("a.csv", "b.csv")
+        ('train', 'part', 'a-and-1-more')
     """
-    return re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"
+    name = re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"
+    return f"{name}-and-{len(others)}-more" if others else name

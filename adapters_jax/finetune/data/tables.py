@@ -17,6 +17,8 @@ from adapters_jax.finetune.data.files import (
     count_rows,
     place,
     places,
+    taken,
+    together,
     without_header,
 )
 from adapters_jax.finetune.data.layouts import hint
@@ -38,6 +40,7 @@ class Table:
         label_names: the names of the classes, in the order of their ids; empty for other labels.
         path: the path of the file, for messages.
         lines: the line that each row starts on, from 1, or another name of its place.
+        sources: of rows of several files, the number of each row's file.
     """
 
     texts: Any
@@ -45,6 +48,7 @@ class Table:
     label_names: tuple[str, ...] = ()
     path: str = ""
     lines: Sequence[Line] = ()
+    sources: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,11 +56,18 @@ class Table:
     def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
         texts = [self.texts[i] for i in rows]
-        lines = [self.lines[i] for i in rows] if self.lines else ()
+        lines, sources = taken(self.lines, rows), taken(self.sources, rows)
         # An array by its attribute: importing numpy would slow down commands that need none.
         ids = hasattr(self.labels, "dtype")
         labels = self.labels[[*rows]] if ids else self.labels and [self.labels[i] for i in rows]
-        return replace(self, texts=texts, labels=labels, lines=lines)
+        return replace(self, texts=texts, labels=labels, lines=lines, sources=sources)
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These rows and those of other files after them, whose labels are lists, too."""
+        every = [self, *others]
+        texts = [row for each in every for row in each.texts]
+        labels = self.labels and [label for each in every for label in each.labels]
+        return replace(self, texts=texts, labels=labels, **together(every))
 
 
 def read_rows(

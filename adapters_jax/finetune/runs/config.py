@@ -172,6 +172,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             stored.pop(key, None)
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+            if isinstance(stored["data"].get("train"), str):  # older runs have one file
+                stored["data"]["train"] = [stored["data"]["train"]]
         if isinstance(stored.get("optimizer"), dict):
             stored["optimizer"] = plain(OptimizerOptions()) | stored["optimizer"]
         stored["recipe"] = as_compared(stored.get("recipe"))

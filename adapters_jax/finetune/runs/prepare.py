@@ -132,6 +132,8 @@ def _setup(options: RunOptions, training: OptimizerOptions, task: Task, console:
         "recipe": options.method.build,
         "batch_size": training.batch_size or 1,
         "columns": options.data.columns_of(task),
+        "mix": options.data.mix,
+        "files": tuple(path.name for path in options.data.train),
         "dropout": training.dropout,
         "accumulate": training.accumulate,
         "mesh": options.make_mesh(training.batch_size),

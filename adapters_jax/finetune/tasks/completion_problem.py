@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import count_rows, place, refuse
+from adapters_jax.finetune.data.mixing import Mixture, total
 from adapters_jax.finetune.data.packing import Example, Marked, pack, pair, sequence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.splits import spread
@@ -216,7 +217,8 @@ def build_completions(
         examples[part], cut = encode_table(table, prompts, decoder, max_length)
         if cut:
             setup.say(f"{cut} of {len(table)} {part} rows are cut at {max_length} tokens")
-    built = build_batches(examples, max_length, packs, setup, encodes=decoder.encodes)
+    mix = setup.mixture(data.train)
+    built = build_batches(examples, max_length, packs, setup, mix, encodes=decoder.encodes)
     parts = {}
     for part in HELD_OUT:
         asked = _asked(getattr(data, part).texts, setup.exact_match)
@@ -255,6 +257,7 @@ def build_batches(
     max_length: int,
     packs: bool,
     setup: Setup,
+    mix: Mixture | None = None,
     encodes: bool = False,
 ) -> BuiltRows:
     """Makes the batches of examples; a message counts the rows that share a sequence.
@@ -264,17 +267,25 @@ def build_batches(
         max_length: the largest number of tokens in a sequence.
         packs: whether several examples share a sequence.
         setup: has the number of sequences in a batch, and the seed of the order.
+        mix: how often the examples of "train" are drawn; those of a sequence are of one data set.
         encodes: whether an encoder reads the prompts, which then stand beside the completions.
     """
 
-    def rows_of(found: Sequence[Any]) -> list[Any]:
-        if encodes:
-            return [pair(example) for example in found]
-        one_each = [[i] for i in range(len(found))]
-        groups = pack(found, max_length, setup.seed) if packs else one_each
-        return [sequence([found[i] for i in group]) for group in groups]
+    def grouped(part: str) -> list[list[int]]:
+        found = examples[part]
+        if not packs:
+            return [[i] for i in range(len(found))]
+        own = mix.sources if mix is not None and part == "train" else None
+        return pack(found, max_length, setup.seed, own)
 
-    rows = {part: rows_of(found) for part, found in examples.items()}
+    def row_of(found: Sequence[Any]) -> Any:
+        return pair(found[0]) if encodes else sequence(found)
+
+    groups = {part: grouped(part) for part in examples}
+    rows = {
+        part: [row_of([examples[part][i] for i in group]) for group in groups[part]]
+        for part in examples
+    }
     of, into = len(examples["train"]), len(rows["train"])
     if into < of:
         sequences = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
@@ -290,6 +301,7 @@ def build_batches(
         for part in HELD_OUT
     }
     most = max(int((row.labels != NOTHING).sum()) for found in rows.values() for row in found)
-    tokens = sum(len(example.ids) for example in examples["train"])
-    batches = Batches(train, None, size, setup.seed, buckets)
+    tokens = total((len(example.ids) for example in examples["train"]), mix)
+    mix = mix and mix.take([group[0] for group in groups["train"]])
+    batches = Batches(train, None, size, setup.seed, buckets, mix=mix)
     return BuiltRows(batches, parts, rounded(most), tokens)

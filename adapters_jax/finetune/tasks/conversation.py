@@ -51,15 +51,18 @@ class ConversationTask(TokenLossTask):
         check_chats(decoder, setup.model, self.name)
         length = length_of(setup, decoder)
         encoder, examples = ChatEncoder(decoder, length, setup.turns), {}
+        mix = setup.mixture(data.train)
         for part in PARTS:
             rows = getattr(data, part)
             found = encoder.encode(rows)
             _tell(found, f"{len(rows)} {part} conversations", length, setup.say)
             examples[part] = found.examples
+            if mix and part == "train":
+                mix = mix.take(found.owners)
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
         pack = packs(setup, decoder)
-        built = build_batches(examples, length, pack, setup)
+        built = build_batches(examples, length, pack, setup, mix)
         problem = CompletionProblem.of(setup, decoder, built, data.metrics)
         config = {
             "max_length": length,

@@ -50,6 +50,7 @@ class Encoded:
 
     Attributes:
         examples: the rows, most often one for each conversation.
+        owners: the position of the conversation that each is of.
         cut: the number of conversations that lost their last turns.
         left_out: the number of those without an answer that is short enough to learn.
         split: the number of those with a row for each answer.
@@ -58,6 +59,7 @@ class Encoded:
     """
 
     examples: list[Marked]
+    owners: list[int]
     cut: int = 0
     left_out: int = 0
     split: int = 0
@@ -86,12 +88,14 @@ class ChatEncoder:
             DataError: the template rejects a conversation, or no answer is short enough.
         """
         examples: list[Marked] = []
+        owners: list[int] = []
         counts: Counter[str] = Counter()
-        for row, line in zip(rows.rows, rows.lines, strict=True):
+        for i, (row, line) in enumerate(zip(rows.rows, rows.lines, strict=True)):
             answers = self.answers_at(row, rows.path, line)
             kept = self._fitting(answers)
             own = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
             examples += own
+            owners += [i] * len(own)
             counts["left_out"] += not own
             split = self._is_split(kept)
             counts["cut"] += bool(own) and len(own if split else kept) < len(answers)
@@ -103,7 +107,7 @@ class ChatEncoder:
                 f"{rows.path}: no answer of its {len(rows)} conversations ends within "
                 f"--max-length {self.max_length} tokens; raise it or shorten them"
             )
-        return Encoded(examples, **counts)
+        return Encoded(examples, owners, **counts)
 
     def answers_at(self, row: Conversation, path: str, line: Line) -> list[Answer]:
         """The answers of a row; raises DataError if the template cannot write them."""
