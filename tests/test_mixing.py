@@ -15,7 +15,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import Batches, Row
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.mixing import Mixture
-from adapters_jax.finetune.data.packing import Example, pack
+from adapters_jax.finetune.data.packing import pack
 from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.options.flags import from_plain, portable, words
 from adapters_jax.finetune.options.parsing import parse
@@ -66,9 +66,8 @@ def test_a_step_is_a_pure_function_of_the_seed_and_the_step():
 
 
 def test_packed_sequences_are_of_one_data_set():
-    examples = [Example([1], [2] * (1 + i % 3)) for i in range(40)]
     sources = np.arange(40) % 2
-    groups = pack(examples, 16, 0, sources)
+    groups = pack([2 + i % 3 for i in range(40)], 16, 0, sources)
     assert sorted(i for group in groups for i in group) == list(range(40))
     assert all(len({*sources[group].tolist()}) == 1 for group in groups)
     assert max(map(len, groups)) > 1

@@ -80,12 +80,12 @@ def _by_decoder(
     rows: Rows,
     columns: Mapping[str, str],
     learnt: Turns,
-) -> list[Marked]:
+) -> Sequence[Marked]:
     """The examples of a decoder, by the columns that are named, or by the layout."""
     layout = layout_of(rows.header)
     if not columns and layout is not None and layout.task == "conversation":
         check_chats(reader, model, layout.task)
-        return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples
+        return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples.rows
     if not columns and layout is not None and layout.task == "preference":
         pairs = read_preferences(rows)
         if any(row.talks for row in pairs.rows):
@@ -100,7 +100,7 @@ def _by_decoder(
         prompts = Prompts(chat=reader.chat_template is not None)
         table = read_rows(rows, prompt, completion, None)
     examples, _ = encode_table(table, prompts, reader, _ENDLESS)
-    return [_marked(example) for example in examples]
+    return [_marked(example) for example in examples.rows]
 
 
 def _marked(example: Example) -> Marked:

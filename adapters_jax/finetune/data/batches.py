@@ -353,9 +353,10 @@ def _padded(arrays: Sequence[np.ndarray], width: int, fill: int) -> np.ndarray:
 
 
 def _lengths(rows: Sequence[Any]) -> np.ndarray:
-    if not rows:
+    if not len(rows):
         raise UserError("there are no rows to batch; give at least one")
-    return np.array([row.input_ids.shape[-1] for row in rows])
+    known = getattr(rows, "lengths", None)  # of `packing.Sequences`
+    return known if known is not None else np.array([row.input_ids.shape[-1] for row in rows])
 
 
 def _labels(labels: ArrayLike, rows: int) -> np.ndarray:

@@ -30,6 +30,7 @@ from adapters_jax.finetune.data.files import FilePath as FilePath
 from adapters_jax.finetune.data.hub_rows import PREFIX, read_hub
 from adapters_jax.finetune.data.images import read_images
 from adapters_jax.finetune.data.json_rows import read_json, read_jsonl, rows_of
+from adapters_jax.finetune.data.streaming import index, streams
 
 READERS: dict[str, Reader] = {
     ".csv": read_csv,
@@ -99,6 +100,8 @@ def _by_suffix(path: Path) -> Found:
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"
         )
+    if streams(path):
+        return index(path)
     with _without_collecting():
         return READERS[suffix](path, read_bytes(path))
 

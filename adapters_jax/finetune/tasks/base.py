@@ -20,6 +20,7 @@ from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.lazy_rows import mapped
 from adapters_jax.finetune.data.mixing import Mixture, sentence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import title_of
@@ -177,9 +178,9 @@ class Task(ABC):
         """
         return None  # for most tasks, all rows that they read are alike
 
-    def groups(self, train: Any) -> list[str]:
+    def groups(self, train: Any) -> Sequence[str]:
         """The key of each training row; rows with one key are held out together."""
-        return [key_of(*texts[self.grouped]) for texts in train.texts]
+        return mapped(train.texts, lambda texts: key_of(*texts[self.grouped]))
 
     def hold_out(self, name: str, parts: Mapping[str, Any], metrics: Sequence[str]) -> TaskData:
         """Completes the parts: an absent "dev" or "test" is held out of "train", by `groups`.
