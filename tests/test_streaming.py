@@ -36,7 +36,7 @@ def large(monkeypatch):
 
 
 FILES = {
-    "a.jsonl": '\ufeff{"a": "x", "b": 1}\n\n{"b": [2, null], "c": "\u2028"}\r\n{"a": "\\u0041"}\n\n',
+    "a.jsonl": '\ufeff{"a": "x", "b": 1}\n\n{"b": [2], "c": "\u2028"}\r\n{"a": "\\u0041"}\n\n',
     "b.jsonl": '{"a": 1.5}\n{"a": "last line without an end"}',
     "a.csv": '\ufefftext,label\n"two\nlines, one ""row""",no\n\nplain,yes\n"\u2028",\r\n\n\n',
     "b.csv": "text;label\nx,y;1\nz;2",
