@@ -27,7 +27,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import NOTHING, Batches
 from adapters_jax.finetune.data.datasets import TaskData
-from adapters_jax.finetune.data.packing import Example, pack, sequence
+from adapters_jax.finetune.data.packing import Example, Examples, pack, sequence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
@@ -81,7 +81,7 @@ def by_hand(model, example):
 
 
 def test_a_message_counts_the_rows_that_are_packed():
-    examples, said = dict.fromkeys(("train", "dev", "test"), EXAMPLES), []
+    examples, said = dict.fromkeys(("train", "dev", "test"), Examples.of(EXAMPLES)), []
     setup = Setup("tiny", None, 1, 0, {}, None, say=said.append)
     for packs in (True, False):
         build_batches(examples, 8, packs, setup)
@@ -129,12 +129,13 @@ def test_dropout_in_the_head_draws_one_mask_for_all_tokens(monkeypatch):
 def test_packing_holds_every_example_once_and_no_more_than_fits():
     sizes = np.random.default_rng(0).integers(2, 20, 200).tolist()
     examples = [Example([1], [2] * (size - 1)) for size in sizes]
-    packed = pack(examples, 20, seed=1)
+    lengths = [len(example.ids) for example in examples]
+    packed = pack(lengths, 20, seed=1)
     assert sorted(i for group in packed for i in group) == list(range(200))
     held = [sum(sizes[i] for i in group) for group in packed]
     assert max(held) <= 20
     assert np.mean(held) > 18
-    assert packed == pack(examples, 20, seed=1) != pack(examples, 20, seed=2)
+    assert packed == pack(lengths, 20, seed=1) != pack(lengths, 20, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +345,7 @@ def test_a_chat_template_may_be_one_of_several_or_a_file(tmp_path, template, jin
 def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     decoder = load_pretrained_decoder(str(directory / "tiny"))
     table = Table([("food Thai", "It serves")], None, (), "rows.csv", [2])
-    (example,), cut = encode_table(table, Prompts(), decoder, 32)
+    ((example,), *_), cut = encode_table(table, Prompts(), decoder, 32)
     spoken = decoder.tokenizer.decode(example.prompt, skip_special_tokens=False)
     assert spoken == "<user> food Thai <end> <bot>"
     assert decoder.tokenizer.decode(example.completion, skip_special_tokens=False) == (
@@ -353,10 +354,10 @@ def test_a_row_is_a_chat_and_only_its_completion_is_learnt(directory):
     row = sequence([example])
     learnt = row.labels[row.labels != NOTHING].tolist()
     assert (learnt, cut) == (example.completion, 0)
-    (example,), cut = encode_table(table, Prompts("is {prompt}", chat=False), decoder, 4)
+    ((example,), *_), cut = encode_table(table, Prompts("is {prompt}", chat=False), decoder, 4)
     assert decoder.tokenizer.decode(example.prompt) == "is food Thai"
     assert (len(example.completion), cut) == (1, 1)
-    (example,), _ = encode_table(
+    ((example,), *_), _ = encode_table(
         Table([("It is", None)], None, (), "a", [1]), Prompts(), decoder, 32
     )
     assert [len(part) for part in example] == [1, 2]
