@@ -200,7 +200,7 @@ def test_training_and_generating_read_the_same_tokens(tokenizer):
     ]
     rows = Conversations("rows.jsonl", [Conversation(messages)], [1])
     encoded = chat.encode(rows)
-    ((ids, learnt),) = encoded.examples
+    ((ids, learnt),) = encoded.examples.rows
     begun = decoder.encode(decoder.render(messages[:1])[0]).ids
     assert ids[: len(begun)] == begun == Prompts().encode(messages[0]["content"], decoder)
     end = tokenizer.token_to_id("<|im_end|>")

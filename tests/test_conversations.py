@@ -81,7 +81,7 @@ def shown(chat, example):
 
 def encoded(chat, *messages, **more):
     found = chat.encode(conversations(*(Conversation(m, **more) for m in messages)))
-    return [shown(chat, example) for example in found.examples]
+    return [shown(chat, example) for example in found.examples.rows]
 
 
 # Tokens
@@ -107,7 +107,7 @@ def test_the_loss_counts_the_answers_with_their_end_tokens(template, trim):
 def test_the_tokens_are_those_of_the_whole_text():
     chat = encoder()
     messages = said("Caf\u00e9 \U0001f600", "\U0001f600 na\u00efve", "x", "y")
-    (example,) = chat.encode(conversations(Conversation(messages))).examples
+    (example,) = chat.encode(conversations(Conversation(messages))).examples.rows
     text = chat.decoder.render(messages, False)[0]
     assert example.ids == chat.decoder.tokenizer.encode(text, add_special_tokens=False).ids
     learnt = [i for i, counts in zip(*example, strict=True) if counts]
@@ -133,7 +133,7 @@ def test_labels_are_the_next_tokens_that_count():
 def test_a_template_that_changes_earlier_turns_makes_a_row_for_each_answer():
     chat = encoder(FORGETFUL)
     found = chat.encode(conversations(Conversation(said("a", "so|b", "c", "hm|d"))))
-    assert [shown(chat, example) for example in found.examples] == [
+    assert [shown(chat, example) for example in found.examples.rows] == [
         "<user>a</s>\n<bot>[so|b</s>]\n",
         "<user>a</s>\n<bot>b</s>\n<user>c</s>\n<bot>[hm|d</s>]\n",
     ]
@@ -148,7 +148,7 @@ def test_rows_of_single_answers_are_no_longer_than_the_longest():
     row = Conversation(said("a", "t" * 30 + "|b", "c", "d"))
     chat = encoder(FORGETFUL, length=30)
     found = chat.encode(conversations(row))
-    assert [shown(chat, example) for example in found.examples] == [
+    assert [shown(chat, example) for example in found.examples.rows] == [
         "<user>a</s>\n<bot>b</s>\n<user>c</s>\n<bot>[d</s>]\n"
     ]
     assert (found.split, found.cut, found.left_out) == (1, 1, 0)
@@ -171,7 +171,7 @@ def test_a_reply_that_begins_otherwise_is_counted():
     found = chat.encode(
         conversations(Conversation(said("a", "b")), Conversation(said("a", "<think>c")))
     )
-    assert [shown(chat, example) for example in found.examples] == [
+    assert [shown(chat, example) for example in found.examples.rows] == [
         "<s><user>\na</s>\n<bot>\n[b</s>]\n",
         "<s><user>\na</s>\n<bot>\n<think>[c</s>]\n",
     ]
@@ -222,14 +222,14 @@ def test_no_turn_is_cut_in_half():
     ):
         chat = encoder(length=length)
         found = chat.encode(conversations(row))
-        assert [shown(chat, example) for example in found.examples] == [expected]
+        assert [shown(chat, example) for example in found.examples.rows] == [expected]
         assert (found.cut, found.left_out) == (cut, 0)
     chat = encoder(length=size(first) - 1)
     with raises(DataError, "rows.jsonl", "1 conversations", f"--max-length {size(first) - 1}"):
         chat.encode(conversations(row))
     short = Conversation(said("", "b"))
     found = encoder(length=size(first) - 1).encode(conversations(row, short))
-    assert (len(found.examples), found.left_out, found.cut) == (1, 1, 0)
+    assert (len(found.examples.rows), found.left_out, found.cut) == (1, 1, 0)
 
 
 # Rows
@@ -408,9 +408,9 @@ def test_real_conversations_in_the_template_of_smollm2():
     chat = ChatEncoder(load_decoder_tokenizer("smollm2-135m"), 8192)
     rows = read_conversations(SHARED / "conversations" / "dummy_conversation.json")
     found = chat.encode(rows)
-    assert len(found.examples) == len(rows) == 500
+    assert len(found.examples.rows) == len(rows) == 500
     assert (found.cut, found.left_out, found.split, found.begun_otherwise) == (0, 0, 0, 0)
-    for row, (ids, learnt) in zip(rows.rows, found.examples, strict=True):
+    for row, (ids, learnt) in zip(rows.rows, found.examples.rows, strict=True):
         answers = [row.messages[i]["content"] for i in row.answers]
         counted = chat.decoder.tokenizer.decode(
             [token for token, counts in zip(ids, learnt, strict=True) if counts],

@@ -118,7 +118,7 @@ def prepared(tmp_path, capsys):
     """Prepares a run with options, without a step; returns its job and what it printed."""
     write_model(tmp_path / "tiny")
     write_reviews(tmp_path / "reviews.jsonl")
-    data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
+    data = DataOptions(train=(tmp_path / "reviews.jsonl",), text="review")
 
     def prepare(**options):
         mine = {"model": str(tmp_path / "tiny"), "data": data, "max_length": 8, **options}
@@ -184,7 +184,7 @@ def test_a_wide_bottleneck_trains_at_its_own_rate_unless_flags_say_so(prepared):
 def test_the_head_of_the_baseline_sees_few_rows_as_often(prepared, tmp_path):
     rows = [f"{word} B-word\n{filler} O\n" for word in GOOD + BAD for filler in FILLER]
     (tmp_path / "rows.conll").write_text("\n".join(rows))
-    job, _ = prepared(data=DataOptions(train=tmp_path / "rows.conll"))
+    job, _ = prepared(data=DataOptions(train=(tmp_path / "rows.conll",)))
     assert job.config["task_type"] == "token-classification"
     constant, head = job.prepared.baselines()
     assert isinstance(constant, Untrained)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -323,3 +324,41 @@ def test_the_notebook_of_a_chat_model_compiles_its_step_for_a_tpu(capsys):
     assert plan.base == 2 * 1_235_814_400  # bfloat16
     assert plan.base < plan.total < 15.75 * GIB
     assert f"{plan.trainable_parameters:,} parameters of" in capsys.readouterr().out
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["slice=2,fsdp=4", "fsdp=2,slice=2,model=2"])
+def test_only_sums_of_the_size_of_adapters_cross_slices(axes):
+    config = BertConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4)
+    model = aj.adapt(Bert(config, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), aj.lora(4))
+    ids, example = jax.ShapeDtypeStruct((8, 32), jnp.int32), jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(model.inner.init, jax.random.key(0), example)["params"]
+    params = aj.init_adapters(model, params, jax.random.key(0), example)
+    state = aj.abstract_state(model, params, tx=optax.adamw(1e-3))
+
+    def loss(params, ids, key):
+        return jnp.mean(model.apply({"params": params}, ids).astype(jnp.float32) ** 2)
+
+    devices = aj.devices("v5e:2x2", slices=2)
+    mesh = aj.make_mesh(axes, devices)
+    at = mesh.axis_names.index("slice")
+    for number, part in enumerate(np.moveaxis(mesh.devices, at, 0)):
+        assert {device.slice_index for device in part.flat} == {number}
+    found = aj.plan(state, loss, ids, mesh)
+    sent = found.program.collectives["between-slices"]
+    size = sum(4 * x.size for x in jax.tree.leaves(state.adapters))
+    assert size / 8 < sent <= size + 64  # a device sends its part of the sum; and a few scalars
+    assert found.program.collectives["all-gather"] > size  # of the base, inside of each slice
+    with raises(ShardingError, "2 slices", "slice=2,fsdp=-1"):
+        aj.make_mesh("fsdp=8", devices)
+
+
+def test_what_crosses_slices_is_counted_by_what_a_device_sends():
+    text = "ENTRY main () {\n%s = (bf16[2,3]{1,0}, u32[], token[]) send(%a, %t), channel_id=1, "
+    text += 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n}'
+    assert Hlo(text).collectives() == {"between-slices": 12}
+    with raises(UserError, "h100:8", "slices=2"):
+        aj.devices("h100:8", slices=2)
+    with raises(UserError, "slices", "0"):
+        aj.devices("v5e:2x2", slices=0)

@@ -180,7 +180,7 @@ def test_a_seed_decides_everything(directory):
 def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
     trees, orders = [], []
     for seed in (0, 1):
-        data = DataOptions(directory / "reviews.jsonl", text="review")
+        data = DataOptions((directory / "reviews.jsonl",), text="review")
         options = Finetune(str(directory / "tiny"), data, max_length=8, seed=seed, runs=directory)
         problem = replace(options, name=f"draw{seed}").prepare(Console(json=True)).problem
         trees.append(flatten(aj.partition(problem.params, problem.model.recipe)[0]))

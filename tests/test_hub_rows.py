@@ -106,9 +106,9 @@ def test_what_the_hub_lacks(server):
 
 
 def test_the_options_keep_a_name_of_the_hub():
-    options = DataOptions(train=Path("hub:them/films:train"), dev=Path("dev.csv"))
+    options = DataOptions(train=(Path("hub:them/films:train"),), dev=Path("dev.csv"))
     stored = plain(options)
-    assert stored["train"] == "hub:them/films:train" and Path(stored["dev"]).is_absolute()
+    assert stored["train"] == ["hub:them/films:train"] and Path(stored["dev"]).is_absolute()
     assert from_plain(DataOptions, stored).train == options.train
     assert words(options)[0] == "--train=hub:them/films:train"
 

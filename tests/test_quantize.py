@@ -340,7 +340,7 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
     write_reviews(tmp_path / "reviews.jsonl", rows=40)
 
     def prepared(dtype):
-        data = DataOptions(train=tmp_path / "reviews.jsonl", text="review")
+        data = DataOptions(train=(tmp_path / "reviews.jsonl",), text="review")
         options = {
             "model": str(tmp_path / "tiny"),
             "runs": tmp_path,
@@ -370,7 +370,9 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
 @pytest.mark.slow
 def test_a_decoders_run_is_merged_into_floats_with_the_flag(tmp_path):
     write_llama(tmp_path / "tiny")
-    data = DataOptions(train=write_meanings(tmp_path / "rows.csv"), prompt="mr", completion="ref")
+    data = DataOptions(
+        train=(write_meanings(tmp_path / "rows.csv"),), prompt="mr", completion="ref"
+    )
     options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "max_length": 24}
     options |= {"method": MethodOptions("lora"), "quantize": "int8", "exact_match": 0}
     job = Finetune(**options, data=data, name="run").prepare(Console(json=True))

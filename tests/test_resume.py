@@ -250,7 +250,7 @@ def test_options_are_the_same_after_json():
     flags += ["--method", "lora", "--rank-pattern", "a", "1", "b", "2", "--targets", "x", "y"]
     options = parse(RunOptions, flags)
     again = from_plain(RunOptions, json.loads(json.dumps(plain(options))))
-    assert again == replace(options, data=replace(options.data, train=Path("a.csv").resolve()))
+    assert again == replace(options, data=replace(options.data, train=(Path("a.csv").resolve(),)))
     assert again.method.rank_pattern == {"a": 1, "b": 2} and again.optimizer.epochs == 2.0
 
 
@@ -358,6 +358,6 @@ def test_words_are_read_again_as_the_same_flags():
     flags += ["--method", "lora", "--rank-pattern", "a", "1", "b", "2", "--template={prompt} ="]
     options = parse(Finetune, [*flags, "--json"])
     again = parse(Finetune, words(options))
-    assert again == replace(options, data=replace(options.data, train=Path("a.csv").resolve()))
+    assert again == replace(options, data=replace(options.data, train=(Path("a.csv").resolve(),)))
     assert words(again) == words(options)
     assert words(Finetune()) == []

@@ -15,7 +15,13 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from adapters_jax.errors import MissingPackageError, UserError, install_command, shortened
+from adapters_jax.errors import (
+    MissingPackageError,
+    UserError,
+    check_size,
+    install_command,
+    shortened,
+)
 
 GIB = 2**30
 # v5e and v6e have a network of two dimensions, v5p and TPU7x of three.
@@ -125,7 +131,7 @@ GPUS = {
 }
 
 
-def devices(name: str) -> list[jax.Device]:
+def devices(name: str, slices: int = 1) -> list[jax.Device]:
     """Gives devices to compile for, which this machine need not have.
 
     They are for a mesh, or for a sharding of `jax.ShapeDtypeStruct`; `aj.plan` takes such a mesh.
@@ -136,12 +142,14 @@ def devices(name: str) -> list[jax.Device]:
         name: a TPU's generation and the chips along each axis of its network: `"v5e:2x4"`,
             `"v5p:2x2x1"`, `"v6e:4x4"`, `"tpu7x:2x2x1"`; or a GPU and the number of them in one
             host: `"h100:8"`, `"h200:8"`, `"a100:8"`, `"a100-40gb:8"`. By default one chip.
+        slices: the number of such slices of TPUs, which the network of the data centre joins.
 
     Returns:
         The devices; a chip of `tpu7x` is two.
 
     Raises:
-        UserError: the device or its topology is unknown, or the compiler's version is not jaxlib's.
+        UserError: the device or its topology is unknown, or the compiler's version is not jaxlib's;
+            or there are several slices of GPUs.
         MissingPackageError: the compiler is not installed; the extras `tpu` and `cuda` have it.
 
     Example:
@@ -153,8 +161,10 @@ def devices(name: str) -> list[jax.Device]:
         raise UserError(f"devices: got {name!r}, expected a text such as 'v5e:2x4' or 'h100:8'")
     generation, _, shape = name.strip().lower().partition(":")
     if generation in TPUS:
-        return _tpus(generation, shape)
+        return _tpus(generation, shape, slices)
     if generation in GPUS:
+        if slices != 1:
+            raise UserError(f"{name}: slices={slices}, and only TPUs have slices; leave it out")
         return _gpus(generation, shape)
     known = [*TPUS, *GPUS]
     near = difflib.get_close_matches(generation, known, 2, 0.5)
@@ -176,12 +186,13 @@ def memory_of(device: Any) -> int | None:
     return next((each.memory for each in known if each.kind == device.device_kind), None)
 
 
-def _tpus(generation: str, shape: str) -> list[jax.Device]:
+def _tpus(generation: str, shape: str, slices: int) -> list[jax.Device]:
     tpu = TPUS[generation]
+    check_size(f"devices({generation!r})", "slices", slices)
     _check_compiler(generation, "libtpu", "tpu", _pinned())
     shape = shape or tpu.shapes[0]
     try:
-        return _described(f"{generation}:{shape}", "tpu")
+        return _described(f"{generation}:{shape}", "tpu", num_slices=slices)
     except RuntimeError as error:
         # XLA's errors have no classes; the code is at the beginning of the text.
         if not str(error).startswith("INVALID_ARGUMENT"):
@@ -209,7 +220,7 @@ def _gpus(name: str, count: str) -> list[jax.Device]:
         ) from error
 
 
-def _described(name: str, platform: str, **options: str) -> list[jax.Device]:
+def _described(name: str, platform: str, **options: Any) -> list[jax.Device]:
     """The devices of a topology.
 
     Each process that loads libtpu locks it for as long as it runs, although only those that use

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.trees import Tree
-from adapters_jax.weights.meshes import BATCH
+from adapters_jax.weights.meshes import BATCH, SLICE
 
-AXES = ("data", "fsdp", "model")  # of `--mesh`; your own rules may name others
+AXES = (SLICE, "data", "fsdp", "model")  # of `--mesh`; your own rules may name others
 
 
 class ShardingError(UserError):
@@ -27,7 +28,9 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     Args:
         axes: sizes by name, as a mapping or as in `"data=4,model=2"`; one size may be -1, which
             stands for the number of devices divided by the other sizes. Batches are split over
-            `data` and `fsdp`, and a base without rules over `fsdp` and `model`.
+            `slice`, `data` and `fsdp`, and a base without rules over `fsdp` and `model`. `slice` is
+            the number of slices of TPUs, which only the network of the data centre joins; each
+            slice has the whole base.
         devices: by default all devices of all hosts.
 
     Returns:
@@ -35,7 +38,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
 
     Raises:
         ShardingError: the text has another form, or the product of the sizes is not the number of
-            devices.
+            devices; or `slice` is not the number of their slices.
 
     Example:
         >>> make_mesh("data=-1,model=1").axis_names
@@ -61,6 +64,18 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     # Auto axes leave the choice to GSPMD. With explicit ones, which jax may make by default, every
     # operation of a model would have to fit the shardings of its inputs.
     kinds = (AxisType.Auto,) * len(sizes)
+    slices = {getattr(device, "slice_index", 0) for device in devices}  # of TPUs alone
+    if len(slices) > 1:
+        if sizes.get(SLICE) != len(slices):
+            raise ShardingError(
+                f"mesh {text!r}: the {len(devices)} devices are in {len(slices)} slices; write "
+                f"{SLICE}={len(slices)} and the axes of one slice, as in "
+                f"{SLICE}={len(slices)},fsdp=-1"
+            )
+        inside = [1 if name == SLICE else size for name, size in sizes.items()]
+        between = [size if name == SLICE else 1 for name, size in sizes.items()]
+        placed = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+        return Mesh(placed, tuple(sizes), axis_types=kinds)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices)
 
 
@@ -153,7 +168,7 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
 
 
 def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
-    """Splits a batch's leading axis over `data` and `fsdp`.
+    """Splits a batch's leading axis over `slice`, `data` and `fsdp`.
 
     Args:
         batch: arrays `(rows, ...)`, or without axes, which every device gets.

@@ -18,6 +18,10 @@ BITS |= {"f8e4m3fn": 8, "f8e5m2": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(rf"\b({'|'.join(BITS)})\[([\d,]*)\]")
+# %send.1 = (f32[2,8]{1,0}, u32[], token[]) send(%x, %token),
+#   frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+_SEND = re.compile(r"= \((\w+\[[\d,]*\]).*\) send\(.*_xla_megascale_transfer_type=")
+BETWEEN_SLICES = "between-slices"
 _KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha\w*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXHAUSTED = re.compile(
@@ -61,7 +65,7 @@ class Program:
         loops: how often the body of each loop runs. `flops`, `bytes_accessed` and `seconds` count
             every body once.
         collectives: bytes of the results of each kind of collective operation, over all rounds of
-            the loops.
+            the loops. "between-slices" is what a device sends over the network of the data centre.
         kernels: how many calls there are of each kernel that XLA did not write: `tpu_custom_call`
             is a Pallas kernel of a TPU, `__cudnn$fmha...` cuDNN's attention.
         compile_seconds: the time that the compiler took.
@@ -234,6 +238,9 @@ class Hlo:
         times = self.times()
         for name, lines in self.lines.items():
             for line in lines:
+                if sent := _SEND.search(line):
+                    size = _bytes(sent[1], "", False) * times.get(name, 1)
+                    found[BETWEEN_SLICES] = found.get(BETWEEN_SLICES, 0) + size
                 match = _COLLECTIVE.search(line)
                 if not match:
                     continue

@@ -91,14 +91,14 @@ def _by_decoder(
     columns: Mapping[str, str],
     learnt: Turns,
     prompts: Prompts,
-) -> list[Marked]:
+) -> Sequence[Marked]:
     """The examples of a decoder, by the columns that are named, or by the layout."""
     layout = layout_of(rows.header)
     chosen = replace(prompts, chat=prompts.chat and reader.chat_template is not None)
     if not columns and layout is not None and layout.task == "conversation":
         _check_formatted(prompts, "conversations")
         check_chats(reader, model, layout.task)
-        return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples
+        return ChatEncoder(reader, _ENDLESS, learnt).encode(read_conversations(rows)).examples.rows
     if not columns and layout is not None and layout.task == "preference":
         pairs = read_preferences(rows)
         if any(row.talks for row in pairs.rows):
@@ -112,7 +112,7 @@ def _by_decoder(
         prompt, completion = (columns.get(role, role) for role in ("prompt", "completion"))
         table = read_rows(rows, prompt, completion, None)
     examples, _ = encode_table(table, chosen, reader, _ENDLESS)
-    return [_marked(example) for example in examples]
+    return [_marked(example) for example in examples.rows]
 
 
 def _check_formatted(prompts: Prompts, what: str) -> None:

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-BATCH = ("data", "fsdp")  # the axes of a mesh that split batches
+SLICE = "slice"  # the axis of a mesh over slices, which the network of a data centre joins
+BATCH = (SLICE, "data", "fsdp")  # the axes of a mesh that split batches
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
@@ -36,7 +37,7 @@ def current_mesh() -> Mesh | None:
 
 
 def split_rows(x: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch ..."]:
-    """Keeps the rows of activations split over a mesh's axes `data` and `fsdp`.
+    """Keeps the rows of activations split over a mesh's axes `slice`, `data` and `fsdp`.
 
     The models here call it after each sum with the residual stream. Call it likewise in a model or
     a loss of your own: `make_train_step` and `make_eval_step` know the mesh of a state that `shard`

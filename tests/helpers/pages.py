@@ -1,5 +1,6 @@
 """The blocks of the README and of the documentation, and what their commands read."""
 
+import json
 import os
 import re
 import shlex
@@ -124,6 +125,8 @@ def write_files(folder):
     turn += '{{"role": "assistant", "content": "It serves {1}"}}]}}\n'
     asked = [("food " * i + food, food) for i in range(1, 9) for food in FOODS]
     (folder / "chats.jsonl").write_text("".join(turn.format(*each) for each in asked))
+    said = [{"instruction": prompt, "output": f"It serves {food}"} for prompt, food in asked]
+    (folder / "alpaca.jsonl").write_text("\n".join(map(json.dumps, said)))
 
 
 def write_classifier(directory, checkpoint):

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.data.mixing import Mixture
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -179,6 +180,7 @@ class StepBatches(ABC):
             rows without labels.
         batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps it: narrow buckets first, rows as they are.
+        mix: how often rows are drawn; then an epoch has some of them several times, and others not.
     """
 
     def __init__(
@@ -187,10 +189,12 @@ class StepBatches(ABC):
         labels: ArrayLike | None,
         batch_size: int,
         seed: int | None,
+        mix: Mixture | None = None,
     ) -> None:
         self.labels = None if labels is None else _labels(labels, sum(map(len, buckets)))
-        self.batch_size, self.seed = batch_size, seed
-        self._length = sum(-(-len(bucket) // batch_size) for bucket in buckets)
+        self.batch_size, self.seed, self.mix = batch_size, seed, mix
+        self._counts = [mix.count(bucket) if mix else len(bucket) for bucket in buckets]
+        self._length = sum(-(-count // batch_size) for count in self._counts)
         self._buckets = buckets
         self._found: tuple[int, Any] = (-1, None)
 
@@ -238,12 +242,30 @@ class StepBatches(ABC):
         """
         import grain  # its import takes most of a second
 
+        class Epochs(grain.MapDataset):
+            """A dataset without end, in epochs of `count`, each of which goes on where it was."""
+
+            def __init__(self, parent: Any, count: int) -> None:
+                super().__init__(parent)
+                self.count = count
+
+            def __len__(self) -> int:
+                return self.count
+
+            def __getitem__(self, index: Any) -> Any:
+                return self._parent[index]
+
         def shuffled(dataset: Any) -> Any:
             return dataset if self.seed is None else dataset.seed(self.seed).shuffle()
 
+        def drawn(rows: np.ndarray, count: int) -> Any:
+            if self.mix is None:
+                return shuffled(grain.MapDataset.source(rows))
+            return Epochs(self.mix.drawn(rows, shuffled), count)
+
         buckets = [
-            shuffled(grain.MapDataset.source(rows)).batch(self.batch_size, batch_fn=np.array)
-            for rows in self._buckets
+            drawn(rows, count).batch(self.batch_size, batch_fn=np.array)
+            for rows, count in zip(self._buckets, self._counts, strict=True)
         ]
         return shuffled(grain.MapDataset.concatenate(buckets)).repeat()
 
@@ -264,6 +286,7 @@ class Batches(StepBatches):
         buckets: the widths in ascending order; None calls `choose_buckets`. The buckets of the
             training batches save compilations of others.
         pad_id: the token id of padding.
+        mix: as for `StepBatches`.
 
     Raises:
         UserError: there are no rows, the numbers of labels and rows differ, a row is longer than
@@ -286,6 +309,7 @@ class Batches(StepBatches):
         seed: int | None,
         buckets: Sequence[int] | None = None,
         pad_id: int = 0,
+        mix: Mixture | None = None,
     ) -> None:
         lengths = _lengths(rows)
         if batch_size < 1:
@@ -304,7 +328,7 @@ class Batches(StepBatches):
         self.rows, self.pad_id, self.buckets = rows, pad_id, tuple(buckets)
         self._bucket_of = np.searchsorted(self.buckets, lengths)
         members = [np.flatnonzero(self._bucket_of == b) for b in np.unique(self._bucket_of)]
-        super().__init__(members, labels, batch_size, seed)
+        super().__init__(members, labels, batch_size, seed, mix)
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The fields of rows, padded to the width of their bucket."""
@@ -329,9 +353,10 @@ def _padded(arrays: Sequence[np.ndarray], width: int, fill: int) -> np.ndarray:
 
 
 def _lengths(rows: Sequence[Any]) -> np.ndarray:
-    if not rows:
+    if not len(rows):
         raise UserError("there are no rows to batch; give at least one")
-    return np.array([row.input_ids.shape[-1] for row in rows])
+    known = getattr(rows, "lengths", None)  # of `packing.Sequences`
+    return known if known is not None else np.array([row.input_ids.shape[-1] for row in rows])
 
 
 def _labels(labels: ArrayLike, rows: int) -> np.ndarray:

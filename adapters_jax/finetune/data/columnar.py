@@ -34,33 +34,43 @@ _PADDED = 8  # bytes before the messages of an Arrow file
 
 def read_columnar(path: Path, raw: bytes, kind: str) -> Found:
     """Reads a Parquet file, or an Arrow file or stream as the `datasets` library saves it."""
+    header: list[str] = []
+    records: list[Record] = []
+    for header, rows in read_batches(path, raw, kind):  # noqa: B007
+        records += [(f"row {n}", row) for n, row in enumerate(rows, len(records) + 1)]
+    if not records:
+        raise DataError(f"{path.as_posix()}: it has no rows")
+    return header, records
+
+
+def read_batches(path: Path, raw: Any, kind: str) -> Iterator[tuple[list[str], list[list[Any]]]]:
+    """The names of the columns and the next rows, again and again.
+
+    Args:
+        path: the path of the file, for messages.
+        raw: its bytes, or a map of them.
+        kind: "parquet" or "arrow".
+    """
     subject, instead = f"{path.as_posix()}: reading it", "save it as JSON lines"
     with needed(subject, "pyarrow", "parquet", instead):
         import pyarrow
     budget = Budget(path, min(len(raw), path.stat().st_size))  # of a .gz file, its own bytes
-    header: list[str] = []
-    records: list[Record] = []
     try:
         for batch in (_of_parquet if kind == "parquet" else _of_arrow)(raw, budget):
             batch.validate(full=True)  # a damaged file may have offsets behind its end
-            header, names = batch.schema.names, class_names(batch.schema)
+            names = class_names(batch.schema)
             for column in batch.columns:
                 _count(column, budget)
             columns = [
                 _named(column.to_pylist(), names.get(name))
-                for name, column in zip(header, batch.columns, strict=True)
+                for name, column in zip(batch.schema.names, batch.columns, strict=True)
             ]
-            first = len(records) + 1
-            rows = zip(*columns, strict=True)
-            records += [(f"row {n}", list(row)) for n, row in enumerate(rows, first)]
+            yield batch.schema.names, [list(row) for row in zip(*columns, strict=True)]
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, MemoryError, struct.error, *OF_DAMAGE) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path.as_posix()}: cannot be read as {kind}: {why}") from None
-    if not records:
-        raise DataError(f"{path.as_posix()}: it has no rows")
-    return header, records
 
 
 def _of_parquet(raw: bytes, budget: Budget) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from adapters_jax.finetune.data.layouts import (
     SHAREGPT,
     layout_of,
 )
+from adapters_jax.finetune.data.lazy_rows import mapped
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.texts import parse_json
 
@@ -58,12 +59,12 @@ class Conversations(PlacedRows[Conversation]):
     labels = None
 
     @property
-    def texts(self) -> list[tuple[str, str | None]]:
+    def texts(self) -> Sequence[tuple[str, str | None]]:
         """Each conversation as JSON, and its tools."""
-        return [
-            (as_json(row.messages), None if row.tools is None else as_json(row.tools))
-            for row in self.rows
-        ]
+        return mapped(
+            self.rows,
+            lambda row: (as_json(row.messages), None if row.tools is None else as_json(row.tools)),
+        )
 
 
 def as_json(value: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from adapters_jax.errors import UserError, first_few
 from adapters_jax.finetune.data.files import DataError, count_rows, place, refuse
-from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows
+from adapters_jax.finetune.data.splits import SPLIT_SEED, key_of, split_rows, split_streamed
 from adapters_jax.finetune.data.tables import Table, Texts
 
 _LOG = logging.getLogger(__name__)
@@ -166,6 +166,28 @@ def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Table]:
     return {part: make_dataset(table, task, names) for part, table in tables.items()}
 
 
+def check_classes(tables: Sequence[Table]) -> None:
+    """Raises DataError if files that are learnt together have not the same labels.
+
+    Example:
+        >>> a, b = Table([("x", None)], ["yes"], path="a.csv"), Table([("y", None)], ["1"])
+        >>> check_classes([a, replace(b, path="b.csv")])
+        Traceback (most recent call last):
+        adapters_jax.finetune.data.files.DataError: b.csv lacks the label 'yes', which a.csv has...
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        for one, other in ((first, table), (table, first)):
+            lacking = sorted({*one.labels} - {*other.labels})
+            if lacking:
+                raise DataError(
+                    f"{other.path} lacks the label{'s' * (len(lacking) > 1)} "
+                    f"{first_few([*map(repr, lacking)])}, which {one.path} has; files that are "
+                    "trained on together need the same labels: rename those of one, or train two "
+                    "runs"
+                )
+
+
 def hold_out(
     name: str,
     parts: Mapping[str, Any],
@@ -180,7 +202,8 @@ def hold_out(
 
     The split depends on the seed and the keys alone. Rows with the same key stay together in one
     part, and none is dropped. Each stratum is split in the same proportions, rounded down; one too
-    small to share stays in train.
+    small to share stays in train. Of a large file, whose rows are not in memory, each group is held
+    out with the same probability, so that a few thousand rows are.
 
     Args:
         name: the name of the data.
@@ -203,15 +226,16 @@ def hold_out(
         (32, 4, 4)
     """
     train = parts["train"]
+    absent = (0.0 if part in parts else share for part, share in (("dev", dev), ("test", test)))
+    if getattr(train, "streamed", False):
+        rows = split_streamed(keys or (), len(train), seed, *absent)
+        return TaskData(name, metrics=tuple(metrics), **_parts(parts, rows))
     names: tuple[str, ...] = getattr(train, "label_names", ())
     if keys is None:
         keys = [key_of(*texts) for texts in train.texts]
     if strata is None:
         strata = train.labels.tolist() if names else [0] * len(train)
-    shares = (0.0 if part in parts else share for part, share in (("dev", dev), ("test", test)))
-    rows = split_rows(keys, strata, seed, *shares)
-    held = dict(zip(("train", "dev", "test"), map(train.take, rows), strict=True))
-    whole = {**held, **{part: parts[part] for part in ("dev", "test") if part in parts}}
+    whole = _parts(parts, split_rows(keys, strata, seed, *absent))
     for part in ("dev", "test"):
         if "f1" in metrics and len(names) == 2 and not (whole[part].labels == 1).any():
             _LOG.warning(
@@ -223,6 +247,12 @@ def hold_out(
     return TaskData(name, **whole, metrics=tuple(metrics))
 
 
+def _parts(parts: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The rows of "train", "dev" and "test": those of their files, or else these of "train"."""
+    held = dict(zip(("train", "dev", "test"), map(parts["train"].take, rows), strict=True))
+    return {**held, **{part: parts[part] for part in ("dev", "test") if part in parts}}
+
+
 def shared_rows(train: Texts, held_out: Texts) -> list[int]:
     """The positions of rows of `held_out` whose texts are in `train`, but for case and spacing.
 
@@ -231,7 +261,8 @@ def shared_rows(train: Texts, held_out: Texts) -> list[int]:
         [0]
     """
     keys = [key_of(*texts) for texts in held_out]
-    found = {key_of(*texts) for texts in train}.intersection(keys)
+    known = {*keys}
+    found = {key for texts in train if (key := key_of(*texts)) in known}
     return [i for i, key in enumerate(keys) if key in found]
 
 

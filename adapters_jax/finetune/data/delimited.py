@@ -25,11 +25,16 @@ def read_csv(path: Path, raw: bytes) -> Found:
 
     Where the header has no comma, semicolons or tabs may separate the fields, which is logged.
     """
-    first = raw[: raw.find(b"\n") % (len(raw) + 1)]
-    separator = next((s for s in _SEPARATORS if s.encode() in first), ",")
+    separator = separator_of(path, raw[: raw.find(b"\n") % (len(raw) + 1)])
+    return _headed(path, _parse_csv(path, raw, separator))
+
+
+def separator_of(path: Path, header: bytes) -> str:
+    """What separates the fields of a CSV file, by its header; logged if it is no comma."""
+    separator = next((s for s in _SEPARATORS if s.encode() in header), ",")
     if separator != ",":
         _log.info("%s: %s separate its fields", path.as_posix(), _SEPARATORS[separator])
-    return _headed(path, _parse_csv(path, raw, separator))
+    return separator
 
 
 def _parse_csv(path: Path, raw: bytes, separator: str) -> Iterator[Record]:

@@ -13,15 +13,17 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from adapters_jax.errors import UserError, first_few
+from adapters_jax.finetune.data.lazy_rows import Lazy, is_held, joined, mapped, taken, watched
 
 FilePath = str | os.PathLike[str]
 Line = int | str  # the line that a row starts on; a text for formats without lines, as "row 3"
 Record = tuple[Line, list[Any]]  # the line, the values
-Found = tuple[list[str], list[Record]]  # column names, records
+Found = tuple[list[str], Sequence[Record]]  # column names, records
 Row = TypeVar("Row")
 Reader = Callable[[Path, bytes], Found]
 
@@ -46,15 +48,15 @@ class Rows(NamedTuple):
     """
 
     header: list[str]
-    records: list[Record]
+    records: Sequence[Record]
     path: str = ""
 
     @classmethod
-    def of(cls, path: FilePath, header: list[str], records: list[Record]) -> Self:
+    def of(cls, path: FilePath, header: list[str], records: Sequence[Record]) -> Self:
         """Rows that have as many values as there are columns, or else raises DataError."""
         uneven = [
             f"{place(line)} has {len(fields)}"
-            for line, fields in records
+            for line, fields in (records if is_held(records) else ())  # others were checked
             if len(fields) != len(header)
         ]
         check_columns(path, len(header))
@@ -67,6 +69,14 @@ class Rows(NamedTuple):
         )
         return cls(header, records, name)
 
+    @property
+    def lines(self) -> Sequence[Line]:
+        """The place of each row."""
+        if is_held(self.records):
+            return [line for line, _ in self.records]
+        streamed: Any = self.records  # `streaming.FileRecords`
+        return Lazy(range(len(streamed)), streamed.place)
+
 
 @dataclass(frozen=True)
 class PlacedRows(Generic[Row]):
@@ -76,18 +86,31 @@ class PlacedRows(Generic[Row]):
         path: the path of the file, for messages.
         rows: the rows.
         lines: the line that each of them starts on, or another name of its place.
+        sources: of rows of several files, the number of each row's file.
     """
 
     path: str
-    rows: list[Row]
-    lines: list[Line]
+    rows: Sequence[Row]
+    lines: Sequence[Line]
+    sources: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
-        return replace(self, rows=[self.rows[i] for i in rows], lines=[self.lines[i] for i in rows])
+        lines, sources = taken(self.lines, rows), taken(self.sources, rows)
+        return replace(self, rows=taken(self.rows, rows), lines=lines, sources=sources)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read from their file as they are needed."""
+        return not is_held(self.rows)
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These rows and those of other files after them."""
+        every = [self, *others]
+        return replace(self, rows=joined([each.rows for each in every]), **together(every))
 
     @classmethod
     def of(cls, rows: Rows, make: Callable[[Mapping[str, Any]], Row], what: str) -> Self:
@@ -101,11 +124,17 @@ class PlacedRows(Generic[Row]):
         Raises:
             DataError: rows cannot be made; the message lists them.
         """
-        found, lines, problems = list[Row](), list[Line](), []
-        for line, values in rows.records:
+        found, problems = list[Row](), []
+
+        def made(record: Record) -> Row:
+            return make(dict(zip(rows.header, record[1], strict=True)))
+
+        for record in watched(rows.records, rows.path):
+            line = record[0]
             try:
-                found.append(make(dict(zip(rows.header, values, strict=True))))
-                lines.append(line)
+                row = made(record)
+                if is_held(rows.records):
+                    found.append(row)
             except RowError as error:
                 problems.append(f"{place(line)}: {error}")
             except ValueError as error:
@@ -116,7 +145,19 @@ class PlacedRows(Generic[Row]):
             f"{len(problems)} of {len(rows.records)} {what} cannot be learnt; ",
             "; correct or remove them",
         )
-        return cls(rows.path, found, lines)
+        return cls(rows.path, found or mapped(rows.records, made), rows.lines)
+
+
+def together(files: Sequence[Any]) -> dict[str, Any]:
+    """The path, the lines and the sources of the rows of several files."""
+    path = f"{files[0].path} and {len(files) - 1} more"
+    lines = joined([mapped(each.lines, partial(_line_of, each.path)) for each in files])
+    sources = [number for number, each in enumerate(files) for _ in each.lines]
+    return {"path": path, "lines": lines, "sources": sources}
+
+
+def _line_of(path: str, line: Line) -> str:
+    return f"{place(line)} of {path}"
 
 
 class RowError(Exception):

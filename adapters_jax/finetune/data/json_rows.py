@@ -35,13 +35,18 @@ def read_jsonl(path: Path, raw: bytes) -> Found:
 
 def _objects(path: Path, raw: bytes) -> Iterator[tuple[Line, Mapping[str, Any]]]:
     for number, line in lines_of(path, raw):
-        row = _parse(path, number, line) if line.strip() else {}
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path.as_posix()}, line {number}: a JSON {type(row).__name__}; each line must be "
-                'an object like {"text": "...", "label": "..."}'
-            )
-        yield number, row
+        yield number, parse_object(path, number, line)
+
+
+def parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """The object of a line, which has no keys if it is blank; raises DataError if it is none."""
+    row = _parse(path, number, line) if line.strip() else {}
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{path.as_posix()}, line {number}: a JSON {type(row).__name__}; each line must be "
+            'an object like {"text": "...", "label": "..."}'
+        )
+    return row
 
 
 def read_json(path: Path, raw: bytes) -> Found:

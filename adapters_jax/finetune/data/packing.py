@@ -4,13 +4,15 @@ The examples of a sequence are its segments. A segment attends only to itself an
 positions from 0, so its loss is the one that it has alone in a sequence.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from adapters_jax.finetune.data.batches import NOTHING
+from adapters_jax.finetune.data.lazy_rows import Lazy
 
 OPEN = 64  # only the last sequences are searched for room, so packing takes linear time
 
@@ -75,28 +77,86 @@ class Marked(NamedTuple):
         return [*(token if learnt else NOTHING for _, (token, learnt) in pairwise(marks)), NOTHING]
 
 
-def pack(examples: Sequence[Example | Marked], length: int, seed: int | None) -> list[list[int]]:
+class Examples(NamedTuple):
+    """Encoded rows, with what is counted of them.
+
+    Attributes:
+        rows: the rows; those of a large file are encoded whenever one is asked for.
+        lengths: the tokens of each, `(rows,)`.
+        learnt: the tokens of each that count in the loss, `(rows,)`.
+    """
+
+    rows: Sequence[Any]
+    lengths: np.ndarray
+    learnt: np.ndarray
+
+    @classmethod
+    def of(cls, found: Iterable[Example | Marked], keep: bool = True) -> Self:
+        """Counts rows, and keeps them in memory if asked to."""
+        rows, lengths, learnt = [], array("i"), array("i")
+        for row in found:
+            labels = row.labels
+            lengths.append(len(labels))
+            learnt.append(len(labels) - labels.count(NOTHING))
+            if keep:
+                rows.append(row)
+        return cls(rows, np.array(lengths), np.array(learnt))
+
+
+class Sequences(Lazy):
+    """The sequences of groups of examples, each made when it is asked for.
+
+    Attributes:
+        lengths: the tokens of each sequence, `(sequences,)`.
+        sizes: the tokens of each example, `(examples,)`.
+    """
+
+    def __init__(
+        self, groups: Sequence[Any], make: Callable[[Any], Any], sizes: np.ndarray
+    ) -> None:
+        super().__init__(groups, make)
+        self.sizes = sizes
+        self.lengths = np.array([sizes[group].sum() for group in groups])
+
+
+def pack(
+    lengths: Sequence[int] | np.ndarray,
+    length: int,
+    seed: int | None,
+    sources: np.ndarray | None = None,
+) -> list[list[int]]:
     """Chooses the examples of each sequence: an example goes into the first one that has room.
 
     Args:
-        examples: the examples; none is longer than `length`.
+        lengths: the number of tokens of each example; none is above `length`.
         length: the number of tokens of a sequence.
         seed: the seed of the order of packing; None keeps their order.
+        sources: a number for each example, `(examples,)`; examples of a sequence have the same one.
+            None is the same for all.
 
     Returns:
-        The positions in `examples` of the examples of each sequence.
+        The numbers of the examples of each sequence.
 
     Example:
-        >>> pack([Example([1], [2] * n) for n in (5, 3, 1)], length=8, seed=None)
+        >>> pack([6, 4, 2], length=8, seed=None)
         [[0, 2], [1]]
     """
-    order = np.arange(len(examples))
+    order = np.arange(len(lengths))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
+    if sources is None:
+        return _packed(lengths, length, order)
+    own = sources[order]
+    parts = [order[own == each] for each in np.unique(own)]
+    return [group for part in parts for group in _packed(lengths, length, part)]
+
+
+def _packed(lengths: Sequence[int] | np.ndarray, length: int, order: np.ndarray) -> list[list[int]]:
+    """The examples of each sequence, taken in an order."""
     packed: list[list[int]] = []
     room: list[int] = []
     for i in order.tolist():
-        size = len(examples[i].ids)
+        size = int(lengths[i])
         first = max(0, len(room) - OPEN)
         chosen = next((n for n in range(first, len(room)) if room[n] >= size), None)
         if chosen is None:

@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from adapters_jax.errors import UserError, first_few, needed
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.files import DataError, read_whole
+from adapters_jax.finetune.data.mixing import Mixture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -304,6 +305,7 @@ class ImageBatches(StepBatches):
         batch_size: the number of images in a batch.
         seed: the seed of the order; None keeps the order of the rows.
         preprocessing: how they are read.
+        mix: as for `StepBatches`.
     """
 
     def __init__(
@@ -313,8 +315,9 @@ class ImageBatches(StepBatches):
         batch_size: int,
         seed: int | None,
         preprocessing: Preprocessing,
+        mix: Mixture | None = None,
     ) -> None:
-        super().__init__([np.arange(len(rows))], labels, batch_size, seed)
+        super().__init__([np.arange(len(rows))], labels, batch_size, seed, mix)
         self.rows, self.preprocessing = rows, preprocessing
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from adapters_jax.finetune.data.conversations import (
@@ -75,15 +75,15 @@ class Preferences(PlacedRows[Preference]):
             [(('Hello',), True), (('Go',), False)]
         """
         found = [
-            (row._replace(completions=(each,), desirable=good), line)
-            for row, line in zip(self.rows, self.lines, strict=True)
+            (row._replace(completions=(each,), desirable=good), i)
+            for i, row in enumerate(self.rows)
             for each, good in zip(
                 row.completions,
                 (True, False) if row.desirable is None else (row.desirable,),
                 strict=True,
             )
         ]
-        return Preferences(self.path, [row for row, _ in found], [line for _, line in found])
+        return replace(self.take([i for _, i in found]), rows=[row for row, _ in found])
 
 
 def read_preferences(

@@ -30,6 +30,7 @@ from adapters_jax.finetune.data.files import FilePath as FilePath
 from adapters_jax.finetune.data.hub_rows import PREFIX, read_hub
 from adapters_jax.finetune.data.images import read_images
 from adapters_jax.finetune.data.json_rows import read_json, read_jsonl, rows_of
+from adapters_jax.finetune.data.streaming import index, streams
 
 READERS: dict[str, Reader] = {
     ".csv": read_csv,
@@ -99,6 +100,8 @@ def _by_suffix(path: Path) -> Found:
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"
         )
+    if streams(path):
+        return index(path)
     with _without_collecting():
         return READERS[suffix](path, read_bytes(path))
 
@@ -141,11 +144,12 @@ def _read_files(files: Sequence[Path]) -> Found:
     return rows_of(f"{files[0].as_posix()} and others", found)
 
 
-def title_of(path: FilePath) -> str:
-    """A short name of a file of rows, for the names of runs.
+def title_of(path: FilePath, *others: FilePath) -> str:
+    """A short name of files of rows, for the names of runs.
 
     Example:
-        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv")
-        ('train', 'part')
+        >>> title_of("data/train.jsonl.gz"), title_of("data/part-*.csv"), title_of("a.csv", "b.csv")
+        ('train', 'part', 'a-and-1-more')
     """
-    return re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"
+    name = re.sub(r"[^\w.-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "rows"
+    return f"{name}-and-{len(others)}-more" if others else name

@@ -1,12 +1,14 @@
 """Chooses the rows to hold out: groups stay together, and classes keep their proportions."""
 
 import hashlib
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.readers import DataError
 
+MOST_HELD = 4096  # rows of dev and of test that are held out of a large file, about
 SPLIT_SEED = 0  # not the training seed, so that runs with different seeds can be compared
 
 
@@ -62,6 +64,31 @@ def split_rows(
                 f"{part}; {fix}"
             )
     return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
+
+
+def split_streamed(
+    keys: Iterable[str], count: int, seed: int, dev: float, test: float
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Splits rows that are too many to hold their keys: each key is drawn by itself.
+
+    Args:
+        keys: the key of each row, in order.
+        count: the number of rows.
+        seed: the seed of the choice.
+        dev: the fraction of rows for dev, if that is fewer than `MOST_HELD`.
+        test: the same for test.
+
+    Returns:
+        As `split_rows`.
+    """
+    most = MOST_HELD / count
+    dev, test = min(dev, most), min(test, most)
+    chosen = array("q"), array("q"), array("q")
+    for row, key in enumerate(keys if dev or test else [""] * count):
+        digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+        drawn = int.from_bytes(digest[:8], "big") / 2**64
+        chosen[1 if drawn < dev else 2 if drawn < dev + test else 0].append(row)
+    return chosen
 
 
 def key_of(*texts: str | None) -> str:

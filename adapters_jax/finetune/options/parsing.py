@@ -415,6 +415,8 @@ def _read_config(path: Path, leaves: Mapping[str, Leaf]) -> dict[str, Any]:
             if leaf.name.rstrip("_") in found:  # as batch-size and batch_size
                 problems.append(f"{key} is there twice")
             flat = [word for pair in value.items() for word in pair] if leaf.takes(dict) else value
+            if leaf.takes(tuple) and not isinstance(flat, list):
+                flat = [flat]
             found[leaf.name.rstrip("_")] = flat
     if problems:
         raise UsageError(f"{path}: {'; '.join(problems)}")

@@ -1,9 +1,10 @@
 """Writes and reads a run's `config.json`, and compares the settings of two runs."""
 
 import hashlib
+import itertools
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -176,6 +177,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             stored.pop(key, None)
         if isinstance(stored.get("data"), dict):  # its task is the task_type
             stored["data"] = {k: v for k, v in stored["data"].items() if k != "task" and v}
+            if isinstance(stored["data"].get("train"), str):  # older runs have one file
+                stored["data"]["train"] = [stored["data"]["train"]]
         if isinstance(stored.get("optimizer"), dict):
             stored["optimizer"] = plain(OptimizerOptions()) | stored["optimizer"]
         stored["recipe"] = as_compared(stored.get("recipe"))
@@ -196,10 +199,25 @@ def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _sha256(task: TaskData) -> str:
     """The SHA-256 of all texts and labels."""
-    parts = [(p.texts, p.labels) for p in (task.train, task.dev, task.test)]
-    # The hash is in the files of runs, so this form of the rows cannot change.
-    text = json.dumps(parts, default=lambda labels: labels.tolist())
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for p in (task.train, task.dev, task.test):
+        digest.update(b"[[" if p is task.train else b", [")
+        # The hash is in the files of runs, so it stays that of the JSON text of all parts.
+        for piece in itertools.chain(_json(p.texts), [", "], _json(p.labels), ["]"]):
+            digest.update(piece.encode())
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _json(values: Any) -> Iterator[str]:
+    """The JSON text of texts or labels, in pieces."""
+    if not isinstance(values, Sequence):
+        yield json.dumps(values, default=lambda labels: labels.tolist())
+        return
+    yield "["
+    for number, value in enumerate(values):
+        yield f"{', ' * (number > 0)}{json.dumps(value, default=lambda x: x.tolist())}"
+    yield "]"
 
 
 def _versions() -> dict[str, str]:

@@ -176,6 +176,8 @@ def _setup(
         "recipe": options.method.build if start is None else start.recipe,
         "batch_size": training.batch_size or 1,
         "columns": options.data.columns_of(task),
+        "mix": options.data.mix,
+        "files": tuple(path.name for path in options.data.train),
         "dropout": training.dropout,
         "accumulate": training.accumulate,
         "mesh": options.make_mesh(training.batch_size),

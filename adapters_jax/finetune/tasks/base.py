@@ -20,6 +20,8 @@ from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, hold_out
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.lazy_rows import mapped
+from adapters_jax.finetune.data.mixing import Mixture, sentence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import title_of
 from adapters_jax.finetune.data.splits import key_of
@@ -33,6 +35,7 @@ Batch = Mapping[str, np.ndarray]
 HELD_OUT = ("dev", "test")
 PARTS = ("train", *HELD_OUT)
 Columns = Mapping[str, str | None]  # the roles of columns, each with its default name
+Files = Path | Sequence[Path]
 Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 
 
@@ -62,6 +65,8 @@ class Setup:
         accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
+        mix: the weights of the training files, as `--mix`.
+        files: their names.
         say: called with messages for the user.
     """
 
@@ -86,7 +91,21 @@ class Setup:
     accumulate: int = 1
     exact_match: int = 0
     mesh: Mesh | None = None
+    mix: tuple[float, ...] = ()
+    files: tuple[str, ...] = ()
     say: Callable[[str], None] = lambda message: None
+
+    def mixture(self, train: Any) -> Mixture | None:
+        """How often training rows are drawn, if the user said; a message tells it.
+
+        Raises:
+            DataError: a file has no row left.
+        """
+        if not self.mix:
+            return None
+        found = Mixture.of(train.sources, self.mix, self.files)
+        self.say(sentence(self.files, self.mix, train.sources))
+        return found
 
 
 class Task(ABC):
@@ -143,16 +162,25 @@ class Task(ABC):
 
         Returns:
             The rows, with a method `take`, and `texts` and `labels` made of strings, numbers, lists
-            or arrays; the run's configuration has a hash of them.
+            or arrays; the run's configuration has a hash of them. For several training files they
+            also have `joined` and `sources`, as `data.tables.Table`.
 
         Raises:
             DataError: the file or its rows cannot be used.
         """
         raise TypeError(f"the task {self.name!r} defines neither `read` nor `load`")
 
-    def groups(self, train: Any) -> list[str]:
+    def check_alike(self, parts: Sequence[Any]) -> None:
+        """Raises DataError if rows of several files cannot be learnt together.
+
+        Args:
+            parts: what `read` returned for each training file.
+        """
+        return None  # for most tasks, all rows that they read are alike
+
+    def groups(self, train: Any) -> Sequence[str]:
         """The key of each training row; rows with one key are held out together."""
-        return [key_of(*texts[self.grouped]) for texts in train.texts]
+        return mapped(train.texts, lambda texts: key_of(*texts[self.grouped]))
 
     def hold_out(self, name: str, parts: Mapping[str, Any], metrics: Sequence[str]) -> TaskData:
         """Completes the parts: an absent "dev" or "test" is held out of "train", by `groups`.
@@ -168,12 +196,13 @@ class Task(ABC):
         return hold_out(name, parts, metrics, self.groups(parts["train"]))
 
     def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+        self, files: Mapping[str, Files], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
         """Loads the rows to train on, to select on and to report on: what `read` returns.
 
         Args:
-            files: "train", and maybe "dev" and "test", which are otherwise held out of "train".
+            files: "train", one or several, whose rows are joined; and maybe "dev" and "test", which
+                are otherwise held out of "train".
             columns: the columns that the user named, by role.
             metrics: the metrics that the user chose, the one to select on first; if empty, the
                 task's defaults.
@@ -182,8 +211,13 @@ class Task(ABC):
             DataError: files or rows cannot be used.
         """
         named, chosen = self.of_columns(columns), tuple(metrics) or self.defaults or self.metrics
-        parts = {part: self.read(path, named, chosen) for part, path in files.items()}
-        return self.hold_out(title_of(files["train"]), parts, chosen)
+        parts = {
+            part: [self.read(path, named, chosen) for path in listed(paths)]
+            for part, paths in files.items()
+        }
+        self.check_alike(parts["train"])
+        whole = {part: x[0].joined(x[1:]) if len(x) > 1 else x[0] for part, x in parts.items()}
+        return self.hold_out(title_of(*listed(files["train"])), whole, chosen)
 
     @abstractmethod
     def prepare(self, data: TaskData, setup: Setup) -> Prepared:
@@ -249,6 +283,11 @@ class Task(ABC):
     def of_columns(self, columns: Mapping[str, str]) -> dict[str, str | None]:
         """The columns of all roles: those that the user named, and the defaults of the others."""
         return {**self.columns, **columns}
+
+
+def listed(files: Files) -> Sequence[Path]:
+    """One file or several, as a sequence."""
+    return files if isinstance(files, Sequence) else (files,)
 
 
 class Usage(NamedTuple):

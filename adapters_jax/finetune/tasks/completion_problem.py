@@ -1,7 +1,7 @@
 """The problem of completions: rows as batches, the loss of their tokens, perplexity, matches."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import count_rows, place, refuse
-from adapters_jax.finetune.data.packing import Example, Marked, pack, pair, sequence
+from adapters_jax.finetune.data.lazy_rows import Lazy, is_held, watched
+from adapters_jax.finetune.data.mixing import Mixture, total
+from adapters_jax.finetune.data.packing import Example, Examples, Sequences, pack, pair, sequence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.splits import spread
 from adapters_jax.finetune.data.tables import Table
@@ -145,7 +147,7 @@ def token_losses(model: Any, batch: Batch, most: int, chunk: int) -> Float[Array
 
 def encode_table(
     table: Table, prompts: Prompts, decoder: DecoderTokenizer, max_length: int
-) -> tuple[list[Example], int]:
+) -> tuple[Examples, int]:
     """Encodes the rows of a table as token ids, cut at `max_length`.
 
     A plain text is encoded as the completion of its first token, which nothing predicts. Where an
@@ -158,23 +160,35 @@ def encode_table(
         max_length: the largest number of tokens that the model reads at once.
 
     Returns:
-        One example for each row, and the number of rows that were cut.
+        The examples of the rows, and the number of rows that were cut.
 
     Raises:
         DataError: a prompt leaves no room for a completion.
     """
-    examples = [encode_pair(prompt, each, prompts, decoder) for prompt, each in table.texts]
-    rooms = [max_length - (0 if decoder.encodes else len(prompt)) for prompt, _ in examples]
-    long = [
-        f"{place(line)} ({len(prompt)} tokens)"
-        for line, (prompt, _), room in zip(table.lines, examples, rooms, strict=True)
-        if len(prompt) > max_length or room < 1
-    ]
+    long, cut = list[str](), 0
+
+    def whole(texts: tuple[str, str | None]) -> tuple[Example, int]:
+        example = encode_pair(*texts, prompts, decoder)
+        return example, max_length - (0 if decoder.encodes else len(example.prompt))
+
+    def fitted(texts: tuple[str, str | None]) -> Example:
+        example, room = whole(texts)
+        return example._replace(completion=example.completion[:room])
+
+    def checked() -> Iterator[Example]:
+        nonlocal cut
+        for i, texts in enumerate(watched(table.texts, f"encoding {table.path}")):
+            example, room = whole(texts)
+            if len(example.prompt) > max_length or room < 1:
+                long.append(f"{place(table.lines[i])} ({len(example.prompt)} tokens)")
+            cut += len(example.completion) > room
+            yield example._replace(completion=example.completion[:room])
+
+    found = Examples.of(checked(), keep=not table.streamed)
     what = "is too long for" if decoder.encodes else "leaves no room for a completion in"
     before = f"{count_rows(long)} a prompt that {what} --max-length {max_length}: "
     refuse(table.path, long, before, "; raise it or shorten them")
-    cut = sum(len(c) > room for (_, c), room in zip(examples, rooms, strict=True))
-    return [Example(p, c[:room]) for (p, c), room in zip(examples, rooms, strict=True)], cut
+    return found._replace(rows=Lazy(table.texts, fitted)) if table.streamed else found, cut
 
 
 def encode_pair(
@@ -210,18 +224,19 @@ def build_completions(
     Raises:
         DataError: a prompt leaves no room for a completion.
     """
-    examples: dict[str, list[Example]] = {}
+    examples: dict[str, Examples] = {}
     for part in PARTS:
         table = getattr(data, part)
         examples[part], cut = encode_table(table, prompts, decoder, max_length)
         if cut:
             setup.say(f"{cut} of {len(table)} {part} rows are cut at {max_length} tokens")
-    built = build_batches(examples, max_length, packs, setup, encodes=decoder.encodes)
+    mix = setup.mixture(data.train)
+    built = build_batches(examples, max_length, packs, setup, mix, encodes=decoder.encodes)
     parts = {}
     for part in HELD_OUT:
         asked = _asked(getattr(data, part).texts, setup.exact_match)
         ids = [prompts.encode(prompt, decoder) for prompt in asked]
-        longest = max((len(completion) for _, completion in examples[part]), default=1)
+        longest = max((len(completion) for _, completion in examples[part].rows), default=1)
         room = decoder.config.longest - virtual_tokens(recipe_for(setup, decoder))
         room -= max(map(len, ids), default=0)
         if longest > room:
@@ -251,10 +266,11 @@ def _asked(texts: Sequence[tuple[str, str | None]], most: int) -> dict[str, list
 
 
 def build_batches(
-    examples: Mapping[str, Sequence[Example | Marked]],
+    examples: Mapping[str, Examples],
     max_length: int,
     packs: bool,
     setup: Setup,
+    mix: Mixture | None = None,
     encodes: bool = False,
 ) -> BuiltRows:
     """Makes the batches of examples; a message counts the rows that share a sequence.
@@ -264,32 +280,48 @@ def build_batches(
         max_length: the largest number of tokens in a sequence.
         packs: whether several examples share a sequence.
         setup: has the number of sequences in a batch, and the seed of the order.
+        mix: how often the examples of "train" are drawn; those of a sequence are of one data set.
         encodes: whether an encoder reads the prompts, which then stand beside the completions.
     """
 
-    def rows_of(found: Sequence[Any]) -> list[Any]:
-        if encodes:
-            return [pair(example) for example in found]
-        one_each = [[i] for i in range(len(found))]
-        groups = pack(found, max_length, setup.seed) if packs else one_each
-        return [sequence([found[i] for i in group]) for group in groups]
+    def grouped(part: str) -> Sequence[list[int]]:
+        lengths = examples[part].lengths
+        if not packs:
+            return Lazy(range(len(lengths)), lambda i: [i])
+        own = mix.sources if mix is not None and part == "train" else None
+        return pack(lengths, max_length, setup.seed, own)
 
-    rows = {part: rows_of(found) for part, found in examples.items()}
-    of, into = len(examples["train"]), len(rows["train"])
+    def sequences(part: str) -> Sequence[Any]:
+        found, _, _ = examples[part]
+
+        def made(group: list[int]) -> Any:
+            own = [found[i] for i in group]
+            return pair(own[0]) if encodes else sequence(own)
+
+        if is_held(found):
+            return [made(group) for group in groups[part]]
+        return Sequences(groups[part], made, examples[part].lengths)
+
+    groups = {part: grouped(part) for part in examples}
+    rows = {part: sequences(part) for part in examples}
+    of, into = len(examples["train"].lengths), len(rows["train"])
     if into < of:
-        sequences = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
-        setup.say(f"{of} train rows are packed into {sequences}")
+        joined = f"{into} sequence{'s' * (into != 1)} of {max_length} tokens"
+        setup.say(f"{of} train rows are packed into {joined}")
     train, size = rows["train"], setup.batch_size
     # Packed sequences are all about as long as they can be, so one shape wastes little.
     buckets = (max_length,) if packs else choose_buckets(train, max_length, size)
     parts = {
         part: HeldOut(
             Batches(rows[part], None, size, None, buckets),
-            sum(label != NOTHING for example in examples[part] for label in example.labels),
+            int(examples[part].learnt.sum()),
         )
         for part in HELD_OUT
     }
-    most = max(int((row.labels != NOTHING).sum()) for found in rows.values() for row in found)
-    tokens = sum(len(example.ids) for example in examples["train"])
-    batches = Batches(train, None, size, setup.seed, buckets)
+    most = max(
+        int(examples[part].learnt[group].sum()) for part in examples for group in groups[part]
+    )
+    tokens = total(examples["train"].lengths.tolist(), mix)
+    mix = mix and mix.take([group[0] for group in groups["train"]])
+    batches = Batches(train, None, size, setup.seed, buckets, mix=mix)
     return BuiltRows(batches, parts, rounded(most), tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapters_jax.finetune.data.conversations import Conversations, read_conversations
+from adapters_jax.finetune.data.lazy_rows import mapped
 from adapters_jax.finetune.data.splits import key_of
 from adapters_jax.finetune.tasks.base import PARTS, Columns, Setup
 from adapters_jax.finetune.tasks.completion import PreparedCompletions, TokenLossTask
@@ -41,9 +42,9 @@ class ConversationTask(TokenLossTask):
         """
         return read_conversations(path, columns["messages"])
 
-    def groups(self, train: Conversations) -> list[str]:
+    def groups(self, train: Conversations) -> Sequence[str]:
         """What is said before the first answers: conversations that begin alike stay together."""
-        return [key_of(row.opening) for row in train.rows]
+        return mapped(train.rows, lambda row: key_of(row.opening))
 
     def prepare(self, data: Any, setup: Setup) -> PreparedCompletions:
         """Packs the conversations for a decoder; the baseline is the base. See `Task.prepare`."""
@@ -51,15 +52,18 @@ class ConversationTask(TokenLossTask):
         check_chats(decoder, setup.model, self.name)
         length = length_of(setup, decoder)
         encoder, examples = ChatEncoder(decoder, length, setup.turns), {}
+        mix = setup.mixture(data.train)
         for part in PARTS:
             rows = getattr(data, part)
             found = encoder.encode(rows)
             _tell(found, f"{len(rows)} {part} conversations", length, setup.say)
             examples[part] = found.examples
+            if mix and part == "train":
+                mix = mix.take(found.owners)
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
         pack = packs(setup, decoder)
-        built = build_batches(examples, length, pack, setup)
+        built = build_batches(examples, length, pack, setup, mix)
         problem = CompletionProblem.of(setup, decoder, built, data.metrics)
         config = {
             "max_length": length,

@@ -10,8 +10,10 @@ answers each turn, so each answer becomes a separate row, after the messages bef
 """
 
 import itertools
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -23,7 +25,8 @@ from adapters_jax.finetune.base_files.control import ControlTokens, Tokens, with
 from adapters_jax.finetune.data.batches import bare
 from adapters_jax.finetune.data.conversations import Conversation, Conversations
 from adapters_jax.finetune.data.files import DataError, Line, place
-from adapters_jax.finetune.data.packing import Marked
+from adapters_jax.finetune.data.lazy_rows import Lazy, watched
+from adapters_jax.finetune.data.packing import Examples, Marked
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer
 
 Turns = Literal["assistant", "last", "all"]
@@ -50,6 +53,7 @@ class Encoded:
 
     Attributes:
         examples: the rows, most often one for each conversation.
+        owners: the position of the conversation that each is of.
         cut: the number of conversations that lost their last turns.
         left_out: the number of those without an answer that is short enough to learn.
         split: the number of those with a row for each answer.
@@ -57,7 +61,8 @@ class Encoded:
         spelt: the number of conversations with a message that spells a control token.
     """
 
-    examples: list[Marked]
+    examples: Examples
+    owners: Sequence[int]
     cut: int = 0
     left_out: int = 0
     split: int = 0
@@ -85,25 +90,40 @@ class ChatEncoder:
         Raises:
             DataError: the template rejects a conversation, or no answer is short enough.
         """
-        examples: list[Marked] = []
-        counts: Counter[str] = Counter()
-        for row, line in zip(rows.rows, rows.lines, strict=True):
-            answers = self.answers_at(row, rows.path, line)
+        owners, counts = array("q"), Counter[str]()
+
+        def own(i: int) -> tuple[list[Marked], list[Answer], list[Answer]]:
+            answers = self.answers_at(rows.rows[i], rows.path, rows.lines[i])
             kept = self._fitting(answers)
-            own = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
-            examples += own
-            counts["left_out"] += not own
-            split = self._is_split(kept)
-            counts["cut"] += bool(own) and len(own if split else kept) < len(answers)
-            counts["split"] += split
-            counts["begun_otherwise"] += sum(not answer.as_begun for answer in kept)
-            counts["spelt"] += bool(kept) and self._control.is_spelt(kept[-1].text)
-        if not examples:
+            found = [row for row in self._marked(kept) if any(row.learnt)] if kept else []
+            return found, kept, answers
+
+        def encoded() -> Iterator[Marked]:
+            numbers = range(len(rows)) if rows.streamed else [*range(len(rows))]
+            for i in watched(numbers, f"encoding {rows.path}"):
+                found, kept, answers = own(i)
+                yield from found
+                owners.extend([i] * len(found))
+                counts["left_out"] += not found
+                split = self._is_split(kept)
+                counts["cut"] += bool(found) and len(found if split else kept) < len(answers)
+                counts["split"] += split
+                counts["begun_otherwise"] += sum(not answer.as_begun for answer in kept)
+                counts["spelt"] += bool(kept) and self._control.is_spelt(kept[-1].text)
+
+        def again(number: int) -> Marked:
+            owner = owners[number]
+            return own(owner)[0][number - bisect_left(owners, owner)]
+
+        examples = Examples.of(encoded(), keep=not rows.streamed)
+        if rows.streamed:
+            examples = examples._replace(rows=Lazy(range(len(owners)), again))
+        if not len(owners):
             raise DataError(
                 f"{rows.path}: no answer of its {len(rows)} conversations ends within "
                 f"--max-length {self.max_length} tokens; raise it or shorten them"
             )
-        return Encoded(examples, **counts)
+        return Encoded(examples, owners, **counts)
 
     def answers_at(self, row: Conversation, path: str, line: Line) -> list[Answer]:
         """The answers of a row; raises DataError if the template cannot write them."""

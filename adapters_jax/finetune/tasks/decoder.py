@@ -20,6 +20,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import NOTHING, Batches
+from adapters_jax.finetune.data.lazy_rows import is_held
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.pretrained.decoder import (
     DecoderTokenizer,
@@ -171,8 +172,8 @@ def _check_invoked(recipe: Recipe, train: Batches, setup: Setup) -> None:
     for method in recipe:
         if not method.gated:
             continue
-        tokens, rows = method.invocation, [row.input_ids.tolist() for row in train.rows]  # type: ignore[attr-defined]
-        found = sum(start_of(row, tokens) < len(row) for row in rows)
+        tokens, rows = method.invocation, train.rows  # type: ignore[attr-defined]
+        found = sum(start_of(row.input_ids.tolist(), tokens) < len(row.input_ids) for row in rows)
         if not found:
             raise UserError(
                 f"--invocation {' '.join(map(str, tokens))}: none of the {len(rows)} sequences of "
@@ -231,7 +232,8 @@ class DecoderProblem(ABC):
     def checksum(self) -> str:
         """The checksum of the encoded rows."""
         parts = [self.train, *(part.batches for part in self.parts.values())]
-        return rows_sha256(row for part in parts for row in part.rows)
+        # Those of a large file follow from the checksum of its texts and that of the base.
+        return rows_sha256(row for part in parts if is_held(part.rows) for row in part.rows)
 
     @classmethod
     def of(

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from adapters_jax.errors import needed
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
-from adapters_jax.finetune.tasks.base import PARTS, Batch, Columns
+from adapters_jax.finetune.tasks.base import PARTS, Batch, Columns, Files, listed
 from adapters_jax.finetune.tasks.classification import Classes
 from adapters_jax.finetune.tasks.labelled import LabelledTask
 from adapters_jax.finetune.tasks.readout import Inputs
@@ -68,10 +69,12 @@ class ImageClasses(Classes):
         """The image's name and its folder's."""
         return {"image": "/".join(Path(texts[0]).parts[-2:])}
 
-    def batches(self, encoder: Any, rows: Sequence[Any], labels: Any, *plan: Any) -> ImageBatches:
+    def batches(
+        self, encoder: Any, rows: Sequence[Any], labels: Any, *plan: Any, mix: Mixture | None = None
+    ) -> ImageBatches:
         """Batches of images."""
         size, seed, _ = plan
-        return ImageBatches(rows, labels, size, seed, encoder.preprocessing)
+        return ImageBatches(rows, labels, size, seed, encoder.preprocessing, mix)
 
     def augmented(self, batch: Batch, key: Any) -> Batch:
         """A training batch, whose images are moved and flipped by a key; cached features stay."""
@@ -114,17 +117,20 @@ class ImageClassification(LabelledTask):
     example = "--train DIR, with a folder of images for each class, or a table of paths and labels"
 
     def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+        self, files: Mapping[str, Files], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
         """Loads the paths of images, and their labels; see `Task.load`.
 
         The paths are absolute: a run that is resumed reads the same ones in any directory.
         """
-        files = {part: path.resolve() if path.exists() else path for part, path in files.items()}
-        data = super().load(files, columns, metrics)
+        found = {
+            part: [path.resolve() if path.exists() else path for path in listed(paths)]
+            for part, paths in files.items()
+        }
+        data = super().load(found, columns, metrics)
         # Placed once rows are held out: what is drawn by paths is the same wherever they lie.
-        found = {part: getattr(data, part) for part in PARTS}
-        placed = {p: replace(x, texts=_placed(Path(x.path), x.texts)) for p, x in found.items()}
+        parts = {part: getattr(data, part) for part in PARTS}
+        placed = {p: replace(x, texts=_placed(Path(x.path), x.texts)) for p, x in parts.items()}
         return replace(data, **placed)
 
     def read_texts(self, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:

@@ -18,7 +18,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.datasets import TaskData, make_datasets
+from adapters_jax.finetune.data.datasets import TaskData, check_classes, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
@@ -103,9 +103,10 @@ class EncoderTask(Task):
                 said = f"{inputs[part].cut} of {len(texts)} {part} texts"
                 setup.say(f"{said} are cut at {length} tokens")
         rows, labels = readout.targets(inputs["train"], data.train.labels)
-        size = setup.batch_size
+        size, mix = setup.batch_size, setup.mixture(data.train)
+        mix = mix and mix.take(readout.owners(inputs["train"]))
         buckets = readout.buckets(rows, length, size)
-        batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets)
+        batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets, mix=mix)
         model, params = self._adapted(setup, encoder, readout, batches[0])
         held_out = {part: inputs[part] for part in HELD_OUT}
         problem = LabelledProblem(
@@ -135,7 +136,7 @@ class EncoderTask(Task):
             **({"texts": columns} if len(columns) > 2 else {}),
             **readout.checksums(inputs),
         }
-        tokens = 0 if model.recipe == head_only() else readout.tokens(rows)
+        tokens = 0 if model.recipe == head_only() else readout.tokens(rows, mix)
         in_order = readout.batches(encoder, rows, labels, size, None, buckets)
         more = data, setup, encoder, in_order, self.least_steps
         return PreparedTexts(problem, tokens, config, *more)
@@ -226,6 +227,11 @@ class LabelledTask(EncoderTask):
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
         """Reads rows and their labels."""
         return read_rows(path, columns[self.inputs[0]], columns.get("text_pair"), columns["label"])
+
+    def check_alike(self, parts: Sequence[Table]) -> None:
+        """Raises DataError if one file has classes that another lacks."""
+        if self.learns == "classification":
+            check_classes(parts)
 
     def hold_out(self, name: str, parts: Mapping[str, Table], metrics: Sequence[str]) -> TaskData:
         """Makes the labels ids or numbers; classes keep their proportions. See `Task.hold_out`."""

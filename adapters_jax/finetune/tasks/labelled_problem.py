@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.finetune.data.batches import StepBatches
+from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder import TOKENS
@@ -184,12 +185,18 @@ class FeatureBatches(StepBatches):
         labels: the labels, `(rows, ...)`; None for batches without labels.
         batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps the order of the rows.
+        mix: as for `StepBatches`.
     """
 
     def __init__(
-        self, features: np.ndarray, labels: np.ndarray | None, batch_size: int, seed: int | None
+        self,
+        features: np.ndarray,
+        labels: np.ndarray | None,
+        batch_size: int,
+        seed: int | None,
+        mix: Mixture | None = None,
     ) -> None:
-        super().__init__([np.arange(len(features))], labels, batch_size, seed)
+        super().__init__([np.arange(len(features))], labels, batch_size, seed, mix)
         self.features = features
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -198,6 +205,8 @@ class FeatureBatches(StepBatches):
 
     def real(self, step: int) -> np.ndarray:
         """The positions of the rows of a step."""
+        if self.mix is not None:
+            return super().real(step)
         # Numpy's order and not grain's: a run that is resumed goes on in the order that it began.
         epoch, batch = divmod(step, len(self))
         rows = np.arange(len(self.features))
@@ -227,7 +236,7 @@ def head_problem(
             model=adapt(encoder.base.classifier(problem.readout.width, dropout=0.0), head_only()),
             params=encoder.under(problem.params[HEAD]),
         )
-    size, done = train.batch_size, itertools.count(1)
+    size, done, mix = train.batch_size, itertools.count(1), problem.train.mix
     steps = sum(map(len, (train, *problem.held_out.values())))
     bare, frozen = encoder.bare
     # The parameters are an argument: jit would store what it closes over in the program.
@@ -252,7 +261,7 @@ def head_problem(
             model=adapt(Head(problem.readout.width), head_only()),
             params={HEAD: problem.params[HEAD]},
             inputs=("features",),
-            train=FeatureBatches(features(train), train.labels, size, setup.seed),
+            train=FeatureBatches(features(train), train.labels, size, setup.seed, mix),
             held_out={
                 part: FeatureBatches(features(batches), None, size, None)
                 for part, batches in problem.held_out.items()

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.batches import LEAST, NOTHING, Batches, bare
 from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.formats.base import MASKED
@@ -242,10 +243,22 @@ class MaskedTokens(Readout):
             )
         return Inputs(found, cut, (encoder.tokenizer, counts))
 
+    def owners(self, inputs: Inputs) -> np.ndarray:
+        """None: raises UserError."""
+        raise UserError(
+            "--mix: the texts of --task masked-language-modelling are joined to blocks, so that no "
+            "block is of one data set; leave it out"
+        )
+
     def batches(
-        self, encoder: Encoder, rows: Sequence[Any], labels: Any, *plan: Any
+        self,
+        encoder: Encoder,
+        rows: Sequence[Any],
+        labels: Any,
+        *plan: Any,
+        mix: Mixture | None = None,
     ) -> MaskedBatches:
-        """Batches of blocks with hidden tokens, or of rows with masks."""
+        """Batches of blocks with hidden tokens, or of rows with masks; they are not mixed."""
         return MaskedBatches(rows, Vocabulary.of(encoder), *plan, encoder.config.pad_token_id)
 
     def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:

@@ -82,15 +82,19 @@ class PreferenceTask(DecoderTask):
         """
         return read_preferences(path, columns)
 
+    def check_alike(self, parts: Sequence[Any]) -> None:
+        """Raises DataError if one file has pairs and another single completions."""
+        for rows in parts:
+            if rows.paired != parts[0].paired:
+                raise DataError(
+                    f"{rows.path} and {parts[0].path}: one has pairs and the other single "
+                    "completions with labels, expected the same in both"
+                )
+
     def hold_out(self, name: str, parts: Mapping[str, Any], metrics: Sequence[str]) -> TaskData:
         """Single completions keep the proportions of their labels; see `Task.hold_out`."""
         train = parts["train"]
-        for rows in parts.values():
-            if rows.paired != train.paired:
-                raise DataError(
-                    f"{rows.path} and {train.path}: one has pairs and the other single completions "
-                    "with labels, expected the same in both"
-                )
+        self.check_alike([train, *parts.values()])
         strata = None if train.paired else [int(label or 0) for label in train.labels]
         return hold_out(name, parts, metrics, self.groups(train), strata)
 

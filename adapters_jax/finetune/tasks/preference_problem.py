@@ -22,6 +22,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.finetune.data.conversations import Conversation
 from adapters_jax.finetune.data.files import DataError, Line, count_rows, place, refuse
+from adapters_jax.finetune.data.mixing import total
 from adapters_jax.finetune.data.packing import Example, Packed, sequence
 from adapters_jax.finetune.data.preferences import Preference, Preferences
 from adapters_jax.finetune.data.prompts import Prompts
@@ -207,7 +208,7 @@ def build_preferences(
         tokens[part] = np.array(lengths, np.float32)
     # Held-out rows have the widest bucket, whether training needs it or not.
     longest = rounded(max(len(row.input_ids) for part in rows.values() for row in part))
-    size = setup.batch_size
+    size, mix = setup.batch_size, setup.mixture(tables["train"])
     buckets = choose_buckets(rows["train"], longest, size)
     parts = {
         part: Part(
@@ -218,10 +219,10 @@ def build_preferences(
         for part, table in tables.items()
     }
     return BuiltRows(
-        Batches(rows["train"], None, size, setup.seed, buckets),
+        Batches(rows["train"], None, size, setup.seed, buckets, mix=mix),
         parts,
         rounded(int(max(each.max() for each in tokens.values()))),
-        sum(len(row.input_ids) for row in rows["train"]),
+        total((len(row.input_ids) for row in rows["train"]), mix),
     )
 
 

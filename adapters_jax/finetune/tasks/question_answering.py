@@ -132,6 +132,10 @@ class Spans(Readout):
                 windows.append(Window(i, short[i][1], np.array(each.offsets), inside))
         return Inputs(rows, sum(bool(e.overflowing) for e in asked), windows)
 
+    def owners(self, inputs: Inputs) -> np.ndarray:
+        """The question of each window."""
+        return np.array([window.row for window in inputs.where])
+
     def targets(self, inputs: Inputs, labels: Sequence[Any]) -> tuple[Sequence[Any], np.ndarray]:
         """The windows, and the first and last token of the first answer of each."""
         found = np.zeros((len(inputs.rows), 2), np.int32)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.batches import NOTHING, Batches, choose_buckets
 from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.mixing import Mixture, total
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.pretrained.encoder import INPUTS, Encoder
 from adapters_jax.finetune.tasks import views
@@ -127,15 +128,27 @@ class Readout(ABC):
         """The widths of batches; none where rows have no tokens, such as images."""
         return choose_buckets(rows, length, size) if "input_ids" in self.arrays else ()
 
-    def tokens(self, rows: Sequence[Any]) -> int:
-        """The number of tokens of all rows, to show the speed; 0 where they have none."""
-        return sum(row.input_ids.size for row in rows) if "input_ids" in self.arrays else 0
+    def tokens(self, rows: Sequence[Any], mix: Mixture | None = None) -> int:
+        """The tokens of an epoch's rows, to show the speed; 0 where they have none."""
+        reads = "input_ids" in self.arrays
+        return total((row.input_ids.size for row in rows), mix) if reads else 0
 
     def augmented(self, batch: Batch, key: Any) -> Batch:
         """A training batch, varied at random."""
         return batch
 
-    def batches(self, encoder: Encoder, rows: Sequence[Any], labels: Any, *plan: Any) -> Any:
+    def owners(self, inputs: Inputs) -> np.ndarray:
+        """The position of the text that each encoded row is of, `(rows,)`."""
+        return np.arange(len(inputs.rows))
+
+    def batches(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Any],
+        labels: Any,
+        *plan: Any,
+        mix: Mixture | None = None,
+    ) -> Any:
         """Batches of encoded rows.
 
         Args:
@@ -143,9 +156,10 @@ class Readout(ABC):
             rows: the rows.
             labels: as `targets` makes them; None for rows without labels.
             *plan: the size, the seed and the buckets, as `data.batches.Batches` takes them.
+            mix: how often rows are drawn.
         """
         size, seed, buckets = plan
-        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id)
+        return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id, mix)
 
     def targets(self, inputs: Inputs, labels: Any) -> tuple[Sequence[Any], Any]:
         """The encoded rows to train on, and their labels for `Batches`."""

@@ -23,7 +23,7 @@ from adapters_jax.finetune.data.tables import Table as Pairs
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks import views
-from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.base import Batch, Columns, Files
 from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import compute, places, retrieval
 from adapters_jax.finetune.tasks.prediction import Prediction
@@ -235,7 +235,7 @@ class SentenceEmbedding(EncoderTask):
     example = "--train rows.tsv --text COLUMN --text-pair COLUMN, with or without --label COLUMN"
 
     def load(
-        self, files: Mapping[str, Path], columns: Mapping[str, str], metrics: Sequence[str]
+        self, files: Mapping[str, Files], columns: Mapping[str, str], metrics: Sequence[str]
     ) -> TaskData:
         """Loads pairs of texts, with their scores if a label is named; see `Task.load`."""
         named: Any = self.of_columns(columns)

@@ -268,7 +268,7 @@ class TokenClassification(EncoderTask):
         return [(" ".join(words), None) for words in _words(rows, columns[0])[0]]
 
 
-def _words(rows: Rows, tokens: str) -> tuple[list[list[str]], list[Line]]:
+def _words(rows: Rows, tokens: str) -> tuple[list[list[str]], Sequence[Line]]:
     """The tokens of each row; raises DataError if there are none, or a blank or spaced one."""
     values, lines = choose_values(rows, [tokens])
     words = [items_of(value) for (value,) in values]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from adapters_jax.errors import first_few
+from adapters_jax.finetune.data.packing import Sequences
 
 WORST = 20  # rows with the highest loss on dev that are kept with their texts
 CUT = 300  # characters of a text that are kept
@@ -239,6 +240,8 @@ def lengths_of(rows: Iterable[Any]) -> Counter[int]:
         >>> lengths_of(Row(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in (3, 5, 3))
         Counter({3: 2, 5: 1})
     """
+    if isinstance(rows, Sequences):
+        return Counter(rows.sizes.tolist())
     found: Counter[int] = Counter()
     for row in rows:
         if hasattr(row, "segments"):
