@@ -635,6 +635,23 @@ def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
     collect()
 
 
+def test_a_server_on_a_mesh_is_the_same_server(llama, server):
+    flags = ("--train", "--rank", "4", "--context", "32", "--rows", "4", "--mesh", "data=4,model=2")
+    devices = "--xla_force_host_platform_device_count=8"
+    more = ("--adapters", "2", "--places", "2")
+    with serving(llama, *flags, *more, env={"XLA_FLAGS": devices}) as other:
+        found = []
+        for each, key in ((server, KEYS[0]), (other, "tml-any")):
+            with connected(each, key) as client:
+                model, losses = trained(client, 20)
+                made = sampled(model.save_weights_and_get_sampling_client()).sequences[0]
+                found.append((losses, made.logprobs, made.tokens))
+                del model
+        np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+        np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
+        assert found[1][2] == found[0][2]
+
+
 def session_of(server):
     body = {"tags": [], "user_metadata": None, "sdk_version": "0"}
     return ask(server, "create_session", body).json()["session_id"]
