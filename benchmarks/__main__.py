@@ -39,6 +39,8 @@ BENCHMARKS = {
     "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",
     "serve": "the server's engine: parallel clients, new adapters, answers compared",
+    "service": "a step through Tinker's client and our server, against the engine's",
+    "service-churn": "10,000 tenants that come, train, save and go: the server's memory",
     "speedup": "full fine-tuning / LoRA: FLOPs and time of a step",
     "step": "a training step against one by hand; adapting and auditing; import time",
     "step-tunix": "only the row of `step` on tunix's Llama: our step against qwix's",

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import tarfile
 import threading
@@ -20,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from helpers.errors import raises
 from helpers.serving import serving
 from helpers.tiny import write_llama
 
@@ -75,9 +77,8 @@ class Parts:
         limits = Limits(training=2**20)
         made = (self.base, self.engine, self.tenants, Checkpoints(folder), self.recipes, bounds)
         service = Service(*made, seconds)
-        paths = TrainingApi(service, ("llama",), 32, limits).routes()
         api = TextApi(self.base, self.engine, "llama", limits)
-        api.training = paths
+        api.training = TrainingApi(service, ("llama",), 32, limits)
         app = application(api, "", limits, keys)
         config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none")
         server = uvicorn.Server(config)
@@ -807,7 +808,7 @@ def test_a_link_is_not_read_before_its_mark_is_right(server):
         assert ask(server, f"files/{link}/a", method="GET").status_code == 403
 
 
-def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
+def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path, monkeypatch):
     parts.tenants.create("t", parts.recipes.largest, 0)
     snapshot, made = parts.tenants.snapshot("t").result(60), Checkpoints(tmp_path)
     parts.tenants.drop("t")
@@ -821,6 +822,32 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
     assert made.find("me", new.path) is new and made.load(new).leaves
     made._most = new.about["size"]
     made.save(*place, about, overwrite=True)  # in the place of its own bytes
+    left = shutil.disk_usage(tmp_path)._replace(free=2**28 + new.about["size"] - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    with raises(UserError, left.free, new.about["size"]):
+        made.save(*place, about, overwrite=True)
+
+
+def test_a_key_does_not_hold_all_connections_with_its_questions(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(polls=1), seconds=2.0) as server:
+        _, model, name = begun(server)
+        answered(server, name)
+        late = passed(server, model, 2).json()["request_id"]  # number 1 is waited for
+        held = threading.Thread(target=lambda: answered(server, late))
+        held.start()
+        own = server.service.futures._owners
+        while not any(each.polls for each in own.values()):
+            time.sleep(0.01)
+        more = ask(server, "retrieve_future", {"request_id": late})
+        assert more.status_code == 429 and more.headers["retry-after"] == "1"
+        held.join()
+        assert not any(each.polls for each in own.values())
+        assert answered(server, late)["loss:sum"] > 0
+
+
+def test_a_rank_above_a_layers_sides_is_said_of_the_flag(parts):
+    with raises(UserError, "--rank 33", 13, "head"):
+        Recipes(parts.base, 33)
 
 
 def test_an_engine_that_ended_is_said(parts, tmp_path):
@@ -831,6 +858,7 @@ def test_an_engine_that_ended_is_said(parts, tmp_path):
         parts.tenants._closing = True
         try:
             assert ask(server, "healthz", method="GET").status_code == 503
+            assert httpx.get(f"{server.address}/healthz").status_code == 503
             name = ask(server, "optim_step", adam(model, 1)).json()["request_id"]
             assert answered(server, name)["category"] == "server"
         finally:

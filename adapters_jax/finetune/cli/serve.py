@@ -220,7 +220,7 @@ class Serve(Command):
         says: Says,
         stack: contextlib.ExitStack,
     ) -> Any:
-        """The paths of Tinker's protocol; `stack` closes what trains."""
+        """Tinker's protocol; `stack` closes what trains."""
         from adapters_jax.finetune.tenants import Tenants
         from adapters_jax.finetune.tinker.api import TrainingApi
         from adapters_jax.finetune.tinker.checkpoints import Checkpoints
@@ -242,10 +242,11 @@ class Serve(Command):
         stack.callback(tenants.close)
         says("compiling", "compiling the programs that train")
         tenants.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs that train"))
-        saved, bounds = Checkpoints(folder / "training"), Bounds(models=self.adapters)
+        saved = Checkpoints(folder / "training")
+        bounds = Bounds(models=self.adapters, polls=max(1, self.connections // 2))
         service = Service(api.reader, api.engine, tenants, saved, recipes, bounds, limits.seconds)
         names = tuple(dict.fromkeys((called, self.base)))
-        return TrainingApi(service, names, context, limits).routes()
+        return TrainingApi(service, names, context, limits)
 
     def _application(self, api: Api, called: str, limits: Limits, keys: Sequence[str]) -> Any:
         """The application, with its page."""
