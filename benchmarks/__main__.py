@@ -49,6 +49,7 @@ BENCHMARKS = {
     "tasks": "whether training another task changes the outputs of the first one",
     "tenants": "a step of eight tenants through the engine, of one, and alone",
     "tenants-compiled": "only the part of `tenants` by compilers: 64 tenants against one",
+    "tenants-cycles": "64 tenants against one by cycles of operations, v5p; needs libtpu",
     "tracing": "tracing models of 32 layers with LoRA, against tracing their bases",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, resumes"

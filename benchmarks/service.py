@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,8 @@ import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.finetune.serving.adapters import DecoderBase
 from adapters_jax.finetune.tenants import Adam, Row, Tenants
-from benchmarks.harness import Spread, interleave, ratio
+from adapters_jax.finetune.tinker.recipes import Recipes
+from benchmarks.harness import Spread, interleave
 from benchmarks.report import Report
 
 HTTP, ENGINE = "client and server", "engine"
@@ -46,44 +47,84 @@ def run(report: Report, quick: bool, part: str = "") -> None:
             churn(report, Path(folder), 40 if quick else 10_000)
         return
     base = DecoderBase("smollm2-135m")
-    config, rows, length = base.decoder.config, 8, 16 if quick else 512
-    small = replace(config, hidden_size=36, intermediate_size=48, num_hidden_layers=1)
-    tiny = replace(base.decoder, model=Decoder(small, rngs=nnx.Rngs(0)), config=small)
-    parts = {"one layer of 36": (tiny, 2 if quick else 25)}
+    rows, length = 8, 16 if quick else 512
+    small = replace(base.decoder.config, vocab_size=64, hidden_size=36, num_hidden_layers=1)
+    whole = base.decoder
+    base.decoder = replace(whole, model=Decoder(small, rngs=nnx.Rngs(0)), config=small)
+    more = overhead(report, base, rows, length, 3 if quick else 25)
     if not quick:
-        parts["SmolLM2-135M"] = (base.decoder, 3)
-    for name, (decoder, rounds) in parts.items():
-        base.decoder = decoder
-        overhead(report, base, f"{name}, {rows} x {length}", rows, length, rounds)
+        base.decoder = whole
+    step = alone(report, base, rows, length, 1 if quick else 2)
+    for clock, seconds in more.items():
+        case = (
+            f"{clock} time of a step of SmolLM2-135M, {rows} x {length}, through client and server"
+        )
+        report.claim(f"{case} / engine", round(1 + seconds / step[clock], 4), LIMIT)
+
+
+def _rows(vocabulary: int, rows: int, length: int) -> tuple[list[Row], np.ndarray]:
+    """Rows for the engine, and their tokens with the one behind the last."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1))
+    ones = np.ones(length, np.float32)
+    return [Row(each[:-1], each[1:], {"weights": ones}) for each in ids], ids
+
+
+def _timed(
+    runs: Mapping[str, Callable[[], None]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """The seconds of each round by clock and contender; the processor's are of all threads."""
+    found: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in runs} for clock in ("wall", "processor")
+    }
+
+    def timed(name: str, go: Callable[[], None]) -> float:
+        used, start = time.process_time(), time.perf_counter()
+        go()
+        wall, used = time.perf_counter() - start, time.process_time() - used
+        found["wall"][name].append(wall)
+        found["processor"][name].append(used)
+        return wall
+
+    interleave({name: partial(timed, name, go) for name, go in runs.items()}, rounds)
+    return {
+        clock: {name: values[1:] for name, values in every.items()}  # the first warms up
+        for clock, every in found.items()
+    }
+
+
+def _through(tenants: Tenants, own: list[Row]) -> None:
+    """A step through the engine."""
+    passed = tenants.forward_backward("0", own, "cross_entropy")
+    stepped = tenants.optim_step("0", Adam(RATE))
+    passed.result()
+    stepped.result()
 
 
 def overhead(
-    report: Report, base: DecoderBase, what: str, rows: int, length: int, rounds: int
-) -> None:
-    """A step through Tinker's client, and the same through the engine."""
+    report: Report, base: DecoderBase, rows: int, length: int, rounds: int
+) -> dict[str, float]:
+    """What Tinker's client and the server add to a step, in seconds by clock.
+
+    The model computes next to nothing, so that it does not hide them; what they read and write
+    depends on the rows alone.
+    """
     import tinker
     from tinker import types
 
-    ids = np.random.default_rng(0).integers(0, base.decoder.config.vocab_size, (rows, length + 1))
-    ones = np.ones(length, np.float32)
-    own = [Row(each[:-1], each[1:], {"weights": ones}) for each in ids]
+    own, ids = _rows(base.decoder.config.vocab_size, rows, length)
     data = [
         types.Datum(
             model_input=types.ModelInput.from_ints(each[:-1].tolist()),
-            loss_fn_inputs={"target_tokens": each[1:], "weights": ones},
+            loss_fn_inputs={"target_tokens": each[1:], "weights": np.ones(length, np.float32)},
         )
         for each in ids
     ]
     with tempfile.TemporaryDirectory() as folder, _service(base, rows, length, Path(folder)) as it:
         address, tenants, largest = it
+        tenants.create("0", largest, 0)
         client = tinker.ServiceClient(base_url=address, api_key=KEY)
         model: Any = client.create_lora_training_client("base", rank=8, seed=0)
         model = model.result() if hasattr(model, "result") else model
-        took = []
-        for i in range(9):
-            start = time.perf_counter()
-            tenants.create(f"{i}", largest, i)
-            took.append(time.perf_counter() - start)
 
         def through_client() -> None:
             passed = model.forward_backward(data, "cross_entropy")
@@ -91,39 +132,44 @@ def overhead(
             passed.result()
             stepped.result()
 
-        def through_engine() -> None:
-            passed = tenants.forward_backward("0", own, "cross_entropy")
-            stepped = tenants.optim_step("0", Adam(RATE))
-            passed.result()
-            stepped.result()
-
-        took_all = {"wall": dict[str, list[float]](), "processor": dict[str, list[float]]()}
-
-        def timed(name: str, go: Callable[[], None]) -> float:
-            used, start = time.process_time(), time.perf_counter()
-            go()
-            wall, used = time.perf_counter() - start, time.process_time() - used
-            took_all["wall"].setdefault(name, []).append(wall)
-            took_all["processor"].setdefault(name, []).append(used)
-            return wall
-
-        runs = {HTTP: through_client, ENGINE: through_engine}
-        interleave({n: partial(timed, n, go) for n, go in runs.items()}, rounds)
-        for kind, every in took_all.items():
-            seconds = {name: values[1:] for name, values in every.items()}  # the first warms up
-            report.samples(f"{what}, {kind}", seconds)
+        runs = {HTTP: through_client, ENGINE: partial(_through, tenants, own)}
+        found, more = _timed(runs, rounds), {}
+        for clock, seconds in found.items():
+            report.samples(f"one layer, {clock}", seconds)
             pairs = zip(seconds[HTTP], seconds[ENGINE], strict=True)
+            added = Spread.of(1e3 * (a - b) for a, b in pairs)
             row: dict[str, Any] = {name: Spread.of(values) for name, values in seconds.items()}
-            row["ms more"] = Spread.of(1e3 * (a - b) for a, b in pairs)
-            report.add("Seconds of a step", what=what, clock=kind, **row)
-            if "SmolLM2" in what:
-                case = f"{kind} time of a step through client and server / engine, {what}"
-                report.claim(case, ratio(seconds, HTTP, ENGINE), LIMIT)
-        if "SmolLM2" in what:
-            report.claim(
-                "seconds for a new tenant of SmolLM2-135M, rank 8", Spread.of(took), CREATE
-            )
+            what = f"Seconds of a step of one layer of 36, {rows} x {length}"
+            report.add(what, clock=clock, **row, **{"ms more": added})
+            more[clock] = added.median / 1e3
         client.close("success").result()
+    return more
+
+
+def alone(
+    report: Report, base: DecoderBase, rows: int, length: int, rounds: int
+) -> dict[str, float]:
+    """The seconds of a step of the engine, by clock; and of new tenants of a known recipe."""
+    largest = Recipes(base, 8).largest
+    tenants = Tenants(
+        base.decoder.model, largest, places=2, rows=rows, group=rows, lengths=(length,)
+    )
+    tenants.start()
+    took = []
+    for i in range(9):
+        start, used = time.perf_counter(), time.process_time()
+        tenants.create(f"{i}", largest, i)
+        took.append((time.perf_counter() - start, time.process_time() - used))
+    own, _ = _rows(base.decoder.config.vocab_size, rows, length)
+    found = _timed({ENGINE: partial(_through, tenants, own)}, rounds)
+    tenants.close()
+    for clock, seconds in found.items():
+        what = f"Seconds of a step of SmolLM2-135M, {rows} x {length}"
+        report.add(what, clock=clock, **{ENGINE: Spread.of(seconds[ENGINE])})
+    for clock, values in zip(found, zip(*took, strict=True), strict=True):
+        case = f"{clock} seconds for a new tenant of SmolLM2-135M, LoRA of rank 8 on all layers"
+        report.claim(case, Spread.of(values), CREATE)
+    return {clock: Spread.of(seconds[ENGINE]).median for clock, seconds in found.items()}
 
 
 @contextlib.contextmanager
@@ -140,13 +186,12 @@ def _service(
     from adapters_jax.finetune.tinker.api import TrainingApi
     from adapters_jax.finetune.tinker.checkpoints import Checkpoints
     from adapters_jax.finetune.tinker.futures import Bounds
-    from adapters_jax.finetune.tinker.recipes import Recipes
     from adapters_jax.finetune.tinker.service import Service
 
     recipes, limits = Recipes(base, 8), Limits()
     bank = aj.Bank(base.adapted(recipes.largest), capacity=1)
     engine = Engine(bank, Sizes(rows=1, context=length))  # which samples, and is not started
-    sizes: dict[str, Any] = {"places": 10, "rows": rows, "group": 4, "lengths": (length,)}
+    sizes: dict[str, Any] = {"places": 2, "rows": rows, "group": rows, "lengths": (length,)}
     tenants = Tenants(base.decoder.model, recipes.largest, **sizes)
     tenants.start()
     saved = Checkpoints(folder / "kept")
