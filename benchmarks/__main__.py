@@ -40,6 +40,8 @@ BENCHMARKS = {
     "regret": "what LoRA needs on a decoder: ranks, rates, modules; hours, resumes",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",
     "serve": "the server's engine: parallel clients, new adapters, answers compared",
+    "service": "a step through Tinker's client and our server, against the engine's",
+    "service-churn": "10,000 tenants that come, train, save and go: the server's memory",
     "speedup": "full fine-tuning / LoRA: FLOPs and time of a step",
     "step": "a training step against one by hand; adapting and auditing; import time",
     "step-tunix": "only the row of `step` on tunix's Llama: our step against qwix's",
@@ -48,6 +50,7 @@ BENCHMARKS = {
     "tasks": "whether training another task changes the outputs of the first one",
     "tenants": "a step of eight tenants through the engine, of one, and alone",
     "tenants-compiled": "only the part of `tenants` by compilers: 64 tenants against one",
+    "tenants-cycles": "64 tenants against one by cycles of operations, v5p; needs libtpu",
     "tracing": "tracing models of 32 layers with LoRA, against tracing their bases",
     **{
         f"tradeoff-{data}": f"{what}: score against trainable parameters; hours, resumes"

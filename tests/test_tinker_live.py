@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import tarfile
 import threading
@@ -20,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from helpers.errors import raises
 from helpers.serving import serving
 from helpers.tiny import write_llama
 
@@ -75,9 +77,8 @@ class Parts:
         limits = Limits(training=2**20)
         made = (self.base, self.engine, self.tenants, Checkpoints(folder), self.recipes, bounds)
         service = Service(*made, seconds)
-        paths = TrainingApi(service, ("llama",), 32, limits).routes()
         api = TextApi(self.base, self.engine, "llama", limits)
-        api.training = paths
+        api.training = TrainingApi(service, ("llama",), 32, limits)
         app = application(api, "", limits, keys)
         config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none")
         server = uvicorn.Server(config)
@@ -633,6 +634,23 @@ def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
     collect()
 
 
+def test_a_server_on_a_mesh_is_the_same_server(llama, server):
+    flags = ("--train", "--rank", "4", "--context", "32", "--rows", "4", "--mesh", "data=4,model=2")
+    devices = "--xla_force_host_platform_device_count=8"
+    more = ("--adapters", "2", "--places", "2")
+    with serving(llama, *flags, *more, env={"XLA_FLAGS": devices}) as other:
+        found = []
+        for each, key in ((server, KEYS[0]), (other, "tml-any")):
+            with connected(each, key) as client:
+                model, losses = trained(client, 20)
+                made = sampled(model.save_weights_and_get_sampling_client()).sequences[0]
+                found.append((losses, made.logprobs, made.tokens))
+                del model
+        np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+        np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
+        assert found[1][2] == found[0][2]
+
+
 def session_of(server):
     body = {"tags": [], "user_metadata": None, "sdk_version": "0"}
     return ask(server, "create_session", body).json()["session_id"]
@@ -788,7 +806,7 @@ def test_a_link_is_not_read_before_its_mark_is_right(server):
         assert ask(server, f"files/{link}/a", method="GET").status_code == 403
 
 
-def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
+def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path, monkeypatch):
     parts.tenants.create("t", parts.recipes.largest, 0)
     snapshot, made = parts.tenants.snapshot("t").result(60), Checkpoints(tmp_path)
     parts.tenants.drop("t")
@@ -802,6 +820,32 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path):
     assert made.find("me", new.path) is new and made.load(new).leaves
     made._most = new.about["size"]
     made.save(*place, about, overwrite=True)  # in the place of its own bytes
+    left = shutil.disk_usage(tmp_path)._replace(free=2**28 + new.about["size"] - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    with raises(UserError, left.free, new.about["size"]):
+        made.save(*place, about, overwrite=True)
+
+
+def test_a_key_does_not_hold_all_connections_with_its_questions(parts, tmp_path):
+    with parts.serve(tmp_path, Bounds(polls=1), seconds=2.0) as server:
+        _, model, name = begun(server)
+        answered(server, name)
+        late = passed(server, model, 2).json()["request_id"]  # number 1 is waited for
+        held = threading.Thread(target=lambda: answered(server, late))
+        held.start()
+        own = server.service.futures._owners
+        while not any(each.polls for each in own.values()):
+            time.sleep(0.01)
+        more = ask(server, "retrieve_future", {"request_id": late})
+        assert more.status_code == 429 and more.headers["retry-after"] == "1"
+        held.join()
+        assert not any(each.polls for each in own.values())
+        assert answered(server, late)["loss:sum"] > 0
+
+
+def test_a_rank_above_a_layers_sides_is_said_of_the_flag(parts):
+    with raises(UserError, "--rank 33", 13, "head"):
+        Recipes(parts.base, 33)
 
 
 def test_an_engine_that_ended_is_said(parts, tmp_path):
@@ -812,6 +856,7 @@ def test_an_engine_that_ended_is_said(parts, tmp_path):
         parts.tenants._closing = True
         try:
             assert ask(server, "healthz", method="GET").status_code == 503
+            assert httpx.get(f"{server.address}/healthz").status_code == 503
             name = ask(server, "optim_step", adam(model, 1)).json()["request_id"]
             assert answered(server, name)["category"] == "server"
         finally:

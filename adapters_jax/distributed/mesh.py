@@ -115,6 +115,20 @@ def check_axes(names: Iterable[str]) -> None:
         )
 
 
+def mesh_of_flag(text: str | None, rows: int) -> Mesh | None:
+    """The mesh of a command's `--mesh`, over which batches of so many rows are split.
+
+    Raises:
+        ShardingError: the flag does not read, the devices are others, or the rows do not split.
+    """
+    if text is None:
+        return None
+    mesh = make_mesh(text)
+    check_axes(mesh.axis_names)
+    batch_sharding(rows, mesh)
+    return mesh
+
+
 def batch_parts(sizes: Mapping[str, int]) -> int:
     """The number of parts that a mesh with axes of these sizes splits a batch into."""
     return math.prod(sizes.get(name, 1) for name in BATCH)
@@ -161,7 +175,7 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
         >>> local_rows(8, make_mesh("data=-1"))
         slice(0, 8, None)
     """
-    where = _of_batch(rows, mesh).addressable_devices_indices_map((rows,))
+    where = batch_sharding(rows, mesh).addressable_devices_indices_map((rows,))
     # One range is enough: jax.make_mesh puts the devices of a process side by side.
     taken = [index[0].indices(rows) for index in where.values() if index is not None]
     return slice(min(start for start, _, _ in taken), max(stop for _, stop, _ in taken))
@@ -194,7 +208,7 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
         shape = np.shape(x)
         if not shape:
             return place(x, NamedSharding(mesh, P()))
-        sharding = _of_batch(shape[0] if rows is None else rows, mesh)
+        sharding = batch_sharding(shape[0] if rows is None else rows, mesh)
         if rows is None:
             return place(x, sharding)
         own = local_rows(rows, mesh)
@@ -208,7 +222,7 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
     return jax.tree.map(put, batch)
 
 
-def _of_batch(rows: int, mesh: Mesh) -> NamedSharding:
+def batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
     """The sharding of a batch; raises ShardingError where the parts do not divide its rows."""
     names, parts = tuple(n for n in BATCH if mesh.shape.get(n, 1) > 1), batch_parts(mesh.shape)
     if rows % parts:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 from adapters_jax.errors import UserError, shown
 from adapters_jax.methods.arrays import over_layers
 from adapters_jax.trace.mapping import vmap
+from adapters_jax.weights.meshes import groups_split, over_groups
 
 # Set while a model is traced under a vmap over adapters: for each prompt how many of its tokens
 # count, by the path of its attention module. Between `by_rows` and the methods and kernels that
@@ -203,6 +204,7 @@ def by_rows(run: Callable[[Any, Any, Any], Any], rows: Rows, inputs: Any, keys: 
         UserError: no input has as many rows.
     """
     groups, given = rows.groups, _Parts.of(inputs, rows.total)
+    axis = over_groups(groups)
     split = [i for i, axis in enumerate(given.axes) if axis >= 0]
     if not split:
         shapes = ", ".join(str(list(x.shape)) for x in given.leaves if jnp.ndim(x))
@@ -220,7 +222,7 @@ def by_rows(run: Callable[[Any, Any, Any], Any], rows: Rows, inputs: Any, keys: 
         leaves = list(given.leaves)
         for i, part in zip(split, parts, strict=True):
             leaves[i] = part
-        with mapping(lengths):
+        with mapping(lengths), groups_split(axis):
             y = run(adapters, _plain(jax.tree.unflatten(given.structure, leaves)), keys)
         if rows.grouped:
             y = jax.tree.map(lambda n: Grouped(n) if _has_rows(n) else n, y, is_leaf=_has_rows)
@@ -235,7 +237,7 @@ def by_rows(run: Callable[[Any, Any, Any], Any], rows: Rows, inputs: Any, keys: 
     # The base is in the closure of `run`, so vmap does not map it: its products stay those of the
     # whole batch, each with one read of the weights.
     given_rows = dict(rows.adapters), dict(rows.lengths)
-    outputs = vmap(one, in_axes=where)(*given_rows, own, parts)
+    outputs = vmap(one, where, axis)(*given_rows, own, parts)
     (made,) = found
     merged = [_merged(*each) for each in zip(outputs, made.axes, made.grouped, strict=True)]
     return jax.tree.unflatten(made.structure, merged)

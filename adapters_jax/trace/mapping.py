@@ -13,7 +13,9 @@ _PRODUCT = next(p for p in batching.fancy_primitive_batchers if p.name == "ragge
 _JAX_RULE = batching.fancy_primitive_batchers[_PRODUCT]
 
 
-def vmap(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+def vmap(
+    function: Callable[..., Any], in_axes: Any = 0, spmd_axis_name: str | None = None
+) -> Callable[..., Any]:
     """`jax.vmap`, which also maps rows in groups that meet weights without an axis of the map.
 
     Example:
@@ -23,7 +25,7 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         (2, 3, 5)
     """
     batching.fancy_primitive_batchers[_PRODUCT] = _mapped
-    return jax.vmap(function, in_axes)
+    return jax.vmap(function, in_axes, spmd_axis_name=spmd_axis_name)
 
 
 def _mapped(axis: Any, args: Any, dims: Any, **params: Any) -> tuple[Array, int]:

@@ -19,6 +19,8 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from adapters_jax.errors import UserError, check_size, shown
@@ -41,6 +43,7 @@ from adapters_jax.trees import (
     split_adapters,
     with_leaves,
 )
+from adapters_jax.weights.meshes import mesh_of
 
 _BASE = 0  # the place of the adapter that changes nothing
 
@@ -164,6 +167,8 @@ class Bank:
             )
         whole = {path: nn.meta.unbox(leaf) for path, leaf in whole.items()}
         self._idle = neutral(self.recipe, whole, known)
+        if mesh := mesh_of(whole):  # the adapters are whole on every device
+            self._idle = jax.device_put(self._idle, NamedSharding(mesh, P()))
         self._places = _Places(self._idle, capacity)
         self._prompts = [
             each.path for each in owners_of(self.recipe, list(self._idle)) if is_prompt(each)

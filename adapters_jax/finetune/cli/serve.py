@@ -75,6 +75,8 @@ class Serve(Command):
         rank: largest rank of the LoRA that clients train; other methods need a --room.
         stall: longest pause of a client while it sends its request or reads its answer, in seconds.
         dtype: dtype of the base's weights and arithmetic.
+        mesh: devices of this machine, as data=4,model=2; --rows are split over data and fsdp, the
+            base over fsdp and model; by default one device. For decoders.
         any_base: serve runs, with warnings, whose base had other files in training.
     """
 
@@ -93,7 +95,7 @@ class Serve(Command):
         "Adapters": ("name", "room", "adapters", "keep", "places"),
         "Training": ("train", "rank"),
         "Address": ("host", "port", "connections", "stall"),
-        "Work": ("rows", "context", "queue", "seconds", "dtype"),
+        "Work": ("rows", "context", "queue", "seconds", "dtype", "mesh"),
     }
     base: str
     runs: tuple[str, ...] = ()
@@ -113,6 +115,7 @@ class Serve(Command):
     connections: int = 512
     stall: float = 30.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: str | None = None
     any_base: bool = False
 
     @property
@@ -217,7 +220,7 @@ class Serve(Command):
         says: Says,
         stack: contextlib.ExitStack,
     ) -> Any:
-        """The paths of Tinker's protocol; `stack` closes what trains."""
+        """Tinker's protocol; `stack` closes what trains."""
         from adapters_jax.finetune.tenants import Tenants
         from adapters_jax.finetune.tinker.api import TrainingApi
         from adapters_jax.finetune.tinker.checkpoints import Checkpoints
@@ -239,10 +242,11 @@ class Serve(Command):
         stack.callback(tenants.close)
         says("compiling", "compiling the programs that train")
         tenants.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs that train"))
-        saved, bounds = Checkpoints(folder / "training"), Bounds(models=self.adapters)
+        saved = Checkpoints(folder / "training")
+        bounds = Bounds(models=self.adapters, polls=max(1, self.connections // 2))
         service = Service(api.reader, api.engine, tenants, saved, recipes, bounds, limits.seconds)
         names = tuple(dict.fromkeys((called, self.base)))
-        return TrainingApi(service, names, context, limits).routes()
+        return TrainingApi(service, names, context, limits)
 
     def _application(self, api: Api, called: str, limits: Limits, keys: Sequence[str]) -> Any:
         """The application, with its page."""
@@ -259,13 +263,14 @@ class Serve(Command):
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
     ) -> _Made:
         """The server of a decoder."""
+        from adapters_jax.distributed.mesh import mesh_of_flag
         from adapters_jax.finetune.compare.grid import read_candidate
         from adapters_jax.finetune.serving.adapters import DecoderBase, covering
         from adapters_jax.finetune.serving.completions import TextApi
         from adapters_jax.finetune.serving.engine import Engine, Sizes
         from adapters_jax.transforms.bank import Bank
 
-        base = DecoderBase(self.base, self.dtype)
+        base = DecoderBase(self.base, self.dtype, mesh_of_flag(self.mesh, self.rows))
         read = self._read(base, runs, kept)
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
@@ -298,6 +303,8 @@ class Serve(Command):
 
         if self.train:
             raise UserError(f"--train: {self.base} is an encoder; train adapters of a decoder")
+        if self.mesh is not None:
+            raise UserError(f"--mesh: {self.base} is an encoder, which one device serves")
         if self.room or not runs:
             raise UserError(
                 f"{self.base} is an encoder, whose server has room for adapters like its runs; "

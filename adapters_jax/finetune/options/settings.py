@@ -82,14 +82,9 @@ class Settings:
 
     def make_mesh(self, batch_size: int | None) -> Mesh | None:
         """Makes the mesh to train on; raises ShardingError if a batch does not split over it."""
-        from adapters_jax.distributed.mesh import check_axes, local_rows, make_mesh
+        from adapters_jax.distributed.mesh import mesh_of_flag
 
-        if self.mesh is None:
-            return None
-        mesh = make_mesh(self.mesh)
-        check_axes(mesh.axis_names)
-        local_rows(batch_size or 1, mesh)
-        return mesh
+        return mesh_of_flag(self.mesh, batch_size or 1)
 
 
 @dataclass(frozen=True)

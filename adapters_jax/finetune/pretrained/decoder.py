@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
+from jax.sharding import Mesh
 
 from adapters_jax.errors import BaseFileError, UserError, check_choice, shown
 from adapters_jax.files import untrusted
@@ -151,7 +152,11 @@ class PretrainedDecoder(DecoderTokenizer):
 
 
 def load_pretrained_decoder(
-    name: str, dtype: str = "float32", quantize: str | None = None, attention: str = "auto"
+    name: str,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    attention: str = "auto",
+    mesh: Mesh | None = None,
 ) -> PretrainedDecoder:
     """Loads a decoder.
 
@@ -161,6 +166,7 @@ def load_pretrained_decoder(
         dtype: the dtype of the weights, float32, bfloat16 or float16.
         quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
         attention: "auto", "dense" or "flash".
+        mesh: the devices that get the weights, each its part; None means the default device.
 
     Raises:
         UserError: files are absent, the checkpoint's family does not generate, or the blocks of
@@ -171,7 +177,7 @@ def load_pretrained_decoder(
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     reader = load_decoder_tokenizer(name)
     files = reader.files
-    config, model = reader.family.load(files, param_dtype=dtype, attention=attention)
+    config, model = reader.family.load(files, param_dtype=dtype, attention=attention, mesh=mesh)
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:

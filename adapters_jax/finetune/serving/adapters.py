@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from adapters_jax.adapting import adapt
 from adapters_jax.errors import UserError
@@ -81,6 +82,7 @@ class DecoderBase:
     Args:
         name: the decoder, as `load_pretrained_decoder` takes it.
         dtype: the dtype of its weights.
+        mesh: the devices that get the weights, each its part; None means the default device.
 
     Raises:
         UserError: it cannot be loaded, or an encoder reads its prompts.
@@ -89,9 +91,9 @@ class DecoderBase:
 
     files = frozenset(formats.every_file())
 
-    def __init__(self, name: str, dtype: str = "float32") -> None:
+    def __init__(self, name: str, dtype: str = "float32", mesh: Mesh | None = None) -> None:
         self._record = record_of(name)
-        self.decoder: PretrainedDecoder = load_pretrained_decoder(name, dtype)
+        self.decoder: PretrainedDecoder = load_pretrained_decoder(name, dtype, mesh=mesh)
         decoder, family = self.decoder, self.decoder.family
         if decoder.encodes:
             raise UserError(f"{name!r} reads prompts with an encoder; serve a decoder")

@@ -102,10 +102,10 @@ class Api:
         kept: where adapters that come later are kept; None keeps them in memory alone.
 
     Attributes:
-        training: the paths of what trains adapters, if anything does.
+        training: what trains adapters, if anything does: `routes()`, and whether it is `alive`.
     """
 
-    training: Sequence[Route] = ()
+    training: Any = None
 
     def __init__(
         self, base: Any, engine: Any, name: str, limits: Limits, kept: Kept | None = None
@@ -136,7 +136,7 @@ class Api:
 
     async def health(self, _: Request) -> Response:
         """Whether requests are answered; while the server compiles, the status is 503."""
-        alive = self.engine.alive
+        alive = self.engine.alive and (self.training is None or self.training.alive)
         return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
     async def live(self, request: Request) -> Response:
@@ -315,7 +315,7 @@ def application(api: Any, page: str, limits: Limits, keys: Sequence[str] = ()) -
             Route("/", show_page),
             Route("/openapi.json", describe),
             *api.routes(),
-            *api.training,
+            *(api.training.routes() if api.training else ()),
         ],
         middleware=[Middleware(Guard, limits=limits, keys=keys, requests=api.metrics.requests)],
         exception_handlers=dict.fromkeys((UserError, HTTPException, ClientDisconnect), _refuse),

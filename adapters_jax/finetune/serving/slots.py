@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from adapters_jax.distributed.mesh import batch_sharding, shard_batch
 from adapters_jax.finetune.models.parts.cache import Cache, Kept
 from adapters_jax.finetune.serving.choosing import (
     Choice,
@@ -32,10 +34,13 @@ from adapters_jax.methods.mixed import Rows
 from adapters_jax.trace.mapping import vmap
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
+from adapters_jax.weights.meshes import groups_split, mesh_of, on_mesh, over_groups
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["adapters", "base"], meta_fields=["graphdef"]
+    jax.tree_util.register_dataclass,
+    data_fields=["adapters", "base"],
+    meta_fields=["graphdef", "mesh"],
 )
 @dataclass(frozen=True)
 class _Model:
@@ -44,6 +49,7 @@ class _Model:
     graphdef: Any
     adapters: Any
     base: Any
+    mesh: Mesh | None
 
     def merged(self) -> Any:
         # Otherwise nnx.merge shares Variables with the state, and a trace writes into them.
@@ -66,6 +72,7 @@ class Slots:
         self.rows, self.context, self.pieces = rows, context, tuple(pieces)
         # A piece begins at a multiple of the longest one, so none is longer than what is left.
         whole = -(-context // pieces[-1]) * pieces[-1]
+        mesh = mesh_of(nnx.state(bank.model))
         # A step's attention costs as much as the cache is wide, so it sees no more than it needs.
         self._widths = sorted({max(1, whole // 4), max(1, whole // 2), whole})
         self._used = [0] * rows
@@ -81,10 +88,12 @@ class Slots:
         self._caches = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one)
         sizes = rows, bank.model.config.vocab_size
         self._marks = Marks(jnp.zeros(sizes, jnp.int32), jnp.zeros(sizes, jnp.float32))
+        if mesh is not None:
+            self._caches, self._marks = shard_batch((self._caches, self._marks), mesh)
         self._words = -(-sizes[1] // 32)
         # Made once, so that steps without grammars send nothing to the device.
         self._any = {n: jnp.full((n, self._words), -1, jnp.int32) for n in (1, rows)}
-        self.bank, self._model = bank, _Model(*bank.split)
+        self.bank, self._model = bank, _Model(*bank.split, mesh)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
 
     def read(
@@ -206,7 +215,7 @@ class Slots:
         n = found[source] // self.pieces[-1] * self.pieces[-1]
         if not n or not self._cuts:
             return 0
-        self._caches = _copied(self._caches, np.array([source, row, n], np.int32))
+        self._caches = _copied(self._caches, np.array([source, row, n], np.int32), self._model.mesh)
         self._begun[row], self._open[row], self._used[row] = wanted[:n], True, n
         self._asked[source] = self._asked[row] = next(self._turns)
         return n
@@ -217,7 +226,7 @@ class Slots:
             bias = np.zeros(self._marks.bias.shape[1], np.float32)
             for token, value in choice.bias:
                 bias[token] += value
-            self._marks = _marked(self._marks, np.int32(row), bias)
+            self._marks = _marked(self._marks, np.int32(row), bias, self._model.mesh)
 
     def step(
         self,
@@ -286,7 +295,7 @@ class Slots:
             self.step([0] * self.rows, [None] * self.rows, [Choice()] * self.rows)
             compiled(n, programs)
         if self._cuts:
-            self._caches = _copied(self._caches, np.array([0, 0, 0], np.int32))
+            self._caches = _copied(self._caches, np.zeros(3, np.int32), self._model.mesh)
             compiled(programs, programs)
         self._used, self._begun = [0] * self.rows, [[] for _ in range(self.rows)]
 
@@ -323,8 +332,12 @@ def _step(
         logits = decoder.logits(hidden[:, 0], **given)[0]
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
-    logits, caches = vmap(one)(caches, ids, live, rows, gate)
+    with on_mesh(model.mesh):
+        axis = over_groups(len(ids))
+        with groups_split(axis):
+            logits, caches = vmap(one, 0, axis)(caches, ids, live, rows, gate)
     marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
+    caches, marks = _split((caches, marks), model.mesh)
     return caches, marks, choose(logits, feed, lambda: marks, allowed)
 
 
@@ -348,7 +361,8 @@ def _read(
     # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
     old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
     mask = jnp.arange(len(ids)) < count
-    hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
+    with on_mesh(model.mesh):
+        hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
     logits = decoder.logits(hidden[:, count - 1], adapters=rows, **last)
     new = new._replace(used=old.used + count)
 
@@ -360,22 +374,33 @@ def _read(
     seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
     caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
     marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
+    caches, marks = _split((caches, marks), model.mesh)
     token = choose(logits, feed, lambda: jax.tree.map(lambda x: x[row][None], marks), allowed)
     return caches, marks, token, seen
 
 
-@partial(jax.jit, donate_argnames="marks")
-def _marked(marks: Marks, row: Int[Array, ""], bias: Float[Array, " vocab"]) -> Marks:
+@partial(jax.jit, donate_argnames="marks", static_argnames="mesh")
+def _marked(
+    marks: Marks, row: Int[Array, ""], bias: Float[Array, " vocab"], mesh: Mesh | None
+) -> Marks:
     """The marks with a row that has a bias and no tokens."""
-    return Marks(marks.counts.at[row].set(0), marks.bias.at[row].set(bias))
+    return _split(Marks(marks.counts.at[row].set(0), marks.bias.at[row].set(bias)), mesh)
 
 
-@partial(jax.jit, donate_argnames="caches")
-def _copied(caches: Cache, place: Int[Array, "3"]) -> Cache:
+@partial(jax.jit, donate_argnames="caches", static_argnames="mesh")
+def _copied(caches: Cache, place: Int[Array, "3"], mesh: Mesh | None) -> Cache:
     """The caches with the first tokens of one row in another."""
     source, row, n = place
     part = jax.tree.map(lambda x: x[source], caches).until(n)
-    return jax.tree.map(lambda x, y: x.at[row].set(y), caches, part)
+    return _split(jax.tree.map(lambda x, y: x.at[row].set(y), caches, part), mesh)
+
+
+def _split(rows: Any, mesh: Mesh | None) -> Any:
+    """Arrays of all rows, split over the mesh as they were before: so nothing compiles again."""
+    if mesh is None:
+        return rows
+    n = jax.tree.leaves(rows)[0].shape[0]
+    return jax.lax.with_sharding_constraint(rows, batch_sharding(n, mesh))
 
 
 # A token, and the adapter that acted when it was read; None is the base. An adapter that is gone

@@ -6,6 +6,7 @@ that has no place on the device waits on the host, and takes the place of the on
 least recently.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.adapting import adapt
+from adapters_jax.distributed.mesh import batch_parts
 from adapters_jax.errors import MismatchError, RecipeError, UserError, check_size, shown
 from adapters_jax.finetune.tenants.places import Places
 from adapters_jax.finetune.tenants.programs import Batch, Programs, Stack
@@ -38,6 +40,7 @@ from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.trees import leaves_by_path
+from adapters_jax.weights.meshes import mesh_of
 
 _CLOSED = "the engine is closed"
 
@@ -55,6 +58,8 @@ class Tenants:
 
     Args:
         model: the base, an NNX decoder without adapters. Its arrays are shared and never changed.
+            On a mesh (see `aj.shard`) rows are split over `data` and `fsdp`, and every device has
+            the adapters whole.
         recipe: the largest of everything: ranks, widths, targets, as for `aj.Bank`.
         places: how many tenants are on the device at a time; any number more waits on the host.
         rows: the largest number of rows in a program.
@@ -66,8 +71,8 @@ class Tenants:
         vocabulary: the number of tokens that the model knows.
 
     Raises:
-        UserError: the model is no decoder, a size is not a positive whole number, or `group` does
-            not divide `rows`.
+        UserError: the model is no decoder, a size is not a positive whole number, or `group` or
+            the parts of the mesh do not divide `rows`.
         RecipeError: a method of the recipe has dropout, or acts from some tokens on; or the recipe
             does not fit the model or a bank.
 
@@ -113,6 +118,13 @@ class Tenants:
         _check_trainable(self.recipe)
         self.vocabulary: int = model.config.vocab_size  # type: ignore[attr-defined]
         self._base = nnx.split(model)
+        mesh = mesh_of(self._base[1])
+        parts = 1 if mesh is None else batch_parts(mesh.shape)
+        if rows % parts:
+            raise UserError(
+                f"Tenants: rows={rows} do not split into {parts} parts, as many as the base's mesh "
+                f"splits rows into; give a multiple of {parts}"
+            )
         adapted = adapt(model, self.recipe, rngs=nnx.Rngs(0), example_inputs=_EXAMPLE)
         # A bank for its model, in which each row has its own adapter; its places are not used.
         split = Bank(adapted, capacity=1).split
@@ -121,7 +133,7 @@ class Tenants:
             split,
             room,
             places=places,
-            sizes=sorted({1, rows // group}),
+            sizes=sorted({math.lcm(group, parts) // group, rows // group}),
             each=group,
             lengths=self.lengths,
         )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from adapters_jax.finetune.tenants.losses import Given, token_losses
@@ -20,6 +22,7 @@ from adapters_jax.finetune.tenants.requests import Adam
 from adapters_jax.finetune.tenants.rooms import Fit, Room
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.training.losses.chunked import token_log_probs
+from adapters_jax.weights.meshes import mesh_of, on_mesh
 
 Leaves = dict[str, Array]
 
@@ -128,6 +131,7 @@ class Programs:
         lengths: Sequence[int],
     ) -> None:
         self._graphdef, self._adapter, self._base = split
+        self._mesh = mesh_of(self._base)
         self.room, self.places, self.each = room, places, each
         self.sizes, self.lengths = tuple(sizes), tuple(lengths)
         self.tables = Tables.empty(room, places + 1)
@@ -137,12 +141,13 @@ class Programs:
     def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
         """Makes the arrays and compiles every program; `compiled` is called after each."""
         idle = {path: x.astype(np.float32) for path, x in self.room.idle.items()}
-        self._stack = jax.jit(self._idle)(idle)
+        whole = None if self._mesh is None else NamedSharding(self._mesh, P())
+        self._stack = jax.jit(self._idle, out_shardings=whole)(idle)
         stack, tables, sizes = self._stack, self.tables, self.tables.sizes
-        whole, place = self._padded(Stack({}, {}, {}, {})), np.int32(0)
+        mine, place = self._padded(Stack({}, {}, {}, {})), np.int32(0)
         jobs: dict[Any, tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]] = {
             "step": (self._steps, (0,), (stack, sizes, Steps.of(self.places, []))),
-            "write": (self._written, (0,), (stack, whole, place)),
+            "write": (self._written, (0,), (stack, mine, place)),
             "read": (self._taken, (), (stack, place)),
         }
         for groups, length in itertools.product(self.sizes, self.lengths):
@@ -152,7 +157,9 @@ class Programs:
             jobs[groups, length, True] = self._backward, (0,), (stack.grads, *given)
         # Ahead of time, so that a call of other shapes fails where it would compile anew.
         for n, (name, (run, donated, given)) in enumerate(jobs.items(), 1):
-            self._compiled[name] = jax.jit(run, donate_argnums=donated).lower(*given).compile()
+            jitted = jax.jit(run, donate_argnums=donated, out_shardings=whole)
+            with on_mesh(self._mesh):  # over which the model splits the rows
+                self._compiled[name] = jitted.lower(*given).compile()
             compiled(n, len(jobs))
 
     def run(self, batch: Batch, backward: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,6 @@ from adapters_jax.finetune.serving.schemas import parsed
 from adapters_jax.finetune.tinker import wire
 from adapters_jax.finetune.tinker.archives import Archives
 from adapters_jax.finetune.tinker.bodies import Reader, lora_in, owner_of
-from adapters_jax.finetune.tinker.futures import waited
 from adapters_jax.finetune.tinker.sampling import asked
 from adapters_jax.finetune.tinker.service import Model, Service
 
@@ -82,11 +81,16 @@ class TrainingApi:
             *Archives(self._do, self._names[0], self._reader).routes(),
         ]
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._do.alive
+
     # The server and its sessions
 
     async def health(self, _: Request) -> Response:
         """Whether requests are answered."""
-        alive = self._do.alive
+        alive = self.alive
         return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
     async def config(self, _: Request) -> Response:
@@ -296,7 +300,7 @@ class TrainingApi:
         entry = self._do.futures.find(owner_of(request), body.request_id)
         if entry is None:
             raise HTTPException(410, _FORGOTTEN)
-        if not await waited(entry.done, _PATIENCE):
+        if not await self._do.futures.wait(owner_of(request), entry.done, _PATIENCE):
             more = {"request_id": entry.id, "queue_state": "active"}
             return JSONResponse({"type": "try_again", **more})
         if not entry.kind:

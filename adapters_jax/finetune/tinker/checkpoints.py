@@ -39,6 +39,7 @@ from adapters_jax.trees import flatten, unflatten
 _log = logging.getLogger(__name__)
 KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _ABOUT, _OPTIMIZER = "checkpoint.json", "optimizer.safetensors"
+_SPARE = 2**28  # bytes of the disk that no checkpoint takes
 _CENTURY = 100 * 365 * 86_400
 
 
@@ -153,7 +154,8 @@ class Checkpoints:
             overwrite: whether one of the same name is replaced.
 
         Raises:
-            UserError: it cannot have this name, or the key has too many bytes already.
+            UserError: it cannot have this name, the key has too many bytes already, or the disk
+                has no room to spare.
             FileSystemError: the disk is full or cannot be written; nothing of it is left.
         """
         if not matches_name(name):
@@ -181,6 +183,12 @@ class Checkpoints:
                     raise UserError(
                         f"the checkpoints of this key would have {used + size} bytes, expected at "
                         f"most {self._most}; delete some"
+                    )
+                free = shutil.disk_usage(self._directory).free
+                if size > free - _SPARE:
+                    raise UserError(
+                        f"the server's disk has {free} bytes left, of which {_SPARE} are kept, and "
+                        f"the checkpoint has {size}; delete some, or ask who runs it for room"
                     )
                 values = {**about, "owner": owner, "model": model, "time": _now(), "size": size}
                 write_directory(folder, {**files, _ABOUT: json.dumps(values).encode()})

@@ -32,6 +32,7 @@ class Bounds:
         models: models that train.
         samplers: sampling sessions; the one that was used least recently makes room.
         sessions: sessions; the one that has been silent for longest makes room.
+        polls: questions that wait for an answer, each of which holds a connection.
     """
 
     futures: int = 8192
@@ -41,6 +42,7 @@ class Bounds:
     models: int = 32
     samplers: int = 64
     sessions: int = 1024
+    polls: int = 256
 
 
 @dataclass(eq=False)
@@ -73,6 +75,7 @@ class _Owner:
     ended: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
     tokens: int = 0
     bytes: int = 0
+    polls: int = 0
 
 
 @dataclass
@@ -186,6 +189,23 @@ class Futures:
         # Also where the list of its sampling session still names it, or somebody waits for it.
         entry.data, entry.kind = b"", ""
 
+    async def wait(self, owner: str, event: asyncio.Event, seconds: float) -> bool:
+        """Whether an event comes within some seconds.
+
+        Raises:
+            BusyError: as many questions of this key wait as may.
+        """
+        if event.is_set() or seconds <= 0:
+            return event.is_set()
+        own = self._owners.setdefault(owner, _Owner())
+        if own.polls >= self._bounds.polls:
+            raise BusyError(f"{own.polls} questions of this key wait, the most; ask again later")
+        own.polls += 1
+        try:
+            return await waited(event, seconds)
+        finally:
+            own.polls -= 1
+
     async def ended(self, owner: str, target: str, cursor: int, seconds: float) -> dict[str, Any]:
         """The requests of a sampling session that ended since a cursor, once there are some."""
         if seconds > 0:
@@ -195,7 +215,7 @@ class Futures:
         found.trim(cursor)
         if not found.ids:
             found.more.clear()
-            await waited(found.more, seconds)
+            await self.wait(owner, found.more, seconds)
         rows: list[dict[str, Any]] = []
         for entry in found.ids:
             size = {} if entry.failed else {"response_payload_uncompressed_size": len(entry.data)}

@@ -24,13 +24,24 @@ class Recipes:
 
     Attributes:
         largest: LoRA of that rank on every weight that a client can ask for.
+
+    Raises:
+        UserError: a weight has a smaller side than the rank.
     """
 
     def __init__(self, base: DecoderBase, rank: int) -> None:
-        everything = Recipe(LoRA("**", rank, ALPHA))
-        owners = owners_of(everything, list(base.planned(everything).leaves))
+        everything = Recipe(LoRA("**", 1, ALPHA))
+        leaves = base.planned(everything).leaves
+        owners = owners_of(everything, list(leaves))
         # The rows of a table that texts are looked up in are no layer that Tinker adapts.
-        paths = [owner.path for owner in owners if not owner.path.startswith("embeddings")]
+        owners = [owner for owner in owners if not owner.path.startswith("embeddings")]
+        sides = {x.path: min(leaves[path].size for path in x.paths().values()) for x in owners}
+        least = min(sides, key=lambda path: sides[path])
+        if rank > sides[least]:
+            raise UserError(
+                f"--rank {rank}: expected at most {sides[least]}, the smaller side of {least}"
+            )
+        paths = [*sides]
         self._parts: dict[str, list[str]] = {"attn": [], "mlp": [], "unembed": []}
         for path in paths:
             part = "attn" if "/attention/" in path else "mlp" if "/" in path else "unembed"
