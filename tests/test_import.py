@@ -46,7 +46,8 @@ def command(tmp_path):
 @pytest.mark.parametrize(
     ("model", "adapters"),
     [
-        ("Llama-3.2-1B-Instruct", 16 * 4 * (2 * 2048 + 2048 + 512)),
+        # Of all linear layers: queries and outputs, keys and values, the feed-forward layers.
+        ("Llama-3.2-1B-Instruct", 16 * 4 * (2 * 2 * 2048 + 2 * 2560 + 3 * (2048 + 8192))),
         ("minilm", 12 * 4 * (384 + 384)),  # a pinned model, which is not in the cache
         ("here", 24 * 4 * (768 + 768)),
     ],

@@ -16,7 +16,6 @@ from adapters_jax.finetune.options.flags import flag
 from adapters_jax.finetune.options.method import SIZES, MethodOptions
 from adapters_jax.finetune.options.optimizer import MOST_EPOCHS, OptimizerOptions
 from adapters_jax.finetune.runs.loop import Training
-from adapters_jax.finetune.shapes import count_parameters
 from adapters_jax.finetune.tasks.base import Problem
 from adapters_jax.training.step import make_train_step
 
@@ -78,6 +77,8 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
     def of(size: int) -> MethodOptions:
         fields: dict[str, Any] = {name: size}
         return replace(method, **fields)
+
+    from adapters_jax.finetune.shapes import count_parameters  # which reads all formats' names
 
     one, two = (count_parameters(model, of(size)) for size in (1, 2))
     base = one.frozen_parameters + one.trainable_parameters - one.adapter_parameters
