@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
-DECODER = "--model smollm2-135m --held-out 50 --limit 300"
+DECODER = "--model smollm2-135m --method houlsby --held-out 50 --limit 300"
 
 
 @dataclass(frozen=True)

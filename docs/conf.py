@@ -71,7 +71,7 @@ importlib.import_module("docs.flags").write(HERE / "commands")
 
 def _moved(app: Any, page: str, source: list[str]) -> None:
     """Links to the results lead to the copies of them."""
-    source[0] = re.sub(r"(\.\./)*benchmarks/results/", r"/measured/", source[0])
+    source[0] = re.sub(r"\]\((\.\./)*benchmarks/results/", "](/measured/", source[0])
 
 
 def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

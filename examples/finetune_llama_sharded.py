@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="directory, GGUF file or Hub id; a toy by default")
     parser.add_argument("--text", default=__file__, help="UTF-8 text to learn")
-    parser.add_argument("--mesh", default="data=-1", help="axes: data, fsdp and model")
+    parser.add_argument("--mesh", default="data=-1", help="axes: slice, data, fsdp and model")
     parser.add_argument("--run", type=Path, default=Path("runs/sharded"), help="its directory")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, over all hosts")

@@ -418,7 +418,7 @@ TRAIN = "finetune --model tiny --train rows.csv --prompt mr --completion ref --m
         (
             f"{TRAIN} --rank 4 --prompt-length 3",
             UserError,
-            ["--rank", "--prompt-length", "--method houlsby", "--bottleneck-dim"],
+            ["--prompt-length", "--method lora", "--alpha"],
         ),
         (f"{TRAIN} --held-out 0", UserError, ["--held-out=0", 1]),
         (f"{TRAIN} --exact-match -1", UserError, ["--exact-match -1", 0]),

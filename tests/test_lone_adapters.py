@@ -54,6 +54,8 @@ def flags_of(place, name, *flags):
         "--batch-size",
         2,
     ) * decoder
+    if "--train" in flags:
+        rows = ("--batch-size", 16)
     rows = rows or ("--train", place / "reviews.jsonl", "--text", "review", "--batch-size", 16)
     own = ("--model", place / ("llama" if decoder else "tiny"), "--runs", place, "--name", name)
     shared = (

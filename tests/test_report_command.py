@@ -157,7 +157,8 @@ def test_a_comparison_is_written_anew(tmp_path):
     ]
     assert command_of(found.sections["The same again"][0]).out.name == "out"
     assert (
-        command_of(found.sections["The best on dev, trained alone"][0]).data.train.name == "b.csv"
+        command_of(found.sections["The best on dev, trained alone"][0]).data.train[0].name
+        == "b.csv"
     )
     assert "How to use it" not in found.sections  # the cells are not there
     assert "A note." in found.words and "hu2021lora" in found.sections["How to cite it"][0]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -231,6 +232,18 @@ def test_rules_that_do_not_fit_name_the_parameter(rules, data):
         layout({"q": {"kernel": shape(8, 6)}}, MESH, rules)
     with raises(aj.TargetError, "sharding rules", "'qq/*'"):
         layout({"q": {"kernel": shape(8, 6)}}, MESH, {"qq/*": P()})
+
+
+def test_hosts_of_gpus_are_no_slices_and_those_of_tpus_are(monkeypatch):
+    """Both kinds of devices have the number `slice_index`."""
+
+    def devices(platform):
+        return [SimpleNamespace(platform=platform, slice_index=i // 2) for i in range(4)]
+
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, *_, **__: (names, sizes))
+    assert make_mesh("fsdp=-1", devices("gpu")) == (("fsdp",), (4,))
+    with raises(ShardingError, "2 slices", "slice=2,fsdp=-1"):
+        make_mesh("fsdp=-1", devices("tpu"))
 
 
 def test_meshes_that_do_not_fit_the_devices():

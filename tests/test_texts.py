@@ -162,7 +162,9 @@ def test_a_page_and_a_picture_of_such_names(tmp_path):
 def test_the_page_and_the_errors_of_a_server():
     message = failure(400, CLEAR)["error"]["message"]
     assert not HARMFUL.search(message) and "\\u202edesrever" in message
-    page = pages.render("serve", title=CLEAR, base=CLEAR, key=True, hidden=HIDDEN.pattern)
+    page = pages.render(
+        "serve", title=CLEAR, base=CLEAR, key=True, chat=True, hidden=HIDDEN.pattern
+    )
     assert not HARMFUL.search(page)
     (pattern,) = re.findall(r"new RegExp\((\".*?\"), \"gu\"\)", page)  # of what models write
     assert json.loads(pattern) == HIDDEN.pattern

@@ -38,7 +38,7 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
 
     Raises:
         ShardingError: the text has another form, or the product of the sizes is not the number of
-            devices; or `slice` is not the number of their slices.
+            devices; or they are in several slices, and `slice` is not their number.
 
     Example:
         >>> make_mesh("data=-1,model=1").axis_names
@@ -64,7 +64,8 @@ def make_mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device] | Non
     # Auto axes leave the choice to GSPMD. With explicit ones, which jax may make by default, every
     # operation of a model would have to fit the shardings of its inputs.
     kinds = (AxisType.Auto,) * len(sizes)
-    slices = {getattr(device, "slice_index", 0) for device in devices}  # of TPUs alone
+    # GPUs have this number too, one for each host, but no slower network between slices.
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
     if len(slices) > 1:
         if sizes.get(SLICE) != len(slices):
             raise ShardingError(

@@ -33,7 +33,7 @@ def encoder_run(flags=LORA, name="reviews"):
     return finished_run(f"{REVIEWS} {flags} --name {name}", {"accuracy": 0.75, "f1": 0.8})
 
 
-def decoder_run(flags=LORA, name="meanings"):
+def decoder_run(flags=f"{LORA} --targets **/{{query,value}}", name="meanings"):
     """Makes a run on a tiny Llama in the current directory; returns its path."""
     if not Path("llama").exists():
         write_llama(Path("llama"))

@@ -18,6 +18,8 @@ from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.command import Command
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from adapters_jax.finetune.serving.adapters import Read
     from adapters_jax.finetune.serving.api import Api
     from adapters_jax.finetune.serving.engine import Engine
@@ -221,6 +223,7 @@ class Serve(Command):
         stack: contextlib.ExitStack,
     ) -> Any:
         """Tinker's protocol; `stack` closes what trains."""
+        from adapters_jax.distributed.mesh import mesh_of_flag
         from adapters_jax.finetune.tenants import Tenants
         from adapters_jax.finetune.tinker.api import TrainingApi
         from adapters_jax.finetune.tinker.checkpoints import Checkpoints
@@ -236,7 +239,7 @@ class Serve(Command):
             largest,
             places=min(self._on_device, _TRAINING),
             rows=self.rows,
-            group=math.gcd(self.rows, 4),
+            group=_group(self.rows, mesh_of_flag(self.mesh, self.rows)),
             lengths=sorted({max(1, context // n) for n in (8, 4, 2, 1)}),
         )
         stack.callback(tenants.close)
@@ -276,7 +279,7 @@ class Serve(Command):
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
 
         def build(text: str) -> Recipe:
-            return read_candidate(text).method.build(**layers)
+            return read_candidate(text).method.on("decoder").build(**layers)
 
         recipes, built = None, [build(text) for text in texts]
         if self.train:
@@ -355,6 +358,19 @@ class Serve(Command):
         if len(named) > self.adapters:
             raise UserError(f"--adapters {self.adapters}: there are {len(named)} runs; raise it")
         return named
+
+
+def _group(rows: int, mesh: Mesh | None) -> int:
+    """The rows of a group of the programs that train, so that a mesh splits them.
+
+    Groups are split over one axis of rows; over two, the rows of each group are.
+    """
+    from adapters_jax.weights.meshes import BATCH
+
+    split = [mesh.shape[name] for name in BATCH if mesh.shape.get(name, 1) > 1] if mesh else []
+    if len(split) == 1:
+        return math.gcd(rows // split[0], 4)
+    return math.gcd(rows, max(4, math.prod(split)))
 
 
 def _together(make: Callable[[], Any]) -> Any:

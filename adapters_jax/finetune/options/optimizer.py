@@ -37,8 +37,9 @@ class OptimizerOptions:
     """How to train: by default AdamW, with a linear warm-up and a linear decay to zero.
 
     Args:
-        learning_rate: the highest learning rate; by default the method's own, and for an m of
-            --bottleneck-dim above 64 that times sqrt(64 / m).
+        learning_rate: the highest learning rate; by default the method's own, of lora on a decoder
+            5e-4 (2000 / width)^0.781, and for an m of --bottleneck-dim above 64 that times
+            sqrt(64 / m).
         head_learning_rate: learning rate of an encoder's head, which starts from random values; by
             default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by

@@ -129,11 +129,13 @@ class Tenants:
         # A bank for its model, in which each row has its own adapter; its places are not used.
         split = Bank(adapted, capacity=1).split
         room = Room.of(self.recipe, leaves_by_path(split[1]))
+        groups = rows // group
+        least = parts if groups % parts == 0 else math.lcm(group, parts) // group
         self._programs = Programs(
             split,
             room,
             places=places,
-            sizes=sorted({math.lcm(group, parts) // group, rows // group}),
+            sizes=sorted({least, groups}),
             each=group,
             lengths=self.lengths,
         )

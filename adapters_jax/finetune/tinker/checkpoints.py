@@ -184,7 +184,9 @@ class Checkpoints:
                         f"the checkpoints of this key would have {used + size} bytes, expected at "
                         f"most {self._most}; delete some"
                     )
-                free = shutil.disk_usage(self._directory).free
+                with file_errors(self._directory, "read"):
+                    self._directory.mkdir(parents=True, exist_ok=True)
+                    free = shutil.disk_usage(self._directory).free
                 if size > free - _SPARE:
                     raise UserError(
                         f"the server's disk has {free} bytes left, of which {_SPARE} are kept, and "

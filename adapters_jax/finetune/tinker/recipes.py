@@ -11,6 +11,8 @@ from adapters_jax.methods import LoRA
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.fitting import owners_of
 
+# Products of a few outputs, which are no layers that Tinker adapts.
+_SMALL = {"router", "shared_gate", "beta", "decay", "beta_decay"}
 ALPHA = 32.0  # of Tinker's LoRA at every rank; the client has no setting for it
 KEY = "recipe"  # in what the client says of a model
 
@@ -34,7 +36,8 @@ class Recipes:
         leaves = base.planned(everything).leaves
         owners = owners_of(everything, list(leaves))
         # The rows of a table that texts are looked up in are no layer that Tinker adapts.
-        owners = [owner for owner in owners if not owner.path.startswith("embeddings")]
+        owners = [x for x in owners if not x.path.startswith("embeddings")]
+        owners = [x for x in owners if x.path.rpartition("/")[2] not in _SMALL]
         sides = {x.path: min(leaves[path].size for path in x.paths().values()) for x in owners}
         least = min(sides, key=lambda path: sides[path])
         if rank > sides[least]:
