@@ -55,7 +55,7 @@ def flags_of(place, name, *flags):
         2,
     ) * decoder
     if "--train" in flags:
-        rows = ("--batch-size", 16)
+        rows = ("--text", "review", "--batch-size", 16)
     rows = rows or ("--train", place / "reviews.jsonl", "--text", "review", "--batch-size", 16)
     own = ("--model", place / ("llama" if decoder else "tiny"), "--runs", place, "--name", name)
     shared = (

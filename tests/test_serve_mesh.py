@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers.commands import command_raises
 from helpers.tiny import write_llama
 
 from adapters_jax.distributed.mesh import ShardingError
+from adapters_jax.finetune.cli import serve
 from adapters_jax.finetune.cli.main import main
 
 HERE = Path(__file__).parent
@@ -78,3 +80,18 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path, mesh, error, data):
     base = write_llama(tmp_path / "llama")
     with command_raises(error, *data):
         assert main(["serve", str(base), "--port", "0", "--mesh", mesh]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "axes", "group"),
+    [
+        (16, None, 4),
+        (6, None, 2),
+        (16, {"data": 4, "model": 2}, 4),
+        (16, {"data": 8}, 2),  # eight groups, one a device
+        (8, {"fsdp": 8}, 1),
+        (16, {"data": 2, "fsdp": 4}, 8),  # whose rows are split
+    ],
+)
+def test_a_mesh_splits_the_groups_of_rows_or_the_rows_of_a_group(rows, axes, group):
+    assert serve._group(rows, axes and SimpleNamespace(shape=axes)) == group
