@@ -21,13 +21,15 @@ from adapters_jax.finetune.compare.grid import read_candidate
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
-_DECODER = "--no-chat --template {{prompt}}\\n --held-out 100 --exact-match 0 --max-length"
 SETS = {
     "movies": "",
     "cola": "--glue cola --data {}/cola",
     "stsb": "--glue stsb --data {}/stsb",
     "wnut17": "--task token-classification --train {0}/wnut17/wnut17train.conll "
     "--dev {0}/wnut17/emerging.dev.conll",
+}
+_DECODER = "--no-chat --template {{prompt}}\\n --held-out 100 --exact-match 0 --max-length"
+TEXTS = {  # of decoders
     "e2e": f"--train {{0}}/e2e/devset.csv --prompt mr --completion ref {_DECODER} 128",
     "gsm8k": f"--train {{0}}/gsm8k/test.jsonl --prompt question --completion answer {_DECODER} 256",
     "wikitext2": "--train {0}/wikitext2/valid.txt --test {0}/wikitext2/test.txt --text text "
@@ -40,7 +42,7 @@ class Cells:
     """Trainings of one recipe.
 
     Attributes:
-        data: a key of `SETS`.
+        data: a key of `SETS` or `TEXTS`.
         rows: the number of training rows.
         recipe: the recipe, as `adapters-jax compare --recipes` takes it.
         rates: the learning rates; none are that of the recipe's preset.
@@ -99,7 +101,7 @@ class Cells:
         recipe = self.recipe
         if self.rates:
             recipe = " ".join([recipe, "--learning-rates", *(f"{rate:g}" for rate in self.rates)])
-        flags = [*SETS[self.data].format(DATA).split(), "--limit", str(self.rows)]
+        flags = [*(SETS | TEXTS)[self.data].format(DATA).split(), "--limit", str(self.rows)]
         flags += [] if self.passes is None else ["--epochs", f"{self.passes:g}"]
         flags += ["--model", self.base] if self.base else []
         flags += ["--batch-size", str(self.batch)] if self.batch else []

@@ -358,3 +358,21 @@ def test_a_fusion_is_compared_with_the_best_single_adapter(tmp_path, monkeypatch
     again = Report("fusion", "", tmp_path)
     fusion.run(again, False)
     assert not trained and again.rows == report.rows
+
+
+def test_cells_of_bases_and_batches_are_apart_and_a_lower_perplexity_is_better(tmp_path):
+    row = {"rows": 8, "passes": 1.0, "data": "e2e", "recipe": "lora", "learning_rate": 1e-3}
+    row |= {"seed": 0, "dev": {"perplexity": 4.0}, "test": {"perplexity": 5.0}}
+    named = {"base": "llama", "batch": 4}
+    lines = [row, row | named, row | named | {"dev": {}, "test": {}, "seed": 1}]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = cells.read(tmp_path / "cells.jsonl")
+    assert rows[1]["score"] == {"dev": -math.log(4.0), "test": -math.log(5.0)}
+    assert rows[2]["score"] == {"dev": -math.inf, "test": -math.inf}  # it diverged
+    plain = cells.Cells("e2e", 8, "lora", (1e-3,), 1.0)
+    assert plain.of(rows) == rows[:1]
+    mine = replace(plain, base="llama", batch=4)
+    assert mine.of(rows) == rows[1:2] and replace(mine, batch=2).of(rows) == []
+    assert plain.name != mine.name
+    assert mine.flags()[-8:-4] == ["--model", "llama", "--batch-size", "4"]
+    assert "{prompt}\\n" in mine.flags()
