@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.config import read_options
 from adapters_jax.finetune.runs.prepare import prepare_run, resume_run
 from adapters_jax.finetune.tasks.base import TrainedHead, Untrained
 
@@ -111,6 +113,11 @@ def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
         attention = {f"attention/{name}" for name in ("query", "key", "value", "output")}
         assert adapted == names if narrow else adapted == names | attention
     job.run.unlock(job.lock)
+
+
+def test_a_method_that_older_runs_store_beside_a_recipe_is_none(tmp_path):
+    stored = {"options": {"method": {"method": "houlsby", "recipe": "mine.json"}}}
+    assert read_options(Run(tmp_path), stored).method == MethodOptions(recipe=Path("mine.json"))
 
 
 @pytest.fixture

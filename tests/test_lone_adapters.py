@@ -149,6 +149,7 @@ def test_another_recipe_or_base_is_refused(place):
     refused(AdapterMismatchError, four, "lora/a is [32, 2] there and [32, 4] in this run")
     refused(AdapterMismatchError, LORA[:4], "query", "the scale is 3 there and 1 in this run")
     refused(AdapterMismatchError, [*LORA, "--dora"], "LoRA there and DoRA in this run")
+    refused(AdapterMismatchError, [*LORA, "--a-init", "pissa"], "a_init is", "'pissa' in this run")
     refused(AdapterMismatchError, ["--method", "loha", "--rank", 2], "query")
     refused(AdapterMismatchError, ["--pooling", "cls"], "mean", "cls", "--pooling mean")
     write_model(place / "wider", intermediate_size=64)
@@ -162,10 +163,13 @@ def test_another_recipe_or_base_is_refused(place):
     refused(UserError, ["--init-from", place / "none"], "none")
 
 
-def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place):
+def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place, monkeypatch):
     shutil.copytree(place / "first" / "adapter", place / "copy")
-    prepared(place, "resumed", "--init-from", place / "copy").unlock()
-    file = place / "copy" / "adapter.safetensors"
+    (place / "latest").symlink_to("copy")
+    monkeypatch.chdir(place / "latest")  # that the run goes on in another directory is no change
+    prepared(place, "resumed", "--init-from", "../latest").unlock()
+    monkeypatch.chdir(place)
+    file = place / "latest" / "adapter.safetensors"
     whole = file.read_bytes()
     save_file({k: x + 1 for k, x in load_file(file).items()}, file)
     err = io.StringIO()

@@ -19,6 +19,7 @@ from adapters_jax.finetune.leaving import open_source
 from adapters_jax.finetune.options.flags import given
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.tasks.base import Prepared
+from adapters_jax.methods.lora import CHANGING
 from adapters_jax.presets import head_only
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import adapters_of, flatten, with_leaves
@@ -132,7 +133,8 @@ def _between(there: Owner, here: Owner) -> Iterator[str]:
         return
     for field in dataclasses.fields(now):
         was, is_ = getattr(before, field.name), getattr(now, field.name)
-        if field.name not in _FREE and "init" not in field.name and was != is_:
+        begins = "init" in field.name and was not in CHANGING and is_ not in CHANGING
+        if field.name not in _FREE and not begins and was != is_:
             yield f"{at}, {field.name} is {was!r} there and {is_!r} in this run"
     if hasattr(now, "scale_at"):
         was, is_ = (each.method.scale_at(each.path) for each in (there, here))  # type: ignore[attr-defined]
