@@ -113,9 +113,8 @@ def test_a_run_that_a_tracker_stops_goes_on_with_it(place, written, monkeypatch)
 
 def test_an_error_as_a_tracker_closes_hides_no_other(tmp_path, written, caplog):
     written.broken = True
-    with raises(TrackingError, "the tracker wandb: OSError: no end"):
-        with tracked("wandb", tmp_path):
-            pass
+    with raises(TrackingError, "the tracker wandb: OSError: no end"), tracked("wandb", tmp_path):
+        pass
     assert not caplog.messages
     with raises(KeyboardInterrupt, "by hand"), tracked("wandb", tmp_path):
         raise KeyboardInterrupt("by hand")

@@ -110,7 +110,7 @@ def _stored_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
 
 
 def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
-    """Reads the passes and the learning rate of a run, which were defaults or options.
+    """Reads what a run's training took from defaults or options, such as the learning rate.
 
     Raises:
         RunError: they are absent, or of the wrong type.
@@ -118,6 +118,8 @@ def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
     stored = config.get("optimizer")
     try:
         kept = {name: stored[name] for name in ("epochs", "learning_rate")}  # type: ignore[index]
+        others = {"head_learning_rate", "dropout"} & stored.keys()  # type: ignore[union-attr]
+        kept |= {name: stored[name] for name in others}  # type: ignore[index]
         return from_plain(OptimizerOptions, kept)
     except (LookupError, TypeError, UserError) as error:
         raise RunError(f"{run.config} is damaged: its optimizer: {error}") from error
