@@ -457,7 +457,6 @@ AUDIT = "audit --model bert-base"
         ("predict runs/none x", RunConfigError, ["runs/none", "config.json", "runs/pairs"]),
         ("predict none x", RunConfigError, ["none", "runs/pairs"]),
         ("report runs/single/adapter", RunConfigError, ["aj.load_adapter"]),
-        ("predict runs/single/adapter x", AdapterFileError, ["single/adapter", "--model"]),
         (
             f"{TRAIN} --method lora --rank-pattern q=4",
             UsageError,

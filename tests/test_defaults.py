@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.config import read_options
 from adapters_jax.finetune.runs.prepare import prepare_run, resume_run
 from adapters_jax.finetune.tasks.base import TrainedHead, Untrained
 
@@ -84,10 +86,11 @@ def test_a_lora_plus_of_1_which_older_runs_store_is_none():
         ("llama", ["--method", "lora", "--rank", "4", "--targets", "**/mlp/*"], "lora", 0.013),
         ("llama", ["--learning-rate", "0.5"], "lora", 0.5),
         ("llama", ["--method", "houlsby"], "houlsby", 2e-3),
+        ("llama", ["--recipe", "{}/mine.json", "--optimizer", "lion"], None, 0.013),
     ],
 )
 def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
-    tmp_path, model, flags, method, rate
+    tmp_path, model, flags, method, rate, capsys
 ):
     if model == "tiny":
         write_model(tmp_path / "tiny")
@@ -97,9 +100,12 @@ def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
         write_llama(tmp_path / "llama")
         rows = ["--train", str(tmp_path / "rows.csv"), "--prompt", "mr", "--completion", "ref"]
         write_meanings(tmp_path / "rows.csv")
+    (tmp_path / "mine.json").write_text(aj.Recipe(aj.LoRA("**/query", 2)).to_json())
+    flags = [flag.format(tmp_path) for flag in flags]
     words = [*rows, "--model", str(tmp_path / model), "--runs", str(tmp_path / "runs"), *flags]
     job = parse(Finetune, words).prepare(Console(json=False))
     stored = job.run.read_config()
+    assert ("rate 0.013 is one for adamw" in capsys.readouterr().out) == ("lion" in flags)
     assert stored["optimizer"]["learning_rate"] == job.optimizer.learning_rate == rate
     assert stored["options"]["method"]["method"] == method
     if method == "lora":
@@ -111,6 +117,11 @@ def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
         attention = {f"attention/{name}" for name in ("query", "key", "value", "output")}
         assert adapted == names if narrow else adapted == names | attention
     job.run.unlock(job.lock)
+
+
+def test_a_method_that_older_runs_store_beside_a_recipe_is_none(tmp_path):
+    stored = {"options": {"method": {"method": "houlsby", "recipe": "mine.json"}}}
+    assert read_options(Run(tmp_path), stored).method == MethodOptions(recipe=Path("mine.json"))
 
 
 @pytest.fixture

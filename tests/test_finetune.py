@@ -344,6 +344,7 @@ def test_an_optimiser_of_optax_by_its_name(name):
         ({"optimizer": "Paged"}, ["Paged", "lion"]),
         ({"optimizer": "lbfgs"}, ["lbfgs", "more than gradients"]),
         ({"optimizer": "rprop"}, ["rprop", "learning rate by step"]),
+        ({"optimizer": "sm3"}, ["sm3", "learning rate by step"]),
         ({"optimizer": "sgd", "weight_decay": 0.1}, ["--weight-decay", "sgd"]),
     ],
 )

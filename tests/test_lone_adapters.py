@@ -151,23 +151,55 @@ def test_another_recipe_or_base_is_refused(place):
     refused(AdapterMismatchError, four, "lora/a is [32, 2] there and [32, 4] in this run")
     refused(AdapterMismatchError, LORA[:4], "query", "the scale is 3 there and 1 in this run")
     refused(AdapterMismatchError, [*LORA, "--dora"], "LoRA there and DoRA in this run")
+    refused(AdapterMismatchError, [*LORA, "--a-init", "pissa"], "a_init is", "'pissa' in this run")
     refused(AdapterMismatchError, ["--method", "loha", "--rank", 2], "query")
     refused(AdapterMismatchError, ["--pooling", "cls"], "mean", "cls", "--pooling mean")
     write_model(place / "wider", intermediate_size=64)
     refused(UserError, ["--model", place / "wider"], "other files")
-    refused(OtherBaseError, ["--model", place / "wider", "--init-from", place / "first/adapter"])
-    rows = [json.loads(line) for line in (place / "reviews.jsonl").read_text().splitlines()]
-    three = [{**row, "label": str(i % 3)} for i, row in enumerate(rows)]
-    (place / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
-    classes = ["--train", place / "three.jsonl", "--label", "label"]
-    refused(AdapterMismatchError, classes, "head/bias is [2] there and [3] in this run")
+    shutil.copytree(place / "first/adapter", place / "alone")
+    refused(OtherBaseError, ["--model", place / "wider", "--init-from", place / "alone"])
     refused(UserError, ["--init-from", place / "none"], "none")
 
 
-def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place):
+def test_a_head_of_other_classes_is_new(place):
+    lines = (place / "reviews.jsonl").read_text()
+    rows = [{**json.loads(line), "label": f"c{i % 3}"} for i, line in enumerate(lines.splitlines())]
+    try:
+        (place / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        job = prepared(place, "three", "--label", "label", "--init-from", place / "first/adapter")
+    finally:
+        (place / "reviews.jsonl").write_text(lines)
+    _, leaves = began(job)
+    assert leaves["head/bias"].shape == (3,)
+    path = "bert/layer_0/attention/query/lora/b"
+    np.testing.assert_array_equal(leaves[path], stored(place / "first")[path])
+
+
+def test_a_run_has_the_defaults_of_the_run_that_it_starts_from(place):
+    def settings(name, *flags):
+        words = flags_of(place, name, *flags)
+        at = words.index("--learning-rate")
+        job = parse(Finetune, words[:at] + words[at + 2 :]).prepare(Console(json=True))
+        job.unlock()
+        return {k: x for k, x in job.config["optimizer"].items() if k != "epochs"}
+
+    expected = settings("like-full", "--method", "full")
+    assert expected["learning_rate"] == 5e-5 and expected["dropout"] is None
+    status, err = finetune(place, "full", "--method", "full")
+    assert status == 0, err
+    assert settings("from-full", "--init-from", place / "full") == expected
+    status, err = finetune(place, "second", "--init-from", place / "full")
+    assert status == 0, err
+    assert settings("third", "--init-from", place / "second/adapter") == expected
+
+
+def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place, monkeypatch):
     shutil.copytree(place / "first" / "adapter", place / "copy")
-    prepared(place, "resumed", "--init-from", place / "copy").unlock()
-    file = place / "copy" / "adapter.safetensors"
+    (place / "latest").symlink_to("copy")
+    monkeypatch.chdir(place / "latest")  # that the run goes on in another directory is no change
+    prepared(place, "resumed", "--init-from", "../latest").unlock()
+    monkeypatch.chdir(place)
+    file = place / "latest" / "adapter.safetensors"
     whole = file.read_bytes()
     save_file({k: x + 1 for k, x in load_file(file).items()}, file)
     err = io.StringIO()
@@ -252,10 +284,13 @@ def test_merge_takes_an_adapter_of_an_encoder(place, pooler):
 
 
 def test_an_adapter_without_a_run_needs_its_base(place):
-    _, err = command("predict", place / "first/adapter", "dull", status=2)
+    shutil.copytree(place / "first/adapter", place / "lone")
+    _, err = command("predict", place / "lone", "dull", status=2)
     assert "does not name its base model; add --model" in err
     _, err = command("predict", place / "first", "dull", "--pooling", "cls", status=2)
     assert "--pooling: for an adapter without a run" in err
+    found = [command("predict", place / n, "dull")[0] for n in ("first", "first/adapter")]
+    assert found[0] == found[1]  # which is no adapter without a run
     write_model(place / "other", intermediate_size=64)
     _, err = command("predict", place / "first/adapter", "x", "--model", place / "other", status=2)
     assert "trained on another base" in err

@@ -21,7 +21,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.options.settings import TrackerName
 from adapters_jax.finetune.runs.loop import Training
-from adapters_jax.finetune.tracking import TRACKERS, tracked
+from adapters_jax.finetune.tracking import TRACKERS, TrackingError, tracked
 
 
 @pytest.fixture
@@ -50,7 +50,11 @@ def written(monkeypatch):
             found.records.append((step, metrics))
 
         found.places.append(where)
-        yield write
+        try:
+            yield write
+        finally:
+            if found.broken:
+                raise OSError("no end")
 
     monkeypatch.setitem(TRACKERS, "wandb", tracking._Tracker("json", opened))
     monkeypatch.setattr(tracking, "_check_login", lambda: None)
@@ -105,6 +109,16 @@ def test_a_run_that_a_tracker_stops_goes_on_with_it(place, written, monkeypatch)
     monkeypatch.setattr(Training, "saves", lambda self, every: True)
     finetune_resumed(run)
     assert written.records == records_of(run)
+
+
+def test_an_error_as_a_tracker_closes_hides_no_other(tmp_path, written, caplog):
+    written.broken = True
+    with raises(TrackingError, "the tracker wandb: OSError: no end"), tracked("wandb", tmp_path):
+        pass
+    assert not caplog.messages
+    with raises(KeyboardInterrupt, "by hand"), tracked("wandb", tmp_path):
+        raise KeyboardInterrupt("by hand")
+    assert caplog.messages == ["warning: the tracker wandb: OSError: no end"]
 
 
 def finetune_resumed(run, *flags, status=0):

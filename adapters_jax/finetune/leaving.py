@@ -96,6 +96,27 @@ class Serving:
         return replace(source, recipe=served.recipe, leaves=served.leaves), served.notes
 
 
+def found(name: str) -> Run:
+    """The directory of a run or an adapter, as `open_source` takes it, or a file as one."""
+    every = {RUN_CONFIG, *formats.every_file()}
+    path = Path(name)
+    return Run(path if path.is_file() else hub.find(name, None, sorted(every)))
+
+
+def is_run(run: Run) -> bool:
+    """Whether a directory is that of a run, and not of a model or an adapter."""
+    return run.config.is_file() and "base_sha256" in read_json(run.config)
+
+
+def whole(name: str) -> str:
+    """The finished run whose `adapter` a path is, since it says more of it; or the name itself."""
+    path = Path(name)
+    run = Run(path.parent)
+    if path.name != run.adapter.name or not path.is_dir() or not is_run(run):
+        return name
+    return str(run.path) if "summary" in read_json(run.config) else name
+
+
 def open_source(
     name: str,
     model: str | None = None,
@@ -121,11 +142,9 @@ def open_source(
         UserError: the base model cannot be used.
         AssetError: the pinned model could not be fetched.
     """
-    every = {RUN_CONFIG, *formats.every_file()}
-    path = Path(name)
-    run = Run(path if path.is_file() else hub.find(name, None, sorted(every)))
+    run = found(name)
     config = None
-    if run.config.is_file() and "base_sha256" in read_json(run.config):  # a run, not a model
+    if is_run(run):
         _, config = read_run(run)
         check_finished(run, config)
         pooling = config.get("pooling", pooling)

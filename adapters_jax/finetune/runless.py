@@ -13,7 +13,7 @@ from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.formats import FORMATS, HEAD, Adapter, every_file
-from adapters_jax.finetune.leaving import RUN_CONFIG, open_source
+from adapters_jax.finetune.leaving import RUN_CONFIG, open_source, whole
 from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import find_family, kind_of, pinned, read_config
@@ -41,7 +41,8 @@ def run_of(
     gets prompts in its chat template, if it has one.
 
     Args:
-        name: a directory of either or a GGUF file, or an id on the Hugging Face Hub.
+        name: a directory of either or a GGUF file, or an id on the Hugging Face Hub. The `adapter`
+            of a finished run is that run, unless a base or a pooling is given.
         model: the base model, if the adapter's files do not name it.
         pooling: what an encoder's head reads, of an adapter without a run; "mean" by default.
         any_base: accept an adapter of another base, if it fits.
@@ -50,7 +51,7 @@ def run_of(
         RunError: there is neither, or a run is given with a pooling.
         UserError: the adapter cannot be read; see `leaving.open_source`.
     """
-    path = Path(name)
+    path = Path(whole(name) if model is None and pooling is None else name)
     if hub.is_adapter_id(name):
         path = hub.find(name, None, sorted({RUN_CONFIG, *every_file()}), "a run", RunError)
     if not _alone(path):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,8 @@ import numpy as np
 from adapters_jax.errors import UserError, file_errors, needed
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.untrusted import read_json
+
+_LOG = logging.getLogger(__name__)
 
 Write = Callable[[int, dict[str, float]], None]  # writes the metrics of a step
 PROJECT = "adapters-jax"  # unless the library's own variable names another one
@@ -69,10 +73,7 @@ def tracked(
     check_trackers(names)
     place = _Place(Path(directory), config or {})
     with contextlib.ExitStack() as stack:
-        writers: dict[str, Write] = {}
-        for name in names:
-            with _errors(name):
-                writers[name] = stack.enter_context(TRACKERS[name].open(place))
+        writers = {name: stack.enter_context(_opened(name, place)) for name in names}
 
         def log(record: Mapping[str, Any]) -> None:
             found = _numbers(record)
@@ -81,6 +82,24 @@ def tracked(
                     write(int(record.get("step", 0)), found)
 
         yield log
+
+
+@contextlib.contextmanager
+def _opened(name: str, place: _Place) -> Iterator[Write]:
+    """Opens a tracker, and closes it; what it raises then does not hide what ended the run."""
+    tracker = TRACKERS[name].open(place)
+    with _errors(name):
+        write = tracker.__enter__()
+    try:
+        yield write
+    except BaseException as reason:
+        try:
+            tracker.__exit__(type(reason), reason, reason.__traceback__)
+        except Exception as error:
+            _LOG.warning("warning: the tracker %s: %s: %s", name, type(error).__name__, error)
+        raise
+    with _errors(name):
+        tracker.__exit__(None, None, None)
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -214,8 +233,8 @@ def _mlflow(place: _Place) -> Iterator[Write]:
     ended = "FAILED"
     try:
         if known is None:
-            mlflow.log_params(_flat(place.config))
             place.keep("mlflow", run.info.run_id)
+            mlflow.log_params(_flat(place.config))
         yield lambda step, metrics: mlflow.log_metrics(metrics, step=step)
         ended = "FINISHED"
     finally:
@@ -224,11 +243,16 @@ def _mlflow(place: _Place) -> Iterator[Write]:
 
 
 def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by path, since MLflow's have no levels."""
+    """Settings by path, since MLflow's have no levels; nor may their names have a pattern's stars.
+
+    Example:
+        >>> _flat({"rank": {"**/query": 4}})
+        {'rank/__/query': 4}
+    """
     found: dict[str, Any] = {}
     for name, value in config.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{above}{name}/") if inner else {f"{above}{name}": value}
+        path = above + re.sub(r"[^/\w.\- ]", "_", name)
+        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
     return found
 
 

@@ -339,12 +339,7 @@ class MethodOptions:
         from adapters_jax.presets import head_only
         from adapters_jax.recipe import Recipe
 
-        # A run that was started when houlsby was the default stores it beside its recipe.
-        others = [
-            flag(name)
-            for name, value in given(self).items()
-            if name != "recipe" and (name, value) != ("method", DEFAULT)
-        ]
+        others = [flag(name) for name in given(self) if name != "recipe"]
         if others:
             raise UserError(
                 f"--recipe {path} holds all settings of the method; put {', '.join(others)} into "

@@ -212,8 +212,9 @@ class OptimizerOptions:
         import jax
         import jax.numpy as jnp
 
-        tx, like = self._of_optax()(self.rates(2, 1.0)), {"kernel": jnp.ones((2, 2))}
+        make, like = self._of_optax(), {"kernel": jnp.ones((2, 2))}
         try:
+            tx = make(self.rates(2, 1.0))
             jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), like)
         except (TypeError, ValueError) as error:
             raise UserError(

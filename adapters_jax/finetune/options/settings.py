@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -122,5 +123,5 @@ class RunOptions(Settings):
         """The name of what trains, in tables and directories."""
         if self.init_from is None or given(self.method):
             return self.method.title
-        path = PurePath(self.init_from)
+        path = PurePath(os.path.abspath(self.init_from))  # "." has no name, and a run stores this
         return f"from-{path.parent.name if path.name == 'adapter' else path.stem}"

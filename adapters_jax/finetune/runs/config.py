@@ -3,9 +3,10 @@
 import hashlib
 import itertools
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.options.flags import from_plain, plain
+from adapters_jax.finetune.options.method import DEFAULT
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
@@ -46,7 +48,7 @@ def shared_config(
             f"--target-rank: for adalora, and {options.title} has no budget; leave it out"
         )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
-    names = {key: _anywhere(own[key]) for key in ("model", "init_from")}
+    names = {"model": _anywhere(options.model), "init_from": _anywhere(options.init_from, False)}
     return {
         "model": names["model"],
         **base.to_config(),
@@ -65,9 +67,16 @@ def shared_config(
     }
 
 
-def _anywhere(name: str | None) -> str | None:
-    """The name of a model or an adapter that means the same in any directory."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
+def _anywhere(name: str | None, linked: bool = True) -> str | None:
+    """The name of a model or an adapter that means the same in any directory.
+
+    Args:
+        name: the name.
+        linked: follow links; without it, a run has the title that its `--init-from` gave it.
+    """
+    if not name or not Path(name).exists():
+        return name
+    return os.path.realpath(name) if linked else os.path.abspath(name)
 
 
 def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
@@ -78,6 +87,15 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
     Raises:
         RunError: an option is unknown or has the wrong type, or there are no options.
     """
+    found = _stored_options(run, config)
+    if found.method.recipe is not None and found.method.method == DEFAULT:
+        # A run that was started when houlsby was the default stores it beside its recipe.
+        return replace(found, method=replace(found.method, method=None))
+    return found
+
+
+def _stored_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
+    """The options as a run stores them."""
     options, command = config.get("options"), config.get("command")
     try:
         if isinstance(options, dict):
@@ -92,7 +110,7 @@ def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
 
 
 def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
-    """Reads the passes and the learning rate of a run, which were defaults or options.
+    """Reads what a run's training took from defaults or options, such as the learning rate.
 
     Raises:
         RunError: they are absent, or of the wrong type.
@@ -100,6 +118,8 @@ def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
     stored = config.get("optimizer")
     try:
         kept = {name: stored[name] for name in ("epochs", "learning_rate")}  # type: ignore[index]
+        others = {"head_learning_rate", "dropout"} & stored.keys()  # type: ignore[union-attr]
+        kept |= {name: stored[name] for name in others}  # type: ignore[index]
         return from_plain(OptimizerOptions, kept)
     except (LookupError, TypeError, UserError) as error:
         raise RunError(f"{run.config} is damaged: its optimizer: {error}") from error

@@ -29,10 +29,11 @@ from adapters_jax.finetune.runs.config import (
     shared_config,
 )
 from adapters_jax.finetune.runs.job import Job
-from adapters_jax.finetune.runs.starting import Start
+from adapters_jax.finetune.runs.starting import Start, usual
 from adapters_jax.finetune.tasks import TASKS, Task, read_run, tasks_on
 from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.finetune.tracking import check_trackers
+from adapters_jax.methods import AdaLoRA, LoRA
 from adapters_jax.placement.patterns import checked_before
 
 _LOG = logging.getLogger(__name__)
@@ -52,8 +53,10 @@ def on_base(options: RunOptions) -> RunOptions:
             other = "--init-from" if taken else flag(size)
             raise UserError(f"--budget {budget} chooses {flag(size)}; leave it or {other} out")
         method, budget = chosen, None
-    rate = options.optimizer.learning_rate
-    if rate is None and (own := default_rate(method, options.model)) != asked.learning_rate:
+    rate, like = options.optimizer.learning_rate, method
+    if taken:
+        like = usual(options).on(kind_of(options.model))
+    if rate is None and (own := default_rate(like, options.model)) != asked.learning_rate:
         rate = own
     training = replace(options.optimizer, learning_rate=rate)
     return replace(options, method=asked if taken else method, optimizer=training, budget=budget)
@@ -62,6 +65,10 @@ def on_base(options: RunOptions) -> RunOptions:
 def default_rate(method: MethodOptions, model: str) -> float:
     """The default learning rate of a method on a base."""
     kind = kind_of(model)
+    if kind == "decoder" and method.recipe is not None:
+        added = method.build().attached
+        if added and all(isinstance(m, LoRA) and not isinstance(m, AdaLoRA) for m in added):
+            method = MethodOptions("lora")
     return method.rate_on(kind, width_of(model) if kind == "decoder" else 0)
 
 
@@ -101,15 +108,19 @@ def prepare_run(
         few = {p: getattr(data, p) for p in ("dev", "test")}
         few = {p: rows.take(spread(len(rows), options.held_out)) for p, rows in few.items()}
         data = replace(data, **few)
-    usual = training = _training(options, task)
+    asked = training = _training(options, task)
+    if before:
+        kept = ["epochs", "learning_rate"]
+        if options.init_from is not None:  # whose other defaults come from another run
+            kept += ["head_learning_rate", "dropout"]
+        training = replace(training, **{name: getattr(before, name) for name in kept})
     start = Start.of(options)
     prepared = task.prepare(data, _setup(options, training, task, console, start))
     if start is not None:
-        prepared = start.begin(prepared)
+        prepared = start.begin(prepared, console.say)
     problem, steps = prepared.problem, len(prepared.problem.train)
-    if before:
-        training = replace(training, epochs=before.epochs, learning_rate=before.learning_rate)
-    elif not options.optimizer.epochs and not options.budget and options.method.method != HEAD_ONLY:
+    chosen = before or options.optimizer.epochs or options.budget
+    if not chosen and options.method.method != HEAD_ONLY:
         training = training.of_few_rows(task.least_steps, steps)
     for sentence in shared:
         _LOG.warning("warning: %s", sentence)
@@ -121,10 +132,12 @@ def prepare_run(
         **({} if start is None else {"init_sha256": start.sha256()}),
     }
     ways = ways_out(problem, config, prepared.identity)
-    if options.optimizer.optimizer != "adamw" and options.optimizer.learning_rate is None:
+    given_rate, default = options.optimizer.learning_rate, usual(options).on(kind)
+    default_rates = (None, default_rate(default, options.model))  # `on_base` fills it in
+    if options.optimizer.optimizer != "adamw" and given_rate in default_rates:
         rate = f"the default learning rate {training.learning_rate:g} is one for adamw"
         console.say(f"{rate}; --learning-rate takes one for {options.optimizer.optimizer}")
-    if training != usual and not before:
+    if training != asked and not before:
         rows = f"{len(data.train)} rows make {training.steps(steps)} steps"
         console.say(f"{training.epochs:g} epochs, so that {rows}; --epochs takes another number")
     return Job(
@@ -187,11 +200,12 @@ def _setup(
 
 def _training(options: RunOptions, task: Task) -> OptimizerOptions:
     """Fills in the defaults of the training; the movie reviews need fewer epochs."""
-    chosen, method = options.optimizer, options.method.method or DEFAULT
+    chosen, own = options.optimizer, usual(options)
+    method = own.method or DEFAULT
     epochs = task.epochs if method != HEAD_ONLY else None
     chosen = replace(
         chosen,
-        learning_rate=chosen.learning_rate or options.method.learning_rate,
+        learning_rate=chosen.learning_rate or own.learning_rate,
         epochs=chosen.epochs or epochs,
         batch_size=chosen.batch_size or task.batch_size,
     )

@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adapters_jax.errors import AdapterMismatchError
+from adapters_jax.errors import AdapterMismatchError, shown
+from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats import HEAD, every_file
-from adapters_jax.finetune.leaving import open_source
-from adapters_jax.finetune.options.flags import given
+from adapters_jax.finetune.leaving import found, is_run, open_source, whole
+from adapters_jax.finetune.options.flags import from_plain, given
+from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.run_directory import damage_errors
 from adapters_jax.finetune.tasks.base import Prepared
+from adapters_jax.methods.lora import CHANGING
 from adapters_jax.presets import head_only
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import adapters_of, flatten, with_leaves
@@ -40,6 +44,7 @@ class Start:
         adapted: its recipe.
         leaves: its arrays, by path.
         pooling: what its head reads, as far as a run says so.
+        labels: the classes of its head, as far as a run says so.
         own: makes the recipe of the run's flags; None if they name no method.
     """
 
@@ -47,6 +52,7 @@ class Start:
     adapted: Recipe
     leaves: Mapping[str, Any]
     pooling: str | None
+    labels: tuple[str, ...]
     own: Callable[..., Recipe] | None
 
     @classmethod
@@ -58,13 +64,13 @@ class Start:
         """
         if options.init_from is None:
             return None
-        path = Path(options.init_from)
-        whole = path.parent if path.is_file() and path.name in every_file() else path
-        source = open_source(str(whole), options.model, options.pooling, headed=True)
+        place = _directory(options.init_from)
+        source = open_source(place, options.model, options.pooling, headed=True)
         own = options.method.build if given(options.method) else None
         pooling = (source.config or {}).get("pooling")
         # Not the source itself, whose base would stay in memory.
-        return cls(options.init_from, source.recipe, source.leaves, pooling, own)
+        labels = tuple(source.labels)
+        return cls(options.init_from, source.recipe, source.leaves, pooling, labels, own)
 
     def recipe(self, *, head: str | None = None, **layers: Any) -> Recipe:
         """The recipe of the run: that of its flags or of the adapter, with a head that trains."""
@@ -73,8 +79,10 @@ class Start:
         recipe = self.adapted
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
 
-    def begin(self, prepared: Prepared) -> Prepared:
-        """A problem that starts with the adapter's arrays; its head is new if the adapter has none.
+    def begin(self, prepared: Prepared, say: Callable[[str], None]) -> Prepared:
+        """A problem that starts with the adapter's arrays.
+
+        Its head is new if the adapter has none, or one of other classes, which is said.
 
         Raises:
             AdapterMismatchError: the recipe has other arrays or other methods than the adapter; the
@@ -85,14 +93,23 @@ class Start:
         tree = problem.params if state is None else nnx.to_pure_dict(state)
         expected, got = flatten(adapters_of(tree, problem.recipe)), self.leaves
         new_head = not any(path.startswith(HEAD) for path in got)
-        expected = {k: x for k, x in expected.items() if not (new_head and k.startswith(HEAD))}
+        labels = tuple(prepared.config.get("target", {}).get("names", ()))
+        if not new_head and self.labels and labels != self.labels:
+            classes = f"{shown(self.labels)} there and {shown(labels)} in this run"
+            say(f"--init-from {self.name}: the head is new, since the classes are {classes}")
+            new_head = True
+        if new_head:
+            expected, got = (
+                {k: x for k, x in tree.items() if not k.startswith(HEAD)}
+                for tree in (expected, got)
+            )
         here = prepared.config.get("pooling")
         if self.pooling not in (None, here) and not new_head:
             raise AdapterMismatchError(
                 f"--init-from {self.name}: its head reads {self.pooling}, and that of this run "
                 f"{here}; give --pooling {self.pooling}"
             )
-        for difference in self._differences(expected, problem.recipe):
+        for difference in self._differences(got, expected, problem.recipe):
             raise AdapterMismatchError(
                 f"--init-from {self.name}: {difference}; leave the flags of the method out to "
                 "take its recipe, or train a new adapter"
@@ -104,9 +121,10 @@ class Start:
             nnx.update(problem.model, with_leaves(state, leaves))
         return dataclasses.replace(prepared, problem=problem)
 
-    def _differences(self, expected: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    def _differences(
+        self, got: Mapping[str, Any], expected: Mapping[str, Any], recipe: Recipe
+    ) -> Iterator[str]:
         """In words, how the arrays and the methods of a run are others than the adapter's."""
-        got = self.leaves
         for path in sorted(expected.keys() | got.keys()):
             shapes = [[*np.shape(tree[path])] if path in tree else None for tree in (got, expected)]
             if shapes[0] != shapes[1]:
@@ -124,6 +142,32 @@ class Start:
         return digest.hexdigest()
 
 
+def usual(options: RunOptions) -> MethodOptions:
+    """The method whose defaults a run has: its own, or that of the run that it starts from."""
+    name, seen = options.init_from, set[str]()
+    while name and not given(options.method) and name not in seen:
+        run, config = found(_directory(name)), {}
+        if is_run(run):
+            config = read_json(run.config)
+        with damage_errors(run.config):
+            stored = config.get("options") or {}
+            if config.get("method") in PRESETS:
+                width = stored.get("method", {}).get("bottleneck_dim")
+                return from_plain(
+                    MethodOptions, {"method": config["method"], "bottleneck_dim": width}
+                )
+            seen.add(name)
+            before = stored.get("init_from")  # which may be gone
+            name = before if before and Path(before).exists() else None
+    return options.method
+
+
+def _directory(name: str) -> str:
+    """The directory of an adapter whose file may be named; its run's, if it is in one."""
+    path = Path(name)
+    return whole(str(path.parent) if path.is_file() and path.name in every_file() else name)
+
+
 def _between(there: Owner, here: Owner) -> Iterator[str]:
     """In words, how two methods on one module compute other things."""
     before, now, at = there.method, here.method, f"at {here.path}"
@@ -132,7 +176,8 @@ def _between(there: Owner, here: Owner) -> Iterator[str]:
         return
     for field in dataclasses.fields(now):
         was, is_ = getattr(before, field.name), getattr(now, field.name)
-        if field.name not in _FREE and "init" not in field.name and was != is_:
+        begins = "init" in field.name and was not in CHANGING and is_ not in CHANGING
+        if field.name not in _FREE and not begins and was != is_:
             yield f"{at}, {field.name} is {was!r} there and {is_!r} in this run"
     if hasattr(now, "scale_at"):
         was, is_ = (each.method.scale_at(each.path) for each in (there, here))  # type: ignore[attr-defined]
