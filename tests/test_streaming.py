@@ -16,7 +16,7 @@ from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.lazy_rows import Lazy
 from adapters_jax.finetune.data.readers import read_file
-from adapters_jax.finetune.data.splits import split_streamed
+from adapters_jax.finetune.data.splits import split_rows, split_streamed
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.runs.config import _sha256
@@ -132,6 +132,19 @@ def test_groups_of_a_large_file_stay_together_and_few_rows_are_held_out():
     owners = [{keys[i] for i in part} for part in (train, dev, test)]
     assert not (owners[0] & owners[1] or owners[1] & owners[2] or owners[0] & owners[2])
     assert len(dev) == pytest.approx(4096, rel=0.1) and len(test) == pytest.approx(4096, rel=0.1)
+
+
+def test_a_large_group_of_a_large_file_trains():
+    keys = ["the"] * 90_000 + [f"key {i}" for i in range(40_000)]
+    _, *held = split_streamed(keys, len(keys), 0, 0.1, 0.1)
+    assert [len(part) for part in held] == [4096, 4096]
+    for seed in range(50):
+        keys = [f"prompt {i}" for i in range(20) for _ in range(100)]
+        parts = split_streamed(keys, len(keys), seed, 0.1, 0.1)
+        assert [len(part) for part in parts] == [1600, 200, 200]
+        assert [*map(list, parts)] == [*split_rows(keys, [0] * 2000, seed, 0.1, 0.1)]
+    with raises(DataError, "60 rows with 1 distinct texts", "for dev", "dev file"):
+        split_streamed(["the"] * 60, 60, 0, 0.1, 0.1)
 
 
 def test_the_checksum_of_rows_is_that_of_their_json(tmp_path):

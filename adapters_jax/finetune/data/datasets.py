@@ -202,8 +202,8 @@ def hold_out(
 
     The split depends on the seed and the keys alone. Rows with the same key stay together in one
     part, and none is dropped. Each stratum is split in the same proportions, rounded down; one too
-    small to share stays in train. Of a large file, whose rows are not in memory, each group is held
-    out with the same probability, so that a few thousand rows are.
+    small to share stays in train. Of a large file, whose rows are not in memory, at most a few
+    thousand rows are held out, whatever their classes.
 
     Args:
         name: the name of the data.
