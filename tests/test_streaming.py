@@ -41,6 +41,7 @@ FILES = {
     "a.csv": '\ufefftext,label\n"two\nlines, one ""row""",no\n\nplain,yes\n"\u2028",\r\n\n\n',
     "b.csv": "text;label\nx,y;1\nz;2",
     "a.tsv": 'text\tlabel\n"a\t1\n\t\nb"\t2\r\nc\t3\n\n',
+    "b.tsv": "text\tlabel\r\na\t1\r\nb\tno\r\n\r\n\r\n",
 }
 
 

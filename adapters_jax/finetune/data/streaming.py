@@ -156,8 +156,9 @@ def _of_tsv(path: Path) -> tuple[list[str], FileRecords]:
                 header = fields(text)
                 continue
             starts.append(start)
+            end = start + len(text.encode())  # blank lines at the end are none
             _check_even(uneven, number, fields(text), header)
-        starts.append(file.tell())
+        starts.append(end if starts else file.tell())
         own = os.dup(file.fileno())
     _refuse_uneven(path, uneven, header)
     parse = lambda raw: fields(raw.decode())  # noqa: E731
