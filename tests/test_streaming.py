@@ -10,7 +10,9 @@ import pytest
 from helpers.errors import raises
 from helpers.tiny import write_llama, write_meanings
 
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data import streaming
 from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import DataError
@@ -19,7 +21,9 @@ from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import split_rows, split_streamed
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.config import _sha256
+from adapters_jax.finetune.runs.prepare import resume_run
 from adapters_jax.finetune.tasks import TASKS
 
 
@@ -207,12 +211,34 @@ def test_a_streamed_run_is_that_of_the_rows_in_memory(
     assert hashes[0] == hashes[1]
 
 
+def test_a_run_that_was_split_in_memory_is_resumed_with_these_rows(tmp_path, large, monkeypatch):
+    monkeypatch.setattr("adapters_jax.finetune.data.splits.MOST_HELD", 3)
+    write_llama(tmp_path / "llama")
+    write_meanings(tmp_path / "rows.csv", 60)
+    flags = ["--model", tmp_path / "llama", "--train", tmp_path / "rows.csv", "--prompt", "mr"]
+    flags += ["--completion", "ref", "--max-length", 32, "--runs", tmp_path, "--limit", 20]
+    hashes = []
+    for name, size in (("held", 2**28), ("streamed", 0)):
+        large(size)
+        command = parse(Finetune, [*map(str, flags), "--name", name])
+        job = command.prepare(Console(json=False))
+        job.run.unlock(job.lock)
+        large()
+        again = resume_run(job.run, Console(json=False), 0.0)
+        again.run.unlock(again.lock)
+        assert again.config == job.config and job.config.get("streamed", False) == (not size)
+        hashes.append(job.config["data_sha256"])
+    assert hashes[0] != hashes[1]
+
+
 _PEAK = """
 import resource, sys
 from pathlib import Path
 from adapters_jax.finetune.data.datasets import overlaps
 from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.config import _sha256
+from adapters_jax.finetune.runs.prepare import resume_run
 from adapters_jax.finetune.tasks import TASKS
 
 data = DataOptions((Path(sys.argv[1]),), text="text").load(TASKS["completion"])
