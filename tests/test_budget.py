@@ -124,6 +124,8 @@ def _prepared(words, more):
     [
         ("lora", "700", 5, 5 * 2 * (32 + 32)),
         ("houlsby", "700", 4, 2 * (2 * 4 * 32 + 4 + 32)),
+        # Rules that all share, then factors and biases at 2 places; a width of 108 has 904.
+        ("compacter", "900", 104, 4**3 + 2 * 3 * (32 + 104)),
         ("houlsby", "10%", None, None),
     ],
 )
@@ -151,6 +153,13 @@ def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
         (["--method", "lora", "--rank", "4", "--budget", "2000"], ["chooses --rank", "leave it"]),
         (["--method", "lora", "--budget", "3"], ["3 parameters", "--rank 1"]),
         (["--method", "full", "--budget", "5%"], ["full has no rank"]),
+        (["--method", "lora", "--rank-pattern", "**", "4", "--budget", "2000"], ["--rank-pattern"]),
+        (
+            ["--reduction-factor", "16", "--budget", "2000"],
+            ["--bottleneck-dim", "--reduction-fact"],
+        ),
+        (["--method", "lora", "--budget", "9" * 5000], ["number of parameters"]),
+        (["--method", "lora", "--budget", "9" * 400 + "%"], ["number of parameters"]),
         (["--budget", "5 %"], ["such as 90s", "1% of the base"]),
     ],
 )

@@ -124,6 +124,16 @@ def test_every_command_has_help_with_examples(name, capsys, monkeypatch):
     assert all(line.startswith("  ") for line in examples.splitlines())  # none was wrapped
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--version", "schema finetune"])
+def test_a_command_whose_output_nobody_reads_ends_quietly(words, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    line = [sys.executable, "-m", "adapters_jax.finetune.cli.main", *words.split()]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 def test_flags_are_grouped_by_what_they_are_about(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["finetune", "--help"]) == 0

@@ -24,7 +24,9 @@ from jax.sharding import PartitionSpec as P
 import adapters_jax as aj
 from adapters_jax.distributed.mesh import ShardingError, batch_parts, make_mesh, shard_batch
 from adapters_jax.distributed.sharding import layout, shard
+from adapters_jax.finetune.cli.serve import Serve
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
+from adapters_jax.finetune.options.settings import Settings
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "finetune_llama_sharded.py"
@@ -279,6 +281,18 @@ def test_a_batch_that_does_not_split_raises():
         shard_batch({"x": np.ones((6, 3))}, MESH)
 
 
+@pytest.mark.parametrize("flag", ["--rows", "--batch-size"])
+def test_a_command_names_the_flag_whose_rows_do_not_split(flag, monkeypatch):
+    made = AbstractMesh((4, 2), ("data", "model"))
+    monkeypatch.setattr("adapters_jax.distributed.mesh.make_mesh", lambda text: made)
+    with raises(ShardingError, "multiple of 4") as caught:
+        if flag == "--rows":
+            Serve("base", mesh="data=4,model=2", rows=6)._completing({}, "base", None, None)
+        else:
+            Settings(mesh="data=4,model=2").make_mesh(6)
+    assert str(caught.value).startswith(f"{flag} 6: a batch of 6 rows does not split into 4 parts")
+
+
 def test_a_model_on_a_mesh_is_the_same_model():
     base = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
     for model in (base, aj.adapt(base, aj.LoRA("layers/0", 2), rngs=nnx.Rngs(2))):
@@ -310,6 +324,7 @@ def free_port():
 
 LOADING = """
 import json, sys, threading, jax, numpy as np
+from adapters_jax.finetune.cli.serve import Serve
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.distributed.mesh import make_mesh
 from flax import nnx
@@ -370,6 +385,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.distributed.plan import abstract_state
 from adapters_jax.finetune.models.bert import Bert, BertConfig
+from adapters_jax.finetune.cli.serve import Serve
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 
 ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)

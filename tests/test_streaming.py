@@ -10,16 +10,20 @@ import pytest
 from helpers.errors import raises
 from helpers.tiny import write_llama, write_meanings
 
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data import streaming
 from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import DataError
 from adapters_jax.finetune.data.lazy_rows import Lazy
 from adapters_jax.finetune.data.readers import read_file
-from adapters_jax.finetune.data.splits import split_streamed
+from adapters_jax.finetune.data.splits import split_rows, split_streamed
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.config import _sha256
+from adapters_jax.finetune.runs.prepare import resume_run
 from adapters_jax.finetune.tasks import TASKS
 
 
@@ -41,6 +45,7 @@ FILES = {
     "a.csv": '\ufefftext,label\n"two\nlines, one ""row""",no\n\nplain,yes\n"\u2028",\r\n\n\n',
     "b.csv": "text;label\nx,y;1\nz;2",
     "a.tsv": 'text\tlabel\n"a\t1\n\t\nb"\t2\r\nc\t3\n\n',
+    "b.tsv": "text\tlabel\r\na\t1\r\nb\tno\r\n\r\n\r\n",
 }
 
 
@@ -134,6 +139,19 @@ def test_groups_of_a_large_file_stay_together_and_few_rows_are_held_out():
     assert len(dev) == pytest.approx(4096, rel=0.1) and len(test) == pytest.approx(4096, rel=0.1)
 
 
+def test_a_large_group_of_a_large_file_trains():
+    keys = ["the"] * 90_000 + [f"key {i}" for i in range(40_000)]
+    _, *held = split_streamed(keys, len(keys), 0, 0.1, 0.1)
+    assert [len(part) for part in held] == [4096, 4096]
+    for seed in range(50):
+        keys = [f"prompt {i}" for i in range(20) for _ in range(100)]
+        parts = split_streamed(keys, len(keys), seed, 0.1, 0.1)
+        assert [len(part) for part in parts] == [1600, 200, 200]
+        assert [*map(list, parts)] == [*split_rows(keys, [0] * 2000, seed, 0.1, 0.1)]
+    with raises(DataError, "60 rows with 1 distinct texts", "for dev", "dev file"):
+        split_streamed(["the"] * 60, 60, 0, 0.1, 0.1)
+
+
 def test_the_checksum_of_rows_is_that_of_their_json(tmp_path):
     write_meanings(tmp_path / "rows.csv")
     data = DataOptions((tmp_path / "rows.csv",), text="mr").load(TASKS["completion"])
@@ -193,12 +211,34 @@ def test_a_streamed_run_is_that_of_the_rows_in_memory(
     assert hashes[0] == hashes[1]
 
 
+def test_a_run_that_was_split_in_memory_is_resumed_with_these_rows(tmp_path, large, monkeypatch):
+    monkeypatch.setattr("adapters_jax.finetune.data.splits.MOST_HELD", 3)
+    write_llama(tmp_path / "llama")
+    write_meanings(tmp_path / "rows.csv", 60)
+    flags = ["--model", tmp_path / "llama", "--train", tmp_path / "rows.csv", "--prompt", "mr"]
+    flags += ["--completion", "ref", "--max-length", 32, "--runs", tmp_path, "--limit", 20]
+    hashes = []
+    for name, size in (("held", 2**28), ("streamed", 0)):
+        large(size)
+        command = parse(Finetune, [*map(str, flags), "--name", name])
+        job = command.prepare(Console(json=False))
+        job.run.unlock(job.lock)
+        large()
+        again = resume_run(job.run, Console(json=False), 0.0)
+        again.run.unlock(again.lock)
+        assert again.config == job.config and job.config.get("streamed", False) == (not size)
+        hashes.append(job.config["data_sha256"])
+    assert hashes[0] != hashes[1]
+
+
 _PEAK = """
 import resource, sys
 from pathlib import Path
 from adapters_jax.finetune.data.datasets import overlaps
 from adapters_jax.finetune.options.data import DataOptions
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.config import _sha256
+from adapters_jax.finetune.runs.prepare import resume_run
 from adapters_jax.finetune.tasks import TASKS
 
 data = DataOptions((Path(sys.argv[1]),), text="text").load(TASKS["completion"])

@@ -116,8 +116,8 @@ def check_axes(names: Iterable[str]) -> None:
         )
 
 
-def mesh_of_flag(text: str | None, rows: int) -> Mesh | None:
-    """The mesh of a command's `--mesh`, over which batches of so many rows are split.
+def mesh_of_flag(text: str | None, rows: int, flag: str) -> Mesh | None:
+    """The mesh of a command's `--mesh`, over which batches of so many rows, of a flag, are split.
 
     Raises:
         ShardingError: the flag does not read, the devices are others, or the rows do not split.
@@ -126,7 +126,10 @@ def mesh_of_flag(text: str | None, rows: int) -> Mesh | None:
         return None
     mesh = make_mesh(text)
     check_axes(mesh.axis_names)
-    batch_sharding(rows, mesh)
+    try:
+        batch_sharding(rows, mesh)
+    except ShardingError as error:
+        raise ShardingError(f"{flag} {rows}: {error}") from None
     return mesh
 
 

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from adapters_jax.finetune.cli.malloc import keep_freed
 
 DEBUG = "--debug"
 _NO_LOOP = "Event loop is closed"
+_UNREAD = 1  # the status that rich has, which prints the tables
 DEBUG_VARIABLE = "ADAPTERS_JAX_DEBUG"
 # What the system says of a path or a disk, wherever that happens.
 _OF_DISKS = errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -104,13 +106,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 for a user error, which is one line on stderr; 130 after Ctrl-C,
-        143 after SIGTERM; 1 for a bug, with its traceback.
+        143 after SIGTERM; 1 for a bug, with its traceback, or if nobody reads what is printed, as
+        after `| head`.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
         adapters-jax ...
         0
     """
+    try:
+        status = _main(arguments)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        return status
+    except BrokenPipeError:
+        if _drop_unread():
+            return _UNREAD
+        raise
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in line or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     name, *flags = [word for word in line if word != DEBUG] or ["--help"]
@@ -140,6 +155,8 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
     except KeyboardInterrupt:
         return _say(name, "interrupted", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _drop_unread():
+            return _UNREAD
         message = _message(error)
         if message is None or debug:
             traceback.print_exc()
@@ -147,6 +164,19 @@ def _run(name: str, flags: Sequence[str], debug: bool) -> int:
             return _say(name, message, getattr(error, "status", 2))
         print(BUG.format(version=__version__), file=sys.stderr)
         return 1
+
+
+def _drop_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; what is left goes nowhere."""
+    unread = []
+    for output in (1, 2):
+        poll = select.poll()
+        poll.register(output, 0)  # a pipe without a reader is an error, which is always told
+        if poll.poll(0):
+            unread.append(output)
+            # Python would try again, and complain, when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return bool(unread)
 
 
 def _message(error: Exception) -> str | None:

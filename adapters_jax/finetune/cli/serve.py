@@ -273,7 +273,8 @@ class Serve(Command):
         from adapters_jax.finetune.serving.engine import Engine, Sizes
         from adapters_jax.transforms.bank import Bank
 
-        base = DecoderBase(self.base, self.dtype, mesh_of_flag(self.mesh, self.rows))
+        mesh = mesh_of_flag(self.mesh, self.rows, "--rows")
+        base = DecoderBase(self.base, self.dtype, mesh)
         read = self._read(base, runs, kept)
         texts = self.room or (() if runs else ("lora --rank 16",))
         layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}

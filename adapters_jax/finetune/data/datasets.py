@@ -151,6 +151,7 @@ class TaskData:
         dev: the rows to select on.
         test: the rows to report on.
         metrics: names for `metrics.compute`; the first is the one selected on.
+        streamed: whether they are of a file too large to hold, which is split in another way.
     """
 
     name: str
@@ -158,6 +159,7 @@ class TaskData:
     dev: Any
     test: Any
     metrics: tuple[str, ...]
+    streamed: bool = False
 
 
 def make_datasets(tables: Mapping[str, Table], task: str) -> dict[str, Table]:
@@ -202,8 +204,8 @@ def hold_out(
 
     The split depends on the seed and the keys alone. Rows with the same key stay together in one
     part, and none is dropped. Each stratum is split in the same proportions, rounded down; one too
-    small to share stays in train. Of a large file, whose rows are not in memory, each group is held
-    out with the same probability, so that a few thousand rows are.
+    small to share stays in train. Of a large file, whose rows are not in memory, at most a few
+    thousand rows are held out, whatever their classes.
 
     Args:
         name: the name of the data.
@@ -229,7 +231,7 @@ def hold_out(
     absent = (0.0 if part in parts else share for part, share in (("dev", dev), ("test", test)))
     if getattr(train, "streamed", False):
         rows = split_streamed(keys or (), len(train), seed, *absent)
-        return TaskData(name, metrics=tuple(metrics), **_parts(parts, rows))
+        return TaskData(name, metrics=tuple(metrics), **_parts(parts, rows), streamed=True)
     names: tuple[str, ...] = getattr(train, "label_names", ())
     if keys is None:
         keys = [key_of(*texts) for texts in train.texts]

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.readers import DataError
@@ -50,26 +50,18 @@ def split_rows(
             part = next(part for part in room if len(group) <= room[part])
             room[part] -= len(group)
             chosen[part] += group
-    for part, fraction in (("dev", dev), ("test", test)):
-        if fraction and not chosen[part]:
-            texts = len({*keys})
-            some = f" with {texts} distinct texts" if texts < len(keys) else ""
-            classes = len({*strata})
-            each, fix = "them", f"give a {part} file or more {'distinct texts' if some else 'rows'}"
-            if classes > max(1, len(keys) / 2):  # as where labels are numbers
-                some += f" in {classes} classes"
-                each, fix = "each class", f"{fix}, or learn numbers with --task regression"
-            raise DataError(
-                f"{len(keys)} rows{some} are too few to hold out {fraction:g} of {each} for "
-                f"{part}; {fix}"
-            )
+    held = {"dev": (dev, chosen["dev"]), "test": (test, chosen["test"])}
+    _check_held(held, len(keys), len({*keys}), len({*strata}))
     return sorted(chosen["train"]), sorted(chosen["dev"]), sorted(chosen["test"])
 
 
 def split_streamed(
     keys: Iterable[str], count: int, seed: int, dev: float, test: float
 ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Splits rows that are too many to hold their keys: each key is drawn by itself.
+    """Splits rows that are too many to hold their keys, in one stratum.
+
+    Only the groups that the seed puts first are in memory; they fill dev and test as in
+    `split_rows`, and a group that has more rows than are left to fill trains.
 
     Args:
         keys: the key of each row, in order.
@@ -80,15 +72,53 @@ def split_streamed(
 
     Returns:
         As `split_rows`.
+
+    Raises:
+        DataError: dev or test would be empty, but its fraction is above 0.
+
+    Example:
+        >>> train, dev, test = split_streamed(["a", "b", "b", "a"], 4, seed=0, dev=0.5, test=0)
+        >>> sorted([[*train], dev]), test
+        ([[0, 3], [1, 2]], [])
     """
-    most = MOST_HELD / count
-    dev, test = min(dev, most), min(test, most)
-    chosen = array("q"), array("q"), array("q")
-    for row, key in enumerate(keys if dev or test else [""] * count):
-        digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
-        drawn = int.from_bytes(digest[:8], "big") / 2**64
-        chosen[1 if drawn < dev else 2 if drawn < dev + test else 0].append(row)
-    return chosen
+    first: dict[int, array[int]] = {}
+    end = 2**64
+    for row, key in enumerate(keys if dev or test else ()):
+        drawn = int.from_bytes(_digest(key, seed)[:8], "big")
+        if drawn < end:
+            first.setdefault(drawn, array("q")).append(row)
+            while len(first) > 8 * MOST_HELD:  # half of them fill both parts
+                end //= 2
+                first = {drawn: group for drawn, group in first.items() if drawn < end}
+    room = {"test": min(int(count * test + 1e-9), MOST_HELD)}
+    room["dev"] = min(int(count * dev + 1e-9), MOST_HELD)
+    chosen: dict[str, list[int]] = {"test": [], "dev": []}
+    for _, group in sorted(first.items()):
+        part = next((part for part in room if len(group) <= room[part]), None)
+        if part:
+            room[part] -= len(group)
+            chosen[part] += group
+    _check_held({"dev": (dev, chosen["dev"]), "test": (test, chosen["test"])}, count, len(first))
+    held = {*chosen["dev"], *chosen["test"]}
+    train = array("q", (row for row in range(count) if row not in held))
+    return train, sorted(chosen["dev"]), sorted(chosen["test"])
+
+
+def _check_held(
+    held: Mapping[str, tuple[float, Sequence[int]]], rows: int, texts: int, classes: int = 1
+) -> None:
+    """Raises DataError for a part that has a fraction of the rows and got none."""
+    for part, (fraction, chosen) in held.items():
+        if fraction and not chosen:
+            some = f" with {texts} distinct texts" if texts < rows else ""
+            each, fix = "them", f"give a {part} file or more {'distinct texts' if some else 'rows'}"
+            if classes > max(1, rows / 2):  # as where labels are numbers
+                some += f" in {classes} classes"
+                each, fix = "each class", f"{fix}, or learn numbers with --task regression"
+            raise DataError(
+                f"{rows} rows{some} are too few to hold out {fraction:g} of {each} for {part}; "
+                f"{fix}"
+            )
 
 
 def key_of(*texts: str | None) -> str:
@@ -119,6 +149,10 @@ def _groups(keys: Sequence[str], strata: Sequence[int], seed: int) -> Iterable[l
         groups[key].append(row)
     chosen: dict[int, list[list[int]]] = defaultdict(list)
     # A hash, not a random generator: the split does not change with numpy or the order of rows.
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
+    for key in sorted(groups, key=lambda key: _digest(key, seed)):
         chosen[strata[groups[key][0]]].append(groups[key])
     return chosen.values()
+
+
+def _digest(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {key}".encode()).digest()

@@ -5,6 +5,7 @@ The index is made in one pass, which checks each record as the readers of whole 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -15,6 +16,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from datetime import date, time
 from decimal import Decimal
 from functools import lru_cache
@@ -39,6 +41,7 @@ from adapters_jax.finetune.data.json_rows import parse_object
 STREAMED = 2**28
 _BOM = b"\xef\xbb\xbf"
 _TENTHS = 10
+_in_memory = ContextVar("in_memory", default=False)
 
 _log = logging.getLogger(__name__)
 
@@ -90,9 +93,21 @@ def _state_of(file: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+@contextlib.contextmanager
+def in_memory(asked: bool = True) -> Iterator[None]:
+    """Within, large files are read into memory, if that is asked for."""
+    before = _in_memory.set(asked)
+    try:
+        yield
+    finally:
+        _in_memory.reset(before)
+
+
 def streams(path: Path) -> bool:
     """Whether a file is read row by row: one of a format that can be, and large."""
-    return path.suffix.lower() in _INDEXES and path.is_file() and path.stat().st_size > STREAMED
+    if _in_memory.get() or path.suffix.lower() not in _INDEXES:
+        return False
+    return path.is_file() and path.stat().st_size > STREAMED
 
 
 def index(path: Path) -> Found:
@@ -156,8 +171,9 @@ def _of_tsv(path: Path) -> tuple[list[str], FileRecords]:
                 header = fields(text)
                 continue
             starts.append(start)
+            end = start + len(text.encode())  # blank lines at the end are none
             _check_even(uneven, number, fields(text), header)
-        starts.append(file.tell())
+        starts.append(end if starts else file.tell())
         own = os.dup(file.fileno())
     _refuse_uneven(path, uneven, header)
     parse = lambda raw: fields(raw.decode())  # noqa: E731

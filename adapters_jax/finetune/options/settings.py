@@ -85,7 +85,7 @@ class Settings:
         """Makes the mesh to train on; raises ShardingError if a batch does not split over it."""
         from adapters_jax.distributed.mesh import mesh_of_flag
 
-        return mesh_of_flag(self.mesh, batch_size or 1)
+        return mesh_of_flag(self.mesh, batch_size or 1, "--batch-size")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
     """The method at the largest size whose adapters fit; None if the budget is no such number.
 
     The adapters' parameters grow by the same number with each rank or unit of width, so two counts
-    tell all of them. A head, and parameters of the base that train, come on top.
+    tell all of them. A head, and parameters of the base that train, come on top. The widths of
+    compacter are multiples of its phm_dim.
 
     Args:
         method: the method, with no size of its own.
@@ -64,7 +65,7 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
         >>> sized(chosen, "smollm2-135m", "500000").rank, sized(chosen, "smollm2-135m", "10m")
         (8, None)
     """
-    if not re.fullmatch(r"\d+(\.\d+)?%|\d+", budget):
+    if not re.fullmatch(r"\d{1,99}(\.\d{1,99})?%|\d{1,99}", budget):
         return None
     name = None if method.recipe else SIZES.get(method.title)
     if name is None or name == "layers":
@@ -73,6 +74,11 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
             f"--budget {budget}: {method.title} has no rank or width to choose; expected one of "
             f"{known}, or a time"
         )
+    if method.reduction_factor is not None:
+        raise UserError(
+            f"--budget {budget} chooses {flag(name)}; leave it or --reduction-factor out"
+        )
+    unit = (method.phm_dim or 4) if method.title == "compacter" else 1
 
     def of(size: int) -> MethodOptions:
         fields: dict[str, Any] = {name: size}
@@ -80,15 +86,20 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
 
     from adapters_jax.finetune.shapes import count_parameters  # which reads all formats' names
 
-    one, two = (count_parameters(model, of(size)) for size in (1, 2))
+    one, two = (count_parameters(model, of(size)) for size in (unit, 2 * unit))
     base = one.frozen_parameters + one.trainable_parameters - one.adapter_parameters
-    most = float(budget[:-1]) / 100 * base if budget.endswith("%") else float(budget)
+    most = float(budget[:-1]) / 100 * base if budget.endswith("%") else int(budget)
     each = two.adapter_parameters - one.adapter_parameters
-    size = 1 + int((most - one.adapter_parameters) // each)
-    if size < 1:
+    if not each:
+        raise UserError(
+            f"--budget {budget}: --rank-pattern sets the rank of all targets, so that none is left "
+            "to choose; leave one of the two out"
+        )
+    size = unit + unit * int((most - one.adapter_parameters) // each)
+    if size < unit:
         raise UserError(
             f"--budget {budget}: {int(most):,} parameters, but {method.title} with "
-            f"{flag(name)} 1 has {one.adapter_parameters:,}; allow more"
+            f"{flag(name)} {unit} has {one.adapter_parameters:,}; allow more"
         )
     return of(size)
 

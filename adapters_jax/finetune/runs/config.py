@@ -64,6 +64,7 @@ def shared_config(
         "data_sha256": _sha256(task),
         "options": plain(RunOptions(**{**own, **names})),
         "versions": _versions(),
+        **({"streamed": True} if task.streamed else {}),
     }
 
 

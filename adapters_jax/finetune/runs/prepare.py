@@ -11,6 +11,7 @@ from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.datasets import overlaps
 from adapters_jax.finetune.data.splits import spread
+from adapters_jax.finetune.data.streaming import in_memory
 from adapters_jax.finetune.leaving import ways_out
 from adapters_jax.finetune.models.parts.attention import check_kernel
 from adapters_jax.finetune.options.flags import flag, given
@@ -285,7 +286,8 @@ def resume_run(run: Run, console: Console, began: float, any_base: bool = False)
     # Before the base is loaded, where what changed is less plain.
     record_of(options.model).check(run, config, any_base)
     # A run that another version accepted goes on, also where a check of recipes is new.
-    with checked_before():
+    # One of before large files were streamed has the split of rows in memory.
+    with checked_before(), in_memory("streamed" not in config):
         job = prepare_run(options, run, console, began, read_schedule(run, config))
     return open_run(job, any_base)
 
