@@ -239,7 +239,7 @@ class Serve(Command):
             largest,
             places=min(self._on_device, _TRAINING),
             rows=self.rows,
-            group=_group(self.rows, mesh_of_flag(self.mesh, self.rows)),
+            group=_group(self.rows, mesh_of_flag(self.mesh, self.rows, "--rows")),
             lengths=sorted({max(1, context // n) for n in (8, 4, 2, 1)}),
         )
         stack.callback(tenants.close)
