@@ -23,7 +23,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs = [decoder_run(f"--method lora --rank {n}", f"rank-{n}") for n in (2, 3)]
+        runs = [
+            decoder_run(f"--method lora --rank {n} --targets **/{{query,value}}", f"rank-{n}")
+            for n in (2, 3)
+        ]
     return [folder / run for run in runs]
 
 
