@@ -215,6 +215,7 @@ def decoder(place, name, factor, *tensors):
     def run(dtype, epochs=3):
         flags = ["--model", place / name, "--train", rows, "--prompt", "mr", "--completion", "ref"]
         flags += ["--max-length", 16, "--method", "lora", "--rank", 2, "--no-chat"]
+        flags += ["--alpha", 2, "--targets", "**/{query,value}"]
         flags += ["--epochs", epochs, "--batch-size", 8, "--learning-rate", 0.05]
         flags += ["--exact-match", 0, "--no-baselines", "--evaluations", 1]
         flags += ["--dtype", dtype, "--runs", place / "runs", "--name", f"{name}-{dtype}"]

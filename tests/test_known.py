@@ -222,12 +222,13 @@ def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, 
 @pytest.mark.slow
 def test_audit_and_plan_take_published_names(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["audit", "--model", "google/gemma-3-1b-pt", "--method", "lora", "--json"]) == 0
+    lora = ["--method", "lora", "--rank", "8", "--targets", "**/{query,value}", "--json"]
+    assert main(["audit", "--model", "google/gemma-3-1b-pt", *lora]) == 0
     # query: 1152 -> 4 x 256, value: 1152 -> 256; rank 8, 26 layers
     assert f'"adapter_parameters": {26 * 8 * (1152 + 1024 + 1152 + 256)}' in capsys.readouterr().out
     with command_raises(UserError, "qwen3-9b", "Qwen/Qwen3-8B"):
         assert main(["audit", "--model", "qwen3-9b", "--method", "lora"]) == 2
     capsys.readouterr()
-    assert main(["audit", "--model", "flan-t5-small", "--method", "lora", "--json"]) == 0
+    assert main(["audit", "--model", "flan-t5-small", *lora]) == 0
     # query and value: 512 -> 6 x 64; rank 8; one attention in 8 layers, two in 8 more
     assert f'"adapter_parameters": {3 * 8 * 8 * 2 * (512 + 384)}' in capsys.readouterr().out
