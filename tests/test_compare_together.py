@@ -165,7 +165,7 @@ def test_decoders_train_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "compare --model llama --train rows.csv --prompt mr --completion ref --max-length 32"
     words += " --exact-match 0 --epochs 1 --limit 8 --seeds 3 --learning-rates 3e-2 1e-2"
-    recipes = ["--recipes", "lora --rank 2"]
+    recipes = ["--recipes", "lora --rank 2 --alpha 2 --targets **/{query,value}"]
     assert main([*words.split(), *recipes, "--out", "apart"]) == 0
     with timed(0.1):
         assert main([*words.split(), *recipes, "--out", "together", "--together"]) == 0
