@@ -180,7 +180,8 @@ def test_a_converted_run_has_the_same_logits_in_peft(tmp_path, monkeypatch):
     write_meanings(tmp_path / "rows.csv", rows=40)
     words = (
         "finetune --model base --train rows.csv --prompt mr --completion ref --name mine "
-        "--method lora --rank 4 --epochs 2 --exact-match 0 --no-baselines --learning-rate 0.1"
+        "--method lora --rank 4 --alpha 4 --targets **/{query,value} --epochs 2 --exact-match 0 "
+        "--no-baselines --learning-rate 0.1"
     )
     assert main(words.split()) == 0
     assert main(["convert", "runs/mine", "there", "--to", "peft"]) == 0
