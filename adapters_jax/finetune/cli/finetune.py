@@ -75,6 +75,9 @@ class Finetune(RunOptions, Command):
             return resume_run(Run(self.resume), console, began, self.any_base)
         if self.any_base:
             raise UserError("--any-base: with --resume alone, where a base may have changed")
+        run = self._run(self.title)  # its place is checked before the base is asked for
+        if self.name is not None:
+            run.refuse_existing()
         options = on_base(self)
         run = self._run(options.title)
         run.refuse_existing()
