@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_the_completions_and_padding_has_none():
 @pytest.mark.slow
 def test_a_tiny_checkpoint_is_audited_and_planned(run):
     shutil.copytree(FIXTURES / "mt5", "base")
-    flags = "--model base --method lora --rank 2"
+    flags = "--model base --method lora --rank 2 --targets **/{query,value}"
     counts = json.loads(run(f"audit {flags} --json"))
     # query and value of three attentions, with two heads of width 6
     assert counts["adapter_parameters"] == 3 * 2 * 2 * (16 + 12)
