@@ -374,7 +374,11 @@ def test_a_decoders_run_is_merged_into_floats_with_the_flag(tmp_path):
         train=(write_meanings(tmp_path / "rows.csv"),), prompt="mr", completion="ref"
     )
     options = {"model": str(tmp_path / "tiny"), "runs": tmp_path, "max_length": 24}
-    options |= {"method": MethodOptions("lora"), "quantize": "int8", "exact_match": 0}
+    options |= {
+        "method": MethodOptions("lora", targets=("**/{query,value}",)),
+        "quantize": "int8",
+        "exact_match": 0,
+    }
     job = Finetune(**options, data=data, name="run").prepare(Console(json=True))
     parts = nnx.split(job.problem.model, aj.nnx.AdapterParam, ...)
     adapters = shaken(parts[1])
