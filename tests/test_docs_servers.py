@@ -16,6 +16,7 @@ from adapters_jax.finetune.pretrained.assets import ASSETS
 pytestmark = [pytest.mark.pages, pytest.mark.slow]
 TRAIN = "finetune --model smollm2-135m --train devset.csv --prompt mr --completion ref --limit 16"
 TRAIN += " --held-out 8 --epochs 1 --method lora --rank 8 --exact-match 0 --name e2e"
+TRAIN += " --alpha 8 --targets **/{query,value} --learning-rate 2e-3"
 SERVE = f"""from adapters_jax.finetune.pretrained.assets import ASSETS
 for name in {pages.STAND_INS}:
     del ASSETS[name]
