@@ -117,7 +117,7 @@ def check_axes(names: Iterable[str]) -> None:
 
 
 def mesh_of_flag(text: str | None, rows: int, flag: str) -> Mesh | None:
-    """The mesh of a command's `--mesh`, over which batches of so many rows, of a flag, are split.
+    """The mesh of a command's `--mesh`; it splits batches of `rows`, which the flag `flag` gives.
 
     Raises:
         ShardingError: the flag does not read, the devices are others, or the rows do not split.

@@ -39,7 +39,7 @@ def current_mesh() -> Mesh | None:
 
 
 def batch_axes(rows: int) -> tuple[str, ...]:
-    """The axes of the mesh that split so many rows; none where there is no mesh to do so."""
+    """The axes of the mesh that split `rows`; none without a mesh, or where they do not divide."""
     mesh = _MESH.get()
     if mesh is None:
         return ()
@@ -48,7 +48,7 @@ def batch_axes(rows: int) -> tuple[str, ...]:
 
 
 def over_groups(groups: int) -> str | None:
-    """The axis of the mesh for `jax.vmap(..., spmd_axis_name=)` over so many groups of rows.
+    """The axis of the mesh for `jax.vmap(..., spmd_axis_name=)` over groups of rows.
 
     None where groups are not split, and where two axes would: XLA then leaves rows of a decoder's
     step in the order of the other axis (jaxlib 0.10.2, data=2,fsdp=2,model=2).

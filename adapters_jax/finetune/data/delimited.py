@@ -1,8 +1,9 @@
 """CSV, TSV and CoNLL: fields between separators; and lines of text."""
 
+import contextlib
 import csv
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from adapters_jax.finetune.data.files import (
@@ -38,27 +39,33 @@ def separator_of(path: Path, header: bytes) -> str:
 
 
 def _parse_csv(path: Path, raw: bytes, separator: str) -> Iterator[Record]:
-    """The fields of each record but blank lines at the end.
+    """The fields of each record but blank lines at the end."""
+    line, blank = 1, list[int]()
+    with reading_csv(path, lambda: line), text_stream(path, raw, "") as stream:
+        reader = csv.reader(stream, strict=True, delimiter=separator)
+        for fields in reader:
+            if fields:
+                yield from ((n, []) for n in blank)
+                blank.clear()
+                yield line, fields
+            else:
+                blank.append(line)
+            line = reader.line_num + 1
+
+
+@contextlib.contextmanager
+def reading_csv(path: Path, line: Callable[[], int]) -> Iterator[None]:
+    """Within, fields may be long, and an error of the module names the line where its row begins.
 
     The module's limit of a field's length is for the whole process.
     """
     # 131,072 characters by default, which a document exceeds.
     limit = csv.field_size_limit(MOST_ROW)
-    line, blank = 1, list[int]()
     try:
-        with text_stream(path, raw, "") as stream:
-            reader = csv.reader(stream, strict=True, delimiter=separator)
-            for fields in reader:
-                if fields:
-                    yield from ((n, []) for n in blank)
-                    blank.clear()
-                    yield line, fields
-                else:
-                    blank.append(line)
-                line = reader.line_num + 1
+        yield
     except csv.Error as error:
         raise DataError(
-            f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
+            f"{path.as_posix()}, line {line()}: {error}; check the quotes of this row"
         ) from None
     finally:
         csv.field_size_limit(limit)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters_jax.finetune.data.columnar import read_batches
-from adapters_jax.finetune.data.delimited import separator_of
+from adapters_jax.finetune.data.delimited import reading_csv, separator_of
 from adapters_jax.finetune.data.files import (
     MOST_ROW,
     DataError,
@@ -184,49 +184,39 @@ def _of_csv(path: Path) -> tuple[list[str], FileRecords]:
     """CSV: a record may have several lines, between quotes."""
     starts, numbers, uneven = array("Q"), array("Q"), list[str]()
     blank = list[tuple[int, int]]()
-    limit, line = csv.field_size_limit(MOST_ROW), 1
-    try:
-        with path.open("rb") as file:
-            separator = separator_of(path, file.readline(MOST_ROW))
-            file.seek(0)
-            at = 0
+    line = 1
+    with reading_csv(path, lambda: line), path.open("rb") as file:
+        separator = separator_of(path, file.readline(MOST_ROW))
+        file.seek(0)
+        at = 0
 
-            def lines() -> Iterator[str]:
-                nonlocal at
-                for _, start, text in _lines(path, file, blanks=True):
-                    at = start + len(text.encode())
-                    yield text
+        def lines() -> Iterator[str]:
+            nonlocal at
+            for _, start, text in _lines(path, file, blanks=True):
+                at = start + len(text.encode())
+                yield text
 
-            reader = csv.reader(lines(), strict=True, delimiter=separator)
-            header = next(reader)
+        reader = csv.reader(lines(), strict=True, delimiter=separator)
+        header = next(reader)
+        line, start = reader.line_num + 1, at
+        for found in reader:
+            blank.append((start, line))
+            if found:  # blank lines at the end are none
+                for place, number in blank:
+                    starts.append(place)
+                    numbers.append(number)
+                blank.clear()
+                _check_even(uneven, line, found, header)
+                end = at
             line, start = reader.line_num + 1, at
-            for found in reader:
-                blank.append((start, line))
-                if found:  # blank lines at the end are none
-                    for place, number in blank:
-                        starts.append(place)
-                        numbers.append(number)
-                    blank.clear()
-                    _check_even(uneven, line, found, header)
-                    end = at
-                line, start = reader.line_num + 1, at
-            starts.append(end if starts else at)
-            own = os.dup(file.fileno())
-    except csv.Error as error:
-        raise DataError(
-            f"{path.as_posix()}, line {line}: {error}; check the quotes of this row"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
+        starts.append(end if starts else at)
+        own = os.dup(file.fileno())
     _refuse_uneven(path, uneven, header)
 
     def parse(raw: bytes) -> list[Any]:
-        before = csv.field_size_limit(MOST_ROW)
-        try:
+        with reading_csv(path, lambda: 0):  # each record was read once, so none is wrong
             text = io.StringIO(raw.decode(), newline="")
             found = next(csv.reader(text, strict=True, delimiter=separator), [])
-        finally:
-            csv.field_size_limit(before)
         return found or [""] * len(header)
 
     return header, FileRecords(path, own, starts, parse, numbers.__getitem__)
