@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters_jax.finetune.compare.grid import read_candidate
-from benchmarks import baselines, cells, defaults, fusion, sweep, tradeoff
+from benchmarks import baselines, cells, defaults, fusion, regret, sweep, tradeoff
 from benchmarks.report import Report
 
 pytestmark = pytest.mark.slow
@@ -376,3 +376,28 @@ def test_cells_of_bases_and_batches_are_apart_and_a_lower_perplexity_is_better(t
     assert plain.name != mine.name
     assert mine.flags()[-8:-4] == ["--model", "llama", "--batch-size", "4"]
     assert "{prompt}\\n" in mine.flags()
+
+
+def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
+    report = Report("regret", "", tmp_path)
+
+    def cells_of(rate, *losses):
+        return [{"learning_rate": rate, "score": {"dev": -loss}} for loss in losses]
+
+    same = 1.0, 1.001, 1.002
+    best = {regret.ALL: cells_of(1e-3, *same), regret.FULL: cells_of(1e-4, *same)}
+    attention, houlsby = list(regret.EQUAL.values())[1], regret.HOULSBY
+    best |= {attention: cells_of(1e-3, 1.2, 1.21, 1.19), houlsby: cells_of(1e-3, 0.9, 0.91, 0.92)}
+    best |= {regret.lora(r): cells_of(1e-3 * (1 + (r == 1)), 1.0) for r in regret.RANKS if r != 16}
+    best |= {regret.lora(r, r): cells_of(1e-3 * r, 1.0) for r in regret.RANKS}
+    regret.judge(report, {(regret.BASE, "e2e", regret.BATCH, name): x for name, x in best.items()})
+    higher = "a higher loss than all linear layers with as many parameters"
+    verdicts = {row["claim"].split(": ", 1)[1]: row["verdict"] for row in report.rows}
+    assert verdicts == {
+        "the best rate is 10 times that of full fine-tuning": "reproduced",
+        "LoRA's loss is that of full fine-tuning": "reproduced",
+        f"LoRA on attention, r = 42: {higher}": "reproduced",
+        f"Houlsby's adapters, m = 70: {higher}": "not reproduced",
+        "the best rate does not depend on the rank (alpha = 32)": "reproduced",
+        "the best rate does not depend on the rank (alpha = r)": "not reproduced",
+    }
