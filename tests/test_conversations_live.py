@@ -26,7 +26,8 @@ def test_tokens_and_marks_are_those_of_transformers(template):
         additional_special_tokens=list(SPECIAL[2:]),
     )
     for messages in TALKS:
-        (ours,) = ChatEncoder(reader, 1000).encode(conversations(Conversation(messages))).examples
+        found = ChatEncoder(reader, 1000).encode(conversations(Conversation(messages)))
+        (ours,) = found.examples.rows
         expected = theirs.apply_chat_template(
             messages,
             chat_template=MARKED,
