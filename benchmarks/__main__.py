@@ -35,6 +35,7 @@ BENCHMARKS = {
     "peers-generation": "tokens/s of SmolLM2's shapes against transformers'",
     "peers-latency": "only the latency of `peers`: LoRA, merged LoRA, Houlsby's adapters",
     "peers-linear": "a step with LoRA on all linear layers against PEFT, qwix, SkyRL",
+    "peers-service": "eight tenants of our server and of SkyRL's, through Tinker's client",
     "peers-tenants": "a step of eight tenants and of one, against SkyRL's backend",
     "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
     "regret": "what LoRA needs on a decoder: ranks, rates, modules; hours, resumes",

@@ -18,7 +18,7 @@ PEFT = DOCS / "coming-from" / "peft.md"
 LINK = "../../benchmarks/results"  # from the pages of results
 SHOWN = {  # the files of results by the page that shows their claims and figures
     "peers": ("peers", "peers-zen5"),
-    "peers-more": ("peers-linear", "peers-generation", "peers-tenants", "sweep"),
+    "peers-more": ("peers-linear", "peers-generation", "peers-tenants", "peers-service", "sweep"),
     "step": ("step", "step-tunix", "llama", "speedup"),
     "memory": ("memory", "plan", "parameters", "files"),
     "accuracy": ("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17"),

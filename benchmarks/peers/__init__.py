@@ -7,21 +7,22 @@ equal losses, logits and trainable counts before they are timed. Each side has i
 they run in turn.
 
 `python -m benchmarks peers` measures a step on queries and values, latency, files and imports. Its
-further parts have results of their own: `peers-linear`, `peers-generation`, `peers-tenants`, and
-`peers-latency`, which is a part of the whole as well.
+further parts have results of their own: `peers-linear`, `peers-generation`, `peers-service`,
+`peers-tenants`, and `peers-latency`, which is a part of the whole as well.
 """
 
 import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.peers import files, generation, latency, linear, steps, tenants, uses
+from benchmarks.peers import files, generation, latency, linear, service, steps, tenants, uses
 from benchmarks.report import Report
 
 PARTS = {
     "latency": latency.alone,
     "linear": linear.run,
     "generation": generation.run,
+    "service": service.run,
     "tenants": tenants.run,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness import interleave
 from benchmarks.report import Report
-from benchmarks.sides.job import Job
+from benchmarks.sides.job import Job, Tenancy
 from benchmarks.workers import HERE, PeerError, Worker, interpreter
 
 TORCH, TX = "torch", "skyrl"
@@ -99,7 +99,7 @@ class Group:
         for worker in self.workers.values():
             worker.close()
 
-    def start(self, contenders: Mapping[str, Contender], job: Job) -> None:
+    def start(self, contenders: Mapping[str, Contender], job: Job | Tenancy) -> None:
         """Starts contenders, two at a time; a contender that fails becomes a row."""
         missing = {c.environment: unavailable(c.environment) for c in contenders.values()}
 

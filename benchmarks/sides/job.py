@@ -77,6 +77,34 @@ class Job:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Tenancy:
+    """What the tenants of a server of Tinker's protocol do.
+
+    Attributes:
+        address: of the server.
+        base: the server's name of its base.
+        tenants: how many there are; each has its own adapter and rows.
+        rows, length: the shape of each tenant's tokens.
+        vocab: the size of the vocabulary.
+        rank: of LoRA, which is on all linear layers.
+        prompt, tokens: the length of a prompt, and of what is sampled behind it; once a row.
+    """
+
+    address: str
+    base: str
+    tenants: int
+    rows: int
+    length: int
+    vocab: int
+    rank: int
+    prompt: int
+    tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def versions(*packages: str) -> dict[str, str]:
     """The versions of packages that are installed."""
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
