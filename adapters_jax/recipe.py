@@ -36,7 +36,6 @@ class Owner(NamedTuple):
     Attributes:
         path: path of the module that it adapts; of the weight, where several of the module's are.
         module: path of the module.
-        method: the method.
         node: the name of the node below the method's slot that holds its parameters; "" for the
             slot itself.
         name: the name of this parameter there, `a`.

@@ -291,7 +291,6 @@ def traced_call(model: nn.Module | nnx.Module, given: Inputs) -> Trace:
     """Traces a call of a linen or NNX model, without its adapters; nothing is computed.
 
     Args:
-        model: the model.
         given: example inputs; of arrays, only shapes and dtypes matter.
 
     Raises:

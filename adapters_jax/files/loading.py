@@ -280,7 +280,6 @@ def _placed(
     """The placements of an adapter in a model, which its tensors fit.
 
     Args:
-        adapter: the adapter.
         base: the shapes and dtypes of the model's parameters by path.
         run: finds the placements of a recipe by an abstract run of the model.
         advice: for the message about tensors that do not fit.

@@ -41,7 +41,6 @@ class Manifest:
     """The manifest of an adapter.
 
     Attributes:
-        recipe: what trains.
         base: the base it was trained on; None if it is not known.
         parameters: the number of parameters in its tensors.
         tensors: the number of tensors.
@@ -220,7 +219,6 @@ def placements_as_json(placements: Sequence[Placement], recipe: Recipe) -> list[
     Shapes of arrays are left out, since they follow from the method and the rest.
 
     Args:
-        placements: the placements.
         recipe: their recipe; each object has the position of its method there.
 
     Example:
@@ -255,7 +253,6 @@ def placements_of_json(values: Sequence[Any], recipe: Recipe, path: Path) -> Pla
 
     Args:
         values: the value of the manifest's key.
-        recipe: the recipe of the file.
         path: the file, for messages.
 
     Raises:

@@ -112,8 +112,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], code: Sequence[i
     """A table in Markdown of plain texts; empty if it has no rows.
 
     Args:
-        header: the names of the columns.
-        rows: the cells of each row.
         code: the numbers of the columns that are code.
 
     Example:

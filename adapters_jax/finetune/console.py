@@ -234,7 +234,6 @@ class Console:
 
         Args:
             title: the name of the work.
-            steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
                 they are estimated from the steps that are done.

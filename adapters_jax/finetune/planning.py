@@ -40,8 +40,6 @@ class Job:
 
     Args:
         model: as in `adapted_shape`.
-        method: the recipe.
-        mesh: of the devices.
         rows: sequences in a step.
         length: tokens in a sequence.
         dtype: dtype of the base model and its arithmetic.

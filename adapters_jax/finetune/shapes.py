@@ -57,7 +57,6 @@ def adapted_shape(
 
     Args:
         name: as for `count_parameters`.
-        method: the recipe.
         quantize: the quantised dtype of the frozen weights; None does not quantise.
         layers: the number of layers, instead of the model's own.
         **options: options of the model's class, such as `param_dtype`.
@@ -112,7 +111,6 @@ class Entry:
     """A family, with those of its published shapes that are asked for.
 
     Attributes:
-        family: its record.
         known: the numbers of parameters by name.
     """
 

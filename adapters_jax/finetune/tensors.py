@@ -25,7 +25,6 @@ class Stored:
     Args:
         shape: its shape, known without reading it.
         dtype: its dtype, likewise.
-        read: reads the array.
 
     Example:
         >>> np.asarray(Stored((2,), np.float64, lambda: np.ones(2)))

@@ -116,10 +116,6 @@ def prompted(
     """Calls a function with prompts in its attentions.
 
     Args:
-        attentions: the attentions of the function.
-        recipe: the recipe.
-        fn: the function.
-        tree: its parameters.
         held: the arrays of the prompts by their paths; none while they are placed.
         inputs: its arguments after the parameters, by position and by name.
     """

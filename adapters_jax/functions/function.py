@@ -52,7 +52,6 @@ class Signature:
 
     Attributes:
         example: the example inputs, whose arrays are shapes and dtypes.
-        fronts: as given.
         shapes: the arrays of the tree by name, as shapes and dtypes.
         attentions: its attentions, once they were asked for.
 
@@ -136,7 +135,6 @@ class Function(nn.Module):
     """A function of parameters as a linen module: its variables are the function's parameters.
 
     Args:
-        fn: the function.
         signature: how it is called.
     """
 

@@ -42,8 +42,6 @@ def points_of(
     """Finds where a recipe's methods attach in a base; see `points`.
 
     Args:
-        base: the base.
-        recipe: the recipe.
         inputs: example inputs.
         params: the base's parameters, abstract, if they are known, which may save a run.
     """

@@ -148,8 +148,6 @@ def attend_to(
 
     Args:
         query: query head i reads key head i // (heads / kv_heads).
-        key: the keys.
-        value: the values.
         logits: the logits of products of queries and keys, float32.
         precision: as in `jnp.einsum`.
         counts: which tokens count; None for all.

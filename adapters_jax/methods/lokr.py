@@ -28,7 +28,6 @@ def divided(n: int, factor: int | None = None) -> tuple[int, int]:
     a factor have another order.
 
     Args:
-        n: the number.
         factor: the first one, if it divides n; else the first one is the largest divisor that is
             neither above it nor above the square root, which alone counts where it is None.
 

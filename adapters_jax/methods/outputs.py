@@ -55,7 +55,6 @@ def adapted(
 
     Args:
         methods: each with what gives its arrays for an output, in the order of the recipe.
-        path: path of the module.
         again: runs the module on another input.
         x: the module's input.
         y: what it returned.

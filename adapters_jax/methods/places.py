@@ -49,7 +49,6 @@ def ends(
     """Which positions of an output are among the first tokens of their text, and the last ones.
 
     Args:
-        y: the output.
         first, last: how many are meant of each.
         where: the method and its module, for messages.
 

@@ -104,7 +104,6 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
     """Adds the leaves of a method to a module, which then needs a `refresh` of its class.
 
     Args:
-        module: the module.
         placed: the method, and where it is attached.
         rngs: seeds the leaves and their dropout.
         inputs: what a calibration has of the weight's inputs.
@@ -142,8 +141,6 @@ def module_at(model: Any, path: str, weight: str) -> Any:
     """The module at a path, made of the plain container there.
 
     Args:
-        model: the model.
-        path: the path of the module.
         weight: the path of the weight for which it is needed, for the message.
 
     Raises:

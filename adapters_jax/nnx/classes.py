@@ -61,7 +61,6 @@ def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
     """The subclass of a module class that computes with adapters.
 
     Args:
-        cls: the module class.
         names: the module's weights that are changed, or quantised, and its containers of such.
     """
     body: dict[str, Any] = {name: Seen(name) for name in names}

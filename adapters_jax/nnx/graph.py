@@ -248,7 +248,6 @@ def sharing(model: Any, gate: Array | None = None) -> Iterator[None]:
     They have the layer axes of the module, since transforms of flax split all that it holds.
 
     Args:
-        model: the model.
         gate: the tokens that gated methods act on, which their modules then have as well.
     """
     recipe = vars(model).get("adapter_recipe", ())

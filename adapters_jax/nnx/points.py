@@ -62,7 +62,6 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
 
     Args:
         model: an NNX model.
-        recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
     """
     modules = modules_of(model)

@@ -47,7 +47,6 @@ class Calls:
         Args:
             model: the module.
             name: the function that is called.
-            args, kwargs: its arguments.
 
         Raises:
             RecipeError: the call reads adapters that it must not see.

@@ -58,7 +58,6 @@ def counted(
     """The adapters of a tree.
 
     Args:
-        recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
         known: the placements of the model; None for a tree without one.
 

@@ -36,7 +36,6 @@ class Placement:
     keep it, and whoever needs to know where an adapter is reads it.
 
     Attributes:
-        method: the method.
         path: the path of its target: a module, or a weight.
         module: the path of the module.
         node: where its arrays are below the method's slot in the module; "" for the slot itself.
@@ -256,7 +255,6 @@ class Known:
         """The placements in a tree: those that are known, where they are of this very tree.
 
         Args:
-            recipe: the recipe of the model.
             shapes: the shapes of all leaves by path.
 
         Raises:
@@ -275,7 +273,6 @@ def in_tree(recipe: Recipe, shapes: Shapes) -> Placements:
     is wide and whether it reaches the model's outputs is not in a tree.
 
     Args:
-        recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
 
     Raises:

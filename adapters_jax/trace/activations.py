@@ -147,7 +147,6 @@ class Operation:
         primitive: the primitive; None for an operation of `Graph` alone.
         values: its inputs; of those that are read and not computed, the shape and dtype.
         known: what is known of them; None for what is no activation.
-        params: the primitive's parameters.
         shapes: the shapes of its results.
         watch: the trace that sees it; None for one of a graph.
     """

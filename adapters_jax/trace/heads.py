@@ -27,7 +27,6 @@ class Inline:
     """An attention as its second product runs.
 
     Attributes:
-        sizes: its sizes.
         query: (..., heads, head_dim), as the first product reads it.
         project: `project("key", x)` of x (K, d) is what the module's own projection gives of it,
             (K, kv_heads, head_dim), without rotary embedding and norms.
@@ -58,7 +57,6 @@ class Computed(NamedTuple):
     """An attention that a module computed.
 
     Attributes:
-        sizes: its sizes.
         inputs: the ids of what the projections of its query, key and value read.
         keys: the ids of the projections of its keys and values, and the columns they begin with.
     """

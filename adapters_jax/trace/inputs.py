@@ -51,8 +51,6 @@ class Inputs:
     """Example inputs of a model; `aj.inputs` makes them.
 
     Attributes:
-        args: the inputs by position.
-        kwargs: the inputs by name.
         method: the function of the model that takes them, its name or a function of the model;
             None for `__call__`.
     """

@@ -25,7 +25,6 @@ class Operation:
         name: the name of its primitive; "layer" and "layers" for a scan's operand and result.
         inputs: the numbers of the values that it reads.
         outputs: the numbers of its results.
-        params: the primitive's parameters.
         primitive: the primitive; None for "layer" and "layers".
         effects: whether it does something beside computing its results.
     """
@@ -281,7 +280,6 @@ def read_without(
     """The leaves that a program reads, returns or writes otherwise than by values of a name.
 
     Args:
-        graph: the program.
         leaves: the paths of leaves, by the numbers of the program's inputs.
         name: the name of a leaf's value, as `named` gives it.
         last: the name, without the path behind it, of what a leaf is in the end.

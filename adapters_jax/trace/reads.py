@@ -67,8 +67,6 @@ class Tracked:
     """A leaf whose reads are recorded.
 
     Attributes:
-        path: the path of the leaf.
-        reads: its reads so far.
         shape: its shape, where that is known.
         reaches: whether the model's outputs depend on it.
         trains: whether a gradient of the outputs gets to it.
@@ -159,7 +157,6 @@ class Reads:
     """Follows leaves through a graph, one operation after the other.
 
     Args:
-        graph: the graph.
         leaves: the path of each value that is a leaf, or a part of one.
         inputs: the values that are activations; what does not depend on them counts as a constant,
             such as random keys and a batch norm's averages.

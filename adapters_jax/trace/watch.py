@@ -48,7 +48,6 @@ class Found:
     """What a watch saw.
 
     Attributes:
-        attentions: the attentions.
         reasons: why prompts cannot act in others.
         checkpoints: how many bodies of `jax.checkpoint` are running.
     """
@@ -84,8 +83,6 @@ class Found:
 
         Args:
             owner: the name of the method.
-            path: the path of the module.
-            module: the module.
         """
         if self.attention is None:
             raise RecipeError(
@@ -158,7 +155,6 @@ def looking(inputs: Any, total: bool = False) -> Iterator[Found]:
     """Watches the code in its body, which gets these inputs, and changes nothing.
 
     Args:
-        inputs: the inputs.
         total: whether prompts will need `Inline.total`.
     """
 

@@ -280,7 +280,6 @@ class Changed:
 
     Attributes:
         base: the weight, an array or `Quantized`, in its stored dtype.
-        changes: the changes in their order.
         shape: the shape that the code sees.
         dtype: the dtype that the code sees.
         views: what the code did to a quantised weight, which is in floats only where it is used.
@@ -398,7 +397,6 @@ class Changed:
 
         Args:
             cut: cuts an array, given where it has each axis of the weight.
-            axes: the axes that are cut.
         """
         changes = self.made.changes
         if any(axis in _uncut(change) for change in changes for axis in axes):
@@ -420,7 +418,6 @@ class Changed:
         Args:
             take: takes the rows of an array, given where it has each axis of the weight, and puts
                 the axes of the rows in front; an array that lacks the axis stays as it is.
-            axis: the axis.
             rows: the axes that the rows have in the result.
             others: the axes of the result by those of the weight.
         """

@@ -61,7 +61,6 @@ class Packed:
         """The product; None where it has to be one with the weight in floats.
 
         Args:
-            weight: the weight.
             views: what the code did to it.
             seen: the shape and dtype that the code sees.
             x: the input's.
@@ -186,7 +185,6 @@ def rows_of(
     """Rows of a packed weight in floats; None where rows have no scales that are theirs alone.
 
     Args:
-        weight: the weight.
         views: what the code did to it.
         along: the axis of which rows are taken, and its size.
         take: takes the rows of an array that has the axes of the weight.

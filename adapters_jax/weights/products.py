@@ -55,10 +55,7 @@ def multiplied(
     """The product of a changed weight and its input; None where the sum has to be formed.
 
     Args:
-        primitive: the operation.
-        changed: the weight.
         others: its other operands, first the input.
-        params: its parameters.
         where: the weight's position among its operands.
     """
     x, *rest = others

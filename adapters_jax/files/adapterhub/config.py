@@ -175,9 +175,6 @@ PRE_NORM = (
 def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """The configurations of a file with defaults filled in, and their unsupported settings.
 
-    Args:
-        whole: the parsed file.
-
     Returns:
         The configurations, several if the file is a union; and one sentence for each problem. An
         unknown field is no problem if it is null, false or empty.

@@ -39,10 +39,8 @@ def differences(
     """What PEFT would make of a file otherwise than it is meant; empty if nothing.
 
     Args:
-        config: the configuration of the file.
         written: the one that the writer made, before the caller's own fields.
         added, plain: the file's tensors, as `split_tensors` returns them.
-        module_map: the model's modules.
     """
     problems = [
         f"{field}={config.get(field)!r} is not the adapter's {written.get(field)!r}"

@@ -313,9 +313,6 @@ def value(config: Config, field: str) -> Any:
 def config_problems(config: Config) -> list[str]:
     """The unsupported settings of a configuration, each as `field=value` with the reason.
 
-    Args:
-        config: the parsed file.
-
     Returns:
         One sentence for each problem. A field that we do not know is none, see `unread_fields`.
 

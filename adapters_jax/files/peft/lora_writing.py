@@ -108,9 +108,7 @@ class _Pair(NamedTuple):
     """The factors of one of our weights, with its inputs before its outputs.
 
     Attributes:
-        method: the LoRA or DoRA.
         target: the path of its target, by which the method has its scale.
-        leaves: its leaves by name.
     """
 
     method: Any

@@ -55,7 +55,6 @@ class GGUF:
     """One file, whose header is read and checked.
 
     Attributes:
-        path: the file's path.
         fields: its metadata by name.
         stored: its tensors by name, quantised and not yet read.
     """

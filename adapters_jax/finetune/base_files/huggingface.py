@@ -87,7 +87,6 @@ def read_tensors(directory: str | Path, finite: bool = True) -> dict[str, Stored
     """Lists the tensors of `model.safetensors`, or of its shards; reads each only when it is used.
 
     Args:
-        directory: the checkpoint's directory.
         finite: whether every number must be finite.
 
     Returns:

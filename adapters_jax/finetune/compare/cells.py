@@ -32,7 +32,6 @@ class Checked:
     Attributes:
         config: the configuration of a run with the recipe.
         trainable_parameters: the number of trainable parameters, with a head's.
-        base_parameters: the number of parameters of the base model.
     """
 
     config: dict[str, Any]
@@ -104,9 +103,7 @@ class Cells:
         """Checks that existing cells belong to this comparison, and that no process uses them.
 
         Args:
-            cells: the cells.
             options: returns the options of a cell.
-            console: the console to print to.
             any_base: say what changed of the base, instead of raising an error.
 
         Raises:
@@ -198,7 +195,6 @@ class CellConsole(Console):
     """The console of a cell: prints each line once for all cells, and no tables.
 
     Args:
-        console: the console of the comparison.
         on_progress: called with the finished fraction of a cell and a note.
     """
 

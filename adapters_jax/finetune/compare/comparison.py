@@ -76,12 +76,8 @@ class ComparisonJob:
     """A comparison that is ready to start or to continue; `prepare_comparison` makes it.
 
     Attributes:
-        options: the options of the command.
         grid: the recipes, learning rates and seeds.
-        cells: the directories of the cells.
         out: the directory of the comparison.
-        console: the console to print to.
-        lock: the lock of this process on the directory.
     """
 
     options: CompareOptions
@@ -196,7 +192,6 @@ class _Pace:
     """The progress of a comparison, and an estimate of its time from the finished cells.
 
     Attributes:
-        grid: the recipes, learning rates and seeds.
         results: the results of the finished cells.
         total: the number of cells.
         cell: the cell that is running.

@@ -165,9 +165,7 @@ class Label:
     """A label of one or several points.
 
     Attributes:
-        text: the text of the label.
         points: points `(x, y)` in data units; the label is written beside the one with most room.
-        color: color of the text.
         size: font size in points.
         weight: font weight, such as "bold".
     """

@@ -208,9 +208,7 @@ def hold_out(
     thousand rows are held out, whatever their classes.
 
     Args:
-        name: the name of the data.
         parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
-        metrics: the names of the metrics.
         keys: the key of each row of "train"; None is its texts, but for case and spacing.
         strata: the stratum of each row of "train"; None is its class, if it has one.
         seed: the seed that chooses the rows held out.

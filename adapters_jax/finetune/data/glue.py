@@ -21,9 +21,6 @@ class Glue:
     """One GLUE task: the columns of its files, and its metrics.
 
     Args:
-        text: the text column.
-        text_pair: the second text column, if any.
-        label: the label column.
         metrics: names for `metrics.compute`, the one to select on first.
         task: "classification" or "regression".
         header: the columns, if the files have no header line.
@@ -112,8 +109,7 @@ def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> T
     GLUE's own test files have no labels. Published dev figures compare with `dev`.
 
     Args:
-        name: as for `read_glue`.
-        directory: as for `read_glue`.
+        name, directory: as for `read_glue`.
         split_seed: the seed that chooses the rows held out.
 
     Returns:

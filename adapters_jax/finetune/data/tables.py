@@ -85,7 +85,6 @@ def read_rows(
 
     Args:
         path: the path, as `readers.read_file` takes it.
-        text: the text column.
         text_pair: the second text column, for pairs.
         label: the label column; None for texts without labels.
 
@@ -155,7 +154,6 @@ def choose_values(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[Any]]
 
     Args:
         rows: the rows, as `readers.read_file` returns them.
-        names: the names of the columns.
 
     Returns:
         The values of each row, one for each name; and the line of each row.

@@ -99,7 +99,6 @@ def check_kinds(data: memoryview, most: int) -> None:
     Where they do not, pyarrow ends the process when it is asked about a column.
 
     Args:
-        data: the file.
         most: how many items a list in its metadata may have.
 
     Raises:

@@ -94,7 +94,6 @@ class Adapter:
     """An adapter to be written.
 
     Attributes:
-        recipe: its recipe.
         leaves: the trained leaves by path.
         name: the adapter's name, for formats that store one.
         labels: the names of its head's classes.

@@ -26,7 +26,6 @@ def read_tensors(
     """Lists the tensors of a file; reads and dequantises each only when it is used.
 
     Args:
-        tensors: the file's tensors.
         architecture: how llama.cpp stores it.
         heads: the number of heads of "q_proj" and of "k_proj".
 

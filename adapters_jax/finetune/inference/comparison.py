@@ -110,7 +110,6 @@ def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
     """Formats a mean and its standard deviation for people.
 
     Args:
-        name: name of the metric.
         spread: "mean" and "deviation" of the metric; the deviation is None for a single seed.
 
     Example:

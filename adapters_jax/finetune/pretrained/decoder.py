@@ -125,8 +125,6 @@ class PretrainedDecoder(DecoderTokenizer):
     """A pretrained decoder.
 
     Attributes:
-        config: its configuration.
-        model: the model with its weights.
         identity: its identity, as an adapter's manifest stores it.
     """
 

@@ -43,7 +43,6 @@ class Encoder:
 
     Attributes:
         architecture: the record of its family's classification model.
-        config: its configuration.
         params: its parameters without a head, float32 or quantised.
         tokenizer: its tokenizer; None if it reads images.
         pooling: what the head reads; see `load_encoder`.
@@ -150,11 +149,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class ImageEncoder(Encoder):
-    """A pretrained encoder of images.
-
-    Attributes:
-        preprocessing: how its images are read.
-    """
+    """A pretrained encoder of images."""
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 

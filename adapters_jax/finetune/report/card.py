@@ -27,8 +27,6 @@ class Source:
 
     Attributes:
         form: the format of the adapter.
-        base: the base model.
-        recipe: the recipe of the adapter.
         leaves: the trained arrays, by path.
         config: the configuration of the finished run; None for an adapter without a run.
     """

@@ -48,7 +48,6 @@ class HeldOut:
         batches: the batches of all rows, in order.
         tokens: the number of tokens in their completions.
         prompts: the prompts to generate completions for.
-        prompt_ids: their token ids.
         references: for each of these prompts, its right completions.
         new_tokens: the largest number of tokens to generate.
     """
@@ -214,7 +213,6 @@ def build_completions(
     """Makes the batches of a task; messages count the rows that are cut and packed.
 
     Args:
-        data: the rows.
         decoder: the decoder whose tokenizer encodes them.
         prompts: the format of prompts.
         max_length: the largest number of tokens in a sequence.

@@ -183,7 +183,6 @@ class FeatureBatches(StepBatches):
     Args:
         features: the features, `(rows, d)`, or `(rows, inputs, d)`.
         labels: the labels, `(rows, ...)`; None for batches without labels.
-        batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps the order of the rows.
         mix: as for `StepBatches`.
     """
@@ -226,7 +225,6 @@ def head_problem(
 
     Args:
         problem: the problem on texts.
-        encoder: its base.
         train: its training rows, in order.
         setup: has the seed of the order in training, and shows the progress.
     """

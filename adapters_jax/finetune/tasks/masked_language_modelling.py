@@ -108,7 +108,6 @@ def hide(ids: Int[np.ndarray, " length"], vocabulary: Vocabulary, seed: Sequence
     """Hides 15 % of a row's tokens, at least one, as BERT's pre-training does.
 
     Args:
-        ids: the tokens.
         vocabulary: the mask token, and what is never hidden.
         seed: what the choice is a pure function of.
 
@@ -137,7 +136,6 @@ class MaskedBatches(Batches):
 
     Args:
         rows: the blocks, or the rows with masks.
-        vocabulary: what the tokens are of.
         options: the other arguments of `Batches`, without the labels.
     """
 

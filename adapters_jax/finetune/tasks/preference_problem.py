@@ -185,7 +185,6 @@ def build_preferences(
 
     Args:
         tables: the rows of "train", "dev" and "test".
-        encoder: encodes them.
         setup: has the number of rows in a batch, and the seed of the order and of the choice of
             mismatched completions.
 
@@ -309,7 +308,6 @@ class PreferenceProblem(DecoderProblem):
     """A decoder and the preferences it learns; `parts` has "train", "dev" and "test".
 
     Attributes:
-        objective: the loss.
         reference: the log-probabilities of each part's rows by the base, `(rows, 2)`; they are
             there before the first step.
     """

@@ -152,8 +152,6 @@ class Readout(ABC):
         """Batches of encoded rows.
 
         Args:
-            encoder: the base.
-            rows: the rows.
             labels: as `targets` makes them; None for rows without labels.
             *plan: the size, the seed and the buckets, as `data.batches.Batches` takes them.
             mix: how often rows are drawn.

@@ -53,7 +53,6 @@ class TagPrediction(Prediction):
     """The tags of a text.
 
     Attributes:
-        words: the words of the text.
         tags: the tag of each word.
     """
 
@@ -204,7 +203,6 @@ def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " 
 
     Args:
         encoding: the encoding of the words with spaces between.
-        words: the words.
 
     Returns:
         Indices of tokens; -1 for a word that is cut off, or that the tokenizer leaves out.

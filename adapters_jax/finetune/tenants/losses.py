@@ -83,7 +83,6 @@ def token_losses(
 
     Args:
         logprobs: the log-probability of each target.
-        given: all else.
     """
     kind, a, q = given.kind[:, None], given.weights, given.reference
     own = jnp.where(given.counts, logprobs, 0.0)

@@ -40,7 +40,6 @@ class TrainingApi:
         service: does what they ask.
         name: what clients call the base, beside what it was called on the command line.
         context: the largest number of tokens of a text.
-        limits: the limits of requests.
     """
 
     def __init__(

@@ -40,7 +40,6 @@ class Archives:
     Args:
         service: has the models and the checkpoints.
         name: what clients call the base.
-        reader: reads bodies.
     """
 
     def __init__(self, service: Service, name: str, reader: Reader) -> None:

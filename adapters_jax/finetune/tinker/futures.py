@@ -53,7 +53,6 @@ class Entry:
         id: what the client asks for.
         tokens: the tokens that its request has.
         kind: the content type of the answer; empty while there is none.
-        data: the answer.
         failed: whether it is an error.
         made: when it began, then when the answer came, in seconds.
         target: the sampling session in whose list it appears once it is there.

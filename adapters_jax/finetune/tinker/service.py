@@ -48,7 +48,6 @@ class Model:
         id: what clients call it.
         owner: the key that it belongs to.
         session: the session that it belongs to.
-        recipe: what trains of it.
         about: what a checkpoint says of it: its recipe, its rank, what the client says.
         turns: its requests in their order.
         asked: when it was last asked for something, in seconds since 1970.
@@ -75,7 +74,6 @@ class Service:
     """What the paths do.
 
     Args:
-        base: the decoder.
         engine: samples; it has been started.
         tenants: trains; it has been started.
         checkpoints: where saves go.
@@ -272,7 +270,6 @@ class Service:
         """Does something once all earlier requests of a model are begun; returns the answer's name.
 
         Args:
-            model: the model.
             number: the request's number; one that came before is not done again.
             work: begins it at its call, and is awaited for the answer.
             tokens: how many tokens it has.
@@ -326,7 +323,6 @@ class Service:
         """Begins a forward pass, with gradients unless it is one alone.
 
         Args:
-            model: the model.
             read: the request.
             rows: its rows, or the UserError that they are.
             tokens: how many tokens it has.

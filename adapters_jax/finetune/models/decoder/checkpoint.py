@@ -185,7 +185,6 @@ def _beside_images(
     """The values of `config.json`, and all tensors, of a multimodal checkpoint with another text.
 
     Args:
-        base: the checkpoint.
         config: the configuration of its language model.
         model: the language model to write.
     """

@@ -177,7 +177,6 @@ class GatedDelta(nnx.Module):
         """Computes, for each token, what the memories of the tokens up to it hold for its query.
 
         Args:
-            x: the hidden states.
             mask: which of them are tokens, and of which text.
             *unused: what a softmax attention needs.
             cache: the memories and the last tokens before; they are replaced by those after.
@@ -256,7 +255,6 @@ def delta_rule(
     Args:
         query: queries, of any length.
         key: keys, of any length.
-        value: values.
         decay: the logarithm of the factor of the memory, at most 0.
         beta: the part of the memory's value that the token replaces, from 0 to 1.
         state: the memories before the first token.

@@ -100,11 +100,7 @@ class Parts:
     """Makes the layers of a block, with the settings of a model.
 
     Args:
-        config: its configuration.
-        attention_fn: the attention function.
         dtype: the computation dtype.
-        param_dtype: the dtype of the parameters.
-        rngs: the random numbers of the initial parameters.
     """
 
     def __init__(

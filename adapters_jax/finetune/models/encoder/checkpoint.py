@@ -60,15 +60,12 @@ def load_encoder(
 
     Args:
         build: the class of the encoder.
-        config_class: the class of its configuration.
-        names: its name table.
         name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
         revision: a branch, tag or commit on the Hub.
         mesh: the devices that get the parameters, each when it is read; see
             `adapters_jax.layout`. None means the default device.
         rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
         pooler: whether to load the pooler, for a classifier with `pooling="pooler"`.
-        param_dtype: the dtype of the parameters returned.
         scan: whether they are for a model with scanned blocks.
 
     Returns:
@@ -111,8 +108,6 @@ def load_pooled(
     """Loads the encoder's parameters that a classifier has.
 
     Args:
-        family: the encoder's.
-        directory: the checkpoint's directory.
         pooling: the classifier's; with "pooler" the pooler is loaded too. Images have none.
         absent: whether the files may lack the pooler. It is filled with zeros then, for an adapter
             that trains it.
@@ -151,9 +146,6 @@ def encoder_family(
     """Makes the record of an encoder's family.
 
     Args:
-        name: the family's name.
-        config: the class of its configuration.
-        names: the name table of the encoder.
         known, kind, scans: see `Family`.
         types: the values of `model_type` that it reads; by default those of the configuration.
         head: the name of the classifier's last layer in transformers.

@@ -320,7 +320,6 @@ class Block(Configured):
     """Attention and feed-forward, each with its residual sum, and a norm before or behind it.
 
     Args:
-        attention_fn: the attention function.
         normed: whether the attention's input or sum is normalised.
     """
 

@@ -158,10 +158,7 @@ def run_nnx(
 
     Args:
         layers: from `make_nnx`.
-        x: the input of the first block.
-        contexts: the second argument of each kind of block.
-        kinds: the number of each block's kind.
-        remat: see `check_remat`.
+        x, contexts, kinds, remat: as in `run_linen`.
 
     Returns:
         The output of the last block.
@@ -201,9 +198,7 @@ def extend_nnx(
         step: called for each block as `step(x, layer, context, *row)`, returns `x` and what the
             block keeps.
         layers: from `make_nnx`.
-        x: the input of the first block.
-        contexts: for each kind of block.
-        kinds: the number of each block's kind.
+        x, contexts, kinds: as in `run_nnx`.
         *rows: a list with a pytree for each block, or one pytree with the layers on the first axis.
 
     Returns:

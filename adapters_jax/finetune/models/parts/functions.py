@@ -147,7 +147,6 @@ def normalize(
     """Normalises as flax's layer norm (centred) or RMS norm does, without a bias.
 
     Args:
-        x: the rows to normalise.
         scale: factors of the result.
         epsilon: added to the variance.
         centred: whether to subtract the mean.
@@ -244,12 +243,9 @@ def dot_product_attention(
     Args:
         query: the queries; consecutive heads form groups of equal size, one group for each key
             head.
-        key: the keys.
         value: the values, with as many heads as the keys, perhaps of another width.
         bias: added to the scores, which are products divided by the root of the width.
         mask: a `Mask`, or True where a query sees a key.
-        dropout_rng: the random key of the dropout.
-        dropout_rate: the dropout rate of the attention weights.
         broadcast_dropout: whether all heads and sequences drop the same weights.
         deterministic: True turns dropout off.
         dtype: the computation dtype; None means that of the inputs together. The softmax is

@@ -220,7 +220,6 @@ def rotation(
     """Computes the rotation of each position, in float32.
 
     Args:
-        positions: the positions.
         features: the number of a head's features that are rotated.
         theta: the base of the frequencies; None rotates nothing.
         scaling: how the frequencies are scaled.
@@ -248,7 +247,6 @@ def warmed(
     """A factor of queries that grows with their position, in the form of a rotation by no angle.
 
     Args:
-        positions: the positions.
         features: the number of a head's features.
         warming: the number of positions after which it grows, and by how much.
 

@@ -57,9 +57,7 @@ class T5(nnx.Module):
     It has no dropout: `dropout_rate` of a `config.json` has no effect.
 
     Args:
-        config: the model's shape.
         dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
         attention: "auto" or "dense", or the attention function of every layer; see
             `attention_function` and `DecoderAttention`. Kernels have no biases of positions, so
             "auto" takes one in cross-attention alone.
@@ -67,7 +65,6 @@ class T5(nnx.Module):
             the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the `layers` of encoder and decoder are one block each, with leaves stacked on
             their first axis, instead of lists of blocks.
-        rngs: the random numbers of the initial parameters.
 
     Raises:
         UserError: `attention` or `remat` is not one of the choices.
