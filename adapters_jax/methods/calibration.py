@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError, first_few
+from adapters_jax.methods.arrays import Key
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import join
@@ -143,11 +144,7 @@ class Observer(LeafMethod):
         return {"tape": Leaf(axes.a_shape(shape, width + SUMS), init)}
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """What notes the inputs."""
         # A target is a module, or the weight itself.

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError, check_number, check_size, shown
+from adapters_jax.methods.arrays import Key
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
 from adapters_jax.methods.outputs import State
 from adapters_jax.methods.places import known_part
@@ -114,12 +115,7 @@ class Stacked(Composition):
     slot: ClassVar[str] = "stack"
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state after all members."""
         for name in self.members:
@@ -166,12 +162,7 @@ class Averaged(Composition):
         return tuple(weight / sum(weights) for weight in weights)
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state with the mean of all members."""
         states, of_input = self._each(point, run, state)
@@ -239,12 +230,7 @@ class Split(Composition):
         return list(zip([0, *ends], ends, strict=False))
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state with each part after its member; a part of a member that is not there stays."""
         y, before, after = state.y, list[State](), list[State | None]()
