@@ -56,9 +56,6 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
         like: the model's parameters, which may be abstract; they set the structure, dtypes and
             shardings of the result.
 
-    Returns:
-        A tree of arrays.
-
     Raises:
         BaseMismatchError: tensors are missing, unexpected, of another shape or no floating-point
             numbers; the message names all of them by path and by name, with the shapes that a

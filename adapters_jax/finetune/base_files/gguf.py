@@ -284,9 +284,6 @@ class GGUF:
             messages: each with a `role` (system, user or assistant) and a `content`.
             reply: whether to end the text where the assistant's answer begins.
 
-        Returns:
-            The text with its special tokens.
-
         Raises:
             BaseFileError: the file has no chat template, or the template rejects the messages.
         """

@@ -52,9 +52,6 @@ def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str
             each row has "recipe", "method", "family", "size", "size_name", "trainable_parameters"
             and "test".
         metrics: the metric of "test" to draw, by the title of the data set.
-
-    Returns:
-        The matplotlib figure.
     """
     return styled(lambda: _figure(comparisons, metrics))
 

@@ -30,9 +30,6 @@ def make_dataset(
         label_names: the classes of the training table, for its dev and test tables; None takes
             the table's own labels, sorted, as numbers if all of them are numbers.
 
-    Returns:
-        The table with these labels.
-
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
             finite number, or more than 50 distinct decimal numbers, which cannot be classes.

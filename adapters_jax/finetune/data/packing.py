@@ -169,9 +169,6 @@ def _packed(lengths: Sequence[int] | np.ndarray, length: int, order: np.ndarray)
 def sequence(examples: Sequence[Example | Marked]) -> Packed:
     """Joins examples into one sequence.
 
-    Returns:
-        The sequence, without padding.
-
     Example:
         >>> row = sequence([Example([7, 8], [9, 2]), Example([5], [2])])
         >>> for name, values in row._asdict().items(): print(name, values.tolist())

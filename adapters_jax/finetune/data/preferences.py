@@ -100,9 +100,6 @@ def read_preferences(
         path: the path, as `readers.read_file` takes it.
         columns: the columns with other names, by role.
 
-    Returns:
-        The rows.
-
     Raises:
         DataError: columns are missing, or rows cannot be compared; the message lists them.
 

@@ -66,9 +66,6 @@ class BaseRecord:
             run: the run, for messages.
             any_base: warn of changes instead of raising an error.
 
-        Returns:
-            The changes, in words.
-
         Raises:
             RunError: the base has changed; or the run is damaged.
         """

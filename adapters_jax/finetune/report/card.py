@@ -51,11 +51,7 @@ class Source:
 def card_of(
     source: Source, to: AdapterFormat, name: str, license: str | None, notes: list[str]
 ) -> str:
-    """Writes the card of an adapter; a run's card also has its training and results.
-
-    Returns:
-        The card as Markdown.
-    """
+    """Writes the card of an adapter; a run's card also has its training and results."""
     base, config = source.base, source.config or {}
     counts = audit(source.recipe, unflatten(base.flat(source.leaves)))
     summary = config.get("summary") or {}

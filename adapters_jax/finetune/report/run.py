@@ -45,9 +45,6 @@ def results_table(
         results: one for each method, as `summary.results` in a run's `config.json` holds them.
         metrics: names of the test metrics to show.
 
-    Returns:
-        The header, and one row for each method.
-
     Raises:
         RunError: a result lacks one of the metrics.
 

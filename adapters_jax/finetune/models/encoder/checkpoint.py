@@ -112,9 +112,6 @@ def load_pooled(
         absent: whether the files may lack the pooler. It is filled with zeros then, for an adapter
             that trains it.
 
-    Returns:
-        The configuration and the parameters.
-
     Raises:
         UserError: as for `load_encoder`.
     """

@@ -105,9 +105,6 @@ def run_linen(
         contexts: the second argument of each kind of block; scanned blocks are of one kind.
         kinds: the number of each block's kind.
         remat: see `check_remat`.
-
-    Returns:
-        The output of the last block.
     """
     scanned = isinstance(layers, nn.Module)
     policy = check_remat(remat)
@@ -159,9 +156,6 @@ def run_nnx(
     Args:
         layers: from `make_nnx`.
         x, contexts, kinds, remat: as in `run_linen`.
-
-    Returns:
-        The output of the last block.
     """
     scanned = not isinstance(layers, nnx.List)
 

@@ -252,9 +252,6 @@ def dot_product_attention(
             computed in float32 at least.
         softcap: the bound of the scores; see `capped`.
         sinks: a further score of each head, which takes its share of the softmax and has no value.
-
-    Returns:
-        The mixed values, one vector for each query.
     """
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     *batch, length, heads, width = query.shape

@@ -75,9 +75,6 @@ def load_t5(
         revision, mesh, rules: see `load_decoder`.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
 
-    Returns:
-        The configuration, and the model with the parameters of the checkpoint.
-
     Raises:
         UserError: files are absent, or a setting is unsupported.
         MismatchError: the tensors do not fit; the message lists every difference.
