@@ -26,6 +26,7 @@ from adapters_jax.trace.inputs import Inputs, explained, is_array
 from adapters_jax.trace.program import Graph, named, reaching, read_without
 from adapters_jax.trace.reads import Read, Tracked, reads_of
 from adapters_jax.trace.registry import Attention
+from adapters_jax.trace.through import holding
 from adapters_jax.trace.watch import Found, check_names, looking, note_returned
 from adapters_jax.trees import join
 from adapters_jax.weights.axes import Axes, from_reads
@@ -320,12 +321,8 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, first[path], bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    token = _RECORDER.set(record)
-    try:
-        with explained(model, inputs):
-            program = traced(probe, inputs)
-    finally:
-        _RECORDER.reset(token)
+    with holding(_RECORDER, record), explained(model, inputs):
+        program = traced(probe, inputs)
     reads = reads_of(program.jaxpr, program.leaves, program.activations)
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")

@@ -5,10 +5,10 @@ the weight was transposed, sliced or cast (`Changed`), and its sum in the weight
 model's operations meet a changed weight is in `lazy`.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
+from adapters_jax.trace.through import holding
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
 from adapters_jax.weights.gates import Gate
 from adapters_jax.weights.observed import Observed
@@ -253,17 +254,12 @@ def _uncut(change: Change) -> tuple[int, ...]:
     return change.start[:1] if isinstance(change, LowRank) and change.start else ()
 
 
-_EVALUATION = contextvars.ContextVar("evaluation", default=False)
+_EVALUATION = ContextVar("evaluation", default=False)
 
 
-@contextlib.contextmanager
-def without_dropout(evaluation: bool = True) -> Iterator[None]:
+def without_dropout(evaluation: bool = True) -> AbstractContextManager[None]:
     """Reads of changed weights in its body are without dropout, where `evaluation` is true."""
-    token = _EVALUATION.set(evaluation)
-    try:
-        yield
-    finally:
-        _EVALUATION.reset(token)
+    return holding(_EVALUATION, evaluation)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."]:

@@ -112,7 +112,7 @@ class T5(nnx.Module):
         decoder_input_ids: Int[Array, "batch written"] | None = None,
         decoder_attention_mask: Num[Array, "batch written"] | None = None,
     ) -> Float[Array, "batch written vocab"]:
-        """Computes float32 logits of the decoder's next token; the arguments are those of `hidden`."""
+        """Float32 logits of the decoder's next token; the arguments are those of `hidden`."""
         return self.logits(
             self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
         )
