@@ -518,11 +518,7 @@ def prompt_tuning(
 
 
 def _chosen(
-    owner: str,
-    targets: str,
-    last: int | None,
-    num_layers: int | None,
-    layers: Iterable[int] | None,
+    owner: str, targets: str, last: int | None, num_layers: int | None, layers: Iterable[int] | None
 ) -> tuple[str, ...]:
     """The patterns of the chosen layers; of all, where neither `last` nor `layers` is given."""
     if last is not None:

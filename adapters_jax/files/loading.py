@@ -272,10 +272,7 @@ def _load_nnx(adapter: Stored, model: nnx.Module, inputs: Any) -> nnx.Module:
 
 
 def _placed(
-    adapter: Stored,
-    base: Mapping[str, Any],
-    run: Callable[[Recipe], Placements],
-    advice: str = "",
+    adapter: Stored, base: Mapping[str, Any], run: Callable[[Recipe], Placements], advice: str = ""
 ) -> Placements:
     """The placements of an adapter in a model, which its tensors fit.
 

@@ -177,10 +177,7 @@ class Packed:
 
 
 def rows_of(
-    weight: Quantized,
-    views: Sequence[View],
-    along: tuple[int, int],
-    take: Callable[[Array], Array],
+    weight: Quantized, views: Sequence[View], along: tuple[int, int], take: Callable[[Array], Array]
 ) -> Array | None:
     """Rows of a packed weight in floats; None where rows have no scales that are theirs alone.
 

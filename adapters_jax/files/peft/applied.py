@@ -30,11 +30,7 @@ _NUMBERS = {"LORA": ("r", "lora_alpha"), **dict.fromkeys(("LOHA", "LOKR"), ("r",
 
 
 def differences(
-    config: Config,
-    written: Config,
-    added: Added,
-    plain: Mapping[str, Array],
-    module_map: ModuleMap,
+    config: Config, written: Config, added: Added, plain: Mapping[str, Array], module_map: ModuleMap
 ) -> list[str]:
     """What PEFT would make of a file otherwise than it is meant; empty if nothing.
 
