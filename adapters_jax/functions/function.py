@@ -270,8 +270,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
     """Gives a function adapters; `adapters_jax.adapt` calls it, and takes a method as well.
 
     Args:
-        model: `fn(params, *inputs)`, or an Equinox module.
-        params: its parameters, arrays or `jax.ShapeDtypeStruct` in any pytree; None for a module.
+        model, params: as in `function_of`.
         recipe: which arrays get adapters, by their paths in the tree, and what else trains.
         example_inputs: its further arguments, of which only shapes and dtypes matter.
 

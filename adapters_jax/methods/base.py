@@ -415,11 +415,9 @@ class Method:
         """What a composition makes of a `methods.outputs.State`, where `members` is not empty.
 
         Args:
-            leaves: the arrays by name.
-            point: the module that they adapt.
+            leaves, point, key: as in `forward`.
             run: `run(member, state)` is the state after a member; None where the module lacks it.
             state: the module's input and output, with the entries before this one.
-            key: for dropout while training; None in evaluation.
         """
         return state
 
@@ -435,8 +433,7 @@ class Method:
         """The output of an attention function with the method, where `acts_on = "attention"`.
 
         Args:
-            leaves: the arrays by name.
-            point: the attention module that they adapt.
+            leaves, point: as in `forward`.
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
             *args: arguments of `attention_fn`: query, key and value first.
@@ -450,8 +447,7 @@ class Method:
         """The output of an attention that its module computes in line, with the method.
 
         Args:
-            leaves: the arrays by name.
-            point: the attention module that they adapt.
+            leaves, point: as in `forward`.
             inline: what the attention reads.
             mixed: its output before the output projection, (..., heads, head_dim).
         """
@@ -466,8 +462,7 @@ class Method:
         and products are taken in float32 and cast once to the parameter's dtype.
 
         Args:
-            leaves: the arrays by name.
-            point: the module that they adapt.
+            leaves, point: as in `forward`.
             own: the module's own parameters by name.
 
         Raises:

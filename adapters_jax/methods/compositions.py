@@ -103,8 +103,7 @@ class Stacked(Composition):
     """Adapters one after the other; modules that lack one skip it.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
 
     Example:
         >>> Stacked(members=("sw", "ner"))
@@ -128,8 +127,7 @@ class Averaged(Composition):
     """The weighted mean of what the module returns with each adapter alone.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         weights: a number for each member; they are divided by their sum. Empty for equal ones.
 
     Raises:
@@ -177,8 +175,7 @@ class Split(Composition):
     """Each adapter on its own part of an axis: of a sequence's positions, or of a batch's rows.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         sizes: the size of each part; one of them may be None, for the rest of the axis. Empty for
             parts of one size.
 
@@ -259,8 +256,7 @@ class BatchSplit(Split):
     """Each adapter on its own rows of a batch.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         sizes: as in `Split`, of rows.
 
     Example:

@@ -183,12 +183,7 @@ def adapt(
 
     Args:
         model: an NNX module, concrete or abstract; it is not changed. One with adapters gets more.
-        recipe: which modules get adapters, and what else trains.
-        rngs: seeds of the adapters (stream `params`) and of their dropout (stream `dropout`).
-        example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, of which only shapes
-            and dtypes matter: a tuple, or `aj.inputs(x, mask=m)`. None does where each target is a
-            layer of flax.
-        calibration: what `aj.calibrate` saw, for methods that start from activations.
+        recipe, rngs, example_inputs, calibration: as in `adapters_jax.adapt`.
 
     Returns:
         A model with adapters, float32, that shares the base's arrays; abstract where `model` is.

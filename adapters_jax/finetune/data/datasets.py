@@ -208,13 +208,10 @@ def hold_out(
         parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
         keys: the key of each row of "train"; None is its texts, but for case and spacing.
         strata: the stratum of each row of "train"; None is its class, if it has one.
-        seed: the seed that chooses the rows held out.
-        dev: the fraction of "train" to hold out for "dev", if that is absent.
-        test: the fraction for "test".
+        seed, dev, test: as in `splits.split_rows`; the fraction of a part that is there has no use.
 
     Raises:
-        DataError: dev or test would be empty, but its fraction is above 0.
-        UserError: the fractions are negative, or leave nothing to train on.
+        DataError, UserError: as in `splits.split_rows`.
 
     Example:
         >>> rows = Table([(str(i), None) for i in range(40)], np.arange(40) % 2, ("no", "yes"))

@@ -176,14 +176,11 @@ def load_encoder(
         pooling: mean, cls, pooler; tokens, whose head reads the state of each token; or
             `base_model.MASKED`, whose head predicts tokens. An encoder of images has its own.
         dtype: the computation dtype, float32, bfloat16 or float16.
-        quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
-        attention: "auto", "dense" or "flash".
+        quantize, attention: as in `load_pretrained_decoder`.
 
     Raises:
-        UserError: files are absent, the checkpoint's family has no classifier, or the blocks of
-            the quantisation do not divide a weight.
-        MissingPackageError: quantising needs qwix, which is not installed.
-        AssetError: the pinned asset could not be fetched.
+        UserError, MissingPackageError, AssetError: as in `load_pretrained_decoder`, or the
+            checkpoint's family has no classifier.
     """
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     what = "masked language model" if pooling == MASKED else "classifier"

@@ -41,27 +41,17 @@ Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings that a task prepares its problem with.
+    """The settings that a task prepares its problem with; most are the flags of the same name.
 
     Attributes:
         model: the base, as `load_encoder` and `load_pretrained_decoder` take it.
         recipe: makes the recipe that trains, from the base's number of layers.
-        batch_size: the number of rows in a batch.
         seed: the seed of the head, the adapters and the order of rows.
         columns: the columns that the user named, by role.
         progress: shows work of many steps, as `Console.progress` of the application.
-        pooling: the pooling of an encoder.
         dropout: the dropout of an encoder; None is that of the checkpoint.
-        dtype: the dtype that the base computes in.
-        quantize: the quantised type of the base's weights; None keeps them as they are.
-        attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         max_length: the largest number of tokens in a row; None is the task's default.
-        prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
-        turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
-        loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
-        beta: its strength.
-        augment: how training images are varied: "flip", "crop", or both.
         accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.

@@ -60,11 +60,7 @@ def load_encoder(
 
     Args:
         build: the class of the encoder.
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: the devices that get the parameters, each when it is read; see
-            `adapters_jax.layout`. None means the default device.
-        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         pooler: whether to load the pooler, for a classifier with `pooling="pooler"`.
         scan: whether they are for a model with scanned blocks.
 
@@ -72,8 +68,7 @@ def load_encoder(
         The configuration, and the parameters of `build(config, scan=scan)`.
 
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     config, tensors = huggingface.read_checkpoint(config_class, name_or_path, revision)
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler)

@@ -56,13 +56,11 @@ class Encoder(Typed):
 
     Args:
         config: the model's shape, of the class of its family.
-        dtype: the computation dtype; None means that of inputs and parameters together.
+        dtype, remat: as in `models.decoder.Decoder`.
         attention: "auto", "dense" or "flash", or a function that is called as flax's attention
             modules call theirs, with query, key and value of shape
             `(batch, length, heads, head_dim)`; see `attention_function`. Disentangled attention has
             a bias of the scores, so it is always dense.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
             instead of `layer_0`, `layer_1`, ...
 

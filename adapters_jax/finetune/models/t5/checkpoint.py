@@ -71,13 +71,11 @@ def load_t5(
     """Loads a T5, Flan-T5 or mT5 from a directory or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision, mesh, rules: see `load_decoder`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
 
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config, tensors = huggingface.read_checkpoint(T5Config, directory)

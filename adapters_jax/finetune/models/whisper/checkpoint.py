@@ -61,13 +61,11 @@ def load_whisper(
     """Loads a Whisper from a directory or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision, mesh, rules: see `load_decoder`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `Whisper`.
 
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     config, tensors = huggingface.read_checkpoint(WhisperConfig, name_or_path, revision)
     return config, filled(abstract_whisper(config, **options), tensors, NAMES, mesh, rules)
