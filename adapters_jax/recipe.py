@@ -9,12 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adapters_jax.errors import (
-    RecipeError,
-    UserError,
-    shortened,
-    shown,
-)
+from adapters_jax.errors import RecipeError, UserError, shortened, shown
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.methods.calibration import Observer
 from adapters_jax.methods.settings import settings_of

@@ -11,15 +11,7 @@ from typing import Any
 from adapters_jax import __version__
 from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.settings import (
-    Rule,
-    anything,
-    object_problems,
-    of,
-    rule,
-    whole,
-    wholes,
-)
+from adapters_jax.files.settings import Rule, anything, object_problems, of, rule, whole, wholes
 from adapters_jax.files.untrusted import LONGEST_NAME, check_size, is_path, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe

@@ -28,12 +28,7 @@ from adapters_jax.targets import around, join
 from adapters_jax.trace.inputs import MISFITS, Inputs, explained, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trace.reads import Tracked
-from adapters_jax.trees import (
-    Tree,
-    flatten,
-    numbered_paths,
-    unflatten,
-)
+from adapters_jax.trees import Tree, flatten, numbered_paths, unflatten
 
 
 def points_of(

@@ -7,15 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from adapters_jax.files.settings import (
-    Rule,
-    field_problems,
-    is_number,
-    of,
-    one_of,
-    rule,
-    whole,
-)
+from adapters_jax.files.settings import Rule, field_problems, is_number, of, one_of, rule, whole
 from adapters_jax.methods import Bottleneck, Compacter
 
 Config = Mapping[str, Any]

@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.conversations import (
-    Message,
-    as_json,
-    conversation_of,
-)
+from adapters_jax.finetune.data.conversations import Message, as_json, conversation_of
 from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.tables import cell

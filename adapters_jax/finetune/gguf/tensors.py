@@ -13,11 +13,7 @@ from adapters_jax.finetune.gguf.architectures import LLAMA, Layout
 from adapters_jax.finetune.gguf.header import GGUFTensor
 from adapters_jax.finetune.tensors import Stored
 
-_MODEL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def read_tensors(

@@ -11,12 +11,7 @@ from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (
-        *encoder.FAMILIES,
-        *decoder.FAMILIES,
-        *t5.FAMILIES,
-        *whisper.FAMILIES,
-    )
+    for family in (*encoder.FAMILIES, *decoder.FAMILIES, *t5.FAMILIES, *whisper.FAMILIES)
 }
 
 KNOWN: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {

@@ -305,12 +305,7 @@ def complete(
         mask[row, width - len(prompt) :] = 1
     ends = [decoder.end, *stop]
     made = generate(
-        model,
-        jnp.asarray(ids),
-        jnp.asarray(mask),
-        max_new_tokens=new_tokens,
-        stop=ends,
-        **sampling,
+        model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=new_tokens, stop=ends, **sampling
     )
     tokens, lengths = jax.device_get(made)
     return decoder.tokenizer.decode_batch(

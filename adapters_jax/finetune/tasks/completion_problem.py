@@ -311,8 +311,7 @@ def build_batches(
     buckets = (max_length,) if packs else choose_buckets(train, max_length, size)
     parts = {
         part: HeldOut(
-            Batches(rows[part], None, size, None, buckets),
-            int(examples[part].learnt.sum()),
+            Batches(rows[part], None, size, None, buckets), int(examples[part].learnt.sum())
         )
         for part in HELD_OUT
     }

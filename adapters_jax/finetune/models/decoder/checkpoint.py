@@ -19,17 +19,8 @@ from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.decoder import towers
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import (
-    Decoder,
-    DecoderClassifier,
-    abstract_decoder,
-)
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.decoder.model import Decoder, DecoderClassifier, abstract_decoder
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.tensors import Stored, Tensor
 
 if TYPE_CHECKING:

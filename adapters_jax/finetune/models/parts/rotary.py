@@ -25,10 +25,7 @@ REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": (
-        *("factor", "original_max_position_embeddings"),
-        *("short_factor", "long_factor"),
-    ),
+    "longrope": (*("factor", "original_max_position_embeddings"), *("short_factor", "long_factor")),
     "llama3": (
         *("factor", "original_max_position_embeddings"),
         *("low_freq_factor", "high_freq_factor"),

@@ -10,12 +10,7 @@ from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.t5.config import T5Config
 from adapters_jax.finetune.models.t5.model import T5, abstract_t5

@@ -8,12 +8,7 @@ from jax.sharding import Mesh
 from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.whisper.config import WhisperConfig
 from adapters_jax.finetune.models.whisper.model import Whisper, abstract_whisper
