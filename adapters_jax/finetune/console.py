@@ -233,7 +233,6 @@ class Console:
         """Shows progress: as a live bar on a terminal, as occasional lines elsewhere.
 
         Args:
-            title: the name of the work.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
                 they are estimated from the steps that are done.

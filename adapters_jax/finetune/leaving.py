@@ -48,7 +48,6 @@ class Written:
 
     Attributes:
         files: the sizes in bytes, by file name.
-        parameters: the number of parameters of the source.
         notes: sentences about what the files lack or changed; empty if nothing was lost.
     """
 

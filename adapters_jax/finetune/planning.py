@@ -48,7 +48,6 @@ class Job:
         attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         accelerator: whether the devices are those of `aj.devices`; a CPU compiles for float32.
         limit: the bytes of a device, for the largest batch that fits; None looks for none.
-        say: shows a line of progress.
     """
 
     model: str

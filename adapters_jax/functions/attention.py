@@ -58,7 +58,6 @@ def attentions_of(
     Args:
         call: the function, which takes a nested dictionary of its arrays.
         shapes: the arrays by name, as shapes and dtypes.
-        inputs: example inputs.
     """
     arrays, whole = inputs.split()
     seen: dict[int, tuple[Attention, tuple[int, ...]]] = {}

@@ -47,7 +47,6 @@ class Signature:
 
     Args:
         tree: the parameters, arrays or `jax.ShapeDtypeStruct` in any pytree.
-        example: example inputs.
         fronts: what knows the modules in it; without one, all leaves have to be arrays.
 
     Attributes:
@@ -245,7 +244,6 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
     Args:
         model: `fn(params, *inputs)`, or an Equinox module.
         params: its parameters, arrays or `jax.ShapeDtypeStruct` in any pytree; None for a module.
-        inputs: example inputs.
 
     Raises:
         TypeError: it comes without its parameters.

@@ -92,7 +92,6 @@ class Calls:
         Args:
             arrays: gives, once it ran, the arrays in it by their paths there, as its code sees
                 them.
-            run: its function.
             held: the arrays of its adapters.
         """
         if self.init:

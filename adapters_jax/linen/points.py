@@ -37,7 +37,6 @@ def points_of(
     """Finds where a recipe's methods attach in a base; see `points`.
 
     Args:
-        inputs: example inputs.
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)

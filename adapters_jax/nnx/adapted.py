@@ -104,7 +104,6 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
     """Adds the leaves of a method to a module, which then needs a `refresh` of its class.
 
     Args:
-        placed: the method, and where it is attached.
         rngs: seeds the leaves and their dropout.
         inputs: what a calibration has of the weight's inputs.
     """
@@ -273,7 +272,6 @@ def adapt_at(model: nnx.Module, recipe: Recipe, placements: Sequence[Placement])
 
     Args:
         model: an NNX module, concrete or abstract; it is not changed.
-        recipe: the recipe of the placements.
         placements: the placements, as a run of a model of the same modules and shapes found them.
 
     Returns:

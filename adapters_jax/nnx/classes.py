@@ -170,9 +170,7 @@ def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
     they would take those of the base. What is written to such a weight lasts as long as the body.
 
     Args:
-        model: an adapted model.
         stated: the paths of the modules.
-        trace: the trace of the body.
     """
     if not stated:
         yield

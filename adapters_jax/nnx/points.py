@@ -285,10 +285,7 @@ class Run(NamedTuple):
 
     Attributes:
         calls: the last call of each module that ran, by path.
-        reads: how the model reads its weights, by path.
-        reached: the paths of modules whose results the model's outputs depend on.
         linen: the calls of linen modules inside.
-        stated: the weights that the model reads as its state, each with an operation.
     """
 
     calls: dict[str, Call]
@@ -341,7 +338,6 @@ class Program(NamedTuple):
     """A model on example inputs, traced.
 
     Attributes:
-        jaxpr: the program.
         leaves: the paths of its floats, by the numbers of the program's inputs.
         shapes: their shapes by path.
         activations: the numbers of the program's inputs that are example inputs.

@@ -27,7 +27,6 @@ class Counted(NamedTuple):
     """One adapter of a tree.
 
     Attributes:
-        placed: where it is.
         closed: the closed form of its parameters.
     """
 

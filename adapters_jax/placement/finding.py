@@ -155,8 +155,6 @@ def check_targets(
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
 
     Args:
-        found: where its methods attach.
-        modules: the model's modules by path.
         visits: what a run showed of its modules, by path.
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
@@ -242,7 +240,6 @@ def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
     """Checks that gradients of the outputs get to the modules that methods on outputs adapt.
 
     Args:
-        found: where methods attach.
         reached: the paths of the modules to whose results they get.
 
     Raises:

@@ -136,7 +136,6 @@ def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
     """Raises RecipeError where the model would get frozen adapters that nothing has trained.
 
     Args:
-        caller: the beginning of the message.
         held: the paths of the parameters that the model has.
     """
     there = {owner.method for owner in recipe.owners(held).values()}

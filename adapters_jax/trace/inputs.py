@@ -170,7 +170,6 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
 
     Args:
         model: the body calls it on shapes; errors of its own keep their type and get a note.
-        given: its example inputs.
 
     Raises:
         UserError: the model does not take these inputs, or fails on them and the first of them is a

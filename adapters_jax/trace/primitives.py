@@ -33,7 +33,6 @@ def origin_of_axes(name: str, params: Mapping[str, Any], ndim: int, shape: Seque
     Args:
         name: the primitive; for one that is not known here, the axes stay where they are.
         ndim: the number of axes of its first operand.
-        shape: the shape of its result.
 
     Example:
         >>> origin_of_axes("transpose", {"permutation": (1, 0)}, 2, (5, 4))

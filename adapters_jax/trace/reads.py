@@ -43,7 +43,6 @@ class Read:
     """One operation that reads a leaf.
 
     Attributes:
-        operation: the name of the primitive.
         how: "product" and "lookup" meet an input; "sum" is any other use of the weight.
         inputs: axes of the leaf that are contracted with the input, or looked up.
         window: those of them that run over positions of the input, as a convolution's do.
@@ -86,7 +85,6 @@ class View:
     """A value that is a leaf, seen in another way.
 
     Attributes:
-        path: the path of the leaf.
         axes: for each axis of the value, the leaf's axes in it.
         indexed: axes of the leaf that the value has one index of.
         looked_up: axes of the leaf along which an input chose the rows that the value has.

@@ -30,11 +30,7 @@ def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 
 class Through(jax.core.Trace):
-    """A trace that lets the one below it compute.
-
-    Args:
-        parent: the trace below.
-    """
+    """A trace that lets the one below it compute."""
 
     def __init__(self, parent: Any):
         super().__init__()

@@ -79,11 +79,7 @@ class Found:
         )
 
     def check(self, owner: str, path: str, module: Any) -> None:
-        """Raises RecipeError unless there is one attention, which has read a method's tokens.
-
-        Args:
-            owner: the name of the method.
-        """
+        """Raises RecipeError unless there is one attention, which has read a method's tokens."""
         if self.attention is None:
             raise RecipeError(
                 f"{owner} at {path!r}: in this call {type(module).__name__} {self.why_not()}"
@@ -186,7 +182,6 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
     """Checks that an attention function gets what the projections return that it should get.
 
     Args:
-        module: the attention module.
         names: the names of its parts.
         arguments: query, key and value.
         children: the path of the module with a slash, if `note_returned` had paths.

@@ -84,7 +84,6 @@ def fitted(
 
     Args:
         caller: the beginning of error messages.
-        flat: its leaves by path.
         whole: the recipe of the larger one.
         room: the shapes and dtypes of its leaves by path.
 

@@ -236,7 +236,6 @@ def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | No
 
     Args:
         shape: the array's; its shared axes first.
-        weight: the weight's.
         before: whether the axes are before the last one: a weight's inputs, not its outputs.
     """
     for layers in reversed(range(len(shape))):

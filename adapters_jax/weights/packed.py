@@ -61,10 +61,8 @@ class Packed:
         """The product; None where it has to be one with the weight in floats.
 
         Args:
-            views: what the code did to it.
             seen: the shape and dtype that the code sees.
             x: the input's.
-            meeting: how the input meets it.
         """
         plain = meeting.primitive.name == "dot_general" and weight.array.zero_point is None
         wanted = jnp.issubdtype(seen.dtype, jnp.floating) and seen.dtype.itemsize > 1
@@ -182,7 +180,6 @@ def rows_of(
     """Rows of a packed weight in floats; None where rows have no scales that are theirs alone.
 
     Args:
-        views: what the code did to it.
         along: the axis of which rows are taken, and its size.
         take: takes the rows of an array that has the axes of the weight.
     """

@@ -24,7 +24,6 @@ class Meeting(NamedTuple):
     """How an input meets a weight; axes have the numbers of the weight's.
 
     Attributes:
-        primitive: the operation.
         params: its parameters, as pairs.
         where: the weight's position among the operands.
         inner: the features that are contracted.

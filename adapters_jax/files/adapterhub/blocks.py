@@ -35,7 +35,6 @@ class Blocks:
     """A model's blocks by AdapterHub's names.
 
     Attributes:
-        module_map: the modules that have parameters.
         layers: the numbers of the blocks, which count on from an encoder's to its decoder's.
         loras: the names of the modules to which LoRA attaches, by matrix; at least one for each.
         names: the blocks' names, which end in a dot, by their numbers.

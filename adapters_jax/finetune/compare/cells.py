@@ -30,7 +30,6 @@ class Checked:
     """A recipe that was attached to the model.
 
     Attributes:
-        config: the configuration of a run with the recipe.
         trainable_parameters: the number of trainable parameters, with a head's.
     """
 

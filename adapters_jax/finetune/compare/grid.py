@@ -153,7 +153,6 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        recipe: the text of the recipe.
         learning_rate: the highest learning rate.
     """
 

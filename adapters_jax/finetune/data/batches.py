@@ -127,7 +127,6 @@ def choose_buckets(
     not worth a compilation.
 
     Args:
-        rows: the training rows.
         max_length: the last width, in tokens, so that longer held-out rows fit. It costs nothing
             when no row needs it.
         count: the largest number of widths for the training rows.

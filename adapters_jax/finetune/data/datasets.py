@@ -143,7 +143,6 @@ class TaskData:
     """The rows that a run trains on, selects on and reports.
 
     Args:
-        name: the name of the data, for reports.
         train: the rows to train on: mostly a `Table`.
         dev: the rows to select on.
         test: the rows to report on.

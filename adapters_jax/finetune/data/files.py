@@ -43,7 +43,6 @@ class Rows(NamedTuple):
 
     Attributes:
         records: the place of each row, and its values.
-        path: the path of the file, for messages.
     """
 
     header: list[str]

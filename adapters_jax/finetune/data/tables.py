@@ -38,7 +38,6 @@ class Table:
         labels: the label of each row: texts, or what a task makes of them, such as int32 class ids
             or float32 numbers, `(rows,)`; None if no label column was chosen.
         label_names: the names of the classes, in the order of their ids; empty for other labels.
-        path: the path of the file, for messages.
         lines: the line that each row starts on, from 1, or another name of its place.
         sources: of rows of several files, the number of each row's file.
     """

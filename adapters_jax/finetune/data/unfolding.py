@@ -33,7 +33,6 @@ class Budget:
     """How much the rows of a file may hold.
 
     Args:
-        path: the file, for messages.
         size: its bytes.
     """
 

@@ -33,7 +33,6 @@ def family_of(values: Mapping[str, Any], name: str) -> Family:
 
     Args:
         values: the contents of the checkpoint's `config.json`.
-        name: the checkpoint's name, for the error message.
 
     Raises:
         UserError: no family reads this `model_type`, or that of a multimodal checkpoint's

@@ -79,7 +79,6 @@ def described(
 
     Args:
         name, params, classifies, pooling, **rest: as of `BaseModel`.
-        model_type: that of its `config.json`.
     """
     classifier = family.headed(pooling)
     return BaseModel(

@@ -46,7 +46,6 @@ class Encoder:
         params: its parameters without a head, float32 or quantised.
         tokenizer: its tokenizer; None if it reads images.
         pooling: what the head reads; see `load_encoder`.
-        dtype: the computation dtype.
         identity: its identity, as an adapter's manifest stores it.
         attention: "auto", "dense" or "flash".
         head: the head that the checkpoint has itself; None if a new one is made.

@@ -63,7 +63,6 @@ class BaseRecord:
         """Compares with the base that a run was trained on.
 
         Args:
-            run: the run, for messages.
             any_base: warn of changes instead of raising an error.
 
         Raises:
@@ -183,7 +182,6 @@ def changes(
 
     Args:
         run: the run of the first one, for a message.
-        weights: the names of the weights' files.
 
     Raises:
         RunError: the first one is damaged.

@@ -26,7 +26,6 @@ class Source:
     """An adapter, its base model, and its run; `leaving.open_source` reads it.
 
     Attributes:
-        form: the format of the adapter.
         leaves: the trained arrays, by path.
         config: the configuration of the finished run; None for an adapter without a run.
     """

@@ -281,12 +281,7 @@ def listed(files: Files) -> Sequence[Path]:
 
 
 class Usage(NamedTuple):
-    """Examples that use a finished run, to copy and paste.
-
-    Attributes:
-        shell: a shell command.
-        python: a few lines of Python.
-    """
+    """Examples that use a finished run, to copy and paste."""
 
     shell: str
     python: str
@@ -368,7 +363,6 @@ class Prepared(ABC):
 
         Args:
             problem: the problem that was trained, `trained`.
-            state: the trained state.
         """
         return Judged()
 
@@ -386,7 +380,6 @@ class Untrained:
 
     Attributes:
         title: the name of its row in tables.
-        score: computes its metrics.
     """
 
     title: str
@@ -398,7 +391,6 @@ class TrainedHead:
     """A baseline that trains the head alone.
 
     Attributes:
-        problem: makes the problem of the head.
         epochs: the passes over the training rows; None is the default of head-only.
         least_steps: the steps that it makes at least, within 20 epochs.
     """

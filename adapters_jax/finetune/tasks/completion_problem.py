@@ -154,8 +154,6 @@ def encode_table(
 
     Args:
         table: a table of prompts and completions, or of plain texts.
-        prompts: the format of prompts.
-        decoder: the decoder whose tokenizer encodes the rows.
         max_length: the largest number of tokens that the model reads at once.
 
     Returns:
@@ -213,9 +211,6 @@ def build_completions(
     """Makes the batches of a task; messages count the rows that are cut and packed.
 
     Args:
-        decoder: the decoder whose tokenizer encodes them.
-        prompts: the format of prompts.
-        max_length: the largest number of tokens in a sequence.
         packs: whether examples are packed into sequences, which an encoder does not read.
         setup: has the size of batches, the seed, and the number of prompts to generate for.
 

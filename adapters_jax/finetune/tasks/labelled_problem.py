@@ -42,8 +42,6 @@ class LabelledProblem:
         model: the adapted model; its recipe has what trains.
         params: its whole parameter tree.
         inputs: the names of the batch's arrays that the model is called with, in order.
-        readout: maps the outputs to labels.
-        train: training batches.
         held_out: the batches of "dev" and "test", in order.
         rows: the texts and labels of "dev" and "test".
         metrics: the names of the metrics, the one to select on first.

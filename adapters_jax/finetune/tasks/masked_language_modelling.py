@@ -58,8 +58,6 @@ class Vocabulary(NamedTuple):
     """The tokens that hiding needs.
 
     Attributes:
-        size: the number of tokens.
-        mask: the mask token.
         special: the tokens that are never hidden, such as `[CLS]`.
     """
 

@@ -154,7 +154,6 @@ class Readout(ABC):
         Args:
             labels: as `targets` makes them; None for rows without labels.
             *plan: the size, the seed and the buckets, as `data.batches.Batches` takes them.
-            mix: how often rows are drawn.
         """
         size, seed, buckets = plan
         return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id, mix)
@@ -249,7 +248,6 @@ class Readout(ABC):
 
         Args:
             judged: the rows with their verdicts; there may be none.
-            metrics: the metrics of the run.
         """
         return []
 

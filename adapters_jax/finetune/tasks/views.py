@@ -310,7 +310,6 @@ def class_table(
 
     Args:
         rows: the name, precision, recall, F1, count and predicted count of each class.
-        about: which rows it is of.
     """
     rows = list(rows)
     kept = sorted(rows, key=lambda row: -row[4])[:TABLE] if len(rows) > TABLE else rows

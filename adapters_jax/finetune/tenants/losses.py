@@ -49,8 +49,6 @@ class Given(NamedTuple):
         counts: which tokens are there, and not padding.
         weights: the weights, or the advantages.
         reference: the log-probabilities under the policy that sampled the tokens.
-        low: the lower threshold.
-        high: the upper threshold.
         sequence: GSPO's `sequence_ratio_mask`.
         beta: each row's beta of DRO.
     """

@@ -37,7 +37,6 @@ class TrainingApi:
     """The paths.
 
     Args:
-        service: does what they ask.
         name: what clients call the base, beside what it was called on the command line.
         context: the largest number of tokens of a text.
     """

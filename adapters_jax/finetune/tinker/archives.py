@@ -39,7 +39,6 @@ class Archives:
 
     Args:
         service: has the models and the checkpoints.
-        name: what clients call the base.
     """
 
     def __init__(self, service: Service, name: str, reader: Reader) -> None:

@@ -110,9 +110,6 @@ class Futures:
 
         Args:
             owner: the key.
-            name: what the client asks for.
-            tokens: how many tokens its request has.
-            target: the sampling session in whose list it appears.
 
         Raises:
             BusyError: the key has as many answers or tokens on their way as it may.

@@ -41,7 +41,6 @@ class Model:
     Attributes:
         id: what clients call it.
         owner: the key that it belongs to.
-        session: the session that it belongs to.
         about: what a checkpoint says of it: its recipe, its rank, what the client says.
         turns: its requests in their order.
         asked: when it was last asked for something, in seconds since 1970.
@@ -70,8 +69,6 @@ class Service:
     Args:
         engine: samples; it has been started.
         tenants: trains; it has been started.
-        checkpoints: where saves go.
-        recipes: reads what trains.
         bounds: what one key may have at a time.
         seconds: how long a request that is missing in a model's order is waited for, and how long
             a sample may be computed.
@@ -317,9 +314,7 @@ class Service:
         """Begins a forward pass, with gradients unless it is one alone.
 
         Args:
-            read: the request.
             rows: its rows, or the UserError that they are.
-            tokens: how many tokens it has.
         """
 
         def work() -> Awaitable[bytes]:

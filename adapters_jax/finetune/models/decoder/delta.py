@@ -38,8 +38,6 @@ class DeltaSizes:
     Attributes:
         key_heads: the number of heads of queries and keys.
         value_heads: the number of heads of values; consecutive ones share a query and a key.
-        key_width: the width of a query or key.
-        value_width: the width of a value.
         kernel: the number of tokens that the short convolution sees, the token itself included.
         fused: whether two projections, whose outputs are sorted by key head, compute all that the
             rule needs.

@@ -48,7 +48,6 @@ class Context(NamedTuple):
 
     Attributes:
         mask: the keys that each query sees; None sees all.
-        rotation: the rotation of queries and keys by their positions.
         relative: relative positions, for disentangled attention.
         deterministic: whether dropout is off.
     """

@@ -67,9 +67,7 @@ def recomputed(run: Callable[..., Array], last: nnx.Module, *inputs: Array) -> A
     cheaper to compute it a second time than to store it.
 
     Args:
-        run: a function of arrays.
         last: the module of its last product.
-        inputs: those of `run`.
     """
     kinds = {type(x) for _, x in nnx.iter_graph(last)}
     # flax lets nobody draw keys, as for dropout, within `jax.checkpoint`.

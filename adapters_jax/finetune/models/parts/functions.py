@@ -201,7 +201,6 @@ def split_heads(
     scanned layers out anew: a copy of them in every step. A barrier keeps it from that.
 
     Args:
-        x: what a projection returns.
         width: that of a head.
     """
     x = jax.lax.optimization_barrier(x) if is_scanning() else x

@@ -219,7 +219,6 @@ def rotation(
     Args:
         features: the number of a head's features that are rotated.
         theta: the base of the frequencies; None rotates nothing.
-        scaling: how the frequencies are scaled.
         length: see `RopeScaling.frequencies`.
 
     Returns:
