@@ -57,9 +57,8 @@ class Graph:
 
     Args:
         closed: a traced function.
-        whole: the names of primitives with a body that is not written out.
-        entered: the names of those whose operands each pass an operation of that name before the
-            body, which is written out.
+        entered: the names of primitives whose operands each pass an operation of that name before
+            their body, which is written out.
 
     Attributes:
         operations: in the order of the program.
@@ -76,8 +75,8 @@ class Graph:
         ['sin', 'add']
     """
 
-    def __init__(self, closed: Any, whole: Collection[str] = (), entered: Collection[str] = ()):
-        self._whole, self._entered = whole, entered
+    def __init__(self, closed: Any, entered: Collection[str] = ()):
+        self._entered = entered
         self.operations: list[Operation] = []
         self.avals: list[Any] = []
         self.literals: dict[int, Any] = {}
@@ -130,8 +129,6 @@ class Graph:
     def _equation(self, eqn: Any, inputs: list[int]) -> Sequence[int]:
         """The outputs of an equation: those of the body where it has one."""
         name, params = eqn.primitive.name, eqn.params
-        if name in self._whole:
-            return self._new(name, inputs, eqn.outvars, eqn)
         if name == "scan":
             return self._scan(params, inputs, eqn.outvars)
         if name == "while":

@@ -173,7 +173,7 @@ def save_decoder(
 def _beside_images(
     base: Path, config: DecoderConfig, model: Decoder
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The values of `config.json`, and all tensors, of a multimodal checkpoint with another text."""
+    """The `config.json` and all tensors of a multimodal checkpoint with another language model."""
     found, stored, names = _read(base)
     values = huggingface.read_json(base / "config.json")
     if values["model_type"] not in towers.TOWERS:
