@@ -253,7 +253,7 @@ class Readout(ABC):
 
     def constant(self, train: Any, part: Any) -> Any:
         """What is best predicted without a model for a part: mostly the same for each row."""
-        raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
+        raise TypeError(f"{type(self).__name__} defines neither `constant` nor `untrained`")
 
     def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
         """What the baseline without a model predicts on "dev" or "test" of a problem."""
