@@ -81,9 +81,6 @@ class Pace:
 
     Updates that come at once, as those of steps that are read late, count as one.
 
-    Args:
-        clock: returns the time in seconds.
-
     Example:
         >>> pace = Pace(iter((60.0, 90.0, 90.0, 98.0)).__next__)
         >>> [pace.at(step) for step in (1, 2, 4, 6)]

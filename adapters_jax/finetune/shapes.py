@@ -108,11 +108,7 @@ def on_shape(name: str, method: MethodOptions) -> MethodOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A family, with those of its published shapes that are asked for.
-
-    Attributes:
-        known: the numbers of parameters by name.
-    """
+    """A family, and the parameters of those of its published shapes that are asked for."""
 
     family: Family
     known: dict[str, int]

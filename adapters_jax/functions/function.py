@@ -120,22 +120,14 @@ class Signature:
         return f"No arrays, and so nothing to adapt: {first_few(named)}" if named else ""
 
     def tree(self, named: Tree) -> Any:
-        """The tree whose arrays are in a nested dictionary; what else is there, adapters, is not.
-
-        Args:
-            named: the arrays by name.
-        """
+        """The tree with the arrays of a nested dictionary; what else is there, adapters, is not."""
         flat = flatten(named)
         leaves = [self._others[p] if p in self._others else flat[p] for p in self._paths]
         return jax.tree.unflatten(self._definition, leaves)
 
 
 class Function(nn.Module):
-    """A function of parameters as a linen module: its variables are the function's parameters.
-
-    Args:
-        signature: how it is called.
-    """
+    """A function of parameters as a linen module: its variables are the function's parameters."""
 
     adapted_class: ClassVar[Any] = None  # below, since each of the two names the other
 

@@ -168,9 +168,6 @@ def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
 
     Transforms of flax, which split a module and write it back, then take the changed weights as
     they would take those of the base. What is written to such a weight lasts as long as the body.
-
-    Args:
-        stated: the paths of the modules.
     """
     if not stated:
         yield

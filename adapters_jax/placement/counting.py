@@ -24,11 +24,7 @@ from adapters_jax.targets import around, join, selects
 
 
 class Counted(NamedTuple):
-    """One adapter of a tree.
-
-    Attributes:
-        closed: the closed form of its parameters.
-    """
+    """One adapter of a tree, with the closed form of its parameters."""
 
     placed: Placement
     closed: Count

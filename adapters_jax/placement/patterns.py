@@ -133,11 +133,7 @@ def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
 
 
 def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
-    """Raises RecipeError where the model would get frozen adapters that nothing has trained.
-
-    Args:
-        held: the paths of the parameters that the model has.
-    """
+    """Raises RecipeError where the model would get frozen adapters that nothing has trained."""
     there = {owner.method for owner in recipe.owners(held).values()}
     fresh = [m for m in recipe.attached if not m.train and m not in there]
     if fresh and not _CHECKED.get():

@@ -237,9 +237,6 @@ class Known:
 
     flax's modules are frozen and cloned for every call, so that the clones share this object. All
     of them are equal: what is known of a model does not make it another one.
-
-    Attributes:
-        placements: its placements; None before.
     """
 
     def __init__(self, placements: Placements | None = None):
@@ -253,9 +250,6 @@ class Known:
 
     def of(self, recipe: Recipe, shapes: Shapes) -> Placements:
         """The placements in a tree: those that are known, where they are of this very tree.
-
-        Args:
-            shapes: the shapes of all leaves by path.
 
         Raises:
             MismatchError: as for `in_tree`.

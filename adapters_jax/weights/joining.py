@@ -46,9 +46,6 @@ def concatenated(pieces: Sequence[Changed], axis: int) -> Changed | None:
 def stacked(pieces: Sequence[Changed], axis: int) -> Changed | None:
     """Weights of one shape along a new axis, each index of which has factors of its own.
 
-    Args:
-        axis: the new axis.
-
     Returns:
         The whole; None where the changes are not alike, so that their factors cannot be stacked.
     """

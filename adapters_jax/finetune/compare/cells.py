@@ -78,12 +78,7 @@ def check_recipes(
 
 @dataclass(frozen=True)
 class Cells:
-    """The directories of the cells.
-
-    Attributes:
-        directory: the directory that holds them.
-        checked: the checked recipes by their text.
-    """
+    """The directories of the cells, and the checked recipes by their text."""
 
     directory: Path
     checked: dict[str, Checked]
@@ -191,11 +186,7 @@ def _flags_of_result(options: RunOptions) -> list[str]:
 
 
 class CellConsole(Console):
-    """The console of a cell: prints each line once for all cells, and no tables.
-
-    Args:
-        on_progress: called with the finished fraction of a cell and a note.
-    """
+    """The console of a cell: prints each line once for all cells, and no tables."""
 
     def __init__(
         self, console: Console, on_progress: Callable[[float, str], None] = lambda part, note: None

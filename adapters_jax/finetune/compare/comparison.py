@@ -73,11 +73,7 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """A comparison that is ready to start or to continue; `prepare_comparison` makes it.
-
-    Attributes:
-        out: the directory of the comparison.
-    """
+    """A comparison that is ready to start or to continue; `prepare_comparison` makes it."""
 
     options: CompareOptions
     grid: Grid

@@ -107,9 +107,6 @@ def load_glue(name: str, directory: FilePath) -> TaskData:
 
     GLUE's own test files have no labels. Published dev figures compare with `dev`.
 
-    Args:
-        name, directory: as for `read_glue`.
-
     Returns:
         The rows, with GLUE's metrics.
 

@@ -151,9 +151,6 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]
 def choose_values(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[Any]], Sequence[Line]]:
     """Chooses columns by name, whose values may be lists and mappings.
 
-    Args:
-        rows: the rows, as `readers.read_file` returns them.
-
     Returns:
         The values of each row, one for each name; and the line of each row.
 

@@ -30,11 +30,7 @@ _OF_MESSAGE = {2: "dictionary", 3: "rows"}
 
 @dataclass
 class Budget:
-    """How much the rows of a file may hold.
-
-    Args:
-        size: its bytes.
-    """
+    """How much the rows of a file may hold; sizes in bytes."""
 
     path: Path
     size: int

@@ -29,10 +29,7 @@ No parameters are allocated. The shapes of a linen model's parameters are
 
 
 def family_of(values: Mapping[str, Any], name: str) -> Family:
-    """Returns the family that reads a checkpoint.
-
-    Args:
-        values: the contents of the checkpoint's `config.json`.
+    """Returns the family that reads a checkpoint with these values of `config.json`.
 
     Raises:
         UserError: no family reads this `model_type`, or that of a multimodal checkpoint's

@@ -122,11 +122,7 @@ class DecoderTokenizer:
 
 @dataclass(frozen=True)
 class PretrainedDecoder(DecoderTokenizer):
-    """A pretrained decoder.
-
-    Attributes:
-        identity: its identity, as an adapter's manifest stores it.
-    """
+    """A pretrained decoder."""
 
     config: Any
     model: nnx.Module
@@ -187,9 +183,6 @@ def load_pretrained_decoder(
 
 def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     """Loads what reads and writes a decoder's texts, without its weights.
-
-    Args:
-        name: as for `load_pretrained_decoder`.
 
     Raises:
         UserError: as for `load_pretrained_decoder`.

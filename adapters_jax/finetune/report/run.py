@@ -72,10 +72,6 @@ def results_table(
 def write_report(run: Run, config: Mapping[str, Any]) -> None:
     """Writes the curves and the page of a finished run, from its files.
 
-    Args:
-        run: the run, with its metrics and its findings.
-        config: its configuration, with its summary.
-
     Raises:
         RunError: a file of the run is damaged.
     """

@@ -359,11 +359,7 @@ class Prepared(ABC):
         return None  # most trainings need nothing
 
     def judged(self, problem: Problem, state: TrainState) -> Judged:
-        """The predictions of dev and test, for `Task.views`; by default there are none.
-
-        Args:
-            problem: the problem that was trained, `trained`.
-        """
+        """The predictions of the trained problem on dev and test, for `Task.views`; else none."""
         return Judged()
 
     def samples(self) -> list[dict[str, str]]:
@@ -376,11 +372,7 @@ class Prepared(ABC):
 
 @dataclass(frozen=True)
 class Untrained:
-    """A baseline that needs no training.
-
-    Attributes:
-        title: the name of its row in tables.
-    """
+    """A baseline that needs no training; tables have its title."""
 
     title: str
     score: Callable[[], Scores]

@@ -62,11 +62,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CompletionProblem(DecoderProblem):
-    """A decoder and the completions it learns; `parts` has a `HeldOut` of "dev" and of "test".
-
-    Attributes:
-        generated: the texts generated last for each part.
-    """
+    """A decoder and the completions it learns; `parts` has a `HeldOut` of "dev" and of "test"."""
 
     generated: dict[str, list[str]] = field(default_factory=dict)
 

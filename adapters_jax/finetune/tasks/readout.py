@@ -236,10 +236,6 @@ class Readout(ABC):
         """What is right and what is predicted for a row, as plain values.
 
         It has `words`, what the report shows of it beside the texts; `views` reads the others.
-
-        Args:
-            right: the label.
-            found: the `Prediction`.
         """
         raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
 
@@ -262,11 +258,7 @@ class Readout(ABC):
 
 @dataclass(frozen=True)
 class NamedReadout(Readout):
-    """A `Readout` of labels with names: an output of the head is one of them.
-
-    Args:
-        names: the names of the labels, in the order of the outputs.
-    """
+    """A `Readout` of labels with names: each output of the head is that of one, in their order."""
 
     names: tuple[str, ...]
     least: ClassVar[int] = 2  # names

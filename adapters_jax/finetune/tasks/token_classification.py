@@ -50,11 +50,7 @@ class TaggedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class TagPrediction(Prediction):
-    """The tags of a text.
-
-    Attributes:
-        tags: the tag of each word.
-    """
+    """The words of a text, and their tags."""
 
     words: list[str]
     tags: list[str]

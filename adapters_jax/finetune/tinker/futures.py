@@ -106,10 +106,7 @@ class Futures:
         return None if own is None else own.entries.get(name)
 
     def make(self, owner: str, name: str, tokens: int = 0, target: str | None = None) -> Entry:
-        """Begins an answer.
-
-        Args:
-            owner: the key.
+        """Begins an answer to a key, its owner.
 
         Raises:
             BusyError: the key has as many answers or tokens on their way as it may.

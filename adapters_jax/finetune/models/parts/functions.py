@@ -195,13 +195,10 @@ def _normalize_jvp(
 def split_heads(
     x: Float[Array, "*batch features"], width: int
 ) -> Float[Array, "*batch heads width"]:
-    """The heads of a projection.
+    """The heads of a projection, each of a width.
 
     A TPU's compiler makes the split a part of the product, and for that lays the stacked weights of
     scanned layers out anew: a copy of them in every step. A barrier keeps it from that.
-
-    Args:
-        width: that of a head.
     """
     x = jax.lax.optimization_barrier(x) if is_scanning() else x
     return x.reshape(*x.shape[:-1], -1, width)
