@@ -73,7 +73,16 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """A comparison that is ready to start or to continue; `prepare_comparison` makes it."""
+    """A comparison that is ready to start or to continue; `prepare_comparison` makes it.
+
+    Attributes:
+        options: the options of the command.
+        grid: the recipes, learning rates and seeds.
+        cells: the directories of the cells.
+        out: the directory of the comparison.
+        console: the console to print to.
+        lock: the lock of this process on the directory.
+    """
 
     options: CompareOptions
     grid: Grid
