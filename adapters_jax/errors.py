@@ -178,9 +178,7 @@ def file_errors(
     """Turns an OSError of its body into a UserError that names the file.
 
     Args:
-        path: the file.
         verb: the message reads "PATH cannot be VERB".
-        error: the type to raise.
 
     Raises:
         UserError: of the type `error`; a `FileSystemError` keeps the system's `errno`.
@@ -218,8 +216,6 @@ def compare_trees(
         got: arrays, or anything with a shape and dtype, by path.
         expected: likewise, by the paths that `got` should have.
         fix: the end of the message: how to correct a mismatch.
-        dtypes: compare dtypes as well.
-        error: the type to raise.
 
     Raises:
         MismatchError: names all leaves that are missing, unexpected, or of another shape or dtype.
@@ -271,7 +267,6 @@ def visible(text: str, lines: bool = True) -> str:
     They become `\uXXXX`, which JSON reads as the same character.
 
     Args:
-        text: any text.
         lines: whether tabs and ends of lines stay; otherwise they become `\t` and `\n`.
 
     Example:

@@ -203,7 +203,7 @@ def lora(
 
     Raises:
         UserError: `bias` has another value, a field of `LoRA` is out of its range, or `head` is
-            no path; or `dora` and `invocation` are both given.
+            not a text; or `dora` and `invocation` are both given.
 
     Example:
         >>> lora(4, bias="lora_only")
@@ -236,13 +236,11 @@ def loha(
     """Hyeon-Woo et al. 2022, arXiv:2108.06098: a product of two low-rank products, entry by entry.
 
     Args:
-        rank, alpha: as in `LoHa`.
-        targets: patterns of linear layers.
-        head: path of the task's head, which trains whole.
-        **fields: further fields of `LoHa`.
+        rank, alpha, **fields: fields of `LoHa`.
+        targets, head: as in `lora`.
 
     Raises:
-        UserError: a field of `LoHa` is out of its range, or `head` is no path.
+        UserError: as in `lora`.
 
     Example:
         >>> loha(4)
@@ -264,13 +262,11 @@ def lokr(
     """Edalati et al. 2022, arXiv:2212.10650: a Kronecker product, with a low-rank right factor.
 
     Args:
-        rank, alpha: as in `LoKr`.
-        targets: patterns of linear layers.
-        head: path of the task's head, which trains whole.
-        **fields: further fields of `LoKr`; the paper's own form has `full=True`.
+        rank, alpha, **fields: fields of `LoKr`; the paper's own form has `full=True`.
+        targets, head: as in `lora`.
 
     Raises:
-        UserError: a field of `LoKr` is out of its range, or `head` is no path.
+        UserError: as in `lora`.
 
     Example:
         >>> lokr(4, factor=16)
@@ -292,12 +288,11 @@ def oft(
 
     Args:
         block: inputs that one rotation mixes; it has to divide the inputs of all targets.
-        targets: patterns of linear layers.
-        head: path of the task's head, which trains whole.
+        targets, head: as in `lora`.
         **fields: further fields of `OFT`.
 
     Raises:
-        UserError: a field of `OFT` is out of its range, or `head` is no path.
+        UserError: as in `lora`.
 
     Example:
         >>> oft(16, terms=5)
@@ -318,13 +313,11 @@ def vera(
     """Kopiczko et al. 2024, arXiv:2310.11454: scales of random factors that all layers share.
 
     Args:
-        rank: as in `VeRA`.
-        targets: patterns of linear layers.
-        head: path of the task's head, which trains whole.
-        **fields: further fields of `VeRA`.
+        rank, **fields: fields of `VeRA`.
+        targets, head: as in `lora`.
 
     Raises:
-        UserError: a field of `VeRA` is out of its range, or `head` is no path.
+        UserError: as in `lora`.
 
     Example:
         >>> vera(64)
@@ -347,13 +340,12 @@ def adalora(
 
     Args:
         rank: r at the start; the paper starts at 1.5 times the rank that it ends with.
-        alpha: the scale is alpha / r; None means alpha = r.
         targets: patterns of linear layers; the paper adapts all of a block.
-        head: path of the task's head, which trains whole.
+        alpha, head: as in `lora`.
         **fields: further fields of `AdaLoRA`.
 
     Raises:
-        UserError: a field of `AdaLoRA` is out of its range, or `head` is not a text.
+        UserError: as in `lora`.
 
     Example:
         >>> adalora(6)
@@ -375,11 +367,11 @@ def ia3(
     Args:
         targets: patterns of linear layers whose outputs are scaled.
         feed_forward: patterns of the feed-forward's last projections, whose inputs are scaled.
-        head: path of the task's head, which trains whole.
+        head: as in `lora`.
 
     Raises:
+        UserError: as in `lora`.
         TargetError: `targets` or `feed_forward` are no patterns.
-        UserError: `head` is not a text.
 
     Example:
         >>> ia3(feed_forward="**/mlp/output")
@@ -510,11 +502,11 @@ def prompt_tuning(
     Args:
         length: K, tokens of the prompt, whose placeholders `aj.with_prompt` adds to ids.
         targets: the pattern of the embedding of tokens.
-        head: path of the task's head, which trains whole.
+        head: as in `lora`.
         **fields: further fields of `PromptTuning`.
 
     Raises:
-        UserError: a field of `PromptTuning` is out of its range, or `head` is not a text.
+        UserError: as in `lora`.
 
     Example:
         >>> prompt_tuning(8)
@@ -526,11 +518,7 @@ def prompt_tuning(
 
 
 def _chosen(
-    owner: str,
-    targets: str,
-    last: int | None,
-    num_layers: int | None,
-    layers: Iterable[int] | None,
+    owner: str, targets: str, last: int | None, num_layers: int | None, layers: Iterable[int] | None
 ) -> tuple[str, ...]:
     """The patterns of the chosen layers; of all, where neither `last` nor `layers` is given."""
     if last is not None:

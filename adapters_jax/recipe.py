@@ -9,12 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adapters_jax.errors import (
-    RecipeError,
-    UserError,
-    shortened,
-    shown,
-)
+from adapters_jax.errors import RecipeError, UserError, shortened, shown
 from adapters_jax.methods import METHODS, Method, method_named
 from adapters_jax.methods.calibration import Observer
 from adapters_jax.methods.settings import settings_of
@@ -36,7 +31,6 @@ class Owner(NamedTuple):
     Attributes:
         path: path of the module that it adapts; of the weight, where several of the module's are.
         module: path of the module.
-        method: the method.
         node: the name of the node below the method's slot that holds its parameters; "" for the
             slot itself.
         name: the name of this parameter there, `a`.

@@ -22,6 +22,7 @@ from adapters_jax.trace.inputs import Inputs, explained, is_array
 from adapters_jax.trace.patterns import numbered, of_parameters, shortest
 from adapters_jax.trace.program import Graph, named
 from adapters_jax.trace.roles import Roles, find_roles
+from adapters_jax.trace.through import holding
 from adapters_jax.trees import flatten, join, path_of
 from adapters_jax.weights.quantized import is_quantized
 
@@ -291,7 +292,6 @@ def traced_call(model: nn.Module | nnx.Module, given: Inputs) -> Trace:
     """Traces a call of a linen or NNX model, without its adapters; nothing is computed.
 
     Args:
-        model: the model.
         given: example inputs; of arrays, only shapes and dtypes matter.
 
     Raises:
@@ -363,11 +363,8 @@ def _marking_class(cls: type[Any], path: str) -> type[Any]:
     """The subclass of an NNX module's class whose calls are marked with the module's path."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _AROUND.set(path)
-        try:
+        with holding(_AROUND, path):
             return _marked(path, functools.partial(cls.__call__, self), args, kwargs)
-        finally:
-            _AROUND.reset(token)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 

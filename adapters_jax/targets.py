@@ -220,7 +220,6 @@ def require_match(
 
     Args:
         owner: the method that the patterns belong to, for the message.
-        patterns: the patterns to check.
         usable: paths that the method can attach to.
         unusable: the model's other paths, each with the reason; None where there is nothing that
             the method could adapt.

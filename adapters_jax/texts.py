@@ -127,7 +127,6 @@ def html_table(
     The keyboard reaches it, so that it can be scrolled without a mouse.
 
     Args:
-        header: the names of the columns.
         rows: the cells, any texts: tags in them are shown, and so are control characters.
         words: how many of the first columns are words; the others are numbers.
         notes: lines below the table.

@@ -163,14 +163,13 @@ def adapters_of(params: Tree, recipe: Recipe | Method) -> Tree:
     Where a recipe has no frozen entries and methods without frozen leaves, this is what trains.
 
     Args:
-        params: nested mapping of parameters, arrays or abstract; it is not changed.
-        recipe: the recipe of the adapters.
+        params, recipe: as in `partition`.
 
     Returns:
         The leaves under their paths, in a nested dictionary.
 
     Raises:
-        UserError: `params` is not a nested mapping; where it holds all variables, a MismatchError.
+        UserError: as in `partition`.
 
     Example:
         >>> from adapters_jax import LoRA, Recipe

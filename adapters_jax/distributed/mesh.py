@@ -144,9 +144,6 @@ def place(x: Any, sharding: NamedSharding) -> Any:
     Args:
         x: an array of numpy or jax, or a random key; an abstract array gets the sharding.
         sharding: on any mesh.
-
-    Returns:
-        The array with the sharding.
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -118,12 +118,7 @@ class Program:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that its compiler refused, since it does not fit the device.
-
-    Attributes:
-        total: the bytes that it needs.
-        available: the bytes that there are.
-    """
+    """A program that its compiler refused, since it does not fit the device; sizes in bytes."""
 
     total: int
     available: int

@@ -15,10 +15,6 @@ def folded_into_lora(
 ) -> tuple[Recipe, dict[str, Array]]:
     """An adapter whose AdaLoRAs are LoRAs with the same change: l is in B.
 
-    Args:
-        recipe: the adapter's.
-        leaves: its leaves by path.
-
     Raises:
         UserError: leaves of an AdaLoRA are missing.
 

@@ -272,15 +272,11 @@ def _load_nnx(adapter: Stored, model: nnx.Module, inputs: Any) -> nnx.Module:
 
 
 def _placed(
-    adapter: Stored,
-    base: Mapping[str, Any],
-    run: Callable[[Recipe], Placements],
-    advice: str = "",
+    adapter: Stored, base: Mapping[str, Any], run: Callable[[Recipe], Placements], advice: str = ""
 ) -> Placements:
     """The placements of an adapter in a model, which its tensors fit.
 
     Args:
-        adapter: the adapter.
         base: the shapes and dtypes of the model's parameters by path.
         run: finds the placements of a recipe by an abstract run of the model.
         advice: for the message about tensors that do not fit.

@@ -11,15 +11,7 @@ from typing import Any
 from adapters_jax import __version__
 from adapters_jax.errors import LARGEST, AdapterFileError, UserError, shortened, shown
 from adapters_jax.files.identity import BaseIdentity
-from adapters_jax.files.settings import (
-    Rule,
-    anything,
-    object_problems,
-    of,
-    rule,
-    whole,
-    wholes,
-)
+from adapters_jax.files.settings import Rule, anything, object_problems, of, rule, whole, wholes
 from adapters_jax.files.untrusted import LONGEST_NAME, check_size, is_path, read_json
 from adapters_jax.placement import Placement, Placements
 from adapters_jax.recipe import Recipe
@@ -41,7 +33,6 @@ class Manifest:
     """The manifest of an adapter.
 
     Attributes:
-        recipe: what trains.
         base: the base it was trained on; None if it is not known.
         parameters: the number of parameters in its tensors.
         tensors: the number of tensors.
@@ -220,7 +211,6 @@ def placements_as_json(placements: Sequence[Placement], recipe: Recipe) -> list[
     Shapes of arrays are left out, since they follow from the method and the rest.
 
     Args:
-        placements: the placements.
         recipe: their recipe; each object has the position of its method there.
 
     Example:
@@ -255,7 +245,6 @@ def placements_of_json(values: Sequence[Any], recipe: Recipe, path: Path) -> Pla
 
     Args:
         values: the value of the manifest's key.
-        recipe: the recipe of the file.
         path: the file, for messages.
 
     Raises:

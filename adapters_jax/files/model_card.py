@@ -112,8 +112,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], code: Sequence[i
     """A table in Markdown of plain texts; empty if it has no rows.
 
     Args:
-        header: the names of the columns.
-        rows: the cells of each row.
         code: the numbers of the columns that are code.
 
     Example:
@@ -136,11 +134,7 @@ def _cell(value: Any, code: bool) -> str:
 
 
 def _results(
-    hf: Any,
-    title: str,
-    metrics: Mapping[str, float] | None,
-    task: str | None,
-    dataset: str | None,
+    hf: Any, title: str, metrics: Mapping[str, float] | None, task: str | None, dataset: str | None
 ) -> dict[str, Any]:
     """The metrics as the Hub stores them; empty without a task and a data set, which it needs."""
     if not (metrics and task and dataset):

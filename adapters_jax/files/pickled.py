@@ -47,9 +47,7 @@ _NAMES = {_PARAMETER, _TENSOR, _ORDERED, *_DTYPES}
 _OF_DAMAGE = (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, DeprecationWarning)
 _SAME = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
-_VALUES = {
-    *("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-}
+_VALUES = {*("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")}
 _COUNTS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 

@@ -235,8 +235,6 @@ class TensorFile:
     """An open safetensors file with a checked header; `open_tensors` makes it.
 
     Attributes:
-        file: the file.
-        entries: its tensors by name.
         metadata: its texts by name.
     """
 

@@ -81,9 +81,6 @@ class Pace:
 
     Updates that come at once, as those of steps that are read late, count as one.
 
-    Args:
-        clock: returns the time in seconds.
-
     Example:
         >>> pace = Pace(iter((60.0, 90.0, 90.0, 98.0)).__next__)
         >>> [pace.at(step) for step in (1, 2, 4, 6)]
@@ -233,8 +230,6 @@ class Console:
         """Shows progress: as a live bar on a terminal, as occasional lines elsewhere.
 
         Args:
-            title: the name of the work.
-            steps: the number of steps.
             unit: the name of a step.
             left: returns the seconds that are left, or None if they are not known yet; by default
                 they are estimated from the steps that are done.

@@ -49,8 +49,6 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: what was looked at.
-        found: what it is.
         problem: what is wrong and what to do; None where nothing is.
     """
 

@@ -28,7 +28,6 @@ class Seen:
     """What a model sees of rows.
 
     Attributes:
-        tokenizer: the model's tokenizer.
         examples: the tokens of each row; of a conversation, maybe several rows.
         is_decoder: whether the marks of the examples mean anything: an encoder learns labels.
     """
@@ -59,7 +58,6 @@ def see(
 
     Args:
         model: the base; only its tokenizer is loaded.
-        rows: the rows.
         columns: the columns that the user named: `text` and `text_pair`, or `prompt` and
             `completion`.
         learnt: what the loss of conversations counts.

@@ -48,7 +48,6 @@ class Written:
 
     Attributes:
         files: the sizes in bytes, by file name.
-        parameters: the number of parameters of the source.
         notes: sentences about what the files lack or changed; empty if nothing was lost.
     """
 
@@ -185,7 +184,6 @@ def export(
     The written files are read again, to find what the format lost.
 
     Args:
-        source: the adapter.
         directory: a new or empty directory; it appears whole or not at all.
         to: the name of the format.
         name: the name by which the card loads the adapter; by default the directory.
@@ -278,8 +276,6 @@ def without_head(source: Source, form: AdapterFormat, head: bool | None) -> tupl
     """An adapter as a format takes it: without its head, if that is asked for or not supported.
 
     Args:
-        source: the adapter.
-        form: the format.
         head: whether to write the head; None writes it where the format's library has such a head.
 
     Returns:

@@ -40,8 +40,6 @@ class Job:
 
     Args:
         model: as in `adapted_shape`.
-        method: the recipe.
-        mesh: of the devices.
         rows: sequences in a step.
         length: tokens in a sequence.
         dtype: dtype of the base model and its arithmetic.
@@ -50,7 +48,6 @@ class Job:
         attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         accelerator: whether the devices are those of `aj.devices`; a CPU compiles for float32.
         limit: the bytes of a device, for the largest batch that fits; None looks for none.
-        say: shows a line of progress.
     """
 
     model: str

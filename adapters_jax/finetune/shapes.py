@@ -57,7 +57,6 @@ def adapted_shape(
 
     Args:
         name: as for `count_parameters`.
-        method: the recipe.
         quantize: the quantised dtype of the frozen weights; None does not quantise.
         layers: the number of layers, instead of the model's own.
         **options: options of the model's class, such as `param_dtype`.
@@ -109,12 +108,7 @@ def on_shape(name: str, method: MethodOptions) -> MethodOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A family, with those of its published shapes that are asked for.
-
-    Attributes:
-        family: its record.
-        known: the numbers of parameters by name.
-    """
+    """A family, and the parameters of those of its published shapes that are asked for."""
 
     family: Family
     known: dict[str, int]

@@ -25,7 +25,6 @@ class Stored:
     Args:
         shape: its shape, known without reading it.
         dtype: its dtype, likewise.
-        read: reads the array.
 
     Example:
         >>> np.asarray(Stored((2,), np.float64, lambda: np.ones(2)))
@@ -56,9 +55,6 @@ def from_tensors(tensors: Mapping[str, Tensor], names: NameTable, like: Any) -> 
         names: the model's table.
         like: the model's parameters, which may be abstract; they set the structure, dtypes and
             shardings of the result.
-
-    Returns:
-        A tree of arrays.
 
     Raises:
         BaseMismatchError: tensors are missing, unexpected, of another shape or no floating-point

@@ -39,10 +39,7 @@ class TrackingError(UserError, RuntimeError):
 
 @contextlib.contextmanager
 def tracked(
-    trackers: str | Iterable[str],
-    directory: str | Path,
-    *,
-    config: Mapping[str, Any] | None = None,
+    trackers: str | Iterable[str], directory: str | Path, *, config: Mapping[str, Any] | None = None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Opens trackers; within, a function writes records to all of them.
 

@@ -58,7 +58,6 @@ def attentions_of(
     Args:
         call: the function, which takes a nested dictionary of its arrays.
         shapes: the arrays by name, as shapes and dtypes.
-        inputs: example inputs.
     """
     arrays, whole = inputs.split()
     seen: dict[int, tuple[Attention, tuple[int, ...]]] = {}
@@ -116,10 +115,6 @@ def prompted(
     """Calls a function with prompts in its attentions.
 
     Args:
-        attentions: the attentions of the function.
-        recipe: the recipe.
-        fn: the function.
-        tree: its parameters.
         held: the arrays of the prompts by their paths; none while they are placed.
         inputs: its arguments after the parameters, by position and by name.
     """

@@ -47,12 +47,10 @@ class Signature:
 
     Args:
         tree: the parameters, arrays or `jax.ShapeDtypeStruct` in any pytree.
-        example: example inputs.
         fronts: what knows the modules in it; without one, all leaves have to be arrays.
 
     Attributes:
         example: the example inputs, whose arrays are shapes and dtypes.
-        fronts: as given.
         shapes: the arrays of the tree by name, as shapes and dtypes.
         attentions: its attentions, once they were asked for.
 
@@ -122,23 +120,14 @@ class Signature:
         return f"No arrays, and so nothing to adapt: {first_few(named)}" if named else ""
 
     def tree(self, named: Tree) -> Any:
-        """The tree whose arrays are in a nested dictionary; what else is there, adapters, is not.
-
-        Args:
-            named: the arrays by name.
-        """
+        """The tree with the arrays of a nested dictionary; what else is there, adapters, is not."""
         flat = flatten(named)
         leaves = [self._others[p] if p in self._others else flat[p] for p in self._paths]
         return jax.tree.unflatten(self._definition, leaves)
 
 
 class Function(nn.Module):
-    """A function of parameters as a linen module: its variables are the function's parameters.
-
-    Args:
-        fn: the function.
-        signature: how it is called.
-    """
+    """A function of parameters as a linen module: its variables are the function's parameters."""
 
     adapted_class: ClassVar[Any] = None  # below, since each of the two names the other
 
@@ -247,7 +236,6 @@ def function_of(model: Any, params: Any, inputs: Inputs) -> tuple[Function, Tree
     Args:
         model: `fn(params, *inputs)`, or an Equinox module.
         params: its parameters, arrays or `jax.ShapeDtypeStruct` in any pytree; None for a module.
-        inputs: example inputs.
 
     Raises:
         TypeError: it comes without its parameters.
@@ -272,8 +260,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
     """Gives a function adapters; `adapters_jax.adapt` calls it, and takes a method as well.
 
     Args:
-        model: `fn(params, *inputs)`, or an Equinox module.
-        params: its parameters, arrays or `jax.ShapeDtypeStruct` in any pytree; None for a module.
+        model, params: as in `function_of`.
         recipe: which arrays get adapters, by their paths in the tree, and what else trains.
         example_inputs: its further arguments, of which only shapes and dtypes matter.
 

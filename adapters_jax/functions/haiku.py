@@ -64,11 +64,7 @@ FRONT = _Front()
 
 
 def calls_modules(run: Callable[[], Any]) -> bool:
-    """Whether a function calls modules of Haiku.
-
-    Args:
-        run: calls it; it is traced.
-    """
+    """Whether a function calls modules of Haiku, of which `run` makes a call; it is traced."""
     called = []
 
     def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:

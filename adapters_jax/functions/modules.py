@@ -90,13 +90,8 @@ class Calls:
         """Runs one call.
 
         Args:
-            path: the path of the module.
-            module: the module.
             arrays: gives, once it ran, the arrays in it by their paths there, as its code sees
                 them.
-            run: its function.
-            args: the arguments by position.
-            kwargs: the arguments by name.
             held: the arrays of its adapters.
         """
         if self.init:

@@ -351,8 +351,6 @@ def leaves_in(
 
     Args:
         scope: the scope of the node that holds them.
-        method: the method.
-        point: what it adapts.
         top: the scope of the whole model, where shared arrays are; without it they are copies.
         shapes: of the arrays by name, where they are known.
     """

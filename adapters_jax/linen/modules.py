@@ -13,6 +13,9 @@ from adapters_jax.placement import Placement
 from adapters_jax.weights.axes import Axes
 from adapters_jax.weights.changes import dropout
 
+# The fields of `adapters_jax.Bottleneck` that the module has as well.
+_FIELDS = ("scale", "activation", "dropout", "init_std", "norm_before", "norm_after")
+
 
 class Bottleneck(nn.Module):
     """A bottleneck adapter to write into a model by hand: `x + up(f(down(x)))`.
@@ -63,17 +66,9 @@ class Bottleneck(nn.Module):
         Returns:
             (..., d), in the dtype of y, or of x where there is no y.
         """
-        method = methods.Bottleneck(
-            "**",
-            self.bottleneck_dim,
-            placement="sequential" if y is None else "parallel",
-            scale=self.scale,
-            activation=self.activation,
-            dropout=self.dropout,
-            init_std=self.init_std,
-            norm_before=self.norm_before,
-            norm_after=self.norm_after,
-        )
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields["placement"] = "sequential" if y is None else "parallel"
+        method = methods.Bottleneck("**", self.bottleneck_dim, **fields)
         y = x if y is None else y
         point = AttachmentPoint("output", "/".join(self.path), width=x.shape[-1])
         leaves = leaves_in(self.scope, method, point)

@@ -28,12 +28,7 @@ from adapters_jax.targets import around, join
 from adapters_jax.trace.inputs import MISFITS, Inputs, explained, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trace.reads import Tracked
-from adapters_jax.trees import (
-    Tree,
-    flatten,
-    numbered_paths,
-    unflatten,
-)
+from adapters_jax.trees import Tree, flatten, numbered_paths, unflatten
 
 
 def points_of(
@@ -42,9 +37,6 @@ def points_of(
     """Finds where a recipe's methods attach in a base; see `points`.
 
     Args:
-        base: the base.
-        recipe: the recipe.
-        inputs: example inputs.
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)

@@ -37,8 +37,6 @@ def changed_weights(
 
     Args:
         params: the whole parameter tree, with its boxes.
-        placements: where its adapters are.
-        trace: the trace that computes with changed weights.
         key: for dropout while training; None in evaluation.
         gate: the tokens that gated methods act on.
     """

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
+from adapters_jax.methods.arrays import Key
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method
 from adapters_jax.methods.invocation import checked_tokens
 from adapters_jax.methods.lora import CHANGING, LoRA
@@ -82,11 +83,7 @@ class ActivatedLoRA(LoRA):
         return super().leaves(point)
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change of the weight where the call says that it is invoked."""
         if leaves.get("invoked") is None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.lora import LoRA
 from adapters_jax.methods.settings import choice, size
@@ -67,9 +68,7 @@ class AdaLoRA(LoRA):
         """The weight's axes of the factors, and of the numbers between them."""
         return {**super().weight_axes(axes, path), "lambda": (*axes.shared, RANK)}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form r(in + out) + r."""
         pair, rank = super().count(path, shapes, weight), self.rank_at(path)
         return Count(f"{pair.formula} + {rank}", pair.parameters + rank, pair.copies)
@@ -79,11 +78,7 @@ class AdaLoRA(LoRA):
         return super().factors(folded(leaves), path)
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """LoRA's change by A and diag(l) B."""
         return super().changes(folded(leaves), point, weight, key)

@@ -1,7 +1,7 @@
 """Functions of arrays that several methods use: initialisers, layer norm, attention."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,12 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from adapters_jax.errors import UserError, shown
 
-Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Output = Float[Array, "..."]  # of a module
+Weight = Float[Array, "..."]
+Key = PRNGKeyArray | None  # for dropout while training; None in evaluation
+Initializer = Callable[[PRNGKeyArray, Shape], Array]
 
 
 class Attended(NamedTuple):
@@ -148,8 +153,6 @@ def attend_to(
 
     Args:
         query: query head i reads key head i // (heads / kv_heads).
-        key: the keys.
-        value: the values.
         logits: the logits of products of queries and keys, float32.
         precision: as in `jnp.einsum`.
         counts: which tokens count; None for all.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError, check_flag, other_names
-from adapters_jax.methods.arrays import Initializer, over_layers
+from adapters_jax.methods.arrays import Initializer, Key, Output, Shape, Shapes, Weight, over_layers
 from adapters_jax.methods.settings import check_fields, check_name, settings_of
 from adapters_jax.targets import as_patterns
 from adapters_jax.trace.heads import Inline
@@ -56,7 +56,7 @@ class AttachmentPoint:
     path: str
     # A mapping of shapes cannot be hashed, so points are made anew and never static arguments of
     # jit.
-    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    own: Shapes = field(default_factory=dict)
     precision: Any = None
     width: int = 0
     attention: Attention | None = None
@@ -358,9 +358,7 @@ class Method:
         """
         return {}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form of the parameters that the method adds to one module.
 
         Args:
@@ -375,18 +373,13 @@ class Method:
         counted = [own[n].shape for n in self.own_leaves if n not in self.frozen_leaves]
         return Count.of(counted, shapes[first][: len(shapes[first]) - len(own[first].shape)])
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width of the output for which the leaves have these shapes, for `count`."""
         raise NotImplementedError
 
     def forward(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "..."],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "..."]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """The module's output with the method.
 
         Args:
@@ -403,13 +396,8 @@ class Method:
         return y
 
     def branch(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "..."],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "..."]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """What `forward` adds to the output, or to the input where `changes_input` is true.
 
         Where a class defines it, it is called in place of `forward`.
@@ -422,16 +410,14 @@ class Method:
         point: AttachmentPoint,
         run: Callable[[str, Any], Any],
         state: Any,
-        key: PRNGKeyArray | None = None,
+        key: Key = None,
     ) -> Any:
         """What a composition makes of a `methods.outputs.State`, where `members` is not empty.
 
         Args:
-            leaves: the arrays by name.
-            point: the module that they adapt.
+            leaves, point, key: as in `forward`.
             run: `run(member, state)` is the state after a member; None where the module lacks it.
             state: the module's input and output, with the entries before this one.
-            key: for dropout while training; None in evaluation.
         """
         return state
 
@@ -447,8 +433,7 @@ class Method:
         """The output of an attention function with the method, where `acts_on = "attention"`.
 
         Args:
-            leaves: the arrays by name.
-            point: the attention module that they adapt.
+            leaves, point: as in `forward`.
             project: `project("key", x)` is the module's own projection of x, (K, d).
             attention_fn: the module's attention function, with the methods before this one.
             *args: arguments of `attention_fn`: query, key and value first.
@@ -462,8 +447,7 @@ class Method:
         """The output of an attention that its module computes in line, with the method.
 
         Args:
-            leaves: the arrays by name.
-            point: the attention module that they adapt.
+            leaves, point: as in `forward`.
             inline: what the attention reads.
             mixed: its output before the output projection, (..., heads, head_dim).
         """
@@ -478,8 +462,7 @@ class Method:
         and products are taken in float32 and cast once to the parameter's dtype.
 
         Args:
-            leaves: the arrays by name.
-            point: the module that they adapt.
+            leaves, point: as in `forward`.
             own: the module's own parameters by name.
 
         Raises:
@@ -543,7 +526,7 @@ class Method:
         )
 
     def start(
-        self, leaves: Leaves, point: AttachmentPoint, weight: Float[Array, "..."]
+        self, leaves: Leaves, point: AttachmentPoint, weight: Weight
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the module's weight, and the weight to keep in the base.
 
@@ -556,8 +539,8 @@ class Method:
         self,
         leaves: Leaves,
         point: AttachmentPoint,
-        weight: Float[Array, "..."],
-        quantize: Callable[[Float[Array, "..."]], Any] | None,
+        weight: Weight,
+        quantize: Callable[[Weight], Any] | None,
     ) -> tuple[dict[str, Array], Any]:
         """The leaves and the quantised weight, where `aj.quantize` quantises an adapted model.
 

@@ -6,16 +6,17 @@ arXiv:2110.04366; the one around a norm is Pfeiffer et al. 2021, "AdapterFusion"
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Output, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.weights.changes import dropout
@@ -176,7 +177,7 @@ class Bottleneck(Method):
         """Kernel and bias of the projection "down" or "up"."""
         return leaves[f"{name}/kernel"], leaves[f"{name}/bias"]
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is 2md + d + m, plus 2d for each norm, with the recipe's m."""
         return shapes["down/kernel"][-2]
 
@@ -186,25 +187,15 @@ class Bottleneck(Method):
         return self.placement == "norm"
 
     def forward(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "... d"],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "... d"]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """The adapted output, or with placement "norm" the adapted input; see `branch`."""
         branch, stream = self.branch(leaves, point, x, y, key), x if self.changes_input else y
         return stream + branch.astype(stream.dtype)
 
     def branch(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "... d"],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "... d"]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """What is added to the output, or with placement "norm" to the input.
 
         Args:
@@ -251,9 +242,7 @@ class Bottleneck(Method):
         up = {name: leaves[name] * ratio for name in self.linear_in if name in leaves}
         return {**leaves, **up}
 
-    def _branch(
-        self, leaves: Leaves, x: Float[Array, "... d"], precision: Any, key: PRNGKeyArray | None
-    ) -> Float[Array, "... d"]:
+    def _branch(self, leaves: Leaves, x: Output, precision: Any, key: Key) -> Output:
         """scale * up(f(down(x))), with the adapter's norms before and after it."""
         # Cast here and not when they are stored: training keeps float32, products run in the dtype
         # of the model.

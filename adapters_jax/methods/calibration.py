@@ -1,8 +1,8 @@
 """What is known of the inputs of weights, for starts from activations, and what collects it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError, UserError, first_few
+from adapters_jax.methods.arrays import Key
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import join
+from adapters_jax.trace.through import holding
 from adapters_jax.weights.changes import Change
 from adapters_jax.weights.factors import Factor
 from adapters_jax.weights.observed import SUMS, Observed
@@ -102,14 +104,9 @@ def inputs_for(caller: str, placements: Iterable[Any], given: Any) -> dict[str, 
 _COUNTED: ContextVar[Array | None] = ContextVar("counted", default=None)
 
 
-@contextmanager
-def counting(rows: Array | None) -> Iterator[None]:
+def counting(rows: Array | None) -> AbstractContextManager[None]:
     """In its body, observers count each input as much as an array of its first axes says."""
-    token = _COUNTED.set(rows)
-    try:
-        yield
-    finally:
-        _COUNTED.reset(token)
+    return holding(_COUNTED, rows)
 
 
 @dataclass(frozen=True)
@@ -143,11 +140,7 @@ class Observer(LeafMethod):
         return {"tape": Leaf(axes.a_shape(shape, width + SUMS), init)}
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """What notes the inputs."""
         # A target is a module, or the weight itself.

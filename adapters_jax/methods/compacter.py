@@ -5,7 +5,6 @@ The sums are those of Zhang et al. 2021, "Beyond Fully-Connected Layers with Qua
 Parameterization of Hypercomplex Multiplications with 1/n Parameters", arXiv:2102.08597.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +13,7 @@ from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Shapes
 from adapters_jax.methods.base import Leaf, Leaves
 from adapters_jax.methods.bottleneck import Bottleneck
 from adapters_jax.methods.settings import choice, flag, number, size
@@ -119,7 +119,7 @@ class Compacter(Bottleneck):
         glorot = arrays.normal((2 / (shape[-2] + shape[-1])) ** 0.5)
         return arrays.zeros if name.endswith("bias") else glorot
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is 2r(d + m) + d + m by default."""
         return self.phm_dim * shapes["down_weight" if self.full else "down_weight_left"][-2]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError, UserError, check_number, check_size, shown
+from adapters_jax.methods.arrays import Key
 from adapters_jax.methods.base import AttachmentPoint, Leaves, Method
 from adapters_jax.methods.outputs import State
 from adapters_jax.methods.places import known_part
@@ -102,8 +103,7 @@ class Stacked(Composition):
     """Adapters one after the other; modules that lack one skip it.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
 
     Example:
         >>> Stacked(members=("sw", "ner"))
@@ -114,12 +114,7 @@ class Stacked(Composition):
     slot: ClassVar[str] = "stack"
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state after all members."""
         for name in self.members:
@@ -132,8 +127,7 @@ class Averaged(Composition):
     """The weighted mean of what the module returns with each adapter alone.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         weights: a number for each member; they are divided by their sum. Empty for equal ones.
 
     Raises:
@@ -166,12 +160,7 @@ class Averaged(Composition):
         return tuple(weight / sum(weights) for weight in weights)
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state with the mean of all members."""
         states, of_input = self._each(point, run, state)
@@ -186,8 +175,7 @@ class Split(Composition):
     """Each adapter on its own part of an axis: of a sequence's positions, or of a batch's rows.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         sizes: the size of each part; one of them may be None, for the rest of the axis. Empty for
             parts of one size.
 
@@ -239,12 +227,7 @@ class Split(Composition):
         return list(zip([0, *ends], ends, strict=False))
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state with each part after its member; a part of a member that is not there stays."""
         y, before, after = state.y, list[State](), list[State | None]()
@@ -273,8 +256,7 @@ class BatchSplit(Split):
     """Each adapter on its own rows of a batch.
 
     Args:
-        targets: all modules.
-        members: the names of the entries, in order.
+        targets, members: as in `Composition`.
         sizes: as in `Split`, of rows.
 
     Example:

@@ -4,15 +4,16 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes, Weight
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.calibration import Inputs
 from adapters_jax.methods.lora import LoRA
@@ -60,11 +61,7 @@ class DoRA(LoRA):
         return {**super().leaves(point), "magnitude": Leaf(own, arrays.ones)}
 
     def start(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Float[Array, "..."],
-        inputs: Inputs | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Weight, inputs: Inputs | None = None
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep in the base."""
         magnitude = point.axes.norm(weight)
@@ -75,9 +72,7 @@ class DoRA(LoRA):
         """The weight's axes of the factors and of the magnitude."""
         return {**super().weight_axes(axes, path), "magnitude": (*axes.shared, *axes.outputs)}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form r(in + out) + out."""
         pair = super().count(path, shapes, weight)
         out = math.prod(weight) // math.prod(shapes["a"][:-1])
@@ -92,11 +87,7 @@ class DoRA(LoRA):
         return Method.factors(self, leaves, path)
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change, then the ratio of the magnitude to the norm."""
         axes, (change,) = point.axes, super().changes(leaves, point, weight, key)[point.weight]

@@ -4,7 +4,6 @@ Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Trans
 arXiv:2005.00247.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Output, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, zeros
 from adapters_jax.methods.compositions import Composition, Runner
 from adapters_jax.methods.outputs import State
@@ -69,7 +69,7 @@ class Fusion(Composition):
             made["value/kernel"] = Leaf((d, d), _identity)
         return made
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is 3d^2 + 2d, or 2d^2 + 2d without V."""
         return shapes["query/kernel"][-1]
 
@@ -84,12 +84,7 @@ class Fusion(Composition):
         return zeros(self, leaves)
 
     def compose(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        run: Runner,
-        state: State,
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, run: Runner, state: State, key: Key = None
     ) -> State:
         """The state with what the attention over the members' branches gives.
 
@@ -111,11 +106,11 @@ class Fusion(Composition):
     def _mixed(
         self,
         leaves: Leaves,
-        y: Float[Array, "... d"],
+        y: Output,
         branches: Float[Array, "... members d"],
         point: AttachmentPoint,
-        key: PRNGKeyArray | None,
-    ) -> Float[Array, "... d"]:
+        key: Key,
+    ) -> Output:
         """The sum of the branches' values by their scores."""
         own = {name: leaves[name].astype(y.dtype) for name in self.leaf_names}
 

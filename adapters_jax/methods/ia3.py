@@ -5,17 +5,18 @@ Learning", arXiv:2205.05638.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
-from adapters_jax.methods.leaf import LeafMethod, Shapes
+from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import selects
 from adapters_jax.weights.axes import Axes, last_axes
 from adapters_jax.weights.changes import Change, Scale
@@ -90,7 +91,7 @@ class IA3(LeafMethod):
         scaled = self.roles(point.axes, point.path)
         return {"scale": Leaf(tuple(point.weight_shape[i] for i in scaled), arrays.ones)}
 
-    def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
+    def infer(self, shapes: Shapes, weight: Shape, path: str) -> Axes | None:
         """The roles of the weight's axes by the shape of l."""
         scaled = last_axes(shapes["scale"], weight, before=self.scales_input(path))
         if scaled is None:
@@ -98,9 +99,7 @@ class IA3(LeafMethod):
         rest = tuple(i for i in range(len(weight)) if i not in scaled)
         return Axes(scaled, rest) if self.scales_input(path) else Axes(rest, scaled)
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form d: the size of the scaled axes, which the base weight must have too."""
         shape = shapes["scale"]
         # The leaves do not say how many of their axes are layers, so the most that fit are taken.
@@ -112,11 +111,7 @@ class IA3(LeafMethod):
         return Count(f"an axis of {list(weight)}", 0)
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The weight times l; where outputs are scaled, the module's biases as well."""
         scale = leaves["scale"]

@@ -4,14 +4,14 @@ Pfeiffer et al. 2020, "MAD-X: An Adapter-Based Framework for Multi-Task Cross-Li
 arXiv:2005.00052, section 3.3; the coupling is NICE's, Dinh et al. 2015, arXiv:1410.8516.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Output, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.settings import choice, number
@@ -83,27 +83,20 @@ class Invertible(Method):
             }
         return made
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is d m_1 + m_1 + d m_2 + m_2 + d, of middles m_1 and m_2."""
         return shapes["first/up/bias"][-1] + shapes["second/up/bias"][-1]
 
     def forward(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "... d"],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "... d"]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """The adapted embedding."""
         one, two = jnp.split(y, [y.shape[-1] // 2], -1)
         one = one + self._network("first", leaves, two, point.precision)
         two = two + self._network("second", leaves, one, point.precision)
         return jnp.concatenate([one, two], -1)
 
-    def undone(
-        self, leaves: Leaves, y: Float[Array, "... d"], precision: Any = None
-    ) -> Float[Array, "... d"]:
+    def undone(self, leaves: Leaves, y: Output, precision: Any = None) -> Output:
         """What `forward` makes y of.
 
         Args:

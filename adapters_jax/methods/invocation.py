@@ -103,7 +103,6 @@ def start_of(ids: Sequence[int], tokens: tuple[int, ...] | None) -> int:
     """The first token of a text that an adapter acts on; the text's length where it has none.
 
     Args:
-        ids: the text.
         tokens: the adapter's invocation; None for one that acts on all tokens.
 
     Example:
@@ -141,7 +140,6 @@ def call_gate(methods: Iterable[Method], given: Mapping[str, Any]) -> tuple[Any,
     """What a call says of where methods act, and its other arguments.
 
     Args:
-        methods: those of the model.
         given: the call's keyword arguments.
 
     Raises:

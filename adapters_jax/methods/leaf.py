@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Kind, Leaves, Method
 from adapters_jax.weights.axes import Axes, fitting
 from adapters_jax.weights.changes import Change, Changed
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,7 @@ class LeafMethod(Method):
         return (point.weight,)
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The changes of the module's own leaves by name, applied in their order.
 
@@ -98,7 +93,7 @@ class LeafMethod(Method):
         """
         return {}
 
-    def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
+    def infer(self, shapes: Shapes, weight: Shape, path: str) -> Axes | None:
         """The roles of a weight's axes that the shapes of the method's arrays tell.
 
         Args:

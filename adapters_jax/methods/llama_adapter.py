@@ -5,7 +5,7 @@ Attention", arXiv:2303.16199.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.prompt import Prompt, Tokens, grouped
 from adapters_jax.methods.settings import choice, number, size
@@ -92,9 +93,7 @@ class LlamaAdapter(Prompt):
         """The number of tokens."""
         return leaves["embedding"].shape[-2]
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form Kd + gates; d and the heads are the leaves', K the recipe's."""
         d, heads = shapes["embedding"][-1], shapes["gate"][-1]
         gates = heads if self.gate == "head" else 1

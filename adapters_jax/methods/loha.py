@@ -5,14 +5,15 @@ Learning", arXiv:2108.06098; for fine-tuning Yeh et al. 2024, "LyCORIS", arXiv:2
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.ranked import Ranked, sizes_of
 from adapters_jax.methods.settings import number, size
@@ -74,9 +75,7 @@ class LoHa(Ranked):
             "b2": Leaf(b_shape, b),
         }
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form 2 r (in + out)."""
         rank = self.rank_at(path)
         fan_in, fan_out, copies = sizes_of(shapes["a1"], shapes["b1"], weight)
@@ -87,11 +86,7 @@ class LoHa(Ranked):
         return {**leaves, "b2": -leaves["b2"]}
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The entrywise product of both products."""
         axes, own = point.axes, self.weight_axes(point.axes, point.path)

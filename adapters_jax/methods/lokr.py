@@ -5,14 +5,15 @@ with a low-rank right factor Yeh et al. 2024, "LyCORIS", arXiv:2309.14859.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.ranked import Ranked
 from adapters_jax.methods.settings import flag, number, size
@@ -28,7 +29,6 @@ def divided(n: int, factor: int | None = None) -> tuple[int, int]:
     a factor have another order.
 
     Args:
-        n: the number.
         factor: the first one, if it divides n; else the first one is the largest divisor that is
             neither above it nor above the square root, which alone counts where it is None.
 
@@ -108,18 +108,14 @@ class LoKr(Ranked):
         inits |= dict.fromkeys(("w1", "w1_b"), arrays.zeros)
         return {name: Leaf((*front, *size), inits[name]) for name, size in own.items()}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form, the entries of W1 and W2, or of their factors."""
         left, right = (shapes[self.leaf_names[i]] for i in (0, 1 + self.both))
         fan_in = left[-2] * right[-2]
         fan_out = math.prod(weight) // (math.prod(left[:-2]) * fan_in)
         return Count.of(self.shapes_at(fan_in, fan_out, path).values(), left[:-2])
 
-    def infer(
-        self, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], path: str
-    ) -> Axes | None:
+    def infer(self, shapes: Shapes, weight: Shape, path: str) -> Axes | None:
         """The roles of the weight's axes by the sizes of the factors."""
         own = {name: shape[-2:] for name, shape in shapes.items()}
         fits = lambda fan_in, fan_out: self.shapes_at(fan_in, fan_out, path) == own  # noqa: E731
@@ -131,11 +127,7 @@ class LoKr(Ranked):
         return {**leaves, name: -leaves[name]}
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The Kronecker product."""
         sides, axes = dict(leaves), point.axes

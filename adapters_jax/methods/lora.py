@@ -11,18 +11,18 @@ arXiv:2410.07170.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array
 
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes, Weight
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, Method
 from adapters_jax.methods.calibration import Inputs
-from adapters_jax.methods.leaf import Shapes
 from adapters_jax.methods.ranked import Ranked, sizes_of
 from adapters_jax.methods.settings import choice, flag, number, size
 from adapters_jax.targets import matches
@@ -197,11 +197,7 @@ class LoRA(Ranked):
         return sum(stop - start for start, stop in self.slices)
 
     def start(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Float[Array, "..."],
-        inputs: Inputs | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Weight, inputs: Inputs | None = None
     ) -> tuple[dict[str, Array], Array]:
         """The initial leaves given the weight, and the weight to keep: W - scale A B for PiSSA."""
         if inputs is not None:
@@ -228,8 +224,8 @@ class LoRA(Ranked):
         self,
         leaves: Leaves,
         point: AttachmentPoint,
-        weight: Float[Array, "..."],
-        quantize: Callable[[Float[Array, "..."]], Any] | None,
+        weight: Weight,
+        quantize: Callable[[Weight], Any] | None,
     ) -> tuple[dict[str, Array], Any]:
         """LoftQ's leaves and quantised weight; leaves that were trained stay as they are."""
         if self.a_init not in _ROUNDS:
@@ -265,7 +261,7 @@ class LoRA(Ranked):
             f"aj.quantize(model, ...) before, or {self.other_starts}"
         )
 
-    def infer(self, shapes: Shapes, weight: tuple[int, ...], path: str) -> Axes | None:
+    def infer(self, shapes: Shapes, weight: Shape, path: str) -> Axes | None:
         """The roles of the weight's axes by the shapes of A and B, which has slices of outputs."""
         own = functools.partial(self.weight_axes, path=path)
         return fitting(shapes, weight, own, ("b",) if self.slices else ())
@@ -274,9 +270,7 @@ class LoRA(Ranked):
         """The weight's axes of A and B; `RANK` marks the one that the weight does not have."""
         return {"a": axes.a, "b": axes.b}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form r(in + out): r is the recipe's, in and out the base weight's."""
         rank = self.rank_at(path)
         fan_in, fan_out, copies = sizes_of(shapes["a"], shapes["b"], weight)
@@ -309,11 +303,7 @@ class LoRA(Ranked):
         return a, self.scale_at(path) * b
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change of the weight, one for each slice."""
         axes = point.axes

@@ -4,16 +4,16 @@ Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:240
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.bottleneck import ACTIVATIONS
 from adapters_jax.methods.places import ends
@@ -106,7 +106,7 @@ class LoReFT(Method):
         own["projection"] = Leaf((d, r), turned)
         return {f"{unit}/{part}": own[part] for unit in self.units for part in PARTS}
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is 2dr + r, twice for first and last tokens that are not tied."""
         return shapes[f"{self.units[0]}/kernel"][-2]
 
@@ -116,7 +116,7 @@ class LoReFT(Method):
         point: AttachmentPoint,
         x: Any,
         y: Float[Array, "... length d"],
-        key: PRNGKeyArray | None = None,
+        key: Key = None,
     ) -> Float[Array, "... length d"]:
         """The output with the edited positions; `x` is not used.
 

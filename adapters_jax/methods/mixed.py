@@ -5,9 +5,9 @@ those of the whole batch, and each row brings its adapter's arrays. So a row's o
 adapter alone computes, whatever the model and the methods are.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 from adapters_jax.errors import UserError, shown
 from adapters_jax.methods.arrays import over_layers
 from adapters_jax.trace.mapping import vmap
+from adapters_jax.trace.through import holding
 from adapters_jax.weights.meshes import groups_split, over_groups
 
 # Set while a model is traced under a vmap over adapters: for each prompt how many of its tokens
@@ -29,19 +30,14 @@ from adapters_jax.weights.meshes import groups_split, over_groups
 _MAPPED: ContextVar[Mapping[str, Any] | None] = ContextVar("mapped", default=None)
 
 
-@contextlib.contextmanager
-def mapping(lengths: Mapping[str, Any] | None = None) -> Iterator[None]:
+def mapping(lengths: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
     """What is traced in the body is mapped over adapters.
 
     Args:
         lengths: of the prompts that have fewer tokens than their arrays hold, the number that
             counts, by the path of the attention module; may be traced.
     """
-    token = _MAPPED.set(lengths or {})
-    try:
-        yield
-    finally:
-        _MAPPED.reset(token)
+    return holding(_MAPPED, lengths or {})
 
 
 def mapped() -> bool:

@@ -6,15 +6,16 @@ arXiv:2506.19847.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from adapters_jax.errors import RecipeError, UserError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.settings import flag, size
@@ -87,17 +88,13 @@ class OFT(LeafMethod):
         blocks = 1 if self.share else fan_in // self.block
         return {"skew": Leaf((*stacked, blocks, self.entries), arrays.zeros)}
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form, blocks k (k - 1) / 2."""
         *stacked, blocks, _ = shapes["skew"]
         formula = f"{blocks}*{self.block}*{self.block - 1}/2"
         return Count(formula, blocks * self.entries, math.prod(stacked))
 
-    def infer(
-        self, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...], path: str
-    ) -> Axes | None:
+    def infer(self, shapes: Shapes, weight: Shape, path: str) -> Axes | None:
         """The roles of the weight's axes by the number of blocks."""
         *stacked, blocks, entries = shapes["skew"]
 
@@ -131,11 +128,7 @@ class OFT(LeafMethod):
         return made
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The rotation of the inputs."""
         by = Factor(self.rotation(leaves["skew"]), (*point.axes.shared, RANK, RANK, RANK))

@@ -55,10 +55,7 @@ def adapted(
 
     Args:
         methods: each with what gives its arrays for an output, in the order of the recipe.
-        path: path of the module.
         again: runs the module on another input.
-        x: the module's input.
-        y: what it returned.
 
     Raises:
         RecipeError: a method finds no array that is plainly meant, or a composition lacks a member.

@@ -4,8 +4,7 @@ A method on an output sees an array of positions, and neither padding, nor texts
 nor what a cache holds. Models say it around their layers: `with known_tokens(mask): ...`.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
 from adapters_jax.errors import RecipeError
+from adapters_jax.trace.through import holding
 
 Counts = Int[Array, "#batch length"]
 
@@ -49,7 +49,6 @@ def ends(
     """Which positions of an output are among the first tokens of their text, and the last ones.
 
     Args:
-        y: the output.
         first, last: how many are meant of each.
         where: the method and its module, for messages.
 
@@ -87,13 +86,12 @@ def _places_of(y: Num[Array, "*batch length d"], where: str) -> Places:
     return known
 
 
-@contextlib.contextmanager
 def known_tokens(
     mask: Num[Array, "batch length"] | None = None,
     segments: Int[Array, "batch length"] | None = None,
     *,
     before: Counts | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """What the methods in the body know of the positions of their arrays.
 
     Enter it in the function that jax compiles, as its arrays are part of the program. A part of the
@@ -117,15 +115,10 @@ def known_tokens(
             found = Places(real, before, None)
         else:
             found = Places(real, _before(real, segments), _after(real, segments))
-    token = _PLACES.set(found)
-    try:
-        yield
-    finally:
-        _PLACES.reset(token)
+    return holding(_PLACES, found)
 
 
-@contextlib.contextmanager
-def known_part(axis: int, start: int, end: int, length: int) -> Iterator[None]:
+def known_part(axis: int, start: int, end: int, length: int) -> AbstractContextManager[None]:
     """In its body, the places are those of some of the rows (axis 0) or of the positions (1).
 
     Args:
@@ -143,11 +136,7 @@ def known_part(axis: int, start: int, end: int, length: int) -> Iterator[None]:
             for x in (known.tokens, known.before, known.after)
         )
         known = Places(tokens, before, after)  # type: ignore[arg-type]
-    token = _PLACES.set(known)
-    try:
-        yield
-    finally:
-        _PLACES.reset(token)
+    return holding(_PLACES, known)
 
 
 def _before(real: Bool[Array, "batch length"], segments: Array | None) -> Counts:

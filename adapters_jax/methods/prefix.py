@@ -4,7 +4,7 @@ Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from adapters_jax.errors import RecipeError
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves
 from adapters_jax.methods.mixed import counting
 from adapters_jax.methods.prompt import Prompt, Tokens, grouped
@@ -85,9 +86,7 @@ class PrefixTuning(Prompt):
         """The number of tokens."""
         return leaves["key"].shape[-3]
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form 2Kgh; key heads g and their width h are the leaves', K the recipe's."""
         *copies, _, heads, width = shapes["key"]
         return Count(

@@ -3,15 +3,14 @@
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from adapters_jax.errors import LARGEST, RecipeError, UserError, shown
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Output, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Leaf, Leaves, Method, zeros
 from adapters_jax.methods.settings import number, size
 
@@ -72,18 +71,13 @@ class PromptTuning(Method):
         shape = (self.length, point.width)
         return {"embedding": Leaf(shape, arrays.normal(self.init_std))}
 
-    def width_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def width_of(self, shapes: Shapes) -> int:
         """The width d; the count is Kd."""
         return shapes["embedding"][-1]
 
     def forward(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        x: Any,
-        y: Float[Array, "... d"],
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "... d"]:
+        self, leaves: Leaves, point: AttachmentPoint, x: Any, y: Output, key: Key = None
+    ) -> Output:
         """The module's output, with the trained embeddings in place of those of placeholders.
 
         Raises:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adapters_jax.methods.arrays import Shape
 from adapters_jax.methods.base import zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.targets import matches
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from adapters_jax.methods import arrays
+from adapters_jax.methods.arrays import Key, Shape, Shapes
 from adapters_jax.methods.base import AttachmentPoint, Count, Leaf, Leaves, zeros
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.settings import number, size
@@ -83,9 +84,7 @@ class VeRA(LeafMethod):
             "right": Leaf((rank, fan_out), _he),
         }
 
-    def count(
-        self, path: str, shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> Count:
+    def count(self, path: str, shapes: Shapes, weight: Shape) -> Count:
         """The closed form r + out."""
         layers = math.prod(shapes["d"][:-1])
         outputs = math.prod(shapes["b"]) // layers
@@ -96,11 +95,7 @@ class VeRA(LeafMethod):
         return {**leaves, "b": -leaves["b"]}
 
     def changes(
-        self,
-        leaves: Leaves,
-        point: AttachmentPoint,
-        weight: Callable[[], Array],
-        key: PRNGKeyArray | None = None,
+        self, leaves: Leaves, point: AttachmentPoint, weight: Callable[[], Array], key: Key = None
     ) -> dict[str, tuple[Change, ...]]:
         """The low-rank change of the weight."""
         axes, shape = point.axes, point.weight_shape

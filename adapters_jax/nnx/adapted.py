@@ -104,8 +104,6 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
     """Adds the leaves of a method to a module, which then needs a `refresh` of its class.
 
     Args:
-        module: the module.
-        placed: the method, and where it is attached.
         rngs: seeds the leaves and their dropout.
         inputs: what a calibration has of the weight's inputs.
     """
@@ -142,8 +140,6 @@ def module_at(model: Any, path: str, weight: str) -> Any:
     """The module at a path, made of the plain container there.
 
     Args:
-        model: the model.
-        path: the path of the module.
         weight: the path of the weight for which it is needed, for the message.
 
     Raises:
@@ -186,12 +182,7 @@ def adapt(
 
     Args:
         model: an NNX module, concrete or abstract; it is not changed. One with adapters gets more.
-        recipe: which modules get adapters, and what else trains.
-        rngs: seeds of the adapters (stream `params`) and of their dropout (stream `dropout`).
-        example_inputs: inputs of the model, arrays or `jax.ShapeDtypeStruct`, of which only shapes
-            and dtypes matter: a tuple, or `aj.inputs(x, mask=m)`. None does where each target is a
-            layer of flax.
-        calibration: what `aj.calibrate` saw, for methods that start from activations.
+        recipe, rngs, example_inputs, calibration: as in `adapters_jax.adapt`.
 
     Returns:
         A model with adapters, float32, that shares the base's arrays; abstract where `model` is.
@@ -281,7 +272,6 @@ def adapt_at(model: nnx.Module, recipe: Recipe, placements: Sequence[Placement])
 
     Args:
         model: an NNX module, concrete or abstract; it is not changed.
-        recipe: the recipe of the placements.
         placements: the placements, as a run of a model of the same modules and shapes found them.
 
     Returns:

@@ -50,6 +50,7 @@ from adapters_jax.nnx.seen import Seen, changed_weight
 from adapters_jax.placement import Placement
 from adapters_jax.trace import calls, registry
 from adapters_jax.trace.registry import AttentionFn
+from adapters_jax.trace.through import holding
 from adapters_jax.trace.watch import watched
 from adapters_jax.trees import join, leaves_by_path, with_leaves
 from adapters_jax.weights.lazy import Thin, computed_thin, current, lazy, lowered, thin
@@ -61,7 +62,6 @@ def adapted_class(cls: type[Any], names: frozenset[str]) -> type[Any]:
     """The subclass of a module class that computes with adapters.
 
     Args:
-        cls: the module class.
         names: the module's weights that are changed, or quantised, and its containers of such.
     """
     body: dict[str, Any] = {name: Seen(name) for name in names}
@@ -156,12 +156,8 @@ def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             with thin():
                 return lowered(method(self, *args, **kwargs))
         stated = calls.stated(self, name, args, kwargs)
-        token = _CALLED.set(True)
-        try:
-            with thin() as trace, _as_base(self, stated, trace):
-                return lowered(method(self, *args, **kwargs))
-        finally:
-            _CALLED.reset(token)
+        with holding(_CALLED, True), thin() as trace, _as_base(self, stated, trace):
+            return lowered(method(self, *args, **kwargs))
 
     return run
 
@@ -172,11 +168,6 @@ def _as_base(model: Any, stated: Iterable[str], trace: Thin) -> Iterator[None]:
 
     Transforms of flax, which split a module and write it back, then take the changed weights as
     they would take those of the base. What is written to such a weight lasts as long as the body.
-
-    Args:
-        model: an adapted model.
-        stated: the paths of the modules.
-        trace: the trace of the body.
     """
     if not stated:
         yield
@@ -281,12 +272,9 @@ def _watching(module: Any, prompts: list[Placement], call: str) -> Iterator[Call
     """Adds prompts to an attention that is computed in line."""
     each = [(held.method, leaves_of(module, held), point_of(module, held)) for held in prompts]
     path = prompts[0].module
-    token = _WATCHING.set(_WATCHING.get() | {path})
-    try:
-        with watched(functools.partial(inserted, each)) as watch:
-            yield watch.enter
-    finally:
-        _WATCHING.reset(token)
+    inside = _WATCHING.get() | {path}
+    with holding(_WATCHING, inside), watched(functools.partial(inserted, each)) as watch:
+        yield watch.enter
     if call == "__call__":
         watch.found.check(type(prompts[0].method).__name__, path, module)
 

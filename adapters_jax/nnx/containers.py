@@ -69,7 +69,6 @@ def has_modules(value: Any, keep: Callable[[Any], bool] = lambda module: True) -
     """Whether a value is, or a container has in it, a module in the place of a plain container.
 
     Args:
-        value: the value.
         keep: which of these modules count.
     """
     if isinstance(value, PlainDict | PlainList | PlainTuple):
@@ -83,7 +82,6 @@ def plain(value: Any, read: Callable[[Any, str], Any] = getattr) -> Any:
     """A value with plain containers in place of the modules that stand for them.
 
     Args:
-        value: the value.
         read: gives an attribute of such a module: as code sees it, or as it is stored.
     """
     if isinstance(value, PlainDict):

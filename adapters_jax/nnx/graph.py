@@ -8,6 +8,7 @@ in `adapter_methods`, and their Variables in a child that has the name of the me
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from adapters_jax.methods import Method
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.placement import Placement
 from adapters_jax.trace.program import named
+from adapters_jax.trace.through import holding
 
 
 def variable_path(path: tuple[Any, ...]) -> str:
@@ -188,14 +190,9 @@ READ = "adapters_jax: read"  # the name of a value that is read as an attribute,
 _MARKED: ContextVar[dict[Any, Any] | None] = ContextVar("marked", default=None)
 
 
-@contextlib.contextmanager
-def marking() -> Iterator[None]:
+def marking() -> AbstractContextManager[None]:
     """In its body, what is read of weights and adapters by attributes and methods has a name."""
-    token = _MARKED.set({})
-    try:
-        yield
-    finally:
-        _MARKED.reset(token)
+    return holding(_MARKED, {})
 
 
 def marked(value: Any) -> Any:
@@ -248,7 +245,6 @@ def sharing(model: Any, gate: Array | None = None) -> Iterator[None]:
     They have the layer axes of the module, since transforms of flax split all that it holds.
 
     Args:
-        model: the model.
         gate: the tokens that gated methods act on, which their modules then have as well.
     """
     recipe = vars(model).get("adapter_recipe", ())

@@ -93,8 +93,6 @@ class LinenCall(NamedTuple):
     """One call of a `ToNNX`.
 
     Attributes:
-        path: the path of the module.
-        module: the module.
         inputs: what the linen module got.
         layers: the layer axes that the module is stacked on.
     """
@@ -135,7 +133,6 @@ def inside(recipe: Recipe, calls: Sequence[LinenCall], reached: Container[str]) 
     """Finds where methods on outputs and attention attach in the linen modules of a model.
 
     Args:
-        recipe: the recipe.
         calls: the calls of the model's `ToNNX`.
         reached: the paths of those whose results the model's outputs depend on.
 

@@ -26,6 +26,7 @@ from adapters_jax.trace.inputs import Inputs, explained, is_array
 from adapters_jax.trace.program import Graph, named, reaching, read_without
 from adapters_jax.trace.reads import Read, Tracked, reads_of
 from adapters_jax.trace.registry import Attention
+from adapters_jax.trace.through import holding
 from adapters_jax.trace.watch import Found, check_names, looking, note_returned
 from adapters_jax.trees import join
 from adapters_jax.weights.axes import Axes, from_reads
@@ -62,7 +63,6 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
 
     Args:
         model: an NNX model.
-        recipe: the recipe.
         inputs: example inputs; None finds flax's own layers alone.
     """
     modules = modules_of(model)
@@ -285,10 +285,7 @@ class Run(NamedTuple):
 
     Attributes:
         calls: the last call of each module that ran, by path.
-        reads: how the model reads its weights, by path.
-        reached: the paths of modules whose results the model's outputs depend on.
         linen: the calls of linen modules inside.
-        stated: the weights that the model reads as its state, each with an operation.
     """
 
     calls: dict[str, Call]
@@ -321,12 +318,8 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
             total = any(getattr(method, "shares_softmax", False) for method in prompts)
             module.to_nnx__adapter_trace = (path, first[path], bool(prompts), total)
             module.__class__ = _recording_class(type(module))  # type: ignore[arg-type]
-    token = _RECORDER.set(record)
-    try:
-        with explained(model, inputs):
-            program = traced(probe, inputs)
-    finally:
-        _RECORDER.reset(token)
+    with holding(_RECORDER, record), explained(model, inputs):
+        program = traced(probe, inputs)
     reads = reads_of(program.jaxpr, program.leaves, program.activations)
     for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
         names = path.split("/")
@@ -345,7 +338,6 @@ class Program(NamedTuple):
     """A model on example inputs, traced.
 
     Attributes:
-        jaxpr: the program.
         leaves: the paths of its floats, by the numbers of the program's inputs.
         shapes: their shapes by path.
         activations: the numbers of the program's inputs that are example inputs.

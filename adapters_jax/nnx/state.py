@@ -44,11 +44,6 @@ class Calls:
     def stated(self, model: Any, name: str, args: Any, kwargs: Any) -> tuple[str, ...]:
         """The paths of modules whose state a call reads, from an abstract run at its first time.
 
-        Args:
-            model: the module.
-            name: the function that is called.
-            args, kwargs: its arguments.
-
         Raises:
             RecipeError: the call reads adapters that it must not see.
         """
@@ -130,7 +125,6 @@ def _check(model: Any, inputs: Inputs, read: Mapping[str, str]) -> None:
     """Raises RecipeError where a call reads as state what is the adapters' or was changed by them.
 
     Args:
-        model: the adapted model.
         inputs: the arguments of the call.
         read: the weights that it reads as state, each with an operation.
     """

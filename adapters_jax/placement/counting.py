@@ -24,12 +24,7 @@ from adapters_jax.targets import around, join, selects
 
 
 class Counted(NamedTuple):
-    """One adapter of a tree.
-
-    Attributes:
-        placed: where it is.
-        closed: the closed form of its parameters.
-    """
+    """One adapter of a tree, with the closed form of its parameters."""
 
     placed: Placement
     closed: Count
@@ -58,7 +53,6 @@ def counted(
     """The adapters of a tree.
 
     Args:
-        recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
         known: the placements of the model; None for a tree without one.
 

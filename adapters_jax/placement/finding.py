@@ -27,7 +27,6 @@ def chosen(
     """The placements of the methods that change weights, from how a model reads them.
 
     Args:
-        recipe: the recipe.
         reads: how the model reads each float leaf of two or more axes, by path.
         shapes: the shapes of all of the base's leaves by path.
         layers: how many layer axes the leaves of a module are stacked on, by its path.
@@ -131,8 +130,6 @@ def on_outputs(recipe: Recipe, visit: Visit, layers: Shape = ()) -> Iterator[Pla
     """The placements of the methods that act on the output or attention of a module.
 
     Args:
-        recipe: the recipe.
-        visit: the module.
         layers: the layer axes that it is stacked on.
     """
     points: dict[str, Any] = {}
@@ -158,9 +155,6 @@ def check_targets(
     """Checks that the patterns of a recipe match what its methods can adapt in a model.
 
     Args:
-        recipe: the recipe.
-        found: where its methods attach.
-        modules: the model's modules by path.
         visits: what a run showed of its modules, by path.
         reads: how the model reads each weight, by path; of the weights whose use is known.
         leaves: all of the base's leaves by path.
@@ -246,7 +240,6 @@ def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
     """Checks that gradients of the outputs get to the modules that methods on outputs adapt.
 
     Args:
-        found: where methods attach.
         reached: the paths of the modules to whose results they get.
 
     Raises:

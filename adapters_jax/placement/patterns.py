@@ -1,15 +1,16 @@
 """Checks of what the patterns of a recipe's methods match, and of what a recipe's entries hold."""
 
-import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 from adapters_jax.errors import RecipeError, TargetError, other_names, shortened, warn
 from adapters_jax.methods import Method
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import failures, is_expression, matches, selects
+from adapters_jax.trace.through import holding
 
 _SUGGEST = "aj.suggest(model, *inputs) proposes targets for it"
 _MOST_NAMES = 12  # targets in names of other libraries that a message translates
@@ -132,13 +133,7 @@ def _skipping(owner: str, skipped: Mapping[str, str]) -> str:
 
 
 def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
-    """Raises RecipeError where the model would get frozen adapters that nothing has trained.
-
-    Args:
-        caller: the beginning of the message.
-        recipe: the recipe.
-        held: the paths of the parameters that the model has.
-    """
+    """Raises RecipeError where the model would get frozen adapters that nothing has trained."""
     there = {owner.method for owner in recipe.owners(held).values()}
     fresh = [m for m in recipe.attached if not m.train and m not in there]
     if fresh and not _CHECKED.get():
@@ -149,16 +144,11 @@ def check_loaded(caller: str, recipe: Recipe, held: Iterable[str] = ()) -> None:
         )
 
 
-@contextlib.contextmanager
-def checked_before() -> Iterator[None]:
+def checked_before() -> AbstractContextManager[None]:
     """Around work on a recipe that a model was adapted by before: from a file, or to merge.
 
     Then every pattern must still match something, but parts of braces need not, since earlier
     versions did not check them; what targets skip was reported when the model was adapted; and the
     leaves of frozen entries come with the file.
     """
-    token = _CHECKED.set(True)
-    try:
-        yield
-    finally:
-        _CHECKED.reset(token)
+    return holding(_CHECKED, True)

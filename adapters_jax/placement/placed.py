@@ -36,7 +36,6 @@ class Placement:
     keep it, and whoever needs to know where an adapter is reads it.
 
     Attributes:
-        method: the method.
         path: the path of its target: a module, or a weight.
         module: the path of the module.
         node: where its arrays are below the method's slot in the module; "" for the slot itself.
@@ -238,9 +237,6 @@ class Known:
 
     flax's modules are frozen and cloned for every call, so that the clones share this object. All
     of them are equal: what is known of a model does not make it another one.
-
-    Attributes:
-        placements: its placements; None before.
     """
 
     def __init__(self, placements: Placements | None = None):
@@ -254,10 +250,6 @@ class Known:
 
     def of(self, recipe: Recipe, shapes: Shapes) -> Placements:
         """The placements in a tree: those that are known, where they are of this very tree.
-
-        Args:
-            recipe: the recipe of the model.
-            shapes: the shapes of all leaves by path.
 
         Raises:
             MismatchError: as for `in_tree`.
@@ -275,7 +267,6 @@ def in_tree(recipe: Recipe, shapes: Shapes) -> Placements:
     is wide and whether it reaches the model's outputs is not in a tree.
 
     Args:
-        recipe: the recipe of the adapters.
         shapes: the shapes of all leaves by path, the base's and the adapters'.
 
     Raises:

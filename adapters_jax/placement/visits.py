@@ -16,7 +16,6 @@ class Visit:
     """One module, as a run showed it.
 
     Attributes:
-        path: its path.
         own: the shapes of its own leaves by name, as its code sees them.
         precision: its matmul precision.
         attention: the sizes of its attention; None where it has none for a prompt.
@@ -52,8 +51,6 @@ def why_not(method: Method, module: Any, visit: Visit | None) -> str:
     """Why a method cannot attach to a module.
 
     Args:
-        method: the method.
-        module: the module.
         visit: what a run showed of it; None where its `__call__` did not run.
     """
     if method.acts_on == "attention" and visit is not None and visit.no_attention:

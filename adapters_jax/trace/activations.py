@@ -143,12 +143,9 @@ class Operation:
     """One operation, some of whose inputs are activations.
 
     Attributes:
-        name: the name of its primitive.
         primitive: the primitive; None for an operation of `Graph` alone.
         values: its inputs; of those that are read and not computed, the shape and dtype.
         known: what is known of them; None for what is no activation.
-        params: the primitive's parameters.
-        shapes: the shapes of its results.
         watch: the trace that sees it; None for one of a graph.
     """
 

@@ -287,8 +287,6 @@ def read(graph: Graph, number: int, known: dict[int, Seen], watch: Any = None) -
     """Notes what is known of the results of an operation of a graph, without computing them.
 
     Args:
-        graph: the graph.
-        number: the number of the operation.
         known: what is known of its values so far.
         watch: the trace that sees it, if there is one.
     """

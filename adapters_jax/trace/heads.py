@@ -27,7 +27,6 @@ class Inline:
     """An attention as its second product runs.
 
     Attributes:
-        sizes: its sizes.
         query: (..., heads, head_dim), as the first product reads it.
         project: `project("key", x)` of x (K, d) is what the module's own projection gives of it,
             (K, kv_heads, head_dim), without rotary embedding and norms.
@@ -58,7 +57,6 @@ class Computed(NamedTuple):
     """An attention that a module computed.
 
     Attributes:
-        sizes: its sizes.
         inputs: the ids of what the projections of its query, key and value read.
         keys: the ids of the projections of its keys and values, and the columns they begin with.
     """
@@ -69,11 +67,7 @@ class Computed(NamedTuple):
 
 
 def together(each: Sequence[Computed]) -> Attention | None:
-    """The sizes of the one attention that a module computes, perhaps head by head; None for others.
-
-    Args:
-        each: what the module computes, in order.
-    """
+    """The sizes of the attention that a module computes, perhaps head by head; None for others."""
     if len(each) < 2:
         return each[0].sizes if each else None
     first = each[0]
@@ -145,11 +139,7 @@ class Second:
 
 
 def attention_at(second: Second, y: Array) -> tuple[Inline, Array, Step]:
-    """What prompts need of an attention.
-
-    Args:
-        second: its second product.
-        y: the result of that.
+    """What prompts need of an attention, from its second product and the result of that.
 
     Returns:
         The attention; its result as (..., heads, head_dim); and the way back to the shape of y.

@@ -51,8 +51,6 @@ class Inputs:
     """Example inputs of a model; `aj.inputs` makes them.
 
     Attributes:
-        args: the inputs by position.
-        kwargs: the inputs by name.
         method: the function of the model that takes them, its name or a function of the model;
             None for `__call__`.
     """
@@ -172,7 +170,6 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
 
     Args:
         model: the body calls it on shapes; errors of its own keep their type and get a note.
-        given: its example inputs.
 
     Raises:
         UserError: the model does not take these inputs, or fails on them and the first of them is a

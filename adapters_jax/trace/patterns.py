@@ -11,11 +11,7 @@ _Names = tuple[tuple[str, ...], ...]  # of a pattern, the alternatives of each n
 
 
 def shortest(found: Sequence[str], others: Collection[str]) -> tuple[str, ...]:
-    """The shortest patterns that together match all of some paths, and none of the others.
-
-    Args:
-        found: the paths to match.
-        others: the model's other paths.
+    """The shortest patterns that together match all paths found, and none of the others.
 
     Example:
         >>> shortest(["layer_0/query", "layer_0/value", "layer_1/query", "layer_1/value"],

@@ -32,9 +32,7 @@ def origin_of_axes(name: str, params: Mapping[str, Any], ndim: int, shape: Seque
 
     Args:
         name: the primitive; for one that is not known here, the axes stay where they are.
-        params: its parameters.
         ndim: the number of axes of its first operand.
-        shape: the shape of its result.
 
     Example:
         >>> origin_of_axes("transpose", {"permutation": (1, 0)}, 2, (5, 4))
@@ -63,7 +61,6 @@ def rows_of(params: Mapping[str, Any], shape: Sequence[int]) -> tuple[list[int],
     """The axis along which a gather takes whole rows, and where the other axes are in its result.
 
     Args:
-        params: the gather's parameters.
         shape: the shape of what it gathers from.
 
     Returns:
@@ -111,7 +108,6 @@ def contraction(name: str, params: Mapping[str, Any], side: int) -> Contraction:
 
     Args:
         name: one of `PRODUCTS`.
-        params: its parameters.
         side: 0 if the weight is the left operand, 1 if it is the right one.
     """
     if name == "conv_general_dilated":
@@ -174,7 +170,6 @@ def moved(
 
     Args:
         name: the primitive, one that moves numbers or sums them.
-        params: its parameters.
         labels: what is found in each axis of the operand.
         old: the operand's shape.
         new: the result's shape.

@@ -25,7 +25,6 @@ class Operation:
         name: the name of its primitive; "layer" and "layers" for a scan's operand and result.
         inputs: the numbers of the values that it reads.
         outputs: the numbers of its results.
-        params: the primitive's parameters.
         primitive: the primitive; None for "layer" and "layers".
         effects: whether it does something beside computing its results.
     """
@@ -58,9 +57,8 @@ class Graph:
 
     Args:
         closed: a traced function.
-        whole: the names of primitives with a body that is not written out.
-        entered: the names of those whose operands each pass an operation of that name before the
-            body, which is written out.
+        entered: the names of primitives whose operands each pass an operation of that name before
+            their body, which is written out.
 
     Attributes:
         operations: in the order of the program.
@@ -77,8 +75,8 @@ class Graph:
         ['sin', 'add']
     """
 
-    def __init__(self, closed: Any, whole: Collection[str] = (), entered: Collection[str] = ()):
-        self._whole, self._entered = whole, entered
+    def __init__(self, closed: Any, entered: Collection[str] = ()):
+        self._entered = entered
         self.operations: list[Operation] = []
         self.avals: list[Any] = []
         self.literals: dict[int, Any] = {}
@@ -131,8 +129,6 @@ class Graph:
     def _equation(self, eqn: Any, inputs: list[int]) -> Sequence[int]:
         """The outputs of an equation: those of the body where it has one."""
         name, params = eqn.primitive.name, eqn.params
-        if name in self._whole:
-            return self._new(name, inputs, eqn.outvars, eqn)
         if name == "scan":
             return self._scan(params, inputs, eqn.outvars)
         if name == "while":
@@ -281,7 +277,6 @@ def read_without(
     """The leaves that a program reads, returns or writes otherwise than by values of a name.
 
     Args:
-        graph: the program.
         leaves: the paths of leaves, by the numbers of the program's inputs.
         name: the name of a leaf's value, as `named` gives it.
         last: the name, without the path behind it, of what a leaf is in the end.

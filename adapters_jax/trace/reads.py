@@ -43,7 +43,6 @@ class Read:
     """One operation that reads a leaf.
 
     Attributes:
-        operation: the name of the primitive.
         how: "product" and "lookup" meet an input; "sum" is any other use of the weight.
         inputs: axes of the leaf that are contracted with the input, or looked up.
         window: those of them that run over positions of the input, as a convolution's do.
@@ -67,8 +66,6 @@ class Tracked:
     """A leaf whose reads are recorded.
 
     Attributes:
-        path: the path of the leaf.
-        reads: its reads so far.
         shape: its shape, where that is known.
         reaches: whether the model's outputs depend on it.
         trains: whether a gradient of the outputs gets to it.
@@ -88,7 +85,6 @@ class View:
     """A value that is a leaf, seen in another way.
 
     Attributes:
-        path: the path of the leaf.
         axes: for each axis of the value, the leaf's axes in it.
         indexed: axes of the leaf that the value has one index of.
         looked_up: axes of the leaf along which an input chose the rows that the value has.
@@ -159,7 +155,6 @@ class Reads:
     """Follows leaves through a graph, one operation after the other.
 
     Args:
-        graph: the graph.
         leaves: the path of each value that is a leaf, or a part of one.
         inputs: the values that are activations; what does not depend on them counts as a constant,
             such as random keys and a batch norm's averages.

@@ -124,7 +124,6 @@ def replaced(module: Any, name: str, wrap: Callable[..., Array]) -> Iterator[Non
     """Replaces the attention function of a module while its body runs.
 
     Args:
-        module: the attention module.
         name: the field that holds its function.
         wrap: is called instead, as `wrap(function, query, key, value, ...)`.
     """
@@ -147,7 +146,6 @@ def noted(module: Any, check: Callable[[Names, Any], None]) -> Iterator[list[str
     """Notes, while its body runs, the calls of a known attention module's function.
 
     Args:
-        module: the module.
         check: gets the names of its parts and the arguments of each call.
     """
     names, seen = names_of(module), list[str]()

@@ -7,20 +7,30 @@ and a jaxpr that is traced first and evaluated later does none of this. What onl
 `Graph`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import jax
 import jax.core
 import jax.extend.core as jex
 
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Gives a variable a value for the time of the body."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
 
 class Through(jax.core.Trace):
-    """A trace that lets the one below it compute.
-
-    Args:
-        parent: the trace below.
-    """
+    """A trace that lets the one below it compute."""
 
     def __init__(self, parent: Any):
         super().__init__()

@@ -48,7 +48,6 @@ class Found:
     """What a watch saw.
 
     Attributes:
-        attentions: the attentions.
         reasons: why prompts cannot act in others.
         checkpoints: how many bodies of `jax.checkpoint` are running.
     """
@@ -80,13 +79,7 @@ class Found:
         )
 
     def check(self, owner: str, path: str, module: Any) -> None:
-        """Raises RecipeError unless there is one attention, which has read a method's tokens.
-
-        Args:
-            owner: the name of the method.
-            path: the path of the module.
-            module: the module.
-        """
+        """Raises RecipeError unless there is one attention, which has read a method's tokens."""
         if self.attention is None:
             raise RecipeError(
                 f"{owner} at {path!r}: in this call {type(module).__name__} {self.why_not()}"
@@ -158,7 +151,6 @@ def looking(inputs: Any, total: bool = False) -> Iterator[Found]:
     """Watches the code in its body, which gets these inputs, and changes nothing.
 
     Args:
-        inputs: the inputs.
         total: whether prompts will need `Inline.total`.
     """
 
@@ -190,7 +182,6 @@ def check_names(module: Any, names: Names, arguments: Sequence[Any], children: s
     """Checks that an attention function gets what the projections return that it should get.
 
     Args:
-        module: the attention module.
         names: the names of its parts.
         arguments: query, key and value.
         children: the path of the module with a slash, if `note_returned` had paths.

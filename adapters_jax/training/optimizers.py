@@ -79,7 +79,6 @@ def _in_groups(
 
     Args:
         tx: the optimiser of trained leaves without a group.
-        recipe: says what trains.
         groups: the optimisers of the groups by name.
         group_of: the name of the group of a trained leaf, by its path; None without one.
         check: raises an error where the paths of trained leaves lack a group.

@@ -50,7 +50,6 @@ def neutral(recipe: Recipe, flat: Mapping[str, Any], known: Known) -> dict[str, 
     """The leaves that make a model its base: what its methods add does nothing.
 
     Args:
-        recipe: the recipe of the model.
         flat: all of its leaves by path; those that are unfrozen are the base's.
         known: the placements of the model, as far as they are known.
 
@@ -85,8 +84,6 @@ def fitted(
 
     Args:
         caller: the beginning of error messages.
-        recipe: the recipe of the adapter.
-        flat: its leaves by path.
         whole: the recipe of the larger one.
         room: the shapes and dtypes of its leaves by path.
 

@@ -158,7 +158,6 @@ class _Plan:
         Args:
             weights: those of all weights that can be quantised.
             others: the paths of modules and weights that cannot, each with the reason.
-            weight_at: the weight at a path.
         """
         modules = {path.rpartition("/")[0] for path in weights}
         require_match("quantize", self.targets, [*modules, *weights], others)
@@ -287,9 +286,7 @@ def _started(
     """The leaves and quantised weights, by path, of starts that see both weights.
 
     Args:
-        placed: where the model's adapters are.
         flat: all leaves of the model by path, the weights in floats.
-        plan: how weights are quantised.
         chosen: the roles of the axes of the weights to quantise.
     """
     made: dict[str, Any] = {}

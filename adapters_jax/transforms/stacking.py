@@ -180,10 +180,7 @@ def _row(leaf: Any, number: int) -> Any:
 
 
 def stack_layers(
-    tree: Tree | Adapter,
-    names: Names | Stack,
-    *,
-    length: int | Mapping[str, int] | None = None,
+    tree: Tree | Adapter, names: Names | Stack, *, length: int | Mapping[str, int] | None = None
 ) -> Any:
     """Stacks the leaves of a model's layers on one axis, as the scanned model has them.
 

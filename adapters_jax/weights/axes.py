@@ -128,7 +128,6 @@ def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
     is an embedding. A weight that meets no input has its last axis as output.
 
     Args:
-        reads: the reads.
         ndim: the number of the weight's axes.
         layers: how many layer axes its module is stacked on: its first ones, unless the reads show
             as many others.
@@ -237,7 +236,6 @@ def last_axes(shape: Shape, weight: Shape, before: bool) -> tuple[int, ...] | No
 
     Args:
         shape: the array's; its shared axes first.
-        weight: the weight's.
         before: whether the axes are before the last one: a weight's inputs, not its outputs.
     """
     for layers in reversed(range(len(shape))):

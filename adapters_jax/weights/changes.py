@@ -5,10 +5,10 @@ the weight was transposed, sliced or cast (`Changed`), and its sum in the weight
 model's operations meet a changed weight is in `lazy`.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
+from adapters_jax.trace.through import holding
 from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
 from adapters_jax.weights.gates import Gate
 from adapters_jax.weights.observed import Observed
@@ -253,17 +254,12 @@ def _uncut(change: Change) -> tuple[int, ...]:
     return change.start[:1] if isinstance(change, LowRank) and change.start else ()
 
 
-_EVALUATION = contextvars.ContextVar("evaluation", default=False)
+_EVALUATION = ContextVar("evaluation", default=False)
 
 
-@contextlib.contextmanager
-def without_dropout(evaluation: bool = True) -> Iterator[None]:
+def without_dropout(evaluation: bool = True) -> AbstractContextManager[None]:
     """Reads of changed weights in its body are without dropout, where `evaluation` is true."""
-    token = _EVALUATION.set(evaluation)
-    try:
-        yield
-    finally:
-        _EVALUATION.reset(token)
+    return holding(_EVALUATION, evaluation)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Any) -> Float[Array, "..."]:
@@ -280,7 +276,6 @@ class Changed:
 
     Attributes:
         base: the weight, an array or `Quantized`, in its stored dtype.
-        changes: the changes in their order.
         shape: the shape that the code sees.
         dtype: the dtype that the code sees.
         views: what the code did to a quantised weight, which is in floats only where it is used.
@@ -398,7 +393,6 @@ class Changed:
 
         Args:
             cut: cuts an array, given where it has each axis of the weight.
-            axes: the axes that are cut.
         """
         changes = self.made.changes
         if any(axis in _uncut(change) for change in changes for axis in axes):
@@ -420,7 +414,6 @@ class Changed:
         Args:
             take: takes the rows of an array, given where it has each axis of the weight, and puts
                 the axes of the rows in front; an array that lacks the axis stays as it is.
-            axis: the axis.
             rows: the axes that the rows have in the result.
             others: the axes of the result by those of the weight.
         """

@@ -15,10 +15,6 @@ from adapters_jax.weights.quantized import is_quantized
 def concatenated(pieces: Sequence[Changed], axis: int) -> Changed | None:
     """Weights one after the other along an axis, each with changes of its own range of it.
 
-    Args:
-        pieces: the weights.
-        axis: the axis.
-
     Returns:
         The whole; None where a change is not one of a range, such as a scale.
 
@@ -49,10 +45,6 @@ def concatenated(pieces: Sequence[Changed], axis: int) -> Changed | None:
 
 def stacked(pieces: Sequence[Changed], axis: int) -> Changed | None:
     """Weights of one shape along a new axis, each index of which has factors of its own.
-
-    Args:
-        pieces: the weights.
-        axis: the new axis.
 
     Returns:
         The whole; None where the changes are not alike, so that their factors cannot be stacked.

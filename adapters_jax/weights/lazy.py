@@ -23,7 +23,7 @@ import jax.extend.core as jex
 from jaxtyping import Array
 
 from adapters_jax.trace.reads import Read, Tracked
-from adapters_jax.trace.through import Through
+from adapters_jax.trace.through import Through, holding
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.quantized import is_quantized
 
@@ -34,11 +34,8 @@ _RECORDS: ContextVar[dict[str, Tracked] | None] = ContextVar("records", default=
 def recording() -> Iterator[dict[str, Tracked]]:
     """Records how adapted models read their changed weights in its body, by path."""
     records: dict[str, Tracked] = {}
-    token = _RECORDS.set(records)
-    try:
+    with holding(_RECORDS, records):
         yield records
-    finally:
-        _RECORDS.reset(token)
 
 
 def lazy(trace: "Thin", changed: Changed, path: str) -> "Lazy":

@@ -6,9 +6,8 @@ exchanges activations many times larger than the weights. Models tell it by `spl
 that is read in a loop is gathered in each round, unless `gathered` does it in front of the loop.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,20 +16,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
+from adapters_jax.trace.through import holding
+
 SLICE = "slice"  # the axis of a mesh over slices, which the network of a data centre joins
 BATCH = (SLICE, "data", "fsdp")  # the axes of a mesh that split batches
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 _GROUPS: ContextVar[bool] = ContextVar("groups", default=False)
 
 
-@contextlib.contextmanager
-def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[None]:
     """What is traced in the body runs on this mesh, which `split_rows` then uses."""
-    token = _MESH.set(mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
+    return holding(_MESH, mesh)
 
 
 def current_mesh() -> Mesh | None:
@@ -57,17 +53,12 @@ def over_groups(groups: int) -> str | None:
     return axes[0] if len(axes) == 1 else None
 
 
-@contextlib.contextmanager
-def groups_split(axis: str | None) -> Iterator[None]:
+def groups_split(axis: str | None) -> AbstractContextManager[None]:
     """What is traced in the body is mapped over groups of rows, which `over_groups` splits.
 
     The map adds the axis to what `split_rows` says.
     """
-    token = _GROUPS.set(axis is not None or _GROUPS.get())
-    try:
-        yield
-    finally:
-        _GROUPS.reset(token)
+    return holding(_GROUPS, axis is not None or _GROUPS.get())
 
 
 def mesh_of(tree: Any) -> Mesh | None:

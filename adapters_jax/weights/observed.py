@@ -63,7 +63,6 @@ class Observed:
         """Zero, whose gradient for the tape is the statistics of an input.
 
         Args:
-            x: the input.
             seen: its axes; those that the weight does not have come after the weight's own.
             inner: the weight's axes that are contracted with it.
             batch: those that are batched.

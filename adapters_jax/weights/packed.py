@@ -61,11 +61,8 @@ class Packed:
         """The product; None where it has to be one with the weight in floats.
 
         Args:
-            weight: the weight.
-            views: what the code did to it.
             seen: the shape and dtype that the code sees.
             x: the input's.
-            meeting: how the input meets it.
         """
         plain = meeting.primitive.name == "dot_general" and weight.array.zero_point is None
         wanted = jnp.issubdtype(seen.dtype, jnp.floating) and seen.dtype.itemsize > 1
@@ -178,16 +175,11 @@ class Packed:
 
 
 def rows_of(
-    weight: Quantized,
-    views: Sequence[View],
-    along: tuple[int, int],
-    take: Callable[[Array], Array],
+    weight: Quantized, views: Sequence[View], along: tuple[int, int], take: Callable[[Array], Array]
 ) -> Array | None:
     """Rows of a packed weight in floats; None where rows have no scales that are theirs alone.
 
     Args:
-        weight: the weight.
-        views: what the code did to it.
         along: the axis of which rows are taken, and its size.
         take: takes the rows of an array that has the axes of the weight.
     """

@@ -24,7 +24,6 @@ class Meeting(NamedTuple):
     """How an input meets a weight; axes have the numbers of the weight's.
 
     Attributes:
-        primitive: the operation.
         params: its parameters, as pairs.
         where: the weight's position among the operands.
         inner: the features that are contracted.
@@ -55,10 +54,7 @@ def multiplied(
     """The product of a changed weight and its input; None where the sum has to be formed.
 
     Args:
-        primitive: the operation.
-        changed: the weight.
         others: its other operands, first the input.
-        params: its parameters.
         where: the weight's position among its operands.
     """
     x, *rest = others

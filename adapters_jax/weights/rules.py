@@ -16,15 +16,7 @@ from jaxtyping import Array
 from adapters_jax.trace.primitives import operands_of_scan, rows_of
 from adapters_jax.weights.changes import Changed
 from adapters_jax.weights.joining import concatenated, stacked
-from adapters_jax.weights.lazy import (
-    RULES,
-    Lazy,
-    Rule,
-    Thin,
-    formed,
-    lowered,
-    thin,
-)
+from adapters_jax.weights.lazy import RULES, Lazy, Rule, Thin, formed, lowered, thin
 from adapters_jax.weights.products import MEETINGS, multiplied, packed_on
 
 

@@ -43,7 +43,6 @@ class Architecture:
 
     Attributes:
         model_type: its type in `config.json`.
-        model_class: AdapterHub's class.
         prefix: begins the names of the base's modules in that class; it may be absent in files.
         stacks: its blocks, an encoder's before those of its decoder.
         post_norm: whether its norms follow the residual sums.

@@ -35,10 +35,7 @@ class Blocks:
     """A model's blocks by AdapterHub's names.
 
     Attributes:
-        architecture: the names of the architecture.
-        module_map: the modules that have parameters.
         layers: the numbers of the blocks, which count on from an encoder's to its decoder's.
-        bottlenecks: the sublayers.
         loras: the names of the modules to which LoRA attaches, by matrix; at least one for each.
         names: the blocks' names, which end in a dot, by their numbers.
     """

@@ -7,15 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from adapters_jax.files.settings import (
-    Rule,
-    field_problems,
-    is_number,
-    of,
-    one_of,
-    rule,
-    whole,
-)
+from adapters_jax.files.settings import Rule, field_problems, is_number, of, one_of, rule, whole
 from adapters_jax.methods import Bottleneck, Compacter
 
 Config = Mapping[str, Any]
@@ -174,9 +166,6 @@ PRE_NORM = (
 
 def children(whole: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """The configurations of a file with defaults filled in, and their unsupported settings.
-
-    Args:
-        whole: the parsed file.
 
     Returns:
         The configurations, several if the file is a union; and one sentence for each problem. An

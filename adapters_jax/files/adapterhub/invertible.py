@@ -61,12 +61,7 @@ def read(
 
 
 def write(
-    added: Placements,
-    flat: Leaves,
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    added: Placements, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
 ) -> tuple[dict[str, Any], str]:
     """Returns the settings of the invertible adapter and its activation, and adds its tensors."""
     own = [each for each in added if each.method.kind == "invertible"]

@@ -156,7 +156,4 @@ def _theirs(method: LoReFT, leaves: Leaves) -> Leaves:
     base, upper = np.linalg.qr(projection, mode="complete")
     base[:, :r] *= np.where(np.diagonal(upper) < 0, -1.0, 1.0)
     original = -np.eye(r, len(base), dtype=np.float32)
-    return made | {
-        f"{_TURNED}.original": original,
-        f"{_TURNED}.0.base": base.astype(np.float32),
-    }
+    return made | {f"{_TURNED}.original": original, f"{_TURNED}.0.base": base.astype(np.float32)}

@@ -57,8 +57,6 @@ class Node(NamedTuple):
     Attributes:
         kind: AdapterHub's name of it; "single" for an adapter.
         name: the name of the adapter; of a fusion, AdapterHub's name of it.
-        members: what it runs.
-        sizes: the sizes of a split.
     """
 
     kind: str

@@ -98,7 +98,6 @@ def products(
     Args:
         config, theirs: the adapter in PEFT's form; the tensors that are taken leave it.
         prefix: begins the names of modules.
-        style: the one to write.
         there: the keys of what is in the file already.
         wrong: gets the problems.
     """

@@ -5,11 +5,6 @@
   adapter of ours in their names and shapes.
 """
 
-from adapters_jax.files.jax_lora.convert import (
-    as_peft,
-    from_jax_lora,
-    merge_jax_lora,
-    to_jax_lora,
-)
+from adapters_jax.files.jax_lora.convert import as_peft, from_jax_lora, merge_jax_lora, to_jax_lora
 
 __all__ = ["as_peft", "from_jax_lora", "merge_jax_lora", "to_jax_lora"]

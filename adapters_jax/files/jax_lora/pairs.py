@@ -177,7 +177,6 @@ def find_pairs(flat: Flat, base: Flat) -> tuple[list[Pair], dict[str, Any]]:
     """The pairs in a tree, without their alphas; and its other leaves by path.
 
     Args:
-        flat: the tree's leaves.
         base: those of a base beside the tree, if there is one.
 
     Raises:

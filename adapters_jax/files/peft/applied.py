@@ -30,19 +30,13 @@ _NUMBERS = {"LORA": ("r", "lora_alpha"), **dict.fromkeys(("LOHA", "LOKR"), ("r",
 
 
 def differences(
-    config: Config,
-    written: Config,
-    added: Added,
-    plain: Mapping[str, Array],
-    module_map: ModuleMap,
+    config: Config, written: Config, added: Added, plain: Mapping[str, Array], module_map: ModuleMap
 ) -> list[str]:
     """What PEFT would make of a file otherwise than it is meant; empty if nothing.
 
     Args:
-        config: the configuration of the file.
         written: the one that the writer made, before the caller's own fields.
         added, plain: the file's tensors, as `split_tensors` returns them.
-        module_map: the model's modules.
     """
     problems = [
         f"{field}={config.get(field)!r} is not the adapter's {written.get(field)!r}"

@@ -50,9 +50,7 @@ _MERGE = (
     "; merge it in PEFT: from peft import {0}; "
     "{0}.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_BASE)"
 )
-_UNMERGED = {
-    *("MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "POLY", "XLORA"),
-}
+_UNMERGED = {*("MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "CARTRIDGE", "POLY", "XLORA")}
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
     "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
@@ -312,9 +310,6 @@ def value(config: Config, field: str) -> Any:
 
 def config_problems(config: Config) -> list[str]:
     """The unsupported settings of a configuration, each as `field=value` with the reason.
-
-    Args:
-        config: the parsed file.
 
     Returns:
         One sentence for each problem. A field that we do not know is none, see `unread_fields`.

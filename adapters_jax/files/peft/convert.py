@@ -30,18 +30,8 @@ from adapters_jax.files.module_map import (
 from adapters_jax.files.patterns import shortest
 from adapters_jax.files.peft.applied import differences
 from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved, with_targets
-from adapters_jax.files.peft.config import (
-    KINDS,
-    ROOT,
-    Kind,
-    config_problems,
-)
-from adapters_jax.files.peft.trained import (
-    IN_WRAPPER,
-    read_folded,
-    read_trained,
-    write_trained,
-)
+from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
+from adapters_jax.files.peft.trained import IN_WRAPPER, read_folded, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree

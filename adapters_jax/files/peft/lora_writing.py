@@ -22,13 +22,7 @@ from adapters_jax.files.layouts import (
 from adapters_jax.files.module_map import Leaves, ModuleMap
 from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
-from adapters_jax.files.peft.parameters import (
-    WRITTEN,
-    fused_pair,
-    module_of,
-    nested,
-    their_pair,
-)
+from adapters_jax.files.peft.parameters import WRITTEN, fused_pair, module_of, nested, their_pair
 from adapters_jax.methods.lora import CHANGING
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -108,9 +102,7 @@ class _Pair(NamedTuple):
     """The factors of one of our weights, with its inputs before its outputs.
 
     Attributes:
-        method: the LoRA or DoRA.
         target: the path of its target, by which the method has its scale.
-        leaves: its leaves by name.
     """
 
     method: Any
@@ -278,9 +270,7 @@ def _fits(reference: ModuleReference, pair: _Pair) -> bool:
     return inputs + outputs == reference.shape or (sliced and inputs == reference.shape[:-1])
 
 
-def _fused(
-    parts: Sequence[tuple[ModuleReference, _Pair | None]],
-) -> tuple[Array, Array, float]:
+def _fused(parts: Sequence[tuple[ModuleReference, _Pair | None]]) -> tuple[Array, Array, float]:
     """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
 
     If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets

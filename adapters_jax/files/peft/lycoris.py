@@ -74,9 +74,6 @@ def ours(
 
     Args:
         module: the name of theirs.
-        reference: our module.
-        found: their tensors by name.
-        rank: the rank.
         factors: for LoKr, the values that PEFT's `decompose_factor` may have.
 
     Raises:

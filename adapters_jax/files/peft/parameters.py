@@ -77,7 +77,6 @@ def references_of(
     """Our parameters for one of theirs, as the model has it that a file's adapter was made on.
 
     Args:
-        name: the parameter's name in the file.
         named: the factors of every parameter in the file.
         module_map: the model's, which may have it as transformers 4 and as 5 do.
         version: that of PEFT that wrote the file.

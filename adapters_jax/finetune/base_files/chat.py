@@ -49,10 +49,7 @@ def render_marked(
     tools: Sequence[Any] | None = None,
     **tokens: str,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a chat template, and finds what it marks as generated.
-
-    Args:
-        template, messages, reply, tools, **tokens: as for `render`.
+    """Renders a chat template as `render` does, and finds what it marks as generated.
 
     Returns:
         The text, and the first character and the end of each part of it that the template encloses

@@ -41,7 +41,6 @@ class ControlTokens:
     """The control tokens of a tokenizer, in messages and in what a chat template makes of them.
 
     Args:
-        tokenizer: the tokenizer.
         others: texts of tokens that count as well, though the tokenizer does not call them special.
 
     Attributes:

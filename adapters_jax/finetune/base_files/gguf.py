@@ -55,7 +55,6 @@ class GGUF:
     """One file, whose header is read and checked.
 
     Attributes:
-        path: the file's path.
         fields: its metadata by name.
         stored: its tensors by name, quantised and not yet read.
     """
@@ -284,9 +283,6 @@ class GGUF:
         Args:
             messages: each with a `role` (system, user or assistant) and a `content`.
             reply: whether to end the text where the assistant's answer begins.
-
-        Returns:
-            The text with its special tokens.
 
         Raises:
             BaseFileError: the file has no chat template, or the template rejects the messages.

@@ -51,9 +51,6 @@ def resolve(name_or_path: str | Path, revision: str | None = None) -> Path:
             `"google-bert/bert-base-uncased"`, optionally followed by `@` and a revision.
         revision: a branch, tag or commit of the Hub's repository.
 
-    Returns:
-        The directory that holds the files.
-
     Raises:
         BaseFileError: the directory lacks a file, or the Hub cannot be reached or lacks the id.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
@@ -87,7 +84,6 @@ def read_tensors(directory: str | Path, finite: bool = True) -> dict[str, Stored
     """Lists the tensors of `model.safetensors`, or of its shards; reads each only when it is used.
 
     Args:
-        directory: the checkpoint's directory.
         finite: whether every number must be finite.
 
     Returns:

@@ -294,11 +294,7 @@ def _to_json(
 ) -> str:
     """The filter `tojson` as transformers has it: jinja's own would escape `<`, `>` and `&`."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

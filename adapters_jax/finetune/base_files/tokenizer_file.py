@@ -62,11 +62,7 @@ _BULK = re.compile(
 
 
 def read_tokenizer_file(data: bytes, path: Path) -> tokenizers.Tokenizer:
-    """Reads a tokenizer, without its padding and truncation.
-
-    Args:
-        data: the bytes of a `tokenizer.json`.
-        path: its path, for messages.
+    """Reads a `tokenizer.json`, without its padding and truncation; messages name the path.
 
     Raises:
         BaseFileError: it is not a tokenizer, or has a part that is not supported or out of bounds.

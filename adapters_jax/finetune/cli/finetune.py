@@ -54,7 +54,7 @@ class Finetune(RunOptions, Command):
   adapters-jax finetune --resume runs/minilm-movie-reviews-houlsby"""
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Run": ("runs", "name", "resume", "any_base"),
+        "Run": ("runs", "name", "resume", "any_base")
     }
     runs: Path = Path("runs")
     name: str | None = None

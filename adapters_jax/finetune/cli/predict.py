@@ -60,7 +60,7 @@ class Predict(Command):
     positional = ("run", "texts")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "Texts": ("texts", "file", "text", "text_pair"),
+        "Texts": ("texts", "file", "text", "text_pair")
     }
     run: str
     texts: tuple[str, ...] = ()

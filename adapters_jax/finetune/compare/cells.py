@@ -30,9 +30,7 @@ class Checked:
     """A recipe that was attached to the model.
 
     Attributes:
-        config: the configuration of a run with the recipe.
         trainable_parameters: the number of trainable parameters, with a head's.
-        base_parameters: the number of parameters of the base model.
     """
 
     config: dict[str, Any]
@@ -80,12 +78,7 @@ def check_recipes(
 
 @dataclass(frozen=True)
 class Cells:
-    """The directories of the cells.
-
-    Attributes:
-        directory: the directory that holds them.
-        checked: the checked recipes by their text.
-    """
+    """The directories of the cells, and the checked recipes by their text."""
 
     directory: Path
     checked: dict[str, Checked]
@@ -104,9 +97,7 @@ class Cells:
         """Checks that existing cells belong to this comparison, and that no process uses them.
 
         Args:
-            cells: the cells.
             options: returns the options of a cell.
-            console: the console to print to.
             any_base: say what changed of the base, instead of raising an error.
 
         Raises:
@@ -195,12 +186,7 @@ def _flags_of_result(options: RunOptions) -> list[str]:
 
 
 class CellConsole(Console):
-    """The console of a cell: prints each line once for all cells, and no tables.
-
-    Args:
-        console: the console of the comparison.
-        on_progress: called with the finished fraction of a cell and a note.
-    """
+    """The console of a cell: prints each line once for all cells, and no tables."""
 
     def __init__(
         self, console: Console, on_progress: Callable[[float, str], None] = lambda part, note: None

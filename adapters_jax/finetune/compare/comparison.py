@@ -196,10 +196,6 @@ class _Pace:
     """The progress of a comparison, and an estimate of its time from the finished cells.
 
     Attributes:
-        grid: the recipes, learning rates and seeds.
-        results: the results of the finished cells.
-        total: the number of cells.
-        cell: the cell that is running.
         began: the time at which it was started.
         steps: the seconds of its steps, without compiling.
         whole: the estimated seconds of all of it; None if they are not known yet.

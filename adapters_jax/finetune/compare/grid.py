@@ -35,7 +35,6 @@ class Candidate:
 
     Attributes:
         text: the recipe as it was written, without its learning rates.
-        method: the method and its fields.
         learning_rates: the learning rates, at least one.
     """
 
@@ -154,9 +153,7 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        recipe: the text of the recipe.
         learning_rate: the highest learning rate.
-        seed: the seed of the run.
     """
 
     recipe: str
@@ -187,8 +184,6 @@ class Grid:
     A result has "dev" and "test", each a dictionary of metrics, or "stopped" if the cell diverged.
 
     Attributes:
-        candidates: the recipes.
-        seeds: the seeds.
         tuning_seeds: the number of first seeds that try every learning rate.
         metric: the metric that selects.
     """

@@ -37,7 +37,7 @@ class CompareOptions(Settings):
         "Comparison": (
             *("recipes", "learning_rates", "seeds", "tuning_seeds"),
             *("out", "together", "any_base"),
-        ),
+        )
     }
     recipes: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()

@@ -69,9 +69,7 @@ def summarize(
 
 
 def _best(
-    options: CompareOptions,
-    grid: Grid,
-    rows: Sequence[Mapping[str, Any]],
+    options: CompareOptions, grid: Grid, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     """The recipe with the best mean on dev, its first cell, and the command that trains that."""
     best: Mapping[str, Any] | None = None

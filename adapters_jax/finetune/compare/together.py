@@ -131,9 +131,7 @@ class _Group:
     """Trainings in one program.
 
     Attributes:
-        members: the trainings.
         state: their states, stacked.
-        step: the step.
     """
 
     members: Sequence[_Member]

@@ -52,9 +52,6 @@ def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str
             each row has "recipe", "method", "family", "size", "size_name", "trainable_parameters"
             and "test".
         metrics: the metric of "test" to draw, by the title of the data set.
-
-    Returns:
-        The matplotlib figure.
     """
     return styled(lambda: _figure(comparisons, metrics))
 
@@ -165,9 +162,7 @@ class Label:
     """A label of one or several points.
 
     Attributes:
-        text: the text of the label.
         points: points `(x, y)` in data units; the label is written beside the one with most room.
-        color: color of the text.
         size: font size in points.
         weight: font weight, such as "bold".
     """

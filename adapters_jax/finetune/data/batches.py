@@ -93,9 +93,7 @@ def tokenize(
     """Encodes texts as `encode` does, with the places of the tokens in the texts.
 
     Args:
-        tokenizer: as for `encode`.
-        texts: as for `encode`.
-        max_length: as for `encode`.
+        tokenizer, texts, max_length: as for `encode`.
         **options: of the tokenizer's `enable_truncation`, such as `strategy` and `stride`.
     """
     if max_length < LEAST:
@@ -129,10 +127,8 @@ def choose_buckets(
     not worth a compilation.
 
     Args:
-        rows: the training rows.
         max_length: the last width, in tokens, so that longer held-out rows fit. It costs nothing
             when no row needs it.
-        batch_size: the number of rows in a batch.
         count: the largest number of widths for the training rows.
 
     Returns:
@@ -178,7 +174,6 @@ class StepBatches(ABC):
         buckets: the positions of the rows of each bucket; a batch has rows of one.
         labels: class ids or floats, `(rows, ...)`; integers become int32, others float32. None for
             rows without labels.
-        batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps it: narrow buckets first, rows as they are.
         mix: how often rows are drawn; then an epoch has some of them several times, and others not.
     """

@@ -30,9 +30,6 @@ def make_dataset(
         label_names: the classes of the training table, for its dev and test tables; None takes
             the table's own labels, sorted, as numbers if all of them are numbers.
 
-    Returns:
-        The table with these labels.
-
     Raises:
         DataError: a label outside `label_names`, only one class, a regression label that is not a
             finite number, or more than 50 distinct decimal numbers, which cannot be classes.
@@ -146,7 +143,6 @@ class TaskData:
     """The rows that a run trains on, selects on and reports.
 
     Args:
-        name: the name of the data, for reports.
         train: the rows to train on: mostly a `Table`.
         dev: the rows to select on.
         test: the rows to report on.
@@ -208,18 +204,13 @@ def hold_out(
     thousand rows are held out, whatever their classes.
 
     Args:
-        name: the name of the data.
         parts: the rows of "train", and maybe of "dev" and "test", with a method `take`.
-        metrics: the names of the metrics.
         keys: the key of each row of "train"; None is its texts, but for case and spacing.
         strata: the stratum of each row of "train"; None is its class, if it has one.
-        seed: the seed that chooses the rows held out.
-        dev: the fraction of "train" to hold out for "dev", if that is absent.
-        test: the fraction for "test".
+        seed, dev, test: as in `splits.split_rows`; the fraction of a part that is there has no use.
 
     Raises:
-        DataError: dev or test would be empty, but its fraction is above 0.
-        UserError: the fractions are negative, or leave nothing to train on.
+        DataError, UserError: as in `splits.split_rows`.
 
     Example:
         >>> rows = Table([(str(i), None) for i in range(40)], np.arange(40) % 2, ("no", "yes"))

@@ -42,9 +42,7 @@ class Rows(NamedTuple):
     """The rows of a file of any format.
 
     Attributes:
-        header: the names of the columns.
         records: the place of each row, and its values.
-        path: the path of the file, for messages.
     """
 
     header: list[str]
@@ -84,7 +82,6 @@ class PlacedRows(Generic[Row]):
 
     Attributes:
         path: the path of the file, for messages.
-        rows: the rows.
         lines: the line that each of them starts on, or another name of its place.
         sources: of rows of several files, the number of each row's file.
     """
@@ -117,7 +114,6 @@ class PlacedRows(Generic[Row]):
         """Makes each row of its values by column.
 
         Args:
-            rows: the rows of a file.
             make: makes one, or raises RowError, or ValueError for a text that is not JSON.
             what: the name of such rows, for messages.
 

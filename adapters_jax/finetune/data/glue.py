@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from adapters_jax.finetune.data.files import Found, Rows
 from adapters_jax.finetune.data.readers import DataError, FilePath, read_bytes, read_tsv
-from adapters_jax.finetune.data.splits import SPLIT_SEED
 from adapters_jax.finetune.data.tables import Table, read_rows
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ class Glue:
     """One GLUE task: the columns of its files, and its metrics.
 
     Args:
-        text: the text column.
-        text_pair: the second text column, if any.
-        label: the label column.
         metrics: names for `metrics.compute`, the one to select on first.
         task: "classification" or "regression".
         header: the columns, if the files have no header line.
@@ -106,15 +102,10 @@ def _complete(path: Path, found: Found) -> Found:
     return header, kept
 
 
-def load_glue(name: str, directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
+def load_glue(name: str, directory: FilePath) -> TaskData:
     """Loads a GLUE task: the official dev file as dev, and a tenth of train held out as test.
 
     GLUE's own test files have no labels. Published dev figures compare with `dev`.
-
-    Args:
-        name: as for `read_glue`.
-        directory: as for `read_glue`.
-        split_seed: the seed that chooses the rows held out.
 
     Returns:
         The rows, with GLUE's metrics.
@@ -131,7 +122,7 @@ cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli ...
     from adapters_jax.finetune.data.datasets import hold_out
 
     name = glue_name(name)
-    return hold_out(name, read_glue(name, directory), GLUE[name].metrics, seed=split_seed)
+    return hold_out(name, read_glue(name, directory), GLUE[name].metrics)
 
 
 def glue_name(name: str) -> str:

@@ -28,7 +28,6 @@ class HubData(NamedTuple):
     Attributes:
         id: the id of the data set.
         config: its configuration; None for its only one.
-        split: the split.
         revision: a branch, tag or commit.
     """
 

@@ -8,7 +8,6 @@ class Layout(NamedTuple):
     """A layout of columns that many data sets have.
 
     Attributes:
-        name: its name.
         columns: the columns that it has; others may stand beside them.
         inputs: the columns that a task's model reads; rows with equal ones are the same row.
         what: what a row is.

@@ -20,7 +20,6 @@ class Lazy(Sequence[Any]):
 
     Args:
         source: the items that others are made of.
-        make: makes one.
         rows: the positions of the items in `source`; None is all of them.
 
     Example:

@@ -31,9 +31,7 @@ class Mixture(NamedTuple):
         """The mixture of rows.
 
         Args:
-            sources: the number of each row's data set.
             weights: the share of the rows that is drawn from each; they need not add up to 1.
-            names: the names of the data sets, for messages.
 
         Raises:
             DataError: a data set has no row to draw.

@@ -8,7 +8,6 @@ import numpy as np
 from adapters_jax.finetune.data.datasets import TaskData, hold_out, numbers_of
 from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.readers import DataError, FilePath, read_bytes, read_tsv
-from adapters_jax.finetune.data.splits import SPLIT_SEED
 from adapters_jax.finetune.data.tables import Table, read_rows
 
 
@@ -46,12 +45,8 @@ def movie_reviews(directory: FilePath) -> Table:
     return replace(table, labels=labels, label_names=("negative", "positive"))
 
 
-def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> TaskData:
+def load_movie_reviews(directory: FilePath) -> TaskData:
     """Loads the demo's data: sentences from movie reviews, a tenth each held out for dev and test.
-
-    Args:
-        directory: as for `movie_reviews`.
-        split_seed: the seed that chooses the rows held out.
 
     Returns:
         The rows; accuracy is the metric to select on.
@@ -65,4 +60,4 @@ def load_movie_reviews(directory: FilePath, split_seed: int = SPLIT_SEED) -> Tas
         adapters_jax.finetune.data.files.DataError: movieReviewSnippets_GroundTruth.txt: ...
     """
     parts = {"train": movie_reviews(directory)}
-    return hold_out("movie-reviews", parts, ("accuracy", "f1"), seed=split_seed)
+    return hold_out("movie-reviews", parts, ("accuracy", "f1"))

@@ -37,7 +37,6 @@ class Example(NamedTuple):
     """The token ids of one row.
 
     Attributes:
-        prompt: the prompt.
         completion: the completion; it ends with an end token, unless it was cut.
     """
 
@@ -59,7 +58,6 @@ class Marked(NamedTuple):
     """The token ids of one row; any of them may count in the loss.
 
     Attributes:
-        ids: all token ids.
         learnt: whether the loss counts each of them; the first one is never predicted.
 
     Example:
@@ -170,12 +168,6 @@ def _packed(lengths: Sequence[int] | np.ndarray, length: int, order: np.ndarray)
 
 def sequence(examples: Sequence[Example | Marked]) -> Packed:
     """Joins examples into one sequence.
-
-    Args:
-        examples: the examples, in order.
-
-    Returns:
-        The sequence, without padding.
 
     Example:
         >>> row = sequence([Example([7, 8], [9, 2]), Example([5], [2])])

@@ -261,7 +261,6 @@ class ImageRow(NamedTuple):
     """An image, whose pixels may be kept.
 
     Attributes:
-        path: its file.
         kept: its pixels as `Preprocessing.read` returns them; None reads them anew.
         sha256: their checksum; empty if they were not read yet.
     """
@@ -302,9 +301,7 @@ class ImageBatches(StepBatches):
     Args:
         rows: the images.
         labels: class ids, `(rows,)`; None for images without labels.
-        batch_size: the number of images in a batch.
         seed: the seed of the order; None keeps the order of the rows.
-        preprocessing: how they are read.
         mix: as for `StepBatches`.
     """
 

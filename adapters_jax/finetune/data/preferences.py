@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.conversations import (
-    Message,
-    as_json,
-    conversation_of,
-)
+from adapters_jax.finetune.data.conversations import Message, as_json, conversation_of
 from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.tables import cell
@@ -99,9 +95,6 @@ def read_preferences(
     Args:
         path: the path, as `readers.read_file` takes it.
         columns: the columns with other names, by role.
-
-    Returns:
-        The rows.
 
     Raises:
         DataError: columns are missing, or rows cannot be compared; the message lists them.

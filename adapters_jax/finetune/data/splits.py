@@ -65,7 +65,6 @@ def split_streamed(
 
     Args:
         keys: the key of each row, in order.
-        count: the number of rows.
         seed: the seed of the choice.
         dev: the fraction of rows for dev, if that is fewer than `MOST_HELD`.
         test: the same for test.

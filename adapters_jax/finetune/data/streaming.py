@@ -52,7 +52,6 @@ class FileRecords(Sequence[Record]):
     Only where each begins is in memory.
 
     Args:
-        path: the path of the file, for messages.
         file: a descriptor of the open file, which is closed with the sequence.
         starts: where each record begins, in bytes, and where the last one ends.
         parse: makes the values of a record of its bytes.
@@ -255,7 +254,6 @@ def _lines(path: Path, file: BinaryIO, blanks: bool = False) -> Iterator[tuple[i
     """The lines of a file with their numbers and where they begin; none of the last is blank.
 
     Args:
-        path: the path, for messages.
         file: the file, at its start.
         blanks: whether the blank lines at the end are there, too.
     """

@@ -20,10 +20,6 @@ class Lengths(NamedTuple):
     """The lengths of rows.
 
     Attributes:
-        least: the shortest.
-        median: the one in the middle.
-        most: the longest.
-        total: their sum.
         histogram: the first and the last length of each bin, and the number of rows in it.
     """
 
@@ -53,7 +49,6 @@ class Column(NamedTuple):
     """One column.
 
     Attributes:
-        name: its name.
         kinds: the types of its values, the most frequent first.
         blank: the number of rows without a value.
         distinct: the number of different values.
@@ -72,9 +67,7 @@ class Summary:
     """What is in rows; `summarize` makes it.
 
     Attributes:
-        rows: the number of rows.
         layout: their layout; None if it is not known.
-        columns: their columns.
         lengths: the number of characters in each row, of what a model reads.
         labels: for each column of a few values, how often each one comes, the most frequent first.
         duplicates: the number of rows that are equal to an earlier one, but for case and spacing.

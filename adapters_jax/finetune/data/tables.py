@@ -38,7 +38,6 @@ class Table:
         labels: the label of each row: texts, or what a task makes of them, such as int32 class ids
             or float32 numbers, `(rows,)`; None if no label column was chosen.
         label_names: the names of the classes, in the order of their ids; empty for other labels.
-        path: the path of the file, for messages.
         lines: the line that each row starts on, from 1, or another name of its place.
         sources: of rows of several files, the number of each row's file.
     """
@@ -85,7 +84,6 @@ def read_rows(
 
     Args:
         path: the path, as `readers.read_file` takes it.
-        text: the text column.
         text_pair: the second text column, for pairs.
         label: the label column; None for texts without labels.
 
@@ -152,10 +150,6 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]
 
 def choose_values(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[Any]], Sequence[Line]]:
     """Chooses columns by name, whose values may be lists and mappings.
-
-    Args:
-        rows: the rows, as `readers.read_file` returns them.
-        names: the names of the columns.
 
     Returns:
         The values of each row, one for each name; and the line of each row.

@@ -30,12 +30,7 @@ _OF_MESSAGE = {2: "dictionary", 3: "rows"}
 
 @dataclass
 class Budget:
-    """How much the rows of a file may hold.
-
-    Args:
-        path: the file, for messages.
-        size: its bytes.
-    """
+    """How much the rows of a file may hold; sizes in bytes."""
 
     path: Path
     size: int
@@ -99,7 +94,6 @@ def check_kinds(data: memoryview, most: int) -> None:
     Where they do not, pyarrow ends the process when it is asked about a column.
 
     Args:
-        data: the file.
         most: how many items a list in its metadata may have.
 
     Raises:

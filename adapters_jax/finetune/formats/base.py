@@ -81,7 +81,6 @@ class Head:
     """The classification head in an adapter's files.
 
     Attributes:
-        width: the number of its outputs.
         pooling: what it reads: "pooler", "cls", "mean" or "tokens"; None if the files do not tell.
     """
 
@@ -94,10 +93,8 @@ class Adapter:
     """An adapter to be written.
 
     Attributes:
-        recipe: its recipe.
         leaves: the trained leaves by path.
         name: the adapter's name, for formats that store one.
-        labels: the names of its head's classes.
         head_type: AdapterHub's kind of its head; None is the default of what the head reads.
         beside: further texts by file name, such as the model card.
     """
@@ -186,10 +183,8 @@ class AdapterFormat(ABC):
         """Returns three lines of Python that load an adapter.
 
         Args:
-            base: the adapter's base.
             leaves: the trained leaves by path.
             shown: the base's name without directories of this machine.
-            name: the adapter's directory or id.
         """
 
 

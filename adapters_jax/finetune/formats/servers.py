@@ -84,8 +84,6 @@ class Served(NamedTuple):
     """An adapter that a server loads.
 
     Attributes:
-        recipe: its recipe.
-        leaves: its leaves by path.
         notes: sentences about what was changed, and how the server is started.
     """
 
@@ -138,7 +136,6 @@ def for_server(
 
     Args:
         server: one of `SERVERS`.
-        recipe: the adapter's recipe.
         leaves: its leaves by path; those of one that is not trained need shapes alone.
         names, base: as in `load_peft`; of DoRA the base needs its values.
         model_type: the base's type in `config.json`.

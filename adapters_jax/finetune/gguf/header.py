@@ -37,9 +37,7 @@ class GGUFTensor:
     """A tensor in a file.
 
     Attributes:
-        path: the file.
         version: which file that was when it was listed.
-        name: its name.
         shape: its shape, the last axis contiguous.
         kind: its type, a `gguf.GGMLQuantizationType`.
         begin: the place of its first byte.
@@ -79,9 +77,6 @@ class GGUFTensor:
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Reads the metadata and the tensors of a file by name.
-
-    Args:
-        path: the file.
 
     Returns:
         The fields: numbers, texts, and lists of either; and the tensors, none of them read.

@@ -13,11 +13,7 @@ from adapters_jax.finetune.gguf.architectures import LLAMA, Layout
 from adapters_jax.finetune.gguf.header import GGUFTensor
 from adapters_jax.finetune.tensors import Stored
 
-_MODEL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def read_tensors(
@@ -26,7 +22,6 @@ def read_tensors(
     """Lists the tensors of a file; reads and dequantises each only when it is used.
 
     Args:
-        tensors: the file's tensors.
         architecture: how llama.cpp stores it.
         heads: the number of heads of "q_proj" and of "k_proj".
 

@@ -110,7 +110,6 @@ def show_spread(name: str, spread: Mapping[str, float | None]) -> str:
     """Formats a mean and its standard deviation for people.
 
     Args:
-        name: name of the metric.
         spread: "mean" and "deviation" of the metric; the deviation is None for a single seed.
 
     Example:
@@ -136,9 +135,6 @@ def comparison_table(
         summary: the summary that `summarize` returns.
         parts: the parts of the data to show, "dev" or "test" or both. For one part, the table shows
             only the first metric.
-
-    Returns:
-        The header, and one row for each recipe.
     """
     metrics = summary["metrics"][: 1 if len(parts) == 1 else None]
     columns = [(part, name) for part in parts for name in metrics]

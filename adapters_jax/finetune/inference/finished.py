@@ -54,26 +54,19 @@ def load_generator(
     """Loads a finished run that generates: its base, with its adapter on it.
 
     Args:
-        path: the run's directory, or the id of an exported run on the Hugging Face Hub.
-        revision: a branch, tag or commit on the Hub.
-        model: the directory or id of the base, if it has changed since training.
-        any_base: warn of files of the base that changed since training, instead of refusing them.
+        path, revision, model, any_base: as in `load_predictor`.
 
     Returns:
         The generator; `generator.generate([prompt])` yields a text for each prompt.
 
     Raises:
         RunError: the run is absent or damaged, its task predicts, or files of the base changed.
-        AdapterFileError: the adapter is damaged, or was trained on another base.
-        AssetError: the pinned model could not be fetched.
+        AdapterFileError, AssetError: as in `load_predictor`.
 
     Example:
         >>> generator = load_generator("runs/restaurants")  # doctest: +SKIP
         >>> print(*generator.generate(["name: Aromi, food: Thai"]))  # doctest: +SKIP
         Aromi serves Thai food.
-        >>> load_generator("./no-run")
-        Traceback (most recent call last):
-        adapters_jax.finetune.run_directory.RunConfigError: no run at no-run: it has no ...
     """
     return _open("generate", path, revision, model, any_base)
 

@@ -263,12 +263,7 @@ def _check(mask: Array, max_new_tokens: int, temperature: float, top_p: float, k
 
 @partial(jax.jit, static_argnums=(0, 5))
 def _generate(
-    graphdef: Any,
-    state: Any,
-    begin: _Begin,
-    sampling: _Sampling,
-    adapters: Rows | None,
-    new: int,
+    graphdef: Any, state: Any, begin: _Begin, sampling: _Sampling, adapters: Rows | None, new: int
 ) -> Generated:
     given: dict[str, Rows] = {}
     if adapters is not None:  # each token writes into the cache that the one before left

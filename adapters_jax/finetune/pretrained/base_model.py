@@ -75,13 +75,7 @@ def described(
     pooling: str | None,
     **rest: Any,
 ) -> BaseModel:
-    """A base whose parameters are there already, with what its family says; see `BaseModel`.
-
-    Args:
-        name, params, classifies, pooling, **rest: as of `BaseModel`.
-        family: the base's family.
-        model_type: that of its `config.json`.
-    """
+    """A base whose parameters are there already, with what its family says; see `BaseModel`."""
     classifier = family.headed(pooling)
     return BaseModel(
         name,

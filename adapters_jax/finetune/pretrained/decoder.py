@@ -122,13 +122,7 @@ class DecoderTokenizer:
 
 @dataclass(frozen=True)
 class PretrainedDecoder(DecoderTokenizer):
-    """A pretrained decoder.
-
-    Attributes:
-        config: its configuration.
-        model: the model with its weights.
-        identity: its identity, as an adapter's manifest stores it.
-    """
+    """A pretrained decoder."""
 
     config: Any
     model: nnx.Module
@@ -189,9 +183,6 @@ def load_pretrained_decoder(
 
 def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     """Loads what reads and writes a decoder's texts, without its weights.
-
-    Args:
-        name: as for `load_pretrained_decoder`.
 
     Raises:
         UserError: as for `load_pretrained_decoder`.
@@ -307,12 +298,7 @@ def complete(
         mask[row, width - len(prompt) :] = 1
     ends = [decoder.end, *stop]
     made = generate(
-        model,
-        jnp.asarray(ids),
-        jnp.asarray(mask),
-        max_new_tokens=new_tokens,
-        stop=ends,
-        **sampling,
+        model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=new_tokens, stop=ends, **sampling
     )
     tokens, lengths = jax.device_get(made)
     return decoder.tokenizer.decode_batch(

@@ -43,11 +43,9 @@ class Encoder:
 
     Attributes:
         architecture: the record of its family's classification model.
-        config: its configuration.
         params: its parameters without a head, float32 or quantised.
         tokenizer: its tokenizer; None if it reads images.
         pooling: what the head reads; see `load_encoder`.
-        dtype: the computation dtype.
         identity: its identity, as an adapter's manifest stores it.
         attention: "auto", "dense" or "flash".
         head: the head that the checkpoint has itself; None if a new one is made.
@@ -150,11 +148,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class ImageEncoder(Encoder):
-    """A pretrained encoder of images.
-
-    Attributes:
-        preprocessing: how its images are read.
-    """
+    """A pretrained encoder of images."""
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
@@ -181,14 +175,11 @@ def load_encoder(
         pooling: mean, cls, pooler; tokens, whose head reads the state of each token; or
             `base_model.MASKED`, whose head predicts tokens. An encoder of images has its own.
         dtype: the computation dtype, float32, bfloat16 or float16.
-        quantize: the quantised dtype of the weights, int8, int4 or nf4; None does not quantise.
-        attention: "auto", "dense" or "flash".
+        quantize, attention: as in `load_pretrained_decoder`.
 
     Raises:
-        UserError: files are absent, the checkpoint's family has no classifier, or the blocks of
-            the quantisation do not divide a weight.
-        MissingPackageError: quantising needs qwix, which is not installed.
-        AssetError: the pinned asset could not be fetched.
+        UserError, MissingPackageError, AssetError: as in `load_pretrained_decoder`, or the
+            checkpoint's family has no classifier.
     """
     check_choice(f"the base {name}", "dtype", dtype, DTYPES)
     what = "masked language model" if pooling == MASKED else "classifier"

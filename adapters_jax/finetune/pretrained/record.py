@@ -45,7 +45,6 @@ class BaseRecord:
     """What of a base's files a result depends on.
 
     Attributes:
-        name: the base's name.
         weights: the names of the files of its weights.
         sha256: one checksum of them. A GGUF file has everything else as well.
         files: of each other file that is read, its settings or its checksum.
@@ -64,12 +63,7 @@ class BaseRecord:
         """Compares with the base that a run was trained on.
 
         Args:
-            run: the run, for messages.
-            config: its configuration.
             any_base: warn of changes instead of raising an error.
-
-        Returns:
-            The changes, in words.
 
         Raises:
             RunError: the base has changed; or the run is damaged.
@@ -188,9 +182,6 @@ def changes(
 
     Args:
         run: the run of the first one, for a message.
-        was: a configuration.
-        now: another one.
-        weights: the names of the weights' files.
 
     Raises:
         RunError: the first one is damaged.

@@ -26,9 +26,6 @@ class Source:
     """An adapter, its base model, and its run; `leaving.open_source` reads it.
 
     Attributes:
-        form: the format of the adapter.
-        base: the base model.
-        recipe: the recipe of the adapter.
         leaves: the trained arrays, by path.
         config: the configuration of the finished run; None for an adapter without a run.
     """
@@ -53,11 +50,7 @@ class Source:
 def card_of(
     source: Source, to: AdapterFormat, name: str, license: str | None, notes: list[str]
 ) -> str:
-    """Writes the card of an adapter; a run's card also has its training and results.
-
-    Returns:
-        The card as Markdown.
-    """
+    """Writes the card of an adapter; a run's card also has its training and results."""
     base, config = source.base, source.config or {}
     counts = audit(source.recipe, unflatten(base.flat(source.leaves)))
     summary = config.get("summary") or {}

@@ -29,7 +29,6 @@ class Findings:
     Attributes:
         trained: the rows of the audit's table.
         totals: the lines below it.
-        judged: the predictions.
     """
 
     trained: Sequence[Sequence[str]] = ()

@@ -36,9 +36,6 @@ def render(name: str, **values: Any) -> str:
         name: name of the template, such as "run" or "comparison".
         **values: the values that the template shows, as plain text; every page has a `title`.
 
-    Returns:
-        The HTML of the whole page.
-
     Raises:
         jinja2.UndefinedError: the template reads a value that is not given.
     """

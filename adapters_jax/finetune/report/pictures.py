@@ -105,7 +105,6 @@ def svg(figure: Any, alt: str) -> Markup:
 
     Args:
         figure: a figure in the colours of this module.
-        alt: what it shows, in words.
     """
     import matplotlib
 
@@ -134,7 +133,6 @@ def curves(
     """Pictures of the training loss and the dev metric over the steps, and of rewards.
 
     Args:
-        records: the records that the training logged.
         method: the name of the trained method, for the legend.
         metric: the name of the dev metric to draw.
         baselines: the dev metric of each baseline by its title, drawn as level lines.

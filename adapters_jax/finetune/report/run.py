@@ -45,9 +45,6 @@ def results_table(
         results: one for each method, as `summary.results` in a run's `config.json` holds them.
         metrics: names of the test metrics to show.
 
-    Returns:
-        The header, and one row for each method.
-
     Raises:
         RunError: a result lacks one of the metrics.
 
@@ -74,10 +71,6 @@ def results_table(
 
 def write_report(run: Run, config: Mapping[str, Any]) -> None:
     """Writes the curves and the page of a finished run, from its files.
-
-    Args:
-        run: the run, with its metrics and its findings.
-        config: its configuration, with its summary.
 
     Raises:
         RunError: a file of the run is damaged.

@@ -54,7 +54,6 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
 
     Args:
         method: the method, with no size of its own.
-        model: the base.
         budget: the text of --budget: a number of parameters, or a part of the base's, in percent.
 
     Raises:

@@ -51,8 +51,6 @@ class Answers:
     """Several answers that are computed together, as many at a time as the engine has rows.
 
     Args:
-        engine: the engine.
-        wanted: the answers.
         adapter: the adapter of all of them; None is the base.
         decode: gives the text of tokens.
         ends: ids of tokens that end an answer.

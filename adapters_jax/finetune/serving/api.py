@@ -98,7 +98,6 @@ class Api:
         base: what reads adapters onto the base: a `DecoderBase` or an `EncoderBase`.
         engine: what computes the answers, an `Engine` or a `Labeller`; it has been started.
         name: what requests call the base.
-        limits: the limits of requests.
         kept: where adapters that come later are kept; None keeps them in memory alone.
 
     Attributes:
@@ -299,7 +298,6 @@ def application(api: Any, page: str, limits: Limits, keys: Sequence[str] = ()) -
     Args:
         api: what its paths do.
         page: the HTML of its page.
-        limits: the limits of requests.
         keys: the API keys, of which requests need one; without any, only this machine may ask.
     """
     description = schemas.openapi(__version__, api.routes())

@@ -81,7 +81,6 @@ class Token(NamedTuple):
     """A token that was chosen.
 
     Attributes:
-        id: the token.
         finite: whether the logits that it was chosen by were finite.
         logprob: its log-probability by these logits, which are the model's, before penalties, bias
             and temperature.

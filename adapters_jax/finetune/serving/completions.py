@@ -44,10 +44,8 @@ class TextApi(Api):
     """What the paths of a decoder's server do.
 
     Args:
-        base: the decoder.
         engine: its engine, which has been started.
         name: what requests call the base.
-        limits: the limits of requests.
         kept: where adapters that come later are kept.
     """
 

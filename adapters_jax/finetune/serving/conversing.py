@@ -151,7 +151,6 @@ def calls_of(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any
     the first, or a call is not whole or of another function, all of it is text.
 
     Args:
-        text: the answer.
         names: the functions that there are.
 
     Example:

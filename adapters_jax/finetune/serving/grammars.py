@@ -92,7 +92,6 @@ class Grammars:
     """The grammars of a tokenizer.
 
     Args:
-        tokenizer: the tokenizer.
         vocabulary: the number of tokens that the model knows.
         end: the token that ends an answer, which follows its JSON.
     """

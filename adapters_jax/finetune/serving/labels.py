@@ -168,7 +168,6 @@ class Labeller:
     """An encoder with many adapters that labels texts; the counterpart of `Engine`.
 
     Args:
-        base: the encoder.
         bank: the bank of its adapters, which the labeller takes over.
         longest: the largest number of tokens of a text.
         queue: how many requests wait.

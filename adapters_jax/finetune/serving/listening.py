@@ -117,7 +117,6 @@ class Server(uvicorn.Server):
     """A server whose application is made while it listens.
 
     Args:
-        limits: the limits of requests.
         make: makes the application in another thread, and says what it does.
         say: shows its lines.
     """

@@ -41,27 +41,17 @@ Scores = Mapping[str, Mapping[str, float]]  # metrics of "dev" and "test"
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings that a task prepares its problem with.
+    """The settings that a task prepares its problem with; most are the flags of the same name.
 
     Attributes:
         model: the base, as `load_encoder` and `load_pretrained_decoder` take it.
         recipe: makes the recipe that trains, from the base's number of layers.
-        batch_size: the number of rows in a batch.
         seed: the seed of the head, the adapters and the order of rows.
         columns: the columns that the user named, by role.
         progress: shows work of many steps, as `Console.progress` of the application.
-        pooling: the pooling of an encoder.
         dropout: the dropout of an encoder; None is that of the checkpoint.
-        dtype: the dtype that the base computes in.
-        quantize: the quantised type of the base's weights; None keeps them as they are.
-        attention: "auto", "dense" or "flash"; see `models.parts.attention.attention_function`.
         max_length: the largest number of tokens in a row; None is the task's default.
-        prompts: how a prompt is formatted for a decoder.
         pack: whether short rows are packed into one sequence.
-        turns: the turns of conversations that count in the loss: "assistant", "last" or "all".
-        loss: the loss of preferences: "dpo", "ipo", "orpo" or "kto".
-        beta: its strength.
-        augment: how training images are varied: "flip", "crop", or both.
         accumulate: the number of parts that a batch is computed in, one by one.
         exact_match: the number of rows, of a held-out part, to generate completions for.
         mesh: the mesh of devices to train on; None is one device.
@@ -291,12 +281,7 @@ def listed(files: Files) -> Sequence[Path]:
 
 
 class Usage(NamedTuple):
-    """Examples that use a finished run, to copy and paste.
-
-    Attributes:
-        shell: a shell command.
-        python: a few lines of Python.
-    """
+    """Examples that use a finished run, to copy and paste."""
 
     shell: str
     python: str
@@ -374,12 +359,7 @@ class Prepared(ABC):
         return None  # most trainings need nothing
 
     def judged(self, problem: Problem, state: TrainState) -> Judged:
-        """The predictions of dev and test, for `Task.views`; by default there are none.
-
-        Args:
-            problem: the problem that was trained, `trained`.
-            state: the trained state.
-        """
+        """The predictions of the trained problem on dev and test, for `Task.views`; else none."""
         return Judged()
 
     def samples(self) -> list[dict[str, str]]:
@@ -392,12 +372,7 @@ class Prepared(ABC):
 
 @dataclass(frozen=True)
 class Untrained:
-    """A baseline that needs no training.
-
-    Attributes:
-        title: the name of its row in tables.
-        score: computes its metrics.
-    """
+    """A baseline that needs no training; tables have its title."""
 
     title: str
     score: Callable[[], Scores]
@@ -408,7 +383,6 @@ class TrainedHead:
     """A baseline that trains the head alone.
 
     Attributes:
-        problem: makes the problem of the head.
         epochs: the passes over the training rows; None is the default of head-only.
         least_steps: the steps that it makes at least, within 20 epochs.
     """

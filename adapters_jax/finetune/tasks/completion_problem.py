@@ -48,7 +48,6 @@ class HeldOut:
         batches: the batches of all rows, in order.
         tokens: the number of tokens in their completions.
         prompts: the prompts to generate completions for.
-        prompt_ids: their token ids.
         references: for each of these prompts, its right completions.
         new_tokens: the largest number of tokens to generate.
     """
@@ -63,11 +62,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CompletionProblem(DecoderProblem):
-    """A decoder and the completions it learns; `parts` has a `HeldOut` of "dev" and of "test".
-
-    Attributes:
-        generated: the texts generated last for each part.
-    """
+    """A decoder and the completions it learns; `parts` has a `HeldOut` of "dev" and of "test"."""
 
     generated: dict[str, list[str]] = field(default_factory=dict)
 
@@ -155,8 +150,6 @@ def encode_table(
 
     Args:
         table: a table of prompts and completions, or of plain texts.
-        prompts: the format of prompts.
-        decoder: the decoder whose tokenizer encodes the rows.
         max_length: the largest number of tokens that the model reads at once.
 
     Returns:
@@ -214,10 +207,6 @@ def build_completions(
     """Makes the batches of a task; messages count the rows that are cut and packed.
 
     Args:
-        data: the rows.
-        decoder: the decoder whose tokenizer encodes them.
-        prompts: the format of prompts.
-        max_length: the largest number of tokens in a sequence.
         packs: whether examples are packed into sequences, which an encoder does not read.
         setup: has the size of batches, the seed, and the number of prompts to generate for.
 
@@ -313,8 +302,7 @@ def build_batches(
     buckets = (max_length,) if packs else choose_buckets(train, max_length, size)
     parts = {
         part: HeldOut(
-            Batches(rows[part], None, size, None, buckets),
-            int(examples[part].learnt.sum()),
+            Batches(rows[part], None, size, None, buckets), int(examples[part].learnt.sum())
         )
         for part in HELD_OUT
     }

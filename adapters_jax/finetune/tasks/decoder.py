@@ -190,7 +190,6 @@ class BuiltRows:
     """The batches of rows.
 
     Attributes:
-        train: training batches.
         parts: the rows to score, by part.
         most: the largest number of tokens to learn in a sequence, rounded up.
         tokens: the number of tokens in the training rows.
@@ -207,9 +206,7 @@ class DecoderProblem(ABC):
     """A decoder and the tokens that it learns; a `Problem`.
 
     Attributes:
-        model: the adapted model.
         decoder: its base, with the tokenizer; without adapters it is the reference of preferences.
-        train: training batches.
         parts: the rows to score, by part; each has `batches` of all rows, in order.
         most: the largest number of tokens to learn in a sequence; only these get logits.
         metrics: the names of the metrics, the one to select on first.
@@ -283,7 +280,6 @@ class DecoderProblem(ABC):
         Args:
             compute: computes it, of a model, a batch, `most` and the chunk, `(batch, ...)`.
             model: the model, which may be the base.
-            part: the part.
             done: called after each batch.
         """
         # jit caches a program by `graphdef`, which hashes the structure; the arrays are arguments.

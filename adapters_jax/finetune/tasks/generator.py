@@ -86,10 +86,7 @@ class Generator:
 
         Args:
             messages: the messages so far, each with a `role` and a `content`.
-            max_new_tokens: as for `generate`.
-            temperature: as for `generate`.
-            top_p: as for `generate`.
-            seed: as for `generate`.
+            max_new_tokens, temperature, top_p, seed: as for `generate`.
             tools: the JSON schemas of the functions that the assistant may call.
 
         Returns:

@@ -256,9 +256,6 @@ class PreparedTexts(Prepared):
     """Texts prepared for an encoder with a head.
 
     Attributes:
-        data: the rows as text.
-        setup: the settings that they were prepared with.
-        encoder: the base.
         in_order: the training rows, in order.
         least_steps: the steps that a head which reads all tokens makes at least.
     """
@@ -332,9 +329,7 @@ class TextPredictor:
 
     Attributes:
         encoder: the base.
-        model: the adapted model.
         params: its whole parameter tree.
-        readout: maps the outputs to predictions.
         max_length: the largest number of tokens; longer texts are cut.
         pairs: whether it takes pairs of texts.
     """

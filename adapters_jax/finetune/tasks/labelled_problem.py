@@ -42,8 +42,6 @@ class LabelledProblem:
         model: the adapted model; its recipe has what trains.
         params: its whole parameter tree.
         inputs: the names of the batch's arrays that the model is called with, in order.
-        readout: maps the outputs to labels.
-        train: training batches.
         held_out: the batches of "dev" and "test", in order.
         rows: the texts and labels of "dev" and "test".
         metrics: the names of the metrics, the one to select on first.
@@ -183,7 +181,6 @@ class FeatureBatches(StepBatches):
     Args:
         features: the features, `(rows, d)`, or `(rows, inputs, d)`.
         labels: the labels, `(rows, ...)`; None for batches without labels.
-        batch_size: the number of rows in a batch.
         seed: the seed of the order; None keeps the order of the rows.
         mix: as for `StepBatches`.
     """
@@ -226,7 +223,6 @@ def head_problem(
 
     Args:
         problem: the problem on texts.
-        encoder: its base.
         train: its training rows, in order.
         setup: has the seed of the order in training, and shows the progress.
     """

@@ -58,8 +58,6 @@ class Vocabulary(NamedTuple):
     """The tokens that hiding needs.
 
     Attributes:
-        size: the number of tokens.
-        mask: the mask token.
         special: the tokens that are never hidden, such as `[CLS]`.
     """
 
@@ -108,7 +106,6 @@ def hide(ids: Int[np.ndarray, " length"], vocabulary: Vocabulary, seed: Sequence
     """Hides 15 % of a row's tokens, at least one, as BERT's pre-training does.
 
     Args:
-        ids: the tokens.
         vocabulary: the mask token, and what is never hidden.
         seed: what the choice is a pure function of.
 
@@ -137,7 +134,6 @@ class MaskedBatches(Batches):
 
     Args:
         rows: the blocks, or the rows with masks.
-        vocabulary: what the tokens are of.
         options: the other arguments of `Batches`, without the labels.
     """
 

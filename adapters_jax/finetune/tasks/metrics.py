@@ -35,7 +35,6 @@ def perplexity(nll: float, tokens: int) -> float:
 
     Args:
         nll: the negative log-likelihood, summed over the tokens, in nats.
-        tokens: the number of tokens.
 
     Returns:
         The perplexity, at least 1; infinity if `nll` is not finite.
@@ -75,8 +74,7 @@ def rouge(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     Words are stemmed; a text with several references has its best score.
 
     Args:
-        generated: the generated text of each row.
-        references: the right texts of each row.
+        generated, references: as in `exact_match`.
 
     Returns:
         Numbers in [0, 1].

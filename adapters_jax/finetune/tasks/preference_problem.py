@@ -184,8 +184,6 @@ def build_preferences(
     """Makes the batches of the parts of a task; a message counts the rows that are cut.
 
     Args:
-        tables: the rows of "train", "dev" and "test".
-        encoder: encodes them.
         setup: has the number of rows in a batch, and the seed of the order and of the choice of
             mismatched completions.
 
@@ -231,12 +229,7 @@ SEGMENTS = (1, 2)  # of a row's own or preferred completion, and of the other on
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of preferences, with its rewards.
-
-    Args:
-        loss: its name.
-        beta: its strength.
-    """
+    """A loss of preferences, with its rewards."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto"]
     beta: float
@@ -309,7 +302,6 @@ class PreferenceProblem(DecoderProblem):
     """A decoder and the preferences it learns; `parts` has "train", "dev" and "test".
 
     Attributes:
-        objective: the loss.
         reference: the log-probabilities of each part's rows by the base, `(rows, 2)`; they are
             there before the first step.
     """

@@ -42,7 +42,6 @@ class Window(NamedTuple):
 
     Attributes:
         row: the row that the window is of.
-        context: the whole context.
         offsets: where each token starts and ends in the context.
         inside: whether each token is of the context.
     """

@@ -152,11 +152,8 @@ class Readout(ABC):
         """Batches of encoded rows.
 
         Args:
-            encoder: the base.
-            rows: the rows.
             labels: as `targets` makes them; None for rows without labels.
             *plan: the size, the seed and the buckets, as `data.batches.Batches` takes them.
-            mix: how often rows are drawn.
         """
         size, seed, buckets = plan
         return Batches(rows, labels, size, seed, buckets, encoder.config.pad_token_id, mix)
@@ -239,10 +236,6 @@ class Readout(ABC):
         """What is right and what is predicted for a row, as plain values.
 
         It has `words`, what the report shows of it beside the texts; `views` reads the others.
-
-        Args:
-            right: the label.
-            found: the `Prediction`.
         """
         raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
 
@@ -251,13 +244,12 @@ class Readout(ABC):
 
         Args:
             judged: the rows with their verdicts; there may be none.
-            metrics: the metrics of the run.
         """
         return []
 
     def constant(self, train: Any, part: Any) -> Any:
         """What is best predicted without a model for a part: mostly the same for each row."""
-        raise TypeError(f"{type(self).__name__} defines neither `verdict` nor `verdicts`")
+        raise TypeError(f"{type(self).__name__} defines neither `constant` nor `untrained`")
 
     def untrained(self, problem: Any, data: TaskData, part: str) -> Any:
         """What the baseline without a model predicts on "dev" or "test" of a problem."""
@@ -266,11 +258,7 @@ class Readout(ABC):
 
 @dataclass(frozen=True)
 class NamedReadout(Readout):
-    """A `Readout` of labels with names: an output of the head is one of them.
-
-    Args:
-        names: the names of the labels, in the order of the outputs.
-    """
+    """A `Readout` of labels with names: each output of the head is that of one, in their order."""
 
     names: tuple[str, ...]
     least: ClassVar[int] = 2  # names

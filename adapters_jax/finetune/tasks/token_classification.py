@@ -50,12 +50,7 @@ class TaggedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class TagPrediction(Prediction):
-    """The tags of a text.
-
-    Attributes:
-        words: the words of the text.
-        tags: the tag of each word.
-    """
+    """The words of a text, and their tags."""
 
     words: list[str]
     tags: list[str]
@@ -204,7 +199,6 @@ def first_pieces(encoding: Encoding, words: Sequence[str]) -> Int[np.ndarray, " 
 
     Args:
         encoding: the encoding of the words with spaces between.
-        words: the words.
 
     Returns:
         Indices of tokens; -1 for a word that is cut off, or that the tokenizer leaves out.

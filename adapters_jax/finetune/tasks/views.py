@@ -99,7 +99,6 @@ class Table:
 
     Attributes:
         title: the heading.
-        header: the names of the columns.
         rows: the cells.
         about: a sentence below the heading; empty for none.
         words: the number of columns, from the left, that are words; the others are numbers.
@@ -120,10 +119,7 @@ class Matrix:
     """A confusion matrix.
 
     Attributes:
-        title: the heading.
-        names: the names of the classes.
         counts: rows with each right class, by the predicted class.
-        about: a sentence below the heading.
     """
 
     title: str
@@ -142,10 +138,8 @@ class Histogram:
     """A histogram of one or several series.
 
     Attributes:
-        title: the heading.
         label: what is counted, with its unit.
         series: how often each value occurs, by the name of its series.
-        about: a sentence below the heading; empty for none.
     """
 
     title: str
@@ -157,14 +151,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points of predicted against right numbers, with the line on which both are equal.
-
-    Attributes:
-        title: the heading.
-        right: the right numbers.
-        predicted: the predicted numbers.
-        about: a sentence below the heading; empty for none.
-    """
+    """Points of predicted against right numbers, with the line on which both are equal."""
 
     title: str
     right: Sequence[float]
@@ -295,8 +282,6 @@ def per_class(title: str, names: Sequence[str], right: Any, found: Any, about: s
     """Precision, recall and F1 of each class, by scikit-learn.
 
     Args:
-        title: the heading.
-        names: the names of the classes.
         right: the right class of each row, or `(rows, classes)` of 0 and 1.
         found: the predicted ones in the same form.
         about: which rows it is of.
@@ -324,9 +309,7 @@ def class_table(
     """A table of classes, the most frequent ones if there are many.
 
     Args:
-        title: the heading.
         rows: the name, precision, recall, F1, count and predicted count of each class.
-        about: which rows it is of.
     """
     rows = list(rows)
     kept = sorted(rows, key=lambda row: -row[4])[:TABLE] if len(rows) > TABLE else rows

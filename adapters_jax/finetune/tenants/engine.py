@@ -233,7 +233,6 @@ class Tenants:
         """Computes a loss, and adds its gradients to those of the tenant.
 
         Args:
-            name: the tenant.
             rows: one or more texts.
             loss: one of `losses.LOSSES`.
             config: settings of the loss.
@@ -252,10 +251,6 @@ class Tenants:
         """Makes an AdamW step with the gradients since the last one, and forgets them.
 
         Without any gradients nothing changes, and the norm is 0.
-
-        Args:
-            name: the tenant.
-            adam: the step's numbers.
 
         Returns:
             A future of metrics: `grad_norm`, before clipping, and `step`, the number of steps made.
@@ -276,7 +271,6 @@ class Tenants:
         """Gives a tenant the adapter of a snapshot, and forgets its gradients.
 
         Args:
-            name: the tenant.
             snapshot: of a tenant with the same recipe.
             optimizer: whether it gets the optimiser's state too; else it gets a new one.
 

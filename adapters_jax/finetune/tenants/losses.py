@@ -49,8 +49,6 @@ class Given(NamedTuple):
         counts: which tokens are there, and not padding.
         weights: the weights, or the advantages.
         reference: the log-probabilities under the policy that sampled the tokens.
-        low: the lower threshold.
-        high: the upper threshold.
         sequence: GSPO's `sequence_ratio_mask`.
         beta: each row's beta of DRO.
     """
@@ -80,10 +78,6 @@ def token_losses(
     - dro (Richemond et al. 2024, arXiv:2405.19107): l a - beta / 2 (l - q)^2
     - gspo (Zheng et al. 2025, arXiv:2507.18071, GSPO-token): as ppo, with the geometric mean of r
       over the tokens that `sequence` marks, which has the gradient of the token's own l
-
-    Args:
-        logprobs: the log-probability of each target.
-        given: all else.
     """
     kind, a, q = given.kind[:, None], given.weights, given.reference
     own = jnp.where(given.counts, logprobs, 0.0)

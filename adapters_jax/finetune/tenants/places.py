@@ -7,11 +7,7 @@ from adapters_jax.finetune.tenants.waiting import Tenant
 
 
 class Places:
-    """The places of a device, for the tenants that were named last.
-
-    Args:
-        programs: move tenants between host and device.
-    """
+    """The places of a device, for the tenants that were named last."""
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs

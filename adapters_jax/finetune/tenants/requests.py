@@ -39,7 +39,6 @@ class Adam(NamedTuple):
     """The numbers of one AdamW step, with Tinker's defaults.
 
     Attributes:
-        learning_rate: the step's rate.
         beta1: decay of the mean of gradients.
         beta2: decay of the mean of their squares.
         eps: is added to the root of the latter.
@@ -81,7 +80,6 @@ class Snapshot:
     """A tenant at one moment, on the host, in its own shapes.
 
     Attributes:
-        recipe: its recipe.
         leaves: its adapter's leaves by path, numpy.
         mean: Adam's mean of the gradients, by path, of the leaves that train.
         square: its mean of their squares.

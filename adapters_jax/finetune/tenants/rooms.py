@@ -21,7 +21,6 @@ class Room(NamedTuple):
     """The largest adapter.
 
     Attributes:
-        recipe: its recipe.
         idle: the leaves that change nothing, by path; those of tenants are float32.
         trained: the paths of the leaves that train, in the order of `idle`.
         prompts: the paths of attention modules with prompts.

@@ -20,7 +20,6 @@ class Pass:
     """Rows of one request, and what was computed of them.
 
     Args:
-        rows: the rows.
         loss: the name of their loss.
         backward: whether their gradients are asked for.
         lengths: the lengths of programs, rising.
@@ -90,8 +89,6 @@ class Tenant:
     """A tenant.
 
     Attributes:
-        name: its name.
-        recipe: its recipe.
         fit: how its leaves lie in the room.
         arrays: its arrays in its own shapes, without those that are zeros; old ones while it has a
             place on the device.
@@ -157,7 +154,6 @@ class Chosen(NamedTuple):
     """The rows of a batch.
 
     Attributes:
-        length: the program's length.
         backward: whether it computes gradients.
         groups: rows of one tenant each.
     """

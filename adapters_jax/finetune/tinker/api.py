@@ -37,10 +37,8 @@ class TrainingApi:
     """The paths.
 
     Args:
-        service: does what they ask.
         name: what clients call the base, beside what it was called on the command line.
         context: the largest number of tokens of a text.
-        limits: the limits of requests.
     """
 
     def __init__(

@@ -35,13 +35,7 @@ class _Until(BaseModel):
 
 
 class Archives:
-    """The paths of runs and checkpoints.
-
-    Args:
-        service: has the models and the checkpoints.
-        name: what clients call the base.
-        reader: reads bodies.
-    """
+    """The paths of runs and checkpoints, which the service has."""
 
     def __init__(self, service: Service, name: str, reader: Reader) -> None:
         self._do, self._name, self._reader = service, name, reader

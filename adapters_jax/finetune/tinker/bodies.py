@@ -15,11 +15,7 @@ from adapters_jax.finetune.tinker import wire
 
 
 class Reader:
-    """Reads bodies, two at a time, as each may become much larger.
-
-    Args:
-        limits: the limits of requests.
-    """
+    """Reads bodies, two at a time, as each may become much larger."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

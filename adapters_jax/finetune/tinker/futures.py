@@ -53,7 +53,6 @@ class Entry:
         id: what the client asks for.
         tokens: the tokens that its request has.
         kind: the content type of the answer; empty while there is none.
-        data: the answer.
         failed: whether it is an error.
         made: when it began, then when the answer came, in seconds.
         target: the sampling session in whose list it appears once it is there.
@@ -107,13 +106,7 @@ class Futures:
         return None if own is None else own.entries.get(name)
 
     def make(self, owner: str, name: str, tokens: int = 0, target: str | None = None) -> Entry:
-        """Begins an answer.
-
-        Args:
-            owner: the key.
-            name: what the client asks for.
-            tokens: how many tokens its request has.
-            target: the sampling session in whose list it appears.
+        """Begins an answer to a key, its owner.
 
         Raises:
             BusyError: the key has as many answers or tokens on their way as it may.

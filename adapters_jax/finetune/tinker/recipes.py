@@ -21,7 +21,6 @@ class Recipes:
     """Reads what trains.
 
     Args:
-        base: the decoder.
         rank: the largest rank of LoRA.
 
     Attributes:

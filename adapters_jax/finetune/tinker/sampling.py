@@ -68,7 +68,6 @@ def asked(request: Any, context: int, end: int, seed: int) -> Asked:
     """Checks a client's request; of `prompt` and `sampling_params` as `tinker` reads them.
 
     Args:
-        request: the request.
         context: the largest number of tokens of a prompt and its answer together.
         end: the token that ends a text, if the request names none.
         seed: is used if the request has none.

@@ -21,13 +21,7 @@ from adapters_jax.errors import FileSystemError, UserError, shown
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.requests import UnknownModelError
-from adapters_jax.finetune.tenants import (
-    Adam,
-    ClosedError,
-    Snapshot,
-    Tenants,
-    UnknownTenantError,
-)
+from adapters_jax.finetune.tenants import Adam, ClosedError, Snapshot, Tenants, UnknownTenantError
 from adapters_jax.finetune.tinker import wire
 from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints, until
 from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background
@@ -47,8 +41,6 @@ class Model:
     Attributes:
         id: what clients call it.
         owner: the key that it belongs to.
-        session: the session that it belongs to.
-        recipe: what trains of it.
         about: what a checkpoint says of it: its recipe, its rank, what the client says.
         turns: its requests in their order.
         asked: when it was last asked for something, in seconds since 1970.
@@ -75,11 +67,8 @@ class Service:
     """What the paths do.
 
     Args:
-        base: the decoder.
         engine: samples; it has been started.
         tenants: trains; it has been started.
-        checkpoints: where saves go.
-        recipes: reads what trains.
         bounds: what one key may have at a time.
         seconds: how long a request that is missing in a model's order is waited for, and how long
             a sample may be computed.
@@ -272,7 +261,6 @@ class Service:
         """Does something once all earlier requests of a model are begun; returns the answer's name.
 
         Args:
-            model: the model.
             number: the request's number; one that came before is not done again.
             work: begins it at its call, and is awaited for the answer.
             tokens: how many tokens it has.
@@ -326,10 +314,7 @@ class Service:
         """Begins a forward pass, with gradients unless it is one alone.
 
         Args:
-            model: the model.
-            read: the request.
             rows: its rows, or the UserError that they are.
-            tokens: how many tokens it has.
         """
 
         def work() -> Awaitable[bytes]:

@@ -170,7 +170,6 @@ def sampled(
     """The answer to a request for samples.
 
     Args:
-        sequences: the samples.
         given: the log-probabilities of the prompt's tokens, NaN where there is none; None if
             nobody asked.
         top: the likeliest tokens at each of them, and their log-probabilities.

@@ -146,11 +146,7 @@ def token_log_probs(
     logits once more.
 
     Args:
-        hidden: the last hidden states.
-        head: computes logits of hidden states, as for `cross_entropy`.
-        labels: the next token of each position. Negative labels count nothing.
-        chunk: the number of positions, in every row, whose logits are held at once; as for
-            `cross_entropy`.
+        hidden, head, labels, chunk: as in `sequence_log_probs`.
 
     Returns:
         The log-probabilities, in float32 at least; 0 for labels that do not count.

@@ -96,8 +96,7 @@ def ipo_loss(
             writes them, or means over tokens, which do not grow with the length. TRL takes means,
             as the paper's authors confirmed to it, and so does `adapters-jax finetune`.
         rejected: those of the others.
-        reference_chosen: as for `dpo_loss`, of the same kind.
-        reference_rejected: as for `dpo_loss`, of the same kind.
+        reference_chosen, reference_rejected: as for `dpo_loss`, of the same kind.
         beta: the paper's tau; 0.1 as in TRL.
 
     Returns:

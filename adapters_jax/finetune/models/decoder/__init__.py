@@ -11,11 +11,7 @@ from adapters_jax.finetune.models.decoder.checkpoint import (
 )
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import (
-    Decoder,
-    DecoderClassifier,
-    abstract_decoder,
-)
+from adapters_jax.finetune.models.decoder.model import Decoder, DecoderClassifier, abstract_decoder
 from adapters_jax.finetune.models.decoder.names import NAMES
 from adapters_jax.finetune.models.decoder.towers import TOWERS, tables, text_of
 from adapters_jax.finetune.models.family import Family

@@ -19,17 +19,8 @@ from adapters_jax.finetune.gguf import find_gguf
 from adapters_jax.finetune.models.decoder import towers
 from adapters_jax.finetune.models.decoder.config import DecoderConfig
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.model import (
-    Decoder,
-    DecoderClassifier,
-    abstract_decoder,
-)
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.decoder.model import Decoder, DecoderClassifier, abstract_decoder
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.tensors import Stored, Tensor
 
 if TYPE_CHECKING:
@@ -182,13 +173,7 @@ def save_decoder(
 def _beside_images(
     base: Path, config: DecoderConfig, model: Decoder
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The values of `config.json`, and all tensors, of a multimodal checkpoint with another text.
-
-    Args:
-        base: the checkpoint.
-        config: the configuration of its language model.
-        model: the language model to write.
-    """
+    """The `config.json` and all tensors of a multimodal checkpoint with another language model."""
     found, stored, names = _read(base)
     values = huggingface.read_json(base / "config.json")
     if values["model_type"] not in towers.TOWERS:

@@ -38,8 +38,6 @@ class DeltaSizes:
     Attributes:
         key_heads: the number of heads of queries and keys.
         value_heads: the number of heads of values; consecutive ones share a query and a key.
-        key_width: the width of a query or key.
-        value_width: the width of a value.
         kernel: the number of tokens that the short convolution sees, the token itself included.
         fused: whether two projections, whose outputs are sorted by key head, compute all that the
             rule needs.
@@ -177,7 +175,6 @@ class GatedDelta(nnx.Module):
         """Computes, for each token, what the memories of the tokens up to it hold for its query.
 
         Args:
-            x: the hidden states.
             mask: which of them are tokens, and of which text.
             *unused: what a softmax attention needs.
             cache: the memories and the last tokens before; they are replaced by those after.
@@ -256,7 +253,6 @@ def delta_rule(
     Args:
         query: queries, of any length.
         key: keys, of any length.
-        value: values.
         decay: the logarithm of the factor of the memory, at most 0.
         beta: the part of the memory's value that the token replaces, from 0 to 1.
         state: the memories before the first token.

@@ -50,7 +50,6 @@ class DecoderExperts(nnx.Module):
         """Transforms rows: the first `sizes[0]` by the first expert, the next by the second, ...
 
         Args:
-            rows: the rows.
             sizes: their number for each expert.
             experts: the expert of each.
         """

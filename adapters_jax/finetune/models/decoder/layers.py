@@ -39,7 +39,6 @@ class Context(NamedTuple):
 
     Attributes:
         mask: the keys that each query sees; None sees all.
-        rotation: the rotation of queries and keys by their positions.
         bias: added to the scores of the self-attention; or the positions of ALiBi.
         source: what the cross-attention attends to, or its keys and values from `read`.
         seen: the mask of these.
@@ -97,15 +96,7 @@ Norm = RMSNorm | LayerNorm
 
 
 class Parts:
-    """Makes the layers of a block, with the settings of a model.
-
-    Args:
-        config: its configuration.
-        attention_fn: the attention function.
-        dtype: the computation dtype.
-        param_dtype: the dtype of the parameters.
-        rngs: the random numbers of the initial parameters.
-    """
+    """Makes the layers of a block, with the settings of a model."""
 
     def __init__(
         self,
@@ -434,10 +425,7 @@ def empty_cache(layers: Any, length: int, batch: int, slots: int, dtype: Dtype) 
 
     Args:
         layers: from `make_nnx`.
-        length: the number of blocks.
-        batch: the number of rows.
         slots: the largest number of tokens of a row, padding included.
-        dtype: that of keys and values.
     """
     sizes = batch, slots, dtype
     if isinstance(layers, nnx.List):
@@ -459,7 +447,6 @@ def extend_layers(
 
     Args:
         layers: from `make_nnx`.
-        x: the hidden states of these tokens.
         contexts: of each kind of block.
         kinds: the number of each block's kind.
         cache: the cache, after `Cache.reserve` has given the tokens their slots.

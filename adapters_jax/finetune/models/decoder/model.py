@@ -317,7 +317,6 @@ class DecoderClassifier(Decoder):
     """A decoder whose `score` reads the state of each row's last token, instead of a head.
 
     Args:
-        config: the model's shape.
         num_labels: the width of the score; 1 for regression.
         options: those of `Decoder`.
 

@@ -21,9 +21,7 @@ PROJECTIONS = of_layers(
     mlp__output="mlp.down_proj",
 )
 NORMS_BEFORE = of_layers(
-    *LAYERS,
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
+    *LAYERS, attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"
 )
 NORMS_AROUND = of_layers(
     *LAYERS,
@@ -40,9 +38,7 @@ FUSED_QKV = of_layers(
     attention__value=("self_attn.qkv_proj", 2, 3),
 )
 FUSED_MLP = of_layers(
-    *LAYERS,
-    mlp__gate=("mlp.gate_up_proj", 0, 2),
-    mlp__up=("mlp.gate_up_proj", 1, 2),
+    *LAYERS, mlp__gate=("mlp.gate_up_proj", 0, 2), mlp__up=("mlp.gate_up_proj", 1, 2)
 )
 
 NAMES = NameTable(

@@ -21,7 +21,6 @@ class Stream(NamedTuple):
     """What goes from block to block, where that is more than hidden states.
 
     Attributes:
-        hidden: the hidden states.
         shared: the keys and values that later blocks share, by their kind of attention.
         inputs: the inputs of the blocks that follow, the next one's first.
     """

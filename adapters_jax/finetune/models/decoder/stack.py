@@ -111,11 +111,7 @@ class Stack(nnx.Module):
         return CrossCache(own, self.read(source), seen)
 
     def extend(
-        self,
-        x: Hidden,
-        cache: CrossCache,
-        positions: Int[Array, "batch length"],
-        mask: Seen,
+        self, x: Hidden, cache: CrossCache, positions: Int[Array, "batch length"], mask: Seen
     ) -> tuple[Hidden, CrossCache]:
         """Computes the hidden states of further tokens, and extends the cache by them.
 

@@ -60,23 +60,15 @@ def load_encoder(
 
     Args:
         build: the class of the encoder.
-        config_class: the class of its configuration.
-        names: its name table.
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision: a branch, tag or commit on the Hub.
-        mesh: the devices that get the parameters, each when it is read; see
-            `adapters_jax.layout`. None means the default device.
-        rules: partition specs by pattern of the parameter's path; see `adapters_jax.layout`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         pooler: whether to load the pooler, for a classifier with `pooling="pooler"`.
-        param_dtype: the dtype of the parameters returned.
         scan: whether they are for a model with scanned blocks.
 
     Returns:
         The configuration, and the parameters of `build(config, scan=scan)`.
 
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     config, tensors = huggingface.read_checkpoint(config_class, name_or_path, revision)
     like = abstract(build(config, param_dtype=param_dtype, scan=scan), pooler)
@@ -111,14 +103,9 @@ def load_pooled(
     """Loads the encoder's parameters that a classifier has.
 
     Args:
-        family: the encoder's.
-        directory: the checkpoint's directory.
         pooling: the classifier's; with "pooler" the pooler is loaded too. Images have none.
         absent: whether the files may lack the pooler. It is filled with zeros then, for an adapter
             that trains it.
-
-    Returns:
-        The configuration and the parameters.
 
     Raises:
         UserError: as for `load_encoder`.
@@ -151,9 +138,6 @@ def encoder_family(
     """Makes the record of an encoder's family.
 
     Args:
-        name: the family's name.
-        config: the class of its configuration.
-        names: the name table of the encoder.
         known, kind, scans: see `Family`.
         types: the values of `model_type` that it reads; by default those of the configuration.
         head: the name of the classifier's last layer in transformers.

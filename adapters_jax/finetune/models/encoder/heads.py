@@ -63,7 +63,6 @@ class EncoderClassifier(Headed):
     """An encoder whose pooled output, or each token's state, goes through dropout and a `head`.
 
     Args:
-        config: the encoder's shape.
         num_labels: the width of the head; 1 for regression.
         pooling: "mean" over the tokens, "cls" for the first token, "pooler" for the layers that
             the architecture's classifier in transformers has before its last one, or "tokens" for
@@ -117,7 +116,6 @@ class ImageClassifier(Headed):
     That is ViT's first token, the mean of CLIP's patches, and both of DINOv2.
 
     Args:
-        config: the encoder's shape.
         num_labels: the width of the head.
         dtype, param_dtype, attention, remat, scan: as in `Encoder`.
     """
@@ -164,7 +162,6 @@ class MaskedLanguageModel(Headed):
     embeddings as the output layer, with a bias. Only the tokens that are asked for get logits.
 
     Args:
-        config: the encoder's shape.
         dtype, param_dtype, attention, remat, scan: as in `Encoder`.
 
     Example:

@@ -48,7 +48,6 @@ class Context(NamedTuple):
 
     Attributes:
         mask: the keys that each query sees; None sees all.
-        rotation: the rotation of queries and keys by their positions.
         relative: relative positions, for disentangled attention.
         deterministic: whether dropout is off.
     """
@@ -320,7 +319,6 @@ class Block(Configured):
     """Attention and feed-forward, each with its residual sum, and a norm before or behind it.
 
     Args:
-        attention_fn: the attention function.
         normed: whether the attention's input or sum is normalised.
     """
 

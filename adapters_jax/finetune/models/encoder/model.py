@@ -56,14 +56,11 @@ class Encoder(Typed):
 
     Args:
         config: the model's shape, of the class of its family.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
+        dtype, remat: as in `models.decoder.Decoder`.
         attention: "auto", "dense" or "flash", or a function that is called as flax's attention
             modules call theirs, with query, key and value of shape
             `(batch, length, heads, head_dim)`; see `attention_function`. Disentangled attention has
             a bias of the scores, so it is always dense.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
         scan: whether the blocks are one module, `layers`, with leaves stacked on their first axis,
             instead of `layer_0`, `layer_1`, ...
 
@@ -123,7 +120,6 @@ class Encoder(Typed):
         """Computes the hidden states after the last block.
 
         Args:
-            input_ids: token ids.
             attention_mask: 1 for tokens and 0 for padding, of any dtype.
             token_type_ids: the segment of each token, 0 by default; read if the family has any.
             position_ids: those of learned and rotary positions, by default 0, 1, 2, ...; RoBERTa

@@ -67,9 +67,7 @@ def recomputed(run: Callable[..., Array], last: nnx.Module, *inputs: Array) -> A
     cheaper to compute it a second time than to store it.
 
     Args:
-        run: a function of arrays.
         last: the module of its last product.
-        inputs: those of `run`.
     """
     kinds = {type(x) for _, x in nnx.iter_graph(last)}
     # flax lets nobody draw keys, as for dropout, within `jax.checkpoint`.
@@ -105,9 +103,6 @@ def run_linen(
         contexts: the second argument of each kind of block; scanned blocks are of one kind.
         kinds: the number of each block's kind.
         remat: see `check_remat`.
-
-    Returns:
-        The output of the last block.
     """
     scanned = isinstance(layers, nn.Module)
     policy = check_remat(remat)
@@ -158,13 +153,7 @@ def run_nnx(
 
     Args:
         layers: from `make_nnx`.
-        x: the input of the first block.
-        contexts: the second argument of each kind of block.
-        kinds: the number of each block's kind.
-        remat: see `check_remat`.
-
-    Returns:
-        The output of the last block.
+        x, contexts, kinds, remat: as in `run_linen`.
     """
     scanned = not isinstance(layers, nnx.List)
 
@@ -201,9 +190,7 @@ def extend_nnx(
         step: called for each block as `step(x, layer, context, *row)`, returns `x` and what the
             block keeps.
         layers: from `make_nnx`.
-        x: the input of the first block.
-        contexts: for each kind of block.
-        kinds: the number of each block's kind.
+        x, contexts, kinds: as in `run_nnx`.
         *rows: a list with a pytree for each block, or one pytree with the layers on the first axis.
 
     Returns:

@@ -30,7 +30,6 @@ class LayerCache:
     """What a layer keeps, during a call; the layer's modules extend it.
 
     Args:
-        kept: what it keeps.
         start: the first free slot.
 
     Attributes:

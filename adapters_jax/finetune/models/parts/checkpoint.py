@@ -33,8 +33,6 @@ def filled(
 
     Args:
         model: the model, whose Variables are abstract.
-        tensors: the tensors of its checkpoint.
-        names: their names.
         mesh, rules: where the parameters are; see `adapters_jax.layout`.
 
     Raises:

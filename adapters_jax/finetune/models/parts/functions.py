@@ -147,7 +147,6 @@ def normalize(
     """Normalises as flax's layer norm (centred) or RMS norm does, without a bias.
 
     Args:
-        x: the rows to normalise.
         scale: factors of the result.
         epsilon: added to the variance.
         centred: whether to subtract the mean.
@@ -196,14 +195,10 @@ def _normalize_jvp(
 def split_heads(
     x: Float[Array, "*batch features"], width: int
 ) -> Float[Array, "*batch heads width"]:
-    """The heads of a projection.
+    """The heads of a projection, each of a width.
 
     A TPU's compiler makes the split a part of the product, and for that lays the stacked weights of
     scanned layers out anew: a copy of them in every step. A barrier keeps it from that.
-
-    Args:
-        x: what a projection returns.
-        width: that of a head.
     """
     x = jax.lax.optimization_barrier(x) if is_scanning() else x
     return x.reshape(*x.shape[:-1], -1, width)
@@ -244,21 +239,15 @@ def dot_product_attention(
     Args:
         query: the queries; consecutive heads form groups of equal size, one group for each key
             head.
-        key: the keys.
         value: the values, with as many heads as the keys, perhaps of another width.
         bias: added to the scores, which are products divided by the root of the width.
         mask: a `Mask`, or True where a query sees a key.
-        dropout_rng: the random key of the dropout.
-        dropout_rate: the dropout rate of the attention weights.
         broadcast_dropout: whether all heads and sequences drop the same weights.
         deterministic: True turns dropout off.
         dtype: the computation dtype; None means that of the inputs together. The softmax is
             computed in float32 at least.
         softcap: the bound of the scores; see `capped`.
         sinks: a further score of each head, which takes its share of the softmax and has no value.
-
-    Returns:
-        The mixed values, one vector for each query.
     """
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     *batch, length, heads, width = query.shape

@@ -100,7 +100,6 @@ def relative_positions(length: int, buckets: int, longest: int) -> Int[np.ndarra
     with the logarithm.
 
     Args:
-        length: the number of tokens.
         buckets: the number of embeddings to each side; 0 has one for each distance.
         longest: the largest distance, which the last bucket reaches.
 

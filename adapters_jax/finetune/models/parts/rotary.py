@@ -25,10 +25,7 @@ REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": (
-        *("factor", "original_max_position_embeddings"),
-        *("short_factor", "long_factor"),
-    ),
+    "longrope": (*("factor", "original_max_position_embeddings"), *("short_factor", "long_factor")),
     "llama3": (
         *("factor", "original_max_position_embeddings"),
         *("low_freq_factor", "high_freq_factor"),
@@ -220,10 +217,8 @@ def rotation(
     """Computes the rotation of each position, in float32.
 
     Args:
-        positions: the positions.
         features: the number of a head's features that are rotated.
         theta: the base of the frequencies; None rotates nothing.
-        scaling: how the frequencies are scaled.
         length: see `RopeScaling.frequencies`.
 
     Returns:
@@ -248,7 +243,6 @@ def warmed(
     """A factor of queries that grows with their position, in the form of a rotation by no angle.
 
     Args:
-        positions: the positions.
         features: the number of a head's features.
         warming: the number of positions after which it grows, and by how much.
 

@@ -57,9 +57,7 @@ def token_positions(
 
 
 def chunks(
-    positions: Int[Array, "#batch length"],
-    segments: Int[Array, "batch length"] | None,
-    size: int,
+    positions: Int[Array, "#batch length"], segments: Int[Array, "batch length"] | None, size: int
 ) -> Int[Array, "batch length"]:
     """A number for each chunk of `size` tokens of each text, as `segments` are of texts.
 

@@ -10,12 +10,7 @@ from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.t5.config import T5Config
 from adapters_jax.finetune.models.t5.model import T5, abstract_t5
@@ -71,16 +66,11 @@ def load_t5(
     """Loads a T5, Flan-T5 or mT5 from a directory or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision, mesh, rules: see `load_decoder`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `T5`.
 
-    Returns:
-        The configuration, and the model with the parameters of the checkpoint.
-
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     directory = huggingface.resolve(name_or_path, revision)
     config, tensors = huggingface.read_checkpoint(T5Config, directory)

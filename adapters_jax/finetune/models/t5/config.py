@@ -24,17 +24,14 @@ class T5Config(huggingface.CheckpointConfig):
     """The shape of a T5, under the names that `config.json` uses; T5-small by default.
 
     Attributes:
-        vocab_size: the number of tokens.
         d_model: the width of the hidden states.
         d_kv: the width of a head; heads together may be wider or narrower than the hidden states.
         d_ff: the width inside the feed-forward.
         num_layers: the number of layers of the encoder.
         num_decoder_layers: that of the decoder; None has as many as the encoder.
-        num_heads: the number of attention heads.
         relative_attention_num_buckets: the number of groups of distances, each with a bias of the
             attention scores for every head.
         relative_attention_max_distance: the distance from which on all are of one group.
-        layer_norm_epsilon: the epsilon of the norms.
         initializer_factor: the factor of the standard deviations of new weights.
         feed_forward_proj: the activation of the feed-forward, with `gated-` before it if there is
             a gate; `gated-gelu` has the approximation of GELU by tanh.

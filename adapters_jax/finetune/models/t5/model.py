@@ -57,17 +57,10 @@ class T5(nnx.Module):
     It has no dropout: `dropout_rate` of a `config.json` has no effect.
 
     Args:
-        config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
+        dtype, remat, scan: as in `Decoder`, of the `layers` of encoder and decoder.
         attention: "auto" or "dense", or the attention function of every layer; see
             `attention_function` and `DecoderAttention`. Kernels have no biases of positions, so
             "auto" takes one in cross-attention alone.
-        remat: True recomputes each block in the backward pass instead of storing its activations;
-            the name of a policy in `blocks.POLICIES` stores some of them.
-        scan: whether the `layers` of encoder and decoder are one block each, with leaves stacked on
-            their first axis, instead of lists of blocks.
-        rngs: the random numbers of the initial parameters.
 
     Raises:
         UserError: `attention` or `remat` is not one of the choices.
@@ -115,11 +108,7 @@ class T5(nnx.Module):
         decoder_input_ids: Int[Array, "batch written"] | None = None,
         decoder_attention_mask: Num[Array, "batch written"] | None = None,
     ) -> Float[Array, "batch written vocab"]:
-        """Computes float32 logits of the decoder's next token; the arguments are those of `hidden`.
-
-        Returns:
-            The logits, of shape `(batch, written, vocab)`.
-        """
+        """Float32 logits of the decoder's next token; the arguments are those of `hidden`."""
         return self.logits(
             self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
         )
@@ -210,17 +199,7 @@ class T5(nnx.Module):
         attention_mask: Num[Array, "batch written"],
         cache: CrossCache,
     ) -> tuple[Float[Array, "batch written d"], CrossCache]:
-        """Computes the decoder's hidden states of further tokens, and extends the cache by them.
-
-        Args:
-            input_ids: token ids; the earlier ones are in the cache.
-            attention_mask: 1 for tokens and 0 for padding.
-            cache: from `read_prompts` or an earlier call. It must have room for the tokens; only
-                the first call can check that.
-
-        Returns:
-            The hidden states after the last norm, and the extended cache.
-        """
+        """Continues what `read_prompts` or an earlier call has begun, as `Decoder.extend` does."""
         check_tokens(input_ids, attention_mask)
         x, (cache, positions, mask) = self.embeddings(input_ids), cache.reserve(attention_mask)
         with known_tokens(attention_mask, before=positions):

@@ -8,12 +8,7 @@ from jax.sharding import Mesh
 from adapters_jax.distributed.sharding import Rules
 from adapters_jax.files.names import NameTable, Rule
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.parts.checkpoint import (
-    SHARD,
-    filled,
-    save_tensors,
-    tensors_of,
-)
+from adapters_jax.finetune.models.parts.checkpoint import SHARD, filled, save_tensors, tensors_of
 from adapters_jax.finetune.models.parts.names import NNX
 from adapters_jax.finetune.models.whisper.config import WhisperConfig
 from adapters_jax.finetune.models.whisper.model import Whisper, abstract_whisper
@@ -61,16 +56,11 @@ def load_whisper(
     """Loads a Whisper from a directory or the Hugging Face Hub.
 
     Args:
-        name_or_path: a directory with `config.json` and safetensors, or an id on the Hub.
-        revision, mesh, rules: see `load_decoder`.
+        name_or_path, revision, mesh, rules: as in `load_decoder`, without GGUF files.
         options: `dtype`, `param_dtype`, `attention`, `remat` and `scan` of `Whisper`.
 
-    Returns:
-        The configuration, and the model with the parameters of the checkpoint.
-
     Raises:
-        UserError: files are absent, or a setting is unsupported.
-        MismatchError: the tensors do not fit; the message lists every difference.
+        UserError, MismatchError: as in `load_decoder`.
     """
     config, tensors = huggingface.read_checkpoint(WhisperConfig, name_or_path, revision)
     return config, filled(abstract_whisper(config, **options), tensors, NAMES, mesh, rules)

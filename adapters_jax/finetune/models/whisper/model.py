@@ -78,10 +78,7 @@ class Whisper(nnx.Module):
 
     Args:
         config: the model's shape.
-        dtype: the computation dtype; None means that of inputs and parameters together.
-        param_dtype: the dtype of the parameters.
-        attention, remat, scan: see `Decoder`.
-        rngs: the random numbers of the initial parameters.
+        dtype, param_dtype, attention, remat, scan, rngs: as in `Decoder`.
 
     Raises:
         UserError: `attention` or `remat` is not one of the choices.
@@ -188,16 +185,7 @@ class Whisper(nnx.Module):
         attention_mask: Num[Array, "batch written"],
         cache: CrossCache,
     ) -> tuple[Float[Array, "batch written d"], CrossCache]:
-        """Computes the decoder's hidden states of further tokens, and extends the cache by them.
-
-        Args:
-            input_ids: token ids; the earlier ones are in the cache.
-            attention_mask: 1 for tokens and 0 for padding.
-            cache: from `listen` or an earlier call; it must have room for the tokens.
-
-        Returns:
-            The hidden states after the last norm, and the extended cache.
-        """
+        """Continues what `listen` or an earlier call has begun, as `Decoder.extend` does."""
         check_tokens(input_ids, attention_mask)
         cache, positions, mask = cache.reserve(attention_mask)
         x = self.decoder.embed(input_ids, positions)

@@ -94,7 +94,7 @@ DEEPSEEK_V3 = Architecture(
     read=_read,
     write=_write,
     supported={
-        **{"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+        **{"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
     },
     names=replace(
         _NAMES,

@@ -22,10 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-LATER: dict[str, Any] = {
-    "sliding_window": 4096,
-    "num_key_value_heads": 4,
-}
+LATER: dict[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 4}
 
 
 def _scaled(values: Values) -> dict[str, Any]:
@@ -101,12 +98,7 @@ GEMMA2 = Architecture(
     "gemma2",
     "Gemma2ForCausalLM",
     fixed={"norm_offset": 1.0, "norm_placement": "both"},
-    defaults={
-        **DEFAULTS,
-        **LATER,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
+    defaults={**DEFAULTS, **LATER, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     settings=(
         *("attention_bias", "sliding_window"),
         *("attn_logit_softcapping", "final_logit_softcapping"),

@@ -45,10 +45,7 @@ GPT_OSS = Architecture(
     supported={"hidden_act": ("silu",), "swiglu_alpha": (1.702,)},
     names=replace(_NAMES, parameters=(*_NAMES.parameters, _SINKS)),
     known={
-        f"openai/gpt-oss-{size}": shape(
-            *(2880, 2880, layers, 64, 8),
-            num_local_experts=experts,
-        )
+        f"openai/gpt-oss-{size}": shape(*(2880, 2880, layers, 64, 8), num_local_experts=experts)
         for size, layers, experts in (("20b", 24, 32), ("120b", 36, 128))
     },
 )

@@ -14,11 +14,7 @@ SETTINGS: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {"attention_multiplier": 0.015625, "logits_scaling": 8.0}
 LARGE: dict[str, Any] = {"attention_multiplier": 0.0078125, "logits_scaling": 16.0}
-VERSIONS = {
-    "3.0": (1e4, 4096, 49155),
-    "3.1": (5e6, 131072, 49155),
-    "3.3": (1e7, 131072, 49159),
-}
+VERSIONS = {"3.0": (1e4, 4096, 49155), "3.1": (5e6, 131072, 49155), "3.3": (1e7, 131072, 49159)}
 KNOWN = {
     f"ibm-granite/granite-{version}-{size}-instruct": shape(
         *sizes,

@@ -86,8 +86,5 @@ KNOWN = {
 }
 
 LLAMA = Architecture(
-    "llama",
-    "LlamaForCausalLM",
-    settings=("attention_bias", "mlp_bias"),
-    known=KNOWN,
+    "llama", "LlamaForCausalLM", settings=("attention_bias", "mlp_bias"), known=KNOWN
 )

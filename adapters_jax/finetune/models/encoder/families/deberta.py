@@ -170,10 +170,7 @@ NAMES = bert.like_bert(
         attention__position_key="attention.self.pos_key_proj",
     ),
     # Published files have absolute positions that the model does not read, and other heads.
-    ignored=(
-        r"embeddings\.position_embeddings\.weight",
-        r"(lm_predictions|mask_predictions)\..*",
-    ),
+    ignored=(r"embeddings\.position_embeddings\.weight", r"(lm_predictions|mask_predictions)\..*"),
     heads=(*HEADS, "pooler"),
 )
 
