@@ -228,7 +228,8 @@ def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     assert status == 0
     found = json.loads(out)
     lora, full = found["plans"]["lora"], found["plans"]["full"]
-    counted = count_parameters(str(tmp_path / model), MethodOptions("lora", rank=2))
+    method = MethodOptions("lora", rank=2).on("decoder" if model == "llama" else "encoder")
+    counted = count_parameters(str(tmp_path / model), method)
     assert lora["trainable_parameters"] == counted.trainable_parameters
     assert lora["base"] == 2 * counted.frozen_parameters
     assert full["trainable_parameters"] == counted.frozen_parameters
