@@ -132,7 +132,7 @@ def start(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
-    bucket = str(tmp_path)
+    bucket = tmp_path.as_uri()  # a store whose objects are files
 
     def start(text, environment, port):
         text = re.sub(r"(\w+://my-bucket/)?runs/first", f"{bucket}/runs/first --steps 2", text)
