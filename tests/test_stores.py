@@ -342,3 +342,63 @@ def test_commands_that_take_paths_of_this_machine_say_so(tmp_path):
         main(["finetune", "--train", "gs://bucket/rows.csv"])
     with command_raises(UsageError, "s3://bucket/page"):
         main(["convert", "runs/mine", "s3://bucket/page", "--to", "peft"])
+
+
+def s3(monkeypatch):
+    """A server of S3's protocol, with a bucket; afterwards it asks for credentials."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("localhost", 0, verbose=False)
+    from moto import settings
+
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield
+    monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
+    yield
+    server.stop()
+
+
+def gs(monkeypatch):
+    """A server of Google's protocol, with a bucket; it asks for nothing."""
+    servers = pytest.importorskip("gcp_storage_emulator.server")
+    pytest.importorskip("gcsfs")
+    port = free_port()
+    server = servers.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+    yield
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the servers and clients
+@pytest.mark.parametrize("kind", [s3, gs])
+def test_the_stores_own_protocols(kind, monkeypatch):
+    serving, protocol = kind(monkeypatch), kind.__name__
+    next(serving)
+    tree, recipe = {"q": {"lora": factors(2)}}, aj.Recipe(aj.LoRA("q", 2))
+    for rank in (3, 2):  # the second one replaces the first
+        tree, recipe = {"q": {"lora": factors(rank)}}, aj.Recipe(aj.LoRA("q", rank))
+        aj.save_adapter(f"{protocol}://bucket/mine", tree, recipe)
+    found, arrays = aj.read_adapter(f"{protocol}://bucket/mine")
+    assert found == recipe
+    np.testing.assert_array_equal(arrays["q/lora/b"], tree["q"]["lora"]["b"])
+    with Checkpoints(f"{protocol}://bucket/checkpoints") as checkpoints:
+        for i in (1, 2, 3):
+            checkpoints.save(i, new_state())
+    with Checkpoints(f"{protocol}://bucket/checkpoints") as checkpoints:
+        assert checkpoints.steps == [2, 3]
+        state = checkpoints.restore(new_state()).state
+        jax.tree.map(np.testing.assert_array_equal, state.adapters, new_state().adapters)
+    with raises(FileSystemError, f"{protocol}://none/x", "no such bucket"):
+        aj.save_adapter(f"{protocol}://none/x", tree, recipe)
+    assert [path.rstrip("/") for path in fsspec.filesystem(protocol).ls("")] == ["bucket"]
+    if next(serving, True) is None:
+        for refused in (aj.read_adapter, lambda name: aj.save_adapter(name, tree, recipe)):
+            with raises(FileSystemError, "s3://bucket/mine", "credentials", "'bucket'"):
+                refused("s3://bucket/mine")
+        next(serving, None)

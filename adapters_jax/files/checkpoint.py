@@ -37,13 +37,20 @@ from adapters_jax.errors import (
     file_errors,
 )
 from adapters_jax.files.atomic import remove
+from adapters_jax.files.checkpointed import (
+    copied,
+    identity_of,
+    kept_of,
+    plain_arrays,
+    rebuilt,
+    whole,
+)
 from adapters_jax.files.checksums import damage, write_checksums
-from adapters_jax.files.identity import tree_sha256
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.stores import Mirror, address_of
 from adapters_jax.recipe import as_compared
 from adapters_jax.training.state import TrainState, check_kind, check_state
-from adapters_jax.trees import Tree, leaves_by_path, path_of
+from adapters_jax.trees import Tree
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -238,15 +245,15 @@ class Checkpoints:
         """
         check_state("Checkpoints.save", state)
         self.wait()
-        leaves, structure = jax.tree.flatten(_kept(state, best))
+        leaves, structure = jax.tree.flatten(kept_of(state, best))
         # One program copies all device arrays; the thread does the rest. numpy arrays stay.
         on_device = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-        for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
-            leaves[i] = copied
+        for i, copy in zip(on_device, copied([leaves[i] for i in on_device]), strict=True):
+            leaves[i] = copy
             if self._alone:
-                leaves[i] = _whole(leaves[i])
+                leaves[i] = whole(leaves[i])
         kept = jax.tree.unflatten(structure, leaves)
-        self._identity = self._identity or _identity(state)
+        self._identity = self._identity or identity_of(state)
         self._require_room([x.nbytes for x in leaves])
         self._pending = self._thread.submit(self._write, step, kept, score, progress)
 
@@ -267,7 +274,7 @@ class Checkpoints:
             "best": kept["best"] is not None,
             "progress": json.loads(json.dumps(progress or {}, default=_number)),
         }
-        arrays = _arrays(kept)
+        arrays = plain_arrays(kept)
         if self._alone:  # orbax takes arrays of jax for those of all processes
             arrays = {path: np.asarray(x) for path, x in arrays.items()}  # type: ignore[misc]
         parts = {
@@ -334,14 +341,14 @@ class Checkpoints:
         step = self._found(step)
         where = f"the checkpoint of step {step} in {self.where}"
         about = self._about(step)
-        for name, own in _identity(state).items():
+        for name, own in identity_of(state).items():
             if as_compared(about[name]) != as_compared(own):
                 raise CheckpointError(
                     f"{where} has the {name} {json.dumps(about[name])}, and the state has "
                     f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
                     "it was trained with"
                 )
-        expected = _arrays(_kept(state, state.adapters if about["best"] else None))
+        expected = plain_arrays(kept_of(state, state.adapters if about["best"] else None))
         with self._reading(step):
             saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = "Restore it into a state with the model, recipe, optimiser and collections it is of."
@@ -357,7 +364,7 @@ class Checkpoints:
         arrays = {k: x if expected[k].committed else jnp.array(np.array(x)) for k, x in got.items()}
         if self._alone:
             arrays = {k: place(x, expected[k].sharding) for k, x in got.items()}
-        kept, best = _rebuilt(state, arrays, about["best"])
+        kept, best = rebuilt(state, arrays, about["best"])
         return Checkpoint(replace(state, **kept), best, about["progress"])
 
     def progress(self, step: int | None = None) -> dict[str, Any]:
@@ -460,12 +467,6 @@ class Checkpoints:
             _LOG.warning(message, number, why, aside, others)
 
 
-def _identity(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
-    tree = tree_sha256((state.adapters, state.base), state.recipe)
-    return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
-
-
 def _short(error: Exception) -> str:
     """An error's first line; a long one is cut in the middle, since its reason is at the end."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -474,33 +475,6 @@ def _short(error: Exception) -> str:
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics.get("score", -math.inf)
-
-
-def _kept(state: TrainState, best: Tree | None) -> dict[str, Any]:
-    """What a checkpoint keeps of a state."""
-    return {**state.checkpointed, "best": best}
-
-
-def _arrays(kept: dict[str, Any]) -> dict[str, jax.Array]:
-    """The same as plain arrays by path; orbax cannot save empty ones."""
-    return {path: _plain(x) for path, x in leaves_by_path(kept).items() if jnp.size(x)}
-
-
-def _rebuilt(
-    state: TrainState, arrays: Mapping[str, jax.Array], with_best: bool
-) -> tuple[dict[str, Any], Tree | None]:
-    """The inverse of `_arrays`: a state's fields, and the best adapters."""
-
-    def leaf(path: Any, like: Any) -> Any:
-        array = arrays.get(path_of(path), like)
-        if not _is_key(like):
-            return array
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-
-    kept = jax.tree_util.tree_map_with_path(
-        leaf, _kept(state, state.adapters if with_best else None)
-    )
-    return kept, kept.pop("best")
 
 
 def _number(x: Any) -> Any:
@@ -515,23 +489,3 @@ def _number(x: Any) -> Any:
     raise TypeError(
         f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
     )
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _plain(x: Any) -> Any:
-    """The integers of a key; any other array as it is."""
-    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
-
-
-def _whole(x: jax.Array) -> Any:
-    """An array that several processes hold parts of, in the memory of each."""
-    return np.asarray(multihost_utils.process_allgather(_plain(x), tiled=True))
-
-
-@jax.jit
-def _copy(arrays: Any) -> Any:
-    """Copies on the device, in one program."""
-    return jax.tree.map(jnp.copy, arrays)
