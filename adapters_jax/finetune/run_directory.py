@@ -259,20 +259,20 @@ class Run:
             RunError: it lacks a key, or the base is of another kind.
         """
         if not os.path.isfile(self.config):
-            raise RunConfigError(f"no run at {self.path}: it has no config.json{self._instead()}")
+            raise RunConfigError(f"no run at {self.where}: it has no config.json{self._instead()}")
         try:
             config = read_json(self.config)
         except AdapterFileError as error:
-            fix = f"there is no other copy: remove {self.path} and train again"
+            fix = f"there is no other copy: remove {self.where} and train again"
             if self.checkpoints.is_dir():
-                fix = f"adapters-jax finetune --resume {self.path} restores it from a checkpoint"
+                fix = f"adapters-jax finetune --resume {self.where} restores it from a checkpoint"
             raise RunConfigError(f"{error}; {fix}") from error
         check_keys(self, config, _NEEDED)
         if config.get("summary", _COMBINED) != _COMBINED:
             check_keys(self, config, _TRAINED)
         found = config.get("kind", "encoder")
         if kind not in (None, found):
-            raise RunError(f"{self.path} is a run on a base of kind {found}, expected {kind}")
+            raise RunError(f"{self.where} is a run on a base of kind {found}, expected {kind}")
         return config
 
     def _instead(self) -> str:
@@ -301,7 +301,7 @@ def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, Any]) -
     wrong = [key for key, form in needed.items() if not _fits(config.get(key), form)]
     if wrong and "model_type" in config:
         raise RunError(
-            f"{run.path} is a model, expected a run; give the run itself (of a merged model, the "
+            f"{run.where} is a model, expected a run; give the run itself (of a merged model, the "
             f"one that was merged), or train on the model: finetune --model {run.path}"
         )
     if wrong or config["format"] != FORMAT:
@@ -332,22 +332,25 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
     """Finds a run: its directory, or an exported run by its id on the Hugging Face Hub.
 
     Args:
-        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`.
+        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`, or an address
+            in an object store.
         revision: a branch, tag or commit on the Hub.
 
     Raises:
-        RunError: the Hub does not have the run.
+        RunError: the Hub or the store does not have the run.
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))
-    return Run(hub.find(name, revision, ("config.json", *FILES), "a run", RunError))
+    found = hub.find(name, revision, ("config.json", *FILES), "a run", RunError)
+    address = address_of(name)
+    return Run(found, Mirror(found, address) if address else None)
 
 
 def check_finished(run: Run, config: dict[str, Any]) -> None:
     """Raises RunError if a run is not finished."""
     if not {"summary", "combined"} & config.keys():
         raise RunError(
-            f"{run.path} is not finished; go on with: adapters-jax finetune --resume {run.path}"
+            f"{run.where} is not finished; go on with: adapters-jax finetune --resume {run.where}"
         )
 
 
