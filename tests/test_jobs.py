@@ -107,7 +107,9 @@ def command_of_ray(_):
 
 
 def ray(i, port):
-    return {"ADDRESS": f"localhost:{port}", "RANK": str(i)}
+    """On GKE, whose variables are there too."""
+    pods = {"TPU_WORKER_ID": str(i), "TPU_WORKER_HOSTNAMES": "localhost,localhost"}
+    return {"ADDRESS": f"localhost:{port}", "RANK": str(i), "JAX_FORCE_TPU_INIT": "1", **pods}
 
 
 STARTS = {
