@@ -9,6 +9,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Killed, it goes o
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,19 +32,19 @@ TOY = DecoderConfig(
 )
 
 
-def parse() -> argparse.Namespace:
+def parse(flags: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="directory, GGUF file or Hub id; a toy by default")
     parser.add_argument("--text", default=__file__, help="UTF-8 text to learn")
     parser.add_argument("--mesh", default="data=-1", help="axes: slice, data, fsdp and model")
-    parser.add_argument("--run", type=Path, default=Path("runs/sharded"), help="its directory")
+    parser.add_argument("--run", default="runs/sharded", help="its directory, of all hosts")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step, over all hosts")
     parser.add_argument("--length", type=int, default=64, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--dtype", default="float32", help="of the base and its arithmetic")
-    return parser.parse_args()
+    return parser.parse_args(flags)
 
 
 def load(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Decoder, np.ndarray]:
@@ -69,8 +70,8 @@ def loss_fn(model: Decoder, ids: jax.Array, key: jax.Array) -> jax.Array:
     return losses.mean()
 
 
-def main() -> None:
-    options = parse()
+def main(flags: Sequence[str] | None = None) -> None:
+    options = parse(flags)
     aj.join_hosts()
     mesh = aj.make_mesh(options.mesh)
     say = print if jax.process_index() == 0 else lambda *words: None
@@ -89,7 +90,7 @@ def main() -> None:
     # The order is a function of seed and step; a host reads the rows that its devices need.
     order = grain.MapDataset.range(len(rows)).seed(0).shuffle().repeat()
     own = aj.local_rows(options.batch, mesh)
-    with aj.Checkpoints(options.run / "checkpoints", keep=2) as checkpoints:
+    with aj.Checkpoints(f"{options.run}/checkpoints", keep=2) as checkpoints:
         if checkpoints.steps:
             state = checkpoints.restore(state).state
         done, began = int(state.step), time.perf_counter()
@@ -103,7 +104,7 @@ def main() -> None:
     tokens = (options.steps - done) * options.batch * options.length
     say(f"{tokens / seconds:,.0f} tokens/s on {len(jax.devices())} devices, compiling included")
     say(f"held out: loss {float(evaluate(state, aj.shard_batch(held_out, mesh))):.6f}")
-    aj.save_adapter(options.run / "adapter", state)  # written by one host, read by all
+    aj.save_adapter(f"{options.run}/adapter", state)  # written by one host, read by all
 
 
 if __name__ == "__main__":

@@ -328,8 +328,15 @@ def test_the_notebook_of_a_chat_model_compiles_its_step_for_a_tpu(capsys):
 
 @tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["slice=2,fsdp=4", "fsdp=2,slice=2,model=2"])
-def test_only_sums_of_the_size_of_adapters_cross_slices(axes):
+@pytest.mark.parametrize(
+    ("slice_of", "axes"),
+    [
+        ("v5e:2x2", "slice=2,fsdp=4"),
+        ("v5p:2x2x1", "slice=2,fsdp=4"),
+        ("v6e:2x2", "fsdp=2,slice=2,model=2"),
+    ],
+)
+def test_only_sums_of_the_size_of_adapters_cross_slices(slice_of, axes):
     config = BertConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4)
     model = aj.adapt(Bert(config, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), aj.lora(4))
     ids, example = jax.ShapeDtypeStruct((8, 32), jnp.int32), jnp.zeros((1, 8), jnp.int32)
@@ -340,7 +347,7 @@ def test_only_sums_of_the_size_of_adapters_cross_slices(axes):
     def loss(params, ids, key):
         return jnp.mean(model.apply({"params": params}, ids).astype(jnp.float32) ** 2)
 
-    devices = aj.devices("v5e:2x2", slices=2)
+    devices = aj.devices(slice_of, slices=2)
     mesh = aj.make_mesh(axes, devices)
     at = mesh.axis_names.index("slice")
     for number, part in enumerate(np.moveaxis(mesh.devices, at, 0)):

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.pages
 INLINE = re.compile(r"(?<!`)`(aj\.[^`]+)`(?!`)")
 EXPRESSION = re.compile(r"aj\.[\w.]+(\(.*\))?$", re.S)
 RECIPES = ("adapters_jax.presets", "adapters_jax.methods")
-OTHERS = {"json", "text", "{toctree}", "{include}", "{facts}", "{eval-rst}"}
+OTHERS = {"{literalinclude}", "json", "text", "{toctree}", "{include}", "{facts}", "{eval-rst}"}
 
 
 @pytest.fixture(scope="module")

@@ -52,3 +52,9 @@ def test_alone_there_is_nothing_to_join(called, monkeypatch):
     with raises(ValueError, "something else") as caught:
         join_hosts()
     assert not isinstance(caught.value, aj.UserError)
+
+
+def test_processes_that_are_joined_already_are_left_alone(called, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv(PROCESSES, "2")
+    assert join_hosts() is False and not called

@@ -20,7 +20,8 @@ def join_hosts(
     """Joins the processes of a job, so that `jax.devices()` are the devices of all of them.
 
     Call it before anything else that touches a device. Outside of a cluster, and without arguments
-    or variables, it does nothing, so that the same script runs anywhere.
+    or variables, it does nothing, so that the same script runs anywhere; nor where the processes
+    are joined already, as by Ray.
 
     Args:
         coordinator: address and port of process 0, as in "10.0.0.1:1234"; by default the variable
@@ -41,6 +42,8 @@ def join_hosts(
         Traceback (most recent call last):
         adapters_jax.errors.UserError: join_hosts: JAX_PROCESS_ID is not set, ...
     """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _number(PROCESSES) if processes is None else processes
     process = _number(PROCESS) if process is None else process

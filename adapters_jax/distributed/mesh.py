@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from adapters_jax.errors import UserError, shown
@@ -138,7 +138,7 @@ def batch_parts(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(name, 1) for name in BATCH)
 
 
-def place(x: Any, sharding: NamedSharding) -> Any:
+def place(x: Any, sharding: Sharding) -> Any:
     """Puts an array onto devices; on several hosts each has the whole array and copies its part.
 
     Args:

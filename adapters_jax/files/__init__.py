@@ -5,8 +5,10 @@
 - `untrusted`: JSON and safetensors files of unknown origin, checked before use; `settings`: rules
   for the values in them.
 - `atomic`, `checksums`: files that appear whole or not at all, and a check that they are undamaged.
-- `checkpoint`: a training run that can be resumed exactly; `lock`: one process at a time.
-- `hub`: repositories of the Hugging Face Hub; `model_card`: the README.md beside an adapter.
+- `checkpoint`: a training run that can be resumed exactly, and `checkpointed`, what it keeps of a
+  state; `lock`: one process at a time.
+- `stores`: object stores, `gs://` and `s3://`; `hub`: repositories of the Hugging Face Hub;
+  `model_card`: the README.md beside an adapter.
 - `peft`, `adapterhub`: adapters of these libraries, both ways. They share `directories`, which
   reads and writes the files, `module_map`, which finds a model's modules by their names in PyTorch,
   `names`, which maps tensors' names to our paths, and `layouts`, which converts the arrays.

@@ -25,10 +25,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, first_few, full_name
-from adapters_jax.files import hub
+from adapters_jax.files import hub, stores
 from adapters_jax.files.atomic import Content, write_directory
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
+from adapters_jax.files.stores import address_of
 from adapters_jax.files.untrusted import (
     DTYPES,
     TensorFile,
@@ -75,7 +76,8 @@ def save_adapter(
     several processes, all of them must call this; the first one writes.
 
     Args:
-        directory: the directory to write; its parents are created.
+        directory: the directory to write; its parents are created. Also an address in an object
+            store, `"gs://bucket/mine"` or `"s3://bucket/mine"`.
         adapters: a `TrainState` or an adapted NNX model; or, together with its recipe, the
             adapter's part of a model: a tree as `adapters_of` gives, or an NNX state of `ADAPTERS`,
             which has no statistics.
@@ -130,7 +132,8 @@ def save_adapter(
         )
     recipe, directory = Recipe(recipe), Path(directory)
     if _holds_something_else(directory):
-        raise UserError(f"{directory} exists and is not an adapter; give another directory")
+        where = address_of(directory) or directory
+        raise UserError(f"{where} exists and is not an adapter; give another directory")
     leaves = flatten(adapters)
     _check_kept(leaves, recipe)
     flat = {path: _plain(leaf) for path, leaf in leaves.items()}
@@ -142,7 +145,7 @@ def save_adapter(
         files[STATE] = _writer(state, directory / STATE)
     files[CONFIG] = config
     if jax.process_index() == 0:
-        write_directory(directory.resolve(), files)  # a link is kept: its target is replaced
+        write_directory(directory, files)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
@@ -162,6 +165,8 @@ def _holds_something_else(directory: Path) -> bool:
 
     What moves away while it is listed is an adapter that another process replaces.
     """
+    if address := address_of(directory):
+        return bool(names := stores.names(address)) and CONFIG not in names
     try:
         listed = directory.stat()
         names = os.listdir(directory)
@@ -397,8 +402,9 @@ def read_adapter(
     State that is not a parameter, which only `load_adapter` restores, is not read, with a warning.
 
     Args:
-        directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
-        revision: a branch, tag or commit there.
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub, or an address in
+            an object store.
+        revision: a branch, tag or commit on the Hub.
         base: the base that it is for, from `base_identity`, as for a `Bank`; None reads any.
 
     Returns:

@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adapters_jax.errors import file_errors
+from adapters_jax.files.stores import address_of, replace_all
 
 _ATTEMPTS = 100
 _BESIDE = re.compile(r"\.(.+)\.(new|old)\.[0-9a-f]{8}")  # see `new_directory`
@@ -21,14 +23,18 @@ Content = bytes | Callable[[Path], None]
 def write_directory(target: Path, files: Mapping[str, Content]) -> None:
     """Writes a directory under a temporary name, syncs it to disk and renames it to `target`.
 
+    At an address in an object store it is written here first, and then copied: one that replaces
+    another is not there meanwhile.
+
     Args:
-        target: the path of the directory; an old one is replaced.
+        target: the path of the directory, or its address; an old one is replaced.
         files: contents by name, `x` or `a/x`: bytes, or a function that writes a file to a
             path.
 
     Raises:
         FileSystemError: the disk is full or cannot be written. An old directory is unchanged, and
             no temporary one is left.
+        MissingPackageError: the package for an address is not installed.
 
     Example:
         >>> import tempfile
@@ -37,6 +43,13 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
         ...     Path(parent, "a", "x").read_bytes()
         b'1'
     """
+    if address := address_of(target):
+        with tempfile.TemporaryDirectory(prefix="adapters-jax-") as parent:
+            here = Path(parent, "written")
+            write_directory(here, files)
+            replace_all(here, address)
+        return
+    target = target.resolve()  # a link is kept: its target is replaced
     with file_errors(target, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = new_directory(target)

@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,29 @@ import numpy as np
 from filelock import FileLock
 from jax.experimental import multihost_utils
 
-from adapters_jax.errors import UserError, check_size, compare_trees, file_errors
+from adapters_jax.distributed.mesh import place
+from adapters_jax.errors import (
+    FileSystemError,
+    UserError,
+    check_size,
+    compare_trees,
+    file_errors,
+)
 from adapters_jax.files.atomic import remove
+from adapters_jax.files.checkpointed import (
+    copied,
+    identity_of,
+    kept_of,
+    plain_arrays,
+    rebuilt,
+    whole,
+)
 from adapters_jax.files.checksums import damage, write_checksums
-from adapters_jax.files.identity import tree_sha256
 from adapters_jax.files.lock import lock_directory, unlock_directory
+from adapters_jax.files.stores import Mirror, address_of
 from adapters_jax.recipe import as_compared
 from adapters_jax.training.state import TrainState, check_kind, check_state
-from adapters_jax.trees import Tree, leaves_by_path, path_of
+from adapters_jax.trees import Tree
 
 _LOG = logging.getLogger(__name__)
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
@@ -81,13 +97,18 @@ class Checkpoints:
     grain's `MapDataset`, a resumed run equals the uninterrupted one bit for bit.
 
     Args:
-        directory: created if it is absent. The remains of an interrupted save are removed.
+        directory: created if it is absent. The remains of an interrupted save are removed. At an
+            address in an object store, `"gs://bucket/run"`, everything below belongs to the
+            checkpoints; every process works in a directory of its own machine, and the first one
+            copies. A store has no locks: let one job at a time write there.
         keep: the number of latest checkpoints to keep, at least 2, so that one is always whole.
+        on_saved: called in the thread after each checkpoint is written.
 
     Raises:
         UserError: `keep` is not a whole number of at least 2.
         FileSystemError: the directory cannot be made or written.
         CheckpointError: another `Checkpoints`, of any process, has the directory open.
+        MissingPackageError: the package for an address is not installed.
 
     Example:
         >>> import adapters_jax as aj, jax, jax.numpy as jnp, optax, tempfile
@@ -107,18 +128,40 @@ class Checkpoints:
         ([2, 3], 3)
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
-        import orbax.checkpoint as ocp  # takes a second
-        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
-
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        on_saved: Callable[[], None] = lambda: None,
+    ) -> None:
         self._lock: FileLock | None = None
         check_size("Checkpoints", "keep", keep)
         if keep < 2:
             raise UserError(
                 f"Checkpoints: keep={keep}, expected at least 2, so that one is always whole"
             )
-        self.directory = Path(directory).absolute()
-        if jax.process_index() == 0:
+        self._on_saved = on_saved
+        self._mirror = None
+        if address := address_of(directory):
+            self._mirror = Mirror(Path(tempfile.mkdtemp(prefix="adapters-jax-")), address)
+        self.directory = self._mirror.directory if self._mirror else Path(directory).absolute()
+        self._alone = self._mirror is not None and jax.process_count() > 1
+        try:
+            self._open_directory()
+            self._open_manager(keep)
+        except UserError:
+            self._leave()
+            raise
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._identity: dict[str, Any] | None = None
+
+    def _open_directory(self) -> None:
+        """Makes, locks and cleans the directory."""
+        if self._mirror is not None:
+            self._mirror.pull()
+        if self._mirror is not None or jax.process_index() == 0:
             with file_errors(self.directory, "used for checkpoints"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = lock_directory(self.directory, CheckpointError)
@@ -126,7 +169,16 @@ class Checkpoints:
                 self._rename_damaged()
         # The other hosts open the directory once the first has cleaned it.
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoints of {self.directory}")
+            multihost_utils.sync_global_devices(f"checkpoints of {self.where}")
+
+    def _open_manager(self, keep: int) -> None:
+        import orbax.checkpoint as ocp  # takes a second
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+        many = ocp.options.MultiprocessingOptions()
+        if self._alone:
+            own = jax.process_index()
+            many = ocp.options.MultiprocessingOptions(own, {own}, f"of-process-{own}")
         kept = [
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
@@ -135,23 +187,23 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=_score,
             enable_async_checkpointing=False,  # it blocks for 0.1 s, so save has its own thread
+            multiprocessing_options=many,
+            create=False,
         )
         self._args = ocp.args
         handlers = {
-            "arrays": ocp.StandardCheckpointHandler(),
-            "about": ocp.JsonCheckpointHandler(),
+            "arrays": ocp.StandardCheckpointHandler(multiprocessing_options=many),
+            "about": ocp.JsonCheckpointHandler(multiprocessing_options=many),
         }
-        try:
-            with self._reading():
-                self._manager = ocp.CheckpointManager(
-                    self.directory, options=options, item_handlers=handlers
-                )
-        except CheckpointError:
-            self._unlock()
-            raise
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        self._pending: concurrent.futures.Future[None] | None = None
-        self._identity: dict[str, Any] | None = None
+        with self._reading():
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
+
+    @property
+    def where(self) -> str:
+        """The directory, or its address."""
+        return self._mirror.address if self._mirror else str(self.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -193,13 +245,15 @@ class Checkpoints:
         """
         check_state("Checkpoints.save", state)
         self.wait()
-        leaves, structure = jax.tree.flatten(_kept(state, best))
+        leaves, structure = jax.tree.flatten(kept_of(state, best))
         # One program copies all device arrays; the thread does the rest. numpy arrays stay.
         on_device = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-        for i, copied in zip(on_device, _copy([leaves[i] for i in on_device]), strict=True):
-            leaves[i] = copied
+        for i, copy in zip(on_device, copied([leaves[i] for i in on_device]), strict=True):
+            leaves[i] = copy
+            if self._alone:
+                leaves[i] = whole(leaves[i])
         kept = jax.tree.unflatten(structure, leaves)
-        self._identity = self._identity or _identity(state)
+        self._identity = self._identity or identity_of(state)
         self._require_room([x.nbytes for x in leaves])
         self._pending = self._thread.submit(self._write, step, kept, score, progress)
 
@@ -220,8 +274,11 @@ class Checkpoints:
             "best": kept["best"] is not None,
             "progress": json.loads(json.dumps(progress or {}, default=_number)),
         }
+        arrays = plain_arrays(kept)
+        if self._alone:  # orbax takes arrays of jax for those of all processes
+            arrays = {path: np.asarray(x) for path, x in arrays.items()}  # type: ignore[misc]
         parts = {
-            "arrays": self._args.StandardSave(_arrays(kept)),
+            "arrays": self._args.StandardSave(arrays),
             "about": self._args.JsonSave(about),
         }
         try:
@@ -231,17 +288,26 @@ class Checkpoints:
                 metrics={"score": -math.inf if score is None else float(score)},
             )
             # Last, since a directory without checksums counts as damaged.
-            if saved and jax.process_index() == 0:
+            if saved and (self._mirror or jax.process_index() == 0):
                 write_checksums(self.directory / str(step))
         except (OSError, ValueError) as error:  # tensorstore's is a ValueError
             self._clean_up_failure()
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.directory}: "
+                f"the checkpoint of step {step} could not be written to {self.where}: "
                 f"{_short(error)}; {self._intact()}"
+            ) from error
+        try:
+            if saved and self._mirror and jax.process_index() == 0:
+                self._mirror.push()
+            self._on_saved()
+        except FileSystemError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be copied: {error}; the earlier ones "
+                "that are there are whole"
             ) from error
         if not saved:
             raise CheckpointError(
-                f"step {step} is not saved: {self.directory} has a checkpoint of step "
+                f"step {step} is not saved: {self.where} has a checkpoint of step "
                 f"{max(self.steps)}; restore that one, or give another directory"
             )
 
@@ -273,28 +339,32 @@ class Checkpoints:
         """
         check_kind("Checkpoints.restore", state)
         step = self._found(step)
-        where = f"the checkpoint of step {step} in {self.directory}"
+        where = f"the checkpoint of step {step} in {self.where}"
         about = self._about(step)
-        for name, own in _identity(state).items():
+        for name, own in identity_of(state).items():
             if as_compared(about[name]) != as_compared(own):
                 raise CheckpointError(
                     f"{where} has the {name} {json.dumps(about[name])}, and the state has "
                     f"{json.dumps(own)}; restore it into a state of the model and the recipe that "
                     "it was trained with"
                 )
-        expected = _arrays(_kept(state, state.adapters if about["best"] else None))
+        expected = plain_arrays(kept_of(state, state.adapters if about["best"] else None))
         with self._reading(step):
             saved = dict(self._manager.item_metadata(step)["arrays"].items())
         fix = "Restore it into a state with the model, recipe, optimiser and collections it is of."
         compare_trees(where, saved, expected, fix, dtypes=True)
         abstract = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            path: np.empty(x.shape, x.dtype)
+            if self._alone
+            else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for path, x in expected.items()
         }
         got = self._read(step, arrays=self._args.StandardRestore(abstract))["arrays"]
         # orbax binds what it reads to devices; a step refuses that beside a base on a mesh.
         arrays = {k: x if expected[k].committed else jnp.array(np.array(x)) for k, x in got.items()}
-        kept, best = _rebuilt(state, arrays, about["best"])
+        if self._alone:
+            arrays = {k: place(x, expected[k].sharding) for k, x in got.items()}
+        kept, best = rebuilt(state, arrays, about["best"])
         return Checkpoint(replace(state, **kept), best, about["progress"])
 
     def progress(self, step: int | None = None) -> dict[str, Any]:
@@ -315,12 +385,14 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._manager.close()
-            self._unlock()
+            self._leave()
 
-    def _unlock(self) -> None:
+    def _leave(self) -> None:
         if self._lock is not None:
             unlock_directory(self.directory, self._lock)
             self._lock = None
+        if self._mirror is not None:
+            shutil.rmtree(self.directory)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -334,7 +406,7 @@ class Checkpoints:
         steps = self.steps
         if not steps or step not in (None, *steps):
             which = "" if step is None else f" of step {step}; its steps are {steps}"
-            raise CheckpointError(f"{self.directory} has no checkpoint{which}")
+            raise CheckpointError(f"{self.where} has no checkpoint{which}")
         return steps[-1] if step is None else step
 
     def _about(self, step: int) -> dict[str, Any]:
@@ -358,7 +430,7 @@ class Checkpoints:
             one, fix = (
                 (f"the checkpoint of step {step}", again) if step else ("a checkpoint", "remove it")
             )
-            message = f"{one} in {self.directory} cannot be read: {_short(error)}; {fix}"
+            message = f"{one} in {self.where} cannot be read: {_short(error)}; {fix}"
             raise CheckpointError(message) from error
 
     def _clean(self) -> bool:
@@ -395,12 +467,6 @@ class Checkpoints:
             _LOG.warning(message, number, why, aside, others)
 
 
-def _identity(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint belongs to: the recipe, and the paths and shapes of the base."""
-    tree = tree_sha256((state.adapters, state.base), state.recipe)
-    return {"recipe": json.loads(state.recipe.to_json()), "base": tree}
-
-
 def _short(error: Exception) -> str:
     """An error's first line; a long one is cut in the middle, since its reason is at the end."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -409,33 +475,6 @@ def _short(error: Exception) -> str:
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics.get("score", -math.inf)
-
-
-def _kept(state: TrainState, best: Tree | None) -> dict[str, Any]:
-    """What a checkpoint keeps of a state."""
-    return {**state.checkpointed, "best": best}
-
-
-def _arrays(kept: dict[str, Any]) -> dict[str, jax.Array]:
-    """The same as plain arrays by path; orbax cannot save empty ones."""
-    return {path: _plain(x) for path, x in leaves_by_path(kept).items() if jnp.size(x)}
-
-
-def _rebuilt(
-    state: TrainState, arrays: Mapping[str, jax.Array], with_best: bool
-) -> tuple[dict[str, Any], Tree | None]:
-    """The inverse of `_arrays`: a state's fields, and the best adapters."""
-
-    def leaf(path: Any, like: Any) -> Any:
-        array = arrays.get(path_of(path), like)
-        if not _is_key(like):
-            return array
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-
-    kept = jax.tree_util.tree_map_with_path(
-        leaf, _kept(state, state.adapters if with_best else None)
-    )
-    return kept, kept.pop("best")
 
 
 def _number(x: Any) -> Any:
@@ -450,18 +489,3 @@ def _number(x: Any) -> Any:
     raise TypeError(
         f"Checkpoints.save: progress holds a {type(x).__name__}, which JSON cannot hold"
     )
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _plain(x: Any) -> Any:
-    """The integers of a key; any other array as it is."""
-    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
-
-
-@jax.jit
-def _copy(arrays: Any) -> Any:
-    """Copies on the device, in one program."""
-    return jax.tree.map(jnp.copy, arrays)

@@ -26,6 +26,7 @@ from adapters_jax.files.atomic import write_directory
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.pickled import read_pickled
+from adapters_jax.files.stores import address_of, fetch, names
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.trees import Tree, flatten
 
@@ -119,10 +120,11 @@ class Pair:
         directory = Path(directory)
         names = _names(directory)
         others = names - {*files}
-        ours = self.config in names and not others and _has(directory / self.config, self.keys[0])
+        ours = self.config in names and not others and _has(directory, self.config, self.keys[0])
         if names and not ours:
+            where = address_of(directory) or directory
             raise UserError(
-                f"{directory} exists and is not just an adapter of {self.owner}: it has "
+                f"{where} exists and is not just an adapter of {self.owner}: it has "
                 f"{shortened(', '.join(sorted(others or names)))}; give another directory"
             )
         return directory
@@ -184,7 +186,7 @@ def _read_shards(index: Path) -> dict[str, Array]:
 
 def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str] | None) -> Path:
     """Writes files and further texts, by name, as a directory that appears whole or not at all."""
-    write_directory(directory.resolve(), {**texts(beside), **files})
+    write_directory(directory, {**texts(beside), **files})
     return directory
 
 
@@ -192,14 +194,17 @@ def empty_directory(directory: str | Path) -> Path:
     """Returns the path of a new or empty directory; raises `UserError` for any other."""
     directory = Path(directory)
     if _names(directory):
-        raise UserError(f"{directory} exists and is not empty; give another directory")
+        where = address_of(directory) or directory
+        raise UserError(f"{where} exists and is not empty; give another directory")
     return directory
 
 
-def _has(config: Path, key: str) -> bool:
+def _has(directory: Path, config: str, key: str) -> bool:
     """Whether a file has a key, or is gone since another process replaces its directory."""
+    if address := address_of(directory):
+        directory = fetch(address, [config]) or directory
     try:
-        return key in read_json(config)
+        return key in read_json(directory / config)
     except AdapterFileError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return True
@@ -212,6 +217,8 @@ def _names(directory: Path) -> set[str]:
     Raises:
         UserError: it is a file.
     """
+    if address := address_of(directory):
+        return {*names(address)}
     with file_errors(directory):
         try:
             with os.scandir(directory) as entries:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapters_jax.errors import AdapterFileError, UserError, needed
+from adapters_jax.files import stores
+from adapters_jax.files.stores import address_of
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*(?:/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r"(.*)/models--([^/]+)/snapshots/([^/]+)")
@@ -37,14 +39,17 @@ def is_id(name: str | Path) -> bool:
 
 
 def is_adapter_id(name: str | Path) -> bool:
-    """Whether a name is the id of an adapter: `user/name`, where `user` is not a local directory.
+    """Whether an adapter of this name is elsewhere: an id, or an address in an object store.
 
-    If `runs` is a local directory, `runs/mine` is a misspelt path, not an id.
+    An id is `user/name`, where `user` is not a local directory. If `runs` is a local directory,
+    `runs/mine` is a misspelt path, not an id.
 
     Example:
-        >>> is_adapter_id("user/name"), is_adapter_id("name")
-        (True, False)
+        >>> is_adapter_id("user/name"), is_adapter_id("name"), is_adapter_id("gs://bucket/name")
+        (True, False, True)
     """
+    if address_of(name) is not None:
+        return True
     return is_id(name) and "/" in str(name) and not os.path.isdir(Path(name).parent)
 
 
@@ -60,7 +65,7 @@ def find(
 
     Args:
         name_or_path: a directory, or an id such as `"user/name"` or `"user/name@revision"`. A
-            `Path` is always a directory.
+            `Path` is always a directory. An adapter may also be at an address in an object store.
         revision: a branch, tag or commit of the repository.
         files: patterns of the files to fetch from the top folder of the repository.
         what: what is looked for, for messages.
@@ -68,7 +73,8 @@ def find(
         is_id: tells which names are ids.
 
     Returns:
-        The directory; of an id, the snapshot in the Hub's cache, whose name is the commit.
+        The directory; of an id, the snapshot in the Hub's cache, whose name is the commit; of an
+        address, a copy that goes when the process ends.
 
     Raises:
         AdapterFileError: (or `error`) neither exists, the repository has no such revision, or the
@@ -88,6 +94,12 @@ def find(
                 "leave the revision out"
             )
         return Path(name_or_path)
+    if is_id(name_or_path) and (address := address_of(name_or_path)):
+        if revision is not None:
+            raise error(f"{address} has no revision {revision!r}; leave the revision out")
+        if (copied := stores.fetch(address, files)) is None:
+            raise error(f"{address} is not {what}: the store has none of its files there")
+        return copied
     if os.path.isfile(name_or_path):
         raise error(
             f"{str(name_or_path)!r} is a file, expected {what}; give its directory, "
@@ -185,7 +197,8 @@ def commit_of(directory: Path) -> str | None:
 
 
 def complete(directory: Path, files: Sequence[str]) -> None:
-    """Fetches further files of a snapshot in the Hub's cache; no other directory changes."""
+    """Fetches further files of what `find` returned of elsewhere; no other directory changes."""
+    stores.complete(directory, files)
     if found := _SNAPSHOT.fullmatch(directory.absolute().as_posix()):
         cache, name, commit = found.groups()
         _fetch(name.replace("--", "/"), commit, files, "an adapter", AdapterFileError, cache)

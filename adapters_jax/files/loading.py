@@ -90,7 +90,8 @@ def load_adapter(
     Everything is checked on shapes alone, before an array is read or made.
 
     Args:
-        directory: as written by `save_adapter`, or an id on the Hugging Face Hub.
+        directory: as written by `save_adapter`, or an id on the Hugging Face Hub, or an address in
+            an object store, `"gs://bucket/mine"` or `"s3://bucket/mine"`.
         model: the base, a linen, NNX or Equinox module, or a function of parameters, without
             adapters.
         params: linen and functions only: the base's parameters.

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from adapters_jax.files.adapter import FILES
 from adapters_jax.files.atomic import new_directory, write_file
 from adapters_jax.files.lock import lock_directory, unlock_directory
 from adapters_jax.files.manifest import CONFIG
+from adapters_jax.files.stores import Mirror, address_of, names
 from adapters_jax.files.untrusted import read_json
 
 FORMAT = 1
@@ -79,6 +82,7 @@ class Run:
 
     Args:
         path: the path of the directory.
+        mirror: its copy in an object store, for a run there.
 
     Example:
         >>> Run(Path("runs/demo")).adapter.as_posix()
@@ -86,6 +90,7 @@ class Run:
     """
 
     path: Path
+    mirror: Mirror | None = None
     # The run's options, and what `predict` needs beside the adapter.
     config = _File("config.json")
     # The losses by step, and evaluations: one JSON object a line.
@@ -104,19 +109,92 @@ class Run:
         """The adapter's directory; an exported run has its files beside the configuration."""
         return self.path if (self.path / CONFIG).is_file() else self.path / "adapter"
 
+    @classmethod
+    def at(cls, name: str | Path) -> Run:
+        """The run at a path; of an address in an object store, its directory on this machine.
+
+        Example:
+            >>> Run.at("gs://bucket/runs/demo").where
+            'gs://bucket/runs/demo'
+        """
+        address = address_of(name)
+        if address is None:
+            return cls(Path(name))
+        own = f"adapters-jax-{secrets.token_hex(8)}"
+        path = Path(tempfile.gettempdir(), own, address.rpartition("/")[2])
+        return cls(path, Mirror(path, address))
+
+    @property
+    def where(self) -> str:
+        """The path for messages, or the address."""
+        return self.mirror.address if self.mirror else self.path.as_posix()
+
+    def named(self, path: Path) -> str:
+        """A path in the run for messages: below its address, if it has one."""
+        inside = path.relative_to(self.path).as_posix()
+        return f"{self.mirror.address}/{inside}" if self.mirror else str(path)
+
+    def pull(self) -> None:
+        """Copies a run at an address to this machine.
+
+        Raises:
+            RunConfigError: there is none.
+            FileSystemError: the store does not answer, or refuses.
+        """
+        if self.mirror is not None:
+            self._make_parent()
+            self.mirror.pull()
+            if not self.path.exists():
+                raise RunConfigError(f"no run at {self.where}: there are no files")
+
+    def push(self) -> None:
+        """Copies what changed to the run's address, if it has one.
+
+        Raises:
+            FileSystemError: the store does not answer, or refuses.
+        """
+        if self.mirror is not None:
+            self.mirror.push()
+
+    def writing(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, a directory of the run may be replaced: nothing is copied meanwhile."""
+        return self.mirror.writing if self.mirror else contextlib.nullcontext()
+
+    def leave(self) -> None:
+        """Copies the run to its address, and removes it here; nothing is done without an address.
+
+        Raises:
+            FileSystemError: the store does not answer, or refuses; the run stays here.
+        """
+        if self.mirror is not None and self.path.exists():
+            try:
+                self.push()
+            except FileSystemError as error:
+                raise FileSystemError(f"{error}; the whole run is in {self.path}") from error
+            self.drop()
+
+    def drop(self) -> None:
+        """Removes the directory of a run at an address."""
+        if self.mirror is not None:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    def _make_parent(self) -> None:
+        # The copy of a run is for this user alone, as the store may be.
+        self.path.parent.mkdir(0o700 if self.mirror else 0o777, parents=True, exist_ok=True)
+
     def refuse_existing(self) -> None:
-        """Raises RunError if the path exists: a run is never overwritten."""
-        if self.path.exists():
+        """Raises RunError if there is anything: a run is never overwritten."""
+        if self.path.exists() or (self.mirror and names(self.mirror.address)):
             raise RunError(
-                f"{self.path} exists already; give this run another --name, remove that one, or "
-                f"resume it if it was interrupted: adapters-jax finetune --resume {self.path}"
+                f"{self.where} exists already; give this run another --name, remove that one, or "
+                f"resume it if it was interrupted: adapters-jax finetune --resume {self.where}"
             )
 
     def create(self, config: dict[str, Any]) -> None:
         """Creates the directory, which appears with its configuration or not at all."""
         self.refuse_existing()
         with file_errors(self.path, "made"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parent()
             beside = new_directory(self.path)
         try:
             with file_errors(self.path, "made"):
@@ -125,6 +203,11 @@ class Run:
         except FileSystemError:
             shutil.rmtree(beside)
             self.refuse_existing()  # another process was faster
+            raise
+        try:
+            self.push()
+        except UserError:
+            self.drop()
             raise
 
     def lock(self) -> FileLock:
@@ -176,20 +259,20 @@ class Run:
             RunError: it lacks a key, or the base is of another kind.
         """
         if not os.path.isfile(self.config):
-            raise RunConfigError(f"no run at {self.path}: it has no config.json{self._instead()}")
+            raise RunConfigError(f"no run at {self.where}: it has no config.json{self._instead()}")
         try:
             config = read_json(self.config)
         except AdapterFileError as error:
-            fix = f"there is no other copy: remove {self.path} and train again"
+            fix = f"there is no other copy: remove {self.where} and train again"
             if self.checkpoints.is_dir():
-                fix = f"adapters-jax finetune --resume {self.path} restores it from a checkpoint"
+                fix = f"adapters-jax finetune --resume {self.where} restores it from a checkpoint"
             raise RunConfigError(f"{error}; {fix}") from error
         check_keys(self, config, _NEEDED)
         if config.get("summary", _COMBINED) != _COMBINED:
             check_keys(self, config, _TRAINED)
         found = config.get("kind", "encoder")
         if kind not in (None, found):
-            raise RunError(f"{self.path} is a run on a base of kind {found}, expected {kind}")
+            raise RunError(f"{self.where} is a run on a base of kind {found}, expected {kind}")
         return config
 
     def _instead(self) -> str:
@@ -218,7 +301,7 @@ def check_keys(run: Run, config: Mapping[str, Any], needed: Mapping[str, Any]) -
     wrong = [key for key, form in needed.items() if not _fits(config.get(key), form)]
     if wrong and "model_type" in config:
         raise RunError(
-            f"{run.path} is a model, expected a run; give the run itself (of a merged model, the "
+            f"{run.where} is a model, expected a run; give the run itself (of a merged model, the "
             f"one that was merged), or train on the model: finetune --model {run.path}"
         )
     if wrong or config["format"] != FORMAT:
@@ -249,22 +332,25 @@ def find_run(name: str | Path, revision: str | None = None) -> Run:
     """Finds a run: its directory, or an exported run by its id on the Hugging Face Hub.
 
     Args:
-        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`.
+        name: a directory, or an id such as `"user/name"` or `"user/name@revision"`, or an address
+            in an object store.
         revision: a branch, tag or commit on the Hub.
 
     Raises:
-        RunError: the Hub does not have the run.
+        RunError: the Hub or the store does not have the run.
     """
     if not hub.is_adapter_id(name):
         return Run(Path(name))
-    return Run(hub.find(name, revision, ("config.json", *FILES), "a run", RunError))
+    found = hub.find(name, revision, ("config.json", *FILES), "a run", RunError)
+    address = address_of(name)
+    return Run(found, Mirror(found, address) if address else None)
 
 
 def check_finished(run: Run, config: dict[str, Any]) -> None:
     """Raises RunError if a run is not finished."""
     if not {"summary", "combined"} & config.keys():
         raise RunError(
-            f"{run.path} is not finished; go on with: adapters-jax finetune --resume {run.path}"
+            f"{run.where} is not finished; go on with: adapters-jax finetune --resume {run.where}"
         )
 
 

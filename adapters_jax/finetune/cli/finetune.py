@@ -28,10 +28,10 @@ class Finetune(RunOptions, Command):
     both are fetched once, with pip.
 
     Args:
-        runs: directory of the runs.
+        runs: directory of the runs, also in an object store: gs://bucket/runs, s3://bucket/runs.
         name: name of this run; by default the model, the task and the method.
-        resume: directory of an interrupted run to continue; its result is the same as without the
-            interruption. All other flags but --any-base are the run's own.
+        resume: directory or address of an interrupted run to continue; its result is the same as
+            without the interruption. All other flags but --any-base are the run's own.
         any_base: with --resume, go on where files of the base changed since the run began; the run
             records what changed.
     """
@@ -56,6 +56,7 @@ class Finetune(RunOptions, Command):
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Run": ("runs", "name", "resume", "any_base")
     }
+    addresses: ClassVar[tuple[str, ...]] = ("runs", "resume")
     runs: Path = Path("runs")
     name: str | None = None
     resume: Path | None = None
@@ -72,7 +73,13 @@ class Finetune(RunOptions, Command):
         began = time.perf_counter()
         if self.resume is not None:
             self._refuse_other_flags(self.resume)
-            return resume_run(Run(self.resume), console, began, self.any_base)
+            run = Run.at(self.resume)
+            try:
+                run.pull()
+                return resume_run(run, console, began, self.any_base)
+            except UserError:
+                run.drop()
+                raise
         if self.any_base:
             raise UserError("--any-base: with --resume alone, where a base may have changed")
         run = self._run(self.title)  # its place is checked before the base is asked for
@@ -106,4 +113,4 @@ class Finetune(RunOptions, Command):
             raise RunError(f"--name {name!r}: expected the name of one directory, below --runs")
         if self.runs.exists() and not self.runs.is_dir():
             raise RunError(f"--runs {self.runs} is a file; expected a directory")
-        return Run(self.runs / name)
+        return Run.at(self.runs / name)

@@ -24,10 +24,12 @@ class Command(ABC):
         examples: command lines for the help.
         positional: the fields that are given without a flag.
         groups: the headings of flags in the help; others are named after their dataclass.
+        addresses: the fields of paths that may be addresses in an object store.
     """
 
     examples: ClassVar[str]
     positional: ClassVar[tuple[str, ...]] = ()
+    addresses: ClassVar[tuple[str, ...]] = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"Every command": ("json",)}
     json: bool = False
 

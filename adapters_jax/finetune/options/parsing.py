@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from adapters_jax.errors import UserError, file_errors, shown
+from adapters_jax.files.stores import address_of
 from adapters_jax.finetune.options.flags import flag, json_type, members, misfit, plain
 from adapters_jax.finetune.options.foreign_flags import field_of, unneeded
 from adapters_jax.texts import parse_json
@@ -280,6 +281,7 @@ def _app(command: Any, leaves: Sequence[Leaf], prog: str, about: str) -> cyclopt
 
     def make(*args: Any, **kwargs: Any) -> Any:
         values = signature.bind(*args, **kwargs).arguments
+        _refuse_addresses(command, leaves, values)
         return _build(command, {leaf.path: values.get(leaf.name, leaf.default) for leaf in leaves})
 
     # cyclopts reads the flags from the signature of the function that it calls.
@@ -297,6 +299,21 @@ def _app(command: Any, leaves: Sequence[Leaf], prog: str, about: str) -> cyclopt
     )
     app.default(make)
     return app
+
+
+def _refuse_addresses(command: Any, leaves: Sequence[Leaf], values: Mapping[str, Any]) -> None:
+    """Raises UsageError for an address in an object store where a path of this machine is meant."""
+    taken, positional = getattr(command, "addresses", ()), getattr(command, "positional", ())
+    for leaf in leaves:
+        value = values.get(leaf.name)
+        paths = [x for x in (value if isinstance(value, tuple) else [value]) if isinstance(x, Path)]
+        address = next(filter(None, map(address_of, paths)), None)
+        if address and leaf.name not in taken:
+            name = leaf.name if leaf.name in positional else flag(leaf.name)
+            raise UsageError(
+                f"{name}: {address} is in an object store, and this takes a path of this machine; "
+                "copy it here first, or from here afterwards"
+            )
 
 
 def _parameter(leaf: Leaf, positional: bool, group: cyclopts.Group) -> inspect.Parameter:

@@ -72,17 +72,17 @@ class BaseRecord:
             _log.warning(
                 "warning: %s is of a version that recorded of its base the weights alone, so "
                 "changes of its configuration and tokenizer are not noticed",
-                run.path,
+                run.where,
             )
         found = changes(run, config, self.to_config(), first_few(self.weights, 3))
         if found and not any_base:
             raise RunError(
-                f"{run.path} was trained on {self.name} with other files than it has now: "
+                f"{run.where} was trained on {self.name} with other files than it has now: "
                 f"{first_few(found, 8, '; ')}; restore them, train again, or go on knowingly with "
                 "--any-base (any_base=True in Python)"
             )
         for change in found:
-            _log.warning("warning: %s goes on with another base: %s", run.path, change)
+            _log.warning("warning: %s goes on with another base: %s", run.where, change)
         if PREPROCESSING not in self.files:
             _tell_of_reader(run, config)
         return found
@@ -233,7 +233,7 @@ def _tell_of_reader(run: Run, config: Mapping[str, Any]) -> None:
         _log.warning(
             "warning: %s was trained with tokenizers %s, and here is %s, which may read some texts "
             "otherwise",
-            run.path,
+            run.where,
             shown(was, 20),
             now,
         )

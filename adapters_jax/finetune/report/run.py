@@ -94,7 +94,7 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         )
     write_png(run.curves, figure_of(drawn))
     views = task.views(config, findings.judged)
-    usage = task.usage(portable_path(run.path), config)
+    usage = task.usage(run.where if run.mirror else portable_path(run.path), config)
     page = pages.render(
         "run",
         title=f"{config['task']}: {method} on {Path(config['model']).name}",

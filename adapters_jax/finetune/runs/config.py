@@ -107,7 +107,7 @@ def _stored_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
             return parse(RunOptions, [was.get(word, word) for word in words])
     except UserError as error:
         raise RunError(f"{run.config} is damaged: its options: {error}") from error
-    raise RunError(f"{run.path} was not written by adapters-jax finetune; start a new run")
+    raise RunError(f"{run.where} was not written by adapters-jax finetune; start a new run")
 
 
 def read_schedule(run: Run, config: Mapping[str, Any]) -> OptimizerOptions:
@@ -151,9 +151,9 @@ def comparable(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 def check_unfinished(run: Run, config: dict[str, Any]) -> None:
     """Raises RunError if the run is finished, or would stop again."""
     if "summary" in config:
-        raise RunError(f"{run.path} is finished: see {run.report}")
+        raise RunError(f"{run.where} is finished: see {run.report}")
     if "stopped" in config:
-        raise RunError(f"{run.path} would stop again: {config['stopped']}")
+        raise RunError(f"{run.where} would stop again: {config['stopped']}")
 
 
 def check_same(
@@ -172,14 +172,14 @@ def check_same(
         console.say(changed_versions(before, config))
     if differing:
         raise RunError(
-            f"{run.path} was started with another {', '.join(differing)} than there is now; put "
+            f"{run.where} was started with another {', '.join(differing)} than there is now; put "
             "that back, or start a new run"
         )
     found = changes(run, before, config)
     if found and not any_base:
         versions = changed_versions(before, config)
         raise RunError(
-            f"{run.path} was started with other rows or another base: {'; '.join(found)} "
+            f"{run.where} was started with other rows or another base: {'; '.join(found)} "
             f"({versions}); put that back, start a new run, or go on knowingly with --any-base"
         )
     return with_changes(before, config, found)

@@ -105,6 +105,7 @@ class Job:
             raise StoppedError(f"{error}; make room, and {self._again}") from error
         finally:
             self.unlock()
+            self.run.leave()
 
     def unlock(self) -> None:
         """Gives the run back, for another process or a continuation."""
@@ -113,7 +114,7 @@ class Job:
 
     @property
     def _again(self) -> str:
-        return f"go on with: adapters-jax finetune --resume {shlex.quote(self.run.path.as_posix())}"
+        return f"go on with: adapters-jax finetune --resume {shlex.quote(self.run.where)}"
 
     def _work(self, interrupts: Interrupts) -> None:
         steps = self.optimizer.steps(len(self.problem.train))
@@ -155,13 +156,14 @@ class Job:
 
     def _train_and_report(self, counts: Audit, interrupts: Interrupts) -> None:
         trackers = tracked(self.options.track, self.run.path, config=self.config)
-        with Checkpoints(self.run.checkpoints) as checkpoints, trackers as track:
+        opened = Checkpoints(self.run.checkpoints, on_saved=self.run.push)
+        with opened as checkpoints, trackers as track:
             every = self.options.checkpoint_every
             saving = Saving(checkpoints, every, interrupts, self._resumed, self.config)
             found, results, judged = replace(self, track=track).train_all(saving)
         interrupts.check()
         summary: dict[str, Any] = {
-            "run": self.run.path.as_posix(),
+            "run": self.run.where,
             "seconds": round(time.perf_counter() - self.began + found.seconds, 1),
             "trainable_parameters": counts.trainable_parameters,
             "best_step": found.best_step,
@@ -188,7 +190,8 @@ class Job:
         kept = f"step {found.best_step} of {steps} is kept, the best on dev ({score})"
         if found.impatient:
             kept = f"ended after step {found.step}, since --patience ran out; {kept}"
-        took = f"finished in {duration(summary['seconds'])}; {kept}: see {self.run.report}"
+        page = self.run.named(self.run.report)
+        took = f"finished in {duration(summary['seconds'])}; {kept}: see {page}"
         self.console.finish(*table, took, summary)
 
     def _resumed(self, found: Training) -> None:
@@ -201,9 +204,8 @@ class Job:
         fix = f"try a --learning-rate below {self.optimizer.learning_rate:g}"
         if self.config["dtype"] == "float16":
             fix += ", or --dtype bfloat16, which has the range of float32"
-        message = (
-            f"{error}, so training stopped; the last good adapter is in {self.run.adapter}; {fix}"
-        )
+        place = self.run.named(self.run.adapter)
+        message = f"{error}, so training stopped; the last good adapter is in {place}; {fix}"
         self.run.write_config({**self.config, "stopped": message})
         return StoppedError(message)
 
@@ -260,7 +262,8 @@ class Job:
 
     def save(self, state: TrainState) -> None:
         """Saves the adapter of a state as the adapter of the run."""
-        save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
+        with self.run.writing():
+            save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
 
     def train(
         self,

@@ -311,7 +311,7 @@ def _restore_config(run: Run, why: RunConfigError, console: Console) -> None:
             config = checkpoints.progress().get("config") if checkpoints.steps else None
         if config is None:
             raise RunError(
-                f"{why}; but no checkpoint of it has the configuration: remove {run.path} and "
+                f"{why}; but no checkpoint of it has the configuration: remove {run.where} and "
                 "train again"
             ) from why
         run.write_config(config)
