@@ -62,6 +62,9 @@ class TrainState:
         dtypes: the model's own dtypes of the leaves of `adapters`, in their order.
         loss_scale: what the loss is multiplied by while its gradient is computed, so that small
             gradients stay in float16's range; None does not scale.
+        scales: what each leaf of `adapters` is multiplied by before the model reads it, in their
+            order, each an array that broadcasts or None; None multiplies nothing. Where a scale is
+            0, the gradient is exactly 0. So one program trains adapters of several ranks, padded.
         placements: where the adapters are in the model.
         layout: the shardings of the leaves of `checkpointed`, which steps keep; None on one device.
 
@@ -81,6 +84,7 @@ class TrainState:
     key: PRNGKeyArray
     other: Any = None
     loss_scale: DynamicScale | None = None
+    scales: tuple[Any, ...] | None = None
     # What follows is static: jit compiles anew where one of these is another object. optax compares
     # its transformations by identity, so keep one.
     tx: optax.GradientTransformation = struct.field(pytree_node=False, default=None)
@@ -190,10 +194,13 @@ class TrainState:
 
     @property
     def trained(self) -> Tree:
-        """The trained leaves in the model's own dtypes."""
+        """The trained leaves as the model reads them: times their scales, in its own dtypes."""
         # The order of leaves is that of the dtypes, which are static and so cannot be a tree of
         # arrays.
         leaves, structure = jax.tree.flatten(self.adapters)
+        if self.scales is not None:
+            pairs = zip(leaves, self.scales, strict=True)
+            leaves = [x if scale is None else x * scale for x, scale in pairs]
         cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
         return jax.tree.unflatten(structure, cast)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from adapters_jax.finetune.runs.prepare import prepare_run
 # Rows are packed in an order of their seed, so their tokens differ as well.
 _OWN = ("seed", "optimizer", "options", "command", "summary", "stopped", CHANGES, "tokens_sha256")
 _OWN_RATES = ("learning_rate", "head_learning_rate")
+PADDING = 0.05  # of the base's parameters: the most that padding may add to an adapter
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,39 @@ def check_recipes(
         first = seen.setdefault(repr((checked.config["recipe"], optimizer)), text)
         if first != text:
             raise UserError(f"--recipes {first!r} and {text!r} are one recipe; leave one out")
+    return found
+
+
+def shared_sizes(
+    candidates: Sequence[Candidate], checked: Mapping[str, Checked]
+) -> dict[str, tuple[str, int]]:
+    """The rank or width in whose program each recipe trains: that of the largest one beside it.
+
+    Recipes share a program if they differ in their size alone. Products of the padding take time,
+    so that a recipe which would get more of it than `PADDING` shares with the next smaller ones.
+
+    Returns:
+        The field of the size, and the largest one, by the text of a recipe; without the recipes
+        that share with none.
+    """
+    families: dict[str, list[Candidate]] = {}
+    for each in candidates:
+        if each.size is not None:
+            families.setdefault(each.family, []).append(each)
+    found = dict[str, tuple[str, int]]()
+    for family in families.values():
+        groups: list[list[Candidate]] = []
+        for each in sorted(family, key=lambda each: each.size or 0, reverse=True):
+            own = checked[each.text]
+            widest = checked[groups[-1][0].text] if groups else own
+            more = widest.trainable_parameters - own.trainable_parameters
+            if groups and more <= PADDING * own.base_parameters:
+                groups[-1].append(each)
+            else:
+                groups.append([each])
+        for group in (group for group in groups if len(group) > 1):
+            size = group[0].size_name or "", group[0].size or 0
+            found |= dict.fromkeys((each.text for each in group), size)
     return found
 
 

@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import jax
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
-from adapters_jax.errors import FileSystemError, UserError, file_errors
-from adapters_jax.finetune.compare.cells import CellConsole, Cells, check_recipes
+from adapters_jax.errors import FileSystemError, RecipeError, UserError, file_errors
+from adapters_jax.finetune.compare.cells import CellConsole, Cells, check_recipes, shared_sizes
 from adapters_jax.finetune.compare.grid import RECIPES, Cell, Grid, Result, read_candidates
 from adapters_jax.finetune.compare.options import CompareOptions
 from adapters_jax.finetune.compare.summary import summarize, write_comparison
@@ -29,8 +29,10 @@ from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.prepare import default_rate, open_run, prepare_run, resume_run
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
+from adapters_jax.finetune.runs.widened import check_paddable, padded_problem, with_size
 from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.finetune.tasks.metrics import show_metric
+from adapters_jax.recipe import Recipe
 
 _CACHE = "jax_compilation_cache_dir"
 
@@ -68,7 +70,8 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
     cells.check(grid.possible(), options.run_options, console, options.any_base)
     with file_errors(out, "made"):
         out.mkdir(parents=True, exist_ok=True)
-    return ComparisonJob(options, grid, cells, out, console, Run(out).lock())
+    sizes = shared_sizes(candidates, checked)
+    return ComparisonJob(options, grid, cells, out, console, Run(out).lock(), sizes)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class ComparisonJob:
         out: the directory of the comparison.
         console: the console to print to.
         lock: the lock of this process on the directory.
+        sizes: the size of whose program each recipe trains in, as `shared_sizes` says.
     """
 
     options: CompareOptions
@@ -90,6 +94,7 @@ class ComparisonJob:
     out: Path
     console: Console
     lock: FileLock
+    sizes: Mapping[str, tuple[str, int]]
 
     def __call__(self) -> None:
         """Trains the remaining cells, and writes the comparison after each.
@@ -143,7 +148,7 @@ class ComparisonJob:
         gc.collect()
         run, job = self.cells.run(cell), self._opened(cell, console)
         try:
-            job()
+            replace(job, widest=self._widest(job, cell, console))()
         except StoppedError as error:
             if not isinstance(error.__cause__, NotFiniteError):
                 raise
@@ -161,6 +166,21 @@ class ComparisonJob:
             return open_run(prepare_run(self.options.run_options(cell), run, console, began))
         except UserError as error:
             raise StoppedError(str(error)) from error
+
+    def _widest(self, job: Job, cell: Cell, console: Console) -> Recipe | None:
+        """The recipe in whose shapes a cell trains, in one program with others; None is its own."""
+        if cell.recipe not in self.sizes:
+            return None
+        problem, (name, size) = job.prepared.trained, self.sizes[cell.recipe]
+        widest = with_size(problem.recipe, name, size)
+        try:
+            check_paddable(problem, job.optimizer.optimizer)
+            padded_problem(problem, widest)
+        except RecipeError as error:
+            (own,) = (each for each in self.grid.candidates if each.text == cell.recipe)
+            console.say(f"each {name} of {own.family} has a program of its own: {error}")
+            return None
+        return widest
 
     def _advanced(
         self, cell: Cell, results: dict[Cell, Result], console: Console, interrupts: Interrupts

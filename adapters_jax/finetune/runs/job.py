@@ -40,6 +40,7 @@ from adapters_jax.finetune.tasks.base import (
 from adapters_jax.finetune.tasks.metrics import load_metrics, show_metric
 from adapters_jax.finetune.tasks.views import Judged
 from adapters_jax.finetune.tracking import TrackingError, tracked
+from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState
 
 Result = dict[str, Any]  # a row of the table of results
@@ -60,6 +61,7 @@ class Job:
         lock: the lock of this process on the run; None before `open_run`.
         ways: what the run can become.
         track: writes a record to the run's trackers, while they are open.
+        widest: the recipe in whose shapes it trains, so that it shares a program; None is its own.
     """
 
     run: Run
@@ -72,6 +74,7 @@ class Job:
     lock: FileLock | None = None
     ways: Sequence[Way] = ()
     track: Callable[[Record], None] = lambda record: None
+    widest: Recipe | None = None
 
     @property
     def title(self) -> str:
@@ -235,7 +238,7 @@ class Job:
         if samples := prepared.samples():
             row["samples"] = samples
         with self.console.waiting("predicting the rows of the report"):
-            judged = prepared.judged(problem, found.best())
+            judged = prepared.judged(found.problem, found.best())
         baselines = prepared.baselines() if self.options.baselines else []
         return found, [*map(self._compare, baselines), row], judged
 
@@ -294,13 +297,14 @@ class Job:
             calls: dict[str, Any] = {"on_best": self.save} if saving else {}
             calls["on_record"] = self._logger(title, problem.metrics[0], progress, speed)
             calls["on_first"] = partial(progress.update, note="")
-            found = Training.begin(problem, optimizer, self.key, self.half, **calls)
+            widest = self.widest if saving else None
+            found = Training.begin(problem, optimizer, self.key, self.half, widest, **calls)
             found.train(saving)
         best = found.best()
         with self.console.waiting("scoring the test rows"):
-            test = problem.score(best, "test")
+            test = found.problem.score(best, "test")
         self._log(title, {"step": found.best_step, "test": test})
-        size = sum(x.size for x in jax.tree.leaves(best.adapters))
+        size = sum(x.size for x in jax.tree.leaves(found.cut(best).adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
         return found, row
 

@@ -23,8 +23,10 @@ from adapters_jax.distributed.sharding import shard
 from adapters_jax.files.checkpoint import Checkpoints
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
+from adapters_jax.finetune.runs.widened import Widened
 from adapters_jax.finetune.tasks.base import NotFiniteError, Problem
 from adapters_jax.finetune.tasks.metrics import better
+from adapters_jax.recipe import Recipe
 from adapters_jax.training.state import TrainState
 from adapters_jax.training.step import make_train_step
 
@@ -127,9 +129,9 @@ class Training:
     """The loop over steps, its state, and the best adapters so far.
 
     Attributes:
-        problem: the problem to learn.
+        problem: the problem to learn; if it is widened, in the larger shapes.
         options: the settings of the training, with a learning rate and epochs.
-        state: the training state after `step` steps.
+        state: the training state after `step` steps, in the shapes of the problem.
         log: the metrics of the steps.
         steps: the number of all steps.
         marks: the steps after which dev is scored.
@@ -147,6 +149,7 @@ class Training:
         adapters: the best adapters, in host memory, since steps donate; None before dev is scored.
         records: the logged records: losses by step, and evaluations.
         seconds: the seconds that the training took in earlier processes.
+        widened: the larger shapes that it trains in; None for its own.
     """
 
     problem: Problem
@@ -168,6 +171,7 @@ class Training:
     adapters: Any = None
     records: list[Record] = field(default_factory=list)
     seconds: float = 0.0
+    widened: Widened | None = None
 
     @classmethod
     def begin(
@@ -176,6 +180,7 @@ class Training:
         options: OptimizerOptions,
         key: PRNGKeyArray,
         half: bool = False,
+        widest: Recipe | None = None,
         **callbacks: Any,
     ) -> Training:
         """A training before its first step.
@@ -185,6 +190,7 @@ class Training:
             key: the seed of dropout.
             half: whether the model computes in float16: then the loss is scaled, and steps that
                 overflow are skipped, up to 20 in a row.
+            widest: the recipe in whose shapes it trains; None is the problem's own.
             **callbacks: `on_record`, `on_best` and `on_first`.
         """
         steps = options.steps(len(problem.train))
@@ -193,13 +199,16 @@ class Training:
         state = TrainState.create(problem.model, problem.params, tx=tx, key=key, loss_scale=scale)
         if problem.mesh is not None:
             state = shard(state, problem.mesh)
+        widened = None if widest is None else Widened.of(problem, state, widest)
+        if widened is not None:
+            problem, state = widened.problem, widened.widen(state)
         rate = options.rates(steps, options.learning_rate or 0.0)
         # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
         # What is best on dev is kept, and before that step it would have more ranks than asked for.
         first = options.settled(steps, problem.recipe)
         marks = {mark for mark in options.marks(len(problem.train)) if mark >= first}
-        return cls(problem, options, state, log, steps, marks, **callbacks)
+        return cls(problem, options, state, log, steps, marks, widened=widened, **callbacks)
 
     @property
     def left(self) -> bool:
@@ -226,6 +235,10 @@ class Training:
         )
         return replace(self.state, adapters=placed)
 
+    def cut(self, state: TrainState) -> TrainState:
+        """A state of the training in the shapes of its own recipe."""
+        return state if self.widened is None else self.widened.cut(state)
+
     def train(self, saving: Saving | None = None) -> None:
         """Runs the remaining steps; afterwards, `best` has the adapters that are best on dev.
 
@@ -241,7 +254,7 @@ class Training:
         """
         if saving is not None:
             self.resume(saving)
-        self.on_best(self.best())
+        self.on_best(self.cut(self.best()))
         step = make_train_step(
             self.options.loss_of(self.problem), accumulate=self.options.accumulate
         )
@@ -305,7 +318,7 @@ class Training:
             self.best_step, self.dev = step, dev
             # The next step donates the state, so its arrays are copied to the host.
             self.adapters = jax.device_get(self.state.adapters)
-            self.on_best(self.state)
+            self.on_best(self.cut(self.state))
 
     def saves(self, every: int) -> bool:
         """Whether the state of this step is to be saved, which waits until dev is scored."""
@@ -327,18 +340,25 @@ class Training:
             "seconds": self.seconds + (time.monotonic() - self.began) / self.beside,
             "config": saving.config,
         }
-        saving.checkpoints.save(self.step, self.state, best=self.adapters, progress=progress)
+        best = self.adapters
+        if best is not None:
+            best = self.cut(replace(self.state, adapters=best)).adapters
+        saving.checkpoints.save(self.step, self.cut(self.state), best=best, progress=progress)
 
     def resume(self, saving: Saving) -> None:
         """Restores the newest checkpoint, if there is one."""
         if not saving.checkpoints.steps:
             return
-        was = saving.checkpoints.restore(self.state)
-        self.state, self.step, self.saved = was.state, was.step, was.step
+        was = saving.checkpoints.restore(self.cut(self.state))
+        self.state, best = was.state, was.best
+        if self.widened is not None:
+            self.state = self.widened.widen(was.state)
+            best = best and self.widened.widen(replace(was.state, adapters=best)).adapters
+        self.step = self.saved = was.step
         # Steps whose metrics were not read yet are in the checkpoint, so the log has no gap.
         self.due, self.log.waiting = was.progress["due"], was.progress["waiting"]
         self.log.in_a_row = was.progress.get("in_a_row", 0)  # absent in older checkpoints
         self.best_step, self.dev = was.progress["step"], was.progress["dev"]
         self.records, self.seconds = was.progress["records"], was.progress["seconds"]
-        self.adapters = jax.device_get(was.best)
+        self.adapters = jax.device_get(best)
         saving.on_resume(self)
