@@ -25,8 +25,8 @@ from adapters_jax.finetune.runs.prepare import prepare_run
 # Rows are packed in an order of their seed, so their tokens differ as well.
 _OWN = ("seed", "optimizer", "options", "command", "summary", "stopped", CHANGES, "tokens_sha256")
 _OWN_RATES = ("learning_rate", "head_learning_rate")
-# The steps that take as long as compiling the programs of a cell: on a CPU those of MiniLM, measured;
-# elsewhere a guess, since the steps of an accelerator are far shorter.
+# The steps that take as long as compiling the programs of a cell: on a CPU those of MiniLM, by
+# measurement; elsewhere a guess, since the steps of an accelerator are far shorter.
 COMPILING = {"cpu": 4.0}
 _ELSEWHERE = 100.0
 
