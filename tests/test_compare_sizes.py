@@ -50,7 +50,7 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """Counts the training steps that are compiled; padding may be as large as it likes."""
-    monkeypatch.setattr(cells, "PADDING", 1e9)
+    monkeypatch.setitem(cells.COMPILING, "cpu", 1e9)
     monkeypatch.setattr(Widened, "cut", with_check(Widened.cut))
     before = jax.config.jax_compilation_cache_dir
     settings = {"jax_compilation_cache_dir": str(tmp_path / "programs")}
@@ -153,6 +153,7 @@ def test_decoders_share_a_program(tmp_path, programs, monkeypatch):
         (aj.AdaLoRA("**", rank=4), "adamw", "budget"),
         (aj.VeRA("**", rank=4), "adamw", "VeRA"),
         (aj.PrefixTuning("**", length=4), "adamw", "PrefixTuning"),
+        (aj.Unfreeze("**"), "adamw", "parameters of the base"),
         (aj.Bottleneck("**", bottleneck_dim=4, dropout=0.1), "adamw", "dropout of Bottleneck"),
         (aj.LoRA("**", rank=4), "adafactor", "adafactor"),
     ],
@@ -183,12 +184,19 @@ def test_why_a_program_is_not_shared_is_said(directory, programs, monkeypatch):
     assert [text for text in said if "a program of its own: adafactor" in text]
 
 
-def test_sizes_share_where_padding_costs_little():
-    """LoRA's 16 shares with 4; 64 would add too much to both."""
+@pytest.mark.parametrize(("steps", "largest"), [(1, 64), (200, 16)])
+def test_sizes_share_where_padding_takes_less_than_compiling(monkeypatch, steps, largest):
+    monkeypatch.setattr(cells, "COMPILING", {jax.default_backend(): 4.0})
     texts = ("lora --rank 4", "lora --rank 64", "houlsby --bottleneck-dim 8", "lora --rank 16")
     candidates = read_candidates(texts, (), (0,), 1)
     checked = {
-        each.text: SimpleNamespace(trainable_parameters=50 * each.size + 7, base_parameters=20_000)
+        each.text: SimpleNamespace(
+            trainable_parameters=30 * each.size + 7, base_parameters=30_000, steps=steps
+        )
         for each in candidates
     }
-    assert shared_sizes(candidates, checked) == dict.fromkeys((texts[0], texts[3]), ("rank", 16))
+    found = shared_sizes(candidates, checked)
+    shared = [
+        text for text in texts if text.startswith("lora") and largest >= int(text.split()[-1])
+    ]
+    assert found == dict.fromkeys(shared, ("rank", largest))

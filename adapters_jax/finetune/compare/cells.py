@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from adapters_jax.auditing import audit
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.compare.grid import Candidate, Cell, Result
@@ -23,7 +25,10 @@ from adapters_jax.finetune.runs.prepare import prepare_run
 # Rows are packed in an order of their seed, so their tokens differ as well.
 _OWN = ("seed", "optimizer", "options", "command", "summary", "stopped", CHANGES, "tokens_sha256")
 _OWN_RATES = ("learning_rate", "head_learning_rate")
-PADDING = 0.05  # of the base's parameters: the most that padding may add to an adapter
+# The steps that take as long as compiling the programs of a cell: on a CPU those of MiniLM, by
+# measurement; elsewhere a guess, since the steps of an accelerator are far shorter.
+COMPILING = {"cpu": 4.0}
+_ELSEWHERE = 100.0
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class Checked:
 
     Attributes:
         trainable_parameters: the number of trainable parameters, with a head's.
+        base_parameters: the number of parameters of the base model.
+        steps: the number of training steps.
     """
 
     config: dict[str, Any]
     trainable_parameters: int
     base_parameters: int
+    steps: int
 
 
 def check_recipes(
@@ -62,7 +70,8 @@ def check_recipes(
             else:
                 trainable = counts.trainable_parameters
                 base = counts.frozen_parameters + trainable - counts.adapter_parameters
-                found[candidate.text] = Checked(job.config, trainable, base)
+                steps = job.optimizer.steps(len(job.problem.train))
+                found[candidate.text] = Checked(job.config, trainable, base, steps)
             progress.update(number, candidate.text)
     if len(wrong) == len(candidates) and len({*wrong.values()}) == 1:
         raise UserError(wrong[candidates[0].text])
@@ -82,13 +91,15 @@ def shared_sizes(
 ) -> dict[str, tuple[str, int]]:
     """The rank or width in whose program each recipe trains: that of the largest one beside it.
 
-    Recipes share a program if they differ in their size alone. Products of the padding take time,
-    so that a recipe which would get more of it than `PADDING` shares with the next smaller ones.
+    Recipes share a program if they differ in their size alone. Where the products of the padding
+    would take longer than compiling, a recipe shares with the next smaller ones.
 
     Returns:
         The field of the size, and the largest one, by the text of a recipe; without the recipes
         that share with none.
     """
+    # A base's parameter costs two products of a token in a step, an adapter's three.
+    worth = COMPILING.get(jax.default_backend(), _ELSEWHERE) / 1.5
     families: dict[str, list[Candidate]] = {}
     for each in candidates:
         if each.size is not None:
@@ -100,7 +111,7 @@ def shared_sizes(
             own = checked[each.text]
             widest = checked[groups[-1][0].text] if groups else own
             more = widest.trainable_parameters - own.trainable_parameters
-            if groups and more <= PADDING * own.base_parameters:
+            if groups and more * own.steps <= worth * own.base_parameters:
                 groups[-1].append(each)
             else:
                 groups.append([each])

@@ -44,6 +44,8 @@ def check_paddable(problem: Problem, optimizer: str) -> None:
         raise RecipeError("its batches are split over devices")
     if optimizer not in ENTRYWISE:
         raise RecipeError(f"{optimizer} does not work on each entry of a parameter by itself")
+    if not problem.recipe.attached:
+        raise RecipeError("it trains parameters of the base, each as large as it is")
     for method in problem.recipe.attached:
         kind = type(method).__name__
         if not isinstance(method, LoRA | Bottleneck | LoReFT):
@@ -109,7 +111,7 @@ class Widened:
         problem: its problem, in the larger shapes.
         own: its state in its own shapes, without the base; arrays are abstract.
         whole: the same in the larger shapes.
-        scales: `TrainState.scales` in the larger shapes.
+        scales: `TrainState.scales` in the larger shapes, on the host.
     """
 
     problem: Any
@@ -124,12 +126,11 @@ class Widened:
         parts = {"tx": state.tx, "key": state.key, "loss_scale": state.loss_scale}
         whole = TrainState.create(larger.model, larger.params, **parts)
         paths = leaves_by_path(whole.adapters)
-        on_device = tuple(jnp.asarray(scales[p]) if p in scales else None for p in paths)
-        return cls(larger, _abstract(state), _abstract(whole), on_device)
+        return cls(larger, _abstract(state), _abstract(whole), tuple(map(scales.get, paths)))
 
     def widen(self, state: TrainState) -> TrainState:
         """A state in the larger shapes."""
-        return replace(_as(state, self.whole), scales=self.scales)
+        return replace(_as(state, self.whole), scales=jax.tree.map(jnp.array, self.scales))
 
     def cut(self, state: TrainState) -> TrainState:
         """A state in its own shapes."""
