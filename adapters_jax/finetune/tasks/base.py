@@ -397,10 +397,12 @@ class Untrained:
     Attributes:
         title: the name of its row in tables.
         score: computes its metrics.
+        computes: whether the model computes the rows for it.
     """
 
     title: str
     score: Callable[[], Scores]
+    computes: bool = True
 
 
 @dataclass(frozen=True)
@@ -413,6 +415,7 @@ class TrainedHead:
         least_steps: the steps that it makes at least, within 20 epochs.
     """
 
+    title: ClassVar[str] = "frozen base, trained head"
     problem: Callable[[], Problem]
     epochs: float | None = None
     least_steps: int = 0
