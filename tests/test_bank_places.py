@@ -193,7 +193,7 @@ def test_no_program_knows_the_capacity(scan):
         feed = slots.Choice.stacked([slots.Choice()] * 3)
         live = np.ones(3, bool)
         own = taken._model, taken._caches, taken._marks
-        step = slots._step.lower(*own, ids[:, 0], live, rows, feed, 8, None, taken._any[3])
+        step = slots.programs.step.lower(*own, ids[:, 0], live, rows, feed, 8, None, taken._any[3])
         return [
             forward.lower(bank.model, ids, rows).as_text(),
             decode.lower(graphdef, state, begin, sampling, rows, 2).as_text(),

@@ -243,11 +243,53 @@ def test_rules_say_which_tokens_may_follow(engine, caplog):
                 (expected[2:], "length"),
                 (plain, "length"),
             ] * 2
-    compiled = [r.message for r in caplog.records if "Compiling jit(_" in r.message]
-    assert not [text for text in compiled if "_step" in text or "_read" in text]
+    compiled = [r.message for r in caplog.records if "Compiling jit(" in r.message]
+    assert not [text for text in compiled if "(step" in text or "(read" in text]
     sink = Collected()
     engine.submit(prompt, sink, model="large", most=8, rule=Turns(3))
     assert sink.wait() == (expected[2:5], "stuck")
+
+
+def test_it_answers_with_one_program_while_the_others_are_compiled(monkeypatch, caplog):
+    """What is asked for meanwhile is answered as later, up to the last place of the context."""
+    model = aj.adapt(BASE, LARGEST, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+    engine = Engine(aj.Bank(model, capacity=9), SIZES)
+    held, every, first, later = threading.Event(), threading.Event(), [], []
+    lowered = Slots._lowered
+
+    def when_it_may(slots, *name):
+        assert name in slots.needed or held.wait(60)
+        return lowered(slots, *name)
+
+    monkeypatch.setattr(Slots, "_lowered", when_it_may)
+
+    def told(n, of):
+        later.append((n, of))
+        every.set() if n == of else None
+
+    engine.start(lambda *n: first.append(n), told)
+    programs = 1 + 2 + 3 + 1  # marks, pieces, widths, and the copy
+    assert first == [(1, programs), (2, programs)] and not later
+    for name, adapter in ADAPTERS.items():
+        engine.put(name, engine.fit(name, adapter), name).result(60)
+
+    def answers():
+        given = [*zip([None, "small", "large"], prompts(3, seed=8), strict=True)]
+        given += [("prompt", [*range(22)])]  # with its 10 new tokens, all of the context
+        sinks = [Collected() for _ in given]
+        for (name, prompt), sink in zip(given, sinks, strict=True):
+            engine.submit(prompt, sink, model=name, most=10, choice=Choice(presence=0.5))
+        return [sink.wait() for sink in sinks]
+
+    meanwhile = answers()
+    assert not later and {why for _, why in meanwhile} == {"length"}
+    held.set()
+    assert every.wait(120) and later == [(n, programs) for n in range(3, programs + 1)]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        assert answers() == meanwhile
+    compiled = [r.message for r in caplog.records if "Compiling jit(" in r.message]
+    assert not compiled, compiled
+    engine.close()
 
 
 def test_a_prompt_that_is_only_read(engine):

@@ -76,6 +76,11 @@ def clock() -> float:
     return time.monotonic() - _compiling().seconds
 
 
+def compiled() -> float:
+    """The seconds that JAX has traced and compiled since this was asked first."""
+    return _compiling().seconds
+
+
 class Pace:
     """Measures the mean seconds of a step.
 
@@ -149,6 +154,10 @@ class Console:
     def say(self, text: str = "") -> None:
         """Prints one line."""
         self.printer.print(Text(visible(text)), soft_wrap=True)
+
+    def announce(self, text: str) -> None:
+        """Prints one line on the phases of a run."""
+        self.say(text)
 
     def show(self, thing: Any) -> None:
         """Prints an object: with colours on a terminal, as its `repr` elsewhere."""

@@ -163,7 +163,7 @@ class Serve(Command):
 
                 def make(says: Says) -> tuple[Any, Callable[[], None]]:
                     says("loading", f"{address} answers 503 until {called} is loaded and compiled")
-                    api = self._api(named, called, limits, kept, says, stack)
+                    api = self._api(named, called, limits, kept, says, console.say, stack)
 
                     def ready() -> None:
                         names = [*api.engine.adapters]
@@ -191,21 +191,29 @@ class Serve(Command):
         limits: Limits,
         kept: Kept | None,
         says: Says,
+        say: Callable[[str], None],
         stack: contextlib.ExitStack,
     ) -> Api:
-        """Loads the base and the adapters, and compiles; `stack` closes the engine."""
+        """Loads the base and the adapters, and compiles; `stack` closes the engine.
+
+        What a decoder can do without is compiled when it answers already, which `say` tells.
+        """
         from adapters_jax.finetune.pretrained.locate import is_decoder
         from adapters_jax.finetune.run_directory import find_run
 
         runs = {name: find_run(path).path for name, path in named.items()}
-        make = self._completing if is_decoder(self.base) else self._labelling
+        completes = is_decoder(self.base)
+        make = self._completing if completes else self._labelling
         if self.train:
             # Before anything is loaded, so that a package that is absent is said at once.
             from adapters_jax.finetune.tinker.api import TrainingApi as TrainingApi
         api, engine, read, room = make(runs, called, limits, kept)
         stack.callback(engine.close)
         says("compiling", "compiling the programs")
-        engine.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs"))
+        told = "compiled {} of {} programs".format
+        later = {"later": lambda n, of: say(f"{told(n, of)}, beside requests")}
+        beside = completes and not self.train  # trainings wait for all of their programs
+        engine.start(lambda n, of: says("compiling", told(n, of)), **(later if beside else {}))
         for name, each in read.items():
             fitted = engine.fit(name, (each.recipe, each.leaves))
             engine.put(name, fitted, each.about).result()

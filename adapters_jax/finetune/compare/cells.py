@@ -245,6 +245,9 @@ class CellConsole(Console):
             self._printed.add(text)
             super().say(text)
 
+    def announce(self, text: str) -> None:
+        """Prints nothing: the comparison has a bar."""
+
     def show(self, thing: Any) -> None:
         """Prints nothing."""
 

@@ -200,6 +200,11 @@ class StepBatches(ABC):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def shapes(self) -> int:
+        """The number of shapes that batches have."""
+        return len(self._buckets)
+
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[step] for step in range(len(self)))
 

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -28,6 +27,7 @@ from adapters_jax.finetune.report.run import notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.budget import fitted, measured, seconds_of
 from adapters_jax.finetune.runs.loop import Record, Saving, Training
+from adapters_jax.finetune.runs.phases import Phases
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts, StoppedError
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.base import (
@@ -234,18 +234,42 @@ class Job:
             The training, the table of results, and the predictions.
         """
         prepared, problem = self.prepared, self.prepared.trained
-        found, row = self.train(self.title, problem, self.optimizer, prepared.tokens, saving)
+        baselines = prepared.baselines() if self.options.baselines else []
+        phases = self._phases(problem, baselines)
+        found, best, row = self.train(
+            self.title, problem, self.optimizer, prepared.tokens, saving, phases
+        )
+        phases.done |= {"training", "test"}
         if samples := prepared.samples():
             row["samples"] = samples
         with self.console.waiting("predicting the rows of the report"):
-            judged = prepared.judged(found.problem, found.best())
-        baselines = prepared.baselines() if self.options.baselines else []
+            judged = prepared.judged(found.problem, best)
+        if baselines:
+            self.console.announce(f"left: about {phases}")
         return found, [*map(self._compare, baselines), row], judged
+
+    def _phases(self, problem: Problem, baselines: Sequence[Untrained | TrainedHead]) -> Phases:
+        """The phases that are left, which are announced."""
+        epoch, options = len(problem.train), self.optimizer
+        phases = Phases(
+            steps=options.steps(epoch),
+            batch=options.batch_size or 1,
+            shapes=problem.train.shapes,
+            marks=options.marks(epoch),
+            rows=self.config["rows"],
+            passes=sum(map(self._passes, baselines)),
+        )
+        titles = ", ".join(each.title for each in baselines)
+        parts = ["compiling", f"training ({phases.steps} steps, dev scored {len(phases.marks)} x)"]
+        parts += ["test", *([f"baselines ({titles})"] if titles else []), "report"]
+        read = duration(time.perf_counter() - self.began)
+        self.console.announce(f"read in {read}; left: {', '.join(parts)}; times follow")
+        return phases
 
     def _compare(self, baseline: Untrained | TrainedHead) -> Result:
         """Trains or scores a baseline; returns its row."""
         if isinstance(baseline, TrainedHead):
-            return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[1]
+            return self.train(HEAD_ONLY, baseline.problem(), self._of_head(baseline))[-1]
         with self.console.waiting(f"scoring the {baseline.title}"):
             scores: dict[str, Any] = {**baseline.score()}
         self._log(baseline.title, scores)
@@ -253,7 +277,9 @@ class Job:
 
     def _passes(self, baseline: Untrained | TrainedHead) -> float:
         """The passes of a baseline over the rows; cached features need one."""
-        if isinstance(baseline, Untrained) or baseline.epochs is None:
+        if isinstance(baseline, Untrained):
+            return 1.0 if baseline.computes else 0.0
+        if baseline.epochs is None:
             return 1.0
         return self._of_head(baseline).epochs or 1.0
 
@@ -275,7 +301,8 @@ class Job:
         optimizer: OptimizerOptions,
         tokens: int = 0,
         saving: Saving | None = None,
-    ) -> tuple[Training, Result]:
+        phases: Phases | None = None,
+    ) -> tuple[Training, TrainState, Result]:
         """Trains and logs one problem, and tests its best adapters once.
 
         Args:
@@ -284,9 +311,10 @@ class Job:
             optimizer: the settings of the training.
             tokens: the tokens of an epoch.
             saving: how to save the run's own training; None for a baseline, which is not saved.
+            phases: what is left of the run, which is announced once its steps are measured.
 
         Returns:
-            The training, and its row of results.
+            The training, its best state, and its row of results.
         """
         if saving and not saving.checkpoints.steps:
             self.run.write_log([])
@@ -295,8 +323,14 @@ class Job:
             load_metrics(problem.metrics)  # the first scoring is to take no longer than others
             speed = Speed(tokens / len(problem.train))
             calls: dict[str, Any] = {"on_best": self.save} if saving else {}
-            calls["on_record"] = self._logger(title, problem.metrics[0], progress, speed)
-            calls["on_first"] = partial(progress.update, note="")
+            calls["on_record"] = self._logger(title, problem.metrics[0], progress, speed, phases)
+
+            def first(step: int) -> None:
+                if phases is not None:
+                    phases.first(step)
+                progress.update(step, "")
+
+            calls["on_first"] = first
             widest = self.widest if saving else None
             found = Training.begin(problem, optimizer, self.key, self.half, widest, **calls)
             found.train(saving)
@@ -306,7 +340,7 @@ class Job:
         self._log(title, {"step": found.best_step, "test": test})
         size = sum(x.size for x in jax.tree.leaves(found.cut(best).adapters))
         row = {"method": title, "trainable_parameters": size, "dev": found.dev, "test": test}
-        return found, row
+        return found, best, row
 
     def _log(self, title: str, record: Record) -> None:
         """Writes a record to the metrics and the trackers; there, baselines have their titles."""
@@ -316,15 +350,30 @@ class Job:
         self.track({"step": step, **(metrics if title == self.title else {title: metrics})})
 
     def _logger(
-        self, title: str, metric: str, progress: Progress, speed: Speed
+        self,
+        title: str,
+        metric: str,
+        progress: Progress,
+        speed: Speed,
+        phases: Phases | None = None,
     ) -> Callable[[Record], None]:
         """Returns a function that writes records to the run's log and shows the progress."""
-        notes = {"loss": "", "speed": "", "dev": "", "skipped": ""}
+        notes = {"loss": "", "speed": "", "dev": "", "skipped": "", "run": ""}
         skipped = 0
+
+        def follow(record: Record, phases: Phases) -> None:
+            known = phases.pace is not None
+            phases.scored() if "dev" in record else phases.stepped(record["step"])
+            if phases.pace is not None:
+                notes["run"] = f"run: {duration(sum(phases.left().values()))} left"
+                if not known or "dev" in record:
+                    self.console.announce(f"left: about {phases}")
 
         def log(record: Record) -> None:
             nonlocal skipped
             self._log(title, record)
+            if phases is not None:
+                follow(record, phases)
             if "dev" in record:
                 notes["dev"] = f"dev {metric} {record['dev'][metric]:.3f}"
                 speed.pause()

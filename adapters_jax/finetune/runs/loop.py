@@ -228,12 +228,16 @@ class Training:
 
     def best(self) -> TrainState:
         """The state with the best adapters, or as it is if dev was not scored yet."""
-        if self.adapters is None:
+        if self.adapters is None or self.best_step == self.step:
             return self.state
-        placed = jax.tree.map(
-            lambda x, like: jax.device_put(x, like.sharding), self.adapters, self.state.adapters
+
+        def placed(x: Any, like: Any) -> Any:
+            # An array that is bound to its device would compile the scoring once more.
+            return jax.device_put(x, like.sharding if like.committed else None)
+
+        return replace(
+            self.state, adapters=jax.tree.map(placed, self.adapters, self.state.adapters)
         )
-        return replace(self.state, adapters=placed)
 
     def cut(self, state: TrainState) -> TrainState:
         """A state of the training in the shapes of its own recipe."""

@@ -1,7 +1,7 @@
 """Serving: one base and many adapters, for many requests at a time.
 
 - `choosing`: how tokens are chosen from logits.
-- `slots`: the rows of a batch, each with its cache and its adapter; the compiled programs.
+- `slots`: the rows of a batch, each with its cache and its adapter; `programs`: what is compiled.
 - `engine`: the queue, and the thread that lets requests join and leave between steps.
 - `requests`: requests and the adapters that they name; sizes and counts.
 - `labels`: labels of texts by an encoder with many adapters.

@@ -104,14 +104,20 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
-        """Compiles every program, then begins to work in another thread; call it once.
+    def start(
+        self,
+        compiled: Callable[[int, int], None] = lambda n, of: None,
+        later: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compiles its programs, then begins to work in another thread; call it once.
 
         Args:
             compiled: is called after each program, with how many there are so far and in all; what
                 it raises ends the compiling.
+            later: if given, only what suffices for all requests is compiled before; it is called
+                after each of the others, which are faster and are compiled beside the requests.
         """
-        self._slots.compile(compiled)
+        self._slots.compile(compiled, later)
         self.counts = Counts()
         self._thread.start()
 
@@ -122,6 +128,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._slots.close()
 
     @property
     def alive(self) -> bool:
@@ -342,12 +349,13 @@ class Engine:
             self._read(*min(unread, key=lambda pair: pair[1].deadline))
         live = [(row, each) for row, each in enumerate(self._running) if each and each.made]
         # A request that is alone is computed as a piece of one token, without the other rows.
-        if len(live) == 1 and self.sizes.pieces[0] == 1:
-            ((row, each),) = live
-            token = self._slots.read(
-                row, [each.last], False, *each.ways, [each.acts], made=True, allowed=each.allowed
-            )
-            self._take(row, each, token)
+        if (len(live) == 1 and self.sizes.pieces[0] == 1) or not self._slots.steps:
+            for row, each in live:
+                acts, may = [each.acts], each.allowed
+                token = self._slots.read(
+                    row, [each.last], False, *each.ways, acts, made=True, allowed=may
+                )
+                self._take(row, each, token)
         elif live:
             self._step(dict(live))
         self.counts.steps += 1

@@ -2,60 +2,31 @@
 
 A prompt is read in pieces, a row at a time; then every call gives one token to each row that wants
 one. Rows are at different lengths, so the model is mapped over them: each has its own cache.
-All shapes are static, so the programs are compiled once, whatever the requests are.
+All shapes are static, so the programs are compiled once, whatever the requests are. That of the
+longest piece can do all work; the others do it faster.
 """
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
 
-from adapters_jax.distributed.mesh import batch_sharding, shard_batch
-from adapters_jax.finetune.models.parts.cache import Cache, Kept
-from adapters_jax.finetune.serving.choosing import (
-    Choice,
-    Likely,
-    Marks,
-    Token,
-    choose,
-    likeliest_of,
-    logprobs_of,
-)
+from adapters_jax.distributed.mesh import shard_batch
+from adapters_jax.finetune.models.parts.cache import Kept
+from adapters_jax.finetune.serving import programs
+from adapters_jax.finetune.serving.choosing import Choice, Likely, Marks, Token
 from adapters_jax.methods.mixed import Rows
-from adapters_jax.trace.mapping import vmap
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
-from adapters_jax.weights.meshes import groups_split, mesh_of, on_mesh, over_groups
+from adapters_jax.weights.meshes import mesh_of
 
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["adapters", "base"],
-    meta_fields=["graphdef", "mesh"],
-)
-@dataclass(frozen=True)
-class _Model:
-    """A bank's decoder, as the programs take it."""
-
-    graphdef: Any
-    adapters: Any
-    base: Any
-    mesh: Mesh | None
-
-    def merged(self) -> Any:
-        # Otherwise nnx.merge shares Variables with the state, and a trace writes into them.
-        model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
-        model.eval()
-        return model
+_Program = tuple[str, int]  # what it does, and the tokens of a piece or the width of a step
 
 
 class Slots:
@@ -66,15 +37,21 @@ class Slots:
         rows: the number of rows.
         context: the largest number of tokens of a row, prompt and completion together.
         pieces: the lengths of the parts that prompts are read in, in ascending order.
+
+    Attributes:
+        needed: the programs that suffice for all requests.
+        programs: all of them, in the order in which they are compiled.
     """
 
     def __init__(self, bank: Bank, *, rows: int, context: int, pieces: Sequence[int]) -> None:
         self.rows, self.context, self.pieces = rows, context, tuple(pieces)
-        # A piece begins at a multiple of the longest one, so none is longer than what is left.
-        whole = -(-context // pieces[-1]) * pieces[-1]
+        # A piece of a prompt begins at a multiple of the longest one. In place of a piece of one
+        # token, the longest may begin at the last slot, and writes behind it.
+        rounded = -(-context // pieces[-1]) * pieces[-1]
+        whole = rounded + pieces[-1] * (pieces[-1] > 1)
         mesh = mesh_of(nnx.state(bank.model))
         # A step's attention costs as much as the cache is wide, so it sees no more than it needs.
-        self._widths = sorted({max(1, whole // 4), max(1, whole // 2), whole})
+        self._widths = sorted({max(1, rounded // 4), max(1, rounded // 2), whole})
         self._used = [0] * rows
         one = jax.eval_shape(lambda: bank.model.empty_cache(1, whole))
         layers = jax.tree.leaves(one.layers, is_leaf=lambda x: isinstance(x, Kept))
@@ -93,8 +70,20 @@ class Slots:
         self._words = -(-sizes[1] // 32)
         # Made once, so that steps without grammars send nothing to the device.
         self._any = {n: jnp.full((n, self._words), -1, jnp.int32) for n in (1, rows)}
-        self.bank, self._model = bank, _Model(*bank.split, mesh)
+        self.bank, self._model = bank, programs.Model(*bank.split, mesh)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
+        self.needed: tuple[_Program, ...] = ("mark", 0), ("read", self.pieces[-1])
+        more = [("read", piece) for piece in reversed(self.pieces)]
+        more[1:1] = [("step", self._widths[-1])]
+        more += [("step", width) for width in reversed(self._widths)]
+        more += [("copy", 0)] if self._cuts else []
+        self.programs: tuple[_Program, ...] = tuple(dict.fromkeys([*self.needed, *more]))
+        self._compiled: set[_Program] | None = None  # None: each is compiled when it is used
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        rows_of = {n: self._rows_of([None] * n) for n in (1, rows)}
+        arrays = self._model, self._caches, self._marks, rows_of
+        self._shapes = jax.tree.map(_shape_of, arrays)
 
     def read(
         self,
@@ -128,14 +117,14 @@ class Slots:
         """
         acting = np.ones(len(ids), bool) if acts is None else np.asarray(acts, bool)
         self._note(row, _readers(ids, adapter, acts), first)
-        padded = np.zeros(next(p for p in self.pieces if p >= len(ids)), np.int32)
+        padded = np.zeros(self._fitting("read", self.pieces, len(ids)), np.int32)
         padded[: len(ids)] = ids
         place = np.array([row, len(ids), first, made], np.int32)
         rows, feed = self._rows_of([adapter]), Choice.stacked([choice])
         gate = np.pad(acting, (0, len(padded) - len(ids))) if self._gated else None
         then = np.full(len(padded), -1, np.int32)
         then[: len(following)] = following
-        self._caches, self._marks, token, given = _read(
+        self._caches, self._marks, token, given = programs.read(
             self._model,
             self._caches,
             self._marks,
@@ -213,9 +202,11 @@ class Slots:
         found = [_common(begun, wanted) for begun in self._begun]
         source = int(np.argmax(found))
         n = found[source] // self.pieces[-1] * self.pieces[-1]
-        if not n or not self._cuts:
+        if not n or not self._cuts or not self._has("copy"):
             return 0
-        self._caches = _copied(self._caches, np.array([source, row, n], np.int32), self._model.mesh)
+        self._caches = programs.copied(
+            self._caches, np.array([source, row, n], np.int32), self._model.mesh
+        )
         self._begun[row], self._open[row], self._used[row] = wanted[:n], True, n
         self._asked[source] = self._asked[row] = next(self._turns)
         return n
@@ -226,7 +217,7 @@ class Slots:
             bias = np.zeros(self._marks.bias.shape[1], np.float32)
             for token, value in choice.bias:
                 bias[token] += value
-            self._marks = _marked(self._marks, np.int32(row), bias, self._model.mesh)
+            self._marks = programs.marked(self._marks, np.int32(row), bias, self._model.mesh)
 
     def step(
         self,
@@ -251,14 +242,14 @@ class Slots:
         rows, feed = self._rows_of(adapters), Choice.stacked(choices)
         # A row that is not live writes behind its last token, too; nothing sees what it writes.
         most = 1 + max(self._used)
-        width = next((width for width in self._widths if width >= most), self._widths[-1])
+        width = self._fitting("step", self._widths, most)
         for row, begun in enumerate(self._begun):
             if live[row]:
                 self._used[row], self._open[row] = self._used[row] + 1, False
             else:
                 del begun[width - 1 :]  # where it writes if its own last token is behind
         gate = np.array([True] * self.rows if acts is None else acts) if self._gated else None
-        self._caches, self._marks, token = _step(
+        self._caches, self._marks, token = programs.step(
             self._model, self._caches, self._marks, ids, live, rows, feed, width, gate, bits
         )
         return _tokens(token)
@@ -283,21 +274,77 @@ class Slots:
         """Forgets a row's tokens, so that steps need not be wide enough for them."""
         self._used[row] = 0
 
-    def compile(self, compiled: Callable[[int, int], None] = lambda n, of: None) -> None:
-        """Runs every program once, on empty rows; `compiled` is called with how many there are."""
-        self.mark(0, Choice(presence=1.0))
-        programs = len(self.pieces) + len(self._widths) + self._cuts
-        for n, length in enumerate(self.pieces, 1):
-            self.read(0, [0] * length, True, None, Choice())
-            compiled(n, programs)
-        for n, width in enumerate(self._widths, len(self.pieces) + 1):
-            self._used = [width - 1] * self.rows
-            self.step([0] * self.rows, [None] * self.rows, [Choice()] * self.rows)
-            compiled(n, programs)
-        if self._cuts:
-            self._caches = _copied(self._caches, np.zeros(3, np.int32), self._model.mesh)
-            compiled(programs, programs)
-        self._used, self._begun = [0] * self.rows, [[] for _ in range(self.rows)]
+    @property
+    def steps(self) -> bool:
+        """Whether a program makes a token of every row at once."""
+        return self._has("step", self._widths[-1])
+
+    def compile(
+        self,
+        compiled: Callable[[int, int], None] = lambda n, of: None,
+        later: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compiles every program; it runs none.
+
+        Args:
+            compiled: is called after each program, with how many there are so far and in all.
+            later: if given, only `needed` are compiled here. The others are compiled in a thread of
+                its own, which calls it after each. Until then those that are there do their work:
+                a longer piece, a wider step, and a piece for each row in place of a step.
+        """
+        self._compiled = set()
+        n = len(self.programs if later is None else self.needed)
+        self._compile(self.programs[:n], compiled)
+        if later is not None:
+            self._thread = threading.Thread(target=self._compile, args=(self.programs[n:], later))
+            self._thread.start()
+
+    def close(self) -> None:
+        """Compiles nothing more; waits for the program that is being compiled."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _compile(self, names: Sequence[_Program], compiled: Callable[[int, int], None]) -> None:
+        for name in names:
+            if self._closing:
+                return
+            self._lowered(*name).compile()
+            self._compiled.add(name)  # type: ignore[union-attr]
+            compiled(len(self._compiled), len(self.programs))  # type: ignore[arg-type]
+
+    def _has(self, what: str, size: int = 0) -> bool:
+        """Whether a program can be used."""
+        return self._compiled is None or (what, size) in self._compiled
+
+    def _fitting(self, what: str, sizes: Sequence[int], n: int) -> int:
+        """The least size of a program for n tokens."""
+        return next((size for size in sizes if size >= n and self._has(what, size)), sizes[-1])
+
+    def _lowered(self, what: str, size: int) -> Any:
+        """A program before it is compiled; a call with the same shapes finds the compiled one."""
+        model, caches, marks, rows_of = self._shapes
+        if what == "mark":
+            bias = np.zeros(marks.bias.shape[1], np.float32)
+            return programs.marked.lower(marks, np.int32(0), bias, model.mesh)
+        if what == "copy":
+            return programs.copied.lower(caches, np.zeros(3, np.int32), model.mesh)
+        n = self.rows if what == "step" else 1
+        rows, feed, bits = rows_of[n], Choice.stacked([Choice()] * n), self._any[n]
+        gate = np.ones(n if what == "step" else size, bool) if self._gated else None
+        if what == "step":
+            ids, live = np.zeros(n, np.int32), np.ones(n, bool)
+            return programs.step.lower(
+                model, caches, marks, ids, live, rows, feed, size, gate, bits
+            )
+        ids, place = np.zeros(size, np.int32), np.zeros(4, np.int32)
+        return programs.read.lower(model, caches, marks, ids, ids, place, rows, feed, gate, bits)
+
+
+def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, and where it has to be; so that it can be donated meanwhile."""
+    place = array.sharding if array.committed else None
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
 def _tokens(chosen: Token) -> list[Token]:
@@ -307,100 +354,6 @@ def _tokens(chosen: Token) -> list[Token]:
         Token(int(i), bool(f), float(p), Likely(*pair))
         for i, f, p, *pair in zip(ids, finite, logprobs, *top, strict=True)
     ]
-
-
-@partial(jax.jit, static_argnames="width", donate_argnames=("caches", "marks"))
-def _step(
-    model: _Model,
-    caches: Cache,
-    marks: Marks,
-    ids: Int[Array, " rows"],
-    live: Bool[Array, " rows"],
-    rows: Rows,
-    feed: Choice,
-    width: int,
-    gate: Bool[Array, " rows"] | None,
-    allowed: Int[Array, "rows words"],
-) -> tuple[Cache, Marks, Token]:
-    decoder = model.merged()
-
-    def one(cache: Cache, token: Array, live: Array, index: Any, acts: Any) -> tuple[Array, Cache]:
-        of_row = jax.tree.map(lambda x: x[None], index)
-        seen, ids = cache.narrow(width), token[None, None]
-        given = {"adapters": of_row} | ({} if acts is None else {"invoked": acts[None]})
-        hidden, new = decoder.extend(ids, live[None, None], seen, **given)
-        logits = decoder.logits(hidden[:, 0], **given)[0]
-        return logits, new.widen(cache)._replace(used=cache.used + live)
-
-    with on_mesh(model.mesh):
-        axis = over_groups(len(ids))
-        with groups_split(axis):
-            logits, caches = vmap(one, 0, axis)(caches, ids, live, rows, gate)
-    marks = marks._replace(counts=marks.counts.at[jnp.arange(len(ids)), ids].add(live))
-    caches, marks = _split((caches, marks), model.mesh)
-    return caches, marks, choose(logits, feed, lambda: marks, allowed)
-
-
-@partial(jax.jit, donate_argnames=("caches", "marks"))
-def _read(
-    model: _Model,
-    caches: Cache,
-    marks: Marks,
-    ids: Int[Array, " piece"],
-    following: Int[Array, " piece"],
-    place: Int[Array, "4"],
-    rows: Rows,
-    feed: Choice,
-    gate: Bool[Array, " piece"] | None,
-    allowed: Int[Array, "1 words"],
-) -> tuple[Cache, Marks, Token, tuple[Any, Likely]]:
-    decoder = model.merged()
-    row, count, first, made = place
-    each = {} if gate is None else {"invoked": gate[None]}
-    last = {} if gate is None else {"invoked": gate[count - 1][None]}
-    # Numbers that are not finite would outlive their request: a mask multiplies them by zero.
-    old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
-    mask = jnp.arange(len(ids)) < count
-    with on_mesh(model.mesh):
-        hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
-    logits = decoder.logits(hidden[:, count - 1], adapters=rows, **last)
-    new = new._replace(used=old.used + count)
-
-    def given() -> tuple[Array, Likely]:
-        logits = decoder.logits(hidden, adapters=rows, **each)[0]
-        return logprobs_of(logits, jnp.maximum(following, 0)), likeliest_of(logits)
-
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(given))
-    seen = jax.lax.cond((following >= 0).any(), given, lambda: none)
-    caches = jax.tree.map(lambda x, y: x.at[row].set(y), caches, new)
-    marks = marks._replace(counts=marks.counts.at[row, ids[0]].add(made))
-    caches, marks = _split((caches, marks), model.mesh)
-    token = choose(logits, feed, lambda: jax.tree.map(lambda x: x[row][None], marks), allowed)
-    return caches, marks, token, seen
-
-
-@partial(jax.jit, donate_argnames="marks", static_argnames="mesh")
-def _marked(
-    marks: Marks, row: Int[Array, ""], bias: Float[Array, " vocab"], mesh: Mesh | None
-) -> Marks:
-    """The marks with a row that has a bias and no tokens."""
-    return _split(Marks(marks.counts.at[row].set(0), marks.bias.at[row].set(bias)), mesh)
-
-
-@partial(jax.jit, donate_argnames="caches", static_argnames="mesh")
-def _copied(caches: Cache, place: Int[Array, "3"], mesh: Mesh | None) -> Cache:
-    """The caches with the first tokens of one row in another."""
-    source, row, n = place
-    part = jax.tree.map(lambda x: x[source], caches).until(n)
-    return _split(jax.tree.map(lambda x, y: x.at[row].set(y), caches, part), mesh)
-
-
-def _split(rows: Any, mesh: Mesh | None) -> Any:
-    """Arrays of all rows, split over the mesh as they were before: so nothing compiles again."""
-    if mesh is None:
-        return rows
-    n = jax.tree.leaves(rows)[0].shape[0]
-    return jax.lax.with_sharding_constraint(rows, batch_sharding(n, mesh))
 
 
 # A token, and the adapter that acted when it was read; None is the base. An adapter that is gone

@@ -372,10 +372,15 @@ class Prepared(ABC):
 
 @dataclass(frozen=True)
 class Untrained:
-    """A baseline that needs no training; tables have its title."""
+    """A baseline that needs no training; tables have its title.
+
+    Attributes:
+        computes: whether the model computes the rows for it.
+    """
 
     title: str
     score: Callable[[], Scores]
+    computes: bool = True
 
 
 @dataclass(frozen=True)
@@ -387,6 +392,7 @@ class TrainedHead:
         least_steps: the steps that it makes at least, within 20 epochs.
     """
 
+    title: ClassVar[str] = "frozen base, trained head"
     problem: Callable[[], Problem]
     epochs: float | None = None
     least_steps: int = 0

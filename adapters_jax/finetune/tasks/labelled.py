@@ -285,7 +285,7 @@ class PreparedTexts(Prepared):
 
     def baselines(self) -> Sequence[Untrained | TrainedHead]:
         """The best constant prediction, and the frozen base, with a trained head if it is new."""
-        constant = Untrained(self.problem.readout.constant_title, self._constant)
+        constant = Untrained(self.problem.readout.constant_title, self._constant, computes=False)
         if not self.problem.readout.has_head or self.encoder.head is not None:
             return [constant, Untrained("frozen base", self._frozen)]
         passes = (EPOCHS, self.least_steps) if self._reads_tokens else ()

@@ -59,6 +59,7 @@ class LabelledProblem:
     metrics: Sequence[str]
     mesh: Mesh | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
+    _last: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -95,15 +96,16 @@ class LabelledProblem:
 
     def score(self, state: TrainState, part: str) -> dict[str, float]:
         """The metrics on "dev" or "test"; raises NotFiniteError if an output is not finite."""
-        return self._score(partial(self._evaluate, state), part, int(state.step))
+        return self._score(partial(self._evaluated, state), part)
 
     def score_params(self, params: Any, part: str) -> dict[str, float]:
         """The metrics of parameters that are not in training."""
         # `_evaluate` takes a `TrainState` alone.
-        return self._score(partial(jax.jit(self._reduced), params), part, 0)
+        run = partial(jax.jit(self._reduced), params)
+        return self._score(lambda part: self._outputs(run, part, 0), part)
 
-    def _score(self, run: Callable[[Batch], Any], part: str, step: int) -> dict[str, float]:
-        outputs, readout = self._fitted(run, part, step)
+    def _score(self, find: Callable[[str], np.ndarray], part: str) -> dict[str, float]:
+        outputs, readout = self._fitted(find, part)
         predictions = readout.decode(outputs, self.where.get(part))
         return {
             **readout.score(self.metrics, predictions, self.rows[part].labels),
@@ -112,18 +114,24 @@ class LabelledProblem:
 
     def judged(self, state: TrainState, part: str) -> list[dict[str, Any]]:
         """Each row of "dev" or "test" with its loss and its prediction, for the report."""
-        outputs, readout = self._fitted(partial(self._evaluate, state), part, int(state.step))
+        outputs, readout = self._fitted(partial(self._evaluated, state), part)
         return readout.judged(self.rows[part], outputs, self.where.get(part))
 
-    def _fitted(
-        self, run: Callable[[Batch], Any], part: str, step: int
-    ) -> tuple[np.ndarray, Readout]:
+    def _fitted(self, find: Callable[[str], np.ndarray], part: str) -> tuple[np.ndarray, Readout]:
         """The outputs on a part, and the readout with what it learns from those on dev."""
-        outputs, readout = self._outputs(run, part, step), self.readout
+        outputs, readout = find(part), self.readout
         if readout.fits:
-            dev = outputs if part == "dev" else self._outputs(run, "dev", step)
+            dev = outputs if part == "dev" else find("dev")
             readout = readout.fitted(self.metrics[0], dev, self.rows["dev"].labels)
         return outputs, readout
+
+    def _evaluated(self, state: TrainState, part: str) -> np.ndarray:
+        """The outputs of a state on a part; those of the last adapters are kept for the report."""
+        adapters, outputs = self._last.get(part, (None, None))
+        if adapters is not state.adapters:
+            outputs = self._outputs(partial(self._evaluate, state), part, int(state.step))
+            self._last[part] = state.adapters, outputs
+        return outputs
 
     def _outputs(self, run: Callable[[Batch], Any], part: str, step: int) -> np.ndarray:
         def placed(batch: Batch) -> Any:
