@@ -11,11 +11,12 @@ from helpers.labelled import load_labelled
 
 import adapters_jax as aj
 from adapters_jax.finetune.data.datasets import hold_out, make_dataset
+from adapters_jax.finetune.data.files import Rows
 from adapters_jax.finetune.data.glue import GLUE, load_glue, read_glue
 from adapters_jax.finetune.data.movie_reviews import load_movie_reviews, movie_reviews
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.splits import split_rows
-from adapters_jax.finetune.data.tables import Table, read_rows
+from adapters_jax.finetune.data.tables import Table, choose_columns, read_rows
 from adapters_jax.finetune.pretrained.assets import cached
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -366,3 +367,12 @@ def test_movie_reviews():
     assert [len(task.train), len(task.dev), len(task.test)] == [8485, 1060, 1060]
     assert [part.labels.sum() for part in (task.train, task.dev, task.test)] == [4194, 524, 524]
     assert not {t for t, _ in task.train.texts} & {t for t, _ in task.dev.texts + task.test.texts}
+
+
+def test_a_prompt_and_completion_of_messages_say_which_column_to_write():
+    said = [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]
+    with raises(DataError, "line 1 has a list", "one column called messages"):
+        choose_columns(Rows(["prompt", "completion"], [(1, said)]), ["prompt", "completion"])
+    with raises(DataError, "line 1 has a list") as caught:
+        choose_columns(Rows(["prompt"], [(1, [["a"]])]), ["prompt"])
+    assert "messages" not in str(caught.value)

@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "decoders"
 TRAIN = (
     "finetune --model base --train rows.csv --prompt mr --completion ref --max-length 24 "
     "--name mine --method lora --rank 2 --epochs 1 --exact-match 0 --no-baselines --limit 16 "
-    "--learning-rate 0.1"
+    "--learning-rate 0.01"
 )
 WITNESSES = (
     "llama",

@@ -281,6 +281,13 @@ def test_a_batch_that_does_not_split_raises():
         shard_batch({"x": np.ones((6, 3))}, MESH)
 
 
+def test_a_mesh_that_names_no_axis_for_batches_raises():
+    with raises(ShardingError, "it has batch,", "data, fsdp"):
+        shard_batch(shape(8, 3), AbstractMesh((2,), ("batch",)))
+    for sizes, names in (((1, 2), ("data", "batch")), ((1,), ("batch",))):
+        assert shard_batch(shape(8, 3), AbstractMesh(sizes, names)).sharding.spec == P()
+
+
 @pytest.mark.parametrize("flag", ["--rows", "--batch-size"])
 def test_a_command_names_the_flag_whose_rows_do_not_split(flag, monkeypatch):
     made = AbstractMesh((4, 2), ("data", "model"))

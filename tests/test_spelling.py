@@ -214,7 +214,9 @@ def test_what_the_messages_name_is_there():
         (["--num_train_epochs", "3"], "--epochs"),
         (["--num_virtual_tokens", "5"], "--prompt-length"),
         (["--load_in_4bit"], "--quantize nf4"),
-        (["--dataset-name", "imdb"], "--train hub:USER/NAME"),
+        (["--dataset-name", "imdb"], "--train FILE, or hub:USER/NAME"),
+        (["--train_on_inputs"], "--turns all"),
+        (["--steps", "9"], "--epochs, which may be a fraction"),
         (["--eval_steps", "50"], "--evaluations, the number in an epoch"),
         (["--max_steps=10"], "--epochs, which may be a fraction"),
         (["--adapter_name_or_path", "x"], "--init-from"),
@@ -239,6 +241,14 @@ def test_flags_of_other_scripts_that_nothing_needs():
     with raises(UserError, "--use_peft") as caught:
         parse(command_of("doctor"), ["--use_peft"])
     assert "Leave it out" not in str(caught.value)
+
+
+def test_all_flags_of_another_script_are_named_at_once():
+    line = "--lora_r 8 --rank 4 --no-pack --max_length=9 --assistant_only_loss --debug --use_cpu"
+    with raises(UserError, "--lora_r. Write --rank;", "assistant's", "JAX_PLATFORMS") as caught:
+        parse(command_of("finetune"), line.split())
+    named = re.findall(r"--[\w-]+\. ", str(caught.value))
+    assert named == ["--lora_r. ", "--assistant_only_loss. ", "--use_cpu. "]
 
 
 def test_a_command_suggests_only_flags_that_it_has():

@@ -196,7 +196,7 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
 
     Raises:
         ShardingError: the mesh's parts do not divide the rows, or the batch lacks the rows that
-            this process needs; or `mesh` is not a mesh.
+            this process needs; or `mesh` is not a mesh, or has only axes of other names.
 
     Example:
         >>> batch = shard_batch(np.ones((8, 3)), make_mesh("data=-1"))
@@ -224,7 +224,17 @@ def shard_batch(batch: Tree, mesh: Mesh, rows: int | None = None) -> Tree:
 
 
 def batch_sharding(rows: int, mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch; raises ShardingError where the parts do not divide its rows."""
+    """The sharding of a batch.
+
+    Raises:
+        ShardingError: the parts do not divide its rows, or no axis has a name that splits a batch.
+    """
+    others = {name for name, size in mesh.shape.items() if size > 1} - {*AXES}
+    if others and not {*BATCH} & {*mesh.axis_names}:  # or every device would compute all rows
+        raise ShardingError(
+            f"no axis of the mesh splits a batch: it has {', '.join(mesh.axis_names)}, expected "
+            f"data, fsdp or {SLICE}; rename one, or add data=1 if all devices shall have all rows"
+        )
     names, parts = tuple(n for n in BATCH if mesh.shape.get(n, 1) > 1), batch_parts(mesh.shape)
     if rows % parts:
         raise ShardingError(

@@ -135,6 +135,7 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]
         nested = next(
             (
                 f"; {place(line)} has a {type(value).__name__}, expected a text or a number"
+                f"{_MESSAGES * _is_messages(value)}"
                 for line, row in zip(lines, values, strict=True)
                 for value in row
                 if isinstance(value, list | Mapping)
@@ -146,6 +147,14 @@ def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]
             f"fill them in or remove them{nested}"
         )
     return cells, lines
+
+
+_MESSAGES = "; put the messages of both, in this order, into one column called messages"
+
+
+def _is_messages(value: Any) -> bool:
+    """Whether it is a list of a conversation's messages, which TRL has as prompt and completion."""
+    return isinstance(value, list) and all(isinstance(x, Mapping) and "role" in x for x in value)
 
 
 def choose_values(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[Any]], Sequence[Line]]:

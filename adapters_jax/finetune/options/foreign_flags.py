@@ -44,9 +44,11 @@ FLAGS = {
     "block_size": "max_length",
     "run_name": "name",
     "max_steps": "epochs, which may be a fraction",
+    "steps": "epochs, which may be a fraction",
+    "train_on_inputs": "turns all, of conversations",
     "eval_steps": "evaluations, the number in an epoch",
     "save_steps": "checkpoint_every",
-    "dataset_name": "train hub:USER/NAME",
+    "dataset_name": "train FILE, or hub:USER/NAME",
     "bf16": "dtype bfloat16",
     "fp16": "dtype float16",
     "load_in_8bit": "quantize int8",
@@ -112,6 +114,12 @@ _UNNEEDED = {
     "--name names a new run": "overwrite_output_dir overwrite_cache",
     "adapters-jax push uploads a finished run": "push push_to_hub hub_model_id",
     "--accumulate saves memory": "gradient_checkpointing",
+    "only the completion or the assistant's turns count in the loss": (
+        "completion_only_loss assistant_only_loss train_on_responses_only roles_to_train"
+    ),
+    "lora adapts all linear layers of a decoder": "lora_target_linear",
+    "the chat template is the model's own": "chat_template",
+    "JAX_PLATFORMS=cpu in the environment chooses the CPU": "use_cpu",
     "a tenth of the rows is kept for dev, unless --dev names a file": "val_set_size val_size",
 }
 UNNEEDED = {name: text for text, names in _UNNEEDED.items() for name in names.split()}

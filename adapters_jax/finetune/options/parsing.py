@@ -99,9 +99,19 @@ def _explained(
         name = argument.name if argument.index is None else argument.field_info.name.upper()
         return f"{name} is missing: {argument.parameter.help}".rstrip(".")
     if isinstance(error, cyclopts.UnknownOptionError) and error.token.keyword is not None:
-        word = error.token.keyword.partition("=")[0]
-        return f"Unknown option: {word}{_meant(word, {leaf.name for leaf in leaves}, flag)}"
+        return _all_unknown(error.token.keyword.partition("=")[0], flags, leaves)
     return None
+
+
+def _all_unknown(first: str, flags: Sequence[str], leaves: Sequence[Leaf]) -> str:
+    """What to write for an unknown flag, and for those that follow it."""
+    names = {leaf.name for leaf in leaves}
+    known = {name.rstrip("_") for name in (*names, *(leaf.name for leaf in _EXTRAS))}
+    words = {word.partition("=")[0]: None for word in flags if word.startswith("--")}
+    others = [w for w in words if w[2:].replace("-", "_").removeprefix("no_") not in known]
+    unknown = dict.fromkeys([first, *others])
+    told = "; ".join(f"{word}{_meant(word, names, flag)}" for word in unknown)
+    return f"Unknown option{'s' * (len(unknown) > 1)}: {told}"
 
 
 def _meant(word: str, names: Collection[str], written: Callable[[str], str] = str) -> str:
