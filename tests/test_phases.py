@@ -42,6 +42,7 @@ def test_times_follow_the_steps_and_then_the_first_scoring():
 
 def test_a_run_that_goes_on_has_the_pace_of_its_own_steps():
     made = phases([0.0, 20.0], [0.0, 1.0, *[99.0] * 9], passes=0.0)
+    made.scored()  # it ended between a step and its scoring
     made.first(90)
     made.stepped(95)
     assert made.pace == 4.0 and made.left()["training"] == 4.0 * 5 + FORWARD * 4 / 10 * 100

@@ -40,7 +40,7 @@ class Phases:
         >>> phases.first(1)
         >>> phases.stepped(5)
         >>> print(phases)
-        1 min 28 s: compiling 5.5 s, training 49.5 s, test 2.3 s, baselines 27.0 s, report 3.0 s
+        1 min 29 s: compiling 8.0 s, training 49.5 s, test 2.2 s, baselines 27.0 s, report 3.0 s
         >>> phases.scored()
         >>> phases.left()["baselines"]
         24.0
@@ -61,7 +61,7 @@ class Phases:
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._before = self.compiled()
+        self._before, self._start = self.compiled(), self.steps + 1
 
     def first(self, step: int) -> None:
         """Notes that the first step of this process is computed."""
@@ -77,6 +77,8 @@ class Phases:
 
     def scored(self) -> None:
         """Notes that dev is scored, since the step that was noted last."""
+        if self._start > self.steps:
+            return  # a run that goes on may score dev before its first step
         now = self.clock()
         took, self._last = now - self._last, now
         self.scoring += took
