@@ -20,6 +20,7 @@ from helpers.tiny import (
 )
 
 import adapters_jax as aj
+from adapters_jax.errors import UserError
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.compare.grid import read_candidate
 from adapters_jax.finetune.console import Console
@@ -190,6 +191,16 @@ def test_a_wide_bottleneck_trains_at_its_own_rate_unless_flags_say_so(prepared):
     assert prepared(method=wide)[0].config["optimizer"]["learning_rate"] == 1e-3
     asked = OptimizerOptions(learning_rate=0.5)
     assert prepared(method=wide, optimizer=asked)[0].optimizer.learning_rate == 0.5
+
+
+def test_a_run_makes_as_many_steps_as_asked(prepared):
+    job, _ = prepared(optimizer=OptimizerOptions(max_steps=7, evaluations=1))
+    epoch = len(job.problem.train)
+    assert job.optimizer.steps(epoch) == 7 != epoch
+    assert max(job.optimizer.marks(epoch)) == 7
+    assert job.options.optimizer.epochs == 7 / epoch
+    with raises(UserError, "--max-steps 7", "--epochs 2"):
+        prepared(optimizer=OptimizerOptions(max_steps=7, epochs=2.0))
 
 
 def test_the_head_of_the_baseline_sees_few_rows_as_often(prepared, tmp_path):

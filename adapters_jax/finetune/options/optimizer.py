@@ -28,6 +28,7 @@ _LIMITS = (
     | {"orthogonality": math.inf}
     | {"warmup": 1.0, "dropout": 1.0}
 )
+_SIZES = ("batch_size", "accumulate", "evaluations", "max_steps", "patience", "target_rank")
 _ZERO = ("weight_decay", "clip", "warmup", "dropout", "orthogonality")  # may be 0
 MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
 
@@ -55,6 +56,7 @@ class OptimizerOptions:
             question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
             a new head on an encoder, as many as make 340, at most 20 (`python -m benchmarks
             defaults` is the source).
+        max_steps: steps of the training, in place of --epochs.
         dropout: dropout of an encoder; by default none, for full and last-layers the checkpoint's.
         batch_size: rows in a step, or packed sequences of a decoder; by default 32, for
             question-answering 8, for a decoder 4.
@@ -76,6 +78,7 @@ class OptimizerOptions:
     target_rank: int | None = None
     orthogonality: float = 0.5
     epochs: float | None = None
+    max_steps: int | None = None
     dropout: float | None = None
     batch_size: int | None = None
     accumulate: int = 1
@@ -90,7 +93,7 @@ class OptimizerOptions:
             value = getattr(self, name)
             if value is not None:
                 check_number("the optimizer", flag(name), value, high=high, closed=name in _ZERO)
-        for name in ("batch_size", "accumulate", "evaluations", "patience", "target_rank"):
+        for name in _SIZES:
             if getattr(self, name) is not None:
                 check_size("the optimizer", flag(name), getattr(self, name))
         if self.batch_size is not None and self.batch_size % self.accumulate:
@@ -208,10 +211,17 @@ class OptimizerOptions:
         return make
 
     def check(self) -> None:
-        """Raises UserError where optax has no such optimiser, or it needs more than gradients."""
+        """Raises UserError for --epochs beside --max-steps, and for optimisers that do not fit.
+
+        Those that optax does not have, and those that need more than gradients.
+        """
         import jax
         import jax.numpy as jnp
 
+        if self.max_steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--max-steps {self.max_steps} is in place of --epochs {self.epochs:g}; write one"
+            )
         make, like = self._of_optax(), {"kernel": jnp.ones((2, 2))}
         try:
             tx = make(self.rates(2, 1.0))

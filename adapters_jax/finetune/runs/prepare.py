@@ -120,6 +120,10 @@ def prepare_run(
     if start is not None:
         prepared = start.begin(prepared, console.say)
     problem, steps = prepared.problem, len(prepared.problem.train)
+    if options.optimizer.max_steps is not None:
+        passes: dict[str, Any] = {"epochs": options.optimizer.max_steps / steps, "max_steps": None}
+        training = asked = replace(training, **passes)
+        options = replace(options, optimizer=replace(options.optimizer, **passes))
     chosen = before or options.optimizer.epochs or options.budget
     if not chosen and options.method.method != HEAD_ONLY:
         training = training.of_few_rows(task.least_steps, steps)
