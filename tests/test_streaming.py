@@ -173,8 +173,15 @@ def chats(path, rows):
     path.write_text("\n".join(map(json.dumps, said)))
 
 
-@pytest.mark.parametrize("pack", ["--pack", "--no-pack"])
-@pytest.mark.parametrize("kind", ["conversation", "completion"])
+@pytest.mark.parametrize(
+    ("kind", "pack"),
+    [
+        ("conversation", "--no-pack"),
+        ("completion", "--pack"),
+        pytest.param("conversation", "--pack", marks=pytest.mark.slow),
+        pytest.param("completion", "--no-pack", marks=pytest.mark.slow),
+    ],
+)
 def test_a_streamed_run_is_that_of_the_rows_in_memory(
     kind, pack, tmp_path, large, monkeypatch, capsys
 ):
