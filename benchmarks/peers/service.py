@@ -70,7 +70,7 @@ def _time(
     first = np.array(list(losses.values()))
     if not np.all(np.ptp(first, axis=0) <= CLOSE * np.abs(first).max()):
         raise ValueError(f"the servers do not have the same losses: {losses}")
-    trained = group.time({name: (name, {}) for name in group.workers}, rounds)
+    trained = group.time({name: (name, {}) for name in group.workers}, rounds, warmup=2)
     group.ask("save")
     made: dict[str, list[float]] = {name: [] for name in group.workers}
 
@@ -81,7 +81,7 @@ def _time(
         made[name].append(new / took)
         return took / new  # since a side may end a sample early
 
-    seconds = interleave({name: lambda name=name: sampled(name) for name in made}, rounds)
+    seconds = interleave({name: lambda name=name: sampled(name) for name in made}, rounds, 2)
     report.samples("seconds a sampled token", seconds)
     rows = TENANTS * ROWS * tokens
     for name in group.workers:
