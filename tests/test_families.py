@@ -66,7 +66,7 @@ def test_a_record_is_enough_for_every_command(other, run, capsys):
     capsys.readouterr()
     assert find_family("base").name == "other"
     assert is_decoder("base")
-    lora = "--method lora --rank 2"
+    lora = "--method lora --rank 2 --targets **/{query,value}"
     counts = run(f"audit --model base {lora}")
     assert counts["adapter_parameters"] == 2 * (32 + 32) + 2 * (32 + 16)
     assert run(f"audit --model other-tiny {lora}")["adapter_parameters"] == 2 * 2 * 2 * (16 + 16)
