@@ -149,7 +149,7 @@ def on(layout):
 def refused(base, adapted):
     """What is said of six rows, which four parts do not split."""
     tries = {
-        "--mesh": lambda: mesh_of_flag("data=4,model=2", 6),
+        "--mesh": lambda: mesh_of_flag("data=4,model=2", 6, "--rows"),
         "training": lambda: Tenants(base, LARGEST, places=2, rows=6, group=2, lengths=(8,)),
         "sampling": lambda: Engine(aj.Bank(adapted, capacity=6), Sizes(rows=6, context=32)),
     }
