@@ -197,7 +197,7 @@ def test_a_run_makes_as_many_steps_as_asked(prepared):
     job, _ = prepared(optimizer=OptimizerOptions(max_steps=7, evaluations=1))
     epoch = len(job.problem.train)
     assert job.optimizer.steps(epoch) == 7 != epoch
-    assert max(job.optimizer.marks(epoch)) == 7
+    assert max(job.optimizer.marks(epoch, job.problem.recipe)) == 7
     assert job.options.optimizer.epochs == 7 / epoch
     with raises(UserError, "--max-steps 7", "--epochs 2"):
         prepared(optimizer=OptimizerOptions(max_steps=7, epochs=2.0))

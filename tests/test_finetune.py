@@ -369,10 +369,16 @@ def test_glue_tasks_name_their_own_columns():
 
 
 def test_epochs_may_be_a_fraction():
-    options = OptimizerOptions(epochs=1.5, evaluations=2)
-    assert (options.steps(100), options.marks(100)) == (150, {50, 100, 150})
+    options, recipe = OptimizerOptions(epochs=1.5, evaluations=2), aj.full()
+    assert (options.steps(100), options.marks(100, recipe)) == (150, {50, 100, 150})
     short = OptimizerOptions(epochs=0.001)
-    assert (short.steps(10), short.marks(10)) == (1, {1})
+    assert (short.steps(10), short.marks(10, recipe)) == (1, {1})
+
+
+def test_dev_is_scored_once_the_ranks_of_adalora_stay():
+    options = OptimizerOptions(epochs=2.0, evaluations=5)
+    recipe = aj.Recipe(aj.AdaLoRA("**/query", rank=4))
+    assert options.marks(50, recipe) == {70, 80, 90, 100}  # of every tenth of 100 steps
 
 
 def test_patience_counts_the_evaluations_in_a_row_that_were_not_the_best():

@@ -143,11 +143,14 @@ class OptimizerOptions:
         """The number of steps of a training, for epochs of `epoch` steps."""
         return max(1, round((self.epochs or 1) * epoch))
 
-    def marks(self, epoch: int) -> set[int]:
+    def marks(self, epoch: int, recipe: Recipe) -> set[int]:
         """The steps after which dev is scored: evenly spread, with the last step."""
         steps = self.steps(epoch)
         count = max(1, round((self.epochs or 1) * self.evaluations))
-        return {-(-steps * n // count) for n in range(1, count + 1)}
+        found = {-(-steps * n // count) for n in range(1, count + 1)}
+        # What is best on dev is kept, and before AdaLoRA is settled it would have more ranks than
+        # asked for.
+        return {mark for mark in found if mark >= self.settled(steps, recipe)}
 
     def rates(self, steps: int, peak: float) -> optax.Schedule:
         """The learning rate by step, for a training of `steps` steps."""

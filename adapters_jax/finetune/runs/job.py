@@ -255,7 +255,7 @@ class Job:
             steps=options.steps(epoch),
             batch=options.batch_size or 1,
             shapes=problem.train.shapes,
-            marks=options.marks(epoch),
+            marks=options.marks(epoch, problem.recipe),
             rows=self.config["rows"],
             passes=sum(map(self._passes, baselines)),
         )

@@ -205,9 +205,7 @@ class Training:
         rate = options.rates(steps, options.learning_rate or 0.0)
         # Some 200 records a run, and in a long one at least one in 50 steps.
         log = Log(max(1, min(50, steps // 200)), rate, PATIENCE if half else 1)
-        # What is best on dev is kept, and before that step it would have more ranks than asked for.
-        first = options.settled(steps, problem.recipe)
-        marks = {mark for mark in options.marks(len(problem.train)) if mark >= first}
+        marks = options.marks(len(problem.train), problem.recipe)
         return cls(problem, options, state, log, steps, marks, widened=widened, **callbacks)
 
     @property
