@@ -28,6 +28,7 @@ mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 # Groups of tests that are not in the default suite; .ci/run has a part for each.
 GROUPS = {
     "slow": "only with --slow",
+    "weekly": "slow, and run once a week, since other tests watch most of the same in less time",
     "pages": "blocks of the README and the site; with -m pages, --slow, or the file's name",
     "hostile": "spoilt files and newcomers' mistakes; with -m hostile, --slow, or the file's name",
 }
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(config, items):
     """Makes the cases slow that are no witnesses, and skips the groups that nobody asked for."""
     _mark_all_but_witnesses(items, whole=not any("::" in each for each in config.args))
     for item in items:
+        if item.get_closest_marker("weekly"):
+            item.add_marker(pytest.mark.slow)
         for group in GROUPS:
             if item.get_closest_marker(group) and not _asked_for(group, item, config):
                 item.add_marker(pytest.mark.skip(reason=f"{group}; pytest --slow runs it"))
@@ -52,11 +55,13 @@ def _asked_for(group, item, config):
     if config.getoption("--slow"):
         return True
     named = any(item.path.name in each for each in config.args)
-    return group != "slow" and (named or group in config.option.markexpr)
+    wanted = group in config.option.markexpr
+    return group not in ("slow", "weekly") and (named or wanted)
 
 
 def _mark_all_but_witnesses(items, whole):
-    """Of a test with `witness` marks, makes the cases slow whose ids no mark has."""
+    """Of a test with `witness` marks, makes the cases slow whose ids no mark has; weekly, where
+    all of them are slow."""
     missing = {}
     for item in items:
         marks = list(item.iter_markers("witness"))
@@ -64,7 +69,8 @@ def _mark_all_but_witnesses(items, whole):
             kept = {each for mark in marks for each in mark.args}
             missing.setdefault(item.nodeid.partition("[")[0], kept).discard(item.callspec.id)
             if item.callspec.id not in (each for mark in marks for each in mark.args):
-                item.add_marker(pytest.mark.slow)
+                slow = item.get_closest_marker("slow")
+                item.add_marker(pytest.mark.weekly if slow else pytest.mark.slow)
     wrong = [f"{test}: {sorted(ids)}" for test, ids in missing.items() if ids]
     if whole and wrong:
         raise pytest.UsageError(f"there are no cases with the ids of these witnesses: {wrong}")

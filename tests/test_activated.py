@@ -483,6 +483,7 @@ def full(model, ids, acts):
     return ids[:, -NEW:]
 
 
+@pytest.mark.witness("True")
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
@@ -504,7 +505,7 @@ def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
         np.testing.assert_array_equal(made.ids, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_bases_cache_is_read_on_from_the_invocation():
     """The keys and values before it are the base's to the bit: nobody computes them anew."""
     base = lively()
@@ -523,7 +524,7 @@ def test_a_bases_cache_is_read_on_from_the_invocation():
         generate(model, rest, max_new_tokens=NEW + 1, cache=cache)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_generation_with_a_bank():
     plain = lively(aj.LoRA(TARGETS, 2))
     model = lively(aj.ActivatedLoRA(TARGETS, 2, invocation=SEQUENCE))

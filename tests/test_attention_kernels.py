@@ -341,7 +341,7 @@ def test_the_default_device_decides_where_no_mesh_does():
         assert attention._device() == jax.devices()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_each_device_has_its_rows_and_heads():
     """A row and two heads for each of eight devices."""
     code = """

@@ -348,7 +348,7 @@ def embed(directory, sentences):
     return embeddings
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.skipif(not STSB.is_file(), reason="the STS-B data is not here")
 @pytest.mark.usefixtures("optimized")
 def test_minilm_embeddings_agree_with_human_similarity():

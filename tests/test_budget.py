@@ -47,7 +47,7 @@ def test_what_fits_is_what_the_parts_take():
         fitted(options, cost, 15.0, 50, "15s")  # a step: (10 + 8 + 28 / 50) / 0.9 - 15 = 5.6
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_each_shape_of_a_batch_is_measured_once(words, monkeypatch):
     found, times = [], []
 
@@ -92,7 +92,7 @@ def test_one_batch_of_each_shape_is_kept(words, monkeypatch):
     assert len(alive) > 5 and max(alive) <= shapes + 2
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_without_epochs_there_are_up_to_twenty(words, tmp_path):
     assert main([*words, "--budget", "9h", "--no-baselines", "--limit", "32"]) == 0
     config = json.loads((tmp_path / "runs/run/config.json").read_text())

@@ -50,6 +50,7 @@ def test_the_formula_of_a_family_counts_every_setting_of_the_fixtures(path):
     assert family.parameters(config) == config.num_parameters == counted(family, config)
 
 
+@pytest.mark.witness("bert", "llama", "deepseek_v3", "t5", "clip")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_formula_of_a_family_counts_every_published_shape(name):
@@ -189,6 +190,7 @@ def really_fit(family, methods):
             yield method
 
 
+@pytest.mark.witness("bert", "llama", "t5", "qwen3_next")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_methods_are_those_that_the_models_take(name):

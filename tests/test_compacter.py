@@ -141,6 +141,7 @@ def test_the_whole_contract():
     assert check_method(method, start_tolerance=1e-3, variants=("plain",)) == ["mlp"]
 
 
+@pytest.mark.witness("factored")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "own_factored", "factored", "no_bias"])
 def test_the_whole_contract_with_other_settings(name):

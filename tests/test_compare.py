@@ -265,7 +265,7 @@ def test_a_finished_comparison_trains_nothing_again(whole, directory, monkeypatc
     assert (status, summary) == (0, whole[0]), last
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_interrupted_comparison_continues_to_the_same_result(directory, monkeypatch):
     recipes, copy = (NORMS,), directory / "halted"
     whole = compare(directory, "straight", recipes=recipes)[1]
@@ -341,7 +341,7 @@ def test_one_process_at_a_time(copy, directory):
         run.unlock(handle)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypatch):
     recipes, only = ("head-only --learning-rates 3e38 1e-2",), {"seeds": (0,)}
     status, summary, last = compare(directory, "diverged", "--clip", 0, recipes=recipes, **only)

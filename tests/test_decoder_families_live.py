@@ -279,6 +279,9 @@ CASES += [("llama", prompts), ("mistral", prompts)]
 CASES += [(name, everywhere) for name in EVERY if name in ("qwen3_next", "qwen3_5_moe_text")]
 
 
+# The names of all families, and all methods on three; once a week, all of both.
+@pytest.mark.witness(*(f"{name}-lora" for name in EVERY))
+@pytest.mark.witness("llama-dora", "llama-ia3", "llama-prompts", "gpt_oss-dora")
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_peft_made_computes_the_same_here_and_goes_back(name, kind, tmp_path):
     base = narrow(name, tmp_path / "base") if kind is prompts else FIXTURES / name

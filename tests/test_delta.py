@@ -184,6 +184,7 @@ def test_linear_attention_needs_its_sizes():
         DecoderConfig(num_hidden_layers=1, layer_types=("linear_attention",))
 
 
+@pytest.mark.witness("qwen3_5_moe_text")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gemma4_text"])
 def test_rows_of_a_server_generate_what_they_do_alone(name):

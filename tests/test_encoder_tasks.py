@@ -76,6 +76,7 @@ TRAIN = "--method houlsby --bottleneck-dim 16 --layer-norms= --epochs 10 --batch
 TRAIN += " --learning-rate 0.05 --checkpoint-every 1000 --evaluations 1"
 
 
+@pytest.mark.witness("multilabel", "question-answering")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, monkeypatch, capsys):

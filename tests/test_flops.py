@@ -326,6 +326,7 @@ def texts_step(method, where):
     return step.jitted.lower(state.replace(base=None), state.base, ids).compile()
 
 
+@pytest.mark.witness("lora")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", NORM)
 def test_the_gradient_of_a_factor_copies_no_cotangent(method):

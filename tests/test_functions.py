@@ -284,6 +284,7 @@ def kept(layer, layers=(6, 14)):
     return (temporary(layers[1]) - temporary(layers[0])) / (layers[1] - layers[0])
 
 
+@pytest.mark.witness("gelu")
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])

@@ -329,7 +329,7 @@ def test_an_absent_file_and_an_absent_package(file, monkeypatch):
         chat.render(TEMPLATE, [{"role": "user", "content": "a"}])
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.usefixtures("optimized")
 def test_smollm2_reads_wikitext_as_well_as_it_should():
     directory = cached("smollm2-135m")

@@ -89,6 +89,7 @@ def work(api, kind, layers):
     return found if kind == "outputs" else {**found, "merge": lines_of(lambda: merge(model))[1]}
 
 
+@pytest.mark.witness("linen-paths", "nnx-outputs")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("api", LAYERS)

@@ -165,7 +165,7 @@ def losses_of(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_in_float16_is_the_run_in_float32(place):
     for dtype in ("float32", "float16"):
         status, config = finetune(place, dtype, "--dtype", dtype)

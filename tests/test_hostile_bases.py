@@ -375,7 +375,7 @@ print(size, (status("VmHWM") - before) / size)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_sharded_base_takes_at_most_1_2_times_its_bytes_of_memory(tmp_path):
     tiny = FIXTURES / "llama"

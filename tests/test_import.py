@@ -42,6 +42,7 @@ def command(tmp_path):
     return run
 
 
+@pytest.mark.witness("minilm-36864")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "adapters"),

@@ -173,6 +173,7 @@ def alone(tmp_path_factory):
     return re.findall(r"step +(\d) +loss ([\d.]+)", done.stdout)
 
 
+@pytest.mark.witness("gke-jobset.yaml", "slurm.sbatch")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_two_processes_of_a_job_are_one_run(name, start, alone, tmp_path):

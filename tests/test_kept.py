@@ -135,7 +135,7 @@ def test_requests_change_what_is_kept(served, kept, monkeypatch):
     assert client.delete("/v1/adapters/damaged").status_code == 200 and kept.paths() == {}
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_server_that_is_killed_has_its_adapters_again(served, tmp_path, capfd):
     """In a process of its own; a damaged one is named and left out."""
     flags = ("--context", "48", "--rows", "2", "--keep", str(tmp_path / "kept"))

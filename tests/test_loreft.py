@@ -178,6 +178,7 @@ def moved(model):
     return model
 
 
+@pytest.mark.witness("True")
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_decoder_reads_padding_packing_and_caches_alike(scan):
@@ -218,7 +219,7 @@ def test_the_last_tokens_of_a_generation_are_not_known():
         generate(model, jnp.ones((1, 4), int), max_new_tokens=2)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_encoder_and_an_encoder_decoder_have_their_own_tokens():
     config = T5Config(29, 16, 8, 20, num_layers=1, num_decoder_layers=1, num_heads=2)
     recipe = aj.loreft(2, suffix_positions=2, targets="{encoder,decoder}/layers/*")
@@ -270,6 +271,7 @@ def test_the_whole_contract():
         method.merged({}, POINT, {})
 
 
+@pytest.mark.witness("direft")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "direft"])
 def test_the_whole_contract_with_other_settings(name):

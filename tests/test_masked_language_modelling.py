@@ -159,6 +159,7 @@ def readout_metrics():
     return ["perplexity", "loss", "accuracy"]
 
 
+@pytest.mark.witness("True")
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):

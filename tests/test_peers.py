@@ -134,6 +134,7 @@ def test_our_step_beside_others_and_its_limits(tmp_path):
     }
 
 
+@pytest.mark.witness("generation")
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["linear", "generation", "tenants"])
 def test_a_part_runs_by_itself_and_without_its_peers(part, tmp_path, monkeypatch):
@@ -253,7 +254,7 @@ class Here:
         self.made = None
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_case_without_pytorch(directory, tmp_path, monkeypatch):
     """In processes, as benchmarks run."""
     absent = {contenders.TORCH: "torch could not be installed", HERE: None}

@@ -26,7 +26,7 @@ transformers = pytest.importorskip("transformers", reason=WHY)
 peft = pytest.importorskip("peft", reason=WHY)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-STEPS, RATE = 10, 2e-3
+STEPS, RATE = 3, 2e-3
 TEXTS = ["a moving and beautifully acted film", "dull, slow and far too long", "it is what it is"]
 LABELS = [1, 0, 1]
 

@@ -303,6 +303,7 @@ def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weight
         assert check_method(method, variants=["plain"]) == [target.partition("/")[0]]
 
 
+@pytest.mark.witness("SeededVeRA-kinds0-more0")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds", "more"),

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.hostile, pytest.mark.slow]
 pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 
+@pytest.mark.weekly
 def test_no_request_of_the_description_is_an_error_of_the_server(tmp_path):
     llama = str(write_llama(tmp_path / "llama"))
     with serving(llama, "--room", "lora --rank 1", "--context", "32", "--rows", "2") as server:

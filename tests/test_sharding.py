@@ -479,7 +479,7 @@ def test_the_script_on_eight_devices_is_that_on_one(alone, tmp_path):
     check_same(losses, tmp_path, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_resumes(alone, tmp_path):
     flags, port = ("--mesh", "data=2"), free_port()
     both = [example(tmp_path, 1, *flags, "--steps", "20", process=i, port=port) for i in range(2)]

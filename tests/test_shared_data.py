@@ -88,6 +88,7 @@ def test_its_rows_are_read_and_have_a_loss(cell, words):
     assert 0 < jax.tree.leaves(loss)[0] < 100
 
 
+@pytest.mark.witness("preference")
 @pytest.mark.parametrize("cell", [_case(cell) for cell in EVERY if cell.task in TRAINED])
 def test_one_command_trains_it_and_it_comes_back(cell, words, capsys):
     assert main(words(cell)) == 0

@@ -83,6 +83,7 @@ def test_texts_without_prompts_are_not_for_an_encoder(run):
         assert main(TRAIN.replace("32", "4").split()) == 2
 
 
+@pytest.mark.witness("t5")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "mt5"])  # tied and not; flan_t5 is trained below
 def test_an_encoder_decoder_is_trained_used_merged_converted_and_pushed(name, run):

@@ -634,6 +634,7 @@ def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
     collect()
 
 
+@pytest.mark.weekly
 def test_a_server_on_a_mesh_is_the_same_server(llama, server):
     flags = ("--train", "--rank", "4", "--context", "32", "--rows", "4", "--mesh", "data=4,model=2")
     devices = "--xla_force_host_platform_device_count=8"

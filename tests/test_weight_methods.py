@@ -215,6 +215,7 @@ CHECKED = {
 }
 
 
+@pytest.mark.witness("vera")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_contract_on_every_kind_of_layer(name):

@@ -28,6 +28,9 @@ METHODS: dict[str, Callable[[Model], aj.Method | aj.Recipe]] = {
     "int8, lora q, v": _lora,
 }
 
+# Methods on outputs, on all weights and on attention; the others are tried once a week.
+OFTEN = ("houlsby", "lora all", "llama_adapter")
+
 
 def parameters(model: Model, recipe: aj.Recipe, shapes: Mapping[str, Shape]) -> int:
     """How many parameters a recipe should train, by the textbook and the shapes of the base."""

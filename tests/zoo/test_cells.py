@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from .cells import MODELS, adapted, away, check, subject
-from .methods import METHODS
+from .methods import METHODS, OFTEN
 from .subjects import shaken
 
 PARTS = {
@@ -39,6 +39,7 @@ OLD = (  # what tunix uses
 pytestmark = [pytest.mark.slow, *map(pytest.mark.filterwarnings, OLD)]
 
 
+@pytest.mark.witness(*(f"{name}-{method}" for name, method in CELLS if method in OFTEN))
 @pytest.mark.parametrize(("name", "method"), CELLS)
 def test_cell(name, method, tmp_path, record_property):
     cell = dataclasses.asdict(check(name, method, tmp_path / "a"))

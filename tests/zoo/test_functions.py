@@ -3,13 +3,14 @@
 import pytest
 
 from .function_cells import BEGIN, END, MODELS, PAGE, applies, check, installed
-from .methods import METHODS
+from .methods import METHODS, OFTEN
 
 CELLS = [(name, method) for name in MODELS for method in METHODS if applies(name, method)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not installed(), reason="needs pip install 'adapters-jax[zoo-test]'")
+@pytest.mark.witness(*(f"{name}-{method}" for name, method in CELLS if method in OFTEN))
 @pytest.mark.parametrize(("name", "method"), CELLS)
 def test_cell(name, method, tmp_path):
     check(name, method, tmp_path / "a")
