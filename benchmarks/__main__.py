@@ -39,6 +39,7 @@ BENCHMARKS = {
     "peers-tenants": "a step of eight tenants and of one, against SkyRL's backend",
     "plan": "planned bytes on each device: BERT-large, LLaMA-7B and GPT-3 175B",
     "regret": "what LoRA needs on a decoder: ranks, rates, modules; hours, resumes",
+    "reward": "reinforcement learning by Tinker's cookbook: does the reward rise?",
     "scale": "compiling scanned and unrolled layers; FLOPs and traffic; two processes",
     "serve": "the server's engine: parallel clients, new adapters, answers compared",
     "service": "a step through Tinker's client and our server, against the engine's",
