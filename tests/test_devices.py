@@ -311,7 +311,7 @@ def test_the_command_plans_for_tpus(tmp_path):
 
 
 @tpu
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_notebook_of_a_chat_model_compiles_its_step_for_a_tpu(capsys):
     path = Path(__file__).parents[1] / "docs" / "notebooks" / "chat-tpu.ipynb"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -80,36 +80,41 @@ def test_every_method_that_is_registered_has_a_gate():
     assert single == set(RECIPES)
 
 
-# Each program takes 10 to 60 seconds to compile. Two methods have every kind of model and of base;
-# the others a scanned linen model, and an NNX one in int4, which is as int8 but for its unpacking.
-OFTEN = ("bottleneck", "lora")
-STEPS = [
-    pytest.param(method, api, scan, id=f"{method}-{api}-{'scan' if scan else 'plain'}")
-    for method in RECIPES
-    for api in MODELS
-    for scan in (False, True)
-    if method in OFTEN or scan == (api == "linen")
-]
+DTYPES = ("bf16", "int8", "int4")
+FORMS = [(api, scan) for api in MODELS for scan in (False, True)]
+# Each program takes 5 to 20 seconds to compile. With every change, two methods have each form of
+# model and of base; the others a scanned linen model, and an NNX one in int4, which is as int8 but
+# for its unpacking.
+EVERY = ("bottleneck", "lora")
 
 
-def bases(method, api, scan):
-    """The dtypes of the bases that a method's step is compiled with."""
-    if method in OFTEN:
-        return ("bf16", "int8", "int4")
+def often(method, api, scan):
+    """The dtypes of the bases that a method's step is compiled with when anything changes."""
+    if method in EVERY:
+        return DTYPES
+    if scan != (api == "linen"):
+        return ()
     if not scan:
         return ("int4",)
     return ("bf16",) if (api, scan, method) in AT_ONCE else ("bf16", "int4")
 
 
-@tpu
-@slow
-@pytest.mark.parametrize(("method", "api", "scan"), STEPS)
-def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan):
+def steps(chosen):
+    """Those of all steps for which `chosen` gives dtypes, with them."""
+    return [
+        pytest.param(method, api, scan, found, id=f"{method}-{api}-{'scan' if scan else 'plain'}")
+        for method in RECIPES
+        for api, scan in FORMS
+        if (found := chosen(method, api, scan))
+    ]
+
+
+def check_step(method, api, scan, dtypes):
     """The base is no output, is copied nowhere and never in floats as a whole; no product is done
     that a gradient of the adapters can do without."""
     state, loss = MODELS[api](RECIPES[method], scan, "bf16")
     base, (needed, recomputed) = stored(state.base), floor_of(state, loss)
-    for dtype in bases(method, api, scan):
+    for dtype in dtypes:
         state, loss = MODELS[api](RECIPES[method], scan, dtype)
         step = compiled(state, loss)
         program, trained = step.program, stored((state.adapters, state.opt_state))
@@ -122,6 +127,23 @@ def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan)
                 assert copies(step.text, scan, dtype == "bf16") == [], dtype
             if scan:
                 assert program.total - program.arguments < base / 4, dtype
+
+
+@tpu
+@slow
+@pytest.mark.parametrize(("method", "api", "scan", "dtypes"), steps(often))
+def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan, dtypes):
+    check_step(method, api, scan, dtypes)
+
+
+@tpu
+@pytest.mark.weekly
+@pytest.mark.parametrize(
+    ("method", "api", "scan", "dtypes"),
+    steps(lambda *form: [each for each in DTYPES if each not in often(*form)]),
+)
+def test_so_do_the_other_forms_of_models_and_bases(method, api, scan, dtypes):
+    check_step(method, api, scan, dtypes)
 
 
 @tpu
