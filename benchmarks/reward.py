@@ -1,7 +1,9 @@
 """Reinforcement learning by Tinker's cookbook on our server: whether the reward rises.
 
-The recipe is the cookbook's own, `math_rl` with `env=arithmetic`: sums of two numbers up to 100. An
-answer whose last number is right has a reward of 1, less 0.1 where it does not end in time. Needs
+The recipes are the cookbook's own. `chat_sl` first shows some sums with their answers, since the
+small base gets one in a hundred right, so there would be nothing to reward. Then `math_rl` with
+`env=arithmetic` goes on from that checkpoint: sums of two numbers up to 100, and a reward of 1
+where the last number of an answer is right, less 0.1 where the answer does not end in time. Needs
 the extra `cookbook-test`.
 """
 
@@ -22,25 +24,26 @@ from adapters_jax.finetune.pretrained.decoder import TOKENIZER_CONFIG, load_pret
 from benchmarks.harness import Spread
 from benchmarks.report import BLUE, GREY, Report
 
-RECIPE, BASE, NAME = "tinker_cookbook.recipes.math_rl.train", "smollm2-135m", "smollm2"
-GROUPS, SIZE, TOKENS, RANK, RATE = 12, 8, 5, 16, 5e-4
+BASE, NAME = "smollm2-135m", "smollm2"
+ROWS, FIRST_RATE = 384, 1e-3
+STEPS, GROUPS, SIZE, TOKENS, RANK, RATE = 25, 12, 8, 5, 16, 2e-4
 REWARD, ENDS = "env/all/reward/total", 5  # the steps at either end that are compared
 
 
 def run(report: Report, quick: bool) -> None:
-    """Trains for 30 steps; for two of a few samples if quick."""
-    steps, groups = (2, 2) if quick else (30, GROUPS)
+    """Trains for 25 steps; for two of a few samples if quick."""
+    rows, steps, groups = (8, 2, 2) if quick else (ROWS, STEPS, GROUPS)
     with tempfile.TemporaryDirectory() as folder:
         _write_base(Path(folder, NAME))
-        found = _trained(Path(folder), steps, groups)
+        found = _trained(Path(folder), rows, steps, groups)
     rewards = [step[REWARD] for step in found]
     for i, step in enumerate(found):
         report.add(f"Steps of {groups} sums, {SIZE} answers each", step=i + 1, reward=step[REWARD])
     ends = {"first": Spread.of(rewards[:ENDS]), "last": Spread.of(rewards[-ENDS:])}
     what = f"Reward of SmolLM2-135M-Instruct, LoRA of rank {RANK}, rate {RATE:g}"
     report.add(what, **{f"{end} {ENDS} steps": spread for end, spread in ends.items()})
-    risen = round(ends["first"].median / max(ends["last"].median, 1e-9), 3)
-    report.claim(f"{what}: first {ENDS} steps / last {ENDS}", risen, 1.0)
+    fallen = round(ends["first"].median - ends["last"].median, 3)
+    report.claim(f"{what}: first {ENDS} steps, less the last {ENDS}", fallen, 0.0)
     if not quick:
         _draw(report, rewards)
 
@@ -54,27 +57,52 @@ def _write_base(folder: Path) -> None:
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(base.tokenizer_config()))
 
 
-def _trained(folder: Path, steps: int, groups: int) -> Sequence[Mapping[str, Any]]:
-    """The metrics of a training's steps."""
+def _trained(folder: Path, rows: int, steps: int, groups: int) -> Sequence[Mapping[str, Any]]:
+    """The metrics of a training's steps, after one pass over some rows."""
     serve = [sys.executable, "-m", "adapters_jax", "serve", NAME, "--train", "--rank", str(RANK)]
     serve += ["--context", "64", "--rows", "8", "--keep", "kept", "--port", "0", "--json"]
     server = subprocess.Popen(serve, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
-        address = json.loads(server.stdout.readline())["address"]
-        words = [f"model_name={NAME}", "renderer_name=qwen3_instruct", "env=arithmetic"]
-        words += [f"lora_rank={RANK}", f"learning_rate={RATE}", f"group_size={SIZE}"]
-        words += [f"groups_per_batch={groups}", f"max_tokens={TOKENS}", f"max_steps={steps}"]
-        words += ["eval_every=0", "save_every=0", "log_path=log", f"base_url={address}"]
-        words += ["loss_fn=importance_sampling"]
-        own = {"TINKER_API_KEY": "tml-benchmark", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", RECIPE, *words]
-        subprocess.run(command, cwd=folder, env={**os.environ, **own}, check=True)
+        common = [f"model_name={NAME}", "renderer_name=qwen3_instruct", f"lora_rank={RANK}"]
+        common += [f"base_url={json.loads(server.stdout.readline())['address']}"]
+        common += ["eval_every=0", "save_every=0"]
+
+        def recipe(name: str, log: str, **values: Any) -> Path:
+            words = [*common, f"log_path={log}", *(f"{k}={v}" for k, v in values.items())]
+            command = [sys.executable, "-m", f"tinker_cookbook.recipes.{name}.train", *words]
+            own = {"TINKER_API_KEY": "tml-benchmark", "HF_HUB_OFFLINE": "1"}
+            subprocess.run(command, cwd=folder, env={**os.environ, **own}, check=True)
+            return folder / log
+
+        _write_sums(folder / "sums.jsonl", rows)
+        sizes = {"batch_size": min(rows, 32), "num_epochs": 1, "max_length": 64}
+        first = recipe("chat_sl", "first", dataset="sums.jsonl", learning_rate=FIRST_RATE, **sizes)
+        (saved,) = _lines(first / "checkpoints.jsonl")
+        sizes = {"group_size": SIZE, "groups_per_batch": groups, "max_tokens": TOKENS}
+        start = {"load_checkpoint_path": saved["state_path"], "learning_rate": RATE}
+        loss = {"env": "arithmetic", "loss_fn": "importance_sampling", "max_steps": steps}
+        log = recipe("math_rl", "log", **sizes, **start, **loss)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
-    lines = (folder / "log" / "metrics.jsonl").read_text().splitlines()
-    return [step for line in lines if REWARD in (step := json.loads(line))]
+    return [step for step in _lines(log / "metrics.jsonl") if REWARD in step]
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_sums(path: Path, rows: int) -> None:
+    """Conversations like those of the cookbook's environment, with their answers."""
+    numbers = np.random.default_rng(1).integers(0, 101, (rows, 2))
+    said = [["What is 4 + 5?", "9", f"What is {x} + {y}?", f"{x + y}"] for x, y in numbers.tolist()]
+    roles = ("user", "assistant", "user", "assistant")
+    chats = [
+        {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
+        for texts in said
+    ]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def _draw(report: Report, rewards: Sequence[float]) -> None:
