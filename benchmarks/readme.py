@@ -26,7 +26,7 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
     "latency": ("latency", "switch"),
     "many": (
         *("bank", "bank-places", "serve", "tenants-compiled", "tenants-cycles"),
-        *("service", "service-churn"),
+        *("service", "service-churn", "reward"),
     ),
     "accelerators": ("accelerators",),
     "quantised": ("accelerators",),
@@ -72,6 +72,7 @@ PICTURES = {
     "peers-generation": "Generation beside transformers",
     "peers-tenants": "A step of one tenant and of eight, beside SkyRL",
     "latency": "What unmerged adapters add to a forward pass of GPT-2 medium",
+    "reward": "The reward of sums, step by step, by Tinker's cookbook on our server",
 }
 BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- end of results -->"
 
