@@ -279,7 +279,8 @@ CASES += [("llama", prompts), ("mistral", prompts)]
 CASES += [(name, everywhere) for name in EVERY if name in ("qwen3_next", "qwen3_5_moe_text")]
 
 
-# The names of all families, and all methods on three; once a week, all of both.
+# The names of all families, and all methods on a few; once a week, all of both.
+@pytest.mark.slow
 @pytest.mark.witness(*(f"{name}-lora" for name in EVERY))
 @pytest.mark.witness("llama-dora", "llama-ia3", "llama-prompts", "gpt_oss-dora")
 @pytest.mark.parametrize(("name", "kind"), CASES)

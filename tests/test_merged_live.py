@@ -74,6 +74,7 @@ EVERY = sorted(path.name for path in FIXTURES.iterdir() if path.name.split("-")[
 TARGETS = {"deepseek_v3": "**/{query_up,key_value}"}
 
 
+@pytest.mark.slow
 @pytest.mark.witness("tiny", "bloom", "gpt_oss", "qwen3_next")
 @pytest.mark.parametrize("name", ["tiny", *EVERY])
 def test_a_merged_decoder_has_the_same_logits_in_transformers(name):
