@@ -78,7 +78,7 @@ def write_image(name, mode="RGB", color=None, **options):
 
 @pytest.mark.witness("lora")
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", pytest.param("houlsby", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["lora", "houlsby"])
 def test_it_trains_predicts_and_comes_back_from_its_files(method, capsys):
     write_vit(Path("tiny"))
     write_digits(Path("digits"))

@@ -161,7 +161,7 @@ def readout_metrics():
 
 @pytest.mark.witness("True")
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head", [True, False])
 def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):
     write_masked(Path("tiny"), head)
     for name, count in (("rows", 160), ("dev", 20), ("test", 24)):

@@ -264,8 +264,7 @@ def test_a_library_has_what_was_tracked_and_goes_on_with_the_run(place, monkeypa
     assert config == {"lora": {"rank": 8}}
 
 
-@pytest.mark.weekly
-@pytest.mark.slow  # where the trackers are installed
+@pytest.mark.weekly  # where the trackers are installed
 def test_a_command_with_every_tracker_prints_its_result_alone(place):
     for tracker in TRACKERS.values():
         pytest.importorskip(tracker.package)

@@ -112,8 +112,7 @@ def test_published_sizes(name, number):
     assert family.parameters(family.known[name]) == number
 
 
-@pytest.mark.weekly
-@pytest.mark.slow  # numba compiles for a minute in a new environment
+@pytest.mark.weekly  # numba compiles for a minute in a new environment
 def test_log_mel_features_are_those_of_transformers(expected):
     pytest.importorskip("librosa", reason="needs librosa: pip install 'adapters-jax[audio]'")
     config = replace(CONFIG, max_source_positions=50)  # one second
