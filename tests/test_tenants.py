@@ -417,7 +417,7 @@ def test_bad_rows_are_errors_of_the_call(tenants, case):
 
 @pytest.mark.slow
 @pytest.mark.hostile
-def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants):
+def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants, caplog):
     for change in ({"learning_rate": np.nan}, {"beta1": 1.0}, {"eps": 0.0}, {"weight_decay": -1}):
         with raises(UserError, *change):
             tenants.optim_step("good", Adam()._replace(**change))
@@ -428,8 +428,9 @@ def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants):
         (aj.LoRA("**/query", rank=2, dropout=0.1), RecipeError, "dropout"),
         (aj.LoRA("**/nothing", rank=2), aj.TargetError, "nothing"),
     ):
-        with raises(error, *data):
+        with raises(error, *data), jax.log_compiles(), caplog.at_level("WARNING"):
             tenants.create("bad", recipe, 0)
+    assert not [each for each in caplog.messages if "XLA compilation of jit(start)" in each]
     for name, seed in (("good", 0), ("", 0), ("bad", -1), ("bad", 2**32), ("bad", 1.0)):
         with raises(UserError):
             tenants.create(name, RECIPES["lora"], seed)

@@ -33,7 +33,7 @@ from adapters_jax.finetune.tenants.requests import (
     UnknownTenantError,
     checked_rows,
 )
-from adapters_jax.finetune.tenants.rooms import Host, Room
+from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
 from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS
@@ -139,7 +139,7 @@ class Tenants:
             each=group,
             lengths=self.lengths,
         )
-        self._starts: dict[Recipe, Any] = {}
+        self._starts: dict[Recipe, tuple[Any, Fit]] = {}
         self._tenants: dict[str, Tenant] = {}
         self._turns: deque[Tenant] = deque()  # in the order in which they may give rows
         self._places = Places(self._programs)
@@ -154,7 +154,7 @@ class Tenants:
             compiled: is called after each program, with how many there are so far and in all; what
                 it raises ends the compiling.
         """
-        self._initial(self.recipe, 0)
+        self._initial("", self.recipe, 0)
         self._programs.compile(compiled)
         self._thread.start()
 
@@ -199,8 +199,7 @@ class Tenants:
         recipe = Recipe(recipe)
         _check_trainable(recipe)
         self._check_new(name)
-        leaves = self._initial(recipe, seed)
-        fit = self._programs.room.fit(name, recipe, {p: x.shape for p, x in leaves.items()})
+        leaves, fit = self._initial(name, recipe, seed)
         tenant = Tenant(name, recipe, fit, Stack(leaves, {}, {}, {}))
         with self._changed:
             self._check_new(name)
@@ -288,8 +287,8 @@ class Tenants:
             )
         return self._queue(name, Order(lambda: self._restore(tenant, snapshot, optimizer)))
 
-    def _initial(self, recipe: Recipe, seed: int) -> Host:
-        """The leaves of a new adapter."""
+    def _initial(self, name: str, recipe: Recipe, seed: int) -> tuple[Host, Fit]:
+        """The leaves of a new adapter, and how they lie in the room."""
         graphdef, state = self._base
 
         def start(state: Any, seed: Any) -> Any:
@@ -297,14 +296,19 @@ class Tenants:
             made = adapt(nnx.merge(graphdef, state), recipe, rngs=rngs, example_inputs=_EXAMPLE)
             return leaves_by_path(nnx.state(made, ADAPTERS))
 
-        made = self._starts.get(recipe)
-        if made is None:
-            made = jax.jit(start).lower(state, np.uint32(seed)).compile()
+        known = self._starts.get(recipe)
+        if known is None:
+            lowered = jax.jit(start).lower(state, np.uint32(seed))
+            # A recipe that does not fit is refused before anything is compiled.
+            shapes = {path: leaf.shape for path, leaf in lowered.out_info.items()}
+            fit = self._programs.room.fit(name, recipe, shapes)
+            known = lowered.compile(), fit
             with self._changed:  # several threads may create tenants
-                self._starts[recipe] = made
+                self._starts[recipe] = known
                 if len(self._starts) > _RECIPES:
                     self._starts.pop(next(iter(self._starts)))
-        return jax.device_get(made(state, np.uint32(seed)))
+        made, fit = known
+        return jax.device_get(made(state, np.uint32(seed))), fit
 
     def _check_new(self, name: str) -> None:
         if self._closing:
