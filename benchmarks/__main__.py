@@ -28,6 +28,7 @@ BENCHMARKS = {
     "latency": "a forward pass of GPT-2 medium and BERT-base: adapters, LoRA, merged LoRA",
     "llama": "a decoder: a step against one by hand; decoding with and without LoRA",
     "losses": "a loss over a large vocabulary against tokamax's; needs libtpu and tokamax",
+    "methods": "PEFT's comparison of methods on Llama 3.2 3B: sizes, memory; needs CUDA; resumes",
     "memory": "memory of training: full fine-tuning, LoRA, Houlsby's adapters, prompts",
     "parameters": "trainable parameters and checkpoints of GPT-3 175B and BERT-large",
     "paths": "files, functions and moves between files that common work runs through",

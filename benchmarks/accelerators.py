@@ -202,7 +202,7 @@ def run(report: Report, quick: bool) -> None:
     cells = cells[:2] if quick else list(CELLS)
     record = Record(report.directory / f"{report.name}-cells.jsonl")
     for number, cell in enumerate(cells, 1):
-        _say(f"{number} of {len(cells)}: {_key(cell)}")
+        say(f"{number} of {len(cells)}: {cell_key(cell)}")
         record.compile(cell)
     show(report, cells, record.rows)
 
@@ -221,17 +221,17 @@ class Record:
 
     def compile(self, cell: Cost | Whole) -> None:
         """Compiles a cell that is not here, unless something is missing for it."""
-        key = _key(cell)
+        key = cell_key(cell)
         if key in self.rows:
             return
         absent = [name for name in cell.needs if not find_spec(name)]
         if absent:
-            _say(f"left out: {', '.join(absent)} not installed")
+            say(f"left out: {', '.join(absent)} not installed")
             return
         try:
             row = {"attention": ATTENTION, "jax": jax.__version__, **cell.compile()}
         except MissingPackageError as error:
-            _say(f"left out: {error}")
+            say(f"left out: {error}")
             return
         self.rows[key] = row
         with self.path.open("a") as file:
@@ -240,7 +240,7 @@ class Record:
 
 def show(report: Report, cells: list[Any], rows: Mapping[str, Row]) -> None:
     """Adds the rows of the compiled cells, and the figures that they reach."""
-    done = {cell: rows[_key(cell)] for cell in cells if _key(cell) in rows}
+    done = {cell: rows[cell_key(cell)] for cell in cells if cell_key(cell) in rows}
     for cell, row in done.items():
         add = _add_cost if isinstance(cell, Cost) else _add_whole
         add(report, cell, row)
@@ -283,7 +283,7 @@ def largest(cells: Iterable[Whole], rows: Mapping[str, Row]) -> list[Row]:
     """Of each card and dtype, the largest compiled model that fits one of it under LoRA."""
     found: dict[tuple[str, str], Row] = {}
     for cell in cells:
-        row = rows.get(_key(cell))
+        row = rows.get(cell_key(cell))
         one = cell.method == "lora" and ":" not in cell.device
         if row and one and row["total"] <= row["memory"]:
             shown = {"card": cell.device, "base in": cell.dtype, "model": cell.model}
@@ -405,10 +405,10 @@ def _in(value: float | None, unit: float) -> float | None:
     return None if value is None else value / unit
 
 
-def _key(cell: Cost | Whole) -> str:
+def cell_key(cell: Cost | Whole) -> str:
     """A cell as the text by which the record has it."""
     return " ".join(f"{name}={value}" for name, value in asdict(cell).items() if value)
 
 
-_say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
 _quiet: Callable[[str], None] = lambda line: None  # noqa: E731

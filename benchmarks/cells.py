@@ -34,6 +34,8 @@ TEXTS = {  # of decoders
     "gsm8k": f"--train {{0}}/gsm8k/test.jsonl --prompt question --completion answer {_DECODER} 256",
     "wikitext2": "--train {0}/wikitext2/valid.txt --test {0}/wikitext2/test.txt --text text "
     "--held-out 100 --exact-match 0 --max-length 256",
+    "conversations": "--train {0}/conversations/dummy_conversation.json --held-out 100 "
+    "--max-length 256",
 }
 
 
@@ -151,6 +153,10 @@ class Store:
         rows = [*self.rows, *cells.of([{**cells.shared, **row} for row in found])]
         named = ("base", "data", "rows", "batch", "passes", "recipe", "learning_rate", "seed")
         self.rows = [*{tuple(row.get(name) for name in named): row for row in rows}.values()]
+        self.save()
+
+    def save(self) -> None:
+        """Writes the rows to the file."""
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
 

@@ -20,7 +20,7 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
     "peers": ("peers", "peers-zen5"),
     "peers-more": ("peers-linear", "peers-generation", "peers-tenants", "peers-service", "sweep"),
     "step": ("step", "step-tunix", "llama", "speedup"),
-    "memory": ("memory", "plan", "parameters", "files"),
+    "memory": ("memory", "methods", "plan", "parameters", "files"),
     "accuracy": ("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17"),
     "training": ("defaults", "fusion", "tasks", "regret"),
     "latency": ("latency", "switch"),
@@ -72,6 +72,7 @@ PICTURES = {
     "peers-generation": "Generation beside transformers",
     "peers-tenants": "A step of one tenant and of eight, beside SkyRL",
     "latency": "What unmerged adapters add to a forward pass of GPT-2 medium",
+    "regret": "What LoRA needs on SmolLM2-135M: loss by learning rate, and by steps",
     "reward": "The reward of sums, step by step, by Tinker's cookbook on our server",
 }
 BEGIN, END = "<!-- results: written by python -m benchmarks readme -->", "<!-- end of results -->"

@@ -4,11 +4,22 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from adapters_jax.finetune.compare.grid import read_candidate
-from benchmarks import baselines, cells, defaults, fusion, regret, sweep, tradeoff
+from benchmarks import (
+    accelerators,
+    baselines,
+    cells,
+    defaults,
+    fusion,
+    methods,
+    regret,
+    sweep,
+    tradeoff,
+)
 from benchmarks.report import Report
 
 pytestmark = pytest.mark.slow
@@ -403,3 +414,64 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
         "the best rate does not depend on the rank (alpha = 32)": "reproduced",
         "the best rate does not depend on the rank (alpha = r)": "not reproduced",
     }
+
+
+def test_the_default_rate_is_compared_with_the_best_one(tmp_path):
+    report = Report("regret", "", tmp_path)
+    cell = {"base": regret.BASE, "data": "e2e", "batch": regret.BATCH, "recipe": regret.ALL}
+    rows = [
+        {**cell, "seed": 0, "learning_rate": rate, "score": {"dev": -loss}}
+        for rate, loss in ((0.00065, 1.4), (0.0013, 1.03), (0.0026, 1.0))
+    ]
+    regret.judge(report, {(regret.BASE, "e2e", regret.BATCH, regret.ALL): rows[2:]}, rows)
+    (row,) = report.rows
+    assert (row["measured"], row["at most"], row["met"]) == (1.03, 1.02, False)
+    assert "best of 3" in row["claim"]
+
+
+def test_an_interrupted_run_reports_the_best_rate_so_far(tmp_path):
+    asked = cells.Cells("e2e", 400, regret.ALL, (1.3e-3,), 1.0, (0,), regret.BASE, 4)
+    rows = [
+        {
+            **asked.shared,
+            "recipe": regret.ALL,
+            "seed": seed,
+            "learning_rate": rate,
+            "run": f"{rate}",
+        }
+        | {"score": {"dev": score}}
+        for rate, seed, score in ((1.3e-3, 0, -1.2), (2.6e-3, 0, -1.1), (2.6e-3, 1, -1.3))
+    ]
+    assert regret._best(rows, asked) == rows[1:]
+    assert regret._best(rows, replace(asked, rows=800)) == []
+    store = SimpleNamespace(rows=rows, root=tmp_path)
+    metrics = tmp_path / asked.name / "cells" / "0.0013" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    lines = [{"step": i, "loss": float(i)} for i in range(24)] + [{"step": 24, "dev_loss": 9.0}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    regret._add_losses(store, asked)
+    assert rows[0]["losses"] == [2 * i + 0.5 for i in range(12)]
+    assert "losses" not in rows[1]
+
+
+def test_the_table_of_methods_compares_parameters_and_memory(tmp_path, monkeypatch):
+    both = [methods.Cell("LoRA, r = 32", remat) for remat in (False, True)]
+    path = tmp_path / "methods-cells.jsonl"
+    counted = {"trainable": 9_175_040, "file": 36_700_584, "memory": 80 * 2**30}
+    lines = [
+        {"cell": accelerators.cell_key(cell), **counted, "peak": peak * 2**30}
+        for cell, peak in zip(both, (14, 7), strict=True)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(methods.Record, "compile", lambda self, cell: None)
+    report = Report("methods", "", tmp_path)
+    methods.run(report, quick=False)
+    row, claim = report.rows
+    assert (row["peak GiB"], row["recomputed"], row["MB"]) == (14.0, 7.0, 36.700584)
+    assert claim["published"] == "9,175,040; 36.7; at most 20.8, mean 13.4"
+    assert claim["ours"] == "9,175,040; 36.7; 14.0, recomputed 7.0"
+    assert claim["verdict"] == "reproduced"
+    path.write_text("".join(json.dumps({**x, "trainable": 1}) + "\n" for x in lines))
+    other = Report("methods", "", tmp_path)
+    methods.run(other, quick=False)
+    assert other.rows[1]["verdict"] == "not reproduced"
