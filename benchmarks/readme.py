@@ -18,7 +18,10 @@ PEFT = DOCS / "coming-from" / "peft.md"
 LINK = "../../benchmarks/results"  # from the pages of results
 SHOWN = {  # the files of results by the page that shows their claims and figures
     "peers": ("peers", "peers-zen5"),
-    "peers-more": ("peers-linear", "peers-generation", "peers-tenants", "peers-service", "sweep"),
+    "peers-more": (
+        *("peers-linear", "peers-linear-zen5", "peers-generation", "peers-tenants"),
+        *("peers-service", "sweep"),
+    ),
     "step": ("step", "step-tunix", "llama", "speedup"),
     "memory": ("memory", "methods", "plan", "parameters", "files"),
     "accuracy": ("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17"),
@@ -45,23 +48,20 @@ COMPARED = {  # the README's rows, by the file of results that has to be there
     "peers-linear": (
         "time of a step, all linear / q and v, Qwen 3 of 8 layers, 32 x 128",
         "time of a step, all linear, adapters_jax / PEFT, Qwen 3 of 8 layers, 32 x 128",
-        "time of a step, all linear, adapters_jax / PEFT, SmolLM2-135M, 4 x 256",
         "time of a step, all linear, adapters_jax / qwix, SmolLM2-135M, 4 x 256",
     ),
     "peers-generation": (
         "time of 64 tokens after 32, batch 1, SmolLM2-135M, base, adapters_jax / transformers",
-        "time of 64 tokens after 32, batch 16, SmolLM2-135M, base, adapters_jax / transformers",
     ),
     "peers-tenants": (
         "time of a step of tenants, 8 x 4 x 128 / 1 x 32 x 128, adapters_jax",
         "time of a step of tenants, 8 x 4 x 128, adapters_jax / SkyRL",
     ),
 }
-LATER = "EPYC family 26 (Zen 5)"
+ZEN4, ZEN5 = "EPYC family 25 (Zen 4)", "Zen 5, an earlier version"
 PEERS = {  # the README's columns, by file
-    "peers": "EPYC family 25 (Zen 4)",
-    "peers-zen5": "Zen 5, an earlier version",
-    **dict.fromkeys(("peers-linear", "peers-generation", "peers-tenants"), LATER),
+    **dict.fromkeys(("peers", "peers-linear", "peers-generation", "peers-tenants"), ZEN4),
+    **dict.fromkeys(("peers-zen5", "peers-linear-zen5"), ZEN5),
 }
 PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",

@@ -72,8 +72,8 @@ def questions() -> list[Cells]:
     narrow = [replace(ask(recipe, base=path(width), **NARROW), rates=(rate,))
               for width in WIDTHS for recipe, rate in ((lora(8), 1e-3), (FULL, 1e-4))]  # fmt: skip
     return [
-        *(ask(recipe) for recipe in COMPARED),
         *(ask(ALL, data) for data in SETS),
+        *(ask(recipe) for recipe in COMPARED),
         *(ask(lora(rank)) for rank in (1, 256)),
         *(ask(lora(rank, rank)) for rank in (1, 256)),
         *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),

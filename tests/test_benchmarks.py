@@ -388,19 +388,23 @@ def test_pages_are_written_between_their_marks(tmp_path):
 
 def test_the_readme_compares_what_was_measured(tmp_path):
     """A part of `peers` that has results adds its rows, in the column of its processor."""
-    for name in ("peers", "peers-tenants"):
+    for name, of in (
+        ("peers", "peers"),
+        ("peers-linear-zen5", "peers-linear"),
+        ("peers-linear", "peers-linear"),
+    ):
         report = Report(name, f"python -m benchmarks {name}", tmp_path)
-        for i, claim in enumerate(readme.COMPARED[name]):
-            report.claim(claim, i + 0.5, 1.0)
+        for i, claim in enumerate(readme.COMPARED[of]):
+            report.claim(claim, i + (1.5 if name.endswith("zen5") else 0.5), 1.0)
         report.finish()
     rows = readme.compared(tmp_path).splitlines()
-    assert rows[0] == f"| figure | {readme.PEERS['peers']} | {readme.LATER} |"
+    assert rows[0] == f"| figure | {readme.ZEN4} | {readme.ZEN5} |"
     assert rows[2:4] == [
         f"| {readme.COMPARED['peers'][0]} | 0.5 |  |",
         f"| {readme.COMPARED['peers'][1]} | 1.5 |  |",
     ]
-    assert rows[-1] == f"| {readme.COMPARED['peers-tenants'][1]} |  | 1.5 |"
-    assert len(rows) == 2 + sum(len(readme.COMPARED[n]) for n in ("peers", "peers-tenants"))
+    assert rows[-1] == f"| {readme.COMPARED['peers-linear'][-1]} | 3.5 | 4.5 |"
+    assert len(rows) == 2 + sum(len(readme.COMPARED[n]) for n in ("peers", "peers-linear"))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ LIMIT = 1.05  # of the time of all tenants / one with as many rows
 
 def run(report: Report, quick: bool) -> None:
     """Times one tenant with all rows, and several; at toy sizes if quick."""
-    sizes, rounds, most = (files.TOY, 2, 2) if quick else (files.Sizes(), 7, TENANTS)
+    sizes, rounds, most = (files.TOY, 2, 4) if quick else (files.Sizes(), 7, TENANTS)
     with files.written(sizes, {"qwen": ("lora-all",)}) as directory:
         job = replace(sizes.job("step", directory, "qwen", "lora-all"), chunked=True, room=most)
         cases = {n: f"{n} x {job.batch // n} x {job.length}" for n in (1, most)}

@@ -54,7 +54,9 @@ def bert_step(job: Job) -> common.FlaxStep:
 def llama_step(job: Job) -> common.FlaxStep:
     """A step of one adapter, or of several on their own rows."""
     model, loss = load_adapted(job), common.decoder_loss(job)
-    ids, adapters = common.batch_of(job)["ids"], nnx.state(model, aj.nnx.AdapterParam)
+    # `nnx.state` has the model's own variables, which `nnx.update` changes.
+    adapters = nnx.to_pure_dict(nnx.state(model, aj.nnx.AdapterParam))
+    ids = common.batch_of(job)["ids"]
     states = []
     for i in range(job.tenants):
         nnx.update(model, jax.tree.map(lambda x, i=i: job.factor(i) * x, adapters))

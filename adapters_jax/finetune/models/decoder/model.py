@@ -35,7 +35,12 @@ from adapters_jax.finetune.models.parts.cache import Cache
 from adapters_jax.finetune.models.parts.functions import capped
 from adapters_jax.finetune.models.parts.relative import Places
 from adapters_jax.finetune.models.parts.rotary import LayerKind, Rotation, rotation, warmed
-from adapters_jax.finetune.models.parts.tokens import check_tokens, chunks, token_positions
+from adapters_jax.finetune.models.parts.tokens import (
+    Embed,
+    check_tokens,
+    chunks,
+    token_positions,
+)
 from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 from adapters_jax.weights.meshes import split_rows
@@ -95,7 +100,7 @@ class Decoder(nnx.Module):
 
         width, own = config.hidden_size, parts(rngs)
         inner = config.embedding_size or width
-        embed: Callable[..., nnx.Embed] = partial(nnx.Embed, embedding_init=init, **own.rest)
+        embed: Callable[..., Embed] = partial(Embed, embedding_init=init, **own.rest)
         self.embeddings = embed(config.vocab_size, inner)
         self.projects = inner != width
         if self.projects:

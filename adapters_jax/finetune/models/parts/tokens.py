@@ -1,10 +1,29 @@
-"""Token ids as models take them: checks, and positions."""
+"""Token ids as models take them: checks, positions, and the table of embeddings."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.errors import UserError
+
+
+class Embed(nnx.Embed):
+    """flax's table, whose product with hidden states reads it as it lies.
+
+    flax transposes it first, and for a single row XLA's CPU compiler of jax 0.12 then reads it four
+    times slower: 14.3 ms in place of 3.8 for SmolLM2's table.
+    """
+
+    def attend(
+        self, query: Float[Array, "*batch d"], out_sharding: Any = None
+    ) -> Float[Array, "*batch vocab"]:
+        """Computes the product of hidden states with each row of the table."""
+        given = query, self.embedding[...]
+        query, table = self.promote_dtype(given, dtype=self.dtype)
+        return jnp.einsum("...d,nd->...n", query, table, out_sharding=out_sharding)
 
 
 def check_tokens(

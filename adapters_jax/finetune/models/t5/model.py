@@ -16,7 +16,7 @@ from adapters_jax.finetune.models.decoder.stack import CrossCache, Stack
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat
 from adapters_jax.finetune.models.parts.relative import relative_buckets
-from adapters_jax.finetune.models.parts.tokens import check_tokens
+from adapters_jax.finetune.models.parts.tokens import Embed, check_tokens
 from adapters_jax.finetune.models.t5.config import T5Config
 from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
@@ -95,7 +95,7 @@ class T5(nnx.Module):
             return Parts(config, attention_fn, dtype, param_dtype, rngs)
 
         sizes, rest = (config.vocab_size, config.d_model), parts(rngs).rest
-        self.embeddings = nnx.Embed(*sizes, embedding_init=init, **rest)
+        self.embeddings = Embed(*sizes, embedding_init=init, **rest)
         self.encoder = T5Stack(config.num_layers, False, parts, remat, scan, rngs)
         self.decoder = T5Stack(config.decoder_layers, True, parts, remat, scan, rngs)
         if not config.tie_word_embeddings:

@@ -18,7 +18,7 @@ from adapters_jax.finetune.models.decoder.stack import CrossCache, Stack
 from adapters_jax.finetune.models.parts.attention import Choice, attention_function
 from adapters_jax.finetune.models.parts.blocks import check_remat
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
-from adapters_jax.finetune.models.parts.tokens import check_tokens, token_positions
+from adapters_jax.finetune.models.parts.tokens import Embed, check_tokens, token_positions
 from adapters_jax.finetune.models.whisper.config import WhisperConfig
 from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
@@ -58,7 +58,7 @@ class WhisperDecoder(Stack):
         config = own.config
         init: Any = nnx.initializers.normal(config.initializer_range)
         more = {"embedding_init": init, **own.rest}
-        self.embeddings = nnx.Embed(config.vocab_size, config.hidden_size, **more)
+        self.embeddings = Embed(config.vocab_size, config.hidden_size, **more)
         self.position_embeddings = nnx.Embed(
             config.max_position_embeddings, config.hidden_size, **more
         )
