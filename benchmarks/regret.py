@@ -30,7 +30,6 @@ from benchmarks.tradeoff import tuned
 
 BASE, BATCH, SEEDS = "smollm2-135m", 4, (0, 1, 2)
 SETS = {"e2e": 400, "gsm8k": 200, "wikitext2": 400, "conversations": 100}  # rows
-NARROW = {"rows": 800, "batch": 8}
 LINEAR, ATTENTION, MLP = "** !**/{embeddings|head}/**", "**/attention/*", "**/mlp/*"
 FULL = "full"
 
@@ -63,13 +62,11 @@ Key = tuple[str, str, int, str]  # base, data, sequences in a step, recipe
 def questions() -> list[Cells]:
     """The recipes, the most telling first; those that are compared have three seeds."""
 
-    def ask(
-        recipe: str, data: str = "e2e", base: str = BASE, rows: int = 0, batch: int = BATCH
-    ) -> Cells:
+    def ask(recipe: str, data: str = "e2e", batch: int = BATCH) -> Cells:
         rate = FIRST[recipe.split()[0]]
-        return Cells(data, rows or SETS[data], recipe, (rate,), 1.0, (0,), base, batch)
+        return Cells(data, SETS[data], recipe, (rate,), 1.0, (0,), BASE, batch)
 
-    narrow = [replace(ask(recipe, base=path(width), **NARROW), rates=(rate,))
+    narrow = [Cells("e2e", 800, recipe, (rate,), 1.0, (0,), path(width), 8)
               for width in WIDTHS for recipe, rate in ((lora(8), 1e-3), (FULL, 1e-4))]  # fmt: skip
     return [
         *(ask(ALL, data) for data in SETS),
