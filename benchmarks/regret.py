@@ -234,6 +234,7 @@ def _compare(
 def draw(report: Report, rows: Sequence[Row]) -> None:
     """Draws the loss on E2E against the learning rate, and against steps, a curve a recipe."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
     ranks = {f"r = {rank}": lora(rank) for rank in RANKS} | {"all weights": FULL}
@@ -257,8 +258,9 @@ def draw(report: Report, rows: Sequence[Row]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         _name(axis, title, "learning rate", "loss on dev")
-    for name, recipe in (ranks | EQUAL).items():
+    for recipe, name in {recipe: name for name, recipe in (ranks | EQUAL).items()}.items():
         best = max(of[recipe], key=lambda row: row["score"]["dev"], default={})
         if losses := best.get("losses"):
             x = (np.arange(len(losses)) + 0.5) / len(losses)
