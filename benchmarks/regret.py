@@ -100,9 +100,11 @@ def run(report: Report, quick: bool) -> None:
     store.save()
     hours = sum(row.get("seconds", 0.0) for row in store.rows) / 3600
     report.add("Cells that are done; the same command goes on", done=len(store.rows), hours=hours)
-    for key, cells in found.items():
-        report.add("The best rate of each recipe", **_row(key, cells, store.rows))
-    judge(report, found, store.rows)
+    shown = {key: _row(key, cells, store.rows) for key, cells in found.items()}
+    for row in shown.values():
+        report.add("The best rate of each recipe", **row)
+    # A rate at an end of those tried may not be the best one: nothing is judged by it.
+    judge(report, {key: found[key] for key, row in shown.items() if row["inside"]}, store.rows)
     draw(report, store.rows)
 
 

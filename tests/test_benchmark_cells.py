@@ -454,6 +454,40 @@ def test_an_interrupted_run_reports_the_best_rate_so_far(tmp_path):
     assert "losses" not in rows[1]
 
 
+def test_an_interrupted_run_judges_nothing_by_a_rate_that_is_not_settled(tmp_path, monkeypatch):
+    def line(recipe, rate, perplexity):
+        shared = cells.Cells("e2e", 400, recipe, (rate,), 1.0, (0,), regret.BASE, 4).shared
+        score = {"dev": {"perplexity": perplexity}, "test": {"perplexity": perplexity}}
+        return {
+            **shared,
+            "recipe": recipe,
+            "learning_rate": rate,
+            "seed": 0,
+            "run": "none",
+            **score,
+        }
+
+    lines = [line(regret.ALL, rate, p) for rate, p in ((1e-3, 4), (1.3e-3, 3), (2.6e-3, 3.5))]
+    lines += [line(regret.FULL, 1e-4, 3)]  # half and twice of it are not there
+    path = tmp_path / "regret-cells.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(regret, "tuned", interrupted)
+    report = Report("regret", "", tmp_path)
+    regret.run(report, quick=False)
+    of = [row for row in report.rows if row["table"] == "The best rate of each recipe"]
+    assert [(row["recipe"], row["inside"]) for row in of] == [
+        (regret.ALL, True),
+        (regret.FULL, False),
+    ]
+    (claim,) = report.rows[3:]
+    assert claim["met"] and "best of 3" in claim["claim"]
+    assert (tmp_path / "regret.png").exists()
+
+
 def test_the_table_of_methods_compares_parameters_and_memory(tmp_path, monkeypatch):
     both = [methods.Cell("LoRA, r = 32", remat) for remat in (False, True)]
     path = tmp_path / "methods-cells.jsonl"
