@@ -175,7 +175,7 @@ class Audit:
             lines.append(f"quantized {self.quantized_parameters:,} of the frozen, float {floats:,}")
         if self.packed:
             lines.append(
-                "of {reads} reads of quantized weights, {cuda} are packed on a GPU, {tpu} on a "
+                "of {reads} reads of quantized weights, {cuda} are packed on a GPU, {tpu} on one "
                 "TPU, none on a CPU; the others turn the weight into floats while its layer "
                 "computes, which is slower and gives the same".format(**self.packed)
             )

@@ -4,6 +4,8 @@ Each is compiled for a device that this machine need not have; see `aj.devices`.
 registered and not here fails the first test.
 """
 
+import functools
+import itertools
 from collections import Counter
 
 import jax
@@ -31,7 +33,7 @@ import adapters_jax as aj
 from adapters_jax import methods
 from adapters_jax.distributed import devices as described
 from adapters_jax.training.losses import cross_entropy
-from adapters_jax.weights import packed
+from adapters_jax.weights import kernel, packed
 
 slow = pytest.mark.slow
 tpu = pytest.mark.skipif(
@@ -232,9 +234,8 @@ def test_a_base_that_is_widened_or_copied_does_not_pass():
         assert any(each.startswith(expected) for each in found), found
 
 
-# The weights with so many outputs that their products are taken block by block, and the table; with
-# the numbers in blocks of 64, and turned around.
-WIDE = {(D, HIDDEN), (D, VOCAB), (VOCAB, D), (D // 64, 64, HIDDEN), (D // 64, 64, VOCAB)}
+# What a layer and a head have of a base; with the numbers in blocks of 64, and turned around.
+WEIGHTS = {(D, D), (D, HIDDEN), (HIDDEN, D), (D, VOCAB), (VOCAB, D), (D // 64, 64, HIDDEN)}
 
 
 def in_floats(text):
@@ -244,13 +245,57 @@ def in_floats(text):
 
 @tpu
 @slow
-def test_a_wide_weight_in_blocks_is_written_in_no_floats(monkeypatch):
+@pytest.mark.parametrize("dtype", ["int4", "nf4"])
+def test_one_tpu_writes_no_weight_in_blocks_in_floats(dtype, monkeypatch):
     """Nor is a table whose rows are looked up; nor would it pass if they were."""
+    state, loss = MODELS["NNX"](RECIPES["lora"], False, dtype)
+    step = compiled(state, loss)
+    assert not WEIGHTS & in_floats(step.text)
+    # Seven products of both layers and the head, forward and backward; but the input of the first
+    # layer needs no gradient from its three projections.
+    assert step.program.kernels["tpu_custom_call"] == 2 * (7 * 2 + 1) - 3
+    monkeypatch.setattr(packed.Packed, "platforms", ())
+    assert {(D, HIDDEN), (HIDDEN, D), (D, VOCAB)} <= in_floats(compiled(state, loss).text)
+
+
+@tpu
+@slow
+def test_several_tpus_take_wide_weights_block_by_block(monkeypatch):
+    """XLA cannot split the kernel that one TPU has."""
     state, loss = MODELS["NNX"](RECIPES["lora"], False, "int4")
-    monkeypatch.setattr(packed, "OUTPUTS", 2)  # the vocabulary is a toy's
-    assert not WIDE & in_floats(compiled(state, loss).text)
+    monkeypatch.setattr(packed, "OUTPUTS", 0)  # the widths are a toy's
+    step = compiled(state, loss, "v5e:2x2", "data=4", 4)
+    assert not step.program.kernels
+    assert not {(D, HIDDEN), (D, VOCAB)} & in_floats(step.text)
     monkeypatch.setattr(packed, "OUTPUTS", VOCAB)
-    assert {(D, HIDDEN), (D, VOCAB)} <= in_floats(compiled(state, loss).text)
+    assert (D, HIDDEN) in in_floats(compiled(state, loss, "v5e:2x2", "data=4", 4).text)
+
+
+SHAPES = [  # rows, the weight, its block, and the dtype of the input
+    ("v5e", 2048, (4096, 14336), 64, jnp.bfloat16),
+    ("v5p", 2047, (4096, 128256), 64, jnp.bfloat16),
+    ("v6e", 300, (2560, 10240), 128, jnp.bfloat16),
+    ("v5e", 1, (576, 1536), 64, jnp.float32),
+    ("v5p", 33, (200, 130), 8, jnp.float32),
+]
+
+
+@tpu
+@slow
+@pytest.mark.parametrize(("device", "rows", "shape", "block", "dtype"), SHAPES)
+def test_the_kernel_compiles_for_every_tpu(device, rows, shape, block, dtype):
+    there = jax.sharding.SingleDeviceSharding(aj.devices(device)[0])
+    for qtype, turned in itertools.product(("int4", "nf4", "int8"), (False, True)):
+        sizes = (rows, shape[1] if turned else shape[0]), shape, (shape[0] // block, shape[1])
+        numbers = jnp.dtype("uint4" if qtype == "nf4" else qtype)
+        kinds = dtype, numbers, jnp.float32
+        given = [
+            jax.ShapeDtypeStruct(*each, sharding=there) for each in zip(sizes, kinds, strict=True)
+        ]
+        run = functools.partial(kernel.product, turned=turned, qtype=qtype)
+        found = jax.jit(run).lower(*given).compile()
+        # A copy of the scales at most, and never the weight in floats.
+        assert found.memory_analysis().temp_size_in_bytes <= 4 * given[2].size + 2**18
 
 
 @cuda

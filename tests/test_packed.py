@@ -20,14 +20,17 @@ from helpers.packed import check_gradients
 
 import adapters_jax as aj
 from adapters_jax.trace.primitives import blocks_of
-from adapters_jax.weights import factors, packed
+from adapters_jax.weights import factors, kernel, packed
 from adapters_jax.weights.packed import split_scales
 from adapters_jax.weights.quantized import is_quantized
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Programs take the branch of an accelerator; blocks may be as narrow as tests have them."""
+@pytest.fixture(params=["mesh", "chip"])
+def accelerator(request, monkeypatch):
+    """Programs take the branch of an accelerator: of several, or of one TPU with its kernel.
+
+    Blocks may be as narrow as tests have them.
+    """
 
     def chosen(*args, default, **platforms):
         return platforms.get("tpu", platforms.get("cuda", default))(*args)
@@ -43,6 +46,12 @@ def accelerator(monkeypatch):
         return found.cast(dtype)
 
     monkeypatch.setattr(packed, "contracted", contracted)
+    if request.param == "mesh":
+        several = lambda one, several, like, *args: several(*args)  # noqa: E731
+        monkeypatch.setattr(packed, "where_alone", several)
+    interpreted = functools.partial(kernel.product, interpret=True)
+    monkeypatch.setattr(kernel, "product", interpreted)
+    return request.param
 
 
 class Tied(nn.Module):
@@ -112,6 +121,7 @@ FORMS = [  # the block, and the dtype that the model computes in
     ("int4", 32, "bfloat16"),
     ("nf4", 32, "float32"),
 ]
+TILED = ("dense", "inputs on two axes", "outputs on two axes", "tied", "cut")
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
@@ -142,22 +152,29 @@ def scaled_sizes(function, *args):
 
 
 @pytest.mark.witness(
-    "dense-int8-None-float32",
-    "dense-int8-None-bfloat16",
-    "dense-int8-16-float32",
-    "dense-int4-32-float32",
-    "dense-nf4-32-float32",
-    "outputs on two axes-int8-None-float32",
-    "heads first-int4-32-float32",
-    "tied-int8-16-float32",
-    "cut-int8-None-float32",
-    "rows-int8-None-bfloat16",
-    "grouped-nf4-32-float32",
+    "mesh-dense-int8-None-float32",
+    "mesh-dense-int8-None-bfloat16",
+    "mesh-dense-int8-16-float32",
+    "mesh-dense-int4-32-float32",
+    "mesh-dense-nf4-32-float32",
+    "mesh-outputs on two axes-int8-None-float32",
+    "mesh-heads first-int4-32-float32",
+    "mesh-tied-int8-16-float32",
+    "mesh-cut-int8-None-float32",
+    "mesh-rows-int8-None-bfloat16",
+    "mesh-grouped-nf4-32-float32",
+    "chip-dense-int4-32-float32",
+    "chip-dense-int4-32-bfloat16",
+    "chip-dense-nf4-32-float32",
+    "chip-inputs on two axes-int4-32-float32",
+    "chip-outputs on two axes-nf4-32-float32",
+    "chip-cut-int4-32-float32",
 )
-@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(("dtype", "block", "kind"), FORMS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_product_and_its_gradient_are_those_of_the_weight_in_floats(name, dtype, block, kind):
+def test_a_product_and_its_gradient_are_those_of_the_weight_in_floats(
+    name, dtype, block, kind, accelerator
+):
     layer, x = LAYERS[name]
     model, small, floats = both(layer, x, dtype, block, kind)
     x = jnp.asarray(x, kind)
@@ -177,10 +194,13 @@ def test_a_product_and_its_gradient_are_those_of_the_weight_in_floats(name, dtyp
     sizes = scaled_sizes(lambda x: with_gradient(model, small, x), x)
     # nf4 in blocks; and rows that are averaged while each has several scales.
     in_floats = block == 16 if name == "rows" else dtype == "nf4"
+    if accelerator == "chip":  # whose kernel takes blocks along the first axes of a weight
+        in_floats = in_floats and name not in TILED
     assert bool(packed_sizes & sizes) == in_floats
 
 
 @pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("accelerator", ["mesh"], indirect=True)
 def test_blocks_are_for_many_outputs_and_long_enough(monkeypatch):
     monkeypatch.setattr(packed, "OUTPUTS", 16)
     layer = nn.Dense(136, use_bias=False)
@@ -193,10 +213,10 @@ def test_blocks_are_for_many_outputs_and_long_enough(monkeypatch):
 
 PACKED = [  # rows of the input, what a base is quantised to, and the packed reads of three
     (8, {"dtype": "int8"}, {"cuda": 3, "tpu": 0}),
-    (8, {"dtype": "int4"}, {"cuda": 2, "tpu": 0}),  # 192 inputs have three blocks
-    (1, {"dtype": "int4"}, {"cuda": 2, "tpu": 1}),
-    (1, {"dtype": "nf4"}, {"cuda": 2, "tpu": 0}),
-    (1, {"dtype": "int4", "block": 8}, {"cuda": 0, "tpu": 0}),  # too short
+    (8, {"dtype": "int4"}, {"cuda": 2, "tpu": 1}),  # 192 inputs have three blocks
+    (1, {"dtype": "nf4"}, {"cuda": 2, "tpu": 1}),
+    (1, {"dtype": "int4", "block": 8}, {"cuda": 0, "tpu": 3}),
+    (1, {"dtype": "int4", "block": 4}, {"cuda": 0, "tpu": 0}),  # too short
 ]
 
 
@@ -214,7 +234,7 @@ def test_the_audit_says_where_packed_weights_turn_into_floats(rows, how, expecte
     other = aj.adapt(small, aj.LoRA("layers/1", rank=2), rngs=draw, example_inputs=(x,))
     for audit in (aj.audit(model, params, inputs=(x,)), aj.audit(other, inputs=(x,))):
         assert audit.packed == {"reads": 3, **expected}
-        line = "of 3 reads of quantized weights, {cuda} are packed on a GPU, {tpu} on a TPU"
+        line = "of 3 reads of quantized weights, {cuda} are packed on a GPU, {tpu} on one TPU"
         assert line.format(**expected) in str(audit)
 
 

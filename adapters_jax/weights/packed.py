@@ -3,7 +3,8 @@
 `x (Q s)` is `(x Q) s` where each column of Q has a scale, and the input's gradient is `(g s) Q^T`.
 Where blocks of the inputs have scales, it is a sum over the blocks of such products. Compilers
 convert small integers on their way into a product; a weight that is scaled first is written in
-floats, by a GPU's compiler always, by a TPU's where blocks have scales.
+floats, by a GPU's compiler always, by a TPU's where blocks have scales. One TPU has a kernel for
+blocks along the first axes of a weight (`weights.kernel`).
 """
 
 import math
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from adapters_jax.weights import kernel
+from adapters_jax.weights.alone import where_alone
 from adapters_jax.weights.factors import Factor, beside, cast, contracted
-from adapters_jax.weights.quantized import Quantized, numbers_of, waiting
+from adapters_jax.weights.quantized import Quantized, bits_of, numbers_of, waiting
 
 _BLOCK = 1000  # axis i of a weight has the number i, and that of its blocks _BLOCK + i
 # A product by blocks needs blocks of at least NARROWEST numbers, since shorter ones leave a matrix
@@ -45,16 +48,22 @@ class Packed:
     Attributes:
         views: what the code did to the weight.
         dtype: the dtype that the code sees.
+        shape: the shape that the code sees.
         meeting: how the input meets the weight.
         split: the contracted axes with scales for their blocks, and the number of the blocks.
         first: the scales are of contracted axes alone, and meet the input.
+        wide: a product by blocks moves less than the weight in floats.
+        tiled: one TPU has a kernel for it.
     """
 
     views: tuple[View, ...]
     dtype: Any
+    shape: tuple[int, ...]
     meeting: Any
     split: Mapping[int, int]
     first: bool
+    wide: bool = False
+    tiled: bool = False
 
     @classmethod
     def of(cls, weight: Quantized, views: Any, seen: Any, x: Any, meeting: Any) -> "Packed | None":
@@ -73,7 +82,7 @@ class Packed:
         counts = dict(enumerate(scales.shape))
         inner = {i: counts.pop(i) for i in meeting.inner}
         if all(counts[i] == 1 for i in counts if i not in meeting.batch):
-            return cls(views, seen.dtype, meeting, {}, True)
+            return cls(views, seen.dtype, seen.shape, meeting, {}, True)
         split = {i: n for i, n in inner.items() if n > 1}
         length = math.prod(seen.shape[i] // inner[i] for i in inner)
         outputs = math.prod(seen.shape[i] for i in counts if i not in meeting.batch)
@@ -81,14 +90,100 @@ class Packed:
         rows = math.prod(x.shape[i] for i, axis in enumerate(meeting.seen) if axis not in own)
         short = length < NARROWEST or outputs <= OUTPUTS * rows
         # A TPU's compiler writes the numbers of nf4 before a product, so they had better be scaled.
-        if split and (short or weight.array.qtype == "nf4"):
+        wide = not short and weight.array.qtype != "nf4"
+        tiled = cls._is_tiled(weight, scales.shape, seen, x, meeting, rows)
+        if split and not (wide or tiled):
             return None
-        return cls(views, seen.dtype, meeting, split, False)
+        return cls(views, seen.dtype, seen.shape, meeting, split, False, wide, tiled)
+
+    @staticmethod
+    def _is_tiled(
+        weight: Quantized, scales: Sequence[int], seen: Any, x: Any, meeting: Any, rows: int
+    ) -> bool:
+        """Whether the kernel computes the product and its gradient.
+
+        Args:
+            scales: the shape of the scales.
+            rows: of the input.
+        """
+        count, shape, precision = len(meeting.inner), seen.shape, dict(meeting.params)["precision"]
+        blocks = [size // n for size, n in zip(shape, scales, strict=True)][:count]
+        # All along one axis: whole in those after it, and single numbers in those before.
+        start = next((i for i, block in enumerate(blocks) if block > 1), count)
+        along = all(n == 1 for n in scales[start + 1 : count])
+        first = not meeting.batch and sorted(meeting.inner) == [*range(count)]
+        usual = precision in (None, jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
+        known = x.dtype == seen.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+        # An axis of a mesh in their types would have to be in that of the product.
+        split = any(any(jax.typeof(a).sharding.spec) for a in (x, weight.array.qvalue))
+        if not (first and along and usual and known and rows and math.prod(shape)) or split:
+            return False
+        flat, block = (math.prod(shape[:count]), math.prod(shape[count:])), math.prod(blocks)
+        bits = bits_of(x.dtype), bits_of(weight.array.qvalue.dtype)
+        return all(kernel.tile_of(rows, flat, block, turned, bits) for turned in (False, True))
+
+    def forward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
+        """The product on `platforms`, given how it is that of the weight in floats."""
+        several = floats if self.split and not self.wide else self.forward
+
+        def run(weight: Quantized, x: Array) -> Array:
+            sizes = dict(enumerate(self.shape)) | dict(zip(self.meeting.seen, x.shape, strict=True))
+            like = jax.ShapeDtypeStruct([sizes[i] for i in self.meeting.out], self._out(x))
+            return where_alone(self._in_tiles, several, like, weight, x)
+
+        return run if self.tiled else several
+
+    def backward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
+        """The gradient of the input on `platforms`, given how it is that of floats."""
+        several = floats if self.split and not self.wide else self.backward
+
+        def run(weight: Quantized, x: Array, gradient: Array) -> Array:
+            return where_alone(self._turned_in_tiles, several, x, weight, x, gradient)
+
+        return run if self.tiled else several
+
+    def _in_tiles(self, weight: Quantized, x: Array) -> Array:
+        """The product by the kernel."""
+        m, out = self.meeting, self._out(x)
+        return beside(self._by_kernel(weight, Factor(x, m.seen), False, out), m.out, out)
+
+    def _turned_in_tiles(self, weight: Quantized, x: Array, gradient: Array) -> Array:
+        """The gradient of the input by the kernel."""
+        m = self.meeting
+        found = self._by_kernel(weight, Factor(gradient, m.out), True, x.dtype)
+        return beside(found, m.seen, x.dtype)
+
+    def _by_kernel(self, weight: Quantized, x: Factor, turned: bool, dtype: Any) -> Factor:
+        """What an array gives with the weight, flattened to a matrix of blocks along its rows."""
+        array, count = waiting(weight, x.array).array, len(self.meeting.inner)
+        values, scales = array.qvalue, array.scale
+        for view in self.views:
+            values, scales = view.of(values), view.scales(scales)
+        axes, columns = [*range(values.ndim)], math.prod(self.shape[count:])
+        for i in axes[count:]:
+            scales = jnp.repeat(scales, self.shape[i] // scales.shape[i], i)
+        gone, new = (axes[count:], axes[:count]) if turned else (axes[:count], axes[count:])
+        free = [i for i in x.axes if i not in gone]
+        rows = beside(x, (*free, *gone), x.array.dtype)
+        y = kernel.product(
+            rows.reshape(-1, math.prod(self.shape[i] for i in gone)),
+            values.reshape(-1, columns),
+            scales.reshape(-1, columns),
+            turned,
+            array.qtype,
+            dtype,
+        )
+        sizes = [*rows.shape[: len(free)], *(self.shape[i] for i in new)]
+        return Factor(y.reshape(sizes), (*free, *new))
+
+    def _out(self, x: Array) -> Any:
+        """The dtype of the product."""
+        return self._params["preferred_element_type"] or jnp.result_type(x.dtype, self.dtype)
 
     def forward(self, weight: Quantized, x: Array) -> Array:
         """The product."""
-        out = self._params["preferred_element_type"] or jnp.result_type(x.dtype, self.dtype)
-        wide, meeting = jnp.promote_types(out, jnp.float32), self.meeting
+        out, meeting = self._out(x), self.meeting
+        wide = jnp.promote_types(out, jnp.float32)
         values, scales = self._read(weight, x)
         if self.first:
             x = cast(x * beside(scales, meeting.seen, wide), x.dtype)

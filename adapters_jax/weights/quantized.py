@@ -199,7 +199,7 @@ def _once(run: Callable[..., Any], packed: Any, weights: Any, inputs: Any) -> An
     if packed is None:
         return floats(weights, inputs)
     # By the platform that a program is compiled for, which need not be the one that runs here.
-    forms = dict.fromkeys(packed.platforms, packed.forward)
+    forms = dict.fromkeys(packed.platforms, packed.forward_by(floats))
     return jax.lax.platform_dependent(weights, inputs, default=floats, **forms)
 
 
@@ -215,7 +215,7 @@ def _backward(run: Callable[..., Any], packed: Any, kept: Any, gradient: Any) ->
     weights, inputs = kept
     if packed is None:
         return None, floats(weights, inputs, gradient)
-    forms = dict.fromkeys(packed.platforms, packed.backward)
+    forms = dict.fromkeys(packed.platforms, packed.backward_by(floats))
     return None, jax.lax.platform_dependent(weights, inputs, gradient, default=floats, **forms)
 
 

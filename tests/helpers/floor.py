@@ -19,6 +19,7 @@ _RESULT = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]")
 _CONVOLUTION = re.compile(
     r"= \w+\[[\d,]*\]\S* convolution\(%?([\w.-]+), %?([\w.-]+)\)(.*?)dim_labels=(\w+)_(\w+)->(\w+)"
 )
+_KERNEL = re.compile(r'"tpu_custom_call".*"cost_estimate":\{"flops":"(\d+)"')
 
 
 class Floor(NamedTuple):
@@ -94,8 +95,9 @@ def _product(eqn: Any) -> int:
 def products(text: str) -> int:
     """The operations of the products in a TPU's program, over all rounds of its loops.
 
-    The program has them as convolutions. The axes that both sides have, such as the heads of
-    attention, are windows most of whose positions fall beside the input.
+    The program has them as convolutions, or as kernels that state what they compute. The axes that
+    both sides have, such as the heads of attention, are windows most of whose positions fall beside
+    the input.
     """
     module = Hlo(text)
     times, total = module.times(), 0
@@ -109,6 +111,8 @@ def products(text: str) -> int:
                 total += times.get(name, 1) * _convolution(
                     [shapes[left], shapes[right], out], window, labels
                 )
+            elif found := _KERNEL.search(line):
+                total += times.get(name, 1) * int(found[1])
     return total
 
 

@@ -1,0 +1,82 @@
+"""The kernel for weights in blocks, interpreted; and forms of a program for one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from helpers.arrays import double, drawn
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adapters_jax.weights import kernel
+from adapters_jax.weights.alone import where_alone
+
+CASES = [  # rows, the weight, its block, qwix's type, and the dtype of the input
+    (40, (512, 384), 32, "int4", "float32"),
+    (2100, (1024, 1280), 64, "int4", "float32"),  # three tiles of rows, the last one not full
+    (17, (1920, 4200), 128, "int4", "float32"),  # two of outputs, and several of what is summed
+    (3, (576, 200), 64, "nf4", "float32"),  # nine blocks, and no multiple of a register
+    (17, (256, 130), 8, "nf4", "bfloat16"),
+    (5, (384, 256), 16, "int8", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "turned"])
+@pytest.mark.parametrize(("rows", "shape", "block", "qtype", "dtype"), CASES)
+def test_it_is_the_product_with_the_weight_in_floats(rows, shape, block, qtype, dtype, turned):
+    array = qwix.quantize(drawn(shape, 1), qtype, channelwise_axes=(1,), tiled_axes={0: block})
+    x = jnp.asarray(drawn((rows, shape[1] if turned else shape[0]), 2), dtype)
+    found = kernel.product(x, array.qvalue, array.scale, turned, array.qtype, interpret=True)
+    assert found.dtype == dtype
+    floats = double(qwix.dequantize(array).astype(dtype))
+    expected = double(x) @ (floats.T if turned else floats)
+    most = np.abs(expected).max()
+    tolerance = 2e-6 if dtype == "float32" else 5e-3
+    np.testing.assert_allclose(double(found), expected, atol=tolerance * most)
+
+
+def test_tiles_fit_the_memory_and_end_where_a_sum_ends():
+    bits = (16, 4)
+    tile = kernel.tile_of(2048, (4096, 14336), 64, False, bits)
+    assert tile == (1024, 2048, 512)
+    assert tile.memory(2) <= kernel.MEMORY < tile._replace(rows=2048).memory(2)
+    # x for each of seven tiles of outputs, and the weight for both tiles of rows.
+    read = 7 * 2 * 2048 * 4096 + 2 * 4096 * 14336 // 2
+    assert tile.read(2048, 4096, 14336, bits) == read
+    turned = kernel.tile_of(2048, (4096, 14336), 64, True, bits)
+    assert 14336 % turned.inner == 0 and turned.outputs % 64 == 0
+    assert kernel.tile_of(8, (256, 64), 4, False, bits) is None  # blocks of half a register
+    # What is contracted has no divisor that is a multiple of 128, and is too long for one tile.
+    assert kernel.tile_of(8, (8192, 100_003), 64, True, bits) is None
+    assert kernel.tile_of(8, (8192, 100_003), 64, False, bits)
+
+
+def both(x):
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return where_alone(lambda x: 2 * x, lambda x: 3 * x * x, like, x)
+
+
+def lowered(function, mesh):
+    x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    text = jax.jit(function).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    return "3.0" in text or "dense<3>" in text
+
+
+def test_a_program_for_one_device_has_its_own_form():
+    x = jnp.arange(4.0)
+    for run in (both, jax.jit(both)):
+        np.testing.assert_array_equal(run(x), 2 * x)
+    np.testing.assert_array_equal(jax.vmap(both, 1, 1)(jnp.outer(x, x)), 2 * np.outer(x, x))
+    one, two = AbstractMesh((1,), ("data",)), AbstractMesh((2,), ("data",))
+    assert not lowered(both, one) and lowered(both, two)
+    spread = jax.shard_map(both, mesh=two, in_specs=P("data"), out_specs=P("data"))
+    assert not lowered(spread, two)
+
+
+def test_its_derivative_is_that_of_the_general_form():
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(jax.grad(lambda x: both(x).sum())(x), 6 * x)
+    np.testing.assert_array_equal(
+        jax.jit(jax.jvp, static_argnums=0)(both, (x,), (x,))[1], 6 * x * x
+    )
