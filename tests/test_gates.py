@@ -285,14 +285,14 @@ SHAPES = [  # rows, the weight, its block, and the dtype of the input
 @pytest.mark.parametrize(("device", "rows", "shape", "block", "dtype"), SHAPES)
 def test_the_kernel_compiles_for_every_tpu(device, rows, shape, block, dtype):
     there = jax.sharding.SingleDeviceSharding(aj.devices(device)[0])
-    for qtype, turned in itertools.product(("int4", "nf4", "int8"), (False, True)):
-        sizes = (rows, shape[1] if turned else shape[0]), shape, (shape[0] // block, shape[1])
+    kinds = ("int4", "nf4", "int8")
+    for qtype, along, contracted in itertools.product(kinds, (0, 1), (0, 1)):
+        weight = shape[::-1] if along else shape
+        sizes = (rows, weight[contracted]), weight, (shape[0] // block, shape[1])
         numbers = jnp.dtype("uint4" if qtype == "nf4" else qtype)
-        kinds = dtype, numbers, jnp.float32
-        given = [
-            jax.ShapeDtypeStruct(*each, sharding=there) for each in zip(sizes, kinds, strict=True)
-        ]
-        run = functools.partial(kernel.product, turned=turned, qtype=qtype)
+        pairs = zip(sizes, (dtype, numbers, jnp.float32), strict=True)
+        given = [jax.ShapeDtypeStruct(*each, sharding=there) for each in pairs]
+        run = functools.partial(kernel.product, along=along, contracted=contracted, qtype=qtype)
         found = jax.jit(run).lower(*given).compile()
         # A copy of the scales at most, and never the weight in floats.
         assert found.memory_analysis().temp_size_in_bytes <= 4 * given[2].size + 2**18

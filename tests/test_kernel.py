@@ -22,15 +22,22 @@ CASES = [  # rows, the weight, its block, qwix's type, and the dtype of the inpu
 ]
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["forward", "turned"])
+@pytest.mark.parametrize("contracted", [0, 1], ids=["forward", "turned"])
+@pytest.mark.parametrize("along", [0, 1], ids=["blocks first", "blocks last"])
 @pytest.mark.parametrize(("rows", "shape", "block", "qtype", "dtype"), CASES)
-def test_it_is_the_product_with_the_weight_in_floats(rows, shape, block, qtype, dtype, turned):
-    array = qwix.quantize(drawn(shape, 1), qtype, channelwise_axes=(1,), tiled_axes={0: block})
-    x = jnp.asarray(drawn((rows, shape[1] if turned else shape[0]), 2), dtype)
-    found = kernel.product(x, array.qvalue, array.scale, turned, array.qtype, interpret=True)
+def test_it_is_the_product_with_the_weight_in_floats(
+    rows, shape, block, qtype, dtype, along, contracted
+):
+    shape = shape[::-1] if along else shape
+    array = qwix.quantize(
+        drawn(shape, 1), qtype, channelwise_axes=(1 - along,), tiled_axes={along: block}
+    )
+    x = jnp.asarray(drawn((rows, shape[contracted]), 2), dtype)
+    scales = array.scale.T if along else array.scale
+    found = kernel.product(x, array.qvalue, scales, along, contracted, array.qtype, interpret=True)
     assert found.dtype == dtype
     floats = double(qwix.dequantize(array).astype(dtype))
-    expected = double(x) @ (floats.T if turned else floats)
+    expected = double(x) @ (floats.T if contracted else floats)
     most = np.abs(expected).max()
     tolerance = 2e-6 if dtype == "float32" else 5e-3
     np.testing.assert_allclose(double(found), expected, atol=tolerance * most)
@@ -38,18 +45,18 @@ def test_it_is_the_product_with_the_weight_in_floats(rows, shape, block, qtype, 
 
 def test_tiles_fit_the_memory_and_end_where_a_sum_ends():
     bits = (16, 4)
-    tile = kernel.tile_of(2048, (4096, 14336), 64, False, bits)
+    tile = kernel.tile_of(2048, (4096, 14336), 64, 0, 0, bits)
     assert tile == (1024, 2048, 512)
     assert tile.memory(2) <= kernel.MEMORY < tile._replace(rows=2048).memory(2)
     # x for each of seven tiles of outputs, and the weight for both tiles of rows.
     read = 7 * 2 * 2048 * 4096 + 2 * 4096 * 14336 // 2
     assert tile.read(2048, 4096, 14336, bits) == read
-    turned = kernel.tile_of(2048, (4096, 14336), 64, True, bits)
+    turned = kernel.tile_of(2048, (4096, 14336), 64, 0, 1, bits)
     assert 14336 % turned.inner == 0 and turned.outputs % 64 == 0
-    assert kernel.tile_of(8, (256, 64), 4, False, bits) is None  # blocks of half a register
+    assert kernel.tile_of(8, (256, 64), 4, 0, 0, bits) is None  # blocks of half a register
     # What is contracted has no divisor that is a multiple of 128, and is too long for one tile.
-    assert kernel.tile_of(8, (8192, 100_003), 64, True, bits) is None
-    assert kernel.tile_of(8, (8192, 100_003), 64, False, bits)
+    assert kernel.tile_of(8, (8192, 100_003), 64, 0, 1, bits) is None
+    assert kernel.tile_of(8, (8192, 100_003), 64, 0, 0, bits)
 
 
 def both(x):

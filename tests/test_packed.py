@@ -121,7 +121,7 @@ FORMS = [  # the block, and the dtype that the model computes in
     ("int4", 32, "bfloat16"),
     ("nf4", 32, "float32"),
 ]
-TILED = ("dense", "inputs on two axes", "outputs on two axes", "tied", "cut")
+TILED = ("dense", "inputs on two axes", "outputs on two axes", "outputs first", "tied", "cut")
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
@@ -169,6 +169,8 @@ def scaled_sizes(function, *args):
     "chip-inputs on two axes-int4-32-float32",
     "chip-outputs on two axes-nf4-32-float32",
     "chip-cut-int4-32-float32",
+    "chip-tied-nf4-32-float32",
+    "chip-outputs first-int4-32-bfloat16",
 )
 @pytest.mark.parametrize(("dtype", "block", "kind"), FORMS)
 @pytest.mark.parametrize("name", LAYERS)

@@ -50,26 +50,34 @@ class Tile(NamedTuple):
 
 @functools.cache
 def tile_of(
-    rows: int, shape: tuple[int, int], block: int, turned: bool, bits: tuple[int, int]
+    rows: int,
+    shape: tuple[int, int],
+    block: int,
+    along: int,
+    contracted: int,
+    bits: tuple[int, int],
 ) -> Tile | None:
     """The tile with which a product reads fewest bytes; None where none fits.
 
     Args:
         rows: of the input.
-        shape: `(k, n)` of the weight, whose scales are of blocks along k.
+        shape: of the weight.
         block: the length of a block.
-        turned: the input has n columns and the product k, as in the gradient of the input.
+        along: the axis of the weight that blocks are along.
+        contracted: the axis of the weight that the input has.
         bits: those of a number of the input, and of the weight.
     """
     if block % SUBLANES:
         return None
-    inner, outputs = reversed(shape) if turned else shape
-    by_inner, by_outputs = LANES, math.lcm(block, LANES)
-    if not turned:
-        by_inner, by_outputs = by_outputs, by_inner
+    units = [math.lcm(block, LANES) if axis == along else LANES for axis in (0, 1)]
+    inner, outputs = shape[contracted], shape[1 - contracted]
     # What a tile holds beyond the end of an axis may be anything, so the sum has to end with one.
-    fits = [n for n in range(by_inner, LONGEST + 1, by_inner) if inner % n == 0] or [inner]
-    tiles = itertools.product(_sizes(ROWS, rows), _sizes(by_outputs, outputs), fits)
+    fits = range(units[contracted], LONGEST + 1, units[contracted])
+    tiles = itertools.product(
+        _sizes(ROWS, rows),
+        _sizes(units[1 - contracted], outputs),
+        [n for n in fits if inner % n == 0] or [inner],
+    )
     found = (
         tile
         for tile in map(Tile._make, tiles)
@@ -90,19 +98,22 @@ def _sizes(unit: int, axis: int) -> Iterator[int]:
 
 def product(
     x: Float[Array, "rows inner"],
-    values: Int[Array, "k n"],
-    scales: Float[Array, "blocks n"],
-    turned: bool,
+    values: Int[Array, "m n"],
+    scales: Float[Array, "blocks others"],
+    along: int,
+    contracted: int,
     qtype: Any,
     dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
-    """`x W` of a weight in blocks along its first axis; `x W^T` if turned.
+    """`x W`, or `x W^T` where the input has the second axis of the weight.
 
     Args:
-        x: the input, `(rows, k)`, or `(rows, n)` if turned.
+        x: the input.
         values: the numbers of a `qwix.QArray`, of which `tile_of` has a tile.
-        scales: float32, of blocks along k.
+        scales: float32; of each block a row, for all that is beside it.
+        along: the axis of the weight that blocks are along.
+        contracted: the axis of the weight that the input has.
         qtype: qwix's type, as `numbers_of` takes it.
         dtype: of the result; x's if None.
         interpret: computes it without a TPU.
@@ -112,22 +123,21 @@ def product(
     from jax.experimental.pallas import tpu as pltpu
 
     (rows, inner), dtype = x.shape, x.dtype if dtype is None else dtype
-    block, outputs = values.shape[0] // scales.shape[0], values.shape[0 if turned else 1]
+    block, outputs = values.shape[along] // len(scales), values.shape[1 - contracted]
     bits = bits_of(x.dtype), bits_of(values.dtype)
-    tile = tile_of(rows, values.shape, block, turned, bits)
+    tile = tile_of(rows, values.shape, block, along, contracted, bits)
     assert tile is not None
     steps = inner // tile.inner
     grid = -(-rows // tile.rows), -(-outputs // tile.outputs), steps
-    sides = (tile.outputs, tile.inner) if turned else (tile.inner, tile.outputs)
+    sides = (tile.outputs, tile.inner) if contracted else (tile.inner, tile.outputs)
+    blocks = sides[along] // block
 
-    def at(i: Any, j: Any, k: Any) -> tuple[Any, ...]:
-        return (j, k) if turned else (k, j)
-
-    blocks = sides[0] // block
+    def at(i: Any, j: Any, k: Any) -> tuple[Any, Any]:
+        return (j, k) if contracted else (k, j)
 
     def of_scales(i: Any, j: Any, k: Any) -> tuple[Any, ...]:
-        first, second = at(i, j, k)
-        return (first, *[0] * len(apart), second)
+        place = at(i, j, k)
+        return (place[along], *[0] * len(apart), place[1 - along])
 
     # A tile has eight rows of an array or all, or any number of an axis before the last two.
     apart = (1,) if blocks % SUBLANES and blocks != len(scales) else ()
@@ -135,12 +145,12 @@ def product(
         scales = scales[:, None]
     read = tile.read(rows, inner, outputs, bits) + grid[0] * scales.size * 4
     return pl.pallas_call(
-        functools.partial(_step, turned=turned, qtype=qtype, steps=steps),
+        functools.partial(_step, along=along, contracted=contracted, qtype=qtype, steps=steps),
         grid=grid,
         in_specs=[
             pl.BlockSpec((tile.rows, tile.inner), lambda i, j, k: (i, k)),
             pl.BlockSpec(sides, at),
-            pl.BlockSpec((blocks, *apart, sides[1]), of_scales),
+            pl.BlockSpec((blocks, *apart, sides[1 - along]), of_scales),
         ],
         out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda i, j, k: (i, j)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
@@ -165,7 +175,8 @@ def _step(
     out: Any,
     total: Any,
     *,
-    turned: bool,
+    along: int,
+    contracted: int,
     qtype: Any,
     steps: int,
 ) -> None:
@@ -179,16 +190,37 @@ def _step(
         total[...] = jnp.zeros_like(total)
 
     numbers = numbers_of(values[...], qtype).astype(jnp.float32)
-    blocks, columns = scales.shape[0], scales.shape[-1]
-    scaled = numbers.reshape(blocks, -1, columns) * scales[...].reshape(blocks, 1, columns)
-    weight = scaled.reshape(numbers.shape).astype(x.dtype)
+    by_block = scales[...].reshape(len(scales), -1)
+    if along == 0:
+        whole = numbers.reshape(len(scales), -1, numbers.shape[1]) * by_block[:, None]
+        weight = whole.reshape(numbers.shape)
+    else:
+        weight = numbers * _beside(by_block.T, numbers.shape[1])
     total[...] += jax.lax.dot_general(
         x[...],
-        weight,
-        (((1,), (1 if turned else 0,)), ((), ())),
+        weight.astype(x.dtype),
+        (((1,), (contracted,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
 
     @pl.when(step == steps - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def _beside(scales: Float[Array, "rows blocks"], columns: int) -> Float[Array, "rows columns"]:
+    """The scale of each column, where blocks are along a row.
+
+    Mosaic repeats no part of a register, so each register is chosen from the scales in it.
+    """
+    rows, blocks = scales.shape
+    block, parts = columns // blocks, list[Array]()
+    for start in range(0, columns, LANES):
+        width = min(LANES, columns - start)
+        lane = start + jax.lax.broadcasted_iota(jnp.int32, (rows, width), 1)
+        first, last = start // block, (start + width - 1) // block
+        part = jnp.broadcast_to(scales[:, first : first + 1], (rows, width))
+        for i in range(first + 1, last + 1):
+            part = jnp.where(lane < i * block, part, scales[:, i : i + 1])
+        parts.append(part)
+    return jnp.concatenate(parts, 1)

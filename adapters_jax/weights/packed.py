@@ -4,9 +4,10 @@
 Where blocks of the inputs have scales, it is a sum over the blocks of such products. Compilers
 convert small integers on their way into a product; a weight that is scaled first is written in
 floats, by a GPU's compiler always, by a TPU's where blocks have scales. One TPU has a kernel for
-blocks along the first axes of a weight (`weights.kernel`).
+blocks along the first or the last axes of a weight (`weights.kernel`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,21 +107,26 @@ class Packed:
             scales: the shape of the scales.
             rows: of the input.
         """
-        count, shape, precision = len(meeting.inner), seen.shape, dict(meeting.params)["precision"]
-        blocks = [size // n for size, n in zip(shape, scales, strict=True)][:count]
+        inner, shape, precision = (
+            sorted(meeting.inner),
+            seen.shape,
+            dict(meeting.params)["precision"],
+        )
+        numbers = [shape[i] // scales[i] for i in inner]
         # All along one axis: whole in those after it, and single numbers in those before.
-        start = next((i for i, block in enumerate(blocks) if block > 1), count)
-        along = all(n == 1 for n in scales[start + 1 : count])
-        first = not meeting.batch and sorted(meeting.inner) == [*range(count)]
+        start = next((i for i, n in enumerate(numbers) if n > 1), len(inner))
+        one = all(scales[i] == 1 for i in inner[start + 1 :])
+        ends = inner in ([*range(len(inner))], [*range(len(shape) - len(inner), len(shape))])
         usual = precision in (None, jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
         known = x.dtype == seen.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
         # An axis of a mesh in their types would have to be in that of the product.
         split = any(any(jax.typeof(a).sharding.spec) for a in (x, weight.array.qvalue))
-        if not (first and along and usual and known and rows and math.prod(shape)) or split:
+        if meeting.batch or not (one and ends and usual and known and rows and math.prod(shape)):
             return False
-        flat, block = (math.prod(shape[:count]), math.prod(shape[count:])), math.prod(blocks)
+        along, flat = _flat(shape, inner)
         bits = bits_of(x.dtype), bits_of(weight.array.qvalue.dtype)
-        return all(kernel.tile_of(rows, flat, block, turned, bits) for turned in (False, True))
+        tile = functools.partial(kernel.tile_of, rows, flat, math.prod(numbers), along, bits=bits)
+        return not split and all(tile(contracted) for contracted in (0, 1))
 
     def forward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
         """The product on `platforms`, given how it is that of the weight in floats."""
@@ -145,31 +151,37 @@ class Packed:
     def _in_tiles(self, weight: Quantized, x: Array) -> Array:
         """The product by the kernel."""
         m, out = self.meeting, self._out(x)
-        return beside(self._by_kernel(weight, Factor(x, m.seen), False, out), m.out, out)
+        return beside(self._by_kernel(weight, Factor(x, m.seen), m.inner, out), m.out, out)
 
     def _turned_in_tiles(self, weight: Quantized, x: Array, gradient: Array) -> Array:
         """The gradient of the input by the kernel."""
         m = self.meeting
-        found = self._by_kernel(weight, Factor(gradient, m.out), True, x.dtype)
-        return beside(found, m.seen, x.dtype)
+        gone = [i for i in range(len(self.shape)) if i not in m.inner]
+        return beside(
+            self._by_kernel(weight, Factor(gradient, m.out), gone, x.dtype), m.seen, x.dtype
+        )
 
-    def _by_kernel(self, weight: Quantized, x: Factor, turned: bool, dtype: Any) -> Factor:
-        """What an array gives with the weight, flattened to a matrix of blocks along its rows."""
-        array, count = waiting(weight, x.array).array, len(self.meeting.inner)
+    def _by_kernel(self, weight: Quantized, x: Factor, inner: Sequence[int], dtype: Any) -> Factor:
+        """The product of an array and the weight, flattened to a matrix, over the axes `inner`."""
+        array = waiting(weight, x.array).array
         values, scales = array.qvalue, array.scale
         for view in self.views:
             values, scales = view.of(values), view.scales(scales)
-        axes, columns = [*range(values.ndim)], math.prod(self.shape[count:])
-        for i in axes[count:]:
-            scales = jnp.repeat(scales, self.shape[i] // scales.shape[i], i)
-        gone, new = (axes[count:], axes[:count]) if turned else (axes[:count], axes[count:])
+        along, flat = _flat(self.shape, self.meeting.inner)
+        gone = sorted(inner)
+        new = [i for i in range(values.ndim) if i not in gone]
+        for i in gone + new:
+            if i not in self.meeting.inner:
+                scales = jnp.repeat(scales, self.shape[i] // scales.shape[i], i)
         free = [i for i in x.axes if i not in gone]
         rows = beside(x, (*free, *gone), x.array.dtype)
+        contracted = 0 if gone[0] == 0 else 1
         y = kernel.product(
-            rows.reshape(-1, math.prod(self.shape[i] for i in gone)),
-            values.reshape(-1, columns),
-            scales.reshape(-1, columns),
-            turned,
+            rows.reshape(-1, flat[contracted]),
+            values.reshape(flat),
+            scales.reshape(flat[0], -1).T if along else scales.reshape(-1, flat[1]),
+            along,
+            contracted,
             array.qtype,
             dtype,
         )
@@ -267,6 +279,19 @@ class Packed:
         gone = [i for i, n in enumerate(whole.shape) if n == 1]
         left = tuple(axis for i, axis in enumerate(axes) if i not in gone)
         return found, Factor(whole.squeeze(gone), left)
+
+
+def _flat(shape: Sequence[int], inner: Sequence[int]) -> tuple[int, tuple[int, int]]:
+    """The axis of a weight as a matrix that the features `inner` make, and its shape.
+
+    Example:
+        >>> _flat((4, 16, 5), (0, 1)), _flat((3, 64), (1,))
+        ((0, (64, 5)), (1, (3, 64)))
+    """
+    along = 0 if min(inner) == 0 else 1
+    size = math.prod(shape[i] for i in inner)
+    rest = math.prod(shape) // size
+    return along, (rest, size) if along else (size, rest)
 
 
 def rows_of(
