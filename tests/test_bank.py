@@ -161,12 +161,10 @@ UNEQUAL = {
 @pytest.mark.witness(
     "lora-linen",
     "dora-nnx",
-    "houlsby-nnx",
     "compacter-nnx",
     "loreft-nnx",
     "ia3-linen",
     "llama_adapter-nnx",
-    "unfrozen-nnx",
     "mixed-nnx",
 )
 @BOTH

@@ -119,6 +119,7 @@ def _prepared(words, more):
     return parse(Finetune, [*words[1:-4], "--name", "run", *more]).prepare(Console(json=False))
 
 
+@pytest.mark.witness("lora-700-5-640", "compacter-900-104-880")
 @pytest.mark.parametrize(
     ("method", "budget", "size", "count"),
     [

@@ -63,7 +63,7 @@ def directory(tmp_path_factory):
     (directory / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     (directory / "deep.toml").write_text("rank = " + "[" * 100_000 + "]" * 100_000)
     (directory / "nul.json").write_text('{"model": "a\\u0000b"}')
-    flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 2"
+    flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 1"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         for name, more in (("single", ""), ("pairs", "--text-pair topic"), ("stars", STARS)):

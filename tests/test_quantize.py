@@ -61,6 +61,14 @@ def check_blocks(found, blocks, dtype):
     assert np.abs(counts - blocks / most * steps).max() < 0.5001 and np.abs(counts).max() > 6.99
 
 
+@pytest.mark.witness(
+    "dense-nf4",
+    "dense-int8",
+    "conv-int4",
+    "embed-int8",
+    "general_in-nf4",
+    "einsum_outputs_first-int4",
+)
 @pytest.mark.parametrize("dtype", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_has_the_numbers_that_numpy_gives_it(kind, dtype):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.finished import decoder_run
@@ -85,7 +86,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
-def test_answers_are_those_of_the_runs_alone(served):
+def test_answers_are_those_of_the_runs_alone(served, slow):
     distinct = set()
     for name, alone in served.alone.items():
         (expected,) = alone.generate([PROMPT], 8)
@@ -94,6 +95,9 @@ def test_answers_are_those_of_the_runs_alone(served):
         assert choice["text"] == expected and choice["finish_reason"] in ("length", "stop")
         ids = alone.prompts.encode(PROMPT, alone.decoder)
         assert answer["usage"]["prompt_tokens"] == len(ids)
+        distinct.add(choice["text"])
+        if name == "first" and not slow:
+            continue
         sampled = served.ask(model=name, temperature=0.8, top_p=0.9, seed=5).json()
         (expected,) = complete(
             alone.model,
@@ -105,7 +109,6 @@ def test_answers_are_those_of_the_runs_alone(served):
             key=jax.random.key(5),
         )
         assert sampled["choices"][0]["text"] == expected
-        distinct.add(choice["text"])
     decoder = served.base.decoder
     raw = decoder.tokenizer.encode(PROMPT).ids
     (expected,) = complete(decoder.model, decoder, [raw], 8)
@@ -121,7 +124,7 @@ def test_log_probabilities(served):
     assert "".join(answer["text"].split()) == "".join("".join(seen["tokens"]).split())
     ids = alone.prompts.encode(PROMPT, alone.decoder)
     made = [alone.decoder.tokenizer.token_to_id(text.strip()) for text in seen["tokens"]]
-    logits = alone.model(jnp.array([[*ids, *made]]))[0, len(ids) - 1 : -1]
+    logits = nnx.jit(alone.model)(jnp.array([[*ids, *made]]))[0, len(ids) - 1 : -1]
     expected = np.asarray(jax.nn.log_softmax(logits))
     own = expected[np.arange(len(made)), made]
     np.testing.assert_allclose(seen["token_logprobs"], own, atol=1e-4)

@@ -36,6 +36,7 @@ def numpy_rounds(weight, rounds, quantize):
     return product, stored
 
 
+@pytest.mark.witness("int4-loftq", "nf4-loftq_5", "int8-loftq")
 @pytest.mark.parametrize("start", ROUNDS)
 @pytest.mark.parametrize("dtype", ["int4", "nf4", "int8"])
 def test_loftq_starts_at_what_quantising_rounds_away(start, dtype):
@@ -196,6 +197,7 @@ BATCHES = [(spread((6, 5, IN), seed),) for seed in range(4)]
 TOGETHER = np.concatenate([x for (x,) in BATCHES])
 
 
+@pytest.mark.witness("256")
 @pytest.mark.parametrize("size", [256, 24])
 def test_eva_starts_along_the_principal_directions_of_the_inputs_in_every_api(size):
     params = mlp()
