@@ -148,6 +148,7 @@ def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
     job.run.unlock(job.lock)
 
 
+@pytest.mark.witness("more1-parts1", "more2-parts2", "more3-parts3", "more7-parts7")
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

@@ -16,8 +16,12 @@ def build(api, case, variant="plain", **options):
 
 # By default a variant has the methods whose shapes or whose code in it are their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
+OWN = (  # in linen alone; tests of their own watch the layers of LoRA and IA3, LoHa and LoKr
+    *("adalora", "compacter", "ia3", "lora_embed", "lora_slices", "loreft", "oft", "pissa"),
+    *("prompt_tuning", "unfreeze", "vera"),
+)
 WITNESSES = {
-    "linen-plain": CASES,
+    "linen-plain": (*CHOSEN, *OWN),
     "nnx-plain": CHOSEN,
     "linen-remat": ("lora_conv", "prefix"),
     "nnx-bf16": ("dora", "llama_adapter", "together"),

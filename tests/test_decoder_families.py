@@ -151,6 +151,21 @@ def flags():
                 yield pytest.param(name, config, {size: 99}, id=f"{name}-{size}", marks=slow)
 
 
+@pytest.mark.witness(
+    "gemma3_text-rope_theta",
+    "gemma3_text-rms_norm_eps",
+    "gemma3_text-attention_multiplier",
+    "gemma3_text-embedding_multiplier",
+    "gemma3_text-rope_scaling",
+    "gemma3_text-norm_offset",
+    "gemma3_text-layer_types",
+    "gemma3_text-rope_local_base_freq",
+    "gemma3_text-sliding_window",
+    "granite-residual_multiplier",
+    "granite-logits_scaling",
+    "qwen3_moe-norm_topk_prob",
+    "gpt2-hidden_act",
+)
 @pytest.mark.parametrize(("name", "config", "change"), [*flags()])
 def test_every_setting_of_a_checkpoint_shows_in_its_logits(name, config, change):
     expected = reference(name)

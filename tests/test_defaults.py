@@ -101,7 +101,7 @@ def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
         rows = ["--train", str(tmp_path / "rows.jsonl"), "--text", "review"]
         write_reviews(tmp_path / "rows.jsonl")
     else:
-        write_llama(tmp_path / "llama")
+        write_llama(tmp_path / "llama", num_hidden_layers=1)
         rows = ["--train", str(tmp_path / "rows.csv"), "--prompt", "mr", "--completion", "ref"]
         write_meanings(tmp_path / "rows.csv")
     (tmp_path / "mine.json").write_text(aj.Recipe(aj.LoRA("**/query", 2)).to_json())

@@ -140,6 +140,7 @@ def test_accumulation_inside_costs_a_part_at_a_time(api):
     assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_does_not_pass_the_gate():
     _, program = compiled("linen", "full")
     assert flops(program) >= (3 * LAYERS - 1) * 2 * ROWS * WIDTH * WIDTH

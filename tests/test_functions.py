@@ -206,6 +206,7 @@ def test_a_sink_takes_its_share_of_the_softmax_and_of_its_derivative():
         np.testing.assert_allclose(of_sink, slopes[:, :-1, -1:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_with_sinks_is_attention_to_a_further_key_without_a_value():
     query, key, value, mask = drawn(3)
     sinks = jnp.asarray(np.random.default_rng(2).normal(0, 2, 6), jnp.float32)
@@ -246,6 +247,7 @@ def test_attention_is_flax_s(kv_heads):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_drops_as_flax_does():
     *parts, mask = drawn(6)
     options = {"dropout_rng": jax.random.key(3), "dropout_rate": 0.4, "deterministic": False}

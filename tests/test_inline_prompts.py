@@ -688,6 +688,7 @@ def test_only_the_prompt_gets_gradients_and_few_operations_are_added():
     assert products == [5, 9]  # two projections and two products more
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_innermost_of_several_targets_is_adapted(remat):
     """Around a rematerialised module the same attention is seen twice, which is an error."""

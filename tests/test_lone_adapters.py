@@ -249,6 +249,7 @@ def test_predict_takes_an_adapter_of_any_format_for_classes(place, pooler):
             assert named == pytest.approx(theirs["probabilities"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_predict_without_a_head_gives_embeddings(place):
     command("convert", place / "first", place / "bare", "--to", "peft")
     model = ("--model", place / "tiny")

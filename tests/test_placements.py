@@ -58,14 +58,7 @@ def no_runs():
 
 
 @pytest.mark.witness(
-    "linen-lora",
-    "linen-dora",
-    "linen-bottleneck",
-    "linen-prompts",
-    "linen-prefix",
-    "linen-ia3",
-    "nnx-lora",
-    "nnx-prefix",
+    "linen-lora", "linen-bottleneck", "linen-prompts", "linen-ia3", "nnx-lora", "nnx-prefix"
 )
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_a_run_finds_what_a_tree_says_and_more(api, name):

@@ -359,6 +359,7 @@ def decoder_by_formula(params, prefix, ids):
     return x @ w["head"]
 
 
+@pytest.mark.slow
 def test_prompts_act_in_the_attention_of_a_loop_over_layers():
     params = decoder_params()
     adapted = aj.adapt(decoder, params, aj.PrefixTuning("layers", 3), example_inputs=(IDS,))

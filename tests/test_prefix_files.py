@@ -114,6 +114,14 @@ def test_a_base_whose_keys_are_unknown_is_refused_unless_the_table_says_it():
         from_peft(CONFIG, tensors, replace(NAMES, keys=keys[:1]), params)
 
 
+@pytest.mark.witness(
+    "llama4_text-chunks",
+    "qwen3_next-no softmax",
+    "deepseek_v3-wider",
+    "bloom-distance",
+    "opt-embeddings",
+    "gemma3_text-slides",
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

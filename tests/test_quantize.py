@@ -207,6 +207,7 @@ def test_a_training_its_checkpoint_its_file_and_its_merge(api, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_an_audit_and_an_identity_are_those_of_the_float_base(api):
     case, linen = CASES["lora_dense"], api == "linen"

@@ -45,7 +45,7 @@ class Served:
     """A server of a tiny Llama and of an adapter with random arrays."""
 
     def __init__(self, folder):
-        write_llama(folder / "llama", 3, TEMPLATE, vocab_size=len(WORDS))
+        write_llama(folder / "llama", 3, TEMPLATE, vocab_size=len(WORDS), num_hidden_layers=1)
         file = folder / "llama" / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
         tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(WORDS)}

@@ -301,6 +301,7 @@ def test_what_a_mask_leaves_out_does_not_count():
         aj.calibrate(Mlp(), EVA, pairs, **how)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_and_dora_start_from_activations_too():
     params = mlp()
     small = aj.quantize(Mlp(), params, BATCHES[0][0], dtype="int8")

@@ -193,7 +193,7 @@ def test_a_checkpoint_is_written_as_it_was_read(name, scan, tmp_path):
     assert again == replace(config, num_decoder_layers=config.decoder_layers)
 
 
-@pytest.mark.witness("t5")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "flan_t5"])
 def test_copies_of_the_embedding_in_older_files_are_not_read(name, tmp_path):
     shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
