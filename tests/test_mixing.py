@@ -127,19 +127,9 @@ def test_encoders_learn_the_mixture_with_their_head(tmp_path, capsys):
     write_model(tmp_path / "tiny")
     files = [write_reviews(tmp_path / f"{name}.jsonl", 96, seed) for seed, name in enumerate("ab")]
     command = ["--model", tmp_path / "tiny", "--text", "review", "--train", *files]
-    head = [
-        "--method",
-        "head-only",
-        "--mix",
-        1,
-        3,
-        "--name",
-        "head",
-        "--epochs",
-        1,
-        "--no-baselines",
-    ]
-    assert main([*map(str, ["finetune", *command, *head, "--runs", tmp_path])]) == 0
+    head = ["--method", "head-only", "--mix", 1, 3, "--name", "head"]
+    small = ["--epochs", 1, "--no-baselines"]
+    assert main([*map(str, ["finetune", *command, *head, *small, "--runs", tmp_path])]) == 0
     assert "25 % of its 156 rows from a.jsonl (80 rows)" in capsys.readouterr().out
 
 
