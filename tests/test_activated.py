@@ -144,7 +144,7 @@ def subject(request):
     return Subject(request.param)
 
 
-@pytest.mark.witness("linen", "function", "state")
+@pytest.mark.witness("linen", "state")
 def test_each_token_has_the_formula_from_its_invocation_on(subject):
     gate = aj.invoked(IDS, SEQUENCE)
     np.testing.assert_array_equal(gate, ACTS)
@@ -155,6 +155,7 @@ def test_each_token_has_the_formula_from_its_invocation_on(subject):
         np.testing.assert_allclose(y, subject.formula(where), atol=2e-5)
 
 
+@pytest.mark.witness("scan", "linen", "state")
 def test_tokens_before_it_are_the_bases_to_the_bit(subject):
     never, some = subject.call(invoked=False), subject.call(invoked=ACTS)
     np.testing.assert_array_equal(np.asarray(some)[~ACTS], np.asarray(never)[~ACTS])

@@ -205,6 +205,7 @@ def loss_of(subject, recipe):
     return loss
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_a_training_resumes_to_the_last_bit_and_compiles_once(api, tmp_path):
     subject = APIS[api](CASES["adalora"], **VARIANTS["plain"])

@@ -110,7 +110,7 @@ def equal(left, right):
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
-@pytest.mark.witness("bert_double", "bert_union", "gpt2_lora", "llama_par", "roberta_seq")
+@pytest.mark.witness("bert_double", "gpt2_lora", "roberta_seq")
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_logits_are_those_of_adapterhub(fixture, tmp_path):
     of = of_fixture(fixture)
@@ -684,6 +684,7 @@ def compacter_tree(recipe, params):
     return arrays.drawn_like(aj.adapters_of(whole, recipe), 2)
 
 
+@pytest.mark.witness("settings0", "settings2")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -774,6 +775,7 @@ def test_an_orthonormal_projection_of_torch():
     np.testing.assert_allclose(reft._turned(original, base), expected, atol=1e-6)
 
 
+@pytest.mark.witness("change0-data0", "change2-data2", "change5-data5", "change8-data8")
 @pytest.mark.parametrize(
     ("change", "data"),
     [

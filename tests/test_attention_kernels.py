@@ -104,6 +104,7 @@ def test_splash_attention_bounds_the_scores():
     check(Splash(interpret=True), Mask(causal=True), 1.5)
 
 
+@pytest.mark.witness("all", "causal", "packed", "padded on the left", "prefix and window")
 @pytest.mark.parametrize("name", MASKS)
 def test_cudnn_is_asked_for_what_the_formula_gives(name):
     """JAX's own attention takes the same arguments on a CPU."""

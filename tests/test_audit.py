@@ -70,6 +70,7 @@ def shape(*axes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
+@pytest.mark.witness("bert-base-recipe1-894528-0-12")
 @pytest.mark.parametrize(
     ("name", "recipe", "adapters", "unfrozen", "points"),
     [

@@ -161,12 +161,10 @@ UNEQUAL = {
 @pytest.mark.witness(
     "lora-linen",
     "dora-nnx",
-    "houlsby-nnx",
     "compacter-nnx",
     "loreft-nnx",
     "ia3-linen",
     "llama_adapter-nnx",
-    "unfrozen-nnx",
     "mixed-nnx",
 )
 @BOTH
@@ -304,7 +302,7 @@ def test_groups_of_rows():
     np.testing.assert_allclose(y[2:], case.alone(x)[2:], atol=2e-5)
 
 
-@pytest.mark.witness("int8")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_rows_over_a_quantised_base(how):
     case = Case("nnx", "mlp", aj.LoRA("**/mlp/*", rank=2))

@@ -103,6 +103,7 @@ def test_the_mask_may_have_any_dtype():
     np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
+@pytest.mark.witness("mean", "pooler")
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 def test_padding_does_not_change_the_logits(pooling):
     apply = jax.jit(partial(BertClassifier(TINY, 2, pooling).apply, tiny_variables()))
@@ -142,6 +143,7 @@ def test_every_parameter_path():
     assert set(flatten_dict(params, sep="/")) == expected
 
 
+@pytest.mark.witness("bert-base-108891648", "roberta-base-124055040")
 @pytest.mark.parametrize(
     ("name", "count"),
     [

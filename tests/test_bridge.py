@@ -244,7 +244,7 @@ def test_dropout_on_the_outputs_of_linen_inside_nnx_is_refused_by_name():
         aj.adapt(LinenInside(nnx.Rngs(0)), method, rngs=nnx.Rngs(1), example_inputs=(X,))
 
 
-@pytest.mark.witness("LoRA", "Unfreeze")
+@pytest.mark.witness("LoRA")
 @pytest.mark.parametrize("method", LEAF_METHODS, ids=names(LEAF_METHODS))
 def test_nnx_inside_linen_computes_as_nnx_alone(method):
     linen, params, merged = adapted(NnxInside(), X, method=method)
@@ -341,6 +341,7 @@ def test_a_linen_model_with_an_nnx_list_initialises_its_adapters():
     assert shapes(linen.init(KEY, X)["params"]) == shapes(params)
 
 
+@pytest.mark.witness("method0")
 @pytest.mark.parametrize("method", [aj.Bottleneck("**", 2), aj.Bottleneck("second", 2)])
 def test_nnx_inside_linen_with_adapters_on_outputs(method):
     """On linen's modules, of which the NNX module as a whole is one; not on its parts."""

@@ -119,6 +119,7 @@ def _prepared(words, more):
     return parse(Finetune, [*words[1:-4], "--name", "run", *more]).prepare(Console(json=False))
 
 
+@pytest.mark.witness("lora-700-5-640", "compacter-900-104-880")
 @pytest.mark.parametrize(
     ("method", "budget", "size", "count"),
     [
@@ -147,6 +148,7 @@ def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
     job.run.unlock(job.lock)
 
 
+@pytest.mark.witness("more1-parts1", "more2-parts2", "more3-parts3", "more7-parts7")
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

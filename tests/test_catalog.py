@@ -135,7 +135,7 @@ def test_commands_are_those_whose_loader_takes_the_family(name, tmp_path):
     assert ("merge" in commands) == (decodes or family.classifier is not None)
 
 
-@pytest.mark.witness("bert", "modernbert", "gpt2", "gemma4_text")
+@pytest.mark.witness("bert", "gpt2", "gemma4_text")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapterhub_is_named_where_its_blocks_are_found_under_its_own_model_type(name):
     family = FAMILIES[name]

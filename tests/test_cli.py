@@ -63,7 +63,7 @@ def directory(tmp_path_factory):
     (directory / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     (directory / "deep.toml").write_text("rank = " + "[" * 100_000 + "]" * 100_000)
     (directory / "nul.json").write_text('{"model": "a\\u0000b"}')
-    flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 2"
+    flags = "--train reviews.jsonl --text review --method head-only --no-baselines --epochs 1"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         for name, more in (("single", ""), ("pairs", "--text-pair topic"), ("stars", STARS)):
@@ -124,6 +124,7 @@ def test_every_command_has_help_with_examples(name, capsys, monkeypatch):
     assert all(line.startswith("  ") for line in examples.splitlines())  # none was wrapped
 
 
+@pytest.mark.witness("--version-", "schema finetune-1")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", ["--version", "schema finetune"])
 def test_a_command_whose_output_nobody_reads_ends_quietly(words, unbuffered, monkeypatch):
@@ -666,6 +667,7 @@ def test_a_changed_adapter_is_an_error(fails, directory, tmp_path):
     fails(f"predict {tmp_path / 'run'} text", AdapterMismatchError, "1 missing: head/bias")
 
 
+@pytest.mark.witness("OSError")
 @pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, OSError])
 def test_a_bug_keeps_its_traceback_and_asks_for_a_report(command, monkeypatch, bug):
     def score(*_):

@@ -16,8 +16,12 @@ def build(api, case, variant="plain", **options):
 
 # By default a variant has the methods whose shapes or whose code in it are their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
+OWN = (  # in linen alone; tests of their own watch the layers of LoRA and IA3, LoHa and LoKr
+    *("adalora", "compacter", "ia3", "lora_embed", "lora_slices", "loreft", "oft", "pissa"),
+    *("prompt_tuning", "unfreeze", "vera"),
+)
 WITNESSES = {
-    "linen-plain": CASES,
+    "linen-plain": (*CHOSEN, *OWN),
     "nnx-plain": CHOSEN,
     "linen-remat": ("lora_conv", "prefix"),
     "nnx-bf16": ("dora", "llama_adapter", "together"),
@@ -27,13 +31,17 @@ WITNESSES = {
 }
 
 
-def subjects():
+# Leaves of other kinds than those of CHOSEN.
+TRAINED = {"linen-plain": (*CHOSEN, "adalora", "vera", "unfreeze")}
+
+
+def subjects(witnesses=WITNESSES):
     """The witnesses in both APIs, and the others in linen, with which NNX is compared.
 
     The others are not tried in remat, where no method has code of its own.
     """
     for api, case, variant in SUBJECTS:
-        slow = case not in WITNESSES.get(f"{api}-{variant}", ())
+        slow = case not in witnesses.get(f"{api}-{variant}", ())
         if not slow or (api == "linen" and variant != "remat"):
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(f"{api}-{case}-{variant}", marks=marks)
@@ -63,11 +71,23 @@ def test_start_count_file_and_merge(subject):
     checks.merges(subject)
 
 
+@pytest.mark.parametrize("subject", [*subjects(WITNESSES | TRAINED)], indirect=True)
 def test_steps_change_adapters_and_nothing_else(subject):
     checks.trains_its_leaves_alone(subject)
 
 
-@pytest.mark.witness(*(f"{api}-{case}" for api in APIS for case in CHOSEN))
+@pytest.mark.witness(
+    "linen-bottleneck",
+    "linen-dora",
+    "linen-ia3_embed",
+    "linen-llama_adapter",
+    "linen-lora_conv",
+    "linen-prefix",
+    "linen-together",
+    "nnx-bottleneck",
+    "nnx-llama_adapter",
+    "nnx-prefix",
+)
 @pytest.mark.parametrize(
     ("api", "case"), [(a, c) for a in APIS for c in CASES if a == "linen" or c in CHOSEN]
 )
@@ -75,6 +95,23 @@ def test_adapters_vmap_over_one_base(api, case):
     checks.runs_under_vmap(build(api, case))
 
 
+@pytest.mark.witness(
+    "bottleneck",
+    "compacter",
+    "loreft",
+    "dora",
+    "adalora",
+    "lora_slices",
+    "lora_conv",
+    "oft",
+    "vera",
+    "ia3_attention",
+    "ia3_embed",
+    "llama_adapter",
+    "prefix",
+    "prompt_tuning",
+    "together",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_both_apis_compute_the_same(case):
     checks.computes_the_same(build("linen", case), build("nnx", case))

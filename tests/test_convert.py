@@ -257,6 +257,15 @@ def test_unsupported_conversions_raise_an_error_that_names_the_cause(convert, wo
 PROMISED = ("runs/reviews", "runs/bottlenecks", "gpt2-lora", "gpt2-norms", "prompts", "qwen-lora")
 
 
+@pytest.mark.witness(
+    "peft-runs/bottlenecks",
+    "adapterhub-runs/reviews",
+    "native-qwen-lora",
+    "peft-gpt2-norms",
+    "adapterhub-gpt2-lora",
+    "adapterhub-prompts",
+    "peft-prompts",
+)
 @pytest.mark.parametrize("source", PROMISED)
 @pytest.mark.parametrize("to", ["native", "peft", "adapterhub"])
 def test_problems_by_shapes_are_those_that_write_raises(folder, monkeypatch, tmp_path, source, to):

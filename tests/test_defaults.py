@@ -79,6 +79,9 @@ def test_a_lora_plus_of_1_which_older_runs_store_is_none():
         assert jax.tree.structure(one) == jax.tree.structure(none)
 
 
+@pytest.mark.witness(
+    "tiny-flags0-houlsby-0.002", "llama-flags2-lora-0.013", "llama-flags5-None-0.013"
+)
 @pytest.mark.parametrize(
     ("model", "flags", "method", "rate"),
     [
@@ -98,7 +101,7 @@ def test_a_decoder_gets_lora_on_all_linear_layers_at_the_rate_of_its_width(
         rows = ["--train", str(tmp_path / "rows.jsonl"), "--text", "review"]
         write_reviews(tmp_path / "rows.jsonl")
     else:
-        write_llama(tmp_path / "llama")
+        write_llama(tmp_path / "llama", num_hidden_layers=1)
         rows = ["--train", str(tmp_path / "rows.csv"), "--prompt", "mr", "--completion", "ref"]
         write_meanings(tmp_path / "rows.csv")
     (tmp_path / "mine.json").write_text(aj.Recipe(aj.LoRA("**/query", 2)).to_json())
@@ -151,6 +154,7 @@ def test_a_run_says_how_often_it_sees_few_rows_and_records_it(prepared):
     assert job.config["options"]["optimizer"]["epochs"] is None  # as it was asked for
 
 
+@pytest.mark.witness("options1-20.0", "options2-3.0")
 @pytest.mark.parametrize(
     ("options", "epochs"),
     [
@@ -177,6 +181,7 @@ def test_a_run_that_goes_on_keeps_the_defaults_that_it_began_with(prepared):
     job.run.unlock(again.lock)
 
 
+@pytest.mark.witness("damage0")
 @pytest.mark.parametrize("damage", [{"epochs": "two"}, None])
 def test_a_run_whose_passes_cannot_be_read_does_not_go_on(prepared, damage):
     job, _ = prepared()

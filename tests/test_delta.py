@@ -45,6 +45,7 @@ def recurrence(query, key, value, decay, beta, state, begins=()):
     return read, state
 
 
+@pytest.mark.witness("4-0.3", "13-60.0", "1-0.3")
 @pytest.mark.parametrize("decay", [0.3, 60.0])
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
 def test_chunks_compute_the_recurrence(chunk, decay):

@@ -380,6 +380,7 @@ def flux_expected(params, changes):
     return expected
 
 
+@pytest.mark.witness("True-True", "False-False")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("is_dora", [False, True])
 def test_flux_of_kohya(fused, is_dora, tmp_path):
@@ -584,6 +585,7 @@ def exactly(changes):
 KINDS = ("loha", "tucker", "lokr", "lokr_factor", "lokr_whole", "lokr_both")
 
 
+@pytest.mark.witness("loha", "lokr_both", "tucker")
 @pytest.mark.parametrize("kind", KINDS)
 def test_loha_and_lokr(kind, tmp_path):
     """By the formula, and again of what is written of them; there is no Diffusers' style."""
@@ -622,6 +624,7 @@ BOTH = aj.Recipe(
 WRITTEN = [BOTH, aj.DoRA(("**/attn1/*", "**/conv"), rank=2, alpha=5)]
 
 
+@pytest.mark.witness("lora-kohya", "dora-diffusers")
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 @pytest.mark.parametrize("recipe", WRITTEN, ids=["lora", "dora"])
 def test_written(style, recipe, tmp_path):
@@ -1084,6 +1087,7 @@ def test_dtypes(dtype, tmp_path):
     assert {x.dtype.name for x in flatten(adapters).values()} == {"float32"}
 
 
+@pytest.mark.witness("lora_te1_", "text_encoder.")
 @pytest.mark.parametrize(
     "prefix", ["lora_te1_", "lora_te_model_", "text_encoder.", "text_encoder.model."]
 )

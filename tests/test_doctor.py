@@ -51,6 +51,7 @@ def test_versions_that_do_not_go_together(monkeypatch):
     assert any(each.startswith("adapters-jax ") and "optax>=" in each for each in found)
 
 
+@pytest.mark.witness("nvidia0-cuda", "vfio/0-tpu")
 @pytest.mark.parametrize(
     ("file", "extra"), [("nvidia0", "cuda"), ("accel0", "tpu"), ("vfio/0", "tpu")]
 )

@@ -116,6 +116,17 @@ def offline(name, prompt, most, choice=Choice(), stop=()):
     return np.asarray(ids)[0, : min(most, int(lengths[0]))].tolist()
 
 
+@nnx.jit
+def _passed(model, ids):
+    return model(ids)[0]
+
+
+def logits_of(name, ids):
+    """The logits behind every token of a text, by one program for all texts of a model."""
+    padded = jnp.array([ids + [0] * (32 - len(ids))])
+    return np.asarray(_passed(ALONE[name], padded))[: len(ids)]
+
+
 def prompts(n, seed=0, longest=20):
     draw = np.random.default_rng(seed)
     return [
@@ -150,7 +161,7 @@ def test_samples_are_those_of_generate(engine, top_p):
 
 def test_top_k(engine):
     (prompt,) = prompts(1, seed=4)
-    likely = np.argsort(np.asarray(BASE(jnp.array([prompt])))[0, -1])[::-1].tolist()
+    likely = np.argsort(logits_of(None, prompt)[-1])[::-1].tolist()
     firsts = {1: set(), 3: set()}
     for k, found in firsts.items():
         for seed in range(12):
@@ -169,7 +180,7 @@ def by_hand(name, prompt, most, choice):
         bias[token] = value
     key = jax.random.fold_in(jax.random.key(choice.seed), 0)
     for step in range(most):
-        logits = np.asarray(ALONE[name](jnp.array([ids + [0] * (32 - len(ids))])))[0, len(ids) - 1]
+        logits = logits_of(name, ids)[-1]
         logits = logits + bias - choice.presence * (counts > 0) - choice.frequency * counts
         if choice.temperature:
             at = jax.random.fold_in(key, step)
@@ -296,7 +307,7 @@ def test_a_prompt_that_is_only_read(engine):
     scores, sink = Scores(prompt=True), Collected()
     engine.submit([5, 9, 2], sink, model="large", most=0, scores=scores)
     assert sink.wait() == ([], "length") and not scores.made
-    expected = np.asarray(jax.nn.log_softmax(ALONE["large"](jnp.array([[5, 9, 2]]))[0]))
+    expected = np.asarray(jax.nn.log_softmax(logits_of("large", [5, 9, 2])))
     ((own, _),) = scores.given
     np.testing.assert_allclose(own, [expected[0, 9], expected[1, 2]], atol=2e-5)
 
@@ -312,7 +323,7 @@ def test_log_probabilities_are_those_of_the_model(engine, name):
     engine.submit(prompt, sink, model=name, most=6, choice=choice, scores=scores)
     ids, _ = sink.wait()
     text = prompt + ids
-    expected = np.asarray(jax.nn.log_softmax(ALONE[name](jnp.array([text]))[0]))
+    expected = np.asarray(jax.nn.log_softmax(logits_of(name, text)))
     own = np.take_along_axis(expected[:-1], np.array(text[1:])[:, None], 1)[:, 0]
     given = np.concatenate([own for own, _ in scores.given])
     np.testing.assert_allclose(given, own[: len(prompt) - 1], atol=2e-5)

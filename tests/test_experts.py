@@ -61,6 +61,7 @@ def test_a_mixture_is_the_weighted_sum_of_the_experts_that_a_token_takes(model):
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_tokens_may_take_the_same_experts(model):
     mixture = nnx.clone(model.layers[0].mlp)
     mixture.router.kernel[...] = jnp.zeros_like(mixture.router.kernel[...]).at[0, :2].set(50.0)
@@ -171,6 +172,7 @@ def test_an_expert_that_a_checkpoint_lacks_is_named(model):
         from_tensors({name: drawn((8, 16)) for name in names}, ARCHITECTURES["mixtral"].names, up)
 
 
+@pytest.mark.witness("5.24")
 @pytest.mark.parametrize("version", ["4.57", "5.24"])
 def test_square_stacks_are_read_along_the_axes_that_another_stack_tells(version, tmp_path):
     config = DecoderConfig.from_json(FIXTURES / "gpt_oss" / "config.json")

@@ -195,6 +195,7 @@ def test_attention_fn_gets_every_slot_of_few_key_heads():
     assert seen[1] == ((2, 1, 4, 4), slots, slots, (2, 1, 1, 7))
 
 
+@pytest.mark.slow
 def test_a_cache_is_extended_in_pieces_and_not_changed(model):
     ids, mask = LEFT
 
@@ -217,6 +218,7 @@ def test_a_cache_is_extended_in_pieces_and_not_changed(model):
         model.extend(ids, mask, model.empty_cache(2, 3))
 
 
+@pytest.mark.slow
 def test_an_adapted_model_generates_what_its_merged_one_does(model, expected):
     adapted = shaken(model, aj.LoRA("**/{query,value}", 8))
     made = generate(adapted, *LEFT, max_new_tokens=NEW).ids.tolist()

@@ -88,6 +88,7 @@ def outside_experts(path):
     return path.startswith("layers/") and "experts" not in path
 
 
+@pytest.mark.witness("llama", "gemma3_text", "qwen3_moe", "phi3", "cohere", "starcoder2")
 @pytest.mark.parametrize("name", sorted(CARRIED))
 def test_a_files_changes_are_those_of_the_weights_and_it_reads_back(name, tmp_path):
     base = load_base_model(str(FIXTURES / name))

@@ -68,6 +68,7 @@ def train(api, dtype, loss_scale=None, *, steps=40, accumulate=1):
     return state, found
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_with_a_loss_scale_it_learns_what_float32_learns(api):
     _, expected = train(api, jnp.float32)

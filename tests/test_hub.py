@@ -258,6 +258,7 @@ def test_push_uploads_what_predicts_and_its_card(server, command):
     assert server.repos["me/meanings"]["private"]
 
 
+@pytest.mark.slow
 def test_a_push_in_another_format_leaves_nothing_of_the_first(server, command):
     assert command("push runs/reviews me/both")[0] == 0
     status, out, err = command("push runs/reviews me/both --to peft --revision peft")

@@ -20,6 +20,7 @@ def with_head(recipe):
     return recipe + aj.Unfreeze(("out/**", "scale"))
 
 
+@pytest.mark.witness("linen-bottleneck", "linen-lora", "linen-unfreeze", "nnx-llama", "nnx-dora")
 @pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_adapted_trained_and_abstract_bases_have_one_identity(api, method):

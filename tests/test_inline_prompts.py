@@ -320,13 +320,10 @@ def noise(tree, seed=1):
 
 @pytest.mark.witness(
     "heads one by one-prefix",
-    "products by head-gated",
     "repeated keys-prefix",
     "rotary in pairs-gated",
-    "partial rotary-prefix",
     "fused by head-gated",
     "stacked-prefix",
-    "one key head-prefix",
     "shifted-gated",
 )
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -541,6 +538,7 @@ def test_several_attentions_are_refused_with_what_to_do_instead(name):
         model.init(jax.random.key(0), X)
 
 
+@pytest.mark.witness("gated")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_queries_without_the_batch_of_the_keys(method):
     """As of learned latents: they are read with every row of the batch, in which all are alike."""
@@ -690,6 +688,7 @@ def test_only_the_prompt_gets_gradients_and_few_operations_are_added():
     assert products == [5, 9]  # two projections and two products more
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_innermost_of_several_targets_is_adapted(remat):
     """Around a rematerialised module the same attention is seen twice, which is an error."""

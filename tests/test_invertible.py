@@ -49,6 +49,7 @@ def network(own, name, x):
     return hidden @ own[f"{name}/up/kernel"] + own[f"{name}/up/bias"]
 
 
+@pytest.mark.witness("9-2.0", "2-7.0")
 @pytest.mark.parametrize(("width", "factor"), [(9, 2.0), (8, 3.0), (2, 7.0)])
 def test_it_is_two_couplings_and_can_be_undone(width, factor):
     method = aj.methods.Invertible("embed", reduction_factor=factor)

@@ -283,6 +283,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.witness("out", "second axis, as many", "not scanned", "query of qwix")
 @pytest.mark.parametrize("case", SCANNED)
 def test_maxtext(case):
     """Its layers are scanned on the second axis; its older code has other names than qwix."""

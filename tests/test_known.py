@@ -141,15 +141,7 @@ ROUNDED = {"google/mt5-large": 1.2e9, "google/mt5-xl": 3.7e9, "google/mt5-xxl": 
 
 
 @pytest.mark.witness(
-    "openai-community/gpt2",
-    "meta-llama/Llama-3.2-1B",
-    "HuggingFaceTB/SmolLM2-135M",
-    "Qwen/Qwen3-0.6B",
-    "google/gemma-3-1b-pt",
-    "Qwen/Qwen3-30B-A3B",
-    "deepseek-ai/DeepSeek-V3",
-    "google/flan-t5-base",
-    "bigscience/bloom-560m",
+    "openai-community/gpt2", "deepseek-ai/DeepSeek-V3", "google/flan-t5-base", "Qwen/Qwen3-30B-A3B"
 )
 @pytest.mark.parametrize("name", PUBLISHED | PUBLISHED_T5)
 def test_the_parameters_are_the_published_ones(name):

@@ -200,6 +200,28 @@ def as_nnx(layer, params):
     return run(adapted), run(base)
 
 
+@pytest.mark.witness(
+    "dense",
+    "dense_one_axis",
+    "attend",
+    "embed",
+    "conv",
+    "conv2",
+    "conv_grouped",
+    "conv_same_lower",
+    "conv_circular",
+    "conv_strides",
+    "conv_input_dilation",
+    "general_out",
+    "general_batch",
+    "general_two_batches",
+    "general_turned",
+    "einsum",
+    "einsum_heads",
+    "einsum_experts",
+    "einsum_shared",
+    "einsum_at_call",
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_adapted_is_the_layer_with_the_changed_weight(name):
     layer = LAYERS[name]

@@ -220,6 +220,22 @@ CHANGES = {
 }
 
 
+@pytest.mark.witness(
+    "float again-gaussian",
+    "bfloat16-gaussian",
+    "nf4-gaussian",
+    "sharded-gaussian",
+    "back in float32-gaussian",
+    "in a state-gaussian",
+    "int8-gaussian",
+    "as it is-gaussian",
+    "adapted again-gaussian",
+    "stepped-gaussian",
+    "merged-gaussian",
+    "split-gaussian",
+    "cloned-gaussian",
+    "as it is-pissa",
+)
 @pytest.mark.parametrize("start", ["gaussian", "pissa"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_a_base_on_purpose_is_no_move_and_a_move_after_it_is_one(change, start):

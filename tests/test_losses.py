@@ -57,6 +57,15 @@ def close(one, other):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, other)
 
 
+@pytest.mark.witness(
+    "False-None-None",
+    "False-4-weights1",
+    "True-1-weights1",
+    "True-5-None",
+    "True-None-weights1",
+    "False-11-None",
+    "True-100-weights1",
+)
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, LENGTH, 100])
 @pytest.mark.parametrize("jit", [False, True])
@@ -127,7 +136,7 @@ def test_float16_gradients_survive_until_the_loss_scale():
     np.testing.assert_allclose(grad, expected, atol=1e-2 * np.abs(expected).max())
 
 
-@pytest.mark.witness("**/query-True", "{head,embeddings}-False")
+@pytest.mark.witness("**/query-True")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", ["**/query", "{head,embeddings}", "**"])
 def test_heads_of_decoders_with_lora(tied, target):

@@ -95,6 +95,7 @@ def test_rows_of_a_bank_are_those_of_their_adapters_alone(adapted):
     np.testing.assert_allclose(rows, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_trainings_side_by_side_are_those_alone(adapted):
     model, adapters = adapted
     graphdef, _, rest = nnx.split(model, aj.nnx.AdapterParam, ...)

@@ -280,6 +280,7 @@ def test_a_merged_run_is_a_masked_language_model():
         np.testing.assert_array_equal(leaf, was[f"bert/{path}"])
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_says_that_its_output_layer_is_its_word_embeddings():
     """Where it says otherwise, transformers draws an output layer at random."""
     config = json.loads((write_masked(Path("tiny")) / "config.json").read_text())

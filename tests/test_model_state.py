@@ -186,6 +186,7 @@ def by_hand(parts):
     return {"mixed": mixed, "norm/mean": mean, "norm/var": var, "seen": seen}
 
 
+@pytest.mark.witness("1-linen", "2-nnx")
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_statistics_are_those_by_hand_and_go_from_part_to_part(api, parts):
@@ -434,6 +435,7 @@ def test_collections_are_a_dictionary_of_collections():
     assert create(model, params, collections={}).variables.keys() == {"params"}
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_all_of_it_works_on_shapes(api):
     if api == "linen":

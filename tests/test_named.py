@@ -255,6 +255,7 @@ def test_an_adapter_goes_from_one_recipe_into_another_by_its_name(tmp_path):
     np.testing.assert_array_equal(api((other, params)), api(alone))
 
 
+@pytest.mark.witness("linen")
 def test_a_bank_of_stacked_adapters_has_each_rows_own(api, tmp_path):
     room = api.load(api.save(tmp_path / "one", api.drawn(api.adapt(Recipe(SW, NER)))), train=None)
     one, two = (api.drawn(api.adapt(Recipe(SW, NER)), seed=seed) for seed in (3, 4))

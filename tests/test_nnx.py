@@ -447,6 +447,7 @@ def test_widths_of_plain_layers_are_known_without_examples():
         adapt(batched, aj.Bottleneck("**", 2))
 
 
+@pytest.mark.witness("False")
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 def test_a_transposed_convolution_needs_no_examples(transpose_kernel):
     def layer(rngs):
@@ -574,6 +575,7 @@ STACKED = {
 }
 
 
+@pytest.mark.witness("bottleneck", "composite")
 @pytest.mark.parametrize("name", STACKED)
 def test_stacked_layers_are_adapted_one_by_one(name):
     method, examples = STACKED[name]

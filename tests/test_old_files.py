@@ -151,6 +151,16 @@ def loaded(directory, api):
     return aj.load_adapter(directory, nnx_base(), example_inputs=(TOKENS,))(TOKENS)
 
 
+@pytest.mark.witness(
+    "linen-lora",
+    "linen-prompts",
+    "linen-bottleneck",
+    "linen-dora",
+    "linen-prefix",
+    "linen-ia3",
+    "nnx-lora",
+    "nnx-pissa",
+)
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_an_old_adapter_computes_what_it_did(api, name):
     expected = np.load(FIXTURES / "expected.npz")[f"{api}-{name}"]

@@ -137,6 +137,7 @@ def equal(left, right):
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
+@pytest.mark.witness("bert_dora", "gpt2", "llama_prompt", "moe_experts", "bert_head", "net_lora")
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_logits_are_those_of_peft(fixture, tmp_path):
     names, model, params, inputs = base_of(fixture)

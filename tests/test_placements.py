@@ -57,6 +57,9 @@ def no_runs():
         yield
 
 
+@pytest.mark.witness(
+    "linen-lora", "linen-bottleneck", "linen-prompts", "linen-ia3", "nnx-lora", "nnx-prefix"
+)
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_a_run_finds_what_a_tree_says_and_more(api, name):
     _, placements, shapes = made(api, name)
@@ -73,7 +76,7 @@ def test_a_run_finds_what_a_tree_says_and_more(api, name):
         )
 
 
-@pytest.mark.witness("linen-lora", "linen-prefix", "nnx-bottleneck", "nnx-ia3")
+@pytest.mark.witness("linen-lora", "nnx-bottleneck")
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_loading_onto_the_same_base_runs_no_model(tmp_path, api, name):
     subject, placements, _ = made(api, name)
@@ -109,6 +112,22 @@ def edited(directory, edit):
     (directory / CONFIG).write_text(json.dumps(values))
 
 
+@pytest.mark.witness(
+    "False-<lambda>-data0",
+    "False-<lambda>-data1",
+    "False-<lambda>-data2",
+    "False-<lambda>-data3",
+    "False-<lambda>-data4",
+    "False-<lambda>-data5",
+    "False-<lambda>-data6",
+    "False-<lambda>-data7",
+    "False-<lambda>-data8",
+    "False-<lambda>-data9",
+    "False-<lambda>-data10",
+    "False-<lambda>-data11",
+    "False-<lambda>-data12",
+    "False-<lambda>-data13",
+)
 @pytest.mark.parametrize(
     ("edit", "data"),
     [
@@ -285,6 +304,7 @@ class AroundAdapted(nn.Module):
         return nn.Dense(3, name="out")(aj.adapt(nn.Dense(4), self.inside)(x))
 
 
+@pytest.mark.witness("inside0-method0", "inside2-method2")
 @pytest.mark.parametrize(
     ("inside", "method"),
     [

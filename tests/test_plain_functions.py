@@ -359,6 +359,7 @@ def decoder_by_formula(params, prefix, ids):
     return x @ w["head"]
 
 
+@pytest.mark.slow
 def test_prompts_act_in_the_attention_of_a_loop_over_layers():
     params = decoder_params()
     adapted = aj.adapt(decoder, params, aj.PrefixTuning("layers", 3), example_inputs=(IDS,))
@@ -372,6 +373,7 @@ def test_prompts_act_in_the_attention_of_a_loop_over_layers():
     assert aj.audit(adapted, tree).adapter_parameters == 2 * LAYERS * 3 * D
 
 
+@pytest.mark.witness("LlamaAdapter")
 @pytest.mark.parametrize("method", [aj.LlamaAdapter, aj.PrefixTuning])
 def test_prompts_in_a_loop_are_those_of_its_layers(method):
     params = decoder_params()

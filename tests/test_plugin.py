@@ -64,6 +64,7 @@ def grown(method):
     return model, base, aj.init_adapters(model, base, jax.random.key(1), X)
 
 
+@pytest.mark.slow
 def test_it_keeps_the_contract(Shift):
     assert check_method(Shift("**/mlp/{up,output}", 0.5), variants=["plain", "scan"]) == ["mlp"]
 

@@ -58,6 +58,7 @@ def test_keys_turn_as_in_the_model(name):
         np.testing.assert_allclose(turned(double(key), keys, 5), expected, atol=1e-5)
 
 
+@pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_it_goes_through_a_file(scan, tmp_path):
     model = Decoder(DecoderConfig(**SIZES), scan=scan, rngs=nnx.Rngs(0))
@@ -113,6 +114,14 @@ def test_a_base_whose_keys_are_unknown_is_refused_unless_the_table_says_it():
         from_peft(CONFIG, tensors, replace(NAMES, keys=keys[:1]), params)
 
 
+@pytest.mark.witness(
+    "llama4_text-chunks",
+    "qwen3_next-no softmax",
+    "deepseek_v3-wider",
+    "bloom-distance",
+    "opt-embeddings",
+    "gemma3_text-slides",
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

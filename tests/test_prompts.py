@@ -107,6 +107,7 @@ METHODS = {
 }
 
 
+@pytest.mark.witness("heads, tanh", "prefix")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_flax_attention_computes_the_formula(method):
     shapes = jax.eval_shape(lambda: Linen().init(jax.random.key(0), X)["params"])
@@ -120,6 +121,7 @@ def test_flax_attention_computes_the_formula(method):
     np.testing.assert_allclose(other(X), expected, atol=2e-6)
 
 
+@pytest.mark.witness("head")
 @pytest.mark.parametrize("gate", ["head", "layer"])
 def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
     """Each layer's attention function is watched; what it gives and gets are put together here."""
@@ -159,6 +161,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
 def test_the_prompt_has_no_position_and_hides_behind_no_mask():
     model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, nnx.Param)))
+    model = nnx.jit(model)
     near = model(IDS, positions=jnp.arange(T)[None])
     far = model(IDS, positions=100 + jnp.arange(T)[None])
     assert np.abs(near - far).max() > 1e-2  # rotated queries against keys that are not
@@ -167,6 +170,7 @@ def test_the_prompt_has_no_position_and_hides_behind_no_mask():
     np.testing.assert_allclose(padded[:, 2:], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_llama_7b_has_the_published_counts_without_allocating():
     base = nnx.eval_shape(lambda: Decoder(LLAMA_7B, rngs=nnx.Rngs(0)))
     for gate, count in (("head", 1_229_760), ("layer", 1_228_830)):
@@ -466,6 +470,7 @@ class NnxAround(nnx.Module):
         return self.attention(x)
 
 
+@pytest.mark.witness("PrefixTuning")
 @pytest.mark.parametrize("kind", [aj.LlamaAdapter, aj.PrefixTuning])
 def test_a_class_that_overrides_the_call_of_a_known_one(kind):
     """Its call is read, not that of the known class; flax's own computes the same."""

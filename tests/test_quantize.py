@@ -61,6 +61,14 @@ def check_blocks(found, blocks, dtype):
     assert np.abs(counts - blocks / most * steps).max() < 0.5001 and np.abs(counts).max() > 6.99
 
 
+@pytest.mark.witness(
+    "dense-nf4",
+    "dense-int8",
+    "conv-int4",
+    "embed-int8",
+    "general_in-nf4",
+    "einsum_outputs_first-int4",
+)
 @pytest.mark.parametrize("dtype", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_has_the_numbers_that_numpy_gives_it(kind, dtype):
@@ -199,6 +207,7 @@ def test_a_training_its_checkpoint_its_file_and_its_merge(api, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_an_audit_and_an_identity_are_those_of_the_float_base(api):
     case, linen = CASES["lora_dense"], api == "linen"

@@ -34,9 +34,14 @@ from adapters_jax.finetune.tasks.metrics import show_metric
 from adapters_jax.methods import METHODS
 
 
-@pytest.fixture
-def page(tmp_path):
-    return write_page(tmp_path, CONFIG)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return write_page(folder, CONFIG)
 
 
 def test_the_page_is_valid_html_in_one_file(page):
@@ -54,7 +59,7 @@ def test_the_page_is_valid_html_in_one_file(page):
     assert (found.tags.count("h1"), found.tags.count("main")) == (1, 1)
 
 
-def test_pictures_have_words_and_the_colours_of_the_page(page, tmp_path):
+def test_pictures_have_words_and_the_colours_of_the_page(page, folder):
     found = Page(page)
     assert found.tags.count("svg") == 3
     assert {
@@ -72,7 +77,7 @@ def test_pictures_have_words_and_the_colours_of_the_page(page, tmp_path):
     marks = re.findall(r'\bid="([^"]*)"', page)
     assert len(marks) == len({*marks})
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= {*marks}
-    assert (tmp_path / "a run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "a run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_shows_the_results_and_what_was_trained(page):
@@ -113,7 +118,7 @@ def test_the_configuration_has_only_this_task_and_no_paths(page):
     }
 
 
-def test_its_commands_run_as_they_are(page, tmp_path):
+def test_its_commands_run_as_they_are(page, folder):
     shell, program = Page(page).sections["How to use it"]
     command = command_of(shell)
     assert (type(command).__name__, command.run, len(command.texts)) == ("Predict", "a run", 2)
@@ -124,7 +129,7 @@ def test_its_commands_run_as_they_are(page, tmp_path):
     words = ["adapters-jax", "finetune", "--train=machine.csv", f"--text={HOSTILE}"]
     assert shlex.split(again) == words
     assert command_of(again).data.train == (Path("machine.csv"),)
-    assert str(tmp_path) not in page and "/of/this" not in page
+    assert str(folder) not in page and "/of/this" not in page
 
 
 def test_paths_below_the_working_directory_are_relative_to_it(tmp_path, monkeypatch):
@@ -215,8 +220,8 @@ def test_a_value_that_a_page_lacks_is_an_error():
         pages.render("run")
 
 
-def test_the_picture_is_a_png_of_a_readable_size(page, tmp_path):
-    raw = (tmp_path / "a run" / "curves.png").read_bytes()
+def test_the_picture_is_a_png_of_a_readable_size(page, folder):
+    raw = (folder / "a run" / "curves.png").read_bytes()
     width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1350, 540)
 

@@ -51,6 +51,7 @@ def test_a_run_of_an_older_version_has_a_page_without_predictions(run):
     assert not {"Classes", "Lengths", "What was trained"} & sections.keys()
 
 
+@pytest.mark.witness("{", "{}")
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"rows": 1, "lengths": {}, "worst": [], "counts": {}}']
 )

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.commands import command_raises
 from helpers.errors import raises
 from helpers.finished import decoder_run
-from helpers.tiny import write_llama
+from helpers.tiny import write_llama, write_meanings
 from starlette.formparsers import MultiPartParser
 from starlette.testclient import TestClient
 
@@ -47,6 +48,8 @@ class Served:
     def __init__(self, folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
+            write_llama(Path("llama"), num_hidden_layers=1)
+            write_meanings(Path("rows.csv"), rows=40)
             first = decoder_run("--method lora --rank 2", "first")
             second = decoder_run("--method lora --rank 3 --targets **/value", "second")
             self.runs = {"first": folder / first, "second": folder / second}
@@ -85,7 +88,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
-def test_answers_are_those_of_the_runs_alone(served):
+def test_answers_are_those_of_the_runs_alone(served, slow):
     distinct = set()
     for name, alone in served.alone.items():
         (expected,) = alone.generate([PROMPT], 8)
@@ -94,6 +97,9 @@ def test_answers_are_those_of_the_runs_alone(served):
         assert choice["text"] == expected and choice["finish_reason"] in ("length", "stop")
         ids = alone.prompts.encode(PROMPT, alone.decoder)
         assert answer["usage"]["prompt_tokens"] == len(ids)
+        distinct.add(choice["text"])
+        if name == "first" and not slow:
+            continue
         sampled = served.ask(model=name, temperature=0.8, top_p=0.9, seed=5).json()
         (expected,) = complete(
             alone.model,
@@ -105,7 +111,6 @@ def test_answers_are_those_of_the_runs_alone(served):
             key=jax.random.key(5),
         )
         assert sampled["choices"][0]["text"] == expected
-        distinct.add(choice["text"])
     decoder = served.base.decoder
     raw = decoder.tokenizer.encode(PROMPT).ids
     (expected,) = complete(decoder.model, decoder, [raw], 8)
@@ -121,7 +126,7 @@ def test_log_probabilities(served):
     assert "".join(answer["text"].split()) == "".join("".join(seen["tokens"]).split())
     ids = alone.prompts.encode(PROMPT, alone.decoder)
     made = [alone.decoder.tokenizer.token_to_id(text.strip()) for text in seen["tokens"]]
-    logits = alone.model(jnp.array([[*ids, *made]]))[0, len(ids) - 1 : -1]
+    logits = nnx.jit(alone.model)(jnp.array([[*ids, *made]]))[0, len(ids) - 1 : -1]
     expected = np.asarray(jax.nn.log_softmax(logits))
     own = expected[np.arange(len(made)), made]
     np.testing.assert_allclose(seen["token_logprobs"], own, atol=1e-4)
@@ -202,7 +207,7 @@ def test_the_lists_of_models_and_adapters(served):
         ("first", "run", ["LoRA"]),
         ("second", "run", ["LoRA"]),
     ]
-    assert rows[1]["parameters"] == 3 * 3 * (32 + 16)  # layers, rank, sizes
+    assert rows[1]["parameters"] == 3 * (32 + 16)  # rank, sizes
     for path in ("/healthz", "/livez"):
         assert served.client.get(path).json() == {"status": "ok"}
     assert "page" in served.client.get("/").text
@@ -418,7 +423,7 @@ def test_targets_of_other_forms(served):
 def uploading(served, name, files, gone_after=None):
     """An upload whose parts come as its events say: (the task, how much was read, its events)."""
     request = served.client.build_request("PUT", f"/v1/adapters/{name}", files=files)
-    body, step = request.read(), 1000
+    body, step = request.read(), 300
     parts = [body[i : i + step] for i in range(0, len(body), step)]
     read, events, sent = [], asyncio.Queue(), []
 
@@ -580,7 +585,7 @@ def test_the_description_names_every_path(served):
 
 def test_covering_has_room_for_every_adapter(served):
     (method,) = served.recipe
-    assert (method.rank, len(method.targets)) == (3, 21)  # seven in each of three layers
+    assert (method.rank, len(method.targets)) == (3, 7)
     assert method.rank_pattern == (("**", 3),)  # also where that is above a layer's sizes
     houlsby = served.base.planned(Recipe(aj.Bottleneck("**/attention_sum", bottleneck_dim=4)))
     unfrozen = Read(Recipe(aj.Unfreeze("**/scale")), {"norm/scale": np.ones(32)})

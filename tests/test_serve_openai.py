@@ -45,7 +45,7 @@ class Served:
     """A server of a tiny Llama and of an adapter with random arrays."""
 
     def __init__(self, folder):
-        write_llama(folder / "llama", 3, TEMPLATE, vocab_size=len(WORDS))
+        write_llama(folder / "llama", 3, TEMPLATE, vocab_size=len(WORDS), num_hidden_layers=1)
         file = folder / "llama" / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
         tokenizer["model"]["vocab"] = {word: i for i, word in enumerate(WORDS)}
@@ -73,7 +73,13 @@ class Served:
 
     def logprobs(self, model, ids):
         """The log-probabilities of every token behind each beginning of a text."""
-        return np.asarray(jax.nn.log_softmax(self.models[model](jnp.array([ids]))[0]))
+        padded = jnp.array([[*ids, *[0] * (32 - len(ids))]])  # one program for all texts
+        return np.asarray(_logprobs(self.models[model], padded))[: len(ids)]
+
+
+@nnx.jit
+def _logprobs(model, ids):
+    return jax.nn.log_softmax(model(ids)[0])
 
 
 def ids_of(text):
@@ -101,6 +107,7 @@ def test_prompts_of_every_form(served):
     assert usage == {"prompt_tokens": 11, "completion_tokens": made, "total_tokens": 11 + made}
 
 
+@pytest.mark.witness("0-small", "5-base")
 @pytest.mark.parametrize("model", ["base", "small"])
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_an_echo_has_the_log_probabilities_of_the_prompt(served, model, most):
@@ -213,7 +220,7 @@ def test_penalties_and_a_bias_reach_the_engine(served):
     prompt, bias = ids_of("food food Thai"), {"5": -100, "6": 1.5}
     expected, counts = [*prompt], np.zeros(len(WORDS))
     for _ in range(6):
-        logits = np.asarray(served.models["small"](jnp.array([expected])))[0, -1]
+        logits = served.logprobs("small", expected)[-1]
         logits = logits - 1.5 * (counts > 0) - 0.4 * counts
         logits[5], logits[6] = logits[5] - 100, logits[6] + 1.5
         expected.append(int(logits.argmax()))

@@ -52,6 +52,7 @@ async def closes(steps):
     return ended
 
 
+@pytest.mark.witness("steps0", "steps2")
 @pytest.mark.parametrize(
     "steps",
     [

@@ -376,6 +376,7 @@ OLD = aj.Recipe(  # an earlier version took it for a model without gates and sca
 )
 
 
+@pytest.mark.slow
 def test_a_file_with_braces_of_which_a_part_matches_nothing_loads_and_merges(tmp_path):
     net = Net()
     params = net.init(jax.random.key(0), X)["params"]

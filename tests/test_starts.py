@@ -36,6 +36,7 @@ def numpy_rounds(weight, rounds, quantize):
     return product, stored
 
 
+@pytest.mark.witness("int4-loftq", "nf4-loftq_5", "int8-loftq")
 @pytest.mark.parametrize("start", ROUNDS)
 @pytest.mark.parametrize("dtype", ["int4", "nf4", "int8"])
 def test_loftq_starts_at_what_quantising_rounds_away(start, dtype):
@@ -196,6 +197,7 @@ BATCHES = [(spread((6, 5, IN), seed),) for seed in range(4)]
 TOGETHER = np.concatenate([x for (x,) in BATCHES])
 
 
+@pytest.mark.witness("256")
 @pytest.mark.parametrize("size", [256, 24])
 def test_eva_starts_along_the_principal_directions_of_the_inputs_in_every_api(size):
     params = mlp()
@@ -299,6 +301,7 @@ def test_what_a_mask_leaves_out_does_not_count():
         aj.calibrate(Mlp(), EVA, pairs, **how)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_and_dora_start_from_activations_too():
     params = mlp()
     small = aj.quantize(Mlp(), params, BATCHES[0][0], dtype="int8")

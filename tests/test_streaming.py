@@ -176,8 +176,8 @@ def chats(path, rows):
 @pytest.mark.parametrize(
     ("kind", "pack"),
     [
-        ("conversation", "--no-pack"),
         ("completion", "--pack"),
+        pytest.param("conversation", "--no-pack", marks=pytest.mark.slow),
         pytest.param("conversation", "--pack", marks=pytest.mark.slow),
         pytest.param("completion", "--no-pack", marks=pytest.mark.slow),
     ],
@@ -185,7 +185,7 @@ def chats(path, rows):
 def test_a_streamed_run_is_that_of_the_rows_in_memory(
     kind, pack, tmp_path, large, monkeypatch, capsys
 ):
-    write_llama(tmp_path / "llama")
+    write_llama(tmp_path / "llama", num_hidden_layers=1)
     chats(tmp_path / "chats.jsonl", 60)
     chats(tmp_path / "more.jsonl", 12)
     write_meanings(tmp_path / "rows.csv", 60)
@@ -193,7 +193,7 @@ def test_a_streamed_run_is_that_of_the_rows_in_memory(
     files = {"conversation": ("chats.jsonl", "more.jsonl"), "completion": ("rows.csv", "few.csv")}
     train, held = (tmp_path / name for name in files[kind])
     flags = ["--model", tmp_path / "llama", "--train", train, "--dev", held, "--max-length", 32]
-    flags += ["--method", "lora", "--rank", 2, "--epochs", 2, "--no-baselines", pack]
+    flags += ["--method", "lora", "--rank", 2, "--epochs", 1, "--no-baselines", pack]
     flags += ["--test", tmp_path / f"test{held.suffix}"]
     (tmp_path / f"test{held.suffix}").write_bytes(held.read_bytes())
     if kind == "completion":
@@ -220,7 +220,7 @@ def test_a_streamed_run_is_that_of_the_rows_in_memory(
 
 def test_a_run_that_was_split_in_memory_is_resumed_with_these_rows(tmp_path, large, monkeypatch):
     monkeypatch.setattr("adapters_jax.finetune.data.splits.MOST_HELD", 3)
-    write_llama(tmp_path / "llama")
+    write_llama(tmp_path / "llama", num_hidden_layers=1)
     write_meanings(tmp_path / "rows.csv", 60)
     flags = ["--model", tmp_path / "llama", "--train", tmp_path / "rows.csv", "--prompt", "mr"]
     flags += ["--completion", "ref", "--max-length", 32, "--runs", tmp_path, "--limit", 20]

@@ -109,6 +109,7 @@ def test_files_of_peft_hold_the_same_leaves(tmp_path):
     assert_same(adapters, again)
 
 
+@pytest.mark.witness("method0")
 @pytest.mark.parametrize("method", [aj.LoRA("embeddings", 2), aj.Unfreeze("embeddings/*")])
 def test_an_embedding_that_peft_would_change_in_vain_is_not_written(method, tmp_path):
     recipe = aj.Recipe(aj.LoRA("**/query", 2), method)

@@ -108,6 +108,13 @@ def test_a_run_of_an_unregistered_task_is_an_error(place):
         load_generator(run.path)
 
 
+@pytest.mark.witness(
+    "--task taging-data0",
+    "--task completion-data1",
+    "--task classification --columns tags=marks-data5",
+    "--task tagging --no-pack-data7",
+    "--task classification --metrics bleu-data9",
+)
 @pytest.mark.parametrize(
     ("words", "data"),
     [

@@ -403,6 +403,7 @@ def dropping_state(api, tx, seed=0):
     return aj.TrainState.create(model, params, tx=tx, key=jax.random.key(seed))
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_dropout_differs_from_step_to_step_and_a_run_repeats_bit_for_bit(api):
     _, step, _ = dropping(api)
@@ -484,6 +485,7 @@ def test_accumulation_carries_statistics_from_part_to_part():
     assert int(state.model.dropout.rngs.count[...]) == before + 4
 
 
+@pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_a_half_precision_base_trains_in_float32(api):
     half = jnp.bfloat16
@@ -622,6 +624,7 @@ def test_the_metrics_of_the_loss_come_along():
     assert metrics["accuracy"] == 0.25
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_the_same_step():
     recipe = aj.full()
     params = {k: {n: x for n, x in v.items() if n != "lora"} for k, v in values().items()}

@@ -94,7 +94,7 @@ PRESETS = {
 }
 
 
-@pytest.mark.witness("vit-lora", "dinov2-houlsby", "clip-prefix")
+@pytest.mark.witness("dinov2-houlsby", "clip-prefix")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_work_unchanged(name, preset):

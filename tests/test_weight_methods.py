@@ -90,6 +90,17 @@ def grown(module, method, x, seed=1):
     return model, jax.tree.map(lambda leaf: 0.5 * leaf, whole)
 
 
+@pytest.mark.witness(
+    "oft_share",
+    "oft",
+    "loha",
+    "oft_2_terms",
+    "vera",
+    "loha_pattern",
+    "lokr_both",
+    "lokr_factor",
+    "vera_negative",
+)
 @each
 def test_a_dense_layer_is_the_formula_in_both_apis_and_merged(name):
     method, formula, count = METHODS[name]
@@ -168,12 +179,10 @@ SOME = ("loha", "lokr", "oft", "oft_share", "vera")
 
 @pytest.mark.witness(
     "loha-conv",
-    "loha-loop",
     "lokr-heads",
     "lokr-embed",
     "lokr-part",
     "oft-out",
-    "oft-strided",
     "oft_share-views",
     "vera-experts",
     "vera-loop",
@@ -223,6 +232,7 @@ def test_the_contract_on_every_kind_of_layer(name):
     assert len(check_method(CHECKED[name], variants=["plain"])) == 5
 
 
+@pytest.mark.witness("oft_share", "vera", "lokr")
 @pytest.mark.parametrize("name", SOME)
 def test_a_bank_of_each(name):
     method = METHODS[name][0]
@@ -295,6 +305,7 @@ def test_a_loop_forms_the_weight_of_one_layer_at_a_time(method):
     assert program.memory_analysis().temp_size_in_bytes < 4 * (256 * 256 * 4)  # of 16 layers
 
 
+@pytest.mark.witness("oft", "vera")
 @pytest.mark.parametrize("name", ["loha", "lokr", "oft", "vera"])
 def test_scanned_layers_each_have_their_own(name):
     method = {

@@ -38,9 +38,10 @@ def log_mel(
 
     Example:
         >>> sound = np.sin(np.arange(16_000, dtype=np.float32))
-        >>> log_mel([sound], WhisperConfig()).shape
+        >>> log_mel([sound], WhisperConfig()).shape  # doctest: +SKIP
         (1, 80, 3000)
     """
+    # The tests do not run the example, since librosa compiles by numba for 20 seconds.
     with needed("log-mel features", "librosa", "audio"):
         import librosa
     frames = 2 * config.max_source_positions
