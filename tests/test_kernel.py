@@ -12,22 +12,25 @@ from jax.sharding import PartitionSpec as P
 from adapters_jax.weights import kernel
 from adapters_jax.weights.alone import where_alone
 
-CASES = [  # rows, the weight, its block, qwix's type, and the dtype of the input
-    (40, (512, 384), 32, "int4", "float32"),
-    (2100, (1024, 1280), 64, "int4", "float32"),  # three tiles of rows, the last one not full
-    (17, (1920, 4200), 128, "int4", "float32"),  # two of outputs, and several of what is summed
-    (3, (576, 200), 64, "nf4", "float32"),  # nine blocks, and no multiple of a register
-    (17, (256, 130), 8, "nf4", "bfloat16"),
-    (5, (384, 256), 16, "int8", "bfloat16"),
+CASES = [  # rows, the weight, its block, qwix's type, the input's dtype, and the longest tile
+    (40, (512, 384), 32, "int4", "float32", 1024),
+    (40, (512, 300), 32, "int4", "float32", 128),  # several tiles of outputs and of the sum
+    (150, (384, 200), 128, "int4", "float32", 128),  # and of rows, each with one block
+    (3, (576, 200), 64, "nf4", "float32", 1024),  # nine blocks, and no multiple of a register
+    (17, (256, 130), 8, "nf4", "bfloat16", 1024),
+    (5, (384, 256), 16, "int8", "bfloat16", 128),
 ]
 
 
 @pytest.mark.parametrize("contracted", [0, 1], ids=["forward", "turned"])
 @pytest.mark.parametrize("along", [0, 1], ids=["blocks first", "blocks last"])
-@pytest.mark.parametrize(("rows", "shape", "block", "qtype", "dtype"), CASES)
+@pytest.mark.parametrize(("rows", "shape", "block", "qtype", "dtype", "longest"), CASES)
 def test_it_is_the_product_with_the_weight_in_floats(
-    rows, shape, block, qtype, dtype, along, contracted
+    rows, shape, block, qtype, dtype, longest, along, contracted, monkeypatch
 ):
+    for name in ("LONGEST", "WIDEST"):
+        monkeypatch.setattr(kernel, name, longest)
+    monkeypatch.setattr(kernel, "tile_of", kernel.tile_of.__wrapped__)  # which remembers no other
     shape = shape[::-1] if along else shape
     array = qwix.quantize(
         drawn(shape, 1), qtype, channelwise_axes=(1 - along,), tiled_axes={along: block}
