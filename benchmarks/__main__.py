@@ -25,6 +25,7 @@ BENCHMARKS = {
     "files": "adapter files against raw safetensors; the cost of a checkpoint in training",
     "fusion": "fusion of three tasks' adapters against the best single one; an hour, resumes",
     "joined": "products with A of projections that share an input: apart, or one for all",
+    "kernel": "instructions of a TPU's kernel for int4 and nf4 against its products; needs libtpu",
     "latency": "a forward pass of GPT-2 medium and BERT-base: adapters, LoRA, merged LoRA",
     "llama": "a decoder: a step against one by hand; decoding with and without LoRA",
     "losses": "a loss over a large vocabulary against tokamax's; needs libtpu and tokamax",

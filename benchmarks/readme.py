@@ -32,7 +32,7 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
         *("service", "service-churn", "reward"),
     ),
     "accelerators": ("accelerators",),
-    "quantised": ("accelerators",),
+    "quantised": ("accelerators", "kernel"),
     "starting": ("tracing", "compiling"),
 }
 LAYERS = re.compile(r"int8|int4|nf4|of a layer")  # of `accelerators`, what `quantised` shows

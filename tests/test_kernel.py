@@ -15,6 +15,7 @@ from adapters_jax.weights.alone import where_alone
 CASES = [  # rows, the weight, its block, qwix's type, the input's dtype, and the longest tile
     (40, (512, 384), 32, "int4", "float32", 1024),
     (40, (512, 300), 32, "int4", "float32", 128),  # several tiles of outputs and of the sum
+    (9, (1088, 1100), 64, "int4", "float32", 1024),  # a last tile of the sum that is not full
     (150, (384, 200), 128, "int4", "float32", 128),  # and of rows, each with one block
     (3, (576, 200), 64, "nf4", "float32", 1024),  # nine blocks, and no multiple of a register
     (17, (256, 130), 8, "nf4", "bfloat16", 1024),
@@ -57,9 +58,10 @@ def test_tiles_fit_the_memory_and_end_where_a_sum_ends():
     turned = kernel.tile_of(2048, (4096, 14336), 64, 0, 1, bits)
     assert 14336 % turned.inner == 0 and turned.outputs % 64 == 0
     assert kernel.tile_of(8, (256, 64), 4, 0, 0, bits) is None  # blocks of half a register
-    # What is contracted has no divisor that is a multiple of 128, and is too long for one tile.
-    assert kernel.tile_of(8, (8192, 100_003), 64, 0, 1, bits) is None
-    assert kernel.tile_of(8, (8192, 100_003), 64, 0, 0, bits)
+    # Gemma 3's vocabulary has no divisor that is a multiple of 128.
+    vocabulary = kernel.tile_of(1024, (262_208, 2560), 64, 1, 0, bits)
+    assert vocabulary.inner % 128 == 0 and 262_208 % vocabulary.inner
+    assert kernel.tile_of(1024, (262_208, 2560), 64, 1, 1, bits).inner == 512
 
 
 def both(x):

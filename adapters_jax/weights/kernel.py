@@ -22,7 +22,7 @@ from adapters_jax.weights.quantized import bits_of, numbers_of
 
 LANES, SUBLANES = 128, 8  # of a register, in numbers of 32 bits
 ROWS = 16  # of the input, of which a tile has a multiple: two numbers of 16 bits share a sublane
-LONGEST = 1024  # the longest tile of what is contracted, but for an axis that no tile divides
+LONGEST = 1024  # the longest tile of what is contracted
 WIDEST = 4096  # the most rows, and the most outputs: more move little less, and leave few steps
 MEMORY = 40 * 2**20  # bytes that a tile may take of a core's fast memory: v5p has 64 MiB, v5e 128
 MARGIN = 16 * 2**20  # what the compiler may take beside them
@@ -71,12 +71,12 @@ def tile_of(
         return None
     units = [math.lcm(block, LANES) if axis == along else LANES for axis in (0, 1)]
     inner, outputs = shape[contracted], shape[1 - contracted]
-    # What a tile holds beyond the end of an axis may be anything, so the sum has to end with one.
-    fits = range(units[contracted], LONGEST + 1, units[contracted])
+    lengths = range(units[contracted], LONGEST + 1, units[contracted])
+    whole = [n for n in lengths if inner % n == 0] or ([inner] if inner <= LONGEST else lengths)
     tiles = itertools.product(
         _sizes(ROWS, rows),
         _sizes(units[1 - contracted], outputs),
-        [n for n in fits if inner % n == 0] or [inner],
+        whole,
     )
     found = (
         tile
@@ -127,7 +127,7 @@ def product(
     bits = bits_of(x.dtype), bits_of(values.dtype)
     tile = tile_of(rows, values.shape, block, along, contracted, bits)
     assert tile is not None
-    steps = inner // tile.inner
+    steps = -(-inner // tile.inner)
     grid = -(-rows // tile.rows), -(-outputs // tile.outputs), steps
     sides = (tile.outputs, tile.inner) if contracted else (tile.inner, tile.outputs)
     blocks = sides[along] // block
@@ -145,7 +145,7 @@ def product(
         scales = scales[:, None]
     read = tile.read(rows, inner, outputs, bits) + grid[0] * scales.size * 4
     return pl.pallas_call(
-        functools.partial(_step, along=along, contracted=contracted, qtype=qtype, steps=steps),
+        functools.partial(_step, along=along, contracted=contracted, qtype=qtype, inner=inner),
         grid=grid,
         in_specs=[
             pl.BlockSpec((tile.rows, tile.inner), lambda i, j, k: (i, k)),
@@ -178,34 +178,47 @@ def _step(
     along: int,
     contracted: int,
     qtype: Any,
-    steps: int,
+    inner: int,
 ) -> None:
-    """Adds what one tile of the weight gives to a tile of the product."""
+    """Adds what one tile of the weight gives to a tile of the product, a sum over `inner`."""
     from jax.experimental import pallas as pl
 
-    step = pl.program_id(2)
+    step, width = pl.program_id(2), x.shape[1]
 
     @pl.when(step == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
     numbers = numbers_of(values[...], qtype).astype(jnp.float32)
-    by_block = scales[...].reshape(len(scales), -1)
+    given, by_block = x[...], scales[...].reshape(len(scales), -1)
+    if inner % width:  # what a tile holds beyond the end of an axis may be anything
+        left = inner - step * width
+        given = _before(left, given, 1)
+        if along == contracted:
+            by_block = _before(left * len(scales) // width, by_block, 0)
+        else:
+            by_block = _before(left, by_block, 1)
     if along == 0:
         whole = numbers.reshape(len(scales), -1, numbers.shape[1]) * by_block[:, None]
         weight = whole.reshape(numbers.shape)
     else:
         weight = numbers * _beside(by_block.T, numbers.shape[1])
     total[...] += jax.lax.dot_general(
-        x[...],
+        given,
         weight.astype(x.dtype),
         (((1,), (contracted,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
 
-    @pl.when(step == steps - 1)
+    @pl.when(step == -(-inner // width) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def _before(end: Any, array: Array, axis: int) -> Array:
+    """An array with zeros from an index on."""
+    place = jax.lax.broadcasted_iota(jnp.int32, array.shape, axis)
+    return jnp.where(place < end, array, jnp.zeros_like(array))
 
 
 def _beside(scales: Float[Array, "rows blocks"], columns: int) -> Float[Array, "rows columns"]:
