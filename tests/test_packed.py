@@ -46,9 +46,12 @@ def accelerator(request, monkeypatch):
         return found.cast(dtype)
 
     monkeypatch.setattr(packed, "contracted", contracted)
-    if request.param == "mesh":
-        several = lambda one, several, like, *args: several(*args)  # noqa: E731
-        monkeypatch.setattr(packed, "where_alone", several)
+    taken = ["chip", "mesh"].index(request.param)
+
+    def where_alone(*given):
+        return given[taken](*given[2:])
+
+    monkeypatch.setattr(packed, "where_alone", where_alone)
     interpreted = functools.partial(kernel.product, interpret=True)
     monkeypatch.setattr(kernel, "product", interpreted)
     return request.param
@@ -183,12 +186,12 @@ def test_a_product_and_its_gradient_are_those_of_the_weight_in_floats(
         for leaf in jax.tree.leaves(small, is_leaf=is_quantized)
         if is_quantized(leaf)
     }
-    sizes = scaled_sizes(lambda x: with_gradient(model, small, x), x)
+    run = lambda x: with_gradient(model, small, x)  # noqa: E731
+    by_kernel = accelerator == "chip" and block and name in TILED
+    assert ("pallas_call" in str(jax.make_jaxpr(run)(x))) == bool(by_kernel)
     # nf4 in blocks; and rows that are averaged while each has several scales.
     in_floats = block == 16 if name == "rows" else dtype == "nf4"
-    if accelerator == "chip":  # whose kernel takes blocks along the first axes of a weight
-        in_floats = in_floats and name not in TILED
-    assert bool(packed_sizes & sizes) == in_floats
+    assert by_kernel or bool(packed_sizes & scaled_sizes(run, x)) == in_floats
 
 
 @pytest.mark.usefixtures("accelerator")

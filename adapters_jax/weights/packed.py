@@ -92,7 +92,7 @@ class Packed:
         short = length < NARROWEST or outputs <= OUTPUTS * rows
         # A TPU's compiler writes the numbers of nf4 before a product, so they had better be scaled.
         wide = not short and weight.array.qtype != "nf4"
-        tiled = cls._is_tiled(weight, scales.shape, seen, x, meeting, rows)
+        tiled = bool(split) and cls._is_tiled(weight, scales.shape, seen, x, meeting, rows)
         if split and not (wide or tiled):
             return None
         return cls(views, seen.dtype, seen.shape, meeting, split, False, wide, tiled)
@@ -132,21 +132,15 @@ class Packed:
         """The product on `platforms`, given how it is that of the weight in floats."""
         several = floats if self.split and not self.wide else self.forward
 
-        def run(weight: Quantized, x: Array) -> Array:
-            sizes = dict(enumerate(self.shape)) | dict(zip(self.meeting.seen, x.shape, strict=True))
-            like = jax.ShapeDtypeStruct([sizes[i] for i in self.meeting.out], self._out(x))
-            return where_alone(self._in_tiles, several, like, weight, x)
-
-        return run if self.tiled else several
+        form = functools.partial(where_alone, self._in_tiles, several)
+        return form if self.tiled else several
 
     def backward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
         """The gradient of the input on `platforms`, given how it is that of floats."""
         several = floats if self.split and not self.wide else self.backward
 
-        def run(weight: Quantized, x: Array, gradient: Array) -> Array:
-            return where_alone(self._turned_in_tiles, several, x, weight, x, gradient)
-
-        return run if self.tiled else several
+        form = functools.partial(where_alone, self._turned_in_tiles, several)
+        return form if self.tiled else several
 
     def _in_tiles(self, weight: Quantized, x: Array) -> Array:
         """The product by the kernel."""
