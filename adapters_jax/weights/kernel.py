@@ -72,11 +72,11 @@ def tile_of(
     units = [math.lcm(block, LANES) if axis == along else LANES for axis in (0, 1)]
     inner, outputs = shape[contracted], shape[1 - contracted]
     lengths = range(units[contracted], LONGEST + 1, units[contracted])
-    whole = [n for n in lengths if inner % n == 0] or ([inner] if inner <= LONGEST else lengths)
+    even = [n for n in lengths if inner % n == 0]  # so that no tile has to be cut
     tiles = itertools.product(
         _sizes(ROWS, rows),
         _sizes(units[1 - contracted], outputs),
-        whole,
+        even or ([inner] if inner <= LONGEST else lengths),
     )
     found = (
         tile
@@ -199,8 +199,8 @@ def _step(
         else:
             by_block = _before(left, by_block, 1)
     if along == 0:
-        whole = numbers.reshape(len(scales), -1, numbers.shape[1]) * by_block[:, None]
-        weight = whole.reshape(numbers.shape)
+        in_blocks = numbers.reshape(len(scales), -1, numbers.shape[1])
+        weight = (in_blocks * by_block[:, None]).reshape(numbers.shape)
     else:
         weight = numbers * _beside(by_block.T, numbers.shape[1])
     total[...] += jax.lax.dot_general(

@@ -107,11 +107,8 @@ class Packed:
             scales: the shape of the scales.
             rows: of the input.
         """
-        inner, shape, precision = (
-            sorted(meeting.inner),
-            seen.shape,
-            dict(meeting.params)["precision"],
-        )
+        inner, shape = sorted(meeting.inner), seen.shape
+        precision = dict(meeting.params)["precision"]
         numbers = [shape[i] // scales[i] for i in inner]
         # All along one axis: whole in those after it, and single numbers in those before.
         start = next((i for i, n in enumerate(numbers) if n > 1), len(inner))
@@ -131,14 +128,12 @@ class Packed:
     def forward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
         """The product on `platforms`, given how it is that of the weight in floats."""
         several = floats if self.split and not self.wide else self.forward
-
         form = functools.partial(where_alone, self._in_tiles, several)
         return form if self.tiled else several
 
     def backward_by(self, floats: Callable[..., Array]) -> Callable[..., Array]:
         """The gradient of the input on `platforms`, given how it is that of floats."""
         several = floats if self.split and not self.wide else self.backward
-
         form = functools.partial(where_alone, self._turned_in_tiles, several)
         return form if self.tiled else several
 
