@@ -64,6 +64,12 @@ def test_tiles_fit_the_memory_and_end_where_a_sum_ends():
     assert kernel.tile_of(1024, (262_208, 2560), 64, 1, 1, bits).inner == 512
 
 
+def test_a_weight_without_a_tile_is_refused():
+    given = jnp.ones((8, 256)), jnp.ones((256, 64), jnp.int4), jnp.ones((64, 64))
+    with pytest.raises(ValueError, match=r"\(256, 64\) in blocks of 4"):
+        kernel.product(*given, 0, 0, "int4", interpret=True)
+
+
 def both(x):
     return where_alone(lambda x: 2 * x, lambda x: 3 * x * x, x)
 

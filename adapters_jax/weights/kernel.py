@@ -117,6 +117,9 @@ def product(
         qtype: qwix's type, as `numbers_of` takes it.
         dtype: of the result; x's if None.
         interpret: computes it without a TPU.
+
+    Raises:
+        ValueError: there is no tile for these sizes.
     """
     # Here, since Pallas takes long to import.
     from jax.experimental import pallas as pl
@@ -126,7 +129,10 @@ def product(
     block, outputs = values.shape[along] // len(scales), values.shape[1 - contracted]
     bits = bits_of(x.dtype), bits_of(values.dtype)
     tile = tile_of(rows, values.shape, block, along, contracted, bits)
-    assert tile is not None
+    if tile is None:
+        raise ValueError(
+            f"no tile for a weight of {values.shape} in blocks of {block}; see tile_of"
+        )
     steps = -(-inner // tile.inner)
     grid = -(-rows // tile.rows), -(-outputs // tile.outputs), steps
     sides = (tile.outputs, tile.inner) if contracted else (tile.inner, tile.outputs)
