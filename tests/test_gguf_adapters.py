@@ -14,10 +14,17 @@ from test_gguf_families import CARRIED, FIXTURES, NAMES, tensors_of, values_of
 
 import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, BaseFileError
+from adapters_jax.files import names
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.formats import FORMATS, Adapter, changes
 from adapters_jax.finetune.formats.gguf import ADAPTER
 from adapters_jax.finetune.pretrained.base_model import load_base_model
+
+
+@pytest.fixture(autouse=True)
+def names_of_transformers_4(monkeypatch):
+    """PEFT's files name modules as checkpoints do, whichever transformers is installed."""
+    monkeypatch.setattr(names, "installed", lambda: 4)
 
 
 def drawn(base, wanted=lambda path: True, rank=2):
