@@ -25,7 +25,7 @@ else:  # a type checker that sees `__getattr__` takes any name
             public = {each: api[each] for each in sorted(api) if not each.startswith("_")}
             globals().update(public, __all__=list(public))
         if name not in globals():
-            instead = importlib.import_module("adapters_jax.spelling").instead_of(name)
+            instead = importlib.import_module("adapters_jax.files.spelling").instead_of(name)
             message = f"module {__name__!r} has no attribute {name!r}{instead}"
             raise AttributeError(message, name=name, obj=sys.modules[__name__])
         return globals()[name]

@@ -6,11 +6,11 @@ from typing import Any, overload
 from flax import linen as nn
 from flax import nnx
 
-from adapters_jax.functions import AdaptedFunction
-from adapters_jax.functions import adapt as adapt_function
-from adapters_jax.functions.function import is_function
 from adapters_jax.linen import Adapted
 from adapters_jax.linen import adapt as adapt_linen
+from adapters_jax.linen.functions import AdaptedFunction
+from adapters_jax.linen.functions import adapt as adapt_function
+from adapters_jax.linen.functions.function import is_function
 from adapters_jax.methods import Method
 from adapters_jax.methods.calibration import Calibration
 from adapters_jax.nnx import adapt as adapt_nnx

@@ -168,7 +168,7 @@ def other_names() -> Any:
 
     It is imported here, once something has failed, so that nothing that works depends on it.
     """
-    return importlib.import_module("adapters_jax.spelling")
+    return importlib.import_module("adapters_jax.files.spelling")
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from flax import nnx
 
 from adapters_jax import presets
 from adapters_jax.errors import RecipeError, check_choice
-from adapters_jax.functions.function import function_of, is_function
-from adapters_jax.functions.modules import is_equinox
 from adapters_jax.linen import Adapted
+from adapters_jax.linen.functions.function import function_of, is_function
+from adapters_jax.linen.functions.modules import is_equinox
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.recipe import Recipe
 from adapters_jax.trace.flow import ENTERS, RETURNS, Trace

@@ -26,7 +26,7 @@ from test_newcomers import (
 
 import adapters_jax as aj
 from adapters_jax.files.peft import save_peft
-from adapters_jax.spelling import NAMES
+from adapters_jax.files.spelling import NAMES
 
 pytestmark = pytest.mark.hostile
 

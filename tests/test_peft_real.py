@@ -15,10 +15,10 @@ from flax import nnx
 
 import adapters_jax as aj
 from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.files.spelling import _IDLE, INSTEAD, NAMES, OURS
 from adapters_jax.finetune.models import decoder
 from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, load_bert
 from adapters_jax.finetune.pretrained import assets
-from adapters_jax.spelling import _IDLE, INSTEAD, NAMES, OURS
 
 WHY = "needs torch, transformers and peft: pip install 'adapters-jax[interop-test]'"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -14,12 +14,12 @@ from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.errors import UserError
+from adapters_jax.files.spelling import ALL_LINEAR, ELSEWHERE, INSTEAD, NAMES
 from adapters_jax.finetune.cli.main import COMMANDS, command_of
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.finetune.options.foreign_flags import FLAGS
 from adapters_jax.finetune.options.parsing import _leaves as leaves_of
 from adapters_jax.finetune.options.parsing import parse
-from adapters_jax.spelling import ALL_LINEAR, ELSEWHERE, INSTEAD, NAMES
 
 
 @pytest.mark.parametrize(

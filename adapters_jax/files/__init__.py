@@ -14,4 +14,5 @@
   `names`, which maps tensors' names to our paths, and `layouts`, which converts the arrays.
 - `diffusers`: LoRA of diffusion models, in the files of Diffusers, kohya and LyCORIS, both ways.
 - `jax_lora`: LoRA of other JAX libraries, which is in their trees of parameters, both ways.
+- `spelling`: other libraries' names, and what is written here in place of them.
 """

@@ -39,9 +39,9 @@ from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.stored import Stored, Tensors, as_in_model, named, training
 from adapters_jax.files.untrusted import TensorFile
-from adapters_jax.functions.function import function_of, is_function
 from adapters_jax.linen import Adapted, init_adapters, shapes_of
 from adapters_jax.linen import adapt as adapt_linen
+from adapters_jax.linen.functions.function import function_of, is_function
 from adapters_jax.linen.starting import grown
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.nnx import adapt as adapt_nnx

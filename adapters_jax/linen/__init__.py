@@ -5,6 +5,7 @@
 - `interceptor`: runs the adapters inside a running model.
 - `weights`: how a model reads its weights, and its parameters with the changed ones.
 - `modules`: adapters as modules, to write into a model by hand.
+- `functions`: adapters for plain functions of parameters, and for Equinox and Haiku.
 """
 
 from adapters_jax.linen.adapted import Adapted, adapt

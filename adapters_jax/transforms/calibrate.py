@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from adapters_jax.errors import UserError, check_number, check_size
-from adapters_jax.functions import adapt as adapt_function
 from adapters_jax.linen import Adapted, init_adapters
 from adapters_jax.linen import adapt as adapt_linen
+from adapters_jax.linen.functions import adapt as adapt_function
 from adapters_jax.methods import Method
 from adapters_jax.methods.calibration import Calibration, Observer, counting
 from adapters_jax.methods.calibration import Inputs as Seen

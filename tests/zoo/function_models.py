@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import adapters_jax as aj
-from adapters_jax.functions.function import Signature, arrays_of
+from adapters_jax.linen.functions.function import Signature, arrays_of
 from adapters_jax.trace.inputs import Inputs
 from adapters_jax.trees import flatten
 

@@ -1,10 +1,10 @@
 """Flags and keys of other libraries' training scripts, and what our commands call them.
 
 They are those of transformers, TRL, axolotl and LLaMA-Factory. It is asked once one has failed. For
-settings of methods there is `adapters_jax.spelling`.
+settings of methods there is `adapters_jax.files.spelling`.
 """
 
-from adapters_jax.spelling import OURS
+from adapters_jax.files.spelling import OURS
 
 # The fields of our commands by the flags of other training scripts.
 FLAGS = {

@@ -14,7 +14,7 @@ import haiku as hk
 import jax
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.functions.modules import Calls, Held
+from adapters_jax.linen.functions.modules import Calls, Held
 from adapters_jax.trace.inputs import is_array
 from adapters_jax.trees import Tree, flatten, join, unflatten
 
@@ -25,7 +25,7 @@ _running = jax.make_user_context(default_value=None)
 
 
 class _Front:
-    """See `adapters_jax.functions.modules.Front`."""
+    """See `adapters_jax.linen.functions.modules.Front`."""
 
     keeps_others = False
 

@@ -16,9 +16,9 @@ from flax import linen as nn
 from flax import nnx
 
 from adapters_jax.errors import TargetError, UserError, first_few, shortened
-from adapters_jax.functions.attention import Attending, attentions_of
-from adapters_jax.functions.modules import Front, attached, fronts_of, is_equinox
 from adapters_jax.linen import Adapted, points
+from adapters_jax.linen.functions.attention import Attending, attentions_of
+from adapters_jax.linen.functions.modules import Front, attached, fronts_of, is_equinox
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import selects

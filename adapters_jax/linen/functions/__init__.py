@@ -4,6 +4,6 @@
 - `modules`: where it calls modules; `equinox` and `haiku` mark these calls.
 """
 
-from adapters_jax.functions.function import AdaptedFunction, Function, adapt
+from adapters_jax.linen.functions.function import AdaptedFunction, Function, adapt
 
 __all__ = ["AdaptedFunction", "Function", "adapt"]

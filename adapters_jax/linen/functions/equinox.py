@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 
 from adapters_jax.errors import UserError
-from adapters_jax.functions.modules import Calls, Held
+from adapters_jax.linen.functions.modules import Calls, Held
 from adapters_jax.trace.inputs import is_array
 from adapters_jax.trees import join
 
@@ -22,7 +22,7 @@ _NAME = "adapters_jax_held"  # a field of the subclasses
 
 
 class _Front:
-    """See `adapters_jax.functions.modules.Front`."""
+    """See `adapters_jax.linen.functions.modules.Front`."""
 
     keeps_others = True  # such as activation functions
 

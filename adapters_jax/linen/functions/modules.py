@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.functions.attention import Attending, Held, prompted
+from adapters_jax.linen.functions.attention import Attending, Held, prompted
 from adapters_jax.linen.interceptor import Interceptor
 from adapters_jax.methods import Method, outputs
 from adapters_jax.methods.prompt import inserted
@@ -251,9 +251,9 @@ def fronts_of(params: Any, run: Callable[[], Any] | None) -> list[Front]:
     """
     found: list[Front] = []
     if any(map(is_equinox, jax.tree.leaves(params, is_leaf=is_equinox))):
-        found.append(importlib.import_module("adapters_jax.functions.equinox").FRONT)
+        found.append(importlib.import_module("adapters_jax.linen.functions.equinox").FRONT)
     if "haiku" in sys.modules:
-        haiku = importlib.import_module("adapters_jax.functions.haiku")
+        haiku = importlib.import_module("adapters_jax.linen.functions.haiku")
         if haiku.modules(params) and (run is None or haiku.calls_modules(run)):
             found.append(haiku.FRONT)
     return found
