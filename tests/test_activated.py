@@ -222,7 +222,7 @@ def brute(row, segments, tokens):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_tokens_of_every_short_text():
     draw = np.random.default_rng(0)
     for _ in range(60):
@@ -410,7 +410,7 @@ def trained(tmp_path, monkeypatch):
     return prepared
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_training_acts_within_each_text_of_a_packed_row(trained):
     """The loss of a row is that of its texts one by one, each from its own invocation on."""
     tokens, problem = trained("French")
@@ -485,7 +485,7 @@ def full(model, ids, acts):
 
 
 @pytest.mark.witness("True")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("scan", [False, True])
 def test_generation_goes_on_as_the_last_token_of_each_prompt(scan):
     model = lively(aj.ActivatedLoRA(TARGETS, 2, invocation=SEQUENCE), scan=scan)

@@ -432,7 +432,7 @@ def test_gpt2s_fused_projection_gets_it_as_lora(tmp_path):
 
 
 @pytest.mark.witness("encoder_run")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("make", [encoder_run, decoder_run])
 def test_a_run_ends_with_the_budget_of_its_flags(make, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

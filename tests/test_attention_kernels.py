@@ -174,7 +174,7 @@ def outcome(config, recipe, choice, options, *inputs):
     return jax.jit(jax.grad(loss, has_aux=True))(noise(params))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("method", "config", "inputs"),
     [

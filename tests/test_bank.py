@@ -196,7 +196,7 @@ T5_CONFIG = T5Config(
 
 
 @pytest.mark.witness("False-<lambda>0", "True-<lambda>")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("scan", "make"),
     [

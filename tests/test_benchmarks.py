@@ -137,7 +137,7 @@ def test_report_writes_rows_as_they_come(tmp_path):
     assert not (tmp_path / "half.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "case", step.cases(replace(step.TINY, layers=1), m=8), ids=lambda c: c.name
 )
@@ -152,7 +152,7 @@ def test_ours_and_by_hand_do_equal_work(case):
         assert -0.03 * hand.flops <= ours.flops - hand.flops <= 14 * ours.trainable
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_decoder_by_hand_does_equal_work():
     size = llama.Size(replace(llama.TINY, num_hidden_layers=2), batch=2, length=6)
     base, ids = llama.Decoder(size.config, rngs=nnx.Rngs(0)), size.ids(size.length)
@@ -195,7 +195,7 @@ def test_layers_traced_by_hand_have_the_operations_of_ours():
     assert not hand - ours
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("api", ["linen", "NNX"])
 def test_the_program_of_scanned_layers_does_not_grow(api):
     def lines(deep):
@@ -273,7 +273,7 @@ def peer(tmp_path, monkeypatch):
     return "none"
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_pip_cannot_install_a_package_that_does_not_exist(peer):
     with raises(workers.PeerError, peer, "no-such-package"):
         workers.interpreter(peer)
@@ -407,7 +407,7 @@ def test_the_readme_compares_what_was_measured(tmp_path):
     assert len(rows) == 2 + sum(len(readme.COMPARED[n]) for n in ("peers", "peers-linear"))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_files_may_be_read_before_they_are_written_in_a_round(tmp_path):
     """Every round has an order of its own; the whole runs at toy sizes."""
     assert __main__.main(["files", "--quick", "--out", str(tmp_path)]) == 0

@@ -145,7 +145,7 @@ def assert_same(model, params, linen):
     assert all(np.abs(x).max() > 1e-3 for x in got.values())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("method", METHODS, ids=names(METHODS))
 def test_linen_inside_nnx_computes_as_linen_alone(method):
     model = linen_inside(method)

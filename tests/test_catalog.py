@@ -51,7 +51,7 @@ def test_the_formula_of_a_family_counts_every_setting_of_the_fixtures(path):
 
 
 @pytest.mark.witness("bert", "llama", "deepseek_v3", "t5", "clip")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_formula_of_a_family_counts_every_published_shape(name):
     family = FAMILIES[name]
@@ -191,7 +191,7 @@ def really_fit(family, methods):
 
 
 @pytest.mark.witness("bert", "llama", "t5", "qwen3_next")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_methods_are_those_that_the_models_take(name):
     family = FAMILIES[name]
@@ -209,7 +209,7 @@ def test_methods_of_some_families(capsys):
     assert set(PRESETS) - set(mixtral) == {"houlsby", "pfeiffer", "compacter", "ia3", "bitfit"}
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_every_family_recomputes_its_layers():
     for family in FAMILIES.values():
         for config in islice(family.known.values(), 1):

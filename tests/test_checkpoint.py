@@ -255,7 +255,7 @@ def test_a_file_in_place_of_the_directory_is_one_sentence(tmp_path):
         Checkpoints(tmp_path / "file")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("harm", [truncated, flipped, Path.unlink])
 def test_a_damaged_newest_checkpoint_is_logged_and_the_one_before_is_used(harm, tmp_path, caplog):
     after = saved(tmp_path / "all", [None, None, None])
@@ -363,7 +363,7 @@ def test_a_disk_without_room_is_known_before_anything_is_written(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_directory_is_of_one_process_at_a_time(tmp_path):
     code = "import sys; from adapters_jax.files.checkpoint import Checkpoints;"
     code += "found = Checkpoints(sys.argv[1]); print(flush=True); sys.stdin.read()"
@@ -472,7 +472,7 @@ print(len(jax.devices()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_restores_onto_another_device_layout(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

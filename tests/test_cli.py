@@ -710,7 +710,7 @@ def test_the_schema_of_a_file_of_flags_takes_what_the_command_takes(command):
     assert {name.replace("_", "-") for name in fields} == flags
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_file_of_flags_gives_what_the_line_does_not(command, tmp_path, suffix):
     path = tmp_path / f"flags.{suffix}"

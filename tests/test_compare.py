@@ -94,7 +94,7 @@ def whole(directory):
     return summary, directory / "whole"
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_every_cell_is_a_finished_run_of_finetune(whole):
     summary, out = whole
     names = sorted(path.name for path in (out / "cells").iterdir())
@@ -363,7 +363,7 @@ def test_a_cell_that_diverges_is_a_result_and_not_run_again(directory, monkeypat
     assert again[:2] == (0, summary)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_decoder_is_compared_by_perplexity(tmp_path, monkeypatch):
     write_llama(tmp_path / "llama", num_hidden_layers=1)
     write_meanings(tmp_path / "rows.csv", rows=40)

@@ -127,7 +127,7 @@ def test_an_interrupted_cell_goes_on_in_its_own_shapes(directory, programs, monk
     same_cells(directory, "larger", "both")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_decoders_share_a_program(tmp_path, programs, monkeypatch):
     write_llama(tmp_path / "llama", num_hidden_layers=1)
     write_meanings(tmp_path / "rows.csv", rows=40)
@@ -164,7 +164,7 @@ def test_what_padding_would_change_has_its_own_program(method, optimizer, why):
     check_paddable(SimpleNamespace(mesh=None, recipe=aj.Recipe(aj.LoRA("**", dropout=0.1))), "lion")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_why_a_program_is_not_shared_is_said(directory, programs, monkeypatch):
     said, train = [], comparison.ComparisonJob._train
     monkeypatch.setattr(Console, "say", lambda self, text="": said.append(text))

@@ -87,7 +87,7 @@ def counted(make, steps):
     return making
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_interrupted_group_goes_on_to_the_same_result(directory, monkeypatch):
     """That of cells apart: together again, and one by one where that is faster."""
     batch, seen, steps = LabelledProblem.batch, [], []
@@ -114,7 +114,7 @@ def test_an_interrupted_group_goes_on_to_the_same_result(directory, monkeypatch)
     same_cells(directory, "on-alone")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_cell_that_was_further_waits_for_the_others(directory, monkeypatch):
     batch = LabelledProblem.batch
 
@@ -133,7 +133,7 @@ def test_a_cell_that_was_further_waits_for_the_others(directory, monkeypatch):
     same_cells(directory, "uneven")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_cell_that_diverges_stops_alone(directory):
     recipes = ("lora --rank 2 --learning-rates 3e38 1e-2 1e-3",)  # the first one overflows
     with timed(1.9):
@@ -145,7 +145,7 @@ def test_a_cell_that_diverges_stops_alone(directory):
     assert summary["recipes"][0]["learning_rate"] in (1e-2, 1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_cannot_share_a_program_is_said(directory, monkeypatch, capsys):
     said = []
     monkeypatch.setattr(Console, "say", lambda self, text="": said.append(text))
@@ -158,7 +158,7 @@ def test_what_cannot_share_a_program_is_said(directory, monkeypatch, capsys):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_decoders_train_together(tmp_path, monkeypatch):
     write_llama(tmp_path / "llama", num_hidden_layers=1)
     write_meanings(tmp_path / "rows.csv", rows=40)

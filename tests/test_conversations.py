@@ -344,7 +344,7 @@ def write_talks(name="talks.jsonl", rows=120):
     Path(name).write_text("\n".join(lines))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_learns_conversations_and_talks(monkeypatch, capsys):
     write_llama(Path("tiny"), num_hidden_layers=1, chat_template=TINY)
     write_talks()

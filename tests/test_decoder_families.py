@@ -255,7 +255,7 @@ def test_a_checkpoint_is_written_as_it_was_read(name, scan, tmp_path):
     assert DecoderConfig.from_dict(ours) == written(config)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", KINDS)
 def test_bfloat16_rounds_no_more_than_in_transformers(name):
     expected = reference(name)

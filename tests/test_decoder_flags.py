@@ -81,7 +81,7 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("method", "name"),
     [
@@ -108,7 +108,7 @@ def test_an_axis_of_heads_changes_no_number(name, method):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["bloom", "cohere2", "gpt_neox", "opt-post"])
 def test_prompts_and_factors_read_a_cache_as_they_read_the_text(name):
     ids, mask = inputs_of(name)

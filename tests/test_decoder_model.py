@@ -194,7 +194,7 @@ def test_segments_do_not_see_each_other():
     assert np.abs(together[0, 2:] - run(model, IDS)[0, 2:]).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_prompts_are_the_same_for_padded_and_packed_texts():
     """Prompts are not rotated, so a text's positions count, not only their differences."""
     model = aj.adapt(build(), aj.LlamaAdapter("**/attention", 3), rngs=nnx.Rngs(0))

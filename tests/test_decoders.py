@@ -215,7 +215,7 @@ def test_a_run_learns_and_writes_what_it_found(directory):
     assert run.curves.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_generate_prints_what_the_run_learnt(command, monkeypatch):
     prompts = [f"food {food}" for food in FOODS]
     texts = [f"It serves {food} dishes" for food in FOODS]

@@ -100,7 +100,7 @@ PADDING = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("row", PADDING.values(), ids=PADDING)
 def test_padding_changes_nothing(row):
     model, tokens = layer(), np.array([row, [1] * 9], bool)
@@ -186,7 +186,7 @@ def test_linear_attention_needs_its_sizes():
 
 
 @pytest.mark.witness("qwen3_5_moe_text")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gemma4_text"])
 def test_rows_of_a_server_generate_what_they_do_alone(name):
     """Prompts in pieces, and rows that wait while others go on, each with what its layers keep."""

@@ -142,7 +142,7 @@ def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
         assert getattr(counts[0], field) == getattr(counts[1], field) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_steps_and_merging_are_those_of_unrolled_layers(name):
     recipe = aj.lora(2, alpha=6.0)

@@ -1,9 +1,9 @@
 """The blocks of the README and of the documentation run as they stand, each by itself.
 
 A block that is not run says why in its first line, `# Not run...`; the flags of its commands are
-still read. `# Takes...` makes a block slow; where that line ends with "the tests take a small model
-and add FLAGS.", the pinned models are small ones, and trainings get those flags. A `print` or a
-command that two spaces and a comment follow prints the comment. The blocks that ask a server are
+still read. `# Takes...` makes a block weekly; where that line ends with "the tests take a small
+model and add FLAGS.", the pinned models are small ones, and trainings get those flags. A `print` or
+a command that two spaces and a comment follow prints the comment. The blocks that ask a server are
 run by test_docs_servers.py.
 """
 

@@ -55,6 +55,7 @@ def block_with(kind, text):
     return block
 
 
+@pytest.mark.weekly
 def test_our_server_answers_as_the_page_asks(folder, capfd):
     pytest.importorskip("openai")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -76,6 +77,7 @@ def test_our_server_answers_as_the_page_asks(folder, capfd):
         assert capfd.readouterr().out == f"{found['answer'].choices[0].message.content}\n"
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("block", HUB)
 def test_the_hub_gives_what_the_page_asks(block, folder, monkeypatch, tmp_path):
     pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))

@@ -77,7 +77,7 @@ TRAIN += " --learning-rate 0.05 --checkpoint-every 1000 --evaluations 1"
 
 
 @pytest.mark.witness("multilabel", "question-answering")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_trains_predicts_and_comes_back_from_its_files(name, tmp_path, monkeypatch, capsys):
     write, flags, texts, expected, kind = CASES[name]

@@ -81,7 +81,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(logits, wanted["logits"], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_parameter_shows_in_the_logits(name):
     """A part whose values do not matter would pass the comparison untested."""
@@ -93,7 +93,7 @@ def test_every_parameter_shows_in_the_logits(name):
     assert [path for path in idle if not path.endswith("key/bias")] == []
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ENCODERS)
 def test_padding_is_like_rows_on_their_own(name):
     inputs, _ = expected(name)
@@ -148,7 +148,7 @@ def test_published_names_have_the_published_counts(name, count):
     assert model.config.num_parameters == count
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "name", ["distilbert-base", "electra-small", "modernbert-base", "deberta-v3-xsmall"]
 )
@@ -197,7 +197,7 @@ def test_blocks_that_differ_are_not_scanned():
         family_at("deberta_v2").load(FIXTURES / "deberta_v2", scan=True)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_remat_of_blocks_that_differ_changes_no_gradient():
     family, config, params = loaded("modernbert")
     ids = expected("modernbert")[0]["input_ids"]
@@ -308,7 +308,7 @@ def flags(name):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["modernbert", "deberta_v3"])  # layers of their own, as in linen
 def test_finetune_works(name, directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
@@ -319,7 +319,7 @@ def test_finetune_works(name, directory, monkeypatch, capsys):
     assert summary["results"][0]["trainable_parameters"] > bottlenecks
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["xlm_roberta", "distilbert", "modernbert", "deberta_v3"])
 def test_predict_works(name, directory, monkeypatch, capsys):
     """On a run that is made without training, on pairs, so that token types show."""

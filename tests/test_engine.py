@@ -437,7 +437,7 @@ def test_bad_requests_and_adapters_change_nothing(engine):
     assert engine.adapters == before and not sink.ids
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_full_queue_and_a_closed_engine():
     sizes = Sizes(rows=1, context=8, pieces=(8,), queue=2, adapters=1)
     engine = started(sizes, {"small": ADAPTERS["small"]}, capacity=5)
@@ -485,7 +485,7 @@ def test_a_cancelled_change_does_not_happen_and_the_engine_goes_on(engine):
     assert engine.alive and engine.adapters == before
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_after_a_bug_nobody_waits_for_ever():
     engine = started(Sizes(rows=2, context=8, pieces=(8,)), {})
@@ -508,7 +508,7 @@ def test_after_a_bug_nobody_waits_for_ever():
     engine.close()  # joins the thread, whose error is this test's
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_more_adapters_than_places():
     """They are fetched as their requests come, and each answer is that of its adapter."""
     engine = started(Sizes(rows=2, context=32, pieces=(1, 8), queue=16), capacity=2)
@@ -625,7 +625,7 @@ def activated():
     made.engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_requests_act_from_their_own_invocation_on(activated):
     """Together, and each as `generate` alone; also without an invocation, or with another's."""
     texts = [[3, 9, 11, 4], [9, 11, 6, 9, 11], [3, 4, 6], [5, 9, 11, 5, 8], [*range(20, 33), 9, 11]]
@@ -642,7 +642,7 @@ def test_requests_act_from_their_own_invocation_on(activated):
     assert activated.engine.counts.tokens - before == 5 * len(asked)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_the_base_read_is_read_once(activated, caplog):
     """By any request that the base reads so far; in whole pieces, and with the same tokens."""
     prompt = [*activated.prefix]
@@ -731,7 +731,7 @@ def test_narrower_steps_leave_of_a_beginning_what_they_do_not_touch():
         made.engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_copied_beginning_holds_nothing_of_what_followed_it():
     """Numbers that are not finite, which masks would multiply by zero, stay where they were."""
     made = Activated(rows=2)
@@ -748,7 +748,7 @@ def test_a_copied_beginning_holds_nothing_of_what_followed_it():
         made.engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_beginning_ends_where_steps_of_all_rows_go_on():
     """What is read after such a step follows tokens that the row's beginning lacks."""
     model = aj.adapt(BASE, RECIPES["small"], rngs=nnx.Rngs(1))

@@ -84,7 +84,7 @@ def test_it_learns_what_a_constant_cannot(houlsby):
     assert rows["houlsby"]["dev"] == summary["dev"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_follows_the_last_step_is_announced(directory, monkeypatch):
     texts = announced(monkeypatch)
     assert finetune(directory, "--epochs", 1, "--no-baselines", "--name", "announced")[0] == 0
@@ -191,7 +191,7 @@ def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
     assert (orders[0] != orders[1]).any()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     flags = ("--task", "regression", "--label", "stars", "--text-pair", "topic")
     lora = ("--method", "lora", "--rank", 4, "--epochs", 12, "--max-length", 12)
@@ -208,7 +208,7 @@ def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     assert high.value == pytest.approx(120.5, abs=6)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("flags", [("--method", "head-only"), ("--dtype", "bfloat16")])
 def test_other_ways_to_train_save_what_predicts(directory, flags):
     name = flags[1]
@@ -272,7 +272,7 @@ def test_the_best_adapter_outlives_a_loss_that_is_not_finite(directory, monkeypa
     assert compute(["accuracy"], ids, task.dev.labels)["accuracy"] == max(scored.values())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_accumulation_is_the_same_training(directory):
     adapters = []
     for parts in (1, 4):
@@ -397,7 +397,7 @@ def test_patience_counts_the_evaluations_in_a_row_that_were_not_the_best():
     assert training.left
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_ends_when_its_patience_does(directory):
     flags = ["--epochs", 6, "--evaluations", 1, "--patience", 2]
     flags += ["--learning-rate", 1e-9, "--head-learning-rate", 1e-9]

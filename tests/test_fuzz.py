@@ -210,7 +210,7 @@ def size_of(files):
     return sum(len(content) for content in files.values() if isinstance(content, bytes))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_spoilt_file_raises_our_error_or_reads_as_other_readers_read_it(folder, adapters, slow):
     outcomes = {True: 0, False: 0}
     for case in cases(MANY if slow else USUAL, adapters):

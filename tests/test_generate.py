@@ -76,7 +76,7 @@ def shaken(model, recipe):
     return adapted
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_greedy_is_full_passes_of_each_prompt_alone_on_either_side_of_padding(model, expected):
     for ids, mask in (LEFT, RIGHT):
         made = generate(model, ids, mask, max_new_tokens=NEW)

@@ -90,7 +90,7 @@ def work(api, kind, layers):
 
 
 @pytest.mark.witness("linen-paths", "nnx-outputs")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("api", LAYERS)
 def test_work_grows_with_the_number_of_layers(api, kind):

@@ -176,7 +176,7 @@ def test_a_run_in_float16_is_the_run_in_float32(place):
     np.testing.assert_allclose(half, full, atol=0.003)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_overflows_are_reported_and_too_many_stop_the_run(place, monkeypatch, capsys):
     from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
@@ -227,7 +227,7 @@ def decoder(place, name, factor, *tensors):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_decoder_learns_in_float16_what_it_learns_in_float32(tmp_path, capsys):
     run = decoder(tmp_path, "llama", 1.0, "norm.weight")
     (_, _, full), (status, config, half) = run("float32"), run("float16")

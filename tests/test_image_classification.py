@@ -77,7 +77,7 @@ def write_image(name, mode="RGB", color=None, **options):
 
 
 @pytest.mark.witness("lora")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("method", ["lora", "houlsby"])
 def test_it_trains_predicts_and_comes_back_from_its_files(method, capsys):
     write_vit(Path("tiny"))
@@ -358,7 +358,7 @@ def test_images_are_not_served():
         EncoderBase(str(write_vit(Path("tiny"))))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("train", ["digits", "digits/table.csv"])
 def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
     write_vit(Path("tiny"))

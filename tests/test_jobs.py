@@ -174,7 +174,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.witness("gke-jobset.yaml", "slurm.sbatch")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", STARTS)
 def test_two_processes_of_a_job_are_one_run(name, start, alone, tmp_path):
     command, scheduler = STARTS[name]

@@ -211,7 +211,7 @@ def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, 
         find_shape(name)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_audit_and_plan_take_published_names(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lora = ["--method", "lora", "--rank", "8", "--targets", "**/{query,value}", "--json"]

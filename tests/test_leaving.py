@@ -25,7 +25,7 @@ from adapters_jax.finetune.models.bert import Bert
 from adapters_jax.finetune.tensors import from_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
-slow = pytest.mark.slow
+weekly = pytest.mark.weekly
 MEAN = "--pooling mean --method"
 WEIGHTS = "merged/model.safetensors"
 
@@ -43,24 +43,24 @@ def place(tmp_path, monkeypatch):
         (encoder_run, f"{MEAN} houlsby"),
         (encoder_run, f"{MEAN} lora --quantize int8"),
         (decoder_run, "--method lora --rank 2"),
-        pytest.param(decoder_run, "--method llama-adapter", marks=slow),
-        pytest.param(encoder_run, f"{MEAN} lora", marks=slow),
-        pytest.param(encoder_run, "--pooling cls --method ia3", marks=slow),
-        pytest.param(encoder_run, "--method lora --dora", marks=slow),
-        pytest.param(encoder_run, "--method houlsby --layer-norms=", marks=slow),
-        pytest.param(encoder_run, "--method compacter --reduction-factor 4", marks=slow),
-        pytest.param(encoder_run, "--method loreft --suffix-positions 1", marks=slow),
-        pytest.param(encoder_run, "--method head-only", marks=slow),
-        pytest.param(encoder_run, "--method layer-norms", marks=slow),
-        pytest.param(encoder_run, "--method prefix-tuning", marks=slow),
-        pytest.param(encoder_run, "--method prompt-tuning --prompt-length 3", marks=slow),
-        pytest.param(encoder_run, "--method lora --quantize int8", marks=slow),
-        pytest.param(decoder_run, "--method lora --dora", marks=slow),
-        pytest.param(decoder_run, "--method ia3", marks=slow),
-        pytest.param(decoder_run, "--method houlsby", marks=slow),
-        pytest.param(decoder_run, "--method prefix-tuning", marks=slow),
-        pytest.param(decoder_run, "--method prompt-tuning", marks=slow),
-        pytest.param(decoder_run, "--method lora --quantize int8", marks=slow),
+        pytest.param(decoder_run, "--method llama-adapter", marks=weekly),
+        pytest.param(encoder_run, f"{MEAN} lora", marks=weekly),
+        pytest.param(encoder_run, "--pooling cls --method ia3", marks=weekly),
+        pytest.param(encoder_run, "--method lora --dora", marks=weekly),
+        pytest.param(encoder_run, "--method houlsby --layer-norms=", marks=weekly),
+        pytest.param(encoder_run, "--method compacter --reduction-factor 4", marks=weekly),
+        pytest.param(encoder_run, "--method loreft --suffix-positions 1", marks=weekly),
+        pytest.param(encoder_run, "--method head-only", marks=weekly),
+        pytest.param(encoder_run, "--method layer-norms", marks=weekly),
+        pytest.param(encoder_run, "--method prefix-tuning", marks=weekly),
+        pytest.param(encoder_run, "--method prompt-tuning --prompt-length 3", marks=weekly),
+        pytest.param(encoder_run, "--method lora --quantize int8", marks=weekly),
+        pytest.param(decoder_run, "--method lora --dora", marks=weekly),
+        pytest.param(decoder_run, "--method ia3", marks=weekly),
+        pytest.param(decoder_run, "--method houlsby", marks=weekly),
+        pytest.param(decoder_run, "--method prefix-tuning", marks=weekly),
+        pytest.param(decoder_run, "--method prompt-tuning", marks=weekly),
+        pytest.param(decoder_run, "--method lora --quantize int8", marks=weekly),
     ],
 )
 def test_what_is_promised_before_training_is_what_happens_after(make, flags, capsys):
@@ -89,7 +89,7 @@ OTHERS = ("distilbert", "electra", "modernbert", "deberta_v3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=slow) for name in OTHERS)])
+@pytest.mark.parametrize("base", ["tiny", *(pytest.param(name, marks=weekly) for name in OTHERS)])
 def test_a_merged_encoder_is_a_classifier_of_transformers(base):
     predictor = load_predictor(merged_encoder(base))
     texts = [("a good film", None), ("the plot was dull", None)]
@@ -164,7 +164,7 @@ CHOICES = {"question": "the", "choice1": "good", "choice2": "bad"}
 PAIR = {"sentence2": "the plot"}
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("task", "row", "metric", "shape"),
     [

@@ -14,7 +14,7 @@ from adapters_jax.trees import flatten
 from examples.mad_x import main
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_task_keeps_its_adapter_over_each_language(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_masked(Path("tiny"))

@@ -160,7 +160,7 @@ def readout_metrics():
 
 
 @pytest.mark.witness("True")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("head", [True, False])
 def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):
     write_masked(Path("tiny"), head)

@@ -51,7 +51,7 @@ def checked(names, directory, model, method, **settings):
     return found, losses
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_sides_on_jax_do_equal_work(directory, model, method):
     names = JAX if method == "lora" else {"ours", "hand"}
@@ -93,7 +93,7 @@ def test_a_tenant_has_the_losses_that_it_has_alone(directory):
         steps.check_equal({"a": losses, "b": np.add(losses, [[0, 0], [0, 0], [0, 1]])}, {})
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_generated_tokens_are_the_likeliest_and_lora_changes_them(directory):
     job = TOY.job("generate", directory, "qwen", "lora-all")
     job = replace(job, batch=3, length=5, tokens=4)
@@ -135,7 +135,7 @@ def test_our_step_beside_others_and_its_limits(tmp_path):
 
 
 @pytest.mark.witness("generation")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("part", ["linear", "generation", "tenants"])
 def test_a_part_runs_by_itself_and_without_its_peers(part, tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "Worker", Here)

@@ -89,7 +89,7 @@ def test_a_function_computes_the_sum_and_starts_as_itself():
     assert_near(adapted(tree, x), run(weights, double(x)))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("method", [LORA, aj.DoRA("**", 2), aj.IA3("layers/**")], ids=repr)
 def test_a_decoder_of_plain_numpy_is_its_merged_one(method):
     params = decoder_params()
@@ -150,7 +150,7 @@ def test_a_step_costs_what_thin_products_by_hand_cost():
     assert flops(ours) <= 1.01 * flops(lambda t, b: by_hand(t, b, ids))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_training_files_banks_and_quantising(tmp_path):
     params = decoder_params()
     adapted = aj.adapt(decoder, params, LORA, example_inputs=(IDS,))
@@ -509,7 +509,7 @@ def equinox_blocks():
     return (scanned, stacked), (looped, unrolled)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "method",
     [

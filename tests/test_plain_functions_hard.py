@@ -282,7 +282,7 @@ for kind, fn in ((AxisType.Explicit, placed), (AxisType.Auto, sharded)):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_weights_that_lie_on_several_devices_explicitly_or_in_shards():
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"

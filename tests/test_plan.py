@@ -103,7 +103,7 @@ def test_a_forward_pass_of_parts_has_the_memory_of_one():
     assert planned(512, accumulate=8).temporaries == part.temporaries
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_largest_batch_that_fits_is_the_largest():
     def plan_of(batch):
         return planned(aj.LoRA("*", RANK), batch)
@@ -183,7 +183,7 @@ print(json.dumps([one.to_dict(), eight.to_dict(), lora.to_dict()]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_mesh_divides_it():
     run = [sys.executable, "-c", MESHED]
     ran = subprocess.run(run, env=environment(8), capture_output=True, text=True)
@@ -218,7 +218,7 @@ def command(*flags):
     return status, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
     (write_model if model == "tiny" else write_llama)(tmp_path / model)

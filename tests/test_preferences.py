@@ -107,7 +107,7 @@ def formula(loss, beta, log_probs, batch):
     return (1 - jax.nn.sigmoid(sign * (rewards[:, 0] - point))).mean(), rewards[:, :1]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_rewards_and_two_steps_are_those_by_hand(loss):
     problem = prepared(loss).problem
@@ -213,7 +213,7 @@ def check_same_result():
         assert cut == straight, file
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_learns_preferences_reports_rewards_and_resumes_exactly(monkeypatch, capsys):
     made()
     assert main(f"{TRAIN} --name straight --json".split()) == 0
@@ -280,7 +280,7 @@ def test_a_reference_of_other_rows_or_another_base_is_an_error(monkeypatch):
         other.begin(run, None)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("loss", ["orpo", "kto"])  # without a reference, and with labels
 def test_runs_of_the_other_losses(loss, capsys):
     made()
@@ -291,7 +291,7 @@ def test_runs_of_the_other_losses(loss, capsys):
     assert all(np.isfinite(r["loss"]) for r in records("it") if "loss" in r)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_batches_of_one_label_are_logged_and_resumed(monkeypatch):
     """They have no margin, which is left out of their records."""
     made()

@@ -79,7 +79,7 @@ def test_the_loss_of_a_decoder_is_of_rows_behind_the_prompt():
             assert loss == pytest.approx(-sum(logits[i, x] for i, x in asked), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_encoder_reads_the_prompt_before_the_prompts_of_a_decoder():
     words = MEANINGS.replace("--model llama", f"--model {T5}")
     problem = problem_of(f"{words} {PROMPT} --exact-match 0")
@@ -112,7 +112,7 @@ def test_a_run_generates_behind_its_prompt():
         next(generator.generate(["food"], longest - K))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("pooling", ["pooler", "mean", pytest.param("cls", marks=pytest.mark.slow)])
 def test_the_outputs_of_an_encoder_are_of_rows_behind_the_prompt(pooling):
     predictor = load_predictor(encoder_run(f"{PROMPT} --pooling {pooling}"))

@@ -140,7 +140,7 @@ PROMPTS = np.random.default_rng(4).integers(1, 29, (3, 5))
 THERE = np.array([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_decoding_with_a_cache_reads_the_prompt():
     base, model = decoder()
     ids, mask, _ = aj.with_prompt(aj.PromptTuning("embeddings", K), PROMPTS, THERE)
@@ -154,7 +154,7 @@ def test_decoding_with_a_cache_reads_the_prompt():
     assert made.ids.tolist() != without.ids.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_placeholder_has_no_row_in_the_tables_of_layers():
     """Nor has it that of the last token, which -1 would name."""
     _, base = load_decoder(Path(__file__).parent / "fixtures" / "decoders" / "gemma4_text")

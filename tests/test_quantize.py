@@ -327,7 +327,7 @@ def test_without_qwix_the_extra_is_named(monkeypatch):
         aj.quantize(nnx.Linear(6, 7, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_experts_are_quantised_where_a_command_loads_or_plans_them(tmp_path):
     fixture = Path(__file__).parent / "fixtures/decoders/qwen3_moe"
     write_llama(tmp_path / "a")
@@ -376,7 +376,7 @@ def test_a_run_keeps_its_base_quantised_from_training_to_prediction(tmp_path):
     assert not (tmp_path / "nf4").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_decoders_run_is_merged_into_floats_with_the_flag(tmp_path):
     write_llama(tmp_path / "tiny")
     data = DataOptions(
@@ -458,7 +458,7 @@ def memory_of_a_step(api, layers, dtype):
     return found.argument_size_in_bytes - rest, found.temp_size_in_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("api", "dtype"), [("linen", "nf4"), ("nnx", "int8")])
 def test_a_step_holds_one_float_weight_at_a_time_whatever_the_number_of_layers(api, dtype):
@@ -478,7 +478,7 @@ def test_a_plan_counts_what_a_quantised_base_holds():
     assert found.parameters - found.trainable_parameters == (WIDTH + 1) * WIDTH
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("tiles", [{0: 32}, {1: 16, 2: 64}, {}])
 def test_nf4_by_the_bits_of_its_numbers_is_that_of_qwix(tiles):
     weight = jax.random.normal(jax.random.key(0), (128, 96, 64))

@@ -155,7 +155,7 @@ CHANGES = {  # how a base changes, and what the error names
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_changed_file_is_named_by_resume_and_by_use(place, case):
     base, change, named = CHANGES[case]
@@ -168,7 +168,7 @@ def test_a_changed_file_is_named_by_resume_and_by_use(place, case):
     assert Path(f"cut-{base}", "config.json").read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("base", TRAIN)
 def test_what_nothing_reads_may_change(place, base, capsys):
     assert main(USE[base]) == 0
@@ -187,7 +187,7 @@ def test_what_nothing_reads_may_change(place, base, capsys):
         assert Path(f"cut-{base}", file).read_bytes() == Path(f"done-{base}", file).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("case", ["tokens", "activation", "end"])
 def test_with_the_flag_a_run_goes_on_and_records_what_changed(place, case, capsys):
     base, change, named = CHANGES[case]
@@ -207,7 +207,7 @@ def test_with_the_flag_a_run_goes_on_and_records_what_changed(place, case, capsy
     assert "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_another_change_is_recorded_beside_the_first(place):
     swap_tokens(place / "tiny")
     with stopped(LabelledProblem, 3):
@@ -284,7 +284,7 @@ def test_in_python_too(place):
     assert open_source("alone", "tiny", "mean", any_base=True).leaves
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("base", TRAIN)
 def test_a_run_of_before_goes_on_with_one_warning(place, base, capsys):
     for name in ("done", "cut"):
@@ -325,7 +325,7 @@ def test_a_record_that_is_damaged_is_an_error(place):
         assert main(USE["tiny"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_cell_of_a_comparison_continues_on_its_own_base_alone(place, capsys):
     words = "compare --model tiny --train reviews.jsonl --text review --max-length 12 --epochs 2"
     words = [*f"{words} --batch-size 16 --limit 32 --seeds 0 1 --out all --recipes".split()]

@@ -95,7 +95,7 @@ def error_of(capsys, *flags):
     return capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_sigterm_saves_first_and_meanwhile_the_run_is_locked(straight, commands, place, capsys):
     run, log = place / "asked", place / "log"
     pid = commands.start(log, *finetune(place, run.name))
@@ -117,7 +117,7 @@ def test_sigterm_saves_first_and_meanwhile_the_run_is_locked(straight, commands,
     assert sorted(path.name for path in run.iterdir()) == names
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path):
     run, inside, taken = Run(tmp_path / "run"), tmp_path / "inside", []
     run.path.mkdir()
@@ -138,7 +138,7 @@ def test_a_lock_has_one_holder_however_often_it_is_taken_and_given_back(tmp_path
     assert not os.listdir(run.path)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     run = Run(tmp_path)
     code = "import sys, time, pathlib; from adapters_jax.finetune.run_directory import Run;"
@@ -156,7 +156,7 @@ def test_a_lock_is_free_at_once_when_its_holder_is_killed(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_old_run_with_options_as_words_resumes_under_another_jax(straight, place, capsys):
     config = json.loads((straight[0] / "config.json").read_text())
     old = place / "old"
@@ -206,7 +206,7 @@ def test_options_that_cannot_be_read_are_named(straight, place, capsys, options,
     assert all(str(datum) in error for datum in (damaged / "config.json", *data)), error
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_damaged_configuration_is_restored_from_a_checkpoint(straight, place, capsys):
     run = place / "cut"
     with pytest.MonkeyPatch.context() as patch:
@@ -277,7 +277,7 @@ def meals(place, name):
     return ["finetune", *flags, "--runs", place, "--name", name]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_decoder_goes_on_from_the_one_before_a_damaged_checkpoint(commands, place):
     write_llama(place / "llama")
     write_meanings(place / "meals.csv")
@@ -324,7 +324,7 @@ def test_runs_that_cannot_be_resumed_are_errors(straight, place, capsys):
         assert str(other) in error and datum in error, key
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_mesh_is_part_of_a_run(straight, place):
     run = place / "meshed"
     assert main([*map(str, finetune(place, run.name)), "--mesh", "data=1,model=1"]) == 0
@@ -336,7 +336,7 @@ def test_a_mesh_is_part_of_a_run(straight, place):
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_full_disk_ends_a_run_that_resumes_later(straight, place, capsys, monkeypatch):
     run = place / "full"
 

@@ -65,7 +65,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_answer_is_the_likeliest_of_its_schema(served):
     """By hand: at each byte, the likeliest of those with which one of the texts goes on."""
     words = ["alpha", "alto", "beta", "gamma", "gas"]

@@ -57,7 +57,7 @@ def plain(value):
     return pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_labels_are_those_of_the_runs_alone(labels):
     client, runs, *_ = labels
     texts = ["good film", "the plot was dull and very poor", "music"] * 4
@@ -113,7 +113,7 @@ TASKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monkeypatch):
     write, flags, texts = TASKS[task]

@@ -38,7 +38,7 @@ def found():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tenants_and_samples_are_those_of_one_device(found, layout):
     alone, mesh = found[None], found[layout]

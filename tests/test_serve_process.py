@@ -38,6 +38,7 @@ def eventually(check, seconds=20):
         time.sleep(0.02)
 
 
+@pytest.mark.weekly
 def test_a_client_that_hangs_up_frees_its_row(server):
     for _ in range(3):  # more than there are rows
         texts = server.stream(**ENDLESS, max_tokens=1900)
@@ -118,6 +119,7 @@ def healthy(server):
             return False
 
 
+@pytest.mark.weekly
 def test_sigterm_ends_the_server_once_its_answers_are_whole(llama):
     with serving(llama, *FLAGS) as server:
         whole = server.ask("/v1/completions", {**ENDLESS, "max_tokens": 1500})
@@ -186,6 +188,7 @@ def test_a_port_that_another_server_has(server, llama):
     assert done.returncode == 2 and len(lines) == 1 and "is taken" in lines[0]
 
 
+@pytest.mark.weekly
 def test_sigterm_while_it_compiles(llama):
     command = [sys.executable, "-m", "adapters_jax", "serve", llama, "--port", "0", *FLAGS]
     pipe = subprocess.PIPE  # with --json, progress goes to stderr

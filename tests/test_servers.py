@@ -309,7 +309,7 @@ def test_the_command_states_the_error_and_what_it_writes_is_what_it_states(run, 
     assert (config["r"], config["use_dora"]) == (32, False)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_merged_checkpoint_is_read_again_and_compared(run, capsys):
     assert main(["merge", run, "--out", "merged"]) == 0
     generator = load_generator(run)

@@ -311,7 +311,7 @@ def test_a_model_on_a_mesh_is_the_same_model():
         assert laid.layers[0].kernel is not model.layers[0].kernel
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_are_one_job_and_its_losses_those_of_one_device():
     rows = [("linen", "together", "plain", "data=2"), ("nnx", "lora_dense", "plain", "model=2")]
     job = {"rows": rows, "processes": 2, "address": f"localhost:{free_port()}"}
@@ -361,7 +361,7 @@ print(json.dumps([whole, max(held), peak[0] - before, sum(total)]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_base_loads_straight_into_shards_and_is_never_there_twice(tmp_path):
     config = DecoderConfig(
         vocab_size=8192,
@@ -420,7 +420,7 @@ print(json.dumps([[int(n) for n in dims.split(",") if n]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_devices_exchange_weights_and_no_activations_in_layers(kind):
     """Each of 4 devices has 2 of 8 rows; a layer's weights are gathered, forward and backward."""
@@ -472,7 +472,7 @@ def check_same(losses, place, alone):
         np.testing.assert_allclose(adapter[path], x, atol=1e-4, err_msg=path)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_script_on_eight_devices_is_that_on_one(alone, tmp_path):
     losses = losses_of(example(tmp_path, 8, "--mesh", "data=2,fsdp=2,model=2"))
     assert len(losses) == 21

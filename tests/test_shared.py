@@ -181,7 +181,7 @@ def test_a_low_rank_change_with_shared_factors_is_its_formula(plugin):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("kind", ["Phm", "SharedVeRA"])
 def test_they_keep_the_contract(plugin, kind):
     assert check_method(getattr(plugin, kind)("**/mlp/up", 4), variants=("plain", "scan")) == [

@@ -297,7 +297,7 @@ def train(place, runs, *more):
     return ["finetune", *map(str, flags), "--runs", str(runs), "--name", "mine", *more]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_there_that_the_store_refused_goes_on_and_loses_nothing(refusing, tmp_path, capsys):
     write_model(tmp_path / "tiny")
     write_reviews(tmp_path / "reviews.jsonl")
@@ -374,7 +374,7 @@ def gs(monkeypatch):
     server.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("default")  # of the servers and clients
 @pytest.mark.parametrize("kind", [s3, gs])
 def test_the_stores_own_protocols(kind, monkeypatch):

@@ -254,7 +254,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_memory_does_not_grow_with_the_file(tmp_path):
     def peak(megabytes):
         path, text = tmp_path / "rows.jsonl", "It serves Thai dishes " * 180

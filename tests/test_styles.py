@@ -683,7 +683,7 @@ class Memory(nnx.Module):
         return self.rnn(x)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell"])
 def test_every_kernel_of_a_recurrent_cell_trains(name):
     x, lora = drawn((2, 3, 4), 1), aj.LoRA("**", RANK, ALPHA)

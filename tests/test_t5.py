@@ -116,7 +116,7 @@ def stepwise(model, expected, first):
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("name", "scan"), [(name, False) for name in NAMES] + [("t5", True)])
 def test_a_cache_changes_nothing(name, scan):
     expected = reference(name)
@@ -151,7 +151,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("name", "change"), [(name, each) for name, several in CHANGES.items() for each in several]
 )
@@ -224,7 +224,7 @@ def test_bfloat16_rounds_no_more_than_in_transformers(name):
     assert 0 < np.abs(logits - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("scan", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(scan):
     expected = reference("mt5")
@@ -321,7 +321,7 @@ save_t5(out, config, model)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_model_on_several_devices_is_the_same_and_is_saved_whole(tmp_path):
     base = FIXTURES / "flan_t5"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}

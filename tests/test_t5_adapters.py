@@ -72,7 +72,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("kind", RECIPES)
 def test_an_adapted_model_generates_what_it_computes_without_a_cache(kind):
     adapted, _ = grown(RECIPES[kind])

@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_the_completions_and_padding_has_none():
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_tiny_checkpoint_is_audited_and_planned(run):
     shutil.copytree(FIXTURES / "mt5", "base")
     flags = "--model base --method lora --rank 2 --targets **/{query,value}"
@@ -84,7 +84,7 @@ def test_texts_without_prompts_are_not_for_an_encoder(run):
 
 
 @pytest.mark.witness("t5")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["t5", "mt5"])  # tied and not; flan_t5 is trained below
 def test_an_encoder_decoder_is_trained_used_merged_converted_and_pushed(name, run):
     shutil.copytree(FIXTURES / name, "base")
@@ -114,7 +114,7 @@ def test_metrics_of_texts_need_prompts_to_generate_for(run):
         assert main(f"{SHORT} --metrics exact_match perplexity".split()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_is_selected_by_rouge(run):
     pytest.importorskip("rouge_score", reason="needs rouge-score: adapters-jax[rouge]")
     shutil.copytree(FIXTURES / "flan_t5", "base")
@@ -126,7 +126,7 @@ def test_a_run_is_selected_by_rouge(run):
     assert 0.0 <= row["test"]["exact_match"] <= row["test"]["rougeL"] <= 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_learns_to_answer_prompts(run):
     shutil.copytree(FIXTURES / "flan_t5", "base")
     targets = "**/{query,value,up,head}"

@@ -60,7 +60,7 @@ def finetune(name, more=""):
     return main(f"{FINETUNE} --name {name} {more}".split())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_task_of_a_test_trains_resumes_and_predicts(place, monkeypatch, capsys, slow):
     batch = TaggingProblem.batch
 
@@ -136,7 +136,7 @@ def test_flags_of_other_tasks_are_errors(place, capsys, words, data):
     assert all(datum in err for datum in data), err
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_format_of_a_test_is_read_by_the_ordinary_command(place, monkeypatch, capsys):
     def read_xyz(path, raw):
         header, records = read_csv(path, raw.replace(b";", b","))
@@ -238,7 +238,7 @@ def test_old_runs_have_the_task_that_they_were_trained_on(place, config, name):
     assert task_of(config).name == name
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_old_run_predicts_and_resumes(place, capsys):
     write_reviews(Path("reviews.jsonl"), 60)
     words = "--text review --method head-only --epochs 1 --max-length 12 --no-baselines"

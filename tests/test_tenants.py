@@ -161,7 +161,7 @@ def script(name, seed):
     return steps
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_each_tenant_gets_the_numbers_of_training_alone(tenants):
     scripts = {name: script(name, i) for i, name in enumerate(RECIPES)}
     for seed, (name, recipe) in enumerate(RECIPES.items()):

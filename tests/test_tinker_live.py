@@ -245,6 +245,7 @@ def test_a_model_resumes_from_a_checkpoint_of_a_server_that_is_gone(parts, tmp_p
         assert rest.list_checkpoints(run).result(30).checkpoints == []
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "recipe", [aj.houlsby(reduction_factor=16), aj.Recipe(aj.LoRA("**/mlp/*", 2))]
 )
@@ -495,6 +496,7 @@ def test_bad_models(server):
     assert "64" in answered(server, name)["error"]
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "x" * 65, "a\0b", "con:1"])
 def test_names_that_are_paths(server, tmp_path, name):
     _, model, _ = begun(server)
@@ -611,6 +613,7 @@ def run_block(page, address):
     seen["client"].close("success").result(30)
 
 
+@pytest.mark.weekly
 def test_acknowledged_saves_survive_a_kill(llama, tmp_path):
     """A server as the guide starts it, killed and started again."""
     flags = (llama, "--train", "--rank", "4", "--context", "32", "--rows", "2", "--keep")
@@ -827,6 +830,7 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path, mo
         made.save(*place, about, overwrite=True)
 
 
+@pytest.mark.weekly
 def test_a_key_does_not_hold_all_connections_with_its_questions(parts, tmp_path):
     with parts.serve(tmp_path, Bounds(polls=1), seconds=2.0) as server:
         _, model, name = begun(server)

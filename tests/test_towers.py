@@ -491,7 +491,7 @@ def tower_run(name):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_vl"])
 def test_a_merged_run_is_the_multimodal_checkpoint_again(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

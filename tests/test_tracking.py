@@ -245,6 +245,7 @@ def of_trackio(place):
     return points, {"lora": SQLiteStorage.get_run_config("adapters-jax", "one")["lora"]}
 
 
+@pytest.mark.weekly
 @pytest.mark.witness("mlflow", "wandb")
 @pytest.mark.slow  # where the trackers are installed
 @pytest.mark.filterwarnings("default")  # of these libraries

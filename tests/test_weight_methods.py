@@ -225,7 +225,7 @@ CHECKED = {
 
 
 @pytest.mark.witness("vera")
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_contract_on_every_kind_of_layer(name):
     """In the plain variant; tests/test_contract.py has the others, on one kind of layer each."""

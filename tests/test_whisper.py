@@ -176,7 +176,7 @@ def test_a_setting_that_cannot_be(setting, said):
         WhisperConfig.from_dict(values | setting)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("scan", [False, True])
 def test_lora_trains_and_merges(scan, expected):
     _, model = load_whisper(FIXTURE, scan=scan)
@@ -192,7 +192,7 @@ def test_lora_trains_and_merges(scan, expected):
     np.testing.assert_allclose(run(aj.merge(adapted))[written], logits[written], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_new_weights_are_finite():
     model = Whisper(CONFIG, rngs=nnx.Rngs(0))
     assert np.isfinite(model(jnp.ones((1, 6, 20)))).all()

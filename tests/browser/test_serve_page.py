@@ -54,6 +54,7 @@ class Page(BrowserPage):
         }
 
 
+@pytest.mark.weekly
 @pytest.mark.witness("dark-390", "light-1280")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -69,12 +69,9 @@ def blocks_of(page):
 def params(language, runs=True, asks=False):
     """The blocks of a language that are run, or those that are not."""
     blocks = (block for page in PAGES for block in blocks_of(page))
+    takes = {True: [pytest.mark.weekly], False: [pytest.mark.slow] if asks else []}
     return [
-        pytest.param(
-            block,
-            id=block.name,
-            marks=[pytest.mark.slow] if asks or block.text.startswith("# Takes") else [],
-        )
+        pytest.param(block, id=block.name, marks=takes[block.text.startswith("# Takes")])
         for block in blocks
         if (block.language, block.runs, block.asks and block.runs) == (language, runs, asks)
     ]
