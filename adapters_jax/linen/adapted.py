@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,7 @@ from adapters_jax.linen.cache import Cache, plain
 from adapters_jax.linen.interceptor import Interceptor, evaluation_flag, grow_in
 from adapters_jax.linen.points import points_of, with_copies
 from adapters_jax.linen.weights import changed_weights, leaf_methods
+from adapters_jax.methods import Method
 from adapters_jax.methods.invocation import call_gate
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.methods.mixed import Rows, by_rows, checked_rows, needs_rows
@@ -335,12 +336,12 @@ def _adapted_class(cls: type[nn.Module]) -> type[Adapted]:
     return type(f"Adapted{cls.__name__}", (Adapted,), {**body, "__module__": cls.__module__})
 
 
-def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
-    """Gives a linen model adapters; `adapters_jax.adapt` calls it, and takes a method as well.
+def adapt(model: nn.Module, recipe: Recipe | Method | Sequence[Method]) -> Adapted:
+    """Gives a linen model adapters; `adapters_jax.adapt` calls it.
 
     Args:
         model: a linen module; it is not changed. One with adapters gets more.
-        recipe: which modules get adapters, and what else trains.
+        recipe: which modules get adapters, and what else trains: a recipe, or methods.
 
     Returns:
         A module with the same methods, fields and parameter paths, whose adapter leaves
@@ -348,10 +349,11 @@ def adapt(model: nn.Module, recipe: Recipe) -> Adapted:
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
-        >>> model, x = adapt(nn.Dense(3), aj.Recipe(aj.LoRA("**", rank=2))), jnp.ones((1, 4))
+        >>> model, x = adapt(nn.Dense(3), aj.LoRA("**", rank=2)), jnp.ones((1, 4))
         >>> jax.tree.map(jnp.shape, model.init(jax.random.key(0), x)["params"])
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
+    recipe = Recipe(recipe)
     if isinstance(model, Adapted):
         return adapt(model.inner, model.recipe + recipe)
     wrapper = getattr(model, "adapted_class", None) or _adapted_class(type(model))  # type: ignore[arg-type]

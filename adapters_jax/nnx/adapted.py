@@ -173,12 +173,12 @@ def _other_names(model: nnx.Module, known: Container[str]) -> dict[str, str]:
 
 def adapt(
     model: nnx.Module,
-    recipe: Recipe,
+    recipe: Recipe | Method | Sequence[Method],
     rngs: nnx.Rngs,
     example_inputs: Any = None,
     calibration: Calibration | None = None,
 ) -> nnx.Module:
-    """Gives an NNX model adapters; `adapters_jax.adapt` calls it, and takes a method as well.
+    """Gives an NNX model adapters; `adapters_jax.adapt` calls it.
 
     Args:
         model: an NNX module, concrete or abstract; it is not changed. One with adapters gets more.
@@ -203,10 +203,11 @@ def adapt(
     Example:
         >>> import adapters_jax as aj
         >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-        >>> adapted = adapt(model, aj.Recipe(aj.LoRA("**", rank=2)), nnx.Rngs(1))
+        >>> adapted = adapt(model, aj.LoRA("**", rank=2), nnx.Rngs(1))
         >>> {path: x.shape for path, x in params_of(adapted).items()}
         {'bias': (3,), 'kernel': (4, 3), 'lora/a': (4, 2), 'lora/b': (2, 3)}
     """
+    recipe = Recipe(recipe)
     _check_streams(recipe, rngs)
     check_loaded("adapt", recipe)
     inputs = Inputs.of(example_inputs)

@@ -1,7 +1,7 @@
 """The site builds without a warning, its links lead somewhere, and it is readable in Chromium.
 
 It needs the extra docs. With SCREENSHOTS=DIRECTORY, pictures of pages and the list of foreign
-addresses, which are not asked for, are put there.
+addresses, which are not asked for, are put there. NOTEBOOKS=off leaves the notebooks unrun.
 """
 
 import importlib
@@ -36,7 +36,9 @@ LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(DOCS), str(folder)]
+    mode = os.environ.get("NOTEBOOKS", "force")
+    options = ["-W", "-q", "-b", "html", "-D", f"nb_execution_mode={mode}"]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
