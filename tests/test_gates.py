@@ -140,6 +140,8 @@ def check_step(method, api, scan, dtypes):
 
 @tpu
 @slow
+@pytest.mark.witness("lora-NNX-plain", "lora-linen-scan", "bottleneck-NNX-scan")
+@pytest.mark.witness("llama_adapter-linen-scan", "dora-NNX-plain")
 @pytest.mark.parametrize(("method", "api", "scan", "dtypes"), steps(often))
 def test_a_step_holds_its_base_once_and_computes_what_it_must(method, api, scan, dtypes):
     check_step(method, api, scan, dtypes)
@@ -283,6 +285,7 @@ SHAPES = [  # rows, the weight, its block, and the dtype of the input
 
 @tpu
 @slow
+@pytest.mark.witness("v5p-2047-shape1-64-bfloat16", "v6e-300-shape2-128-bfloat16")
 @pytest.mark.parametrize(("device", "rows", "shape", "block", "dtype"), SHAPES)
 def test_the_kernel_compiles_for_every_tpu(device, rows, shape, block, dtype):
     there = jax.sharding.SingleDeviceSharding(aj.devices(device)[0])
