@@ -12,7 +12,8 @@ from adapters_jax.files import hub
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats import FORMATS, HEAD, Adapter, every_file
+from adapters_jax.finetune.formats import FORMATS, every_file
+from adapters_jax.finetune.formats.base import HEAD, Adapter
 from adapters_jax.finetune.leaving import RUN_CONFIG, open_source, whole
 from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer

@@ -232,7 +232,7 @@ class Serve(Command):
     ) -> Any:
         """Tinker's protocol; `stack` closes what trains."""
         from adapters_jax.distributed.mesh import mesh_of_flag
-        from adapters_jax.finetune.tenants import Tenants
+        from adapters_jax.finetune.tenants.engine import Tenants
         from adapters_jax.finetune.tinker.api import TrainingApi
         from adapters_jax.finetune.tinker.checkpoints import Checkpoints
         from adapters_jax.finetune.tinker.futures import Bounds

@@ -21,7 +21,7 @@ from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, check_classes, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.formats.base import MASKED
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.pretrained.record import ANY_BASE
 from adapters_jax.finetune.run_directory import Run, RunError

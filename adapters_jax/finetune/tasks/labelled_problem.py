@@ -23,7 +23,7 @@ from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.formats.base import MASKED
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Setup, in_row_order
 from adapters_jax.finetune.tasks.readout import Readout

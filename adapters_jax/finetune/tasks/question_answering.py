@@ -21,7 +21,7 @@ from adapters_jax.finetune.data.files import place, refuse
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table as Questions
 from adapters_jax.finetune.data.tables import choose_columns, choose_values
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask

@@ -23,7 +23,7 @@ from adapters_jax.finetune.data.batches import NOTHING, row_of, tokenize
 from adapters_jax.finetune.data.files import Line, Rows, place, refuse
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table, choose_values, items_of
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks import views
 from adapters_jax.finetune.tasks.base import Batch, Columns

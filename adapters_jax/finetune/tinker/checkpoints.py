@@ -33,7 +33,7 @@ from adapters_jax.files.atomic import Content, restore, write_directory, write_f
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.finetune.serving.requests import UnknownModelError
 from adapters_jax.finetune.serving.schemas import matches_name
-from adapters_jax.finetune.tenants import Snapshot
+from adapters_jax.finetune.tenants.requests import Snapshot
 from adapters_jax.trees import flatten, unflatten
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from adapters_jax.errors import FileSystemError, UserError, shown
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.requests import UnknownModelError
-from adapters_jax.finetune.tenants import Adam, ClosedError, Snapshot, Tenants, UnknownTenantError
+from adapters_jax.finetune.tenants.engine import Tenants
+from adapters_jax.finetune.tenants.requests import Adam, ClosedError, Snapshot, UnknownTenantError
 from adapters_jax.finetune.tinker import wire
 from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints, until
 from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background

@@ -17,7 +17,7 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.finetune.serving.choosing import Likely
-from adapters_jax.finetune.tenants import Passed, Row
+from adapters_jax.finetune.tenants.requests import Passed, Row
 
 PROTOBUF = "application/x-protobuf"
 MOST_DATA = 8192  # of one request; the client sends at most 1,024
