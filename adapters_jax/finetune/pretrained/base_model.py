@@ -71,8 +71,8 @@ def described(
     model_type: str,
     params: Any,
     *,
-    classifies: bool,
-    pooling: str | None,
+    classifies: bool = False,
+    pooling: str | None = None,
     **rest: Any,
 ) -> BaseModel:
     """A base whose parameters are there already, with what its family says; see `BaseModel`."""

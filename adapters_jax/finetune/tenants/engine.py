@@ -34,7 +34,7 @@ from adapters_jax.finetune.tenants.requests import (
     checked_rows,
 )
 from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
-from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail
+from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail, fill
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Recipe
@@ -408,7 +408,7 @@ class Tenants:
             for r, row in enumerate(rows, g * programs.each)
         ]
         for r, _, request, i in rows:
-            request.fill(batch, r, i)
+            fill(batch, r, request.rows[i], request.kind)
         logprobs, losses = programs.run(batch, backward)
         for r, tenant, request, i in rows:
             request.take(i, logprobs[r], losses[r])
