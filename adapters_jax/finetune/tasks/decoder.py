@@ -350,14 +350,9 @@ class PreparedDecoder(Prepared):
     problem: Any
 
     @property
-    def decoder(self) -> PretrainedDecoder:
-        """The base."""
-        return self.problem.decoder
-
-    @property
     def identity(self) -> BaseIdentity:
         """The identity of the decoder."""
-        return self.decoder.identity
+        return self.problem.decoder.identity
 
     def baselines(self) -> Sequence[Untrained]:
         """The base without adapters."""

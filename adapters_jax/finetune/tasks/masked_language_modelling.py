@@ -30,7 +30,7 @@ from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.metrics import perplexity
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, Readout, count_labels, learnt_losses
+from adapters_jax.finetune.tasks.readout import Inputs, TokenReadout, learnt_losses
 from adapters_jax.presets import HEAD
 
 SHARE = 0.15  # of tokens that are hidden
@@ -191,7 +191,7 @@ class MaskPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class MaskedTokens(Readout):
+class MaskedTokens(TokenReadout):
     """A `Readout` of hidden tokens: the outputs are logits over the vocabulary for each of them."""
 
     constant_title = "unigram"
@@ -256,16 +256,6 @@ class MaskedTokens(Readout):
     ) -> MaskedBatches:
         """Batches of blocks with hidden tokens, or of rows with masks; they are not mixed."""
         return MaskedBatches(rows, Vocabulary.of(encoder), *plan, encoder.config.pad_token_id)
-
-    def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
-        """The number of hidden tokens of each row."""
-        return count_labels(batch)
-
-    def losses(
-        self, outputs: Float[Array, "rows tokens vocab"], batch: Batch
-    ) -> Float[Array, " rows"]:
-        """The cross-entropy of each row, summed over its hidden tokens."""
-        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
 
     def reduced(
         self, outputs: Float[Array, "rows tokens vocab"], batch: Batch

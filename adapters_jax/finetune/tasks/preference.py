@@ -244,7 +244,7 @@ class PreparedPreferences(PreparedDecoder):
                 bar.update(now, "", news=now == steps)
 
             for part in problem.parts:
-                found[part] = problem.log_probs(self.decoder.model, part, done)
+                found[part] = problem.log_probs(problem.decoder.model, part, done)
         return found
 
     def _read(self, path: Path, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
