@@ -22,6 +22,8 @@ from adapters_jax.finetune.pretrained import assets
 if TYPE_CHECKING:
     import tokenizers
 
+    from adapters_jax.finetune.base_files.gguf import GGUF
+
 DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
 TOKENIZER = "tokenizer.json"
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
@@ -106,10 +108,16 @@ def width_of(name: str) -> int:
         >>> width_of("smollm2-135m")
         576
     """
+    return int(shape_of(name)[1].hidden_size)
+
+
+def shape_of(name: str) -> tuple[Family, Any]:
+    """The family and the configuration of a base; reads its `config.json` alone."""
     if shape := pinned_shape(name):
-        return int(shape[1].hidden_size)
+        return shape
     values = read_config(name)
-    return int(family_of(values, name).config.from_dict(values).hidden_size)
+    family = family_of(values, name)
+    return family, family.config.from_dict(values)
 
 
 def is_decoder(name: str) -> bool:
@@ -119,12 +127,17 @@ def is_decoder(name: str) -> bool:
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = find_gguf(_path(name))
-    if path is None:
-        return huggingface.read_json(_config_file(name))
+    opened = opened_gguf(_path(name))
+    return opened.config if opened else huggingface.read_json(_config_file(name))
+
+
+def opened_gguf(path: Path) -> GGUF | None:
+    """The opened file of a base that is one GGUF file."""
+    if (found := find_gguf(path)) is None:
+        return None
     from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
 
-    return read_gguf(path).config
+    return read_gguf(found)
 
 
 def _config_file(name: str) -> Path:
