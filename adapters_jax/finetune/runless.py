@@ -96,7 +96,8 @@ def _config(source: Source, pooling: str | None) -> dict[str, Any]:
         return {**shared, **own, "prompt": "prompt"}
     task, readout = _read_by(source.leaves, tasks_on(source.base.kind))
     read = source.base.pooling or pooling or "mean"
-    _LOG.info("%s, that reads %s; it is taken for %s", _said(readout), read, task.name)
+    said = f"a head of {readout.width} outputs" if readout.has_head else "an adapter without a head"
+    _LOG.info("%s, that reads %s; it is taken for %s", said, read, task.name)
     family = find_family(name)
     longest = family.config.from_dict(read_config(name)).longest
     return {
@@ -109,10 +110,6 @@ def _config(source: Source, pooling: str | None) -> dict[str, Any]:
         "text_pair": None,
         "pairs": False,
     }
-
-
-def _said(readout: Readout) -> str:
-    return f"a head of {readout.width} outputs" if readout.has_head else "an adapter without a head"
 
 
 def _read_by(leaves: Mapping[str, Any], tasks: list[Task]) -> tuple[Task, Readout]:

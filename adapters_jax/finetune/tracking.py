@@ -142,17 +142,22 @@ def _errors(name: str) -> Iterator[None]:
         raise TrackingError(f"the tracker {name}: {type(error).__name__}: {error}") from error
 
 
-def _numbers(record: Mapping[str, Any], above: str = "") -> dict[str, float]:
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record by name, those of mappings with a path."""
-    found: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{above}{name}/")
-        elif np.ndim(value) or isinstance(value, str):
+    found = _flat(record)
+    for name, value in found.items():
+        if np.ndim(value) or isinstance(value, str):
             got = f"of shape {np.shape(value)}" if np.ndim(value) else repr(value)
-            raise UserError(f"the metric {above}{name} is {got}, expected a number")
-        elif above or name != "step":
-            found[f"{above}{name}"] = float(value)
+            raise UserError(f"the metric {name} is {got}, expected a number")
+    return {name: float(value) for name, value in found.items() if name != "step"}
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a mapping and of those in it, by path."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = above + name
+        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
     return found
 
 
@@ -231,26 +236,14 @@ def _mlflow(place: _Place) -> Iterator[Write]:
     try:
         if known is None:
             place.keep("mlflow", run.info.run_id)
-            mlflow.log_params(_flat(place.config))
+            # Its settings have no levels, nor may their names have a pattern's stars.
+            flat = _flat(place.config).items()
+            mlflow.log_params({re.sub(r"[^/\w.\- ]", "_", path): x for path, x in flat})
         yield lambda step, metrics: mlflow.log_metrics(metrics, step=step)
         ended = "FINISHED"
     finally:
         with _prints():
             mlflow.end_run(ended)
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by path, since MLflow's have no levels; nor may their names have a pattern's stars.
-
-    Example:
-        >>> _flat({"rank": {"**/query": 4}})
-        {'rank/__/query': 4}
-    """
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        path = above + re.sub(r"[^/\w.\- ]", "_", name)
-        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
-    return found
 
 
 @contextlib.contextmanager

@@ -260,7 +260,6 @@ class Serve(Command):
         return TrainingApi(service, names, context, limits)
 
     def _application(self, api: Api, called: str, limits: Limits, keys: Sequence[str]) -> Any:
-        """The application, with its page."""
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.serving.api import application
 
@@ -273,7 +272,6 @@ class Serve(Command):
     def _completing(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
     ) -> _Made:
-        """The server of a decoder."""
         from adapters_jax.distributed.mesh import mesh_of_flag
         from adapters_jax.finetune.compare.grid import read_candidate
         from adapters_jax.finetune.serving.adapters import DecoderBase, covering
@@ -307,7 +305,6 @@ class Serve(Command):
     def _labelling(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
     ) -> _Made:
-        """The server of an encoder."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.finetune.serving.adapters import covering
         from adapters_jax.finetune.serving.labels import BATCH, EncoderBase, LabelApi, Labeller

@@ -271,8 +271,6 @@ class CellConsole(Console):
 
 @dataclass(frozen=True)
 class _CellProgress:
-    """The progress of one cell."""
-
     steps: int
     on_progress: Callable[[float, str], None]
 

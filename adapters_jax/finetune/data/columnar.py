@@ -74,7 +74,6 @@ def read_batches(path: Path, raw: Any, kind: str) -> Iterator[tuple[list[str], l
 
 
 def _of_parquet(raw: bytes, budget: Budget) -> Iterator[Any]:
-    """The batches of rows of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 

@@ -274,7 +274,6 @@ def _optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
 
 
 def _adaptive(recipe: Recipe) -> list[Any]:
-    """The AdaLoRAs that a recipe trains."""
     return [method for method in recipe.attached if method.kind == "adalora" and method.train]
 
 

@@ -84,7 +84,6 @@ class Vocabulary(NamedTuple):
 
 
 def _mask_of(tokenizer: tokenizers.Tokenizer) -> str:
-    """The text of the mask token."""
     found = next((each for each in _OF_MODELS if tokenizer.token_to_id(each) is not None), None)
     if found is None:
         raise UserError(

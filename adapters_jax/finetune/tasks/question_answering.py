@@ -226,7 +226,6 @@ def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:
 
 
 def _best(scores: Float[np.ndarray, "tokens 2"], window: Window) -> Answer:
-    """The best answer in a window."""
     first, last = np.where(window.inside[:, None], scores, -np.inf).T
     length = np.arange(len(first))[None] - np.arange(len(first))[:, None]
     allowed = (length >= 0) & (length < LONGEST_ANSWER)

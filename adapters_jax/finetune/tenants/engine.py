@@ -330,7 +330,6 @@ class Tenants:
         return request.future
 
     def _run(self) -> None:
-        """The engine's thread."""
         try:
             while True:
                 with self._changed:
@@ -339,8 +338,11 @@ class Tenants:
                         return
                     gone = [each for each in self._turns if not self._stays(each)]
                 for tenant in gone:
-                    self._forget(tenant)
-                self._orders()
+                    with self._changed:
+                        self._turns.remove(tenant)
+                    self._places.leave(tenant)
+                for tenant, order in self._due(Order):
+                    self._end(tenant, order, order.work)
                 self._steps()
                 self._batch()
         finally:  # also after a bug, so that nobody waits for ever
@@ -355,21 +357,10 @@ class Tenants:
     def _has_work(self) -> bool:
         return self._closing or any(t.requests or not self._stays(t) for t in self._turns)
 
-    def _forget(self, tenant: Tenant) -> None:
-        """Frees the place of a tenant that was dropped."""
-        with self._changed:
-            self._turns.remove(tenant)
-        self._places.leave(tenant)
-
     def _due(self, kind: type) -> list[tuple[Tenant, Any]]:
         """The tenants whose next request is of a kind, and that request."""
         with self._changed:
             return [(each, each.requests[0]) for each in self._turns if each.next(kind)]
-
-    def _orders(self) -> None:
-        """Does what has to be done between batches."""
-        for tenant, order in self._due(Order):
-            self._end(tenant, order, order.work)
 
     def _steps(self) -> None:
         """Makes the steps that are due, as many in one program as there are places."""
