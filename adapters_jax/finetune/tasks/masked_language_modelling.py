@@ -326,13 +326,10 @@ class MaskedLanguageModelling(EncoderTask):
     least_steps = 0  # its head is the checkpoint's
     columns: ClassVar[Columns] = {"text": "text"}
     readout = MaskedTokens
+    sample = (f"The film was {MASK}.",)
     example = "--train texts.txt, or --train rows.csv --text COLUMN"
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
         """Reads texts."""
         table = read_rows(path, columns["text"], None, None)
         return replace(table, labels=[None] * len(table))
-
-    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
-        """A text with a mask."""
-        return [(f"The film was {MASK}.", None)]
