@@ -104,7 +104,7 @@ class Job:
         self.say(f"compiling {self.method.title} of {self.model}{few} for {batch} x {self.length}")
         family, config = find_shape(self.model)
         model, state = self._state(layers) if layers else self.state
-        inputs = family.inputs(config, batch, self.length + virtual_tokens(state.recipe))
+        inputs = config.inputs(batch, self.length + virtual_tokens(state.recipe))
         chunk = chunk or chunk_of(state.recipe, batch, self.length, self.mesh)
         found = plan(state, _loss_of(model, family.kind, chunk), inputs, self.mesh)
         if self.accelerator or self.dtype == "float32":

@@ -230,7 +230,8 @@ def _mlflow(place: _Place) -> Iterator[Write]:
 
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     known = place.kept().get("mlflow")
-    with _prints():
+    # What it prints goes to stderr, since stdout has the results of commands.
+    with contextlib.redirect_stdout(sys.stderr):
         run = mlflow.start_run(run_id=known, run_name=None if known else place.name)
     ended = "FAILED"
     try:
@@ -242,7 +243,7 @@ def _mlflow(place: _Place) -> Iterator[Write]:
         yield lambda step, metrics: mlflow.log_metrics(metrics, step=step)
         ended = "FINISHED"
     finally:
-        with _prints():
+        with contextlib.redirect_stdout(sys.stderr):
             mlflow.end_run(ended)
 
 
@@ -251,7 +252,7 @@ def _trackio(place: _Place) -> Iterator[Write]:
     import trackio
 
     known = place.kept().get("trackio")
-    with _prints():
+    with contextlib.redirect_stdout(sys.stderr):
         run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=known or place.name,
@@ -263,13 +264,8 @@ def _trackio(place: _Place) -> Iterator[Write]:
     try:
         yield lambda step, metrics: run.log(metrics, step=step)
     finally:
-        with _prints():
+        with contextlib.redirect_stdout(sys.stderr):
             trackio.finish()
-
-
-def _prints() -> AbstractContextManager[Any]:
-    """What a library prints goes to stderr, since stdout has the results of commands."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 class _Tracker(NamedTuple):

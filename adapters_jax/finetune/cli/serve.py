@@ -198,11 +198,11 @@ class Serve(Command):
 
         What a decoder can do without is compiled when it answers already, which `say` tells.
         """
-        from adapters_jax.finetune.pretrained.locate import is_decoder
+        from adapters_jax.finetune.pretrained.locate import kind_of
         from adapters_jax.finetune.run_directory import find_run
 
         runs = {name: find_run(path).path for name, path in named.items()}
-        completes = is_decoder(self.base)
+        completes = kind_of(self.base) == "decoder"
         make = self._completing if completes else self._labelling
         if self.train:
             # Before anything is loaded, so that a package that is absent is said at once.

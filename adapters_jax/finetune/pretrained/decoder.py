@@ -172,7 +172,7 @@ def load_pretrained_decoder(
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
-        ids = reader.family.inputs(config, 1, 8)  # which show how experts are used, too
+        ids = config.inputs(1, 8)  # which show how experts are used, too
         model = quantize_model(model, ids, dtype=quantize)
     read = {field.name: getattr(reader, field.name) for field in fields(reader)}
     return PretrainedDecoder(**read, config=config, model=model, identity=identity)

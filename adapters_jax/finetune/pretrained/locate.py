@@ -101,28 +101,18 @@ def kind_of(name: str) -> Kind:
     return "decoder" if kind == "encoder-decoder" else kind
 
 
-def width_of(name: str) -> int:
-    """The width of a base's hidden states, by its configuration alone.
+def shape_of(name: str) -> tuple[Family, Any]:
+    """The family and the configuration of a base; reads its `config.json` alone.
 
     Example:
-        >>> width_of("smollm2-135m")
+        >>> shape_of("smollm2-135m")[1].hidden_size
         576
     """
-    return int(shape_of(name)[1].hidden_size)
-
-
-def shape_of(name: str) -> tuple[Family, Any]:
-    """The family and the configuration of a base; reads its `config.json` alone."""
     if shape := pinned_shape(name):
         return shape
     values = read_config(name)
     family = family_of(values, name)
     return family, family.config.from_dict(values)
-
-
-def is_decoder(name: str) -> bool:
-    """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
-    return kind_of(name) == "decoder"
 
 
 def read_config(name: str) -> dict[str, Any]:
