@@ -49,7 +49,7 @@ def ours(
     types = {"dtype": dtype, "param_dtype": dtype, "remat": how.get("remat", False)}
     adapted, params = adapted_shape(model, options, how.get("quantize"), layers, **types)
     family, config = find_shape(model)
-    inputs = family.inputs(config, rows, length)
+    inputs = config.inputs(rows, length)
 
     def of_decoder(model: Any, ids: Any, key: Any) -> Any:
         hidden, chunk = model.hidden(ids)[:, :-1], how.get("chunk") or length
@@ -110,12 +110,11 @@ def by_hand(
     """A step of a model with LoRA in its code, in float32."""
     if model == "bert-large":
         return _bert_by_hand(mesh, layers, rows, length)
-    family, config = find_shape(model)
-    config = config.with_layers(layers)
+    config = find_shape(model)[1].with_layers(layers)
     adapted, _ = adapted_shape(model, MethodOptions("lora", rank=RANK), None, layers)
     split: Any = nnx.split(adapted, aj.nnx.AdapterParam, ...)
     adapters, base = (_on(mesh, aj.trees.flatten(part)) for part in split[1:])
-    ids = _on(mesh, family.inputs(config, rows, length))
+    ids = _on(mesh, config.inputs(rows, length))
     opt_state = _on(mesh, jax.eval_shape(TX.init, adapters))
     return step_of(config, TX).lower(adapters, opt_state, base, ids)
 
@@ -127,9 +126,9 @@ def ours_beside_by_hand(
     if model == "bert-large":
         return _bert(mesh, layers, rows, length)
     adapted, _ = adapted_shape(model, MethodOptions("lora", rank=RANK), None, layers)
-    family, config = find_shape(model)
+    config = find_shape(model)[1]
     state = aj.abstract_state(adapted, tx=TX)
-    ids = family.inputs(config, rows, length)
+    ids = config.inputs(rows, length)
     return _ours(state, lambda model, ids, key: next_token_loss(model(ids), ids), ids, mesh)
 
 

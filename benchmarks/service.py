@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, models
 import adapters_jax as aj
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.finetune.serving.adapters import DecoderBase
-from adapters_jax.finetune.tenants import Adam, Row, Tenants
+from adapters_jax.finetune.tenants.engine import Tenants
+from adapters_jax.finetune.tenants.requests import Adam, Row
 from adapters_jax.finetune.tinker.recipes import Recipes
 from benchmarks.harness import Spread, interleave
 from benchmarks.report import Report

@@ -108,7 +108,7 @@ class Base:
     def inputs(self) -> dict[str, np.ndarray]:
         """Random inputs by their names here."""
         config, draw = self.loaded[0], np.random.default_rng(0)
-        shape = self.family.inputs(config, 2, 6)
+        shape = config.inputs(2, 6)
         if self.family.kind == "speech":
             sounds = draw.normal(size=shape.shape).astype(np.float32)
             return {"features": sounds, "decoder_input_ids": np.array([[1, 7, 5], [1, 9, 6]])}

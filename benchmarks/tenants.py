@@ -21,8 +21,9 @@ import adapters_jax as aj
 from adapters_jax.distributed.devices import devices
 from adapters_jax.distributed.program import Program, compile_program
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.finetune.tenants import Adam, Row, Tenants
+from adapters_jax.finetune.tenants.engine import Tenants
 from adapters_jax.finetune.tenants.programs import Batch, Programs
+from adapters_jax.finetune.tenants.requests import Adam, Row
 from adapters_jax.training.losses import cross_entropy
 from benchmarks.harness import Spread, interleave, ratio
 from benchmarks.report import Report

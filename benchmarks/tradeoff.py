@@ -18,7 +18,8 @@ from dataclasses import replace
 import scipy.stats
 
 from adapters_jax.finetune.compare.grid import read_candidate
-from adapters_jax.finetune.compare.tradeoff import draw_tradeoff
+from adapters_jax.finetune.compare.tradeoff import tradeoff
+from adapters_jax.finetune.report.pictures import write_png
 from benchmarks.cells import Cells, Store
 from benchmarks.report import Report, Row, Verdict
 
@@ -130,7 +131,7 @@ def draw(report: Report, data: str, metric: str, shown: Sequence[Row]) -> None:
         size = {"size": known.size, "size_name": known.size_name}
         trainable = {"trainable_parameters": row["trainable"]}
         points.append({**names, **size, **trainable, "test": {metric: score}})
-    draw_tradeoff(report.directory / f"{report.name}.png", {data: points}, {data: metric})
+    write_png(report.directory / f"{report.name}.png", tradeoff({data: points}, {data: metric}))
 
 
 def judge(report: Report, what: str, ours: Sequence[Row], full: Sequence[Row]) -> None:

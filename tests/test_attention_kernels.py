@@ -19,8 +19,8 @@ from adapters_jax.distributed.program import Program
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.bert import Bert, BertConfig
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.finetune.models.encoder import Encoder
 from adapters_jax.finetune.models.encoder.families.modernbert import ModernBertConfig
+from adapters_jax.finetune.models.encoder.model import Encoder
 from adapters_jax.finetune.models.parts import attention
 from adapters_jax.finetune.models.parts.attention import Attend, attention_function
 from adapters_jax.finetune.models.parts.kernels import Cudnn, Problem, Splash

@@ -30,13 +30,14 @@ from adapters_jax.finetune.compare.cells import CellConsole
 from adapters_jax.finetune.compare.comparison import _Pace, compiled_in
 from adapters_jax.finetune.compare.grid import Cell, Grid, read_candidate, spread
 from adapters_jax.finetune.compare.options import CompareOptions
-from adapters_jax.finetune.compare.tradeoff import Label, draw_tradeoff, place_labels
+from adapters_jax.finetune.compare.tradeoff import Label, place_labels, tradeoff
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.inference.comparison import comparison_table
 from adapters_jax.finetune.options.flags import from_plain, portable, words
 from adapters_jax.finetune.options.parsing import UsageError, parse
 from adapters_jax.finetune.options.settings import RunOptions
+from adapters_jax.finetune.report.pictures import write_png
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
@@ -609,7 +610,7 @@ def test_several_data_sets_are_drawn_side_by_side(tmp_path):
     rows += [{**rows[0], "test": lost}, {**row, "recipe": "x", "trainable_parameters": 1}]
     full = {**rows[0], "method": "full", "family": "full", "trainable_parameters": 1000}
     data = {"a": rows, "b": [full], "c": [], "d": [*rows, full]}
-    draw_tradeoff(tmp_path / "x.png", data, dict.fromkeys(data, "accuracy"))
+    write_png(tmp_path / "x.png", tradeoff(data, dict.fromkeys(data, "accuracy")))
     raw = (tmp_path / "x.png").read_bytes()
     width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))
     assert raw.startswith(b"\x89PNG")

@@ -18,7 +18,8 @@ import adapters_jax as aj
 from adapters_jax.files.adapter import STATE
 from adapters_jax.files.directories import Pair
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.formats import FORMATS, Adapter, Head, changes, format_of, stand_ins
+from adapters_jax.finetune.formats import FORMATS, format_of
+from adapters_jax.finetune.formats.base import Adapter, Head, changes, stand_ins
 from adapters_jax.finetune.formats.native import Native
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.leaving import open_source

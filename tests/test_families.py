@@ -22,7 +22,7 @@ from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
-from adapters_jax.finetune.pretrained.locate import find_family, is_decoder
+from adapters_jax.finetune.pretrained.locate import find_family, kind_of
 from adapters_jax.finetune.pretrained.record import sha256_of
 from adapters_jax.trees import unflatten
 
@@ -65,7 +65,7 @@ def run(capsys):
 def test_a_record_is_enough_for_every_command(other, run, capsys):
     capsys.readouterr()
     assert find_family("base").name == "other"
-    assert is_decoder("base")
+    assert kind_of("base") == "decoder"
     lora = "--method lora --rank 2 --targets **/{query,value}"
     counts = run(f"audit --model base {lora}")
     assert counts["adapter_parameters"] == 2 * (32 + 32) + 2 * (32 + 16)
@@ -118,7 +118,7 @@ def gpt2(monkeypatch, tmp_path):
 
 
 def test_gpt2_ends_completions_with_the_token_of_its_config(gpt2):
-    assert (is_decoder("./gpt2"), find_family("smollm2-135m").name) == (True, "llama")
+    assert (kind_of("./gpt2"), find_family("smollm2-135m").name) == ("decoder", "llama")
     decoder = load_pretrained_decoder(str(gpt2))
     assert (decoder.end, decoder.config.longest) == (2, 32)
     assert decoder.special_tokens == {"eos_token": decoder.tokenizer.id_to_token(2)}

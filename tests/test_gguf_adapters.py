@@ -16,7 +16,8 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError, BaseFileError
 from adapters_jax.files import names
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.formats import FORMATS, Adapter, changes
+from adapters_jax.finetune.formats import FORMATS
+from adapters_jax.finetune.formats.base import Adapter, changes
 from adapters_jax.finetune.formats.gguf import ADAPTER
 from adapters_jax.finetune.pretrained.base_model import load_base_model
 

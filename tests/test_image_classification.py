@@ -29,7 +29,7 @@ from adapters_jax.finetune.data.pixels import (
 )
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.inference import load_predictor
-from adapters_jax.finetune.models.encoder import ImageEncoder
+from adapters_jax.finetune.models.encoder.model import ImageEncoder
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.stopping import InterruptedRunError

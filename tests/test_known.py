@@ -206,7 +206,7 @@ def test_a_name_that_is_nearly_known_is_answered_with_the_near_ones(name, near, 
     def download(*args):
         raise AssertionError("nothing is looked up on the Hub")
 
-    monkeypatch.setattr("adapters_jax.finetune.shapes.read_config", download)
+    monkeypatch.setattr("adapters_jax.finetune.pretrained.locate.read_config", download)
     with raises(UserError, name, near, f"{name}@main"):
         find_shape(name)
 

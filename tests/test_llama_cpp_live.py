@@ -15,7 +15,8 @@ from test_gguf_adapters import drawn, outside_experts
 from test_gguf_families import CARRIED, values_of, written
 
 import adapters_jax as aj
-from adapters_jax.finetune.formats import FORMATS, Adapter
+from adapters_jax.finetune.formats import FORMATS
+from adapters_jax.finetune.formats.base import Adapter
 from adapters_jax.finetune.formats.gguf import ADAPTER
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig, save_decoder
 from adapters_jax.finetune.pretrained.base_model import load_base_model

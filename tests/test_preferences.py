@@ -67,7 +67,7 @@ def prepared(loss, rows=8, lora=0.3, **settings):
     shaken = jax.tree.map(lambda x: jnp.asarray(draw(0, lora, x.shape), x.dtype), state)
     nnx.update(found.problem.model, shaken)
     for part in found.problem.parts:
-        found.problem.reference[part] = found.problem.log_probs(found.decoder.model, part)
+        found.problem.reference[part] = found.problem.log_probs(found.problem.decoder.model, part)
     return found
 
 

@@ -13,16 +13,16 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
-from adapters_jax.finetune.tenants import (
+from adapters_jax.finetune.tenants.engine import Tenants
+from adapters_jax.finetune.tenants.losses import KINDS, LOSSES, THRESHOLDS, token_losses
+from adapters_jax.finetune.tenants.programs import Batch
+from adapters_jax.finetune.tenants.requests import (
     Adam,
     ClosedError,
     Row,
-    Tenants,
     UnknownTenantError,
+    checked_rows,
 )
-from adapters_jax.finetune.tenants.losses import KINDS, LOSSES, THRESHOLDS, token_losses
-from adapters_jax.finetune.tenants.programs import Batch
-from adapters_jax.finetune.tenants.requests import checked_rows
 from adapters_jax.finetune.tenants.waiting import Pass, choose, fill
 from adapters_jax.trees import flatten
 

@@ -41,7 +41,7 @@ from adapters_jax.finetune.serving.api import application  # noqa: E402
 from adapters_jax.finetune.serving.completions import TextApi  # noqa: E402
 from adapters_jax.finetune.serving.engine import Engine  # noqa: E402
 from adapters_jax.finetune.serving.guard import Limits  # noqa: E402
-from adapters_jax.finetune.tenants import Tenants  # noqa: E402
+from adapters_jax.finetune.tenants.engine import Tenants  # noqa: E402
 from adapters_jax.finetune.tinker.api import TrainingApi  # noqa: E402
 from adapters_jax.finetune.tinker.checkpoints import Checkpoints  # noqa: E402
 from adapters_jax.finetune.tinker.futures import Bounds, Futures  # noqa: E402

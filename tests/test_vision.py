@@ -16,7 +16,8 @@ from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.models import KNOWN, family_of
-from adapters_jax.finetune.models.encoder import ImageClassifier, ImageEncoder
+from adapters_jax.finetune.models.encoder.heads import ImageClassifier
+from adapters_jax.finetune.models.encoder.model import ImageEncoder
 from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.trees import flatten, unflatten
 

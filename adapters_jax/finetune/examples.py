@@ -14,7 +14,7 @@ from adapters_jax.finetune.data.preferences import read_preferences
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.tables import read_rows
 from adapters_jax.finetune.pretrained.decoder import DecoderTokenizer, load_decoder_tokenizer
-from adapters_jax.finetune.pretrained.locate import is_decoder, locate, read_tokenizer
+from adapters_jax.finetune.pretrained.locate import kind_of, locate, read_tokenizer
 from adapters_jax.finetune.tasks.completion_problem import encode_table
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder, Turns
 from adapters_jax.finetune.tasks.decoder import check_chats
@@ -67,7 +67,7 @@ def see(
         UserError: the base does not learn these rows, or they have no prompts to format.
         DataError: a column is missing, or a row cannot be encoded.
     """
-    if is_decoder(model):
+    if kind_of(model) == "decoder":
         reader = load_decoder_tokenizer(model)
         found = _by_decoder(reader, model, rows, columns, learnt, prompts)
         return Seen(reader.tokenizer, found, True)

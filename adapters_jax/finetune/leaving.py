@@ -20,8 +20,16 @@ from adapters_jax.files.directories import empty_directory
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
-from adapters_jax.finetune.formats import FORMATS, Adapter, AdapterFormat, Head, has_head, stand_ins
-from adapters_jax.finetune.formats.base import BaseModel
+from adapters_jax.finetune.formats import FORMATS
+from adapters_jax.finetune.formats.base import (
+    Adapter,
+    AdapterFormat,
+    BaseModel,
+    Head,
+    changes,
+    has_head,
+    stand_ins,
+)
 from adapters_jax.finetune.merging import MERGED, why_not_merged
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.pretrained.base_model import described, heads_of, load_base_model
@@ -224,7 +232,7 @@ def export(
     form.write(directory, adapter, source.base)
     # The files alone say what another library gets; what differs from the source is a note.
     again = form.read(directory, source.base)
-    notes += formats.changes((source.recipe, source.leaves), again)
+    notes += changes((source.recipe, source.leaves), again)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     return Written(sizes, sum(leaf.size for leaf in source.leaves.values()), notes)
 

@@ -74,7 +74,7 @@ def why_not_merged(problem: Problem, family: Family, config: Mapping[str, Any]) 
                 nnx.eval_shape(lambda: merge(dequantize(problem.model)))
                 return "", lacks
             found = family.config.from_dict(read_config(config["model"]))
-            least = family.inputs(found, 1, 8)
+            least = found.inputs(1, 8)
             like = jnp.zeros(least.shape, least.dtype)
             jax.eval_shape(lambda p: merge(problem.model, dequantize(p), like), problem.params)
     except UserError as error:
@@ -214,7 +214,7 @@ def save_encoder(
         params, pooling = {inside: params}, "pooler" if "pooler" in params else "mean"
     read = config.pooling if family.kind == "vision" else pooling
     model = family.classifier.build(config, width or 1, read)
-    key, inputs = jax.random.key(0), family.inputs(config, 1, 8)
+    key, inputs = jax.random.key(0), config.inputs(1, 8)
     expected = flatten(jax.eval_shape(model.init, key, inputs)["params"])
     expected = {path: x for path, x in expected.items() if width or not path.startswith(HEAD)}
     fix = "give the encoder's own parameters, after aj.merge(model, params)"

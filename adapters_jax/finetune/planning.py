@@ -104,10 +104,14 @@ class Job:
         self.say(f"compiling {self.method.title} of {self.model}{few} for {batch} x {self.length}")
         family, config = find_shape(self.model)
         model, state = self._state(layers) if layers else self.state
-        inputs = family.inputs(config, batch, self.length + virtual_tokens(state.recipe))
+        inputs = config.inputs(batch, self.length + virtual_tokens(state.recipe))
         chunk = chunk or chunk_of(state.recipe, batch, self.length, self.mesh)
         found = plan(state, _loss_of(model, family.kind, chunk), inputs, self.mesh)
-        return found if self.accelerator or self.dtype == "float32" else _halved(found)
+        if self.accelerator or self.dtype == "float32":
+            return found
+        # XLA's CPU compiler computes bfloat16 in float32, so its figures are those of float32.
+        half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
+        return replace(found, program=None, **half)
 
     def costs(self, asked: Plan) -> dict[str, float | None]:
         """What the compiler says of a step's costs.
@@ -176,13 +180,6 @@ def _along(one: float | None, two: float | None, more: int) -> float | None:
     return None if one is None or two is None else one + more * (two - one)
 
 
-def _halved(found: Plan) -> Plan:
-    """Converts the plan of a float32 program to bfloat16."""
-    # XLA's CPU compiler computes bfloat16 in float32, so its figures are those of float32.
-    half = {name: getattr(found, name) // 2 for name in ("base", "activations", "temporaries")}
-    return replace(found, program=None, **half)
-
-
 def _loss_of(model: Any, kind: str, chunk: int) -> Callable[[Any, Any, Any], Any]:
     """The loss of the next tokens, or a loss of an encoder's hidden states.
 
@@ -197,9 +194,8 @@ def _loss_of(model: Any, kind: str, chunk: int) -> Callable[[Any, Any, Any], Any
         if kind == "encoder-decoder":
             hidden = subject.hidden(ids, None, subject.shifted(ids))
             return cross_entropy(hidden, subject.logits, ids, chunk=chunk)
-        run = (
-            subject if isinstance(model, nnx.Module) else partial(model.apply, {"params": subject})
-        )
-        return jnp.mean(jnp.square(run(ids).astype(jnp.float32)))
+        if not isinstance(model, nnx.Module):
+            subject = partial(model.apply, {"params": subject})
+        return jnp.mean(jnp.square(subject(ids).astype(jnp.float32)))
 
     return loss

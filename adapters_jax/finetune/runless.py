@@ -12,7 +12,8 @@ from adapters_jax.files import hub
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats import FORMATS, HEAD, Adapter, every_file
+from adapters_jax.finetune.formats import FORMATS, every_file
+from adapters_jax.finetune.formats.base import HEAD, Adapter
 from adapters_jax.finetune.leaving import RUN_CONFIG, open_source, whole
 from adapters_jax.finetune.options.flags import plain
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
@@ -95,7 +96,8 @@ def _config(source: Source, pooling: str | None) -> dict[str, Any]:
         return {**shared, **own, "prompt": "prompt"}
     task, readout = _read_by(source.leaves, tasks_on(source.base.kind))
     read = source.base.pooling or pooling or "mean"
-    _LOG.info("%s, that reads %s; it is taken for %s", _said(readout), read, task.name)
+    said = f"a head of {readout.width} outputs" if readout.has_head else "an adapter without a head"
+    _LOG.info("%s, that reads %s; it is taken for %s", said, read, task.name)
     family = find_family(name)
     longest = family.config.from_dict(read_config(name)).longest
     return {
@@ -108,10 +110,6 @@ def _config(source: Source, pooling: str | None) -> dict[str, Any]:
         "text_pair": None,
         "pairs": False,
     }
-
-
-def _said(readout: Readout) -> str:
-    return f"a head of {readout.width} outputs" if readout.has_head else "an adapter without a head"
 
 
 def _read_by(leaves: Mapping[str, Any], tasks: list[Task]) -> tuple[Task, Readout]:

@@ -16,10 +16,10 @@ from adapters_jax.files.adapterhub.architectures import MODEL_TYPES
 from adapters_jax.finetune.gguf import architectures as gguf
 from adapters_jax.finetune.models.family import Family
 from adapters_jax.finetune.models.known import find_known, near_known
-from adapters_jax.finetune.models.registry import FAMILIES, family_of
+from adapters_jax.finetune.models.registry import FAMILIES
 from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.pretrained.assets import ASSETS
-from adapters_jax.finetune.pretrained.locate import pinned_shape, read_config
+from adapters_jax.finetune.pretrained.locate import shape_of
 from adapters_jax.linen import init_adapters
 from adapters_jax.placement.patterns import require_points
 from adapters_jax.presets import HEAD
@@ -85,8 +85,6 @@ def find_shape(name: str) -> tuple[Family, Any]:
         UserError: there is no checkpoint, or no family reads it; or the name is nearly that of a
             published shape, and then the Hub is not asked for it.
     """
-    if pinned := pinned_shape(name):
-        return pinned
     local = name in ASSETS or os.path.exists(name)
     if not local and (known := find_known(name)):
         return known
@@ -95,9 +93,7 @@ def find_shape(name: str) -> tuple[Family, Any]:
             f"{name!r} is no known shape; did you mean {' or '.join(near)}? For a model of this "
             f"name on the Hub, write {name}@main"
         )
-    values = read_config(name)
-    family = family_of(values, name)
-    return family, family.config.from_dict(values)
+    return shape_of(name)
 
 
 def on_shape(name: str, method: MethodOptions) -> MethodOptions:

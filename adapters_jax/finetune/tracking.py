@@ -142,17 +142,22 @@ def _errors(name: str) -> Iterator[None]:
         raise TrackingError(f"the tracker {name}: {type(error).__name__}: {error}") from error
 
 
-def _numbers(record: Mapping[str, Any], above: str = "") -> dict[str, float]:
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record by name, those of mappings with a path."""
-    found: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{above}{name}/")
-        elif np.ndim(value) or isinstance(value, str):
+    found = _flat(record)
+    for name, value in found.items():
+        if np.ndim(value) or isinstance(value, str):
             got = f"of shape {np.shape(value)}" if np.ndim(value) else repr(value)
-            raise UserError(f"the metric {above}{name} is {got}, expected a number")
-        elif above or name != "step":
-            found[f"{above}{name}"] = float(value)
+            raise UserError(f"the metric {name} is {got}, expected a number")
+    return {name: float(value) for name, value in found.items() if name != "step"}
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a mapping and of those in it, by path."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = above + name
+        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
     return found
 
 
@@ -225,32 +230,21 @@ def _mlflow(place: _Place) -> Iterator[Write]:
 
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     known = place.kept().get("mlflow")
-    with _prints():
+    # What it prints goes to stderr, since stdout has the results of commands.
+    with contextlib.redirect_stdout(sys.stderr):
         run = mlflow.start_run(run_id=known, run_name=None if known else place.name)
     ended = "FAILED"
     try:
         if known is None:
             place.keep("mlflow", run.info.run_id)
-            mlflow.log_params(_flat(place.config))
+            # Its settings have no levels, nor may their names have a pattern's stars.
+            flat = _flat(place.config).items()
+            mlflow.log_params({re.sub(r"[^/\w.\- ]", "_", path): x for path, x in flat})
         yield lambda step, metrics: mlflow.log_metrics(metrics, step=step)
         ended = "FINISHED"
     finally:
-        with _prints():
+        with contextlib.redirect_stdout(sys.stderr):
             mlflow.end_run(ended)
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by path, since MLflow's have no levels; nor may their names have a pattern's stars.
-
-    Example:
-        >>> _flat({"rank": {"**/query": 4}})
-        {'rank/__/query': 4}
-    """
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        path = above + re.sub(r"[^/\w.\- ]", "_", name)
-        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
-    return found
 
 
 @contextlib.contextmanager
@@ -258,7 +252,7 @@ def _trackio(place: _Place) -> Iterator[Write]:
     import trackio
 
     known = place.kept().get("trackio")
-    with _prints():
+    with contextlib.redirect_stdout(sys.stderr):
         run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=known or place.name,
@@ -270,13 +264,8 @@ def _trackio(place: _Place) -> Iterator[Write]:
     try:
         yield lambda step, metrics: run.log(metrics, step=step)
     finally:
-        with _prints():
+        with contextlib.redirect_stdout(sys.stderr):
             trackio.finish()
-
-
-def _prints() -> AbstractContextManager[Any]:
-    """What a library prints goes to stderr, since stdout has the results of commands."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 class _Tracker(NamedTuple):

@@ -76,7 +76,7 @@ def _base(name: str) -> tuple[Any, Any]:
     if family.classifier is None:
         return family.names, family.shapes(config)
     model = family.classifier.build(config, 3, "pooler")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), family.inputs(config, 1, 4))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), config.inputs(1, 4))
     return family.classifier.names, shapes["params"]
 
 

@@ -16,7 +16,8 @@ from adapters_jax.distributed.sharding import shard
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.serving import Engine, Scores, Sizes
-from adapters_jax.finetune.tenants import Adam, Row, Tenants
+from adapters_jax.finetune.tenants.engine import Tenants
+from adapters_jax.finetune.tenants.requests import Adam, Row
 from adapters_jax.trees import leaves_by_path
 
 CONFIG = DecoderConfig(

@@ -147,7 +147,6 @@ def _is_known(letter: str) -> bool:
 
 
 def _repeat(parts: list[_Part], repeat: re.Match[str]) -> None:
-    """Repeats the last part."""
     if not parts:
         raise UserError("repeats nothing")
     inner, opening, *before = parts.pop()

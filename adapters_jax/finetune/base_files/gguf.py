@@ -85,7 +85,7 @@ class GGUF:
         self._check_sizes(found)
         table = self.stored.get("token_embd.weight")
         if table is None:
-            raise BaseFileError(f"{str(self.path)!r} lacks token_embd.weight.")
+            raise self._error("lacks token_embd.weight.")
         biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
         return {
             **found,
@@ -96,6 +96,9 @@ class GGUF:
             "model_type": own.model_type,
             "tie_word_embeddings": "output.weight" not in self.stored,
         }
+
+    def _error(self, problem: str) -> BaseFileError:
+        return BaseFileError(f"{str(self.path)!r} {problem}")
 
     def _value(self, name: str) -> Any:
         """The value of a field of the architecture; None if the file does not have it."""
@@ -111,7 +114,7 @@ class GGUF:
             if name.startswith(prefix) and name.removeprefix(prefix) not in known and value
         ]
         if unknown:
-            raise BaseFileError(f"{str(self.path)!r} has {'; '.join(unknown)}: not supported.")
+            raise self._error(f"has {'; '.join(unknown)}: not supported.")
 
     def _check_sizes(self, found: dict[str, Any]) -> None:
         """Raises BaseFileError unless the sizes are whole numbers and those of heads agree."""
@@ -119,11 +122,12 @@ class GGUF:
         wrong = [x for x in sizes if x in found and (type(found[x]) is not int or found[x] < 1)]
         if wrong:
             each = ", ".join(f"{x}={shown(found[x])}" for x in wrong)
-            raise BaseFileError(f"{str(self.path)!r} has {each}, expected a whole number >= 1.")
-        width, turned = self._width(found), self._value("rope.dimension_count")
+            raise self._error(f"has {each}, expected a whole number >= 1.")
+        width = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+        turned = self._value("rope.dimension_count")
         if self._value("attention.value_length") not in (None, width):
-            raise BaseFileError(
-                f"{str(self.path)!r} has heads of {width} for keys and of "
+            raise self._error(
+                f"has heads of {width} for keys and of "
                 f"{shown(self._value('attention.value_length'))} for values: not supported."
             )
         if turned in (None, width):
@@ -133,12 +137,7 @@ class GGUF:
         elif self.architecture.permuted and "head_dim" not in found:
             found["head_dim"] = turned
         else:
-            raise BaseFileError(
-                f"{str(self.path)!r} rotates {shown(turned)} of {width} features: not supported."
-            )
-
-    def _width(self, found: Mapping[str, Any]) -> int:
-        return found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+            raise self._error(f"rotates {shown(turned)} of {width} features: not supported.")
 
     def _rope(self, found: dict[str, Any]) -> dict[str, Any]:
         """The scaling of rotary positions, in fields or as tensors of factors."""
@@ -164,9 +163,8 @@ class GGUF:
         if kind == "none":
             return {}
         if kind not in ("linear", "yarn"):
-            raise BaseFileError(
-                f"{str(self.path)!r} has rope.scaling.type={shown(kind)}, expected 'none', "
-                "'linear' or 'yarn'."
+            raise self._error(
+                f"has rope.scaling.type={shown(kind)}, expected 'none', 'linear' or 'yarn'."
             )
         scaling["factor"] = factor
         if kind == "yarn":
@@ -208,9 +206,8 @@ class GGUF:
         good = {r for r, i in found.items() if type(i) is int and 0 <= i < count}
         wrong = [f"{r}={shown(i)}" for r, i in found.items() if r not in good]
         if wrong:
-            raise BaseFileError(
-                f"{str(self.path)!r} has the special tokens {', '.join(wrong)}, expected an id of "
-                f"its {count} tokens."
+            raise self._error(
+                f"has the special tokens {', '.join(wrong)}, expected an id of its {count} tokens."
             )
         return found
 
@@ -224,19 +221,14 @@ class GGUF:
         """The file's chat template; None if it has none."""
         template = self.fields.get("tokenizer.chat_template")
         if not isinstance(template, str | None):
-            raise BaseFileError(
-                f"{str(self.path)!r} has tokenizer.chat_template={shown(template)}, expected a "
-                "text."
-            )
+            raise self._error(f"has tokenizer.chat_template={shown(template)}, expected a text.")
         return template
 
     def _list(self, name: str) -> list[Any]:
         """The list of a field of the tokenizer, all of the type that it must have."""
         found, kind = self.fields.get(name), _TOKENIZER[name]
         if not isinstance(found, list) or not all(type(each) is kind for each in found):
-            raise BaseFileError(
-                f"{str(self.path)!r} has {name}={shown(found)}, expected a list of {kind.__name__}."
-            )
+            raise self._error(f"has {name}={shown(found)}, expected a list of {kind.__name__}.")
         return found
 
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -252,19 +244,18 @@ class GGUF:
         tokens, types, merges = map(self._list, _TOKENIZER)
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) < len(tokens):
-            raise BaseFileError(f"{str(self.path)!r} has a token twice in {_TOKENS}.")
+            raise self._error(f"has a token twice in {_TOKENS}.")
         pairs = [tuple(merge.split(" ")) for merge in merges]
         wrong = next((p for p in pairs if len(p) != 2 or "".join(p) not in vocabulary), None)
         if wrong:  # tokenizers panics at some of these
-            raise BaseFileError(
-                f"{str(self.path)!r} has the merge {shown(' '.join(wrong), 80)}, which makes none "
-                "of its tokens."
+            raise self._error(
+                f"has the merge {shown(' '.join(wrong), 80)}, which makes none of its tokens."
             )
         try:
             bpe = models.BPE(vocabulary, pairs)
             kinds = list(zip(tokens, types, strict=True))
         except Exception as error:  # tokenizers raises nothing narrower
-            raise BaseFileError(f"{str(self.path)!r} has a broken tokenizer: {error}.") from error
+            raise self._error(f"has a broken tokenizer: {error}.") from error
         tokenizer = Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -295,7 +286,7 @@ class GGUF:
         """Raises a `BaseFileError` that names the fields that the file lacks, if any."""
         lacking = [name for name in names if name not in self.fields]
         if lacking:
-            raise BaseFileError(f"{str(self.path)!r} lacks the fields {', '.join(lacking)}.")
+            raise self._error(f"lacks the fields {', '.join(lacking)}.")
 
     def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
         """Raises a `BaseFileError` that names the fields with unsupported values, if any."""
@@ -305,7 +296,7 @@ class GGUF:
             if name in self.fields and self.fields[name] not in allowed
         ]
         if wrong:
-            raise BaseFileError(f"{str(self.path)!r} has {'; '.join(wrong)}.")
+            raise self._error(f"has {'; '.join(wrong)}.")
 
 
 def read_gguf(path: str | Path) -> GGUF:

@@ -47,7 +47,8 @@ def whole(tensors: Mapping[str, Any]) -> dict[str, Any]:
         blocks, scales = found.pop(name + BLOCKS), found.pop(name + SCALES, None)
         said = [(tuple(x.shape), np.dtype(x.dtype).name) for x in (blocks, scales) if x is not None]
         shape = said[0][0]
-        if said != [(shape, "uint8"), (shape[:-1], "uint8")] or not _fits(shape):
+        fits = len(shape) == 4 and shape[-1] * 2 == BLOCK
+        if said != [(shape, "uint8"), (shape[:-1], "uint8")] or not fits:
             got = " and ".join(f"{list(sizes)} {dtype}" for sizes, dtype in said)
             raise BaseFileError(
                 f"{name}{BLOCKS} and {name}{SCALES} are {got}, expected bytes (experts, out, "
@@ -57,10 +58,6 @@ def whole(tensors: Mapping[str, Any]) -> dict[str, Any]:
         read = partial(_read, name, blocks, scales)
         found[name] = Stored((experts, inputs, outputs), _DTYPE, read)
     return found
-
-
-def _fits(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and shape[-1] * 2 == BLOCK
 
 
 def _read(name: str, blocks: Any, scales: Any) -> np.ndarray:

@@ -177,7 +177,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # What jinja calls.
 
     def _compile(self, source: str, filename: str) -> Any:
-        """Compiles the Python of a template."""
         if len(source) > PROGRAM:
             raise TemplateRuntimeError(
                 f"as Python it has {len(source)} characters, expected at most {PROGRAM}"

@@ -269,16 +269,11 @@ def _split(values: Mapping[str, Any], may_be_empty: bool = True) -> float:
 
 
 def _replaced(values: Mapping[str, Any]) -> float:
-    """A text in the place of a pattern."""
     # tokenizers loses count of characters where an expression matches between two of them.
     _split(values, may_be_empty=False)
     kind, text = _only(values["pattern"])
     size = len(_short(values, "content"))
     return max(1.0, size / len(text) if kind == "String" else size)
-
-
-def _prepended(values: Mapping[str, Any]) -> float:
-    return 1.0 + len(_short(values, "prepend"))
 
 
 def _short(values: Mapping[str, Any], name: str) -> str:
@@ -411,7 +406,8 @@ _PARTS: Mapping[str, tuple[str, Mapping[str, _Step]]] = {
         {
             **{"BertNormalizer": 3, "Strip": 1, "StripAccents": 1, "Lowercase": 2, "Nmt": 1},
             **{"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "ByteLevel": 4},
-            **{"Precompiled": _charsmap, "Replace": _replaced, "Prepend": _prepended},
+            **{"Precompiled": _charsmap, "Replace": _replaced},
+            "Prepend": lambda values: 1.0 + len(_short(values, "prepend")),
         },
     ),
     "pre_tokenizer": (

@@ -90,7 +90,6 @@ class Convert(Command):
         return report
 
     def _server(self) -> Serving | None:
-        """The server that has to load the adapter, if there is one."""
         from adapters_jax.finetune.leaving import Serving
 
         if self.for_ and self.to != "peft":

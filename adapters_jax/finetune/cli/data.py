@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,7 +122,6 @@ class DescribeData(Command):
         return found
 
     def _show(self, described: _Described, console: Console) -> None:
-        """Prints the description of a file for people."""
         summary, layout = described.summary, described.summary.layout
         console.say(f"{described.path.as_posix()}: {summary.rows} rows, {_said(summary)}")
         _show_columns(summary, console)
@@ -149,9 +148,11 @@ class DescribeData(Command):
             console.say(f"{tokens['learnt']} of {tokens['total']} tokens count in the loss")
         if self.max_length is not None:
             console.say(f"{tokens['longer']} rows have over {self.max_length} tokens")
+        first, last = _MARKS
         for number, parts in enumerate(described.shown(), 1):
             console.say(f"example {number}" + ", what counts in brackets:" * seen.is_decoder)
-            console.say(_marked(parts))
+            marked = (f"{first}{text}{last}" if learnt else text for text, learnt in parts)
+            console.say("".join(marked))
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,3 @@ def _bars(counts: Mapping[str, int], console: Console) -> None:
     for name, n in counts.items():
         bar = "\N{FULL BLOCK}" * -(-n * _WIDTH // most)
         console.say(f"  {name:>{width}} {bar} {n}")
-
-
-def _marked(parts: Sequence[tuple[str, bool]]) -> str:
-    """A text with brackets around what counts in the loss."""
-    first, last = _MARKS
-    return "".join(f"{first}{text}{last}" if learnt else text for text, learnt in parts)

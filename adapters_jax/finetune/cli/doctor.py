@@ -62,13 +62,9 @@ class Completion(Command):
   adapters-jax completion zsh > ~/.zfunc/_adapters-jax
   adapters-jax completion fish > ~/.config/fish/completions/adapters-jax.fish"""
     positional = ("shell",)
+    needs_jax = False
 
     shell: Literal["bash", "zsh", "fish"]
-
-    @property
-    def needs_jax(self) -> bool:
-        """Whether jax is imported: a script has flags alone."""
-        return False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the flags of all commands, and returns a function that prints the script."""
@@ -101,13 +97,9 @@ class Schema(Command):
   adapters-jax schema finetune > finetune.schema.json
   adapters-jax schema compare > compare.schema.json"""
     positional = ("command",)
+    needs_jax = False
 
     command: str
-
-    @property
-    def needs_jax(self) -> bool:
-        """Whether jax is imported: a schema has flags alone."""
-        return False
 
     def prepare(self, console: Console) -> Callable[[], None]:
         """Reads the flags of the command, and returns a function that prints the schema."""

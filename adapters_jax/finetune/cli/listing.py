@@ -256,7 +256,10 @@ def page(entries: Sequence[Entry]) -> str:
     """The page of the documentation, `docs/models.md`."""
     from adapters_jax.finetune.models.decoder import TOWERS
 
-    rows = [[*_row(entry), _methods(entry)] for entry in entries]
+    rows = []
+    for entry in entries:
+        missing = [name for name in PRESETS if name not in entry.methods]
+        rows.append([*_row(entry), f"all but {', '.join(missing)}" if missing else "all"])
     shapes = [
         [entry.family.name, ", ".join(f"{name} ({n:,})" for name, n in entry.known.items())]
         for entry in entries
@@ -267,10 +270,3 @@ def page(entries: Sequence[Entry]) -> str:
         families=Table([*HEADER, "methods"], rows).markdown(),
         shapes=Table(["family", "published shapes"], shapes).markdown(),
     )
-
-
-def _methods(entry: Entry) -> str:
-    """The methods of a family, those that are missing if these are fewer."""
-    own = entry.methods
-    missing = [name for name in PRESETS if name not in own]
-    return f"all but {', '.join(missing)}" if missing else "all"

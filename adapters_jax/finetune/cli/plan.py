@@ -236,7 +236,6 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 
 def _simulated(sizes: Mapping[str, int]) -> Mesh:
-    """Makes a mesh of simulated CPU devices."""
     import jax
 
     from adapters_jax.distributed.mesh import ShardingError, make_mesh

@@ -198,11 +198,11 @@ class Serve(Command):
 
         What a decoder can do without is compiled when it answers already, which `say` tells.
         """
-        from adapters_jax.finetune.pretrained.locate import is_decoder
+        from adapters_jax.finetune.pretrained.locate import kind_of
         from adapters_jax.finetune.run_directory import find_run
 
         runs = {name: find_run(path).path for name, path in named.items()}
-        completes = is_decoder(self.base)
+        completes = kind_of(self.base) == "decoder"
         make = self._completing if completes else self._labelling
         if self.train:
             # Before anything is loaded, so that a package that is absent is said at once.
@@ -232,7 +232,7 @@ class Serve(Command):
     ) -> Any:
         """Tinker's protocol; `stack` closes what trains."""
         from adapters_jax.distributed.mesh import mesh_of_flag
-        from adapters_jax.finetune.tenants import Tenants
+        from adapters_jax.finetune.tenants.engine import Tenants
         from adapters_jax.finetune.tinker.api import TrainingApi
         from adapters_jax.finetune.tinker.checkpoints import Checkpoints
         from adapters_jax.finetune.tinker.futures import Bounds
@@ -260,7 +260,6 @@ class Serve(Command):
         return TrainingApi(service, names, context, limits)
 
     def _application(self, api: Api, called: str, limits: Limits, keys: Sequence[str]) -> Any:
-        """The application, with its page."""
         from adapters_jax.finetune.report.pages import render
         from adapters_jax.finetune.serving.api import application
 
@@ -273,7 +272,6 @@ class Serve(Command):
     def _completing(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
     ) -> _Made:
-        """The server of a decoder."""
         from adapters_jax.distributed.mesh import mesh_of_flag
         from adapters_jax.finetune.compare.grid import read_candidate
         from adapters_jax.finetune.serving.adapters import DecoderBase, covering
@@ -307,7 +305,6 @@ class Serve(Command):
     def _labelling(
         self, runs: Mapping[str, Path], called: str, limits: Limits, kept: Kept | None
     ) -> _Made:
-        """The server of an encoder."""
         from adapters_jax.finetune.run_directory import Run
         from adapters_jax.finetune.serving.adapters import covering
         from adapters_jax.finetune.serving.labels import BATCH, EncoderBase, LabelApi, Labeller

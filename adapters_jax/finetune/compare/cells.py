@@ -261,12 +261,7 @@ class CellConsole(Console):
 
     @contextlib.contextmanager
     def progress(
-        self,
-        title: str,
-        steps: int,
-        unit: str = "step",
-        left: Callable[[], float | None] | None = None,
-        first: str = "",
+        self, title: str, steps: int, *_: Any, first: str = "", **rest: Any
     ) -> Iterator[Progress]:
         """Passes the progress of a cell on to the comparison."""
         if first:
@@ -276,8 +271,6 @@ class CellConsole(Console):
 
 @dataclass(frozen=True)
 class _CellProgress:
-    """The progress of one cell."""
-
     steps: int
     on_progress: Callable[[float, str], None]
 

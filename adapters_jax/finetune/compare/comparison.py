@@ -24,7 +24,7 @@ from adapters_jax.finetune.compare.summary import summarize, write_comparison
 from adapters_jax.finetune.compare.together import train_together
 from adapters_jax.finetune.console import Console, Pace, Progress, duration
 from adapters_jax.finetune.inference.comparison import comparison_table
-from adapters_jax.finetune.pretrained.locate import is_decoder, pinned
+from adapters_jax.finetune.pretrained.locate import kind_of, pinned
 from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.prepare import default_rate, open_run, prepare_run, resume_run
@@ -55,7 +55,7 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
         raise UserError(
             f"--learning-rate {options.optimizer.learning_rate:g}: write --learning-rates"
         )
-    texts = options.recipes or RECIPES["decoder" if is_decoder(model) else "encoder"]
+    texts = options.recipes or RECIPES.get(kind_of(model), RECIPES["encoder"])
     seeds, tuning = options.seeds, options.tuning_seeds
     candidates = read_candidates(
         texts, options.learning_rates, seeds, tuning, lambda method: default_rate(method, model)

@@ -210,7 +210,11 @@ class Grid:
         """
         for i, seed in enumerate(self.seeds):
             for candidate in self.candidates:
-                for rate in self._rates(candidate, i < self.tuning_seeds, results):
+                rates = candidate.learning_rates
+                if i >= self.tuning_seeds:
+                    chosen = self.chosen(candidate, results)
+                    rates = () if chosen is None else (chosen,)
+                for rate in rates:
                     cell = Cell(candidate.text, rate, seed)
                     if cell not in results:
                         return cell
@@ -224,14 +228,6 @@ class Grid:
         seeds, rates = (first, candidate.learning_rates) if tuning else (last, [cell.learning_rate])
         every = [Cell(candidate.text, rate, seed) for seed in seeds for rate in rates]
         return [cell, *(each for each in every if each not in results and each != cell)]
-
-    def _rates(
-        self, candidate: Candidate, tuning: bool, results: Mapping[Cell, Result]
-    ) -> Sequence[float]:
-        if tuning:
-            return candidate.learning_rates
-        chosen = self.chosen(candidate, results)
-        return [] if chosen is None else [chosen]
 
     def chosen(self, candidate: Candidate, results: Mapping[Cell, Result]) -> float | None:
         """The learning rate with the best mean on dev; the first one if several are equal.

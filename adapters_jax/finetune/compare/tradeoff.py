@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adapters_jax.finetune.report.pictures import COLORS, GREY, in_picture, styled, write_png
+from adapters_jax.finetune.report.pictures import COLORS, GREY, in_picture, styled
 from adapters_jax.finetune.tasks.metrics import PERCENT
 
 COLUMNS = 3
@@ -33,13 +32,6 @@ _SIDES = [  # offset right and up, horizontal and vertical alignment; the best s
 ]
 
 
-def draw_tradeoff(
-    path: Path, comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]
-) -> None:
-    """Writes the picture of `tradeoff` as a PNG file."""
-    write_png(path, tradeoff(comparisons, metrics))
-
-
 def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:
     """Draws the test metric against the trainable parameters, one frame for each data set.
 
@@ -53,7 +45,8 @@ def tradeoff(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str
             and "test".
         metrics: the metric of "test" to draw, by the title of the data set.
     """
-    return styled(lambda: _figure(comparisons, metrics))
+    with styled():
+        return _figure(comparisons, metrics)
 
 
 def _figure(comparisons: Mapping[str, Sequence[Row]], metrics: Mapping[str, str]) -> Any:

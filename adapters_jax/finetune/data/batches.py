@@ -280,13 +280,11 @@ class Batches(StepBatches):
         rows: the rows that `encode` returns, or other named tuples of int32 arrays `(length,)` with
             a field `input_ids`; a batch has one array for each field. A row of several inputs has
             arrays `(inputs, length)`, and a field `attention_mask`.
-        labels: as for `StepBatches`.
-        batch_size: as for `StepBatches`.
+        labels, batch_size, mix: as for `StepBatches`.
         seed: as for `StepBatches`; at least 0 and below 2**32.
         buckets: the widths in ascending order; None calls `choose_buckets`. The buckets of the
             training batches save compilations of others.
         pad_id: the token id of padding.
-        mix: as for `StepBatches`.
 
     Raises:
         UserError: there are no rows, the numbers of labels and rows differ, a row is longer than

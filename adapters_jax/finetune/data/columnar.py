@@ -6,7 +6,7 @@ pyarrow reads a row. It then reads some rows at a time.
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ _FEW = 2**6  # rows; where no more may be read at a time, texts are read as thei
 _MOST_PAGES = 2**20  # of a column in a group of rows
 _OF_PAGE = 2**10  # bytes that count for a page itself, which takes time however short it is
 _MOST_THRIFT = 2**15  # items of a list in the metadata of a Parquet file
+# Types of pyarrow, by the ends of the names of their tests.
+_VIEW = ("string_view", "binary_view")
+_TEXT = (*_VIEW, "string", "large_string", "binary", "large_binary")
+_PLAIN = (*_TEXT, "primitive", "null", "decimal", "fixed_size_binary")
 _PADDED = 8  # bytes before the messages of an Arrow file
 
 
@@ -74,7 +78,6 @@ def read_batches(path: Path, raw: Any, kind: str) -> Iterator[tuple[list[str], l
 
 
 def _of_parquet(raw: bytes, budget: Budget) -> Iterator[Any]:
-    """The batches of rows of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -194,7 +197,7 @@ def _is_known(kind: Any) -> bool:
     if isinstance(kind, BaseExtensionType):
         return _is_known(kind.storage_type)
     if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
+        return _is(kind.value_type, _PLAIN)
     if types.is_list(kind) or types.is_large_list(kind):
         return _is_known(kind.value_type)
     if types.is_fixed_size_list(kind):  # pyarrow divides by the size
@@ -204,27 +207,13 @@ def _is_known(kind: Any) -> bool:
     if types.is_struct(kind):
         names = [field.name for field in kind]
         return 0 < len({*names}) == len(names) and all(_is_known(field.type) for field in kind)
-    return _is_plain(kind)
+    return _is(kind, _PLAIN)
 
 
-def _is_plain(kind: Any) -> bool:
+def _is(kind: Any, tests: Sequence[str]) -> bool:
     from pyarrow import types
 
-    tests = ("primitive", "null", "decimal", "fixed_size_binary")
-    return _is_text(kind) or any(getattr(types, f"is_{test}")(kind) for test in tests)
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    tests = ("string", "large_string", "binary", "large_binary")
-    return _is_view(kind) or any(getattr(types, f"is_{test}")(kind) for test in tests)
-
-
-def _is_view(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_string_view(kind) or types.is_binary_view(kind)
+    return any(getattr(types, f"is_{test}")(kind) for test in tests)
 
 
 def _count(array: Any, budget: Budget) -> None:
@@ -243,10 +232,10 @@ def _count(array: Any, budget: Budget) -> None:
             _count(part, budget)
     elif types.is_nested(kind):
         _count(array.flatten(), budget)
-    elif types.is_dictionary(kind) and _is_text(kind.value_type):
+    elif types.is_dictionary(kind) and _is(kind.value_type, _TEXT):
         ids = array.indices.drop_null().to_numpy()
         _count_texts(_lengths(array.dictionary)[ids], kind.value_type, budget)
-    elif _is_text(kind):
+    elif _is(kind, _TEXT):
         _count_texts(_lengths(array), kind, budget)
 
 
@@ -265,7 +254,7 @@ def _lengths(array: Any) -> Any:
     import numpy as np
     import pyarrow.compute
 
-    if not _is_view(array.type):
+    if not _is(array.type, _VIEW):
         return pyarrow.compute.binary_length(array).fill_null(0).to_numpy()
     # The kernel does not know views; each is 16 bytes and begins with the length.
     end = array.offset + len(array)

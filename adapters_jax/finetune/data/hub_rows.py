@@ -7,6 +7,7 @@ revision it is the branch that the Hub converts every data set to, `refs/convert
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -69,11 +70,7 @@ def read_hub(name: str, read_files: Callable[[Sequence[Path]], Found]) -> Found:
         MissingPackageError: huggingface_hub is not installed.
     """
     data = HubData.of(name)
-
-    def choose(files: Sequence[str]) -> list[str]:
-        return choose_files(name, data, files)
-
-    return read_files(_fetched(data.id, data.revision, choose))
+    return read_files(_fetched(data.id, data.revision, partial(choose_files, name, data)))
 
 
 def choose_files(name: str, data: HubData, files: Sequence[str]) -> list[str]:

@@ -30,12 +30,8 @@ _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 def read_jsonl(path: Path, raw: bytes) -> Found:
     """Reads the rows of a file with one JSON object a line."""
-    return rows_of(path.as_posix(), _objects(path, raw))
-
-
-def _objects(path: Path, raw: bytes) -> Iterator[tuple[Line, Mapping[str, Any]]]:
-    for number, line in lines_of(path, raw):
-        yield number, parse_object(path, number, line)
+    rows = ((n, parse_object(path, n, line)) for n, line in lines_of(path, raw))
+    return rows_of(path.as_posix(), rows)
 
 
 def parse_object(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -50,27 +50,6 @@ class Lazy(Sequence[Any]):
         return Lazy(self.source, self.make, array("q", own))
 
 
-class Joined(Sequence[Any]):
-    """The items of several sequences, one sequence after the other.
-
-    Example:
-        >>> list(Joined([range(2), range(5, 7)]))
-        [0, 1, 5, 6]
-    """
-
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self.parts = parts
-        self.ends = [*itertools.accumulate(map(len, parts))]
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        part = bisect.bisect_right(self.ends, index)
-        return self.parts[part][index - self.ends[part] + len(self.parts[part])]
-
-
 def mapped(items: Sequence[Any], make: Callable[[Any], Any]) -> Sequence[Any]:
     """What is made of each item: a list, or `Lazy` for items that are read when they are needed."""
     return [make(item) for item in items] if is_held(items) else Lazy(items, make)
@@ -92,10 +71,21 @@ def watched(items: Sequence[Any], what: str) -> Iterator[Any]:
 
 
 def joined(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
-    """The items of several sequences: a list if all of them are lists."""
+    """The items of several sequences: a list if all of them are lists.
+
+    Example:
+        >>> list(joined([range(2), range(5, 7)]))
+        [0, 1, 5, 6]
+    """
     if all(map(is_held, parts)):
         return [item for part in parts for item in part]
-    return Lazy(Joined(parts), lambda item: item)
+    ends = [*itertools.accumulate(map(len, parts))]
+
+    def item(index: int) -> Any:
+        part = bisect.bisect_right(ends, index)
+        return parts[part][index - ends[part] + len(parts[part])]
+
+    return Lazy(range(ends[-1]), item)
 
 
 def taken(values: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:

@@ -85,8 +85,7 @@ class Preprocessing:
                 found["scale"] = float(values.get("rescale_factor", 1 / 255))
             if values.get("do_normalize", True):
                 for name in ("mean", "std"):
-                    numbers = tuple(map(float, values.get(f"image_{name}", (0.5,) * 3)))
-                    found[name] = numbers
+                    found[name] = tuple(map(float, values.get(f"image_{name}", (0.5,) * 3)))
             good = [len(found[name]) == 3 and all(found["std"]) for name in ("mean", "std")]
             if not all(good) or not 0 <= found.get("resample", 0) <= 5:
                 raise ValueError("three numbers in image_mean and image_std, and a filter")
@@ -300,9 +299,7 @@ class ImageBatches(StepBatches):
 
     Args:
         rows: the images.
-        labels: class ids, `(rows,)`; None for images without labels.
-        seed: the seed of the order; None keeps the order of the rows.
-        mix: as for `StepBatches`.
+        labels, batch_size, seed, mix: as for `StepBatches`.
     """
 
     def __init__(

@@ -126,7 +126,6 @@ def read_preferences(
 
 
 def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
-    """The pair of a row."""
     sides = []
     for role in ("chosen", "rejected"):
         try:
@@ -147,7 +146,6 @@ def _pair(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
 
 
 def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
-    """The judged completion of a row."""
     label = given["label"]
     label = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(label, bool | str) or label not in _JUDGED:
@@ -157,7 +155,6 @@ def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
 
 
 def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Preference:
-    """A prompt with one completion."""
     prompt, completion = _parsed(prompt), _parsed(completion)
     if isinstance(completion, list):
         return _talked(prompt, completion, row)

@@ -139,7 +139,8 @@ def _key(values: Sequence[Any]) -> str:
 
 
 def _column(name: str, values: Sequence[Any]) -> Column:
-    kinds = Counter(_kind(value) for value in values if not _blank(value))
+    types = [type(value) for value in values if not _blank(value)]
+    kinds = Counter(_KINDS.get(each, each.__name__) for each in types)
     sized = [len(value) for value in values if isinstance(value, str | list | Mapping)]
     return Column(
         name,
@@ -150,11 +151,8 @@ def _column(name: str, values: Sequence[Any]) -> Column:
     )
 
 
-_KINDS = {str: "text", bool: "truth value", int: "number", float: "number", list: "list"}
-
-
-def _kind(value: Any) -> str:
-    return "object" if isinstance(value, Mapping) else _KINDS.get(type(value), type(value).__name__)
+_KINDS = {str: "text", bool: "truth value", int: "number", float: "number"}
+_KINDS |= {list: "list", dict: "object"}
 
 
 def _blank(value: Any) -> bool:

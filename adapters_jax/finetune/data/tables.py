@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
@@ -106,12 +106,9 @@ def read_rows(
     cells, lines = choose_columns(rows, names)
     texts = mapped(cells, lambda row: (row[0], None if text_pair is None else row[1]))
     known: dict[str, str] = {}  # of a large file, an equal label is one text
-    labels = None if label is None else [known.setdefault(x, x) for x in _last_of(cells)]
+    last = (row[-1].strip() for row in cells)
+    labels = None if label is None else [known.setdefault(x, x) for x in last]
     return Table(texts, labels, (), rows.path, lines)
-
-
-def _last_of(cells: Sequence[list[str]]) -> Iterator[str]:
-    return (row[-1].strip() for row in cells)
 
 
 def choose_columns(rows: Rows, names: Sequence[str]) -> tuple[Sequence[list[str]], Sequence[Line]]:

@@ -10,31 +10,10 @@ from adapters_jax.errors import AdapterFileError
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats.adapterhub import AdapterHub
-from adapters_jax.finetune.formats.base import (
-    HEAD,
-    Adapter,
-    AdapterFormat,
-    Head,
-    changes,
-    has_head,
-    stand_ins,
-)
+from adapters_jax.finetune.formats.base import AdapterFormat
 from adapters_jax.finetune.formats.gguf import Gguf
 from adapters_jax.finetune.formats.native import Native
 from adapters_jax.finetune.formats.peft import Peft
-
-__all__ = [
-    "FORMATS",
-    "HEAD",
-    "Adapter",
-    "AdapterFormat",
-    "Head",
-    "changes",
-    "every_file",
-    "format_of",
-    "has_head",
-    "stand_ins",
-]
 
 # A new format is a module beside the others, and its class here.
 FORMATS: dict[str, AdapterFormat] = {

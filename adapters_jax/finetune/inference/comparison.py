@@ -154,9 +154,6 @@ def comparison_table(
 
 def _seeds(row: Mapping[str, Any]) -> str:
     """The number of seeds behind a result, with the seeds that diverged or are still to run."""
-    parts = [str(len(row["seeds"]))]
-    if row["diverged"]:
-        parts.append(f"{row['diverged']} diverged")
-    if row["missing"]:
-        parts.append(f"{row['missing']} to run")
-    return ", ".join(parts)
+    others = {"diverged": row["diverged"], "to run": row["missing"]}
+    told = [f"{number} {what}" for what, number in others.items() if number]
+    return ", ".join([str(len(row["seeds"])), *told])

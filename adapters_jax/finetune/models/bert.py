@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.encoder import Encoder, EncoderClassifier, mean_pool
 from adapters_jax.finetune.models.encoder.families.bert import (
     BERT,
     BERT_BASE,
@@ -18,6 +17,8 @@ from adapters_jax.finetune.models.encoder.families.bert import (
     ROBERTA,
     BertConfig,
 )
+from adapters_jax.finetune.models.encoder.heads import EncoderClassifier
+from adapters_jax.finetune.models.encoder.model import Encoder, mean_pool
 
 FAMILY = BERT
 FAMILIES = (BERT, ROBERTA, DISTILBERT, ELECTRA)

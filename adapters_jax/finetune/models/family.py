@@ -95,7 +95,7 @@ class Family:
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
         """Returns a model without arrays, and example inputs."""
-        inputs = self.inputs(config, 1, 8)
+        inputs = config.inputs(1, 8)
         return self.build(config, **options), (np.zeros(inputs.shape, inputs.dtype),)
 
     def shapes(self, config: Any, **options: Any) -> Any:
@@ -118,7 +118,3 @@ class Family:
             return config.num_parameters
         leaves = jax.tree.leaves(self.shapes(config, scan=self.scans))
         return sum(leaf.size for leaf in leaves)
-
-    def inputs(self, config: Any, batch: int, length: int) -> jax.ShapeDtypeStruct:
-        """The shape of a batch: token ids of a length, or images."""
-        return config.inputs(batch, length)

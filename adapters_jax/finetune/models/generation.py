@@ -336,8 +336,6 @@ def _record(loop: _Loop, logits: Float[Array, "batch vocab"], sampling: _Samplin
 def _choose(
     logits: Float[Array, "batch vocab"], step: Int[Array, ""], sampling: _Sampling
 ) -> Int[Array, " batch"]:
-    """Chooses a token for every row."""
-
     def sample() -> Array:
         scaled = logits / sampling.temperature
         kept = jax.lax.cond(

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 from adapters_jax.errors import UserError, shown
-from adapters_jax.finetune.models import decoder, encoder, t5, whisper
+from adapters_jax.finetune.models import decoder, t5, whisper
+from adapters_jax.finetune.models.encoder import families as encoders
 from adapters_jax.finetune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (*encoder.FAMILIES, *decoder.FAMILIES, *t5.FAMILIES, *whisper.FAMILIES)
+    for family in (*encoders.FAMILIES, *decoder.FAMILIES, *t5.FAMILIES, *whisper.FAMILIES)
 }
 
 KNOWN: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from adapters_jax.finetune.console import Console
@@ -25,18 +25,15 @@ class Command(ABC):
         positional: the fields that are given without a flag.
         groups: the headings of flags in the help; others are named after their dataclass.
         addresses: the fields of paths that may be addresses in an object store.
+        needs_jax: whether jax is imported, which takes seconds and is announced.
     """
 
     examples: ClassVar[str]
     positional: ClassVar[tuple[str, ...]] = ()
     addresses: ClassVar[tuple[str, ...]] = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"Every command": ("json",)}
+    needs_jax: ClassVar[Any] = True
     json: bool = False
-
-    @property
-    def needs_jax(self) -> bool:
-        """Whether jax is imported, which takes seconds and is announced."""
-        return True
 
     @abstractmethod
     def prepare(self, console: Console) -> Callable[[], None]:

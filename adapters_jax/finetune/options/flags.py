@@ -180,13 +180,13 @@ def misfit(value: Any, hint: Any) -> str | None:
     return None if fits else expected
 
 
-_SIMPLE: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: (int | float, "a number"),
-    str: (str, "a text"),
-    Path: (str, "a path"),
-    type(None): (type(None), "null"),
+_SIMPLE: dict[Any, tuple[Any, str, str]] = {  # the type in JSON, in words and in a schema
+    bool: (bool, "true or false", "boolean"),
+    int: (int, "a whole number", "integer"),
+    float: (int | float, "a number", "number"),
+    str: (str, "a text", "string"),
+    Path: (str, "a path", "string"),
+    type(None): (type(None), "null", "null"),
 }
 
 
@@ -208,7 +208,7 @@ def _fits(value: Any, hint: Any) -> tuple[bool, str]:
         return fits, words
     if dataclasses.is_dataclass(hint):
         return False, "an object"
-    kind, words = _SIMPLE[hint]
+    kind, words, _ = _SIMPLE[hint]
     # In Python, True is an int as well; in JSON, it is no number.
     return isinstance(value, kind) and (hint is bool or not isinstance(value, bool)), words
 
@@ -236,17 +236,7 @@ def json_type(hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": json_type(inner[0])}
     if origin is dict:
         return {"type": "object", "additionalProperties": json_type(inner[1])}
-    return {"type": _JSON_TYPES[hint]}
-
-
-_JSON_TYPES = {
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    str: "string",
-    Path: "string",
-    type(None): "null",
-}
+    return {"type": _SIMPLE[hint][2]}
 
 
 def _typed(value: Any, hint: Any) -> Any:

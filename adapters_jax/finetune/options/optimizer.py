@@ -20,14 +20,9 @@ if TYPE_CHECKING:
 
     from adapters_jax.recipe import Recipe
 
-_LIMITS = (
-    dict.fromkeys(
-        ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"),
-        math.inf,
-    )
-    | {"orthogonality": math.inf}
-    | {"warmup": 1.0, "dropout": 1.0}
-)
+_LIMITS = dict.fromkeys(
+    ("learning_rate", "head_learning_rate", "lora_plus", "epochs", "weight_decay", "clip"), math.inf
+) | {"orthogonality": math.inf, "warmup": 1.0, "dropout": 1.0}
 _SIZES = ("batch_size", "accumulate", "evaluations", "max_steps", "patience", "target_rank")
 _ZERO = ("weight_decay", "clip", "warmup", "dropout", "orthogonality")  # may be 0
 MOST_EPOCHS = 20.0  # of a run that nobody asks for more of; those of the head's baseline
@@ -279,7 +274,6 @@ def _optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
 
 
 def _adaptive(recipe: Recipe) -> list[Any]:
-    """The AdaLoRAs that a recipe trains."""
     return [method for method in recipe.attached if method.kind == "adalora" and method.train]
 
 

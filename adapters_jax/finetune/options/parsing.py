@@ -240,7 +240,8 @@ def _leaves(
     owner: Any, default: Any = None, path: tuple[str, ...] = (), group: str = "Options"
 ) -> Iterator[Leaf]:
     hints, helps = get_type_hints(owner, include_extras=True), _helps(owner)
-    headings = _headings(owner)
+    groups = [vars(cls).get("groups", {}) for cls in owner.__mro__]
+    headings = {name: title for each in groups for title, names in each.items() for name in names}
     for field in dataclasses.fields(owner):
         hint, names = hints[field.name], (*path, field.name)
         value = _default(field) if default is None else getattr(default, field.name)
@@ -250,12 +251,6 @@ def _leaves(
         else:
             heading = headings.get(field.name, group)
             yield Leaf(names, hint, value, helps.get(field.name, ""), heading, members(hint))
-
-
-def _headings(owner: type) -> dict[str, str]:
-    """The headings of flags, by the `groups` of a class and its bases."""
-    groups = [vars(cls).get("groups", {}) for cls in owner.__mro__]
-    return {name: title for each in groups for title, names in each.items() for name in names}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

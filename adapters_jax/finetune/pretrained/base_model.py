@@ -46,7 +46,7 @@ def load_base_model(name: str, width: int | None = None, pooling: str | None = N
         pooling = config.pooling
     if classifier is not None and width is not None:
         model = classifier.build(config, width, pooling or "mean")
-        example = family.inputs(config, 1, 1)
+        example = config.inputs(1, 1)
         head = jax.eval_shape(model.init, jax.random.key(0), example)["params"][HEAD]
         head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
         params = {classifier.base: params, HEAD: head}
@@ -71,8 +71,8 @@ def described(
     model_type: str,
     params: Any,
     *,
-    classifies: bool,
-    pooling: str | None,
+    classifies: bool = False,
+    pooling: str | None = None,
     **rest: Any,
 ) -> BaseModel:
     """A base whose parameters are there already, with what its family says; see `BaseModel`."""

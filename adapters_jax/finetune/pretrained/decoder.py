@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,11 @@ from adapters_jax.finetune.pretrained.locate import (
     find_able,
     identity_of,
     locate,
+    opened_gguf,
     read_tokenizer,
 )
 from adapters_jax.transforms.prompting import prompt_of
 from adapters_jax.transforms.quantize import quantize as quantize_model
-
-if TYPE_CHECKING:
-    from adapters_jax.finetune.base_files.gguf import GGUF
 
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -130,7 +128,7 @@ class PretrainedDecoder(DecoderTokenizer):
 
     def settings(self) -> dict[str, Any]:
         """The values of its `config.json`."""
-        file = _gguf(self.files)
+        file = opened_gguf(self.files)
         if file is None:
             return huggingface.read_json(self.files / "config.json")
         tokens = {role: self.special_tokens.get(role) for role in ("bos_token", "eos_token")}
@@ -140,9 +138,8 @@ class PretrainedDecoder(DecoderTokenizer):
     def tokenizer_config(self) -> dict[str, Any]:
         """The values of its `tokenizer_config.json`."""
         values = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
-        return (
-            values if self.chat_template is None else values | {"chat_template": self.chat_template}
-        )
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return values | template
 
 
 def load_pretrained_decoder(
@@ -175,7 +172,7 @@ def load_pretrained_decoder(
     check_vocabulary(reader.tokenizer, config.vocab_size, files)
     identity = identity_of(name, config, model)
     if quantize:
-        ids = reader.family.inputs(config, 1, 8)  # which show how experts are used, too
+        ids = config.inputs(1, 8)  # which show how experts are used, too
         model = quantize_model(model, ids, dtype=quantize)
     read = {field.name: getattr(reader, field.name) for field in fields(reader)}
     return PretrainedDecoder(**read, config=config, model=model, identity=identity)
@@ -191,7 +188,7 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
     fix = ", or use audit, plan or convert"
     family = find_able(name, lambda family: family.generates, what, fix)
     files = locate(name)
-    opened = _gguf(files)
+    opened = opened_gguf(files)
     tokenizer = opened.tokenizer() if opened else read_tokenizer(files)
     if opened:
         tokens = {ours: opened.token(role) for role, ours in _OF_GGUF.items()}
@@ -205,15 +202,6 @@ def load_decoder_tokenizer(name: str) -> DecoderTokenizer:
             f"end; write eos_token into {TOKENIZER_CONFIG}"
         )
     return DecoderTokenizer(family, files, tokenizer, special, template)
-
-
-def _gguf(files: Path) -> GGUF | None:
-    """The opened file of a base that is one GGUF file."""
-    if files.suffix != ".gguf":
-        return None
-    from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
-
-    return read_gguf(files)
 
 
 def _of_directory(

@@ -196,11 +196,9 @@ def load_encoder(
         check_vocabulary(tokenizer, config.vocab_size, directory)
     identity = identity_of(name, config)
     parts = (architecture, config, params, tokenizer, pooling, dtype, identity, attention)
-    encoder = (
-        ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
-        if reads_images
-        else Encoder(*parts, head=head)
-    )
+    encoder = Encoder(*parts, head=head)
+    if reads_images:
+        encoder = ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
     return encoder.quantized(quantize) if quantize else encoder
 
 

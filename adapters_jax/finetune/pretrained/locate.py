@@ -22,6 +22,8 @@ from adapters_jax.finetune.pretrained import assets
 if TYPE_CHECKING:
     import tokenizers
 
+    from adapters_jax.finetune.base_files.gguf import GGUF
+
 DTYPES = ("float32", "bfloat16", "float16")  # of a base's arithmetic
 TOKENIZER = "tokenizer.json"
 MOST_TOKENIZER = 2**28  # bytes; Gemma 3's has 33 million
@@ -99,32 +101,33 @@ def kind_of(name: str) -> Kind:
     return "decoder" if kind == "encoder-decoder" else kind
 
 
-def width_of(name: str) -> int:
-    """The width of a base's hidden states, by its configuration alone.
+def shape_of(name: str) -> tuple[Family, Any]:
+    """The family and the configuration of a base; reads its `config.json` alone.
 
     Example:
-        >>> width_of("smollm2-135m")
+        >>> shape_of("smollm2-135m")[1].hidden_size
         576
     """
     if shape := pinned_shape(name):
-        return int(shape[1].hidden_size)
+        return shape
     values = read_config(name)
-    return int(family_of(values, name).config.from_dict(values).hidden_size)
-
-
-def is_decoder(name: str) -> bool:
-    """Whether a base writes texts, by a decoder alone or behind an encoder; see `find_family`."""
-    return kind_of(name) == "decoder"
+    family = family_of(values, name)
+    return family, family.config.from_dict(values)
 
 
 def read_config(name: str) -> dict[str, Any]:
     """Reads a base's configuration in terms of `config.json`, without reading its weights."""
-    path = find_gguf(_path(name))
-    if path is None:
-        return huggingface.read_json(_config_file(name))
+    opened = opened_gguf(_path(name))
+    return opened.config if opened else huggingface.read_json(_config_file(name))
+
+
+def opened_gguf(path: Path) -> GGUF | None:
+    """The opened file of a base that is one GGUF file."""
+    if (found := find_gguf(path)) is None:
+        return None
     from adapters_jax.finetune.base_files.gguf import read_gguf  # for few bases
 
-    return read_gguf(path).config
+    return read_gguf(found)
 
 
 def _config_file(name: str) -> Path:

@@ -8,8 +8,7 @@ from typing import Any, Self
 
 from adapters_jax.auditing import audit
 from adapters_jax.files.model_card import model_card, table
-from adapters_jax.finetune.formats import HEAD, AdapterFormat
-from adapters_jax.finetune.formats.base import BaseModel, has_score
+from adapters_jax.finetune.formats.base import HEAD, AdapterFormat, BaseModel, has_score
 from adapters_jax.finetune.pretrained.record import CHANGES
 from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.tasks import task_of

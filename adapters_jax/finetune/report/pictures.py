@@ -8,6 +8,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,9 @@ def in_picture(text: str) -> str:
 
 def figure_of(pictures: Sequence[Picture]) -> Any:
     """A matplotlib figure with pictures side by side."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         size = (SIZE[0] * len(pictures), SIZE[1])
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         for axes, picture in zip(
@@ -87,12 +87,11 @@ def figure_of(pictures: Sequence[Picture]) -> Any:
     return figure
 
 
-def styled(draw: Callable[[], Any]) -> Any:
-    """Calls a function that draws, with the style of the pictures; returns what it returns."""
+def styled(**more: Any) -> AbstractContextManager[None]:
+    """Within, matplotlib draws in the style of the pictures, with more settings."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
-        return draw()
+    return matplotlib.rc_context(_STYLE | more)
 
 
 def write_png(path: Path, figure: Any) -> None:
@@ -106,11 +105,9 @@ def svg(figure: Any, alt: str) -> Markup:
     Args:
         figure: a figure in the colours of this module.
     """
-    import matplotlib
-
     written = io.StringIO()
     # With a salt, the marks in the SVG are the same in every process, so pages can be compared.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
+    with styled(**{"svg.hashsalt": alt}):
         figure.savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     text = re.sub(r"<!--.*?-->\n?", "", written.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]

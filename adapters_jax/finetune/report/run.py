@@ -136,7 +136,6 @@ def drawn_svg(picture: Picture) -> Markup:
 
 
 def _sentence(config: Mapping[str, Any]) -> str:
-    """The results in words."""
     rows, summary = config["rows"], config["summary"]
     best = config["metrics"][0]
     skipped = summary.get("skipped_steps")

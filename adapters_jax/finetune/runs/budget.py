@@ -163,10 +163,8 @@ def measured(
         return clock() - start
 
     training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), half)
-    state, step = (
-        training.state,
-        make_train_step(options.loss_of(problem), accumulate=options.accumulate),
-    )
+    step = make_train_step(options.loss_of(problem), accumulate=options.accumulate)
+    state = training.state
     counts: Counter[Any] = Counter()
     firsts: dict[Any, Any] = {}  # one batch of each shape: a whole epoch need not fit into memory
 

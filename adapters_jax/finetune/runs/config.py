@@ -71,9 +71,7 @@ def shared_config(
 def _anywhere(name: str | None, linked: bool = True) -> str | None:
     """The name of a model or an adapter that means the same in any directory.
 
-    Args:
-        name: the name.
-        linked: follow links; without it, a run has the title that its `--init-from` gave it.
+    With `linked`, links are followed; without, a run has the title that `--init-from` gave it.
     """
     if not name or not Path(name).exists():
         return name

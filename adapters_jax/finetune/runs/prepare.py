@@ -18,7 +18,7 @@ from adapters_jax.finetune.options.flags import flag, given
 from adapters_jax.finetune.options.method import DEFAULT, HEAD_ONLY, SIZES, MethodOptions
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
-from adapters_jax.finetune.pretrained.locate import kind_of, pinned, width_of
+from adapters_jax.finetune.pretrained.locate import kind_of, pinned, shape_of
 from adapters_jax.finetune.pretrained.record import CHANGES, record_of
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
 from adapters_jax.finetune.runs.budget import seconds_of, sized
@@ -70,7 +70,7 @@ def default_rate(method: MethodOptions, model: str) -> float:
         added = method.build().attached
         if added and all(isinstance(m, LoRA) and not isinstance(m, AdaLoRA) for m in added):
             method = MethodOptions("lora")
-    return method.rate_on(kind, width_of(model) if kind == "decoder" else 0)
+    return method.rate_on(kind, shape_of(model)[1].hidden_size if kind == "decoder" else 0)
 
 
 def prepare_run(

@@ -15,7 +15,8 @@ from flax import nnx
 
 from adapters_jax.errors import AdapterMismatchError, shown
 from adapters_jax.files.untrusted import read_json
-from adapters_jax.finetune.formats import HEAD, every_file
+from adapters_jax.finetune.formats import every_file
+from adapters_jax.finetune.formats.base import HEAD
 from adapters_jax.finetune.leaving import found, is_run, open_source, whole
 from adapters_jax.finetune.options.flags import from_plain, given
 from adapters_jax.finetune.options.method import PRESETS, MethodOptions

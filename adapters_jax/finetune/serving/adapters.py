@@ -19,7 +19,8 @@ from adapters_jax.errors import UserError
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats
 from adapters_jax.finetune.data.prompts import Prompts
-from adapters_jax.finetune.formats.base import Adapter, BaseModel
+from adapters_jax.finetune.formats.base import Adapter
+from adapters_jax.finetune.pretrained.base_model import described
 from adapters_jax.finetune.pretrained.decoder import PretrainedDecoder, load_pretrained_decoder
 from adapters_jax.finetune.pretrained.record import record_of
 from adapters_jax.finetune.run_directory import Run, check_finished
@@ -97,16 +98,8 @@ class DecoderBase:
         decoder, family = self.decoder, self.decoder.family
         if decoder.encodes:
             raise UserError(f"{name!r} reads prompts with an encoder; serve a decoder")
-        kind = decoder.settings()["model_type"]
-        self._base = BaseModel(
-            name,
-            family.kind,
-            family.names_of(kind),
-            family.prefixes[kind],
-            decoder.model,
-            identity=decoder.identity,
-            model_type=kind,
-        )
+        kind, identity = decoder.settings()["model_type"], decoder.identity
+        self._base = described(name, family, kind, decoder.model, identity=identity)
 
     def read(self, directory: Path, any_base: bool = False) -> Read:
         """Reads a run, or the files of an adapter of any format, which may come from anyone.

@@ -91,18 +91,16 @@ class Answers:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody reads it
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
 
-    def _sink(self, answer: Answer) -> TextSink:
-        def end(why: End) -> None:
-            self._put(answer.index, (why,))
-
-        decode = _behind(answer.ids, self._decode) if self._echo else self._decode
-        return TextSink(decode, partial(self._put, answer.index), end, self._stops)
+    def _put_end(self, index: int, why: End) -> None:
+        self._put(index, (why,))
 
     def _fill(self) -> bool:
         """Submits what there are rows for; returns whether the queue had no place for it."""
         while self._next < len(self.wanted) and len(self._running) < self._engine.sizes.rows:
             each = self.wanted[self._next]
-            sink = self._sink(each)
+            decode = _behind(each.ids, self._decode) if self._echo else self._decode
+            ends = partial(self._put_end, each.index)
+            sink = TextSink(decode, partial(self._put, each.index), ends, self._stops)
             try:
                 running = self._engine.submit(
                     each.ids,

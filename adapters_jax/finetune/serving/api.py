@@ -169,7 +169,12 @@ class Api:
 
     async def put(self, request: Request) -> Response:
         """Adds an adapter of the files in a form, or replaces one."""
-        name = self._free_name(request.path_params["name"])
+        name = request.path_params["name"]
+        if name == self.name or not schemas.matches_name(name):
+            raise UserError(
+                f"an adapter cannot be named {name!r}, expected up to 64 letters, digits, dots, "
+                "dashes and underscores, and not the base's name"
+            )
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise HTTPException(415, "expected multipart/form-data with the adapter's files")
         await self._admitted()
@@ -245,14 +250,6 @@ class Api:
             if name in self.engine.adapters or not kept:  # a damaged one is only kept
                 self.engine.drop(name).result()
 
-    def _free_name(self, name: str) -> str:
-        if name == self.name or not schemas.matches_name(name):
-            raise UserError(
-                f"an adapter cannot be named {name!r}, expected up to 64 letters, digits, dots, "
-                "dashes and underscores, and not the base's name"
-            )
-        return name
-
     def _adapter(self, model: str) -> Any:
         """What is served of the adapter that a request names; None for the base."""
         served = self.engine.adapters.get(model)
@@ -284,7 +281,6 @@ _STATUS: dict[type[Exception], int] = {
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    """The answer to a request that cannot be done."""
     if isinstance(error, HTTPException):
         return refused(error.status_code, str(error.detail), error.headers)
     if isinstance(error, ClientDisconnect):

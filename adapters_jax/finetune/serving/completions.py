@@ -26,8 +26,7 @@ from adapters_jax.finetune.serving.conversing import calls_of, writes_calls
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.forms import Form
 from adapters_jax.finetune.serving.grammars import Grammar, Grammars
-from adapters_jax.finetune.serving.guard import Limits, failure, refused
-from adapters_jax.finetune.serving.kept import Kept
+from adapters_jax.finetune.serving.guard import failure, refused
 from adapters_jax.finetune.serving.requests import End, Scores, Served
 from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
@@ -41,25 +40,12 @@ _BROKEN: dict[End, tuple[int, str]] = {
 
 
 class TextApi(Api):
-    """What the paths of a decoder's server do.
-
-    Args:
-        engine: its engine, which has been started.
-        name: what requests call the base.
-        kept: where adapters that come later are kept.
-    """
+    """What the paths of a decoder's server do; its arguments are those of `Api`."""
 
     engine: Engine
 
-    def __init__(
-        self,
-        base: DecoderBase,
-        engine: Engine,
-        name: str,
-        limits: Limits,
-        kept: Kept | None = None,
-    ) -> None:
-        super().__init__(base, engine, name, limits, kept)
+    def __init__(self, base: DecoderBase, engine: Engine, *rest: Any, **more: Any) -> None:
+        super().__init__(base, engine, *rest, **more)
         self.decoder = base.decoder
         self._grammars = Grammars(self.decoder.tokenizer, engine.vocabulary, self.decoder.end)
 
@@ -111,7 +97,6 @@ class TextApi(Api):
     def _wanted(
         self, body: Any, prompts: Sequence[list[int]], grammar: Grammar | None
     ) -> list[Answer]:
-        """The answers to each prompt."""
         most = body.max_tokens
         if most is None:
             most = getattr(body, "max_completion_tokens", None)
@@ -226,7 +211,6 @@ class _Stream(StreamingResponse):
 
 
 def _event(value: Any) -> str:
-    """An event of a stream."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 

@@ -297,7 +297,6 @@ class Engine:
             self.counts.changes += 1
 
     def _run(self) -> None:
-        """The engine's thread."""
         try:
             while True:
                 with self._changed:

@@ -42,8 +42,7 @@ class Form:
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Whole answers."""
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._of(kind, [self._choice(each) for each in answers]), **usage(answers)}
+        return {**self._of([self._choice(each) for each in answers]), **usage(answers)}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         seen = None if answer.scores is None else self._logprobs(answer, answer.scores)
@@ -108,10 +107,8 @@ class Form:
         """A piece of an answer."""
         delta = {"role": "assistant", "content": text} if text else {}
         said = {"delta": delta} if self._chat else {"text": text}
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return self._of(
-            kind, [{"index": answer.index, "logprobs": None, **said, "finish_reason": why}]
-        )
+        choice = {"index": answer.index, "logprobs": None, **said, "finish_reason": why}
+        return self._of([choice], ".chunk")
 
     def ends(self, answer: Answer) -> list[dict[str, Any]]:
         """The pieces at the end of an answer; calls of tools are only known there."""
@@ -127,10 +124,10 @@ class Form:
 
     def counted(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last piece of a stream, which has no answer."""
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._of(kind, []), **usage(answers)}
+        return {**self._of([], ".chunk"), **usage(answers)}
 
-    def _of(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+    def _of(self, choices: list[Any], part: str = "") -> dict[str, Any]:
+        kind = f"chat.completion{part}" if self._chat else "text_completion"
         return {"id": self._id, "object": kind, **self._head, "choices": choices}
 
 

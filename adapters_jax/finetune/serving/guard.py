@@ -120,11 +120,8 @@ class Guard:
         if not length.isdecimal() or int(length[:20]) > most:
             return 413, f"the body has {length[:20]} bytes, expected at most {most}"
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if (
-            scope["path"] in _JSON_PATHS
-            and scope["method"] == "POST"
-            and kind != "application/json"
-        ):
+        posts_json = scope["path"] in _JSON_PATHS and scope["method"] == "POST"
+        if posts_json and kind != "application/json":
             return 415, "expected a body of the type application/json"
         return None
 

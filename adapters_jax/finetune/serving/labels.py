@@ -145,15 +145,8 @@ class EncoderBase:
                 f"{run.config} names {readout.width} outputs, and the adapter's head has {width}"
             )
         self.encoder.encode([("", None)], config["max_length"])  # the model has the positions
-        about = Labels(
-            shown_of("run", recipe, leaves),
-            None,
-            (),
-            readout,
-            config["max_length"],
-            config["pairs"],
-        )
-        return Read(recipe, leaves, about)
+        shown, sizes = shown_of("run", recipe, leaves), (config["max_length"], config["pairs"])
+        return Read(recipe, leaves, Labels(shown, None, (), readout, *sizes))
 
     def bank(self, recipe: Recipe, width: int, capacity: int) -> Bank:
         """A bank whose heads have at most `width` outputs."""

@@ -23,10 +23,7 @@ class ConversationTask(TokenLossTask):
     flags = ("turns", "pack", "held_out")
     example = "--train rows.jsonl, with a column messages"
     asked = "A question of your own."
-
-    def talks(self, config: Mapping[str, Any]) -> bool:
-        """Every run learnt messages."""
-        return True
+    talks = True
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Conversations:
         """Reads conversations; see `Task.read`.

@@ -60,16 +60,14 @@ class DecoderTask(Task):
 
     Attributes:
         asked: what the examples of a run ask it.
+        talks: whether its runs learn messages, which a chat template writes, if they do not say it.
     """
 
     kind: ClassVar[Literal["encoder", "decoder", "vision"]] = "decoder"
     pipeline = "text-generation"
     command = "generate"
     asked: ClassVar[str] = "A prompt of your own."
-
-    def talks(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run learnt messages, which its chat template writes."""
-        return False
+    talks: ClassVar[bool] = False
 
     def open(self, run: Run, config: Mapping[str, Any]) -> Generator:
         """Opens a run as a generator; see `Task.open`."""
@@ -93,12 +91,13 @@ class DecoderTask(Task):
             damage = f"its prompts are {config['prompts']}"
             raise RunError(f"{run.config} is damaged: {damage}") from error
         # Templates may end an answer by another token than the one that ends a text.
-        end = ChatEncoder(decoder, decoder.config.longest).end if self.talks(config) else None
+        talks = config.get("messages", self.talks)
+        end = ChatEncoder(decoder, decoder.config.longest).end if talks else None
         return prompts, () if end is None else (end,)
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with one prompt; see `Task.usage`."""
-        chat = ["--chat"] * self.talks(config)
+        chat = ["--chat"] * config.get("messages", self.talks)
         words = ["adapters-jax", "generate", run, *chat, "--prompt", self.asked]
         return Usage.of(words, "load_generator", run, model, f"generate([{self.asked!r}])")
 
@@ -350,14 +349,9 @@ class PreparedDecoder(Prepared):
     problem: Any
 
     @property
-    def decoder(self) -> PretrainedDecoder:
-        """The base."""
-        return self.problem.decoder
-
-    @property
     def identity(self) -> BaseIdentity:
         """The identity of the decoder."""
-        return self.decoder.identity
+        return self.problem.decoder.identity
 
     def baselines(self) -> Sequence[Untrained]:
         """The base without adapters."""

@@ -114,6 +114,7 @@ class ImageClassification(LabelledTask):
     flags = (*LabelledTask.flags, "augment")
     inputs = ("image",)
     readout = ImageClasses
+    sample = ("image.png",)
     example = "--train DIR, with a folder of images for each class, or a table of paths and labels"
 
     def load(
@@ -136,10 +137,6 @@ class ImageClassification(LabelledTask):
     def read_texts(self, rows: Rows, columns: Sequence[str]) -> Sequence[Any]:
         """The paths of images to predict."""
         return _placed(Path(rows.path), super().read_texts(rows, columns))
-
-    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
-        """One image."""
-        return [("image.png", None)]
 
 
 def _placed(table: Path, texts: Sequence[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from adapters_jax.finetune.data.batches import StepBatches
 from adapters_jax.finetune.data.datasets import TaskData, check_classes, make_datasets
 from adapters_jax.finetune.data.tables import Table, read_rows
 from adapters_jax.finetune.formats.base import MASKED
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder, load_encoder, store_frozen
 from adapters_jax.finetune.pretrained.record import ANY_BASE
 from adapters_jax.finetune.run_directory import Run, RunError
@@ -66,6 +66,7 @@ class EncoderTask(Task):
     Attributes:
         inputs: the roles of the columns that are needed to predict a row.
         readout: the class of its `Readout`.
+        sample: the texts that the examples of a run predict.
     """
 
     kind: ClassVar[Literal["encoder", "decoder", "vision"]] = "encoder"
@@ -80,6 +81,7 @@ class EncoderTask(Task):
     }
     inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     readout: ClassVar[type[Readout]]
+    sample: ClassVar[tuple[str, ...]] = ("A text of your own.", "Another one.")
 
     def texts(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns of the texts that are needed to predict a row."""
@@ -198,9 +200,8 @@ class EncoderTask(Task):
         )
 
     def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
-        """Rows that the examples of a run predict: two texts, or one pair of texts."""
-        first, second = "A text of your own.", "Another one."
-        return [(first, second)] if config.get("pairs") else [(first, None), (second, None)]
+        """Rows that the examples of a run predict: a few texts, or one pair of texts."""
+        return [self.sample] if config.get("pairs") else [(text, None) for text in self.sample]
 
     def usage(self, run: str, config: Mapping[str, Any], model: str | None = None) -> Usage:
         """Examples with a few rows; see `Task.usage`."""

@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.finetune.data.batches import StepBatches
-from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.formats.base import MASKED
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, NotFiniteError, Setup, in_row_order
 from adapters_jax.finetune.tasks.readout import Readout
@@ -188,20 +187,11 @@ class FeatureBatches(StepBatches):
 
     Args:
         features: the features, `(rows, d)`, or `(rows, inputs, d)`.
-        labels: the labels, `(rows, ...)`; None for batches without labels.
-        seed: the seed of the order; None keeps the order of the rows.
-        mix: as for `StepBatches`.
+        *order, **more: the labels and the order, as for `StepBatches`.
     """
 
-    def __init__(
-        self,
-        features: np.ndarray,
-        labels: np.ndarray | None,
-        batch_size: int,
-        seed: int | None,
-        mix: Mixture | None = None,
-    ) -> None:
-        super().__init__([np.arange(len(features))], labels, batch_size, seed, mix)
+    def __init__(self, features: np.ndarray, *order: Any, **more: Any) -> None:
+        super().__init__([np.arange(len(features))], *order, **more)
         self.features = features
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:

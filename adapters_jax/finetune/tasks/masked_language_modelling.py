@@ -30,7 +30,7 @@ from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 from adapters_jax.finetune.tasks.metrics import perplexity
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, Readout, count_labels, learnt_losses
+from adapters_jax.finetune.tasks.readout import Inputs, TokenReadout, learnt_losses
 from adapters_jax.presets import HEAD
 
 SHARE = 0.15  # of tokens that are hidden
@@ -84,7 +84,6 @@ class Vocabulary(NamedTuple):
 
 
 def _mask_of(tokenizer: tokenizers.Tokenizer) -> str:
-    """The text of the mask token."""
     found = next((each for each in _OF_MODELS if tokenizer.token_to_id(each) is not None), None)
     if found is None:
         raise UserError(
@@ -191,7 +190,7 @@ class MaskPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class MaskedTokens(Readout):
+class MaskedTokens(TokenReadout):
     """A `Readout` of hidden tokens: the outputs are logits over the vocabulary for each of them."""
 
     constant_title = "unigram"
@@ -256,16 +255,6 @@ class MaskedTokens(Readout):
     ) -> MaskedBatches:
         """Batches of blocks with hidden tokens, or of rows with masks; they are not mixed."""
         return MaskedBatches(rows, Vocabulary.of(encoder), *plan, encoder.config.pad_token_id)
-
-    def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
-        """The number of hidden tokens of each row."""
-        return count_labels(batch)
-
-    def losses(
-        self, outputs: Float[Array, "rows tokens vocab"], batch: Batch
-    ) -> Float[Array, " rows"]:
-        """The cross-entropy of each row, summed over its hidden tokens."""
-        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
 
     def reduced(
         self, outputs: Float[Array, "rows tokens vocab"], batch: Batch
@@ -337,13 +326,10 @@ class MaskedLanguageModelling(EncoderTask):
     least_steps = 0  # its head is the checkpoint's
     columns: ClassVar[Columns] = {"text": "text"}
     readout = MaskedTokens
+    sample = (f"The film was {MASK}.",)
     example = "--train texts.txt, or --train rows.csv --text COLUMN"
 
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Table:
         """Reads texts."""
         table = read_rows(path, columns["text"], None, None)
         return replace(table, labels=[None] * len(table))
-
-    def samples(self, config: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
-        """A text with a mask."""
-        return [(f"The film was {MASK}.", None)]

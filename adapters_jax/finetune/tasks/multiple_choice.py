@@ -211,7 +211,6 @@ class MultipleChoice(EncoderTask):
 
 
 def _choices(columns: Mapping[str, Any]) -> list[str]:
-    """The columns of the choices."""
     found = [name.strip() for name in columns["choices"].split(",")]
     if len(found) < 2 or not all(found):
         raise UserError(

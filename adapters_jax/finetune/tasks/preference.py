@@ -64,10 +64,6 @@ class PreferenceTask(DecoderTask):
     needed: ClassVar[Mapping[str, type]] = {"prompts": dict, "messages": bool}
     example = "--train rows.jsonl, with columns prompt, chosen and rejected"
 
-    def talks(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run's rows are lists of messages."""
-        return config["messages"]
-
     def read(self, path: Path, columns: Mapping[str, Any], metrics: Sequence[str]) -> Preferences:
         """Reads preferences; see `Task.read`.
 
@@ -244,7 +240,7 @@ class PreparedPreferences(PreparedDecoder):
                 bar.update(now, "", news=now == steps)
 
             for part in problem.parts:
-                found[part] = problem.log_probs(self.decoder.model, part, done)
+                found[part] = problem.log_probs(problem.decoder.model, part, done)
         return found
 
     def _read(self, path: Path, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

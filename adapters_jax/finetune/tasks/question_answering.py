@@ -21,7 +21,7 @@ from adapters_jax.finetune.data.files import place, refuse
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table as Questions
 from adapters_jax.finetune.data.tables import choose_columns, choose_values
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks.base import Batch, Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask
@@ -226,7 +226,6 @@ def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:
 
 
 def _best(scores: Float[np.ndarray, "tokens 2"], window: Window) -> Answer:
-    """The best answer in a window."""
     first, last = np.where(window.inside[:, None], scores, -np.inf).T
     length = np.arange(len(first))[None] - np.arange(len(first))[:, None]
     allowed = (length >= 0) & (length < LONGEST_ANSWER)

@@ -274,6 +274,20 @@ class NamedReadout(Readout):
         return len(self.names)
 
 
+class TokenReadout(Readout):
+    """A `Readout` of tokens: the loss of a row is the sum over those that have a label."""
+
+    def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
+        """The number of tokens with a label in each row."""
+        return (batch["labels"] != NOTHING).sum(axis=1)
+
+    def losses(
+        self, outputs: Float[Array, "rows tokens width"], batch: Batch
+    ) -> Float[Array, " rows"]:
+        """The cross-entropy of each row, summed over its tokens with a label."""
+        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
+
+
 def learnt_losses(
     outputs: Float[Array, "rows tokens width"], labels: Int[Array, "rows tokens"]
 ) -> Float[Array, "rows tokens"]:
@@ -281,8 +295,3 @@ def learnt_losses(
     # The index of NOTHING is -1: it must not reach the gather, even where its loss is dropped.
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
     return jnp.where(labels == NOTHING, 0.0, losses)
-
-
-def count_labels(batch: Batch) -> Int[np.ndarray, " rows"]:
-    """The number of tokens with a label in each row."""
-    return (batch["labels"] != NOTHING).sum(axis=1)

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from adapters_jax.finetune.data.batches import NOTHING, row_of, tokenize
 from adapters_jax.finetune.data.files import Line, Rows, place, refuse
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.data.tables import Table, choose_values, items_of
-from adapters_jax.finetune.models.encoder import TOKENS
+from adapters_jax.finetune.models.encoder.heads import TOKENS
 from adapters_jax.finetune.pretrained.encoder import Encoder
 from adapters_jax.finetune.tasks import views
-from adapters_jax.finetune.tasks.base import Batch, Columns
+from adapters_jax.finetune.tasks.base import Columns
 from adapters_jax.finetune.tasks.labelled import EncoderTask
 from adapters_jax.finetune.tasks.metrics import span_counts, span_scores, spans_of
 from adapters_jax.finetune.tasks.prediction import Prediction
-from adapters_jax.finetune.tasks.readout import Inputs, NamedReadout, count_labels, learnt_losses
+from adapters_jax.finetune.tasks.readout import Inputs, NamedReadout, TokenReadout
 from adapters_jax.finetune.tasks.views import Judged, View
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class TagPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class Tags(NamedReadout):
+class Tags(TokenReadout, NamedReadout):
     """A `NamedReadout` of tags: the head's outputs are logits for each token.
 
     Example:
@@ -106,16 +106,6 @@ class Tags(NamedReadout):
         """The rows with the ids of their tags."""
         found = zip(inputs.rows, inputs.where, labels, strict=True)
         return [TaggedRow(a, b, self._ids(at, tags, len(a))) for (a, b), at, tags in found], None
-
-    def counts(self, batch: Batch) -> Int[np.ndarray, " rows"]:
-        """The number of words of each row."""
-        return count_labels(batch)
-
-    def losses(
-        self, outputs: Float[Array, "rows length width"], batch: Batch
-    ) -> Float[Array, " rows"]:
-        """The cross-entropy of each row, summed over its words."""
-        return learnt_losses(outputs, jnp.asarray(batch["labels"])).sum(axis=1)
 
     def decode(self, outputs: np.ndarray, where: Any = None) -> list[list[str]]:
         """The tags of the words; words without a token are outside."""

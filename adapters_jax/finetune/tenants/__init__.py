@@ -10,15 +10,3 @@
 
 Reference: Chen et al., Punica: Multi-Tenant LoRA Serving (2023), arXiv:2310.18547.
 """
-
-from adapters_jax.finetune.tenants.engine import Tenants
-from adapters_jax.finetune.tenants.requests import (
-    Adam,
-    ClosedError,
-    Passed,
-    Row,
-    Snapshot,
-    UnknownTenantError,
-)
-
-__all__ = ["Adam", "ClosedError", "Passed", "Row", "Snapshot", "Tenants", "UnknownTenantError"]

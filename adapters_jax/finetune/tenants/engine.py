@@ -34,7 +34,7 @@ from adapters_jax.finetune.tenants.requests import (
     checked_rows,
 )
 from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
-from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail
+from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail, fill
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Recipe
@@ -330,7 +330,6 @@ class Tenants:
         return request.future
 
     def _run(self) -> None:
-        """The engine's thread."""
         try:
             while True:
                 with self._changed:
@@ -339,8 +338,11 @@ class Tenants:
                         return
                     gone = [each for each in self._turns if not self._stays(each)]
                 for tenant in gone:
-                    self._forget(tenant)
-                self._orders()
+                    with self._changed:
+                        self._turns.remove(tenant)
+                    self._places.leave(tenant)
+                for tenant, order in self._due(Order):
+                    self._end(tenant, order, order.work)
                 self._steps()
                 self._batch()
         finally:  # also after a bug, so that nobody waits for ever
@@ -355,21 +357,10 @@ class Tenants:
     def _has_work(self) -> bool:
         return self._closing or any(t.requests or not self._stays(t) for t in self._turns)
 
-    def _forget(self, tenant: Tenant) -> None:
-        """Frees the place of a tenant that was dropped."""
-        with self._changed:
-            self._turns.remove(tenant)
-        self._places.leave(tenant)
-
     def _due(self, kind: type) -> list[tuple[Tenant, Any]]:
         """The tenants whose next request is of a kind, and that request."""
         with self._changed:
             return [(each, each.requests[0]) for each in self._turns if each.next(kind)]
-
-    def _orders(self) -> None:
-        """Does what has to be done between batches."""
-        for tenant, order in self._due(Order):
-            self._end(tenant, order, order.work)
 
     def _steps(self) -> None:
         """Makes the steps that are due, as many in one program as there are places."""
@@ -408,7 +399,7 @@ class Tenants:
             for r, row in enumerate(rows, g * programs.each)
         ]
         for r, _, request, i in rows:
-            request.fill(batch, r, i)
+            fill(batch, r, request.rows[i], request.kind)
         logprobs, losses = programs.run(batch, backward)
         for r, tenant, request, i in rows:
             request.take(i, logprobs[r], losses[r])

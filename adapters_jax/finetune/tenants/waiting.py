@@ -42,10 +42,6 @@ class Pass:
         """The length of the longest rows that wait; 0 where none do."""
         return max((n for n, rows in self.waiting.items() if rows), default=0)
 
-    def fill(self, batch: Batch, r: int, i: int) -> None:
-        """Writes row i into a batch, as its row r."""
-        fill(batch, r, self.rows[i], self.kind)
-
     def take(self, i: int, logprobs: np.ndarray, losses: np.ndarray) -> None:
         """Takes the results of row i."""
         n = self.rows[i].tokens.size

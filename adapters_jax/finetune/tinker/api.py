@@ -185,11 +185,11 @@ class TrainingApi:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != wire.PROTOBUF:
             raise HTTPException(415, f"expected a body of the type {wire.PROTOBUF}")
-        read, rows, tokens = await self._reader.read(_whole_pass, request)
-        model = self._do.model(owner_of(request), read.model)
+        message, rows, tokens = await self._reader.read(_whole_pass, request)
+        model = self._do.model(owner_of(request), message.model_id)
         if request.url.path.endswith("/forward"):
-            read.message.forward_only = True
-        return _later(self._do.passed(model, read, rows, tokens), model.id)
+            message.forward_only = True
+        return _later(self._do.passed(model, message, rows, tokens), model.id)
 
     async def step(self, request: Request) -> Response:
         """Begins a step of the optimiser."""
@@ -318,16 +318,16 @@ class TrainingApi:
         return JSONResponse(await self._do.futures.ended(owner, name, body.prev_cursor, seconds))
 
 
-def _whole_pass(data: bytes) -> tuple[wire.Pass, Any, int]:
+def _whole_pass(data: bytes) -> tuple[Any, Any, int]:
     """A forward pass, its rows and their number of tokens."""
-    read = wire.read_pass(data)
+    message = wire.read_pass(data)
     rows: Any
     try:
-        rows = wire.rows_of(read.message)
+        rows = wire.rows_of(message)
     except UserError as error:
         rows = error  # the request has its place in the order all the same
     # What comes with a token has about 28 bytes; a body of more waits, too, and counts as more.
-    return read, rows, max(wire.tokens_in(read.message), len(data) // 32)
+    return message, rows, max(wire.tokens_in(message), len(data) // 32)
 
 
 def _or_error(kind: Any, data: bytes) -> Any:

@@ -142,13 +142,10 @@ class Archives:
         if found.kind != "external_weights":
             raise UserError(f"{found.path} has no files to download; save_weights_external does")
         until, root = time.time() + _LINK, str(request.base_url).rstrip("/")
-        link = self._signed(found.owner, found.path, int(until))
+        text = json.dumps([found.owner, found.path, int(until)]).encode().hex()
+        link = f"{text}.{self._mark(text)}"
         urls = {path.name: f"{root}{TRAINING}files/{link}/{path.name}" for path in found.files()}
         return JSONResponse({"urls": urls, "expires": time_text(until)})
-
-    def _signed(self, owner: str, path: str, until: int) -> str:
-        text = json.dumps([owner, path, until]).encode().hex()
-        return f"{text}.{self._mark(text)}"
 
     def _mark(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()

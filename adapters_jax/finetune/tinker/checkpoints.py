@@ -33,7 +33,8 @@ from adapters_jax.files.atomic import Content, restore, write_directory, write_f
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.finetune.serving.requests import UnknownModelError
 from adapters_jax.finetune.serving.schemas import matches_name
-from adapters_jax.finetune.tenants import Snapshot
+from adapters_jax.finetune.tenants.requests import Snapshot
+from adapters_jax.finetune.tinker.bodies import time_text
 from adapters_jax.trees import flatten, unflatten
 
 _log = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ class Checkpoints:
                         f"the server's disk has {free} bytes left, of which {_SPARE} are kept, and "
                         f"the checkpoint has {size}; delete some, or ask who runs it for room"
                     )
-                values = {**about, "owner": owner, "model": model, "time": _now(), "size": size}
+                now = time_text(time.time())
+                values = {**about, "owner": owner, "model": model, "time": now, "size": size}
                 write_directory(folder, {**files, _ABOUT: json.dumps(values).encode()})
                 saved = self._all[owner, path] = Checkpoint(
                     owner, model, kind, name, folder, values
@@ -303,10 +305,6 @@ def until(seconds: float | None) -> float | None:
     if seconds is not None and not 0 <= seconds <= _CENTURY:
         raise UserError(f"ttl_seconds is {shown(seconds)}, expected 0 to {_CENTURY}, or none")
     return None if seconds is None else time.time() + seconds
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:

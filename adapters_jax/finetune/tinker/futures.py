@@ -156,7 +156,8 @@ class Futures:
     def fail(self, owner: str, entry: Entry, message: str, category: str = "user") -> None:
         """Puts an error in the place of an answer."""
         entry.failed = True
-        self.end(owner, entry, _json(error=visible(message), category=category))
+        error = {"error": visible(message), "category": category}
+        self.end(owner, entry, json.dumps(error).encode())
 
     def drop(self, owner: str, name: str) -> None:
         """Forgets an answer that was fetched."""
@@ -195,7 +196,10 @@ class Futures:
             raise BusyError(f"{own.polls} questions of this key wait, the most; ask again later")
         own.polls += 1
         try:
-            return await waited(event, seconds)
+            async with asyncio.timeout(seconds):
+                return await event.wait()
+        except TimeoutError:
+            return False
         finally:
             own.polls -= 1
 
@@ -232,20 +236,6 @@ def background(work: Awaitable[None]) -> Any:
     _running.add(task)
     task.add_done_callback(_running.discard)
     return task
-
-
-async def waited(event: asyncio.Event, seconds: float) -> bool:
-    """Whether an event comes within some seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
-def _json(**values: Any) -> bytes:
-    return json.dumps(values).encode()
 
 
 Start = Callable[[], Awaitable[None]]

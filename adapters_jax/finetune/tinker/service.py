@@ -12,7 +12,8 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from adapters_jax.errors import FileSystemError, UserError, shown
 from adapters_jax.finetune.serving.adapters import DecoderBase, Read
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.requests import UnknownModelError
-from adapters_jax.finetune.tenants import Adam, ClosedError, Snapshot, Tenants, UnknownTenantError
+from adapters_jax.finetune.tenants.engine import Tenants
+from adapters_jax.finetune.tenants.requests import Adam, ClosedError, Snapshot, UnknownTenantError
 from adapters_jax.finetune.tinker import wire
 from adapters_jax.finetune.tinker.checkpoints import Checkpoint, Checkpoints, until
 from adapters_jax.finetune.tinker.futures import JSON, Bounds, Entry, Futures, Turns, background
@@ -31,7 +33,6 @@ from adapters_jax.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 _SILENT = 900.0  # seconds without a heartbeat, after which a session is over
-Work = Callable[[], Coroutine[Any, Any, "bytes | dict[str, Any]"]]
 
 
 @dataclass(eq=False)
@@ -170,12 +171,9 @@ class Service:
         seed = getattr(request.lora_config, "seed", None)
         seed = secrets.randbits(31) if seed is None else seed
 
-        def make(model: Model) -> Work:
-            async def create() -> dict[str, Any]:
-                await self.aside(self._begin, model, recipe, seed)
-                return {"model_id": model.id, "type": "create_model"}
-
-            return create
+        async def make(model: Model) -> dict[str, Any]:
+            await self.aside(self._begin, model, recipe, seed)
+            return {"model_id": model.id, "type": "create_model"}
 
         return self._made(owner, request, recipe, about, metadata, make)
 
@@ -185,13 +183,10 @@ class Service:
         metadata = {str(k): str(v) for k, v in (request.user_metadata or {}).items()}
         recipe = Recipe.from_json(found.about["recipe"])
 
-        def make(model: Model) -> Work:
-            async def create() -> dict[str, Any]:
-                snapshot = await self.aside(_loaded, found, request.optimizer)
-                await self.aside(self._begin, model, recipe, 0)
-                return await self._restored(model, found, snapshot, request.optimizer)
-
-            return create
+        async def make(model: Model) -> dict[str, Any]:
+            snapshot = await self.aside(_loaded, found, request.optimizer)
+            await self.aside(self._begin, model, recipe, 0)
+            return await self._restored(model, found, snapshot, request.optimizer)
 
         return self._made(owner, request, recipe, found.about, metadata, make)
 
@@ -212,7 +207,7 @@ class Service:
         recipe: Recipe,
         about: Mapping[str, Any],
         metadata: Mapping[str, str],
-        make: Callable[[Model], Work],
+        make: Callable[[Model], Awaitable[dict[str, Any]]],
     ) -> tuple[str, str]:
         session = self.session(owner, request.session_id)
         name = f"{session}:train:{request.model_seq_id}"  # as the client derives it, too
@@ -224,17 +219,16 @@ class Service:
             turns = Turns(self._seconds)
             model = Model(name, owner, session, recipe, {**kept, "metadata": metadata}, turns)
             self.models[name] = model
-            work = make(model)
 
             async def create() -> dict[str, Any]:
                 try:
-                    return await work()  # type: ignore[return-value]
+                    return await make(model)
                 except BaseException:  # also a cancellation: a model that is half made has to go
                     self.unload(model)
                     raise
 
             try:
-                self.ordered(model, 0, lambda: create())
+                self.ordered(model, 0, create)
             except UserError:  # as much as may be is on its way; the client asks again
                 self.unload(model)
                 raise
@@ -310,17 +304,17 @@ class Service:
             else:
                 self.futures.end(owner, entry, json.dumps(made).encode(), JSON)
 
-    def passed(self, model: Model, read: wire.Pass, rows: Any, tokens: int) -> str:
+    def passed(self, model: Model, message: Any, rows: Any, tokens: int) -> str:
         """Begins a forward pass, with gradients unless it is one alone.
 
         Args:
+            message: the protobuf.
             rows: its rows, or the UserError that they are.
         """
 
         def work() -> Awaitable[bytes]:
             if isinstance(rows, UserError):
                 raise rows
-            message = read.message
             future = self._tenants.forward_backward(
                 model.id,
                 rows,
@@ -328,13 +322,9 @@ class Service:
                 wire.config_of(message),
                 backward=not message.forward_only,
             )
+            return _then(future, wire.passed)
 
-            async def answer() -> bytes:
-                return wire.passed(await asyncio.wrap_future(future))
-
-            return answer()
-
-        return self.ordered(model, read.number, work, tokens, whole=False)
+        return self.ordered(model, message.seq_id, work, tokens, whole=False)
 
     def step(self, model: Model, request: Any) -> str:
         """Begins a step of the optimiser."""
@@ -344,11 +334,7 @@ class Service:
             _check_adamw(given)
             adam = Adam(*(getattr(given, name) for name in Adam._fields))
             future = self._tenants.optim_step(model.id, adam)
-
-            async def answer() -> dict[str, Any]:
-                return {"metrics": await asyncio.wrap_future(future)}
-
-            return answer()
+            return _then(future, lambda metrics: {"metrics": metrics})
 
         return self.ordered(model, request.seq_id, work, whole=False)
 
@@ -447,6 +433,10 @@ class Service:
         if self.futures.find(owner, name) is None:
             entry = self.futures.make(owner, name, asked.tokens, target)
             background(self._settled(owner, entry, self._sampler.sample(owner, weights, asked)))
+
+
+async def _then(future: Future[Any], shown: Callable[[Any], Any]) -> Any:
+    return shown(await asyncio.wrap_future(future))
 
 
 async def _raised(error: Exception) -> Any:

@@ -17,20 +17,12 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from adapters_jax.errors import UserError, shown
 from adapters_jax.finetune.serving.choosing import Likely
-from adapters_jax.finetune.tenants import Passed, Row
+from adapters_jax.finetune.tenants.requests import Passed, Row
 
 PROTOBUF = "application/x-protobuf"
 MOST_DATA = 8192  # of one request; the client sends at most 1,024
 _KINDS = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_INT64: "<i8", pb.DTYPE_INT32: "<i4"}
 _NOTHING = -99999.0  # the client's log-probability where there is no token
-
-
-class Pass(NamedTuple):
-    """A request for a forward pass: of which model, the how-manieth, and with what."""
-
-    model: str
-    number: int
-    message: Any
 
 
 class Sampled(NamedTuple):
@@ -65,8 +57,8 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
     return whole
 
 
-def read_pass(data: bytes) -> Pass:
-    """A protobuf of a forward pass, whose data are not read yet.
+def read_pass(data: bytes) -> Any:
+    """The protobuf of a request for a forward pass, whose data are not read yet.
 
     Raises:
         UserError: it is no such message.
@@ -78,7 +70,7 @@ def read_pass(data: bytes) -> Pass:
         raise UserError(f"the body is no ForwardBackwardRequest: {error}") from None
     if len(message.data) > MOST_DATA:  # each costs time, also an empty one
         raise UserError(f"the body has {len(message.data)} data, expected at most {MOST_DATA}")
-    return Pass(message.model_id, message.seq_id, message)
+    return message
 
 
 def tokens_in(message: Any) -> int:

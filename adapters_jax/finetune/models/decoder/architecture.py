@@ -71,7 +71,8 @@ class Architecture:
         own = {*COMMON, *self.settings} - {*self.absent}
         found = {name: value for name, value in values.items() if name in own}
         derived = {"model_type": self.model_type, **self.fixed, **self.read(values)}
-        return {name: _frozen(value) for name, value in (found | derived).items()}
+        found |= derived
+        return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
 
     def values(self, config: Any) -> dict[str, Any]:
         """The values of a `config.json`, from a `DecoderConfig`."""
@@ -97,8 +98,3 @@ def shape(*sizes: int, **more: Any) -> Values:
 def square(width: int, layers: int, heads: int, **more: Any) -> Values:
     """A shape with as many key heads as query heads, and a feed-forward four times as wide."""
     return shape(width, 4 * width, layers, heads, heads, **more)
-
-
-def _frozen(value: Any) -> Any:
-    """The value, a list as a tuple."""
-    return tuple(value) if isinstance(value, list) else value

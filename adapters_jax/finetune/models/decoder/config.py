@@ -3,18 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Self
 
 from adapters_jax.errors import UserError, check_choice, check_number, check_size, shown
 from adapters_jax.finetune.base_files import huggingface
-from adapters_jax.finetune.models.decoder import rope, towers
+from adapters_jax.finetune.models.decoder import forms, rope, towers
 from adapters_jax.finetune.models.decoder.counting import count
 from adapters_jax.finetune.models.decoder.delta import DeltaSizes
 from adapters_jax.finetune.models.decoder.families import ARCHITECTURES
-from adapters_jax.finetune.models.decoder.forms import LayerForm, layer_forms, layer_kinds
 from adapters_jax.finetune.models.decoder.latent import LatentSizes
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS
-from adapters_jax.finetune.models.parts.rotary import LayerKind, RopeScaling
+from adapters_jax.finetune.models.parts.rotary import RopeScaling
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "chunked_attention")
 # The values of flags, which are ours: a key of this name in a `config.json` means something else.
@@ -243,6 +243,10 @@ class DecoderConfig(huggingface.CheckpointConfig):
     expert_reads_weighted: bool = False
     expert_layers: tuple[int, ...] | None = None
 
+    num_parameters = property(count)
+    layer_kinds = property(forms.layer_kinds)
+    layer_forms = property(forms.layer_forms)
+    has_key_bias = property(attrgetter("attention_bias"))
     query_init = 1.0  # a factor of the new weights of the query projection
     mlp_first = "up"  # the name of the feed-forward's first layer, if there is no gate
 
@@ -425,16 +429,6 @@ None); choose another model_type.
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def num_parameters(self) -> int:
-        """The number of parameters."""
-        return count(self)
-
-    @property
-    def has_key_bias(self) -> bool:
-        """Whether the key projection of the attention has a bias."""
-        return self.attention_bias
-
-    @property
     def has_output_bias(self) -> bool:
         """Whether the output projection of the attention has a bias."""
         own = self.attention_output_bias
@@ -461,16 +455,6 @@ None); choose another model_type.
     def rotated(self) -> int:
         """The number of a head's features that are rotated."""
         return int(self.head_width * self.partial_rotary_factor)
-
-    @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer."""
-        return layer_kinds(self)
-
-    @property
-    def layer_forms(self) -> tuple[LayerForm, ...]:
-        """The form of each layer."""
-        return layer_forms(self)
 
     def with_layers(self, number: int) -> Self:
         """The configuration of a model of the first layers alone."""

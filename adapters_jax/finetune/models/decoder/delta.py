@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from adapters_jax.errors import UserError, check_size
 from adapters_jax.finetune.models.parts.cache import Kept, LayerCache
@@ -185,7 +185,9 @@ class GatedDelta(nnx.Module):
             x = _permuted(x, order)
             texts = None if texts is None else jnp.take_along_axis(texts, order, axis=1)
         counts = None if tokens is None else tokens.sum(1, dtype=jnp.int32)
-        texts = None if texts is None else _numbered(texts)
+        if texts is not None:  # by ascending numbers, from 0
+            changes = jnp.diff(texts, prepend=texts[:, :1]) != 0
+            texts = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
         mixed, gate, beta, decay = self._projected(x)
         empty = self.empty_cache(len(x), 0, mixed.dtype)
         memory, before = (empty if cache is None else cache.kept).state
@@ -266,7 +268,8 @@ def delta_rule(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     length, width = query.shape[1], query.shape[-1]
     chunk = min(chunk, length)
-    query, key = (_unit(each.astype(dtype)) for each in (query, key))
+    wide = (each.astype(dtype) for each in (query, key))
+    query, key = (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6) for x in wide)
     beta = beta.astype(dtype)[..., None]
     if texts is None:
         texts = jnp.zeros((1, length), jnp.int32)
@@ -313,20 +316,9 @@ def _chunk(state: State, parts: tuple[Array, ...]) -> tuple[State, Array]:
     return state * kept + jnp.swapaxes(key * left, -1, -2) @ new, read
 
 
-def _unit(x: Heads) -> Heads:
-    """Vectors of length 1."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
-
-
 def _permuted(x: Num[Array, "batch length d"], order: Texts) -> Num[Array, "batch length d"]:
     """The rows of each text in another order."""
     return jax.vmap(lambda x, order: x.at[order].get(unique_indices=True))(x, order)
-
-
-def _numbered(segments: Texts) -> Texts:
-    """The texts of a row by ascending numbers, from 0."""
-    changes: Bool[Array, "batch length"] = jnp.diff(segments, prepend=segments[:, :1]) != 0
-    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
 
 
 def _last(x: Array, counts: Array | None, like: Array) -> Array:

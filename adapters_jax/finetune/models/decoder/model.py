@@ -255,10 +255,8 @@ class Decoder(nnx.Module):
         """The context of each kind of layer.
 
         Args:
-            masks: their masks.
             positions: those of the rotation.
             longest: the length of the text, see `RopeScaling.frequencies`.
-            keys: the positions of the keys.
         """
 
         def turned(kind: LayerKind) -> Rotation | None:

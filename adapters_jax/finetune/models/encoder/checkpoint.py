@@ -179,7 +179,6 @@ def headed_names(base: str, names: NameTable, *head: Rule, **fields: Any) -> Nam
 
 
 def _masked(family: Family, theirs: Prediction) -> Classifier:
-    """The record of a masked language model."""
     rules = Rule("head/dense", theirs.dense), Rule("head/norm", theirs.norm)
     heads = (name.split(".")[0] for name in (theirs.dense, theirs.norm, theirs.bias))
     names = headed_names(

@@ -1,5 +1,6 @@
 """What every encoder's configuration says about its model: sizes, and the parts it has."""
 
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 from adapters_jax.errors import UserError
@@ -50,6 +51,10 @@ class EncoderConfig(huggingface.CheckpointConfig):
         pooler_activation: the activation of the pooler.
         pooler_bias, pooler_norm: whether its layer has a bias, and a norm behind it.
         pooler_mean: whether it reads the mean over the tokens instead of the first one.
+        pooler_dropout: the rate of dropout before it.
+        embedding_size: the width of the embeddings; where it is not that of the blocks, they are
+            projected.
+        head_features: the number of features that a head reads.
     """
 
     # The fields that the properties here read; images have no vocabulary.
@@ -81,6 +86,9 @@ class EncoderConfig(huggingface.CheckpointConfig):
     pooler_bias = True
     pooler_norm = False
     pooler_mean: ClassVar[Any] = False
+    pooler_dropout: Any = 0.0
+    embedding_size: Any = property(attrgetter("hidden_size"))
+    head_features: ClassVar[Any] = property(attrgetter("hidden_size"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,11 +104,6 @@ class EncoderConfig(huggingface.CheckpointConfig):
         return self.max_position_embeddings - self.first_position
 
     @property
-    def head_features(self) -> int:
-        """The number of features that a head reads."""
-        return self.hidden_size
-
-    @property
     def head_width(self) -> int:
         """The width of one head."""
         return self.hidden_size // self.num_attention_heads
@@ -112,11 +115,6 @@ class EncoderConfig(huggingface.CheckpointConfig):
         return Dropouts(rate, self.attention_probs_dropout_prob, rate, 0.0, rate)
 
     @property
-    def pooler_dropout(self) -> float:
-        """The rate of dropout before the pooler."""
-        return 0.0
-
-    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What tells the attention of each layer from that of others."""
         return (LayerKind(),) * self.num_hidden_layers
@@ -126,11 +124,6 @@ class EncoderConfig(huggingface.CheckpointConfig):
         """The rows of each table of embeddings of tokens, by name; 0 if it does not exist."""
         positions, types = self.max_position_embeddings, self.type_vocab_size
         return {"word": self.vocab_size, "position": positions, "token_type": types}
-
-    @property
-    def embedding_size(self) -> int:
-        """The width of the embeddings; where it is not that of the blocks, they are projected."""
-        return self.hidden_size
 
     @property
     def num_parameters(self) -> int:

@@ -162,18 +162,11 @@ def run_nnx(
 
     if remat:
         block = nnx.remat(block, prevent_cse=not scanned, **check_remat(remat))
-    if not scanned:
-        for layer, kind in zip(layers, kinds, strict=True):  # type: ignore[call-overload]
-            x = block(layer, x, contexts[kind])
-        return x
-    # One traced body serves all layers, so a scanned number picks the context.
-    context = _by_kind(contexts)
-    scan = nnx.scan(
-        scanning()(lambda x, layer, kind: block(layer, x, context(kind))),
-        in_axes=(nnx.Carry, 0, 0),
-        out_axes=nnx.Carry,
-    )
-    return scan(x, layers, jnp.array(kinds))
+
+    def step(x: Array, layer: Any, context: Any) -> tuple[Array, None]:
+        return block(layer, x, context), None
+
+    return extend_nnx(step, layers, x, contexts, kinds)[0]
 
 
 def extend_nnx(
@@ -197,6 +190,7 @@ def extend_nnx(
         The output of the last block, and what the blocks keep, in the form of the rows.
     """
     if not isinstance(layers, nnx.List):
+        # One traced body serves all layers, so a scanned number picks the context.
         context = _by_kind(contexts)
         scan = nnx.scan(
             scanning()(lambda x, layer, kind, *row: step(x, layer, context(kind), *row)),

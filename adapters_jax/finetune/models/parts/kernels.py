@@ -10,6 +10,7 @@ Reference:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -88,13 +89,9 @@ class Splash:
 
     def __call__(self, query: Rows, key: Rows, value: Rows, mask: Mask, cap: float | None) -> Rows:
         """Pads lengths to blocks, and runs the kernel."""
+        return _split(partial(self._local, cap), query, key, value, mask)
 
-        def kernel(query: Rows, key: Rows, value: Rows, mask: Mask) -> Rows:
-            return self._local(query, key, value, mask, cap)
-
-        return _split(kernel, query, key, value, mask)
-
-    def _local(self, query: Rows, key: Rows, value: Rows, mask: Mask, cap: float | None) -> Rows:
+    def _local(self, cap: float | None, query: Rows, key: Rows, value: Rows, mask: Mask) -> Rows:
         # Here, since Pallas for TPUs takes a fifth as long to import as jax.
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -73,15 +73,12 @@ def relative_buckets(
     else:
         buckets //= 2
         after, distance = jnp.where(distance > 0, buckets, 0), jnp.abs(distance)
-    starts = jnp.array(_starts(buckets, farthest), distance.dtype)
-    return after + jnp.searchsorted(starts, distance, side="right", method="compare_all")
-
-
-def _starts(buckets: int, farthest: int) -> list[int]:
-    """The least distance of each group but the first, in whole numbers, which no device rounds."""
     exact = buckets // 2
     ranges = buckets - exact
-    return [*range(1, exact + 1), *(_start(i, ranges, exact, farthest) for i in range(1, ranges))]
+    # The least distance of each group but the first, in whole numbers, which no device rounds.
+    least = [*range(1, exact + 1), *(_start(i, ranges, exact, farthest) for i in range(1, ranges))]
+    starts = jnp.array(least, distance.dtype)
+    return after + jnp.searchsorted(starts, distance, side="right", method="compare_all")
 
 
 def _start(i: int, ranges: int, exact: int, farthest: int) -> int:

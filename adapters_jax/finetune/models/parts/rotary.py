@@ -103,7 +103,9 @@ class RopeScaling:
             case "linear":
                 return plain / self.factor, 1.0
             case "dynamic":
-                return frequencies(features, self._stretched(features, theta, length)), 1.0
+                most = self.original_max_position_embeddings
+                stretch = self.factor * max(length, most) / most - (self.factor - 1)
+                return frequencies(features, theta * stretch ** (features / (features - 2))), 1.0
             case "yarn":
                 return self._yarn(plain, theta), self._yarn_factor()
             case "proportional":
@@ -114,19 +116,12 @@ class RopeScaling:
             case _:
                 return self._llama3(plain), 1.0
 
-    def _turns(self, plain: Frequencies) -> Frequencies:
-        """How often each pair turns in a text of the training's length."""
-        return self.original_max_position_embeddings * plain / (2 * math.pi)
-
     def _llama3(self, plain: Frequencies) -> Frequencies:
-        low, high, turns = self.low_freq_factor, self.high_freq_factor, self._turns(plain)
+        # How often each pair turns in a text of the training's length.
+        turns = self.original_max_position_embeddings * plain / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
         kept = turns >= low if low == high else np.clip((turns - low) / (high - low), 0, 1)
         return plain * ((1 - kept) / self.factor + kept)
-
-    def _stretched(self, features: int, theta: float, length: int) -> float:
-        most = self.original_max_position_embeddings
-        stretch = self.factor * max(length, most) / most - (self.factor - 1)
-        return theta * stretch ** (features / (features - 2))
 
     def _yarn(self, plain: Frequencies, theta: float) -> Frequencies:
         length, half = self.original_max_position_embeddings, len(plain)

@@ -85,6 +85,7 @@ class T5Config(huggingface.CheckpointConfig):
     value_norm, layer_scalar, hidden_size_per_layer_input = False, False, 0
     experts_beside = False
     mlp_first = "intermediate"
+    longest = 2**31 - 1  # a text may have any number of tokens, since positions are relative
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": tuple(CLASSES),
@@ -151,11 +152,6 @@ class T5Config(huggingface.CheckpointConfig):
     def with_layers(self, number: int) -> Self:
         """The configuration of a model of the first layers of each stack alone."""
         return replace(self, num_layers=number, num_decoder_layers=number)
-
-    @property
-    def longest(self) -> int:
-        """The largest number of tokens of a text: any, since its positions are relative."""
-        return 2**31 - 1
 
     @property
     def num_parameters(self) -> int:

@@ -13,14 +13,9 @@ from adapters_jax.finetune.models.whisper.model import Whisper, abstract_whisper
 
 
 def _shape(width: int, layers: int, heads: int, **more: Any) -> WhisperConfig:
-    sizes: dict[str, Any] = {
-        "d_model": width,
-        "encoder_ffn_dim": 4 * width,
-        "decoder_ffn_dim": 4 * width,
-    }
-    layered = {"encoder_layers": layers, "decoder_layers": layers}
-    heads_of = {"encoder_attention_heads": heads, "decoder_attention_heads": heads}
-    return WhisperConfig(**{**sizes, **layered, **heads_of, **more})
+    each = {"ffn_dim": 4 * width, "layers": layers, "attention_heads": heads}
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in each.items()}
+    return WhisperConfig(**{"d_model": width, **sizes, **more})
 
 
 _SIZES = {

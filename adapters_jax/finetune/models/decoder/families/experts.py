@@ -14,15 +14,12 @@ OWN = ("num_experts_per_tok", "num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _window(values: Values) -> dict[str, Any]:
-    slides = values.get("use_sliding_window")
-    return {"sliding_window": values.get("sliding_window")} if slides else {}
-
-
 def _qwen(values: Values) -> dict[str, Any]:
     """The window, and the number of experts by its name in transformers 5."""
+    window = ("sliding_window",) if values.get("use_sliding_window") else ()
+    found = {name: values.get(name) for name in window}
     local = values.get("num_local_experts")
-    return _window(values) | ({} if local is None else {"num_experts": local})
+    return found if local is None else found | {"num_experts": local}
 
 
 MIXTRAL = Architecture(

@@ -69,6 +69,11 @@ def _write(config: Any) -> dict[str, Any]:
     }
 
 
+LARGE: dict[str, Any] = {
+    **{"attention_k_eq_v": True, "sliding_window": 1024, "max_position_embeddings": 262144},
+    **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
+}
+
 GEMMA4 = Architecture(
     "gemma4_text",
     "Gemma4ForCausalLM",
@@ -105,18 +110,11 @@ GEMMA4 = Architecture(
             *(2560, 10240, 42, 8, 2),
             **{"num_kv_shared_layers": 18, "final_logit_softcapping": 30.0},
         ),
-        "google/gemma-4-31B": shape(
-            *(5376, 21504, 60, 32, 16),
-            **{"attention_k_eq_v": True, "num_global_key_value_heads": 4, "sliding_window": 1024},
-            **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
-            max_position_embeddings=262144,
-        ),
+        "google/gemma-4-31B": shape(5376, 21504, 60, 32, 16, **LARGE, num_global_key_value_heads=4),
         "google/gemma-4-26B-A4B": shape(
             *(2816, 2112, 30, 16, 8),
-            **{"attention_k_eq_v": True, "num_global_key_value_heads": 2, "sliding_window": 1024},
-            **{"hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0},
-            **{"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8},
-            **{"moe_intermediate_size": 704, "max_position_embeddings": 262144},
+            **{**LARGE, "num_global_key_value_heads": 2, "enable_moe_block": True},
+            **{"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
         ),
     },
 )

@@ -34,21 +34,19 @@ def _falcon3(*sizes: int, **more: Any) -> Values:
     return shape(*sizes, **{**usual, "max_position_embeddings": 32768, **more})
 
 
+LLAMA2 = {
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+LATER: dict[str, Any] = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+SMOLLM2: dict[str, Any] = {"rope_theta": 100_000.0, "max_position_embeddings": 8192}
 KNOWN = {
     "huggyllama/llama-7b": shape(4096, 11008, 32, 32, 32),
     "huggyllama/llama-13b": shape(5120, 13824, 40, 40, 40),
     "huggyllama/llama-30b": shape(6656, 17920, 60, 52, 52),
     "huggyllama/llama-65b": shape(8192, 22016, 80, 64, 64, rms_norm_eps=1e-5),
-    **{
-        f"meta-llama/Llama-2-{size}-hf": shape(
-            *sizes, rms_norm_eps=1e-5, max_position_embeddings=4096
-        )
-        for size, sizes in {
-            "7b": (4096, 11008, 32, 32, 32),
-            "13b": (5120, 13824, 40, 40, 40),
-            "70b": (8192, 28672, 80, 64, 8),
-        }.items()
-    },
+    **{f"meta-llama/Llama-2-{size}-hf": shape(*x, **LATER) for size, x in LLAMA2.items()},
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32, 8),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64, 8),
     "meta-llama/Llama-3.1-8B": _llama3(4096, 14336, 32, 32, 8, factor=8.0),
@@ -59,23 +57,13 @@ KNOWN = {
     "meta-llama/Llama-3.3-70B-Instruct": _llama3(8192, 28672, 80, 64, 8, factor=8.0),
     "TinyLlama/TinyLlama_v1.1": shape(2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
     # The text models of those that read images.
-    "llava-hf/llava-1.5-7b-hf": shape(
-        *(4096, 11008, 32, 32, 32),
-        **{"vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-    ),
-    "llava-hf/llava-1.5-13b-hf": shape(
-        *(5120, 13824, 40, 40, 40),
-        **{"vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-    ),
+    "llava-hf/llava-1.5-7b-hf": shape(*LLAMA2["7b"], **LATER, vocab_size=32064),
+    "llava-hf/llava-1.5-13b-hf": shape(*LLAMA2["13b"], **LATER, vocab_size=32064),
     "HuggingFaceTB/SmolLM-135M": _smollm(576, 1536, 30, 9, 3),
     "HuggingFaceTB/SmolLM-360M": _smollm(960, 2560, 32, 15, 5),
     "HuggingFaceTB/SmolLM-1.7B": _smollm(2048, 8192, 24, 32, 32),
-    "HuggingFaceTB/SmolLM2-135M": _smollm(
-        576, 1536, 30, 9, 3, rope_theta=100_000.0, max_position_embeddings=8192
-    ),
-    "HuggingFaceTB/SmolLM2-360M": _smollm(
-        960, 2560, 32, 15, 5, rope_theta=100_000.0, max_position_embeddings=8192
-    ),
+    "HuggingFaceTB/SmolLM2-135M": _smollm(576, 1536, 30, 9, 3, **SMOLLM2),
+    "HuggingFaceTB/SmolLM2-360M": _smollm(960, 2560, 32, 15, 5, **SMOLLM2),
     "HuggingFaceTB/SmolLM2-1.7B": _smollm(
         2048, 8192, 24, 32, 32, rope_theta=130_000.0, max_position_embeddings=8192
     ),

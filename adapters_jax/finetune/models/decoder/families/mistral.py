@@ -14,6 +14,7 @@ def _later(*sizes: int, **more: Any) -> Values:
 
 
 SEVEN = (4096, 14336, 32, 32, 8)
+WIDE: dict[str, Any] = {"head_dim": 128, "vocab_size": 131072}
 KNOWN = {
     "mistralai/Mistral-7B-v0.1": shape(
         *SEVEN, rms_norm_eps=1e-5, sliding_window=4096, max_position_embeddings=32768
@@ -23,28 +24,20 @@ KNOWN = {
         *SEVEN, rope_theta=1e6, max_position_embeddings=32768, vocab_size=32768
     ),
     "mistralai/Mistral-Nemo-Base-2407": _later(
-        *(5120, 14336, 40, 32, 8),
-        **{"head_dim": 128, "rope_theta": 1e6, "vocab_size": 131072},
-        max_position_embeddings=131072,
+        5120, 14336, 40, 32, 8, **WIDE, rope_theta=1e6, max_position_embeddings=131072
     ),
     "mistralai/Mistral-Small-Instruct-2409": _later(
         6144, 16384, 56, 48, 8, rope_theta=1e6, vocab_size=32768, max_position_embeddings=32768
     ),
     "mistralai/Mistral-Small-24B-Base-2501": _later(
-        *(5120, 32768, 40, 32, 8),
-        **{"head_dim": 128, "rope_theta": 1e8, "vocab_size": 131072},
-        max_position_embeddings=32768,
+        5120, 32768, 40, 32, 8, **WIDE, rope_theta=1e8, max_position_embeddings=32768
     ),
     # The text models of those that read images.
     "mistral-community/pixtral-12b": _later(
-        *(5120, 14336, 40, 32, 8),
-        **{"head_dim": 128, "rope_theta": 1e9, "vocab_size": 131072},
-        max_position_embeddings=1_024_000,
+        5120, 14336, 40, 32, 8, **WIDE, rope_theta=1e9, max_position_embeddings=1_024_000
     ),
     "mistralai/Mistral-Small-3.1-24B-Base-2503": _later(
-        *(5120, 32768, 40, 32, 8),
-        **{"head_dim": 128, "rope_theta": 1e9, "vocab_size": 131072},
-        max_position_embeddings=131072,
+        5120, 32768, 40, 32, 8, **WIDE, rope_theta=1e9, max_position_embeddings=131072
     ),
 }
 

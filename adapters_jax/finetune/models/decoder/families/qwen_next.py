@@ -9,7 +9,7 @@ from typing import Any
 from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
 from adapters_jax.finetune.models.decoder.delta import DeltaSizes
 from adapters_jax.finetune.models.decoder.families.experts import OWN, PROJECTIONS
-from adapters_jax.finetune.models.decoder.families.windows import types_of
+from adapters_jax.finetune.models.decoder.families.windows import alternating, types_of
 from adapters_jax.finetune.models.decoder.names import NAMES, with_delta, with_experts
 
 SIZES = {
@@ -22,15 +22,9 @@ SIZES = {
 
 
 def _read(values: Values, fused: bool) -> dict[str, Any]:
-    every, layers = values.get("full_attention_interval", 4), values.get("num_hidden_layers", 0)
-    types = (
-        "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)
-    )
+    types = alternating(values, values.get("full_attention_interval", 4), "linear_attention")
     given = {ours: values[name] for name, ours in SIZES.items() if name in values}
-    return {
-        "layer_types": tuple(values.get("layer_types") or types),
-        "delta": DeltaSizes(**given, fused=fused),
-    }
+    return {**types, "delta": DeltaSizes(**given, fused=fused)}
 
 
 def _write(config: Any) -> dict[str, Any]:

@@ -6,9 +6,8 @@ Reference: Lozhkov et al., StarCoder 2 and The Stack v2 (2024), https://arxiv.or
 """
 
 from dataclasses import replace
-from typing import Any
 
-from adapters_jax.finetune.models.decoder.architecture import Architecture, Values, shape
+from adapters_jax.finetune.models.decoder.architecture import Architecture, shape
 from adapters_jax.finetune.models.decoder.names import (
     LAYERS,
     MODEL,
@@ -21,10 +20,6 @@ from adapters_jax.finetune.models.parts.names import of_layers
 OWN = of_layers(*LAYERS, mlp__up="mlp.c_fc", mlp__output="mlp.c_proj")
 
 
-def _read(values: Values) -> dict[str, Any]:
-    return {"mlp_bias": values.get("attention_bias", False)}
-
-
 STARCODER2 = Architecture(
     "starcoder2",
     "Starcoder2ForCausalLM",
@@ -35,7 +30,7 @@ STARCODER2 = Architecture(
     },
     settings=("attention_bias", "sliding_window"),
     renamed={"norm_epsilon": "rms_norm_eps", "use_bias": "attention_bias"},
-    read=_read,
+    read=lambda values: {"mlp_bias": values.get("attention_bias", False)},
     supported={"attention_dropout": (0.0, 0.1)},
     names=replace(NAMES, rules=(*OWN, *MODEL, *PROJECTIONS, *NORMS_BEFORE)),
     known={

@@ -7,9 +7,9 @@ from adapters_jax.finetune.models.decoder.architecture import Values
 from adapters_jax.finetune.models.parts.rotary import LayerKind
 
 
-def alternating(values: Values, every: int) -> dict[str, Any]:
+def alternating(values: Values, every: int, others: str = "sliding_attention") -> dict[str, Any]:
     """The layer types of the values, or else full attention in each `every`-th layer."""
-    return {"layer_types": _types(values, lambda layer: (layer + 1) % every != 0)}
+    return {"layer_types": _types(values, lambda layer: (layer + 1) % every != 0, others)}
 
 
 def switched(values: Values, slides: Callable[[int], bool]) -> dict[str, Any]:
@@ -21,12 +21,13 @@ def switched(values: Values, slides: Callable[[int], bool]) -> dict[str, Any]:
     """
     if not values.get("use_sliding_window") or not values.get("sliding_window"):
         return {}
-    return {"sliding_window": values["sliding_window"], "layer_types": _types(values, slides)}
+    types = _types(values, slides, "sliding_attention")
+    return {"sliding_window": values["sliding_window"], "layer_types": types}
 
 
-def _types(values: Values, slides: Callable[[int], bool]) -> tuple[str, ...]:
+def _types(values: Values, differs: Callable[[int], bool], others: str) -> tuple[str, ...]:
     layers = range(values.get("num_hidden_layers", 0))
-    own = ("sliding_attention" if slides(layer) else "full_attention" for layer in layers)
+    own = (others if differs(layer) else "full_attention" for layer in layers)
     return tuple(values.get("layer_types") or own)
 
 

@@ -165,24 +165,21 @@ ROBERTA_BASE = BertConfig(
 )
 ROBERTA_LARGE = replace(ROBERTA_BASE, **LARGE)
 XLM_ROBERTA_BASE = replace(ROBERTA_BASE, model_type="xlm-roberta", vocab_size=250002)
-XLM_ROBERTA_LARGE = replace(XLM_ROBERTA_BASE, **LARGE)
-
-# Its classifier in transformers has the pooler's layer itself.
-ROBERTA_NAMES = like_bert("roberta.", Rule(r"pooler/dense", r"classifier.dense"))
+_OF_FACEBOOK = {
+    "roberta-base": ROBERTA_BASE,
+    "roberta-large": ROBERTA_LARGE,
+    "xlm-roberta-base": XLM_ROBERTA_BASE,
+    "xlm-roberta-large": replace(XLM_ROBERTA_BASE, **LARGE),
+}
 
 ROBERTA = encoder_family(
     "roberta",
     BertConfig,
-    ROBERTA_NAMES,
+    # Its classifier in transformers has the pooler's layer itself.
+    like_bert("roberta.", Rule(r"pooler/dense", r"classifier.dense")),
     {
-        "roberta-base": ROBERTA_BASE,
-        "roberta-large": ROBERTA_LARGE,
-        "xlm-roberta-base": XLM_ROBERTA_BASE,
-        "xlm-roberta-large": XLM_ROBERTA_LARGE,
-        "FacebookAI/roberta-base": ROBERTA_BASE,
-        "FacebookAI/roberta-large": ROBERTA_LARGE,
-        "FacebookAI/xlm-roberta-base": XLM_ROBERTA_BASE,
-        "FacebookAI/xlm-roberta-large": XLM_ROBERTA_LARGE,
+        **_OF_FACEBOOK,
+        **{f"FacebookAI/{name}": shape for name, shape in _OF_FACEBOOK.items()},
         "distilbert/distilroberta-base": replace(ROBERTA_BASE, num_hidden_layers=6),
         "almanach/camembert-base": replace(ROBERTA_BASE, model_type="camembert", vocab_size=32005),
     },
@@ -227,23 +224,21 @@ ELECTRA_NAMES = like_bert(
     ignored=(r"(discriminator_predictions|generator_(predictions|lm_head))\..*",),
 )
 
-ELECTRA_SMALL = ElectraConfig()
-ELECTRA_BASE = ElectraConfig(
-    hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
-)
-ELECTRA_LARGE = ElectraConfig(embedding_size=1024, **LARGE)
+_ELECTRA = {
+    "small": ElectraConfig(),
+    "base": ElectraConfig(
+        hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
+    ),
+    "large": ElectraConfig(**LARGE, embedding_size=1024),
+}
 
 ELECTRA = encoder_family(
     "electra",
     ElectraConfig,
     ELECTRA_NAMES,
     {
-        "electra-small": ELECTRA_SMALL,
-        "electra-base": ELECTRA_BASE,
-        "electra-large": ELECTRA_LARGE,
-        "google/electra-small-discriminator": ELECTRA_SMALL,
-        "google/electra-base-discriminator": ELECTRA_BASE,
-        "google/electra-large-discriminator": ELECTRA_LARGE,
+        **{f"electra-{size}": shape for size, shape in _ELECTRA.items()},
+        **{f"google/electra-{size}-discriminator": shape for size, shape in _ELECTRA.items()},
     },
     head="classifier.out_proj",
 )

@@ -12,6 +12,7 @@ Reference:
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import jax
@@ -123,6 +124,7 @@ class DinoConfig(VitConfig):
         "drop_path_rate": (0.0,),
     }
     features: ClassVar[tuple[str, ...]] = ("first", "mean")
+    layer_scale = property(attrgetter("layerscale_value"))
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,11 +134,6 @@ class DinoConfig(VitConfig):
             raise UserError(f"mlp_ratio={ratio!r}, expected a whole number such as 4")
         inner = width * ratio if isinstance(width, int) else cls.intermediate_size
         return {"intermediate_size": inner, **values}
-
-    @property
-    def layer_scale(self) -> float:
-        """The first value of factors of each sublayer's output."""
-        return self.layerscale_value
 
 
 @dataclass(frozen=True)
@@ -280,10 +277,8 @@ CLIP_NAMES = NameTable(
     ),
 )
 
-_SMALL: dict[str, Any] = {
-    **{"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-}
 _VIT_BASE, _DINO_BASE, _CLIP_32 = VitConfig(), DinoConfig(), ClipConfig()
+_DINO_SMALL = DinoConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
 _family = partial(encoder_family, kind="vision", one_layer=True)
 
 # The shapes of `config.json` in the repositories of these names on huggingface.co.
@@ -303,7 +298,7 @@ FAMILIES = (
         DinoConfig,
         DINO_NAMES,
         {
-            "facebook/dinov2-small": replace(_DINO_BASE, **_SMALL),
+            "facebook/dinov2-small": _DINO_SMALL,
             "facebook/dinov2-base": _DINO_BASE,
             "facebook/dinov2-large": replace(_DINO_BASE, **LARGE),
         },
