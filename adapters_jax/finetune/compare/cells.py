@@ -261,7 +261,12 @@ class CellConsole(Console):
 
     @contextlib.contextmanager
     def progress(
-        self, title: str, steps: int, *_: Any, first: str = "", **rest: Any
+        self,
+        title: str,
+        steps: int,
+        unit: str = "step",
+        left: Callable[[], float | None] | None = None,
+        first: str = "",
     ) -> Iterator[Progress]:
         """Passes the progress of a cell on to the comparison."""
         if first:
