@@ -353,7 +353,8 @@ def adapt(model: nn.Module, recipe: Recipe | Method | Sequence[Method]) -> Adapt
         >>> jax.tree.map(jnp.shape, model.init(jax.random.key(0), x)["params"])
         {'bias': (3,), 'kernel': (4, 3), 'lora': {'a': (4, 2), 'b': (2, 3)}}
     """
-    recipe = Recipe(recipe)
+    # A recipe is taken as it is: `beyond` leaves entries whose members the model has.
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     if isinstance(model, Adapted):
         return adapt(model.inner, model.recipe + recipe)
     wrapper = getattr(model, "adapted_class", None) or _adapted_class(type(model))  # type: ignore[arg-type]

@@ -207,7 +207,8 @@ def adapt(
         >>> {path: x.shape for path, x in params_of(adapted).items()}
         {'bias': (3,), 'kernel': (4, 3), 'lora/a': (4, 2), 'lora/b': (2, 3)}
     """
-    recipe = Recipe(recipe)
+    # A recipe is taken as it is: `beyond` leaves entries whose members the model has.
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     _check_streams(recipe, rngs)
     check_loaded("adapt", recipe)
     inputs = Inputs.of(example_inputs)
