@@ -72,9 +72,9 @@ def questions() -> list[Cells]:
     return [
         *(ask(ALL, data) for data in SETS),
         *(ask(recipe) for recipe in COMPARED),
+        *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),
         *(ask(lora(rank)) for rank in (1, 256)),
         *(ask(lora(rank, rank)) for rank in (1, 256)),
-        *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),
         *(ask(lora(rank, alpha)) for rank in RANKS for alpha in (32, rank)),
         *(ask(recipe, batch=batch) for batch in BATCHES for recipe in (ALL, FULL)),
         *(ask(recipe, data) for data in SETS for recipe in (FULL, HOULSBY)),

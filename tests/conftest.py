@@ -45,7 +45,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
-    """Makes the cases slow that are no witnesses, and skips the groups that nobody asked for."""
+    """Makes the cases weekly that are no witnesses, and skips the groups that nobody asked for."""
     _mark_all_but_witnesses(items, whole=not any("::" in each for each in config.args))
     for item in items:
         if item.get_closest_marker("weekly"):
@@ -64,8 +64,7 @@ def _asked_for(group, item, config):
 
 
 def _mark_all_but_witnesses(items, whole):
-    """Of a test with `witness` marks, makes the cases slow whose ids no mark has; weekly, where
-    all of them are slow."""
+    """Of a test with `witness` marks, makes the cases weekly whose ids no mark has."""
     missing = {}
     for item in items:
         marks = list(item.iter_markers("witness"))
@@ -73,8 +72,7 @@ def _mark_all_but_witnesses(items, whole):
             kept = {each for mark in marks for each in mark.args}
             missing.setdefault(item.nodeid.partition("[")[0], kept).discard(item.callspec.id)
             if item.callspec.id not in (each for mark in marks for each in mark.args):
-                slow = item.get_closest_marker("slow")
-                item.add_marker(pytest.mark.weekly if slow else pytest.mark.slow)
+                item.add_marker(pytest.mark.weekly)
     wrong = [f"{test}: {sorted(ids)}" for test, ids in missing.items() if ids]
     if whole and wrong:
         raise pytest.UsageError(f"there are no cases with the ids of these witnesses: {wrong}")
@@ -101,7 +99,7 @@ def pytest_configure(config):
     """
     for group, when in GROUPS.items():
         config.addinivalue_line("markers", f"{group}: {when}")
-    witness = "witness(*ids): the cases of a test that the default suite runs; others are slow"
+    witness = "witness(*ids): the cases of a test that run with every change; others are weekly"
     config.addinivalue_line("markers", witness)
     config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache entry")
     if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -335,6 +335,7 @@ def test_one_call_says_where_all_methods_act():
         model.apply({"params": params}, x, invoked=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["linen", "scan"])
 def test_rows_of_a_bank_have_each_its_invocation(style):
     """Beside one that acts on all of its tokens, a smaller one, and the base."""

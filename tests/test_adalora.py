@@ -66,6 +66,7 @@ def test_combined_it_is_a_lora():
     np.testing.assert_allclose(own["a"] @ own["b"], 2 * (CHANGED - KERNEL), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_a_bank_a_smaller_rank_and_another_scale_compute_the_same():
     model = aj.adapt(nn.Dense(3, use_bias=False), aj.AdaLoRA("**", rank=3, alpha=9.0))
     params = aj.init_adapters(model, {"kernel": KERNEL}, jax.random.key(0), X)
@@ -168,6 +169,7 @@ def test_the_budget_is_that_of_the_algorithm(beta1):
     assert kept == [8, 8, 6, 8, 8, 3, 8, 8, 3, 3, 3, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_skipped_step_are_not_remembered():
     tx = budget(optax.apply_if_finite(optax.sgd(0.1), 3))
     params = unflatten(tree(0))
@@ -205,6 +207,7 @@ def loss_of(subject, recipe):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.witness("linen")
 @pytest.mark.parametrize("api", APIS)
 def test_a_training_resumes_to_the_last_bit_and_compiles_once(api, tmp_path):

@@ -684,6 +684,7 @@ def compacter_tree(recipe, params):
     return arrays.drawn_like(aj.adapters_of(whole, recipe), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("settings0", "settings2")
 @pytest.mark.parametrize(
     "settings",

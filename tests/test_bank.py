@@ -174,6 +174,7 @@ def test_rows_equal_their_adapters_alone(api, name):
     check_rows(Case(api, kind, recipe), adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("lora-nnx")
 @BOTH
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix", "unfrozen"])
@@ -323,6 +324,7 @@ def test_rows_split_over_a_mesh(api):
     np.testing.assert_allclose(y, case.run(bank, names, x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_rows():
     base = nn.Sequential([nn.Dense(64), nn.Dropout(0.5, deterministic=False)])
     x = jnp.ones((2, 8))

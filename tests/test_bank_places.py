@@ -70,6 +70,7 @@ class Subject:
 BOTH = pytest.mark.parametrize("api", ["linen", "nnx"])
 
 
+@pytest.mark.slow
 @BOTH
 def test_more_adapters_than_places(api):
     """They come and go, and each row computes its adapter's formula."""
@@ -237,6 +238,7 @@ def test_threads_share_the_places():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_part_of_a_model_takes_rows():
     """The part computes with its own leaves of the rows."""
     base = Decoder(CONFIG, rngs=nnx.Rngs(0))

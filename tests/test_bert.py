@@ -371,6 +371,7 @@ def test_minilm_embeddings_agree_with_human_similarity():
     assert spearmanr((first * second).sum(axis=1), scores).statistic >= 0.86
 
 
+@pytest.mark.slow
 def test_merged_is_unmerged_on_minilm():
     from adapters_jax.finetune.pretrained.assets import cached
 

@@ -196,6 +196,7 @@ class Unused(LinenInside):
         return self.first(x)
 
 
+@pytest.mark.slow
 def test_adapters_in_linen_that_the_outputs_do_not_depend_on_are_an_error():
     base = Unused(nnx.Rngs(0))
     with raises(aj.TargetError, "second/head"):

@@ -216,7 +216,7 @@ def test_every_family_recomputes_its_layers():
             assert jax.tree.leaves(family.shapes(config, scan=family.scans, remat=True))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_page_is_what_the_command_prints(capsys):
     assert main(["models", "--markdown"]) == 0
     assert capsys.readouterr().out == PAGE.read_text(encoding="utf-8")

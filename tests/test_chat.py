@@ -179,6 +179,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_our_error(name):
     with raises(ChatTemplateError, "chat template") as caught:

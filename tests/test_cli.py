@@ -103,7 +103,7 @@ def fails(command):
     return fails
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_help_lists_every_command(command):
     for words in ("--help", "-h", []):
         status, out, _ = command(words)
@@ -192,6 +192,7 @@ def test_the_scripts_of_other_shells_have_every_command_and_flag(command, shell)
     assert "learning-rate" in script and "layer-norms" in script
 
 
+@pytest.mark.slow
 def test_the_methods_are_listed_with_those_of_the_registry(command):
     status, out, _ = command("methods --json")
     found = {each["method"]: each for each in json.loads(out)}
@@ -216,7 +217,7 @@ def test_the_tasks_are_listed(command):
     assert all(f"| {name} | " in page for name in TASKS)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["models", "tasks", "methods"])
 def test_listings_are_whole_at_any_width(name, capsys):
     for table in command_of(name)().find().tables:
@@ -262,6 +263,7 @@ def test_version(command):
     assert (status, out) == (0, f"adapters-jax {aj.__version__}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.witness(
     "bert-base---method houlsby --bottleneck-dim 64-2379264-2417664",
     "llama-7b---method llama-adapter-1229760-1229760",

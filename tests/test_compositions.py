@@ -222,6 +222,7 @@ def test_each_composition_is_its_formula(case, placement):
     np.testing.assert_allclose(nnx.jit(same)(X), y, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("average")
 @pytest.mark.parametrize("case", CASES)
 def test_in_scanned_layers(case):
@@ -330,6 +331,7 @@ def test_nnx_models_and_states_are_saved_and_loaded(case, inputs, tmp_path):
     np.testing.assert_array_equal(one.apply({"params": tree}, X), wanted)
 
 
+@pytest.mark.slow
 def test_rows_of_a_bank():
     recipe = aj.Recipe(*adapters(), aj.fuse("a", "b", "c"))
     model, first = adapted(recipe)

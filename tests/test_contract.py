@@ -16,8 +16,8 @@ def build(api, case, variant="plain", **options):
 
 # By default a variant has the methods whose shapes or whose code in it are their own.
 CHOSEN = ("bottleneck", "dora", "ia3_embed", "llama_adapter", "lora_conv", "prefix", "together")
-OWN = (  # in linen alone; tests of their own watch the layers of LoRA and IA3, LoHa and LoKr
-    *("adalora", "compacter", "ia3", "lora_embed", "lora_slices", "loreft", "oft", "pissa"),
+OWN = (  # in linen alone; tests of their own watch the layers of LoRA and IA3, LoHa, LoKr and OFT
+    *("adalora", "compacter", "ia3", "lora_embed", "lora_slices", "loreft", "pissa"),
     *("prompt_tuning", "unfreeze", "vera"),
 )
 WITNESSES = {
@@ -25,7 +25,7 @@ WITNESSES = {
     "nnx-plain": CHOSEN,
     "linen-remat": ("lora_conv", "prefix"),
     "nnx-bf16": ("dora", "llama_adapter", "together"),
-    "linen-scan": ("dora", "prefix"),
+    "linen-scan": ("prefix",),
     "nnx-scan": ("bottleneck", "lora_conv"),
     "linen-scan_remat": ("together",),
 }
@@ -41,15 +41,15 @@ def subjects(witnesses=WITNESSES):
     The others are not tried in remat, where no method has code of its own.
     """
     for api, case, variant in SUBJECTS:
-        slow = case not in witnesses.get(f"{api}-{variant}", ())
-        if not slow or (api == "linen" and variant != "remat"):
-            marks = [pytest.mark.slow] if slow else []
+        chosen = case in witnesses.get(f"{api}-{variant}", ())
+        if chosen or (api == "linen" and variant != "remat"):
+            marks = [] if chosen else [pytest.mark.weekly]
             yield pytest.param(f"{api}-{case}-{variant}", marks=marks)
 
 
 chosen = pytest.mark.parametrize(
     "case",
-    [case if case in CHOSEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case in CHOSEN else pytest.param(case, marks=pytest.mark.weekly) for case in CASES],
 )
 
 

@@ -134,6 +134,7 @@ def test_a_round_trip_of_a_run_keeps_equal_tensors(convert, run, to):
     assert scales[0] == scales[1]
 
 
+@pytest.mark.slow
 def test_a_head_is_written_under_the_names_of_each_library(convert):
     kernel = aj.read_adapter("runs/reviews/adapter")[1]["head/kernel"]
     peft, _ = convert("runs/reviews", "peft")
@@ -157,6 +158,7 @@ def test_a_head_is_written_under_the_names_of_each_library(convert):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "adapterhub"])
 def test_a_head_that_the_library_has_not_is_left_out_with_a_note(convert, to):
     there, report = convert("runs/mean", to)
@@ -412,6 +414,7 @@ def test_every_format_recognises_its_own_files_alone(convert):
         assert report["files"].keys() - {"README.md", "config.json"} == {*form.files} - {STATE}
 
 
+@pytest.mark.slow
 def test_settings_of_a_number_and_of_prompts_become_notes(convert, capsys, tmp_path):
     out, report = convert("runs/stars", "peft")
     (note,) = [note for note in report["notes"] if "output y" in note]

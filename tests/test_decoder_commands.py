@@ -52,7 +52,7 @@ def logits(model):
     return np.asarray(nnx.jit(lambda model: model(IDS))(model))
 
 
-@pytest.mark.witness("llama", "gpt_oss")
+@pytest.mark.witness("llama")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITNESSES)
 def test_a_decoder_is_trained_used_merged_converted_and_pushed(name, run):

@@ -101,6 +101,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(run(model, ids[:1, : short.shape[1]])[1], short, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("gemma3_text", "qwen3_moe")
 @scannable
 def test_scanned_layers_compute_the_same(name):
@@ -196,6 +197,7 @@ def prompts(expected):
     return np.vstack([ids, right]), both, np.concatenate([seen(mask, hidden), hidden[0, :11]])
 
 
+@pytest.mark.slow
 @pytest.mark.witness("llama")
 @pytest.mark.parametrize("name", ["llama", *KINDS])
 def test_a_cache_changes_nothing(name):
@@ -309,6 +311,7 @@ def test_any_value_of_a_setting_is_taken_or_is_a_user_error_at_once(name):
                 json.dumps(config.to_dict())
 
 
+@pytest.mark.slow
 def test_a_small_phi3_has_no_token_that_transformers_assumes(tmp_path):
     config, model = load_decoder(FIXTURES / "phi3")
     save_decoder(tmp_path / "small", config, model)

@@ -134,6 +134,7 @@ def test_tied_embeddings_are_the_head():
     np.testing.assert_allclose(run(tied, IDS), run(untied, IDS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     config = json.loads((FIXTURE / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -371,6 +372,7 @@ def test_a_checkpoint_makes_its_directory(tmp_path):
         save_decoder(tmp_path / "file", TINY, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_the_product_with_a_tied_table_reads_it_as_it_lies(dtype):
     """A transposed table takes four times as long for one row, on a CPU with jax 0.12."""

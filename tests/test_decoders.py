@@ -252,6 +252,7 @@ def test_by_default_as_many_tokens_are_generated_as_have_positions(directory, mo
         list(run.generate(["food Thai"], longest))
 
 
+@pytest.mark.slow
 @pytest.mark.witness("lora")
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_a_merged_checkpoint_has_the_logits_of_the_adapted_model(command, tmp_path, name):

@@ -154,6 +154,7 @@ def test_a_run_says_how_often_it_sees_few_rows_and_records_it(prepared):
     assert job.config["options"]["optimizer"]["epochs"] is None  # as it was asked for
 
 
+@pytest.mark.slow
 @pytest.mark.witness("options1-20.0", "options2-3.0")
 @pytest.mark.parametrize(
     ("options", "epochs"),

@@ -98,6 +98,7 @@ def equal(left, right):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("bert")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_checkpoint_gives_the_same_logits(name):
@@ -109,6 +110,7 @@ def test_one_checkpoint_gives_the_same_logits(name):
     assert any(path.startswith("layers/attention/query") for path in flatten(stacked))
 
 
+@pytest.mark.slow
 def test_every_layer_begins_by_itself():
     tiny = bert.BertConfig(11, 4, 2, 1, 8, max_position_embeddings=4)
     init = jax.jit(bert.Bert(tiny, scan=True).init)
@@ -122,6 +124,7 @@ def test_every_layer_begins_by_itself():
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("llama")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_adapters_on_scanned_layers_are_those_on_unrolled_ones(name):
@@ -209,6 +212,7 @@ def products(name, scan, remat):
     return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
 
 
+@pytest.mark.slow
 @pytest.mark.witness("llama-True")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama"])

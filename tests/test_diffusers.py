@@ -231,6 +231,7 @@ def test_a_table_of_the_user(tmp_path):
         check(expected, recipe, adapters, params, model)
 
 
+@pytest.mark.slow
 def test_nnx(tmp_path):
     """The numbers of lists are names, so `blocks/0` is `blocks.0`; both styles are written."""
 
@@ -278,6 +279,7 @@ def dora(base, down, up, scale, magnitude):
     return ours(magnitude.reshape(-1, *(1,) * (whole.ndim - 1)) * whole / norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["kohya", "peft"])
 def test_dora(style, tmp_path):
     """LyCORIS has the norms as (out, 1, 1, 1), PEFT as (out,) or (1, out, 1, 1)."""
@@ -624,6 +626,7 @@ BOTH = aj.Recipe(
 WRITTEN = [BOTH, aj.DoRA(("**/attn1/*", "**/conv"), rank=2, alpha=5)]
 
 
+@pytest.mark.slow
 @pytest.mark.witness("lora-kohya", "dora-diffusers")
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 @pytest.mark.parametrize("recipe", WRITTEN, ids=["lora", "dora"])
@@ -1087,6 +1090,7 @@ def test_dtypes(dtype, tmp_path):
     assert {x.dtype.name for x in flatten(adapters).values()} == {"float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.witness("lora_te1_", "text_encoder.")
 @pytest.mark.parametrize(
     "prefix", ["lora_te1_", "lora_te_model_", "text_encoder.", "text_encoder.model."]

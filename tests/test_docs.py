@@ -234,7 +234,7 @@ def test_the_readme_is_short():
     assert len(text.split()) <= 1500
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_readme_has_the_table_of_methods():
     text = (ROOT / "README.md").read_text()
     assert text.split(facts.BEGIN)[1].split(facts.END)[0].strip() == facts.methods()

@@ -87,7 +87,7 @@ def test_a_step_that_is_wrong(monkeypatch):
         assert main(["doctor"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_no_device_is_a_problem_and_no_traceback():
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     words = [sys.executable, "-m", "adapters_jax", "doctor"]

@@ -319,6 +319,7 @@ def test_a_word_has_the_tag_of_its_first_piece():
     assert first_pieces(found, ["a", "film", "a"]).tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_loss_of_tags_is_the_mean_over_words(encoder):
     tags, draw = Tags(("B-a", "I-a", "O")), np.random.default_rng(1)
     inputs = tags.inputs(encoder, [("good film", None), ("a very bad plot", None)], 8)

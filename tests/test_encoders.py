@@ -69,6 +69,7 @@ def kept(name, hidden):
     return np.asarray(hidden)[expected(name)[0]["attention_mask"] == 1]
 
 
+@pytest.mark.slow
 @pytest.mark.witness("bert", "deberta_v3")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_hidden_states_and_logits_are_those_of_transformers(name):
@@ -266,6 +267,7 @@ def count(preset, d, layers):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*ENCODERS[2:4], "deberta_v3")]
 
 
+@pytest.mark.slow
 @pytest.mark.witness("deberta_v2-houlsby", "modernbert-prefix")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["modernbert", "deberta_v2", *SLOW])

@@ -134,7 +134,7 @@ def prompts(n, seed=0, longest=20):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_many_requests_of_all_adapters_at_once(engine):
     names = [*ALONE] * 4
     given = list(zip(names, prompts(len(names)), strict=True))
@@ -147,6 +147,7 @@ def test_many_requests_of_all_adapters_at_once(engine):
     assert len(distinct) == len(ALONE)  # so that another's adapter would show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_samples_are_those_of_generate(engine, top_p):
     choice = Choice(temperature=0.9, top_p=top_p, seed=7)
@@ -159,6 +160,7 @@ def test_samples_are_those_of_generate(engine, top_p):
         assert sink.wait() == (expected, "length")
 
 
+@pytest.mark.slow
 def test_top_k(engine):
     (prompt,) = prompts(1, seed=4)
     likely = np.argsort(logits_of(None, prompt)[-1])[::-1].tolist()
@@ -191,6 +193,7 @@ def by_hand(name, prompt, most, choice):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_penalties_and_biases(engine):
     """Beside rows without any, alone, and in rows that others had before."""
     likely = offline("large", [3, 4], 12)
@@ -303,6 +306,7 @@ def test_it_answers_with_one_program_while_the_others_are_compiled(monkeypatch, 
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_only_read(engine):
     scores, sink = Scores(prompt=True), Collected()
     engine.submit([5, 9, 2], sink, model="large", most=0, scores=scores)
@@ -312,6 +316,7 @@ def test_a_prompt_that_is_only_read(engine):
     np.testing.assert_allclose(own, [expected[0, 9], expected[1, 2]], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["large", "prompt", None])
 def test_log_probabilities_are_those_of_the_model(engine, name):
     """Of new tokens and of a prompt of more than one piece, whatever the temperature."""

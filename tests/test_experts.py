@@ -69,6 +69,7 @@ def test_all_tokens_may_take_the_same_experts(model):
     np.testing.assert_allclose(mixture(x), by_hand(mixture, double(x)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_adapters_of_experts_merge_into_them(scan):

@@ -128,6 +128,7 @@ def test_gpt2_ends_completions_with_the_token_of_its_config(gpt2):
         load_pretrained_decoder(str(gpt2))
 
 
+@pytest.mark.slow
 def test_learned_positions_limit_texts(gpt2, capsys):
     words = "finetune --model ./gpt2 --train rows.csv --prompt mr --completion ref --name mine"
     assert main([*words.split(), "--max-length", "33"]) == 2
@@ -156,6 +157,7 @@ def test_an_encoder_encodes_up_to_its_last_position_and_drops_at_the_rate_given(
     assert (*rates, config.classifier_dropout) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_a_base_is_known_by_its_weights_and_an_id_not_by_its_path(tmp_path):
     write_model(tmp_path / "one")
     one = load_base_model(str(tmp_path / "one"), 2, "pooler")

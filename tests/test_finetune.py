@@ -439,6 +439,7 @@ def test_feature_batches_show_every_row_once_an_epoch():
     np.testing.assert_array_equal(batches[4]["features"], batches[4]["features"])
 
 
+@pytest.mark.slow
 def test_filler_rows_do_not_count():
     rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     labels = np.array([0, 1, 1, 0, 1], np.int32)

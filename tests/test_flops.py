@@ -124,6 +124,7 @@ def test_a_step_is_at_the_floor(api, method):
     assert floor(method) <= flops(program) <= 1.01 * floor(method)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("linen-clip")
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("api", APIS)
@@ -132,6 +133,7 @@ def test_clipping_and_accumulation_outside_do_not_bring_the_full_gradient_back(a
     assert floor("lora") <= flops(program) <= 1.01 * floor("lora")
 
 
+@pytest.mark.slow
 @pytest.mark.witness("nnx")
 @pytest.mark.parametrize("api", APIS)
 def test_accumulation_inside_costs_a_part_at_a_time(api):
@@ -270,6 +272,7 @@ def gradient_flops(loss, *args):
     return gradient.lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.witness("scan", "experts")
 @pytest.mark.parametrize("name", COSTS)
 def test_the_gradient_costs_what_it_does_by_hand(name):
@@ -278,6 +281,7 @@ def test_the_gradient_costs_what_it_does_by_hand(name):
     check_cost(shapes, of_x, run, by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("stacked_and_scanned")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_weights_that_are_put_together_cost_what_they_do_by_hand(name):

@@ -36,6 +36,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.witness("gelu", "silu")
 @pytest.mark.parametrize("name", CASES)
 def test_activations_are_flax_s_with_their_true_derivatives(name):
@@ -123,6 +124,7 @@ def test_a_constant_row_has_no_negative_variance():
     assert np.abs(functions.normalize(x, jnp.ones(7), 1e-5, True)).max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.witness("float32-bfloat16")
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("given", [jnp.float32, jnp.bfloat16])
@@ -156,6 +158,7 @@ def test_norms_are_flax_s(dtype, given):
         np.testing.assert_allclose(found, expected, rtol=close, atol=close)
 
 
+@pytest.mark.slow
 def test_a_gate_has_its_derivative():
     rng = np.random.default_rng(3)
     gate, x, back = (rng.normal(0, 3, (4, 6)) for _ in range(3))
@@ -182,6 +185,7 @@ def test_a_gate_has_its_derivative():
         )
 
 
+@pytest.mark.slow
 def test_softmax_has_its_derivative():
     x = jnp.asarray(np.random.default_rng(0).normal(0, 3, (4, 7)), jnp.float32)
     np.testing.assert_array_equal(functions.softmax(x), jax.nn.softmax(x))
@@ -228,6 +232,7 @@ def drawn(kv_heads, dtype=jnp.float32):
     return (*parts, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("3")
 @pytest.mark.parametrize("kv_heads", [6, 3, 1])
 def test_attention_is_flax_s(kv_heads):

@@ -88,6 +88,7 @@ def test_greedy_is_full_passes_of_each_prompt_alone_on_either_side_of_padding(mo
     assert expected != [by_full_passes(lively(), prompt) for prompt in (SHORT, LONG)]
 
 
+@pytest.mark.slow
 def test_it_compiles_once_for_its_shapes(model):
     def size(prompts, **options):
         generate(model, *prompts, max_new_tokens=NEW, **options)
@@ -98,6 +99,7 @@ def test_it_compiles_once_for_its_shapes(model):
     assert size(LEFT, temperature=2.0, key=jax.random.key(4)) == first
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_whatever_the_others(model):
     options = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
     draw = partial(generate, model, **options)

@@ -191,6 +191,7 @@ def full_pass(model, ids, mask):
     return model(ids, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("qwen3_moe")
 @pytest.mark.parametrize("name", sorted(CARRIED))
 def test_the_logits_are_those_of_the_safetensors(name, tmp_path):

@@ -23,6 +23,7 @@ def reference():
         return dict(file)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_reference_behind_padding():
     expected = reference()
     ids, mask, positions = (

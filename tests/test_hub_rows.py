@@ -113,6 +113,7 @@ def test_the_options_keep_a_name_of_the_hub():
     assert words(options)[0] == "--train=hub:them/films:train"
 
 
+@pytest.mark.slow
 def test_commands_take_names_of_the_hub(server, capsys):
     assert main(["data", "hub:them/films", "hub:them/films:test", "--json"]) == 0
     train, test = map(json.loads, capsys.readouterr().out.splitlines())

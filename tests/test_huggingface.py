@@ -208,6 +208,7 @@ def test_a_large_checkpoint_is_written_as_shards(tmp_path):
         save_decoder(tmp_path, config, model, max_shard_size=-1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_replaces_one_of_other_shards(tmp_path):
     config, model = load_decoder(FIXTURES / "llama")
     state = nnx.state(model)

@@ -386,6 +386,7 @@ def test_a_run_with_a_relative_path_is_resumed(train, monkeypatch):
     assert main(["finetune", "--resume", "runs/run"]) == 0
 
 
+@pytest.mark.slow
 def test_the_split_of_a_directory_is_the_same_wherever_it_lies():
     write_digits(Path("digits"))
     shutil.copytree("digits", "copies/others")

@@ -538,6 +538,7 @@ def test_several_attentions_are_refused_with_what_to_do_instead(name):
         model.init(jax.random.key(0), X)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("gated")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_queries_without_the_batch_of_the_keys(method):
@@ -578,6 +579,7 @@ class Around(nnx.Module):
         return self.attention(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_prompts_beside_changed_projections_of_nnx(method):
     """The keys of the tokens have the change of the weight too."""
@@ -594,6 +596,7 @@ def test_prompts_beside_changed_projections_of_nnx(method):
         np.testing.assert_allclose(call(model, X), merged(X), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_token_ids_of_numpy(method):
     class Ids(nn.Module):

@@ -70,6 +70,7 @@ def test_it_is_two_couplings_and_can_be_undone(width, factor):
     assert row.adapter_parameters == width * sum(middles) + sum(middles) + width
 
 
+@pytest.mark.slow
 def test_in_nnx_and_in_a_bank():
     method = aj.methods.Invertible("embed", name="sw")
     model, params = adapted(method)

@@ -237,6 +237,7 @@ def test_qwix():
     assert away(other(X), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path):
     base, model, expected = qwix_model()
     adapted = aj.from_jax_lora(nnx.state(model, nnx.LoRAParam), base, alpha=ALPHA)
@@ -244,6 +245,7 @@ def test_saved_and_loaded(tmp_path):
     assert away(aj.load_adapter(saved, base)(X), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_directory_of_orbax(tmp_path):
     """NNX states have `value` in their names there, and linen's variables `params`."""
     base, model, expected = qwix_model()

@@ -23,6 +23,15 @@ CASES = [  # rows, the weight, its block, qwix's type, the input's dtype, and th
 ]
 
 
+@pytest.mark.witness(
+    "40-shape1-32-int4-float32-128-blocks first-forward",
+    "40-shape1-32-int4-float32-128-blocks last-turned",
+    "9-shape2-64-int4-float32-1024-blocks first-turned",
+    "150-shape3-128-int4-float32-128-blocks last-forward",
+    "3-shape4-64-nf4-float32-1024-blocks first-turned",
+    "17-shape5-8-nf4-bfloat16-1024-blocks first-turned",
+    "5-shape6-16-int8-bfloat16-128-blocks last-turned",
+)
 @pytest.mark.parametrize("contracted", [0, 1], ids=["forward", "turned"])
 @pytest.mark.parametrize("along", [0, 1], ids=["blocks first", "blocks last"])
 @pytest.mark.parametrize(("rows", "shape", "block", "qtype", "dtype", "longest"), CASES)

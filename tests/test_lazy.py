@@ -491,6 +491,7 @@ def in_ragged_parts(w, x):
     return jax.lax.ragged_dot_general(x, w, jnp.array([3, 2]), numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "operation"),
     [

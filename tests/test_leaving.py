@@ -207,6 +207,7 @@ def test_a_merged_encoder_of_another_task_is_one_of_transformers(task, row, metr
         assert notes == [] and not Path("merged/head.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_a_shape_without_weights_are_no_bases(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = encoder_run()

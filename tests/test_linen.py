@@ -425,6 +425,7 @@ def test_nn_jit_takes_up_no_trace_of_the_base_or_of_another_recipe_or_path(part)
     assert shapes(abstract(model, X)) == shapes(params)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("JitMethod")
 @pytest.mark.parametrize("part", [JitClass, JitMethod])
 def test_nn_jit_takes_up_no_trace_without_a_bottleneck_or_with_another(part):

@@ -103,6 +103,7 @@ def stored(run):
     return load_file(run / "adapter" / "adapter.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "inside", "flags"),
     [("first", "", ()), ("first", "adapter/adapter.safetensors", LORA), ("decoder", "adapter", ())],
@@ -151,6 +152,7 @@ def test_a_run_without_steps_to_speak_of_scores_as_the_one_before(place):
     assert "--init-from" in page and str(place / "trained") not in page
 
 
+@pytest.mark.slow
 def test_another_recipe_or_base_is_refused(place):
     def refused(kind, flags, *data):
         with raises(kind, *data):
@@ -185,6 +187,7 @@ def test_a_head_of_other_classes_is_new(place):
     np.testing.assert_array_equal(leaves[path], stored(place / "first")[path])
 
 
+@pytest.mark.slow
 def test_a_run_has_the_defaults_of_the_run_that_it_starts_from(place):
     def settings(name, *flags):
         words = flags_of(place, name, *flags)
@@ -201,6 +204,7 @@ def test_a_run_has_the_defaults_of_the_run_that_it_starts_from(place):
     assert settings("third", "--init-from", place / "second/adapter") == expected
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_adapter_that_it_started_with(place, monkeypatch):
     shutil.copytree(place / "first" / "adapter", place / "copy")
     (place / "latest").symlink_to("copy")
@@ -235,6 +239,7 @@ def pooler(place):
     return place / "pooler"
 
 
+@pytest.mark.slow
 def test_predict_takes_an_adapter_of_any_format_for_classes(place, pooler):
     texts = ["a good film", "dull", "the plot was poor"]
     of_run, _ = command("predict", pooler, *texts)
@@ -263,6 +268,7 @@ def test_predict_without_a_head_gives_embeddings(place):
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_generate_and_merge_take_an_adapter_of_a_decoder(place):
     model = ("--model", place / "llama")
     command("convert", place / "decoder", place / "for-llama", "--to", "gguf")
@@ -292,6 +298,7 @@ def test_merge_takes_an_adapter_of_an_encoder(place, pooler):
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_run_needs_its_base(place):
     shutil.copytree(place / "first/adapter", place / "lone")
     _, err = command("predict", place / "lone", "dull", status=2)

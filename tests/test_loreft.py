@@ -207,6 +207,7 @@ def test_a_decoder_reads_padding_packing_and_caches_alike(scan):
     assert made.tolist() != generate(base, padded, mask, max_new_tokens=5).ids.tolist()
 
 
+@pytest.mark.slow
 def test_the_last_tokens_of_a_generation_are_not_known():
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     model = aj.adapt(

@@ -136,6 +136,7 @@ def test_float16_gradients_survive_until_the_loss_scale():
     np.testing.assert_allclose(grad, expected, atol=1e-2 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.witness("**/query-True")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", ["**/query", "{head,embeddings}", "**"])

@@ -80,6 +80,7 @@ def adapted(request):
     return model, [shaken(adapters, seed) for seed in (1, 2)]
 
 
+@pytest.mark.slow
 def test_rows_of_a_bank_are_those_of_their_adapters_alone(adapted):
     model, adapters = adapted
     bank = aj.Bank(model, capacity=2)

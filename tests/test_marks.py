@@ -41,7 +41,7 @@ def collected(items, slow=False, args=()):
 SLOW, WEEKLY, WITNESS = pytest.mark.slow, pytest.mark.weekly, pytest.mark.witness("a")
 
 
-def test_cases_that_are_no_witnesses_are_slow_and_those_of_slow_tests_weekly():
+def test_cases_that_are_no_witnesses_run_once_a_week():
     items = [
         *(Item("quick", case, WITNESS) for case in "ab"),
         *(Item("slow", case, SLOW, WITNESS) for case in "ab"),
@@ -49,7 +49,7 @@ def test_cases_that_are_no_witnesses_are_slow_and_those_of_slow_tests_weekly():
     ]
     slow, weekly = {"slow", "skip"}, {"slow", "weekly", "skip"}
     assert collected(items) == {
-        **{"quick[a]": set(), "quick[b]": slow},
+        **{"quick[a]": set(), "quick[b]": weekly},
         **{"slow[a]": slow, "slow[b]": weekly, "week[a]": weekly},
     }
     again = [Item("slow", "b", SLOW, pytest.mark.witness("b")), Item("week", "a", WEEKLY)]
@@ -60,5 +60,5 @@ def test_a_witness_that_is_no_case_is_an_error_where_all_cases_are_collected():
     with pytest.raises(pytest.UsageError, match=r"quick: \['a'\]"):
         collected([Item("quick", "b", WITNESS)])
     assert collected([Item("quick", "b", WITNESS)], args=["tests/test_it.py::quick[b]"]) == {
-        "quick[b]": {"slow", "skip"}
+        "quick[b]": {"slow", "weekly", "skip"}
     }

@@ -334,6 +334,7 @@ def test_bases_without_a_mask_token_or_a_tied_head_are_refused(capsys):
         load_encoder(str(Path(__file__).parent / "fixtures" / "electra"), MASKED)
 
 
+@pytest.mark.slow
 def test_masks_are_not_served():
     with raises(aj.UserError, "tiny", "masks", "adapters-jax predict"):
         EncoderBase(str(write_masked(Path("tiny"))), MASKED)

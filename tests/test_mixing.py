@@ -58,6 +58,7 @@ def test_the_shares_are_those_of_the_weights(weights, first, second):
             assert max(counts.values()) - min(counts.values()) <= 1
 
 
+@pytest.mark.slow
 def test_a_step_is_a_pure_function_of_the_seed_and_the_step():
     one, other = mixed(), mixed()
     late = [other[step] for step in (13, 7)]  # as a run that is resumed asks
@@ -95,6 +96,7 @@ def chats(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_conversations_of_two_layouts_are_mixed_and_resumed_exactly(chats, capsys, monkeypatch):
     write_llama(chats / "llama", num_hidden_layers=1)
     files = ["--train", chats / "alpaca.jsonl", chats / "chats.jsonl", "--mix", 0.25, 0.75]
@@ -123,6 +125,7 @@ def test_conversations_of_two_layouts_are_mixed_and_resumed_exactly(chats, capsy
     assert "another data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_encoders_learn_the_mixture_with_their_head(tmp_path, capsys):
     write_model(tmp_path / "tiny")
     files = [write_reviews(tmp_path / f"{name}.jsonl", 96, seed) for seed, name in enumerate("ab")]

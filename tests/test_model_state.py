@@ -186,6 +186,7 @@ def by_hand(parts):
     return {"mixed": mixed, "norm/mean": mean, "norm/var": var, "seen": seen}
 
 
+@pytest.mark.slow
 @pytest.mark.witness("1-linen", "2-nnx")
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("parts", [1, 2])

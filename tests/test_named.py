@@ -162,6 +162,7 @@ def bottleneck(leaves, prefix, y):
     return y + gelu @ up[0] + up[1]
 
 
+@pytest.mark.slow
 def test_two_of_one_class_run_one_after_the_other(api):
     adapted = api.drawn(api.adapt(Recipe(SW, NER)))
     leaves = api.leaves(adapted)
@@ -194,6 +195,7 @@ def test_two_low_rank_changes_of_one_weight_merge(api):
     np.testing.assert_allclose(api.merge(adapted), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_frozen_adapter_is_loaded_and_the_next_one_trains(api, tmp_path):
     first = api.drawn(api.adapt(SW))
     api.save(tmp_path / "sw", first)
@@ -255,6 +257,7 @@ def test_an_adapter_goes_from_one_recipe_into_another_by_its_name(tmp_path):
     np.testing.assert_array_equal(api((other, params)), api(alone))
 
 
+@pytest.mark.slow
 @pytest.mark.witness("linen")
 def test_a_bank_of_stacked_adapters_has_each_rows_own(api, tmp_path):
     room = api.load(api.save(tmp_path / "one", api.drawn(api.adapt(Recipe(SW, NER)))), train=None)
@@ -413,6 +416,7 @@ def test_one_entry_of_a_file_is_loaded_by_its_name(api, tmp_path):
         api.load(saved, only="cola")
 
 
+@pytest.mark.slow
 def test_a_text_of_a_method_has_its_name():
     assert str(NER) == "Bottleneck(targets=('up_*',), name='ner', bottleneck_dim=2)"
     assert str(aj.LoRA("a")) == "LoRA(targets=('a',))"

@@ -1155,6 +1155,7 @@ def roberta_with_lora(head):
     return recipe, aj.partition(whole, recipe)[0], params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [None, "head"])
 def test_the_names_of_another_family_lead_to_the_own_ones(tmp_path, head):
     recipe, trained, params = roberta_with_lora(head)

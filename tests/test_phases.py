@@ -49,6 +49,7 @@ def test_a_run_that_goes_on_has_the_pace_of_its_own_steps():
     assert not {"baselines", "compiling"} & made.left().keys()  # more compiled than expected
 
 
+@pytest.mark.slow
 def test_a_run_announces_them_in_order_and_computes_nothing_twice(directory, monkeypatch):  # noqa: F811
     scored = []
 

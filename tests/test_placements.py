@@ -76,6 +76,7 @@ def test_a_run_finds_what_a_tree_says_and_more(api, name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.witness("linen-lora", "nnx-bottleneck")
 @pytest.mark.parametrize(("api", "name"), CASES)
 def test_loading_onto_the_same_base_runs_no_model(tmp_path, api, name):
@@ -304,6 +305,7 @@ class AroundAdapted(nn.Module):
         return nn.Dense(3, name="out")(aj.adapt(nn.Dense(4), self.inside)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.witness("inside0-method0", "inside2-method2")
 @pytest.mark.parametrize(
     ("inside", "method"),
@@ -329,6 +331,7 @@ def test_an_adapted_model_inside_another_is_adapted_again(inside, method):
     assert all(abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient(filled(trained))))
 
 
+@pytest.mark.slow
 def test_loading_onto_an_adapted_nnx_model_adds_the_file_alone(tmp_path):
     first = aj.adapt(nnx_base(), aj.LoRA("square", 2), rngs=nnx.Rngs(0), example_inputs=(TOKENS,))
     saved = aj.save_adapter(tmp_path / "a", made("nnx", "bottleneck")[0])

@@ -454,6 +454,7 @@ def test_equinox_modules_take_bottlenecks_on_their_outputs():
     assert moved(adapted(tree, x), run(base, x))
 
 
+@pytest.mark.slow
 def test_equinox_merges_into_modules_of_its_own(tmp_path):
     eqx = pytest.importorskip("equinox")
     base, x = eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(0)), drawn((4,))
@@ -538,6 +539,7 @@ def test_equinox_layers_in_a_scan_are_the_unrolled_ones(method):
     assert moved(y, batched(scanned)(stacked, x))
 
 
+@pytest.mark.slow
 def test_equinox_layers_in_a_scan_merge():
     (scanned, stacked), _ = equinox_blocks()
     x = drawn((5, D))
@@ -569,6 +571,7 @@ def haiku_net():
     return base.apply, base.init(jax.random.key(0), drawn((2, 5, D)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, aj.IA3("mlp/**")], ids=repr)
 def test_haiku_merges_into_its_own_parameters(method):
     run, params = haiku_net()

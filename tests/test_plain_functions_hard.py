@@ -67,6 +67,7 @@ class TestHaiku:
             expected = jnp.tanh(bottleneck(adapter, self.linear(layer, expected)))
         assert jnp.allclose(model(tree, X), expected, atol=1e-5)
 
+    @pytest.mark.slow
     def test_in_a_loop_over_layers_a_module_without_parameters_is_not_adapted(self):
         class Act(hk.Module):
             def __call__(self, x):
@@ -138,6 +139,7 @@ class TestHaiku:
 
 
 class TestEquinox:
+    @pytest.mark.slow
     def test_a_module_whose_array_is_tied_to_another(self):
         class Tied(eqx.Module):
             shared: eqx.nn.Shared

@@ -297,7 +297,7 @@ def test_a_method_on_weights_is_its_formula(weights, tmp_path, make, by_hand, co
     np.testing.assert_array_equal(adapted, model.apply({"params": params}, x))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_method_on_weights_keeps_the_contract_where_its_effect_is_small(weights):
     for target in ("mlp/up", "attention/query"):
         method = weights.SeededVeRA(f"**/{target}", 4, d_initial=0.1)

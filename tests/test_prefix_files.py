@@ -58,6 +58,7 @@ def test_keys_turn_as_in_the_model(name):
         np.testing.assert_allclose(turned(double(key), keys, 5), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_it_goes_through_a_file(scan, tmp_path):

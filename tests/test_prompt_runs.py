@@ -152,6 +152,7 @@ def test_answers_that_share_a_sequence_have_no_prompt():
         problem_of(f"--model llama --train pairs.jsonl --task preference {PROMPT}")
 
 
+@pytest.mark.slow
 @pytest.mark.witness("words0-data0", "words2-data2")
 @pytest.mark.parametrize(
     ("words", "data"),

@@ -121,6 +121,7 @@ def test_flax_attention_computes_the_formula(method):
     np.testing.assert_allclose(other(X), expected, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("head")
 @pytest.mark.parametrize("gate", ["head", "layer"])
 def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
@@ -158,6 +159,7 @@ def test_llama_adds_the_prompt_to_rotated_queries_and_grouped_heads(gate):
     assert layer.attention_fn == attention_function(watched)
 
 
+@pytest.mark.slow
 def test_the_prompt_has_no_position_and_hides_behind_no_mask():
     model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), aj.llama_adapter(K), rngs=nnx.Rngs(1))
     nnx.update(model, noise(nnx.state(model, nnx.Param)))
@@ -182,6 +184,7 @@ def test_llama_7b_has_the_published_counts_without_allocating():
     assert audit.entries[0].formula == "10*4096 + 1"
 
 
+@pytest.mark.slow
 def test_lora_on_the_key_projection_also_projects_the_prompt():
     recipe = aj.llama_adapter(K) + aj.LoRA("layers/*/attention/key", 2)
     model = aj.adapt(Decoder(TINY, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1))
@@ -236,6 +239,7 @@ def kernel(query, key, value, bias=None):
 kernel.defvjp(lambda *args: (kernel(*args), args), lambda args, change: args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("registered", [False, True])
 def test_an_attention_of_another_library(known, registered):
     """The softmax is found; what is registered computes the same by its attention function."""
@@ -470,6 +474,7 @@ class NnxAround(nnx.Module):
         return self.attention(x)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("PrefixTuning")
 @pytest.mark.parametrize("kind", [aj.LlamaAdapter, aj.PrefixTuning])
 def test_a_class_that_overrides_the_call_of_a_known_one(kind):

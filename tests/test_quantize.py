@@ -118,6 +118,7 @@ def test_outputs_and_gradients_are_those_of_a_float_base_of_the_same_numbers(
     check_gradients(api, case, variant, dtype)
 
 
+@pytest.mark.slow
 def test_a_pattern_for_everything_meets_each_layer_once():
     """A tied table too, which is called by another name at the end."""
     found = []
@@ -128,6 +129,7 @@ def test_a_pattern_for_everything_meets_each_layer_once():
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_of_adapters_does_not_make_a_batch_of_weights():
     base = nn.Dense(16)
     params = drawn_like(jax.eval_shape(base.init, jax.random.key(0), X)["params"])
@@ -174,6 +176,7 @@ def trained(api, recipe, **options):
     return state, subject
 
 
+@pytest.mark.slow
 @pytest.mark.witness("nnx")
 @pytest.mark.parametrize("api", APIS)
 def test_a_training_its_checkpoint_its_file_and_its_merge(api, tmp_path):

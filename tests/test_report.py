@@ -118,6 +118,7 @@ def test_the_configuration_has_only_this_task_and_no_paths(page):
     }
 
 
+@pytest.mark.slow
 def test_its_commands_run_as_they_are(page, folder):
     shell, program = Page(page).sections["How to use it"]
     command = command_of(shell)
@@ -132,6 +133,7 @@ def test_its_commands_run_as_they_are(page, folder):
     assert str(folder) not in page and "/of/this" not in page
 
 
+@pytest.mark.slow
 def test_paths_below_the_working_directory_are_relative_to_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {**CONFIG, "options": {"data": {"train": str(tmp_path / "in" / "rows.csv")}}}

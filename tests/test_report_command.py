@@ -43,6 +43,7 @@ def test_the_page_is_written_anew_from_the_files(run, capsys):
     assert not (run.path / "lock").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_has_a_page_without_predictions(run):
     run.findings.unlink()
     assert main(["report", "run"]) == 0
@@ -61,6 +62,7 @@ def test_damaged_findings_are_an_error(run, text):
         assert main(["report", "run"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.witness("damage0")
 @pytest.mark.parametrize(
     "damage",
@@ -86,6 +88,7 @@ def test_damaged_metrics_are_an_error(run):
         assert main(["report", "run"]) == 2
 
 
+@pytest.mark.slow
 def test_metrics_without_the_training_are_an_error(run):
     run.write_log([])
     with command_raises(RunError, run.metrics, "<lora>"):
@@ -135,6 +138,7 @@ def test_many_rows_are_kept_evenly_spread(tmp_path, monkeypatch):
     assert run.findings.stat().st_size < 20_000
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_read_as_it_was(run):
     found = read_findings(run)
     assert found.judged == Judged(
@@ -143,6 +147,7 @@ def test_what_is_kept_is_read_as_it_was(run):
     assert found.trained == [["w", "Unfreeze", "w [2, 3]", "2*3", "1", "6"]]
 
 
+@pytest.mark.slow
 def test_a_comparison_is_written_anew(tmp_path):
     out = tmp_path / "out"
     summary = write_compared(out)

@@ -88,6 +88,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_runs_alone(served, slow):
     distinct = set()
     for name, alone in served.alone.items():

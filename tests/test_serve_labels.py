@@ -141,6 +141,7 @@ def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monke
         assert plain(one) == plain(json.loads(json.dumps(other.to_dict())))
 
 
+@pytest.mark.slow
 def test_requests_that_wait_are_computed_together_whatever_their_adapters(labels):
     _, runs, engine, _ = labels
     go = threading.Event()

@@ -93,6 +93,7 @@ def served(tmp_path_factory):
     served.engine.close()
 
 
+@pytest.mark.slow
 def test_prompts_of_every_form(served):
     texts = ["food food Thai", "It serves", "is", "Greek dishes food", "It serves"]
     alone = [served.choices(prompt=text)[0] for text in texts]
@@ -216,6 +217,7 @@ def test_a_stream_whose_client_is_gone_computes_nothing_more(served):
     assert served.engine.counts.ended["cancelled"] == before + 2
 
 
+@pytest.mark.slow
 def test_penalties_and_a_bias_reach_the_engine(served):
     prompt, bias = ids_of("food food Thai"), {"5": -100, "6": 1.5}
     expected, counts = [*prompt], np.zeros(len(WORDS))

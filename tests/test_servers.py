@@ -297,6 +297,7 @@ def run(folder, monkeypatch):
     return "runs/dora"
 
 
+@pytest.mark.slow
 def test_the_command_states_the_error_and_what_it_writes_is_what_it_states(run, capsys):
     words = ["convert", run, "out", "--to", "peft", "--for", "vllm", "--json"]
     assert main(words) == 2

@@ -78,6 +78,7 @@ def words(tmp_path, monkeypatch):
     return words
 
 
+@pytest.mark.witness("regression", "question-answering", "conversation")
 @pytest.mark.parametrize("cell", [_case(cell) for cell in EVERY if cell.task not in TRAINED])
 def test_its_rows_are_read_and_have_a_loss(cell, words):
     job = parse(Finetune, words(cell)[1:]).prepare(Console(json=True))

@@ -197,6 +197,7 @@ BATCHES = [(spread((6, 5, IN), seed),) for seed in range(4)]
 TOGETHER = np.concatenate([x for (x,) in BATCHES])
 
 
+@pytest.mark.slow
 @pytest.mark.witness("256")
 @pytest.mark.parametrize("size", [256, 24])
 def test_eva_starts_along_the_principal_directions_of_the_inputs_in_every_api(size):

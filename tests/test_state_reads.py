@@ -274,17 +274,11 @@ def gradients(model):
     "nnx.scan, and state-lora",
     "nnx.WeightNorm-lora",
     "nnx.state of the model-lora",
-    "nnx.state of the model-ia3",
     "nnx.scan of weights-dora",
-    "a decay of its own-lora",
     "nnx.grad of a layer-lora",
     "jax.tree.map-lora",
-    "nnx.remat, and state-lora",
     "called and read-lora",
-    "nnx.jit of weights-lora",
     "nnx.split and merge-lora",
-    "nnx.to_pure_dict-lora",
-    "vars-lora",
     "nnx.iter_graph-lora",
 )
 @pytest.mark.parametrize("method", METHODS)

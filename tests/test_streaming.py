@@ -139,6 +139,7 @@ def test_groups_of_a_large_file_stay_together_and_few_rows_are_held_out():
     assert len(dev) == pytest.approx(4096, rel=0.1) and len(test) == pytest.approx(4096, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_large_group_of_a_large_file_trains():
     keys = ["the"] * 90_000 + [f"key {i}" for i in range(40_000)]
     _, *held = split_streamed(keys, len(keys), 0, 0.1, 0.1)
@@ -173,15 +174,10 @@ def chats(path, rows):
     path.write_text("\n".join(map(json.dumps, said)))
 
 
-@pytest.mark.parametrize(
-    ("kind", "pack"),
-    [
-        ("completion", "--pack"),
-        pytest.param("conversation", "--no-pack", marks=pytest.mark.slow),
-        pytest.param("conversation", "--pack", marks=pytest.mark.slow),
-        pytest.param("completion", "--no-pack", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.witness("completion---pack", "conversation---no-pack")
+@pytest.mark.parametrize("pack", ["--pack", "--no-pack"])
+@pytest.mark.parametrize("kind", ["completion", "conversation"])
 def test_a_streamed_run_is_that_of_the_rows_in_memory(
     kind, pack, tmp_path, large, monkeypatch, capsys
 ):
@@ -218,6 +214,7 @@ def test_a_streamed_run_is_that_of_the_rows_in_memory(
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_split_in_memory_is_resumed_with_these_rows(tmp_path, large, monkeypatch):
     monkeypatch.setattr("adapters_jax.finetune.data.splits.MOST_HELD", 3)
     write_llama(tmp_path / "llama", num_hidden_layers=1)

@@ -104,6 +104,7 @@ def recipes(found):
     yield aj.Recipe(found.recipe("parallel"), found.recipe("prefix_tuning"))
 
 
+@pytest.mark.slow
 def test_the_recipes_adapt_a_linen_model():
     model = Bert(BERT, scan=True)
     params = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]

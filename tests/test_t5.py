@@ -64,6 +64,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name, scan):
     assert_as_expected(nnx.jit(run)(model, expected), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("t5")
 @every
 def test_a_padded_row_is_that_row_by_itself(name):

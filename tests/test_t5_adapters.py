@@ -101,6 +101,7 @@ def assert_same(adapters, again):
         np.testing.assert_allclose(other[path], leaf, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_files_of_peft_hold_the_same_leaves(tmp_path):
     recipe = aj.Recipe(aj.LoRA("**/{query,value,output}", 2))
     _, adapters = grown(recipe)
@@ -118,6 +119,7 @@ def test_an_embedding_that_peft_would_change_in_vain_is_not_written(method, tmp_
         save_peft(tmp_path / "a", recipe, adapters, NAMES, load_t5(FIXTURES / "mt5")[1])
 
 
+@pytest.mark.slow
 def test_one_configuration_of_adapterhub_holds_both_stacks(tmp_path):
     recipe = aj.Recipe(
         aj.Bottleneck("**/{attention,cross_attention,mlp}/output", 4),

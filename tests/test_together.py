@@ -94,6 +94,7 @@ def test_trained_together_equals_trained_apart(api, accumulate):
         assert_close(again.adapters, alone.adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("linen")
 @BOTH
 def test_each_stops_and_fails_for_itself(api):

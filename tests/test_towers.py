@@ -84,6 +84,7 @@ def test_every_type_has_a_checkpoint():
     assert {path.name for path in FIXTURES.iterdir()} == set(TOWERS)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("llava", "qwen2_vl")
 @every
 def test_hidden_states_and_logits_are_those_of_transformers(name):
@@ -94,6 +95,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(name):
         np.testing.assert_allclose(seen(mask, got), seen(mask, expected[own]), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("llava", "qwen2_5_vl")
 @every
 def test_a_cache_changes_nothing(name):
@@ -103,6 +105,7 @@ def test_a_cache_changes_nothing(name):
     np.testing.assert_allclose(seen(mask, hidden), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("gemma3", "qwen3_vl", "llava")
 @pytest.mark.parametrize("name", sorted({*OLDER} - {"llama4"}))  # whose layers are unlike
 def test_scanned_layers_compute_the_same(name):

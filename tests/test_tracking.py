@@ -85,6 +85,7 @@ def records_of(run):
     return found
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_every_record_under_its_names(place, written):
     run, _ = finetune(place, "--track", "wandb")
     assert written.records == records_of(run)
@@ -99,6 +100,7 @@ def test_a_tracker_gets_every_record_under_its_names(place, written):
     assert config["options"]["track"] == ["wandb"]
 
 
+@pytest.mark.slow
 def test_a_run_that_a_tracker_stops_goes_on_with_it(place, written, monkeypatch):
     written.broken = True
     run, err = finetune(place, "--track", "wandb", "--no-baselines", status=2)

@@ -50,6 +50,7 @@ def classifier(name):
     return ImageClassifier(config, 3), {"vit": vit, "head": head}
 
 
+@pytest.mark.slow
 @pytest.mark.witness("vit-True", "dinov2-False")
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +63,7 @@ def test_hidden_states_are_those_of_transformers(name, scan):
     np.testing.assert_allclose(pooled, wanted["pooled"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("clip")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers_and_every_parameter_shows_in_them(name):
@@ -95,6 +97,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.witness("dinov2-houlsby", "clip-prefix")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", NAMES)

@@ -137,6 +137,7 @@ def test_every_form_of_lokr(w1, w2, both, full, tmp_path):
     assert written["alpha"] == 3 * written["r"] and written["decompose_both"] == both
 
 
+@pytest.mark.slow
 def test_a_rotation_of_a_fused_module_turns_all_its_parts(tmp_path):
     skew = 0.5 * drawn((2, 3), 1)
     config = {"peft_type": "OFT", "oft_block_size": 3, "use_cayley_neumann": False}

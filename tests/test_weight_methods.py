@@ -305,6 +305,7 @@ def test_a_loop_forms_the_weight_of_one_layer_at_a_time(method):
     assert program.memory_analysis().temp_size_in_bytes < 4 * (256 * 256 * 4)  # of 16 layers
 
 
+@pytest.mark.slow
 @pytest.mark.witness("oft", "vera")
 @pytest.mark.parametrize("name", ["loha", "lokr", "oft", "vera"])
 def test_scanned_layers_each_have_their_own(name):
@@ -363,6 +364,7 @@ def test_settings_out_of_range_and_in_other_spellings(make, data):
         make()
 
 
+@pytest.mark.slow
 def test_adapters_of_other_starts_are_in_one_bank():
     """What a field says of the start alone does not matter to an adapter that is there."""
     model, params = grown(nn.Dense(OUT), VeRA("**", 3), X)

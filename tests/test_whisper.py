@@ -40,6 +40,7 @@ def inputs_of(expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_hidden_states_and_logits_are_those_of_transformers(scan, expected):
@@ -57,6 +58,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(scan, expected):
     np.testing.assert_allclose(logits[written], expected["logits"][written], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_generated_tokens_are_those_of_transformers(scan, expected):
@@ -198,6 +200,7 @@ def test_new_weights_are_finite():
     assert np.isfinite(model(jnp.ones((1, 6, 20)))).all()
 
 
+@pytest.mark.slow
 def test_stacks_of_unequal_lengths_are_unrolled_and_stacked_again(expected):
     _, model = load_whisper(FIXTURE, scan=True)
     recipe = aj.lora(2, targets="**/attention/query")

@@ -26,7 +26,8 @@ from adapters_jax.finetune.serving.conversing import calls_of, writes_calls
 from adapters_jax.finetune.serving.engine import Engine
 from adapters_jax.finetune.serving.forms import Form
 from adapters_jax.finetune.serving.grammars import Grammar, Grammars
-from adapters_jax.finetune.serving.guard import failure, refused
+from adapters_jax.finetune.serving.guard import Limits, failure, refused
+from adapters_jax.finetune.serving.kept import Kept
 from adapters_jax.finetune.serving.requests import End, Scores, Served
 from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
@@ -44,8 +45,10 @@ class TextApi(Api):
 
     engine: Engine
 
-    def __init__(self, base: DecoderBase, engine: Engine, *rest: Any, **more: Any) -> None:
-        super().__init__(base, engine, *rest, **more)
+    def __init__(
+        self, base: DecoderBase, engine: Engine, name: str, limits: Limits, kept: Kept | None = None
+    ) -> None:
+        super().__init__(base, engine, name, limits, kept)
         self.decoder = base.decoder
         self._grammars = Grammars(self.decoder.tokenizer, engine.vocabulary, self.decoder.end)
 

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
+from numpy.typing import ArrayLike
 
 from adapters_jax.adapting import adapt
 from adapters_jax.distributed.mesh import shard_batch
 from adapters_jax.finetune.data.batches import StepBatches
+from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.models.encoder.heads import TOKENS
@@ -187,11 +189,18 @@ class FeatureBatches(StepBatches):
 
     Args:
         features: the features, `(rows, d)`, or `(rows, inputs, d)`.
-        *order, **more: the labels and the order, as for `StepBatches`.
+        labels, batch_size, seed, mix: as for `StepBatches`.
     """
 
-    def __init__(self, features: np.ndarray, *order: Any, **more: Any) -> None:
-        super().__init__([np.arange(len(features))], *order, **more)
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: ArrayLike | None,
+        batch_size: int,
+        seed: int | None,
+        mix: Mixture | None = None,
+    ) -> None:
+        super().__init__([np.arange(len(features))], labels, batch_size, seed, mix)
         self.features = features
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
