@@ -164,7 +164,7 @@ UNEQUAL = {
     "compacter-nnx",
     "loreft-nnx",
     "ia3-linen",
-    "llama_adapter-nnx",
+    "prefix-nnx",
     "mixed-nnx",
 )
 @BOTH

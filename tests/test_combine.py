@@ -186,6 +186,7 @@ def test_an_nnx_model_and_directories_do(tmp_path):
         ({"how": "svd", "rank": 0}, "rank=0"),
         ({"how": "svd", "rank": 6}, "6 5"),
         ({"how": "ties", "rank": 2, "density": 0.0}, "density=0.0"),
+        ({"how": "ties", "rank": 2, "density": 1.5}, "density=1.5"),
         ({"how": "dare", "rank": 2}, "key=jax.random.key"),
         ({"base": {"other": {"kernel": np.ones((2, 2))}}}, "'query'"),
         ({"adapters": [adapter(aj.DoRA("*", 2), 1), ONE]}, "DoRA 'query'"),

@@ -14,6 +14,7 @@ import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.training.losses import cross_entropy, sequence_log_probs
+from adapters_jax.training.losses.chunked import token_log_probs
 
 ROWS, LENGTH, D, WORDS = 3, 11, 6, 40
 CAP = 4.0
@@ -277,6 +278,22 @@ def test_log_probabilities_of_sequences_are_those_of_the_formula(chunk):
 
     def loss(hidden, table, labels):
         return factors @ sequence_log_probs(hidden, capped(table), labels, chunk=chunk)
+
+    found, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays())
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    np.testing.assert_allclose(grads[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(grads[1], expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, LENGTH])
+def test_log_probabilities_of_tokens_are_those_of_the_formula(chunk):
+    """Each with a factor of its own in the loss, as losses of reinforcement learning have."""
+    value, *expected, tokens = by_formula(WEIGHTS)
+    found = token_log_probs(*arrays()[:1], capped(jnp.asarray(TABLE)), jnp.asarray(LABELS))
+    np.testing.assert_allclose(found, -tokens, atol=1e-5)
+
+    def loss(hidden, table, labels):
+        return -(WEIGHTS * token_log_probs(hidden, capped(table), labels, chunk=chunk)).sum()
 
     found, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays())
     np.testing.assert_allclose(found, value, rtol=1e-5)

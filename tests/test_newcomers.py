@@ -546,6 +546,7 @@ def test_targets_by_the_names_of_transformers(targets, ours):
     ("targets", "advice"),
     [
         (["**/key", "v_proj"], "target 'v_proj' matches nothing; write '**/value'"),
+        (["**/key", "q_proj", "v_proj"], "target 'v_proj' matches nothing; write '**/value'"),
         (["attention/key", "attention/v_proj"], "nothing; write 'attention/value'"),
         (["q_proj", "lm_head"], "target 'q_proj' matches nothing; write '**/query'"),
     ],

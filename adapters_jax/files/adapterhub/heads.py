@@ -125,6 +125,8 @@ def pooling_of(whole: Config) -> str:
     Example:
         >>> pooling_of({"config": {"layers": 1, "use_pooler": False}}), pooling_of({})
         ('cls', 'pooler')
+        >>> pooling_of({"config": {"use_pooler": False}})  # two layers, as a head has by default
+        'pooler'
     """
     config = whole.get("config")
     if not isinstance(config, Mapping):  # a model class's own head
