@@ -129,11 +129,7 @@ class EncoderBase:
                 f"{directory}: its head reads {config['pooling']}, and those of this server "
                 f"{self.encoder.pooling}; serve it by itself"
             )
-        try:
-            readout = task.readout.from_config(config["target"])  # type: ignore[attr-defined]
-            readout = readout.restored(config.get("summary", {}).get("dev", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{run.config} is damaged: its target: {error}") from error
+        readout: Readout = task.readout_of(run, config)  # type: ignore[attr-defined]
         if not readout.has_head:
             raise UserError(f"{directory} is a run of the task {task.name}, which is not served")
         warn_of_bits(run, config)

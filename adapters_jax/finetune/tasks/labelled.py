@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from adapters_jax.adapting import adapt
-from adapters_jax.errors import UserError
+from adapters_jax.errors import UserError, shown
 from adapters_jax.files.identity import BaseIdentity, base_identity
 from adapters_jax.files.loading import load_adapter
 from adapters_jax.finetune.data.batches import StepBatches
@@ -170,15 +170,18 @@ class EncoderTask(Task):
         )
         return model, store_frozen(params, recipe, setup.dtype)
 
-    def open(self, run: Run, config: Mapping[str, Any]) -> TextPredictor:
-        """Opens a run as a predictor; see `Task.open`."""
+    def readout_of(self, run: Run, config: Mapping[str, Any]) -> Readout:
+        """The readout of a run; RunError if its target is damaged."""
         try:
             readout = self.readout.from_config(config["target"])
-            readout = readout.restored(config.get("summary", {}).get("dev", {}))
+            return readout.restored(config.get("summary", {}).get("dev", {}))
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{run.config} is damaged: its target is {config['target']!r}: {error}"
-            ) from error
+            found = shown(config["target"])
+            raise RunError(f"{run.config} is damaged: its target is {found}: {error}") from error
+
+    def open(self, run: Run, config: Mapping[str, Any]) -> TextPredictor:
+        """Opens a run as a predictor; see `Task.open`."""
+        readout = self.readout_of(run, config)
         encoder = load_encoder(
             config["model"], config["pooling"], config["dtype"], config.get("quantize")
         )

@@ -16,10 +16,12 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def _qwen(values: Values) -> dict[str, Any]:
     """The window, and the number of experts by its name in transformers 5."""
-    window = ("sliding_window",) if values.get("use_sliding_window") else ()
-    found = {name: values.get(name) for name in window}
-    local = values.get("num_local_experts")
-    return found if local is None else found | {"num_experts": local}
+    found = {}
+    if values.get("use_sliding_window"):
+        found["sliding_window"] = values.get("sliding_window")
+    if values.get("num_local_experts") is not None:
+        found["num_experts"] = values["num_local_experts"]
+    return found
 
 
 MIXTRAL = Architecture(
