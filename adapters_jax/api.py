@@ -1,6 +1,6 @@
 """Every public name of `adapters_jax`, which imports this module at the first use of one.
 
-`X as X` tells type checkers that a name is public. isort would give each a statement of its own.
+`X as X` tells type checkers that a name is public. isort would give each a separate statement.
 """
 
 # ruff: noqa: I001

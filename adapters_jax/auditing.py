@@ -210,7 +210,7 @@ class Audit:
         return Group(table, *map(Text, self.totals()))
 
 
-PACKED = ("cuda", "tpu")  # the platforms of which some products read packed weights
+PACKED = ("cuda", "tpu")  # platforms where some products read packed weights
 HEADERS = ("path", "method", "shapes", "formula", "count", "parameters")
 
 

@@ -93,7 +93,7 @@ class Suggestion:
 
         Raises:
             RecipeError: the model has not the parts that the preset adapts, or they were not found.
-            UserError: there is no such preset.
+            UserError: the preset is unknown.
         """
         check_choice("suggest", "preset", preset, PRESETS)
         if missing := self.missing(preset):
@@ -133,7 +133,7 @@ class Suggestion:
 
         Raises:
             RecipeError: the model has not the parts that the preset adapts, or they were not found.
-            UserError: there is no such preset, or the preset rejects a setting.
+            UserError: the preset is unknown, or rejects a setting.
         """
         arguments = self.arguments(preset)
         return getattr(presets, preset)(*args, **{**arguments, **settings})

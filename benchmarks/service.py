@@ -2,8 +2,8 @@
 go on.
 
 The overhead is that of Tinker's own client and of our server, which share a process here, against
-the same requests to the engine. The churn runs against `adapters-jax serve --train` in a process of
-its own, whose memory is read as tenants are created, trained, saved and dropped.
+the same requests to the engine. The churn runs against `adapters-jax serve --train` in another
+process, whose memory is read as tenants are created, trained, saved and dropped.
 """
 
 import contextlib

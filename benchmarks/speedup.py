@@ -1,6 +1,6 @@
 """Compares a step of full fine-tuning with a step of adapters, in FLOPs counted by XLA and in time.
 
-Each side is a process of its own, and they step in turn. The LoRA paper trains GPT-3 175B with 32.5
+Each side is a separate process, and they step in turn. The LoRA paper trains GPT-3 175B with 32.5
 tokens per second on each GPU in full and with 43.1 with LoRA. It calls this 25 % faster; the factor
 is 1.33.
 """

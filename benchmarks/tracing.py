@@ -131,7 +131,7 @@ def side_of(outputs: Callable[..., jax.Array], trained: Any, frozen: Any) -> Sid
 
 
 def seconds_of(trace: Callable[[], Any]) -> float:
-    """The seconds of one trace, of which nothing is cached."""
+    """The seconds of one trace, with nothing cached."""
     jax.clear_caches()
     gc.collect()
     gc.disable()

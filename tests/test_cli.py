@@ -475,7 +475,7 @@ AUDIT = "audit --model bert-base"
             UsageError,
             ["--rank-pattern: expected PATT"],
         ),
-        (TRAIN.replace("reviews.jsonl", "imdb"), DataError, ["imdb", "no such file", "hub:imdb"]),
+        (TRAIN.replace("reviews.jsonl", "imdb"), DataError, ["imdb: ", "hub:imdb"]),
         ("predict runs/single", DataError, ["--file FILE"]),
         ("predict runs/single x --file y.csv", DataError, ["--file FILE"]),
         ("predict runs/single x --text review", DataError, ["--text", "--text-pair", "--file"]),

@@ -180,7 +180,7 @@ def test_why_a_program_is_not_shared_is_said(directory, programs, monkeypatch):
     monkeypatch.setattr(comparison.ComparisonJob, "_train", trained)
     flags = ("--seeds", 0, "--optimizer", "adafactor")
     assert compare(directory, "said", *flags, recipes=LORA)[0] != 0
-    assert [text for text in said if "a program of its own: adafactor" in text]
+    assert [text for text in said if "program" in text and "adafactor" in text]
 
 
 @pytest.mark.parametrize(("steps", "largest"), [(1, 64), (200, 16)])

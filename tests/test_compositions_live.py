@@ -106,7 +106,7 @@ REFUSED = {
     "parallel bottlenecks": (
         aj.stack("a", "b"),
         {"targets": "**/mlp_sum", "bottleneck_dim": 4, "placement": "parallel"},
-        "has a parallel bottleneck, of which AdapterHub loses the branch",
+        "has a parallel bottleneck",
     ),
     "a fuse of stacks around norms": (
         aj.fuse(aj.stack("a", "b"), "c"),

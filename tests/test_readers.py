@@ -319,10 +319,10 @@ def test_a_nested_value_is_no_text():
 
 def test_only_what_may_be_of_the_hub_is_proposed():
     for name in ("imdb", "stanfordnlp/imdb"):
-        with raises(DataError, f"{name}: no such file", f"write hub:{name}"):
+        with raises(DataError, f"{name}: ", f"write hub:{name}"):
             read_file(name)
     for name in ("../imdb", "/data/none", "my data", "a/b/c"):
-        with raises(DataError, f"{name}: no such file") as caught:
+        with raises(DataError, f"{name}: ") as caught:
             read_file(name)
         assert "hub:" not in str(caught.value)
 

@@ -99,7 +99,7 @@ class Checkpoints:
     Args:
         directory: created if it is absent. The remains of an interrupted save are removed. At an
             address in an object store, `"gs://bucket/run"`, everything below belongs to the
-            checkpoints; every process works in a directory of its own machine, and the first one
+            checkpoints; every process works in a directory on its own machine, and the first one
             copies. A store has no locks: let one job at a time write there.
         keep: the number of latest checkpoints to keep, at least 2, so that one is always whole.
         on_saved: called in the thread after each checkpoint is written.
@@ -374,7 +374,7 @@ class Checkpoints:
             step: the step of the checkpoint; None is the newest.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it cannot be read.
+            CheckpointError: the checkpoint does not exist, or cannot be read.
         """
         return self._about(self._found(step))["progress"]
 

@@ -33,7 +33,7 @@ from adapters_jax.trees import Tree, flatten
 
 @dataclass(frozen=True)
 class Pair:
-    """The two files in which another library keeps an adapter, or its head.
+    """The two files where another library keeps an adapter, or its head.
 
     Attributes:
         owner: the library.

@@ -77,8 +77,8 @@ def find(
         address, a copy that goes when the process ends.
 
     Raises:
-        AdapterFileError: (or `error`) neither exists, the repository has no such revision, or the
-            Hub cannot be reached and the cache has no copy. With `HF_HUB_OFFLINE=1` only the cache
+        AdapterFileError: (or `error`) neither exists, the repository lacks the revision, or the Hub
+            cannot be reached and the cache has no copy. With `HF_HUB_OFFLINE=1` only the cache
             is searched.
         MissingPackageError: an id is given and `huggingface_hub` is not installed.
 
@@ -165,8 +165,8 @@ def reason(problem: Exception) -> str:
     Example:
         >>> reason(OSError("404 Client Error. (Request ID: 1)\\n\\nRepository Not Found for url"))
         'Repository Not Found for url'
-        >>> reason(OSError("Got: ConnectError: no such host\\nAn error happened"))
-        'ConnectError: no such host'
+        >>> reason(OSError("Got: ConnectError: no route to host\\nAn error happened"))
+        'ConnectError: no route to host'
     """
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     reasons = [line for line in lines if not re.match(r"\d+ Client Error", line)]
@@ -176,7 +176,7 @@ def reason(problem: Exception) -> str:
 
 
 def problems() -> tuple[type[Exception], ...]:
-    """The errors that `huggingface_hub` raises: no such id, no permission, no network."""
+    """The errors that `huggingface_hub` raises: unknown id, no permission, no network."""
     from huggingface_hub import errors
 
     # These derive from Exception alone, and older releases of huggingface_hub lack some of them.

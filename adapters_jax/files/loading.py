@@ -95,7 +95,7 @@ def load_adapter(
         model: the base, a linen, NNX or Equinox module, or a function of parameters, without
             adapters.
         params: linen and functions only: the base's parameters.
-        *args: example inputs, of which only shapes matter; for NNX `example_inputs` says the same.
+        *args: example inputs; only their shapes matter. For NNX models use `example_inputs`.
             They are needed only where the file does not say where in the model the adapter is, or
             is of another base: then the model is run on them.
         base: the base's identity, from `base_identity`; the hash of its tree is added.

@@ -52,7 +52,7 @@ class ModuleMap:
         scanned: the number of layers that the base scans, by `Stack.place`; nothing if it unrolls
             them. Paths are always those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
-            the order in which it defines them.
+            the order that it defines them.
         stacked: the same of parameters that only the model of transformers 5 has; several where
             theirs fuses ours.
         heads: their modules beside the base; see `NameTable`.

@@ -123,7 +123,7 @@ class NameTable:
         fan_in_fan_out: whether linear weights are stored `(in, out)` like ours, not `(out, in)`.
         stack: the model's names of unrolled and of scanned layers; None if it cannot scan them.
         parameters: rules for parameters that modules hold themselves. Those of one module are in
-            the order in which PyTorch's module defines them, by which PEFT nests their factors.
+            the order that PyTorch's module defines them, and PEFT nests their factors in it.
         tied: their output layer and their embedding, `("lm_head", "embed_tokens")`, which are one
             weight in a model that does not have the output layer as a module.
         heads: their modules beside the base, whose names have none of these prefixes.
@@ -137,8 +137,8 @@ class NameTable:
             checkpoints of both have. Files of adapters and checkpoints are read with either.
         scales_embedding: whether transformers' model multiplies what its embedding of tokens
             returns, behind it or in it by its version.
-        keys: those of each attention module in order, which PEFT's prefixes need; or why it can
-            have no such prefix. By default an NNX base says it, in its `attention_keys`.
+        keys: those of each attention module in order, which PEFT's prefixes need; or why it
+            cannot have such a prefix. By default an NNX base says it, in its `attention_keys`.
         transformers: the version of transformers whose model adapters are written for. None means
             the installed one; if there is none, 5 for `since_5`, and 4 for `stacked`, whose names
             of 4 PEFT reads with either.

@@ -87,7 +87,7 @@ def patterns(*types: type) -> Rule:
 
 
 def plain_names(*types: type) -> Rule:
-    """Names of modules, in which no sign stands for several texts."""
+    """Plain names of modules, without signs that match several texts."""
     of_type = of(*types)
 
     def check(found: Any) -> list[str]:

@@ -47,7 +47,7 @@ def _paths(value: Any) -> Any:
 
 
 def _start(value: Any) -> str | None:
-    """The a_init of an init_lora_weights; None where there is no such start here."""
+    """The a_init of an init_lora_weights; None for a start that this library does not have."""
     if value is True:
         return "uniform"
     name = value if isinstance(value, str) else ""

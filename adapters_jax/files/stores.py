@@ -85,7 +85,7 @@ def fetch(address: str, files: Sequence[str]) -> Path | None:
         files: patterns of names directly below it, and below its folder `adapter`.
 
     Returns:
-        The directory; None if there is no such file.
+        The directory; None if no file matches.
 
     Raises:
         FileSystemError: the store does not answer, or refuses.
@@ -271,7 +271,7 @@ def _errors(address: str, verb: str) -> Iterator[None]:
             raise
         why = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
         if isinstance(problem, FileNotFoundError):
-            why = "there is no such bucket or path"
+            why = "the bucket or the path does not exist"
         bucket = address.partition("://")[2].partition("/")[0]
         if isinstance(problem, PermissionError) or "orbidden" in why or "redentials" in why:
             why += f"; give this process credentials that may do so in the bucket {bucket!r}"

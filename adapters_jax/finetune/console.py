@@ -22,7 +22,7 @@ from rich.text import Text
 
 from adapters_jax.errors import UserError, visible
 
-TOGETHER = 0.01  # seconds within which updates count as one
+TOGETHER = 0.01  # seconds; updates within this time count as one
 CLOSE = 1e-3  # seconds by which an event may seem to begin before one that it is part of
 COMPILING = "/jax/core/compile/"  # the start of the names of JAX's events for it
 QUIET_SECONDS = 10.0  # between two lines of progress without a terminal

@@ -284,13 +284,13 @@ def without_head(source: Source, form: AdapterFormat, head: bool | None) -> tupl
     """An adapter as a format takes it: without its head, if that is asked for or not supported.
 
     Args:
-        head: whether to write the head; None writes it where the format's library has such a head.
+        head: whether to write the head; None writes it where the format's library supports it.
 
     Returns:
         The adapter, and why its head is left out; empty if it has none or keeps it.
 
     Raises:
-        UserError: `head` is True, and the library has no such head.
+        UserError: `head` is True, and the library does not support the head.
     """
     if not has_head(source.leaves):
         return source, ""

@@ -202,7 +202,7 @@ def _fits(method: Any, family: Family, paths: list[str]) -> bool:
     recipe = MethodOptions(method).build(num_layers=_LAYERS, layer=family.layer)
     # The gated delta rule has no softmax, and latent attention no keys that a prompt could join.
     others = {p.rpartition("/")[0] for p in paths if p.endswith(("/log_rate", "/latent"))}
-    # A layer with an input of its own returns those of later layers, too: only a recipe says that
+    # A layer with a separate input returns those of later layers, too: only a recipe says that
     # LoReFT means `output="hidden"`.
     if method == "loreft" and any(path.endswith("/per_layer") for path in paths):
         return False

@@ -58,7 +58,7 @@ def tracked(
         numbers are joined by /, as "dev/accuracy". Arrays of one number are read from the device.
 
     Raises:
-        UserError: there is no such tracker, or nobody is logged in; or a metric is no number.
+        UserError: a tracker is unknown, nobody is logged in, or a metric is not a number.
         MissingPackageError: its library is not installed.
         TrackingError: its library raised an error.
 
@@ -269,7 +269,7 @@ def _trackio(place: _Place) -> Iterator[Write]:
 
 
 class _Tracker(NamedTuple):
-    """How to write to one library: its package, and what opens a run, within which it is written.
+    """How to write to one library: its package, and what opens a run to write to.
 
     Its extra in `pyproject.toml` has the tracker's name.
     """

@@ -64,7 +64,7 @@ def evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) ->
 
 
 def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Repeats a call of a compact module, in a scope in which all names are free again."""
+    """Repeats a call of a compact module, in a scope where all names are free again."""
     # flax gives a name in a scope once; a bound module is frozen but for this.
     object.__setattr__(module, "scope", module.scope.rewound())
     return run(*args, **kwargs)
@@ -131,7 +131,7 @@ class Interceptor:
     Attributes:
         visited: the modules that were called, each with its `Visit`, by path.
         reached: the paths of those whose results the outputs depend on, where `seen` ran the model.
-        uncalled: the modules of which other functions than `__call__` ran, by path.
+        uncalled: the modules that ran other functions than `__call__`, by path.
 
     Raises:
         RecipeError: in the run, the base has the name of a method's leaves, or an attention is not
@@ -152,7 +152,7 @@ class Interceptor:
         self.recipe, self.root, self.at = recipe, tuple(module.scope.path), at
         self.visited: dict[str, tuple[Any, Visit]] = {}
         self.reached: set[str] = set()  # paths whose results the outputs depend on
-        self.uncalled: dict[str, nn.Module] = {}  # of which other functions than `__call__` ran
+        self.uncalled: dict[str, nn.Module] = {}  # they ran other functions than `__call__`
         self.init = init
         self._run = next(_RUNS) if init else recipe.to_json()
         self._dropout = any(method.dropout for method in recipe.attached)

@@ -30,8 +30,8 @@ class AdaLoRA(LoRA):
     A and B stand for singular vectors, l for singular values; they are the paper's Q, P and Lambda,
     and lie like LoRA's factors. l, (r,) with the axes of stacked layers and experts in front,
     starts at zero, A and B from N(0, 0.02). Trained with `aj.adalora_budget`, the least important
-    entries of l become zero, over all modules together, so that each module ends with a rank of
-    its own; `aj.orthogonality` is the penalty that keeps A and B near to orthogonal.
+    entries of l become zero, over all modules together, so that modules end with different ranks;
+    `aj.orthogonality` is the penalty that keeps A and B near to orthogonal.
 
     Args:
         targets, alpha, dropout, rank_stabilized, rank_pattern, alpha_pattern, slices: as in `LoRA`.

@@ -202,7 +202,7 @@ class Method:
 
     Raises:
         TargetError: `targets` are no patterns.
-        UserError: a setting has the name that another library gives it, or `name` is no such name.
+        UserError: a setting has the name that another library gives it, or `name` is not allowed.
 
     Example:
         >>> import jax, jax.numpy as jnp, adapters_jax as aj
@@ -231,7 +231,7 @@ class Method:
     """
 
     kind: ClassVar[str]
-    slot: ClassVar[Any]  # a name, or None; an entry with a name has one of its own, `SLOT_NAME`
+    slot: ClassVar[Any]  # a name, or None; an entry with a name has the slot `SLOT_NAME`
     stated: ClassVar[tuple[str, ...]] = ("targets",)
     acts_on: ClassVar[Kind] = "output"
     unmergeable: ClassVar[str] = "it defines no `merged`"
@@ -271,7 +271,7 @@ class Method:
         if self.shared_leaves and not self.own_leaves:
             raise RecipeError(
                 f"{type(self).__name__}: with these settings modules share every array, "
-                f"shared_leaves={self.shared_leaves}; let each module have one of its own"
+                f"shared_leaves={self.shared_leaves}; leave out at least one of them"
             )
         if apart and (nested or not apart <= {*self.leaf_names}):
             raise RecipeError(

@@ -58,7 +58,7 @@ class IA3(LeafMethod):
         return bool(self.feed_forward) and selects(self.feed_forward, path)
 
     def changes_biases(self, path: str) -> bool:
-        """Whether outputs are scaled, of which a bias is a part."""
+        """Whether outputs are scaled, and a bias with them."""
         return not self.scales_input(path)
 
     def roles(self, axes: Axes, path: str) -> Any:

@@ -159,7 +159,7 @@ def call_gate(methods: Iterable[Method], given: Mapping[str, Any]) -> tuple[Any,
 
 
 def everywhere(methods: Iterable[Method], inputs: Inputs) -> Inputs:
-    """Inputs of an abstract run, in which methods act on all tokens where the inputs do not say."""
+    """Inputs of an abstract run, where methods act on all tokens unless the inputs say which."""
     if not any(method.gated for method in methods):
         return inputs
     return Inputs(inputs.args, {"invoked": True, **inputs.kwargs}, inputs.method)

@@ -87,7 +87,7 @@ class LoRA(Ranked):
             "olora" does so with the first r columns and rows of the weight's QR decomposition, so
             that B has orthonormal rows. "loftq" is for a model that is quantised once it is
             adapted: `aj.quantize` sets A and B to the principal components of what it rounds away,
-            W - Q(W), in one round; "loftq_5" in five, each of which quantises W - scale A B. Until
+            W - Q(W), in one round; "loftq_5" in five, and each quantises W - scale A B. Until
             then both are zero, and do not train. "eva" sets A to the r directions along which the
             weight's inputs vary most, which `aj.calibrate` finds.
         rank_stabilized: scale by alpha / sqrt(r) instead (rsLoRA).

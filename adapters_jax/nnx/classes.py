@@ -1,6 +1,6 @@
 """The class of an NNX module with adapters, whose calls run them.
 
-It is a cached subclass of the module's class, in which the weights that adapters change are
+It is a cached subclass of the module's class, where the weights that adapters change are
 properties: whoever reads one gets the changed weight, and the functions of the class compute with
 it as `adapters_jax.weights.lazy` describes.
 """

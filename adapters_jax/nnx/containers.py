@@ -2,7 +2,7 @@
 
 Such a container becomes a module, `PlainList`, `PlainTuple` or `PlainDict`, so that adapters can be
 beside its weights under the paths that these have. Code that reads it from the module around it
-gets a container of the original type, in which the weights are the changed ones: a copy, so that a
+gets a container of the original type with the changed weights. It is a copy, so that a
 function of the model can give the container other parts only by assigning it anew.
 """
 

@@ -93,7 +93,7 @@ def own_params(module: Any) -> dict[str, Any]:
 
 
 def copy(model: Any) -> Any:
-    """A model, or another NNX object, with Variables of its own that hold the same arrays.
+    """A copy of a model or another NNX object, with new Variables that hold the same arrays.
 
     Args:
         model: an NNX model, `nnx.Rngs`, or another object of NNX.

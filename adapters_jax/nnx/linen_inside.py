@@ -106,7 +106,7 @@ class LinenCall(NamedTuple):
     def of(
         cls, path: str, module: Any, args: Any, kwargs: Any, layers: tuple[int, ...]
     ) -> "LinenCall":
-        """A call with these arguments, of which only shapes matter."""
+        """A call with these arguments; only their shapes matter."""
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x  # noqa: E731
         own = {name: x for name, x in kwargs.items() if name not in ("rngs", "mutable", "method")}
         args, own = jax.tree.map(shape, (args, own))
@@ -158,8 +158,8 @@ def _stacked(each: Placement, call: LinenCall, shapes: dict[str, tuple[int, ...]
     if each.method.dropout:
         raise RecipeError(
             f"{type(each.method).__name__} has dropout {each.method.dropout} and targets "
-            f"{each.module!r}, a linen module inside an NNX model, which has no random stream of "
-            f"its own for it; write dropout=0.0, or exclude it: '!{each.module}'"
+            f"{each.module!r}, a linen module inside an NNX model, which has no random stream "
+            f"for it; write dropout=0.0, or exclude it: '!{each.module}'"
         )
     name, own = each.arrays[0]
     shape = shapes[join(each.prefix, name)]

@@ -109,12 +109,12 @@ def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axe
 
     Args:
         model: an NNX model.
-        inputs: example inputs, as `aj.inputs` makes them, of which only shapes and dtypes matter;
+        inputs: example inputs, as `aj.inputs` makes them; only their shapes and dtypes matter.
             None finds the weights of flax's own layers alone.
 
     Returns:
         For each weight the numbers of its axes: `inputs` meet an input, `outputs` are kept by the
-        output, and of `shared` ones each use sees one index, such as an expert.
+        output, and each use sees one index of the `shared` ones, such as an expert.
 
     Raises:
         UserError: the model takes other arguments than the example inputs.
@@ -220,7 +220,7 @@ class Call(NamedTuple):
         layers: the layer axes that the module is stacked on.
         attends: whether it may call its attention function.
         attention: the sizes of an attention that it computes in line.
-        no_attention: why it computes none in which prompts can act.
+        no_attention: why it computes no attention that prompts can act in.
     """
 
     returned: Returned | None
@@ -321,7 +321,7 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
     with holding(_RECORDER, record), explained(model, inputs):
         program = traced(probe, inputs)
     reads = reads_of(program.jaxpr, program.leaves, program.activations)
-    for path in bare & seen.keys():  # without Variables of its own: stacked as the module around it
+    for path in bare & seen.keys():  # without Variables: stacked as the module around it
         names = path.split("/")
         above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
         layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())

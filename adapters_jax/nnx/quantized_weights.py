@@ -50,7 +50,7 @@ class QuantizedParam(nnx.Param):
         return self.get_raw_value().shape
 
     def __nnx_repr__(self) -> Iterator[reprlib.Object | reprlib.Attr]:
-        """What flax prints: the integers and scales, of which it shows the shapes in a model."""
+        """What flax prints: the integers and scales; in a model it shows only their shapes."""
         yield reprlib.Object(type=type(self).__name__)
         yield reprlib.Attr("value", self.get_raw_value())
 

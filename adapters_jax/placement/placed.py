@@ -1,7 +1,7 @@
 """Where the adapters of a recipe are: from the shapes of a tree, or from how a model reads leaves.
 
 A method keeps its arrays beside the module that it adapts, `layer_0/query/lora/{a,b}`. Weights that
-are targets by their own path, or of which a module has several, have a node each,
+are targets by their own path, or lie in a module with several, have a node each,
 `layer_0/experts/lora/up/{a,b}`. The roles of a weight's axes follow from the shapes of the arrays;
 where other roles would fit them before, the node says them: `layer_0/out/lora/:1>0/{a,b}` for the
 square kernel of a layer that computes `x @ kernel.T`.

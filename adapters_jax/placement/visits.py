@@ -16,7 +16,7 @@ class Visit:
     """One module, as a run showed it.
 
     Attributes:
-        own: the shapes of its own leaves by name, as its code sees them.
+        own: the shapes of the module's leaves by name, as its code sees them.
         precision: its matmul precision.
         attention: the sizes of its attention; None where it has none for a prompt.
         no_attention: why it has none, as the end of a sentence; empty where that is not known.

@@ -133,8 +133,8 @@ class Flow:
     def _is_second(self, number: int, operation: Operation) -> bool:
         """Whether a product of two activations is the second one of an attention, which is noted.
 
-        It sums over the positions of the keys. So it does not matter in which order a program
-        writes queries and keys.
+        It sums over the positions of the keys. So a program may write queries and keys in
+        either order.
         """
         contracted, _ = operation.params["dimension_numbers"]
         both = [self._seen[x] for x in operation.inputs]

@@ -126,7 +126,7 @@ def _biased(op: Operation, columns: Columns, axes: Sequence[Axis]) -> Columns:
     if not (ordered and every and alone and plain and jnp.ndim(bias) == len(axes)):
         return replace(columns, lost="have something else added")
     if isinstance(bias, jax.core.ShapedArray):
-        return replace(columns, lost="are computed in a function with a derivative of its own")
+        return replace(columns, lost="are computed in a function with a custom derivative")
     with jex.set_current_trace(op.watch.parent):
         at = tuple(slice(None) if i in own else 0 for i in range(len(axes)))
         row = jnp.broadcast_to(jnp.asarray(bias)[at], [part.size for part in found]).reshape(-1)

@@ -241,7 +241,7 @@ def _columns(axis: Axis, seen: Seen) -> list[parts.Part]:
 
 
 def _kv_heads(seen: Seen, pairs: Iterable[tuple[int, bool]]) -> parts.Part | None:
-    """The heads among the columns of keys or values, in which each may be repeated.
+    """The heads among the columns of keys or values; each of them may be repeated.
 
     Args:
         seen: the keys or values.

@@ -146,7 +146,7 @@ class Inputs:
 
 
 def inputs(*args: Any, method: Any = None, **kwargs: Any) -> Inputs:
-    """Example inputs of a model, of which only shapes and dtypes matter.
+    """Example inputs of a model; only their shapes and dtypes matter.
 
     Args:
         *args: inputs, arrays or `jax.ShapeDtypeStruct`.
@@ -169,7 +169,7 @@ def explained(model: Any, given: Inputs) -> Iterator[None]:
     """Runs its body; an error that the body raises names the model and its example inputs.
 
     Args:
-        model: the body calls it on shapes; errors of its own keep their type and get a note.
+        model: the body calls it on shapes; errors of its code keep their type and get a note.
 
     Raises:
         UserError: the model does not take these inputs, or fails on them and the first of them is a
@@ -243,7 +243,7 @@ def _misplaced(name: str, given: Inputs) -> UserError:
 def _first_is_params(given: Inputs) -> bool:
     """Whether the first input is a tree that holds all arrays of a layer, and nothing beside them.
 
-    A batch may have an array of such a name, `{"ids": ..., "scale": ...}`, and be no such tree.
+    A batch like `{"ids": ..., "scale": ...}` is not, although layers have a `scale` too.
     """
 
     def nodes(tree: Any) -> Iterator[Mapping[Any, Any]]:

@@ -28,7 +28,7 @@ class Mask:
 
     Args:
         tokens: True for keys that are tokens; padding is seen by no query. None: all are tokens.
-        segments: a number for each token; a query sees the keys of its own number. None: all.
+        segments: a number for each token; a query sees the keys with the same number. None: all.
         causal: whether a query sees no key after it.
         window: the distance from which on a query sees nothing, in both directions; 1 leaves it
             itself. None: no limit.
@@ -77,10 +77,10 @@ class Mask:
     def ids(
         self, batch: int, queries: int, keys: int
     ) -> tuple[Int[Array, "batch queries"], Int[Array, "batch keys"]] | None:
-        """A number for each query and each key, of which a query sees the equal ones.
+        """A number for each query and each key; a query sees the keys with its number.
 
-        With segments, the keys of a prefix have no number that all queries have; then, and where
-        positions decide alone, there are none.
+        None where positions decide alone; and where there are segments and a prefix, since all
+        queries see the prefix, and no number is that of all queries.
         """
         if self.by_position or (self.prefix and self.segments is not None):
             return None

@@ -119,7 +119,7 @@ def _concatenate(op: Operation) -> Result:
 
 
 def _stride(pieces: Sequence[Any], axis: int, size: int) -> int:
-    """The stride of the columns of which pieces are made that are joined; 0 if they have gaps."""
+    """The stride of the columns in pieces that are joined; 0 if the columns have gaps."""
     if any(len(seen.axes[axis]) != 1 for seen in pieces):
         return 0
     each = [(seen.axes[axis][0], seen.columns) for seen in pieces]

@@ -32,7 +32,7 @@ Axis = tuple[Part, ...]  # from the slowest to the fastest index; may be empty i
 
 
 def rows(shape: Sequence[int]) -> tuple[Axis, ...]:
-    """Axes of which nothing is known."""
+    """Axes with nothing known about them."""
     return tuple(() if n == 1 else (Part(n),) for n in shape)
 
 

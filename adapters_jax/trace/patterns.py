@@ -60,7 +60,7 @@ def _joined(patterns: Iterable[str]) -> list[str]:
 
 
 def _one_difference(a: _Names, b: _Names) -> list[int]:
-    """The place of the only name in which two patterns differ; `**` is no name."""
+    """The place of the only name that differs between two patterns; `**` does not count."""
     places = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
     one = len(a) == len(b) and len(places) == 1
     return places if one and ("**",) not in (a[places[0]], b[places[0]]) else []

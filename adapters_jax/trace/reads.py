@@ -4,7 +4,7 @@ A weight meets an activation in a *product* (a matrix product or a convolution) 
 (rows of a table). On its way there it may be cast, transposed, cut or chosen from a stack of
 layers; its axes are found again by what each operation does to them. So they are where a product
 reads a *sum*, what else the model computes of weights: a concatenation of several, one with a mask,
-or what a function with a gradient of its own gets.
+or what a function with a custom gradient gets.
 """
 
 import math

@@ -22,7 +22,7 @@ class Roles:
         query, key, value: the weights nearest before an attention's two products.
         attention_output: the modules that return the weight's product with an attention's result.
         attention: the modules around the queries, keys and values of each attention.
-        self_attention: those in which all of them come from one input.
+        self_attention: those where all three come from one input.
         up, down: the weights of a feed-forward layer, before and after its activation.
         feed_forward_output: the modules that return the product with `down`.
         feed_forward: the modules that take the input of `up` and return the output of `down`.

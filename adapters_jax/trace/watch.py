@@ -103,7 +103,7 @@ class Layered:
         self.around: tuple[int, ...] = ()
 
     def of_loop(self, length: int) -> tuple[dict[int, Any], Callable[[Any], Any]]:
-        """The arrays that a loop of some length may need, and a context in which one layer runs."""
+        """The arrays that a loop of some length may need, and a context that one layer runs in."""
         begin = self.count
         own = {i: x for i, (layers, x) in self.arrays.items() if layers[:1] == (length,)}
 

@@ -246,7 +246,7 @@ def eva_ranks(recipe: Recipe | Method, calibration: Calibration, rho: float = 2.
     Args:
         recipe: the recipe that the calibration was for.
         calibration: what `aj.calibrate` saw.
-        rho: the largest rank of a weight, as a multiple of its own; at 1 nothing moves.
+        rho: the largest new rank of a weight, as a multiple of its old one; at 1 nothing moves.
 
     Raises:
         UserError: the calibration has fewer directions than `rho` asks for, or none for a method.

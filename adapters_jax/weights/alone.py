@@ -1,4 +1,4 @@
-"""A computation with a form of its own for programs that run on one device.
+"""A computation that has another form in programs that run on one device.
 
 XLA splits a program over the devices of a mesh, but not a kernel of Pallas in it. Over how many
 devices it is split is known when it is lowered, so the form is chosen there, as

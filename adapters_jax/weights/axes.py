@@ -1,9 +1,9 @@
 """Which axes of a weight each low-rank factor has: it follows from how the model uses the weight.
 
 Axes that are contracted with an input, or looked up, are A's; axes that the output keeps are B's;
-axes of which each use sees one index (experts, stacked layers, batch letters of an einsum) belong
-to both, so that each of them has a pair of its own. `ecd,edf->ecf` has experts e, inputs d and
-outputs f: A is (e, d, r) and B is (e, r, f).
+where each use sees one index of an axis (experts, stacked layers, batch letters of an einsum), both
+have the axis, so that each index has its own pair of factors. `ecd,edf->ecf` has experts e, inputs
+d and outputs f: A is (e, d, r) and B is (e, r, f).
 """
 
 import itertools
@@ -122,7 +122,7 @@ class Axes:
 
 
 def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
-    """The roles of the axes of a weight with these reads, of which the first that says it counts.
+    """The roles of the axes of a weight, by the first of its reads that tells them.
 
     A lookup counts before a product, so that the tied weight of an embedding and an output layer
     is an embedding. A weight that meets no input has its last axis as output.

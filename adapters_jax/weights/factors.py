@@ -113,7 +113,7 @@ def reshaped(
         if not own:
             continue
         size = math.prod(array.shape[i] for i in own)
-        same = len(left) == len(right) == 1  # an axis that stays, of which a range has a part
+        same = len(left) == len(right) == 1  # an axis that stays; a range has part of it
         new = [] if size == 1 and not same else right
         if not same and size not in (1, math.prod(shape[i] for i in right)):
             return None

@@ -13,10 +13,10 @@ from adapters_jax.weights.quantized import is_quantized
 
 
 def concatenated(pieces: Sequence[Changed], axis: int) -> Changed | None:
-    """Weights one after the other along an axis, each with changes of its own range of it.
+    """Weights one after the other along an axis; each one's changes act on its range alone.
 
     Returns:
-        The whole; None where a change is not one of a range, such as a scale.
+        The whole; None where a change cannot act on a range alone, such as a scale.
 
     Example:
         >>> from adapters_jax.weights.factors import RANK
@@ -44,7 +44,7 @@ def concatenated(pieces: Sequence[Changed], axis: int) -> Changed | None:
 
 
 def stacked(pieces: Sequence[Changed], axis: int) -> Changed | None:
-    """Weights of one shape along a new axis, each index of which has factors of its own.
+    """Weights of one shape along a new axis, with separate factors for each index of it.
 
     Returns:
         The whole; None where the changes are not alike, so that their factors cannot be stacked.

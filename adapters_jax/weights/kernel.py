@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from adapters_jax.weights.quantized import bits_of, numbers_of
 
 LANES, SUBLANES = 128, 8  # of a register, in numbers of 32 bits
-ROWS = 16  # of the input, of which a tile has a multiple: two numbers of 16 bits share a sublane
+ROWS = 16  # a tile has a multiple of so many rows: two numbers of 16 bits share a sublane
 LONGEST = 1024  # the longest tile of what is contracted
 WIDEST = 4096  # the most rows, and the most outputs: more move little less, and leave few steps
 MEMORY = 40 * 2**20  # bytes that a tile may take of a core's fast memory: v5p has 64 MiB, v5e 128
@@ -110,8 +110,8 @@ def product(
 
     Args:
         x: the input.
-        values: the numbers of a `qwix.QArray`, of which `tile_of` has a tile.
-        scales: float32; of each block a row, for all that is beside it.
+        values: the numbers of a `qwix.QArray`; `tile_of` has a tile for their shape.
+        scales: float32; a row for each block, a column for each index of the other axis.
         along: the axis of the weight that blocks are along.
         contracted: the axis of the weight that the input has.
         qtype: qwix's type, as `numbers_of` takes it.

@@ -65,7 +65,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that arrays lie on; None where they lie on one device.
 
     Args:
-        tree: a pytree of arrays, of which some may be on no mesh.
+        tree: a pytree of arrays; some of them may be on no mesh.
 
     Example:
         >>> import jax.numpy as jnp

@@ -35,7 +35,7 @@ class View(NamedTuple):
     Attributes:
         of: the operation on an array of the weight's shape.
         scales: the operation on the scales, which have the axes of the weight, each with an entry
-            for each block along it; None where the result has no such scales.
+            for each block along it; None where the result has no scales of this form.
     """
 
     of: Callable[[Array], Array]
@@ -201,7 +201,7 @@ class Packed:
         return beside(Factor(array, kept), meeting.out, out)
 
     def backward(self, weight: Quantized, x: Array, gradient: Array) -> Array:
-        """The gradient of the input, of which no value is read, by that of the product."""
+        """The gradient of the input, from that of the product; no value of the input is read."""
         wide, meeting = jnp.promote_types(gradient.dtype, jnp.float32), self.meeting
         values, scales = self._read(weight, gradient)
         g = Factor(gradient, meeting.out)
@@ -289,7 +289,7 @@ def rows_of(
     """Rows of a packed weight in floats; None where rows have no scales that are theirs alone.
 
     Args:
-        along: the axis of which rows are taken, and its size.
+        along: the axis that the rows are taken from, and its size.
         take: takes the rows of an array that has the axes of the weight.
     """
     scales = _viewed(weight.array.scale, views)

@@ -1,8 +1,8 @@
 """Times what LoRA, merged LoRA and Houlsby's adapters add to a forward pass of one example.
 
 All variants of a library run in one process, so that only the adapters differ. Each is timed after
-an untimed pass of its own, since the caches hold the arrays of what ran before, and PyTorch's
-threads spin for a while.
+an untimed pass of the same variant, since the caches hold the arrays of what ran before, and
+PyTorch's threads spin for a while.
 """
 
 import tempfile
@@ -52,7 +52,7 @@ def check_equal(logits: Mapping[tuple[str, str], Any]) -> None:
 
 
 def alone(report: Report, quick: bool) -> None:
-    """Times only this, with models of its own; at toy sizes if quick."""
+    """Times only this, with new models; at toy sizes if quick."""
     sizes, rounds = (TOY, 3) if quick else (Sizes(), 31)
     with tempfile.TemporaryDirectory() as directory:
         write_bert(Path(directory), sizes)

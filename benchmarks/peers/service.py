@@ -144,7 +144,7 @@ def skyrl(base: Path, rank: int, length: int) -> Iterator[tuple[str, str, int]]:
 
 @contextlib.contextmanager
 def _process(command: list[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, which is ended with all that it started."""
+    """A process in a new session; at the end it is killed with all that it started."""
     process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **how)
     try:
         yield process

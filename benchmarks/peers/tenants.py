@@ -1,4 +1,4 @@
-"""Measures a step of several tenants, each with an adapter and rows of its own, on one base.
+"""Measures a step of several tenants on one base, each with its own adapter and rows.
 
 SkyRL's backend has room for all tenants in each row; ours stacks the states that train. Each side
 must have the losses of the other for every tenant before it is timed.

@@ -27,7 +27,7 @@ class Job:
         bottleneck: the width of Houlsby's adapters.
         matmul: n of the n^3 product.
         chunked: whether the logits of a decoder are held for some tokens at a time, in JAX.
-        tenants: the number of adapters, each of which trains on its own part of the rows.
+        tenants: the number of adapters; each one trains on its own part of the rows.
         room: the number of adapters that a server of tenants has room for.
         tokens: how many to generate.
     """

@@ -59,7 +59,7 @@ class Clients(Step):
 
 
 def _datum(row: np.ndarray) -> types.Datum:
-    """A row of tokens, each of which is to be predicted from those before it."""
+    """A row of tokens; each one is to be predicted from those before it."""
     return types.Datum(
         model_input=types.ModelInput.from_ints(row[:-1].tolist()),
         loss_fn_inputs={

@@ -142,7 +142,7 @@ def _setup(directory: Path, blocks: Blocks, with_head: bool, pooling: str | None
         problems += [f"{name}: {problem}" for problem in wrong]
     if with_head and head and head not in names:
         problems.append(
-            f"its head {shown(head)} has a directory of its own, which is not read; save it under "
+            f"its head {shown(head)} is in a separate directory, which is not read; save it under "
             "the name of an adapter, or load with with_head=False"
         )
     unread = [name for name in names if name != chosen and _has_head(directory / name)]

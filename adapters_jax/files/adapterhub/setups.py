@@ -229,7 +229,7 @@ def check_members(
             )
         if any(placement == "parallel" for _, placement in forms):
             problems.append(
-                f"layer {point[0]} has a parallel bottleneck, of which AdapterHub loses the branch "
+                f"layer {point[0]} has a parallel bottleneck, and AdapterHub loses its branch "
                 "in a composition; use sequential ones"
             )
     entries = [m for m in recipe if m.members]
@@ -244,8 +244,8 @@ def check_members(
     ]
     if len({m.name for m in recipe.attached if m.kind == "lora"}) > 1:
         problems.append(
-            "several adapters have LoRA, of which AdapterHub's stack gives each what the one "
-            "before adds, and adds the last; use one"
+            "several adapters have LoRA; AdapterHub's stack gives each one what the one before "
+            "adds, and adds only the last; use one"
         )
     around = [m for m in entries if m.kind != "stack" and not inner.isdisjoint(m.members)]
     roles_of = {role for forms in found.values() for role, _ in forms}

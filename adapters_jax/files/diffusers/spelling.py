@@ -33,7 +33,7 @@ _FIELDS = {
     **KINDS["LOKR"].leaves,
 }
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _FIELDS))})(?:\.weight)?")
-# The names of Diffusers before 0.20, whose text encoders have names of its own too.
+# The names of Diffusers before 0.20, which had other names in text encoders, too.
 _OLD = (
     (r"\.processor\.", "."),
     (r"\.(to_[qkv])_lora\.", r".\1.lora."),
@@ -63,8 +63,8 @@ def by_part(file: Path, keys: Iterable[str]) -> dict[str, dict[tuple[str, ...], 
     """The modules of each part of a file, by their names as `spelled` gives them.
 
     Raises:
-        AdapterFileError: names all tensors of other methods, those that no method has, or those of
-            which there are two.
+        AdapterFileError: the file has tensors of other methods or of no method, or the same tensor
+            twice; the error names them.
 
     Example:
         >>> keys = ["lora_te_mlp_fc1.alpha", "down_blocks.1.attn1.processor.to_q_lora.up.weight"]

@@ -49,7 +49,7 @@ def references(config: Mapping[str, Any], module: str, module_map: ModuleMap) ->
 def adapted(
     added: Placements, module_map: ModuleMap, problems: list[str]
 ) -> Iterator[tuple[str, Parts, list[Placement | None]]]:
-    """Their modules of which a part is adapted: the name, our parts, and what each of them has."""
+    """Their modules that are adapted, even in part: the name, our parts, and what each part has."""
     here = {each.path: each for each in added}
     for bare, parts in module_map.modules.items():
         mine = [here.pop(reference.path, None) for reference in parts]

@@ -83,8 +83,8 @@ class Kind:
 
     Attributes:
         reader, writer: the modules beside this one with its functions `read` and `write`.
-        methods: the names of the methods that it stores, of which a file has one; empty if it has
-            parameters of the base alone.
+        methods: the names of the methods that it stores; a file has one of them. Empty if it stores
+            only parameters of the base.
         leaves: our leaf's name for each of PEFT's tensor names.
         rules: the supported fields of the configuration.
         trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as

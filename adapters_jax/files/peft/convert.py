@@ -1,8 +1,7 @@
 """Reads and writes adapters of Hugging Face PEFT: those of its methods that are here, and norms.
 
 A directory of PEFT's holds `adapter_config.json` and `adapter_model.safetensors`, or its shards, or
-an older release's `adapter_model.bin`, of which tensors alone are read. Neither torch nor PEFT is
-needed.
+an older release's `adapter_model.bin`; only its tensors are read. Neither torch nor PEFT is needed.
 
 Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -61,7 +60,7 @@ def load_peft(
             our module paths: `{"encoder.q_proj": "encoder/query"}`. A tuple of paths stands for a
             module of PEFT's that fuses several of ours along its outputs; prompts need the
             attention module's path.
-            PEFT's `target_parameters` need the names of parameters, in the order in which PyTorch's
+            PEFT's `target_parameters` need the names of parameters, in the order that PyTorch's
             module defines them: `{"mlp.experts.gate_up_proj": "experts/gate_up_proj",
             "mlp.experts.down_proj": "experts/down_proj"}`. Name an embedding that is also the
             output layer twice, the embedding's name first. Only a `NameTable` can state how

@@ -128,7 +128,7 @@ def _their_vector(
     """PEFT's vector of one module, of inputs or outputs by `kinds`; parts without a scale get ones.
 
     Raises:
-        UserError: PEFT has no such vector.
+        UserError: PEFT cannot hold these scales in one vector.
     """
     present = [scale for scale in scales if scale is not None]
     first, shape = present[0], parts[0].shape

@@ -235,8 +235,8 @@ def _unmatched(
     for target in config.get("target_parameters") or ():
         if not any(is_parameter({"target_parameters": [target]}, name) for name in names):
             yield (
-                f"target_parameters={[target]}: names has no such parameter with factors in the "
-                "file; add it, as 'layers.0.mlp.experts.down_proj'"
+                f"target_parameters={[target]}: names lists no parameter that matches this and has "
+                "factors in the file; add it, as 'layers.0.mlp.experts.down_proj'"
             )
 
 

@@ -1,6 +1,6 @@
 """LoRA on parameters that a module holds itself, such as stacked experts: `target_parameters`.
 
-PEFT wraps the module once for each of its parameters, in the order in which the module defines
+PEFT wraps the module once for each of its parameters, in the order that the module defines
 them, and the wrappers nest: the last one's factors are `experts.lora_A.weight`, those of the one
 before are `experts.base_layer.lora_A.weight`. The file does not say whose they are.
 
@@ -54,7 +54,7 @@ def parameters_by_key(
 
 
 def nested(module: str, count: int) -> list[str]:
-    """The keys of a module's parameters, in the order in which it defines them.
+    """The keys of a module's parameters, in the order that it defines them.
 
     Example:
         >>> nested("experts", 2)

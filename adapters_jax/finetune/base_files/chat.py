@@ -53,7 +53,7 @@ def render_marked(
 
     Returns:
         The text, and the first character and the end of each part of it that the template encloses
-        in `{% generation %}`; no parts if it has no such blocks.
+        in `{% generation %}`; no parts if it has none of these blocks.
 
     Raises:
         UserError: as for `render`.

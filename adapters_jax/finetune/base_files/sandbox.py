@@ -70,7 +70,7 @@ _FIELD = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*")
 
 
 class Generation(Extension):
-    """The block `{% generation %}`, in which templates write what the assistant says."""
+    """The block `{% generation %}`, which templates put around what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -131,7 +131,7 @@ class Budget:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment in which templates are compiled and rendered."""
+    """The environment that compiles and renders templates."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 

@@ -50,8 +50,8 @@ class Serve(Command):
     to try them on, once the base is loaded and compiled; until then /healthz says so.
     Elsewhere than on this machine it needs an API key, in the environment variable
     ADAPTERS_JAX_API_KEY, or several with spaces between them. With --train it trains adapters as
-    well, for the client of the package tinker (Tinker's protocol, /api/v1/...): each key has models
-    and checkpoints of its own. SIGTERM ends it once the answers that run are whole.
+    well, for the client of the package tinker (Tinker's protocol, /api/v1/...): each key has its
+    own models and checkpoints. SIGTERM ends it once the answers that run are whole.
 
     Args:
         base: minilm, smollm2-135m, a directory, a GGUF file, or an id on the Hugging Face Hub.
@@ -63,8 +63,8 @@ class Serve(Command):
         room: adapters that may be added later, each a method and its flags as for finetune, such as
             "lora --rank 16"; without runs, that one.
         adapters: how many adapters can be named at a time.
-        keep: directory in which adapters that are added later are kept; the next server that has it
-            serves them again, also in place of runs of the same name.
+        keep: directory for adapters that are added later; the next server that has it serves them
+            again, also in place of runs of the same name.
         places: how many of them are on the device at a time, by default all; the others wait on the
             host until a request names them.
         rows: requests computed at a time.

@@ -178,7 +178,7 @@ class ComparisonJob:
             padded_problem(problem, widest)
         except RecipeError as error:
             (own,) = (each for each in self.grid.candidates if each.text == cell.recipe)
-            console.say(f"{own.family}: each {name} has a program of its own: {error}")
+            console.say(f"{own.family}: each {name} has its own program: {error}")
             return None
         return widest
 

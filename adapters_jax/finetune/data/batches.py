@@ -243,7 +243,7 @@ class StepBatches(ABC):
         import grain  # its import takes most of a second
 
         class Epochs(grain.MapDataset):
-            """A dataset without end, in epochs of `count`, each of which goes on where it was."""
+            """A dataset without end; each epoch, `count` items, goes on where the last ended."""
 
             def __init__(self, parent: Any, count: int) -> None:
                 super().__init__(parent)

@@ -87,7 +87,7 @@ def sorted_names(where: str, labels: Sequence[str]) -> list[str]:
     doubtful = [*_alike(names), *(f"{n!r} may say missing" for n in names if n.lower() in _MISSING)]
     if doubtful:
         warnings.warn(
-            f"{where}: each of these labels is a class of its own: {'; '.join(doubtful)}",
+            f"{where}: each of these labels is a separate class: {'; '.join(doubtful)}",
             stacklevel=2,
         )
     values = {name: _number(name) for name in names}

@@ -29,8 +29,8 @@ Reader = Callable[[Path, bytes], Found]
 
 NAMED = "#"  # behind the path of a file without a header, before the names of its columns
 MOST_UNPACKED = 2**30  # bytes that a .gz file may hold
-LEAST_UNPACKED, UNPACKED_PER_BYTE = 2**20, 64  # and this many, and more for each of its own bytes
-LEAST_LINES = 2**17  # that a .gz file may have, and one more for each of its own bytes
+LEAST_UNPACKED, UNPACKED_PER_BYTE = 2**20, 64  # this many, and more for each packed byte
+LEAST_LINES = 2**17  # lines that a .gz file may have, and one more for each packed byte
 MOST_ROW = 2**24  # bytes of a line, and of a text in a row
 MOST_COLUMNS = 2**14
 _CHUNK = 2**20
@@ -173,7 +173,7 @@ def read_whole(path: Path) -> bytes:
                 raise DataError(f"{path.as_posix()}: not an ordinary file; save its rows in one")
             return file.read()
     except FileNotFoundError:
-        raise DataError(f"{path.as_posix()}: no such file") from None
+        raise DataError(f"{path.as_posix()}: this file does not exist") from None
     except (OSError, ValueError) as error:  # ValueError of a character that no path has
         raise DataError(f"{path.as_posix()}: cannot be read: {error}") from None
 

@@ -209,7 +209,7 @@ def _check_pixels(path: Path, image: Image.Image, data: bytes) -> None:
     """Raises DataError unless the pixels of an image, none of them read yet, fit its bytes."""
     width, height = image.size
     tags = getattr(image, "tag_v2", {})
-    tile_width, tile_height = (tags.get(tag) or 1 for tag in _TILE)  # of which an image has a part
+    tile_width, tile_height = (tags.get(tag) or 1 for tag in _TILE)  # an image may be part of one
     if max(width * height, tile_width * tile_height) > _most_pixels(len(data)):
         raise _too_large(path, len(data))
     # Two bytes that may stand elsewhere too, so this counts at least the scans.

@@ -57,7 +57,7 @@ def read_file(path: FilePath | Rows) -> Rows:
         The names of the columns, and each record with the line that it starts on.
 
     Raises:
-        DataError: there is no such file, `READERS` lacks its suffix, it does not parse, or a row
+        DataError: the file does not exist, `READERS` lacks its suffix, it does not parse, or a row
             has more or fewer fields than there are columns.
         MissingPackageError: a Parquet or Arrow file without pyarrow, or a data set of the Hub
             without huggingface_hub.
@@ -95,7 +95,7 @@ def _by_suffix(path: Path) -> Found:
         if not path.suffix and not path.exists():
             name = path.as_posix()
             of_hub = f"; for a data set of the Hugging Face Hub write {PREFIX}{name}"
-            raise DataError(f"{name}: no such file or folder{of_hub if is_id(name) else ''}")
+            raise DataError(f"{name}: this path does not exist{of_hub if is_id(name) else ''}")
         raise DataError(
             f"{path.as_posix()}: unknown suffix {suffix!r}; use {', '.join(others)} or {last}, or "
             "one of them with .gz"

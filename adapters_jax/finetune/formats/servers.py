@@ -248,7 +248,7 @@ def _problems(
 ) -> list[str]:
     """Why a server cannot load an adapter at all, whatever its rank."""
     if not config:
-        return []  # PEFT itself has no such adapter
+        return []  # PEFT itself cannot hold this adapter
     if config["peft_type"] != "LORA":
         return [f"it loads LoRA, and this is {config['peft_type']}"]
     found = []

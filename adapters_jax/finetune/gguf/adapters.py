@@ -66,7 +66,7 @@ def to_gguf(
     """Converts PEFT's LoRA with one rank and one alpha, as `for_server` makes it, to a file.
 
     Raises:
-        UserError: the base is of a type that we do not know in GGUF, or has no such module there.
+        UserError: we do not know the base's type in GGUF, or GGUF files of this type lack a module.
         MissingPackageError: the package `gguf` is not installed.
     """
     architecture, layout = layout_of(model_type)
@@ -75,7 +75,7 @@ def to_gguf(
         module, _, end = key.removeprefix(ROOT).removesuffix(".weight").rpartition(".")
         name = stored_name(module, layout)
         if name is None:
-            raise UserError(f"{module}: GGUF files of {architecture} have no such weight")
+            raise UserError(f"{module}: GGUF files of {architecture} do not have this weight")
         is_a = end.endswith("_A")
         if name == _EMBEDDING and is_a:
             tensor = tensor.T
@@ -86,7 +86,7 @@ def to_gguf(
 
 
 def _heads(name: str, layout: Layout, heads: Heads) -> int:
-    """The heads in which the rows of a weight are in another order; 0 if they are not."""
+    """The number of heads, if GGUF has the rows of each head in another order; otherwise 0."""
     each = {"attn_q": heads[0], "attn_k": heads[1]}
     return each.get(name.split(".")[-1], 0) if layout.permuted else 0
 

@@ -170,7 +170,7 @@ class MethodOptions:
         alpha_pattern: other alphas for some targets, as PATTERN ALPHA PATTERN ALPHA ...
         dora: LoRA with a trained norm for every output (DoRA).
         invocation: LoRA from the last of these tokens on alone (activated LoRA): their ids, or a
-            text, in which the base's tokenizer finds its control tokens.
+            text, which the base's tokenizer reads with its control tokens.
         bias: biases that are trained with LoRA: none, all, or lora_only; none by default.
         factor: for lokr, the wanted size of the left factor; near the square roots by default.
         block: for oft, the inputs that one rotation mixes; 32 by default.

@@ -34,7 +34,7 @@ CHANGES = "base_changes"  # those that --any-base allowed
 OF_BASE = (WEIGHTS, FILES, *READ, CHANGES)
 
 _LARGE = 2**20  # bytes of a file whose checksum is kept while the process lives
-_LONG = 200  # characters of a value of which the record has the checksum alone
+_LONG = 200  # characters; of a longer value the record has only the checksum
 _ABSENT = "absent"
 _kept: dict[tuple[int, ...], bytes] = {}
 _log = logging.getLogger(__name__)

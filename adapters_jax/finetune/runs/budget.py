@@ -46,14 +46,14 @@ def seconds_of(text: str) -> float:
 
 
 def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | None:
-    """The method at the largest size whose adapters fit; None if the budget is no such number.
+    """The method at the largest size whose adapters fit; None if the budget is a time.
 
     The adapters' parameters grow by the same number with each rank or unit of width, so two counts
     tell all of them. A head, and parameters of the base that train, come on top. The widths of
     compacter are multiples of its phm_dim.
 
     Args:
-        method: the method, with no size of its own.
+        method: the method, without a size.
         budget: the text of --budget: a number of parameters, or a part of the base's, in percent.
 
     Raises:

@@ -238,7 +238,7 @@ class Training:
         )
 
     def cut(self, state: TrainState) -> TrainState:
-        """A state of the training in the shapes of its own recipe."""
+        """A state of the training, without the padding of a wider recipe."""
         return state if self.widened is None else self.widened.cut(state)
 
     def train(self, saving: Saving | None = None) -> None:

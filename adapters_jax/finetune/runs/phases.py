@@ -22,7 +22,7 @@ class Phases:
     Args:
         steps: the steps of the training.
         batch: the rows of a step.
-        shapes: the shapes of batches, each of which is compiled.
+        shapes: the shapes of batches; each one is compiled.
         marks: the steps after which dev is scored.
         rows: the rows of "train", "dev" and "test".
         passes: how often the baselines compute all rows.

@@ -294,7 +294,7 @@ def application(api: Any, page: str, limits: Limits, keys: Sequence[str] = ()) -
     Args:
         api: what its paths do.
         page: the HTML of its page.
-        keys: the API keys, of which requests need one; without any, only this machine may ask.
+        keys: the API keys; each request needs one. Without keys, only this machine may ask.
     """
     description = schemas.openapi(__version__, api.routes())
 

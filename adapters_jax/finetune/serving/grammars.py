@@ -28,8 +28,8 @@ _MOST_WAYS = 2**16
 def _check_patterns(schema: dict[str, Any]) -> None:
     """Refuses patterns that may have to hold together, but for small ones.
 
-    llguidance lists the ways in which all of them can go on, whose number is the product of the
-    patterns' own, and its bounds do not see that: it would take all memory.
+    llguidance lists the ways that all of them together can go on. Their number is the product of
+    the patterns' own numbers, and its bounds do not see that: it would take all memory.
 
     Raises:
         UserError: there are too many of them, or they are too long.

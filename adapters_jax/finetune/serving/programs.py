@@ -41,7 +41,7 @@ class Model:
     mesh: Mesh | None
 
     def merged(self) -> Any:
-        """The decoder, of its own Variables."""
+        """The decoder, with new Variables."""
         # Otherwise nnx.merge shares Variables with the state, and a trace writes into them.
         model = nnx.merge(self.graphdef, self.adapters, self.base, copy=True)
         model.eval()

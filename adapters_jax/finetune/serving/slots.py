@@ -40,7 +40,7 @@ class Slots:
 
     Attributes:
         needed: the programs that suffice for all requests.
-        programs: all of them, in the order in which they are compiled.
+        programs: all of them, in the order that they are compiled.
     """
 
     def __init__(self, bank: Bank, *, rows: int, context: int, pieces: Sequence[int]) -> None:
@@ -288,9 +288,9 @@ class Slots:
 
         Args:
             compiled: is called after each program, with how many there are so far and in all.
-            later: if given, only `needed` are compiled here. The others are compiled in a thread of
-                its own, which calls it after each. Until then those that are there do their work:
-                a longer piece, a wider step, and a piece for each row in place of a step.
+            later: if given, only `needed` are compiled here. Another thread compiles the rest, and
+                calls it after each one. Until then other programs do their work: a longer piece, a
+                wider step, and a piece for each row in place of a step.
         """
         self._compiled = set()
         n = len(self.programs if later is None else self.needed)

@@ -177,8 +177,8 @@ def _check_invoked(recipe: Recipe, train: Batches, setup: Setup) -> None:
             raise UserError(
                 f"--invocation {' '.join(map(str, tokens))}: none of the {len(rows)} sequences of "
                 "tokens to train on has these tokens, and the adapter would never act; they are "
-                "ids of this base's tokenizer, and belong to every prompt; a text may have other "
-                "tokens in the middle of another, of which you can give the ids"
+                "ids of this base's tokenizer, and belong to every prompt; in the middle of "
+                "another text, a text may have other tokens: give their ids"
             )
         if found < len(rows):
             setup.say(f"the invocation is in {found} of {len(rows)} sequences to train on")

@@ -55,7 +55,7 @@ class ImageClasses(Classes):
         return Inputs([ImageRow(path) for path, _ in texts], 0)
 
     def encoded(self, encoder: Any, texts: Sequence[Any], max_length: int) -> Inputs:
-        """The images, each of which has been read."""
+        """The images, after reading each one."""
         encoder.check_length(max_length)
         return Inputs(checked([path for path, _ in texts], encoder.preprocessing), 0)
 

@@ -1,7 +1,7 @@
 """The engine: what all tenants ask for waits in one queue, and one thread computes it.
 
 In each turn the thread makes the steps that are due, all in one program, then runs one batch of
-rows, in which waiting tenants take turns. A tenant's requests are done in their order; a tenant
+rows, where waiting tenants take turns. A tenant's requests are done in their order; a tenant
 that has no place on the device waits on the host, and takes the place of the one that was named
 least recently.
 """
@@ -126,7 +126,7 @@ class Tenants:
                 f"splits rows into; give a multiple of {parts}"
             )
         adapted = adapt(model, self.recipe, rngs=nnx.Rngs(0), example_inputs=_EXAMPLE)
-        # A bank for its model, in which each row has its own adapter; its places are not used.
+        # A bank, since each row of its model has its own adapter; its places are not used.
         split = Bank(adapted, capacity=1).split
         room = Room.of(self.recipe, leaves_by_path(split[1]))
         groups = rows // group
@@ -141,7 +141,7 @@ class Tenants:
         )
         self._starts: dict[Recipe, tuple[Any, Fit]] = {}
         self._tenants: dict[str, Tenant] = {}
-        self._turns: deque[Tenant] = deque()  # in the order in which they may give rows
+        self._turns: deque[Tenant] = deque()  # in front those whose turn comes first
         self._places = Places(self._programs)
         self._changed = threading.Condition()
         self._closing = False
@@ -438,9 +438,9 @@ class Tenants:
         tenant.summed = tenant.sick = False
 
 
-_RECIPES = 64  # whose initialisations stay compiled
+_RECIPES = 64  # the number of recipes whose initialisations stay compiled
 
-# Of which only the shape matters.
+# Only its shape matters.
 _EXAMPLE = (jnp.zeros((1, 4), jnp.int32),)
 
 

@@ -1,7 +1,7 @@
 """A tenant's adapter in the shapes of the largest one, so that it trains as it would alone.
 
 Its leaves are padded with zeros, whose gradients are not used. Its scale stays out of them, unlike
-in a bank: the programs multiply by it, so that gradients and optimiser are those of its own leaves.
+in a bank: the programs multiply by it, so gradients and optimiser are those of unscaled leaves.
 """
 
 from collections.abc import Mapping

@@ -161,6 +161,6 @@ class Archives:
         found = self._do.checkpoints.find(owner, path)
         file = next((x for x in found.files() if x.name == request.path_params["file"]), None)
         if file is None:
-            raise UnknownModelError(f"{path} has no such file")
+            raise UnknownModelError(f"{path} does not have this file")
         data = await asyncio.to_thread(file.read_bytes)
         return Response(data, media_type="application/octet-stream")

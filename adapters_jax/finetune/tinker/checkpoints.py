@@ -190,8 +190,8 @@ class Checkpoints:
                     free = shutil.disk_usage(self._directory).free
                 if size > free - _SPARE:
                     raise UserError(
-                        f"the server's disk has {free} bytes left, of which {_SPARE} are kept, and "
-                        f"the checkpoint has {size}; delete some, or ask who runs it for room"
+                        f"the server's disk has {free} bytes left, {_SPARE} of them are kept free, "
+                        f"and the checkpoint has {size}; delete some, or ask who runs it for room"
                     )
                 now = time_text(time.time())
                 values = {**about, "owner": owner, "model": model, "time": now, "size": size}

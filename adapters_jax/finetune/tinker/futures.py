@@ -32,7 +32,7 @@ class Bounds:
         models: models that train.
         samplers: sampling sessions; the one that was used least recently makes room.
         sessions: sessions; the one that has been silent for longest makes room.
-        polls: questions that wait for an answer, each of which holds a connection.
+        polls: questions that wait for an answer; each one holds a connection.
     """
 
     futures: int = 8192

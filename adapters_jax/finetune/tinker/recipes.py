@@ -52,7 +52,7 @@ class Recipes:
         self.largest = Recipe(LoRA(tuple(paths), rank, ALPHA))
 
     def of(self, lora: Any, metadata: Mapping[str, str]) -> tuple[Recipe, dict[str, Any]]:
-        """What trains of a new model, and what is said of it.
+        """The recipe of a new model, and a record of what the client asked for.
 
         Args:
             lora: Tinker's LoRA, or None.
@@ -60,7 +60,7 @@ class Recipes:
                 takes the place of Tinker's LoRA.
 
         Raises:
-            UserError: it is none, or its rank is above the server's.
+            UserError: there is no LoRA, its rank is above the server's, or nothing trains.
         """
         text = metadata.get(KEY)
         if text is not None:
@@ -74,8 +74,8 @@ class Recipes:
         paths = tuple(path for name in parts for path in self._parts[name])
         if not paths:
             raise UserError(
-                f"nothing trains: of {', '.join(parts) or 'no layers'} this base has none of its "
-                "own (a tied unembedding is the embedding); train attention or MLP"
+                f"nothing trains: the request is for {', '.join(parts) or 'no layers'}, and this "
+                "base has none (a tied unembedding is the embedding); train attention or MLP"
             )
         made = Recipe(LoRA(paths, lora.rank, ALPHA))
         return made, {"lora": lora.model_dump(), "recipe": made.to_json()}

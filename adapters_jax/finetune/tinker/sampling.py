@@ -166,7 +166,7 @@ class _Sample:
 
 
 class Sampler:
-    """Samples of many keys, each of which gets its turn.
+    """Samples for many keys, which take turns.
 
     Args:
         engine: the engine; requests of the OpenAI API are in its queue as well.
@@ -293,7 +293,7 @@ class Samplers:
         """The weights of a session.
 
         Raises:
-            UnknownModelError: the key has no such session, or no more.
+            UnknownModelError: the key does not have this session, or no longer.
         """
         own = self._all.get(owner, OrderedDict())
         if name not in own:

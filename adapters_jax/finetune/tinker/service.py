@@ -121,7 +121,7 @@ class Service:
         """A session of a key, which shows that its client is there; those that are silent end.
 
         Raises:
-            UnknownModelError: the key has no such session.
+            UnknownModelError: the key does not have this session.
         """
         found = self._sessions.get(name)
         if found is None or found.owner != owner:
@@ -151,7 +151,7 @@ class Service:
         """A model of a key.
 
         Raises:
-            UnknownModelError: the key has no such model.
+            UnknownModelError: the key does not have this model.
         """
         found = self.models.get(name)
         if found is None or found.owner != owner:

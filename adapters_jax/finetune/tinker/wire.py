@@ -61,7 +61,7 @@ def read_pass(data: bytes) -> Any:
     """The protobuf of a request for a forward pass, whose data are not read yet.
 
     Raises:
-        UserError: it is no such message.
+        UserError: the body does not parse, or has too many data.
     """
     message = pb.ForwardBackwardRequest()
     try:

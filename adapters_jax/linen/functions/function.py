@@ -262,7 +262,7 @@ def adapt(model: Any, params: Any, recipe: Recipe, example_inputs: Any) -> Adapt
     Args:
         model, params: as in `function_of`.
         recipe: which arrays get adapters, by their paths in the tree, and what else trains.
-        example_inputs: its further arguments, of which only shapes and dtypes matter.
+        example_inputs: its further arguments; only their shapes and dtypes matter.
 
     Raises:
         TypeError: the parameters or the example inputs are missing.

@@ -1,8 +1,8 @@
 """Haiku: the parameters of a transformed function have its modules' names, and `hk` marks calls.
 
 A transformed function inside another, as in a loop over layers, starts its names anew. So for a
-call, the parameters of a module carry further arrays, whose names say to what they belong in the
-whole: one of its own, and those of adapters. Loops and batches take them along as they do others.
+call, the parameters of a module carry further arrays: a mark, which is one of its arrays, and those
+of adapters. Their names say the path in the whole. Loops and batches treat them like the others.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class _Front:
         """Intercepts the calls of modules within the function."""
 
         def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name != "__call__":  # `__init__`, in which it has no name yet
+            if context.method_name != "__call__":  # in `__init__` it has no name yet
                 return function(*args, **kwargs)
             start, stacked, carried = _carried(shapes)
             path = None if start is None else join(start, context.module.module_name)
@@ -64,7 +64,7 @@ FRONT = _Front()
 
 
 def calls_modules(run: Callable[[], Any]) -> bool:
-    """Whether a function calls modules of Haiku, of which `run` makes a call; it is traced."""
+    """Whether a function calls modules of Haiku; `run` calls the function, and is traced."""
     called = []
 
     def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -89,7 +89,7 @@ def modules(tree: Any, path: str = "") -> dict[str, Mapping[str, Any]]:
 def _carrying(tree: Any, held: Mapping[str, Held]) -> Any:
     """The tree with what its modules carry."""
     found = modules(tree)
-    # What loops and batches do with an array of its own, they can do with its mark.
+    # The mark is one of its arrays, so loops and batches can treat it like the others.
     added = {path: {_named(path): own[min(own)]} for path, own in found.items()}
     for path, slots in held.items():
         carrier = next((x for x in found if f"{x}/".startswith(f"{path}/")), next(iter(found)))

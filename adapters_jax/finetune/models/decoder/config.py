@@ -93,8 +93,8 @@ class DecoderConfig(huggingface.CheckpointConfig):
         use_double_wide_mlp: whether these layers have feed-forwards twice as wide.
         value_norm: whether values are normalised, without a scale.
         layer_scalar: whether each layer has a factor of its output.
-        hidden_size_per_layer_input: the width of inputs that each layer has of its own, made of the
-            tokens; 0 has none.
+        hidden_size_per_layer_input: the width of the inputs that are made of the tokens for each
+            layer separately; 0 has none.
         vocab_size_per_layer_input: the number of tokens with such inputs.
         attention_bias: whether the projections of the attention have biases.
         attention_output_bias: the same of its output projection; None follows `attention_bias`.
@@ -107,7 +107,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         qk_norm: norms of queries and keys: of each "head", or of the whole "projection", or a
             "unit" norm of each head without a scale, in layers with rotary positions.
         warming_interval: the number of positions after which the factor of queries grows in layers
-            without rotary positions; None has no such factor.
+            without rotary positions; None has no factor.
         warming_scale: by how much; see `rotary.warmed`.
         norm_placement: norms of each sublayer: "pre" of its input, "post" of its output, "both";
             or "sum" of its residual sum, and then no norm follows the last layer.
@@ -132,7 +132,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         moe_intermediate_size: the width inside an expert; None has the `intermediate_size`.
         router_bias: whether the router of the experts has a bias.
         router_scores: what makes weights of its logits: "softmax" or "sigmoid".
-        router_correction: whether an expert is chosen by its score plus a number of its own.
+        router_correction: whether experts are chosen by their scores plus a number for each expert.
         router_groups: the number of groups of experts; a token takes those of some groups alone.
         router_groups_taken: of how many groups.
         router_factor: the factor of the weights.
@@ -146,7 +146,7 @@ class DecoderConfig(huggingface.CheckpointConfig):
         expert_limit: the bound of an expert's gate from above, and of what it is multiplied with,
             plus 1, to both sides.
         shared_expert_intermediate_size: the width inside a further expert, which all tokens take;
-            None has no such expert.
+            None has no further expert.
         shared_expert_gate: whether its output is multiplied by a gate, one for each token.
         expert_reads_weighted: whether an expert's weight multiplies what it reads, instead of what
             it returns.

@@ -26,7 +26,7 @@ def _norms(config: Any) -> int:
 
 
 def _per_layer(config: Any) -> int:
-    """Those of the inputs that each layer has of its own."""
+    """Those that make the separate inputs of each layer."""
     width, own = config.hidden_size, config.hidden_size_per_layer_input
     if not own:
         return 0

@@ -1,7 +1,7 @@
 """The gated delta rule (flax.nnx): attention without a softmax, whose memory is a matrix a head.
 
 A token first decays the memory, then replaces what the memory holds for its key by its value, in
-part, and reads what it holds for its query. Tokens are read in chunks, within which all is products
+part, and reads what it holds for its query. Tokens are read in chunks; in a chunk, all is products
 of matrices; a chunk of one token is the recurrence itself.
 
 Reference: Yang et al., Gated delta networks (2024), https://arxiv.org/abs/2412.06464; the form by
@@ -175,7 +175,7 @@ class GatedDelta(nnx.Module):
         """Computes, for each token, what the memories of the tokens up to it hold for its query.
 
         Args:
-            mask: which of them are tokens, and of which text.
+            mask: which positions are tokens, and the text of each.
             *unused: what a softmax attention needs.
             cache: the memories and the last tokens before; they are replaced by those after.
         """

@@ -85,7 +85,7 @@ class DecoderMixture(nnx.Module):
         self.factor, self.weighs_inputs = config.router_factor, config.expert_reads_weighted
         self.groups, self.groups_taken = config.router_groups, config.router_groups_taken
         if config.router_correction:
-            self.router.dtype = jnp.float32  # in which its checkpoints compute, whatever they are
+            self.router.dtype = jnp.float32  # its checkpoints compute in it, whatever their dtype
             self.correction = nnx.Param(jnp.zeros(config.num_experts, parts.rest["param_dtype"]))
         if config.router_scale:
             dtype = parts.rest["param_dtype"]

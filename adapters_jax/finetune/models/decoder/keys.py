@@ -32,7 +32,7 @@ def attention_keys(config: Any) -> tuple[Keys, ...] | str:
             kind.window or kind.chunk for kind in kinds
         ),
         f"{_FROM_BEHIND}, by which this model multiplies queries": any(k.warming for k in kinds),
-        "its frequencies depend on the length of the text, in which PEFT counts the prefix": (
+        "its frequencies depend on the length of the text, and PEFT adds the prefix to it": (
             not scaled.isdisjoint(("dynamic", "longrope"))
         ),
         "its layers have keys of several forms": any(

@@ -139,7 +139,7 @@ class Parts:
 
 
 class DecoderAttention(nnx.Module):
-    """Attention in which groups of query heads share a key and a value head.
+    """Attention where groups of query heads share a key and a value head.
 
     `attention_fn` is called as flax's attention modules call theirs, except that the mask may be a
     `Mask` (a model's `attention` of your own gets an array), and with `bias`, `softcap` and `sinks`

@@ -74,7 +74,7 @@ def with_stacked_experts(names: NameTable, mlp: str, *parameters: str) -> NameTa
     Args:
         names: the table without experts.
         mlp: the module of router and experts.
-        *parameters: theirs, in the order in which the module defines them.
+        *parameters: their parameters, in the order that the module defines them.
     """
     router = Rule(r"layers/(\d+)/mlp/router", rf"layers.\1.{mlp}.router")
     kernel = ParameterRule(

@@ -1,6 +1,6 @@
 """Inputs that a decoder's layers read beside the hidden states (flax.nnx), made once of the tokens.
 
-Each token has an embedding of its own for each layer.
+Each token has a separate embedding for each layer.
 
 Reference: Gemma 3n (2025), https://ai.google.dev/gemma/docs/gemma-3n
 """

@@ -1,8 +1,8 @@
 """The cache of a decoder: a pytree that a call takes and returns, not model state.
 
 What a layer keeps is the layer's own business: `empty_cache` of the layer makes it, and the layer's
-modules extend it. All rows of a batch use the same slots and differ in which of them hold tokens,
-so prompts of unequal length may be padded on either side.
+modules extend it. All rows of a batch use the same slots; `held` says which slots of a row hold
+tokens, so prompts of unequal length may be padded on either side.
 """
 
 from typing import Any, NamedTuple, Self

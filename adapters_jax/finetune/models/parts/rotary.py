@@ -175,7 +175,7 @@ class LayerKind(NamedTuple):
         rope_theta: the base of the rotary frequencies; None rotates nothing.
         rope_scaling: how these frequencies are scaled.
         linear: whether it has no softmax, and so neither window nor rotation.
-        chunk: the number of tokens of a chunk, outside of which a token sees nothing; None sees
+        chunk: the number of tokens of a chunk; a token sees nothing outside of its chunk. None sees
             all.
         warming: of a layer without rotation, the two numbers by which `warmed` grows.
         rotated: the number of a head's features that are rotated; None has the configuration's.

@@ -1,5 +1,5 @@
 """Gemma 4 (text): wider heads in layers with full attention, keys and values that layers share,
-inputs that each layer has of its own, values with norms.
+separate inputs for each layer, values with norms.
 
 Reference: Gemma 4 (2026), https://ai.google.dev/gemma/docs/core/model_card_4
 """
