@@ -15,13 +15,10 @@ from adapters_jax.linen.weights import leaf_methods, reads_of
 from adapters_jax.placement import (
     Placement,
     Placements,
-    check_nested,
-    check_reached,
-    check_targets,
+    checked,
     chosen,
     on_outputs,
     taken,
-    with_shared,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, join
@@ -52,13 +49,11 @@ def points_of(
     given = flatten(params or {})
     unused = {p: x for p, x in given.items() if p not in own} if own.keys() <= given.keys() else {}
     every = {**{path: Tracked(path) for path in unused}, **reads}
-    check_targets(recipe, found, modules, visits, every, {**own, **unused}, {}, layers)
-    check_reached(found, interceptor.reached)
-    check_nested(found)
-    found = with_shared(found)
+    leaves, reached = {**own, **unused}, interceptor.reached
+    placed = checked(recipe, found, modules, visits, every, leaves, {}, layers, reached)
     numbered = numbered_paths(like)
     held = {*own, *(above for path in own for above in around(path))}
-    for each in found:
+    for each in placed:
         shared = each.method.shared_leaves
         if shared and each.method.slot in held:
             raise taken("", each.method)
@@ -76,8 +71,7 @@ def points_of(
                 )
         for path, shape in each.array_shapes.items():
             whole[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
+    return placed, unflatten(whole, like)
 
 
 def with_copies(params: Tree, placements: Placements) -> Tree:

@@ -8,7 +8,7 @@ square kernel of a layer that computes `x @ kernel.T`.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,6 +163,12 @@ class Placements(tuple[Placement, ...]):
     def __hash__(self) -> int:
         return self._hash
 
+    @classmethod
+    def ordered(cls, recipe: Recipe, found: Iterable[Placement]) -> "Placements":
+        """Placements in the order of the recipe's methods."""
+        order = {method: i for i, method in enumerate(recipe.attached)}
+        return cls(sorted(found, key=lambda each: order[each.method]))
+
     def fit(self, recipe: Recipe, shapes: Shapes) -> bool:
         """Whether a tree holds the weights and arrays of these placements, and no other adapter."""
         arrays = {p: shape for each in self for p, shape in each.array_shapes.items()}
@@ -281,9 +287,7 @@ def _in_tree(recipe: Recipe, shapes: tuple[tuple[str, Shape], ...]) -> Placement
     groups, base = groups_of(recipe, dict(shapes))
     owned = own_leaves(base)
     found = [located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups]
-    found += _compositions(recipe, found)
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    return Placements(sorted(found, key=lambda each: order[each.method]))
+    return Placements.ordered(recipe, [*found, *_compositions(recipe, found)])
 
 
 def _compositions(recipe: Recipe, found: Sequence[Placement]) -> list[Placement]:
