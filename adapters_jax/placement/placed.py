@@ -80,7 +80,7 @@ class Placement:
         """The path of the weight that it changes."""
         return join(self.module, self.weight)
 
-    @property
+    @functools.cached_property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays by path."""
         return {self.method.path_of(self.prefix, name): shape for name, shape in self.arrays}
