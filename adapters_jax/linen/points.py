@@ -1,7 +1,6 @@
 """Where the methods of a recipe attach in a linen model: from abstract runs of it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -38,11 +37,13 @@ def points_of(
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)
     whole = flatten(like)
+    grown = {path: tuple(x.shape) for path, x in whole.items()}
     shapes = {path: tuple(x.shape) for path, x in own.items()}
     layers = _layers(interceptor, shapes)
     found: list[Placement] = chosen(recipe, reads, shapes, layers) if reads else []
     for _, visit in interceptor.visited.values():
-        found += [_as_grown(each, whole) for each in on_outputs(recipe, visit)]
+        # flax's transforms have given layer axes to their arrays.
+        found += [each.stacked(grown) for each in on_outputs(recipe, visit)]
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     visits = {path: visit for path, (_, visit) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
@@ -83,15 +84,6 @@ def with_copies(params: Tree, placements: Placements) -> Tree:
             if copy is not None:
                 flat.setdefault(each.paths()[name], copy[(0,) * len(each.layers)])
     return unflatten(flat, params)
-
-
-def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
-    """A placement with the layer axes that flax's transforms gave to its arrays."""
-    if not each.arrays:
-        return each
-    name = each.method.own_leaves[0]
-    own, grown = dict(each.arrays)[name], tuple(whole[join(each.prefix, name)].shape)
-    return replace(each, layers=grown[: len(grown) - len(own)]).with_arrays()
 
 
 def _runs(

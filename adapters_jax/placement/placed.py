@@ -136,6 +136,19 @@ class Placement:
             for name, x in shared.items()
         }
 
+    def stacked(self, shapes: Shapes, around: Shape = ()) -> "Placement":
+        """The placement with the layer axes that its arrays have in a tree.
+
+        Args:
+            shapes: the shapes of the tree's leaves by path.
+            around: the layer axes that the whole tree is stacked on.
+        """
+        if not self.arrays:
+            return replace(self, layers=around)
+        name = self.method.own_leaves[0]
+        own, grown = dict(self.arrays)[name], shapes[join(self.prefix, name)]
+        return replace(self, layers=(*around, *grown[: len(grown) - len(own)])).with_arrays()
+
     def with_arrays(self) -> "Placement":
         """The placement with the shapes of its arrays, which follow from the method."""
         # The roles of a weight's axes include its layer axes; outputs are those of one layer.
