@@ -25,9 +25,9 @@ from adapters_jax.nnx.graph import (
     holds,
     leaves_of,
     modules_of,
+    param_class,
     params_of,
     point_of,
-    trained_class,
 )
 from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
@@ -273,7 +273,7 @@ def _grown(
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
     # The class of the Variable says what trains, so that filters of NNX select it by its type.
     for path in whole.trained(frozen):
-        frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
+        frozen[path].__class__ = param_class(AdapterParam, type(frozen[path]))  # type: ignore[arg-type]
     adapted.adapter_recipe = whole
     if any(method.acts_on != "weight" for method in whole.attached):
         for path, module in modules_of(adapted).items():
