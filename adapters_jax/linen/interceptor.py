@@ -222,8 +222,8 @@ class Interceptor:
         """The output after every method that targets the module and acts on its output."""
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
         x = calls.input_of(module, args, kwargs)
-        leaves = unboxed_leaves(module.scope.variables().get("params", {}))
-        own = {name: leaf.shape for name, leaf in leaves.items()}
+        leaves = module.scope.variables().get("params", {}).items()
+        own = {name: unboxed(x).shape for name, x in leaves if not isinstance(x, Mapping)}
         precision, returned = getattr(module, "precision", None), Returned.of(x, y)
         visit = Visit(path, own, precision, here.attention, here.no_attention, returned)
         if self.init and path not in self.visited:
@@ -406,8 +406,3 @@ def without_adapters(
         return run(*args, **kwargs)
     finally:
         scope._variables["params"] = kept
-
-
-def unboxed_leaves(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's own arrays, of its variables in one collection."""
-    return {name: unboxed(x) for name, x in variables.items() if not isinstance(x, Mapping)}

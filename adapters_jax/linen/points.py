@@ -36,6 +36,7 @@ def points_of(
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)
+    reads = {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
     whole = flatten(like)
     grown = {path: tuple(x.shape) for path, x in whole.items()}
     shapes = {path: tuple(x.shape) for path, x in own.items()}
@@ -89,7 +90,7 @@ def with_copies(params: Tree, placements: Placements) -> Tree:
 def _runs(
     base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
 ) -> tuple[Interceptor, Tree, dict[str, Any], dict[str, Tracked]]:
-    """What abstract runs of a base show: modules, all leaves, its own, and reads of weights."""
+    """What abstract runs of a base show: modules, all leaves, its own, and reads of these."""
     changing = leaf_methods(recipe)
     if params is not None and len(changing) == len(recipe.attached):
         own = flatten(params)
@@ -99,7 +100,7 @@ def _runs(
         except MISFITS:
             reads = {}  # these are not its parameters: another run shows what its are
         if reads and all(path in reads and reads[path].reads for path in own):
-            return interceptor, params, own, _weights(reads, own)
+            return interceptor, params, own, reads
     interceptor, variables = seen(base, recipe, inputs)
     tree = variables.get("params", {})
     whole = flatten(tree)
@@ -112,12 +113,7 @@ def _runs(
         return interceptor, tree, own, {}
     with explained(base, inputs):
         reads, _ = reads_of(base, {**variables, "params": unflatten(own, tree)}, inputs)
-    return interceptor, tree, own, _weights(reads, own)
-
-
-def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
-    """The reads of leaves with two axes or more."""
-    return {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
+    return interceptor, tree, own, reads
 
 
 def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

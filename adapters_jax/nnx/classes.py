@@ -28,7 +28,6 @@ from adapters_jax.nnx.containers import (
     has_modules,
     names_of,
     plain,
-    standing,
 )
 from adapters_jax.nnx.graph import (
     ADAPTERS,
@@ -283,7 +282,7 @@ def refresh(module: Any) -> None:
     train.
     """
     names = _changed_names(module)
-    for name in standing(module):
+    for name in [name for name in names_of(module) if has_modules(vars(module)[name])]:
         value = vars(module)[name]
         if has_modules(value, _is_needed):
             names.add(name)
@@ -292,11 +291,9 @@ def refresh(module: Any) -> None:
         else:
             vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
     cls: Any = original(type(module))
-    thin = (
-        CALLS in vars(module)
-        or "adapter_recipe" in vars(module)
-        or (isinstance(module, bridge.ToNNX) and any(map(_is_adapters, params_of(module).values())))
-    )
+    thin = CALLS in vars(module) or "adapter_recipe" in vars(module)
+    if isinstance(module, bridge.ToNNX):
+        thin |= any(isinstance(x, ADAPTERS) for x in params_of(module).values())
     adapted = names or holds(module) or thin
     new = adapted_class(cls, frozenset(names)) if adapted else cls
     object.__setattr__(module, "__class__", new)  # flax would list it among the attributes
@@ -335,7 +332,3 @@ def leaf_names(module: Any) -> set[str]:
 def _is_needed(module: Any) -> bool:
     """Whether a container has to be a module."""
     return bool(holds(module) or _changed_names(module))
-
-
-def _is_adapters(variable: Any) -> bool:
-    return isinstance(variable, ADAPTERS)

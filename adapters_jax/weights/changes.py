@@ -428,6 +428,7 @@ class Changed:
 
     def layers(self, length: int) -> "Layers":
         """The weight as a stack of layers on its first axis."""
+        to_front = lambda array, position: jnp.moveaxis(array, position[0], 0)  # noqa: E731
         along = any(isinstance(change, Added) and 0 in change.axes for change in self.changes)
         whole = self.made if along else self
         if any(0 in _uncut(change) for change in self.changes):
@@ -436,16 +437,12 @@ class Changed:
             whole = replace(whole, base=self.floats(self.base), views=())
         rows, rest = [], []
         for change in whole.changes:
-            front = [f.on_axes(_to_front) if 0 in f.axes else f for f in change.factors]
+            front = [f.on_axes(to_front) if 0 in f.axes else f for f in change.factors]
             rows.append([f.array if 0 in f.axes else None for f in front])
             key = change.key if isinstance(change, LowRank) else None
             rows[-1].append(None if key is None else jax.random.split(key, length))
             rest.append(change.with_factors(*front))
         return Layers((whole.base, rows), whole, tuple(rest))
-
-
-def _to_front(array: Array, position: dict[int, int]) -> Array:
-    return jnp.moveaxis(array, position[0], 0)
 
 
 @dataclass(frozen=True)
