@@ -35,6 +35,7 @@ from adapters_jax.nnx.state import Calls
 from adapters_jax.placement import Placement, Placements, taken
 from adapters_jax.placement.patterns import check_loaded
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import around
 from adapters_jax.trace.inputs import Inputs, is_abstract
 from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized
@@ -192,10 +193,7 @@ def adapt(
         return nnx.eval_shape(
             lambda model, rngs: _adapted(model, recipe, rngs, inputs), model, copy(rngs)
         )
-
-    def seen(placements: Sequence[Placement]) -> dict[str, Any]:
-        return inputs_for("adapt", placements, calibration)
-
+    seen = functools.partial(inputs_for, "adapt", given=calibration)
     return _adapted(model, recipe, rngs, inputs, seen)
 
 
@@ -223,12 +221,12 @@ def _adapted(
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks; `seen` has the inputs of its weights."""
     base = not hasattr(model, "adapter_recipe")
-    adapted, bare = copy(model), model if base else copy(model)
+    bare = model if base else copy(model)
     if not base:
         detach(bare)  # else its adapters would be weights, and hide how the base's are read
     held = getattr(model, "adapter_recipe", Recipe())
     attached, stated = points_of(bare, recipe, inputs, held)
-    adapted = _grown(adapted, recipe, attached, rngs, seen(attached))
+    adapted: Any = _grown(copy(model), recipe, attached, rngs, seen(attached))
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
         vars(adapted)[CALLS].note(adapted, inputs, stated)
     return adapted
@@ -287,11 +285,10 @@ def _grown(
 
 def _note_calls(model: Any) -> None:
     """Gives each module around adapters what is to be known of its calls."""
-    modules, around = modules_of(model), set[str]()
-    for path in [path for path, module in modules.items() if holds(module)]:
-        names = path.split("/")
-        around |= {"/".join(names[:i]) for i in range(len(names) + 1)}
-    for path in around & modules.keys():
+    modules = modules_of(model)
+    held = [path for path, module in modules.items() if holds(module)]
+    outside = {each for path in held for each in (path, *around(path), "")}
+    for path in outside & modules.keys():
         if not isinstance(modules[path], nnx.List | nnx.Dict):  # their attributes are their parts
             setattr(modules[path], CALLS, Calls())
 

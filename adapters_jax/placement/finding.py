@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.errors import RecipeError, TargetError
+from adapters_jax.errors import RecipeError, TargetError, first_few
 from adapters_jax.methods import Method
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.placement.patterns import require_points
@@ -254,11 +254,10 @@ def _check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
     """Raises TargetError where no gradients get to a module that a method on outputs adapts."""
     idle = [x for x in found if x.method.acts_on != "weight" and x.module not in reached]
     if idle:
-        paths = ", ".join(each.module or "(the model itself)" for each in idle[:_SHOWN])
-        more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
+        paths = first_few([each.module or "(the model itself)" for each in idle])
         raise TargetError(
             f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
-            f"{paths}{more} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
+            f"{paths} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
             f"that an adapter there could not train; exclude it with '!{idle[0].module}'"
         )
 
@@ -309,7 +308,6 @@ def _with_shared(found: Sequence[Placement]) -> list[Placement]:
     ]
 
 
-_SHOWN = 5
 _NO_MODULE = (
     "it holds weights, and no module that this API calls; target the module around it, or pass "
     "example_inputs=(...) where it is a linen module inside an NNX model, or inputs with a "
