@@ -234,8 +234,9 @@ class Interceptor:
             for method in methods
             if method.members or visit.point(method) or _has_leaves(module, method)
         ]
-        again = calls.with_input(run, module, args, kwargs)
-        y = outputs.adapted(acting, path, again, x, y)
+        if acting:
+            again = calls.with_input(run, module, args, kwargs)
+            y = outputs.adapted(acting, path, again, x, y)
         return named(y, path) if self.init and self.recipe.at(path) else y
 
     def _prompted(

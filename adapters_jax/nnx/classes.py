@@ -28,6 +28,7 @@ from adapters_jax.nnx.containers import (
     has_modules,
     names_of,
     plain,
+    standing,
 )
 from adapters_jax.nnx.graph import (
     ADAPTERS,
@@ -282,7 +283,7 @@ def refresh(module: Any) -> None:
     train.
     """
     names = _changed_names(module)
-    for name in [name for name in names_of(module) if has_modules(vars(module)[name])]:
+    for name in standing(module):
         value = vars(module)[name]
         if has_modules(value, _is_needed):
             names.add(name)

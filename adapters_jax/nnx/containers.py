@@ -60,6 +60,11 @@ def names_of(module: Any) -> list[str]:
     return [n for n in vars(module) if n not in own and not n.startswith("_pytree__")]
 
 
+def standing(module: Any) -> list[str]:
+    """The names of a module's attributes with modules in the place of plain containers."""
+    return [name for name in names_of(module) if has_modules(vars(module)[name])]
+
+
 def has_modules(value: Any, keep: Callable[[Any], bool] = lambda module: True) -> bool:
     """Whether a value is, or a container has in it, a module in the place of a plain container.
 
