@@ -204,24 +204,20 @@ class Recipe:
         """
         # Every call of every module asks, in every trace.
         if path not in self._at:
-            self._at[path] = self._targeting(path)
+            found: list[Method] = []
+            for method in self.attached:
+                here = [m.name for m in found if m.acts_on == "output"]
+                members = not method.members or any(name in here for name in method.members)
+                if members and selects(method.targets, path):
+                    found.append(method)
+            self.check(found, path)
+            self._at[path] = tuple(found)
         return self._at[path]
 
     @functools.cached_property
     def _at(self) -> dict[str, tuple[Method, ...]]:
         """What `at` has found so far."""
         return {}
-
-    def _targeting(self, path: str) -> tuple[Method, ...]:
-        found: list[Method] = []
-        for method in self.attached:
-            here = [m.name for m in found if m.acts_on == "output"]
-            if selects(method.targets, path) and (
-                not method.members or any(name in here for name in method.members)
-            ):
-                found.append(method)
-        self.check(found, path)
-        return tuple(found)
 
     def check(self, methods: Sequence[Method], path: str) -> None:
         """Checks that several methods can be together on a module or weight.

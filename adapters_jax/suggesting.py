@@ -17,6 +17,7 @@ from adapters_jax.linen.functions.function import function_of, is_function
 from adapters_jax.linen.functions.modules import is_equinox
 from adapters_jax.nnx import copy, detach, modules_of
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import around
 from adapters_jax.trace.flow import ENTERS, RETURNS, Trace
 from adapters_jax.trace.inputs import Inputs, explained, is_array
 from adapters_jax.trace.patterns import numbered, of_parameters, shortest
@@ -330,8 +331,7 @@ def _linen(model: nn.Module, given: Inputs) -> _Parts:
 
     state = dict(jax.eval_shape(init, jax.random.key(0)))
     params = state.pop("params", {})
-    names = [path.split("/") for path in flatten(params)]
-    modules = {join(*path[:i]) for path in names for i in range(len(path))}
+    modules = {each for path in flatten(params) for each in ("", *around(path))}
     return _Parts(run, params, state, modules)
 
 

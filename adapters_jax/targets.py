@@ -348,28 +348,25 @@ def _unmatched(pattern: str, paths: Sequence[str], parts: bool) -> Iterator[tupl
         [('b', '{b}_{0,1}')]
     """
 
-    def matched(narrowed: str) -> bool:
-        return matches_any(narrowed, paths)
-
-    if not matched(pattern):
+    if not matches_any(pattern, paths):
         yield None, pattern
     elif parts:
-        yield from _unmatched_parts("", pattern, "", matched)
+        yield from _unmatched_parts("", pattern, "", paths)
 
 
 def _unmatched_parts(
-    before: str, text: str, after: str, matched: Callable[[str], bool]
+    before: str, text: str, after: str, paths: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """The parts of the braces in `text` that fail; `before + text + after` is matched."""
     for start, end in _braces(text):
         head, tail = before + text[:start], text[end:] + after
         for part in _split(text[start + 1 : end - 1], ","):
             options = [option.strip() for option in _split(part, "|")]
-            taken = [option for option in options if matched(head + option + tail)]
+            taken = [option for option in options if matches_any(head + option + tail, paths)]
             if not taken:
                 yield part.strip(), f"{head}{{{part}}}{tail}"
             for option in taken:  # an option that is not taken may fail
-                yield from _unmatched_parts(head, option, tail, matched)
+                yield from _unmatched_parts(head, option, tail, paths)
 
 
 def _braces(text: str) -> Iterator[tuple[int, int]]:

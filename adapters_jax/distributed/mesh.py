@@ -93,17 +93,14 @@ def mesh_sizes(text: str) -> dict[str, int]:
     """The sizes of a mesh's axes by name, of a text such as `"data=4,model=2"`."""
     pairs = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): size.strip() for name, _, size in pairs}
-    wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or not _whole(s)]
+    whole = {name for name, size in sizes.items() if size.removeprefix("-").isdecimal()}
+    wrong = [f"{n}={s}" for n, s in sizes.items() if not n.isidentifier() or n not in whole]
     if wrong or len(sizes) < len(pairs):
         raise ShardingError(
             f"mesh {text!r} does not read as NAME=SIZE,...: {', '.join(wrong) or 'a name twice'}; "
             "write data=4,model=2"
         )
     return {name: int(size) for name, size in sizes.items()}
-
-
-def _whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
 
 
 def check_axes(names: Iterable[str]) -> None:

@@ -197,7 +197,8 @@ class Adapted(nn.Module):
     @nn.nowrap
     def check_adapters(self, params: Tree) -> None:
         """Raises RecipeError where parameters have no adapters, as those of the base."""
-        if not _adapted_paths(self.recipe, frozenset(flatten(params))):
+        paths = flatten(params)
+        if self.recipe.attached and paths and not any(map(self.recipe.owner, paths)):
             names = dict.fromkeys(type(method).__name__ for method in self.recipe.attached)
             raise RecipeError(
                 f"{type(self).__name__}: the parameters hold nothing of {', '.join(names)}; pass "
@@ -260,12 +261,6 @@ class Adapted(nn.Module):
             yield
         finally:
             inner.scope._variables["params"] = own
-
-
-@functools.lru_cache
-def _adapted_paths(recipe: Recipe, paths: frozenset[str]) -> bool:
-    """Whether parameters, if there are any, have leaves of a recipe that adds some."""
-    return not (recipe.attached and paths) or any(map(recipe.owner, paths))
 
 
 def _with_paths(module: Any, path: tuple[str, ...]) -> None:

@@ -222,8 +222,8 @@ class Interceptor:
         """The output after every method that targets the module and acts on its output."""
         methods = [m for m in self.recipe.at(path) if m.acts_on == "output"]
         x = calls.input_of(module, args, kwargs)
-        leaves = unboxed_leaves(module.scope.variables().get("params", {}))
-        own = {name: leaf.shape for name, leaf in leaves.items()}
+        leaves = module.scope.variables().get("params", {}).items()
+        own = {name: unboxed(x).shape for name, x in leaves if not isinstance(x, Mapping)}
         precision, returned = getattr(module, "precision", None), Returned.of(x, y)
         visit = Visit(path, own, precision, here.attention, here.no_attention, returned)
         if self.init and path not in self.visited:
@@ -234,8 +234,9 @@ class Interceptor:
             for method in methods
             if method.members or visit.point(method) or _has_leaves(module, method)
         ]
-        again = calls.with_input(run, module, args, kwargs)
-        y = outputs.adapted(acting, path, again, x, y)
+        if acting:
+            again = calls.with_input(run, module, args, kwargs)
+            y = outputs.adapted(acting, path, again, x, y)
         return named(y, path) if self.init and self.recipe.at(path) else y
 
     def _prompted(
@@ -248,20 +249,20 @@ class Interceptor:
             return run(*args, **kwargs)
         here.watches = True
         names = registry.names_of(module)
+        visit = Visit(path, precision=getattr(module, "precision", None))
         if names is not None:
-            attend = functools.partial(self._attend, module, path, here, names)
+            attend = functools.partial(self._attend, module, visit, prompts, here, names)
             look = looking((args, kwargs)) if self.init else contextlib.nullcontext()
             with registry.replaced(module, names.attention_fn, attend), look:
                 y = run(*args, **kwargs)
             here.no_attention = "" if here.attention else registry.why_not(names)
             return y
-        visit = Visit(path, precision=getattr(module, "precision", None))
         each = [(m, _held(module, m), visit.at(m)) for m in prompts if _has_leaves(module, m)]
 
         def make(sizes: Attention) -> None:
             if self.init and not each:
                 sized = dataclasses.replace(visit, attention=sizes)
-                each.extend((m, self._made(module, m, sized), visit.at(m)) for m in prompts)
+                each.extend((m, *self._prompt(module, m, sized)) for m in prompts)
 
         def insert(inline: Inline, mixed: Array) -> Array:
             # flax makes no parameters in there; a single head may be one of several.
@@ -285,17 +286,20 @@ class Interceptor:
                 found.check(type(each[0][0]).__name__, path, module)
         return y
 
-    def _made(self, module: Any, method: Method, visit: Visit) -> dict[str, Array]:
-        """The initial arrays of a prompt."""
-        if visit.path not in self.visited:
+    def _prompt(
+        self, module: Any, method: Method, visit: Visit
+    ) -> tuple[dict[str, Array], AttachmentPoint]:
+        """A prompt's arrays, which are made where the module does not have them yet."""
+        if self.init and visit.path not in self.visited:
             self._refuse_taken_names(module, visit, [method])
         point = visit.at(method, attention=visit.attention)
-        return leaves_in(module.scope.push(method.slot, reuse=True), method, point)
+        return leaves_in(module.scope.push(method.slot, reuse=True), method, point), point
 
     def _attend(
         self,
         module: Any,
-        path: str,
+        visit: Visit,
+        prompts: Sequence[Method],
         here: _Running,
         names: registry.Names,
         function: AttentionFn,
@@ -304,14 +308,14 @@ class Interceptor:
         *args: Any,
         **kwargs: Any,
     ) -> Array:
-        """Calls an attention function with every prompt that targets its module."""
+        """Calls an attention function with the prompts that target its module."""
 
         def child(name: str) -> tuple[Any, Any]:
             own = getattr(names, name)
             if own not in here.children:
                 raise RecipeError(
-                    f"{type(module).__name__} at {path!r} calls no submodule {own!r} before its "
-                    f"attention function; correct {name}=... in aj.register_attention"
+                    f"{type(module).__name__} at {visit.path!r} calls no submodule {own!r} before "
+                    f"its attention function; correct {name}=... in aj.register_attention"
                 )
             return here.children[own]
 
@@ -319,15 +323,9 @@ class Interceptor:
         projection, given = child("key")
         width = calls.input_of(projection, *given).shape[-1]
         here.attention = Attention(width, query.shape[-2], key.shape[-2], query.shape[-1])
-        precision = getattr(module, "precision", None)
-        visit = Visit(path, precision=precision, attention=here.attention)
-        methods = [m for m in self.recipe.at(path) if m.acts_on == "attention"]
-        if self.init and path not in self.visited:
-            self._refuse_taken_names(module, visit, methods)
-        for method in methods:
-            scope = module.scope.push(method.slot, reuse=True)
-            point = visit.at(method, attention=here.attention)
-            leaves = leaves_in(scope, method, point)
+        visit = dataclasses.replace(visit, attention=here.attention)
+        for method in prompts:
+            leaves, point = self._prompt(module, method, visit)
             project = lambda name, x: child(name)[0](x)  # noqa: E731
             function = functools.partial(method.attend, leaves, point, project, function)
         return function(query, key, *args, **kwargs)
@@ -409,8 +407,3 @@ def without_adapters(
         return run(*args, **kwargs)
     finally:
         scope._variables["params"] = kept
-
-
-def unboxed_leaves(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's own arrays, of its variables in one collection."""
-    return {name: unboxed(x) for name, x in variables.items() if not isinstance(x, Mapping)}

@@ -132,12 +132,10 @@ class LoRADense(nn.Dense):
         y = super().__call__(inputs)
         method, module = self.method(), cast(Any, self)
         kernel = nn.meta.unbox(module.scope.get_variable("params", "kernel"))
-        path, own = "/".join(self.path), {"kernel": kernel.shape}
-        point = AttachmentPoint("weight", path, own, weight="kernel", axes=Axes((0,), (1,)))
+        path, axes = "/".join(self.path), Axes((0,), (1,))
+        placed = Placement(method, path, "", weight="kernel", shape=kernel.shape, axes=axes)
+        point = placed.point()
         if not module.scope.has_variable("params", "lora"):
-            placed = Placement(
-                method, path, "", weight="kernel", shape=kernel.shape, axes=point.axes
-            )
             grow_in(module.scope, placed)
         scope = module.scope.push("lora", reuse=True)
         key = dropout_key(self, method, deterministic)

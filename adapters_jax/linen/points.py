@@ -1,7 +1,6 @@
 """Where the methods of a recipe attach in a linen model: from abstract runs of it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,13 +14,10 @@ from adapters_jax.linen.weights import leaf_methods, reads_of
 from adapters_jax.placement import (
     Placement,
     Placements,
-    check_nested,
-    check_reached,
-    check_targets,
+    checked,
     chosen,
     on_outputs,
     taken,
-    with_shared,
 )
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, join
@@ -40,25 +36,26 @@ def points_of(
         params: the base's parameters, abstract, if they are known, which may save a run.
     """
     interceptor, like, own, reads = _runs(base, recipe, inputs, params)
+    reads = {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
     whole = flatten(like)
+    grown = {path: tuple(x.shape) for path, x in whole.items()}
     shapes = {path: tuple(x.shape) for path, x in own.items()}
     layers = _layers(interceptor, shapes)
     found: list[Placement] = chosen(recipe, reads, shapes, layers) if reads else []
     for _, visit in interceptor.visited.values():
-        found += [_as_grown(each, whole) for each in on_outputs(recipe, visit)]
+        # flax's transforms have given layer axes to their arrays.
+        found += [each.stacked(grown) for each in on_outputs(recipe, visit)]
     called = {path: module for path, (module, _) in interceptor.visited.items()}
     visits = {path: visit for path, (_, visit) in interceptor.visited.items()}
     modules = {**interceptor.uncalled, **called}
     given = flatten(params or {})
     unused = {p: x for p, x in given.items() if p not in own} if own.keys() <= given.keys() else {}
     every = {**{path: Tracked(path) for path in unused}, **reads}
-    check_targets(recipe, found, modules, visits, every, {**own, **unused}, {}, layers)
-    check_reached(found, interceptor.reached)
-    check_nested(found)
-    found = with_shared(found)
+    leaves, reached = {**own, **unused}, interceptor.reached
+    placed = checked(recipe, found, modules, visits, every, leaves, {}, layers, reached)
     numbered = numbered_paths(like)
     held = {*own, *(above for path in own for above in around(path))}
-    for each in found:
+    for each in placed:
         shared = each.method.shared_leaves
         if shared and each.method.slot in held:
             raise taken("", each.method)
@@ -76,8 +73,7 @@ def points_of(
                 )
         for path, shape in each.array_shapes.items():
             whole[path] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    return Placements(sorted(found, key=lambda each: order[each.method])), unflatten(whole, like)
+    return placed, unflatten(whole, like)
 
 
 def with_copies(params: Tree, placements: Placements) -> Tree:
@@ -91,19 +87,10 @@ def with_copies(params: Tree, placements: Placements) -> Tree:
     return unflatten(flat, params)
 
 
-def _as_grown(each: Placement, whole: Mapping[str, Any]) -> Placement:
-    """A placement with the layer axes that flax's transforms gave to its arrays."""
-    if not each.arrays:
-        return each
-    name = each.method.own_leaves[0]
-    own, grown = dict(each.arrays)[name], tuple(whole[join(each.prefix, name)].shape)
-    return replace(each, layers=grown[: len(grown) - len(own)]).with_arrays()
-
-
 def _runs(
     base: nn.Module, recipe: Recipe, inputs: Inputs, params: Tree
 ) -> tuple[Interceptor, Tree, dict[str, Any], dict[str, Tracked]]:
-    """What abstract runs of a base show: modules, all leaves, its own, and reads of weights."""
+    """What abstract runs of a base show: modules, all leaves, its own, and reads of these."""
     changing = leaf_methods(recipe)
     if params is not None and len(changing) == len(recipe.attached):
         own = flatten(params)
@@ -113,7 +100,7 @@ def _runs(
         except MISFITS:
             reads = {}  # these are not its parameters: another run shows what its are
         if reads and all(path in reads and reads[path].reads for path in own):
-            return interceptor, params, own, _weights(reads, own)
+            return interceptor, params, own, reads
     interceptor, variables = seen(base, recipe, inputs)
     tree = variables.get("params", {})
     whole = flatten(tree)
@@ -126,12 +113,7 @@ def _runs(
         return interceptor, tree, own, {}
     with explained(base, inputs):
         reads, _ = reads_of(base, {**variables, "params": unflatten(own, tree)}, inputs)
-    return interceptor, tree, own, _weights(reads, own)
-
-
-def _weights(reads: Mapping[str, Tracked], own: Mapping[str, Any]) -> dict[str, Tracked]:
-    """The reads of leaves with two axes or more."""
-    return {path: leaf for path, leaf in reads.items() if len(own[path].shape) > 1}
+    return interceptor, tree, own, reads
 
 
 def _layers(interceptor: Interceptor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

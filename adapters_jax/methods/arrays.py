@@ -103,6 +103,17 @@ def add_last(x: Float[Array, "... d"], bias: Float[Array, " d"]) -> Float[Array,
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
+def affine(
+    x: Float[Array, "... d"],
+    kernel: Float[Array, "d m"],
+    bias: Float[Array, " m"] | None = None,
+    precision: Any = None,
+) -> Float[Array, "... m"]:
+    """`x kernel + bias` in the dtype of x; precision as in `jnp.matmul`."""
+    product = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
+    return product if bias is None else add_last(product, bias.astype(x.dtype))
+
+
 def layer_norm(
     x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "... d"]:

@@ -565,29 +565,21 @@ def zeros(method: Method, leaves: Leaves) -> dict[str, Array]:
     return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
-def layer_axes(method: Method, leaves: Leaves, point: AttachmentPoint) -> int:
-    """The number of layer axes in front of a method's leaves that its own shapes lack."""
-    # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
-    # leaves are those of one layer.
-    if not method.own_leaves:
-        return 0
-    name = method.own_leaves[0]
-    return len(leaves[name].shape) - len(method.leaves(point)[name].shape)
-
-
 def merged_stacked(
     method: Method, leaves: Leaves, point: AttachmentPoint, own: Mapping[str, Array]
 ) -> dict[str, Array]:
     """`Method.merged` for arrays that may be stacked on layer axes."""
-
     shared = {name: leaves[name] for name in method.shared_leaves}
 
     def merged(mine: Leaves, own: Mapping[str, Array]) -> dict[str, Array]:
         return method.merged({**shared, **mine}, point, own)
 
+    # scan and vmap of flax stack parameters on axes in front, which a method never sees: its own
+    # leaves are those of one layer.
+    mine, alone = {name: leaves[name] for name in method.own_leaves}, method.leaves(point)
+    axes = next((len(x.shape) - len(alone[name].shape) for name, x in mine.items()), 0)
     # A vmap, so that methods are written for one layer, and products stay per layer.
-    mine = {name: leaves[name] for name in method.own_leaves}
-    return over_layers(merged, layer_axes(method, leaves, point))(mine, dict(own))
+    return over_layers(merged, axes)(mine, dict(own))
 
 
 def started(

@@ -249,9 +249,7 @@ class Bottleneck(Method):
         own = {name: leaves[name].astype(x.dtype) for name in leaves if name.startswith("norm_")}
 
         def project(x: Array, name: str) -> Array:
-            kernel, bias = self.projection(leaves, name)
-            product = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
-            return product if bias is None else arrays.add_last(product, bias.astype(x.dtype))
+            return arrays.affine(x, *self.projection(leaves, name), precision)
 
         if self.norm_before:
             x = arrays.layer_norm(x, own["norm_before/scale"], own["norm_before/bias"])

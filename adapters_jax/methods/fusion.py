@@ -112,12 +112,10 @@ class Fusion(Composition):
         key: Key,
     ) -> Output:
         """The sum of the branches' values by their scores."""
-        own = {name: leaves[name].astype(y.dtype) for name in self.leaf_names}
 
         def projected(name: str, x: Array) -> Array:
-            product = jnp.matmul(x, own[f"{name}/kernel"], precision=point.precision)
-            bias = own.get(f"{name}/bias")
-            return product if bias is None else arrays.add_last(product, bias)
+            kernel, bias = leaves[f"{name}/kernel"], leaves.get(f"{name}/bias")
+            return arrays.affine(x, kernel, bias, point.precision)
 
         query, keys = projected("query", y), projected("key", branches)
         values = projected("value", branches) if self.value else branches

@@ -121,7 +121,6 @@ class Invertible(Method):
 
     def _network(self, name: str, leaves: Leaves, x: Array, precision: Any) -> Array:
         """up(f(down(x))) of one of both networks, in the dtype of x."""
-        down, down_bias, up, up_bias = (leaves[f"{name}/{part}"].astype(x.dtype) for part in _PARTS)
-        hidden = arrays.add_last(jnp.matmul(x, down, precision=precision), down_bias)
-        hidden = ACTIVATIONS[self.activation](hidden)
-        return arrays.add_last(jnp.matmul(hidden, up, precision=precision), up_bias)
+        down, down_bias, up, up_bias = (leaves[f"{name}/{part}"] for part in _PARTS)
+        hidden = ACTIVATIONS[self.activation](arrays.affine(x, down, down_bias, precision))
+        return arrays.affine(hidden, up, up_bias, precision)

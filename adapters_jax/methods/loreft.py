@@ -135,10 +135,8 @@ class LoReFT(Method):
     def _edit(self, leaves: Leaves, unit: str, y: Array, precision: Any) -> Array:
         """y with the edit at all positions."""
         kernel, bias, turned = (leaves[f"{unit}/{part}"] for part in PARTS)
-        turned = arrays.orthonormal(turned) if self.orthogonal else turned
-        kernel, bias, turned = (x.astype(y.dtype) for x in (kernel, bias, turned))
-        source = arrays.add_last(jnp.matmul(y, kernel, precision=precision), bias)
-        source = ACTIVATIONS[self.activation](source)
+        turned = (arrays.orthonormal(turned) if self.orthogonal else turned).astype(y.dtype)
+        source = ACTIVATIONS[self.activation](arrays.affine(y, kernel, bias, precision))
         if self.subtract:
             source = source - jnp.matmul(y, turned, precision=precision)
         return y + jnp.matmul(source, turned.T, precision=precision)

@@ -1,7 +1,7 @@
 """The NNX API: a model with adapters that shares the arrays of the given one."""
 
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,25 +25,17 @@ from adapters_jax.nnx.graph import (
     holds,
     leaves_of,
     modules_of,
+    param_class,
     params_of,
     point_of,
-    trained_class,
-    variable_path,
 )
 from adapters_jax.nnx.linen_inside import INSIDE
 from adapters_jax.nnx.points import points_of
 from adapters_jax.nnx.state import Calls
-from adapters_jax.placement import (
-    Placement,
-    Placements,
-    check_nested,
-    check_reached,
-    check_targets,
-    taken,
-    with_shared,
-)
+from adapters_jax.placement import Placement, Placements, taken
 from adapters_jax.placement.patterns import check_loaded
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import around
 from adapters_jax.trace.inputs import Inputs, is_abstract
 from adapters_jax.weights.fingerprints import remember
 from adapters_jax.weights.quantized import is_quantized
@@ -107,24 +99,20 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
         rngs: seeds the leaves and their dropout.
         inputs: what a calibration has of the weight's inputs.
     """
-    method = placed.method
+    method, others = placed.method, holds(module)
+    module.adapter_methods = (*others, placed)
     if not placed.arrays:
-        module.adapter_methods = (*holds(module), placed)
         return
-    children = nnx.Dict(children_of(placed, rngs))
-    beside = any(other.nodes[0] == method.slot for other in holds(module))
+    children = children_of(placed, rngs)
+    beside = any(other.nodes[0] == method.slot for other in others)
     top = bool(method.shared_leaves) and not placed.module  # what is shared is there already
     if hasattr(module, method.slot) and not top and not (placed.node and beside):
         raise taken(placed.module, method)
-    if top and not placed.node:
-        for name, child in children.items():
-            setattr(getattr(module, method.slot), name, child)
-    elif not placed.node:
-        setattr(module, method.slot, children)
-    else:
-        if not beside and not top:
-            setattr(module, method.slot, nnx.Dict())
-        setattr(getattr(module, method.slot), placed.node, children)
+    if not (beside or top):
+        setattr(module, method.slot, nnx.Dict())
+    held = {placed.node: nnx.Dict(children)} if placed.node else children
+    for name, child in held.items():
+        setattr(getattr(module, method.slot), name, child)
     if method.from_weight or inputs is not None:
         weight = vars(module)[placed.weight]
         value = weight.get_raw_value()
@@ -133,7 +121,6 @@ def grow(module: Any, placed: Placement, rngs: nnx.Rngs, inputs: Any = None) -> 
             weight[...] = rest
         for name, leaf in leaves.items():
             children[name][...] = leaf
-    module.adapter_methods = (*holds(module), placed)
 
 
 def module_at(model: Any, path: str, weight: str) -> Any:
@@ -158,17 +145,6 @@ def module_at(model: Any, path: str, weight: str) -> Any:
             )
         vars(node)[name] = node = child
     return node
-
-
-def _other_names(model: nnx.Module, known: Container[str]) -> dict[str, str]:
-    """The further paths of shared modules and tied parameters, each with the known one to use."""
-    names: dict[str, str] = {}
-    for paths in nnx.find_duplicates(model):
-        every = list(map(variable_path, paths))
-        own = next((path for path in every if path in known), None)
-        if own is not None:
-            names |= {path: own for path in every if path != own}
-    return names
 
 
 def adapt(
@@ -217,10 +193,7 @@ def adapt(
         return nnx.eval_shape(
             lambda model, rngs: _adapted(model, recipe, rngs, inputs), model, copy(rngs)
         )
-
-    def seen(placements: Sequence[Placement]) -> dict[str, Any]:
-        return inputs_for("adapt", placements, calibration)
-
+    seen = functools.partial(inputs_for, "adapt", given=calibration)
     return _adapted(model, recipe, rngs, inputs, seen)
 
 
@@ -248,24 +221,14 @@ def _adapted(
 ) -> nnx.Module:
     """An adapted copy of the model, after all checks; `seen` has the inputs of its weights."""
     base = not hasattr(model, "adapter_recipe")
-    adapted, bare = copy(model), model if base else copy(model)
+    bare = model if base else copy(model)
     if not base:
         detach(bare)  # else its adapters would be weights, and hide how the base's are read
-    # A composition is where its members are, which the model may have already.
-    members = any(method.members for method in recipe)
-    named = Recipe(getattr(model, "adapter_recipe", Recipe()), recipe) if members else recipe
-    found, frozen = points_of(bare, named, inputs), params_of(bare)
-    attached = [each for each in found.attached if each.method in recipe.methods]
-    others = _other_names(bare, {**found.modules, **frozen})
-    check_targets(
-        recipe, attached, found.modules, found.visits, found.reads, frozen, others, found.layers
-    )
-    check_reached(attached, found.reached)
-    check_nested(attached)
-    attached = with_shared(attached)
-    adapted = _grown(adapted, recipe, attached, rngs, seen(attached))
+    held = getattr(model, "adapter_recipe", Recipe())
+    attached, stated = points_of(bare, recipe, inputs, held)
+    adapted: Any = _grown(copy(model), recipe, attached, rngs, seen(attached))
     if inputs and base and CALLS in vars(adapted) and not callable(inputs.method):
-        vars(adapted)[CALLS].note(adapted, inputs, found.stated)
+        vars(adapted)[CALLS].note(adapted, inputs, stated)
     return adapted
 
 
@@ -308,7 +271,7 @@ def _grown(
             raise taken(owner.module, owner.method)  # the recipe takes it for an adapter's leaf
     # The class of the Variable says what trains, so that filters of NNX select it by its type.
     for path in whole.trained(frozen):
-        frozen[path].__class__ = trained_class(type(frozen[path]))  # type: ignore[assignment, arg-type]
+        frozen[path].__class__ = param_class(AdapterParam, type(frozen[path]))  # type: ignore[arg-type]
     adapted.adapter_recipe = whole
     if any(method.acts_on != "weight" for method in whole.attached):
         for path, module in modules_of(adapted).items():
@@ -322,11 +285,10 @@ def _grown(
 
 def _note_calls(model: Any) -> None:
     """Gives each module around adapters what is to be known of its calls."""
-    modules, around = modules_of(model), set[str]()
-    for path in [path for path, module in modules.items() if holds(module)]:
-        names = path.split("/")
-        around |= {"/".join(names[:i]) for i in range(len(names) + 1)}
-    for path in around & modules.keys():
+    modules = modules_of(model)
+    held = [path for path, module in modules.items() if holds(module)]
+    outside = {each for path in held for each in (path, *around(path), "")}
+    for path in outside & modules.keys():
         if not isinstance(modules[path], nnx.List | nnx.Dict):  # their attributes are their parts
             setattr(modules[path], CALLS, Calls())
 
@@ -384,8 +346,7 @@ def adapted_points(model: nnx.Module) -> list[tuple[Any, Placement, AttachmentPo
 def placements_of(model: nnx.Module) -> Placements:
     """Where the adapters of a model are, in the order of its recipe's methods."""
     found = [placed for module in modules_of(model).values() for placed in holds(module)]
-    order = {method: i for i, method in enumerate(recipe_of(model).attached)}
-    return Placements(sorted(found, key=lambda each: order[each.method]))
+    return Placements.ordered(recipe_of(model), found)
 
 
 def detach(model: Any) -> None:

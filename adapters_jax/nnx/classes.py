@@ -110,15 +110,9 @@ def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
 
 
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function of a module class, computed thin; `__call__` with the adapters on outputs."""
+    """A function of a module class, computed thin, and with the state that the base would have."""
 
-    @registry.calls_base
-    @functools.wraps(call)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("adapters"), Rows):
-            return _by_rows(self, name, args, kwargs)
-        if name == "__call__" and BY_ROWS in vars(self):
-            raise needs_rows(original(type(self)))
+    def adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         with attending(self, name) as enter:
             args, kwargs = enter((args, kwargs))
             y = call(self, *args, **kwargs)
@@ -130,36 +124,28 @@ def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         again = calls.with_input(functools.partial(call, self), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
-    return registry.calls_base(_outermost(method, name))
+    @registry.calls_base
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("adapters"), Rows):
+            return _by_rows(self, name, args, kwargs)
+        if name == "__call__" and BY_ROWS in vars(self):
+            raise needs_rows(original(type(self)))
+        gate, kwargs = call_gate(vars(self).get("adapter_recipe", ()), kwargs)
+        with sharing(self, gate):
+            if current():
+                return adapted(self, *args, **kwargs)
+            known, called = vars(self).get(CALLS), _CALLED.get()
+            stated = known.stated(self, name, args, kwargs) if known and not called else ()
+            around = holding(_CALLED, called or known is not None)
+            with around, thin() as trace, _as_base(self, stated, trace):
+                return lowered(adapted(self, *args, **kwargs))
+
+    return run
 
 
 # Within a call: what it calls sees the state as the call does.
 _CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
-
-
-def _outermost(method: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function of a module class, computed thin, and with the state that the base would have."""
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "adapters" in kwargs:
-            return shared(self, *args, **kwargs)
-        gate, kwargs = call_gate(vars(self).get("adapter_recipe", ()), kwargs)
-        with sharing(self, gate):
-            return shared(self, *args, **kwargs)
-
-    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if current():
-            return method(self, *args, **kwargs)
-        calls = vars(self).get(CALLS)
-        if calls is None or _CALLED.get() or isinstance(kwargs.get("adapters"), Rows):
-            with thin():
-                return lowered(method(self, *args, **kwargs))
-        stated = calls.stated(self, name, args, kwargs)
-        with holding(_CALLED, True), thin() as trace, _as_base(self, stated, trace):
-            return lowered(method(self, *args, **kwargs))
-
-    return run
 
 
 @contextlib.contextmanager
@@ -212,6 +198,7 @@ def _without_leaves(module: Any) -> dict[str, Any]:
     return {**taken, "adapter_methods": held}
 
 
+@computed_thin
 def _by_rows(model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls a function of a model, or of a part, on rows with an adapter each.
 
@@ -305,11 +292,9 @@ def refresh(module: Any) -> None:
         else:
             vars(module)[name] = plain(value, lambda node, part: vars(node)[part])
     cls: Any = original(type(module))
-    thin = (
-        CALLS in vars(module)
-        or "adapter_recipe" in vars(module)
-        or (isinstance(module, bridge.ToNNX) and any(map(_is_adapters, params_of(module).values())))
-    )
+    thin = CALLS in vars(module) or "adapter_recipe" in vars(module)
+    if isinstance(module, bridge.ToNNX):
+        thin |= any(isinstance(x, ADAPTERS) for x in params_of(module).values())
     adapted = names or holds(module) or thin
     new = adapted_class(cls, frozenset(names)) if adapted else cls
     object.__setattr__(module, "__class__", new)  # flax would list it among the attributes
@@ -348,7 +333,3 @@ def leaf_names(module: Any) -> set[str]:
 def _is_needed(module: Any) -> bool:
     """Whether a container has to be a module."""
     return bool(holds(module) or _changed_names(module))
-
-
-def _is_adapters(variable: Any) -> bool:
-    return isinstance(variable, ADAPTERS)

@@ -158,14 +158,14 @@ ADAPTERS = (AdapterParam, FrozenAdapterParam)  # as a filter: what an adapter's 
 
 
 @functools.cache
-def trained_class(cls: type[Any]) -> type[AdapterParam]:
-    """The `AdapterParam` that is also an instance of a parameter's own class."""
-    if issubclass(cls, AdapterParam):
+def param_class(kind: type[Any], cls: type[Any]) -> type[Any]:
+    """The class of parameters of a kind, such as `AdapterParam`, that have their own class, too."""
+    if issubclass(cls, kind):
         return cls
     if cls is nnx.Param:
-        return AdapterParam
+        return kind
     about = {"adapted_from": cls, "__module__": cls.__module__}
-    return type(f"Adapter{cls.__name__}", (AdapterParam, cls), about)
+    return type(f"{kind.__name__.removesuffix('Param')}{cls.__name__}", (kind, cls), about)
 
 
 def holds(module: Any) -> tuple[Placement, ...]:

@@ -1,25 +1,41 @@
-"""The roles of the axes of weights of flax's own layers, which need no example inputs."""
+"""The weights of flax's own layers, whose use is known without example inputs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from adapters_jax.weights.axes import Axes
 
 
-def _dense(layer: Any) -> tuple[str, int, Axes]:
-    return "kernel", 2, Axes((0,), (1,))
+class KnownWeight(NamedTuple):
+    """The weight of a layer.
+
+    Attributes:
+        name: its name in the layer.
+        axes: the roles of its axes.
+        layers: the sizes of the axes in front of the layer's own, which it is stacked on.
+        width: the size of the last axis of the layer's output; None where it is not the weight's.
+    """
+
+    name: str
+    axes: Axes
+    layers: tuple[int, ...]
+    width: int | None
 
 
-def _dense_general(layer: Any) -> tuple[str, int, Axes]:
+def _dense(layer: Any) -> Axes:
+    return Axes((0,), (1,))
+
+
+def _dense_general(layer: Any) -> Axes:
     def count(axes: Any) -> int:
         return 1 if isinstance(axes, int) else len(tuple(axes))
 
     shared, inputs = len(layer.batch_axis), count(layer.axis)
     n = shared + inputs + count(layer.out_features)
     roles = tuple(range(shared, shared + inputs)), tuple(range(shared + inputs, n))
-    return "kernel", n, Axes(*roles, tuple(range(shared)))
+    return Axes(*roles, tuple(range(shared)))
 
 
 def _parts(layer: nnx.Einsum) -> tuple[str, str, str]:
@@ -29,36 +45,28 @@ def _parts(layer: nnx.Einsum) -> tuple[str, str, str]:
     return x, w, y
 
 
-def _einsum(layer: Any) -> tuple[str, int, Axes] | None:
+def _einsum(layer: Any) -> Axes | None:
     x, w, y = _parts(layer)
     if "->" not in (layer.einsum_str or "") or "." in w:
         return None
     inputs = tuple(i for i, c in enumerate(w) if c in x and c not in y)
     outputs = tuple(i for i, c in enumerate(w) if c not in x)
     shared = tuple(i for i, c in enumerate(w) if c in x and c in y)
-    return "kernel", len(w), Axes(inputs, outputs, shared)
+    return Axes(inputs, outputs, shared)
 
 
-def last_axis(layer: Any, axes: Axes) -> int | None:
-    """The axis of a layer's weight that is the last of its output; None where that is another's."""
-    if not isinstance(layer, nnx.Einsum):
-        return axes.outputs[-1] if axes.outputs else None
-    _, w, y = _parts(layer)
-    return w.index(y[-1]) if y and y[-1] in w else None
-
-
-def _conv(layer: Any) -> tuple[str, int, Axes]:
+def _conv(layer: Any) -> Axes:
     size = layer.kernel_size
     n = 1 if isinstance(size, int) else len(tuple(size))
     x, y = (n + 1, n) if getattr(layer, "transpose_kernel", False) else (n, n + 1)
-    return "kernel", n + 2, Axes((*range(n), x), (y,), (), tuple(range(n)))
+    return Axes((*range(n), x), (y,), (), tuple(range(n)))
 
 
-def _embed(layer: Any) -> tuple[str, int, Axes]:
-    return "embedding", 2, Axes((0,), (1,), lookup=True)
+def _embed(layer: Any) -> Axes:
+    return Axes((0,), (1,), lookup=True)
 
 
-_LAYERS: dict[type, Callable[[Any], tuple[str, int, Axes] | None]] = {
+_LAYERS: dict[type, Callable[[Any], Axes | None]] = {
     nnx.Linear: _dense,
     nnx.LinearGeneral: _dense_general,
     nnx.Einsum: _einsum,
@@ -68,16 +76,18 @@ _LAYERS: dict[type, Callable[[Any], tuple[str, int, Axes] | None]] = {
 }
 
 
-def known_weight(layer: Any) -> tuple[str, Axes, int] | None:
-    """The name of the weight of one of flax's layers, and the roles of its axes.
-
-    Axes in front of the layer's own, whose number comes with them, are layers that it is stacked
-    on. None for other modules.
-    """
+def known_weight(layer: Any) -> KnownWeight | None:
+    """The weight of one of flax's layers; None for other modules."""
     build = next((_LAYERS[base] for base in type(layer).__mro__ if base in _LAYERS), None)
-    found = build and build(layer)
-    if not found:
+    axes = build and build(layer)
+    if not axes:
         return None
-    name, ndim, axes = found
-    outside = len(vars(layer)[name].shape) - ndim
-    return name, axes.under(outside), outside
+    name = "embedding" if axes.lookup else "kernel"
+    shape = tuple(vars(layer)[name].shape)
+    outside = len(shape) - axes.ndim
+    last = axes.outputs[-1:]
+    if isinstance(layer, nnx.Einsum):
+        _, w, y = _parts(layer)
+        last = tuple(w.index(c) for c in y[-1:] if c in w)
+    width = next((shape[outside + i] for i in last), None)
+    return KnownWeight(name, axes.under(outside), shape[:outside], width)

@@ -6,7 +6,6 @@ linen API reads them the arrays of methods on outputs and attention.
 """
 
 from collections.abc import Container, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -148,20 +147,14 @@ def inside(recipe: Recipe, calls: Sequence[LinenCall], reached: Container[str]) 
         found.modules.update({path: module for path, (module, _) in new.items()})
         found.visits.update({path: visit for path, (_, visit) in new.items()})
         found.reached.update(interceptor.reached if call.path in reached else ())
-        for visit in (visit for _, visit in new.values()):
-            found.attached.extend(_stacked(x, call, shapes) for x in on_outputs(recipe, visit))
+        for _, visit in new.values():
+            for each in on_outputs(recipe, visit):
+                if each.method.dropout:
+                    raise RecipeError(
+                        f"{type(each.method).__name__} has dropout {each.method.dropout} and "
+                        f"targets {each.module!r}, a linen module inside an NNX model, which has "
+                        "no random stream for it; write dropout=0.0, or exclude it: "
+                        f"'!{each.module}'"
+                    )
+                found.attached.append(each.stacked(shapes, call.layers))
     return found
-
-
-def _stacked(each: Placement, call: LinenCall, shapes: dict[str, tuple[int, ...]]) -> Placement:
-    """A method on a linen module, with the layer axes that the module is stacked on."""
-    if each.method.dropout:
-        raise RecipeError(
-            f"{type(each.method).__name__} has dropout {each.method.dropout} and targets "
-            f"{each.module!r}, a linen module inside an NNX model, which has no random stream "
-            f"for it; write dropout=0.0, or exclude it: '!{each.module}'"
-        )
-    name, own = each.arrays[0]
-    shape = shapes[join(each.prefix, name)]
-    layers = (*call.layers, *shape[: len(shape) - len(own)])
-    return replace(each, layers=layers).with_arrays()

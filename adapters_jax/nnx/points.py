@@ -5,7 +5,6 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import bridge
 
-from adapters_jax.nnx.graph import READ, copy, marking, modules_of, own_params, params_of
-from adapters_jax.nnx.known import known_weight, last_axis
+from adapters_jax.nnx.graph import (
+    READ,
+    copy,
+    marking,
+    modules_of,
+    own_params,
+    params_of,
+    variable_path,
+)
+from adapters_jax.nnx.known import KnownWeight, known_weight
 from adapters_jax.nnx.linen_inside import LinenCall, called, inside
 from adapters_jax.nnx.seen import Marked, Seen
-from adapters_jax.placement import Placement, Visit, chosen, on_outputs, own_leaves
+from adapters_jax.placement import Placements, Visit, checked, chosen, on_outputs, own_leaves
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around
 from adapters_jax.trace import calls, registry
@@ -35,44 +42,32 @@ from adapters_jax.weights.quantized import is_quantized
 Layers = tuple[int, ...]
 
 
-class Points(NamedTuple):
-    """Where a recipe's methods attach in a model, and what an abstract run of it shows.
-
-    Attributes:
-        attached: each method on each module or weight.
-        modules: all modules by path, linen's inside too where example inputs show them.
-        visits: what the run shows of every module.
-        reads: how the model reads its weights, by path.
-        layers: how many layer axes each module is stacked on.
-        reached: the paths of modules whose results the model's outputs depend on; all, where no
-            example inputs show it.
-        stated: the weights that the model reads as its state, each with an operation.
-    """
-
-    attached: list[Placement]
-    modules: dict[str, Any]
-    visits: dict[str, Visit]
-    reads: dict[str, Tracked]
-    layers: dict[str, int]
-    reached: Container[str]
-    stated: dict[str, str]
-
-
-def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Points:
-    """Finds where the methods of a recipe attach.
+def points_of(
+    model: nnx.Module, recipe: Recipe, inputs: Inputs | None, held: Recipe
+) -> tuple[Placements, dict[str, str]]:
+    """Finds where the methods of a recipe attach, and checks that it fits the model.
 
     Args:
-        model: an NNX model.
+        model: an NNX model without adapters.
         inputs: example inputs; None finds flax's own layers alone.
+        held: the recipe of the adapters that it gets these beside.
+
+    Returns:
+        The placements; and the weights that the model reads as its state, each with an operation.
+
+    Raises:
+        TargetError, RecipeError: as for `placement.checked`.
     """
-    modules = modules_of(model)
+    # A composition is where its members are, which the model may have already.
+    named = Recipe(held, recipe) if any(method.members for method in recipe) else recipe
+    modules, params = modules_of(model), params_of(model)
     known = _known_calls(modules)
     run = (
-        _traced(model, inputs, recipe)
+        _traced(model, inputs, named)
         if inputs
         else Run(known, known_reads(model), {*modules}, [], {})
     )
-    shapes = {path: tuple(x.shape) for path, x in params_of(model).items()}
+    shapes = {path: tuple(x.shape) for path, x in params.items()}
     axes, owned = _roles(run.reads, shapes), own_leaves(shapes)
     visits, layers = {}, {}
     for path, module in modules.items():
@@ -85,23 +80,26 @@ def points_of(model: nnx.Module, recipe: Recipe, inputs: Inputs | None) -> Point
         why = "" if sizes else call.no_attention
         visits[path] = Visit(path, own, precision, sizes, why, call.returned)
     counts = {path: len(axes) for path, axes in layers.items()}
-    found = [
-        replace(each, layers=layers.get(each.module, ()))
-        for each in chosen(recipe, run.reads, shapes, counts)
-    ]
-    within = inside(recipe, run.linen, run.reached)
+    found = chosen(named, run.reads, shapes, counts)
+    within = inside(named, run.linen, run.reached)
     for path in [path for path in visits if path not in within.visits]:
-        found += on_outputs(recipe, visits[path], layers[path])
-    found += within.attached
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    found.sort(key=lambda each: order[each.method])
+        found += on_outputs(named, visits[path], layers[path])
+    found = [each for each in (*found, *within.attached) if each.method in recipe.methods]
     modules, visits = {**modules, **within.modules}, {**visits, **within.visits}
-    reached = {*run.reached, *within.reached}
-    return Points(found, modules, visits, run.reads, counts, reached, run.stated)
+    tied, reached = _other_names(model, {**modules, **params}), {*run.reached, *within.reached}
+    placed = checked(recipe, found, modules, visits, run.reads, params, tied, counts, reached)
+    return placed, run.stated
 
 
-def _is_float(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+def _other_names(model: nnx.Module, known: Container[str]) -> dict[str, str]:
+    """The further paths of shared modules and tied parameters, each with the known one to use."""
+    names: dict[str, str] = {}
+    for paths in nnx.find_duplicates(model):
+        every = list(map(variable_path, paths))
+        own = next((path for path in every if path in known), None)
+        if own is not None:
+            names |= {path: own for path in every if path != own}
+    return names
 
 
 def weights_of(model: nnx.Module, inputs: Inputs | None = None) -> dict[str, Axes]:
@@ -142,9 +140,8 @@ def known_reads(model: nnx.Module) -> dict[str, Tracked]:
     paths = {id(x): path for path, x in params_of(model).items()}
     tracked: dict[str, Tracked] = {}
     for path, module in modules_of(model).items():
-        known = known_weight(module)
-        if known:
-            name, axes, _ = known
+        if known := known_weight(module):
+            name, axes = known.name, known.axes
             roles = map(frozenset, (axes.inputs, axes.shared, axes.outputs, axes.window))
             read = Read(type(module).__name__, "lookup" if axes.lookup else "product", *roles)
             weight = paths.get(id(vars(module)[name]), join(path, name))
@@ -180,24 +177,23 @@ def _projection(
     return tuple(shape[i] for i in roles.inputs), tuple(shape[i] for i in roles.outputs)
 
 
-def _layers(module: Any) -> Layers:
+def _layers(module: Any, weight: KnownWeight | None) -> Layers:
     """The layer axes that a module of flax is stacked on, read off its weights."""
     if isinstance(module, _NORMS):
         return _first_shape(module)[:-1]
-    names = registry.names_of(module)
-    layer = getattr(module, names.key, None) if names else module
-    known = known_weight(layer)
-    return tuple(vars(layer)[known[0]].shape[: known[2]]) if known else ()
+    if names := registry.names_of(module):
+        weight = known_weight(getattr(module, names.key, None))
+    return weight.layers if weight else ()
 
 
 def _layers_of_others(
-    modules: Mapping[str, Any], stacked: Mapping[str, Layers]
+    modules: Mapping[str, Any], stacked: Mapping[str, Layers], weights: Mapping[str, KnownWeight]
 ) -> dict[str, Layers]:
     """The layer axes of modules that are not flax's: those of all of flax's beside them."""
     found, beside = {}, dict[str, set[Layers]]()
-    for path, layer in modules.items():
-        for above in around(path) if known_weight(layer) else ():
-            beside.setdefault(above, set()).add(stacked[path])
+    for path, weight in weights.items():
+        for above in around(path):
+            beside.setdefault(above, set()).add(weight.layers)
     for path, module in modules.items():
         known = beside.get(path.rpartition("/")[0], set())
         own = own_params(module).values()
@@ -322,9 +318,8 @@ def _traced(model: nnx.Module, inputs: Inputs, recipe: Recipe) -> Run:
         program = traced(probe, inputs)
     reads = reads_of(program.jaxpr, program.leaves, program.activations)
     for path in bare & seen.keys():  # without Variables: stacked as the module around it
-        names = path.split("/")
-        above = ("/".join(names[:i]) for i in range(len(names) - 1, -1, -1))
-        layers = next((seen[p].layers for p in above if p in seen and p not in bare), ())
+        above = [p for p in (*around(path), "") if p in seen and p not in bare]
+        layers = next((seen[p].layers for p in above), ())
         seen[path] = seen[path]._replace(layers=layers)
     ranks = {path: len(program.shapes[path]) for path in reads}
     weights = {path: leaf for path, leaf in reads.items() if ranks[path] > 1}
@@ -367,7 +362,7 @@ def traced(model: Any, inputs: Inputs) -> Program:
         value = variable.get_raw_value()
         if is_quantized(value):  # how it is opened is no reading of it
             variable.set_raw_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
-        if _is_float(value) and value.shape:
+        if is_array(value) and jnp.issubdtype(value.dtype, jnp.floating) and value.shape:
             shapes[path] = tuple(value.shape)
     arrays, whole = inputs.split()
     graphdef, state = nnx.split(model)
@@ -407,13 +402,19 @@ _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.Instance
 
 def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
     """What is known of the calls of modules without a run."""
-    layers = {path: _layers(module) for path, module in modules.items()}
-    layers |= _layers_of_others(modules, layers)
+    each = {path: known_weight(module) for path, module in modules.items()}
+    weights = {path: weight for path, weight in each.items() if weight}
+    layers = {path: _layers(module, each[path]) for path, module in modules.items()}
+    layers |= _layers_of_others(modules, layers, weights)
     found = {}
     for path, module in modules.items():
-        call = Call(_known_output(module), layers[path], True)
-        plain = isinstance(module, _NORMS) or known_weight(module) is not None
-        if callable(module) and not plain and not registry.names_of(module):
+        norm = isinstance(module, _NORMS)
+        width = weights[path].width if path in weights else None
+        width = next(iter(_first_shape(module)[-1:]), None) if norm else width
+        # A plain layer's output, as a row.
+        row = width and Returned({"": jax.ShapeDtypeStruct((width,), jnp.float32)})
+        call = Call(row or None, layers[path], True)
+        if not (norm or path in weights or registry.names_of(module)) and callable(module):
             why = "did not run, so its attention is not known; pass example_inputs=(...)"
             call = call._replace(no_attention=why)
         if registry.needs_check(module):
@@ -421,13 +422,3 @@ def _known_calls(modules: Mapping[str, Any]) -> dict[str, Call]:
             call = call._replace(attends=False, no_attention=why)
         found[path] = call
     return found
-
-
-def _known_output(module: Any) -> Returned | None:
-    """The output of a plain layer as a row, read off the layer; None where it is unknown."""
-    known = known_weight(module)
-    width = _first_shape(module)[-1:] if isinstance(module, _NORMS) else ()
-    if known:
-        axis = last_axis(module, known[1])
-        width = () if axis is None else (vars(module)[known[0]].shape[axis],)
-    return Returned({"": jax.ShapeDtypeStruct(width, jnp.float32)}) if width else None

@@ -1,6 +1,5 @@
 """A quantised weight in an NNX model: its Variable."""
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -8,7 +7,7 @@ from flax import nnx
 from flax.nnx import reprlib
 
 from adapters_jax.nnx.adapted import module_at, refresh_all
-from adapters_jax.nnx.graph import params_of
+from adapters_jax.nnx.graph import param_class, params_of
 from adapters_jax.weights.quantized import Quantized, is_quantized, opened
 
 
@@ -55,15 +54,6 @@ class QuantizedParam(nnx.Param):
         yield reprlib.Attr("value", self.get_raw_value())
 
 
-@functools.cache
-def quantized_param(cls: type[nnx.Param]) -> type[QuantizedParam]:
-    """The `QuantizedParam` that is also an instance of a parameter's own class."""
-    if cls is nnx.Param:
-        return QuantizedParam
-    about = {"adapted_from": cls, "__module__": cls.__module__}
-    return type(f"Quantized{cls.__name__}", (QuantizedParam, cls), about)
-
-
 def quantized_in_place(model: Any, values: Mapping[str, Quantized]) -> None:
     """Replaces weights of a model by quantised ones, by path, in place; adapters stay.
 
@@ -87,7 +77,7 @@ def quantized_in_place(model: Any, values: Mapping[str, Quantized]) -> None:
     for path, value in values.items():
         module, _, name = path.rpartition("/")
         variable = vars(module_at(model, module, path))[name]
-        variable.__class__ = quantized_param(type(variable))  # type: ignore[arg-type]
+        variable.__class__ = param_class(QuantizedParam, type(variable))  # type: ignore[arg-type]
         variable.set_raw_value(value)
     refresh_all(model)
 

@@ -9,15 +9,11 @@
 
 from adapters_jax.placement.counting import Counted, counted, left_over, without_adapter
 from adapters_jax.placement.finding import (
-    check_nested,
-    check_reached,
-    check_targets,
+    checked,
     chosen,
     named_node,
     on_outputs,
     taken,
-    usable_paths,
-    with_shared,
 )
 from adapters_jax.placement.placed import (
     Known,
@@ -38,9 +34,7 @@ __all__ = [
     "Shape",
     "Shapes",
     "Visit",
-    "check_nested",
-    "check_reached",
-    "check_targets",
+    "checked",
     "chosen",
     "counted",
     "in_tree",
@@ -49,7 +43,5 @@ __all__ = [
     "on_outputs",
     "own_leaves",
     "taken",
-    "usable_paths",
-    "with_shared",
     "without_adapter",
 ]

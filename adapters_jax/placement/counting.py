@@ -67,20 +67,15 @@ def counted(
         if isinstance(each, str):
             problems.append(each)
             continue
-        adapters.append(Counted(each, each.count))
-        if adapters[-1].expected != adapters[-1].actual:
-            problems.append(_wrong_count(adapters[-1]))
+        adapters.append(one := Counted(each, each.count))
+        if one.expected != one.actual:
+            problems.append(
+                f"{described(each)} has {one.actual:,} parameters, expected {one.formula} = "
+                f"{one.expected:,}"
+            )
     if problems:
         raise MismatchError("the arrays differ from the recipe: " + "; ".join(problems))
     return adapters
-
-
-def _wrong_count(adapter: Counted) -> str:
-    """Why an adapter's arrays are not those of its closed form."""
-    return (
-        f"{described(adapter.placed)} has {adapter.actual:,} parameters, expected "
-        f"{adapter.formula} = {adapter.expected:,}"
-    )
 
 
 def _as_counted(recipe: Recipe, shapes: Shapes) -> list[Placement | str]:
@@ -169,8 +164,7 @@ def left_over(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     for path in shapes:
         names = path.split("/")
         modules = ("/".join(names[:i]) for i, name in enumerate(names) if is_slot(name))
-        if any(module in own for module in modules):
-            found.append(path)
+        found += [path] if any(module in own for module in modules) else []
     return [path for path in found if not recipe.keeps(path)]
 
 

@@ -9,11 +9,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adapters_jax.errors import RecipeError, TargetError
+from adapters_jax.errors import RecipeError, TargetError, first_few
 from adapters_jax.methods import Method
 from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.placement.patterns import require_points
-from adapters_jax.placement.placed import Placement, Shape, Shapes, own_leaves, weight_in
+from adapters_jax.placement.placed import (
+    Placement,
+    Placements,
+    Shape,
+    Shapes,
+    own_leaves,
+    weight_in,
+)
 from adapters_jax.placement.visits import Visit, why_not
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around, join, matches, selects
@@ -51,8 +58,9 @@ def chosen(
             added = [bias.rpartition("/") for bias in dict.fromkeys(leaf.biases)]
             biases = tuple(bias for around, _, bias in added if around == module)
             placed = Placement(method, target, module, "", name, own[name], axes, biases)
-            placed = replace(placed, layers=own[name][: layers.get(module, 0)])
-            found.append(replace(named_node(placed, own), reaches=leaf.reaches))
+            stacked = own[name][: layers.get(module, 0)]
+            placed = replace(placed, layers=stacked, reaches=leaf.reaches)
+            found.append(named_node(placed, own))
     return found
 
 
@@ -114,14 +122,13 @@ def named_node(placed: Placement, own: Shapes) -> Placement:
     So a tree of arrays is enough to find it again. The shapes of the factors of a square weight
     fit both ways, for example, and its node then names the roles of its axes.
     """
-    placed, axes = placed.with_arrays(), placed.point().axes
-    roles = placed.method.roles(axes, placed.path)
-    stated = f":{axes.text}"
+    placed, roles = placed.with_arrays(), placed.roles()
+    stated = f":{placed.axes.text}" if placed.axes else ""
     nodes = ["", stated] if placed.path == placed.module else []
     for node in (*nodes, placed.weight):
         named = replace(placed, node=node)
-        weight, read = weight_in(named, own) or ("", axes)
-        if weight == placed.weight and placed.method.roles(read, placed.path) == roles:
+        weight, axes = weight_in(named, own) or ("", placed.axes)
+        if weight == placed.weight and placed.method.roles(axes, placed.path) == roles:
             return named
     return replace(placed, path=placed.weight_path, node=placed.weight + stated).with_arrays()
 
@@ -142,7 +149,7 @@ def on_outputs(recipe: Recipe, visit: Visit, layers: Shape = ()) -> Iterator[Pla
             yield replace(placed, layers=layers, reaches=True).with_arrays()
 
 
-def check_targets(
+def checked(
     recipe: Recipe,
     found: Sequence[Placement],
     modules: Mapping[str, Any],
@@ -151,8 +158,9 @@ def check_targets(
     leaves: Mapping[str, Any],
     tied: Mapping[str, str],
     layers: Mapping[str, int],
-) -> None:
-    """Checks that the patterns of a recipe match what its methods can adapt in a model.
+    reached: Container[str],
+) -> Placements:
+    """The placements of a recipe in a model, once they fit it, with the shapes of shared leaves.
 
     Args:
         visits: what a run showed of its modules, by path.
@@ -160,10 +168,13 @@ def check_targets(
         leaves: all of the base's leaves by path.
         tied: further paths of shared modules and leaves, each with the path to use.
         layers: how many layer axes the leaves of a module are stacked on, by its path.
+        reached: the paths of the modules to whose results gradients of the outputs get.
 
     Raises:
-        TargetError: a pattern matches nothing, or nothing that its method can attach to; or a
-            weight is tied to one of another name, which would stay as it is.
+        TargetError: a pattern matches nothing, or nothing that its method can attach to; a weight
+            is tied to one of another name, which would stay as it is; gradients do not get to some
+            adapters; or one method adapts an attention twice.
+        RecipeError: modules ask for several shapes of a leaf that they share.
     """
     biases = {
         bias
@@ -181,7 +192,7 @@ def check_targets(
         if method.slot is None:
             usable = list(leaves)
         elif isinstance(method, LeafMethod):
-            usable = usable_paths(method, reads)
+            usable = _usable_paths(method, reads)
             why = {p: _why_not(method, p, x, reads, layers, biases) for p, x in leaves.items()}
             inside = {path.rpartition("/")[0]: reason for path, reason in why.items() if reason}
             other |= {
@@ -208,6 +219,9 @@ def check_targets(
                 f"{further[weight]}, where an adapter on it would not act; share the module that "
                 f"holds it, or exclude it with '!{each.path}'"
             )
+    _check_reached(found, reached)
+    _check_nested(found)
+    return Placements.ordered(recipe, _with_shared(found))
 
 
 def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, str]) -> None:
@@ -236,32 +250,20 @@ def _require_own_paths(method: Method, paths: Sequence[str], tied: Mapping[str, 
         raise TargetError("\n".join(problems))
 
 
-def check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
-    """Checks that gradients of the outputs get to the modules that methods on outputs adapt.
-
-    Args:
-        reached: the paths of the modules to whose results they get.
-
-    Raises:
-        TargetError: they do not get to some, whose adapters could not train.
-    """
+def _check_reached(found: Sequence[Placement], reached: Container[str]) -> None:
+    """Raises TargetError where no gradients get to a module that a method on outputs adapts."""
     idle = [x for x in found if x.method.acts_on != "weight" and x.module not in reached]
     if idle:
-        paths = ", ".join(each.module or "(the model itself)" for each in idle[:_SHOWN])
-        more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
+        paths = first_few([each.module or "(the model itself)" for each in idle])
         raise TargetError(
             f"{type(idle[0].method).__name__}: the model's outputs do not depend on what "
-            f"{paths}{more} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
+            f"{paths} returns, or let no gradient through to it (jax.lax.stop_gradient), so "
             f"that an adapter there could not train; exclude it with '!{idle[0].module}'"
         )
 
 
-def check_nested(found: Sequence[Placement]) -> None:
-    """Checks that no attention is adapted twice by one method, at its module and around it.
-
-    Raises:
-        TargetError: a prompt is attached to a module and to one inside it.
-    """
+def _check_nested(found: Sequence[Placement]) -> None:
+    """Raises TargetError where a prompt is attached to a module and to one inside it."""
     prompts = [each for each in found if each.method.acts_on == "attention"]
     places = {(each.method, each.module) for each in prompts}
     for each in prompts:
@@ -273,7 +275,7 @@ def check_nested(found: Sequence[Placement]) -> None:
                 )
 
 
-def with_shared(found: Sequence[Placement]) -> list[Placement]:
+def _with_shared(found: Sequence[Placement]) -> list[Placement]:
     """The placements with the shape that each leaf has which all modules of an entry share.
 
     Raises:
@@ -306,7 +308,6 @@ def with_shared(found: Sequence[Placement]) -> list[Placement]:
     ]
 
 
-_SHOWN = 5
 _NO_MODULE = (
     "it holds weights, and no module that this API calls; target the module around it, or pass "
     "example_inputs=(...) where it is a linen module inside an NNX model, or inputs with a "
@@ -315,7 +316,7 @@ _NO_MODULE = (
 )
 
 
-def usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
+def _usable_paths(method: LeafMethod, reads: Mapping[str, Tracked]) -> list[str]:
     """What a method can target: weights that meet an input or are named, and their modules."""
     meeting = {path for path, leaf in reads.items() if not _obstacle(leaf)}
     named = {

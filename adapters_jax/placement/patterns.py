@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
@@ -65,7 +65,9 @@ def require_points(
         chosen = targeted or (path for path in usable if selects(method.targets, path))
         own = dict.fromkeys(chosen)
         others = {p: f"not a target of {owner}" for p in (*usable, *unusable) if p not in own}
-        for field, patterns in _patterns_of_fields(method):
+        fields = {f: [pattern for pattern, _ in getattr(method, f)] for f in method.pattern_fields}
+        fields |= {f: list(getattr(method, f)) for f in method.subset_fields}
+        for field, patterns in fields.items():
             problems += failures(f"{owner} {field}", patterns, own, others, parts=first_time)
     if problems:
         raise TargetError("\n".join(problems))
@@ -104,14 +106,6 @@ def _here(target: str, usable: Sequence[str]) -> str:
     if ("/" in target and patterns[0] == target) or is_expression(target):
         return ""
     return next((pattern for pattern in patterns if not failures("", (pattern,), usable)), "")
-
-
-def _patterns_of_fields(method: Method) -> Iterator[tuple[str, Sequence[str]]]:
-    """The fields of a method, besides its targets, that hold patterns of targets."""
-    for field in method.pattern_fields:
-        yield field, [pattern for pattern, _ in getattr(method, field)]
-    for field in method.subset_fields:
-        yield field, getattr(method, field)
 
 
 def _skipping(owner: str, skipped: Mapping[str, str]) -> str:

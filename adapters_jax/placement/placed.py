@@ -8,7 +8,7 @@ square kernel of a layer that computes `x @ kernel.T`.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class Placement:
         """The path of the weight that it changes."""
         return join(self.module, self.weight)
 
-    @property
+    @functools.cached_property
     def array_shapes(self) -> dict[str, Shape]:
         """The shapes of its arrays by path."""
         return {self.method.path_of(self.prefix, name): shape for name, shape in self.arrays}
@@ -136,6 +136,19 @@ class Placement:
             for name, x in shared.items()
         }
 
+    def stacked(self, shapes: Shapes, around: Shape = ()) -> "Placement":
+        """The placement with the layer axes that its arrays have in a tree.
+
+        Args:
+            shapes: the shapes of the tree's leaves by path.
+            around: the layer axes that the whole tree is stacked on.
+        """
+        if not self.arrays:
+            return replace(self, layers=around)
+        name = self.method.own_leaves[0]
+        own, grown = dict(self.arrays)[name], shapes[join(self.prefix, name)]
+        return replace(self, layers=(*around, *grown[: len(grown) - len(own)])).with_arrays()
+
     def with_arrays(self) -> "Placement":
         """The placement with the shapes of its arrays, which follow from the method."""
         # The roles of a weight's axes include its layer axes; outputs are those of one layer.
@@ -162,6 +175,12 @@ class Placements(tuple[Placement, ...]):
 
     def __hash__(self) -> int:
         return self._hash
+
+    @classmethod
+    def ordered(cls, recipe: Recipe, found: Iterable[Placement]) -> "Placements":
+        """Placements in the order of the recipe's methods."""
+        order = {method: i for i, method in enumerate(recipe.attached)}
+        return cls(sorted(found, key=lambda each: order[each.method]))
 
     def fit(self, recipe: Recipe, shapes: Shapes) -> bool:
         """Whether a tree holds the weights and arrays of these placements, and no other adapter."""
@@ -281,9 +300,7 @@ def _in_tree(recipe: Recipe, shapes: tuple[tuple[str, Shape], ...]) -> Placement
     groups, base = groups_of(recipe, dict(shapes))
     owned = own_leaves(base)
     found = [located(owner, parts, owned.get(owner.module, {})) for owner, parts in groups]
-    found += _compositions(recipe, found)
-    order = {method: i for i, method in enumerate(recipe.attached)}
-    return Placements(sorted(found, key=lambda each: order[each.method]))
+    return Placements.ordered(recipe, [*found, *_compositions(recipe, found)])
 
 
 def _compositions(recipe: Recipe, found: Sequence[Placement]) -> list[Placement]:

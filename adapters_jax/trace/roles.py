@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters_jax.targets import join
+from adapters_jax.targets import around, join
 from adapters_jax.trace.flow import Attention, Flow, Trace
 from adapters_jax.trace.reads import Lookup, Product
 
@@ -195,7 +195,7 @@ class _Finder:
         found = []
         for number in sorted(numbers):
             for leaf in sorted(self.flow.products[number].leaves):
-                path = next((p for p in _upwards(leaf) if self._returns(p, number)), "")
+                path = next((p for p in around(leaf) if self._returns(p, number)), "")
                 while path and self._returns(above := posixpath.dirname(path), number):
                     if not above or self._below(above) != self._below(path):
                         break
@@ -248,17 +248,6 @@ class _Finder:
         while (above := posixpath.dirname(path)) and not others.intersection(self._below(above)):
             path = above
         return path
-
-
-def _upwards(path: str) -> Iterable[str]:
-    """The paths above a path, the innermost first.
-
-    Example:
-        >>> list(_upwards("a/b/c"))
-        ['a/b', 'a']
-    """
-    while path := posixpath.dirname(path):
-        yield path
 
 
 def _unique(paths: Iterable[str]) -> Paths:

@@ -30,7 +30,7 @@ from adapters_jax.nnx import (
 from adapters_jax.nnx.graph import frozen_leaves, original
 from adapters_jax.placement import Placement
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import as_patterns, join, require_match, selects
+from adapters_jax.targets import around, as_patterns, join, require_match, selects
 from adapters_jax.trace.inputs import Inputs, explained
 from adapters_jax.trees import Tree, check_params, flatten, unflatten, without_adapters
 from adapters_jax.weights.axes import Axes, from_reads
@@ -331,9 +331,8 @@ def _warn_of_unknown(
 
 def _layers(path: str, weights: Mapping[str, Axes]) -> int:
     """The number of layer axes in front of a parameter's own, by the known weights beside it."""
-    names = path.split("/")
     found = [
-        [len(axes.shared) for other, axes in weights.items() if other.startswith(parent)]
-        for parent in ("/".join(names[:i]) + "/" for i in range(1, len(names)))
+        [len(axes.shared) for other, axes in weights.items() if other.startswith(f"{parent}/")]
+        for parent in around(path)
     ]
     return max((min(counts) for counts in found if counts), default=0)

@@ -268,7 +268,8 @@ def _converted(
         raise TypeError(
             f"got the path {str(subject)!r} of an adapter; write aj.read_adapter({str(subject)!r})"
         )
-    if not _is_adapter(subject):
+    pair = isinstance(subject, tuple) and len(subject) == 2
+    if not (pair and isinstance(subject[0], Recipe | Method)):
         return _mapped(subject, change)
     recipe, flat = adapter_leaves(subject, "stack_layers")
     made, problems = change(flat), list[str]()
@@ -276,11 +277,6 @@ def _converted(
     if problems:
         raise RecipeError(f"stack_layers: {first_few(problems, 6, '; ')}; {ADVICE}")
     return recipe, unflatten(made)
-
-
-def _is_adapter(subject: Any) -> bool:
-    is_pair = isinstance(subject, tuple) and len(subject) == 2
-    return is_pair and isinstance(subject[0], Recipe | Method)
 
 
 def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:

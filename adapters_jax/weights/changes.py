@@ -18,7 +18,15 @@ from jaxtyping import Array, Float
 
 from adapters_jax.trace.primitives import blocks_of
 from adapters_jax.trace.through import holding
-from adapters_jax.weights.factors import RANK, Factor, beside, cast, contracted, reshaped
+from adapters_jax.weights.factors import (
+    RANK,
+    ByFactor,
+    Factor,
+    beside,
+    cast,
+    contracted,
+    reshaped,
+)
 from adapters_jax.weights.gates import Gate
 from adapters_jax.weights.observed import Observed
 from adapters_jax.weights.packed import View, cut_scales, rows_of, split_scales
@@ -103,31 +111,13 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(ByFactor):
     """Multiplies a weight by a factor along some of its axes.
-
-    Attributes:
-        by: the factor.
 
     Example:
         >>> Scale(Factor(jnp.asarray([1.0, 2.0]), (1,))).applied(jnp.ones((1, 2)))
         Array([[1., 2.]], dtype=float32)
     """
-
-    by: Factor
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The factor."""
-        return (self.by,)
-
-    def with_factors(self, by: Factor) -> "Scale":
-        """The change with another factor."""
-        return Scale(by)
-
-    def renamed(self, new: Callable[[int], int]) -> "Scale":
-        """The change of a weight whose axes have new numbers."""
-        return Scale(self.by.renamed(new))
 
     def applied(self, weight: Array) -> Array:
         """The changed weight."""
@@ -189,7 +179,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(ByFactor):
     """Multiplies a weight's inputs by a matrix in blocks: it is `R W`, and `(x R) W` of an input.
 
     Attributes:
@@ -203,17 +193,7 @@ class Rotation:
         [[2.0], [1.0]]
     """
 
-    by: Factor
     inputs: tuple[int, ...]
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The blocks."""
-        return (self.by,)
-
-    def with_factors(self, by: Factor) -> "Rotation":
-        """The change with other blocks."""
-        return replace(self, by=by)
 
     def renamed(self, new: Callable[[int], int]) -> "Rotation":
         """The change of a weight whose axes have new numbers."""
@@ -448,6 +428,7 @@ class Changed:
 
     def layers(self, length: int) -> "Layers":
         """The weight as a stack of layers on its first axis."""
+        to_front = lambda array, position: jnp.moveaxis(array, position[0], 0)  # noqa: E731
         along = any(isinstance(change, Added) and 0 in change.axes for change in self.changes)
         whole = self.made if along else self
         if any(0 in _uncut(change) for change in self.changes):
@@ -456,16 +437,12 @@ class Changed:
             whole = replace(whole, base=self.floats(self.base), views=())
         rows, rest = [], []
         for change in whole.changes:
-            front = [f.on_axes(_to_front) if 0 in f.axes else f for f in change.factors]
+            front = [f.on_axes(to_front) if 0 in f.axes else f for f in change.factors]
             rows.append([f.array if 0 in f.axes else None for f in front])
             key = change.key if isinstance(change, LowRank) else None
             rows[-1].append(None if key is None else jax.random.split(key, length))
             rest.append(change.with_factors(*front))
         return Layers((whole.base, rows), whole, tuple(rest))
-
-
-def _to_front(array: Array, position: dict[int, int]) -> Array:
-    return jnp.moveaxis(array, position[0], 0)
 
 
 @dataclass(frozen=True)

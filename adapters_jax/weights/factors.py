@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,30 @@ class Factor:
     def on_axes(self, change: Callable[[Array, dict[int, int]], Array]) -> "Factor":
         """The factor after a change that keeps its axes, given the position of each axis."""
         return replace(self, array=change(self.array, {a: i for i, a in enumerate(self.axes)}))
+
+
+@dataclass(frozen=True)
+class ByFactor:
+    """A change of a weight by one factor.
+
+    Attributes:
+        by: the factor.
+    """
+
+    by: Factor
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factor."""
+        return (self.by,)
+
+    def with_factors(self, by: Factor) -> Self:
+        """The change with another factor."""
+        return replace(self, by=by)
+
+    def renamed(self, new: Callable[[int], int]) -> Self:
+        """The change of a weight whose axes have new numbers."""
+        return replace(self, by=self.by.renamed(new))
 
 
 def cast(array: Array, dtype: Any) -> Array:

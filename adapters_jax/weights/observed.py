@@ -7,8 +7,7 @@ changes no output. Its gradient is the statistics of one batch, whatever is diff
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adapters_jax.errors import RecipeError
-from adapters_jax.weights.factors import RANK, Factor, contracted
+from adapters_jax.weights.factors import RANK, ByFactor, Factor, contracted
 
 Axes = tuple[int, ...]
 SUMS = 3  # columns of a tape: those of the inputs, of their squares, and of ones
@@ -26,7 +25,7 @@ SUMS = 3  # columns of a tape: those of the inputs, of their squares, and of one
     jax.tree_util.register_dataclass, data_fields=["by", "counted"], meta_fields=["path"]
 )
 @dataclass(frozen=True)
-class Observed:
+class Observed(ByFactor):
     """Leaves a weight as it is, and gives its tape the statistics of its inputs as a gradient.
 
     For probes V, the first columns of the tape, these are X^T X V, and then the sums of `SUMS`; X
@@ -38,22 +37,8 @@ class Observed:
         path: the weight.
     """
 
-    by: Factor
     counted: Any
     path: str
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The tape."""
-        return (self.by,)
-
-    def with_factors(self, by: Factor) -> "Observed":
-        """The same with another tape."""
-        return replace(self, by=by)
-
-    def renamed(self, new: Callable[[int], int]) -> "Observed":
-        """The same for a weight whose axes have new numbers."""
-        return replace(self, by=self.by.renamed(new))
 
     def applied(self, weight: Array) -> Array:
         """Raises RecipeError: who reads the whole weight shows no input."""

@@ -4,6 +4,7 @@ An operation that only looks at the weight in another way gives another `Lazy`; 
 computed thin; jit, checkpoint, cond and scan are entered with the parts of the weight.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -211,12 +212,8 @@ def _remat(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wher
     # Without the call, what the body computes would be kept for the gradient. The parts are plain
     # arrays, which jax can differentiate; the body puts them together again.
     split, join = _parts(values)
-
-    def body(parts: Any) -> Any:
-        with thin() as inner:
-            return lowered(jax.core.eval_jaxpr(params["jaxpr"], (), *join(inner, parts)))
-
-    return trace.checkpointed(body, params)(split)
+    run = functools.partial(jax.core.eval_jaxpr, params["jaxpr"], ())
+    return trace.checkpointed(lambda parts: _inside(run, join(parts)), params)(split)
 
 
 def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -226,26 +223,28 @@ def _cond(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
         return None
     split, join = _parts(operands)
 
-    def thinly(jaxpr: Any) -> Callable[[Any], Any]:
-        def branch(parts: Any) -> Any:
-            with thin() as inner:
-                return lowered(jex.jaxpr_as_fun(jaxpr)(*join(inner, parts)))
+    def branch(jaxpr: Any) -> Callable[[Any], Any]:
+        return lambda parts: _inside(jex.jaxpr_as_fun(jaxpr), join(parts))
 
-        return branch
-
-    return jax.lax.switch(index, [thinly(jaxpr) for jaxpr in params["branches"]], split)
+    return jax.lax.switch(index, [branch(jaxpr) for jaxpr in params["branches"]], split)
 
 
-def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Thin, Any], list[Any]]]:
+def _parts(values: Sequence[Any]) -> tuple[list[Any], Callable[[Any], list[Any]]]:
     """Values as a tree of plain arrays, and the function that makes them of it again."""
 
-    def join(trace: Thin, parts: Any) -> list[Any]:
+    def join(parts: Any) -> list[Any]:
         return [
-            x.within(trace, part) if isinstance(x, Lazy) else part
+            x.seen_as(part) if isinstance(x, Lazy) else part
             for x, part in zip(values, parts, strict=True)
         ]
 
     return [x.changed if isinstance(x, Lazy) else x for x in values], join
+
+
+def _inside(run: Callable[..., Any], values: Sequence[Any]) -> Any:
+    """What a body, which jax traces by itself, makes of values, some of them changed weights."""
+    with thin() as inner:
+        return lowered(run(*(x.within(inner) if isinstance(x, Lazy) else x for x in values)))
 
 
 def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where: int) -> Any:
@@ -261,13 +260,11 @@ def _scan(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, where
     rows = [part.rows if isinstance(x, Lazy) else part for x, part in zip(xs, stacked, strict=True)]
 
     def body(carry: Any, rows: Any) -> Any:
-        with thin() as inner:
-            inside = [
-                x.within(inner, part.layer(row)) if isinstance(x, Lazy) else row
-                for x, part, row in zip(xs, stacked, rows, strict=True)
-            ]
-            outer = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
-            results = lowered(jex.jaxpr_as_fun(params["jaxpr"])(*outer, *carry, *inside))
+        layer = [
+            x.seen_as(part.layer(row)) if isinstance(x, Lazy) else row
+            for x, part, row in zip(xs, stacked, rows, strict=True)
+        ]
+        results = _inside(jex.jaxpr_as_fun(params["jaxpr"]), [*consts, *carry, *layer])
         return results[: len(carry)], results[len(carry) :]
 
     carry, made = jax.lax.scan(
@@ -285,18 +282,10 @@ def _while(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, wher
         if isinstance(x, Lazy):
             x.record("while")
 
-    def thinly(jaxpr: Any, consts: Sequence[Any]) -> Callable[[Any], Any]:
-        def run(carry: Any) -> Any:
-            with thin() as inner:
-                own = [x.within(inner) if isinstance(x, Lazy) else x for x in consts]
-                return lowered(jex.jaxpr_as_fun(jaxpr)(*own, *carry))
-
-        return run
-
-    goes_on, body = params["cond_jaxpr"], params["body_jaxpr"]
+    goes_on, body = (jex.jaxpr_as_fun(params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
     return jax.lax.while_loop(
-        lambda carry: thinly(goes_on, values[:n])(carry)[0],
-        thinly(body, values[n:m]),
+        lambda carry: _inside(goes_on, [*values[:n], *carry])[0],
+        lambda carry: _inside(body, [*values[n:m], *carry]),
         [formed(x) for x in values[m:]],
     )
 

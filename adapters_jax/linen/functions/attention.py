@@ -16,6 +16,7 @@ from jaxtyping import Array
 from adapters_jax.methods.prompt import inserted
 from adapters_jax.placement import Visit
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import around
 from adapters_jax.trace.flow import Trace
 from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.inputs import Inputs, is_array
@@ -84,7 +85,7 @@ def attentions_of(
     jax.make_jaxpr(watching)(tree, arrays)
     graph = Graph(jax.make_jaxpr(run)(tree, arrays))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    modules = {path[:i] for path in shapes for i, c in enumerate(path) if c == "/"}
+    modules = {above for path in shapes for above in around(path)}
     given = frozenset(graph.inputs[len(leaves) :])
     parameters = {i: path_of(path) for i, (path, _) in enumerate(leaves)}
     paths = around_attentions(Trace(graph, parameters, given, frozenset(modules)))

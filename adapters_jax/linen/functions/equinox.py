@@ -19,44 +19,38 @@ from adapters_jax.trace.inputs import is_array
 from adapters_jax.trees import join
 
 _NAME = "adapters_jax_held"  # a field of the subclasses
+keeps_others = True  # such as activation functions
 
 
-class _Front:
-    """See `adapters_jax.linen.functions.modules.Front`."""
+def static(tree: Any) -> dict[str, Any]:
+    """The static fields of modules by their paths."""
+    found: dict[str, Any] = {}
 
-    keeps_others = True  # such as activation functions
+    def note(node: Any, path: str) -> None:
+        for name, part in _parts(node):
+            note(part, join(path, name))
+        if isinstance(node, eqx.Module):
+            fields = (x.name for x in dataclasses.fields(node) if x.metadata.get("static"))
+            found.update({join(path, name): getattr(node, name) for name in fields})
 
-    def static(self, tree: Any) -> dict[str, Any]:
-        """The static fields of modules by their paths."""
-        found: dict[str, Any] = {}
-
-        def note(node: Any, path: str) -> None:
-            for name, part in _parts(node):
-                note(part, join(path, name))
-            if isinstance(node, eqx.Module):
-                fields = (x.name for x in dataclasses.fields(node) if x.metadata.get("static"))
-                found.update({join(path, name): getattr(node, name) for name in fields})
-
-        note(tree, "")
-        return found
-
-    @contextlib.contextmanager
-    def entered(self, tree: Any, run: Calls, held: Mapping[str, Held]) -> Iterator[Any]:
-        """Gives every module that is adapted, or all while adapters are placed, its subclass."""
-        try:
-            yield _shown(tree, "", run, held)
-        except ValueError as error:
-            if "pytree structure error" not in str(error):
-                raise
-            raise UserError(
-                "the function combines parts of modules that are adapted, each with its adapters, "
-                "with modules that are not in its parameters, or with one another; give it whole "
-                "modules, as in aj.adapt(lambda model, x: fn(eqx.partition(model, eqx.is_array), "
-                "x), model, recipe, ...), or target weights, as LoRA does"
-            ) from error
+    note(tree, "")
+    return found
 
 
-FRONT = _Front()
+@contextlib.contextmanager
+def entered(tree: Any, run: Calls, held: Mapping[str, Held]) -> Iterator[Any]:
+    """Gives every module that is adapted, or all while adapters are placed, its subclass."""
+    try:
+        yield _shown(tree, "", run, held)
+    except ValueError as error:
+        if "pytree structure error" not in str(error):
+            raise
+        raise UserError(
+            "the function combines parts of modules that are adapted, each with its adapters, "
+            "with modules that are not in its parameters, or with one another; give it whole "
+            "modules, as in aj.adapt(lambda model, x: fn(eqx.partition(model, eqx.is_array), "
+            "x), model, recipe, ...), or target weights, as LoRA does"
+        ) from error
 
 
 def _parts(node: Any) -> list[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from adapters_jax.linen.functions.attention import Attending, attentions_of
 from adapters_jax.linen.functions.modules import Front, attached, fronts_of, is_equinox
 from adapters_jax.methods.mixed import Rows
 from adapters_jax.recipe import Recipe
-from adapters_jax.targets import selects
+from adapters_jax.targets import around, selects
 from adapters_jax.trace.inputs import Inputs, filled, inputs_text, is_array
 from adapters_jax.trace.program import reaching
 from adapters_jax.trees import Tree, flatten, unflatten
@@ -94,7 +94,7 @@ class Signature:
                 "is below it, lambda p, x: fn({'params': p, **rest}, x), or put the whole into a "
                 "list: aj.adapt(lambda p, x: fn(p[0], x), [params], recipe, ...)"
             )
-        parents = {path[:i] for path in arrays for i, c in enumerate(path) if c == "/"}
+        parents = {above for path in arrays for above in around(path)}
         twice = sorted({p for p in self._paths if self._paths.count(p) > 1} | (parents & {*arrays}))
         if twice:
             raise UserError(

@@ -19,48 +19,42 @@ from adapters_jax.trace.inputs import is_array
 from adapters_jax.trees import Tree, flatten, join, unflatten
 
 _MARK, _BETWEEN = "adapters_jax", "|"  # what modules carry is named: mark, module, array
+keeps_others = False
 
 # Without it, `jax.jit` would take up the trace of an earlier call with other adapters, or none.
 _running = jax.make_user_context(default_value=None)
 
 
-class _Front:
-    """See `adapters_jax.linen.functions.modules.Front`."""
-
-    keeps_others = False
-
-    def static(self, tree: Any) -> dict[str, Any]:
-        """Nothing: the parameters are all there is."""
-        return {}
-
-    @contextlib.contextmanager
-    def entered(self, tree: Any, run: Calls, held: Mapping[str, Held]) -> Iterator[Any]:
-        """Intercepts the calls of modules within the function."""
-
-        def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name != "__call__":  # in `__init__` it has no name yet
-                return function(*args, **kwargs)
-            start, stacked, carried = _carried(shapes)
-            path = None if start is None else join(start, context.module.module_name)
-            if path is None or not (run.init or path in held):
-                return function(*args, **kwargs)
-            if path in held and path not in carried:
-                raise RecipeError(
-                    f"{path!r} is adapted, but has no parameters to carry its adapters to where "
-                    f"it runs; target a module around it, or exclude it: '!{path}'"
-                )
-            arrays = functools.partial(_arrays, context.module)
-            if run.init and stacked and not arrays():  # nothing says how many layers it has
-                return function(*args, **kwargs)
-            here = unflatten(carried.get(path, {}))
-            return run(path, context.module, arrays, function, args, kwargs, here)
-
-        shapes = {path: own[min(own)].shape for path, own in modules(tree).items()}
-        with hk.intercept_methods(call), _running(run):
-            yield _carrying(tree, held) if run.init or held else tree
+def static(tree: Any) -> dict[str, Any]:
+    """Nothing: the parameters are all there is."""
+    return {}
 
 
-FRONT = _Front()
+@contextlib.contextmanager
+def entered(tree: Any, run: Calls, held: Mapping[str, Held]) -> Iterator[Any]:
+    """Intercepts the calls of modules within the function."""
+
+    def call(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__":  # in `__init__` it has no name yet
+            return function(*args, **kwargs)
+        start, stacked, carried = _carried(shapes)
+        path = None if start is None else join(start, context.module.module_name)
+        if path is None or not (run.init or path in held):
+            return function(*args, **kwargs)
+        if path in held and path not in carried:
+            raise RecipeError(
+                f"{path!r} is adapted, but has no parameters to carry its adapters to where "
+                f"it runs; target a module around it, or exclude it: '!{path}'"
+            )
+        arrays = functools.partial(_arrays, context.module)
+        if run.init and stacked and not arrays():  # nothing says how many layers it has
+            return function(*args, **kwargs)
+        here = unflatten(carried.get(path, {}))
+        return run(path, context.module, arrays, function, args, kwargs, here)
+
+    shapes = {path: own[min(own)].shape for path, own in modules(tree).items()}
+    with hk.intercept_methods(call), _running(run):
+        yield _carrying(tree, held) if run.init or held else tree
 
 
 def calls_modules(run: Callable[[], Any]) -> bool:

@@ -32,7 +32,7 @@ from adapters_jax.trees import Tree, flatten, join, unflatten
 
 
 class Front(Protocol):
-    """How a library marks the calls of its modules.
+    """How a library marks the calls of its modules; `equinox` and `haiku` beside this are such.
 
     Attributes:
         keeps_others: whether its modules may have leaves that are no arrays.
@@ -251,9 +251,10 @@ def fronts_of(params: Any, run: Callable[[], Any] | None) -> list[Front]:
     """
     found: list[Front] = []
     if any(map(is_equinox, jax.tree.leaves(params, is_leaf=is_equinox))):
-        found.append(importlib.import_module("adapters_jax.linen.functions.equinox").FRONT)
+        equinox: Any = importlib.import_module("adapters_jax.linen.functions.equinox")
+        found.append(equinox)
     if "haiku" in sys.modules:
-        haiku = importlib.import_module("adapters_jax.linen.functions.haiku")
+        haiku: Any = importlib.import_module("adapters_jax.linen.functions.haiku")
         if haiku.modules(params) and (run is None or haiku.calls_modules(run)):
-            found.append(haiku.FRONT)
+            found.append(haiku)
     return found

@@ -68,10 +68,7 @@ def cross_entropy(
         weights = jnp.broadcast_to(1.0 / jnp.maximum(counted.sum(), 1), labels.shape)
     wide = jnp.promote_types(jnp.promote_types(hidden.dtype, weights.dtype), jnp.float32)
     weights = jnp.where(counted, weights.astype(wide), 0.0)
-    batch, length = labels.shape
-    chunk = _chunk(batch) if chunk is None else chunk
-    check_size("cross_entropy", "chunk", chunk)
-    parts = -(-length // chunk)
+    parts = -(-labels.shape[1] // _chunk("cross_entropy", labels, chunk))
     if parts <= 1:
         return _loss(head, hidden, labels, weights)
     pure, held = _pure("cross_entropy", head, hidden, parts)
@@ -117,11 +114,9 @@ def sequence_log_probs(
     """
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     _check(hidden, labels, None)
-    batch, length = labels.shape
-    chunk = _chunk(batch) if chunk is None else chunk
-    check_size("sequence_log_probs", "chunk", chunk)
+    chunk = _chunk("sequence_log_probs", labels, chunk)
     weights = (labels >= 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    if chunk >= length:
+    if chunk >= labels.shape[1]:
         return -_losses(head, hidden, labels, weights).sum(-1)
 
     # A row at a time under vmap, since `cross_entropy` adds up all of its tokens.
@@ -163,17 +158,17 @@ def token_log_probs(
     """
     _check(hidden, labels, None)
     batch, length = labels.shape
-    chunk = _chunk(batch) if chunk is None else chunk
-    check_size("token_log_probs", "chunk", chunk)
-    parts = -(-length // chunk)
+    parts = -(-length // _chunk("token_log_probs", labels, chunk))
     pure, held = _pure("token_log_probs", head, hidden, parts)
     found = _log_probs(pure, _split(hidden, parts), _split(labels, parts, -1), held)
     return jnp.moveaxis(found, 0, 1).reshape(batch, -1)[:, :length]
 
 
-def _chunk(batch: int) -> int:
-    """The positions in every row whose logits are held at once, by default."""
-    return max(1, -(-TOKENS // max(batch, 1)))
+def _chunk(caller: str, labels: Array, given: int | None) -> int:
+    """The positions in every row whose logits are held at once: as given, or for `TOKENS`."""
+    chunk = max(1, -(-TOKENS // max(len(labels), 1))) if given is None else given
+    check_size(caller, "chunk", chunk)
+    return chunk
 
 
 def _check(hidden: Any, labels: Any, weights: Any) -> None:
