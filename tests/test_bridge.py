@@ -159,6 +159,13 @@ def test_linen_inside_nnx_computes_as_linen_alone(method):
     assert nnx.graphdef(merged) == nnx.graphdef(LinenInside(nnx.Rngs(0)))
 
 
+def test_compositions_on_linen_modules_inside_nnx():
+    two = (aj.Bottleneck("**/{head,up}", 2, name=name) for name in "ab")
+    recipe = aj.Recipe(*two, aj.average("a", "b", weights=(3, 1)))
+    model = linen_inside(recipe)
+    assert_same(model, unflatten(params_of(model)), aj.adapt(OnlyLinen(), recipe))
+
+
 class Attends(nn.Module):
     @nn.compact
     def __call__(self, x):
