@@ -324,7 +324,7 @@ def _matched(
     """The pairs with the modules of ours that each may be of."""
     known: _Known = {}
     for name, references in module_map.modules.items():
-        for prefix in ("", *module_map.prefixes):
+        for prefix in ("", *module_map.table.prefixes):
             known.setdefault(spelled(prefix + name), []).append(references)
     there = {names: known.get(names) or _in_parts(names, known) for names in pairs}
     matched = [(pair, there[names]) for names, pair in pairs.items() if there[names]]

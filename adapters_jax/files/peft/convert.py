@@ -219,7 +219,7 @@ def from_peft(
                 return as_in_model(methods, leaves, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    if module_map.table and any("names maps " in each for each in problems):
+    if module_map.table.rules and any("names maps " in each for each in problems):
         problems.append(_other_table(config, tensors, module_map))
     raise AdapterFileError(f"{caller}: {'; '.join(grouped(problems))}")
 
@@ -248,7 +248,7 @@ def grouped(problems: Iterable[str]) -> list[str]:
 def _other_table(config: Mapping[str, Any], keys: Iterable[str], module_map: ModuleMap) -> str:
     """What to give where the names of modules are those of another model."""
     words = (key.removeprefix(ROOT).split(".")[0] for key in keys)
-    word = next((word for word in words if word not in module_map.heads), "")
+    word = next((word for word in words if not module_map.table.is_of_head(word)), "")
     family = repr(_FAMILIES.get(word, word))
     table = f"FAMILIES[{family}]{'' if word in _FAMILIES else '.classifier'}.names"
     base = config.get("base_model_name_or_path")
@@ -333,7 +333,7 @@ def _in_norm(path: str, module_map: ModuleMap) -> bool:
     """Whether our parameter is of a module of theirs that is no head."""
     module = path.rpartition("/")[0]
     return any(
-        module == reference.path and bare.split(".")[0] not in module_map.heads
+        module == reference.path and not module_map.table.is_of_head(bare)
         for bare, parts in module_map.modules.items()
         for reference in parts
     )
@@ -388,7 +388,7 @@ def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
 
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = module_map.held_twice
+    theirs = module_map.table.held_twice
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
@@ -400,8 +400,7 @@ def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
 
 def unpooled(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problem of a head in a model without the pooler that transformers' classifier has."""
-    table = module_map.table
-    if table is None or not any(leaf.startswith("head/") for leaf in leaves):
+    if not any(leaf.startswith("head/") for leaf in leaves):
         return []
     paths, places = [*module_map.base, *leaves], {path.split("/")[0] for path in module_map.base}
     return [
@@ -409,6 +408,6 @@ def unpooled(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
         "with pooling='pooler', load its base with pooler=True, or, if the head reads every "
         "token, give task_type='TOKEN_CLS'"
         for place in sorted(places)
-        if any(rule.ours.startswith(f"{place}/pooler/") for rule in table.rules)
+        if any(rule.ours.startswith(f"{place}/pooler/") for rule in module_map.table.rules)
         and not any(path.startswith(f"{place}/pooler/") for path in paths)
     ]

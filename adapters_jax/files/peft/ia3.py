@@ -112,7 +112,7 @@ def write(
         "peft_type": "IA3",
         "target_modules": sorted(targets, key=in_order),
         "feedforward_modules": sorted((n for n, inner in targets.items() if inner), key=in_order),
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "init_ia3_weights": True,
     }
     wrong = [name for name, inner in targets.items() if scales_input(fields, name) != inner]

@@ -211,7 +211,7 @@ def _without_tied(
     alike = head and embedding and _alike(config, added, head, embedding)
     if (head or embedding) and not alike:
         names = (embedding or module_map.tied[1], head or module_map.tied[0])
-        problems.append(tied_problem(*names, module_map.held_twice))
+        problems.append(tied_problem(*names, module_map.table.held_twice))
         rest.pop(embedding or "", None)
     return rest
 
@@ -243,8 +243,8 @@ def _unmatched(
 def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
     """Whether a module of ours has several weights, which then are targets by their own path."""
     weights = [n for n, x in reference.leaves.items() if n != "bias" and len(x.shape) > 1]
-    others = (own.path.rpartition("/")[0] for own in module_map.parameters.values())
-    return len(weights) > 1 or reference.path in others
+    others = (own.path for parts in module_map.parameters.values() for own in parts)
+    return len(weights) > 1 or reference.path in (path.rpartition("/")[0] for path in others)
 
 
 def _misfit(name: str, found: Factors, path: str, shape: tuple[int, ...]) -> UserError:

@@ -19,7 +19,7 @@ from adapters_jax.files.layouts import (
     rounded,
     their_factors,
 )
-from adapters_jax.files.module_map import Leaves, ModuleMap
+from adapters_jax.files.module_map import Leaves, ModuleMap, Parameters
 from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, fused_pair, module_of, nested, their_pair
@@ -51,11 +51,11 @@ def write(
         problems.append("PEFT has one alora_invocation_tokens for all modules; these differ")
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
-    if module_map.table and module_map.table.stacks:
+    if module_map.table.stacks:
         writer.add_parameters(module_map.stacked)
     writer.add_modules()
     writer.add_experts()
-    writer.add_parameters({name: (own,) for name, own in module_map.parameters.items()})
+    writer.add_parameters(module_map.parameters)
     parameters = sorted(writer.parameters, key=in_order)
     modules = writer.ranks.keys() - set(parameters)
     unknown = sorted(pair.target for pair in pairs.values())
@@ -93,7 +93,7 @@ def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "target_modules": list(modules),
-        "fan_in_fan_out": writer.module_map.fan_in_fan_out,
+        "fan_in_fan_out": writer.module_map.table.fan_in_fan_out,
         "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
     }
 
@@ -214,7 +214,7 @@ class _Writer:
                 self.number(name, a.shape[-1], pair.scale)
                 self.factors(name, a[i].T, b[i].T)
 
-    def add_parameters(self, parameters: Mapping[str, tuple[ParameterReference, ...]]) -> None:
+    def add_parameters(self, parameters: Parameters) -> None:
         """Adds the factors of parameters; PEFT nests those of one module, see `parameters`."""
         mine = [n for n, parts in parameters.items() if any(x.path in self.pairs for x in parts)]
         for module in dict.fromkeys(map(module_of, mine)):

@@ -112,7 +112,7 @@ def write(
         "num_cayley_neumann_terms": method.terms or 5,
         "module_dropout": 0.0,
         "coft": False,
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "bias": "none",
         "init_weights": True,
     }

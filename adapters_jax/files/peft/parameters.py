@@ -87,7 +87,7 @@ def references_of(
 
     def both(name: str) -> list[tuple[ParameterReference, ...]]:
         plain, bare = module_map.parameters, module_map.bare(name)
-        own = [module_map.at_parameter(name), *([(plain[bare],)] if bare in plain else [])]
+        own = [module_map.at_parameter(name), *([plain[bare]] if bare in plain else [])]
         return own if len({_along_inputs(each[0], version) for each in own}) > 1 else own[:1]
 
     found = both(name)

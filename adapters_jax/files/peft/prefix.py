@@ -94,7 +94,7 @@ def write(
 
 def _layers(module_map: ModuleMap, problems: list[str]) -> dict[str, Keys]:
     """The keys of each attention module of ours, in order; empty if a prefix is not theirs."""
-    keys, paths = module_map.keys, sorted(module_map.attention.values(), key=in_order)
+    keys, paths = module_map.table.keys, sorted(module_map.attention.values(), key=in_order)
     if isinstance(keys, str):
         problems.append(f"PREFIX_TUNING is not supported on this base: {keys or _UNKNOWN}")
         return {}

@@ -61,7 +61,7 @@ def _embedding(module_map: ModuleMap, problems: list[str]) -> str | None:
     }
     named = {bare: path for bare, path in tables.items() if bare.rpartition(".")[2] in _WORDS}
     found = {*(named or tables).values()}
-    if module_map.table and module_map.table.scales_embedding:
+    if module_map.table.scales_embedding:
         problems.append(_SCALED)
     elif len(found) == 1:
         return found.pop()

@@ -158,7 +158,7 @@ def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: l
         alike = len(found) == 2 and np.array_equal(found[0], found[1])
         if not alike and not all(as_in_base({path: x}, module_map) for x in found):
             head, embedding = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (0, 1))
-            problems.append(tied_problem(embedding, head, module_map.held_twice))
+            problems.append(tied_problem(embedding, head, module_map.table.held_twice))
         if keys[0] is not None:
             del rest[keys[0]]
     return rest
@@ -174,7 +174,7 @@ def _heads(trained: Mapping[str, Array], module_map: ModuleMap, task_type: str |
     heads, found = set[str](), set[str]()
     for bare, parts in module_map.modules.items():
         head, *layers = bare.split(".")
-        if head not in module_map.heads:
+        if not module_map.table.is_of_head(head):
             continue
         heads.add(head)
         own = [leaf for part in parts for leaf in part.leaves if f"{part.path}/{leaf}" in trained]
@@ -238,7 +238,7 @@ def write(
     tensors, names = Leaves(), list[str]()
     for bare, parts in module_map.modules.items():
         mine = [f"{parts[0].path}/{name}" for name in parts[0].leaves]
-        if not leaves.keys() & mine or bare.split(".")[0] in module_map.heads:
+        if not leaves.keys() & mine or module_map.table.is_of_head(bare):
             continue
         if parts[0].weight in ("kernel", "embedding"):
             problems.append(

@@ -127,7 +127,7 @@ def write(
         "vera_dropout": method.dropout,
         "save_projection": True,
         "projection_prng_key": 0,
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "bias": "none",
         "init_weights": True,
     }
