@@ -25,6 +25,7 @@ from adapters_jax.files.layouts import (
     their_leaf,
 )
 from adapters_jax.files.names import HEADS, ROW, NameTable, ParameterRule
+from adapters_jax.files.patterns import shortest
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
@@ -35,7 +36,8 @@ from adapters_jax.weights.quantized import unboxed
 _WRAPPER = "base_model.model."  # before every name in PEFT's files
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
-Added = dict[str, Leaves]  # by module of theirs, then by the leaf's name
+# By module of theirs, "" for what is of none, then by the leaf's name.
+Added = dict[str, Leaves]
 Parameters = Mapping[str, tuple[ParameterReference, ...]]  # by their name, without prefix
 
 
@@ -120,6 +122,10 @@ class ModuleMap:
     def paths(self) -> list[str]:
         """The paths of our modules that have parameters."""
         return sorted({path.rpartition("/")[0] for path in self.base})
+
+    def targets(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Patterns of these modules or weights, and of no others."""
+        return shortest(paths, [*self.paths, *self.base])
 
 
 def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMap:

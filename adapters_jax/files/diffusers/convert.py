@@ -33,9 +33,9 @@ from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelle
 from adapters_jax.files.directories import flat_leaves
 from adapters_jax.files.layouts import Array, our_factors, rounded, spans
 from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules
-from adapters_jax.files.patterns import shortest
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
+from adapters_jax.files.settings import collecting
 from adapters_jax.files.untrusted import not_finite, open_tensors, parse
 from adapters_jax.methods import METHODS, DoRA, LoRA, Method
 from adapters_jax.recipe import Recipe
@@ -142,18 +142,14 @@ def load_diffusers(
     # Products of numbers that float32 cannot hold are found in the leaves.
     with np.errstate(over="ignore", invalid="ignore"):
         for spelling, module in own.items():
-            try:
+            with collecting(problems):
                 pairs[spelling] = _pair(module, tensors, configs[module.prefix])
-            except UserError as problem:
-                problems.append(str(problem))
         if problems:
             raise AdapterFileError(f"{file}: {first_few(problems, joint='; ')}")
-        try:
+        with collecting(problems):  # a method rejects a number, or layers differ
             methods, leaves = _placed(pairs, module_map, problems)
             if not problems:
                 made = as_in_model(methods, leaves, module_map)
-        except UserError as problem:  # a method rejects a number, or layers differ
-            problems.append(str(problem))
     if problems:
         raise AdapterMismatchError(f"{file} does not fit: {first_few(problems, joint='; ')}")
     return *made, {name: len(each) for name, each in parts.items()}, metadata
@@ -311,9 +307,8 @@ def _placed(
             leaves |= own
     if wrong := not_finite(leaves):
         problems.append(f"numbers are too large for float32 in {wrong}")
-    every = [*module_map.paths, *module_map.base]
     return [
-        METHODS[kind](shortest(targets, every), **dict(fields))
+        METHODS[kind](module_map.targets(targets), **dict(fields))
         for (kind, *fields), targets in groups.items()
     ], leaves
 

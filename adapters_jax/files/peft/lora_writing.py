@@ -84,7 +84,6 @@ def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -
     (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
     (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
     return {
-        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": methods[0].dropout,

@@ -14,9 +14,10 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
-from adapters_jax.files.patterns import in_order, shortest
+from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, value
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import OFT, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -38,7 +39,7 @@ def read(
             "it in that version, merge it, and save the base"
         )
     for module, found in added.items():
-        try:
+        with collecting(problems):
             skew = found["skew"]
             block = _size(skew.shape[-1]) if skew.ndim == 2 else 0
             # Parts of one module have its inputs, and so its rotation.
@@ -56,16 +57,11 @@ def read(
                 own = skew if series else -skew
                 leaves[f"{reference.path}/oft/skew"] = own.astype(np.float32)
                 groups.setdefault(block, []).append(reference.path)
-        except UserError as problem:
-            problems.append(str(problem))
-    if not groups and not problems:
-        problems.append("the file has no oft_R tensor")
     terms = value(config, "num_cayley_neumann_terms")
     # PEFT's series of three terms is that of four.
     counted = max(terms, 4) if series and terms > 2 else terms if series else None
-    among = [*module_map.paths, *module_map.base]
     return [
-        OFT(shortest(paths, among), block, counted, share) for block, paths in groups.items()
+        OFT(module_map.targets(paths), block, counted, share) for block, paths in groups.items()
     ], leaves
 
 
@@ -102,7 +98,6 @@ def write(
         skew = own[0].reshape(-1, own[0].shape[-1])
         tensors[f"{ROOT}{name}.{KEY}.weight"] = -skew if method.terms is None else skew
     fields = {
-        "peft_type": "OFT",
         "peft_version": SINCE,
         "target_modules": sorted(names, key=in_order),
         "r": 0,
