@@ -192,7 +192,7 @@ def _by_table(
             "FAMILY.classifier.names), and the parameters of that model"
         )
     ordered = {
-        name: _in_parts([each[i] for i in sorted(each)], name in by_head)
+        name: in_parts([each[i] for i in sorted(each)], name in by_head)
         for name, each in modules.items()
     }
     tied = names.tied  # a classifier of sequences has another head, which is no embedding
@@ -226,7 +226,7 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said, own)
 
 
-def _in_parts(
+def in_parts(
     references: Sequence[ModuleReference], by_head: bool = False
 ) -> tuple[ModuleReference, ...]:
     """Modules of ours that one of theirs fuses, each with its part of the outputs."""
@@ -257,7 +257,7 @@ def _by_mapping(
         if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
             tied = (theirs, other)
         elif all(path in by_path for path in paths):
-            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
+            modules[theirs] = in_parts([ModuleReference(path, by_path[path]) for path in paths])
         elif len(paths) == 1 and paths[0] in base:
             kernel = paths[0].endswith("/kernel")
             parameters[theirs] = (_parameter(paths[0], base[paths[0]], swapped=kernel),)
