@@ -14,6 +14,7 @@ from adapters_jax.files.adapterhub.config import (
     PHM,
     POST_NORM,
     PRE_NORM,
+    THEIRS,
     Config,
     children,
     placement,
@@ -30,7 +31,6 @@ from adapters_jax.recipe import Recipe
 
 _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
 _SHARED = "shared_parameters"
-_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def read(
@@ -193,7 +193,7 @@ def write(
         configs += _configs(kind, settings, blocks)
     fields, activation = invertible.write(added, leaves, blocks, name, tensors, problems)
     bottlenecks = [each for each in configs if "reduction_factor" in each]
-    if fields and {each["non_linearity"] for each in bottlenecks} != {_NAMES[activation]}:
+    if fields and {each["non_linearity"] for each in bottlenecks} != {THEIRS[activation]}:
         problems.append(
             f"AdapterHub's invertible adapter has the activation of the bottlenecks beside it, "
             f"expected some with activation={activation!r}"
@@ -262,13 +262,13 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
         )
     if method.output is not None:
         return f"output={method.output!r}, AdapterHub adapts modules that return one array"
-    if method.activation not in _NAMES:
-        return f"activation={method.activation!r}, AdapterHub supports {', '.join(_NAMES)}"
+    if method.activation not in THEIRS:
+        return f"activation={method.activation!r}, AdapterHub supports {', '.join(THEIRS)}"
     if role == "sublayer":  # sequential acts at its output, parallel at the sum
         parallel = method.placement == "parallel" and blocks.architecture.post_norm
         role = "output" if method.placement == "sequential" else "sum" if parallel else role
     fields = {
-        "non_linearity": _NAMES[method.activation],
+        "non_linearity": THEIRS[method.activation],
         "scaling": float(method.scale),
         "ln_before": method.norm_before,
         "ln_after": method.norm_after,

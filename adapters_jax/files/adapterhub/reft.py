@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapters_jax.files.adapterhub.blocks import Blocks
-from adapters_jax.files.adapterhub.config import ACTIVATIONS, DEFAULTS, Config
+from adapters_jax.files.adapterhub.config import ACTIVATIONS, DEFAULTS, THEIRS, Config
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves
 from adapters_jax.files.patterns import shortest
@@ -102,7 +102,6 @@ def write(
     """Returns the configuration, if there is one, and adds its tensors."""
     own = [each for each in added if each.method.kind == "loreft"]
     layers = {path: (number, width) for number, (path, width) in blocks.outputs().items()}
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     found: list[dict[str, Any]] = []
     numbers = []
     for each in own:
@@ -111,10 +110,10 @@ def write(
         specs = method.leaves(AttachmentPoint("output", each.path, width=max(width, method.rank)))
         if any(leaves[leaf].shape != spec.shape for leaf, spec in specs.items()):
             problems.append(f"{each.path}: AdapterHub's LoReFT is on the output of whole layers")
-        elif method.output is not None or method.activation not in names:
+        elif method.output is not None or method.activation not in THEIRS:
             problems.append(
                 f"{each.path}: output={method.output!r} and activation={method.activation!r}, "
-                f"AdapterHub supports None and {', '.join(names)}"
+                f"AdapterHub supports None and {', '.join(THEIRS)}"
             )
         elif not method.subtract:
             problems.append(
@@ -127,7 +126,7 @@ def write(
             fields = {theirs: getattr(method, ours) for theirs, ours in _FIELDS.items()}
             fields["tied_weights"] = len(method.units) == 1  # else AdapterHub has a unit too many
             plain = method.activation == "identity"
-            fields["non_linearity"] = None if plain else names[method.activation]
+            fields["non_linearity"] = None if plain else THEIRS[method.activation]
             found += [] if fields in found else [fields]
             numbers.append(number)
             at = f"{blocks.names[number]}reft_layer.refts.{name}.units"
