@@ -229,7 +229,7 @@ class _Writer:
                 if wrong:
                     continue
                 scale = next(pair.scale for _, pair in parts if pair)
-                a, b = fused_pair([(own.shape, *_scaled(pair, scale)) for own, pair in parts])
+                a, b = fused_pair([(x.shape, pair and _scaled(pair, scale)) for x, pair in parts])
                 self.factors(key, *their_pair(parts[0][0], a, b))
                 own_name = f"{full}.{name.rpartition('.')[2]}"
                 self.number(own_name, a.shape[-1], scale)
@@ -254,12 +254,10 @@ def _misfit(reference: ParameterReference, pair: Any) -> str:
     )
 
 
-def _scaled(pair: _Pair | None, scale: float) -> tuple[Array | None, Array | None]:
-    """A and B for another scale with the same change; None and None without a pair."""
-    if pair is None:
-        return None, None
-    a, b = pair.leaves["a"], pair.leaves["b"]
-    return a, b if pair.scale == scale else b * (pair.scale / scale)
+def _scaled(pair: _Pair, scale: float) -> Factors:
+    """A and B for another scale with the same change."""
+    b = pair.leaves["b"]
+    return {"a": pair.leaves["a"], "b": b if pair.scale == scale else b * (pair.scale / scale)}
 
 
 def _fits(reference: ModuleReference, pair: _Pair) -> bool:
@@ -270,29 +268,12 @@ def _fits(reference: ModuleReference, pair: _Pair) -> bool:
 
 
 def _fused(parts: Sequence[tuple[ModuleReference, _Pair | None]]) -> tuple[Array, Array, float]:
-    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
-
-    If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets
-    its own rows of A, and B has zeros for the rows of the others.
-    """
+    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours."""
     scale = next(pair.scale for _, pair in parts if pair)
-    made: list[tuple[int, tuple[Array, Array] | None]] = []
-    for reference, pair in parts:
-        if pair is None:
-            made.append((reference.width, None))
-            continue
-        a, b = their_factors(reference, pair.leaves, pair.method.slices)
-        made.append((reference.width, (a, b if pair.scale == scale else b * (pair.scale / scale))))
-    present = [factors for _, factors in made if factors]
-    if len(made) == 1:
-        return *present[0], scale
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    a = present[0][0] if shared else np.concatenate([a for a, _ in present])
-    rows, start = [], 0
-    for width, factors in made:
-        block = np.zeros((width, len(a)), a.dtype)
-        if factors:
-            block[:, start : start + len(factors[0])] = factors[1]
-            start += 0 if shared else len(factors[0])
-        rows.append(block)
-    return a, joined(rows, parts[0][0].blocks, axis=0), scale
+    made = [x and their_factors(own, _scaled(x, scale), x.method.slices) for own, x in parts]
+    if len(made) == 1 and made[0]:
+        return *made[0], scale
+    turned = [pair and {"a": pair[0].T, "b": pair[1].T} for pair in made]
+    sizes = ((0, reference.width) for reference, _ in parts)
+    a, b = fused_pair([*zip(sizes, turned, strict=True)], parts[0][0].blocks)
+    return a.T, b.T.reshape(*b.T.shape, *(1,) * (a.ndim - 2)), scale

@@ -21,11 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.layouts import Array, ParameterReference
+from adapters_jax.files.layouts import Array, ParameterReference, joined
 from adapters_jax.files.module_map import ModuleMap
 from adapters_jax.files.peft.config import Config, is_parameter
 
 Pair = tuple[Array, Array]
+Factors = Mapping[str, Array]
 INNER = ".base_layer"
 WRITTEN = "0.20.0"  # the first version with today's order of axes
 
@@ -142,30 +143,31 @@ def our_pair(
     return {"a": a, "b": reference.part.of(b)}  # type: ignore[dict-item]
 
 
-def fused_pair(parts: Sequence[tuple[tuple[int, ...], Array | None, Array | None]]) -> Pair:
-    """Our A and B of a parameter that fuses several of ours, from those of the parts.
+def fused_pair(parts: Sequence[tuple[tuple[int, ...], Factors | None]], blocks: int = 1) -> Pair:
+    """Our A and B of a weight that fuses several of ours, from those of the parts.
 
     Each part is its shape, and its factors if it has some. Parts that do not share A get their own
-    columns of it, and B has zeros for the columns of the others.
+    columns of it, and B has zeros for the columns of the others. See `Span` for `blocks`.
 
     Example:
         >>> import numpy as np
-        >>> gate, up = np.full((2, 3, 1), 2.0), np.full((2, 3, 1), 3.0)
-        >>> a, b = fused_pair([((2, 3, 4), gate, np.ones((2, 1, 4))), ((2, 3, 4), up, None)])
+        >>> gate = {"a": np.full((2, 3, 1), 2.0), "b": np.ones((2, 1, 4))}
+        >>> a, b = fused_pair([((2, 3, 4), gate), ((2, 3, 4), None)])
         >>> a.shape, b.shape
         ((2, 3, 1), (2, 1, 8))
     """
-    present = [(a, b) for _, a, b in parts if a is not None and b is not None]
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    whole = present[0][0] if shared else np.concatenate([a for a, _ in present], -1)
-    blocks, start = [], 0
-    for shape, a, b in parts:
-        block = np.zeros((*shape[:-2], whole.shape[-1], shape[-1]), whole.dtype)
-        if a is not None and b is not None:
-            block[..., start : start + a.shape[-1], :] = b
-            start += 0 if shared else a.shape[-1]
-        blocks.append(block)
-    return whole, np.concatenate(blocks, -1)
+    present = [found["a"] for _, found in parts if found]
+    shared = all(np.array_equal(a, present[0]) for a in present)
+    whole = present[0] if shared else np.concatenate(present, -1)
+    rows, start = [], 0
+    for shape, found in parts:
+        row = np.zeros((*shape[:-2], whole.shape[-1], shape[-1]), whole.dtype)
+        if found:
+            rank = found["a"].shape[-1]
+            row[..., start : start + rank, :] = found["b"]
+            start += 0 if shared else rank
+        rows.append(row)
+    return whole, joined(rows, blocks)
 
 
 def their_pair(reference: ParameterReference, a: Array, b: Array) -> Pair:
