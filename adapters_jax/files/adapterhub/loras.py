@@ -17,7 +17,7 @@ from adapters_jax.placement import Placement
 # By layer and location: the settings, and for an attention which of its matrices have factors.
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
 Own = Mapping[str, Placement]  # of one method, by path
-_IA3 = {"r": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
+_IA3 = {"r": 1, "alpha": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
 
 
 def points(config: Config, among: Mapping[Point, Any]) -> list[Point]:
@@ -99,21 +99,20 @@ def write(
                 if lora.scales_input(reference.path) or scale.shape != (reference.width,):
                     problems.append(f"{reference.path}: AdapterHub's (IA)^3 scales outputs alone")
                     continue
-                fields.append({**_IA3, "alpha": 1})
-                adapted.setdefault(matrix, []).append(module)
-                made.setdefault(module, []).append((scale[:0], scale[:, None]))
-                continue
-            a, b = their_factors(reference, each.leaves(flat), lora.slices)
-            if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
-                problems.append(f"{reference.path}: its factors do not fit its weight")
-                continue
-            if lora.a_init in CHANGING:
-                problems.append(
-                    f"{reference.path}: a_init={lora.a_init!r} changed the base's weights, but "
-                    "AdapterHub adapts the original base"
-                )
-            alpha = rounded(lora.scale_at(reference.path) * len(a))
-            fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
+                fields.append(_IA3)
+                a, b = scale[:0], scale[:, None]
+            else:
+                a, b = their_factors(reference, each.leaves(flat), lora.slices)
+                if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
+                    problems.append(f"{reference.path}: its factors do not fit its weight")
+                    continue
+                if lora.a_init in CHANGING:
+                    problems.append(
+                        f"{reference.path}: a_init={lora.a_init!r} changed the base's weights, but "
+                        "AdapterHub adapts the original base"
+                    )
+                alpha = rounded(lora.scale_at(reference.path) * len(a))
+                fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
             adapted.setdefault(matrix, []).append(module)
             made.setdefault(module, []).append((a, b))
         problems += [

@@ -6,7 +6,6 @@ PEFT's exact rotation is `(I - Q) (I + Q)^-1`, and its series, the default, one 
 Reference: https://huggingface.co/docs/peft/package_reference/oft
 """
 
-import re
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from adapters_jax.files.module_map import Added, Leaves, ModuleMap
 from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, value
+from adapters_jax.files.peft.parameters import release_of
 from adapters_jax.files.settings import collecting
 from adapters_jax.methods import OFT, Method
 from adapters_jax.placement import Placements
@@ -33,7 +33,7 @@ def read(
     leaves: dict[str, Array] = {}
     groups: dict[int, list[str]] = {}
     series, share = bool(value(config, "use_cayley_neumann")), bool(config.get("block_share"))
-    if series and not _is_new(config.get("peft_version")):
+    if series and release_of(config.get("peft_version")) < release_of(SINCE):
         problems.append(
             f"peft_version={config.get('peft_version')!r} has another series than {SINCE} on; load "
             "it in that version, merge it, and save the base"
@@ -63,12 +63,6 @@ def read(
     return [
         OFT(module_map.targets(paths), block, counted, share) for block, paths in groups.items()
     ], leaves
-
-
-def _is_new(version: Any) -> bool:
-    """Whether a version of PEFT has the present series."""
-    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 18)
 
 
 def _size(entries: int) -> int:

@@ -17,6 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -181,18 +182,28 @@ def their_pair(reference: ParameterReference, a: Array, b: Array) -> Pair:
     return rows, b.transpose(2, 1, 0).reshape(b.shape[2], rank * count)
 
 
+def release_of(version: Any) -> tuple[int, int]:
+    """The release of PEFT that wrote a file; one before 0.18, if it does not say it.
+
+    Example:
+        >>> release_of("0.20.1.dev0"), release_of(None)
+        ((0, 20), (0, 17))
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 17)
+
+
 def _along_inputs(reference: ParameterReference, version: str | None) -> bool:
     """Whether PEFT's A is along our inputs. It is along the last axis of a matrix; of a stack:
 
     along the first of the two in PEFT up to 0.18, along the last one in 0.19 if the module has
     `is_transposed`, and since then if it does not have it.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    minor = (int(numbers[1]), int(numbers[2])) if numbers else (0, 17)
+    release = release_of(version)
     if len(reference.shape) == 2:
         last = True
-    elif minor < (0, 20):
-        last = reference.is_transposed and minor == (0, 19)
+    elif release < (0, 20):
+        last = reference.is_transposed and release == (0, 19)
     else:
         last = not reference.is_transposed
     return last == reference.swapped
