@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, first_few, shown
-from adapters_jax.files.folding import folded_into_lora
 from adapters_jax.files.layouts import (
     WHOLE,
     Array,
@@ -26,9 +25,11 @@ from adapters_jax.files.layouts import (
 )
 from adapters_jax.files.names import HEADS, ROW, NameTable, ParameterRule
 from adapters_jax.files.patterns import shortest
-from adapters_jax.methods import Method
+from adapters_jax.methods import AdaLoRA, Method
+from adapters_jax.methods.adalora import as_lora, folded
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
 from adapters_jax.transforms.stacking import count_layers, split, stack_layers, unstack_layers
 from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.quantized import unboxed
@@ -316,13 +317,37 @@ def as_in_file(
 ) -> tuple[Recipe, Leaves]:
     """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base.
 
-    What has the change of a LoRA is that LoRA.
+    An AdaLoRA is the LoRA with the same change, which every library reads.
     """
-    recipe, leaves = folded_into_lora(Recipe(recipe), leaves)
+    recipe, leaves = _as_lora(Recipe(recipe), leaves)
     if not module_map.scanned:
-        return recipe, dict(leaves)
+        return recipe, leaves
     unrolled, tree = unstack_layers((recipe, unflatten(leaves)), module_map.table)
     return unrolled, flatten(tree)
+
+
+def _as_lora(recipe: Recipe, leaves: Mapping[str, Array]) -> tuple[Recipe, Leaves]:
+    """An adapter whose AdaLoRAs are LoRAs with the same change: l is in B.
+
+    Raises:
+        UserError: leaves of an AdaLoRA are missing.
+
+    Example:
+        >>> node = {"a": np.ones((3, 1)), "lambda": np.full(1, 2.0), "b": np.ones((1, 2))}
+        >>> leaves = {f"q/adalora/{name}": x for name, x in node.items()}
+        >>> recipe, made = _as_lora(Recipe(AdaLoRA("q", 1)), leaves)
+        >>> sorted(made), made["q/lora/b"].tolist()
+        (['q/lora/a', 'q/lora/b'], [[2.0, 2.0]])
+    """
+    made = dict(leaves)
+    owners = [own for own in recipe.owners(leaves).values() if isinstance(own.method, AdaLoRA)]
+    for own in {each.prefix: each for each in owners}.values():
+        node = {name: made.pop(path, None) for name, path in own.paths().items()}
+        if lacking := [name for name, x in node.items() if x is None]:
+            raise UserError(f"{own.path} lacks {', '.join(lacking)} of its AdaLoRA")
+        prefix = join(own.module, as_lora(own.method).slot, own.node)
+        made |= {join(prefix, name): x for name, x in folded(node).items()}
+    return Recipe(*(as_lora(m) if isinstance(m, AdaLoRA) else m for m in recipe)), made
 
 
 def placed(

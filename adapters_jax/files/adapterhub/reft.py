@@ -42,7 +42,7 @@ def read(
             continue
         path, width = outputs[number]
         method = LoReFT(path, **fields)
-        new = _leaves(method, path, width, tensors)
+        new = _leaves(method, width, tensors)
         if isinstance(new, str):
             problems.append(f"{name}reft_layer {new}")
             continue
@@ -51,9 +51,9 @@ def read(
     return [LoReFT(shortest(paths, blocks.paths), **fields)] if paths else []
 
 
-def _leaves(method: LoReFT, path: str, width: int, got: Leaves) -> Leaves | str:
-    """Our leaves of one layer, or what is wrong with the tensors."""
-    d, r = width, method.rank
+def _leaves(method: LoReFT, d: int, got: Leaves) -> Leaves | str:
+    """Our leaves of one layer of width d, or what is wrong with the tensors."""
+    r = method.rank
     one: dict[str, tuple[int, ...]] = {"projection.weight": (r, d)}
     if method.orthogonal:
         one = {f"{_TURNED}.original": (r, d), f"{_TURNED}.0.base": (d, d)}
