@@ -292,11 +292,15 @@ def _single_files(
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
     unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
     added, trained = placed(unrolled, flat, blocks.module_map, problems)
-    config, tensors = convert.write(unrolled, added, flat, blocks, name, problems)
+    config, tensors = convert.write(unrolled, added, flat, blocks, problems)
     head, of_head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
     if problems:
         return {}, problems
-    whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
+    whole = {
+        blocks.module_map.full(f"{module}.{name}.{rest}"): tensor
+        for module, own in tensors.items()
+        for rest, tensor in own.items()
+    }
     files = ADAPTERHUB.content({**about, "config": config}, whole)
     if head:
         files |= ADAPTERHUB_HEAD.content({**about, "config": head}, of_head)

@@ -77,9 +77,7 @@ def read(
     return [LoRA(targets, rank, config["alpha"], config["dropout"], a_init="uniform")]
 
 
-def write(
-    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
-) -> Settings:
+def write(own: Own, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}
     left = dict(own)
@@ -130,8 +128,7 @@ def write(
         for module, pairs in made.items():
             for i, factor in enumerate(("lora_A", "lora_B")):
                 both = np.concatenate([pair[i] for pair in pairs])
-                if not len(both):
-                    continue
-                tensors[f"{module}.loras.{name}.{factor}"] = both
+                if len(both):
+                    tensors.setdefault(f"{module}.loras", {})[factor] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings

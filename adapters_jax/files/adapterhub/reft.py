@@ -4,7 +4,6 @@ An orthonormal R is there as torch's `parametrizations.orthogonal` has it: `base
 matrix of the model's width, and `original`, which holds Householder reflections and signs.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -92,12 +91,7 @@ def _turned(original: Array, base: Array) -> Array:
 
 
 def write(
-    added: Placements,
-    flat: Mapping[str, Any],
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    added: Placements, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]
 ) -> list[dict[str, Any]]:
     """Returns the configuration, if there is one, and adds its tensors."""
     own = [each for each in added if each.method.kind == "loreft"]
@@ -129,10 +123,10 @@ def write(
             fields["non_linearity"] = None if plain else THEIRS[method.activation]
             found += [] if fields in found else [fields]
             numbers.append(number)
-            at = f"{blocks.names[number]}reft_layer.refts.{name}.units"
+            at = tensors.setdefault(f"{blocks.names[number]}reft_layer.refts", {})
             for i, unit in enumerate(method.units):
                 new = _theirs(method, {k: leaves[f"{unit}/{k}"] for k in _PARTS})
-                tensors |= {f"{at}.{i}.{key}": x for key, x in new.items()}
+                at |= {f"units.{i}.{key}": x for key, x in new.items()}
     if len(found) > 1:
         problems.append("AdapterHub supports one LoReFT in an adapter, with the same settings")
     chosen = "all" if sorted(numbers) == sorted(blocks.layers) else sorted(numbers)
