@@ -51,8 +51,8 @@ class Span(NamedTuple):
 WHOLE = Span(0, 1, 1)
 
 
-def joined(parts: Sequence[Array], blocks: int = 1, axis: int = -1) -> Array:
-    """Arrays side by side along an axis, in each of its blocks; undoes `Span.of`.
+def joined(parts: Sequence[Array], blocks: int = 1) -> Array:
+    """Arrays side by side along the last axis, in each of its blocks; undoes `Span.of`.
 
     Example:
         >>> joined([np.array([0, 3]), np.array([1, 4]), np.array([2, 5])], blocks=2)
@@ -60,8 +60,8 @@ def joined(parts: Sequence[Array], blocks: int = 1, axis: int = -1) -> Array:
     """
     if len(parts) == 1:
         return parts[0]
-    rows = zip(*(np.split(part, blocks, axis) for part in parts), strict=True)
-    return np.concatenate([block for row in rows for block in row], axis)
+    rows = zip(*(np.split(part, blocks, -1) for part in parts), strict=True)
+    return np.concatenate([block for row in rows for block in row], -1)
 
 
 def spans(sizes: Sequence[int], blocks: int = 1) -> list[Span]:

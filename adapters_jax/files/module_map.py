@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import MismatchError, UserError, first_few, shown
-from adapters_jax.files.folding import folded_into_lora
 from adapters_jax.files.layouts import (
     WHOLE,
     Array,
@@ -24,10 +23,13 @@ from adapters_jax.files.layouts import (
     spans,
     their_leaf,
 )
-from adapters_jax.files.names import HEADS, ROW, Keys, NameTable
-from adapters_jax.methods import Method
+from adapters_jax.files.names import HEADS, ROW, NameTable, ParameterRule
+from adapters_jax.files.patterns import shortest
+from adapters_jax.methods import AdaLoRA, Method
+from adapters_jax.methods.adalora import as_lora, folded
 from adapters_jax.placement import Placements, in_tree, own_leaves
 from adapters_jax.recipe import Recipe
+from adapters_jax.targets import join
 from adapters_jax.transforms.stacking import count_layers, split, stack_layers, unstack_layers
 from adapters_jax.trees import Tree, flatten, unflatten
 from adapters_jax.weights.quantized import unboxed
@@ -35,7 +37,9 @@ from adapters_jax.weights.quantized import unboxed
 _WRAPPER = "base_model.model."  # before every name in PEFT's files
 Names = NameTable | Mapping[str, str | Sequence[str]]
 Leaves = dict[str, Array]  # by path
-Added = dict[str, Leaves]  # by module of theirs, then by the leaf's name
+# By module of theirs, "" for what is of none, then by the leaf's name.
+Added = dict[str, Leaves]
+Parameters = Mapping[str, tuple[ParameterReference, ...]]  # by their name, without prefix
 
 
 @dataclass(frozen=True)
@@ -46,34 +50,25 @@ class ModuleMap:
         modules: our modules by their name without prefix; several where theirs fuses ours.
         attention: paths of our attention modules by their name without prefix.
         base: the base's arrays by path.
-        prefixes: prefixes that their names may have.
-        fan_in_fan_out: whether their linear weights are `(in, out)`.
         tied: their output layer and their embedding where these are one weight; else None.
         scanned: the number of layers that the base scans, by `Stack.place`; nothing if it unrolls
             them. Paths are always those of unrolled layers.
         parameters: our parameters by their name without prefix, those of one of their modules in
-            the order that it defines them.
-        stacked: the same of parameters that only the model of transformers 5 has; several where
-            theirs fuses ours.
-        heads: their modules beside the base; see `NameTable`.
+            the order that it defines them; several where theirs fuses ours.
+        stacked: the same of parameters that only the model of transformers 5 has.
         prefix: begins the names that `full` makes.
-        keys: see `NameTable`.
-        table: the model's table; None for a mapping.
+        table: the model's table; of a mapping, one without rules.
     """
 
     modules: Mapping[str, tuple[ModuleReference, ...]]
     attention: Mapping[str, str]
     base: Mapping[str, Any]
-    prefixes: tuple[str, ...] = ()
-    fan_in_fan_out: bool = False
+    table: NameTable
     tied: tuple[str, str] | None = None
     scanned: Mapping[str, int] = field(default_factory=dict)
-    parameters: Mapping[str, ParameterReference] = field(default_factory=dict)
-    stacked: Mapping[str, tuple[ParameterReference, ...]] = field(default_factory=dict)
-    heads: tuple[str, ...] = HEADS
+    parameters: Parameters = field(default_factory=dict)
+    stacked: Parameters = field(default_factory=dict)
     prefix: str = ""
-    keys: tuple[Keys, ...] | str = ""
-    table: NameTable | None = None
 
     def at(self, name: str) -> tuple[ModuleReference, ...]:
         """Our modules for one of theirs, in the order of its parts; empty if it is unknown."""
@@ -82,35 +77,29 @@ class ModuleMap:
     def at_parameter(self, name: str) -> tuple[ParameterReference, ...]:
         """Our parameters for one that a module of theirs holds itself."""
         bare = self.bare(name)
-        return self.stacked.get(bare) or (self.parameters[bare],)
+        return self.stacked.get(bare) or self.parameters[bare]
 
     def bare(self, name: str) -> str:
         """Their name without prefix, that of transformers 4 where 5 has another."""
-        for prefix in self.prefixes:
+        for prefix in self.table.prefixes:
             name = name.removeprefix(prefix)
-        return self.table.renamed(name, back=True) if self.table else name
+        return self.table.renamed(name, back=True)
 
     def inputs_first(self, name: str) -> bool:
         """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
-        return self.fan_in_fan_out and self.bare(name).split(".")[0] not in self.heads
+        return self.table.inputs_first(self.bare(name))
 
     def full(self, name: str, prefix: str | None = None) -> str:
         """A bare name with this prefix, or with that of heads, as the written model has it."""
         own = self.prefix if prefix is None else prefix
-        name = self.table.renamed(name) if self.table else name
-        of_heads = self.table.head_prefix if self.table else ""
-        return (of_heads if name.split(".")[0] in self.heads else own) + name
-
-    @property
-    def held_twice(self) -> tuple[str, ...]:
-        """Their modules whose replacement changes nothing; see `NameTable`."""
-        return self.table.held_twice if self.table else ()
+        name = self.table.renamed(name)
+        return (self.table.head_prefix if self.table.is_of_head(name) else own) + name
 
     def spelt_like(self, names: Iterable[str]) -> "ModuleMap":
         """The map whose `full` names are of the version of transformers that has these names."""
-        if self.table is None or not self.table.since_5:
+        if not self.table.since_5:
             return self
-        plain = [name.removeprefix(each) for name in names for each in ("", *self.prefixes)]
+        plain = [name.removeprefix(each) for name in names for each in ("", *self.table.prefixes)]
         five = any(self.table.renamed(name, back=True) != name for name in plain)
         return replace(self, table=self.table.of_version(5 if five else 4))
 
@@ -121,7 +110,7 @@ class ModuleMap:
             reference.path: [
                 name.replace(ROW, str(i)).removesuffix(".weight") for i in range(reference.shape[0])
             ]
-            for name, reference in self.parameters.items()
+            for name, (reference, *_) in self.parameters.items()
             if ROW in name
         }
 
@@ -134,6 +123,10 @@ class ModuleMap:
     def paths(self) -> list[str]:
         """The paths of our modules that have parameters."""
         return sorted({path.rpartition("/")[0] for path in self.base})
+
+    def targets(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Patterns of these modules or weights, and of no others."""
+        return shortest(paths, [*self.paths, *self.base])
 
 
 def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMap:
@@ -152,22 +145,24 @@ def find_modules(names: Names, base: Any, prefix: str | None = None) -> ModuleMa
     """
     state = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
     leaves = {path: unboxed(leaf) for path, leaf in flatten(state).items()}
-    stack = names.stack if isinstance(names, NameTable) else None
-    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else {}
-    if stack and scanned:
-        leaves = split(leaves, stack, _row)
-    by_path: dict[str, dict[str, Any]] = own_leaves(leaves)
     if not isinstance(names, NameTable | Mapping):
         raise TypeError(
             f"names is {shown(names)}, expected the NAMES of the model's package, or a mapping "
             "from their names of modules to paths of the base"
         )
     keys = getattr(base, "attention_keys", "") if isinstance(base, nnx.Module) else ""
+    table = names if isinstance(names, NameTable) else NameTable(())
+    table, stack = replace(table, keys=table.keys or keys), table.stack
+    scanned = count_layers(leaves, stack) if stack and any(map(stack.holds, leaves)) else {}
+    if stack and scanned:
+        leaves = split(leaves, stack, _row)
+    by_path: dict[str, dict[str, Any]] = own_leaves(leaves)
     if isinstance(names, NameTable):
-        prefix = "".join(names.prefixes[:1]) if prefix is None else prefix
-        module_map = replace(_by_table(names, by_path, leaves), keys=names.keys or keys)
-        return replace(module_map, scanned=scanned, prefix=prefix)
-    return replace(_by_mapping(names, by_path, leaves), keys=keys, prefix=prefix or "")
+        module_map = _by_table(table, by_path, leaves)
+    else:
+        module_map = _by_mapping(names, table, by_path, leaves)
+    first = "".join(table.prefixes[:1])
+    return replace(module_map, scanned=scanned, prefix=first if prefix is None else prefix)
 
 
 def _by_table(
@@ -175,7 +170,8 @@ def _by_table(
 ) -> ModuleMap:
     modules: dict[str, dict[int, ModuleReference]] = {}
     attention, by_head = {}, set()
-    raw = {path: own for path in base if (own := names.parameter(path))}
+    parameters = _parameters(names, names.parameters, base)
+    raw = {own.path for parts in parameters.values() for own in parts}
     for path, every in by_path.items():
         leaves = {name: leaf for name, leaf in every.items() if f"{path}/{name}" not in raw}
         if not leaves:
@@ -197,24 +193,26 @@ def _by_table(
             "FAMILY.classifier.names), and the parameters of that model"
         )
     ordered = {
-        name: _in_parts([each[i] for i in sorted(each)], name in by_head)
+        name: in_parts([each[i] for i in sorted(each)], name in by_head)
         for name, each in modules.items()
     }
     tied = names.tied  # a classifier of sequences has another head, which is no embedding
     if tied and (tied[1] not in modules or any(head in modules for head in (tied[0], *HEADS))):
         tied = None
-    parameters = {
-        name: _parameter(path, base[path], *names.parameters[number][2:])
-        for path, (number, name) in sorted(raw.items(), key=lambda item: item[1])
-    }
-    inside = {path: own for path in base if (own := names.parameter(path, names.stacked))}
-    stacked = dict[str, tuple[ParameterReference, ...]]()
+    stacked = _parameters(names, names.stacked, base)
+    return ModuleMap(ordered, attention, base, names, tied, parameters=parameters, stacked=stacked)
+
+
+def _parameters(
+    names: NameTable, rules: tuple[ParameterRule, ...], base: Mapping[str, Any]
+) -> Parameters:
+    """Our parameters by the names that rules give them, in the rules' order."""
+    found: dict[str, tuple[ParameterReference, ...]] = {}
+    inside = {path: own for path in base if (own := names.parameter(path, rules))}
     for path, (number, name) in sorted(inside.items(), key=lambda item: item[1]):
-        one = _parameter(path, base[path], *names.stacked[number][2:])
-        stacked[name] = (*stacked.get(name, ()), one)
-    module_map = ModuleMap(ordered, attention, base, names.prefixes, names.fan_in_fan_out, tied)
-    module_map = replace(module_map, parameters=parameters, stacked=stacked)
-    return replace(module_map, heads=names.heads, table=names)
+        one = _parameter(path, base[path], *rules[number][2:])
+        found[name] = (*found.get(name, ()), one)
+    return found
 
 
 def _parameter(
@@ -229,7 +227,7 @@ def _parameter(
     return ParameterReference(path, tuple(leaf.shape), swapped, said, own)
 
 
-def _in_parts(
+def in_parts(
     references: Sequence[ModuleReference], by_head: bool = False
 ) -> tuple[ModuleReference, ...]:
     """Modules of ours that one of theirs fuses, each with its part of the outputs."""
@@ -242,6 +240,7 @@ def _in_parts(
 
 def _by_mapping(
     names: Mapping[str, str | Sequence[str]],
+    table: NameTable,
     by_path: Mapping[str, Mapping[str, Any]],
     base: Mapping[str, Any],
 ) -> ModuleMap:
@@ -259,10 +258,10 @@ def _by_mapping(
         if other != theirs and len(paths) == 1 and "embedding" in by_path.get(paths[0], ()):
             tied = (theirs, other)
         elif all(path in by_path for path in paths):
-            modules[theirs] = _in_parts([ModuleReference(path, by_path[path]) for path in paths])
+            modules[theirs] = in_parts([ModuleReference(path, by_path[path]) for path in paths])
         elif len(paths) == 1 and paths[0] in base:
             kernel = paths[0].endswith("/kernel")
-            parameters[theirs] = _parameter(paths[0], base[paths[0]], swapped=kernel)
+            parameters[theirs] = (_parameter(paths[0], base[paths[0]], swapped=kernel),)
         elif len(paths) == 1 and any(path.startswith(f"{paths[0]}/") for path in by_path):
             attention[theirs] = paths[0]
         else:
@@ -270,7 +269,7 @@ def _by_mapping(
             problems.append(f"{theirs!r} to {ours!r} (nearest: {', '.join(near)})")
     if problems:
         raise UserError(f"names maps to paths that the base does not have: {'; '.join(problems)}")
-    return ModuleMap(modules, attention, base, tied=tied, parameters=parameters)
+    return ModuleMap(modules, attention, base, table, tied, parameters=parameters)
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ def as_in_model(
         UserError: the base scans its layers, but the adapter differs between layers.
     """
     recipe, tree = Recipe(*methods), unflatten({k: jnp.asarray(x) for k, x in leaves.items()})
-    if not module_map.scanned or module_map.table is None:
+    if not module_map.scanned:
         return recipe, tree
     return stack_layers((recipe, tree), module_map.table, length=module_map.scanned)
 
@@ -318,13 +317,37 @@ def as_in_file(
 ) -> tuple[Recipe, Leaves]:
     """Returns recipe and leaves of unrolled layers, unstacking those of a scanned base.
 
-    What has the change of a LoRA is that LoRA.
+    An AdaLoRA is the LoRA with the same change, which every library reads.
     """
-    recipe, leaves = folded_into_lora(Recipe(recipe), leaves)
-    if not module_map.scanned or module_map.table is None:
-        return recipe, dict(leaves)
+    recipe, leaves = _as_lora(Recipe(recipe), leaves)
+    if not module_map.scanned:
+        return recipe, leaves
     unrolled, tree = unstack_layers((recipe, unflatten(leaves)), module_map.table)
     return unrolled, flatten(tree)
+
+
+def _as_lora(recipe: Recipe, leaves: Mapping[str, Array]) -> tuple[Recipe, Leaves]:
+    """An adapter whose AdaLoRAs are LoRAs with the same change: l is in B.
+
+    Raises:
+        UserError: leaves of an AdaLoRA are missing.
+
+    Example:
+        >>> node = {"a": np.ones((3, 1)), "lambda": np.full(1, 2.0), "b": np.ones((1, 2))}
+        >>> leaves = {f"q/adalora/{name}": x for name, x in node.items()}
+        >>> recipe, made = _as_lora(Recipe(AdaLoRA("q", 1)), leaves)
+        >>> sorted(made), made["q/lora/b"].tolist()
+        (['q/lora/a', 'q/lora/b'], [[2.0, 2.0]])
+    """
+    made = dict(leaves)
+    owners = [own for own in recipe.owners(leaves).values() if isinstance(own.method, AdaLoRA)]
+    for own in {each.prefix: each for each in owners}.values():
+        node = {name: made.pop(path, None) for name, path in own.paths().items()}
+        if lacking := [name for name, x in node.items() if x is None]:
+            raise UserError(f"{own.path} lacks {', '.join(lacking)} of its AdaLoRA")
+        prefix = join(own.module, as_lora(own.method).slot, own.node)
+        made |= {join(prefix, name): x for name, x in folded(node).items()}
+    return Recipe(*(as_lora(m) if isinstance(m, AdaLoRA) else m for m in recipe)), made
 
 
 def placed(

@@ -177,7 +177,11 @@ class NameTable:
 
     def inputs_first(self, module: str) -> bool:
         """Whether the weight of their module is stored `(in, out)`; those of heads never are."""
-        return self.fan_in_fan_out and module.split(".")[0] not in self.heads
+        return self.fan_in_fan_out and not self.is_of_head(module)
+
+    def is_of_head(self, module: str) -> bool:
+        """Whether their module, by its name without prefix, is a head or in one."""
+        return module.split(".")[0] in self.heads
 
     def of_version(self, version: Any) -> "NameTable":
         """The table for the models of a version of transformers; None is any.

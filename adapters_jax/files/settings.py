@@ -1,11 +1,31 @@
 """Checks of the values in files of unknown origin: a table of rules, one for each field."""
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from adapters_jax.errors import shown
+from adapters_jax.errors import UserError, shown
 from adapters_jax.files.expressions import LONGEST, has_ways, problem
+
+
+@contextlib.contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Keeps the problem that is raised, so that one message has all problems of a file.
+
+    Example:
+        >>> problems = []
+        >>> for name in ("a", "b"):
+        ...     with collecting(problems):
+        ...         raise UserError(name)
+        >>> problems
+        ['a', 'b']
+    """
+    try:
+        yield
+    except UserError as problem:
+        problems.append(str(problem))
+
 
 # A rule lists what is wrong with a value, as what was expected instead.
 Rule = Callable[[Any], list[str]]

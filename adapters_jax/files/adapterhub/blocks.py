@@ -90,7 +90,8 @@ class Blocks:
         for point, sublayer in self.bottlenecks.items():
             for role, path in sublayer.paths.items():
                 found[path] = (point, role)
-                if role == "output" and self.module_map.table:  # a sublayer of ours has its output
+                # A sublayer of ours has its output.
+                if role == "output" and self.module_map.table.rules:
                     found[path.rpartition("/")[0]] = (point, "sublayer")
         return found
 
@@ -126,8 +127,8 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
     else:
         names = names.of_version(4)  # AdapterHub's models are those of transformers 4
     module_map = find_modules(names, base, prefix)
-    ours = module_map.table is not None
-    own = module_map.prefixes[:1]
+    ours = bool(module_map.table.rules)
+    own = module_map.table.prefixes[:1]
     for architecture in sorted(ARCHITECTURES, key=lambda each: each.prefix not in own):
         every = ((stack, name) for stack in architecture.stacks for name in module_map.modules)
         matches = ((stack, re.fullmatch(stack.pattern, name)) for stack, name in every)
@@ -143,7 +144,7 @@ def find_blocks(names: Names, base: Any, prefix: str | None = None) -> Blocks:
         module_map = replace(
             module_map,
             modules={name.removeprefix(theirs): x for name, x in module_map.modules.items()},
-            prefixes=(theirs,) if theirs else (),
+            table=replace(module_map.table, prefixes=(theirs,) if theirs else ()),
             prefix=theirs if prefix is None else prefix,
         )
         sums = {name.removeprefix(theirs): path for name, path in sums.items()}

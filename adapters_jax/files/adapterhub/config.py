@@ -67,6 +67,7 @@ ACTIVATIONS = {
     **{"gelu_python": "gelu_exact", "gelu_fast": "gelu", "gelu_accurate": "gelu"},
     **{"gelu_pytorch_tanh": "gelu", "leaky_relu": "leaky_relu"},
 }
+THEIRS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}  # of ACTIVATIONS
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files without a version
 _DROPOUT = (
     "0.0: AdapterHub applies it after the up-projection, we between the projections; set it to "

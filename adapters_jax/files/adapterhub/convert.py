@@ -14,6 +14,7 @@ from adapters_jax.files.adapterhub.config import (
     PHM,
     POST_NORM,
     PRE_NORM,
+    THEIRS,
     Config,
     children,
     placement,
@@ -30,7 +31,6 @@ from adapters_jax.recipe import Recipe
 
 _LEGACY = [f"{a}_text_{b}_adapters" for a in ("attention", "layer") for b in ("task", "lang")]
 _SHARED = "shared_parameters"
-_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def read(
@@ -173,15 +173,10 @@ def _theirs(leaf: str, x: Array) -> Array:
 
 
 def write(
-    recipe: Recipe,
-    added: Placements,
-    leaves: Leaves,
-    blocks: Blocks,
-    name: str,
-    problems: list[str],
-) -> tuple[dict[str, Any], Leaves]:
-    """Returns the settings and the tensors by names without prefix, and adds the problems."""
-    tensors: Leaves = {}
+    recipe: Recipe, added: Placements, leaves: Leaves, blocks: Blocks, problems: list[str]
+) -> tuple[dict[str, Any], Added]:
+    """Returns the settings and the tensors as `_sorted` has them, and adds the problems."""
+    tensors: Added = {}
     configs: list[dict[str, Any]] = []
     for kind, convert in ((None, _their_bottlenecks), ("lora", loras.write)):
         kinds = ("lora", "ia3") if kind else ("bottleneck", "compacter")
@@ -189,18 +184,18 @@ def write(
         own = {each.path: each for each in mine}
         twice = [each.path for each in mine if own[each.path] is not each]
         problems += [f"two adapters of {path}, and AdapterHub supports one" for path in twice]
-        settings = convert(own, leaves, blocks, name, tensors, problems)
+        settings = convert(own, leaves, blocks, tensors, problems)
         configs += _configs(kind, settings, blocks)
-    fields, activation = invertible.write(added, leaves, blocks, name, tensors, problems)
+    fields, activation = invertible.write(added, leaves, blocks, tensors, problems)
     bottlenecks = [each for each in configs if "reduction_factor" in each]
-    if fields and {each["non_linearity"] for each in bottlenecks} != {_NAMES[activation]}:
+    if fields and {each["non_linearity"] for each in bottlenecks} != {THEIRS[activation]}:
         problems.append(
             f"AdapterHub's invertible adapter has the activation of the bottlenecks beside it, "
             f"expected some with activation={activation!r}"
         )
     for each in bottlenecks[:1]:
         each |= fields
-    configs += reft.write(added, leaves, blocks, name, tensors, problems)
+    configs += reft.write(added, leaves, blocks, tensors, problems)
     known = ("bottleneck", "compacter", "lora", "ia3", "loreft", "invertible")
     others = {type(m).__name__ for m in recipe.attached if m.kind not in known}
     if others or not recipe.attached:
@@ -219,7 +214,7 @@ def write(
 
 
 def _their_bottlenecks(
-    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+    own: Own, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]
 ) -> Settings:
     """Returns the bottlenecks' settings by layer and location, and adds their tensors."""
     settings: Settings = {}
@@ -240,16 +235,15 @@ def _their_bottlenecks(
             continue
         factor = _their_factor(method, sublayer.width, method.width(sublayer.width))
         settings[point] = fields | {"reduction_factor": factor}, ()
-        module = f"{sublayer.module}.adapters.{name}"
-        names = tensor_names(method)
+        module, names = f"{sublayer.module}.adapters", tensor_names(method)
         for leaf, x in leaves.items():
-            at = f"{_SHARED}.{name}" if leaf in method.shared_leaves else module
-            tensor = tensors.setdefault(f"{at}.{names[leaf]}", _theirs(leaf, x))
+            at = tensors.setdefault(_SHARED if leaf in method.shared_leaves else module, {})
+            tensor = at.setdefault(names[leaf], _theirs(leaf, x))
             if not np.array_equal(tensor, _theirs(leaf, x)):
                 problems.append(f"{path}: AdapterHub supports one {leaf} for all of its adapters")
         if method.norm_before:  # AdapterHub stores the norm under two names
             for leaf, kind in (("scale", "weight"), ("bias", "bias")):
-                tensors[f"{module}.adapter_down.0.{kind}"] = leaves[f"norm_before/{leaf}"]
+                tensors[module][f"adapter_down.0.{kind}"] = leaves[f"norm_before/{leaf}"]
     return settings
 
 
@@ -262,13 +256,13 @@ def _fields(method: Bottleneck, role: str, blocks: Blocks) -> dict[str, Any] | s
         )
     if method.output is not None:
         return f"output={method.output!r}, AdapterHub adapts modules that return one array"
-    if method.activation not in _NAMES:
-        return f"activation={method.activation!r}, AdapterHub supports {', '.join(_NAMES)}"
+    if method.activation not in THEIRS:
+        return f"activation={method.activation!r}, AdapterHub supports {', '.join(THEIRS)}"
     if role == "sublayer":  # sequential acts at its output, parallel at the sum
         parallel = method.placement == "parallel" and blocks.architecture.post_norm
         role = "output" if method.placement == "sequential" else "sum" if parallel else role
     fields = {
-        "non_linearity": _NAMES[method.activation],
+        "non_linearity": THEIRS[method.activation],
         "scaling": float(method.scale),
         "ln_before": method.norm_before,
         "ln_after": method.norm_after,

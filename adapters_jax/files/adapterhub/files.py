@@ -20,7 +20,7 @@ from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.files.adapterhub.config import VERSION, children
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD, FUSION
 from adapters_jax.files.layouts import Array
-from adapters_jax.files.module_map import Leaves, Names, as_in_file, as_in_model, placed
+from adapters_jax.files.module_map import Names, as_in_file, as_in_model, placed
 from adapters_jax.files.patterns import shortest
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.methods import Fusion, Method, Unfreeze
@@ -242,9 +242,7 @@ def save_adapterhub(
         directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
     blocks = find_blocks(names, base, prefix)
     about = _about(blocks, name, prefix) | fields
-    files, problems = contents(
-        Recipe(recipe), flat, blocks, about, pooling, labels=labels, head_type=head_type
-    )
+    files, problems = contents(Recipe(recipe), flat, blocks, about, pooling, labels, head_type)
     if problems:
         raise UserError(f"AdapterHub cannot load this adapter: {'; '.join(problems)}")
     return directories.write(directory, files, beside)
@@ -256,11 +254,13 @@ def contents(
     blocks: Blocks,
     about: Mapping[str, Any],
     pooling: str | None = None,
-    **head: Any,
+    labels: Sequence[str] = (),
+    head_type: str | None = None,
 ) -> tuple[dict[str, bytes], list[str]]:
     """The files of an adapter, or of a composition of several, and a sentence for each problem."""
+    head = (pooling, labels, head_type)
     if not any(method.members for method in recipe):
-        return _single_files(recipe, leaves, blocks, about, pooling, **head)
+        return _single_files(recipe, leaves, blocks, about, *head)
     unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
     ends = {path: x for path, x in leaves.items() if recipe.owner(path) is None}
     files, last, problems = setups.written(unrolled, flat, blocks, about, bool(ends))
@@ -271,7 +271,7 @@ def contents(
         if name == last:
             methods, own = methods + [m for m in recipe if m.slot is None], own | ends
         of = {**about, "name": name}
-        more, wrong = _single_files(Recipe(*methods), own, blocks, of, pooling, **head)
+        more, wrong = _single_files(Recipe(*methods), own, blocks, of, *head)
         files |= {f"{name}/{file}": data for file, data in more.items()}
         problems += [f"{name}: {problem}" for problem in wrong]
     return files, problems
@@ -283,44 +283,28 @@ def _single_files(
     blocks: Blocks,
     about: Mapping[str, Any],
     pooling: str | None,
-    **head: Any,
+    labels: Sequence[str],
+    head_type: str | None,
 ) -> tuple[dict[str, bytes], list[str]]:
     """The files of one adapter, and a sentence for each problem."""
-    config, tensors, own, problems = to_adapterhub(
-        recipe, leaves, blocks, about["name"], pooling, **head
-    )
-    if problems:
-        return {}, problems
-    whole = {blocks.module_map.full(key): tensor for key, tensor in tensors.items()}
-    files = ADAPTERHUB.content({**about, "config": config}, whole)
-    if own[0]:
-        files |= ADAPTERHUB_HEAD.content({**about, "config": own[0]}, own[1])
-    return files, []
-
-
-def to_adapterhub(
-    recipe: Recipe | Method,
-    leaves: Mapping[str, Array],
-    blocks: Blocks,
-    name: str = "adapter",
-    pooling: str | None = None,
-    labels: Sequence[str] = (),
-    head_type: str | None = None,
-) -> tuple[dict[str, Any], Leaves, tuple[dict[str, Any], Leaves], list[str]]:
-    """Converts an adapter and its head; see `save_adapterhub`.
-
-    Returns:
-        The settings and the tensors, both of a head, which may have none, and a sentence for each
-        thing that AdapterHub does not support.
-    """
-    problems: list[str] = []
+    name, problems = about["name"], list[str]()
     if not name or "." in name:
         problems.append(f"name={name!r}, expected one without dots, such as 'adapter'")
     unrolled, flat = as_in_file(recipe, leaves, blocks.module_map)
     added, trained = placed(unrolled, flat, blocks.module_map, problems)
-    config, tensors = convert.write(unrolled, added, flat, blocks, name, problems)
-    head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
-    return config, tensors, head, problems
+    config, tensors = convert.write(unrolled, added, flat, blocks, problems)
+    head, of_head = heads.write(trained, blocks, name, pooling, labels, problems, head_type)
+    if problems:
+        return {}, problems
+    whole = {
+        blocks.module_map.full(f"{module}.{name}.{rest}"): tensor
+        for module, own in tensors.items()
+        for rest, tensor in own.items()
+    }
+    files = ADAPTERHUB.content({**about, "config": config}, whole)
+    if head:
+        files |= ADAPTERHUB_HEAD.content({**about, "config": head}, of_head)
+    return files, []
 
 
 def _about(blocks: Blocks, name: str, prefix: str | None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def read(
 
 
 def write(
-    added: Placements, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
+    added: Placements, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]
 ) -> tuple[dict[str, Any], str]:
     """Returns the settings of the invertible adapter and its activation, and adds its tensors."""
     own = [each for each in added if each.method.kind == "invertible"]
@@ -74,7 +74,6 @@ def write(
             f"embeddings of encoders{f', {where[0]}' if where else ''}"
         )
         return {}, ""
-    for leaf, array in each.leaves(flat).items():
-        tensors[f"{INVERTIBLE}.{name}.{_NAMES[leaf]}"] = array.T
+    tensors[INVERTIBLE] = {_NAMES[leaf]: array.T for leaf, array in each.leaves(flat).items()}
     factor = each.method.reduction_factor
     return {"inv_adapter": "nice", "inv_adapter_reduction_factor": factor}, each.method.activation

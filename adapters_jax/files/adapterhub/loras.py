@@ -17,7 +17,7 @@ from adapters_jax.placement import Placement
 # By layer and location: the settings, and for an attention which of its matrices have factors.
 Settings = dict[Point, tuple[dict[str, Any], tuple[str, ...]]]
 Own = Mapping[str, Placement]  # of one method, by path
-_IA3 = {"r": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
+_IA3 = {"r": 1, "alpha": 1, "dropout": 0.0, "composition_mode": SCALE, "init_weights": "ia3"}
 
 
 def points(config: Config, among: Mapping[Point, Any]) -> list[Point]:
@@ -77,9 +77,7 @@ def read(
     return [LoRA(targets, rank, config["alpha"], config["dropout"], a_init="uniform")]
 
 
-def write(
-    own: Own, flat: Leaves, blocks: Blocks, name: str, tensors: Leaves, problems: list[str]
-) -> Settings:
+def write(own: Own, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]) -> Settings:
     """Returns LoRA's settings by layer and location, and adds its tensors."""
     settings: Settings = {}
     left = dict(own)
@@ -99,21 +97,20 @@ def write(
                 if lora.scales_input(reference.path) or scale.shape != (reference.width,):
                     problems.append(f"{reference.path}: AdapterHub's (IA)^3 scales outputs alone")
                     continue
-                fields.append({**_IA3, "alpha": 1})
-                adapted.setdefault(matrix, []).append(module)
-                made.setdefault(module, []).append((scale[:0], scale[:, None]))
-                continue
-            a, b = their_factors(reference, each.leaves(flat), lora.slices)
-            if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
-                problems.append(f"{reference.path}: its factors do not fit its weight")
-                continue
-            if lora.a_init in CHANGING:
-                problems.append(
-                    f"{reference.path}: a_init={lora.a_init!r} changed the base's weights, but "
-                    "AdapterHub adapts the original base"
-                )
-            alpha = rounded(lora.scale_at(reference.path) * len(a))
-            fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
+                fields.append(_IA3)
+                a, b = scale[:0], scale[:, None]
+            else:
+                a, b = their_factors(reference, each.leaves(flat), lora.slices)
+                if (b.shape[0], *a.shape[1:]) != (reference.width, *reference.shape[:-1]):
+                    problems.append(f"{reference.path}: its factors do not fit its weight")
+                    continue
+                if lora.a_init in CHANGING:
+                    problems.append(
+                        f"{reference.path}: a_init={lora.a_init!r} changed the base's weights, but "
+                        "AdapterHub adapts the original base"
+                    )
+                alpha = rounded(lora.scale_at(reference.path) * len(a))
+                fields.append({"r": len(a), "alpha": alpha, "dropout": lora.dropout})
             adapted.setdefault(matrix, []).append(module)
             made.setdefault(module, []).append((a, b))
         problems += [
@@ -131,8 +128,7 @@ def write(
         for module, pairs in made.items():
             for i, factor in enumerate(("lora_A", "lora_B")):
                 both = np.concatenate([pair[i] for pair in pairs])
-                if not len(both):
-                    continue
-                tensors[f"{module}.loras.{name}.{factor}"] = both
+                if len(both):
+                    tensors.setdefault(f"{module}.loras", {})[factor] = both
     problems += [f"{path}: AdapterHub supports no LoRA here" for path in sorted(left)]
     return settings

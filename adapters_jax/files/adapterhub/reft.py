@@ -4,13 +4,12 @@ An orthonormal R is there as torch's `parametrizations.orthogonal` has it: `base
 matrix of the model's width, and `original`, which holds Householder reflections and signs.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from adapters_jax.files.adapterhub.blocks import Blocks
-from adapters_jax.files.adapterhub.config import ACTIVATIONS, DEFAULTS, Config
+from adapters_jax.files.adapterhub.config import ACTIVATIONS, DEFAULTS, THEIRS, Config
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves
 from adapters_jax.files.patterns import shortest
@@ -42,7 +41,7 @@ def read(
             continue
         path, width = outputs[number]
         method = LoReFT(path, **fields)
-        new = _leaves(method, path, width, tensors)
+        new = _leaves(method, width, tensors)
         if isinstance(new, str):
             problems.append(f"{name}reft_layer {new}")
             continue
@@ -51,9 +50,9 @@ def read(
     return [LoReFT(shortest(paths, blocks.paths), **fields)] if paths else []
 
 
-def _leaves(method: LoReFT, path: str, width: int, got: Leaves) -> Leaves | str:
-    """Our leaves of one layer, or what is wrong with the tensors."""
-    d, r = width, method.rank
+def _leaves(method: LoReFT, d: int, got: Leaves) -> Leaves | str:
+    """Our leaves of one layer of width d, or what is wrong with the tensors."""
+    r = method.rank
     one: dict[str, tuple[int, ...]] = {"projection.weight": (r, d)}
     if method.orthogonal:
         one = {f"{_TURNED}.original": (r, d), f"{_TURNED}.0.base": (d, d)}
@@ -92,17 +91,11 @@ def _turned(original: Array, base: Array) -> Array:
 
 
 def write(
-    added: Placements,
-    flat: Mapping[str, Any],
-    blocks: Blocks,
-    name: str,
-    tensors: Leaves,
-    problems: list[str],
+    added: Placements, flat: Leaves, blocks: Blocks, tensors: Added, problems: list[str]
 ) -> list[dict[str, Any]]:
     """Returns the configuration, if there is one, and adds its tensors."""
     own = [each for each in added if each.method.kind == "loreft"]
     layers = {path: (number, width) for number, (path, width) in blocks.outputs().items()}
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     found: list[dict[str, Any]] = []
     numbers = []
     for each in own:
@@ -111,10 +104,10 @@ def write(
         specs = method.leaves(AttachmentPoint("output", each.path, width=max(width, method.rank)))
         if any(leaves[leaf].shape != spec.shape for leaf, spec in specs.items()):
             problems.append(f"{each.path}: AdapterHub's LoReFT is on the output of whole layers")
-        elif method.output is not None or method.activation not in names:
+        elif method.output is not None or method.activation not in THEIRS:
             problems.append(
                 f"{each.path}: output={method.output!r} and activation={method.activation!r}, "
-                f"AdapterHub supports None and {', '.join(names)}"
+                f"AdapterHub supports None and {', '.join(THEIRS)}"
             )
         elif not method.subtract:
             problems.append(
@@ -127,13 +120,13 @@ def write(
             fields = {theirs: getattr(method, ours) for theirs, ours in _FIELDS.items()}
             fields["tied_weights"] = len(method.units) == 1  # else AdapterHub has a unit too many
             plain = method.activation == "identity"
-            fields["non_linearity"] = None if plain else names[method.activation]
+            fields["non_linearity"] = None if plain else THEIRS[method.activation]
             found += [] if fields in found else [fields]
             numbers.append(number)
-            at = f"{blocks.names[number]}reft_layer.refts.{name}.units"
+            at = tensors.setdefault(f"{blocks.names[number]}reft_layer.refts", {})
             for i, unit in enumerate(method.units):
                 new = _theirs(method, {k: leaves[f"{unit}/{k}"] for k in _PARTS})
-                tensors |= {f"{at}.{i}.{key}": x for key, x in new.items()}
+                at |= {f"units.{i}.{key}": x for key, x in new.items()}
     if len(found) > 1:
         problems.append("AdapterHub supports one LoReFT in an adapter, with the same settings")
     chosen = "all" if sorted(numbers) == sorted(blocks.layers) else sorted(numbers)

@@ -279,14 +279,9 @@ def written(
         problems.append(f"AdapterHub has one composition of all adapters, and {what} is beside it")
     files: dict[str, bytes] = {}
 
-    def node(name: str) -> Node:
-        method = compositions.get(name)
-        if method is None:
-            return Node("single", name)
-        return of(method)
-
     def of(method: Composition) -> Node:
-        members = tuple(node(name) for name in method.members)
+        inner = ((name, compositions.get(name)) for name in method.members)
+        members = tuple(of(own) if own else Node("single", name) for name, own in inner)
         name = ",".join(member.adapters()[-1] for member in members)
         sizes: tuple[Any, ...] = getattr(method, "sizes", ())
         if None in sizes or (method.kind == "split" and not sizes):

@@ -11,7 +11,6 @@ Reference: https://huggingface.co/docs/diffusers/api/loaders/lora
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +25,15 @@ from adapters_jax.files.diffusers.lycoris import (
     Product,
     Several,
     checked_alpha,
-    not_fused,
     products,
 )
 from adapters_jax.files.diffusers.spelling import PARTS, Module, by_part, spelled
 from adapters_jax.files.directories import flat_leaves
-from adapters_jax.files.layouts import Array, our_factors, rounded, spans
-from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules
-from adapters_jax.files.patterns import shortest
+from adapters_jax.files.layouts import Array, our_factors, rounded
+from adapters_jax.files.module_map import ModuleMap, Names, as_in_model, find_modules, in_parts
 from adapters_jax.files.peft.config import ROOT, config_problems, factor_keys, number_at
 from adapters_jax.files.peft.convert import to_peft
+from adapters_jax.files.settings import collecting
 from adapters_jax.files.untrusted import not_finite, open_tensors, parse
 from adapters_jax.methods import METHODS, DoRA, LoRA, Method
 from adapters_jax.recipe import Recipe
@@ -66,8 +64,36 @@ class _Pair(NamedTuple):
 
     @property
     def shapes(self) -> str:
+        """The shapes of the tensors, for messages."""
         middle = "" if self.middle is None else f", lora_mid {list(self.middle.shape)}"
         return f"lora_down {list(self.a.shape)}, lora_up {list(self.b.shape)}{middle}"
+
+    def at(self, references: Several) -> Made | None:
+        """The method and the leaves at each of our modules; None if the pair does not fit."""
+        made: Made = {}
+        for reference in references:
+            a = self.a
+            if (middle := self.middle) is not None:
+                # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
+                (rank, fan_in), window = a.shape[:2], middle.shape[2:]
+                is_plain = a.size == rank * fan_in and middle.shape[:2] == (rank, rank)
+                if not is_plain or reference.shape[:-1] != (*window, fan_in):
+                    return None
+                a = np.moveaxis(np.tensordot(middle, a.reshape(rank, fan_in), (1, 0)), -1, 1)
+            # Their 1x1 convolution may be a dense layer here.
+            if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
+                a = a.reshape(a.shape[:2])
+            factors = our_factors(reference, a, self.b, self.magnitude)
+            if factors is None:
+                return None
+            factors |= _reduced(factors["a"], factors["b"])
+            rank = factors["a"].shape[-1]
+            numbers = (("rank", rank), ("alpha", rounded(self.alpha * rank / len(self.a))))
+            kind = LoRA if self.magnitude is None else DoRA
+            target, node = reference.node("lora")
+            own = {f"{node}/{leaf}": x for leaf, x in factors.items()}
+            made[target] = (kind.kind, *numbers, ("a_init", "uniform")), own
+        return made
 
 
 def load_diffusers(
@@ -142,18 +168,14 @@ def load_diffusers(
     # Products of numbers that float32 cannot hold are found in the leaves.
     with np.errstate(over="ignore", invalid="ignore"):
         for spelling, module in own.items():
-            try:
+            with collecting(problems):
                 pairs[spelling] = _pair(module, tensors, configs[module.prefix])
-            except UserError as problem:
-                problems.append(str(problem))
         if problems:
             raise AdapterFileError(f"{file}: {first_few(problems, joint='; ')}")
-        try:
+        with collecting(problems):  # a method rejects a number, or layers differ
             methods, leaves = _placed(pairs, module_map, problems)
             if not problems:
                 made = as_in_model(methods, leaves, module_map)
-        except UserError as problem:  # a method rejects a number, or layers differ
-            problems.append(str(problem))
     if problems:
         raise AdapterMismatchError(f"{file} does not fit: {first_few(problems, joint='; ')}")
     return *made, {name: len(each) for name, each in parts.items()}, metadata
@@ -200,34 +222,20 @@ def save_diffusers(
             wrong.append("such files have no place for the invocation of an ActivatedLoRA")
         several = part == "text_encoder" and {"text_encoder_2", "text_encoder_3"} & parts.keys()
         prefix = "lora_te1_" if several else _PREFIXES[part]
-        tensors |= products(config, theirs, prefix, style, tensors.keys(), wrong)
-        keys = [key for key in theirs if key.endswith(_OF_A)]
-        most = max((len(theirs[key]) for key in keys), default=0)
-        for key in keys:
-            name = key.removeprefix(ROOT).removesuffix(_OF_A)
-            a, b = (theirs.pop(k) for k in factor_keys(name))
-            norms = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
-            alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
-            alpha *= math.sqrt(len(a)) if config["use_rslora"] else 1
-            if style == "kohya":
-                module = prefix + name.replace(".", "_")
-                made = {"alpha": np.asarray(alpha, np.float32)}
-                norms = None if norms is None else norms.reshape(-1, *(1,) * (a.ndim - 1))
-            else:
-                # Where ranks differ, Diffusers 0.35 scales all pairs by the rank of the first.
-                module, made, more = f"{part}.{name}", {}, (0, most - len(a))
-                b = (b * (alpha / len(a))).astype(b.dtype)
-                a = np.pad(a, [more, *[(0, 0)] * (a.ndim - 1)])
-                b = np.pad(b, [(0, 0), more, *[(0, 0)] * (b.ndim - 2)])
-            ends = zip(_STYLES[style], (a, b, norms), strict=True)
-            made |= {end: x for end, x in ends if x is not None}
-            if not tensors.keys().isdisjoint((f"{module}.{_STYLES[style][0]}", f"{module}.alpha")):
+        found = products(config, theirs)
+        if found and style != "kohya":
+            wrong.append(f"Diffusers has no {config['peft_type']}; write style='kohya'")
+        for name, made in {**found, **_their_pairs(config, theirs, style)}.items():
+            dotted = style == "diffusers"
+            module = f"{part}.{name}" if dotted else prefix + name.replace(".", "_")
+            if any(f"{module}.{end}" in tensors for end in made):
                 wrong.append(f"{module} is the name of two modules")
             tensors |= {f"{module}.{end}": x for end, x in made.items()}
-            if names is None and style == "diffusers" and re.search(r"(?<!linear)_\d+(\.|$)", name):
+            if names is None and dotted and re.search(r"(?<!linear)_\d+(\.|$)", name):
                 wrong.append(f"{name} may have numbers behind dots there; give names")
-            if style == "kohya":
-                not_fused(name, wrong)
+            if not dotted and re.match(r"(single_)?transformer_blocks[._]", name):
+                fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
+                wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
         wrong += [f"{key.removeprefix(ROOT)} is no LoRA of a layer" for key in theirs]
         problems += [f"{part}: {problem}" for problem in wrong]
     if problems or not tensors:
@@ -245,6 +253,34 @@ def save_diffusers(
     whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
     write_file(Path(file), save(whole, {**texts, "format": "pt"}))
     return Path(file)
+
+
+def _their_pairs(
+    config: Mapping[str, Any], theirs: dict[str, Array], style: str
+) -> dict[str, dict[str, Array]]:
+    """Takes LoRA out of PEFT's tensors: those of a style, by module and their end."""
+    keys = [key for key in theirs if key.endswith(_OF_A)]
+    most = max((len(theirs[key]) for key in keys), default=0)
+    made: dict[str, dict[str, Array]] = {}
+    for key in keys:
+        name = key.removeprefix(ROOT).removesuffix(_OF_A)
+        a, b = (theirs.pop(k) for k in factor_keys(name))
+        norms = theirs.pop(f"{ROOT}{name}.lora_magnitude_vector", None)
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        alpha *= math.sqrt(len(a)) if config["use_rslora"] else 1
+        own = made[name] = {}
+        if style == "kohya":
+            own["alpha"] = np.asarray(alpha, np.float32)
+            norms = None if norms is None else norms.reshape(-1, *(1,) * (a.ndim - 1))
+        else:
+            # Where ranks differ, Diffusers 0.35 scales all pairs by the rank of the first.
+            more = (0, most - len(a))
+            b = (b * (alpha / len(a))).astype(b.dtype)
+            a = np.pad(a, [more, *[(0, 0)] * (a.ndim - 1)])
+            b = np.pad(b, [(0, 0), more, *[(0, 0)] * (b.ndim - 2)])
+        ends = zip(_STYLES[style], (a, b, norms), strict=True)
+        own |= {end: x for end, x in ends if x is not None}
+    return made
 
 
 def _names(names: Names | None, base: Any) -> Names:
@@ -297,7 +333,7 @@ def _placed(
     taken: dict[str, str] = {}
     groups: dict[Any, list[str]] = {}  # targets by the method's class, numbers and form
     for pair, candidates in _matched(pairs, module_map, problems):
-        made = [found for each in candidates if (found := _fitted(pair, each))]
+        made = [found for each in candidates if (found := pair.at(each))]
         if len(made) != 1:
             shapes = [f"{x.path} {list(x.shape)}" for each in candidates for x in each]
             what = "which fit several," if made else "which do not fit"
@@ -311,9 +347,8 @@ def _placed(
             leaves |= own
     if wrong := not_finite(leaves):
         problems.append(f"numbers are too large for float32 in {wrong}")
-    every = [*module_map.paths, *module_map.base]
     return [
-        METHODS[kind](shortest(targets, every), **dict(fields))
+        METHODS[kind](module_map.targets(targets), **dict(fields))
         for (kind, *fields), targets in groups.items()
     ], leaves
 
@@ -324,9 +359,9 @@ def _matched(
     """The pairs with the modules of ours that each may be of."""
     known: _Known = {}
     for name, references in module_map.modules.items():
-        for prefix in ("", *module_map.prefixes):
+        for prefix in ("", *module_map.table.prefixes):
             known.setdefault(spelled(prefix + name), []).append(references)
-    there = {names: known.get(names) or _in_parts(names, known) for names in pairs}
+    there = {names: known.get(names) or _fused(names, known) for names in pairs}
     matched = [(pair, there[names]) for names, pair in pairs.items() if there[names]]
     rest = {names: pair for names, pair in pairs.items() if not there[names]}
     for names, several in known.items():
@@ -347,14 +382,12 @@ def _matched(
     return matched
 
 
-def _in_parts(names: tuple[str, ...], known: _Known) -> list[Several]:
+def _fused(names: tuple[str, ...], known: _Known) -> list[Several]:
     """The modules of ours that one of theirs fuses; none where the model lacks one of them."""
     each = [known.get((name,), []) for name in names]
     if any(len(several) != 1 or len(several[0]) != 1 for several in each):
         return []
-    whole = [several[0][0] for several in each]
-    parts = spans([math.prod(reference.shape) for reference in whole])
-    return [tuple(replace(x, part=part) for x, part in zip(whole, parts, strict=True))]
+    return [in_parts([several[0][0] for several in each])]
 
 
 def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: Several) -> _Pair:
@@ -378,39 +411,6 @@ def _joined(names: tuple[str, ...], mine: Mapping[str, _Pair], there: Several) -
     magnitude = np.concatenate(norms) if norms else None
     a, b = np.concatenate([x.a for x in mine.values()]), np.concatenate(rows)
     return _Pair(label, a, b, scale * len(a), magnitude, None)
-
-
-def _fitted(pair: _Pair | Product, references: Several) -> Made | None:
-    """The methods and leaves of our modules; None if the tensors do not fit them."""
-    return pair.at(references) if isinstance(pair, Product) else _our_leaves(references, pair)
-
-
-def _our_leaves(references: Several, pair: _Pair) -> Made | None:
-    """LoRA at each target; None if the pair does not fit."""
-    made: Made = {}
-    for reference in references:
-        a = pair.a
-        if (middle := pair.middle) is not None:
-            # LyCORIS's Tucker form: the window is in a third factor, (rank, rank, window).
-            (rank, fan_in), window = a.shape[:2], middle.shape[2:]
-            is_plain = a.size == rank * fan_in and middle.shape[:2] == (rank, rank)
-            if not is_plain or reference.shape[:-1] != (*window, fan_in):
-                return None
-            a = np.moveaxis(np.tensordot(middle, a.reshape(rank, fan_in), (1, 0)), -1, 1)
-        # Their 1x1 convolution may be a dense layer here.
-        if len(reference.shape) == 2 and a.size == math.prod(a.shape[:2]):
-            a = a.reshape(a.shape[:2])
-        factors = our_factors(reference, a, pair.b, pair.magnitude)
-        if factors is None:
-            return None
-        factors |= _reduced(factors["a"], factors["b"])
-        rank = factors["a"].shape[-1]
-        numbers = (("rank", rank), ("alpha", rounded(pair.alpha * rank / len(pair.a))))
-        kind = LoRA if pair.magnitude is None else DoRA
-        target, node = reference.node("lora")
-        own = {f"{node}/{leaf}": x for leaf, x in factors.items()}
-        made[target] = (kind.kind, *numbers, ("a_init", "uniform")), own
-    return made
 
 
 def _reduced(a: Array, b: Array) -> dict[str, Array]:

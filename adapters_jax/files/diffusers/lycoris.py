@@ -5,8 +5,7 @@ Reference: https://github.com/KohakuBlueleaf/LyCORIS/tree/main/lycoris/modules (
 """
 
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,51 +77,22 @@ class Product(NamedTuple):
         return made
 
 
-def not_fused(name: str, wrong: list[str]) -> None:
-    """Adds the problem of a module that kohya's files have as a part of FLUX's fused one."""
-    if re.match(r"(single_)?transformer_blocks[._]", name):
-        fused = "names={'double_blocks.0.img_attn.qkv': (query, key, value)}"
-        wrong.append(f"kohya names {name} as FLUX's checkpoint does; give {fused}")
-
-
-def products(
-    config: Mapping[str, Any],
-    theirs: dict[str, Array],
-    prefix: str,
-    style: str,
-    there: Collection[str],
-    wrong: list[str],
-) -> dict[str, Array]:
-    """Takes LoHa and LoKr out of PEFT's tensors, and names them as kohya's scripts do.
+def products(config: Mapping[str, Any], theirs: dict[str, Array]) -> dict[str, dict[str, Array]]:
+    """Takes LoHa and LoKr out of PEFT's tensors: those of kohya's files, by module and their end.
 
     Args:
         config, theirs: the adapter in PEFT's form; the tensors that are taken leave it.
-        prefix: begins the names of modules.
-        there: the keys of what is in the file already.
-        wrong: gets the problems.
     """
-    if config.get("peft_type") not in ("LOHA", "LOKR"):
-        return {}
-    if style != "kohya":
-        wrong.append(f"Diffusers has no {config['peft_type']}; write style='kohya'")
-    made: dict[str, Array] = {}
-    modules: dict[str, str] = {}  # theirs by their name in the file
-    whole = {key[:-1] for key in theirs if key.endswith("lokr_w2") and key[:-1] + "1" in theirs}
+    made: dict[str, dict[str, Array]] = {}
     for key in list(theirs):
         name, _, end = key.removeprefix(ROOT).rpartition(".")
-        if not end.startswith(("hada_", "lokr_")):
-            continue  # what is left is refused, as no LoRA
-        tensor, module = theirs.pop(key), prefix + name.replace(".", "_")
+        if end.startswith(("hada_", "lokr_")):  # what is left is refused, as no LoRA
+            made.setdefault(name, {})[end] = theirs.pop(key)
+    for name, ends in made.items():
         rank, alpha = (number_at(config, field, name) for field in ("r", "alpha"))
-        if end in ("lokr_w1", "lokr_w2") and f"{ROOT}{name}.lokr_w" in whole:
+        if {"lokr_w1", "lokr_w2"} <= ends.keys():
             # Two whole factors are not scaled there, and do not tell a rank.
-            tensor = tensor * np.float32(alpha / rank if end == "lokr_w1" else 1)
+            ends["lokr_w1"] = ends["lokr_w1"] * np.float32(alpha / rank)
             alpha = 1
-        if module not in modules:
-            not_fused(name, wrong)
-        other = modules.setdefault(module, name)
-        if other != name or f"{module}.alpha" in there:
-            wrong.append(f"{module} is the name of two modules")
-        made[f"{module}.{end}"] = tensor
-        made[f"{module}.alpha"] = np.asarray(alpha, np.float32)
+        ends["alpha"] = np.asarray(alpha, np.float32)
     return made

@@ -16,6 +16,7 @@ from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
 from adapters_jax.files.peft import lora
 from adapters_jax.files.peft.config import Config, value
+from adapters_jax.files.settings import collecting
 from adapters_jax.files.untrusted import not_finite
 from adapters_jax.methods import Method
 
@@ -27,21 +28,18 @@ def read(
     scale = value(config, "lora_alpha") / (value(config, "init_r") + 1e-5)
     pairs: dict[str, Leaves] = {}
     for module, found in added.items():
-        try:
-            numbers = _checked(config, module, found)
-        except UserError as problem:
-            problems.append(str(problem))
-            continue
-        there, a, b = module_map.at(module), found["a"], found["b"]
-        shape = there[0].shape if there and there[0].weight == "kernel" else ()
-        if len(shape) == 4 and a.shape[1] == np.prod(shape[:-1]):  # they flatten a window
-            a, b = a.reshape(len(a), shape[-2], *shape[:-2]), b[..., None, None]
-        if len(a):
-            with np.errstate(over="ignore", invalid="ignore"):
-                scaled = a * (scale * numbers).reshape(-1, *(1,) * (a.ndim - 1))
-                pairs[module] = {"a": scaled.astype(np.float32), "b": b}
-            if not_finite(pairs[module]):
-                problems.append(f"{module} times lora_alpha is too large for float32")
+        with collecting(problems):
+            numbers, a, b = _checked(config, module, found), found["a"], found["b"]
+            there = module_map.at(module)
+            shape = there[0].shape if there and there[0].weight == "kernel" else ()
+            if len(shape) == 4 and a.shape[1] == np.prod(shape[:-1]):  # they flatten a window
+                a, b = a.reshape(len(a), shape[-2], *shape[:-2]), b[..., None, None]
+            if len(a):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    scaled = a * (scale * numbers).reshape(-1, *(1,) * (a.ndim - 1))
+                    pairs[module] = {"a": scaled.astype(np.float32), "b": b}
+                if not_finite(pairs[module]):
+                    problems.append(f"{module} times lora_alpha is too large for float32")
     ranks = {module: len(pair["a"]) for module, pair in pairs.items()}
     rank = max(ranks.values(), default=1)
     # PEFT finds a key at the end of a name, where it does not begin with "^".

@@ -93,8 +93,8 @@ def _tails(name: str) -> list[str]:
 
 def _modules(module_map: ModuleMap) -> set[str]:
     """The names of the modules of theirs that have a weight."""
-    stacks = module_map.table is not None and module_map.table.stacks
-    experts = [] if stacks else [name for names in module_map.rows.values() for name in names]
+    rows = {} if module_map.table.stacks else module_map.rows
+    experts = [name for names in rows.values() for name in names]
     tied = (module_map.tied or ())[:1]
     return {module_map.full(name) for name in (*module_map.modules, *experts, *tied)}
 

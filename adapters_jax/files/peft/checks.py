@@ -102,12 +102,13 @@ def doubts(config: Mapping[str, Any], added: Iterable[str], module_map: ModuleMa
             f"task_type={config.get('task_type')!r} with alora_invocation_tokens: PEFT would apply "
             "nothing, as it looks for them for 'CAUSAL_LM' alone; here it acts from them on"
         )
-    inner = [key for bare, key in named.items() if bare.split(".")[0] not in module_map.heads]
+    inner = [key for bare, key in named.items() if not module_map.table.is_of_head(bare)]
     prefix = inner[0].removesuffix(module_map.bare(inner[0])) if inner else ""
     is_causal = module_map.tied or "lm_head" in module_map.modules
-    if any(module_map.prefixes) and is_causal and inner and not prefix:
+    usual = module_map.table.prefixes
+    if any(usual) and is_causal and inner and not prefix:
         texts.append(
-            f"{inner[0]} has no prefix such as {module_map.prefixes[0]!r}, so the adapter is of a "
+            f"{inner[0]} has no prefix such as {usual[0]!r}, so the adapter is of a "
             "base without its output layer; this one has one, and PEFT would apply nothing to it"
         )
     if lacking := missing(config, named, module_map, prefix):

@@ -58,11 +58,12 @@ _CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
     "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True}
-DEFAULTS |= {"alpha": 8, "decompose_factor": -1}  # of LoHa and LoKr
-DEFAULTS |= {"init_r": 12}  # of AdaLoRA
-DEFAULTS |= {"d_initial": 0.1, "vera_dropout": 0.0}
-DEFAULTS |= {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
+DEFAULTS = {
+    **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": True},
+    **{"alpha": 8, "decompose_factor": -1},  # of LoHa and LoKr
+    **{"init_r": 12, "d_initial": 0.1, "vera_dropout": 0.0},
+    **{"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+}
 
 # PEFT's initialisations that do not change the base, with our `a_init` that is nearest to each.
 STARTS = {True: "uniform", False: "uniform", "gaussian": "gaussian_rank"}
@@ -82,25 +83,26 @@ class Kind:
     """The facts about one `peft_type`.
 
     Attributes:
-        reader, writer: the modules beside this one with its functions `read` and `write`.
+        module: the module beside this one with its functions `read` and `write`.
         methods: the names of the methods that it stores; a file has one of them. Empty if it stores
             only parameters of the base.
-        leaves: our leaf's name for each of PEFT's tensor names.
         rules: the supported fields of the configuration.
         trains: the base's parameters that may train beside it: "nothing", "modules", "biases" as
             well as modules, or "norms" and heads.
+        leaves: our leaf's name for each of PEFT's tensor names.
         shared: our names of tensors that are of no module, by their keys.
         root: begins the keys of tensors of modules.
+        writer: the module with `write`, where it is another one.
     """
 
-    reader: str
-    writer: str
+    module: str
     methods: tuple[str, ...]
-    leaves: Mapping[str, str]
     rules: Mapping[str, Rule]
     trains: str
+    leaves: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     root: str = ROOT
+    writer: str = ""
 
 
 def _is_masks(found: Any) -> bool:
@@ -115,8 +117,13 @@ _NAMES = patterns(str, list)
 _MODULES: dict[str, Rule] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), _NAMES),
     "modules_to_save": plain_names(list),
-    "fan_in_fan_out": of(bool),
 }
+_LINEAR: dict[str, Rule] = {**_MODULES, "fan_in_fan_out": of(bool)}
+_LAYERS: dict[str, Rule] = {
+    "layers_to_transform": of(int, list),
+    "layers_pattern": plain_names(str, list),
+}
+_OF_LAYERS = _LINEAR | _LAYERS
 _VIRTUAL: dict[str, Rule] = {  # of tokens that are before the text
     **dict.fromkeys(("num_virtual_tokens", "token_dim"), whole(1)),
     **dict.fromkeys(("num_attention_heads", "num_layers"), whole(1)),
@@ -126,17 +133,16 @@ _VIRTUAL: dict[str, Rule] = {  # of tokens that are before the text
 _LOHA = [f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")]
 _LOKR = [f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
 _LYCORIS: dict[str, Rule] = {
-    **{name: found for name, found in _MODULES.items() if name != "fan_in_fan_out"},
+    **_MODULES,
+    **_LAYERS,
     "r": whole(),
     **dict.fromkeys(("alpha", "rank_dropout", "module_dropout"), _NUMBER),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
     **dict.fromkeys(("use_effective_conv2d", "init_weights"), of(bool)),
-    "layers_to_transform": of(int, list),
-    "layers_pattern": plain_names(str, list),
 }
 KINDS = {
     "LORA": Kind(
-        *("lora", "lora_writing", ("lora", "dora", "activated_lora")),
+        *("lora", ("lora", "dora", "activated_lora")),
         leaves={
             "lora_A": "a",
             "lora_B": "b",
@@ -145,13 +151,11 @@ KINDS = {
             "lora_magnitude_vector": "magnitude",
         },
         rules={
-            **_MODULES,
+            **_OF_LAYERS,
             "r": whole(),
             **dict.fromkeys(("lora_alpha", "lora_dropout"), _NUMBER),
             **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), of(bool)),
             **dict.fromkeys(("rank_pattern", "alpha_pattern"), patterns(dict)),
-            "layers_to_transform": of(int, list),
-            "layers_pattern": plain_names(str, list),
             "target_parameters": of(list),
             "trainable_token_indices": of(list, dict),
             "alora_invocation_tokens": wholes(range(1 << 12), 2**31),
@@ -161,19 +165,18 @@ KINDS = {
             "bias": one_of("none", "all", "lora_only"),
         },
         trains="biases",
+        writer="lora_writing",
     ),
     "ADALORA": Kind(
-        *("adalora", "lora_writing", ()),  # ours is written as LORA
+        *("adalora", ()),  # ours is written as LORA
         leaves={"lora_A": "a", "lora_E": "lambda", "lora_B": "b"},
         rules={
-            **_MODULES,
+            **_OF_LAYERS,
             **dict.fromkeys(("init_r", "r", "target_r", "deltaT", "total_step"), whole()),
             **dict.fromkeys(("tinit", "tfinal"), whole(0)),
             **dict.fromkeys(("beta1", "beta2", "orth_reg_weight", "lora_dropout"), _NUMBER),
             "lora_alpha": rule(lambda n: is_number(n) and n > 0, "a number above 0"),
             "rank_pattern": rule(_is_masks, "lists of true and false"),
-            "layers_to_transform": of(int, list),
-            "layers_pattern": plain_names(str, list),
             **dict.fromkeys(("alpha_pattern", "loftq_config"), of(dict)),
             **dict.fromkeys(("use_rslora", "ensure_weight_tying"), of(bool)),
             "init_lora_weights": of(bool, str),
@@ -183,25 +186,25 @@ KINDS = {
         trains="biases",
     ),
     "ADAPTION_PROMPT": Kind(
-        *("prompts", "prompts", ("llama_adapter",)),
+        *("prompts", ("llama_adapter",)),
         leaves={"adaption_prompt": "embedding", "adaption_gate": "gate"},
         rules={"adapter_len": whole(), "adapter_layers": whole(), "target_modules": _NAMES},
         trains="nothing",
     ),
     "IA3": Kind(
-        *("ia3", "ia3", ("ia3",)),
+        *("ia3", ("ia3",)),
         leaves={"ia3_l": "scale"},
-        rules={**_MODULES, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
+        rules={**_LINEAR, "feedforward_modules": _NAMES, "init_ia3_weights": of(bool)},
         trains="modules",
     ),
     "LOHA": Kind(
-        *("lycoris", "lycoris", ("loha",)),
+        *("lycoris", ("loha",)),
         leaves={name: name for name in _LOHA},
         rules=_LYCORIS,
         trains="modules",
     ),
     "LOKR": Kind(
-        *("lycoris", "lycoris", ("lokr",)),
+        *("lycoris", ("lokr",)),
         leaves={name: name for name in _LOKR},
         rules={
             **_LYCORIS,
@@ -215,16 +218,14 @@ KINDS = {
         trains="modules",
     ),
     "VERA": Kind(
-        *("vera", "vera", ("vera",)),
+        *("vera", ("vera",)),
         leaves={"vera_lambda_d": "d", "vera_lambda_b": "b"},
         rules={
-            **_MODULES,
+            **_OF_LAYERS,
             "r": whole(),
             "d_initial": rule(is_number, "a number"),
             "vera_dropout": _NUMBER,
             "bias": one_of("none"),
-            "layers_to_transform": of(int, list),
-            "layers_pattern": plain_names(str, list),
             **dict.fromkeys(("save_projection", "init_weights"), of(bool)),
             "projection_prng_key": of(int),
         },
@@ -232,10 +233,10 @@ KINDS = {
         shared={"base_model.vera_A": "left", "base_model.vera_B": "right"},
     ),
     "OFT": Kind(
-        *("oft", "oft", ("oft",)),
+        *("oft", ("oft",)),
         leaves={"oft_R": "skew"},
         rules={
-            **_MODULES,
+            **_OF_LAYERS,
             **dict.fromkeys(("r", "oft_block_size"), whole(0)),
             "num_cayley_neumann_terms": rule(
                 lambda n: type(n) is int and 1 < n < 100, "2 to 99, since one turns nothing"
@@ -244,14 +245,11 @@ KINDS = {
             **dict.fromkeys(("block_share", "use_cayley_neumann", "init_weights"), of(bool)),
             "coft": one_of(False),
             "bias": one_of("none"),
-            "layers_to_transform": of(int, list),
-            "layers_pattern": plain_names(str, list),
         },
         trains="modules",
     ),
     "PROMPT_TUNING": Kind(
-        *("prompt_tuning", "prompt_tuning", ("prompt_tuning",)),
-        leaves={},
+        *("prompt_tuning", ("prompt_tuning",)),
         rules={
             **_VIRTUAL,
             **dict.fromkeys(
@@ -264,8 +262,7 @@ KINDS = {
         root="base_model.",
     ),
     "PREFIX_TUNING": Kind(
-        *("prefix", "prefix", ("prefix",)),
-        leaves={},
+        *("prefix", ("prefix",)),
         rules={
             **_VIRTUAL,
             "encoder_hidden_size": whole(1),
@@ -277,14 +274,12 @@ KINDS = {
         root="base_model.",
     ),
     "LN_TUNING": Kind(
-        *("trained", "trained", ()),
-        leaves={},
-        rules={n: x for n, x in _MODULES.items() if n != "fan_in_fan_out"},
+        *("trained", ()),
+        rules=_MODULES,
         trains="norms",
     ),
     "TRAINABLE_TOKENS": Kind(
-        *("trained", "trained", ()),
-        leaves={},
+        *("trained", ()),
         rules={"target_modules": _NAMES, "token_indices": of(list), "init_weights": of(bool)},
         trains="nothing",
     ),

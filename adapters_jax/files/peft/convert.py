@@ -19,6 +19,7 @@ from adapters_jax.files import directories, hub
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import (
+    Leaves,
     ModuleMap,
     Names,
     as_in_file,
@@ -32,6 +33,7 @@ from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved, with_ta
 from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
 from adapters_jax.files.peft.trained import IN_WRAPPER, read_folded, read_trained, write_trained
 from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
 
@@ -196,13 +198,16 @@ def from_peft(
         try:
             kind = KINDS[config["peft_type"]]
             shared = {own: tensors[key] for key, own in kind.shared.items() if key in tensors}
-            more = {"shared": shared} if kind.shared else {}
             added, plain = split_tensors(tensors, kind, problems)
             module_map = module_map.spelt_like([*added, *plain])
             problems += twice_spelt(added, plain, module_map)
             config = with_targets(config, added, problems)
+            every = {**added, "": shared} if kind.shared else added
             methods: list[Method]
-            methods, leaves = _code(kind.reader).read(config, added, module_map, problems, **more)
+            methods, leaves = _code(kind.module).read(config, every, module_map, problems)
+            if kind.leaves and not methods and not problems:
+                such = " or ".join(kind.leaves)
+                problems.append(f"the file has no tensors of {config['peft_type']}: {such}")
             plain, folded = read_folded(config, plain, module_map, problems)
             trained = read_trained(plain, module_map, problems) | folded
             if trained:
@@ -218,7 +223,7 @@ def from_peft(
                 return as_in_model(methods, leaves, module_map)
         except (ValueError, re.error) as error:  # a method rejects a number, or layers differ
             problems = [str(error)]
-    if module_map.table and any("names maps " in each for each in problems):
+    if module_map.table.rules and any("names maps " in each for each in problems):
         problems.append(_other_table(config, tensors, module_map))
     raise AdapterFileError(f"{caller}: {'; '.join(grouped(problems))}")
 
@@ -247,7 +252,7 @@ def grouped(problems: Iterable[str]) -> list[str]:
 def _other_table(config: Mapping[str, Any], keys: Iterable[str], module_map: ModuleMap) -> str:
     """What to give where the names of modules are those of another model."""
     words = (key.removeprefix(ROOT).split(".")[0] for key in keys)
-    word = next((word for word in words if word not in module_map.heads), "")
+    word = next((word for word in words if not module_map.table.is_of_head(word)), "")
     family = repr(_FAMILIES.get(word, word))
     table = f"FAMILIES[{family}]{'' if word in _FAMILIES else '.classifier'}.names"
     base = config.get("base_model_name_or_path")
@@ -270,72 +275,69 @@ def to_peft(
     Returns:
         The configuration, the tensors, and a sentence for each thing that PEFT does not support.
     """
-    problems: list[str] = []
+    own = own or {}
     module_map = find_modules(names, base, prefix)
     recipe, leaves = as_in_file(recipe, leaves, module_map)
+    problems = _held_twice(leaves, module_map)
     added, trained = placed(recipe, leaves, module_map, problems)
-    held = _held_twice(leaves, module_map)
     found = {method.kind for method in recipe.attached}
-    kind = next((k for k in KINDS.values() if len(found) == 1 and found <= set(k.methods)), None)
+    kinds = [name for name, k in KINDS.items() if len(found) == 1 and found <= set(k.methods)]
     if not found and trained:
-        kind = KINDS["LN_TUNING"]
-    if kind is None:
+        kinds = ["LN_TUNING"]
+    if not kinds:
         others = ", ".join(sorted({type(m).__name__ for m in recipe.attached})) or "nothing"
         problems.append(
             f"the recipe adds {others}; PEFT stores one of LoRA, DoRA, ActivatedLoRA, LoHa, "
             "LoKr, OFT, VeRA, IA3, LlamaAdapter, PromptTuning and PrefixTuning, or trained norms"
         )
-        return {}, {}, problems + held
-    fields, tensors = _code(kind.writer).write(recipe, added, leaves, module_map, problems)
+        return {}, {}, problems
+    kind = KINDS[kinds[0]]
+    code = _code(kind.writer or kind.module)
+    fields, tensors = code.write(recipe, added, leaves, module_map, problems)
+    written = {"peft_type": kinds[0], **fields}
     if kind.trains == "nothing":
         problems += [
             f"{path}: PEFT's prompts do not support other trained leaves beside them"
             for path in trained
         ]
-        return _compared(fields, tensors, problems + held, own or {}, module_map)
-    adapted = {each.module for each in added}
-    if kind.trains == "norms":
-        trained = {p: x for p, x in trained.items() if not _in_norm(p, module_map)}
-    more, trains = write_trained(
-        trained, adapted, module_map, problems, (own or {}).get("task_type")
-    )
-    if kind.trains != "biases" and trains.pop("bias") != "none":
-        paths = ", ".join(path for path in trained if path.endswith("/bias"))
-        problems.append(
-            f"{paths}: PEFT's {fields['peft_type']} does not support trained biases beside it"
-        )
-    more = {f"{kind.root}{key.removeprefix(ROOT)}": x for key, x in more.items()}
-    if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
-        problems.append(
-            f"PEFT's {fields['peft_type']} does not support a trained embedding with a tied output "
-            "layer"
-        )
-    return _compared(fields | trains, tensors | more, problems + held, own or {}, module_map)
-
-
-def _compared(
-    written: dict[str, Any],
-    tensors: dict[str, Array],
-    problems: list[str],
-    own: Mapping[str, Any],
-    module_map: ModuleMap,
-) -> tuple[dict[str, Any], dict[str, Array], list[str]]:
-    """The file with the caller's fields, and the problems if PEFT would read it otherwise."""
+    else:
+        more, trains = _trained(kinds[0], added, trained, module_map, problems, own)
+        written, tensors = written | trains, tensors | more
     config = {**written, **own}
     if not problems:
-        split = split_tensors(tensors, KINDS[written["peft_type"]], problems)
-        problems = problems + differences(config, written, *split, module_map)
+        split = split_tensors(tensors, kind, problems)
+        problems += differences(config, written, *split, module_map)
     return config, tensors, problems
 
 
-def _in_norm(path: str, module_map: ModuleMap) -> bool:
-    """Whether our parameter is of a module of theirs that is no head."""
-    module = path.rpartition("/")[0]
-    return any(
-        module == reference.path and bare.split(".")[0] not in module_map.heads
-        for bare, parts in module_map.modules.items()
-        for reference in parts
-    )
+def _trained(
+    peft_type: str,
+    added: Placements,
+    trained: Leaves,
+    module_map: ModuleMap,
+    problems: list[str],
+    own: Mapping[str, Any],
+) -> tuple[Leaves, dict[str, Any]]:
+    """Tensors and fields of the base's own parameters that train beside a method."""
+    kind = KINDS[peft_type]
+    if kind.trains == "norms":  # which are written already
+        norms = {
+            reference.path
+            for bare, parts in module_map.modules.items()
+            for reference in parts
+            if not module_map.table.is_of_head(bare)
+        }
+        trained = {p: x for p, x in trained.items() if p.rpartition("/")[0] not in norms}
+    adapted = {each.module for each in added}
+    more, trains = write_trained(trained, adapted, module_map, problems, own.get("task_type"))
+    if kind.trains != "biases" and trains.pop("bias") != "none":
+        paths = ", ".join(path for path in trained if path.endswith("/bias"))
+        problems.append(f"{paths}: PEFT's {peft_type} does not support trained biases beside it")
+    if kind.trains == "modules" and trains.pop("ensure_weight_tying", False):
+        problems.append(
+            f"PEFT's {peft_type} does not support a trained embedding with a tied output layer"
+        )
+    return {f"{kind.root}{key.removeprefix(ROOT)}": x for key, x in more.items()}, trains
 
 
 def _code(module: str) -> Any:
@@ -387,7 +389,7 @@ def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
 
 def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
-    theirs = module_map.held_twice
+    theirs = module_map.table.held_twice
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
@@ -399,8 +401,7 @@ def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
 
 def unpooled(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
     """The problem of a head in a model without the pooler that transformers' classifier has."""
-    table = module_map.table
-    if table is None or not any(leaf.startswith("head/") for leaf in leaves):
+    if not any(leaf.startswith("head/") for leaf in leaves):
         return []
     paths, places = [*module_map.base, *leaves], {path.split("/")[0] for path in module_map.base}
     return [
@@ -408,6 +409,6 @@ def unpooled(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
         "with pooling='pooler', load its base with pooler=True, or, if the head reads every "
         "token, give task_type='TOKEN_CLS'"
         for place in sorted(places)
-        if any(rule.ours.startswith(f"{place}/pooler/") for rule in table.rules)
+        if any(rule.ours.startswith(f"{place}/pooler/") for rule in module_map.table.rules)
         and not any(path.startswith(f"{place}/pooler/") for path in paths)
     ]

@@ -20,6 +20,7 @@ from adapters_jax.files.module_map import Added, Leaves, ModuleMap
 from adapters_jax.files.patterns import in_order, shortest
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import IA3, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -46,27 +47,21 @@ def read(
     inner: list[str] = []
     for module, found in added.items():
         inputs, vector = scales_input(config, module), found["scale"]
-        try:
-            there = references(config, module, module_map)
-        except UserError as problem:
-            problems.append(str(problem))
-            continue
-        for reference in there:
-            scale = _our_scale(reference, vector, inputs)
-            if scale is None:
-                axes = "inputs" if inputs else "outputs"
-                problems.append(
-                    f"{module} has ia3_l {list(vector.shape)}, which does not fit the {axes} of "
-                    f"{reference.path} {list(reference.shape)}"
-                )
-            else:
+        with collecting(problems):
+            for reference in references(config, module, module_map):
+                scale = _our_scale(reference, vector, inputs)
+                if scale is None:
+                    axes = "inputs" if inputs else "outputs"
+                    problems.append(
+                        f"{module} has ia3_l {list(vector.shape)}, which does not fit the {axes} "
+                        f"of {reference.path} {list(reference.shape)}"
+                    )
+                    continue
                 leaves[reference.path] = scale.astype(np.float32)
                 inner += [reference.path] if inputs else []
     if not leaves:
-        problems += [] if problems else ["the file has no ia3_l tensor"]
         return [], {}
-    among = [*module_map.paths, *module_map.base]
-    method = IA3(shortest(leaves, among), shortest(inner, leaves) if inner else ())
+    method = IA3(module_map.targets(leaves), shortest(inner, leaves) if inner else ())
     return [method], {f"{path}/ia3/scale": scale for path, scale in leaves.items()}
 
 
@@ -109,10 +104,9 @@ def write(
         targets[name] = True in kinds
         tensors[f"{ROOT}{name}.ia3_l"] = vector
     fields = {
-        "peft_type": "IA3",
         "target_modules": sorted(targets, key=in_order),
         "feedforward_modules": sorted((n for n, inner in targets.items() if inner), key=in_order),
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "init_ia3_weights": True,
     }
     wrong = [name for name, inner in targets.items() if scales_input(fields, name) != inner]

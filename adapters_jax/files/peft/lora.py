@@ -7,7 +7,7 @@ for which see `parameters`.
 Reference: https://huggingface.co/docs/peft/package_reference/lora
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors
 from adapters_jax.files.module_map import ModuleMap
-from adapters_jax.files.patterns import pattern_of, shortest
+from adapters_jax.files.patterns import pattern_of
 from adapters_jax.files.peft.config import (
     STARTS,
     Config,
@@ -28,6 +28,7 @@ from adapters_jax.files.peft.config import (
     value,
 )
 from adapters_jax.files.peft.parameters import our_pair, parameters_by_key, references_of
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import ActivatedLoRA, DoRA, LoRA, Method
 from adapters_jax.methods.ranked import exceeds
 from adapters_jax.targets import join
@@ -47,15 +48,17 @@ def read(
         own = {key: rest.pop(key) for module in modules if (key := keys.get(module))}
         if own:
             lacking = [module for module in modules if module not in keys]
-            _collect(problems, reader.add_experts, path, own, lacking)
+            with collecting(problems):
+                reader.add_experts(path, own, lacking)
     parameters = parameters_by_key(config, rest, module_map, problems)
     problems += _unmatched(config, rest, parameters.values())
     named = {name: rest[key] for key, name in parameters.items() if name}
     for key, found in rest.items():
-        if key not in parameters:
-            _collect(problems, reader.add_module, key, found)
-        elif (name := parameters[key]) is not None:
-            _collect(problems, reader.add_parameter, name, named)
+        with collecting(problems):
+            if key not in parameters:
+                reader.add_module(key, found)
+            elif (name := parameters[key]) is not None:
+                reader.add_parameter(name, named)
     ranks, alphas = reader.ranks, reader.alphas
     if not ranks:
         problems += [] if problems else ["the file has no LoRA factors"]
@@ -64,7 +67,7 @@ def read(
     if tokens := config.get("alora_invocation_tokens"):
         make = partial(ActivatedLoRA, invocation=tokens)
     method = make(
-        shortest(ranks, [*module_map.paths, *module_map.base]),
+        module_map.targets(ranks),
         rank=value(config, "r"),
         alpha=value(config, "lora_alpha"),
         dropout=value(config, "lora_dropout"),
@@ -74,14 +77,6 @@ def read(
         alpha_pattern=pattern_of(alphas, value(config, "lora_alpha")),
     )
     return [method], reader.leaves
-
-
-def _collect(problems: list[str], add: Callable[..., None], *arguments: Any) -> None:
-    """Calls a function, and keeps the problem that it raises, so that a file has all in one."""
-    try:
-        add(*arguments)
-    except UserError as problem:
-        problems.append(str(problem))
 
 
 @dataclass(frozen=True)
@@ -211,7 +206,7 @@ def _without_tied(
     alike = head and embedding and _alike(config, added, head, embedding)
     if (head or embedding) and not alike:
         names = (embedding or module_map.tied[1], head or module_map.tied[0])
-        problems.append(tied_problem(*names, module_map.held_twice))
+        problems.append(tied_problem(*names, module_map.table.held_twice))
         rest.pop(embedding or "", None)
     return rest
 
@@ -243,8 +238,8 @@ def _unmatched(
 def _has_several(reference: ModuleReference, module_map: ModuleMap) -> bool:
     """Whether a module of ours has several weights, which then are targets by their own path."""
     weights = [n for n, x in reference.leaves.items() if n != "bias" and len(x.shape) > 1]
-    others = (own.path.rpartition("/")[0] for own in module_map.parameters.values())
-    return len(weights) > 1 or reference.path in others
+    others = (own.path for parts in module_map.parameters.values() for own in parts)
+    return len(weights) > 1 or reference.path in (path.rpartition("/")[0] for path in others)
 
 
 def _misfit(name: str, found: Factors, path: str, shape: tuple[int, ...]) -> UserError:

@@ -19,7 +19,7 @@ from adapters_jax.files.layouts import (
     rounded,
     their_factors,
 )
-from adapters_jax.files.module_map import Leaves, ModuleMap
+from adapters_jax.files.module_map import Leaves, ModuleMap, Parameters
 from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import NOT_ON_PARAMETERS, ROOT, factor_keys
 from adapters_jax.files.peft.parameters import WRITTEN, fused_pair, module_of, nested, their_pair
@@ -51,11 +51,11 @@ def write(
         problems.append("PEFT has one alora_invocation_tokens for all modules; these differ")
     pairs = _pairs(added, leaves, problems)
     writer = _Writer(module_map, pairs, methods[0].rank_stabilized, problems)
-    if module_map.table and module_map.table.stacks:
+    if module_map.table.stacks:
         writer.add_parameters(module_map.stacked)
     writer.add_modules()
     writer.add_experts()
-    writer.add_parameters({name: (own,) for name, own in module_map.parameters.items()})
+    writer.add_parameters(module_map.parameters)
     parameters = sorted(writer.parameters, key=in_order)
     modules = writer.ranks.keys() - set(parameters)
     unknown = sorted(pair.target for pair in pairs.values())
@@ -84,7 +84,6 @@ def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -
     (rank, _), *_ = Counter(ranks.values()).most_common(1) or [(methods[0].rank, 0)]
     (alpha, _), *_ = Counter(alphas.values()).most_common(1) or [(rank, 0)]
     return {
-        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": methods[0].dropout,
@@ -93,7 +92,7 @@ def _fields(methods: Sequence[Any], writer: "_Writer", modules: Sequence[str]) -
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "target_modules": list(modules),
-        "fan_in_fan_out": writer.module_map.fan_in_fan_out,
+        "fan_in_fan_out": writer.module_map.table.fan_in_fan_out,
         "init_lora_weights": _THEIR_STARTS.get(methods[0].a_init, True),
     }
 
@@ -214,7 +213,7 @@ class _Writer:
                 self.number(name, a.shape[-1], pair.scale)
                 self.factors(name, a[i].T, b[i].T)
 
-    def add_parameters(self, parameters: Mapping[str, tuple[ParameterReference, ...]]) -> None:
+    def add_parameters(self, parameters: Parameters) -> None:
         """Adds the factors of parameters; PEFT nests those of one module, see `parameters`."""
         mine = [n for n, parts in parameters.items() if any(x.path in self.pairs for x in parts)]
         for module in dict.fromkeys(map(module_of, mine)):
@@ -230,7 +229,7 @@ class _Writer:
                 if wrong:
                     continue
                 scale = next(pair.scale for _, pair in parts if pair)
-                a, b = fused_pair([(own.shape, *_scaled(pair, scale)) for own, pair in parts])
+                a, b = fused_pair([(x.shape, pair and _scaled(pair, scale)) for x, pair in parts])
                 self.factors(key, *their_pair(parts[0][0], a, b))
                 own_name = f"{full}.{name.rpartition('.')[2]}"
                 self.number(own_name, a.shape[-1], scale)
@@ -255,12 +254,10 @@ def _misfit(reference: ParameterReference, pair: Any) -> str:
     )
 
 
-def _scaled(pair: _Pair | None, scale: float) -> tuple[Array | None, Array | None]:
-    """A and B for another scale with the same change; None and None without a pair."""
-    if pair is None:
-        return None, None
-    a, b = pair.leaves["a"], pair.leaves["b"]
-    return a, b if pair.scale == scale else b * (pair.scale / scale)
+def _scaled(pair: _Pair, scale: float) -> Factors:
+    """A and B for another scale with the same change."""
+    b = pair.leaves["b"]
+    return {"a": pair.leaves["a"], "b": b if pair.scale == scale else b * (pair.scale / scale)}
 
 
 def _fits(reference: ModuleReference, pair: _Pair) -> bool:
@@ -271,29 +268,12 @@ def _fits(reference: ModuleReference, pair: _Pair) -> bool:
 
 
 def _fused(parts: Sequence[tuple[ModuleReference, _Pair | None]]) -> tuple[Array, Array, float]:
-    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours.
-
-    If all parts share one A, it is written once and their Bs are stacked. Otherwise each part gets
-    its own rows of A, and B has zeros for the rows of the others.
-    """
+    """Returns A, B and the scale of one of PEFT's modules, which may fuse several of ours."""
     scale = next(pair.scale for _, pair in parts if pair)
-    made: list[tuple[int, tuple[Array, Array] | None]] = []
-    for reference, pair in parts:
-        if pair is None:
-            made.append((reference.width, None))
-            continue
-        a, b = their_factors(reference, pair.leaves, pair.method.slices)
-        made.append((reference.width, (a, b if pair.scale == scale else b * (pair.scale / scale))))
-    present = [factors for _, factors in made if factors]
-    if len(made) == 1:
-        return *present[0], scale
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    a = present[0][0] if shared else np.concatenate([a for a, _ in present])
-    rows, start = [], 0
-    for width, factors in made:
-        block = np.zeros((width, len(a)), a.dtype)
-        if factors:
-            block[:, start : start + len(factors[0])] = factors[1]
-            start += 0 if shared else len(factors[0])
-        rows.append(block)
-    return a, joined(rows, parts[0][0].blocks, axis=0), scale
+    made = [x and their_factors(own, _scaled(x, scale), x.method.slices) for own, x in parts]
+    if len(made) == 1 and made[0]:
+        return *made[0], scale
+    turned = [pair and {"a": pair[0].T, "b": pair[1].T} for pair in made]
+    sizes = ((0, reference.width) for reference, _ in parts)
+    a, b = fused_pair([*zip(sizes, turned, strict=True)], parts[0][0].blocks)
+    return a.T, b.T.reshape(*b.T.shape, *(1,) * (a.ndim - 2)), scale

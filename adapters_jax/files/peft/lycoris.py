@@ -19,9 +19,10 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference, our_factors, rounded, their_factors
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
-from adapters_jax.files.patterns import in_order, pattern_of, shortest
+from adapters_jax.files.patterns import in_order, pattern_of
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, number_at, value
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import METHODS, LoKr, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -39,16 +40,12 @@ def read(
     factor = value(config, "decompose_factor")
     for module, found in added.items():
         numbers = number_at(config, "r", module), number_at(config, "alpha", module)
-        try:
+        with collecting(problems):
             for reference in references(config, module, module_map):
                 tried = [factor] if kind == "lokr" else []
                 form, own = ours(module, reference, found, numbers[0], tried)
                 leaves |= {f"{reference.path}/{kind}/{name}": x for name, x in own.items()}
                 groups.setdefault(tuple(form.items()), {})[reference.path] = numbers
-        except UserError as problem:
-            problems.append(str(problem))
-    if not groups and not problems:
-        problems.append(f"the file has no factors of {config['peft_type']}")
     usual = value(config, "r"), value(config, "alpha")
     methods: list[Method] = []
     for form, paths in groups.items():
@@ -57,9 +54,8 @@ def read(
             "rank_pattern": pattern_of(ranks, usual[0]),
             "alpha_pattern": pattern_of(alphas, usual[1]),
         }
-        targets = shortest(paths, [*module_map.paths, *module_map.base])
         method: Any = METHODS[kind]
-        methods.append(method(targets, *usual, **dict(form), **patterns))
+        methods.append(method(module_map.targets(paths), *usual, **dict(form), **patterns))
     return methods, leaves
 
 
@@ -196,7 +192,6 @@ def write(
         tensors |= {f"{ROOT}{name}.{key}": array for key, array in theirs.items()}
     usual = {field: next(iter(found.values()), 1) for field, found in numbers.items()}
     fields: dict[str, Any] = {
-        "peft_type": kind.upper(),
         "target_modules": sorted(numbers["r"], key=in_order),
         **usual,
         "rank_pattern": {name: n for name, n in numbers["r"].items() if n != usual["r"]},

@@ -6,7 +6,6 @@ PEFT's exact rotation is `(I - Q) (I + Q)^-1`, and its series, the default, one 
 Reference: https://huggingface.co/docs/peft/package_reference/oft
 """
 
-import re
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,11 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
-from adapters_jax.files.patterns import in_order, shortest
+from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import ROOT, Config, value
+from adapters_jax.files.peft.parameters import release_of
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import OFT, Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -32,13 +33,13 @@ def read(
     leaves: dict[str, Array] = {}
     groups: dict[int, list[str]] = {}
     series, share = bool(value(config, "use_cayley_neumann")), bool(config.get("block_share"))
-    if series and not _is_new(config.get("peft_version")):
+    if series and release_of(config.get("peft_version")) < release_of(SINCE):
         problems.append(
             f"peft_version={config.get('peft_version')!r} has another series than {SINCE} on; load "
             "it in that version, merge it, and save the base"
         )
     for module, found in added.items():
-        try:
+        with collecting(problems):
             skew = found["skew"]
             block = _size(skew.shape[-1]) if skew.ndim == 2 else 0
             # Parts of one module have its inputs, and so its rotation.
@@ -56,23 +57,12 @@ def read(
                 own = skew if series else -skew
                 leaves[f"{reference.path}/oft/skew"] = own.astype(np.float32)
                 groups.setdefault(block, []).append(reference.path)
-        except UserError as problem:
-            problems.append(str(problem))
-    if not groups and not problems:
-        problems.append("the file has no oft_R tensor")
     terms = value(config, "num_cayley_neumann_terms")
     # PEFT's series of three terms is that of four.
     counted = max(terms, 4) if series and terms > 2 else terms if series else None
-    among = [*module_map.paths, *module_map.base]
     return [
-        OFT(shortest(paths, among), block, counted, share) for block, paths in groups.items()
+        OFT(module_map.targets(paths), block, counted, share) for block, paths in groups.items()
     ], leaves
-
-
-def _is_new(version: Any) -> bool:
-    """Whether a version of PEFT has the present series."""
-    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 18)
 
 
 def _size(entries: int) -> int:
@@ -102,7 +92,6 @@ def write(
         skew = own[0].reshape(-1, own[0].shape[-1])
         tensors[f"{ROOT}{name}.{KEY}.weight"] = -skew if method.terms is None else skew
     fields = {
-        "peft_type": "OFT",
         "peft_version": SINCE,
         "target_modules": sorted(names, key=in_order),
         "r": 0,
@@ -112,7 +101,7 @@ def write(
         "num_cayley_neumann_terms": method.terms or 5,
         "module_dropout": 0.0,
         "coft": False,
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "bias": "none",
         "init_weights": True,
     }

@@ -17,15 +17,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from adapters_jax.errors import UserError
-from adapters_jax.files.layouts import Array, ParameterReference
+from adapters_jax.files.layouts import Array, ParameterReference, joined
 from adapters_jax.files.module_map import ModuleMap
 from adapters_jax.files.peft.config import Config, is_parameter
 
 Pair = tuple[Array, Array]
+Factors = Mapping[str, Array]
 INNER = ".base_layer"
 WRITTEN = "0.20.0"  # the first version with today's order of axes
 
@@ -87,7 +89,7 @@ def references_of(
 
     def both(name: str) -> list[tuple[ParameterReference, ...]]:
         plain, bare = module_map.parameters, module_map.bare(name)
-        own = [module_map.at_parameter(name), *([(plain[bare],)] if bare in plain else [])]
+        own = [module_map.at_parameter(name), *([plain[bare]] if bare in plain else [])]
         return own if len({_along_inputs(each[0], version) for each in own}) > 1 else own[:1]
 
     found = both(name)
@@ -142,30 +144,31 @@ def our_pair(
     return {"a": a, "b": reference.part.of(b)}  # type: ignore[dict-item]
 
 
-def fused_pair(parts: Sequence[tuple[tuple[int, ...], Array | None, Array | None]]) -> Pair:
-    """Our A and B of a parameter that fuses several of ours, from those of the parts.
+def fused_pair(parts: Sequence[tuple[tuple[int, ...], Factors | None]], blocks: int = 1) -> Pair:
+    """Our A and B of a weight that fuses several of ours, from those of the parts.
 
     Each part is its shape, and its factors if it has some. Parts that do not share A get their own
-    columns of it, and B has zeros for the columns of the others.
+    columns of it, and B has zeros for the columns of the others. See `Span` for `blocks`.
 
     Example:
         >>> import numpy as np
-        >>> gate, up = np.full((2, 3, 1), 2.0), np.full((2, 3, 1), 3.0)
-        >>> a, b = fused_pair([((2, 3, 4), gate, np.ones((2, 1, 4))), ((2, 3, 4), up, None)])
+        >>> gate = {"a": np.full((2, 3, 1), 2.0), "b": np.ones((2, 1, 4))}
+        >>> a, b = fused_pair([((2, 3, 4), gate), ((2, 3, 4), None)])
         >>> a.shape, b.shape
         ((2, 3, 1), (2, 1, 8))
     """
-    present = [(a, b) for _, a, b in parts if a is not None and b is not None]
-    shared = all(np.array_equal(a, present[0][0]) for a, _ in present)
-    whole = present[0][0] if shared else np.concatenate([a for a, _ in present], -1)
-    blocks, start = [], 0
-    for shape, a, b in parts:
-        block = np.zeros((*shape[:-2], whole.shape[-1], shape[-1]), whole.dtype)
-        if a is not None and b is not None:
-            block[..., start : start + a.shape[-1], :] = b
-            start += 0 if shared else a.shape[-1]
-        blocks.append(block)
-    return whole, np.concatenate(blocks, -1)
+    present = [found["a"] for _, found in parts if found]
+    shared = all(np.array_equal(a, present[0]) for a in present)
+    whole = present[0] if shared else np.concatenate(present, -1)
+    rows, start = [], 0
+    for shape, found in parts:
+        row = np.zeros((*shape[:-2], whole.shape[-1], shape[-1]), whole.dtype)
+        if found:
+            rank = found["a"].shape[-1]
+            row[..., start : start + rank, :] = found["b"]
+            start += 0 if shared else rank
+        rows.append(row)
+    return whole, joined(rows, blocks)
 
 
 def their_pair(reference: ParameterReference, a: Array, b: Array) -> Pair:
@@ -179,18 +182,28 @@ def their_pair(reference: ParameterReference, a: Array, b: Array) -> Pair:
     return rows, b.transpose(2, 1, 0).reshape(b.shape[2], rank * count)
 
 
+def release_of(version: Any) -> tuple[int, int]:
+    """The release of PEFT that wrote a file; one before 0.18, if it does not say it.
+
+    Example:
+        >>> release_of("0.20.1.dev0"), release_of(None)
+        ((0, 20), (0, 17))
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 17)
+
+
 def _along_inputs(reference: ParameterReference, version: str | None) -> bool:
     """Whether PEFT's A is along our inputs. It is along the last axis of a matrix; of a stack:
 
     along the first of the two in PEFT up to 0.18, along the last one in 0.19 if the module has
     `is_transposed`, and since then if it does not have it.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", str(version))
-    minor = (int(numbers[1]), int(numbers[2])) if numbers else (0, 17)
+    release = release_of(version)
     if len(reference.shape) == 2:
         last = True
-    elif minor < (0, 20):
-        last = reference.is_transposed and minor == (0, 19)
+    elif release < (0, 20):
+        last = reference.is_transposed and release == (0, 19)
     else:
         last = not reference.is_transposed
     return last == reference.swapped

@@ -8,7 +8,6 @@ alone, and keys that are turned back by the length of the prefix have the same. 
 Reference: https://huggingface.co/docs/peft/package_reference/prefix_tuning
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,14 +32,10 @@ _UNKNOWN = (
 
 
 def read(
-    config: Config,
-    added: Added,
-    module_map: ModuleMap,
-    problems: list[str],
-    shared: Mapping[str, Array],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns the method, and a key and a value for each layer."""
-    layers, rows = _layers(module_map, problems), shared.get(_LEAF)
+    layers, rows = _layers(module_map, problems), added[""].get(_LEAF)
     if rows is None:
         problems.append(f"the file has no {_KEY}")
     if not layers or rows is None:
@@ -72,7 +67,7 @@ def write(
 ) -> tuple[dict[str, Any], Leaves]:
     """Returns the fields and the tensor."""
     layers, here = _layers(module_map, problems), {each.path: each for each in added}
-    fields: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "num_transformer_submodules": 1}
+    fields: dict[str, Any] = {"num_transformer_submodules": 1}
     if layers and here.keys() != layers.keys():
         unlike = first_few(sorted(here.keys() ^ layers.keys(), key=in_order))
         problems.append(f"PEFT has a prefix in every layer; {unlike} differ")
@@ -94,7 +89,7 @@ def write(
 
 def _layers(module_map: ModuleMap, problems: list[str]) -> dict[str, Keys]:
     """The keys of each attention module of ours, in order; empty if a prefix is not theirs."""
-    keys, paths = module_map.keys, sorted(module_map.attention.values(), key=in_order)
+    keys, paths = module_map.table.keys, sorted(module_map.attention.values(), key=in_order)
     if isinstance(keys, str):
         problems.append(f"PREFIX_TUNING is not supported on this base: {keys or _UNKNOWN}")
         return {}

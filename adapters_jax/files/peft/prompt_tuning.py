@@ -6,7 +6,6 @@ its name or by the size of the vocabulary; here it is the one that the names of 
 Reference: https://huggingface.co/docs/peft/package_reference/prompt_tuning
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,15 +28,11 @@ _SCALED = (
 
 
 def read(
-    config: Config,
-    added: Added,
-    module_map: ModuleMap,
-    problems: list[str],
-    shared: Mapping[str, Array],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns the method and its leaf."""
     path, length = _embedding(module_map, problems), config.get("num_virtual_tokens", 0)
-    prompt = shared.get(_LEAF)
+    prompt = added[""].get(_LEAF)
     if path is None or prompt is None:
         problems += [] if prompt is not None else [f"the file has no {_KEY}"]
         return [], {}
@@ -61,7 +56,7 @@ def _embedding(module_map: ModuleMap, problems: list[str]) -> str | None:
     }
     named = {bare: path for bare, path in tables.items() if bare.rpartition(".")[2] in _WORDS}
     found = {*(named or tables).values()}
-    if module_map.table and module_map.table.scales_embedding:
+    if module_map.table.scales_embedding:
         problems.append(_SCALED)
     elif len(found) == 1:
         return found.pop()
@@ -83,7 +78,6 @@ def write(
         problems.append(f"PEFT has one prompt, of {path}; this adapter has prompts at {wrong}")
     prompts = [each.leaves(leaves)[_LEAF] for each in added]
     fields = {
-        "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": len(prompts[0]) if prompts else 0,
         "token_dim": prompts[0].shape[-1] if prompts else 0,
         "num_transformer_submodules": 1,

@@ -83,7 +83,6 @@ def write(
         problems.append(f"PEFT expects prompts of one length; these have {sorted(lengths)}")
     words = {_word(names[ours]) for ours in known}
     fields = {
-        "peft_type": "ADAPTION_PROMPT",
         "adapter_len": max(lengths, default=0),
         "adapter_layers": len(added),
         "target_modules": min(words, default=""),

@@ -12,6 +12,7 @@ from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Leaves, ModuleMap, as_in_base, our_leaves, their_leaves
 from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.config import ROOT, Config, is_target, number_at, tied_problem
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import Method
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -47,7 +48,7 @@ def read_folded(
     """
     rest, leaves = dict(plain), Leaves()
     for key, tensor in plain.items():
-        try:
+        with collecting(problems):
             if match := _BIAS.fullmatch(key):
                 del rest[key]
                 own = rest.pop(f"{match[1]}.base_layer.bias", None)
@@ -59,8 +60,6 @@ def read_folded(
                 rest[f"{match[1]}.{match[2]}"] = rest.pop(key)
                 if config["peft_type"] != "LN_TUNING" or not is_target(config, match[1]):
                     problems.append(f"{key} is of none of the target_modules of LN_TUNING")
-        except UserError as problem:
-            problems.append(str(problem))
     given, rows = _tokens(config), [match[1] for key in plain if (match := _ROWS.fullmatch(key))]
     lacking = [each for each in given if not any(_ends(name, each) for name in rows)]
     problems += [
@@ -158,7 +157,7 @@ def _without_tied(plain: Mapping[str, Array], module_map: ModuleMap, problems: l
         alike = len(found) == 2 and np.array_equal(found[0], found[1])
         if not alike and not all(as_in_base({path: x}, module_map) for x in found):
             head, embedding = ((keys[n] or pair[n]).removesuffix(f"{inner}.weight") for n in (0, 1))
-            problems.append(tied_problem(embedding, head, module_map.held_twice))
+            problems.append(tied_problem(embedding, head, module_map.table.held_twice))
         if keys[0] is not None:
             del rest[keys[0]]
     return rest
@@ -174,7 +173,7 @@ def _heads(trained: Mapping[str, Array], module_map: ModuleMap, task_type: str |
     heads, found = set[str](), set[str]()
     for bare, parts in module_map.modules.items():
         head, *layers = bare.split(".")
-        if head not in module_map.heads:
+        if not module_map.table.is_of_head(head):
             continue
         heads.add(head)
         own = [leaf for part in parts for leaf in part.leaves if f"{part.path}/{leaf}" in trained]
@@ -238,7 +237,7 @@ def write(
     tensors, names = Leaves(), list[str]()
     for bare, parts in module_map.modules.items():
         mine = [f"{parts[0].path}/{name}" for name in parts[0].leaves]
-        if not leaves.keys() & mine or bare.split(".")[0] in module_map.heads:
+        if not leaves.keys() & mine or module_map.table.is_of_head(bare):
             continue
         if parts[0].weight in ("kernel", "embedding"):
             problems.append(
@@ -250,4 +249,4 @@ def write(
         names.append(name)
         found = their_leaves(parts, parts[0].leaves, leaves, module_map.base, False, problems)
         tensors |= {f"{ROOT}{name}.ln_tuning_layers.{kind}": x for kind, x in found.items()}
-    return {"peft_type": "LN_TUNING", "target_modules": sorted(names, key=in_order)}, tensors
+    return {"target_modules": sorted(names, key=in_order)}, tensors

@@ -8,7 +8,6 @@ Reference: https://huggingface.co/docs/peft/package_reference/vera
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import numpy as np
 from adapters_jax.errors import UserError
 from adapters_jax.files.layouts import Array, ModuleReference
 from adapters_jax.files.module_map import Added, Leaves, ModuleMap
-from adapters_jax.files.patterns import in_order, shortest
+from adapters_jax.files.patterns import in_order
 from adapters_jax.files.peft.checks import adapted, references
 from adapters_jax.files.peft.config import KINDS, ROOT, Config, value
+from adapters_jax.files.settings import collecting
 from adapters_jax.methods import Method, VeRA
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
@@ -28,13 +28,10 @@ _OWN = {"vera_lambda_d": "d", "vera_lambda_b": "b"}
 
 
 def read(
-    config: Config,
-    added: Added,
-    module_map: ModuleMap,
-    problems: list[str],
-    shared: Mapping[str, Array],
+    config: Config, added: Added, module_map: ModuleMap, problems: list[str]
 ) -> tuple[list[Method], dict[str, Array]]:
     """Returns one VeRA for all modules, and its leaves by path."""
+    shared = added.pop("")
     if shared.keys() != {*SHARED.values()}:
         problems.append(
             "the file lacks base_model.vera_A and vera_B, which PEFT would draw by torch's random "
@@ -50,7 +47,7 @@ def read(
     own: dict[str, dict[str, Array]] = {}
     sizes: tuple[list[int], list[int]] = [], []  # the inputs and the outputs
     for module, found in added.items():
-        try:
+        with collecting(problems):
             (reference, *others) = references(config, module, module_map)
             if others or reference.weight != "kernel" or len(reference.shape) > 3:
                 raise UserError(f"{module} is no linear layer of one weight, which VeRA needs here")
@@ -66,13 +63,10 @@ def read(
             own[reference.path] = {"d": d, "b": b.reshape(outputs)}
             sizes[0].append(math.prod(reference.shape) // b.size)
             sizes[1].append(b.size)
-        except UserError as problem:
-            problems.append(str(problem))
     if not own:
-        problems += [] if problems else ["the file has no scales of VeRA"]
         return [], {}
     method = VeRA(
-        shortest(own, [*module_map.paths, *module_map.base]),
+        module_map.targets(own),
         rank=rank,
         d_initial=value(config, "d_initial"),
         dropout=value(config, "vera_dropout"),
@@ -120,14 +114,13 @@ def write(
                 "in NNX nnx.state(model, aj.nnx.ADAPTERS)"
             )
     fields = {
-        "peft_type": "VERA",
         "target_modules": sorted(names, key=in_order),
         "r": method.rank,
         "d_initial": method.d_initial,
         "vera_dropout": method.dropout,
         "save_projection": True,
         "projection_prng_key": 0,
-        "fan_in_fan_out": module_map.fan_in_fan_out,
+        "fan_in_fan_out": module_map.table.fan_in_fan_out,
         "bias": "none",
         "init_weights": True,
     }

@@ -55,7 +55,7 @@ class AdapterHub(AdapterFormat):
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
-        """See `to_adapterhub`, which `save_adapterhub` calls; and the base's type."""
+        """See `contents`, which `save_adapterhub` calls; and the base's type."""
         from adapters_jax.files.adapterhub import blocks, files
 
         if lacking := _no_such_type(base):

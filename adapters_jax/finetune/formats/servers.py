@@ -274,7 +274,7 @@ def _problems(
 
 def _outer(tensors: Mapping[str, Array], module_map: ModuleMap) -> list[str]:
     """The embeddings and output layers that have factors."""
-    heads = module_map.tied[:1] if module_map.tied else module_map.heads
+    heads = module_map.tied[:1] if module_map.tied else module_map.table.heads
     ends = (".lora_embedding_A", *(f"{head}.lora_A.weight" for head in heads))
     return [key.removeprefix(ROOT) for key in tensors if key.endswith(ends)]
 
