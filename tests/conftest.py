@@ -29,7 +29,7 @@ if jaxlib.__version__.startswith("0.10."):  # halves compile time; later ones ha
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
-# Groups of tests that are not in the default suite; .ci/run has a part for each.
+# Groups of tests that are not in the default suite; .ci/run runs them in its part `slow`.
 GROUPS = {
     "slow": "only with --slow",
     "weekly": "slow, and run once a week, since other tests watch most of the same in less time",

@@ -114,6 +114,9 @@ class LowRank:
 class Scale(ByFactor):
     """Multiplies a weight by a factor along some of its axes.
 
+    Attributes:
+        by: the factor.
+
     Example:
         >>> Scale(Factor(jnp.asarray([1.0, 2.0]), (1,))).applied(jnp.ones((1, 2)))
         Array([[1., 2.]], dtype=float32)
