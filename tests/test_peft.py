@@ -869,6 +869,32 @@ def test_parts_of_unequal_widths_take_their_own_rows(tmp_path):
     equal(flatten(load_peft(directory, fused, params)[1]), scales)
 
 
+def test_convolutions_that_theirs_fuses_take_their_own_rows(tmp_path):
+    widths = {"q": 4, "k": 5}
+    params = {path: {"kernel": drawn(3, 3, 2, width)} for path, width in widths.items()}
+    fused, recipe = {"h.qk": ("q", "k")}, aj.LoRA(("q", "k"), 2, 2)
+    own = {
+        f"{path}/lora/{leaf}": drawn(*shape, seed=width)
+        for path, width in widths.items()
+        for leaf, shape in (("a", (3, 3, 2, 2)), ("b", (2, width)))
+    }
+    made = {
+        path: np.einsum("hwir,ro->oihw", own[f"{path}/lora/a"], own[f"{path}/lora/b"])
+        for path in widths
+    }
+    directory = save_peft(tmp_path / "a", recipe, unflatten(own), fused, params)
+    tensors = tensors_of(directory)
+    a, b = (tensors[f"base_model.model.h.qk.lora_{each}.weight"] for each in "AB")
+    assert (a.shape, b.shape) == ((4, 2, 3, 3), (9, 4, 1, 1))
+    delta = np.einsum("orxy,rihw->oihw", b, a)
+    np.testing.assert_allclose(delta, np.concatenate([made["q"], made["k"]]), atol=1e-5)
+    _, back = load_peft(directory, fused, params)
+    for path in widths:
+        leaves = back[path]["lora"]
+        again = np.einsum("hwir,ro->oihw", leaves["a"], leaves["b"])
+        np.testing.assert_allclose(again, made[path], atol=1e-5)
+
+
 def test_slices_become_rows_of_zeros(tmp_path):
     sliced = aj.LoRA("block_0/q", 2, slices=((1, 3),))
     leaves = factors("block_0/q", width=6, out=2)
