@@ -45,14 +45,27 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
-    """Makes the cases weekly that are no witnesses, and skips the groups that nobody asked for."""
-    _mark_all_but_witnesses(items, whole=not any("::" in each for each in config.args))
+    """Makes the cases weekly that are no witnesses, and leaves out the groups that nobody asked for.
+
+    A skipped test takes 3 milliseconds, and there are thousands: only tests that are named one by
+    one are skipped, which says why. Others are deselected.
+    """
+    by_one = any("::" in each for each in config.args)
+    _mark_all_but_witnesses(items, whole=not by_one)
+    left_out = []
     for item in items:
         if item.get_closest_marker("weekly"):
             item.add_marker(pytest.mark.slow)
-        for group in GROUPS:
-            if item.get_closest_marker(group) and not _asked_for(group, item, config):
-                item.add_marker(pytest.mark.skip(reason=f"{group}; pytest --slow runs it"))
+        groups = [group for group in GROUPS if item.get_closest_marker(group)]
+        unasked = [group for group in groups if not _asked_for(group, item, config)]
+        if unasked and by_one:
+            item.add_marker(pytest.mark.skip(reason=f"{unasked[0]}; pytest --slow runs it"))
+        elif unasked:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(map(id, left_out))
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 def _asked_for(group, item, config):

@@ -31,11 +31,16 @@ class Item:
 
 def collected(items, slow=False, args=()):
     """The marks of tests, by their names, after the hook."""
+    gone = []
     config = SimpleNamespace(
-        getoption=lambda name: slow, args=args, option=SimpleNamespace(markexpr="")
+        **{"getoption": lambda name: slow, "args": args, "option": SimpleNamespace(markexpr="")},
+        hook=SimpleNamespace(pytest_deselected=lambda items: gone.extend(items)),
     )
+    every = items[:]
     pytest_collection_modifyitems(config, items)
-    return {item.nodeid: item.groups for item in items}
+    assert [item for item in every if item not in gone] == items
+    deselected = {item.nodeid: item.groups | {"deselected"} for item in gone}
+    return {item.nodeid: item.groups for item in items} | deselected
 
 
 SLOW, WEEKLY, WITNESS = pytest.mark.slow, pytest.mark.weekly, pytest.mark.witness("a")
@@ -47,7 +52,7 @@ def test_cases_that_are_no_witnesses_run_once_a_week():
         *(Item("slow", case, SLOW, WITNESS) for case in "ab"),
         Item("week", "a", WEEKLY),
     ]
-    slow, weekly = {"slow", "skip"}, {"slow", "weekly", "skip"}
+    slow, weekly = {"slow", "deselected"}, {"slow", "weekly", "deselected"}
     assert collected(items) == {
         **{"quick[a]": set(), "quick[b]": weekly},
         **{"slow[a]": slow, "slow[b]": weekly, "week[a]": weekly},
