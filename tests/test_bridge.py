@@ -617,6 +617,7 @@ class Normed(nn.Module):
         return nn.WeightNorm(nn.Dense(5, name="up"), name="norm")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, aj.DoRA("**", 2)], ids=["LoRA", "DoRA"])
 def test_names_with_slashes(method):
     """The scale of a weight norm is named `up/kernel/scale`, in one name."""

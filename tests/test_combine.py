@@ -151,6 +151,7 @@ def test_layers_in_a_stack_are_summed_each_by_itself():
         np.testing.assert_allclose(a @ b, mine["a"] @ mine["b"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_nnx_model_and_directories_do(tmp_path):
     class Model(nnx.Module):
         def __init__(self):

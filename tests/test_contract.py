@@ -23,11 +23,10 @@ OWN = (  # in linen alone; tests of their own watch the layers of LoRA and IA3, 
 WITNESSES = {
     "linen-plain": (*CHOSEN, *OWN),
     "nnx-plain": CHOSEN,
-    "linen-remat": ("lora_conv", "prefix"),
-    "nnx-bf16": ("dora", "llama_adapter", "together"),
+    "linen-remat": ("prefix",),
+    "nnx-bf16": ("llama_adapter",),
     "linen-scan": ("prefix",),
     "nnx-scan": ("bottleneck", "lora_conv"),
-    "linen-scan_remat": ("together",),
 }
 
 
@@ -103,7 +102,6 @@ def test_adapters_vmap_over_one_base(api, case):
     "adalora",
     "lora_slices",
     "lora_conv",
-    "oft",
     "vera",
     "ia3_attention",
     "ia3_embed",

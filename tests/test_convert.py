@@ -172,6 +172,7 @@ def test_a_head_that_the_library_has_not_is_left_out_with_a_note(convert, to):
     }
 
 
+@pytest.mark.slow
 def test_from_one_library_to_the_other(convert):
     peft, _ = convert("runs/reviews", "peft")
     there, report = convert(peft, "adapterhub", "--model", "tiny")

@@ -396,6 +396,7 @@ def test_trees_that_cannot_be_stacked_or_unstacked():
     equal(aj.stack_layers(head, STACK), head)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("bert")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_state_of_an_optimiser_goes_along(name):

@@ -152,6 +152,7 @@ def test_a_comparison_of_others_has_no_effect_on_a_terminal(tmp_path):
     assert shown.count("\\u001b[2J\\u202e") == 2 and "\x1b" not in shown and "\u202e" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.witness("metrics", "best")
 @pytest.mark.parametrize("lacking", ["recipes", "metrics", "done", "best"])
 def test_a_summary_without_a_part_is_damaged(tmp_path, lacking):

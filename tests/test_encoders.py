@@ -106,6 +106,7 @@ def test_padding_is_like_rows_on_their_own(name):
         np.testing.assert_allclose(apply(**alone)[0], every[row], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.witness("bert", "deberta_v3")
 @pytest.mark.parametrize("name", SCANNED)
 def test_scanned_blocks_compute_what_unrolled_ones_do(name):

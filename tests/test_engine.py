@@ -366,6 +366,7 @@ def test_the_reasons_of_an_end(engine):
     assert sink.wait()[1] == "cancelled" and len(sink.ids) < 12
 
 
+@pytest.mark.slow
 def test_a_replaced_adapter_finishes_what_it_began(engine):
     (prompt,) = prompts(1, seed=6)
     go_on = threading.Event()
@@ -693,6 +694,7 @@ def test_what_the_base_read_is_read_once(activated, caplog):
     assert sum("_copied" in text for text in programs) <= 1  # of the engine with one row
 
 
+@pytest.mark.slow
 def test_a_beginning_is_read_once_by_each_adapter(engine):
     """To the last bit; an adapter of that name that was replaced reads it anew."""
     prompt = np.random.default_rng(21).integers(0, CONFIG.vocab_size, 19).tolist()

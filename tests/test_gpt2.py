@@ -38,6 +38,7 @@ def test_logits_are_those_of_the_reference_behind_padding():
     assert np.abs(shifted - expected["logits"])[mask == 1].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_logits_without_padding_need_neither_mask_nor_positions():
     expected = reference()
     _, model = load_decoder(FIXTURE)

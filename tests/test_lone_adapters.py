@@ -118,6 +118,7 @@ def test_a_run_starts_with_the_arrays_and_the_recipe_of_an_adapter(place, kind, 
     assert {method.scale_at("") for method in recipe.attached} == {3.0}
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_an_adapter_of_peft(place):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert main(["convert", f"{place}/decoder", f"{place}/peft", "--to", "peft"]) == 0

@@ -137,7 +137,7 @@ def equal(left, right):
         np.testing.assert_array_equal(tensor, right[name], err_msg=name)
 
 
-@pytest.mark.witness("bert_dora", "gpt2", "llama_prompt", "moe_experts", "bert_head", "net_lora")
+@pytest.mark.witness("gpt2", "llama_prompt", "moe_experts", "bert_head", "net_lora")
 @pytest.mark.parametrize("fixture", FIXTURE_NAMES)
 def test_logits_are_those_of_peft(fixture, tmp_path):
     names, model, params, inputs = base_of(fixture)
@@ -1193,6 +1193,7 @@ def test_the_names_of_another_family_lead_to_the_own_ones(tmp_path, head):
         load_peft(saved, FAMILIES[other].classifier.names, params)
 
 
+@pytest.mark.slow
 def test_a_head_of_two_layers_trains_whole(tmp_path):
     recipe, trained, params = roberta_with_lora("{head,bert/pooler}")
     saved = save_peft(tmp_path / "a", recipe, trained, FAMILIES["roberta"].classifier.names, params)

@@ -273,6 +273,7 @@ BY_HAND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "by_hand", "count"), BY_HAND.values(), ids=BY_HAND)
 def test_a_method_on_weights_is_its_formula(weights, tmp_path, make, by_hand, count):
     method, x = make(weights), drawn((3, 8), 1)

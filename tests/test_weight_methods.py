@@ -91,7 +91,6 @@ def grown(module, method, x, seed=1):
 
 
 @pytest.mark.witness(
-    "oft_share",
     "oft",
     "loha",
     "oft_2_terms",
@@ -232,6 +231,7 @@ def test_the_contract_on_every_kind_of_layer(name):
     assert len(check_method(CHECKED[name], variants=["plain"])) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.witness("oft_share", "vera", "lokr")
 @pytest.mark.parametrize("name", SOME)
 def test_a_bank_of_each(name):
