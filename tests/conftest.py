@@ -45,7 +45,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
-    """Makes the cases weekly that are no witnesses, and leaves out the groups that nobody asked for.
+    """Makes the cases weekly that are no witnesses, and leaves out groups that nobody asked for.
 
     A skipped test takes 3 milliseconds, and there are thousands: only tests that are named one by
     one are skipped, which says why. Others are deselected.
