@@ -97,7 +97,7 @@ def write(own: Own, flat: Leaves, blocks: Blocks, tensors: Added, problems: list
                 if lora.scales_input(reference.path) or scale.shape != (reference.width,):
                     problems.append(f"{reference.path}: AdapterHub's (IA)^3 scales outputs alone")
                     continue
-                fields.append(_IA3)
+                fields.append(dict(_IA3))
                 a, b = scale[:0], scale[:, None]
             else:
                 a, b = their_factors(reference, each.leaves(flat), lora.slices)
