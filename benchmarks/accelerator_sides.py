@@ -41,7 +41,7 @@ def ours(
         length: tokens in a sequence.
         **how: `method` ("lora", "houlsby", "full"), `targets` of LoRA, `dtype`, `quantize`,
             `remat`, `chunk`, the positions whose logits are held at once (None holds all), and
-            `trainings`: the batch is divided among so many, each with its own adapter.
+            `trainings`, each with its own adapter; they divide the batch among them.
     """
     method, dtype = how.get("method", "lora"), jnp.dtype(how.get("dtype", "bfloat16"))
     lora = {"rank": RANK, "targets": how.get("targets", ())}

@@ -189,8 +189,8 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
             _claim_default(report, data, cells, rows)
     for name, recipe in EQUAL.items():
         if recipe in of and ALL in of and recipe != ALL:
-            # The blog compares attention and feed-forward layers; of adapters it says nothing.
-            source, published = PUBLISHED.get(name.split(", ")[0], ("", "not said"))
+            # The blog compares attention and feed-forward layers; it gives no figure for adapters.
+            source, published = PUBLISHED.get(name.split(", ")[0], ("", "no figure"))
             what = f"{source}{name}: the loss above that of all linear layers, equal parameters"
             _compare(report, what, of[recipe], of[ALL], published)
     for what, recipes in (

@@ -25,7 +25,7 @@ from adapters_jax.finetune.compare.grid import Cell
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.report.run import results_table
 from adapters_jax.finetune.run_directory import Run, RunConfigError, RunError
-from adapters_jax.finetune.tasks import read_run
+from adapters_jax.finetune.tasks import TASKS, read_run
 
 pytestmark = pytest.mark.hostile
 
@@ -212,3 +212,11 @@ def test_a_name_that_is_not_one_directory(tmp_path, name):
     with command_raises(RunError, repr(name), "--runs"):
         assert main(["finetune", "--runs", str(tmp_path / "runs"), "--name", name]) == 2
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("target", [{}, {"name": ["no"] * 400}])
+def test_a_damaged_target_is_one_sentence_with_the_file_and_the_target(target, tmp_path):
+    run = Run(tmp_path)
+    with raises(RunError, str(run.config), repr(target)[:100]) as caught:
+        TASKS["classification"].readout_of(run, {"target": target})
+    assert len(str(caught.value)) < 1000

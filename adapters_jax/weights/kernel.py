@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from adapters_jax.weights.quantized import bits_of, numbers_of
 
 LANES, SUBLANES = 128, 8  # of a register, in numbers of 32 bits
-ROWS = 16  # a tile has a multiple of so many rows: two numbers of 16 bits share a sublane
+ROWS = 16  # the rows of a tile are a multiple of it: two numbers of 16 bits share a sublane
 LONGEST = 1024  # the longest tile of what is contracted
 WIDEST = 4096  # the most rows, and the most outputs: more move little less, and leave few steps
 MEMORY = 40 * 2**20  # bytes that a tile may take of a core's fast memory: v5p has 64 MiB, v5e 128
