@@ -14,6 +14,7 @@ TITLES = {"cola": "CoLA", "movies": "movie reviews", "stsb": "STS-B", "wnut17": 
 # A benchmark is a module with `run(report, quick)`. If its name has a dash, `run` also gets the
 # part after the dash. The value describes what the benchmark measures.
 BENCHMARKS = {
+    "ablations": "Houlsby's figure 6: removed layers, initial scales; an hour, resumes",
     "accelerators": "a step compiled for TPUs and GPUs; also of qwix, tunix, by hand; resumes",
     "attention": "bytes of a step with dense attention and a kernel; needs libtpu and CUDA",
     "bank": "batches with an adapter for each row, or one for all; also PEFT's",

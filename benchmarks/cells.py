@@ -1,4 +1,4 @@
-"""Trainings by `adapters-jax compare` that a benchmark needs, kept with its results.
+"""Trainings that a benchmark needs, by `adapters-jax compare` or its own, kept with its results.
 
 A cell is one training: a recipe on some rows of a data set, with a learning rate and a seed. The
 file NAME-cells.jsonl beside the results has a line for each finished cell. A cell that has a line
@@ -158,6 +158,36 @@ class Store:
     def save(self) -> None:
         """Writes the rows to the file."""
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+
+class Record:
+    """The finished cells of a benchmark that trains them itself, in a file of its results.
+
+    Args:
+        report: the report of the benchmark, which names the file.
+        shared: what the lines of all cells of this run have in common.
+
+    Attributes:
+        rows: the finished cells, also those of other runs.
+    """
+
+    def __init__(self, report: Report, **shared: Any):
+        self.path, self.shared = report.directory / f"{report.name}-cells.jsonl", shared
+        self.rows = read(self.path)
+
+    def find(self, **cell: Any) -> Row | None:
+        """The row of a cell, if it is finished."""
+        named = {**self.shared, **cell}
+        return next((row for row in self.rows if {**row, **named} == row), None)
+
+    def keep(self, result: Row, **cell: Any) -> None:
+        """Writes the result of a cell to the file, in the place of an earlier one."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        named = {**cell, **self.shared}
+        kept = [row for row in map(json.loads, lines) if {**row, **named} != row]
+        rows = [*kept, {**named, **result}]
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.rows = read(self.path)
 
 
 def read(path: Path) -> list[Row]:

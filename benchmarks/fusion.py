@@ -15,7 +15,6 @@ again when a fusion needs it.
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from typing import Any
 import jax
 
 import adapters_jax as aj
-from adapters_jax.files.atomic import write_file
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
@@ -34,7 +32,7 @@ from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.runs.prepare import prepare_run
-from benchmarks.cells import SETS, read
+from benchmarks.cells import SETS, Record
 from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row
 
@@ -75,19 +73,17 @@ class Trainings:
         more: more flags of every training.
 
     Attributes:
-        rows: the rows of the finished cells.
+        record: the finished cells.
     """
 
     def __init__(self, report: Report, rows: int, passes: float, more: Sequence[str] = ()):
-        self.path = report.directory / f"{report.name}-cells.jsonl"
+        self.record = Record(report, rows=rows, passes=passes, batch=BATCH)
         self.root = ROOT / "comparisons" / report.name / f"{rows}-{passes:g}"
-        self.shared: Row = {"rows": rows, "passes": passes, "batch": BATCH}
-        self.more, self.rows = more, read(self.path)
+        self.more = more
 
     def find(self, cell: Cell) -> Row | None:
         """The row of a cell, if it is finished."""
-        named = {**self.shared, **dataclasses.asdict(cell)}
-        return next((row for row in self.rows if {**row, **named} == row), None)
+        return self.record.find(**dataclasses.asdict(cell))
 
     def train(self, cell: Cell) -> None:
         """Trains a cell, if it is not finished."""
@@ -111,33 +107,23 @@ class Trainings:
             recipe = problem.recipe[cell.data]  # without the head, which fits this task alone
             leaves = aj.partition(best.params, recipe)[0]
             aj.save_adapter(self._adapter(cell.data, cell.seed), leaves, recipe)
-        self.keep(
-            cell,
-            {
-                "learning_rate": job.optimizer.learning_rate,
-                "trainable_parameters": sum(x.size for x in jax.tree.leaves(best.adapters)),
-                "dev": training.dev,
-                "test": problem.score(best, "test"),
-                "seconds": round(time.perf_counter() - began, 1),
-            },
-        )
-
-    def keep(self, cell: Cell, result: Row) -> None:
-        """Writes the result of a cell to the file, in the place of an earlier one."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        named = {**dataclasses.asdict(cell), **self.shared}
-        kept = [row for row in map(json.loads, lines) if {**row, **named} != row]
-        rows = [*kept, {**named, **result}]
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.rows = read(self.path)
+        result = {
+            "learning_rate": job.optimizer.learning_rate,
+            "trainable_parameters": sum(x.size for x in jax.tree.leaves(best.adapters)),
+            "dev": training.dev,
+            "test": problem.score(best, "test"),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        self.record.keep(result, **dataclasses.asdict(cell))
 
     def _adapter(self, data: str, seed: int) -> Path:
         return self.root / f"{data}-{seed}"
 
     def _job(self, cell: Cell) -> Job:
         """The rows, the base and a new head, as `adapters-jax finetune` prepares them."""
-        flags = f"{SETS[cell.data].format(DATA)} --limit {self.shared['rows']} --seed {cell.seed} "
-        flags += f"--epochs {self.shared['passes']} --batch-size {BATCH} "
+        shared = self.record.shared
+        flags = f"{SETS[cell.data].format(DATA)} --limit {shared['rows']} --seed {cell.seed} "
+        flags += f"--epochs {shared['passes']} --batch-size {BATCH} "
         flags += f"--method {METHODS[cell.what]} " + f"--learning-rate {cell.rate}" * bool(
             cell.rate
         )
@@ -203,8 +189,8 @@ def write(report: Report, trainings: Trainings, seeds: Sequence[int]) -> None:
     """Writes the tables of finished cells."""
     report.add(
         "Cells that are done; the same command goes on",
-        done=len(trainings.rows),
-        hours=sum(row["seconds"] for row in trainings.rows) / 3600,
+        done=len(trainings.record.rows),
+        hours=sum(row["seconds"] for row in trainings.record.rows) / 3600,
     )
     for rate in RATES:
         found = {data: trainings.find(Cell(FUSION, data, SEEDS[0], rate)) for data in TASKS}

@@ -24,7 +24,9 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
     ),
     "step": ("step", "step-tunix", "llama", "speedup"),
     "memory": ("memory", "methods", "plan", "parameters", "files"),
-    "accuracy": ("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17"),
+    "accuracy": (
+        *("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17", "ablations"),
+    ),
     "training": ("defaults", "fusion", "tasks", "regret"),
     "latency": ("latency", "switch"),
     "many": (
@@ -67,6 +69,7 @@ PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
     "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
+    "ablations": "Points of accuracy that are lost without the adapters of a span of layers",
     "tradeoff-wnut17": "WNUT-17: F1 of entities on test against trainable parameters",
     "peers-linear": "A step with LoRA on all linear layers beside other libraries",
     "peers-generation": "Generation beside transformers",

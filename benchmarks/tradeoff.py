@@ -5,9 +5,11 @@ and seeds. The learning rate of each is the best on dev with the first seed. Hal
 it were worse: if the best rate is at an end of the grid, a further one is tried. Dev is scored
 once in a pass, and the parameters with the best dev score are tested. The mean number of passes to
 that score is shown. The difference is between the means over the seeds, with Welch's interval of
-95 %. The other recipes have the default rate of their method and one seed. The paper reaches 80.0
-on GLUE with 3.6 % of the parameters for each task; full fine-tuning of BERT-large reaches 80.4. An
-interrupted run reports the finished cells, and the same command resumes it.
+95 %. Where adapters are behind, two more recipes are treated in the same way, to find out why: all
+layers without the tables of embeddings, and adapters of four times the width. The other recipes
+have the default rate of their method and one seed. The paper reaches 80.0 on GLUE with 3.6 % of the
+parameters for each task; full fine-tuning of BERT-large reaches 80.4. An interrupted run reports
+the finished cells, and the same command resumes it.
 """
 
 import contextlib
@@ -25,9 +27,11 @@ from benchmarks.report import Report, Row, Verdict
 
 HOULSBY, FULL = "houlsby --bottleneck-dim 64", "full"
 TUNED = {HOULSBY: 1e-3, FULL: 1e-4}  # the rate in the middle of the first ones that are tried
+LAYERS, WIDE = "last-layers --layers 6", "houlsby --bottleneck-dim 256"
+BEHIND = {"wnut17": {LAYERS: 1e-4, WIDE: 1e-3}, "movies": {LAYERS: 1e-4, WIDE: 1e-3}}
 OTHERS = (
     "houlsby --bottleneck-dim 8",
-    "houlsby --bottleneck-dim 256",
+    WIDE,
     "lora --rank 8",
     "last-layers --layers 3",
     "layer-norms",
@@ -36,6 +40,7 @@ ROWS, PASSES, SEEDS = 2000, 8.0, (0, 1, 2, 3, 4)
 BATCH = 32  # rows in a step by default
 MOST = 6  # learning rates of a recipe
 GAP, PERCENT = 0.4, 4.0
+BELOW = "Points on test x 100 that full fine-tuning is above, with Welch's interval of 95 %"
 
 
 def run(report: Report, quick: bool, data: str) -> None:
@@ -44,11 +49,11 @@ def run(report: Report, quick: bool, data: str) -> None:
     rows, passes, seeds = (32, 1.0, (0, 1)) if quick else (ROWS, PASSES, SEEDS)
     found: dict[str, list[Row]] = {}
     with contextlib.suppress(KeyboardInterrupt):  # the tables then hold what is done
-        for recipe, middle in TUNED.items():
+        for recipe, middle in (TUNED | ({} if quick else BEHIND.get(data, {}))).items():
             first = Cells(data, rows, recipe, (middle,), passes)
             rate = first.rates[0] if quick else tuned(store, first)
             found[recipe] = store.train(replace(first, rates=(rate,), seeds=seeds))
-        for recipe in () if quick else OTHERS:
+        for recipe in () if quick else [each for each in OTHERS if each not in found]:
             found[recipe] = store.train(Cells(data, rows, recipe, (), passes))
     done = [row for row in store.rows if (row["rows"], row["passes"]) == (rows, passes)]
     report.add(
@@ -63,7 +68,13 @@ def run(report: Report, quick: bool, data: str) -> None:
     trained = {row["recipe"]: row for row in shown if row["trainable"]}
     if trained.keys() >= TUNED.keys():
         draw(report, data, metric, [*trained.values()])
-        judge(report, f"{data}, test {metric} x 100", found[HOULSBY], found[FULL])
+        what = f"{data}, test {metric} x 100"
+        judge(report, what, found[HOULSBY], found[FULL])
+        for recipe, cells in found.items():
+            if recipe != FULL and len(cells) > 1:
+                points, low, high = below(cells, found[FULL])
+                row = {"recipe": recipe, "seeds": len(cells), "points": points}
+                report.add(BELOW, **row, low=low, high=high)
 
 
 def tuned(store: Store, cells: Cells) -> float:
@@ -134,6 +145,14 @@ def draw(report: Report, data: str, metric: str, shown: Sequence[Row]) -> None:
     write_png(report.directory / f"{report.name}.png", tradeoff({data: points}, {data: metric}))
 
 
+def below(ours: Sequence[Row], full: Sequence[Row]) -> tuple[float, float, float]:
+    """The points, score on test x 100, that full fine-tuning is above, and Welch's interval."""
+    scores = [[100 * row["score"]["test"] for row in cells] for cells in (full, ours)]
+    between = scipy.stats.ttest_ind(*scores, equal_var=False).confidence_interval()
+    theirs, own = map(statistics.fmean, scores)
+    return theirs - own, float(between.low), float(between.high)
+
+
 def judge(report: Report, what: str, ours: Sequence[Row], full: Sequence[Row]) -> None:
     """Reports whether Houlsby's adapters reach full fine-tuning with few parameters.
 
@@ -143,14 +162,12 @@ def judge(report: Report, what: str, ours: Sequence[Row], full: Sequence[Row]) -
         ours: the cells of Houlsby's adapters, one of each seed.
         full: those of full fine-tuning.
     """
-    scores = [[100 * row["score"]["test"] for row in cells] for cells in (full, ours)]
-    between = scipy.stats.ttest_ind(*scores, equal_var=False).confidence_interval()
-    low, high = float(between.low), float(between.high)
+    points, low, high = below(ours, full)
     sizes = [max(row.get("trainable_parameters", 0) for row in cells) for cells in (ours, full)]
     part = 100 * sizes[0] / sizes[1]
-    theirs, own = map(statistics.fmean, scores)
+    own, theirs = (100 * statistics.fmean(row["score"]["test"] for row in x) for x in (ours, full))
     claim = f"{what}: points that full fine-tuning is above Houlsby, m = 64 ({part:.2g} %)"
-    report.claim(claim, theirs - own, GAP)
+    report.claim(claim, points, GAP)
     verdict: Verdict = "undecided"
     if low > GAP or part > PERCENT:
         verdict = "not reproduced"

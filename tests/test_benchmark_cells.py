@@ -2,14 +2,17 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from adapters_jax.finetune.compare.grid import read_candidate
+from adapters_jax.trees import flatten, unflatten
 from benchmarks import (
+    ablations,
     accelerators,
     baselines,
     cells,
@@ -119,6 +122,29 @@ def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
     done = len(calls)
     tradeoff.run(Report("tradeoff-cola", "again", tmp_path), False, "cola")
     assert len(calls) == done  # nothing is trained twice
+
+
+def test_where_adapters_are_behind_more_recipes_tell_why(tmp_path, monkeypatch):
+    above = {tradeoff.HOULSBY: 4.0, tradeoff.LAYERS: 0.0, tradeoff.WIDE: 1.0}
+
+    def score(recipe, rate, seed):
+        best = 2e-4 if recipe in (tradeoff.FULL, tradeoff.LAYERS) else 5e-4
+        dev = 0.8 - abs(math.log2(rate / best)) / 10
+        return dev, (80 - above.get(recipe, 0.0) + 0.1 * seed) / 100, 1000
+
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    _trained(score, monkeypatch)
+    report = Report("tradeoff-wnut17", "", tmp_path)
+    tradeoff.run(report, False, "wnut17")
+    tables = _tables(report)
+    apart = {row["recipe"]: row for row in tables[tradeoff.BELOW]}
+    assert {recipe: row["points"] for recipe, row in apart.items()} == pytest.approx(above)
+    half = 2.306 * 0.1 * (10**0.5 / 2) * (2 / 5) ** 0.5  # Welch's, of equal variances
+    wide = apart[tradeoff.WIDE]
+    assert (wide["low"], wide["high"]) == pytest.approx((1 - half, 1 + half), abs=1e-4)
+    rows = {row["recipe"]: row for row in tables["wnut17, test f1 x 100"]}
+    assert rows[tradeoff.LAYERS]["learning rate"] == 2e-4 and rows[tradeoff.WIDE]["inside"]
+    assert rows[tradeoff.WIDE]["seeds"] == 5 and rows["lora --rank 8"]["seeds"] == 1
 
 
 @pytest.mark.slow
@@ -338,7 +364,8 @@ def test_a_fusion_is_compared_with_the_best_single_adapter(tmp_path, monkeypatch
         if above and cell.seed == 1:
             dev = 0.0  # of a seed that chooses nothing
         test = {"f1": 0.5 + 0.01 * above * (1 + cell.seed), "x": 0.0}
-        self.keep(cell, {**result, "dev": {"f1": dev, "x": 0.0}, "test": test})
+        result |= {"dev": {"f1": dev, "x": 0.0}, "test": test}
+        self.record.keep(result, **asdict(cell))
 
     monkeypatch.setattr(fusion, "ROOT", tmp_path)
     monkeypatch.setattr(fusion.Trainings, "_train", train)
@@ -369,6 +396,70 @@ def test_a_fusion_is_compared_with_the_best_single_adapter(tmp_path, monkeypatch
     again = Report("fusion", "", tmp_path)
     fusion.run(again, False)
     assert not trained and again.rows == report.rows
+
+
+def test_ablations_are_judged_as_in_the_paper(tmp_path, monkeypatch):
+    """Without an upper layer, 3 points are lost and more with later seeds; below, 1 or none."""
+    trained, cost = [], np.array([0.0, 1.0, 3.0, 3.0])
+
+    def train(data, std, seed, rows, passes):
+        trained.append((data, std, seed))
+        if (data, std) == ("movies", 1.0):
+            return {"stopped": "step 3", "seconds": 36.0}
+        test = {1e-7: 80.2, 1e-2: 80.0, 1.0: 70.0}[std] + 0.01 * seed
+        result = {"dev": {"accuracy": 0.8}, "test": {"accuracy": test / 100}, "seconds": 36.0}
+        spans = [(a, b) for a in range(4) for b in range(a, 4)]
+        lost = [[a, b, 0.8 - cost[a : b + 1].sum() / 100 - 0.001 * seed * b] for a, b in spans]
+        more = {"without": lost} if std == ablations.OWN else {}
+        return {**result, "largest class": 0.6, **more}
+
+    monkeypatch.setattr(ablations, "train", train)
+    report = Report("ablations", "", tmp_path)
+    ablations.run(report, False)
+    assert len(trained) == len({*trained}) == 2 * len(ablations.STDS) * len(ablations.SEEDS)
+    tables = _tables(report)
+    (done,) = tables["Cells that are done; the same command goes on"]
+    assert (done["done"], done["hours"]) == (18, pytest.approx(0.18))
+    shown = [(row["ours"], row["verdict"]) for row in tables["Claims"] if "cola" in row["how"]]
+    assert shown == [
+        ("0.0, 1.1, 3.2, 3.3 by layer", "not reproduced"),
+        ("1.1 points without the lower 2, 6.3 without the upper", "reproduced"),
+        ("-0.2, -0.2 to -0.2", "reproduced"),
+        ("+10.0, +10.0 to +10.0", "reproduced"),
+    ]
+    diverged = tables["Claims"][-1]
+    assert diverged["ours"].startswith("+80.0") and diverged["verdict"] == "reproduced"
+    (cola, _) = tables["Accuracy x 100 on dev without any adapter"]
+    assert cola["trained"] == pytest.approx(80.0)
+    assert (cola["without"], cola["largest class"]) == (pytest.approx(72.7), 60.0)
+    assert (tmp_path / "ablations.png").read_bytes()[1:4] == b"PNG"
+
+    trained.clear()
+    again = Report("ablations", "", tmp_path)
+    ablations.run(again, False)
+    assert not trained and again.rows == report.rows
+
+
+def test_layers_without_adapters_compute_as_if_they_had_none():
+    """The kernels of bottlenecks are scaled, and zeros add nothing; what else trains stays."""
+    leaves = {
+        f"bert/layer_{layer}/{path}": np.full(2, 1.0 + layer)
+        for layer in range(3)
+        for path in (
+            *(f"mlp/output/adapter/{part}/kernel" for part in ("down", "up")),
+            "mlp/output/adapter/up/bias",
+            "mlp_norm/scale",
+        )
+    }
+    tree = unflatten(leaves)
+    assert ablations.layers(tree) == [0, 1, 2]
+    cut = {path for path, x in flatten(ablations.without(tree, 1, 2)).items() if not x.any()}
+    ups = ("adapter/up/kernel", "adapter/up/bias")
+    assert cut == {f"bert/layer_{layer}/mlp/output/{up}" for layer in (1, 2) for up in ups}
+    scaled = flatten(ablations.scaled(tree, 10.0))
+    grown = {path for path, x in scaled.items() if (x == 10 * leaves[path]).all()}
+    assert grown == {path for path in leaves if "adapter" in path and path.endswith("kernel")}
+    assert all((scaled[path] == leaves[path]).all() for path in leaves.keys() - grown)
 
 
 def test_cells_of_bases_and_batches_are_apart_and_a_lower_perplexity_is_better(tmp_path):
