@@ -18,7 +18,7 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 
 from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
-from adapters_jax.finetune.options.flags import from_plain, plain, words
+from adapters_jax.finetune.options.flags import absolute, from_plain, plain, words
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
@@ -252,6 +252,23 @@ def test_options_are_the_same_after_json():
     again = from_plain(RunOptions, json.loads(json.dumps(plain(options))))
     assert again == replace(options, data=replace(options.data, train=(Path("a.csv").resolve(),)))
     assert again.method.rank_pattern == {"a": 1, "b": 2} and again.optimizer.epochs == 2.0
+
+
+def test_a_link_to_rows_keeps_the_name_that_says_their_format(tmp_path, monkeypatch):
+    """The Hub's cache links `rows.csv` to a file whose name is a hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_text("text,label\n")
+    (tmp_path / "rows.csv").symlink_to("blobs/0a1b")
+    (tmp_path / "linked").symlink_to("blobs")
+    monkeypatch.chdir(tmp_path / "blobs")
+    for path, expected in (
+        ("../rows.csv", tmp_path / "rows.csv"),
+        ("../linked/0a1b", tmp_path / "blobs" / "0a1b"),
+        ("0a1b", tmp_path / "blobs" / "0a1b"),
+        ("..", tmp_path),
+        (".", tmp_path / "blobs"),
+    ):
+        assert absolute(Path(path)) == expected.parent.resolve() / expected.name
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

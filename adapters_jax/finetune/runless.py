@@ -15,7 +15,7 @@ from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.formats import FORMATS, every_file
 from adapters_jax.finetune.formats.base import HEAD, Adapter
 from adapters_jax.finetune.leaving import RUN_CONFIG, open_source, whole
-from adapters_jax.finetune.options.flags import plain
+from adapters_jax.finetune.options.flags import absolute, plain
 from adapters_jax.finetune.pretrained.decoder import load_decoder_tokenizer
 from adapters_jax.finetune.pretrained.locate import find_family, kind_of, pinned, read_config
 from adapters_jax.finetune.pretrained.record import record_of
@@ -85,7 +85,7 @@ def _config(source: Source, pooling: str | None) -> dict[str, Any]:
     path = Path(name)
     shared = {
         "kind": kind_of(name),
-        "model": str(path.resolve()) if path.exists() else name,
+        "model": str(absolute(path)) if path.exists() else name,
         **record_of(name).to_config(),
         "dtype": "float32",
         "combined": {},  # not trained here, and finished

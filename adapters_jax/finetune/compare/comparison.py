@@ -24,6 +24,7 @@ from adapters_jax.finetune.compare.summary import summarize, write_comparison
 from adapters_jax.finetune.compare.together import train_together
 from adapters_jax.finetune.console import Console, Pace, Progress, duration
 from adapters_jax.finetune.inference.comparison import comparison_table
+from adapters_jax.finetune.options.flags import absolute
 from adapters_jax.finetune.pretrained.locate import kind_of, pinned
 from adapters_jax.finetune.run_directory import Run, RunError, run_name
 from adapters_jax.finetune.runs.job import Job
@@ -49,7 +50,7 @@ def prepare_comparison(options: CompareOptions, console: Console) -> ComparisonJ
         FileSystemError: the directory cannot be made.
     """
     path = Path(options.model)
-    model = str(path.resolve()) if path.exists() else pinned(options.model)
+    model = str(absolute(path)) if path.exists() else pinned(options.model)
     options = replace(options, model=model)
     if options.optimizer.learning_rate is not None:
         raise UserError(

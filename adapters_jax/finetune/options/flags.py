@@ -125,11 +125,16 @@ def plain(value: Any) -> Any:
 def absolute(path: Path) -> Path:
     """A path that means the same in any directory; a data set of the Hub does already.
 
+    A link to a file keeps its name, whose ending says the format: the files of a cache are links to
+    files that are named by their hashes.
+
     Example:
         >>> absolute(Path("hub:user/name:train")).as_posix()
         'hub:user/name:train'
     """
-    return path if str(path).startswith(PREFIX) else path.resolve()
+    if str(path).startswith(PREFIX):
+        return path
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def from_plain(cls: Any, values: Any) -> Any:
