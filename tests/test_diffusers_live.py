@@ -337,7 +337,7 @@ def added(recipe, tree, base):
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
-def test_loha_and_lokr_of_lycoris(kind, tmp_path):
+def test_loha_and_lokr_of_lycoris(kind, tmp_path, monkeypatch):
     """Read as LyCORIS computes them, written, and loaded by LyCORIS again."""
 
     def change_of(each):
@@ -347,7 +347,9 @@ def test_loha_and_lokr_of_lycoris(kind, tmp_path):
     model = model_of("sd")
     _, base = base_of(model)
     targets = ["Transformer2DModel", *(["ResnetBlock2D"] if "loha" in kind else [])]
-    lycoris.LycorisNetwork.apply_preset({"target_module": targets, "target_name": []})
+    # `apply_preset` sets the class for good, also for other tests.
+    monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", targets)
+    monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_NAME", [])
     given = {"linear_dim": 4, "linear_alpha": 6, **PRODUCTS[kind]}
     network = lycoris.create_lycoris(model, 1.0, **given)
     plain, expected = weights(model), weights(model)
