@@ -214,7 +214,7 @@ def test_a_name_that_is_not_one_directory(tmp_path, name):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("target", [{}, {"name": ["no"] * 400}])
+@pytest.mark.parametrize("target", [{}, {"name": ["no"] * 400}, {"names": "no"}])
 def test_a_damaged_target_is_one_sentence_with_the_file_and_the_target(target, tmp_path):
     run = Run(tmp_path)
     with raises(RunError, str(run.config), repr(target)[:100]) as caught:

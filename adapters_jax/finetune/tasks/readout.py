@@ -265,8 +265,9 @@ class NamedReadout(Readout):
 
     def expected(self) -> str:
         """Says that there have to be names."""
-        able = len(self.names) >= self.least and all(isinstance(n, str) for n in self.names)
-        return "" if able else f"expected at least {self.least} names"
+        listed = isinstance(self.names, tuple) and all(isinstance(n, str) for n in self.names)
+        able = listed and len(self.names) >= self.least
+        return "" if able else f"expected a list of at least {self.least} names"
 
     @property
     def width(self) -> int:
