@@ -52,6 +52,7 @@ class Cells:
         seeds: the seeds.
         base: the base, as `adapters-jax compare --model` takes it; none is that of the data set.
         batch: the rows of a step, or packed sequences of a decoder; None is the default.
+        more: more flags of `adapters-jax compare`, which are shown with the recipe.
     """
 
     data: str
@@ -62,6 +63,7 @@ class Cells:
     seeds: tuple[int, ...] = (0,)
     base: str = ""
     batch: int | None = None
+    more: str = ""
 
     def __len__(self) -> int:
         return len(self.tried) * len(self.seeds)
@@ -77,7 +79,7 @@ class Cells:
             row
             for row in rows
             if {**row, **self.shared, "recipe": self.recipe} == row
-            and all(name in self.shared or name not in row for name in ("base", "batch"))
+            and all(name in self.shared or name not in row for name in ("base", "batch", "more"))
             and row["seed"] in self.seeds
             and row["learning_rate"] in self.tried
         ]
@@ -85,7 +87,7 @@ class Cells:
     @property
     def shared(self) -> Row:
         """What the lines of all of them have in common."""
-        chosen = {"base": self.base, "batch": self.batch}
+        chosen = {"base": self.base, "batch": self.batch, "more": self.more}
         given = {name: value for name, value in chosen.items() if value}
         return {"data": self.data, "rows": self.rows, "passes": self.passes, **given}
 
@@ -95,8 +97,8 @@ class Cells:
         passes = "own" if self.passes is None else f"{self.passes:g}"
         batch = f"batch-{self.batch}" if self.batch else ""
         more = [each for each in (self.base, batch) if each]
-        words = [self.data, str(self.rows), passes, *more, self.recipe]
-        return re.sub(r"[^a-zA-Z0-9.]+", "-", "-".join(words))
+        words = [self.data, str(self.rows), passes, *more, self.recipe, self.more]
+        return re.sub(r"[^a-zA-Z0-9.]+", "-", "-".join(filter(None, words)))
 
     def flags(self) -> list[str]:
         """The flags of the comparison."""
@@ -107,7 +109,7 @@ class Cells:
         flags += [] if self.passes is None else ["--epochs", f"{self.passes:g}"]
         flags += ["--model", self.base] if self.base else []
         flags += ["--batch-size", str(self.batch)] if self.batch else []
-        return [*flags, "--recipes", recipe, "--seeds", *map(str, self.seeds)]
+        return [*flags, *self.more.split(), "--recipes", recipe, "--seeds", *map(str, self.seeds)]
 
 
 class Store:
@@ -151,7 +153,8 @@ class Store:
 
     def _keep(self, cells: Cells, found: Sequence[Row]) -> None:
         rows = [*self.rows, *cells.of([{**cells.shared, **row} for row in found])]
-        named = ("base", "data", "rows", "batch", "passes", "recipe", "learning_rate", "seed")
+        shared = ("base", "data", "rows", "batch", "passes", "more")
+        named = (*shared, "recipe", "learning_rate", "seed")
         self.rows = [*{tuple(row.get(name) for name in named): row for row in rows}.values()]
         self.save()
 

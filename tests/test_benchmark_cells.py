@@ -125,7 +125,7 @@ def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
 
 
 def test_where_adapters_are_behind_more_recipes_tell_why(tmp_path, monkeypatch):
-    above = {tradeoff.HOULSBY: 4.0, tradeoff.LAYERS: 0.0, tradeoff.WIDE: 1.0}
+    above = {tradeoff.HOULSBY: 4.0, tradeoff.LAYERS: 0.0, tradeoff.AS_FULL: 4.0, tradeoff.WIDE: 1.0}
 
     def score(recipe, rate, seed):
         best = 2e-4 if recipe in (tradeoff.FULL, tradeoff.LAYERS) else 5e-4
@@ -133,7 +133,7 @@ def test_where_adapters_are_behind_more_recipes_tell_why(tmp_path, monkeypatch):
         return dev, (80 - above.get(recipe, 0.0) + 0.1 * seed) / 100, 1000
 
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    _trained(score, monkeypatch)
+    calls = _trained(score, monkeypatch)
     report = Report("tradeoff-wnut17", "", tmp_path)
     tradeoff.run(report, False, "wnut17")
     tables = _tables(report)
@@ -144,6 +144,9 @@ def test_where_adapters_are_behind_more_recipes_tell_why(tmp_path, monkeypatch):
     assert (wide["low"], wide["high"]) == pytest.approx((1 - half, 1 + half), abs=1e-4)
     rows = {row["recipe"]: row for row in tables["wnut17, test f1 x 100"]}
     assert rows[tradeoff.LAYERS]["learning rate"] == 2e-4 and rows[tradeoff.WIDE]["inside"]
+    own, as_full = rows[tradeoff.HOULSBY], rows[tradeoff.AS_FULL]
+    assert {**own, "recipe": tradeoff.AS_FULL} == as_full  # which was trained apart
+    assert sum("--dropout" in flags for flags in calls) == 3
     assert rows[tradeoff.WIDE]["seeds"] == 5 and rows["lora --rank 8"]["seeds"] == 1
 
 
