@@ -84,6 +84,20 @@ class Cells:
             and row["learning_rate"] in self.tried
         ]
 
+    def with_any_rate(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of some finished cells that are of these, but for the learning rate."""
+        rates = tuple({row["learning_rate"] for row in rows if row["recipe"] == self.recipe})
+        return replace(self, rates=rates).of(rows) if rates else []
+
+    def best(self, rows: Sequence[Row]) -> list[Row]:
+        """Those with the rate that is the best on dev so far, with the first seed."""
+        any_rate = self.with_any_rate(rows)
+        tried = [row for row in any_rate if row["seed"] == self.seeds[0]]
+        if not tried:
+            return []
+        rate = max(tried, key=lambda row: row["score"]["dev"])["learning_rate"]
+        return [row for row in any_rate if row["learning_rate"] == rate]
+
     @property
     def shared(self) -> Row:
         """What the lines of all of them have in common."""

@@ -100,7 +100,7 @@ def run(report: Report, quick: bool) -> None:
     found: dict[Key, list[Row]] = {}
     for each in asked:
         _add_losses(store, each)
-        if cells := _best(store.rows, each):
+        if cells := replace(each, seeds=SEEDS).best(store.rows):
             found[each.base, each.data, each.batch or 0, each.recipe] = cells
     store.save()
     hours = sum(row.get("seconds", 0.0) for row in store.rows) / 3600
@@ -120,24 +120,9 @@ def _quick() -> list[Cells]:
     ]
 
 
-def _tried(rows: Sequence[Row], asked: Cells) -> list[Row]:
-    """The finished cells with any rate."""
-    rates = {row["learning_rate"] for row in rows if row["recipe"] == asked.recipe}
-    return replace(asked, rates=(*rates,), seeds=SEEDS).of(rows) if rates else []
-
-
-def _best(rows: Sequence[Row], asked: Cells) -> list[Row]:
-    """The finished cells with the rate that is best so far, one of each seed."""
-    tried = [row for row in _tried(rows, asked) if row["seed"] == SEEDS[0]]
-    if not tried:
-        return []
-    best = max(tried, key=lambda row: row["score"]["dev"])
-    return replace(asked, rates=(best["learning_rate"],), seeds=SEEDS).of(rows)
-
-
 def _add_losses(store: Store, asked: Cells) -> None:
     """Adds the losses of each training, means of parts of its steps, if its metrics are here."""
-    for row in _tried(store.rows, asked):
+    for row in replace(asked, seeds=SEEDS).with_any_rate(store.rows):
         path = store.root / asked.name / "cells" / row["run"] / "metrics.jsonl"
         if "losses" in row or not path.exists():
             continue

@@ -51,15 +51,19 @@ def run(report: Report, quick: bool, data: str) -> None:
     """Runs the comparison on one data set; two recipes on a few rows if quick."""
     store = Store(report, ["--evaluations", "1", *(["--max-length", "16"] if quick else ())])
     rows, passes, seeds = (32, 1.0, (0, 1)) if quick else (ROWS, PASSES, SEEDS)
-    found: dict[str, list[Row]] = {}
+    asked: dict[str, Cells] = {}
+    for text, middle in (TUNED | ({} if quick else BEHIND.get(data, {}))).items():
+        recipe, _, more = text.partition(MORE)
+        asked[text] = Cells(data, rows, recipe, (middle,), passes, seeds, more=more)
+    others = () if quick else [recipe for recipe in OTHERS if recipe not in asked]
+    asked |= {recipe: Cells(data, rows, recipe, (), passes) for recipe in others}
     with contextlib.suppress(KeyboardInterrupt):  # the tables then hold what is done
-        for text, middle in (TUNED | ({} if quick else BEHIND.get(data, {}))).items():
-            recipe, _, more = text.partition(MORE)
-            first = Cells(data, rows, recipe, (middle,), passes, more=more)
-            rate = first.rates[0] if quick else tuned(store, first)
-            found[text] = store.train(replace(first, rates=(rate,), seeds=seeds))
-        for recipe in () if quick else [each for each in OTHERS if each not in found]:
-            found[recipe] = store.train(Cells(data, rows, recipe, (), passes))
+        for cells in asked.values():
+            one = replace(cells, seeds=seeds[:1])
+            rates = (tuned(store, one),) if cells.rates and not quick else cells.rates
+            store.train(replace(cells, rates=rates))
+    best = {text: cells.best(store.rows) for text, cells in asked.items()}
+    found = {text: cells for text, cells in best.items() if cells}
     done = [row for row in store.rows if (row["rows"], row["passes"]) == (rows, passes)]
     report.add(
         "Cells that are done; the same command goes on",

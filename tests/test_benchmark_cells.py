@@ -538,8 +538,8 @@ def test_an_interrupted_run_reports_the_best_rate_so_far(tmp_path):
         | {"score": {"dev": score}}
         for rate, seed, score in ((1.3e-3, 0, -1.2), (2.6e-3, 0, -1.1), (2.6e-3, 1, -1.3))
     ]
-    assert regret._best(rows, asked) == rows[1:]
-    assert regret._best(rows, replace(asked, rows=800)) == []
+    assert replace(asked, seeds=regret.SEEDS).best(rows) == rows[1:]
+    assert replace(asked, rows=800).best(rows) == []
     store = SimpleNamespace(rows=rows, root=tmp_path)
     metrics = tmp_path / asked.name / "cells" / "0.0013" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
