@@ -22,6 +22,7 @@ from adapters_jax.finetune.options.flags import absolute, from_plain, plain, wor
 from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.run_directory import Run, RunError
+from adapters_jax.finetune.runs.config import _anywhere
 from adapters_jax.finetune.runs.job import Job
 from adapters_jax.finetune.runs.stopping import InterruptedRunError, Interrupts
 
@@ -269,6 +270,8 @@ def test_a_link_to_rows_keeps_the_name_that_says_their_format(tmp_path, monkeypa
         (".", tmp_path / "blobs"),
     ):
         assert absolute(Path(path)) == expected.parent.resolve() / expected.name
+        assert _anywhere(path) == str(absolute(Path(path)))
+    assert _anywhere("user/name") == "user/name"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -16,7 +15,7 @@ import jax
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.datasets import TaskData
-from adapters_jax.finetune.options.flags import from_plain, plain
+from adapters_jax.finetune.options.flags import absolute, from_plain, plain
 from adapters_jax.finetune.options.method import DEFAULT
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.parsing import parse
@@ -48,7 +47,7 @@ def shared_config(
             f"--target-rank: for adalora, and {options.title} has no budget; leave it out"
         )
     own = {field.name: getattr(options, field.name) for field in fields(RunOptions)}
-    names = {"model": _anywhere(options.model), "init_from": _anywhere(options.init_from, False)}
+    names = {"model": _anywhere(options.model), "init_from": _anywhere(options.init_from)}
     return {
         "model": names["model"],
         **base.to_config(),
@@ -68,14 +67,9 @@ def shared_config(
     }
 
 
-def _anywhere(name: str | None, linked: bool = True) -> str | None:
-    """The name of a model or an adapter that means the same in any directory.
-
-    With `linked`, links are followed; without, a run has the title that `--init-from` gave it.
-    """
-    if not name or not Path(name).exists():
-        return name
-    return os.path.realpath(name) if linked else os.path.abspath(name)
+def _anywhere(name: str | None) -> str | None:
+    """The name of a model or an adapter that means the same in any directory."""
+    return str(absolute(Path(name))) if name and Path(name).exists() else name
 
 
 def read_options(run: Run, config: Mapping[str, Any]) -> RunOptions:
