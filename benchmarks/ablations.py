@@ -39,6 +39,7 @@ STDS, OWN, SEEDS = (1e-7, 1e-2, 1.0), 1e-2, (0, 1, 2)
 KERNEL = re.compile(r"/adapter/(down|up)/kernel$")
 UP = re.compile(r"/layer_(\d+)/.*/adapter/up/(kernel|bias)$")
 MOST = 2.0  # points that one layer is worth at most, in the paper
+NEAR = 1.0  # points that are "about 0"
 BY = "Houlsby et al."
 
 
