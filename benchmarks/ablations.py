@@ -31,12 +31,11 @@ from adapters_jax.finetune.tasks.base import NotFiniteError
 from adapters_jax.trees import Tree, flatten, with_leaves
 from benchmarks.cells import SETS, Record
 from benchmarks.harness import DATA, ROOT
-from benchmarks.report import Report, Row, Verdict
+from benchmarks.report import Report, Row, Verdict, welch
 from benchmarks.tradeoff import HOULSBY, PASSES, ROWS
 
 RATES = {"cola": 2e-3, "movies": 4e-3}  # the best ones on dev in `tradeoff`
 STDS, OWN, SEEDS = (1e-7, 1e-2, 1.0), 1e-2, (0, 1, 2)
-KERNEL = re.compile(r"/adapter/(down|up)/kernel$")
 UP = re.compile(r"/layer_(\d+)/.*/adapter/up/(kernel|bias)$")
 MOST = 2.0  # points that one layer is worth at most, in the paper
 NEAR = 1.0  # points that are "about 0"
@@ -67,12 +66,11 @@ def train(data: str, std: float, seed: int, rows: int, passes: float) -> Row:
     """
     began = time.perf_counter()
     flags = f"{SETS[data].format(DATA)} --limit {rows} --seed {seed} --epochs {passes} "
-    flags += f"--method {HOULSBY} --learning-rate {RATES[data]}"
+    flags += f"--method {HOULSBY} --init-std {std} --learning-rate {RATES[data]}"
     options = parse(RunOptions, flags.split())
     job = prepare_run(options, Run(ROOT / "comparisons" / "none"), Console(json=False), began)
     problem: Any = job.problem
-    metrics = dict.fromkeys((*problem.metrics, "accuracy"))
-    problem = replace(problem, params=scaled(problem.params, std / OWN), metrics=(*metrics,))
+    problem = replace(problem, metrics=(*dict.fromkeys((*problem.metrics, "accuracy")),))
     training = Training.begin(problem, job.optimizer, job.key)
     try:
         training.train()
@@ -87,12 +85,6 @@ def train(data: str, std: float, seed: int, rows: int, passes: float) -> Row:
         result["without"] = [[a, b, problem.score(s, "dev")["accuracy"]] for a, b, s in cut]
     scores = {"dev": problem.score(best, "dev"), "test": problem.score(best, "test")}
     return {**scores, **result, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def scaled(params: Tree, factor: float) -> Tree:
-    """The parameters with the kernels of all bottlenecks times a factor."""
-    leaves = {path: x * factor for path, x in flatten(params).items() if KERNEL.search(path)}
-    return with_leaves(params, leaves)
 
 
 def layers(adapters: Tree) -> list[int]:
@@ -196,14 +188,12 @@ def _scales(report: Report, data: str, by_std: dict[float, list[Row]]) -> None:
         other = [accuracy(row, "test") for row in by_std[std]]
         if min(len(own), len(other)) < 2:
             continue
-        between = scipy.stats.ttest_ind(own, other, equal_var=False).confidence_interval()
-        low, high = float(between.low), float(between.high)
-        verdict: Verdict = "undecided"
-        if (std == 1.0 and low > 0) or (std < OWN and low >= -1 and high <= 1):
-            verdict = "reproduced"
-        elif (std == 1.0 and high <= 0) or (std < OWN and (low > 1 or high < -1)):
-            verdict = "not reproduced"
-        points = statistics.fmean(own) - statistics.fmean(other)
+        points, low, high = welch(own, other)
+        if std > OWN:
+            holds, fails = low > 0, high <= 0
+        else:
+            holds, fails = low >= -NEAR and high <= NEAR, low > NEAR or high < -NEAR
+        verdict: Verdict = "reproduced" if holds else "not reproduced" if fails else "undecided"
         report.verdict(
             f"{BY}: points that an initial deviation of {std:g} costs, beside 0.01",
             what,

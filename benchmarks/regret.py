@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from benchmarks.cells import Cells, Store
 from benchmarks.narrow import EPOCHS, WIDTHS, path, train
-from benchmarks.report import Report, Row, Verdict
+from benchmarks.report import Report, Row, Verdict, welch
 from benchmarks.tradeoff import tuned
 
 BASE, BATCH, SEEDS = "smollm2-135m", 4, (0, 1, 2)
@@ -206,11 +205,9 @@ def _compare(
 ) -> None:
     """Reports the difference of two mean losses; a hundredth is the least that differs from 0."""
     pair = _losses(ours), _losses(theirs)
-    above = statistics.fmean(pair[0]) - statistics.fmean(pair[1])
     if min(map(len, pair)) < 2:
         return
-    between = scipy.stats.ttest_ind(*pair, equal_var=False).confidence_interval()
-    low, high = float(between.low), float(between.high)
+    above, low, high = welch(*pair)
     verdict: Verdict = "undecided"
     if published == "0":
         if low >= -LEAST and high <= LEAST:

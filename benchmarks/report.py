@@ -8,6 +8,7 @@ docs/results/.
 import json
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -165,6 +166,14 @@ class Report:
         if self.panels:
             draw(self.directory / f"{self.name}.png", self.panels)
         return text
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of a above that of b, and the ends of Welch's interval of 95 %."""
+    from scipy.stats import ttest_ind
+
+    between = ttest_ind(a, b, equal_var=False).confidence_interval()
+    return statistics.fmean(a) - statistics.fmean(b), float(between.low), float(between.high)
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:

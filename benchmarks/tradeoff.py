@@ -18,13 +18,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-import scipy.stats
-
 from adapters_jax.finetune.compare.grid import read_candidate
 from adapters_jax.finetune.compare.tradeoff import tradeoff
 from adapters_jax.finetune.report.pictures import write_png
 from benchmarks.cells import Cells, Store
-from benchmarks.report import Report, Row, Verdict
+from benchmarks.report import Report, Row, Verdict, welch
 
 HOULSBY, FULL = "houlsby --bottleneck-dim 64", "full"
 TUNED = {HOULSBY: 1e-3, FULL: 1e-4}  # the rate in the middle of the first ones that are tried
@@ -158,9 +156,7 @@ def draw(report: Report, data: str, metric: str, shown: Sequence[Row]) -> None:
 def below(ours: Sequence[Row], full: Sequence[Row]) -> tuple[float, float, float]:
     """The points, score on test x 100, that full fine-tuning is above, and Welch's interval."""
     scores = [[100 * row["score"]["test"] for row in cells] for cells in (full, ours)]
-    between = scipy.stats.ttest_ind(*scores, equal_var=False).confidence_interval()
-    theirs, own = map(statistics.fmean, scores)
-    return theirs - own, float(between.low), float(between.high)
+    return welch(*scores)
 
 
 def judge(report: Report, what: str, ours: Sequence[Row], full: Sequence[Row]) -> None:
