@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers.errors import raises
-from helpers.finished import LORA, decoder_run, encoder_run
+from helpers.finished import LORA, REVIEWS, decoder_run, encoder_run
 from helpers.hub_server import serving
 from helpers.tiny import write_model, write_reviews
 from safetensors.numpy import load_file, save_file
@@ -25,11 +25,14 @@ from adapters_jax.errors import MissingPackageError
 from adapters_jax.files import hub
 from adapters_jax.files.adapterhub import load_adapterhub
 from adapters_jax.files.peft import load_peft
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.models.bert import FAMILY, Bert, load_bert
 from adapters_jax.finetune.models.decoder import load_decoder
 from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.pretrained import locate as bases
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.trees import flatten
@@ -231,6 +234,24 @@ def test_a_run_on_an_id_notes_the_commit(place, command, monkeypatch, cache):
     (place / "cache/models--them--base/refs/v1").unlink()  # the branch is gone, the commit is not
     assert command("predict runs/reviews good")[0] == 0
     (place / "cache/models--them--base/refs/v1").write_text(OLD)
+
+
+@pytest.mark.slow
+def test_a_run_notes_the_commit_of_the_adapter_it_starts_with(place, command, monkeypatch, cache):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+    cached(place / "cache", "me/start", OLD, "runs/reviews/adapter")
+    flags = f"{REVIEWS} --init-from me/start --epochs 1 --runs started"
+    job = parse(Finetune, flags.split()).prepare(Console(json=True))
+    job.unlock()
+    assert job.config["options"]["init_from"] == f"me/start@{OLD}"
+    assert job.run.path.name == "tiny-reviews-from-start"
+    other = shutil.copytree("runs/reviews/adapter", Path("other"))
+    file = other / "adapter.safetensors"
+    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
+    cached(place / "cache", "me/start", NEW, other)
+    status, _, err = command(f"finetune --resume {job.run.path}")
+    assert status == 0, err
 
 
 def test_push_uploads_what_predicts_and_its_card(server, command):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from adapters_jax.files import hub
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.options.flags import given
@@ -103,7 +104,8 @@ class RunOptions(Settings):
             width that fits.
         init_from: start with this adapter: the directory of a finished run or of an adapter of
             adapters_jax, PEFT or AdapterHub, a GGUF file, or an id on the Hugging Face Hub; its
-            recipe is taken unless flags name a method, which has to be the same.
+            recipe is taken unless flags name a method, which has to be the same. The run keeps the
+            commit of an id.
         track: trackers that get the run's metrics as well, by their own clients and settings, such
             as WANDB_MODE=offline or MLFLOW_TRACKING_URI.
     """
@@ -123,5 +125,6 @@ class RunOptions(Settings):
         """The name of what trains, in tables and directories."""
         if self.init_from is None or given(self.method):
             return self.method.title
-        path = PurePath(os.path.abspath(self.init_from))  # "." has no name, and a run stores this
+        name = hub.split(self.init_from)[0]
+        path = PurePath(os.path.abspath(name))  # "." has no name, and a run stores this
         return f"from-{path.parent.name if path.name == 'adapter' else path.stem}"

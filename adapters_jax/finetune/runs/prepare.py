@@ -115,7 +115,8 @@ def prepare_run(
         if options.init_from is not None:  # whose other defaults come from another run
             kept += ["head_learning_rate", "dropout"]
         training = replace(training, **{name: getattr(before, name) for name in kept})
-    start = Start.of(options)
+    if (start := Start.of(options)) is not None:
+        options = replace(options, init_from=start.name)  # of the Hub: with its commit
     prepared = task.prepare(data, _setup(options, training, task, console, start))
     if start is not None:
         prepared = start.begin(prepared, console.say)

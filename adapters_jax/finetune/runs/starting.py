@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from adapters_jax.errors import AdapterMismatchError, shown
+from adapters_jax.files import hub
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune.formats import every_file
 from adapters_jax.finetune.formats.base import HEAD
@@ -41,7 +42,7 @@ class Start:
     """An adapter that a run starts from.
 
     Attributes:
-        name: its directory, file or id.
+        name: its directory, its file, or its id with its commit.
         adapted: its recipe.
         leaves: its arrays, by path.
         pooling: what its head reads, as far as a run says so.
@@ -65,13 +66,13 @@ class Start:
         """
         if options.init_from is None:
             return None
-        place = _directory(options.init_from)
-        source = open_source(place, options.model, options.pooling, headed=True)
+        name = _pinned(options.init_from)
+        source = open_source(_directory(name), options.model, options.pooling, headed=True)
         own = options.method.build if given(options.method) else None
         pooling = (source.config or {}).get("pooling")
         # Not the source itself, whose base would stay in memory.
         labels = tuple(source.labels)
-        return cls(options.init_from, source.recipe, source.leaves, pooling, labels, own)
+        return cls(name, source.recipe, source.leaves, pooling, labels, own)
 
     def recipe(self, *, head: str | None = None, **layers: Any) -> Recipe:
         """The recipe of the run: that of its flags or of the adapter, with a head that trains."""
@@ -161,6 +162,12 @@ def usual(options: RunOptions) -> MethodOptions:
             before = stored.get("init_from")  # which may be gone
             name = before if before and Path(before).exists() else None
     return options.method
+
+
+def _pinned(name: str) -> str:
+    """The name of an adapter; an id on the Hub gets its commit."""
+    commit = None if Path(name).exists() else hub.commit_of(found(name).path)
+    return f"{hub.split(name)[0]}@{commit}" if commit else name
 
 
 def _directory(name: str) -> str:
