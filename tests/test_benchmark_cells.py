@@ -492,7 +492,8 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
     best |= {attention: cells_of(1e-3, 1.2, 1.21, 1.19), houlsby: cells_of(1e-3, 0.9, 0.91, 0.92)}
     best |= {regret.lora(r): cells_of(1e-3 * (1 + (r == 1)), 1.0) for r in regret.RANKS if r != 16}
     best |= {regret.lora(r, r): cells_of(1e-3 * r, 1.0) for r in regret.RANKS}
-    regret.judge(report, {(regret.BASE, "e2e", regret.BATCH, name): x for name, x in best.items()})
+    shared = regret.BASE, "e2e", regret.BATCH, 1.0
+    regret.judge(report, {(*shared, name): x for name, x in best.items()})
     higher = "the loss above that of all linear layers, equal parameters"
     blog = f"{regret.BLOG}: "
     verdicts = {row["claim"].removeprefix(blog): row["verdict"] for row in report.rows}
@@ -510,15 +511,23 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
 
 def test_the_default_rate_is_compared_with_the_best_one(tmp_path):
     report = Report("regret", "", tmp_path)
-    cell = {"base": regret.BASE, "data": "e2e", "batch": regret.BATCH, "recipe": regret.ALL}
+    shared = regret.BASE, "e2e", regret.BATCH
+    cell = {**dict(zip(regret.NAMES, shared, strict=False)), "recipe": regret.ALL, "seed": 0}
     rows = [
-        {**cell, "seed": 0, "learning_rate": rate, "score": {"dev": -loss}}
-        for rate, loss in ((0.00065, 1.4), (0.0013, 1.03), (0.0026, 1.0))
+        {**cell, "passes": passes, "learning_rate": rate, "score": {"dev": -loss}}
+        for passes, rate, loss in (
+            *((1.0, 0.00065, 1.4), (1.0, 0.0013, 1.03), (1.0, 0.0026, 1.0)),
+            *((3.0, 0.0013, 0.9), (3.0, 0.0026, 0.95)),
+        )
     ]
-    regret.judge(report, {(regret.BASE, "e2e", regret.BATCH, regret.ALL): rows[2:]}, rows)
-    (row,) = report.rows
-    assert (row["measured"], row["at most"], row["met"]) == (1.03, 1.02, False)
-    assert "best of 3" in row["claim"]
+    best = {(*shared, row["passes"], regret.ALL): [row] for row in rows[2:4]}
+    regret.judge(report, best, rows)
+    shown = [(row["claim"], row["measured"], row["met"]) for row in report.rows]
+    claim = "loss on dev at the default rate / at the best of"
+    assert shown == [
+        (f"{claim} 3, LoRA, e2e, 1 pass", 1.03, False),
+        (f"{claim} 2, LoRA, e2e, 3 passes", 1.0, True),
+    ]
 
 
 def test_an_interrupted_run_reports_the_best_rate_so_far(tmp_path):
