@@ -242,6 +242,7 @@ def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
         _cell("b", "lora", 12.0, 4e-3, 0.4, 0.8),
         {**_cell("b", "lora", 12.0, 4e-3, 0.8, 1.0), "seed": 1},  # a setting has the mean of seeds
         _cell("a", "lora", 3.0, 2e-3, 0.25, 0.9),  # b has no cell of this setting
+        *({**_cell(data, "lora", 12.0, 2e-3, 0.1, 1.0), "more": "--dropout 0.1"} for data in "ab"),
         _cell("a", "head-only", None, 1e-2, 0.9, 0.25),
         _cell("b", "head-only", None, 1e-2, 0.9, 0.75),
         _cell("cola", defaults.WIDE, 3.0, 1e-3, 0.25, 0.5),
@@ -266,11 +267,13 @@ def test_defaults_are_ranked_by_dev_and_reported_on_test(tmp_path):
     ] == [
         (2e-3, pytest.approx(0.9), True),
         (4e-3, pytest.approx(0.875), False),
+        (2e-3, pytest.approx(0.1625), False),
         (2e-3, None, False),
     ]
-    assert tables["Dev, 900 rows"][2]["a"] == pytest.approx(0.5)
+    assert [row["more"] for row in tables["Dev, 900 rows"]] == ["", "", "--dropout 0.1", ""]
+    assert tables["Dev, 900 rows"][3]["a"] == pytest.approx(0.5)
     scores = [row["score x 100"] for row in tables["Dev, 900 rows"]]
-    assert scores == [pytest.approx(60), pytest.approx(55), None]
+    assert scores == [pytest.approx(60), pytest.approx(55), pytest.approx(10), None]
     more = [(row["learning rate"], row["mean"]) for row in tables["Dev, the rows of tradeoff"]]
     assert more == [(1e-3, 1.0), (2e-3, 0.5), (4e-3, 0.0)]
     above = [(row["data"], row["points above"]) for row in tables["Test"]]
@@ -323,8 +326,9 @@ def test_a_cell_is_trained_once_and_a_divergence_counts_as_nothing(tmp_path, mon
 
 
 def test_the_sweep_takes_each_data_set():
-    # Rates, other passes and the frozen base of each set; two more seeds of CoLA; and m = 256.
-    planned = 4 * (8 + 2 * 2 + 1) + 2 * (8 + 2 * 2) + 3
+    # Rates, other passes, dropout and head, and the frozen base of each set; two more seeds of
+    # CoLA; and m = 256.
+    planned = 4 * (8 + 2 * 2 + 3 + 1) + 2 * (8 + 2 * 2 + 3) + 3
     grid = [*defaults.grid()]
     assert sum(map(len, grid)) == planned
     for each in grid:
