@@ -25,7 +25,8 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
     "step": ("step", "step-tunix", "llama", "speedup"),
     "memory": ("memory", "methods", "plan", "parameters", "files"),
     "accuracy": (
-        *("tradeoff-movies", "tradeoff-cola", "tradeoff-stsb", "tradeoff-wnut17", "ablations"),
+        *("tradeoff-movies", "tradeoff-cola", "tradeoff-cola-whole", "tradeoff-stsb"),
+        *("tradeoff-stsb-whole", "tradeoff-wnut17", "ablations"),
     ),
     "training": ("defaults", "fusion", "tasks", "regret"),
     "latency": ("latency", "switch"),

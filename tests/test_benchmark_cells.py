@@ -124,6 +124,18 @@ def test_a_tradeoff_is_judged_by_an_interval_over_seeds(
     assert len(calls) == done  # nothing is trained twice
 
 
+def test_a_whole_training_set_has_two_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    calls = _trained(lambda recipe, rate, seed: (0.5, (50 + seed) / 100, 9), monkeypatch)
+    report = Report("tradeoff-cola-whole", "", tmp_path)
+    tradeoff.run(report, False, "cola", "whole")
+    shown = _tables(report)["cola, test f1 x 100"]
+    assert {row["recipe"]: row["seeds"] for row in shown} == dict.fromkeys(tradeoff.TUNED, 5)
+    for flags in calls:
+        given = {name: values for name, *values in _split(flags)}
+        assert (given["--limit"], given["--epochs"]) == (["7696"], ["3"])
+
+
 def test_where_adapters_are_behind_more_recipes_tell_why(tmp_path, monkeypatch):
     above = {tradeoff.HOULSBY: 4.0, tradeoff.LAYERS: 0.0, tradeoff.AS_FULL: 4.0, tradeoff.WIDE: 1.0}
 
