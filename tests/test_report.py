@@ -28,7 +28,7 @@ from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.report import pages
 from adapters_jax.finetune.report.papers import PAPERS, bibtex, papers_of
 from adapters_jax.finetune.report.pictures import curves, figure_of, smooth, svg
-from adapters_jax.finetune.report.run import results_table
+from adapters_jax.finetune.report.run import no_better, results_table
 from adapters_jax.finetune.tasks import task_of
 from adapters_jax.finetune.tasks.metrics import show_metric
 from adapters_jax.methods import METHODS
@@ -326,6 +326,29 @@ def test_the_speed_is_of_steps_that_took_time(clock):
     assert found == ["", "", "10 tokens/s"]
     speed.pause()
     assert speed.at(6) == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "others", "expected"),
+    [
+        ("accuracy", 0.8, {"majority class": 0.5, "head-only": 0.7}, None),
+        (
+            *("accuracy", 0.5, {"majority class": 0.5, "head-only": 0.7}),
+            "accuracy on dev, 50.0 %, is no better than that of the majority class (50.0 %) and of "
+            "the frozen base, trained head (70.0 %): the training does not help; try a lower "
+            "--learning-rate, or more --epochs",
+        ),
+        ("perplexity", 3.0, {"base": 9.0}, None),
+        ("perplexity", 9.5, {"base": 9.0}, "perplexity on dev, 9.500, is no better than"),
+        ("accuracy", 0.5, {}, None),  # --no-baselines
+    ],
+)
+def test_a_training_that_does_not_help_is_said(metric, own, others, expected):
+    rows = [{"method": name, "dev": {metric: score}} for name, score in others.items()]
+    rows += [{"method": "houlsby", "dev": {metric: own}}]
+    said = no_better({"metrics": [metric, "f1"], "summary": {"results": rows}})
+    assert len(said) == (expected is not None)
+    assert expected is None or said[0].startswith(expected)
 
 
 def test_results_and_metrics_read_well():

@@ -28,7 +28,7 @@ from adapters_jax.finetune.report.pictures import (
 )
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.tasks import task_of
-from adapters_jax.finetune.tasks.metrics import PERCENT, show_metric
+from adapters_jax.finetune.tasks.metrics import PERCENT, better, show_metric
 from adapters_jax.finetune.tasks.views import Histogram, Note, Scatter, View
 
 TITLES = {HEAD_ONLY: "frozen base, trained head"}
@@ -100,7 +100,7 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         title=f"{config['task']}: {method} on {Path(config['model']).name}",
         results=results_table(summary["results"], metrics),
         sentence=_sentence(config),
-        notes=notes(views),
+        notes=[*no_better(config), *notes(views)],
         curves=[drawn_svg(picture) for picture in drawn],
         views=[shown_view(view) for view in views if not isinstance(view, Note)],
         samples=[
@@ -116,6 +116,24 @@ def write_report(run: Run, config: Mapping[str, Any]) -> None:
         configuration=list(settings(config)),
     )
     write_file(run.report, page.encode())
+
+
+def no_better(config: Mapping[str, Any]) -> list[str]:
+    """A sentence, if a run's score on dev is no better than that of a baseline."""
+    *baselines, own = config["summary"]["results"]
+    metric = config["metrics"][0]
+    as_good = [
+        f"{TITLES.get(row['method'], row['method'])} ({show_metric(metric, row['dev'][metric])})"
+        for row in baselines
+        if not better(metric, own["dev"][metric], row["dev"][metric])
+    ]
+    if not as_good:
+        return []
+    return [
+        f"{metric} on dev, {show_metric(metric, own['dev'][metric])}, is no better than that of "
+        f"the {' and of the '.join(as_good)}: the training does not help; try a lower "
+        "--learning-rate, or more --epochs"
+    ]
 
 
 def notes(views: Sequence[View]) -> list[str]:

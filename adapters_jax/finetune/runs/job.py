@@ -23,7 +23,7 @@ from adapters_jax.finetune.options.method import HEAD_ONLY
 from adapters_jax.finetune.options.optimizer import OptimizerOptions
 from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.finetune.report.findings import write_findings
-from adapters_jax.finetune.report.run import notes, results_table, write_report
+from adapters_jax.finetune.report.run import no_better, notes, results_table, write_report
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.budget import fitted, measured, seconds_of
 from adapters_jax.finetune.runs.loop import Record, Saving, Training
@@ -181,7 +181,7 @@ class Job:
         write_findings(self.run, counts, judged)
         with self.console.waiting("writing the report"):
             write_report(self.run, config)
-        for note in notes(task_of(config).views(config, judged)):
+        for note in (*no_better(config), *notes(task_of(config).views(config, judged))):
             self.console.say(note)
         # A run with a summary counts as finished, so this is written after its page and before its
         # checkpoints go.
