@@ -166,7 +166,9 @@ def usual(options: RunOptions) -> MethodOptions:
 
 def _pinned(name: str) -> str:
     """The name of an adapter; an id on the Hub gets its commit."""
-    commit = None if Path(name).exists() else hub.commit_of(found(name).path)
+    if Path(name).exists() or not hub.is_id(name):
+        return name
+    commit = hub.commit_of(found(name).path)
     return f"{hub.split(name)[0]}@{commit}" if commit else name
 
 
