@@ -22,6 +22,7 @@ from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.merging import save_encoder
 from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.options.settings import RunOptions
 from adapters_jax.trees import flatten
 
 LORA = ("--method", "lora", "--rank", 2, "--alpha", 6)
@@ -172,6 +173,14 @@ def test_another_recipe_or_base_is_refused(place):
     shutil.copytree(place / "first/adapter", place / "alone")
     refused(OtherBaseError, ["--model", place / "wider", "--init-from", place / "alone"])
     refused(UserError, ["--init-from", place / "none"], "none")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["me/start", "me/start@v1", "/me@work/start", "/me@work/start/adapter", "runs/start@2"],
+)
+def test_a_run_has_the_name_of_what_it_starts_from(name):
+    assert RunOptions(init_from=name).title == "from-start"
 
 
 def test_a_head_of_other_classes_is_new(place):

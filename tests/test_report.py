@@ -16,13 +16,16 @@ import pytest
 import rich.console
 from helpers.commands import command_of
 from helpers.errors import raises
+from helpers.finished import REVIEWS
 from helpers.reports import CONFIG, HOSTILE, PICTURES, RECORDS, RESULTS, Page, write_page
+from helpers.tiny import write_model, write_reviews
 from jinja2 import UndefinedError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adapters_jax as aj
 from adapters_jax import presets
 from adapters_jax.finetune import console
+from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console, duration
 from adapters_jax.finetune.options.method import PRESETS, MethodOptions
 from adapters_jax.finetune.report import pages
@@ -349,6 +352,18 @@ def test_a_training_that_does_not_help_is_said(metric, own, others, expected):
     said = no_better({"metrics": [metric, "f1"], "summary": {"results": rows}})
     assert len(said) == (expected is not None)
     assert expected is None or said[0].startswith(expected)
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_help_ends_with_that(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("tiny"), pooler=True)
+    write_reviews(Path("reviews.jsonl"), rows=40)
+    rates = "--learning-rate 1e-9 --head-learning-rate 1e-9"
+    assert main(["finetune", *f"{REVIEWS} {rates} --epochs 1 --name none".split()]) == 0
+    said = "is no better than that of the"
+    assert said in " ".join(capfd.readouterr().out.split())
+    assert said in Path("runs/none/report.html").read_text()
 
 
 def test_results_and_metrics_read_well():

@@ -125,6 +125,6 @@ class RunOptions(Settings):
         """The name of what trains, in tables and directories."""
         if self.init_from is None or given(self.method):
             return self.method.title
-        name = hub.split(self.init_from)[0]
-        path = PurePath(os.path.abspath(name))  # "." has no name, and a run stores this
-        return f"from-{path.parent.name if path.name == 'adapter' else path.stem}"
+        path = PurePath(os.path.abspath(self.init_from))  # "." has no name, and a run stores this
+        name = hub.split(path.name)[0]  # a folder above may have an @, too
+        return f"from-{path.parent.name if name == 'adapter' else PurePath(name).stem}"
