@@ -1,5 +1,6 @@
 """The engine: whatever joins and leaves meanwhile, each answer is that of `generate` alone."""
 
+import contextlib
 import threading
 from concurrent.futures import Future
 
@@ -470,21 +471,39 @@ def test_a_full_queue_and_a_closed_engine():
         engine.drop("small")
 
 
+@contextlib.contextmanager
 def held(engine):
-    """An engine that waits in the sink of a request until the event is set."""
+    """While the block runs, the engine waits in the sink of a request of three tokens."""
     go_on = threading.Event()
     running = Collected(pause=go_on)
     engine.submit([1], running, most=3)
     running.first.wait()
-    return go_on, running
+    try:
+        yield running
+    finally:  # also after a failure, or the engine could not be closed
+        go_on.set()
+
+
+def test_a_cancelled_request_leaves_its_place_in_the_queue_at_once(engine):
+    """Also while a step still runs."""
+    sinks = [Collected() for _ in range(SIZES.queue + 1)]
+    with held(engine):
+        queued = [engine.submit([1], sink, most=1) for sink in sinks[:-1]]
+        with raises(BusyError, SIZES.queue):
+            engine.submit([1], sinks[-1], most=1)
+        engine.cancel(queued[3])
+        engine.submit([1], sinks[-1], most=1)
+        with raises(BusyError, SIZES.queue):
+            engine.submit([1], Collected(), most=1)
+    ends = [sink.wait()[1] for sink in sinks]
+    assert ends == ["cancelled" if i == 3 else "length" for i in range(len(sinks))]
 
 
 def test_a_cancelled_change_does_not_happen_and_the_engine_goes_on(engine):
     before = dict(engine.adapters)
-    go_on, running = held(engine)
-    future = engine.put("late", engine.fit("late", ADAPTERS["small"]), "")
-    assert future.cancel()
-    go_on.set()
+    with held(engine) as running:
+        future = engine.put("late", engine.fit("late", ADAPTERS["small"]), "")
+        assert future.cancel()
     assert running.wait()[1] == "length"
     engine.put("next", engine.fit("next", ADAPTERS["small"]), "").result(60)
     engine.drop("next").result(60)
@@ -495,17 +514,16 @@ def test_a_cancelled_change_does_not_happen_and_the_engine_goes_on(engine):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_after_a_bug_nobody_waits_for_ever():
     engine = started(Sizes(rows=2, context=8, pieces=(8,)), {})
-    go_on, running = held(engine)
+    waiting = Collected()
 
     class Failing(Collected):
         def end(self, why):
             raise ValueError(why)
 
-    engine.submit([1], Failing(), most=2)
-    waiting = Collected()
-    engine.submit([1], waiting, most=2)
-    bug, later = engine._order(lambda: {}["bug"]), engine.drop("later")
-    go_on.set()
+    with held(engine) as running:
+        engine.submit([1], Failing(), most=2)
+        engine.submit([1], waiting, most=2)
+        bug, later = engine._order(lambda: {}["bug"]), engine.drop("later")
     assert (running.wait()[1], waiting.wait()[1]) == ("closed", "closed")
     for future in (bug, later):
         with raises(BusyError, "shutting down"):

@@ -543,8 +543,8 @@ def test_a_client_that_hangs_up_in_its_body_is_no_error_of_the_server(served):
 
 
 def test_a_full_queue_is_refused_and_says_when_to_come_again(served):
-    """Two run, two wait, and a fifth is refused."""
-    go_on, taken = threading.Event(), threading.Semaphore(0)
+    """One runs, two wait, and a fourth is refused."""
+    go_on, taken, ended = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
 
     class Held:
         def token(self, token):
@@ -553,7 +553,7 @@ def test_a_full_queue_is_refused_and_says_when_to_come_again(served):
             return False
 
         def end(self, why):
-            pass
+            ended.release()
 
     served.engine.submit([5], Held(), most=2)
     taken.acquire()
@@ -563,6 +563,8 @@ def test_a_full_queue_is_refused_and_says_when_to_come_again(served):
     go_on.set()
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["type"] == "rate_limit_error"
+    for _ in range(3):
+        ended.acquire()
     assert served.ask().status_code == 200
 
 

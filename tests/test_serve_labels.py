@@ -42,6 +42,8 @@ def labelling(folder):
     api = LabelApi(base, engine, "tiny", LIMITS)
     yield TestClient(application(api, "", LIMITS), HERE), runs, engine, base
     engine.close()
+    with raises(BusyError, "shutting down"):
+        engine.predict("words", [("good film", None)])
 
 
 @pytest.fixture(scope="module")
@@ -141,31 +143,47 @@ def test_every_task_with_a_head_is_served_as_its_run_alone(task, tmp_path, monke
         assert plain(one) == plain(json.loads(json.dumps(other.to_dict())))
 
 
+@contextlib.contextmanager
+def held(engine):
+    """While the block runs, all requests wait."""
+    go_on = threading.Event()
+    engine._thread.submit(go_on.wait)
+    try:
+        yield
+    finally:  # also after a failure, or the engine could not be closed
+        go_on.set()
+
+
 @pytest.mark.slow
 def test_requests_that_wait_are_computed_together_whatever_their_adapters(labels):
     _, runs, engine, _ = labels
-    go = threading.Event()
-    engine._thread.submit(go.wait)  # so that both requests wait
     texts = {"words": "good film", "numbers": "the plot was dull and very poor"}
-    futures = {name: engine.predict(name, [(text, None)] * 3) for name, text in texts.items()}
-    assert engine.waiting == 2
-    with raises(BusyError, 2):
-        engine.predict("words", [("one more", None)])
     before = engine.counts.steps
-    go.set()
+    with held(engine):
+        futures = {name: engine.predict(name, [(text, None)] * 3) for name, text in texts.items()}
+        assert engine.waiting == 2
+        with raises(BusyError, 2):
+            engine.predict("words", [("one more", None)])
     for name, future in futures.items():
         (expected, *_) = load_predictor(runs[name]).predict([(texts[name], None)] * 3)
         assert [plain(each) for each in future.result()] == [expected.to_dict()] * 3
     assert engine.counts.steps == before + 1
 
 
+def test_a_cancelled_request_leaves_its_place_in_the_queue_at_once(labels):
+    _, _, engine, _ = labels
+    with held(engine):
+        first, second = (engine.predict("words", [("good film", None)]) for _ in range(2))
+        assert first.cancel()
+        third = engine.predict("words", [("good film", None)])
+    assert second.result() == third.result()
+
+
 def test_a_request_that_cannot_be_answered_leaves_the_others(labels):
     _, _, engine, _ = labels
-    go = threading.Event()
-    engine._thread.submit(go.wait)
-    bad = engine.predict("words", [("a", "pair")])
-    good = engine.predict("words", [("good film", None)])
-    go.set()
+    with held(engine):
+        bad = engine.predict("words", [("a", "pair")])
+        good = engine.predict("words", [("good film", None)])
     with raises(UserError, "single texts"):
         bad.result()
     assert len(good.result()) == 1

@@ -28,14 +28,14 @@ from adapters_jax.finetune.serving.forms import Form
 from adapters_jax.finetune.serving.grammars import Grammar, Grammars
 from adapters_jax.finetune.serving.guard import Limits, failure, refused
 from adapters_jax.finetune.serving.kept import Kept
-from adapters_jax.finetune.serving.requests import End, Scores, Served
+from adapters_jax.finetune.serving.requests import CLOSING, End, Scores, Served
 from adapters_jax.finetune.tasks.generator import NEW_TOKENS
 
 _BROKEN: dict[End, tuple[int, str]] = {
     "timeout": (408, "the answer took longer than the server's limit; ask for fewer tokens"),
     "not finite": (400, "the adapter's numbers are not finite; train it again"),
     "stuck": (400, "the answer's schema needs more work than its bounds allow; simplify it"),
-    "closed": (503, "the server is shutting down; try another one"),
+    "closed": (503, CLOSING),
     "cancelled": (408, "the request was cancelled"),
 }
 

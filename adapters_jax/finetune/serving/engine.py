@@ -22,6 +22,7 @@ from typing import Any
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.serving.choosing import Choice, Token
 from adapters_jax.finetune.serving.requests import (
+    CLOSING,
     BusyError,
     Counts,
     End,
@@ -39,8 +40,6 @@ from adapters_jax.finetune.serving.slots import Slots
 from adapters_jax.methods.invocation import start_of
 from adapters_jax.transforms.bank import Bank
 from adapters_jax.transforms.fitting import Fitted
-
-_CLOSING = "the server is shutting down; try another one"
 
 
 class Engine:
@@ -196,7 +195,8 @@ class Engine:
         with self._changed:
             adapter = self._served(model).fitted if isinstance(model, str) else model
             self._check_open()
-            if len(self._waiting) >= self.sizes.queue:
+            # Those that are cancelled leave in the next turn, and nobody waits for them.
+            if sum(not each.cancelled for each in self._waiting) >= self.sizes.queue:
                 raise BusyError(f"the queue is full ({self.sizes.queue} requests); try again later")
             request = Request(list(prompt), adapter, most, choice, stop, sink, until)
             request.scores, request.rule = scores, rule
@@ -274,7 +274,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise BusyError(_CLOSING)
+            raise BusyError(CLOSING)
 
     def _served(self, name: str) -> Served:
         if name not in self.adapters:
@@ -316,7 +316,7 @@ class Engine:
                     told.callback(request.sink.end, "closed")
                 for future, _ in orders:
                     if future.set_running_or_notify_cancel():
-                        future.set_exception(BusyError(_CLOSING))
+                        future.set_exception(BusyError(CLOSING))
 
     def _obey(self) -> None:
         """Does what was ordered until now, but for what was cancelled."""
@@ -332,7 +332,7 @@ class Engine:
                 future.set_result(None)
             finally:
                 if not future.done():  # a bug, which ends the engine
-                    future.set_exception(BusyError(_CLOSING))
+                    future.set_exception(BusyError(CLOSING))
 
     def _has_work(self) -> bool:
         return bool(self._closing or self._orders or self._waiting or any(self._running))

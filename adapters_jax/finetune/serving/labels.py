@@ -33,6 +33,7 @@ from adapters_jax.finetune.serving.adapters import About, Read, shown_of, warn_o
 from adapters_jax.finetune.serving.api import Api
 from adapters_jax.finetune.serving.guard import refused
 from adapters_jax.finetune.serving.requests import (
+    CLOSING,
     BusyError,
     Counts,
     FullError,
@@ -255,10 +256,11 @@ class Labeller:
         self._served(name)
         wanted = _Wanted(name, texts)
         with self._lock:
-            if not self.alive or len(self._wanted) >= self._queue:
-                raise BusyError(
-                    f"{len(self._wanted)} requests are waiting, the most; try again later"
-                )
+            waiting = sum(not each.future.cancelled() for each in self._wanted)
+            if not self.alive:
+                raise BusyError(CLOSING)
+            if waiting >= self._queue:
+                raise BusyError(f"{waiting} requests are waiting, the most; try again later")
             self._wanted.append(wanted)
         self._thread.submit(self._turn)
         return wanted.future

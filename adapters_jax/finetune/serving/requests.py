@@ -13,6 +13,8 @@ from adapters_jax.transforms.fitting import Fitted
 
 End = Literal["stop", "length", "cancelled", "timeout", "not finite", "stuck", "closed"]
 
+CLOSING = "the server is shutting down; try another one"
+
 
 class BusyError(UserError):
     """The queue is full, or the engine is closing; the request may come again later."""
