@@ -525,6 +525,22 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
     }
 
 
+def test_the_rule_of_the_rank_is_judged_once_the_extremes_are_done(tmp_path):
+    def judged(*ranks):
+        report = Report("regret", "", tmp_path)
+        shared = regret.BASE, "e2e", regret.BATCH, 1.0
+        found = {regret.lora(rank): rate for rank, rate in ranks}
+        cell = {"score": {"dev": -1.0}}
+        regret.judge(
+            report, {(*shared, r): [{**cell, "learning_rate": x}] for r, x in found.items()}
+        )
+        return [(row["ours"], row["how"], row["verdict"]) for row in report.rows]
+
+    assert judged((1, 1e-3), (16, 1e-3), (64, 1e-3)) == judged((16, 1e-3), (256, 1e-3)) == []
+    (found,) = judged((1, 1e-3), (16, 4e-3), (256, 2e-3))
+    assert found == ("0.001, 0.004, 0.002", "ranks 1, 16, 256", "not reproduced")
+
+
 def test_the_default_rate_is_compared_with_the_best_one(tmp_path):
     report = Report("regret", "", tmp_path)
     shared = regret.BASE, "e2e", regret.BATCH
