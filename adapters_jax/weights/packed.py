@@ -77,7 +77,7 @@ class Packed:
         plain = meeting.primitive.name == "dot_general" and weight.array.zero_point is None
         wanted = jnp.issubdtype(seen.dtype, jnp.floating) and seen.dtype.itemsize > 1
         sharded = dict(meeting.params).get("out_sharding") is not None
-        scales = jax.eval_shape(lambda scales: _viewed(scales, views), weight.array.scale)
+        _, scales = jax.eval_shape(lambda array: _viewed(array, views), weight.array)
         if not plain or not wanted or sharded or scales is None:
             return None
         counts = dict(enumerate(scales.shape))
@@ -153,9 +153,7 @@ class Packed:
     def _by_kernel(self, weight: Quantized, x: Factor, inner: Sequence[int], dtype: Any) -> Factor:
         """The product of an array and the weight, flattened to a matrix, over the axes `inner`."""
         array = waiting(weight, x.array).array
-        values, scales = array.qvalue, array.scale
-        for view in self.views:
-            values, scales = view.of(values), view.scales(scales)
+        values, scales = _viewed(array, self.views)
         along, flat = _flat(self.shape, self.meeting.inner)
         gone = sorted(inner)
         new = [i for i in range(values.ndim) if i not in gone]
@@ -253,10 +251,7 @@ class Packed:
     def _read(self, weight: Quantized, before: Array) -> tuple[Factor, Factor]:
         """The numbers, in blocks, and the scales; XLA computes an array of their dtype before."""
         array = waiting(weight, before).array
-        whole: Any = _viewed(array.scale, self.views)
-        values = array.qvalue
-        for view in self.views:
-            values = view.of(values)
+        values, whole = _viewed(array, self.views)
         # Integers of eight bits are exact in every dtype of floats but those of eight bits.
         values = numbers_of(values, array.qtype).astype(before.dtype)
         found = self._split(Factor(values, tuple(range(values.ndim))))
@@ -292,22 +287,19 @@ def rows_of(
         along: the axis that the rows are taken from, and its size.
         take: takes the rows of an array that has the axes of the weight.
     """
-    scales = _viewed(weight.array.scale, views)
+    values, scales = _viewed(weight.array, views)
     if scales is None or scales.shape[along[0]] != along[1]:
         return None
-    values = weight.array.qvalue
-    for view in views:
-        values = view.of(values)
     array = weight.array.replace(qvalue=take(values), scale=take(scales))
     return weight.replace(array=array).unbox()
 
 
-def _viewed(scales: Array, views: Sequence[View]) -> Array | None:
-    """The scales of a weight after some views; None where one leaves no scales."""
-    found: Array | None = scales
+def _viewed(array: Any, views: Sequence[View]) -> tuple[Array, Any]:
+    """The numbers and the scales of an array after some views; None where one leaves no scales."""
+    values, scales = array.qvalue, array.scale
     for view in views:
-        found = None if found is None else view.scales(found)
-    return found
+        values, scales = view.of(values), None if scales is None else view.scales(scales)
+    return values, scales
 
 
 def cut_scales(
