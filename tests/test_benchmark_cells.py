@@ -6,10 +6,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import adapters_jax as aj
 from adapters_jax.finetune.compare.grid import read_candidate
+from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.trees import flatten, unflatten
 from benchmarks import (
     ablations,
@@ -523,6 +527,17 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
         "the best rate does not depend on the rank (alpha = 32)": "reproduced",
         "the best rate does not depend on the rank (alpha = r)": "not reproduced",
     }
+
+
+def test_the_base_takes_every_recipe_of_regret():
+    """Here in a layer of the sizes of SmolLM2-135M; a training of hours would find it too late."""
+    config = DecoderConfig(64, 576, 1536, 1, 9, 3)
+    base, example = Decoder(config, rngs=nnx.Rngs(0)), (jnp.ones((1, 4), int),)
+    asked = {each.recipe for each in regret.questions()} - {regret.FULL}
+    assert len(asked) > 13
+    for recipe in sorted(asked):
+        made = read_candidate(recipe).method.build()
+        aj.adapt(base, made, rngs=nnx.Rngs(1), example_inputs=example)  # raises if it does not fit
 
 
 def test_the_rule_of_the_rank_is_judged_once_the_extremes_are_done(tmp_path):
