@@ -250,7 +250,7 @@ class Labeller:
         """Labels texts; those that wait together are computed together, whatever their adapters.
 
         Raises:
-            BusyError: too many requests wait.
+            BusyError: too many requests wait, or the server is closed.
             UnknownModelError: no adapter has this name.
         """
         self._served(name)
