@@ -3,9 +3,11 @@
 Houlsby's adapters, m = 64, train on MiniLM with the rows, the passes and the best learning rate of
 `tradeoff`. The standard deviation of their initial kernels is the paper's 1e-2, or 1e-7 or 1, the
 ends of what the paper tries. From each training that began with 1e-2, the adapters of every span of
-layers are removed, without training again, and dev is scored by accuracy, as in the paper; layer
-norms and head stay as they were trained. An interrupted run writes the tables of what is done, and
-the same command goes on.
+layers are removed, without training again, and dev is scored by the first metric of the data set;
+layer norms and head stay as they were trained. The paper shows the accuracy on MNLI and CoLA; here
+it is that of movie reviews, and F1 of entities in WNUT-17, since 2,000 rows of CoLA train MiniLM to
+less than the accuracy of its largest class. An interrupted run writes the tables of what is done,
+and the same command goes on.
 """
 
 import contextlib
@@ -34,10 +36,10 @@ from benchmarks.harness import DATA, ROOT
 from benchmarks.report import Report, Row, Verdict, welch
 from benchmarks.tradeoff import HOULSBY, PASSES, ROWS
 
-RATES = {"cola": 2e-3, "movies": 4e-3}  # the best ones on dev in `tradeoff`
+RATES = {"wnut17": 1e-3, "movies": 4e-3}  # the best ones on dev in `tradeoff`
 STDS, OWN, SEEDS = (1e-7, 1e-2, 1.0), 1e-2, (0, 1, 2)
 UP = re.compile(r"/layer_(\d+)/.*/adapter/up/(kernel|bias)$")
-MOST = 2.0  # points that one layer is worth at most, in the paper
+MOST = 2.0  # points of accuracy that one layer is worth at most, in the paper
 NEAR = 1.0  # points that are "about 0"
 BY = "Houlsby et al."
 
@@ -46,7 +48,7 @@ def run(report: Report, quick: bool) -> None:
     """Trains the cells that are missing; one data set on a few rows if quick."""
     rows, passes = (32, 1.0) if quick else (ROWS, PASSES)
     record = Record(report, rows=rows, passes=passes)
-    sets, seeds = (["cola"], SEEDS[:1]) if quick else ([*RATES], SEEDS)
+    sets, seeds = ([*RATES][:1], SEEDS[:1]) if quick else ([*RATES], SEEDS)
     with contextlib.suppress(KeyboardInterrupt):  # the tables then hold what is done
         for seed in seeds:
             for std in (OWN, *(std for std in STDS if std != OWN)):
@@ -62,7 +64,7 @@ def train(data: str, std: float, seed: int, rows: int, passes: float) -> Row:
 
     Returns:
         The metrics on dev and test, or "stopped" if a step was not finite; with a deviation of
-        `OWN`, "without" has a list [first, last, accuracy on dev] for each span of layers.
+        `OWN`, "without" has a list [first, last, score on dev] for each span of layers.
     """
     began = time.perf_counter()
     flags = f"{SETS[data].format(DATA)} --limit {rows} --seed {seed} --epochs {passes} "
@@ -70,19 +72,17 @@ def train(data: str, std: float, seed: int, rows: int, passes: float) -> Row:
     options = parse(RunOptions, flags.split())
     job = prepare_run(options, Run(ROOT / "comparisons" / "none"), Console(json=False), began)
     problem: Any = job.problem
-    problem = replace(problem, metrics=(*dict.fromkeys((*problem.metrics, "accuracy")),))
     training = Training.begin(problem, job.optimizer, job.key)
     try:
         training.train()
     except NotFiniteError as error:
         return {"stopped": str(error), "seconds": round(time.perf_counter() - began, 1)}
-    labels = np.asarray(problem.rows["dev"].labels)
     best, result = training.best(), dict[str, Any]()
-    result["largest class"] = float(np.bincount(labels).max() / len(labels))
     if std == OWN:
+        metric = problem.metrics[0]
         spans = combinations_with_replacement(layers(best.adapters), 2)
         cut = ((a, b, replace(best, adapters=without(best.adapters, a, b))) for a, b in spans)
-        result["without"] = [[a, b, problem.score(s, "dev")["accuracy"]] for a, b, s in cut]
+        result["without"] = [[a, b, problem.score(s, "dev")[metric]] for a, b, s in cut]
     scores = {"dev": problem.score(best, "dev"), "test": problem.score(best, "test")}
     return {**scores, **result, "seconds": round(time.perf_counter() - began, 1)}
 
@@ -114,7 +114,7 @@ def write(report: Report, record: Record, sets: Sequence[str], seeds: Sequence[i
         }
         for std, rows in by_std.items():
             if rows:
-                report.add("Accuracy x 100 by the initial deviation", data=data, std=std,
+                report.add("Score x 100 by the initial deviation", data=data, std=std,
                            **_spread(rows))  # fmt: skip
         if by_std[OWN]:
             lost[data] = _removed(report, data, by_std[OWN])
@@ -123,15 +123,15 @@ def write(report: Report, record: Record, sets: Sequence[str], seeds: Sequence[i
         draw(report, lost)
 
 
-def accuracy(row: Row, part: str) -> float:
-    """Accuracy x 100; 0 of a training that diverged."""
-    return 0.0 if "stopped" in row else 100 * float(row[part]["accuracy"])
+def points(row: Row, part: str) -> float:
+    """The first metric x 100; 0 of a training that diverged."""
+    return 0.0 if "stopped" in row else 100 * float(next(iter(row[part].values())))
 
 
 def _spread(rows: Sequence[Row]) -> Row:
     found: Row = {"seeds": len(rows), "diverged": sum("stopped" in row for row in rows)}
     for part in ("dev", "test"):
-        scores = [accuracy(row, part) for row in rows]
+        scores = [points(row, part) for row in rows]
         deviation = statistics.stdev(scores) if len(scores) > 1 else None
         found |= {part: statistics.fmean(scores), f"{part}, deviation": deviation}
     return found
@@ -143,14 +143,14 @@ def _removed(report: Report, data: str, rows: Sequence[Row]) -> np.ndarray:
     lost = np.full((len(rows), count, count), np.nan)
     for number, row in enumerate(rows):
         for first, last, score in row["without"]:
-            lost[number, first, last] = accuracy(row, "dev") - 100 * score
+            lost[number, first, last] = points(row, "dev") - 100 * score
     mean = lost.mean(axis=0)
-    how = f"{data}, accuracy x 100 on dev, MiniLM of {count} layers, {len(rows)} seeds"
+    how = f"{data}, score x 100 on dev, MiniLM of {count} layers, {len(rows)} seeds"
     single = np.diagonal(mean)
     report.verdict(
         f"{BY}: removing the adapters of one layer costs 2 points at most",
         f"at most {MOST:g}",
-        ", ".join(f"{points:.1f}" for points in single) + " by layer",
+        ", ".join(f"{each:.1f}" for each in single) + " by layer",
         how,
         "reproduced" if single.max() <= MOST else "not reproduced",
     )
@@ -164,10 +164,9 @@ def _removed(report: Report, data: str, rows: Sequence[Row]) -> np.ndarray:
         _sign(high - low),
     )
     everything = [100 * row["without"][count - 1][2] for row in rows]
-    report.add("Accuracy x 100 on dev without any adapter", data=data,
-               trained=statistics.fmean(accuracy(row, "dev") for row in rows),
-               without=statistics.fmean(everything),
-               **{"largest class": 100 * rows[0]["largest class"]})  # fmt: skip
+    report.add("Score x 100 on dev without any adapter", data=data,
+               trained=statistics.fmean(points(row, "dev") for row in rows),
+               without=statistics.fmean(everything))  # fmt: skip
     return mean
 
 
@@ -183,12 +182,12 @@ def _sign(differences: np.ndarray) -> Verdict:
 
 def _scales(report: Report, data: str, by_std: dict[float, list[Row]]) -> None:
     """Reports the differences of the initial scales to the paper's, by Welch's interval."""
-    own = [accuracy(row, "test") for row in by_std[OWN]]
+    own = [points(row, "test") for row in by_std[OWN]]
     for std, what in ((1e-7, "about 0"), (1.0, "above 0")):
-        other = [accuracy(row, "test") for row in by_std[std]]
+        other = [points(row, "test") for row in by_std[std]]
         if min(len(own), len(other)) < 2:
             continue
-        points, low, high = welch(own, other)
+        costs, low, high = welch(own, other)
         if std > OWN:
             holds, fails = low > 0, high <= 0
         else:
@@ -197,8 +196,8 @@ def _scales(report: Report, data: str, by_std: dict[float, list[Row]]) -> None:
         report.verdict(
             f"{BY}: points that an initial deviation of {std:g} costs, beside 0.01",
             what,
-            f"{points:+.1f}, {low:+.1f} to {high:+.1f}",
-            f"{data}, accuracy x 100 on test, MiniLM, {len(own)} seeds, Welch's interval of 95 %",
+            f"{costs:+.1f}, {low:+.1f} to {high:+.1f}",
+            f"{data}, score x 100 on test, MiniLM, {len(own)} seeds, Welch's interval of 95 %",
             verdict,
         )
 
@@ -208,14 +207,14 @@ def draw(report: Report, lost: dict[str, np.ndarray]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(lost), 4), dpi=130, layout="constrained")
-    for axis, (data, points) in zip(figure.subplots(1, len(lost), squeeze=False)[0], lost.items(),
+    for axis, (data, mean) in zip(figure.subplots(1, len(lost), squeeze=False)[0], lost.items(),
                                     strict=True):  # fmt: skip
-        axis.imshow(points, cmap="Blues")
-        for (first, last), value in np.ndenumerate(points):
+        axis.imshow(mean, cmap="Blues")
+        for (first, last), value in np.ndenumerate(mean):
             if first <= last:
-                colour = "white" if value > np.nanmax(points) / 2 else "black"
+                colour = "white" if value > np.nanmax(mean) / 2 else "black"
                 axis.text(last, first, f"{value:.1f}", ha="center", va="center", color=colour)
-        axis.set_title(f"{data}: points of accuracy lost", loc="left", fontsize=10)
+        axis.set_title(f"{data}: points lost", loc="left", fontsize=10)
         axis.set_xlabel("last layer without adapters", fontsize=8)
         axis.set_ylabel("first layer without adapters", fontsize=8)
     figure.savefig(report.directory / f"{report.name}.png")

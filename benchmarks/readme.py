@@ -70,7 +70,7 @@ PICTURES = {
     "tradeoff-movies": "Movie reviews: test accuracy against trainable parameters",
     "tradeoff-cola": "CoLA: test correlation against trainable parameters",
     "tradeoff-stsb": "STS-B: test correlation against trainable parameters",
-    "ablations": "Points of accuracy that are lost without the adapters of a span of layers",
+    "ablations": "Points that are lost without the adapters of a span of layers",
     "tradeoff-wnut17": "WNUT-17: F1 of entities on test against trainable parameters",
     "peers-linear": "A step with LoRA on all linear layers beside other libraries",
     "peers-generation": "Generation beside transformers",

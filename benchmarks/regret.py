@@ -59,9 +59,11 @@ PUBLISHED = {
     "LoRA on feed-forward layers": (f"{BLOG}: ", "0"),
 }
 DEFAULT, PASSES = 1.3e-3, 3.0  # LoRA's default rate on this base, and the passes of a default run
-# Rates to begin at.
+# Rates to begin at, on `BASE` and on the narrow Llamas.
 FIRST = {"lora": 2.6e-3, "houlsby": 1e-3, "parallel": 1e-3, FULL: 1e-4}
+NARROW, NARROW_BATCH, NARROW_ROWS = {lora(8): 8e-3, FULL: 1.6e-3}, 8, 800
 PARTS = 12  # of a training's steps, in the picture of losses
+EXPONENT = 0.781  # of the width, for Llamas
 WITHIN = 1.02  # the loss at the default rate / at the best rate
 NAMES = ("base", "data", "batch", "passes", "recipe")
 Key = tuple[Any, ...]  # the values of these
@@ -75,8 +77,9 @@ def questions() -> list[Cells]:
         return Cells(data, SETS[data], recipe, (rate,), 1.0, (0,), BASE, batch)
 
     by_default = {data: replace(ask(ALL, data), passes=PASSES) for data in SETS}
-    narrow = [Cells("e2e", 800, recipe, (rate,), 1.0, (0,), path(width), 8)
-              for width in WIDTHS for recipe, rate in ((lora(8), 1e-3), (FULL, 1e-4))]  # fmt: skip
+    narrow = [Cells("e2e", NARROW_ROWS, recipe, (rate,), 1.0, (0,), path(width), NARROW_BATCH)
+              for width in WIDTHS for recipe, rate in NARROW.items()]  # fmt: skip
+    batches = [ask(recipe, batch=batch) for batch in BATCHES for recipe in (ALL, FULL)]
     return [
         *(ask(ALL, data) for data in SETS),
         by_default["conversations"],
@@ -84,11 +87,13 @@ def questions() -> list[Cells]:
         *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),
         *(ask(lora(rank)) for rank in EXTREMES),
         *(ask(lora(rank, rank)) for rank in EXTREMES),
-        *(ask(lora(rank, alpha)) for rank in RANKS for alpha in (32, rank)),
-        *(ask(recipe, batch=batch) for batch in BATCHES for recipe in (ALL, FULL)),
-        *(ask(recipe, data) for data in SETS for recipe in (FULL, HOULSBY)),
-        *by_default.values(),
         *narrow,
+        *batches,
+        *(ask(lora(rank)) for rank in RANKS),
+        *(replace(each, seeds=SEEDS) for each in batches),
+        *by_default.values(),
+        *(ask(lora(rank, rank)) for rank in RANKS),
+        *(ask(recipe, data) for data in SETS for recipe in (FULL, HOULSBY)),
     ]
 
 
@@ -166,15 +171,15 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
           if shared == [BASE, "e2e", BATCH, 1.0]}  # fmt: skip
     rates = {recipe: cells[0]["learning_rate"] for recipe, cells in of.items()}
     if {ALL, FULL} <= of.keys():
-        ratio = rates[ALL] / rates[FULL]
-        verdict: Verdict = "reproduced" if 5 <= ratio <= 20 else "not reproduced"
-        how = (
-            f"E2E, SmolLM2-135M, rank 16, {rates[ALL]:g} and {rates[FULL]:g}; rates in factors of 2"
-        )
-        report.verdict(f"{BLOG}: the best rate is 10 times that of full fine-tuning", "10",
-                       f"{ratio:g}", how, verdict)  # fmt: skip
+        _ratio(report, "SmolLM2-135M, rank 16", rates[ALL], rates[FULL])
         what = f"{BLOG}: LoRA's loss is that of full fine-tuning"
-        _compare(report, what, of[ALL], of[FULL], "0")
+        _compare(report, what, _losses(of[ALL]), _losses(of[FULL]), "0")
+    small, large = BATCHES
+    what = (
+        f"{BLOG}: LoRA's loss above full fine-tuning's, more at a batch of {large} than of {small}"
+    )
+    _compare(report, what, _gaps(found, large), _gaps(found, small), "above 0")
+    _judge_widths(report, found)
     for (base, data, batch, passes, recipe), cells in found.items():
         if (base, batch, recipe) == (BASE, BATCH, ALL):
             _claim_default(report, f"{data}, {_passes(passes)}", cells, rows)
@@ -183,7 +188,7 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
             # The blog compares attention and feed-forward layers; it gives no figure for adapters.
             source, published = PUBLISHED.get(name.split(", ")[0], ("", "no figure"))
             what = f"{source}{name}: the loss above that of all linear layers, equal parameters"
-            _compare(report, what, of[recipe], of[ALL], published)
+            _compare(report, what, _losses(of[recipe]), _losses(of[ALL]), published)
     for what, recipes in (
         ("alpha = 32", {rank: lora(rank) for rank in RANKS}),
         ("alpha = r", {rank: lora(rank, rank) for rank in RANKS}),
@@ -191,10 +196,50 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
         best = {rank: rates[recipe] for rank, recipe in recipes.items() if recipe in rates}
         if {*EXTREMES} <= best.keys():
             least, most = min(best.values()), max(best.values())
-            verdict = "reproduced" if most <= 2 * least else "not reproduced"
+            verdict: Verdict = "reproduced" if most <= 2 * least else "not reproduced"
             shown, ranks = (", ".join(f"{x:g}" for x in part) for part in (best.values(), best))
             report.verdict(f"{BLOG}: the best rate does not depend on the rank ({what})",
                            "within a factor of 2", shown, f"ranks {ranks}", verdict)  # fmt: skip
+
+
+def _ratio(report: Report, base: str, lora: float, full: float) -> None:
+    """Reports whether LoRA's best rate is 10 times that of full fine-tuning."""
+    verdict: Verdict = "reproduced" if 5 <= lora / full <= 20 else "not reproduced"
+    how = f"E2E, {base}, {lora:g} and {full:g}; rates in factors of 2"
+    what = f"{BLOG}: the best rate is 10 times that of full fine-tuning"
+    report.verdict(what, "10", f"{lora / full:g}", how, verdict)
+
+
+def _gaps(found: Mapping[Key, Sequence[Row]], batch: int) -> list[float]:
+    """LoRA's loss above full fine-tuning's with the same seed, at a batch."""
+    shared = BASE, "e2e", batch, 1.0
+    ours, full = (
+        {row["seed"]: -row["score"]["dev"] for row in found.get((*shared, recipe), ())}
+        for recipe in (ALL, FULL)
+    )
+    return [ours[seed] - full[seed] for seed in ours if seed in full]
+
+
+def _judge_widths(report: Report, found: Mapping[Key, Sequence[Row]]) -> None:
+    """Reports the rules of LoRA's best rate on the narrow Llamas."""
+    recipe, full = NARROW
+    best = {}
+    for width in WIDTHS:
+        shared = path(width), "e2e", NARROW_BATCH, 1.0
+        rates = {each: cells[0]["learning_rate"] for each in NARROW
+                 if (cells := found.get((*shared, each)))}  # fmt: skip
+        if recipe in rates:
+            best[width] = rates[recipe]
+        if rates.keys() == NARROW.keys():
+            _ratio(report, f"a Llama of {width}, rank 8", rates[recipe], rates[full])
+    least, most = min(WIDTHS), max(WIDTHS)
+    if {least, most} <= best.keys():
+        falls, law = best[least] / best[most], (most / least) ** EXPONENT
+        verdict: Verdict = "reproduced" if law / 2 <= falls <= 2 * law else "not reproduced"
+        widths, shown = (", ".join(f"{x:g}" for x in part) for part in (best, best.values()))
+        report.verdict(f"Tinker's cookbook: the best rate falls as width^-{EXPONENT}",
+                       f"{law:.2g} times from {least} to {most}", f"{falls:g} times: {shown}",
+                       f"E2E, Llamas of {widths}, rank 8", verdict)  # fmt: skip
 
 
 def _passes(passes: float) -> str:
@@ -213,13 +258,12 @@ def _claim_default(report: Report, what: str, best: Sequence[Row], rows: Sequenc
 
 
 def _compare(
-    report: Report, what: str, ours: Sequence[Row], theirs: Sequence[Row], published: str
+    report: Report, what: str, ours: Sequence[float], theirs: Sequence[float], published: str
 ) -> None:
     """Reports the difference of two mean losses; a hundredth is the least that differs from 0."""
-    pair = _losses(ours), _losses(theirs)
-    if min(map(len, pair)) < 2:
+    if min(len(ours), len(theirs)) < 2:
         return
-    above, low, high = welch(*pair)
+    above, low, high = welch(ours, theirs)
     verdict: Verdict = "undecided"
     if published == "0":
         if low >= -LEAST and high <= LEAST:
@@ -231,7 +275,7 @@ def _compare(
     elif high <= 0:
         verdict = "not reproduced"
     shown = f"{above:+.3f}, {low:+.3f} to {high:+.3f}"
-    how = f"E2E, SmolLM2-135M, dev, {len(pair[0])} seeds, best rates, Welch's interval"
+    how = f"E2E, SmolLM2-135M, dev, {len(ours)} seeds, best rates, Welch's interval"
     report.verdict(what, published, shown, how, verdict)
 
 
