@@ -49,10 +49,11 @@ def said(*contents, system=None):
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def bytes_of(template=CHAT, trim=True):
-    """A tokenizer of single bytes, which trims white space off its offsets as GPT-2's does."""
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
+def bytes_of(template=CHAT, trim=True, merges=()):
+    """A tokenizer of bytes, which trims white space off its offsets as GPT-2's does."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, [*merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,6 +121,16 @@ def test_the_space_before_an_answer_does_not_count():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     chat = encoder(template + "{% if add_generation_prompt %}assistant: {% endif %}")
     assert encoded(chat, said("a", " b ")) == ["user: a</s>assistant: [ b </s>]"]
+
+
+def test_a_word_that_is_one_token_with_the_space_before_it_counts():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    marks = "{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    for each in (template, template.replace("{{ m.content }}</s>", marks)):
+        chat = ChatEncoder(bytes_of(each, merges=[("\u0120", "y")]), 1000)
+        assert encoded(chat, said("a", "yes"))[0].endswith("assistant:[ yes</s>]")
+        assert encoded(chat, said("a", "no"))[0].endswith("assistant: [no</s>]")
 
 
 def test_labels_are_the_next_tokens_that_count():

@@ -38,3 +38,19 @@ def test_tokens_and_marks_are_those_of_transformers(template):
         assert ours.ids == expected["input_ids"]
         assert ours.learnt == [bool(each) for each in expected["assistant_masks"]]
         assert any(ours.learnt) and not all(ours.learnt)
+
+
+def test_a_word_that_is_one_token_with_the_space_before_it_is_marked_there_as_well():
+    template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}"
+    template += "{% else %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}\n"
+    template += "{% endfor %}"
+    reader = bytes_of(template, merges=[("\u0120", "y")])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=reader.tokenizer)
+    for messages in (said("a", "yes"), said("a", "y", "b", " y")):
+        found = ChatEncoder(reader, 1000).encode(conversations(Conversation(messages)))
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        expected = theirs.apply_chat_template(messages, chat_template=template, **options)
+        (ours,) = found.examples.rows
+        n = len(ours.ids)  # what the template writes behind the last answer is left out or not
+        assert ours.ids == expected["input_ids"][:n]
+        assert ours.learnt == [bool(each) for each in expected["assistant_masks"][:n]]

@@ -208,10 +208,13 @@ class ChatEncoder:
         return self._control.encode(text)
 
     def mark(self, text: str, spans: Iterable[tuple[int, int]]) -> Marked:
-        """The tokens of a text; the loss counts those that begin within a span."""
+        """The tokens of a text; the loss counts those that have a character of a span."""
         ids, offsets = self._encode(text)
         spans = [(without(text, a), without(text, b)) for a, b in spans]
-        learnt = [any(a <= start < b for a, b in spans) for start, _ in offsets]
+        # The first word of an answer may be one token with the space that the template has there.
+        learnt = [
+            any(start < b and max(end, start + 1) > a for a, b in spans) for start, end in offsets
+        ]
         return Marked(ids, learnt)
 
     @cached_property
