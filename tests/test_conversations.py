@@ -279,6 +279,11 @@ def test_instructions_and_completions():
         "i", "o"
     )
     assert written({"prompt": "p", "completion": "c"}).rows[0].messages == said("p", "c")
+    for texts in (("[1, 2], sorted", "[1, 2]"), ("[INST] Hi", "[]")):  # no lists of messages
+        row = dict(zip(("prompt", "completion"), texts, strict=True))
+        assert written(row).rows[0].messages == said(*texts)
+    stored = json.dumps(said("a", "b", "c"))
+    assert written({"prompt": stored, "completion": "d"}).rows[0].messages == said(*"abcd")
 
 
 def test_tools_and_their_calls_stay():

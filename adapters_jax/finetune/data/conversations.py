@@ -6,6 +6,7 @@ is system, user, assistant or tool.
 
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from adapters_jax.texts import parse_json
 ROLES = ("system", "user", "assistant", "tool")
 _ROLES_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
 _OPENING = ("system", "user")  # roles that may come first
+_MESSAGES = re.compile(r'\s*\[\s*\{.*?"(role|from)"\s*:', re.DOTALL)
 
 Message = Mapping[str, Any]
 
@@ -147,6 +149,11 @@ def _parsed(value: Any) -> Any:
     return parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
+def parsed_messages(value: Any) -> Any:
+    """A list of messages that is stored as a text of JSON; any other value as it is."""
+    return parse_json(value) if isinstance(value, str) and _MESSAGES.match(value) else value
+
+
 def _message(message: Message) -> dict[str, Any]:
     """A message with the keys of chat templates; a key without a value is left out."""
     role = message.get("role", message.get("from"))
@@ -187,7 +194,7 @@ def _of_instruction(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _of_completion(row: Mapping[str, Any], column: str) -> Any:
-    parts = {"user": _parsed(row[column]), "assistant": _parsed(row["completion"])}
+    parts = {"user": parsed_messages(row[column]), "assistant": parsed_messages(row["completion"])}
     found: list[Any] = []
     for role, part in parts.items():
         found += part if isinstance(part, list) else [_said(role, part)]

@@ -6,19 +6,21 @@ other messages are its prompt.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from adapters_jax.finetune.data.conversations import Message, as_json, conversation_of
+from adapters_jax.finetune.data.conversations import (
+    Message,
+    as_json,
+    conversation_of,
+    parsed_messages,
+)
 from adapters_jax.finetune.data.files import DataError, FilePath, PlacedRows, RowError, Rows
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.tables import cell
-from adapters_jax.texts import parse_json
 
 ROLES = ("prompt", "chosen", "rejected", "completion", "label")
-_MESSAGES = re.compile(r'\s*\[\s*\{.*?"(role|from)"\s*:', re.DOTALL)
 _JUDGED = {True: True, False: False, "true": True, "false": False}
 
 
@@ -155,7 +157,7 @@ def _single(given: Mapping[str, Any], row: Mapping[str, Any]) -> Preference:
 
 
 def _completed(prompt: Any, completion: Any, row: Mapping[str, Any]) -> Preference:
-    prompt, completion = _parsed(prompt), _parsed(completion)
+    prompt, completion = parsed_messages(prompt), parsed_messages(completion)
     if isinstance(completion, list):
         return _talked(prompt, completion, row)
     texts = cell(prompt), cell(completion)
@@ -177,8 +179,3 @@ def _talked(prompt: Any, messages: list[Any], row: Mapping[str, Any]) -> Prefere
     if last["role"] != "assistant":
         raise RowError(f"it ends with a message of {last['role']}, expected one of assistant")
     return Preference(before, (last,), tools=found.tools)
-
-
-def _parsed(value: Any) -> Any:
-    """A list of messages that is stored as a text of JSON; any other value as it is."""
-    return parse_json(value) if isinstance(value, str) and _MESSAGES.match(value) else value
