@@ -572,6 +572,12 @@ def test_no_text_on_stdin_is_one_line(fails, monkeypatch):
     fails("predict runs/single -", UserError, "stdin", "UTF-8")
 
 
+def test_each_line_of_stdin_is_a_row_of_its_own(fails, monkeypatch):
+    for lines, row in (("good film\nplot\n", "row 1"), ("a\tb\n\nc\td\te\nf\n", "row 2")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        fails("predict runs/pairs -", DataError, f"{row} of stdin", "review, topic", "tabs")
+
+
 @pytest.mark.parametrize("texts", [[], [("a",)], "ab"])
 def test_a_predictor_is_given_rows(directory, monkeypatch, texts):
     monkeypatch.chdir(directory)

@@ -125,8 +125,7 @@ class Predict(Command):
             lines = [line for line in stdin_lines() if line.strip()]
             if not lines:
                 raise DataError("stdin has no text; expected one in each line")
-            one = len(columns) == 1
-            parts = lines if one else [part for line in lines for part in line.split("\t")]
+            parts = _split(lines, columns)
         else:
             parts = list(self.texts)
             for path in filter(os.path.isfile, parts):
@@ -158,10 +157,23 @@ def _rows(parts: list[str], columns: Sequence[str]) -> list[tuple[str | None, ..
     if len(parts) % size:
         raise DataError(
             f"the run was trained on rows of {size} texts ({', '.join(columns)}) and got "
-            f"{len(parts)} texts; give {size} for each row (on stdin: one row per line, its texts "
-            "separated by tabs)"
+            f"{len(parts)} texts; give {size} for each row"
         )
     return list(zip(*(parts[i::size] for i in range(size)), strict=True))
+
+
+def _split(lines: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """The texts of lines of stdin, each line a row with tabs between its texts."""
+    if len(columns) == 1:
+        return [*lines]
+    rows = [line.split("\t") for line in lines]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise DataError(
+                f"row {number} of stdin has {len(row)} texts, and the run was trained on rows of "
+                f"{len(columns)} ({', '.join(columns)}); put tabs between them"
+            )
+    return [text for row in rows for text in row]
 
 
 def _beside(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
