@@ -28,6 +28,7 @@ from adapters_jax.finetune.serving import (
     UnknownModelError,
 )
 from adapters_jax.finetune.serving.slots import Slots
+from adapters_jax.finetune.serving.texts import offsets_of
 from adapters_jax.testing.subjects import shaken
 
 CONFIG = DecoderConfig(
@@ -603,6 +604,20 @@ def test_bytes_that_end_in_no_character_lose_no_text_after_them():
     for token in (256, *"é€".encode(), 257):  # the bytes of € spoil é only until they are whole
         sink.token(token)
     assert "".join(whole) == "xé€y"
+
+
+def test_the_places_of_tokens_in_a_text():
+    """A token by itself has no space before it, and may be a part of a character."""
+    words = ["<unk>", "▁a", "b", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])  # as Llama's
+    tokenizer.add_special_tokens(["<end>"])
+    tokens = ["▁a", "b", "▁a", "<end>", "▁a", *(f"<0x{i:02X}>" for i in "é€".encode()), "b"]
+    ids = [*map(tokenizer.token_to_id, tokens)]
+    assert tokenizer.decode(ids) == "ab a aé€b"
+    assert offsets_of(ids, tokenizer.decode) == [0, 1, 2, 4, 4, 6, 6, 7, 7, 7, 8]
 
 
 class Activated:

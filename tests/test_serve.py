@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import json
 import shutil
 import sys
@@ -131,6 +132,9 @@ def test_log_probabilities(served):
     expected = np.asarray(jax.nn.log_softmax(logits))
     own = expected[np.arange(len(made)), made]
     np.testing.assert_allclose(seen["token_logprobs"], own, atol=1e-4)
+    places = [*seen["text_offset"], len(answer["text"])]
+    parts = [answer["text"][a:b] for a, b in itertools.pairwise(places)]
+    assert [part.strip() for part in parts] == [text.strip() for text in seen["tokens"]]
     for top, row in zip(seen["top_logprobs"], expected, strict=True):
         np.testing.assert_allclose([*top.values()], -np.sort(-row)[:3], atol=1e-4)
     assert served.ask(max_tokens=4).json()["choices"][0]["logprobs"] is None

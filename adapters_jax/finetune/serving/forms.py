@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from adapters_jax.finetune.serving.answers import Answer
 from adapters_jax.finetune.serving.requests import Scores
+from adapters_jax.finetune.serving.texts import offsets_of
 
 
 class Form:
@@ -81,7 +81,7 @@ class Form:
                 "tokens": texts,
                 "token_logprobs": own,
                 "top_logprobs": tops,
-                "text_offset": [0, *itertools.accumulate(map(len, texts))][:-1],
+                "text_offset": offsets_of(ids, self._decode),
             }
 
         def one(text: str, logprob: float | None) -> dict[str, Any]:

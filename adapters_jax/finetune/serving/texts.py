@@ -1,4 +1,4 @@
-"""Tokens as pieces of text, as they come, up to the first of some texts that end a completion."""
+"""Tokens as text: in pieces as they come, up to a text that ends a completion; and their places."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from adapters_jax.finetune.serving.requests import End
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decodes from a part of a character
+_MOST_PARTS = 4  # tokens of one character, which has as many bytes
+_WINDOW = 16  # tokens without a text that are decoded again with the next one
 
 
 class TextSink:
@@ -92,3 +94,27 @@ class TextSink:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._deliver(text[same:])
         self._sent = text
+
+
+def offsets_of(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """Where the text of each token begins in that of all; the parts of a character begin together.
+
+    Args:
+        decode: gives the text of tokens. That of one alone may lack the space before it.
+
+    Example:
+        >>> words = ["a", "film", "<end>"]
+        >>> offsets_of([0, 1, 2, 1], lambda ids: " ".join(words[i] for i in ids if i < 2))
+        [0, 1, 6, 6]
+    """
+    found, length, start, read = list[int](), 0, 0, 0
+    for end in range(1, len(ids) + 1):
+        found.append(length)
+        before, now = decode([*ids[start:read]]), decode([*ids[start:end]])
+        if now.endswith(_BROKEN) and end - read < _MOST_PARTS:
+            continue
+        length += len(now) - len(before)
+        # The space before a token depends on the last one that has a text.
+        start = start if now == before and end - start < _WINDOW else read
+        read = end
+    return found
