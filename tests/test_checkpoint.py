@@ -145,6 +145,13 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
             checkpoints.wait()
 
 
+def test_a_score_that_is_nan_is_none_and_the_best_stays(tmp_path):
+    after = saved(tmp_path, [3.0, float("nan"), 2.0, 1.0])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.steps, checkpoints.best) == ([1, 3, 4], 1)
+        assert bits(checkpoints.restore(new_state("linen"), step=1).state) == after[0]
+
+
 def test_the_base_is_in_no_checkpoint(tmp_path):
     saved(tmp_path, [None])
     names = (tmp_path / "1" / "arrays" / "_METADATA").read_text()

@@ -474,7 +474,9 @@ def _short(error: Exception) -> str:
 
 
 def _score(metrics: Mapping[str, float]) -> float:
-    return metrics.get("score", -math.inf)
+    """The score of a checkpoint; NaN, which is in no order with others, counts as none."""
+    score = metrics.get("score", -math.inf)
+    return -math.inf if math.isnan(score) else score
 
 
 def _number(x: Any) -> Any:
