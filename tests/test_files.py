@@ -386,6 +386,16 @@ def test_something_else_at_the_path_is_an_error_and_kept(tmp_path, adapters):
     assert os.listdir(tmp_path / "folder") == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("theirs", [{"peft_type": "LORA"}, {"config": {}, "name": "a"}])
+def test_an_adapter_of_another_library_is_an_error_and_kept(saved, adapters, theirs):
+    (saved / CONFIG).write_text(json.dumps(theirs))
+    (saved / "optimizer.pt").write_text("theirs")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with raises(aj.UserError, saved, "not an adapter of adapters_jax"):
+        aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
 def test_what_cannot_be_saved(tmp_path, base, adapters):
     with raises(TypeError, "save_adapter(directory, adapters, recipe)", "TrainState"):
         aj.save_adapter(tmp_path / "a", adapters)

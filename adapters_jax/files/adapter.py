@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from adapters_jax.files.untrusted import (
     name_problem,
     not_finite,
     open_tensors,
+    read_json,
 )
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS, recipe_of
@@ -72,8 +73,8 @@ def save_adapter(
     NNX Variable or linen collection, without caches and random streams. It is bit-exact after
     `load_adapter`. Arrays of an NNX model that are not Variables are taken for constants.
 
-    The directory appears whole or not at all, and replaces an adapter of that name. If there are
-    several processes, all of them must call this; the first one writes.
+    The directory appears whole or not at all, and replaces an adapter of this library of that name.
+    If there are several processes, all of them must call this; the first one writes.
 
     Args:
         directory: the directory to write; its parents are created. Also an address in an object
@@ -133,7 +134,9 @@ def save_adapter(
     recipe, directory = Recipe(recipe), Path(directory)
     if _holds_something_else(directory):
         where = address_of(directory) or directory
-        raise UserError(f"{where} exists and is not an adapter; give another directory")
+        raise UserError(
+            f"{where} exists and is not an adapter of adapters_jax; give another directory"
+        )
     leaves = flatten(adapters)
     _check_kept(leaves, recipe)
     flat = {path: _plain(leaf) for path, leaf in leaves.items()}
@@ -161,20 +164,29 @@ def check_directory(caller: str, directory: Any, call: str) -> None:
 
 
 def _holds_something_else(directory: Path) -> bool:
-    """Whether something is there that is no adapter.
+    """Whether something is there that is no adapter of this library.
 
     What moves away while it is listed is an adapter that another process replaces.
     """
     if address := address_of(directory):
-        return bool(names := stores.names(address)) and CONFIG not in names
+        names = stores.names(address)
+        return bool(names) and not _is_ours(stores.fetch(address, [CONFIG]) or directory, names)
     try:
         listed = directory.stat()
         names = os.listdir(directory)
-        other = bool(names) and CONFIG not in names
+        other = bool(names) and not _is_ours(directory, names)
         return other and os.path.samestat(listed, directory.stat())
     except FileNotFoundError:
         return False
     except NotADirectoryError:
+        return True
+
+
+def _is_ours(directory: Path, names: Collection[str]) -> bool:
+    """Whether a directory of these names has the settings of an adapter of this library."""
+    try:  # those of PEFT and AdapterHub have the same name
+        return CONFIG in names and "recipe" in read_json(directory / CONFIG)
+    except AdapterFileError:  # damaged, or gone since another process replaces it
         return True
 
 
