@@ -221,6 +221,17 @@ def test_annotations_come_first():
     assert found["annotated/lora/a"] == P("fsdp", None)
 
 
+def test_a_rule_without_axes_keeps_a_parameter_whole():
+    lora = aj.LoRA("*", 2)
+    params = lora_of(nn.Sequential([nn.Dense(8), nn.Dense(8)]), lora, jnp.ones((1, 8)))
+    rules = {"layers_0/kernel": P(), "layers_1/lora/a": P()}
+    found = specs(params, rules, recipe=lora, small=0)
+    assert found["layers_0/kernel"] == found["layers_1/lora/a"] == P()
+    assert found["layers_0/lora/a"] == found["layers_0/lora/b"] == P(None, None)
+    assert found["layers_1/kernel"] == P("fsdp", "model")
+    assert found["layers_1/lora/b"] == P(None, "model")
+
+
 @pytest.mark.parametrize(
     ("rules", "data"),
     [

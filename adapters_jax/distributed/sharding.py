@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters_jax.distributed.mesh import ShardingError, check_mesh, place
 from adapters_jax.errors import shown
+from adapters_jax.methods import Method
 from adapters_jax.nnx import AdapterParam, recipe_of
 from adapters_jax.placement import Placement, in_tree
 from adapters_jax.recipe import Recipe
@@ -38,7 +39,7 @@ def layout(
     params: Tree,
     mesh: Mesh,
     rules: Rules | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Method | None = None,
     small: int = SMALL,
 ) -> dict[str, NamedSharding]:
     """Lays out every parameter.
@@ -67,30 +68,30 @@ def layout(
         >>> where["q/kernel"].spec == P(None, "model")
         True
     """
-    return _layout(_leaves(params), mesh, rules, recipe, small)
+    return _layout(_leaves(params), mesh, rules, Recipe(recipe or ()), small)
 
 
 def _layout(
     leaves: Mapping[str, tuple[Any, P | None]],
     mesh: Mesh,
     rules: Rules | None,
-    recipe: Recipe | None,
+    recipe: Recipe,
     small: int,
 ) -> dict[str, NamedSharding]:
     rules = dict(rules or {})
     require_match("sharding rules", tuple(rules), leaves)
     shapes = {path: tuple(leaf.shape) for path, (leaf, _) in leaves.items()}
-    placements = in_tree(recipe or Recipe(), shapes)
+    placements = in_tree(recipe, shapes)
     added = {path for each in placements for path in each.paths().values()}
     stated = {path: _stated(path, *each, mesh, rules) for path, each in leaves.items()}
-    specs = {
-        path: stated[path] or _automatic(shape, mesh, small)
-        for path, shape in shapes.items()
-        if path not in added
-    }
+    # A rule P() keeps a leaf whole, and is false.
+    specs = {path: spec for path, spec in stated.items() if spec is not None}
+    for path in shapes.keys() - added - specs.keys():
+        specs[path] = _automatic(shapes[path], mesh, small)
     for each in placements:
         for name, path in each.paths().items():
-            specs[path] = stated[path] or _inherited(each, name, shapes[path], specs, small)
+            if path not in specs:
+                specs[path] = _inherited(each, name, shapes[path], specs, small)
     return {path: NamedSharding(mesh, specs[path]) for path in leaves}
 
 
