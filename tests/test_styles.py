@@ -260,6 +260,28 @@ STYLES = {
         IDS,
         {"lookup", "product"},
     ),
+    "rows_outside_of_a_table": Style(
+        {"table": (7, 5)},
+        lambda w, ids: w["table"].at[ids].get(mode="fill", fill_value=2.0),
+        lambda w, ids: np.append(w["table"], np.full((1, 5), 2.0), 0)[np.minimum(ids, 7)],
+        {"table": ("lora", (), (0,))},
+        np.array([[0, 9, 2], [7, 5, 6]]),
+        "lookup",
+    ),
+    "rows_that_are_nan_outside": Style(
+        {"table": (7, 5)},
+        lambda w, ids: jnp.nan_to_num(jnp.take(w["table"], ids, 0), nan=2.0),
+        lambda w, ids: np.append(w["table"], np.full((1, 5), 2.0), 0)[np.minimum(ids, 7)],
+        {"table": ("lora", (), (0,))},
+        np.array([[0, 9, 2], [7, 5, 6]]),
+        "lookup",
+    ),
+    "rounded_on_the_fly": Style(
+        {"w": (4, 5)},
+        lambda w, x: x @ w["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32),
+        lambda w, x: x @ double(w["w"].astype(jnp.float8_e4m3fn)),
+        {"w": ("lora", (), (0,))},
+    ),
     "standardised_convolution": Style(
         {"kernel": (3, 4, 6)},
         None,
@@ -652,6 +674,9 @@ def test_the_record_says_how_each_weight_is_read(name):
 @pytest.mark.parametrize(
     ("name", "computed"),
     {
+        "rows_outside_of_a_table": "0 of 1",
+        "rows_that_are_nan_outside": "1 of 1",
+        "rounded_on_the_fly": "0 of 1",
         "concatenated": "2 of 2",
         "stacked_on_the_fly": "2 of 2",
         "stacked_as_outputs": "2 of 2",

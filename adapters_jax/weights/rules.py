@@ -12,6 +12,7 @@ import jax
 import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from adapters_jax.trace.primitives import operands_of_scan, rows_of
@@ -54,7 +55,12 @@ def _broadcast(x: Lazy, params: Any) -> Lazy | None:
 
 def _cast(x: Lazy, params: Any) -> Lazy | None:
     dtype = params["new_dtype"]
-    return x.seen_as(x.changed.cast(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    stored, seen, new = (jnp.finfo(each).bits for each in (x.changed.base.dtype, x.dtype, dtype))
+    if stored > seen < new:  # the weight was rounded on purpose, as in float8
+        return None
+    return x.seen_as(x.changed.cast(dtype))
 
 
 def _cut(x: Lazy, shape: Sequence[int], one: Callable[[Array, int, int], Array]) -> Lazy | None:
@@ -134,7 +140,9 @@ def _gather(trace: Thin, primitive: Any, values: Sequence[Any], params: Any, whe
     x, ids = values
     numbers = params["dimension_numbers"]
     along, places = rows_of(params, x.shape)
-    if where or not along:
+    fill = params["fill_value"]
+    # Outside of the table, a change of a row that is neither 0 nor NaN would change it.
+    if where or not along or (fill and not np.isnan(fill)):
         return None
     (axis,) = along
     single = [i for i in numbers.offset_dims if i not in places]  # the axis of a row by itself
