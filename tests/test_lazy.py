@@ -62,6 +62,7 @@ def test_layer_axes_that_the_reads_do_not_show_are_the_first():
     assert from_reads([read("product", {0, 1}, (), {2})], 3, layers=1) == Axes((1,), (2,), (0,))
     assert from_reads([], 3, layers=1) == Axes((1,), (2,), (0,))
     assert from_reads([read("product", {0}, {1}, {2})], 3, layers=1) == Axes((0,), (2,), (1,))
+    assert from_reads([read("product", {0}, (), {1, 2})], 3, layers=1) == Axes((0,), (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -130,14 +130,14 @@ def from_reads(reads: Iterable[Read], ndim: int, layers: int = 0) -> Axes:
     Args:
         ndim: the number of the weight's axes.
         layers: how many layer axes its module is stacked on: its first ones, unless the reads show
-            as many others.
+            as many others, or no inputs but them.
     """
     front = frozenset(range(layers))
     known = [r for r in reads if r.how == "lookup"] or [r for r in reads if r.inputs]
     if not known:
         return Axes(tuple(range(layers, ndim - 1)), (ndim - 1,), tuple(sorted(front)))
     seen = frozenset[int]().union(*(r.shared for r in known)) - known[0].inputs
-    front = front if len(seen) < layers else frozenset()
+    front = front if len(seen) < layers and not known[0].inputs <= front else frozenset()
     shared = front | seen
     inputs = known[0].inputs - shared
     outputs = set(range(ndim)) - inputs - shared
