@@ -1,6 +1,8 @@
 """(IA)^3: its numbers by hand, merged and unmerged, beside other methods, and in PEFT's files."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +140,80 @@ def test_a_layer_of_another_library(method):
     merged = aj.merge(model, params, X)
     np.testing.assert_allclose(merged["kernel"], kernel, atol=1e-6)
     np.testing.assert_allclose(merged["offset"], offset, atol=1e-6)
+
+
+class Added(nn.Module):
+    """A product, and a bias with axes of one entry."""
+
+    bias: tuple[int, ...]
+    product: Callable[..., Any]
+    kernel: tuple[int, ...] = (4, 3)
+
+    @nn.compact
+    def __call__(self, x):
+        noise = nn.initializers.normal(1.0)
+        y = self.product(x, self.param("kernel", noise, self.kernel))
+        return y + self.param("bias", noise, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("base", "x", "scaled"),
+    [
+        (Added((1, 3), jnp.matmul), X[:3], lambda y, scale: y * scale),
+        (
+            Added((1, 3, 1), lambda x, w: jax.lax.conv(x, w, (1,), "SAME"), (3, 2, 2)),
+            drawn((3, 2, 5), 1),
+            lambda y, scale: y * scale[:, None],
+        ),
+    ],
+)
+def test_a_bias_has_the_outputs_on_one_of_its_axes(base, x, scaled):
+    model, frozen, params = trained(base, aj.IA3("**"), x)
+    (scale,) = flatten(params["ia3"]).values()
+    expected = scaled(base.apply({"params": frozen}, x), scale)
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-5)
+    merged = aj.merge(model, params, x)
+    assert merged["bias"].shape == base.bias
+    np.testing.assert_allclose(base.apply({"params": merged}, x), expected, atol=1e-5)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(nn.Dense(4, bias_init=nn.initializers.normal(1.0))(x)), None
+
+
+def layers(length):
+    """Layers whose weights and biases are stacked on their second axis."""
+    stacked = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
+    return nn.scan(Layer, **stacked, length=length)()
+
+
+def test_the_layers_of_a_bias_may_be_on_another_axis():
+    model, frozen, params = trained(layers(3), aj.IA3("**"), X)
+    dense, (scale,) = frozen["Dense_0"], flatten(params["Dense_0"]["ia3"]).values()
+    expected = X
+    for i in range(3):
+        product = expected @ dense["kernel"][:, i] + dense["bias"][:, i]
+        expected = np.tanh(product * scale[i])
+    np.testing.assert_allclose(model.apply({"params": params}, X)[0], expected, atol=1e-5)
+    merged = aj.merge(model, params, X)
+    y = layers(3).apply({"params": merged}, X)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("base", "bias"),
+    [
+        (layers(4), [4, 4]),
+        (Added((3,), lambda x, w: jnp.tensordot(x, w, 1), (4, 2, 3)), [3]),
+    ],
+    ids=["as many layers as outputs", "one number for several outputs"],
+)
+def test_a_bias_whose_axes_are_not_plain_is_refused(base, bias):
+    model, _, params = trained(base, aj.IA3("**"), X)
+    with raises(aj.RecipeError, "IA3", "'bias'", f"{bias}", "feed_forward"):
+        model.apply({"params": params}, X)
 
 
 class Gained(nn.Module):

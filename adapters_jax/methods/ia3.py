@@ -4,6 +4,7 @@ Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
 Learning", arXiv:2205.05638.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,9 +118,10 @@ class IA3(LeafMethod):
         scale = leaves["scale"]
         found: dict[str, tuple[Change, ...]] = {}
         for name in self.names(point):
-            axes = tuple(range(scale.ndim))  # of a bias
             if name == point.weight:
                 axes = self.roles(point.axes, point.path)
+            else:
+                axes = _axes_of_bias(point, name, scale.shape)
             found[name] = (Scale(Factor(scale, axes)),)
         return found
 
@@ -153,3 +155,27 @@ class IA3(LeafMethod):
                 "is lost; start from the base that you kept"
             )
         return {"scale": reciprocal}
+
+
+def _axes_of_bias(point: AttachmentPoint, name: str, scale: Shape) -> tuple[int, ...]:
+    """The axes of a bias that l has, by their sizes; each other axis has one entry.
+
+    Raises:
+        RecipeError: the bias has not a number for each of l, or layers as many as outputs on an
+            axis that is not plain.
+    """
+    bias, shared = point.own.get(name, scale), point.axes.shared
+    fits = [
+        axes
+        for axes in itertools.permutations(range(len(bias)), len(scale))
+        if tuple(bias[i] for i in axes) == scale and math.prod(bias) == math.prod(scale)
+    ]
+    orders = {tuple(i for i in axes if bias[i] > 1) for axes in fits}
+    # Where layers are stacked in front of weights, they are in front of biases.
+    if not fits or (len(orders) > 1 and shared != tuple(range(len(shared)))):
+        raise RecipeError(
+            f"IA3 at {point.path!r} scales the bias {name!r} with the weight, and the axes of its "
+            f"shape {list(bias)} are not plainly those of the scales, {list(scale)}; name the "
+            "target in feed_forward= as well, which scales inputs alone, or leave it out"
+        )
+    return fits[0]
