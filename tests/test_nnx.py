@@ -597,6 +597,27 @@ def test_stacked_layers_are_adapted_one_by_one(name):
     np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), expected, atol=1e-4)
 
 
+class StackedOnTheSecondAxis(nnx.Module):
+    """As many layers as inputs and outputs, so that no shape tells the axes apart."""
+
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(D, D, rngs=rngs), out_axes=self.axes)
+        self.layers = make(rngs.split(D))
+
+    def __call__(self, x):
+        run = lambda layer, x: layer(x)  # noqa: E731
+        return nnx.scan(run, in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
+
+
+@pytest.mark.parametrize("method", [aj.LoRA("layers", 2), aj.IA3("layers")])
+def test_layers_on_another_axis_are_refused(method):
+    x = draw(5, D)
+    with raises(aj.RecipeError, type(method).__name__, "layers/kernel", [D, D, D], "axis 0"):
+        adapt(built(StackedOnTheSecondAxis), method, example_inputs=(x,))
+
+
 def test_layer_axes_are_the_same_with_and_without_example_inputs():
     recipe = aj.LoRA("blocks/dense", 2, dropout=0.5), aj.Bottleneck("blocks/norm", 2)
     base = nnx.eval_shape(lambda: Stack(rngs(), rate=0.5))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import bridge
 
+from adapters_jax.errors import RecipeError
 from adapters_jax.nnx.graph import (
     READ,
     copy,
@@ -24,7 +25,15 @@ from adapters_jax.nnx.graph import (
 from adapters_jax.nnx.known import KnownWeight, known_weight
 from adapters_jax.nnx.linen_inside import LinenCall, called, inside
 from adapters_jax.nnx.seen import Marked, Seen
-from adapters_jax.placement import Placements, Visit, checked, chosen, on_outputs, own_leaves
+from adapters_jax.placement import (
+    Placement,
+    Placements,
+    Visit,
+    checked,
+    chosen,
+    on_outputs,
+    own_leaves,
+)
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import around
 from adapters_jax.trace import calls, registry
@@ -81,6 +90,7 @@ def points_of(
         visits[path] = Visit(path, own, precision, sizes, why, call.returned)
     counts = {path: len(axes) for path, axes in layers.items()}
     found = chosen(named, run.reads, shapes, counts)
+    _check_layers(found, run.stated)
     within = inside(named, run.linen, run.reached)
     for path in [path for path in visits if path not in within.visits]:
         found += on_outputs(named, visits[path], layers[path])
@@ -89,6 +99,22 @@ def points_of(
     tied, reached = _other_names(model, {**modules, **params}), {*run.reached, *within.reached}
     placed = checked(recipe, found, modules, visits, run.reads, params, tied, counts, reached)
     return placed, run.stated
+
+
+def _check_layers(found: Iterable[Placement], stated: Container[str]) -> None:
+    """Raises RecipeError where a loop has the layers of weights on another axis than the first.
+
+    What an adapter adds has them first, and the loop would cut it as it cuts the weights. A weight
+    that is read as state is changed before.
+    """
+    for each in found:
+        first = {*range(len(each.layers))}
+        if each.axes and not first <= {*each.axes.shared} and each.weight_path not in stated:
+            raise RecipeError(
+                f"{type(each.method).__name__} is on {each.weight_path!r}, {list(each.shape)}, "
+                "whose layers are not on its first axis; stack layers on axis 0, as nnx.vmap and "
+                "nnx.scan do without nnx.StateAxes"
+            )
 
 
 def _other_names(model: nnx.Module, known: Container[str]) -> dict[str, str]:
