@@ -11,6 +11,7 @@ and the same command goes on.
 """
 
 import contextlib
+import math
 import re
 import statistics
 import time
@@ -146,22 +147,30 @@ def _removed(report: Report, data: str, rows: Sequence[Row]) -> np.ndarray:
             lost[number, first, last] = points(row, "dev") - 100 * score
     mean = lost.mean(axis=0)
     how = f"{data}, score x 100 on dev, MiniLM of {count} layers, {len(rows)} seeds"
+    how += ", Student's interval of 95 %"
     single = np.diagonal(mean)
+    worst = int(single.argmax())
+    low, high = _interval(lost[:, worst, worst])
+    shown = ", ".join(f"{each:.1f}" for each in single)
     report.verdict(
         f"{BY}: removing the adapters of one layer costs 2 points at most",
         f"at most {MOST:g}",
-        ", ".join(f"{each:.1f}" for each in single) + " by layer",
+        f"{shown} by layer; the most: {low:.1f} to {high:.1f}",
         how,
-        "reproduced" if single.max() <= MOST else "not reproduced",
+        _verdict(high <= MOST, low > MOST),
     )
     half = count // 2
-    low, high = lost[:, 0, half - 1], lost[:, half, count - 1]
+    lower, upper = lost[:, 0, half - 1], lost[:, half, count - 1]
+    low, high = _interval(upper - lower)
+    shown = (
+        f"{lower.mean():.1f} points without the lower {half}, {upper.mean():.1f} without the upper"
+    )
     report.verdict(
         f"{BY}: the adapters of the lower layers matter less",
         "less",
-        f"{low.mean():.1f} points without the lower {half}, {high.mean():.1f} without the upper",
+        f"{shown}; {low:+.1f} to {high:+.1f} more",
         how,
-        _sign(high - low),
+        _verdict(low > 0, high < 0),
     )
     everything = [100 * row["without"][count - 1][2] for row in rows]
     report.add("Score x 100 on dev without any adapter", data=data,
@@ -170,14 +179,16 @@ def _removed(report: Report, data: str, rows: Sequence[Row]) -> np.ndarray:
     return mean
 
 
-def _sign(differences: np.ndarray) -> Verdict:
-    """Whether differences of seeds are above 0 by Student's interval of 95 %."""
-    if len(differences) < 2:
-        return "undecided"
-    interval = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval()
-    if interval.low > 0:
-        return "reproduced"
-    return "not reproduced" if interval.high < 0 else "undecided"
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's interval of 95 % of the mean over seeds; without an end if there is one seed."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval()
+    return float(interval.low), float(interval.high)
+
+
+def _verdict(holds: bool, fails: bool) -> Verdict:
+    return "reproduced" if holds else "not reproduced" if fails else "undecided"
 
 
 def _scales(report: Report, data: str, by_std: dict[float, list[Row]]) -> None:
@@ -192,13 +203,12 @@ def _scales(report: Report, data: str, by_std: dict[float, list[Row]]) -> None:
             holds, fails = low > 0, high <= 0
         else:
             holds, fails = low >= -NEAR and high <= NEAR, low > NEAR or high < -NEAR
-        verdict: Verdict = "reproduced" if holds else "not reproduced" if fails else "undecided"
         report.verdict(
             f"{BY}: points that an initial deviation of {std:g} costs, beside 0.01",
             what,
             f"{costs:+.1f}, {low:+.1f} to {high:+.1f}",
             f"{data}, score x 100 on test, MiniLM, {len(own)} seeds, Welch's interval of 95 %",
-            verdict,
+            _verdict(holds, fails),
         )
 
 
