@@ -245,7 +245,6 @@ def test_given_arrays_are_left_as_they_are(tmp_path, adapters):
 def test_an_adapter_takes_the_place_of_another(saved, base, adapters):
     model, params = base
     other = drawn(adapters, seed=9)
-    (saved / "notes.txt").write_text("of the old one")
     aj.save_adapter(saved, other, RECIPE)
     assert bits(aj.partition(aj.load_adapter(saved, model, params, X)[1], RECIPE)[0]) == bits(other)
     assert sorted(os.listdir(saved)) == sorted([TENSORS, CONFIG])
@@ -386,14 +385,24 @@ def test_something_else_at_the_path_is_an_error_and_kept(tmp_path, adapters):
     assert os.listdir(tmp_path / "folder") == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("theirs", [{"peft_type": "LORA"}, {"config": {}, "name": "a"}])
-def test_an_adapter_of_another_library_is_an_error_and_kept(saved, adapters, theirs):
-    (saved / CONFIG).write_text(json.dumps(theirs))
-    (saved / "optimizer.pt").write_text("theirs")
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with raises(aj.UserError, saved, "not an adapter of adapters_jax"):
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        (CONFIG, '{"peft_type": "LORA"}', CONFIG),
+        (CONFIG, '{"config": {}, "name": "a"}', CONFIG),
+        ("notes.txt", "by hand", "it has notes.txt;"),
+        ("checkpoint-10/optimizer.pt", "of hours", "it has checkpoint-10/;"),
+    ],
+)
+def test_what_is_beside_an_adapter_or_of_another_library_is_kept(
+    saved, adapters, name, text, named
+):
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_text(text)
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with raises(aj.UserError, saved, "not just an adapter of adapters_jax", named):
         aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
 def test_what_cannot_be_saved(tmp_path, base, adapters):

@@ -18,7 +18,7 @@ from adapters_jax.errors import FileSystemError, UserError
 from adapters_jax.files import atomic, hub
 from adapters_jax.files.atomic import write_file
 from adapters_jax.files.checksums import CHECKSUMS, damage
-from adapters_jax.files.directories import empty_directory
+from adapters_jax.files.destinations import empty_directory
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.compare.cells import Cells
 from adapters_jax.finetune.compare.grid import Cell

@@ -99,7 +99,7 @@ def test_what_replaces_an_adapter_leaves_nothing_of_it(store):
     files = ("adapter.safetensors", "adapter_config.json")
     assert sorted(store) == [f"/bucket/mine/{name}" for name in files]
     fsspec.filesystem("memory").pipe("/bucket/notes/mine.txt", b"1")
-    with raises(aj.UserError, "bucket/notes", "not an adapter"):
+    with raises(aj.UserError, "bucket/notes", "not just an adapter"):
         aj.save_adapter("memory://bucket/notes", {"q": {"lora": factors(2)}}, aj.LoRA("q", 2))
     assert store["/bucket/notes/mine.txt"].getvalue() == b"1"
 

@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, first_few, full_name
-from adapters_jax.files import hub, stores
+from adapters_jax.files import hub
 from adapters_jax.files.atomic import Content, write_directory
+from adapters_jax.files.destinations import own_directory, texts
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
-from adapters_jax.files.stores import address_of
 from adapters_jax.files.untrusted import (
     DTYPES,
     TensorFile,
@@ -37,7 +37,6 @@ from adapters_jax.files.untrusted import (
     name_problem,
     not_finite,
     open_tensors,
-    read_json,
 )
 from adapters_jax.methods import Method
 from adapters_jax.nnx import ADAPTERS, recipe_of
@@ -73,8 +72,9 @@ def save_adapter(
     NNX Variable or linen collection, without caches and random streams. It is bit-exact after
     `load_adapter`. Arrays of an NNX model that are not Variables are taken for constants.
 
-    The directory appears whole or not at all, and replaces an adapter of this library of that name.
-    If there are several processes, all of them must call this; the first one writes.
+    The directory appears whole or not at all, and replaces an adapter of this library of that name;
+    other files beside it are never lost. If there are several processes, all of them must call
+    this; the first one writes.
 
     Args:
         directory: the directory to write; its parents are created. Also an address in an object
@@ -93,9 +93,10 @@ def save_adapter(
         The directory.
 
     Raises:
-        UserError: the path holds something else, the recipe does not train a leaf, the file format
+        UserError: the path holds anything else, the recipe does not train a leaf, the file format
             cannot hold a leaf, a trained number is not finite, an NNX model has no adapters, or
             `base` or `recipe` is not that of the state or model.
+        AdapterFileError: the settings of the adapter there are damaged.
         MismatchError: frozen parameters moved since the model got its adapters.
         TypeError: `directory` is no path, the recipe is missing, `adapters` is not a tree, or
             collections are given beside a `TrainState` or a model.
@@ -131,24 +132,21 @@ def save_adapter(
             "save_adapter: the recipe is missing; write save_adapter(directory, adapters, recipe), "
             "or give an aj.TrainState"
         )
-    recipe, directory = Recipe(recipe), Path(directory)
-    if _holds_something_else(directory):
-        where = address_of(directory) or directory
-        raise UserError(
-            f"{where} exists and is not an adapter of adapters_jax; give another directory"
-        )
+    recipe = Recipe(recipe)
+    files = (CONFIG, TENSORS, STATE, *(beside or ()))
+    directory = own_directory(directory, "adapters_jax", files, CONFIG, "recipe")
     leaves = flatten(adapters)
     _check_kept(leaves, recipe)
     flat = {path: _plain(leaf) for path, leaf in leaves.items()}
     state = {path: _plain(leaf) for path, leaf in state_by_path(other).items()}
     _check_savable(flat, state)
     config = Manifest.of(recipe, base, flat, state, placements).to_bytes(directory / CONFIG)
-    files: dict[str, Content] = {**texts(beside), TENSORS: _writer(flat, directory / TENSORS)}
+    written: dict[str, Content] = {**texts(beside), TENSORS: _writer(flat, directory / TENSORS)}
     if state:
-        files[STATE] = _writer(state, directory / STATE)
-    files[CONFIG] = config
+        written[STATE] = _writer(state, directory / STATE)
+    written[CONFIG] = config
     if jax.process_index() == 0:
-        write_directory(directory, files)
+        write_directory(directory, written)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_adapter {directory}")
     return directory
@@ -161,33 +159,6 @@ def check_directory(caller: str, directory: Any, call: str) -> None:
             f"{caller}: the directory is a {type(directory).__name__}, expected a path; "
             f"write {call}"
         )
-
-
-def _holds_something_else(directory: Path) -> bool:
-    """Whether something is there that is no adapter of this library.
-
-    What moves away while it is listed is an adapter that another process replaces.
-    """
-    if address := address_of(directory):
-        names = stores.names(address)
-        return bool(names) and not _is_ours(stores.fetch(address, [CONFIG]) or directory, names)
-    try:
-        listed = directory.stat()
-        names = os.listdir(directory)
-        other = bool(names) and not _is_ours(directory, names)
-        return other and os.path.samestat(listed, directory.stat())
-    except FileNotFoundError:
-        return False
-    except NotADirectoryError:
-        return True
-
-
-def _is_ours(directory: Path, names: Collection[str]) -> bool:
-    """Whether a directory of these names has the settings of an adapter of this library."""
-    try:  # those of PEFT and AdapterHub have the same name
-        return CONFIG in names and "recipe" in read_json(directory / CONFIG)
-    except AdapterFileError:  # damaged, or gone since another process replaces it
-        return True
 
 
 def _parts_of(
@@ -292,14 +263,6 @@ def _writer(tensors: Mapping[str, np.ndarray], target: Path) -> Callable[[Path],
         check_header(length, path.stat().st_size, target)
 
     return write
-
-
-def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
-    """Encodes texts by file name; raises UserError if a name has a directory in it."""
-    for name in beside or {}:
-        if Path(name).name != name:
-            raise UserError(f"beside: {name!r} is not a file name; give one without a directory")
-    return {name: text.encode("utf-8") for name, text in (beside or {}).items()}
 
 
 def _plain(leaf: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Adapter directories of other libraries, JSON settings and safetensors tensors, both ways."""
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +12,17 @@ from safetensors.numpy import save
 
 from adapters_jax.errors import (
     AdapterFileError,
-    UserError,
-    file_errors,
     first_few,
     full_name,
-    shortened,
     shown,
 )
 from adapters_jax.files import hub
-from adapters_jax.files.adapter import TENSORS, texts
+from adapters_jax.files.adapter import TENSORS
 from adapters_jax.files.atomic import write_directory
+from adapters_jax.files.destinations import own_directory, texts
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.pickled import read_pickled
-from adapters_jax.files.stores import address_of, fetch, names
 from adapters_jax.files.untrusted import read_json, read_tensors
 from adapters_jax.trees import Tree, flatten
 
@@ -117,17 +113,7 @@ class Pair:
             UserError: there is a file of another name, or an adapter of another library.
             AdapterFileError: its settings are damaged.
         """
-        directory = Path(directory)
-        names = _names(directory)
-        others = names - {*files}
-        ours = self.config in names and not others and _has(directory, self.config, self.keys[0])
-        if names and not ours:
-            where = address_of(directory) or directory
-            raise UserError(
-                f"{where} exists and is not just an adapter of {self.owner}: it has "
-                f"{shortened(', '.join(sorted(others or names)))}; give another directory"
-            )
-        return directory
+        return own_directory(directory, self.owner, files, self.config, self.keys[0])
 
 
 PEFT = Pair(
@@ -188,45 +174,6 @@ def write(directory: Path, files: Mapping[str, bytes], beside: Mapping[str, str]
     """Writes files and further texts, by name, as a directory that appears whole or not at all."""
     write_directory(directory, {**texts(beside), **files})
     return directory
-
-
-def empty_directory(directory: str | Path) -> Path:
-    """Returns the path of a new or empty directory; raises `UserError` for any other."""
-    directory = Path(directory)
-    if _names(directory):
-        where = address_of(directory) or directory
-        raise UserError(f"{where} exists and is not empty; give another directory")
-    return directory
-
-
-def _has(directory: Path, config: str, key: str) -> bool:
-    """Whether a file has a key, or is gone since another process replaces its directory."""
-    if address := address_of(directory):
-        directory = fetch(address, [config]) or directory
-    try:
-        return key in read_json(directory / config)
-    except AdapterFileError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return True
-        raise
-
-
-def _names(directory: Path) -> set[str]:
-    """The names in a directory, none if it is absent, with a / behind those of directories.
-
-    Raises:
-        UserError: it is a file.
-    """
-    if address := address_of(directory):
-        return {*names(address)}
-    with file_errors(directory):
-        try:
-            with os.scandir(directory) as entries:
-                return {f"{each.name}/" if each.is_dir() else each.name for each in entries}
-        except FileNotFoundError:  # so is one that another process moves away meanwhile
-            return set()
-        except NotADirectoryError:
-            raise UserError(f"{directory} is not a directory; give another path") from None
 
 
 def flat_leaves(owner: str, adapters: Tree) -> dict[str, Array]:

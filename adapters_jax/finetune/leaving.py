@@ -16,7 +16,7 @@ from flax import nnx
 
 from adapters_jax.errors import AdapterFileError, UserError, shortened
 from adapters_jax.files import hub
-from adapters_jax.files.directories import empty_directory
+from adapters_jax.files.destinations import empty_directory
 from adapters_jax.files.identity import BaseIdentity
 from adapters_jax.files.untrusted import read_json
 from adapters_jax.finetune import formats

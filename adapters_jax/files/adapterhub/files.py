@@ -18,6 +18,7 @@ from adapters_jax.files.adapterhub import convert, heads, setups
 from adapters_jax.files.adapterhub.architectures import ARCHITECTURES
 from adapters_jax.files.adapterhub.blocks import Blocks, find_blocks
 from adapters_jax.files.adapterhub.config import VERSION, children
+from adapters_jax.files.destinations import empty_directory
 from adapters_jax.files.directories import ADAPTERHUB, ADAPTERHUB_HEAD, FUSION
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.module_map import Names, as_in_file, as_in_model, placed
@@ -237,7 +238,7 @@ def save_adapterhub(
     flat = directories.flat_leaves("save_adapterhub", adapters)
     several = any(method.members for method in Recipe(recipe))
     if several:
-        directory = directories.empty_directory(directory)
+        directory = empty_directory(directory)
     else:
         directory = ADAPTERHUB.directory(directory, (*FILES, *(beside or ())))
     blocks = find_blocks(names, base, prefix)
