@@ -46,7 +46,7 @@ def test_a_word_that_is_one_token_with_the_space_before_it_is_marked_there_as_we
     template += "{% endfor %}"
     reader = bytes_of(template, merges=[("\u0120", "y")])
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=reader.tokenizer)
-    for messages in (said("a", "yes"), said("a", "y", "b", " y")):
+    for messages in (said("a", "yes"), said("a", "y", "b", "yes")):
         found = ChatEncoder(reader, 1000).encode(conversations(Conversation(messages)))
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         expected = theirs.apply_chat_template(messages, chat_template=template, **options)
