@@ -405,6 +405,13 @@ def test_what_is_beside_an_adapter_or_of_another_library_is_kept(
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
+def test_an_adapter_with_damaged_settings_is_kept(saved, adapters):
+    (saved / CONFIG).write_text("{")
+    with raises(aj.AdapterFileError, saved / CONFIG, "is damaged", f"delete {saved}, or give"):
+        aj.save_adapter(saved, drawn(adapters, seed=9), RECIPE)
+    assert (saved / CONFIG).read_text() == "{"
+
+
 def test_what_cannot_be_saved(tmp_path, base, adapters):
     with raises(TypeError, "save_adapter(directory, adapters, recipe)", "TrainState"):
         aj.save_adapter(tmp_path / "a", adapters)

@@ -67,14 +67,15 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 
 def _has(directory: Path, config: str, key: str) -> bool:
     """Whether a file has a key, or is gone since another process replaces its directory."""
-    if address := address_of(directory):
-        directory = fetch(address, [config]) or directory
+    address = address_of(directory)
+    here = (address and fetch(address, [config])) or directory
     try:
-        return key in read_json(directory / config)
+        return key in read_json(here / config)
     except AdapterFileError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return True
-        raise
+        where = address or directory
+        raise AdapterFileError(f"{error}; delete {where}, or give another directory") from None
 
 
 def _names(directory: Path) -> set[str]:
