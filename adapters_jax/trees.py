@@ -92,7 +92,7 @@ def _plain(tree: Tree) -> Any:
 
 
 def check_params(caller: str, params: Any, call: str) -> None:
-    """Checks that an argument can be the parameter tree of a linen model.
+    """Checks that an argument can be the parameter tree of a linen model or of a function.
 
     Args:
         caller: the function whose argument it is.
@@ -110,7 +110,7 @@ def check_params(caller: str, params: Any, call: str) -> None:
         adapters_jax.errors.MismatchError: merge: params holds collections (params), expected ...
     """
     if params is None:
-        raise TypeError(f"{caller}: a linen model needs its parameters; write {call}")
+        raise TypeError(f"{caller}: a linen model or a function needs its parameters; write {call}")
     expected = (
         'expected the tree of parameters, such as variables["params"] or state.params; write '
         + call

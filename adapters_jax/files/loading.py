@@ -157,7 +157,7 @@ def load_adapter(
         )
     if not in_nnx and (params is None or example_inputs is not None):
         raise TypeError(
-            "load_adapter: a linen model needs its parameters; write "
+            "load_adapter: a linen model or a function needs its parameters; write "
             "aj.load_adapter(directory, model, params, *example_inputs)"
         )
     if not in_nnx:
