@@ -76,22 +76,21 @@ def questions() -> list[Cells]:
         rate = FIRST[recipe.split()[0]]
         return Cells(data, SETS[data], recipe, (rate,), 1.0, (0,), BASE, batch)
 
-    by_default = {data: replace(ask(ALL, data), passes=PASSES) for data in SETS}
+    by_default = [replace(ask(ALL, data), rates=(DEFAULT,), passes=PASSES) for data in SETS]
     narrow = [Cells("e2e", NARROW_ROWS, recipe, (rate,), 1.0, (0,), path(width), NARROW_BATCH)
               for width in WIDTHS for recipe, rate in NARROW.items()]  # fmt: skip
     batches = [ask(recipe, batch=batch) for batch in BATCHES for recipe in (ALL, FULL)]
     return [
         *(ask(ALL, data) for data in SETS),
-        by_default["conversations"],
         *(ask(recipe) for recipe in COMPARED),
         *(replace(ask(recipe), seeds=SEEDS) for recipe in COMPARED),
         *(ask(lora(rank)) for rank in EXTREMES),
         *(ask(lora(rank, rank)) for rank in EXTREMES),
+        *by_default,
         *narrow,
         *batches,
         *(ask(lora(rank)) for rank in RANKS),
         *(replace(each, seeds=SEEDS) for each in batches),
-        *by_default.values(),
         *(ask(lora(rank, rank)) for rank in RANKS),
         *(ask(recipe, data) for data in SETS for recipe in (FULL, HOULSBY)),
     ]
