@@ -1,6 +1,7 @@
 """Tinker's own client trains and samples on this server; and requests that no client sends."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -532,6 +533,26 @@ def test_a_full_disk_is_the_answer_and_leaves_nothing(server, tmp_path, monkeypa
     body = {"model_id": model, "path": answer["path"], "seq_id": 3, "optimizer": False}
     answer = answered(server, ask(server, "load_weights", body).json()["request_id"])
     assert "damaged" in answer["error"] and str(tmp_path) not in answer["error"]
+
+
+def test_a_checkpoint_of_another_base_is_refused(parts, tmp_path, monkeypatch):
+    with parts.serve(tmp_path) as server:
+        _, model, _ = begun(server)
+        body = {"model_id": model, "path": "it", "seq_id": 1}
+        path = answered(server, ask(server, "save_weights", body).json()["request_id"])["path"]
+    other = dataclasses.replace(parts.base._record, sha256="f" * 64)
+    monkeypatch.setattr(parts.base, "_record", other)
+    with parts.serve(tmp_path) as server:
+        session, model, _ = begun(server)
+        body = {"model_id": model, "path": path, "optimizer": False}
+        for i, any_base in enumerate((False, True), 1):
+            monkeypatch.setattr(server.service, "_any_base", any_base)
+            name = ask(server, "load_weights", {**body, "seq_id": i}).json()["request_id"]
+            answer = answered(server, name)
+            assert ("another base" in answer.get("error", "")) != any_base
+            sampling = {"session_id": session, "model_path": path, "sampling_session_seq_id": i}
+            found = ask(server, "create_sampling_session", sampling)
+            assert found.status_code == (200 if any_base else 400)
 
 
 def test_a_client_that_never_asks_for_its_answers(parts, tmp_path):

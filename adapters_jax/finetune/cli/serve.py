@@ -79,7 +79,8 @@ class Serve(Command):
         dtype: dtype of the base's weights and arithmetic.
         mesh: devices of this machine, as data=4,model=2; --rows are split over data and fsdp, the
             base over fsdp and model; by default one device. For decoders.
-        any_base: serve runs, with warnings, whose base had other files in training.
+        any_base: serve runs, with warnings, whose base had other files in training; with --train,
+            also load such checkpoints.
     """
 
     examples = """\
@@ -255,7 +256,8 @@ class Serve(Command):
         tenants.start(lambda n, of: says("compiling", f"compiled {n} of {of} programs that train"))
         saved = Checkpoints(folder / "training")
         bounds = Bounds(models=self.adapters, polls=max(1, self.connections // 2))
-        service = Service(api.reader, api.engine, tenants, saved, recipes, bounds, limits.seconds)
+        made = (api.reader, api.engine, tenants, saved, recipes, bounds, limits.seconds)
+        service = Service(*made, any_base=self.any_base)
         names = tuple(dict.fromkeys((called, self.base)))
         return TrainingApi(service, names, context, limits)
 

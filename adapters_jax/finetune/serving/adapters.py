@@ -101,6 +101,11 @@ class DecoderBase:
         kind, identity = decoder.settings()["model_type"], decoder.identity
         self._base = described(name, family, kind, decoder.model, identity=identity)
 
+    @property
+    def sha256(self) -> str:
+        """The checksum of the files of its weights."""
+        return self._record.sha256
+
     def read(self, directory: Path, any_base: bool = False) -> Read:
         """Reads a run, or the files of an adapter of any format, which may come from anyone.
 

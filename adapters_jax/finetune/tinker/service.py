@@ -73,6 +73,7 @@ class Service:
         bounds: what one key may have at a time.
         seconds: how long a request that is missing in a model's order is waited for, and how long
             a sample may be computed.
+        any_base: load checkpoints of another base, with a warning.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class Service:
         recipes: Recipes,
         bounds: Bounds = Bounds(),
         seconds: float = 300.0,
+        any_base: bool = False,
     ) -> None:
         self.base, self.checkpoints, self.futures = base, checkpoints, Futures(bounds)
         self.models: dict[str, Model] = {}
         self._engine, self._tenants, self._recipes = engine, tenants, recipes
-        self._bounds, self._seconds = bounds, seconds
+        self._bounds, self._seconds, self._any_base = bounds, seconds, any_base
         self._sampler = Sampler(engine, base.decoder.tokenizer.decode, seconds)
         self._sessions: dict[str, _Session] = {}
         self.samplers = Samplers(bounds.samplers, self.futures.forget)
@@ -184,7 +186,7 @@ class Service:
         recipe = Recipe.from_json(found.about["recipe"])
 
         async def make(model: Model) -> dict[str, Any]:
-            snapshot = await self.aside(_loaded, found, request.optimizer)
+            snapshot = await self.aside(self._loaded, found, request.optimizer)
             await self.aside(self._begin, model, recipe, 0)
             return await self._restored(model, found, snapshot, request.optimizer)
 
@@ -344,6 +346,7 @@ class Service:
         ttl = request.ttl_seconds
         said = getattr(request, "user_metadata", None) or {}
         about = {**model.about, "metadata": {**model.about["metadata"], **said}}
+        about["base_sha256"] = self.base.sha256
 
         async def save() -> dict[str, Any]:
             expires = {} if ttl is None else {"expires": until(ttl)}
@@ -373,14 +376,34 @@ class Service:
         """PEFT's files of a checkpoint; another thread may call it."""
         if checkpoint.kind == "external_weights":
             return {path.name: path.read_bytes() for path in checkpoint.files()}
-        return self._exported(self.checkpoints.load(checkpoint))
+        return self._exported(self._loaded(checkpoint, False))
+
+    def _loaded(self, checkpoint: Checkpoint, optimizer: bool) -> Snapshot:
+        """What a checkpoint has; another thread may call it.
+
+        Raises:
+            UserError: it lacks the optimiser that is asked for, or is of another base.
+        """
+        if optimizer and checkpoint.kind != "weights":
+            raise UserError(
+                f"{checkpoint.path} has no optimiser's state; load it without, or weights"
+            )
+        here = self.base.sha256
+        there = checkpoint.about.get("base_sha256", here)  # absent in older ones
+        if there != here:
+            other = f"{checkpoint.path} was trained on another base: weights {there[:12]}..., here "
+            other += f"{here[:12]}..."
+            if not self._any_base:
+                raise UserError(f"{other}; start the server with that base, or with --any-base")
+            _log.warning("warning: %s", other)
+        return Checkpoints.load(checkpoint)
 
     def load(self, model: Model, request: Any) -> str:
         """Begins to load a checkpoint into a model that is there."""
 
         async def load() -> dict[str, Any]:
             found = self.checkpoints.find(model.owner, request.path)
-            snapshot = await self.aside(_loaded, found, request.optimizer)
+            snapshot = await self.aside(self._loaded, found, request.optimizer)
             return await self._restored(model, found, snapshot, request.optimizer)
 
         return self.ordered(model, request.seq_id, load)
@@ -423,7 +446,7 @@ class Service:
         """The weights of a checkpoint, or the base."""
         if path is None:
             return Weights(None)
-        snapshot = await self.aside(_loaded, self.checkpoints.find(owner, path), False)
+        snapshot = await self.aside(self._loaded, self.checkpoints.find(owner, path), False)
         return Weights(await self.aside(self._engine.fit, path, snapshot.adapter))
 
     def sample(
@@ -449,9 +472,3 @@ def _check_adamw(given: Any) -> None:
     if kind != "adamw":
         raise UserError(f"the optimizer is {kind!r}, expected 'adamw', the only one here")
 
-
-def _loaded(checkpoint: Checkpoint, optimizer: bool) -> Snapshot:
-    """What a checkpoint has; raises UserError if it lacks the optimiser that is asked for."""
-    if optimizer and checkpoint.kind != "weights":
-        raise UserError(f"{checkpoint.path} has no optimiser's state; load it without, or weights")
-    return Checkpoints.load(checkpoint)
