@@ -27,7 +27,7 @@ from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
 from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.finetune.tasks.preference import PreferenceTask
-from adapters_jax.finetune.tasks.preference_problem import PreferenceProblem
+from adapters_jax.finetune.tasks.preference_problem import Objective, PreferenceProblem
 
 LOSSES = ("dpo", "ipo", "orpo", "kto")
 
@@ -174,6 +174,22 @@ def test_equal_rewards_are_half_right_and_absent_ones_are_left_out():
     found = problem.objective.metrics(jnp.asarray(batch["reference"]), only)
     assert float(found["rewards_chosen"]) == 0.0
     assert all(np.isnan(found[name]) for name in ("rewards_rejected", "margin", "accuracy"))
+
+
+def test_pairs_of_single_completions_are_counted_and_not_made():
+    """Beside equal rewards and fillers; of a large part all pairs would take gigabytes."""
+    objective, draw = Objective("kto", 0.5), np.random.default_rng(0)
+    rows, n = draw.integers(0, 9, (40, 2)).astype(np.float32), 10_000
+    batch = {"reference": rows * 0, "desirable": draw.integers(0, 2, 40).astype(np.float32)}
+    batch["weight"] = draw.integers(0, 2, 40) * np.float32(1.6)
+    good, counts = batch["desirable"] > 0, batch["weight"] > 0
+    gaps = rows[good & counts, 0][:, None] - rows[~good & counts, 0]
+    right = (0.5 + 0.5 * np.sign(gaps)).mean()
+    found = objective.metrics(jnp.asarray(rows), batch)
+    assert float(found["accuracy"]) == pytest.approx(right, rel=1e-6)
+    many = {name: np.resize(x, (n, *x.shape[1:])) for name, x in batch.items()}
+    made = jax.make_jaxpr(objective.metrics)(np.resize(rows, (n, 2)), many).eqns
+    assert max(out.aval.size for each in made for out in each.outvars) < 4 * n
 
 
 # Commands

@@ -282,19 +282,30 @@ class Objective:
         if self.loss == "kto":
             desirable = jnp.asarray(batch["desirable"])
             ours, theirs = weight * desirable, weight * (1 - desirable)
-            high, low = rewards[:, 0], rewards[:, 0]
-            pairs, gaps = jnp.outer(ours, theirs), high[:, None] - low[None]
+            own = rewards[:, 0]
+            chosen, rejected = ((each * own).sum() / each.sum() for each in (ours, theirs))
+            accuracy = _right_pairs(own, ours, theirs)
         else:
-            ours = theirs = pairs = weight
-            high, low = rewards.T
-            gaps = high - low
-        chosen, rejected = (ours * high).sum() / ours.sum(), (theirs * low).sum() / theirs.sum()
+            chosen, rejected = ((weight * each).sum() / weight.sum() for each in rewards.T)
+            right = 0.5 + 0.5 * jnp.sign(rewards[:, 0] - rewards[:, 1])
+            accuracy = (weight * right).sum() / weight.sum()
         return {
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,
             "margin": chosen - rejected,
-            "accuracy": (pairs * (0.5 + 0.5 * jnp.sign(gaps))).sum() / pairs.sum(),
+            "accuracy": accuracy,
         }
+
+
+def _right_pairs(
+    rewards: Float[Array, " rows"], ours: Float[Array, " rows"], theirs: Float[Array, " rows"]
+) -> Float[Array, ""]:
+    """The share of pairs of one of ours and one of theirs whose first reward is the higher one."""
+    # By ranks, since all pairs of a large part would not fit into memory.
+    order = jnp.argsort(rewards)
+    sums = jnp.concatenate([jnp.zeros(1), jnp.cumsum(theirs[order])])
+    below, equal = (jnp.searchsorted(rewards[order], rewards, side) for side in ("left", "right"))
+    return (ours * (sums[below] + sums[equal])).sum() / (2 * ours.sum() * theirs.sum())
 
 
 @dataclass(frozen=True)
