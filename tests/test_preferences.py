@@ -192,6 +192,23 @@ def test_pairs_of_single_completions_are_counted_and_not_made():
     assert max(out.aval.size for each in made for out in each.outvars) < 4 * n
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
+def test_a_part_of_fillers_alone_leaves_the_metrics_of_its_batch(loss):
+    """With --accumulate 2, one row of four is the first part's, and the second has none."""
+    objective, draw = Objective(loss, 0.5), np.random.default_rng(0)
+    rows, reference = draw.normal(size=(2, 4, 2)).astype(np.float32)
+    tokens, weight = np.ones((4, 2), np.float32), np.float32([4, 0, 0, 0])
+    whole = {"reference": reference, "tokens": tokens, "weight": weight}
+    parts = [{k: x[part] for k, x in whole.items()} for part in (slice(2), slice(2, 4))]
+    found = [
+        objective.metrics(rows[i : i + 2], part) for i, part in zip((0, 2), parts, strict=True)
+    ]
+    expected = objective.metrics(rows, whole)
+    for name in ("accuracy", "margin", "rewards_chosen", "rewards_rejected"):
+        mean = np.mean([float(each[name]) for each in found])
+        assert mean == pytest.approx(float(expected[name]), rel=1e-6), name
+
+
 # Commands
 
 TRAIN = "finetune --model tiny --train pairs.jsonl --method lora --rank 4 --learning-rate 0.05"

@@ -286,9 +286,9 @@ class Objective:
             chosen, rejected = ((each * own).sum() / each.sum() for each in (ours, theirs))
             accuracy = _right_pairs(own, ours, theirs)
         else:
-            chosen, rejected = ((weight * each).sum() / weight.sum() for each in rewards.T)
-            right = 0.5 + 0.5 * jnp.sign(rewards[:, 0] - rewards[:, 1])
-            accuracy = (weight * right).sum() / weight.sum()
+            # A mean and no quotient of sums: with `accumulate`, a part may have fillers alone.
+            chosen, rejected = (jnp.mean(weight * each) for each in rewards.T)
+            accuracy = jnp.mean(weight * (0.5 + 0.5 * jnp.sign(rewards[:, 0] - rewards[:, 1])))
         return {
             "rewards_chosen": chosen,
             "rewards_rejected": rejected,

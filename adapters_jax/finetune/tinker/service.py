@@ -471,4 +471,3 @@ def _check_adamw(given: Any) -> None:
     kind = getattr(given, "type", "adamw")  # the numbers of AdamW have no type
     if kind != "adamw":
         raise UserError(f"the optimizer is {kind!r}, expected 'adamw', the only one here")
-
