@@ -35,6 +35,7 @@ from tinker.proto import tinker_public_pb2 as pb  # noqa: E402
 
 import adapters_jax as aj  # noqa: E402
 from adapters_jax.errors import UserError  # noqa: E402
+from adapters_jax.files.adapter import read_adapter  # noqa: E402
 from adapters_jax.finetune.formats import FORMATS  # noqa: E402
 from adapters_jax.finetune.serving import Sizes  # noqa: E402
 from adapters_jax.finetune.serving.adapters import DecoderBase, covering  # noqa: E402
@@ -849,6 +850,28 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
     with raises(UserError, left.free, new.about["size"]):
         made.save(*place, about, overwrite=True)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_whole(parts, tmp_path, monkeypatch):
+    parts.tenants.create("t", parts.recipes.largest, 0)
+    snapshot, made = parts.tenants.snapshot("t").result(60), Checkpoints(tmp_path)
+    parts.tenants.drop("t")
+    about = {"metadata": {}, "lora": None, "recipe": ""}
+    place, later = ("me", "m", "weights", "a"), dataclasses.replace(snapshot, step=7)
+    saved = made.save(*place, snapshot, {}, about)
+    other = threading.Thread(target=made.save, args=(*place, later, {}, about, True))
+
+    def read(folder):
+        found = read_adapter(folder)
+        other.start()
+        other.join(1)  # the optimiser's file is read after this
+        return found
+
+    with monkeypatch.context() as slowly:
+        slowly.setattr("adapters_jax.finetune.tinker.checkpoints.read_adapter", read)
+        assert made.load(saved).step == 0
+    other.join()
+    assert made.load(made.find("me", saved.path)).step == 7
 
 
 @pytest.mark.weekly

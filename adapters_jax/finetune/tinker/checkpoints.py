@@ -225,8 +225,7 @@ class Checkpoints:
         """Whether this is the one of its address, and no later one has its place."""
         return self._all.get((checkpoint.owner, checkpoint.path)) is checkpoint
 
-    @staticmethod
-    def load(checkpoint: Checkpoint) -> Snapshot:
+    def load(self, checkpoint: Checkpoint) -> Snapshot:
         """What a checkpoint has; without the optimiser, its means are empty.
 
         Raises:
@@ -235,7 +234,8 @@ class Checkpoints:
         """
         if checkpoint.kind == "external_weights":
             raise UserError(f"{checkpoint.path} has PEFT's files; load weights or sampler_weights")
-        with _unplaced(checkpoint.path):
+        # Else its files could be those of two, where a save overwrites it meanwhile.
+        with _unplaced(checkpoint.path), self._lock:
             return _load(checkpoint)
 
 

@@ -396,7 +396,7 @@ class Service:
             if not self._any_base:
                 raise UserError(f"{other}; start the server with that base, or with --any-base")
             _log.warning("warning: %s", other)
-        return Checkpoints.load(checkpoint)
+        return self.checkpoints.load(checkpoint)
 
     def load(self, model: Model, request: Any) -> str:
         """Begins to load a checkpoint into a model that is there."""
