@@ -556,6 +556,18 @@ def test_a_checkpoint_of_another_base_is_refused(parts, tmp_path, monkeypatch):
             assert found.status_code == (200 if any_base else 400)
 
 
+def test_a_model_of_a_checkpoint_has_adamw_as_any_other(server):
+    session, model, _ = begun(server)
+    body = {"model_id": model, "path": "it", "seq_id": 1}
+    path = answered(server, ask(server, "save_weights", body).json()["request_id"])["path"]
+    body = {"session_id": session, "model_seq_id": 1, "path": path, "optimizer": False}
+    other = {"optimizer_config": {"type": "dimuon", "version": 1}}
+    answer = ask(server, "load_weights", {**body, **other})
+    assert answer.status_code == 400 and "'dimuon'" in answer.json()["error"]["message"]
+    name = ask(server, "load_weights", body).json()["request_id"]
+    assert answered(server, name)["path"] == path
+
+
 def test_a_client_that_never_asks_for_its_answers(parts, tmp_path):
     with parts.serve(tmp_path, Bounds(futures=4, tokens=20, models=1)) as server:
         _, model, made = begun(server)

@@ -181,6 +181,7 @@ class Service:
 
     def create_from(self, owner: str, request: Any) -> tuple[str, str]:
         """Begins to create a model from a checkpoint; returns both names."""
+        _check_adamw(request.optimizer_config)
         found = self.checkpoints.find(owner, request.path)
         metadata = {str(k): str(v) for k, v in (request.user_metadata or {}).items()}
         recipe = Recipe.from_json(found.about["recipe"])
