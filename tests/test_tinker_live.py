@@ -207,6 +207,20 @@ def test_samples(server):
         assert all(len(each.result(60).sequences) == 4 for each in many)
 
 
+def test_a_control_token_that_is_spelt_ends_a_sample(server):
+    """A sample is tokens, and the control tokens are among them."""
+    with connected(server) as client:
+        sampler = client.create_sampling_client(base_model="llama").result(60)
+        options = {"temperature": 1.0, "seed": 0, "max_tokens": 16}
+        free = sampled(sampler, 8, stop=[], **options).sequences
+        cut = sampled(sampler, 8, stop=["<end>"], **options).sequences
+    end = server.service.base.decoder.end
+    whole = [each.tokens for each in free]
+    assert any(end in tokens[:-1] for tokens in whole)
+    ended = [ids[: ids.index(end) + 1] if end in ids else ids for ids in whole]
+    assert [each.tokens for each in cut] == ended
+
+
 def sampler_text(server, ids):
     return server.service.base.decoder.tokenizer.decode(ids)
 

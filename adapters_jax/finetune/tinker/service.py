@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ class Service:
         self.models: dict[str, Model] = {}
         self._engine, self._tenants, self._recipes = engine, tenants, recipes
         self._bounds, self._seconds, self._any_base = bounds, seconds, any_base
-        self._sampler = Sampler(engine, base.decoder.tokenizer.decode, seconds)
+        # Samples have the control tokens, so that a stop text may be one.
+        decode = partial(base.decoder.tokenizer.decode, skip_special_tokens=False)
+        self._sampler = Sampler(engine, decode, seconds)
         self._sessions: dict[str, _Session] = {}
         self.samplers = Samplers(bounds.samplers, self.futures.forget)
         # So that threads are left for what reads requests, whatever many clients create or save.
