@@ -37,6 +37,7 @@ import adapters_jax as aj  # noqa: E402
 from adapters_jax.errors import UserError  # noqa: E402
 from adapters_jax.files.adapter import read_adapter  # noqa: E402
 from adapters_jax.finetune.formats import FORMATS  # noqa: E402
+from adapters_jax.finetune.models.decoder import load_decoder  # noqa: E402
 from adapters_jax.finetune.serving import Sizes  # noqa: E402
 from adapters_jax.finetune.serving.adapters import DecoderBase, covering  # noqa: E402
 from adapters_jax.finetune.serving.api import application  # noqa: E402
@@ -296,6 +297,17 @@ def test_the_layers_that_train(server):
     (method,), _ = server.service._recipes.of(lora, {})
     assert {path.split("/")[-2] for path in method.targets} == {"attention"}
     assert (method.rank, method.alpha) == (2, 32.0)
+
+
+def test_tables_that_tokens_are_looked_up_in_do_not_train():
+    """Gemma 4 has a second one, of what each layer adds."""
+    _, model = load_decoder(Path(__file__).parent / "fixtures/decoders/gemma4_text")
+    base = SimpleNamespace(decoder=SimpleNamespace(model=model))
+    base.planned = lambda recipe: DecoderBase.planned(base, recipe)
+    (method,) = Recipes(base, 2).largest
+    assert [path for path in method.targets if path.startswith("per_layer")] == [
+        "per_layer/projection"
+    ]
 
 
 def test_files_for_peft(server, parts, tmp_path):

@@ -35,7 +35,7 @@ class Recipes:
         leaves = base.planned(everything).leaves
         owners = owners_of(everything, list(leaves))
         # The rows of a table that texts are looked up in are no layer that Tinker adapts.
-        owners = [x for x in owners if not x.path.startswith("embeddings")]
+        owners = [x for x in owners if "embeddings" not in x.path.split("/")]
         owners = [x for x in owners if x.path.rpartition("/")[2] not in _SMALL]
         sides = {x.path: min(leaves[path].size for path in x.paths().values()) for x in owners}
         least = min(sides, key=lambda path: sides[path])
