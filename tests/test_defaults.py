@@ -33,6 +33,7 @@ from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.config import read_options
 from adapters_jax.finetune.runs.prepare import prepare_run, resume_run
 from adapters_jax.finetune.tasks.base import TrainedHead, Untrained
+from adapters_jax.trees import flatten
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,22 @@ def test_a_lora_plus_of_1_which_older_runs_store_is_none():
             for ratio in (None, 1.0)
         )
         assert jax.tree.structure(one) == jax.tree.structure(none)
+
+
+def test_lora_plus_is_for_every_b_that_trains():
+    def pair():
+        return {"a": jnp.ones(1), "b": jnp.ones(1)}
+
+    experts = {"lora": {"up": pair(), "down": pair()}}
+    params = {"query": {"lora": pair(), "lora_old": pair()}, "experts": experts}
+    old = aj.LoRA("query", 1, name="old", train=False)
+    recipe = aj.Recipe(aj.LoRA(("query", "experts/*"), 1), old)
+    options = OptimizerOptions(0.5, lora_plus=4.0, optimizer="sgd", warmup=0.0, clip=0.0)
+    tx = options.make(1, recipe)
+    updates = flatten(tx.update(params, tx.init(params), params)[0])
+    frozen = {f"query/lora_old/{name}" for name in "ab"}
+    rates = {path: 2.0 if path.endswith("/b") else 0.5 for path in updates}
+    assert {p: -float(x[0]) for p, x in updates.items()} == rates | dict.fromkeys(frozen, 0.0)
 
 
 @pytest.mark.witness(

@@ -177,8 +177,9 @@ class OptimizerOptions:
         groups = {f"{HEAD}/**": of(rate)} if rate else {}
         if self.lora_plus not in (None, 1.0):  # older runs store 1.0 for none
             faster = of((self.learning_rate or 0.0) * self.lora_plus)
-            lora = [method for method in recipe.attached if isinstance(method, LoRA)]
-            groups |= dict.fromkeys((f"**/{method.slot}/b" for method in lora), faster)
+            lora = [m for m in recipe.attached if isinstance(m, LoRA) and m.train]
+            # Of a module with several weights, such as experts, each has a node below the slot.
+            groups |= dict.fromkeys((f"**/{method.slot}/**/b" for method in lora), faster)
         tx = freeze_base(of(self.learning_rate), recipe, groups)
         tx = optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
         return self._with_budget(tx, steps, recipe)
