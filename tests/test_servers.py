@@ -18,6 +18,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.formats.servers import SERVERS, Server, for_server
 from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.merging import check_checkpoint
+from adapters_jax.finetune.pretrained.base_model import load_base_model
 from adapters_jax.transforms.merge import merge
 from adapters_jax.trees import unflatten
 
@@ -162,6 +163,26 @@ def test_dora_becomes_the_nearest_lora_and_its_error_is_stated(tmp_path, rank):
     worst = max(errors, key=errors.get)
     if rank < 10:
         assert f"{errors[worst]:.3g} of a change" in served.notes[1] and worst in served.notes[1]
+
+
+def test_dora_of_heads_that_lie_side_by_side_becomes_the_lora_of_each_part():
+    base = load_base_model(str(Path(__file__).parent / "fixtures/decoders/bloom"))
+    kernels, leaves = {}, {}
+    for i, name in enumerate(("query", "key", "value")):
+        path = f"layers/0/attention/{name}"
+        kernels[path] = own = np.asarray(base.flat({})[f"{path}/kernel"])
+        norm = np.linalg.norm(own, axis=0)
+        drawn = {"a": draw(i, len(own), 2), "b": draw(i + 3, 2, *norm.shape), "magnitude": 2 * norm}
+        leaves |= {f"{path}/lora/{leaf}": x for leaf, x in drawn.items()}
+    recipe = aj.DoRA(tuple(kernels), 2, alpha=3.0)
+    served = for_server(SGLANG, recipe, leaves, base.names, base.params, rank=12)
+    for path, kernel in kernels.items():
+        a, b, magnitude = (leaves[f"{path}/lora/{n}"] for n in ("a", "b", "magnitude"))
+        changed = kernel + 1.5 * np.tensordot(a, b, 1)
+        whole = magnitude * changed / np.linalg.norm(changed, axis=0) - kernel
+        made = np.tensordot(*(served.leaves[f"{path}/lora/{n}"] for n in "ab"), 1)
+        scale = next(iter(served.recipe)).scale_at(path)
+        np.testing.assert_allclose(scale * made, whole, rtol=0, atol=1e-5)
 
 
 def test_dora_that_loses_more_than_allowed_names_the_rank_that_would_do():

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapters_jax.errors import UserError, check_number, check_size
-from adapters_jax.files.layouts import Array, rounded
+from adapters_jax.files.layouts import Array, joined, rounded
 from adapters_jax.files.module_map import ModuleMap, Names, find_modules
 from adapters_jax.files.names import NameTable
 from adapters_jax.files.peft.config import KINDS, ROOT, Config, factor_keys, number_at
@@ -323,7 +323,7 @@ def _weight(name: str, inputs: int, module_map: ModuleMap) -> Array:
     if not all(hasattr(part, "__array__") for part in parts):
         raise UserError(f"{name}: DoRA changes the base's weight; give a base with its values")
     arrays = [np.asarray(part, np.float64).reshape(inputs, -1) for part in parts]
-    return np.concatenate(arrays, axis=1).T
+    return joined(arrays, module_map.at(name)[0].blocks).T
 
 
 def _stated(server: Server, lost: Mapping[str, _Lost], rank: int, max_error: float) -> str:
