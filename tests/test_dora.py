@@ -46,6 +46,21 @@ def test_dora_is_the_formula_in_both_apis():
     np.testing.assert_allclose(aj.merge(other)(X), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_without_a_weight_is_as_in_the_base():
+    model = aj.adapt(nn.Dense(OUT), DORA)
+    base = {"kernel": np.array(drawn((IN, OUT))), "bias": drawn((OUT,))}
+    base["kernel"][:, 1] = 0.0
+    params = aj.init_adapters(model, base, jax.random.key(0), X)
+
+    def sum_of(p):
+        return jnp.sum(model.apply({"params": p}, X))
+
+    expected = nn.Dense(OUT).apply({"params": base}, X)
+    np.testing.assert_allclose(model.apply({"params": params}, X), expected, rtol=1e-5)
+    np.testing.assert_allclose(aj.merge(model, params)["kernel"], base["kernel"], rtol=1e-5)
+    assert all(np.isfinite(x).all() for x in jax.grad(sum_of)(params)["lora"].values())
+
+
 def test_the_norm_is_not_differentiated():
     model, params = dense(DORA)
     norm = np.linalg.norm(turned(params), axis=0)

@@ -97,5 +97,6 @@ class DoRA(LoRA):
         # In float32, since a bfloat16 sum of squares over thousands of inputs stops growing when a
         # term is below 1/256 of it.
         norm = axes.norm(Changed.of(weight().astype(jnp.float32), fixed).formed())
-        ratio = leaves["magnitude"].astype(jnp.float32) / norm
+        # An output whose weights are all zero, as of tokens that only fill a table, stays zero.
+        ratio = leaves["magnitude"].astype(jnp.float32) / jnp.where(norm == 0.0, 1.0, norm)
         return {point.weight: (change, Scale(Factor(ratio, (*axes.shared, *axes.outputs))))}
