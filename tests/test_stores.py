@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import jax
@@ -135,6 +136,23 @@ def test_a_bucket_without_rights_is_named_with_what_it_refused(refusing, monkeyp
     monkeypatch.setattr(MemoryFileSystem, "find", refuse)
     with raises(FileSystemError, "memory://bucket/x cannot be read", "Access Denied", "'bucket'"):
         Checkpoints("memory://bucket/x")
+
+
+@pytest.mark.parametrize(
+    "where", ["azure.core.exceptions.AzureError", "huggingface_hub.errors.HTTPError"]
+)
+def test_an_error_that_is_none_of_the_system_is_one_sentence(where, store, monkeypatch):
+    module, _, name = where.rpartition(".")
+    error = type(name, (Exception,), {})
+    monkeypatch.setitem(sys.modules, module, None)
+
+    def refuse(*arguments, **options):  # clients import them late
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: error}))
+        raise error("no route to the host")
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", refuse)
+    with raises(FileSystemError, "memory://bucket/x cannot be read", "no route to the host"):
+        aj.read_adapter("memory://bucket/x")
 
 
 def write(directory, files):

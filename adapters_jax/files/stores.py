@@ -35,6 +35,7 @@ _RAISED = (
     *(("botocore.exceptions", name) for name in ("BotoCoreError", "ClientError")),
     *(("google.auth.exceptions", "GoogleAuthError"), ("gcsfs.retry", "HttpError")),
     *(("aiohttp", "ClientError"), ("requests", "RequestException")),
+    *(("azure.core.exceptions", "AzureError"), ("huggingface_hub.errors", "HTTPError")),
 )
 
 
@@ -262,12 +263,13 @@ def _open(address: str) -> tuple[Any, str]:
 @contextlib.contextmanager
 def _errors(address: str, verb: str) -> Iterator[None]:
     """Turns what the client of a store raises into a FileSystemError that names the address."""
-    modules = [(sys.modules.get(module), name) for module, name in _RAISED]
-    kinds = [getattr(module, name, None) for module, name in modules]
     try:
         yield
-    except (OSError, *filter(None, kinds)) as problem:
-        if isinstance(problem, UserError):
+    except Exception as problem:
+        # Only now, since a client may import these with its first request.
+        modules = [(sys.modules.get(module), name) for module, name in _RAISED]
+        kinds = [getattr(module, name, OSError) for module, name in modules]
+        if isinstance(problem, UserError) or not isinstance(problem, (OSError, *kinds)):
             raise
         why = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
         if isinstance(problem, FileNotFoundError):
