@@ -22,6 +22,7 @@ from test_jobs import NODE, ROOT, free_port
 
 import adapters_jax as aj
 from adapters_jax.errors import FileSystemError, MissingPackageError
+from adapters_jax.files import adapter, directories
 from adapters_jax.files.adapterhub import save_adapterhub
 from adapters_jax.files.checkpoint import CheckpointError, Checkpoints
 from adapters_jax.files.peft import load_peft, save_peft
@@ -103,6 +104,48 @@ def test_what_replaces_an_adapter_leaves_nothing_of_it(store):
     with raises(aj.UserError, "bucket/notes", "not just an adapter"):
         aj.save_adapter("memory://bucket/notes", {"q": {"lora": factors(2)}}, aj.LoRA("q", 2))
     assert store["/bucket/notes/mine.txt"].getvalue() == b"1"
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft"])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_adapter_that_is_replaced_meanwhile_is_not_read_mixed(
+    kind, there, store, tmp_path, monkeypatch
+):
+    """The one has the scale 2 and the other the scale 4, which the tensors do not tell."""
+    where, tree = (
+        "memory://bucket/mine" if there else tmp_path / "mine",
+        {"q": {"lora": factors(2)}},
+    )
+
+    def write(alpha):
+        recipe = aj.LoRA("q", 2, alpha)
+        if kind == "peft":
+            return save_peft(where, recipe, tree, NAMES, PARAMS)
+        return aj.save_adapter(where, tree, recipe)
+
+    def read():
+        return load_peft(where, NAMES, PARAMS) if kind == "peft" else aj.read_adapter(where)
+
+    def replacing(call):
+        def first(*arguments):
+            result = call(*arguments)
+            monkeypatch.undo()
+            write(8)
+            return result
+
+        return first
+
+    write(4)
+    if there:
+        monkeypatch.setattr(MemoryFileSystem, "get_file", replacing(MemoryFileSystem.get_file))
+    elif kind == "peft":
+        own = directories.Pair.read_tensors
+        monkeypatch.setattr(directories.Pair, "read_tensors", replacing(own))
+    else:
+        monkeypatch.setattr(adapter.Manifest, "read", replacing(adapter.Manifest.read))
+    with raises(aj.UserError, "mine", "replaced while it was read"):
+        read()
+    assert read()[0].attached[0].alpha == 8
 
 
 def test_what_is_not_there_or_not_installed_is_named(store, monkeypatch):

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from adapters_jax.errors import AdapterFileError, OtherBaseError, UserError, first_few, full_name
 from adapters_jax.files import hub
 from adapters_jax.files.atomic import Content, write_directory
-from adapters_jax.files.destinations import own_directory, texts
+from adapters_jax.files.destinations import own_directory, texts, unmoved
 from adapters_jax.files.identity import BaseIdentity, tree_sha256, with_tree
 from adapters_jax.files.manifest import CONFIG, Manifest
 from adapters_jax.files.untrusted import (
@@ -331,12 +331,13 @@ def opened_adapter(directory: Path) -> Iterator[tuple[Manifest, TensorFile, Tens
                 "one of AdapterHub by load_adapterhub of adapters_jax.files.adapterhub; "
                 "`adapters-jax convert THEIRS OURS --to native --model BASE` makes one of either"
             )
-    manifest = Manifest.read(directory / CONFIG)
     with contextlib.ExitStack() as files:
-        tensors = files.enter_context(open_tensors(directory / TENSORS))
-        state = None
-        if manifest.state_tensors:
-            state = files.enter_context(open_tensors(directory / STATE))
+        with unmoved(directory):
+            manifest, state = Manifest.read(directory / CONFIG), None
+            tensors = files.enter_context(open_tensors(directory / TENSORS))
+            if manifest.state_tensors:
+                state = files.enter_context(open_tensors(directory / STATE))
+        if state is not None:
             manifest.check_state(state.shapes, state.path)
         yield manifest, tensors, state
 

@@ -1,7 +1,8 @@
 """Where an adapter may be written: a directory that is new, empty, or has just such an adapter."""
 
+import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from adapters_jax.errors import AdapterFileError, UserError, file_errors, shortened
@@ -55,6 +56,15 @@ def texts(beside: Mapping[str, str] | None) -> dict[str, bytes]:
         if Path(name).name != name:
             raise UserError(f"beside: {name!r} is not a file name; give one without a directory")
     return {name: text.encode("utf-8") for name, text in (beside or {}).items()}
+
+
+@contextlib.contextmanager
+def unmoved(directory: Path) -> Iterator[None]:
+    """Raises AdapterFileError at the end if another process has replaced a directory within."""
+    before = _identity(directory)
+    yield
+    if _identity(directory) != before:
+        raise AdapterFileError(f"{directory} was replaced while it was read; read it again")
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

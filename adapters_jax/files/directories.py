@@ -19,7 +19,7 @@ from adapters_jax.errors import (
 from adapters_jax.files import hub
 from adapters_jax.files.adapter import TENSORS
 from adapters_jax.files.atomic import write_directory
-from adapters_jax.files.destinations import own_directory, texts
+from adapters_jax.files.destinations import own_directory, texts, unmoved
 from adapters_jax.files.layouts import Array
 from adapters_jax.files.manifest import CONFIG
 from adapters_jax.files.pickled import read_pickled
@@ -62,6 +62,10 @@ class Pair:
             AdapterFileError: a file is absent or damaged, exceeds a limit of ours, or its pickle
                 holds more than tensors.
         """
+        with unmoved(directory):
+            return self._read(directory)
+
+    def _read(self, directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         tensors = self.read_tensors(directory)
         lacking = [] if (directory / self.config).is_file() else [self.config]
         lacking += [] if tensors is not None else [f"{self.tensors} or {self.pickle}"]

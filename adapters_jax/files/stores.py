@@ -101,7 +101,12 @@ def fetch(address: str, files: Sequence[str]) -> Path | None:
         return None
     directory = Path(tempfile.mkdtemp(prefix="adapters-jax-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    # Whoever replaces an adapter removes its mark first, and writes the new one last.
+    found.sort(key=_is_mark, reverse=True)
     _copy_here(address, found, directory)
+    marks = filter(_is_mark, found)
+    if any(_content(address, mark) != (directory / mark).read_bytes() for mark in marks):
+        raise FileSystemError(f"{address} was replaced while it was read; read it again")
     _FETCHED[directory] = address
     return directory
 
@@ -237,6 +242,16 @@ def _copy_here(address: str, files: Sequence[str], directory: Path) -> None:
                 )
             place.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(f"{root}/{name}", str(place))
+
+
+def _content(address: str, name: str) -> bytes | None:
+    """The content of a file below an address; None where it is gone."""
+    store, root = _open(address)
+    with _errors(address, "read"):
+        try:
+            return bytes(store.cat_file(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
 
 
 def _open(address: str) -> tuple[Any, str]:
