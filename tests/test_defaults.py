@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from helpers.errors import raises
 from helpers.tiny import (
     BAD,
@@ -78,6 +79,18 @@ def test_a_lora_plus_of_1_which_older_runs_store_is_none():
             for ratio in (None, 1.0)
         )
         assert jax.tree.structure(one) == jax.tree.structure(none)
+
+
+def test_no_bias_decays_whatever_its_name():
+    recipe = aj.Recipe(aj.Compacter("layer", 8, shared_rule=False))
+    model = aj.adapt(nn.Dense(8, name="layer"), aj.Compacter("**", 8, shared_rule=False))
+    base = nn.Dense(8).init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    params = aj.init_adapters(model, base, jax.random.key(1), jnp.ones((1, 8)))
+    own = {"layer": {"compacter": jax.tree.map(jnp.ones_like, params["compacter"])}}
+    tx = OptimizerOptions(0.5, weight_decay=0.1, warmup=0.0, clip=0.0).make(1, recipe)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, own), tx.init(own), own)
+    decayed = {path.rpartition("/")[2] for path, x in flatten(updates).items() if x.any()}
+    assert decayed and decayed == {*params["compacter"]} - {"down_bias", "up_bias"}
 
 
 def test_lora_plus_is_for_every_b_that_trains():

@@ -284,6 +284,8 @@ def _decays(params: Any) -> Any:
 
     from adapters_jax.trees import path_of
 
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, _: path_of(key_path).rpartition("/")[2] not in ("bias", "scale"), params
-    )
+    def decays(key_path: Any, _: Any) -> bool:
+        name = path_of(key_path).rpartition("/")[2]
+        return name != "scale" and not name.endswith("bias")  # Compacter has a down_bias
+
+    return jax.tree_util.tree_map_with_path(decays, params)
