@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.parts.rotary import RopeScaling
 from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.finetune.serving import (
     BusyError,
@@ -798,3 +800,22 @@ def test_a_beginning_ends_where_steps_of_all_rows_go_on():
     slots.step([7, None], [None, None], [Choice()] * 2)
     slots.read(0, [8], False, None, Choice())
     assert slots.reuse(1, [5, 6, 8, 9]) == 2
+
+
+@pytest.mark.parametrize("context", [16, 64])
+def test_rotations_by_the_length_of_the_text_are_those_of_the_context(context):
+    """A step is narrower than the cache, and the cache is wider than the context."""
+    longrope = {"short_factor": (1.0,) * 4, "long_factor": (1.0, 3.0, 8.0, 20.0)}
+    scaling = RopeScaling("longrope", 4.0, original_max_position_embeddings=16, **longrope)
+    base = Decoder(replace(CONFIG, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    model = aj.adapt(base, RECIPES["small"], rngs=nnx.Rngs(1))
+    slots = Slots(aj.Bank(model, capacity=2), rows=2, context=context, pieces=(1, 8))
+    prompt = [5, 6, 7, 8, 33, 12, 60, 44]
+    made = [slots.read(0, prompt, True, None, Choice())]
+    for _ in range(6):
+        made.append(slots.step([made[-1].id, None], [None] * 2, [Choice()] * 2)[0])
+    ids = [token.id for token in made]
+    whole = jnp.pad(jnp.array([prompt + ids]), ((0, 0), (0, context - len(prompt) - len(ids))))
+    expected = jax.nn.log_softmax(base(whole))[0, len(prompt) - 1 :][: len(ids)]
+    expected = jnp.take_along_axis(expected, jnp.array(ids)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose([token.logprob for token in made], expected, atol=1e-4)

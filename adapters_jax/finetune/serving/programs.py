@@ -29,16 +29,22 @@ from adapters_jax.weights.meshes import groups_split, on_mesh, over_groups
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["adapters", "base"],
-    meta_fields=["graphdef", "mesh"],
+    meta_fields=["graphdef", "mesh", "context"],
 )
 @dataclass(frozen=True)
 class Model:
-    """A bank's decoder, as the programs take it."""
+    """A bank's decoder, as the programs take it.
+
+    Attributes:
+        context: the largest number of tokens of a row. Rotations that depend on the length are of
+            it in all programs, since keys outlive the width of a step.
+    """
 
     graphdef: Any
     adapters: Any
     base: Any
     mesh: Mesh | None
+    context: int
 
     def merged(self) -> Any:
         """The decoder, with new Variables."""
@@ -68,7 +74,7 @@ def step(
         of_row = jax.tree.map(lambda x: x[None], index)
         seen, ids = cache.narrow(width), token[None, None]
         given = {"adapters": of_row} | ({} if acts is None else {"invoked": acts[None]})
-        hidden, new = decoder.extend(ids, live[None, None], seen, **given)
+        hidden, new = decoder.extend(ids, live[None, None], seen, model.context, **given)
         logits = decoder.logits(hidden[:, 0], **given)[0]
         return logits, new.widen(cache)._replace(used=cache.used + live)
 
@@ -107,7 +113,9 @@ def read(
     old = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x[0]), x[row]), caches)
     mask = jnp.arange(len(ids)) < count
     with on_mesh(model.mesh):
-        hidden, new = decoder.extend(ids[None], mask[None], old, adapters=rows, **each)
+        hidden, new = decoder.extend(
+            ids[None], mask[None], old, model.context, adapters=rows, **each
+        )
     logits = decoder.logits(hidden[:, count - 1], adapters=rows, **last)
     new = new._replace(used=old.used + count)
 

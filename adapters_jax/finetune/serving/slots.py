@@ -70,7 +70,7 @@ class Slots:
         self._words = -(-sizes[1] // 32)
         # Made once, so that steps without grammars send nothing to the device.
         self._any = {n: jnp.full((n, self._words), -1, jnp.int32) for n in (1, rows)}
-        self.bank, self._model = bank, programs.Model(*bank.split, mesh)
+        self.bank, self._model = bank, programs.Model(*bank.split, mesh, context)
         self._last: dict[int, tuple[Sequence[Fitted | None], Rows]] = {}
         self.needed: tuple[_Program, ...] = ("mark", 0), ("read", self.pieces[-1])
         more = [("read", piece) for piece in reversed(self.pieces)]

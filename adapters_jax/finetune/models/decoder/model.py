@@ -282,6 +282,7 @@ class Decoder(nnx.Module):
         input_ids: Int[Array, "batch length"],
         attention_mask: Num[Array, "batch length"],
         cache: Cache,
+        longest: int | None = None,
     ) -> tuple[Float[Array, "batch length d"], Cache]:
         """Computes the hidden states of further tokens, and extends the cache by them.
 
@@ -290,6 +291,8 @@ class Decoder(nnx.Module):
             attention_mask: 1 for tokens and 0 for padding.
             cache: from `empty_cache` or an earlier call. It must have room for the tokens; only the
                 first call can check that.
+            longest: the length of the text, on which some rotations depend; by default the slots of
+                the cache. All calls for one cache need the same.
 
         Returns:
             The hidden states after the last norm, and the extended cache.
@@ -309,7 +312,8 @@ class Decoder(nnx.Module):
             )
 
         masks = [of(kind) for kind in kinds]
-        contexts = self._contexts(masks, positions, cache.held.shape[1], cache.positions)
+        longest = cache.held.shape[1] if longest is None else longest
+        contexts = self._contexts(masks, positions, longest, cache.positions)
         x = self._stream(self._embed(input_ids, positions), input_ids)
         with known_tokens(attention_mask, before=positions):
             x, cache = extend_layers(self.layers, x, contexts, numbers, cache)
