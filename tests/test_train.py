@@ -351,6 +351,23 @@ def test_an_optimiser_may_keep_parameters_keys_and_numbers():
     assert metrics[-1]["finite"] == 1.0 and step.jitted._cache_size() == 1
 
 
+def test_an_optimiser_that_asks_for_the_loss_gets_it():
+    """Alone and together; what asks for more is one sentence."""
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()), lambda grads, state, params, *, value: (grads, value)
+    )
+    tx = aj.freeze_base(optax.chain(SGD, seen), RECIPE)
+    alone, metrics = step_of("linen")(state_of("linen", tx), batch())
+    assert metrics["loss"] in jax.tree.leaves(alone.opt_state)
+    together = aj.stack_states([state_of("linen", tx)] * 2)
+    batches = jax.tree.map(lambda *x: jnp.stack(x), batch(), batch())
+    together, metrics = step_of("linen")(together, batches)
+    for state, loss in zip(aj.unstack_states(together), metrics["loss"], strict=True):
+        assert loss in jax.tree.leaves(state.opt_state)
+    with raises(aj.UserError, "make_train_step", "value_fn"):
+        step_of("linen")(state_of("linen", optax.lbfgs()), batch())
+
+
 class Dropping(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):

@@ -114,7 +114,8 @@ class TrainState:
                 `{"batch_stats": variables["batch_stats"]}`. The loss function then gets variables
                 instead of params, and may return new collections; see `make_train_step`.
             tx: the optimiser; it sees only the trained part, so plain optax is enough, also with
-                clipping or accumulation around it. `freeze_base` is for groups.
+                clipping or accumulation around it. `freeze_base` is for groups. One that asks for
+                `value`, as `optax.contrib.reduce_on_plateau`, gets the loss.
             key: seeds the steps' randomness.
             loss_scale: for a model that computes in float16, a `DynamicScale()` of
                 `flax.training.dynamic_scale`: the scale is halved, and the step changes nothing

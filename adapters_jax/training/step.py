@@ -128,7 +128,7 @@ def make_train_step(
         # them with the rest of the state.
         with on_mesh(state.mesh), mapping() if several else contextlib.nullcontext():
             changed, grads, metrics = each(replace(state, opt_state=None), base, batch)
-        state = _updated(state, changed, grads, metrics["finite"], active)
+        state = _updated(state, changed, grads, metrics, active)
         state = _laid_out(state if only is None else put_back(whole, state, only))
         return state, {**metrics, "finite": metrics["finite"].astype(jnp.float32)}
 
@@ -218,13 +218,23 @@ def _measured(
 
 
 def _updated(
-    state: TrainState, changed: Any, grads: Tree, finite: Array, active: Array | None
+    state: TrainState, changed: Any, grads: Tree, metrics: Metrics, active: Array | None
 ) -> TrainState:
     """The state after a step: its number and loss scale alone where something is not finite."""
-    other, scale = changed
+    (other, scale), finite = changed, metrics["finite"]
 
     def after() -> tuple[Any, ...]:
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.adapters)
+        # Some optimisers ask for the loss; others would not take it.
+        several = isinstance(state.tx, Optimizers)
+        tx: Any = state.tx if several else optax.with_extra_args_support(state.tx)
+        try:
+            given = grads, state.opt_state, state.adapters
+            updates, opt_state = tx.update(*given, value=metrics["loss"])
+        except (TypeError, AttributeError) as error:
+            raise UserError(
+                "make_train_step: a step gives tx the gradients, its state, what trains and "
+                f"value=, the loss, and optax says: {error}; write another optimiser"
+            ) from error
         return optax.apply_updates(state.adapters, updates), opt_state, other
 
     before = state.adapters, state.opt_state, state.other

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adapters_jax.errors import UserError, compare_trees, shown
 from adapters_jax.training.state import TrainState
@@ -37,11 +38,18 @@ class Optimizers:
             each.setdefault(id(tx), []).append(i)
         return cls(tuple((optimizers[own[0]], tuple(own)) for own in each.values()))
 
-    def update(self, grads: Tree, states: Any, params: Tree) -> tuple[Tree, Any]:
+    def update(
+        self, grads: Tree, states: Any, params: Tree, value: Float[Array, " states"]
+    ) -> tuple[Tree, Any]:
         """The updates of all trainings, and the states after them; as in optax."""
         parts, after = [], []
+
+        def one(tx: Any, *given: Any) -> tuple[Tree, Any]:
+            return optax.with_extra_args_support(tx).update(*given[:-1], value=given[-1])
+
         for (tx, own), state in zip(self.groups, states, strict=True):
-            updates, state = jax.vmap(tx.update)(_rows(grads, own), state, _rows(params, own))
+            given = _rows(grads, own), state, _rows(params, own), _rows(value, own)
+            updates, state = jax.vmap(partial(one, tx))(*given)
             parts.append(updates)
             after.append(state)
         if len(parts) == 1:
