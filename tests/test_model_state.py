@@ -610,3 +610,38 @@ def test_state_of_unrolled_layers_loads_onto_scanned_ones_and_back(tmp_path):
         [1.0] * 3,
         [2.0] * 3,
     ]
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False, momentum=0.5, name="norm")(x)
+
+
+class NnxNorm(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_module_that_runs_again_on_a_changed_input_has_the_statistics_of_one_call(api):
+    """What it read without the adapter is no batch of its own."""
+    recipe = aj.Bottleneck("norm", 2, placement="norm", init_std=1e-6, dropout=0.5)
+    x = jax.random.normal(jax.random.key(0), (ROWS, 3)) + 3.0
+    if api == "linen":
+        variables = LinenNorm().init(jax.random.key(0), x)
+        model = aj.adapt(LinenNorm(), recipe)
+        params = aj.init_adapters(model, variables["params"], jax.random.key(1), x)
+        options = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
+        _, after = model.apply({**variables, "params": params}, x, **options)
+        mean = after["batch_stats"]["norm"]["mean"]
+    else:
+        model = aj.adapt(NnxNorm(), recipe, rngs=nnx.Rngs(1), example_inputs=(x,))
+        model(x)
+        mean = model.norm.mean[...]
+        counts = jax.tree.leaves(nnx.state(model, nnx.RngCount))
+        assert counts == [1]  # so the next call draws another key
+    np.testing.assert_allclose(mean, x.mean(0) / 2, rtol=1e-4)

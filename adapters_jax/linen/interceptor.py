@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 from flax.nnx import bridge
@@ -32,7 +33,7 @@ from adapters_jax.trace.heads import Inline
 from adapters_jax.trace.program import named
 from adapters_jax.trace.registry import Attention, AttentionFn
 from adapters_jax.trace.watch import check_names, looking, note_returned, watched
-from adapters_jax.trees import flatten, join
+from adapters_jax.trees import Tree, flatten, join
 from adapters_jax.weights.changes import without_dropout
 from adapters_jax.weights.quantized import is_quantized, unboxed
 
@@ -63,11 +64,31 @@ def evaluation_flag(module: nn.Module, function: Any, args: Any, kwargs: Any) ->
     return None
 
 
-def _rerun(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _rerun(module: Any, before: Tree, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Repeats a call of a compact module, in a scope where all names are free again."""
     # flax gives a name in a scope once; a bound module is frozen but for this.
     object.__setattr__(module, "scope", module.scope.rewound())
+    _put_back(_changing(module), before)
     return run(*args, **kwargs)
+
+
+def _changing(module: Any) -> dict[str, Any]:
+    """The collections beside the parameters that a call of a module changes, by name."""
+    scope = module.scope
+    scope.variables()  # which takes them from the scopes around
+    names = [name for name in scope._variables if scope.is_mutable_collection(name)]
+    return {name: scope._variables[name] for name in names if name != "params"}
+
+
+def _put_back(now: dict[str, Any], before: Tree) -> None:
+    """Changes collections to what they were, in place, since other scopes hold parts of them."""
+    for name, x in [*now.items()]:
+        if isinstance(x, dict):
+            _put_back(x, before.get(name, {}))
+        elif name in before:
+            now[name] = before[name]
+        else:
+            del now[name]
 
 
 def _bound(
@@ -196,6 +217,8 @@ class Interceptor:
         if names:
             self._running[-1].children[names[-1]] = (module, (args, kwargs))
         self._running.append(here)
+        twice = any(method.changes_input for method in self.recipe.at(path))
+        before = jax.tree.map(lambda x: x, _changing(module)) if twice else {}
         try:
             with without_dropout(evaluation is True):
                 y = self._prompted(module, path, here, run, args, kwargs)
@@ -206,7 +229,7 @@ class Interceptor:
         if reentrant or call != "__call__":
             self.uncalled[path] = module
             return y
-        run = functools.partial(_rerun, module, run)
+        run = functools.partial(_rerun, module, before, run)
         return self._adapted(module, path, run, args, kwargs, y, here)
 
     def _adapted(

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx import bridge
 from jaxtyping import Array
@@ -94,6 +95,10 @@ _CONTAINERS: dict[tuple[type, ...], dict[str, Any]] = {
 }
 
 
+# What a call of a module changes; but for counters of keys, so that no key is drawn twice.
+_CHANGING = nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate, nnx.RngState))
+
+
 def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
     """`__getattr__` of a module class, whose error says what other libraries' names are here."""
     inherited: Any = getattr(cls, "__getattr__", cls.__getattribute__)
@@ -112,16 +117,24 @@ def _explained(cls: type[Any]) -> Callable[[Any, str], Any]:
 def _thin_call(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function of a module class, computed thin, and with the state that the base would have."""
 
+    def rerun(self: Any, before: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None:  # statistics are of the changed input alone
+            nnx.update(self, before)
+        return call(self, *args, **kwargs)
+
     def adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        acting = [held for held in holds(self) if held.method.acts_on == "output"]
+        before = None
+        if any(held.method.changes_input for held in acting):
+            before = jax.tree.map(lambda x: x, nnx.state(self, _CHANGING))
         with attending(self, name) as enter:
             args, kwargs = enter((args, kwargs))
             y = call(self, *args, **kwargs)
-        acting = [held for held in holds(self) if held.method.acts_on == "output"]
         if name != "__call__" or not acting:
             return y
         methods = [(held.method, functools.partial(_bound, self, held)) for held in acting]
         x = calls.input_of(self, args, kwargs)
-        again = calls.with_input(functools.partial(call, self), self, args, kwargs)
+        again = calls.with_input(functools.partial(rerun, self, before), self, args, kwargs)
         return outputs.adapted(methods, acting[0].path, again, x, y)
 
     @registry.calls_base
