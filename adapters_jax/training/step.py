@@ -227,13 +227,15 @@ def _updated(
         # Some optimisers ask for the loss; others would not take it.
         several = isinstance(state.tx, Optimizers)
         tx: Any = state.tx if several else optax.with_extra_args_support(state.tx)
+        given = grads, state.opt_state, state.adapters
         try:
-            given = grads, state.opt_state, state.adapters
             updates, opt_state = tx.update(*given, value=metrics["loss"])
-        except (TypeError, AttributeError) as error:
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
             raise UserError(
                 "make_train_step: a step gives tx the gradients, its state, what trains and "
-                f"value=, the loss, and optax says: {error}; write another optimiser"
+                f"value=, the loss, and tx asks for more: {error}; give another optimiser"
             ) from error
         return optax.apply_updates(state.adapters, updates), opt_state, other
 
