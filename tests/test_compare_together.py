@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ from helpers.tiny import write_llama, write_meanings, write_model, write_reviews
 from safetensors.numpy import load_file
 from test_compare import compare
 
+from adapters_jax.files.checkpoint import Checkpoints
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.compare import together
 from adapters_jax.finetune.console import Console
+from adapters_jax.finetune.options.parsing import parse
+from adapters_jax.finetune.runs.stopping import Interrupts
 from adapters_jax.finetune.tasks.labelled_problem import LabelledProblem
 
 RECIPES = ("lora --rank 2 --learning-rates 1e-2 3e-3",)
@@ -170,3 +175,32 @@ def test_decoders_train_together(tmp_path, monkeypatch):
     with timed(0.1):
         assert main([*words.split(), *recipes, "--out", "together", "--together"]) == 0
     same_cells(tmp_path, "together")
+
+
+def decoder_jobs(words, seeds):
+    """Open runs of a tiny Llama in the current directory that differ in their seed."""
+    write_llama(Path("llama"), num_hidden_layers=1)
+    words += " --model llama --method lora --rank 2 --targets **/{query,value}"
+    own = [[*words.split(), "--seed", str(seed), "--name", f"seed-{seed}"] for seed in seeds]
+    return [parse(Finetune, each).prepare(Console(json=True)) for each in own]
+
+
+def test_a_program_reads_the_tokens_to_learn_of_every_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long, short = ("food", "Thai " * 19 + "Thai"), ("food " * 19 + "food", "Thai")
+    parts = {"train": [long] * 2 + [short] * 6, "dev": [short] * 2, "test": [short]}
+    for name, rows in parts.items():
+        lines = ["mr,ref", *(f"{mr} {i},{ref}" for i, (mr, ref) in enumerate(rows))]
+        Path(f"{name}.csv").write_text("\n".join(lines) + "\n")
+    words = "--train train.csv --dev dev.csv --test test.csv --prompt mr --completion ref --no-chat"
+    words += " --max-length 46 --exact-match 0 --max-steps 1 --batch-size 4"
+    jobs = decoder_jobs(words, (0, 2))  # the long completions share a sequence with seed 2 alone
+    assert [job.problem.most for job in jobs] == [32, 48]
+    with timed(0.1), Interrupts() as interrupts:
+        assert together.train_together(jobs, interrupts, print) == [True, True]
+    for job in jobs:
+        with Checkpoints(job.run.checkpoints) as checkpoints:
+            records = checkpoints.progress()["records"]
+        (loss,) = (record["loss"] for record in records if "loss" in record)
+        expected = job.problem.loss(job.problem.model, job.problem.batch(0), None)
+        assert loss == pytest.approx(float(expected), rel=1e-4)

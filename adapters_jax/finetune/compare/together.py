@@ -145,7 +145,8 @@ class _Group:
         base = trainings[0].state.base
         for training in trainings:
             training.state = replace(training.state, base=base)
-        first = trainings[0]
+        # A loss reads `most` tokens of a sequence, and seeds pack rows differently.
+        first = max(trainings, key=lambda training: getattr(training.problem, "most", 0))
         loss = first.options.loss_of(first.problem)
         step = make_train_step(loss, accumulate=first.options.accumulate)
         return cls(members, stack_states([training.state for training in trainings]), step)
