@@ -204,3 +204,14 @@ def test_a_program_reads_the_tokens_to_learn_of_every_seed(tmp_path, monkeypatch
         (loss,) = (record["loss"] for record in records if "loss" in record)
         expected = job.problem.loss(job.problem.model, job.problem.batch(0), None)
         assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_preferences_have_their_reference_before_they_train_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"food {i}", "chosen": "It is Thai", "rejected": "It is"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--train rows.jsonl --task preference --max-length 16 --max-steps 1 --batch-size 4"
+    jobs = decoder_jobs(words, (0, 1))
+    with timed(9.0), Interrupts() as interrupts:
+        assert together.train_together(jobs, interrupts, print) == [False, False]
+    assert all(job.run.reference.exists() for job in jobs)

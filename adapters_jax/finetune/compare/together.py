@@ -45,6 +45,8 @@ def train_together(
         CheckpointError: the training could not be saved, or a checkpoint cannot be read.
     """
     first = jobs[0]
+    for job in jobs:
+        job.prepared.begin(job.run, job.console.progress)
     why = {i: _why_apart(first, job) for i, job in enumerate(jobs)}
     for i, reason in why.items():
         if reason:
