@@ -16,11 +16,14 @@ from helpers.tiny import write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import adapters_jax as aj
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import NOTHING, tokenize
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.inference import load_predictor
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.report.findings import read_findings
 from adapters_jax.finetune.run_directory import Run
@@ -32,6 +35,7 @@ from adapters_jax.finetune.tasks.question_answering import Answer, Spans
 from adapters_jax.finetune.tasks.readout import Inputs
 from adapters_jax.finetune.tasks.sentence_embedding import Embeddings
 from adapters_jax.finetune.tasks.token_classification import Tags, TokenClassification, first_pieces
+from adapters_jax.trees import flatten
 
 NER, QA, CHOICE = "token-classification", "question-answering", "multiple-choice"
 ASKED = {"question": "q", "context": "c", "answers": "answers"}
@@ -182,6 +186,17 @@ def test_embeddings_learn_the_scores_of_pairs(tmp_path, monkeypatch, capsys):
         assert main(f"{PAIRS}2 --label score --method head-only".split()) == 2
     with command_raises(aj.UserError, "--metrics mrr", "spearman"):
         assert main(f"{PAIRS}2 --label score --metrics mrr".split()) == 2
+
+
+def test_embeddings_train_no_head(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("tiny"))
+    paired(Path("rows.jsonl"))
+    for number, method in enumerate(("full", "bitfit", "lora --targets **/{query,head}")):
+        words = f"{PAIRS}{number} --label score --method {method}".split()[1:]
+        job = parse(Finetune, words).prepare(Console(json=True))
+        trained = flatten(aj.partition(job.problem.params, job.problem.recipe)[0])
+        assert trained and not [path for path in trained if path.startswith("head/")]
 
 
 def test_a_column_of_scores_may_have_the_name_label(tmp_path):

@@ -153,6 +153,8 @@ class EncoderTask(Task):
         )
         if not readout.has_head and recipe == head_only():
             raise UserError(f"--task {self.name} has no head to train; give another --method")
+        if not readout.has_head:
+            recipe = _without_head(recipe)
         if setup.augment and recipe == head_only():
             raise UserError(
                 "--augment: a head that trains alone reads features that are computed once, of "
@@ -248,6 +250,20 @@ class LabelledTexts(LabelledTask):
     pipeline = "text-classification"
     columns: ClassVar[Columns] = {"text": "text", "text_pair": None, "label": "label"}
     flags = (*LabelledTask.flags, "glue", "data", "pooling")
+
+
+def _without_head(recipe: Recipe) -> Recipe:
+    """A recipe that leaves the head alone: the identity in its place is in no merged checkpoint."""
+
+    def reaches(each: Recipe) -> bool:
+        leaves = (f"{HEAD}/kernel", f"{HEAD}/bias")
+        return bool(each.at(HEAD)) or any(map(each.trains, leaves))
+
+    kept = [each for each in recipe if Recipe(each) != head_only()]
+    own = [f"!{HEAD}/**"]
+    return Recipe(
+        [replace(e, targets=(*e.targets, *own)) if reaches(Recipe(e)) else e for e in kept]
+    )
 
 
 def _width(encoder: Encoder, readout: Readout) -> int:
