@@ -62,7 +62,7 @@ def flags_of(place, name, *flags):
         2,
     ) * decoder
     if "--train" in flags:
-        rows = ("--text", "review", "--batch-size", 16)
+        rows = (*("--text", "review") * ("--task" not in flags), "--batch-size", 16)
     rows = rows or ("--train", place / "reviews.jsonl", "--text", "review", "--batch-size", 16)
     own = ("--model", place / ("llama" if decoder else "tiny"), "--runs", place, "--name", name)
     shared = (
@@ -195,6 +195,35 @@ def test_a_head_of_other_classes_is_new(place):
     assert leaves["head/bias"].shape == (3,)
     path = "bert/layer_0/attention/query/lora/b"
     np.testing.assert_array_equal(leaves[path], stored(place / "first")[path])
+
+
+def test_a_head_of_another_task_is_left_out(place):
+    def rows(name, **columns):
+        lines = [json.loads(line) for line in (place / "reviews.jsonl").read_text().splitlines()]
+        found = [{k: make(row) for k, make in columns.items()} for row in lines[:64]]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        return "--train", place / f"{name}.jsonl"
+
+    def first_word(row):
+        return row["review"].split()[0]
+
+    asked = rows(
+        "asked", question=first_word, context=lambda row: row["review"], answers=first_word
+    )
+    words = {"tokens": lambda row: row["review"].split()}
+    tagged = rows("tagged", **words, ner_tags=lambda row: ["B-x", *"O" * row["review"].count(" ")])
+    untrained(place, "asks", *asked, *LORA, "--task", "question-answering", "--max-length", 16)
+    before = stored(place / "asks")
+    # Its head has two outputs for each token: as many as that of two tags, or of two classes.
+    for name, flags in {
+        "tags": (*tagged, "--task", "token-classification"),
+        "classes": ("--train", place / "reviews.jsonl"),
+    }.items():
+        _, leaves = began(prepared(place, name, *flags, "--init-from", place / "asks"))
+        assert leaves["head/kernel"].shape == before["head/kernel"].shape
+        assert not np.array_equal(leaves["head/kernel"], before["head/kernel"])
+        path = "bert/layer_0/attention/query/lora/b"
+        np.testing.assert_array_equal(leaves[path], before[path])
 
 
 @pytest.mark.slow

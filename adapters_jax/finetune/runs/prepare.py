@@ -119,7 +119,7 @@ def prepare_run(
         options = replace(options, init_from=start.name)  # of the Hub: with its commit
     prepared = task.prepare(data, _setup(options, training, task, console, start))
     if start is not None:
-        prepared = start.begin(prepared, console.say)
+        prepared = start.begin(prepared, task.name, console.say)
     problem, steps = prepared.problem, len(prepared.problem.train)
     if options.optimizer.max_steps is not None:
         passes: dict[str, Any] = {"epochs": options.optimizer.max_steps / steps, "max_steps": None}

@@ -47,6 +47,7 @@ class Start:
         leaves: its arrays, by path.
         pooling: what its head reads, as far as a run says so.
         labels: the classes of its head, as far as a run says so.
+        task: the task of its head, as far as a run says so.
         own: makes the recipe of the run's flags; None if they name no method.
     """
 
@@ -55,6 +56,7 @@ class Start:
     leaves: Mapping[str, Any]
     pooling: str | None
     labels: tuple[str, ...]
+    task: str | None
     own: Callable[..., Recipe] | None
 
     @classmethod
@@ -69,10 +71,10 @@ class Start:
         name = _pinned(options.init_from)
         source = open_source(_directory(name), options.model, options.pooling, headed=True)
         own = options.method.build if given(options.method) else None
-        pooling = (source.config or {}).get("pooling")
+        pooling, task = (source.config or {}).get("pooling"), (source.config or {}).get("task_type")
         # Not the source itself, whose base would stay in memory.
         labels = tuple(source.labels)
-        return cls(name, source.recipe, source.leaves, pooling, labels, own)
+        return cls(name, source.recipe, source.leaves, pooling, labels, task, own)
 
     def recipe(self, *, head: str | None = None, **layers: Any) -> Recipe:
         """The recipe of the run: that of its flags or of the adapter, with a head that trains."""
@@ -81,10 +83,11 @@ class Start:
         recipe = self.adapted
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
 
-    def begin(self, prepared: Prepared, say: Callable[[str], None]) -> Prepared:
-        """A problem that starts with the adapter's arrays.
+    def begin(self, prepared: Prepared, task: str, say: Callable[[str], None]) -> Prepared:
+        """A problem of a task that starts with the adapter's arrays.
 
-        Its head is new if the adapter has none, or one of other classes, which is said.
+        Its head is new if the adapter has none, or one of another task or of other classes, which
+        is said.
 
         Raises:
             AdapterMismatchError: the recipe has other arrays or other methods than the adapter; the
@@ -96,6 +99,9 @@ class Start:
         expected, got = flatten(adapters_of(tree, problem.recipe)), self.leaves
         new_head = not any(path.startswith(HEAD) for path in got)
         labels = tuple(prepared.config.get("target", {}).get("names", ()))
+        if not new_head and self.task not in (None, task):
+            say(f"--init-from {self.name}: its head is left out, as it is of --task {self.task}")
+            new_head = True
         if not new_head and self.labels and labels != self.labels:
             classes = f"{shown(self.labels)} there and {shown(labels)} in this run"
             say(f"--init-from {self.name}: the head is new, since the classes are {classes}")
