@@ -27,7 +27,7 @@ from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
 from adapters_jax.finetune.tasks.base import Setup
 from adapters_jax.finetune.tasks.preference import PreferenceTask
-from adapters_jax.finetune.tasks.preference_problem import Objective, PreferenceProblem
+from adapters_jax.finetune.tasks.preference_problem import Objective, PreferenceProblem, sides_of
 
 LOSSES = ("dpo", "ipo", "orpo", "kto")
 
@@ -167,10 +167,10 @@ def test_the_base_is_there_once_in_the_audit_the_plan_and_the_step():
 def test_equal_rewards_are_half_right_and_absent_ones_are_left_out():
     problem = prepared("kto").problem
     rows = np.arange(4)
-    batch = {**problem._columns("dev", rows), "weight": np.ones(4, np.float32)}
+    batch = problem._columns("dev", rows, np.ones(4, np.float32))
     found = problem.objective.metrics(jnp.asarray(batch["reference"]), batch)
     assert (float(found["accuracy"]), float(found["margin"])) == (0.5, 0.0)
-    only = {**batch, "desirable": np.ones(4, np.float32)}
+    only = {**batch, "sides": sides_of(np.ones(4), np.ones(4))}
     found = problem.objective.metrics(jnp.asarray(batch["reference"]), only)
     assert float(found["rewards_chosen"]) == 0.0
     assert all(np.isnan(found[name]) for name in ("rewards_rejected", "margin", "accuracy"))
@@ -182,6 +182,7 @@ def test_pairs_of_single_completions_are_counted_and_not_made():
     rows, n = draw.integers(0, 9, (40, 2)).astype(np.float32), 10_000
     batch = {"reference": rows * 0, "desirable": draw.integers(0, 2, 40).astype(np.float32)}
     batch["weight"] = draw.integers(0, 2, 40) * np.float32(1.6)
+    batch["sides"] = sides_of(batch["desirable"], batch["weight"])
     good, counts = batch["desirable"] > 0, batch["weight"] > 0
     gaps = rows[good & counts, 0][:, None] - rows[~good & counts, 0]
     right = (0.5 + 0.5 * np.sign(gaps)).mean()
@@ -207,6 +208,23 @@ def test_a_part_of_fillers_alone_leaves_the_metrics_of_its_batch(loss):
     for name in ("accuracy", "margin", "rewards_chosen", "rewards_rejected"):
         mean = np.mean([float(each[name]) for each in found])
         assert mean == pytest.approx(float(expected[name]), rel=1e-6), name
+
+
+def test_rewards_of_single_completions_are_means_over_a_batch_and_not_over_its_parts():
+    objective, draw = Objective("kto", 0.5), np.random.default_rng(0)
+    rows, reference = draw.normal(size=(2, 4, 2)).astype(np.float32)
+    good, weight = np.float32([1, 1, 1, 0]), np.ones(4, np.float32)  # none is bad in the first part
+    batch = {"reference": reference, "weight": weight, "sides": sides_of(good, weight)}
+    parts = [{k: x[part] for k, x in batch.items()} for part in (slice(2), slice(2, 4))]
+    found = [objective.metrics(rows[:2], parts[0]), objective.metrics(rows[2:], parts[1])]
+    own = 0.5 * (rows - reference)[:, 0]
+    exact = {"rewards_chosen": own[:3].mean(), "rewards_rejected": own[3]}
+    for name, value in {**exact, "margin": own[:3].mean() - own[3]}.items():
+        assert np.mean([float(each[name]) for each in found]) == pytest.approx(value, rel=1e-5)
+    whole, split = (prepared("kto", accumulate=n).problem for n in (1, 2))
+    for problem, names in (whole, {"accuracy"}), (split, set()):
+        _, metrics = problem.loss(problem.model, problem.batch(0), None)
+        assert {*metrics} - {*exact, "margin"} == names
 
 
 # Commands

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from adapters_jax.finetune.data.batches import Batches
 from adapters_jax.finetune.data.packing import Example, sequence
 from adapters_jax.finetune.models.decoder import load_decoder
-from adapters_jax.finetune.tasks.preference_problem import Objective, pair_log_probs
+from adapters_jax.finetune.tasks.preference_problem import Objective, pair_log_probs, sides_of
 
 WHY = "needs trl: pip install 'adapters-jax[interop-test]'"
 trl = pytest.importorskip("trl", reason=WHY)
@@ -139,6 +139,7 @@ def test_losses_rewards_and_margins_are_those_of_trl(loss, place):
     }
     if loss == "kto":
         ours["desirable"] = np.asarray(batch["label"], np.float32)
+        ours["sides"] = sides_of(ours["desirable"], ours["weight"])
     objective = Objective(loss, BETA[loss])
     found = float(objective.losses(policy, ours).mean())
     if loss == "orpo":

@@ -117,7 +117,8 @@ class PreferenceTask(DecoderTask):
         length = length_of(setup, decoder)
         encoder = PreferenceEncoder(decoder, prompts, length)
         rows = build_preferences(tables, encoder, setup)
-        problem = PreferenceProblem.of(setup, decoder, rows, data.metrics, objective=objective)
+        more: Any = {"objective": objective, "accumulate": setup.accumulate}
+        problem = PreferenceProblem.of(setup, decoder, rows, data.metrics, **more)
         config = {
             "max_length": length,
             "metrics": list(data.metrics),

@@ -280,11 +280,9 @@ class Objective:
         rewards = jax.lax.stop_gradient(self.rewards(log_probs, batch))
         weight = jnp.asarray(batch["weight"])
         if self.loss == "kto":
-            desirable = jnp.asarray(batch["desirable"])
-            ours, theirs = weight * desirable, weight * (1 - desirable)
-            own = rewards[:, 0]
-            chosen, rejected = ((each * own).sum() / each.sum() for each in (ours, theirs))
-            accuracy = _right_pairs(own, ours, theirs)
+            own, sides = rewards[:, 0], jnp.asarray(batch["sides"]).T
+            chosen, rejected = (jnp.mean(each * own) for each in sides)
+            accuracy = _right_pairs(own, *(sides > 0).astype(jnp.float32))  # exact numbers
         else:
             # A mean and no quotient of sums: with `accumulate`, a part may have fillers alone.
             chosen, rejected = (jnp.mean(weight * each) for each in rewards.T)
@@ -295,6 +293,20 @@ class Objective:
             "margin": chosen - rejected,
             "accuracy": accuracy,
         }
+
+
+def sides_of(desirable: np.ndarray, weight: np.ndarray) -> Float[np.ndarray, "rows 2"]:
+    """The weights of rows as desirable and as other ones, each with a mean of 1; NaN without any.
+
+    They are those of a whole batch, whose parts (`accumulate`) have other shares of both.
+
+    Example:
+        >>> sides_of(np.array([1, 0, 0]), np.array([1, 1, 0])).tolist()
+        [[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]]
+    """
+    sides = np.stack([weight * desirable, weight * (1 - desirable)], axis=1).astype(np.float32)
+    means = sides.mean(axis=0)
+    return sides / np.where(means > 0, means, np.nan)
 
 
 def _right_pairs(
@@ -315,10 +327,13 @@ class PreferenceProblem(DecoderProblem):
     Attributes:
         reference: the log-probabilities of each part's rows by the base, `(rows, 2)`; they are
             there before the first step.
+        accumulate: the number of parts of a training batch; of several, KTO has no accuracy, which
+            compares each row with all others.
     """
 
     parts: Mapping[str, Part]
     objective: Objective = Objective("dpo", 0.1)
+    accumulate: int = 1
     reference: dict[str, np.ndarray] = field(default_factory=dict)
     sequences = 2
 
@@ -326,17 +341,22 @@ class PreferenceProblem(DecoderProblem):
         """The mean loss of a batch's rows, and the metrics of their rewards."""
         log_probs = pair_log_probs(model, batch, self.most, self.chunk(batch))
         losses = self.objective.losses(log_probs, batch)
-        return jnp.mean(batch["weight"] * losses), self.objective.metrics(log_probs, batch)
+        metrics = self.objective.metrics(log_probs, batch)
+        if self.objective.loss == "kto" and self.accumulate > 1:
+            del metrics["accuracy"]
+        return jnp.mean(batch["weight"] * losses), metrics
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, weighted so that `loss` is the mean over rows."""
         batch, rows = self.train[step], self.train.rows_of(step)
         weight = batch["weight"] * np.float32(len(rows) / batch["weight"].sum())
-        return {**batch, **self._columns("train", rows), "weight": weight}
+        return {**batch, **self._columns("train", rows, weight)}
 
-    def _columns(self, part: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _columns(self, part: str, rows: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
         """What the loss needs of some rows of a part beside their tokens."""
-        found = self.parts[part].columns(rows)
+        found = {**self.parts[part].columns(rows), "weight": weight}
+        if "desirable" in found:
+            found["sides"] = sides_of(found["desirable"], weight)
         if self.objective.refers:
             found["reference"] = self.reference[part][rows]
         return found
@@ -370,7 +390,7 @@ class PreferenceProblem(DecoderProblem):
     def _whole(self, part: str) -> dict[str, np.ndarray]:
         """What the loss needs of all rows of a part beside their log-probabilities."""
         rows = np.arange(len(self.parts[part].tokens))
-        return {**self._columns(part, rows), "weight": np.ones(len(rows), np.float32)}
+        return self._columns(part, rows, np.ones(len(rows), np.float32))
 
     def score_rows(self, log_probs: Float[np.ndarray, "rows 2"], part: str) -> dict[str, float]:
         """The metrics of the log-probabilities of a part's rows, with the mean loss."""
