@@ -92,6 +92,13 @@ def test_one_batch_of_each_shape_is_kept(words, monkeypatch):
     assert len(alive) > 5 and max(alive) <= shapes + 2
 
 
+def test_an_epoch_of_one_step_is_measured_with_the_budget_of_ranks_of_all_epochs(words):
+    own = ["adalora" if word == "lora" else word for word in words[1:]]
+    job = parse(Finetune, [*own, "--limit", "8"]).prepare(Console(json=True))
+    assert len(job.problem.train) == 1
+    assert measured(job.problem, job.optimizer, False).epoch > 0
+
+
 @pytest.mark.weekly
 def test_without_epochs_there_are_up_to_twenty(words, tmp_path):
     assert main([*words, "--budget", "9h", "--no-baselines", "--limit", "32"]) == 0

@@ -162,7 +162,7 @@ def measured(
         jax.block_until_ready(work())
         return clock() - start
 
-    training = Training.begin(problem, replace(options, epochs=1.0), jax.random.key(0), half)
+    training = Training.begin(problem, options, jax.random.key(0), half)
     step = make_train_step(options.loss_of(problem), accumulate=options.accumulate)
     state = training.state
     counts: Counter[Any] = Counter()
@@ -175,7 +175,7 @@ def measured(
         firsts.setdefault(shape, batch)
 
     first = 0.0
-    epoch = sum((timed(partial(make, number)) for number in range(training.steps)), 0.0)
+    epoch = sum((timed(partial(make, number)) for number in range(len(problem.train))), 0.0)
     for shape, count in counts.items():
         batch: Any = firsts[shape]
         batch = shard_batch(batch, problem.mesh) if problem.mesh else batch
