@@ -14,19 +14,22 @@ import numpy as np
 import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
-from helpers.tiny import CONFIG, WORDS, write_model
+from helpers.tiny import CONFIG, WORDS, write_model, write_reviews
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import adapters_jax as aj
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import NOTHING
 from adapters_jax.finetune.data.readers import DataError, read_file
 from adapters_jax.finetune.formats.base import MASKED
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.merging import write_encoder
 from adapters_jax.finetune.models import FAMILIES
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.run_directory import Run
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
@@ -207,6 +210,39 @@ def test_it_trains_predicts_and_comes_back_from_its_files(head, capsys):
     for path, tensor in trained.items():
         if not path.startswith("head/"):
             np.testing.assert_array_equal(after[path.removeprefix("bert/")], tensor, err_msg=path)
+
+
+def prepared(words):
+    return parse(Finetune, words.split()[1:]).prepare(Console(json=True))
+
+
+def test_a_head_of_the_checkpoint_has_the_rate_of_the_other_weights():
+    """The rate of a head is for one that starts from random values."""
+    for name, count in (("rows", 40), ("dev", 4), ("test", 4)):
+        write_texts(Path(f"{name}.txt"), count)
+    words = TRAIN.replace("houlsby --bottleneck-dim 16 --layer-norms=", "full")
+    words = words.replace("--learning-rate 0.05", "--learning-rate 1e-4").replace("--name run ", "")
+    write_masked(Path("tiny"))
+    for i, (given, rate) in enumerate((("", 1e-4), ("--head-learning-rate 2e-4", 2e-4))):
+        job = prepared(f"{words} --name {i} {given}")
+        assert job.optimizer.head_learning_rate == rate
+        assert job.problem.recipe.trains("head/dense/kernel")
+    shutil.rmtree("tiny")
+    write_masked(Path("tiny"), head=False)
+    assert prepared(f"{words} --name new").optimizer.head_learning_rate == 1e-3
+
+
+def test_a_head_of_the_checkpoint_stays_frozen_after_a_classifier():
+    write_masked(Path("tiny"))
+    write_reviews(Path("reviews.jsonl"))
+    words = "finetune --model tiny --train reviews.jsonl --text review --method lora --rank 2"
+    assert main(f"{words} --name first --max-steps 1 --no-baselines".split()) == 0
+    for name, count in (("rows", 40), ("dev", 4), ("test", 4)):
+        write_texts(Path(f"{name}.txt"), count)
+    words = TRAIN[: TRAIN.index(" --method")].replace("--name run", "--name second")
+    recipe = prepared(f"{words} --init-from runs/first").problem.recipe
+    assert not recipe.trains("head/dense/kernel")
+    assert [type(each) for each in recipe] == [aj.LoRA]
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ class OptimizerOptions:
             5e-4 (2000 / width)^0.781, and for an m of --bottleneck-dim above 64 that times
             sqrt(64 / m).
         head_learning_rate: learning rate of an encoder's head, which starts from random values; by
-            default 0.01, for full and last-layers 0.001, for head-only --learning-rate.
+            default 0.01, for full and last-layers 0.001, for head-only and for a masked language
+            model's own head --learning-rate.
         lora_plus: factor on the learning rate of LoRA's B (LoRA+); 16 in the paper's code, by
             default none.
         optimizer: an optimiser of optax by its name there, such as lion, adafactor or sgd; the

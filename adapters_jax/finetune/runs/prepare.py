@@ -120,6 +120,10 @@ def prepare_run(
     prepared = task.prepare(data, _setup(options, training, task, console, start))
     if start is not None:
         prepared = start.begin(prepared, task.name, console.say)
+    if not prepared.new_head and training.head_learning_rate and not before:
+        # That of a preset is for a head that starts from random values.
+        own = options.optimizer.head_learning_rate or training.learning_rate
+        asked = training = replace(training, head_learning_rate=own)
     problem, steps = prepared.problem, len(prepared.problem.train)
     if options.optimizer.max_steps is not None:
         passes: dict[str, Any] = {"epochs": options.optimizer.max_steps / steps, "max_steps": None}

@@ -81,7 +81,9 @@ class Start:
         if self.own is not None:
             return self.own(head=head, **layers)
         recipe = self.adapted
-        return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
+        if head is None:  # a base with a head of its own keeps it
+            return Recipe([each for each in recipe if Recipe(each) != head_only()])
+        return recipe if recipe.trains(f"{head}/x") else recipe + head_only(head=head)
 
     def begin(self, prepared: Prepared, task: str, say: Callable[[str], None]) -> Prepared:
         """A problem of a task that starts with the adapter's arrays.

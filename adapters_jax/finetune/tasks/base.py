@@ -331,6 +331,11 @@ class Prepared(ABC):
     config: Mapping[str, Any]
 
     @property
+    def new_head(self) -> bool:
+        """Whether the base has a head that starts from random values."""
+        return False
+
+    @property
     @abstractmethod
     def identity(self) -> BaseIdentity:
         """The identity of the base, for the adapter's file."""

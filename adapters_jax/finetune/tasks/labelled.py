@@ -287,6 +287,11 @@ class PreparedTexts(Prepared):
     in_order: StepBatches
     least_steps: int
 
+    @property
+    def new_head(self) -> bool:
+        """Whether the head is not one of the checkpoint."""
+        return self.encoder.head is None
+
     @cached_property
     def identity(self) -> BaseIdentity:
         """The identity of the encoder with its head, even if the head alone is trained."""
