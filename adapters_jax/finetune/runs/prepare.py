@@ -111,9 +111,9 @@ def prepare_run(
         data = replace(data, **few)
     asked = training = _training(options, task)
     if before:
-        kept = ["epochs", "learning_rate"]
+        kept = ["epochs", "learning_rate", "head_learning_rate"]
         if options.init_from is not None:  # whose other defaults come from another run
-            kept += ["head_learning_rate", "dropout"]
+            kept += ["dropout"]
         training = replace(training, **{name: getattr(before, name) for name in kept})
     if (start := Start.of(options)) is not None:
         options = replace(options, init_from=start.name)  # of the Hub: with its commit
