@@ -79,7 +79,8 @@ class LoRA(Ranked):
         rank: r.
         alpha: None means r, for a scale of 1 (the paper sets alpha to the first r tried).
         dropout: probability of zeroing an entry of the product's input while training; a lookup,
-            and a sum that is formed, have no input to zero, and so no dropout.
+            and a sum that is formed, have no input to zero, and so no dropout. Calls of one module
+            in one pass of a linen model (as of a layer that ALBERT repeats) zero the same entries.
         a_init: initialiser of A: "gaussian" has deviation 1/sqrt(in); "uniform" is within
             1/sqrt(in) (the authors' code and PEFT); "gaussian_rank" has deviation 1/r (PEFT's
             "gaussian"); "pissa" sets A and B to the weight's r principal components and
