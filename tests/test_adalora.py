@@ -460,6 +460,25 @@ def test_flags_of_a_budget_need_one(tmp_path, monkeypatch, capsys):
         parse(Finetune, flags.split()).prepare(Console(json=True))
 
 
+def test_the_default_budget_of_a_run_is_two_thirds_of_the_ranks_at_the_start():
+    recipe = aj.AdaLoRA(("q", "v"), rank=12, rank_pattern={"v": 1})
+    params = {
+        name: {
+            "adalora": {"a": drawn((4, r), r), "lambda": drawn(r, 30 + r), "b": drawn((r, 3), 60)}
+        }
+        for name, r in (("q", 12), ("v", 1))
+    }
+    options = OptimizerOptions(learning_rate=1e-2, warmup=0.0)
+    tx, left = options.make(5, aj.Recipe(recipe)), []
+    state = tx.init(params)
+    for seed in range(5):
+        grads = jax.tree.map(lambda x, seed=seed: drawn(x.shape, 100 + seed), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        left.append(sum(int((node["adalora"]["lambda"] != 0).sum()) for node in params.values()))
+    assert left[-2:] == [8, 8]  # 4 of each module, of 6.5
+
+
 def test_the_penalty_is_in_the_loss_of_a_run():
     options = OptimizerOptions(learning_rate=1e-2, orthogonality=0.25)
     problem = SimpleNamespace(recipe=RECIPE, loss=lambda *_: (2.0, {"accuracy": 1.0}))

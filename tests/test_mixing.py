@@ -10,6 +10,7 @@ import pytest
 from helpers.errors import raises
 from helpers.tiny import write_llama, write_model, write_reviews
 
+import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.batches import Batches, Row
@@ -22,6 +23,7 @@ from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.runs.config import differences
 from adapters_jax.finetune.runs.loop import Training
 from adapters_jax.finetune.tasks import TASKS
+from adapters_jax.finetune.tasks.base import Setup
 
 
 def mixed(weights=(3, 1), seed=5, first=30, second=10):
@@ -123,6 +125,25 @@ def test_conversations_of_two_layouts_are_mixed_and_resumed_exactly(chats, capsy
     (chats / "whole" / "config.json").write_text(json.dumps(other))
     assert main(["finetune", "--resume", str(chats / "whole")]) == 2
     assert "another data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_shares_are_those_of_the_conversations_that_are_trained_on(chats):
+    write_llama(chats / "llama", num_hidden_layers=1)
+    files, said = (chats / "alpaca.jsonl", chats / "chats.jsonl"), []
+    lines = files[0].read_text().splitlines()
+    long = json.dumps({"instruction": "food " * 40, "output": "It serves"})
+    files[0].write_text("\n".join([*lines, *[long] * 40]))
+    options = parse(DataOptions, [*map(str, ["--train", *files, "--mix", 1, 1])])
+    task = TASKS["conversation"]
+    given = str(chats / "llama"), lambda **_: aj.lora(rank=2), 4, 0, {"messages": None}, None
+    more = {"max_length": 32, "pack": False, "mix": (1.0, 1.0), "files": ("a", "b")}
+    setup = Setup(*given, **more, say=said.append)
+    batches = task.prepare(options.load(task), setup).problem.train
+    own = Counter(batches.mix.sources[drawn(batches, range(4 * len(batches)))].tolist())
+    assert own[0] == pytest.approx(own[1], abs=4)
+    told = [f"{name} ({(batches.mix.sources == i).sum()} rows)" for i, name in enumerate("ab")]
+    assert any(all(each in text for each in told) for text in said)
 
 
 @pytest.mark.slow

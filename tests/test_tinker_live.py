@@ -644,6 +644,7 @@ BAD_SAMPLES = [
     {"sampling_params": {"top_p": 0}},
     {"sampling_params": {"stop": [""]}},
     {"topk_prompt_logprobs": 21},
+    {"prompt_logprobs_last_n": 1},
     {"prompt_alt_tokens_k": 2},
     {"prompt": {"chunks": []}},
     {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [999]}]}},
@@ -888,6 +889,17 @@ def test_a_removal_that_comes_late_takes_no_later_checkpoint(parts, tmp_path, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
     with raises(UserError, left.free, new.about["size"]):
         made.save(*place, about, overwrite=True)
+
+
+def test_checkpoints_of_one_second_keep_their_order(parts, tmp_path):
+    parts.tenants.create("t", parts.recipes.largest, 0)
+    snapshot, made = parts.tenants.snapshot("t").result(60), Checkpoints(tmp_path)
+    parts.tenants.drop("t")
+    about = {"metadata": {}, "lora": None, "recipe": ""}
+    names = ["d", "a", "c", "b", "e"]
+    for name in names:
+        made.save("me", "m", "sampler_weights", name, snapshot, {}, about)
+    assert [each.name for each in Checkpoints(tmp_path).of("me")] == names
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_whole(parts, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def adalora_budget(
     recipe: Recipe | Method,
     *,
     total_steps: int,
-    target_rank: int = 8,
+    target_rank: int | None = 8,
     initial_steps: int = 0,
     final_steps: int = 0,
     every: int = 1,
@@ -69,9 +69,11 @@ def adalora_budget(
         tx: the optimiser.
         recipe: has an `AdaLoRA` that trains.
         total_steps: the number of steps of the whole training.
-        target_rank: the mean rank of a module in the end.
+        target_rank: the mean rank of a module in the end; None for two thirds of that at the start.
         initial_steps: the steps before the first cut (PEFT's `tinit`).
-        final_steps: the steps after the last cut (`tfinal`).
+        final_steps: the steps after the last cut (`tfinal`). A step that changes nothing is not
+            counted, as where a gradient overflows in float16; the last cut is made only if there
+            are at most as many of these.
         every: the number of steps from one cut to the next (`deltaT`).
         beta1: how much of the sensitivity's average stays, at least 0 and below 1.
         beta2: how much of the uncertainty's average stays.
@@ -97,7 +99,8 @@ def adalora_budget(
     check_optimizer("adalora_budget", tx)
     sizes = {"total_steps": total_steps, "target_rank": target_rank, "every": every}
     for name, value in sizes.items():
-        check_size("adalora_budget", name, value)
+        if name != "target_rank" or value is not None:
+            check_size("adalora_budget", name, value)
     stages = {"initial_steps": initial_steps, "final_steps": final_steps}
     for name, count in stages.items():
         if type(count) is not int or count < 0:
@@ -116,7 +119,7 @@ def adalora_budget(
         own = leaves_of(recipe, params)
         numbers = _numbers(own)
         triplets, modules = _sizes(numbers)
-        if target_rank * modules > triplets:
+        if target_rank is not None and target_rank * modules > triplets:
             raise UserError(
                 f"adalora_budget: target_rank={target_rank} is above the mean rank of AdaLoRA at "
                 f"the start, {triplets / modules:g}; lower it, or raise AdaLoRA's rank"
@@ -207,10 +210,10 @@ def _scores(entries: Mapping[str, Array]) -> dict[str, Array]:
     return scores
 
 
-def _cuts(scores: Mapping[str, Array], target: int, first: int, last: int) -> Array:
+def _cuts(scores: Mapping[str, Array], target: int | None, first: int, last: int) -> Array:
     """For each entry that goes in the end, the step from which one more of them is out."""
     whole, modules = _sizes(scores)
-    goal = target * modules
+    goal = modules * (target or max(1, whole * 2 // (modules * 3)))
     # In Python's floats, as in the authors' code: float32 would round some budgets up.
     steps = range(first + 1, last + 1)
     parts = ((1 - (step - first) / (last - first)) ** 3 for step in steps)

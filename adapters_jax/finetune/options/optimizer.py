@@ -46,7 +46,7 @@ class OptimizerOptions:
         schedule: how the learning rate goes on after the warm-up: linear and cosine fall to 0,
             constant stays.
         target_rank: for adalora, the mean rank in the end, which is reached when 30 % of the steps
-            are left; by default two thirds of --rank.
+            are left; by default two thirds of that at the start.
         orthogonality: for adalora, the factor on the penalty of factors that are not orthogonal.
         epochs: passes over the training rows, also a fraction; by default 3, for head-only 20, for
             question-answering 4, on the movie reviews 1.5; where these are fewer than 340 steps of
@@ -238,13 +238,11 @@ class OptimizerOptions:
         """The optimiser with the budget of AdaLoRA, where the recipe trains one."""
         from adapters_jax.training.adalora import adalora_budget
 
-        methods = _adaptive(recipe)
-        if not methods:
+        if not _adaptive(recipe):
             return tx
-        rank = self.target_rank or max(1, min(method.rank for method in methods) * 2 // 3)
         final = steps - self.settled(steps, recipe)
         stages = {"initial_steps": int(steps * self.warmup), "final_steps": final}
-        return adalora_budget(tx, recipe, total_steps=steps, target_rank=rank, **stages)
+        return adalora_budget(tx, recipe, total_steps=steps, target_rank=self.target_rank, **stages)
 
     def settled(self, steps: int, recipe: Recipe) -> int:
         """The step from which the ranks of AdaLoRA stay; 0 where the recipe trains none."""

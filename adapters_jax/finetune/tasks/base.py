@@ -85,16 +85,20 @@ class Setup:
     files: tuple[str, ...] = ()
     say: Callable[[str], None] = lambda message: None
 
-    def mixture(self, train: Any) -> Mixture | None:
+    def mixture(self, train: Any, rows: Any = slice(None)) -> Mixture | None:
         """How often training rows are drawn, if the user said; a message tells it.
+
+        Args:
+            rows: the row that each row of the batches is of, where some are left out or split.
 
         Raises:
             DataError: a file has no row left.
         """
         if not self.mix:
             return None
-        found = Mixture.of(train.sources, self.mix, self.files)
-        self.say(sentence(self.files, self.mix, train.sources))
+        sources = np.asarray(train.sources)[rows]
+        found = Mixture.of(sources, self.mix, self.files)
+        self.say(sentence(self.files, self.mix, sources))
         return found
 
 

@@ -49,14 +49,13 @@ class ConversationTask(TokenLossTask):
         check_chats(decoder, setup.model, self.name)
         length = length_of(setup, decoder)
         encoder, examples = ChatEncoder(decoder, length, setup.turns), {}
-        mix = setup.mixture(data.train)
+        owners = {}
         for part in PARTS:
             rows = getattr(data, part)
             found = encoder.encode(rows)
             _tell(found, f"{len(rows)} {part} conversations", length, setup.say)
-            examples[part] = found.examples
-            if mix and part == "train":
-                mix = mix.take(found.owners)
+            examples[part], owners[part] = found.examples, found.owners
+        mix = setup.mixture(data.train, owners["train"])
         if encoder.end is None:
             setup.say("the chat template writes no token at an answer's end, so none is learnt")
         pack = packs(setup, decoder)

@@ -105,8 +105,8 @@ class EncoderTask(Task):
                 said = f"{inputs[part].cut} of {len(texts)} {part} texts"
                 setup.say(f"{said} are cut at {length} tokens")
         rows, labels = readout.targets(inputs["train"], data.train.labels)
-        size, mix = setup.batch_size, setup.mixture(data.train)
-        mix = mix and mix.take(readout.owners(inputs["train"]))
+        size, owners = setup.batch_size, readout.owners(inputs["train"]) if setup.mix else None
+        mix = setup.mixture(data.train, owners)
         buckets = readout.buckets(rows, length, size)
         batches = readout.batches(encoder, rows, labels, size, setup.seed, buckets, mix=mix)
         model, params = self._adapted(setup, encoder, readout, batches[0])

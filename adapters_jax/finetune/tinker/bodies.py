@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -54,4 +54,4 @@ def number_in(request: Request, name: str, default: int) -> int:
 
 def time_text(seconds: float) -> str:
     """A time in seconds since 1970, as JSON has it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -86,6 +86,8 @@ def asked(request: Any, context: int, end: int, seed: int) -> Asked:
     room = context - len(prompt)
     most = room if given.max_tokens is None else given.max_tokens
     last, top = request.prompt_logprobs_last_n, request.topk_prompt_logprobs
+    if last is not None and not request.prompt_logprobs:
+        raise UserError(f"prompt_logprobs_last_n is {last} without prompt_logprobs; give both")
     limits = {
         "num_samples": (request.num_samples, 1, MOST_SAMPLES),
         "max_tokens": (most, 1, room),
