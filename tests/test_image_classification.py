@@ -187,6 +187,16 @@ def test_a_size_of_one_number_is_the_shorter_side_for_clip():
     assert (vit.size, vit.shortest) == ((8, 8), None)
 
 
+def test_what_a_file_of_clip_does_not_say_is_as_its_processor_does_it():
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    given = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224}
+    given |= {"resample": 3, "image_mean": mean, "image_std": std}
+    whole = Preprocessing.from_dict(given)
+    for kind in ("CLIPImageProcessor", "BitImageProcessor", "CLIPImageProcessorFast"):
+        assert Preprocessing.from_dict({"image_processor_type": kind}) == whole
+    assert (whole.mean, whole.resample, whole.crop) == (mean, 3, (224, 224))
+
+
 def test_a_narrow_image_does_not_become_a_large_one():
     Image.new("1", (1, 60_000)).save("thin.png")
     with raises(DataError, "thin.png", 2**24):

@@ -33,6 +33,7 @@ from adapters_jax.finetune.options.data import DataOptions
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.pretrained.decoder import load_pretrained_decoder
 from adapters_jax.finetune.shapes import adapted_shape
+from adapters_jax.transforms.stacking import Stack
 from adapters_jax.trees import flatten
 from adapters_jax.weights.quantized import Quantized, _in_rows, _nf4_floats, is_quantized, once
 
@@ -279,6 +280,16 @@ def test_a_layout_splits_numbers_and_such_scales_as_divide():
     rules = {"kernel": P("model", None)}
     model = aj.shard(aj.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), mesh, rules)
     assert model.kernel.get_raw_value().array.qvalue.sharding.spec == P("model", None)
+
+
+def test_stacked_layers_do_not_keep_the_names_of_the_axes_of_one():
+    params = Annotated().init(jax.random.key(0), X)["params"]
+    small = aj.quantize(Annotated(), params, X, dtype="int4", block=4)
+    for tree in (params, small):
+        layers = {"layer_0": tree, "layer_1": tree}
+        stacked = aj.stack_layers(layers, Stack("layer_{}"))
+        weight = aj.dequantize(stacked)["layers"]["Dense_0"]["kernel"]
+        assert nn.get_partition_spec(weight) == P() and weight.shape == (2, 8, 8)
 
 
 class Wide(nn.Module):

@@ -18,8 +18,13 @@ from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.models import KNOWN, family_of
 from adapters_jax.finetune.models.encoder.heads import ImageClassifier
 from adapters_jax.finetune.models.encoder.model import ImageEncoder
+from adapters_jax.finetune.models.known import find_known
+from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.pretrained.encoder import ImageEncoder as Pretrained
+from adapters_jax.finetune.shapes import adapted_shape
 from adapters_jax.finetune.tensors import to_tensors
 from adapters_jax.trees import flatten, unflatten
+from adapters_jax.weights.quantized import is_quantized
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("vit", "dinov2", "clip")
@@ -158,6 +163,26 @@ def test_audit_plan_and_finetune_take_an_image_encoder_or_say_why_not(capsys, tm
     words = ["finetune", *lora, "--train", str(tmp_path / "rows.csv")]
     with command_raises(DataError, "'image'", "rows.csv"):
         main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["google/vit-base-patch16-224", "facebook/dinov2-small"])
+def test_four_bits_leave_the_patches_in_floats(name):
+    """Blocks do not divide their sizes, such as 16 x 16 x 3, and no flag has another block."""
+    packed = {}
+    for dtype in ("int8", "nf4"):
+        _, params = adapted_shape(name, MethodOptions("lora", rank=2), dtype, layers=1)
+        packed[dtype] = {path for path, leaf in flatten(params).items() if is_quantized(leaf)}
+    assert packed["int8"] - packed["nf4"] == {"embeddings/patch/kernel"}
+    assert len(packed["nf4"]) == 6  # of the block
+    family, config = find_known(name)
+    config = config.with_layers(1)
+    given = jax.eval_shape(ImageEncoder(config).init, jax.random.key(0), config.inputs(1, 1))
+    head = {"kernel": (config.head_features, 1), "bias": (1,)}
+    head = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in head.items()}
+    parts = (family.classifier, config, given["params"], None, config.pooling, "float32", None)
+    small = flatten(Pretrained(*parts, head=head).quantized("nf4", "vision").params)
+    assert {path for path, leaf in small.items() if is_quantized(leaf)} == packed["nf4"]
 
 
 @pytest.mark.parametrize(

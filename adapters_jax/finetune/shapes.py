@@ -14,7 +14,7 @@ from adapters_jax.auditing import Audit, audit
 from adapters_jax.errors import TargetError, UserError
 from adapters_jax.files.adapterhub.architectures import MODEL_TYPES
 from adapters_jax.finetune.gguf import architectures as gguf
-from adapters_jax.finetune.models.family import Family
+from adapters_jax.finetune.models.family import Family, quantized_targets
 from adapters_jax.finetune.models.known import find_known, near_known
 from adapters_jax.finetune.models.registry import FAMILIES
 from adapters_jax.finetune.options.method import PRESETS, MethodOptions
@@ -74,7 +74,8 @@ def adapted_shape(
     adapted = adapt(model, recipe)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     if quantize:
-        params = quantized(model, params, *inputs, dtype=quantize)
+        targets = quantized_targets(family.kind, quantize)
+        params = quantized(model, params, *inputs, dtype=quantize, targets=targets)
     return adapted, init_adapters(adapted, params, jax.random.key(0), *inputs)
 
 

@@ -22,7 +22,7 @@ from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.targets import join as join_names
 from adapters_jax.targets import matches, selects
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, unflatten
-from adapters_jax.weights.quantized import unboxed
+from adapters_jax.weights.quantized import is_quantized, unboxed
 
 ADVICE = "scanned layers are all alike; use the unrolled model (scan=False)"
 _Flat = dict[str, Any]
@@ -289,11 +289,16 @@ def _mapped(tree: Tree, change: Callable[[_Flat], _Flat]) -> Tree:
             new: Any = {_keys(path): leaf for path, leaf in change(flat).items()}
             return nnx.from_flat_state(new)
         if isinstance(node, Mapping):
-            flat = change({path: unboxed(leaf) for path, leaf in flatten(node).items()})
+            flat = change({path: _unannotated(leaf) for path, leaf in flatten(node).items()})
             return unflatten({path: _mapped(leaf, change) for path, leaf in flat.items()})
         return node
 
     return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def _unannotated(leaf: Any) -> Any:
+    """A leaf without the names of its axes, which are others now."""
+    return leaf.replace(spec=None) if is_quantized(leaf) else unboxed(leaf)
 
 
 def _keys(path: str) -> tuple[str | int, ...]:

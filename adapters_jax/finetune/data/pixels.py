@@ -36,6 +36,13 @@ _TILE = (322, 323)  # width and length, by their tags of TIFF
 _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 _BILINEAR = 2  # Pillow's number, which files have
 _OF_SHORTER_SIDE = ("CLIP", "Bit")  # processors that mean the shorter side by a size of one number
+_THEIRS = {  # what these do where a file does not say it
+    "do_center_crop": True,
+    "crop_size": 224,
+    "resample": 3,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,10 @@ class Preprocessing:
         """
         found: dict[str, Any] = {"scale": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
         try:
+            kinds = [values.get(f"{x}_type") for x in ("image_processor", "feature_extractor")]
+            shorter = str(kinds[0] or kinds[1]).startswith(_OF_SHORTER_SIDE)
+            values = {**_THEIRS, **values} if shorter else values
             if values.get("do_resize", True):
-                kinds = [values.get(f"{x}_type") for x in ("image_processor", "feature_extractor")]
-                shorter = str(kinds[0] or kinds[1]).startswith(_OF_SHORTER_SIDE)
                 found |= _size_of(values.get("size", 224), shorter)
                 found["resample"] = int(values.get("resample", _BILINEAR))
             if values.get("do_center_crop", False):

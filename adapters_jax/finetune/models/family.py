@@ -118,3 +118,13 @@ class Family:
             return config.num_parameters
         leaves = jax.tree.leaves(self.shapes(config, scan=self.scans))
         return sum(leaf.size for leaf in leaves)
+
+
+def quantized_targets(kind: Kind, dtype: str) -> tuple[str, ...]:
+    """What `--quantize` quantises: all, in 4 bits but an image's patches, which blocks do not fit.
+
+    Example:
+        >>> quantized_targets("vision", "nf4"), quantized_targets("decoder", "nf4")
+        (('**', '!**/embeddings/patch'), ('**',))
+    """
+    return ("**", "!**/embeddings/patch") if kind == "vision" and dtype != "int8" else ("**",)

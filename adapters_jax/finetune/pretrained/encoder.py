@@ -15,8 +15,8 @@ from adapters_jax.finetune.base_files.huggingface import read_json
 from adapters_jax.finetune.data.batches import Row, encode
 from adapters_jax.finetune.data.pixels import Preprocessing
 from adapters_jax.finetune.data.tables import Texts
-from adapters_jax.finetune.formats.base import MASKED
-from adapters_jax.finetune.models.family import Classifier
+from adapters_jax.finetune.formats.base import MASKED, Kind
+from adapters_jax.finetune.models.family import Classifier, quantized_targets
 from adapters_jax.finetune.pretrained.locate import (
     DTYPES,
     check_vocabulary,
@@ -120,10 +120,10 @@ class Encoder:
         """The parameters of the classifier: the encoder's and the head's."""
         return {self.architecture.base: self.params, HEAD: head}
 
-    def quantized(self, dtype: str) -> Self:
-        """The same encoder with quantised weights; see `adapters_jax.transforms.quantize`."""
+    def quantized(self, dtype: str, kind: Kind) -> Self:
+        """The same encoder, of a kind, with quantised weights; see `quantized_targets`."""
         params, ids = self.init(1, jax.random.key(0)), self.example
-        targets = ("**", f"!{HEAD}")
+        targets = (*quantized_targets(kind, dtype), f"!{HEAD}")
         params = quantize_params(self.classifier(1), params, ids, dtype=dtype, targets=targets)
         return dataclasses.replace(self, params=params[self.architecture.base])
 
@@ -199,7 +199,7 @@ def load_encoder(
     encoder = Encoder(*parts, head=head)
     if reads_images:
         encoder = ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
-    return encoder.quantized(quantize) if quantize else encoder
+    return encoder.quantized(quantize, family.kind) if quantize else encoder
 
 
 def _preprocessing(directory: Path, config: Any) -> Preprocessing:
