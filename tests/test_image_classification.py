@@ -20,6 +20,7 @@ from PIL import Image
 import adapters_jax as aj
 from adapters_jax.errors import BaseFileError, MissingPackageError
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.cli.predict import Predict
 from adapters_jax.finetune.data.pixels import (
     ImageBatches,
     ImageRow,
@@ -30,6 +31,7 @@ from adapters_jax.finetune.data.pixels import (
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.inference import load_predictor
 from adapters_jax.finetune.models.encoder.model import ImageEncoder
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.pretrained.encoder import load_encoder
 from adapters_jax.finetune.run_directory import Run, RunError
 from adapters_jax.finetune.runs.stopping import InterruptedRunError
@@ -361,6 +363,14 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "dm_pix", None)
     with command_raises(MissingPackageError, "dm-pix", "[images]"):
         main(f"{TRAIN} --augment flip".split())
+
+
+def test_an_image_is_not_taken_for_a_text(caplog):
+    command = parse(Predict, ["runs/run", write_image("image.png")])
+    for name, warnings in (("image-classification", 0), ("classification", 1)):
+        caplog.clear()
+        command._read(TASKS[name], {"text": "image"})
+        assert len(caplog.records) == warnings
 
 
 def test_images_are_not_served():

@@ -128,7 +128,7 @@ class Predict(Command):
             parts = _split(lines, columns)
         else:
             parts = list(self.texts)
-            for path in filter(os.path.isfile, parts):
+            for path in filter(os.path.isfile, parts if task.kind != "vision" else ()):
                 _LOG.warning("%s is taken for a text; --file %s reads the file", path, path)
         return _rows(parts, columns), Rows([], [])
 
