@@ -394,6 +394,22 @@ def test_the_recipe_of_a_server_has_room_for_both_kinds():
     assert type(covering(reads[:1]).methods[0]) is aj.LoRA
 
 
+def test_the_recipe_of_a_server_runs_methods_in_the_order_of_its_adapters():
+    """Whatever the order of their arrays in files, and with their compositions."""
+    scale = {"up/ia3/scale": np.ones(6)}
+    leaves = scale | {f"up/lora/{n}": np.ones(s) for n, s in (("a", (6, 2)), ("b", (2, 6)))}
+    both = Read(aj.Recipe(aj.LoRA("up", 2), aj.IA3("up")), leaves)
+    for reads in ([both], [Read(aj.Recipe(aj.IA3("up")), scale), both]):
+        assert [type(method) for method in covering(reads).attached] == [aj.LoRA, aj.IA3]
+    turned = Read(aj.Recipe(aj.IA3("up"), aj.LoRA("up", 2)), leaves)
+    assert len(covering([both, turned]).attached) == 2  # a bank refuses one of them
+    named = [aj.Bottleneck("up", 1, name=name) for name in "ba"]
+    shapes = (("down/kernel", (6, 1)), ("down/bias", 1), ("up/kernel", (1, 6)), ("up/bias", 6))
+    leaves = {f"up/{each.slot}/{n}": np.ones(s) for each in named[::-1] for n, s in shapes}
+    recipe = aj.Recipe(*named, *aj.average("a", "b", weights=(3, 1)))
+    assert covering([Read(recipe, leaves)]) == recipe
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A function that prepares a run on rows, some of whose prompts have an invocation."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers.errors import raises
 
 import adapters_jax as aj
 from adapters_jax.finetune.models import generation
@@ -19,6 +20,7 @@ from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.testing.subjects import drawn, ids, shaken
+from adapters_jax.transforms.fitting import fitted
 from adapters_jax.trees import flatten, merge_trees, partition
 
 
@@ -425,6 +427,12 @@ def decodes_alike(bank, base, variables, x, *others):
         assert jax.tree.map(np.shape, own) == jax.tree.map(np.shape, cache)
 
 
+def arrays(recipe):
+    """The leaves of a recipe at one module, with one shape for all."""
+    names = [(method.slot, name) for method in recipe.attached for name in method.leaf_names]
+    return {f"layer_0/up/{slot}/{name}": np.ones((2, 2)) for slot, name in names}
+
+
 @pytest.fixture(scope="module")
 def case():
     return Case("linen", "mlp", aj.LoRA("**/up", rank=2), capacity=1)
@@ -461,6 +469,35 @@ class TestBadInput:
         other, _ = case.adapter(aj.Bottleneck("**/up", bottleneck_dim=2, activation="relu"), 1)
         with pytest.raises(aj.RecipeError, match="activation='relu', expected 'gelu'"):
             case.bank.put("a", other)
+
+    def test_another_order(self):
+        """Scales before or after a sum: the same arrays compute another weight."""
+        both = aj.Recipe(aj.LoRA("**/up", rank=2), aj.IA3("**/up"))
+        room = arrays(both)
+        fitted("here", both, room, both, room)
+        turned = aj.Recipe(both.methods[::-1])
+        with raises(aj.RecipeError, "layer_0/up", "IA3, LoRA"):
+            fitted("here", turned, arrays(turned), both, room)
+
+    def test_other_compositions(self):
+        named = [aj.Bottleneck("**/up", bottleneck_dim=2, name=name) for name in "abc"]
+        mean = aj.average("a", "b", weights=(3, 1))
+        adapters = {
+            "mean": aj.Recipe(*named[:2], *mean),
+            "other": aj.Recipe(*named[:2], *aj.average("a", "b")),
+            "alone": aj.Recipe(named[0]),
+            "free": aj.Recipe(named[2]),
+            "turned": aj.Recipe(*named[1::-1]),
+            "in turn": aj.Recipe(*named[:2]),
+        }
+        fit = {mean: {"mean", "free"}, aj.stack("b", "a"): {"alone", "free", "turned"}}
+        for composition, fine in fit.items():
+            whole = aj.Recipe(*named, *composition)
+            for name in fine:
+                fitted("here", adapters[name], arrays(adapters[name]), whole, arrays(whole))
+            for name in adapters.keys() - fine:
+                with pytest.raises(aj.RecipeError, match="make the bank of a recipe with the"):
+                    fitted("here", adapters[name], arrays(adapters[name]), whole, arrays(whole))
 
     def test_other_sides_of_ia3(self):
         case = Case("linen", "mlp", aj.IA3("**/mlp/*"))

@@ -730,6 +730,27 @@ def test_what_the_base_read_is_read_once(activated, caplog):
 
 
 @pytest.mark.slow
+def test_what_acts_on_all_tokens_beside_an_invoked_method_is_no_base():
+    """Before the invocation such an adapter reads as no other one, and with other keys."""
+    recipe = aj.Recipe(
+        aj.ActivatedLoRA("**/query", 2, invocation=Activated.tokens), aj.IA3("**/mlp/output")
+    )
+    (adapter, _), prompt = trained(recipe, 5), [*Activated.prefix[:16]]
+    model = aj.adapt(BASE, recipe, rngs=nnx.Rngs(1), example_inputs=(jnp.ones((1, 4), int),))
+    slots = Slots(aj.Bank(model, capacity=2), rows=2, context=24, pieces=(8,))
+    fitted = slots.bank.fit("both", adapter)
+    before, beyond = [False] * 8, [*prompt, 3]
+    for row, adapter, acts in ((0, fitted, [before, [True] * 8]), (1, None, [before] * 2)):
+        slots.read(row, prompt[:8], True, adapter, Choice(), acts[0])
+        slots.read(row, prompt[8:], False, adapter, Choice(), acts[1])
+    assert slots.reuse(1, beyond, None, [False] * 17) == 16  # its own
+    assert slots.reuse(0, beyond, fitted, [False] * 8 + [True] * 9) == 16
+    assert slots.reuse(0, beyond, fitted, [False] * 17) == 8
+    assert slots.reuse(0, beyond, None, [False] * 17) == 16
+    assert slots.reuse(1, beyond, fitted, [False] * 17) == 0
+
+
+@pytest.mark.slow
 def test_a_beginning_is_read_once_by_each_adapter(engine):
     """To the last bit; an adapter of that name that was replaced reads it anew."""
     prompt = np.random.default_rng(21).integers(0, CONFIG.vocab_size, 19).tolist()

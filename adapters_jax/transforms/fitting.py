@@ -11,6 +11,7 @@ from jaxtyping import Array
 from adapters_jax.errors import MismatchError, RecipeError
 from adapters_jax.methods import Method
 from adapters_jax.methods.base import started
+from adapters_jax.methods.settings import settings_of
 from adapters_jax.placement import Known
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.trees import join
@@ -27,11 +28,13 @@ class Fitted:
         leaves: its leaves by path, numpy; it has none where it adapts nothing.
         lengths: how many tokens its prompts have, by the path of the attention module.
         invocation: the tokens from which on it acts; None for all tokens.
+        partly: whether some of its methods act on the tokens before the invocation, too.
     """
 
     leaves: dict[str, Any]
     lengths: dict[str, int]
     invocation: tuple[int, ...] | None = None
+    partly: bool = False
 
 
 def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
@@ -39,6 +42,23 @@ def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
     owners = recipe.owners(paths).values()
     found = {owner.prefix: owner for owner in owners if not owner.shared}
     return list(found.values())
+
+
+def in_turn(recipe: Recipe, paths: Sequence[str]) -> list[list[Owner]]:
+    """The adapters of each output, weight and attention, in the order that they act in."""
+    found: dict[Any, list[Owner]] = {}
+    for owner in sorted(owners_of(recipe, paths), key=lambda each: _turn(recipe, each.method)):
+        found.setdefault((owner.method.acts_on, owner.path), []).append(owner)
+    return list(found.values())
+
+
+def _turn(recipe: Recipe, method: Method) -> tuple[int, ...]:
+    """When an entry acts, to sort by: it has the turn of the composition that runs it."""
+    own = recipe.attached.index(method)
+    for other in recipe.attached:
+        if method.name and method.name in other.members:
+            return (*_turn(recipe, other), other.members.index(method.name), own)
+    return (own,)
 
 
 def is_prompt(owner: Owner) -> bool:
@@ -89,7 +109,7 @@ def fitted(
 
     Raises:
         RecipeError: the larger recipe lacks a method, or has it with other settings than sizes and
-            scales.
+            scales; or it runs methods in another order, or by other compositions.
         MismatchError: arrays do not fit, or are larger.
     """
     made: dict[str, Any] = {}
@@ -125,7 +145,44 @@ def fitted(
     if len(invocations) > 1:
         own = " and ".join(f"{tokens} at {path}" for tokens, path in invocations.items())
         raise RecipeError(f"{caller}: it acts from {own} on, and a row of a bank from one on")
-    return Fitted(made, lengths, next(iter(invocations), None))
+    _check_turns(caller, recipe, list(flat), whole)
+    owners = [whole.owner(path) for path in flat]
+    partly = not all(owner and owner.method.gated for owner in owners)
+    return Fitted(made, lengths, next(iter(invocations), None), partly)
+
+
+def _check_turns(caller: str, recipe: Recipe, paths: Sequence[str], whole: Recipe) -> None:
+    """Raises RecipeError where the larger recipe runs an adapter's methods in another way."""
+    for owners in in_turn(recipe, paths):
+        methods: Any = [whole.owner(join(each.prefix, each.name)) for each in owners]
+        turns = [_turn(whole, each.method) for each in methods]
+        if turns != sorted(turns):
+            own = ", ".join(each.method.name or type(each.method).__name__ for each in owners)
+            raise RecipeError(
+                f"{caller}: at {owners[0].path} it has {own} in this order, and there is room for "
+                "them in another one; make the bank of a recipe with the adapter's order"
+            )
+    names = {owner.method.name for owner in owners_of(recipe, paths)}
+    mine, theirs = (_compositions(each, names) for each in (recipe, whole))
+    if mine != theirs:
+        own, other = (", ".join(sorted(each)) or "no composition" for each in (mine, theirs))
+        raise RecipeError(
+            f"{caller}: its adapters are run by {own}, and those of the bank by {other}; make the "
+            "bank of a recipe with the adapter's compositions"
+        )
+
+
+def _compositions(recipe: Recipe, names: set[str]) -> set[str]:
+    """The compositions that run entries of some names, but stacks by themselves: see `_turn`."""
+    inner = {name for method in recipe.attached for name in method.members}
+    touched, found = names - {""}, set()
+    for method in recipe.attached:
+        if touched & {*method.members}:
+            touched = touched | ({method.name} - {""})
+            if method.kind != "stack" or method.name in inner:
+                hidden = ("targets", "train", "name", *method.size_fields)
+                found.add(f"{method.kind}({', '.join(settings_of(method, hidden))})")
+    return found
 
 
 def _check_settings(caller: str, owner: Owner, whole: Method) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from adapters_jax.finetune.tasks import read_run
 from adapters_jax.methods.base import Method
 from adapters_jax.methods.unfreeze import Unfreeze
 from adapters_jax.nnx import AdapterParam
-from adapters_jax.recipe import Recipe
+from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.transforms.fitting import owners_of
 from adapters_jax.transforms.prompting import virtual_tokens
 from adapters_jax.trees import flatten
@@ -171,6 +173,7 @@ def covering(adapters: Iterable[Read]) -> Recipe:
         )
     """
     found: dict[Any, tuple[type[Method], dict[str, Any], dict[str, None], list[int]]] = {}
+    after: dict[Any, set[Any]] = {}  # the entries that come before each
     unfrozen: dict[str, None] = {}
     every = list(adapters)
     kinds = {type(method) for each in every for method in each.recipe}
@@ -178,19 +181,21 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     gated = [method for each in every for method in each.recipe if method.gated]
     tokens = next((getattr(method, "invocation", ()) for method in gated), ())
     for each in every:
-        for owner in owners_of(each.recipe, list(each.leaves)):
-            method = owner.method
+        last: Any = None
+        for method, owner in _entries(each):
             kind = wider.get(type(method), type(method))
-            leaves = {n: each.leaves[path] for n, path in owner.paths().items()}
-            size = method.size(leaves)
+            paths = owner.paths() if owner else {}
+            size = method.size({n: each.leaves[path] for n, path in paths.items()})
             free = ("targets", "train", *(method.size_fields if size is not None else ()))
             names = [f.name for f in dataclasses.fields(method) if f.name not in free]
             kept = {name: getattr(method, name) for name in names}
             key = (kind, repr(kept))
+            after.setdefault(key, set()).update({last} - {None, key})
+            last = key
             _, kept, targets, sizes = found.setdefault(key, (kind, kept, {}, []))
             if kind.gated:  # each row brings its own, and the recipe has one for all
                 kept["invocation"] = tokens
-            targets[owner.path] = None
+            targets |= dict.fromkeys((owner.path,) if owner else method.targets)
             if size is not None:
                 sizes.append(size)
                 kept[method.size_fields[0]] = max(sizes)
@@ -199,8 +204,20 @@ def covering(adapters: Iterable[Read]) -> Recipe:
     for kind, kept, _, sizes in found.values():
         if sizes and "rank_pattern" in kind.size_fields:  # zeros fill up ranks, also above sizes
             kept["rank_pattern"] = {"**": max(sizes)}
+    with contextlib.suppress(CycleError):  # no order is everyone's; `fitted` says where it matters
+        found = {key: found[key] for key in TopologicalSorter(after).static_order()}
     methods = [kind(targets=tuple(targets), **kept) for kind, kept, targets, _ in found.values()]
     return Recipe(*methods, *([Unfreeze(tuple(unfrozen))] if unfrozen else []))
+
+
+def _entries(adapter: Read) -> list[tuple[Method, Owner | None]]:
+    """The entries of an adapter for each module, in the recipe's order; compositions have none."""
+    entries = adapter.recipe.attached
+    found: list[tuple[Method, Owner | None]] = [
+        (owner.method, owner) for owner in owners_of(adapter.recipe, list(adapter.leaves))
+    ]
+    found += [(each, None) for each in entries if each.members and not each.leaf_names]
+    return sorted(found, key=lambda pair: entries.index(pair[0]))
 
 
 def warn_of_bits(run: Run, config: Mapping[str, Any]) -> None:

@@ -356,22 +356,25 @@ def _tokens(chosen: Token) -> list[Token]:
     ]
 
 
-# A token, and the adapter that acted when it was read; None is the base. An adapter that is gone
-# lives on in no row's memory.
-_Read = tuple[int, "weakref.ref[Fitted] | None"]
+# A token, the adapter that acted when it was read, and whether its invocation was there; None is
+# the base. An adapter that is gone lives on in no row's memory.
+_Read = tuple[int, "weakref.ref[Fitted] | None", bool]
 
 
 def _readers(
     ids: Sequence[int], adapter: Fitted | None, acts: Sequence[bool] | None
 ) -> list[_Read]:
     """Tokens, each with the adapter that acts when it is read; without `acts`, on all of them."""
-    reader = None if adapter is None else weakref.ref(adapter)
+    if adapter is None:
+        return [(token, None, False) for token in ids]
+    reader = weakref.ref(adapter)
+    before = reader if adapter.partly else None
     on = itertools.repeat(True, len(ids)) if acts is None else acts
-    return [(token, reader if act else None) for token, act in zip(ids, on, strict=True)]
+    return [(token, reader if act else before, act) for token, act in zip(ids, on, strict=True)]
 
 
 def _common(one: Sequence[_Read], other: Sequence[_Read]) -> int:
     """The number of tokens that two texts begin with alike, read by the same."""
     pairs = enumerate(zip(one, other, strict=False))
-    unlike = (i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1])
+    unlike = (i for i, (a, b) in pairs if a[0] != b[0] or a[1] is not b[1] or a[2] != b[2])
     return next(unlike, min(len(one), len(other)))
