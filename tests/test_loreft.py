@@ -279,3 +279,24 @@ def test_the_whole_contract_with_other_settings(name):
     method = aj.LoReFT("**/mlp/output", R, **SETTINGS[name])
     variants = ("plain", "scan")
     assert check_method(method, start_tolerance=math.inf, variants=variants) == ["mlp"]
+
+
+@pytest.mark.slow
+def test_what_a_decoder_attends_to_has_the_places_of_the_encoder():
+    """Keys and values of cross-attention are of the encoder's tokens, on the left or the right."""
+    config = T5Config(29, 16, 8, 20, num_layers=1, num_decoder_layers=1, num_heads=2)
+    recipe = aj.LoReFT("**/cross_attention/{key,value}", 2, prefix_positions=2, suffix_positions=1)
+    model = moved(
+        aj.adapt(T5(config, rngs=nnx.Rngs(0)), recipe, rngs=nnx.Rngs(1), example_inputs=IDS)
+    )
+    ids, written = (
+        jax.random.randint(jax.random.key(i), (1, n), 1, 29) for i, n in ((4, 6), (5, 9))
+    )
+    alone = model(ids, None, written)
+    for pad in ((3, 0), (0, 3)):
+        padded, mask = (jnp.pad(x, ((0, 0), pad)) for x in (ids, jnp.ones((1, 6), int)))
+        logits = model(padded, mask, written, jnp.ones((1, 9), int))
+        np.testing.assert_allclose(logits, alone, atol=2e-4)
+        _, _, cache = model.read_prompts(padded, mask, 9)
+        hidden, _ = model.extend(written, jnp.ones((1, 9), int), cache)
+        np.testing.assert_allclose(model.logits(hidden), alone, atol=2e-4)

@@ -24,6 +24,7 @@ from adapters_jax.finetune.models.parts.cache import Cache, Kept, LayerCache
 from adapters_jax.finetune.models.parts.functions import ACTIVATIONS, gated, normalize, split_heads
 from adapters_jax.finetune.models.parts.relative import Places, alibi
 from adapters_jax.finetune.models.parts.rotary import Rotation, rotate
+from adapters_jax.methods.places import known_tokens
 from adapters_jax.trace.masks import Mask
 from adapters_jax.trace.registry import register_attention
 from adapters_jax.weights.meshes import split_rows
@@ -205,8 +206,11 @@ class DecoderAttention(nnx.Module):
             query, gate = jnp.split(split_heads(query, 2 * self.head_dim), 2, axis=-1)
             query = query.reshape(*x.shape[:-1], -1)
         query = self._turned("query", query, rotation)
-        source = x if source is None else source
-        pair = source if isinstance(source, tuple) else self.read(source, rotation)
+        if source is None or isinstance(source, tuple):
+            pair = self.read(x, rotation) if source is None else source
+        else:  # another text than that of the queries
+            with known_tokens(mask.tokens if isinstance(mask, Mask) else None):
+                pair = self.read(source, rotation)
         key, value = pair if cache is None else cache.extend(*pair)
         if isinstance(bias, Places):  # formed here, where XLA adds it to the scores and keeps none
             bias = alibi(bias, query.shape[-2])

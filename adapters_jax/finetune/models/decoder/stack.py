@@ -19,6 +19,7 @@ from adapters_jax.finetune.models.decoder.layers import (
 )
 from adapters_jax.finetune.models.parts.blocks import extend_nnx, make_nnx, run_nnx
 from adapters_jax.finetune.models.parts.cache import Cache
+from adapters_jax.methods.places import known_tokens
 
 
 class CrossCache(NamedTuple):
@@ -108,7 +109,8 @@ class Stack(nnx.Module):
             slots: the largest number of tokens.
         """
         own = empty_cache(self.layers, len(self.kinds), len(source), slots, source.dtype)
-        return CrossCache(own, self.read(source), seen)
+        with known_tokens(None if seen is None else seen[:, 0, 0]):
+            return CrossCache(own, self.read(source), seen)
 
     def extend(
         self, x: Hidden, cache: CrossCache, positions: Int[Array, "batch length"], mask: Seen
