@@ -17,6 +17,7 @@ from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.parts.cache import LayerCache
 from adapters_jax.finetune.serving.choosing import Choice
 from adapters_jax.finetune.serving.slots import Slots
+from adapters_jax.testing.subjects import shaken
 from adapters_jax.trace.masks import Mask
 
 FIXTURE = Path(__file__).parent / "fixtures" / "decoders" / "qwen3_next"
@@ -117,6 +118,36 @@ def test_padding_changes_nothing(row):
         plain = model(alone, Mask())
         np.testing.assert_allclose(one, plain, atol=1e-5)
         assert np.abs(plain).max() > 0.1
+
+
+METHODS = {
+    "invoked": aj.ActivatedLoRA("layers/0/attention/*", 2, alpha=8.0, invocation=(5,)),
+    "first": aj.LoReFT("layers/0/attention/query_key_value_gate", 2, prefix_positions=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_of_some_tokens_act_on_these_behind_padding(name):
+    config = DecoderConfig.from_json(FIXTURE / "config.json")
+    kinds = {"num_hidden_layers": 1, "layer_types": ("linear_attention",), "initializer_range": 0.3}
+    ids = jnp.array([[3, 8, 9, 5, 7, 6]])
+    model = aj.adapt(
+        Decoder(replace(config, **kinds), rngs=nnx.Rngs(0)),
+        METHODS[name],
+        rngs=nnx.Rngs(1),
+        example_inputs=(ids,),
+    )
+    graphdef, tree, rest = nnx.split(model, aj.nnx.AdapterParam, ...)
+    model = nnx.merge(graphdef, shaken(tree, 3), rest)
+
+    def logits(ids, mask):
+        given = {"invoked": aj.invoked(ids, (5,))} if name == "invoked" else {}
+        return model(ids, mask, **given)
+
+    alone = logits(ids, None)
+    padded, mask = (jnp.pad(x, ((0, 0), (3, 0))) for x in (ids, jnp.ones(ids.shape, int)))
+    np.testing.assert_allclose(logits(padded, mask)[:, 3:], alone, atol=1e-4)
 
 
 def test_the_convolution_is_causal_and_of_each_feature():

@@ -180,15 +180,16 @@ class GatedDelta(nnx.Module):
             cache: the memories and the last tokens before; they are replaced by those after.
         """
         tokens, texts, order = mask.tokens, mask.segments, None
+        mixed, gate, beta, decay = self._projected(x)
         if tokens is not None:  # first, in their order, so that each is next to the one before
+            # Not before the projections, whose adapters may act on some positions of the text.
             order = jnp.argsort(~tokens, axis=1, stable=True)
-            x = _permuted(x, order)
+            mixed, beta, decay = (_permuted(each, order) for each in (mixed, beta, decay))
             texts = None if texts is None else jnp.take_along_axis(texts, order, axis=1)
         counts = None if tokens is None else tokens.sum(1, dtype=jnp.int32)
         if texts is not None:  # by ascending numbers, from 0
             changes = jnp.diff(texts, prepend=texts[:, :1]) != 0
             texts = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
-        mixed, gate, beta, decay = self._projected(x)
         empty = self.empty_cache(len(x), 0, mixed.dtype)
         memory, before = (empty if cache is None else cache.kept).state
         turned = self.activation(self.convolution(mixed, before, texts)).astype(mixed.dtype)
@@ -202,8 +203,8 @@ class GatedDelta(nnx.Module):
                 jnp.concatenate([before.astype(mixed.dtype), mixed], axis=1), counts, before
             )
             cache.kept = cache.kept._replace(state=(after.astype(memory.dtype), last))
-        y = self.output(read, gate)
-        return y if order is None else _permuted(y, jnp.argsort(order, axis=1))
+        read = read if order is None else _permuted(read, jnp.argsort(order, axis=1))
+        return self.output(read, gate)
 
     def _projected(self, x: Hidden) -> tuple[Hidden, Heads, Rates, Rates]:
         """Queries, keys and values side by side; gates; betas; and logarithms of decays."""
@@ -316,7 +317,9 @@ def _chunk(state: State, parts: tuple[Array, ...]) -> tuple[State, Array]:
     return state * kept + jnp.swapaxes(key * left, -1, -2) @ new, read
 
 
-def _permuted(x: Num[Array, "batch length d"], order: Texts) -> Num[Array, "batch length d"]:
+def _permuted(
+    x: Num[Array, "batch length *rest"], order: Texts
+) -> Num[Array, "batch length *rest"]:
     """The rows of each text in another order."""
     return jax.vmap(lambda x, order: x.at[order].get(unique_indices=True))(x, order)
 
