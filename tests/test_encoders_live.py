@@ -164,3 +164,15 @@ def test_adapters_of_image_encoders_go_both_ways_with_peft(name, tmp_path):
     back = hidden_here(*load_peft(tmp_path / "b", names, params))
     np.testing.assert_allclose(back, hidden_there(made), atol=1e-4)
     assert np.abs(wanted["hidden"] - back).max() > 1e-2
+
+
+@pytest.mark.parametrize("side", [8, 16, 28])
+def test_dinov2_reads_images_of_other_sides(side):
+    config, params = vision.family_at("dinov2").load(FIXTURES / "dinov2")
+    config, params = config.of_images((side, side), params)
+    pixels = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype(np.float32)
+    with torch.no_grad():
+        there = VISION["dinov2"][0].from_pretrained(FIXTURES / "dinov2").eval()
+        wanted = there(pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)).last_hidden_state
+    found = vision.ImageEncoder(config).apply({"params": params}, pixels)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)

@@ -16,6 +16,7 @@ import pytest
 from helpers.commands import command_raises
 from helpers.errors import raises
 from PIL import Image
+from safetensors import safe_open
 
 import adapters_jax as aj
 from adapters_jax.errors import BaseFileError, MissingPackageError
@@ -431,3 +432,39 @@ def test_a_table_names_images_beside_it():
         *data.dev.texts,
         *data.test.texts,
     }
+
+
+def test_positions_of_dinov2_are_interpolated_to_the_images_of_its_preprocessing():
+    write_vit(Path("tiny"), "dinov2")
+    Path("tiny/preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "size": 16}))
+    encoder = load_encoder("tiny")
+    assert encoder.config.image_size == 16 and encoder.longest == 17
+    with safe_open("tiny/model.safetensors", "numpy") as file:
+        stored = file.get_tensor("dinov2.embeddings.position_embeddings")[0]
+    # What torch's interpolate(mode="bicubic") makes 4 points of 3 with.
+    weights = np.asarray(
+        [
+            [1.07177734375, -0.07177734375, 0.0],
+            [0.3603515625, 0.74951171875, -0.10986328125],
+            [-0.10986328125, 0.74951171875, 0.3603515625],
+            [0.0, -0.07177734375, 1.07177734375],
+        ]
+    )
+    expected = np.einsum("ih,jw,hwd->ijd", weights, weights, stored[1:].reshape(3, 3, -1))
+    found = encoder.params["embeddings"]["position"][0]
+    np.testing.assert_allclose(found[0], stored[0])
+    np.testing.assert_allclose(found[1:], expected.reshape(16, -1), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_merged_dinov2_has_the_positions_that_it_trained_with():
+    write_vit(Path("tiny"), "dinov2")
+    Path("tiny/preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "size": 16}))
+    write_digits(Path("digits"), 40)
+    assert main(f"{TRAIN} --method lora --no-baselines".split()) == 0
+    assert main(["merge", "runs/run", "--out", "merged"]) == 0
+    assert json.loads(Path("merged/config.json").read_text())["image_size"] == 16
+    merged, base = (
+        load_encoder(name).params["embeddings"]["position"] for name in ("merged", "tiny")
+    )
+    np.testing.assert_array_equal(merged, base)

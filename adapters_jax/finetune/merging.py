@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -132,6 +133,10 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
     names = [each.name for each in type(task_of(config)).__mro__ if hasattr(each, "name")]
     kind, problem = next((MODELS[name] for name in names if name in MODELS), (None, None))
     values.pop("problem_type", None)
+    if "image_size" in values:  # DINOv2's positions may be interpolated, see its `of_images`
+        tokens = params[classifier.base]["embeddings"]["position"].shape[-2]
+        patch = family.config.from_dict(values).patch_size
+        values["image_size"] = math.isqrt(tokens - 1) * patch
     beside_it: dict[str, Any] = {}
     if kind and (pooling in ("pooler", MASKED) or family.kind == "vision"):
         values["architectures"] = [

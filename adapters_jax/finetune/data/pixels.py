@@ -104,12 +104,16 @@ class Preprocessing:
             ) from error
         return cls(**found)
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """The height and width of its images; None if they have several."""
+        return self.crop or self.size
+
     def check(self, height: int, width: int) -> None:
         """Raises UserError unless its images have the size that a model reads."""
-        sides = self.crop or self.size
-        if sides != (height, width):
+        if self.sides != (height, width):
             raise UserError(
-                f"the checkpoint's preprocessing gives images of {sides}, and its model reads "
+                f"the checkpoint's preprocessing gives images of {self.sides}, and its model reads "
                 f"{(height, width)}; give a checkpoint whose preprocessor_config.json has that size"
             )
 

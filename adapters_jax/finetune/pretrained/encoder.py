@@ -195,24 +195,26 @@ def load_encoder(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size, directory)
     identity = identity_of(name, config)
+    if reads_images:
+        preprocessing = _preprocessing(directory)
+        config, params = config.of_images(preprocessing.sides, params)
+        preprocessing.check(config.image_size, config.image_size)
     parts = (architecture, config, params, tokenizer, pooling, dtype, identity, attention)
     encoder = Encoder(*parts, head=head)
     if reads_images:
-        encoder = ImageEncoder(*parts, preprocessing=_preprocessing(directory, config))
+        encoder = ImageEncoder(*parts, preprocessing=preprocessing)
     return encoder.quantized(quantize, family.kind) if quantize else encoder
 
 
-def _preprocessing(directory: Path, config: Any) -> Preprocessing:
-    """The preprocessing of a checkpoint, which has to give images of its model's size."""
+def _preprocessing(directory: Path) -> Preprocessing:
+    """The preprocessing of a checkpoint of images; raises UserError without a usable one."""
     path = directory / PREPROCESSING
     if not path.is_file():
         raise BaseFileError(
             f"{str(directory)!r} lacks {PREPROCESSING}; write it with transformers' "
             "AutoImageProcessor.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    found = Preprocessing.from_dict(read_json(path))
-    found.check(config.image_size, config.image_size)
-    return found
+    return Preprocessing.from_dict(read_json(path))
 
 
 def store_frozen(params: Any, recipe: Recipe, dtype: str) -> Any:

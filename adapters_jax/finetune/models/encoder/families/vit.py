@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from adapters_jax.errors import UserError
 from adapters_jax.files.names import NameTable, ParameterRule, Rule
@@ -97,6 +99,15 @@ class VitConfig(EncoderConfig):
         size = self.image_size
         return jax.ShapeDtypeStruct((batch, size, size, self.num_channels), jnp.float32)
 
+    def of_images(self, sides: tuple[int, int] | None, params: Any) -> tuple[Self, Any]:
+        """The model for images of other sides, if it has a way to read them; else as it is.
+
+        Args:
+            sides: the height and width of the images; None if they have several.
+            params: the encoder's parameters.
+        """
+        return self, params
+
     def _embedding_parameters(self) -> int:
         width = self.hidden_size
         patch = dense(self.num_channels * self.patch_size**2, width, self.patch_bias)
@@ -126,6 +137,24 @@ class DinoConfig(VitConfig):
     features: ClassVar[tuple[str, ...]] = ("first", "mean")
     layer_scale = property(attrgetter("layerscale_value"))
 
+    def of_images(self, sides: tuple[int, int] | None, params: Any) -> tuple[Self, Any]:
+        """The model for images of other sides: positions are interpolated, as in its training.
+
+        The published models have positions for 518 pixels, and their preprocessing gives 224.
+        """
+        side = sides[0] if sides else self.image_size
+        if sides != (side, side) or side == self.image_size or side % self.patch_size:
+            return self, params
+        new, old = replace(self, image_size=side), params["embeddings"]["position"]
+        first, patches = np.split(np.asarray(old, np.float64), [1], axis=1)
+        count = self.image_size // self.patch_size
+        between = _bicubic(side // self.patch_size, count)
+        grid = patches.reshape(count, count, self.hidden_size)
+        grid = np.einsum("ih,jw,hwd->ijd", between, between, grid, optimize=True)
+        position = np.concatenate([first, grid.reshape(1, -1, self.hidden_size)], axis=1)
+        embeddings = {**params["embeddings"], "position": jnp.asarray(position, old.dtype)}
+        return new, {**params, "embeddings": embeddings}
+
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The values with the inner width, for which `config.json` has a ratio."""
@@ -134,6 +163,23 @@ class DinoConfig(VitConfig):
             raise UserError(f"mlp_ratio={ratio!r}, expected a whole number such as 4")
         inner = width * ratio if isinstance(width, int) else cls.intermediate_size
         return {"intermediate_size": inner, **values}
+
+
+def _bicubic(new: int, old: int) -> Float[np.ndarray, "new old"]:
+    """The matrix that interpolates `old` points at `new` ones, as torch does without antialiasing.
+
+    Reference: Keys 1981, with a = -0.75, and the outermost points repeated.
+    """
+    a, matrix = -0.75, np.zeros((new, old))
+    at = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(at)
+    for tap in (-1, 0, 1, 2):
+        far = np.abs(at - first - tap)
+        inner = ((a + 2) * far - (a + 3)) * far**2 + 1
+        outer = (((far - 5) * far + 8) * far - 4) * a
+        points = np.clip(first + tap, 0, old - 1).astype(int)
+        matrix[np.arange(new), points] += np.where(far <= 1, inner, outer)
+    return matrix
 
 
 @dataclass(frozen=True)
