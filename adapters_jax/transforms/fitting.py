@@ -44,7 +44,7 @@ def owners_of(recipe: Recipe, paths: Sequence[str]) -> list[Owner]:
     return list(found.values())
 
 
-def in_turn(recipe: Recipe, paths: Sequence[str]) -> list[list[Owner]]:
+def _in_turn(recipe: Recipe, paths: Sequence[str]) -> list[list[Owner]]:
     """The adapters of each output, weight and attention, in the order that they act in."""
     found: dict[Any, list[Owner]] = {}
     for owner in sorted(owners_of(recipe, paths), key=lambda each: _turn(recipe, each.method)):
@@ -153,7 +153,7 @@ def fitted(
 
 def _check_turns(caller: str, recipe: Recipe, paths: Sequence[str], whole: Recipe) -> None:
     """Raises RecipeError where the larger recipe runs an adapter's methods in another way."""
-    for owners in in_turn(recipe, paths):
+    for owners in _in_turn(recipe, paths):
         methods: Any = [whole.owner(join(each.prefix, each.name)) for each in owners]
         turns = [_turn(whole, each.method) for each in methods]
         if turns != sorted(turns):
