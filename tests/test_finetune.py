@@ -265,7 +265,8 @@ def test_the_best_adapter_outlives_a_loss_that_is_not_finite(directory, monkeypa
         _, _, run, _ = finetune(directory, *flags, "--name", "poisoned")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     scored = {r["step"]: r["dev"]["accuracy"] for r in records if "dev" in r}
-    assert sorted(scored) == [5, 10, 13]
+    # Step 15 was made before the loss of step 14 was read.
+    assert sorted(scored) == [5, 10, 15]
     task = load_labelled(directory / "reviews.jsonl", text="review")
     found = load_predictor(run.path).predict(task.dev.texts)
     ids = [task.dev.label_names.index(prediction.label) for prediction in found]

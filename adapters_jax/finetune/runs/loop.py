@@ -249,7 +249,7 @@ class Training:
 
         Raises:
             NotFiniteError: a loss or gradient is not finite; in float16, those of 20 steps in a
-                row. These steps changed no parameter, and the adapters before them are scored,
+                row. These steps changed no parameter. The adapters of the last step are scored,
                 unless their outputs are not finite either.
             InterruptedRunError: a signal stopped the training, which is saved.
             CheckpointError: the training could not be saved, or a checkpoint cannot be read.
@@ -262,9 +262,9 @@ class Training:
         )
         try:
             self._run(step, saving)
-        except NotFiniteError as error:
+        except NotFiniteError:
             with contextlib.suppress(NotFiniteError):
-                self._consider(error.step - 1, self.problem.score(self.state, "dev"))
+                self._consider(self.step, self.problem.score(self.state, "dev"))
             raise
 
     def _run(self, step: Callable[..., Any], saving: Saving | None) -> None:
