@@ -195,6 +195,18 @@ def test_images_by_folder_and_by_table():
         read_file("none")
 
 
+def test_what_is_no_image_of_a_class_is_hidden_or_logged(caplog):
+    for name in ("cat/1.png", "dog/1.jfif", "dog/._1.png", ".ipynb_checkpoints/1.png"):
+        write(f"d/{name}", b"x")
+    expected = [{"image": "cat/1.png", "label": "cat"}, {"image": "dog/1.jfif", "label": "dog"}]
+    assert values_of("d") == expected and not caplog.records
+    for name in ("dog/2.heic", "cat/more/2.png"):
+        write(f"d/{name}", b"x")
+    assert values_of("d") == expected
+    (logged,) = caplog.messages
+    assert "d: not read: cat/more/2.png, dog/2.heic; " in logged
+
+
 def test_tables_of_images_with_a_long_name_or_a_short_row():
     write("images/a.png", b"")
     write("images/metadata.csv", "file_name,label\n" + "a" * 5000 + ",cat\n")

@@ -1,12 +1,15 @@
 """Directories of images: a folder for each class, or a table of file names; paths alone."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from adapters_jax.errors import first_few
 from adapters_jax.finetune.data.files import DataError, Found, Rows, place, refuse
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_log = logging.getLogger(__name__)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE, LABEL, FILE_NAME = "image", "label", "file_name"
 
@@ -16,7 +19,8 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
 
     Args:
         directory: it has a folder for each class; or `metadata.csv` (or `.jsonl`, `.parquet`) with
-            a column `file_name` and others.
+            a column `file_name` and others. Of folders, what begins with a dot is left out, and
+            other files that are not read are logged.
         read_file: reads that table.
 
     Returns:
@@ -29,18 +33,43 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
     table = next((directory / name for name in TABLES if (directory / name).is_file()), None)
     if table is not None:
         return _of_table(directory, read_file(table))
-    files = sorted(p for p in directory.glob("*/*") if p.suffix.lower() in SUFFIXES)
+    images = (p for p in directory.glob("*/*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in images if not _is_hidden(p.relative_to(directory)))
     if not files:
         raise DataError(
             f"{directory.as_posix()}: a directory without images; expected a folder of images for "
             f"each class, or {TABLES[0]} with a column {FILE_NAME}; for several files of rows "
             f"write a pattern, as '{directory.as_posix()}/*.jsonl'"
         )
+    _log_others(directory, {*files})
     return [IMAGE, LABEL], [
         (inside, [inside, path.parent.name])
         for path in files
         for inside in (path.relative_to(directory).as_posix(),)
     ]
+
+
+def _is_hidden(inside: Path) -> bool:
+    """Whether a path is of a hidden file or folder, as those that macOS and Jupyter write."""
+    return any(part.startswith(".") for part in inside.parts)
+
+
+def _log_others(directory: Path, images: Collection[Path]) -> None:
+    """Logs the files of a directory that are not read."""
+    others = sorted(
+        inside.as_posix()
+        for path in directory.rglob("*")
+        if path not in images
+        and not _is_hidden(inside := path.relative_to(directory))
+        and path.is_file()
+    )
+    if others:
+        _log.warning(
+            "%s: not read: %s; an image lies in the folder of its class, and its name ends in %s",
+            directory.as_posix(),
+            first_few(others),
+            ", ".join(SUFFIXES),
+        )
 
 
 def _of_table(directory: Path, rows: Rows) -> Found:
