@@ -231,6 +231,30 @@ def test_an_audit_and_an_identity_are_those_of_the_float_base(api):
     assert aj.base_identity(base, small.recipe) == identity
 
 
+@pytest.mark.parametrize("api", APIS)
+def test_where_shapes_are_enough_no_weight_becomes_floats(api, monkeypatch, tmp_path):
+    case, read, unbox = CASES["lora_dense"], [], Quantized.unbox
+    scanned, subject = APIS[api](case, scan=True, layers=2), APIS[api](case, layers=2)
+    saved = aj.save_adapter(tmp_path / "adapter", scanned.state(optax.sgd(0.1)))
+    given = [subject.base_params, ids()] if api == "linen" else []
+    base = aj.quantize(subject.base, *given, dtype="int4", block=4)
+    subject = with_base(subject, True, dtype="int4", block=4)
+
+    def watched(weight):
+        if not isinstance(weight.array.qvalue, jax.core.Tracer):
+            read.append(weight.shape)
+        return unbox(weight)
+
+    monkeypatch.setattr(Quantized, "unbox", watched)
+    subject.bank(2)
+    adapter = aj.read_adapter(saved)
+    adapter = aj.unstack_layers(adapter, Stack("layer_{}"))
+    aj.combine(base, [adapter] * 2, [0.5, 0.5])
+    place = (subject.base, base, ids()) if given else (base, None, ids())
+    aj.load_adapter(saved, *place, names=Stack("layer_{}"))
+    assert read == []
+
+
 @pytest.mark.slow
 def test_an_adapted_model_is_quantised_but_for_what_trains():
     """As PiSSA needs it: its factors come out of the float weight, and the rest is quantised."""

@@ -62,6 +62,7 @@ from adapters_jax.trees import (
     with_leaves,
 )
 from adapters_jax.weights.fingerprints import remember
+from adapters_jax.weights.quantized import unboxed
 
 _LOG = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def load_adapter(
 
 def _other_form(tree: Tree, recipe: Recipe, stack: Stack) -> Tree:
     """The shapes of a base, unrolled if its layers are scanned, and stacked otherwise."""
-    leaves = flatten(nn.meta.unbox(tree))
+    leaves = {path: unboxed(leaf) for path, leaf in flatten(tree).items()}
     added = recipe.owners(leaves)
     shapes = {
         path: jax.ShapeDtypeStruct(np.shape(leaf), np.float32)

@@ -44,6 +44,7 @@ from adapters_jax.trees import (
     with_leaves,
 )
 from adapters_jax.weights.meshes import mesh_of
+from adapters_jax.weights.quantized import unboxed
 
 _BASE = 0  # the place of the adapter that changes nothing
 
@@ -165,7 +166,7 @@ class Bank:
             raise TypeError(
                 f"Bank: {type(model).__name__} has no adapters; call aj.adapt(model, recipe) first"
             )
-        whole = {path: nn.meta.unbox(leaf) for path, leaf in whole.items()}
+        whole = {path: unboxed(leaf) for path, leaf in whole.items()}
         self._idle = neutral(self.recipe, whole, known)
         if mesh := mesh_of(whole):  # the adapters are whole on every device
             self._idle = jax.device_put(self._idle, NamedSharding(mesh, P()))

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -21,6 +20,7 @@ from adapters_jax.methods.leaf import LeafMethod
 from adapters_jax.placement import in_tree
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Adapter, Tree, adapter_leaves, flatten, join, unflatten
+from adapters_jax.weights.quantized import unboxed
 
 HOW = ("linear", "svd", "ties", "dare")
 
@@ -161,7 +161,7 @@ def _check(
 def _shapes(base: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each leaf of a base by path."""
     tree = nnx.state(base, nnx.Param) if isinstance(base, nnx.Module) else base
-    return {path: tuple(nn.meta.unbox(leaf).shape) for path, leaf in flatten(tree).items()}
+    return {path: tuple(unboxed(leaf).shape) for path, leaf in flatten(tree).items()}
 
 
 @dataclass(frozen=True)
