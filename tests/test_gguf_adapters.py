@@ -110,6 +110,38 @@ def test_a_files_changes_are_those_of_the_weights_and_it_reads_back(name, tmp_pa
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("gemma3", "gemma3"),
+        ("qwen2_vl", "qwen2vl"),
+        ("qwen2_5_vl", "qwen2vl"),
+        ("qwen3_vl", "qwen3vl"),
+    ],
+)
+def test_of_a_multimodal_checkpoint_it_is_the_language_models(name, architecture, tmp_path):
+    base = load_base_model(str(FIXTURES.parent / "towers" / name))
+    adapter = drawn(base, outside_experts)
+    assert FORMATS["gguf"].problems(Adapter(*adapter), base) == []
+    for to in ("gguf", "peft"):
+        FORMATS[to].write(tmp_path / to, Adapter(*adapter), base)
+    found, fields = read_pairs(tmp_path / "gguf" / ADAPTER)
+    assert fields["general.architecture"] == architecture
+    kind = next(k for k, x in gguf.MODEL_ARCH_NAMES.items() if x == architecture)
+    theirs = gguf.get_tensor_name_map(kind, 3)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    expected = {}
+    for key in (key for key in tensors if key.endswith("_A.weight")):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        own = theirs.get_name(f"{module.replace('language_model.', '')}.weight", (".weight",))
+        expected[own] = 1.5 * tensors[key.replace("_A", "_B")] @ tensors[key]
+    assert expected.keys() == found.keys() and len(found) == 3 * 7
+    for own, change in expected.items():
+        assert np.abs(change).max() > 0.01
+        np.testing.assert_allclose(found[own], change, atol=2e-6)
+    assert changes(adapter, FORMATS["gguf"].read(tmp_path / "gguf", base)) == []
+
+
 def test_an_embedding_and_an_output_layer_of_their_own_are_written(tmp_path):
     base = load_base_model(str(FIXTURES / "mistral"))
     recipe, leaves = drawn(base, lambda path: not path.startswith("layers/"))

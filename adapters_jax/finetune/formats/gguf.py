@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Gguf(AdapterFormat):
 
         layout_of(base.model_type)
         server = SERVERS[self.owner]
-        names = base.names.of_version(4)
+        # Those of a language model alone, also for one in a multimodal checkpoint.
+        names = replace(base.names.of_version(4), prefixes=("model.",))
         served = for_server(server, adapter.recipe, adapter.leaves, names, base.params)
         config, tensors, _ = to_peft(served.recipe, served.leaves, names, base.params)
         data = to_gguf(config, tensors, base.model_type, base.heads)

@@ -36,6 +36,13 @@ ADAPTER = "adapter.gguf"
 # llama.cpp's name and layout of each type of base; it has some as Llamas.
 _LAYOUTS = {layout.model_type: (name, layout) for name, layout in ARCHITECTURES.items()}
 _LAYOUTS |= {"mistral": ("llama", LLAMA), "mixtral": ("llama", MIXTRAL)}
+# Multimodal checkpoints, whose language model is a file of its own there.
+_LAYOUTS |= {
+    "gemma3": ("gemma3", ARCHITECTURES["gemma3"]),
+    "qwen2_vl": ("qwen2vl", ARCHITECTURES["qwen2"]),
+    "qwen2_5_vl": ("qwen2vl", ARCHITECTURES["qwen2"]),
+    "qwen3_vl": ("qwen3vl", ARCHITECTURES["qwen3"]),
+}
 _EMBEDDING = "token_embd"
 _ALPHA, _INVOCATION = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 
