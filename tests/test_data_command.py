@@ -118,6 +118,15 @@ def test_rows_shared_with_the_first_file(data):
     assert "layout text/label" in out and "--task classification" in out
 
 
+def test_images_of_one_name_in_two_directories_are_not_shared(data):
+    for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/1.png", "test/dog/2.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(name.encode())
+    Path("train.csv").write_text("image,label\ntrain/cat/1.png,cat\ntest/dog/2.png,dog\n")
+    shared = [rows.get("shared") for rows in data("train test train.csv --json")]
+    assert shared == [None, 0, 1]
+
+
 def test_conversations_as_a_decoder_sees_them(data):
     write_llama(Path("tiny"), num_hidden_layers=1, chat_template=TINY)
     talk = said("food Thai", "It serves Thai", "food Dutch", "It serves Dutch")

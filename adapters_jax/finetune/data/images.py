@@ -49,6 +49,11 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
     ]
 
 
+def home_of(table: Path) -> Path:
+    """The directory from which a table of images, or a directory of them, names its paths."""
+    return table if table.is_dir() else table.parent
+
+
 def _is_hidden(inside: Path) -> bool:
     """Whether a path is of a hidden file or folder, as those that macOS and Jupyter write."""
     return any(part.startswith(".") for part in inside.parts)

@@ -4,10 +4,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple, Self
 
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.images import IMAGE, home_of
 from adapters_jax.finetune.data.layouts import Layout, layout_of
 from adapters_jax.finetune.data.splits import key_of
 from adapters_jax.finetune.data.tables import Texts, cell
@@ -120,11 +122,17 @@ def summarize(rows: Rows, label: str | None = None) -> Summary:
 def inputs_of(rows: Rows) -> Texts:
     """What a model reads in each row, to find equal rows: of an unknown layout the whole row.
 
+    Images are named from where the rows are: directories have the same names for other images.
+
     Example:
         >>> inputs_of(Rows(["label", "text"], [(1, ["no", "A film"])]))
         [('A film', None)]
     """
-    return [("\t".join(texts), None) for texts in _inputs(rows)]
+    layout, texts = layout_of(rows.header), ["\t".join(each) for each in _inputs(rows)]
+    if layout is not None and IMAGE in layout.inputs:
+        home = home_of(Path(rows.path).absolute())
+        texts = [(home / path).as_posix() for path in texts]
+    return [(text, None) for text in texts]
 
 
 def _inputs(rows: Rows) -> list[list[str]]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from adapters_jax.errors import needed
 from adapters_jax.finetune.data.datasets import TaskData
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.images import home_of
 from adapters_jax.finetune.data.mixing import Mixture
 from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.finetune.data.readers import DataError
@@ -150,5 +151,5 @@ def _placed(table: Path, texts: Sequence[Any]) -> list[Any]:
             f"{table.as_posix()}: paths of images in it are not absolute; give one table, which is "
             "beside the images, or a directory of images"
         )
-    place = table if table.is_dir() else table.parent
+    place = home_of(table)
     return [((place / path).as_posix(), pair) for path, pair in texts]
