@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Collection
+from functools import lru_cache
 from pathlib import Path
 
 from adapters_jax.errors import first_few
@@ -69,12 +70,17 @@ def _log_others(directory: Path, images: Collection[Path]) -> None:
         and path.is_file()
     )
     if others:
-        _log.warning(
-            "%s: not read: %s; an image lies in the folder of its class, and its name ends in %s",
-            directory.as_posix(),
-            first_few(others),
-            ", ".join(SUFFIXES),
-        )
+        _warn_of(directory.resolve(), first_few(others))
+
+
+@lru_cache(64)  # rows are read for their layout first, and then again
+def _warn_of(directory: Path, others: str) -> None:
+    _log.warning(
+        "%s: not read: %s; an image lies in the folder of its class, and its name ends in %s",
+        directory.as_posix(),
+        others,
+        ", ".join(SUFFIXES),
+    )
 
 
 def _of_table(directory: Path, rows: Rows) -> Found:
