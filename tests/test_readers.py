@@ -89,8 +89,10 @@ def test_class_ids_get_the_names_that_the_hub_stores():
     assert [(row["label"], row["ner_tags"]) for row in values_of("a.parquet")] == [
         ("yes", ["O", "B"]),
         ("no", []),
-        (-1, None),
+        (None, None),
     ]
+    with raises(DataError, "a.parquet", "row 3", "no text or label"):
+        read_rows("a.parquet")
     parquet.write_table(table.replace_schema_metadata({"huggingface": "{"}), "b.parquet")
     assert [row["label"] for row in values_of("b.parquet")] == [1, 0, -1]
 

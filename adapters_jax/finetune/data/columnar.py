@@ -66,7 +66,7 @@ def read_batches(path: Path, raw: Any, kind: str) -> Iterator[tuple[list[str], l
             for column in batch.columns:
                 _count(column, budget)
             columns = [
-                _named(column.to_pylist(), names.get(name))
+                _of_classes(column.to_pylist(), names.get(name))
                 for name, column in zip(batch.schema.names, batch.columns, strict=True)
             ]
             yield batch.schema.names, [list(row) for row in zip(*columns, strict=True)]
@@ -279,10 +279,15 @@ def class_names(schema: Any) -> dict[str, list[str]]:
     return found
 
 
-def _named(values: Any, names: list[str] | None) -> Any:
-    """Class ids, or lists of them, by their names; other values as they are."""
+def _of_classes(values: list[Any], names: list[str] | None) -> list[Any]:
+    """A column with its classes by name, if it has such; -1 there says that a row has none."""
     if names is None:
         return values
+    return [None if value == -1 else _named(value, names) for value in values]
+
+
+def _named(values: Any, names: list[str]) -> Any:
+    """A class id, or lists of them, by their names; other values as they are."""
     if isinstance(values, list):
         return [_named(value, names) for value in values]
     known = isinstance(values, int) and 0 <= values < len(names)
