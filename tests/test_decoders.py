@@ -27,6 +27,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import NOTHING, Batches
 from adapters_jax.finetune.data.datasets import TaskData
+from adapters_jax.finetune.data.lazy_rows import Lazy
 from adapters_jax.finetune.data.packing import Example, Examples, pack, sequence
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import DataError
@@ -86,6 +87,17 @@ def test_a_message_counts_the_rows_that_are_packed():
     for packs in (True, False):
         build_batches(examples, 8, packs, setup)
     assert said == [f"{len(EXAMPLES)} train rows are packed into 2 sequences of 8 tokens"]
+
+
+def test_rows_of_a_large_file_for_an_encoder_are_as_long_as_those_in_memory():
+    rows = [Example([3] * 7, [4] * 5), Example([3] * 2, [4] * 6), Example([3], [1])]
+    held = Examples.of(rows)
+    setup, widths = Setup("tiny", None, 1, None, {}, None), []
+    for own in (held, held._replace(rows=Lazy(rows, lambda row: row))):
+        examples = dict.fromkeys(("train", "dev", "test"), own)
+        built = build_batches(examples, 8, False, setup, encodes=True)
+        widths.append([batch["labels"].shape[1] for batch in built.train])
+    assert widths == [[8, 8, 8], [8, 8, 8]]
 
 
 @pytest.mark.slow

@@ -281,7 +281,7 @@ def build_batches(
         return pack(lengths, max_length, setup.seed, own)
 
     def sequences(part: str) -> Sequence[Any]:
-        found, _, _ = examples[part]
+        found, lengths, learnt = examples[part]
 
         def made(group: list[int]) -> Any:
             own = [found[i] for i in group]
@@ -289,7 +289,8 @@ def build_batches(
 
         if is_held(found):
             return [made(group) for group in groups[part]]
-        return Sequences(groups[part], made, examples[part].lengths)
+        sizes = np.maximum(learnt, lengths - learnt) if encodes else lengths  # as `pair` has them
+        return Sequences(groups[part], made, sizes)
 
     groups = {part: grouped(part) for part in examples}
     rows = {part: sequences(part) for part in examples}
