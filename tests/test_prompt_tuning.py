@@ -26,6 +26,7 @@ from adapters_jax.finetune.models.decoder import (
     load_decoder,
 )
 from adapters_jax.finetune.models.generation import generate
+from adapters_jax.finetune.models.t5 import T5, T5Config
 from adapters_jax.finetune.serving.adapters import DecoderBase
 
 K, D = 3, 4
@@ -96,6 +97,35 @@ def test_unsigned_ids_get_placeholders_that_they_have_no_number_for():
     assert made.ids.tolist() == [[-1] * K + [5, 6]]
     assert made.labels.tolist() == [[-100] * K + [5, 6]]
     assert made.mask.tolist() == [[1] * (K + 2)]
+
+
+def test_the_prompt_is_next_to_a_text_that_is_padded_on_the_left():
+    ids, there = (
+        np.array([[0, 0, 7, 6, 5], [3, 4, 2, 0, 0]]),
+        np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    )
+    made = aj.with_prompt(METHOD, ids, there, ids)
+    assert made.ids.tolist() == [[0, 0, -1, -1, -1, 7, 6, 5], [-1, -1, -1, 3, 4, 2, 0, 0]]
+    assert made.mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]]
+    assert made.labels.tolist() == [[0, 0, *[-100] * K, 7, 6, 5], [*[-100] * K, 3, 4, 2, 0, 0]]
+
+
+@pytest.mark.slow
+def test_a_padded_row_of_a_t5_has_its_prompt_at_the_distances_of_that_row_by_itself():
+    """Its biases are of the places of a row, padding included."""
+    config = T5Config(29, 16, 8, 20, num_layers=1, num_decoder_layers=1, num_heads=2)
+    graphdef, params, rest = nnx.split(T5(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    base = nnx.merge(graphdef, shaken(params, 3), rest)
+    recipe, written = aj.PromptTuning("embeddings", K), np.array([[0, 8, 9]])
+    model = aj.adapt(base, recipe, rngs=nnx.Rngs(1))
+    model.embeddings.prompt_tuning["embedding"][...] = drawn((K, 16), 5)
+    alone = model(*aj.with_prompt(recipe, np.array([[7, 6, 5]]), np.ones((1, 3)))[:2], written)
+    for padding in ((4, 0), (0, 4)):
+        ids, there = (np.pad(x, ((0, 0), padding)) for x in ([[7, 6, 5]], np.ones((1, 3))))
+        got = model(*aj.with_prompt(recipe, ids, there)[:2], written)
+        np.testing.assert_allclose(got, alone, atol=1e-5)
+    front, *_ = aj.with_prompt(recipe, ids)
+    assert np.abs(model(front, None, written) - alone).max() > 0.01
 
 
 def test_a_placeholder_may_be_a_token():

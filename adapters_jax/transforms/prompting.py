@@ -39,8 +39,9 @@ def with_prompt(
     *,
     ignore: int = -100,
 ) -> Prompted:
-    """Ids with a prompt's placeholders in front of each row, and what lies beside them.
+    """Ids with a prompt's placeholders in front of each text, and what lies beside them.
 
+    Where a mask says that a row begins with padding, they are behind it, next to the text.
     Positions need nothing: a model that counts them counts the placeholders, too.
 
     Args:
@@ -64,27 +65,45 @@ def with_prompt(
         ([[-1, -1, 5, 6]], [[1.0, 1.0, 1.0, 1.0]])
     """
     method = _method(recipe)
+    for name, x in (("mask", mask), ("labels", labels)):
+        if x is not None and np.shape(x) != np.shape(ids):
+            raise UserError(
+                f"with_prompt: {name} is of {list(np.shape(x))}, expected the shape of the ids, "
+                f"{list(np.shape(ids))}"
+            )
     made: list[Any] = []
     for name, x, value in (
         ("ids", ids, method.placeholder),
         ("mask", mask, 1),
         ("labels", labels, ignore),
     ):
-        if x is not None and np.shape(x) != np.shape(ids):
-            raise UserError(
-                f"with_prompt: {name} is of {list(np.shape(x))}, expected the shape of the ids, "
-                f"{list(np.shape(ids))}"
-            )
         if x is None:
             made.append(None)
             continue
-        library: Any = jnp if isinstance(x, jax.Array) else np
+        library: Any = jnp if isinstance(x, jax.Array) or isinstance(mask, jax.Array) else np
         x = library.asarray(x)
         if name != "mask" and jnp.issubdtype(x.dtype, jnp.unsignedinteger):
             x = x.astype(np.int32)  # unsigned numbers have no -1
         front = [(0, 0)] * (np.ndim(ids) - 1) + [(method.length, 0)]
-        made.append(library.pad(x, front, constant_values=value))
+        x = library.pad(x, front, constant_values=value)
+        if mask is not None:
+            x = library.take_along_axis(x, _behind_padding(mask, method.length), -1)
+        made.append(x)
     return Prompted(*made)
+
+
+def _behind_padding(mask: Any, length: int) -> Any:
+    """For each place of a row, which one it takes of that row with `length` places in front.
+
+    Example:
+        >>> _behind_padding(np.array([[0, 1, 1], [1, 1, 0]]), 2).tolist()
+        [[2, 0, 1, 3, 4], [0, 1, 2, 3, 4]]
+    """
+    library: Any = jnp if isinstance(mask, jax.Array) else np
+    padding = (library.asarray(mask) != 0).argmax(-1)[..., None]
+    at = library.arange(np.shape(mask)[-1] + length)
+    behind = library.where(at < padding + length, at - padding, at)
+    return library.where(at < padding, at + length, behind)
 
 
 def start_prompt(params: Any, recipe: Recipe | Method, ids: Int[Array, " tokens"]) -> Any:
