@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.formats import FORMATS, format_of
 from adapters_jax.finetune.formats.base import Adapter, Head, changes, stand_ins
 from adapters_jax.finetune.formats.native import Native
+from adapters_jax.finetune.formats.peft import PROMPTED
 from adapters_jax.finetune.inference import load_generator, load_predictor
 from adapters_jax.finetune.leaving import open_source
 from adapters_jax.finetune.models.decoder import load_decoder
@@ -282,6 +284,19 @@ def test_problems_by_shapes_are_those_that_write_raises(folder, monkeypatch, tmp
     outcome = raises(aj.UserError, *problems) if problems else contextlib.nullcontext()
     with outcome:
         FORMATS[to].write(tmp_path / "out", Adapter(found.recipe, found.leaves), found.base)
+
+
+def test_prompts_of_a_type_that_pefts_llama_adapter_lacks_are_refused(tmp_path):
+    shapes = {
+        f"layers/1/attention/prompt/{k}": n for k, n in (("embedding", (3, 32)), ("gate", (1,)))
+    }
+    saved = drawn(aj.LlamaAdapter("layers/1/attention", 3, gate="layer"), shapes, tmp_path / "a")
+    found = open_source(str(saved), str(FIXTURES / "llama"))
+    adapter, qwen = Adapter(found.recipe, found.leaves), replace(found.base, model_type="qwen3")
+    assert FORMATS["peft"].problems(adapter, found.base) == []
+    (problem,) = FORMATS["peft"].problems(adapter, qwen)
+    with raises(aj.UserError, problem, "qwen3", *PROMPTED):
+        FORMATS["peft"].write(tmp_path / "b", adapter, qwen)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from flax import nnx
 import adapters_jax as aj
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.spelling import _IDLE, INSTEAD, NAMES, OURS
+from adapters_jax.finetune.formats.peft import PROMPTED
 from adapters_jax.finetune.models import decoder
 from adapters_jax.finetune.models.bert import FAMILY, BertClassifier, load_bert
 from adapters_jax.finetune.pretrained import assets
@@ -184,3 +185,4 @@ def test_names_of_the_installed_peft():
     assert fields <= {*OURS, *INSTEAD, *_IDLE, *ours}
     kinds = set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values())
     assert {kind.__name__ for kind in kinds} <= {*NAMES}
+    assert peft.tuners.adaption_prompt.config.TRANSFORMERS_MODEL_CONFIG.keys() == {*PROMPTED}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters_jax.errors import UserError
 from adapters_jax.files import hub
 from adapters_jax.files.directories import PEFT
 from adapters_jax.files.untrusted import read_json
@@ -35,6 +36,8 @@ _CLASSES = {
 }
 _UNNAMED = {"vision": "AutoModelForImageClassification", "speech": "AutoModelForSpeechSeq2Seq"}
 _TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+# The types of bases whose attention PEFT's LLaMA-Adapter knows.
+PROMPTED = ("llama", "mistral", "gpt2")
 
 
 class Peft(AdapterFormat):
@@ -69,9 +72,11 @@ class Peft(AdapterFormat):
         return recipe, flatten(leaves)
 
     def problems(self, adapter: Adapter, base: BaseModel) -> list[str]:
-        """See `to_peft`, which `save_peft` calls."""
+        """See `to_peft`, which `save_peft` calls; and the base's type."""
         from adapters_jax.files.peft.convert import to_peft
 
+        if lacking := _no_prompts(adapter, base):
+            return [lacking]
         about = _prefix(base, adapter.leaves), {"task_type": _task(base, adapter.leaves)}
         return to_peft(adapter.recipe, adapter.leaves, base.names, base.params, *about)[2]
 
@@ -79,6 +84,8 @@ class Peft(AdapterFormat):
         """See `save_peft`; the task decides the model's class, and so the modules' prefix."""
         from adapters_jax.files.peft.convert import save_peft
 
+        if lacking := _no_prompts(adapter, base):
+            raise UserError(lacking)
         task = _task(base, adapter.leaves)
         save_peft(
             directory,
@@ -115,6 +122,17 @@ class Peft(AdapterFormat):
             f"from peft import PeftModel\nfrom transformers import {kind}\n"
             f"model = PeftModel.from_pretrained({kind}.from_pretrained({shown!r}{more}), {name!r})"
         )
+
+
+def _no_prompts(adapter: Adapter, base: BaseModel) -> str:
+    """Why PEFT's LLaMA-Adapter is not for a type of bases; empty if it is, or is not used."""
+    known = not base.model_type or base.model_type in PROMPTED
+    if known or all(method.kind != "llama_adapter" for method in adapter.recipe):
+        return ""
+    return (
+        f"PEFT's LLaMA-Adapter is for bases of {', '.join(PROMPTED)}, and this one is a "
+        f"{base.model_type}"
+    )
 
 
 def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
