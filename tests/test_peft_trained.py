@@ -197,6 +197,39 @@ def test_rows_of_tokens_replace_those_of_the_embedding_and_of_the_output_layer(t
     np.testing.assert_array_equal(found["words/embedding"], whole)
 
 
+TIED = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_of_a_tied_embedding_are_those_of_all_modules_that_hold_it(alone, tmp_path):
+    """PEFT writes them for each of these, where nothing else trains; on a T5 it applies them."""
+    names, base = FAMILIES["t5"].names, tree(embeddings__embedding=(9, 4))
+    fields = {
+        "target_modules": ["shared"],
+        "token_indices": [7, 2],
+        "peft_type": "TRAINABLE_TOKENS",
+    }
+    tensors = {f"{name}.trainable_tokens_delta": ROWS for name in ("shared", *TIED)}
+    if not alone:
+        base |= tree(encoder__layers__0__attention__query__kernel=(4, 4))
+        fields = {"target_modules": ["q"], "trainable_token_indices": [7, 2]}
+        tensors = {"shared.token_adapter.trainable_tokens_delta": ROWS}
+        factors = {"lora_A.weight": drawn((2, 4)), "lora_B.weight": drawn((4, 2), seed=1)}
+        tensors |= {f"encoder.block.0.layer.0.SelfAttention.q.{k}": x for k, x in factors.items()}
+    _, found = load_peft(written(tmp_path / "a", tensors, **fields), names, base)
+    whole = np.array(base["embeddings"]["embedding"])
+    whole[7], whole[2] = ROWS
+    np.testing.assert_array_equal(found["embeddings"]["embedding"], whole)
+    if alone:
+        tensors |= {"lm_head.trainable_tokens_delta": ROWS + 1}
+        with raises(AdapterFileError, "lm_head"):
+            load_peft(written(tmp_path / "b", tensors, **fields), names, base)
+        base |= tree(head__kernel=(4, 9))  # where PEFT's rows reach no module that is called
+        with raises(AdapterFileError, "'shared'"):
+            tensors = {"shared.trainable_tokens_delta": ROWS}
+            load_peft(written(tmp_path / "c", tensors, **fields), names, base)
+
+
 @pytest.mark.parametrize(
     ("tokens", "data"),
     [

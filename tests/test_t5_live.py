@@ -146,6 +146,23 @@ def test_an_embedding_changes_in_vain_in_peft_and_is_not_read(tmp_path):
         load_peft(tmp_path / "theirs", NAMES, load_t5(FIXTURES / "flan_t5")[1])
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_of_tokens_of_a_tied_embedding_are_read(alone, tmp_path):
+    def rows(model_type):
+        if alone:
+            return peft.TrainableTokensConfig(task_type="SEQ_2_SEQ_LM", token_indices=[3, 5])
+        tokens = {"trainable_token_indices": [3, 5], "target_modules": ["q"]}
+        return peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, **tokens)
+
+    logits = made_by_peft("t5", rows, tmp_path / "theirs")
+    _, model = load_t5(FIXTURES / "t5")
+    assert np.abs(ours("t5", model) - logits).max() > 0.05
+    recipe, adapters = load_peft(tmp_path / "theirs", NAMES, model)
+    native = aj.save_adapter(tmp_path / "native", adapters, recipe)
+    adapted = aj.load_adapter(native, model, None, inputs_of("t5")["input_ids"])
+    np.testing.assert_allclose(ours("t5", adapted), logits, atol=1e-4)
+
+
 RECIPES = {
     "lora": aj.lora(2, 5.0),
     "ia3": aj.ia3(),

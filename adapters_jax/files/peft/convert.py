@@ -213,7 +213,8 @@ def from_peft(
             if trained:
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
-            problems += _held_twice(leaves, module_map)
+            # PEFT gives the rows of tokens of a tied embedding to all modules that hold it.
+            problems += _held_twice(leaves.keys() - (folded if module_map.tied else {}), module_map)
             problems += [] if problems else unsaved(config, plain, module_map)
             if config.get("task_type") == CLASSIFIES:
                 problems += unpooled(leaves, module_map)

@@ -47,6 +47,7 @@ def read_folded(
     of LN_TUNING are tensors like others.
     """
     rest, leaves = dict(plain), Leaves()
+    rows = {match[1]: x for key, x in plain.items() if (match := _ROWS.fullmatch(key))}
     for key, tensor in plain.items():
         with collecting(problems):
             if match := _BIAS.fullmatch(key):
@@ -55,12 +56,13 @@ def read_folded(
                 leaves |= _with_bias(config, match[1], tensor, own, module_map)
             elif match := _ROWS.fullmatch(key):
                 del rest[key]
-                leaves |= _with_rows(config, match[1], tensor, module_map)
+                if not _is_copy(match[1], rows, module_map):
+                    leaves |= _with_rows(config, match[1], tensor, module_map)
             elif match := NORM.fullmatch(key):
                 rest[f"{match[1]}.{match[2]}"] = rest.pop(key)
                 if config["peft_type"] != "LN_TUNING" or not is_target(config, match[1]):
                     problems.append(f"{key} is of none of the target_modules of LN_TUNING")
-    given, rows = _tokens(config), [match[1] for key in plain if (match := _ROWS.fullmatch(key))]
+    given = _tokens(config)
     lacking = [each for each in given if not any(_ends(name, each) for name in rows)]
     problems += [
         f"the file has no rows of {each!r} for the tokens {given[each]}" for each in lacking
@@ -104,6 +106,16 @@ def _with_bias(
     if problems:
         raise UserError("; ".join(problems))
     return {path: x.astype(module_map.base[path].dtype) for path, x in found.items()}
+
+
+def _is_copy(module: str, rows: Mapping[str, Array], module_map: ModuleMap) -> bool:
+    """Whether rows are those of a tied embedding once more, under another of its weight's names."""
+    if module_map.tied is None or module_map.at(module):
+        return False
+    bare, (head, embedding) = module_map.bare(module), module_map.tied
+    first = next((x for name, x in rows.items() if module_map.bare(name) == embedding), None)
+    names_it = bare == head or module_map.table.ignores(f"{bare}.weight")
+    return names_it and first is not None and np.array_equal(rows[module], first)
 
 
 def _with_rows(config: Config, module: str, rows: Array, module_map: ModuleMap) -> Leaves:
