@@ -222,6 +222,13 @@ _EXTRAS = (  # flags that are read before the command is made, which gets no val
 )
 
 
+def flags_of(command: Any) -> list[Leaf]:
+    """The flags of a command as its help lists them: by their headings, those of all last."""
+    leaves = list(_leaves(command))
+    order = _titles(leaves)
+    return sorted([*leaves, *_EXTRAS], key=lambda leaf: order.index(leaf.group))
+
+
 def _titles(leaves: Sequence[Leaf]) -> list[str]:
     """The headings in the order of the help."""
     titles = [leaf.group for leaf in leaves]
