@@ -196,3 +196,17 @@ def test_square_stacks_are_read_along_the_axes_that_another_stack_tells(version,
     directory = save_peft(tmp_path / "one", recipe, tree, names.of_version(version), model)
     with raises(UserError, "layers.0.mlp.experts.down_proj", "transformers 4"):
         load_peft(directory, names, model)
+
+
+def test_a_router_that_is_a_parameter_of_theirs_is_our_module_again(tmp_path):
+    base, names = load_decoder(FIXTURES / "deepseek_v3")[1], ARCHITECTURES["deepseek_v3"].names
+    width, experts = base.layers[1].mlp.router.kernel.shape
+    leaves = {"a": drawn((width, 2)), "b": drawn((2, experts), seed=1)}
+    tree = {"layers": {"1": {"mlp": {"router": {"lora": leaves}}}}}
+    recipe = aj.LoRA("layers/1/mlp/router", 2, 3.0)
+    again, back = load_peft(save_peft(tmp_path / "a", recipe, tree, names, base), names, base)
+    assert again.attached[0].targets == ("layers/1/mlp/router",)
+    got = flatten(back)
+    assert got.keys() == flatten(tree).keys()
+    for key, leaf in flatten(tree).items():
+        np.testing.assert_array_equal(got[key], leaf)

@@ -119,10 +119,23 @@ class ModuleMap:
         """The paths of our modules that are a module of theirs, or a part of one."""
         return {reference.path for parts in self.modules.values() for reference in parts}
 
+    def is_alone(self, path: str) -> bool:
+        """Whether one of our weights is the only one of its module."""
+        module, _, name = path.rpartition("/")
+        own = self._owned.get(module, {})
+        return bool(module) and not any(
+            each not in (name, "bias") and len(leaf.shape) > 1 for each, leaf in own.items()
+        )
+
+    @cached_property
+    def _owned(self) -> dict[str, dict[str, Any]]:
+        """The base's arrays by module, then by name."""
+        return own_leaves(self.base)
+
     @property
     def paths(self) -> list[str]:
         """The paths of our modules that have parameters."""
-        return sorted({path.rpartition("/")[0] for path in self.base})
+        return sorted(self._owned)
 
     def targets(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Patterns of these modules or weights, and of no others."""

@@ -160,8 +160,9 @@ class _Reader:
                 raise _misfit(name, found, reference.path, reference.shape)
             self.check(name, found, numbers[0], pair["a"].shape[-1])
             target, node = reference.path, _node(reference.path)
-            if (module := target.rpartition("/")[0]) in self.module_map.whole:
-                target, node = module, join(module, "lora")
+            if self.module_map.is_alone(target):  # then a recipe has the module
+                target = target.rpartition("/")[0]
+                node = join(target, "lora")
             self.keep(target, node, pair, numbers, reference.shape)
 
     def add_experts(self, path: str, found: Mapping[str, Factors], lacking: Sequence[str]) -> None:
