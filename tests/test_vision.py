@@ -15,10 +15,12 @@ import adapters_jax as aj
 from adapters_jax.finetune.base_files import huggingface
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.data.readers import DataError
+from adapters_jax.finetune.merging import save_encoder
 from adapters_jax.finetune.models import KNOWN, family_of
 from adapters_jax.finetune.models.encoder.heads import ImageClassifier
 from adapters_jax.finetune.models.encoder.model import ImageEncoder
 from adapters_jax.finetune.models.known import find_known
+from adapters_jax.finetune.models.parts.checkpoint import save_tensors
 from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.finetune.pretrained.encoder import ImageEncoder as Pretrained
 from adapters_jax.finetune.shapes import adapted_shape
@@ -208,3 +210,17 @@ def test_images_of_another_shape_raise(shape):
     config, _ = loaded("vit")
     with raises(aj.UserError, shape, "(batch, 12, 12, 3)"):
         jax.eval_shape(partial(ImageEncoder(config).init, jax.random.key(0)), jnp.zeros(shape))
+
+
+def test_a_merged_image_tower_alone_is_the_classifier_that_transformers_has(tmp_path):
+    values = huggingface.read_json(FIXTURES / "clip" / "config.json")["vision_config"]
+    tower, merged = tmp_path / "tower", tmp_path / "merged"
+    values |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+    save_tensors(tower, values, read_arrays(FIXTURES / "clip"))
+    model, params = classifier("clip")
+    assert save_encoder(merged, tower, params, labels=["a", "b", "c"]) == []
+    config = huggingface.read_json(merged / "config.json")
+    assert config["model_type"] == "clip" and config["vision_config"]["hidden_size"] == 24
+    assert config["architectures"] == ["CLIPForImageClassification"]
+    assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert family_at("clip").config.from_dict(config) == model.config

@@ -139,6 +139,7 @@ def write_encoder(directory: Path, config: Mapping[str, Any], params: Any) -> Wr
         values["image_size"] = math.isqrt(tokens - 1) * patch
     beside_it: dict[str, Any] = {}
     if kind and (pooling in ("pooler", MASKED) or family.kind == "vision"):
+        values = family.config.of_classifier(values)
         values["architectures"] = [
             re.sub(r"(Model|For\w+)$", kind, name) for name in values.get("architectures") or ()
         ] or None

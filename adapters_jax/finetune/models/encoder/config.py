@@ -1,5 +1,6 @@
 """What every encoder's configuration says about its model: sizes, and the parts it has."""
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -97,6 +98,11 @@ class EncoderConfig(huggingface.CheckpointConfig):
                 f"a width of {self.hidden_size} does not divide into {self.num_attention_heads} "
                 "attention heads."
             )
+
+    @classmethod
+    def of_classifier(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of `config.json` of transformers' classifier, by those of the encoder."""
+        return dict(values)
 
     @property
     def longest(self) -> int:

@@ -214,6 +214,13 @@ class ClipConfig(VitConfig):
         rate = inner.get("attention_dropout", cls.attention_probs_dropout_prob)
         return {**inner, "attention_probs_dropout_prob": rate}
 
+    @classmethod
+    def of_classifier(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a whole CLIP: transformers has no classifier of an image tower alone."""
+        if "vision_config" in values:
+            return dict(values)
+        return {"model_type": "clip", "architectures": ["CLIPModel"], "vision_config": dict(values)}
+
 
 _FIRST = (
     ParameterRule("embeddings/first", "embeddings.cls_token"),
