@@ -19,6 +19,8 @@ from adapters_jax.files.names import NameTable, Rule, installed
 from adapters_jax.files.peft import load_peft, save_peft
 from adapters_jax.files.peft.applied import differences
 from adapters_jax.files.peft.convert import from_peft
+from adapters_jax.finetune.formats.base import Adapter
+from adapters_jax.finetune.formats.peft import Peft
 from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.decoder import DecoderConfig
 from adapters_jax.finetune.models.t5 import load_t5
@@ -255,3 +257,18 @@ def test_the_head_of_an_mt5_of_transformers_5_may_be_its_embedding(tmp_path):
     file.write_text(json.dumps(config | {"transformers_version": "4.57.6"}))
     with raises(BaseMismatchError, "lm_head.weight"):
         load_t5(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_an_adapter_of_images_without_a_head_has_the_names_of_a_model_without_one(name, tmp_path):
+    base = load_base_model(str(FIXTURES / name))
+    recipe = aj.Recipe(aj.LoRA("layer_0/attention/query", 2))
+    width = base.params["layer_0"]["attention"]["query"]["kernel"].shape[0]
+    ours = {"a": np.ones((width, 2), np.float32), "b": np.ones((2, width), np.float32)}
+    leaves = {f"layer_0/attention/query/lora/{factor}": x for factor, x in ours.items()}
+    Peft().write(tmp_path / "a", Adapter(recipe, leaves), base)
+    (module,) = json.loads((tmp_path / "a" / PEFT.config).read_text())["target_modules"]
+    # CLIP's model has a tower of texts as well, whose modules have the names of images' within it.
+    assert module.startswith("vision_model.encoder." if name == "clip" else ("encoder.", "layers."))
+    keys = safetensors.numpy.load_file(tmp_path / "a" / PEFT.tensors)
+    assert all(key.startswith(f"base_model.model.{module}.") for key in keys)

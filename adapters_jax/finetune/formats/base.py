@@ -38,6 +38,7 @@ class BaseModel:
             answers them, "vision", or "speech".
         names: maps its modules to PyTorch's names.
         prefix: begins PyTorch's module names in the class that has a head as well.
+        bare: begins them in the class without a head.
         params: a tree of parameters, or an NNX model.
         identity: identifies the base in an adapter's files.
         classifies: whether a head for labels is on top of it.
@@ -58,6 +59,7 @@ class BaseModel:
     model_type: str = ""
     one_layer: bool = False
     heads: tuple[int, int] = (0, 0)
+    bare: str = ""
 
     @property
     def public(self) -> str | None:

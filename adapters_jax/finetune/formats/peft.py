@@ -151,4 +151,4 @@ def _task(base: BaseModel, leaves: Mapping[str, Any]) -> str | None:
 
 def _prefix(base: BaseModel, leaves: Mapping[str, Any]) -> str:
     """What begins the names of modules in the class of the model."""
-    return "" if _task(base, leaves) == "FEATURE_EXTRACTION" else base.prefix
+    return base.bare if _task(base, leaves) == "FEATURE_EXTRACTION" else base.prefix

@@ -52,6 +52,8 @@ class Family:
         prefixes: the keys are the values of `model_type` in `config.json` that the family reads.
             Each value is the prefix of the base's modules in a PyTorch model with a head, such as
             `bert.`.
+        bare: the prefix of the same modules in a model without a head, such as CLIP's, which holds
+            the image tower in a module; most have none.
         tables: the name tables of the types whose checkpoints differ from `names`.
         known: configurations of published models by name.
         layer: the pattern of one layer, with `{}` for its number.
@@ -70,6 +72,7 @@ class Family:
     load: Callable[..., tuple[Any, Any]]
     names: NameTable
     prefixes: Mapping[str, str]
+    bare: str = ""
     tables: Mapping[str, NameTable] = field(default_factory=dict)
     known: Mapping[str, Any] = field(default_factory=dict)
     layer: str = "**/layer_{}"

@@ -87,6 +87,7 @@ def described(
         pooling=pooling,
         model_type=model_type,
         one_layer=classifier is not None and classifier.one_layer,
+        bare=family.bare,
         **rest,
     )
 

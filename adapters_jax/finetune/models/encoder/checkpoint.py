@@ -133,12 +133,13 @@ def encoder_family(
     scans: bool = True,
     head: str = "classifier",
     one_layer: bool = False,
+    bare: str = "",
     prediction: Prediction | None = None,
 ) -> Family:
     """Makes the record of an encoder's family.
 
     Args:
-        known, kind, scans: see `Family`.
+        known, kind, scans, bare: see `Family`.
         types: the values of `model_type` that it reads; by default those of the configuration.
         head: the name of the classifier's last layer in transformers.
         one_layer: see `Classifier`.
@@ -153,6 +154,7 @@ def encoder_family(
         load=partial(load_encoder, build, config, names),
         names=names,
         prefixes=dict.fromkeys(types or config.supported["model_type"], names.prefixes[0]),
+        bare=bare,
         known=known,
         scans=scans,
     )

@@ -365,5 +365,6 @@ FAMILIES = (
             "openai/clip-vit-base-patch16": replace(_CLIP_32, patch_size=16),
             "openai/clip-vit-large-patch14": replace(_CLIP_32, patch_size=14, **LARGE),
         },
+        bare="vision_model.",
     ),
 )
