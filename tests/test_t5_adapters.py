@@ -15,8 +15,10 @@ import adapters_jax as aj
 from adapters_jax.errors import AdapterFileError
 from adapters_jax.files.adapterhub import load_adapterhub, save_adapterhub
 from adapters_jax.files.peft import load_peft, save_peft
+from adapters_jax.finetune.models import FAMILIES
 from adapters_jax.finetune.models.generation import generate
-from adapters_jax.finetune.models.t5 import NAMES, load_t5
+from adapters_jax.finetune.models.t5 import NAMES, T5Config, load_t5
+from adapters_jax.finetune.options.method import MethodOptions
 from adapters_jax.nnx import AdapterParam
 from adapters_jax.trees import flatten
 
@@ -57,6 +59,28 @@ def test_presets_adapt_the_modules_that_they_adapt_in_other_libraries():
     ia3 = grown(aj.ia3())[1]
     scaled = {f"{at}/{x}" for at in ATTENTIONS for x in ("key", "value")}
     assert modules(ia3, "ia3") == scaled | {f"{at}/output" for at in MLPS}
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "decoder"),
+    [
+        (MethodOptions("prefix-tuning"), {0}, {0, 1, 2, 3}),
+        (MethodOptions("llama-adapter"), {0}, {2, 3}),
+        (MethodOptions("loreft", last=1), {0}, {3}),
+        (MethodOptions("last-layers", layers=1), {0}, {3}),
+    ],
+    ids=lambda value: getattr(value, "method", None),
+)
+def test_layers_are_counted_in_each_stack(method, encoder, decoder):
+    config = T5Config(16, 8, 4, 12, num_layers=1, num_decoder_layers=4, num_heads=2)
+    family = FAMILIES["t5"]
+    model, inputs = family.shape(config)
+    recipe = method.build(**family.layers(config))
+    adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
+    trained = recipe.trained(list(flatten(nnx.state(adapted, nnx.Param))))
+    parts = [path.split("/") for path in trained]
+    assert {int(part[2]) for part in parts if part[0] == "encoder"} == encoder
+    assert {int(part[2]) for part in parts if part[0] == "decoder"} == decoder
 
 
 RECIPES = {

@@ -11,13 +11,17 @@ from helpers.arrays import read_arrays
 from helpers.commands import command_raises
 from helpers.tiny import write_meanings
 
+import adapters_jax as aj
 from adapters_jax.errors import UserError
+from adapters_jax.finetune.cli.finetune import Finetune
 from adapters_jax.finetune.cli.main import main
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import Batches
 from adapters_jax.finetune.data.packing import Example, pair
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.inference import load_generator
 from adapters_jax.finetune.models.t5 import load_t5
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.finetune.tasks.completion_problem import token_losses
 
 FIXTURES = Path(__file__).parent / "fixtures" / "t5"
@@ -71,6 +75,18 @@ def test_a_tiny_checkpoint_is_audited_and_planned(run):
     assert counts["adapter_parameters"] == 3 * 2 * 2 * (16 + 12)
     plan = json.loads(run(f"plan {flags} --length 8 --batch-size 1 --no-full --json"))
     assert plan["plans"]["lora"]["trainable_parameters"] == counts["adapter_parameters"]
+
+
+@pytest.mark.slow
+def test_the_top_layers_are_those_of_each_stack(run):
+    shutil.copytree(FIXTURES / "t5", "base")  # of three layers and two
+    flags = SHORT.replace("lora --rank 4", "prefix-tuning --last 1").split()[1:]
+    recipe = parse(Finetune, flags).prepare(Console(json=True)).problem.recipe
+    tops = ("encoder/layers/2/attention", "decoder/layers/1/attention")
+    assert recipe == aj.Recipe(aj.PrefixTuning(tops))
+    counts = json.loads(run("audit --model base --method prefix-tuning --last 1 --json"))
+    config = json.loads(Path("base", "config.json").read_text())
+    assert counts["adapter_parameters"] == 2 * 2 * 20 * config["num_heads"] * config["d_kv"]
 
 
 @pytest.mark.slow

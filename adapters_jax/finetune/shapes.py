@@ -67,7 +67,7 @@ def adapted_shape(
     family, config = find_shape(name)
     config = config if layers is None else config.with_layers(layers)
     model, inputs = family.shape(config, **options)
-    recipe = method.build(num_layers=config.num_layers, layer=family.layer)
+    recipe = method.build(**family.layers(config))
     if isinstance(model, nnx.Module):
         model = quantized(model, *inputs, dtype=quantize) if quantize else model
         return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs), None

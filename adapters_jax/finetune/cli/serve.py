@@ -285,7 +285,7 @@ class Serve(Command):
         base = DecoderBase(self.base, self.dtype, mesh)
         read = self._read(base, runs, kept)
         texts = self.room or (() if runs else ("lora --rank 16",))
-        layers = {"num_layers": base.decoder.config.num_layers, "layer": base.decoder.family.layer}
+        layers = base.decoder.family.layers(base.decoder.config)
 
         def build(text: str) -> Recipe:
             return read_candidate(text).method.on("decoder").build(**layers)

@@ -45,7 +45,8 @@ class Family:
         kind: "encoder", whose hidden states a head reads, "decoder", which predicts next tokens,
             "encoder-decoder", which predicts those of a text after it has read another, or
             "vision", an encoder of images, or "speech", which writes the text of sounds.
-        config: the configuration class; its `num_layers` is the number of layers.
+        config: the configuration class; its `num_layers` is the number of layers,
+            and its `decoder_layers`, where it has them, that of a decoder behind an encoder.
         build: `build(config, **options)` returns a model; an NNX model is abstract.
         load: `load(files, **options)` returns the configuration and the parameters or NNX model.
         names: the name table of the checkpoint's tensors.
@@ -95,6 +96,22 @@ class Family:
     def headed(self, pooling: str | None) -> Classifier | None:
         """The model with a head for this pooling; `MASKED` means the masked language model."""
         return self.masked_lm if pooling == MASKED else self.classifier
+
+    def layers(self, config: Any) -> dict[str, Any]:
+        """The layers of a model, as `MethodOptions.build` takes them.
+
+        Example:
+            >>> from adapters_jax.finetune.models import FAMILIES
+            >>> t5 = FAMILIES["t5"]
+            >>> t5.layers(t5.config(num_layers=6, num_decoder_layers=2))
+            {'stacks': {'encoder/layers/{}': 6, 'decoder/layers/{}': 2}}
+        """
+        first = config.num_layers
+        second = getattr(config, "decoder_layers", first)
+        if first == second:
+            return {"num_layers": first, "layer": self.layer}
+        stacks = {"encoder": first, "decoder": second}
+        return {"stacks": {self.layer.replace("**", name): n for name, n in stacks.items()}}
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
         """Returns a model without arrays, and example inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -293,6 +293,7 @@ class MethodOptions:
         head: str | None = None,
         num_layers: int = 0,
         layer: str = "**/layer_{}",
+        stacks: Mapping[str, int] | None = None,
         encode: Callable[[str], Sequence[int]] | None = None,
     ) -> Recipe:
         """Builds the recipe.
@@ -301,6 +302,8 @@ class MethodOptions:
             head: path of the task's head, which always trains.
             num_layers: number of layers of the model, for methods that count layers.
             layer: pattern of one layer of the model, with `{}` for its number.
+            stacks: where stacks of a model have different numbers of layers, the number of each by
+                the pattern of its layers, in place of both.
             encode: gives the tokens of a text, where a tokenizer is there.
 
         Raises:
@@ -330,9 +333,13 @@ class MethodOptions:
             fields["dropout"] = fields.pop("adapter_dropout")
         if self.invocation:
             fields["invocation"] = _tokens(self.invocation, encode)
-        if self.method in ("last-layers", "llama-adapter", "prefix-tuning", "loreft"):
-            fields |= {"num_layers": num_layers, "layer": layer}
-        return _startable(preset.make(**fields, head=head))
+        if self.method not in ("last-layers", "llama-adapter", "prefix-tuning", "loreft"):
+            return _startable(preset.make(**fields, head=head))
+        counts = {layer: num_layers} if stacks is None else stacks
+        made = [
+            preset.make(**fields, layer=each, num_layers=n, head=head) for each, n in counts.items()
+        ]
+        return _startable(_joined(made))
 
     def _from_file(self, path: Path, head: str | None) -> Recipe:
         """Reads the recipe of a file, and adds the head, which would stay random untrained."""
@@ -361,6 +368,17 @@ class MethodOptions:
         except UserError as error:
             raise UserError(f"--recipe {path}: {error}") from error
         return recipe + head_only(head=head) if head and not recipe.trains(f"{head}/x") else recipe
+
+
+def _joined(recipes: Sequence[Recipe]) -> Recipe:
+    """One recipe with the targets of several, which differ in these alone."""
+    from adapters_jax.recipe import Recipe
+
+    def one(methods: Sequence[Any]) -> Any:
+        targets = dict.fromkeys(target for method in methods for target in method.targets)
+        return replace(methods[0], targets=tuple(targets))
+
+    return Recipe([one(methods) for methods in zip(*recipes, strict=True)])
 
 
 def _tokens(

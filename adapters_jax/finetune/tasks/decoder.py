@@ -129,8 +129,7 @@ def recipe_for(setup: Setup, decoder: PretrainedDecoder) -> Recipe:
         # Not `decoder.encode`, for which control tokens that a text spells are text.
         return decoder.tokenizer.encode(text, add_special_tokens=False).ids
 
-    layers = {"num_layers": decoder.config.num_layers, "layer": decoder.family.layer}
-    return setup.recipe(**layers, encode=encode)
+    return setup.recipe(**decoder.family.layers(decoder.config), encode=encode)
 
 
 def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:
