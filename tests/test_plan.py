@@ -243,13 +243,16 @@ def test_the_command_plans_a_checkpoint_by_its_configuration(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_that_numbers_layers_plans_unrolled_ones(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "trained"), [("llama-adapter", 10 * 32 + 4), ("loreft", 2 * 4 * 32 + 4)]
+)
+def test_a_method_that_numbers_layers_plans_unrolled_ones(method, trained, tmp_path):
     write_llama(tmp_path / "llama")
     flags = ("--model", tmp_path / "llama", "--length", 16, "--no-full")
-    status, out, err = command(*flags, "--method", "llama-adapter", "--last", 2)
+    status, out, err = command(*flags, "--method", method, "--last", 2)
     assert status == 0, err
-    found = json.loads(out)["plans"]["llama-adapter"]
-    assert found["trainable_parameters"] == 2 * (10 * 32 + 4)
+    found = json.loads(out)["plans"][method]
+    assert found["trainable_parameters"] == 2 * trained
 
 
 def test_a_plan_that_cannot_be_made_is_one_line():

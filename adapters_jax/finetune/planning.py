@@ -14,15 +14,13 @@ from jax.sharding import Mesh
 from adapters_jax.distributed.mesh import batch_parts
 from adapters_jax.distributed.plan import Plan, abstract_state, plan
 from adapters_jax.distributed.program import Program
-from adapters_jax.finetune.options.method import MethodOptions
+from adapters_jax.finetune.options.method import BY_NUMBER, MethodOptions
 from adapters_jax.finetune.shapes import adapted_shape, find_shape
 from adapters_jax.finetune.tasks.decoder import chunk_of
 from adapters_jax.methods.invocation import from_invocation
 from adapters_jax.training.losses import cross_entropy
 from adapters_jax.training.state import TrainState
 from adapters_jax.transforms.prompting import virtual_tokens
-
-BY_NUMBER = ("llama-adapter", "prefix-tuning", "last-layers")  # they address layers by number
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ PRESETS = {
     ),
     HEAD_ONLY: Preset(_published("head_only"), (), 1e-2, epochs=20.0, head_learning_rate=None),
 }
+# Methods that address layers by their numbers.
+BY_NUMBER = ("last-layers", "llama-adapter", "prefix-tuning", "loreft")
 # The flag by which recipes of a method differ in size.
 SIZES = {
     "houlsby": "bottleneck_dim",
@@ -333,7 +335,7 @@ class MethodOptions:
             fields["dropout"] = fields.pop("adapter_dropout")
         if self.invocation:
             fields["invocation"] = _tokens(self.invocation, encode)
-        if self.method not in ("last-layers", "llama-adapter", "prefix-tuning", "loreft"):
+        if self.method not in BY_NUMBER:
             return _startable(preset.make(**fields, head=head))
         counts = {layer: num_layers} if stacks is None else stacks
         made = [
