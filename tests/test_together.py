@@ -320,3 +320,21 @@ class TestBadInput:
         other = replace(state, tx=optax.adam(2e-2))
         with pytest.raises(aj.UserError, match="share an optimiser, and these have 2"):
             step(aj.stack_states([state, other]), x, only=[0, 1])
+
+
+@BOTH
+def test_a_state_of_several_trainings_is_put_onto_a_mesh(api):
+    model, *params = adapted(api)
+
+    def new(i):
+        return aj.TrainState.create(model, *params, tx=OPTIMIZERS[i], key=jax.random.key(i))
+
+    mesh = aj.make_mesh("data=-1,model=1")
+    together = aj.shard(aj.stack_states([new(0), new(1), new(2)]), mesh)
+    assert {x.sharding.mesh for x in jax.tree.leaves(together.checkpointed)} == {mesh}
+    step = aj.make_train_step(loss_of(api, model))
+    (batch,) = batches(3, 1)
+    together, _ = step(together, batch)
+    for i, one in enumerate(aj.unstack_states(together)):
+        alone, _ = step(new(i), jax.tree.map(lambda x, i=i: x[i], batch))
+        assert_close(one.trained, alone.trained)

@@ -26,6 +26,7 @@ from adapters_jax.placement import Placement, in_tree
 from adapters_jax.recipe import Recipe
 from adapters_jax.targets import matches, require_match
 from adapters_jax.training.state import TrainState
+from adapters_jax.training.together import Optimizers, stack_states, unstack_states
 from adapters_jax.trees import Tree, flatten, path_of
 from adapters_jax.weights.factors import RANK
 from adapters_jax.weights.quantized import is_quantized, unboxed
@@ -187,7 +188,8 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
     Args:
         subject: a linen parameter tree; an NNX model, adapted or not; or a `TrainState`, whose
             optimiser state is laid out like its parameters, and whose statistics and collections
-            are whole on every device. Arrays already there are not copied.
+            are whole on every device; also one of several trainings, of `stack_states`. Arrays
+            already there are not copied.
         mesh: of named axes; see `make_mesh`.
         rules: as for `layout`.
         **options: `recipe` of an adapted linen tree, and `small`; as for `layout`.
@@ -208,7 +210,8 @@ def shard(subject: Any, mesh: Mesh, rules: Rules | None = None, **options: Any) 
     """
     check_mesh("shard", mesh)
     if isinstance(subject, TrainState):
-        return _shard_state(subject, mesh, rules, **options)
+        several = isinstance(subject.tx, Optimizers)
+        return (_shard_states if several else _shard_state)(subject, mesh, rules, **options)
     if isinstance(subject, nnx.Module):
         graphdef, *states = nnx.split(subject, nnx.Param, ...)
         params, other = states
@@ -261,6 +264,14 @@ def _place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
 
 def _everywhere(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, P())), tree)
+
+
+def _shard_states(state: TrainState, mesh: Mesh, rules: Rules | None, **options: Any) -> TrainState:
+    """Lays out several trainings as one each, with their own axis whole on every device."""
+    first, *rest = unstack_states(state)
+    first = _shard_state(first, mesh, rules, **options)
+    made = [_shard_state(replace(each, base=first.base), mesh, rules, **options) for each in rest]
+    return stack_states([first, *(replace(each, base=first.base) for each in made)])
 
 
 def _shard_state(
