@@ -444,6 +444,11 @@ def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants, caplog):
             Tenants(BASE, RECIPES["lora"], **options)
 
 
+def test_a_prompt_that_no_row_has_placeholders_for_is_refused():
+    with raises(RecipeError, "PromptTuning", "placeholders"):
+        Tenants(BASE, aj.PromptTuning("embeddings", 2))
+
+
 @pytest.mark.slow
 def test_closing_ends_what_waits():
     engine = Tenants(BASE, RECIPES["lora"], places=1, rows=1, group=1, lengths=(8,))

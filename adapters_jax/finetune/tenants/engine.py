@@ -35,7 +35,7 @@ from adapters_jax.finetune.tenants.requests import (
 )
 from adapters_jax.finetune.tenants.rooms import Fit, Host, Room
 from adapters_jax.finetune.tenants.waiting import Order, Pass, Step, Tenant, choose, fail, fill
-from adapters_jax.methods import Method
+from adapters_jax.methods import Method, PromptTuning
 from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Recipe
 from adapters_jax.transforms.bank import Bank
@@ -73,8 +73,8 @@ class Tenants:
     Raises:
         UserError: the model is no decoder, a size is not a positive whole number, or `group` or
             the parts of the mesh do not divide `rows`.
-        RecipeError: a method of the recipe has dropout, or acts from some tokens on; or the recipe
-            does not fit the model or a bank.
+        RecipeError: a method of the recipe has dropout, or acts from some tokens on or at
+            placeholders; or the recipe does not fit the model or a bank.
 
     Example:
         >>> import adapters_jax as aj
@@ -447,8 +447,14 @@ _EXAMPLE = (jnp.zeros((1, 4), jnp.int32),)
 def _check_trainable(recipe: Recipe) -> None:
     """Raises RecipeError for methods that draw, or that act on some tokens alone."""
     for method in recipe:
-        if method.dropout or method.gated:
-            why = "has dropout" if method.dropout else "acts from some tokens on"
-            raise RecipeError(
-                f"Tenants: {type(method).__name__} {why}, which is not supported; leave that out"
-            )
+        reasons = (
+            ("has dropout", method.dropout),
+            ("acts from some tokens on", method.gated),
+            ("acts where placeholders are in front of rows", isinstance(method, PromptTuning)),
+        )
+        for why, holds in reasons:
+            if holds:
+                raise RecipeError(
+                    f"Tenants: {type(method).__name__} {why}, which is not supported; leave that "
+                    "out"
+                )
