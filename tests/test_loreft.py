@@ -1,6 +1,7 @@
 """LoReFT against its formula in float64 NumPy, on padded, packed and cached texts."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ import pytest
 from flax import nnx
 from helpers.arrays import double, drawn, drawn_like
 from helpers.errors import raises
+from helpers.tiny import write_llama, write_meanings
 from test_bottleneck import FORMULAS
 
 import adapters_jax as aj
+from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.models import bert
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
 from adapters_jax.finetune.models.generation import generate
 from adapters_jax.finetune.models.t5 import T5, T5Config
+from adapters_jax.finetune.options.parsing import parse
 from adapters_jax.methods import known_tokens
 from adapters_jax.methods.arrays import orthonormal
 from adapters_jax.methods.base import AttachmentPoint
@@ -218,6 +223,17 @@ def test_the_last_tokens_of_a_generation_are_not_known():
     )
     with raises(aj.RecipeError, "layers/1", "the last tokens, 1", "cache"):
         generate(model, jnp.ones((1, 4), int), max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_a_run_that_generates_has_no_last_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_llama(Path("llama"))
+    write_meanings(Path("rows.csv"), 24)
+    words = "--model llama --train rows.csv --prompt mr --completion ref --method loreft --last 1"
+    options = parse(Finetune, [*words.split(), "--suffix-positions", "2", "--held-out", "6"])
+    with raises(aj.UserError, "--suffix-positions 2", "--prefix-positions alone"):
+        options.prepare(Console(json=True))
 
 
 @pytest.mark.weekly

@@ -189,8 +189,7 @@ class MethodOptions:
         last: number of layers with prompts or loreft, from the top; by default all, for
             llama-adapter all but two.
         prefix_positions: how many of a text's first tokens loreft edits; 3 by default.
-        suffix_positions: how many of its last tokens loreft edits, which no generation can; 0 by
-            default.
+        suffix_positions: how many of its last tokens loreft edits, on an encoder; 0 by default.
         gate: for llama-adapter, one gate for each "head" or one for the "layer".
         gate_activation: for llama-adapter, tanh or identity.
     """

@@ -43,6 +43,7 @@ from adapters_jax.finetune.tasks.base import (
 )
 from adapters_jax.finetune.tasks.conversation_rows import ChatEncoder
 from adapters_jax.finetune.tasks.generator import Generator
+from adapters_jax.methods import LoReFT
 from adapters_jax.methods.invocation import from_invocation, start_of
 from adapters_jax.nnx import recipe_of
 from adapters_jax.recipe import Recipe
@@ -165,6 +166,19 @@ def chosen_prompts(setup: Setup, decoder: PretrainedDecoder) -> Prompts:
     return setup.prompts
 
 
+def _check_generates(recipe: Recipe) -> None:
+    """Raises UserError where a LoReFT edits last tokens, which no text that grows has yet."""
+    for method in recipe:
+        if not isinstance(method, LoReFT) or not method.suffix_positions:
+            continue
+        if not all(target.startswith("encoder/") for target in method.targets):
+            raise UserError(
+                f"--suffix-positions {method.suffix_positions}, or a LoReFT with them in --recipe: "
+                "a finished run generates texts, whose last tokens are not known yet; train with "
+                "--prefix-positions alone"
+            )
+
+
 def _check_invoked(recipe: Recipe, train: Batches, setup: Setup) -> None:
     """Raises UserError where no sequence has the tokens on which an adapter acts."""
     for method in recipe:
@@ -242,6 +256,7 @@ class DecoderProblem(ABC):
         """The problem of rows, on the base with the adapters of a run's recipe."""
         recipe = recipe_for(setup, decoder)
         check_continues(recipe, not decoder.encodes, setup.model)
+        _check_generates(recipe)
         _check_invoked(recipe, rows.train, setup)
         example = (np.zeros((1, 8), np.int32),)
         model = adapt(decoder.model, recipe, rngs=nnx.Rngs(setup.seed), example_inputs=example)
