@@ -26,6 +26,7 @@ from adapters_jax.methods.arrays import orthonormal
 from adapters_jax.methods.base import AttachmentPoint
 from adapters_jax.testing import check_method
 
+FIXTURES = Path(__file__).parent / "fixtures"
 D, R, LENGTH = 8, 2, 7
 POINT = AttachmentPoint("output", "layer_0", width=D)
 Y = drawn((2, LENGTH, D), 6)
@@ -234,6 +235,13 @@ def test_a_run_that_generates_has_no_last_tokens(tmp_path, monkeypatch):
     options = parse(Finetune, [*words.split(), "--suffix-positions", "2", "--held-out", "6"])
     with raises(aj.UserError, "--suffix-positions 2", "--prefix-positions alone"):
         options.prepare(Console(json=True))
+    # An encoder reads whole texts, whose last tokens are known.
+    recipe = aj.Recipe(aj.LoReFT("encoder/layers/*", 2, suffix_positions=2))
+    Path("recipe.json").write_text(recipe.to_json())
+    words = words.replace("llama", f"{FIXTURES / 't5' / 't5'}").replace(
+        "--method loreft --last 1", "--recipe recipe.json --learning-rate 1e-3 --held-out 6"
+    )
+    assert parse(Finetune, words.split()).prepare(Console(json=True)).problem.recipe == recipe
 
 
 @pytest.mark.weekly

@@ -452,9 +452,7 @@ def _check_trainable(recipe: Recipe) -> None:
             ("acts from some tokens on", method.gated),
             ("acts where placeholders are in front of rows", isinstance(method, PromptTuning)),
         )
-        for why, holds in reasons:
-            if holds:
-                raise RecipeError(
-                    f"Tenants: {type(method).__name__} {why}, which is not supported; leave that "
-                    "out"
-                )
+        if why := next((why for why, holds in reasons if holds), None):
+            raise RecipeError(
+                f"Tenants: {type(method).__name__} {why}, which is not supported; leave that out"
+            )
