@@ -131,6 +131,7 @@ def _prepared(words, more):
     ("method", "budget", "size", "count"),
     [
         ("lora", "700", 5, 5 * 2 * (32 + 32)),
+        ("loha", "1500", 5, 5 * 2 * 2 * (32 + 32)),
         ("houlsby", "700", 4, 2 * (2 * 4 * 32 + 4 + 32)),
         # Rules that all share, then factors and biases at 2 places; a width of 108 has 904.
         ("compacter", "900", 104, 4**3 + 2 * 3 * (32 + 104)),
@@ -161,7 +162,7 @@ def test_a_budget_of_parameters_chooses_the_rank_or_the_width(
     [
         (["--method", "lora", "--rank", "4", "--budget", "2000"], ["chooses --rank", "leave it"]),
         (["--method", "lora", "--budget", "3"], ["3 parameters", "--rank 1"]),
-        (["--method", "full", "--budget", "5%"], ["full has no rank"]),
+        (["--method", "full", "--budget", "5%"], ["no size of full"]),
         (["--method", "lora", "--rank-pattern", "**", "4", "--budget", "2000"], ["--rank-pattern"]),
         (
             ["--reduction-factor", "16", "--budget", "2000"],

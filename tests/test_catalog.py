@@ -180,7 +180,7 @@ def really_fit(family, methods):
     if not is_nnx:
         params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     for method in methods:
-        recipe = MethodOptions(method).build(num_layers=config.num_layers, layer=family.layer)
+        recipe = MethodOptions(method).build(layers=family.layers(config))
         # A RecipeError comes from Compacter, too, whose dimension does not divide a width.
         with contextlib.suppress(RecipeError, TargetError):
             if is_nnx:

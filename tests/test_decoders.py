@@ -403,7 +403,7 @@ def test_rows_of_one_prompt_are_held_out_together(tmp_path):
 
 
 def test_prompts_are_in_all_layers_but_two():
-    options = {"num_layers": 30, "layer": "layers/{}"}
+    options = {"layers": {"layers/{}": 30}}
     recipe = MethodOptions("llama-adapter").build(**options)
     assert recipe == aj.llama_adapter(10, last=28, num_layers=30)
     few = MethodOptions("llama-adapter", prompt_length=4, last=3, gate="layer").build(**options)

@@ -291,7 +291,7 @@ def test_recipes_come_from_flags_or_a_file(tmp_path):
     )
     patterned = MethodOptions("lora", rank_pattern={"layer_0/**": 2}, adapter_dropout=0.1)
     assert patterned.build() == aj.lora(dropout=0.1, rank_pattern={"layer_0/**": 2})
-    assert MethodOptions("last-layers").build(num_layers=12) == aj.last_layers(2, 12)
+    assert MethodOptions("last-layers").build(layers={"**/layer_{}": 12}) == aj.last_layers(2, 12)
     assert MethodOptions("houlsby", layer_norms="").build() == aj.houlsby(layer_norms=None)
     path = tmp_path / "mine.json"
     path.write_text(aj.lora(4).to_json())
@@ -307,7 +307,7 @@ def test_every_preset_is_a_method():
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_method_counts_its_head_once(method):
-    recipe = MethodOptions(method).build(head="head", num_layers=2)
+    recipe = MethodOptions(method).build(head="head", layers={"**/layer_{}": 2})
     assert recipe.trains("head/kernel")
 
 

@@ -104,6 +104,12 @@ def test_it_trains_predicts_and_comes_back_from_its_files(method, capsys):
         "zero",
         "one",
     ]
+    Path("alone").mkdir()
+    for path in images:
+        shutil.copy(path, "alone")
+    assert main(["predict", "runs/run", "--file", "alone", "--json"]) == 0
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["probabilities"] for row in alone] == [row["probabilities"] for row in rows]
     write_image("image.png")
     usage = TASKS["image-classification"].usage("runs/run", config)
     assert main(shlex.split(usage.shell)[1:]) == 0
@@ -342,6 +348,9 @@ def test_rows_and_flags_that_cannot_be_used(monkeypatch, capsys):
     write_vit(Path("tiny"))
     Path("digits").mkdir()
     with command_raises(DataError, "digits", "without images"):
+        main(TRAIN.split())
+    write_image("digits/alone.png")
+    with command_raises(DataError, "digits", "'label'"):
         main(TRAIN.split())
     for i in range(40):
         write_image(f"digits/only/{i}.png")

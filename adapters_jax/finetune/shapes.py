@@ -67,7 +67,7 @@ def adapted_shape(
     family, config = find_shape(name)
     config = config if layers is None else config.with_layers(layers)
     model, inputs = family.shape(config, **options)
-    recipe = method.build(**family.layers(config))
+    recipe = method.build(layers=family.layers(config))
     if isinstance(model, nnx.Module):
         model = quantized(model, *inputs, dtype=quantize) if quantize else model
         return adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs), None
@@ -200,7 +200,7 @@ def _paths(family: Family, config: Any) -> list[str]:
 
 def _fits(method: Any, family: Family, paths: list[str]) -> bool:
     """Whether every target of a method is among the paths."""
-    recipe = MethodOptions(method).build(num_layers=_LAYERS, layer=family.layer)
+    recipe = MethodOptions(method).build(layers={family.layer: _LAYERS})
     # The gated delta rule has no softmax, and latent attention no keys that a prompt could join.
     others = {p.rpartition("/")[0] for p in paths if p.endswith(("/log_rate", "/latent"))}
     # A layer with a separate input returns those of later layers, too: only a recipe says that

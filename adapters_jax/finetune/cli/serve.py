@@ -288,7 +288,7 @@ class Serve(Command):
         layers = base.decoder.family.layers(base.decoder.config)
 
         def build(text: str) -> Recipe:
-            return read_candidate(text).method.on("decoder").build(**layers)
+            return read_candidate(text).method.on("decoder").build(layers=layers)
 
         recipes, built = None, [build(text) for text in texts]
         if self.train:

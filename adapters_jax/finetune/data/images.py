@@ -20,13 +20,13 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
 
     Args:
         directory: it has a folder for each class; or `metadata.csv` (or `.jsonl`, `.parquet`) with
-            a column `file_name` and others. Of folders, what begins with a dot is left out, and
-            other files that are not read are logged.
+            a column `file_name` and others; or images alone, to predict. What begins with a dot is
+            left out, and other files that are not read are logged.
         read_file: reads that table.
 
     Returns:
-        The columns "image" and "label", or "image" and those of the table; the paths are from the
-        directory on, so that what is drawn by them is the same wherever it lies.
+        The columns "image" and "label", "image" and those of the table, or "image" alone; the paths
+        are from the directory on, so that what is drawn by them is the same wherever it lies.
 
     Raises:
         DataError: there are no images, or the table names a file that is not in the directory.
@@ -34,20 +34,26 @@ def read_images(directory: Path, read_file: Callable[[Path], Rows]) -> Found:
     table = next((directory / name for name in TABLES if (directory / name).is_file()), None)
     if table is not None:
         return _of_table(directory, read_file(table))
-    images = (p for p in directory.glob("*/*") if p.suffix.lower() in SUFFIXES)
-    files = sorted(p for p in images if not _is_hidden(p.relative_to(directory)))
+    classes = _inside(directory, "*/*")
+    files = classes or _inside(directory, "*")
     if not files:
         raise DataError(
             f"{directory.as_posix()}: a directory without images; expected a folder of images for "
             f"each class, or {TABLES[0]} with a column {FILE_NAME}; for several files of rows "
             f"write a pattern, as '{directory.as_posix()}/*.jsonl'"
         )
-    _log_others(directory, {*files})
+    _log_others(directory, {directory / path for path in files})
+    if not classes:
+        return [IMAGE], [(path.name, [path.name]) for path in files]
     return [IMAGE, LABEL], [
-        (inside, [inside, path.parent.name])
-        for path in files
-        for inside in (path.relative_to(directory).as_posix(),)
+        (path.as_posix(), [path.as_posix(), path.parent.name]) for path in files
     ]
+
+
+def _inside(directory: Path, pattern: str) -> list[Path]:
+    """The images of a pattern, from the directory on."""
+    images = (p for p in directory.glob(pattern) if p.suffix.lower() in SUFFIXES)
+    return sorted(p for each in images if not _is_hidden(p := each.relative_to(directory)))
 
 
 def home_of(table: Path) -> Path:

@@ -97,21 +97,21 @@ class Family:
         """The model with a head for this pooling; `MASKED` means the masked language model."""
         return self.masked_lm if pooling == MASKED else self.classifier
 
-    def layers(self, config: Any) -> dict[str, Any]:
-        """The layers of a model, as `MethodOptions.build` takes them.
+    def layers(self, config: Any) -> dict[str, int]:
+        """How many layers a model has, by their pattern, as `MethodOptions.build` takes them.
 
         Example:
             >>> from adapters_jax.finetune.models import FAMILIES
             >>> t5 = FAMILIES["t5"]
             >>> t5.layers(t5.config(num_layers=6, num_decoder_layers=2))
-            {'stacks': {'encoder/layers/{}': 6, 'decoder/layers/{}': 2}}
+            {'encoder/layers/{}': 6, 'decoder/layers/{}': 2}
         """
         first = config.num_layers
         second = getattr(config, "decoder_layers", first)
         if first == second:
-            return {"num_layers": first, "layer": self.layer}
+            return {self.layer: first}
         stacks = {"encoder": first, "decoder": second}
-        return {"stacks": {self.layer.replace("**", name): n for name, n in stacks.items()}}
+        return {self.layer.replace("**", name): count for name, count in stacks.items()}
 
     def shape(self, config: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
         """Returns a model without arrays, and example inputs."""

@@ -132,6 +132,8 @@ SIZES = {
     "parallel": "bottleneck_dim",
     "compacter": "bottleneck_dim",
     "lora": "rank",
+    "loha": "rank",
+    "vera": "rank",
     "loreft": "rank",
     "adalora": "rank",
     "llama-adapter": "prompt_length",
@@ -292,19 +294,15 @@ class MethodOptions:
         self,
         *,
         head: str | None = None,
-        num_layers: int = 0,
-        layer: str = "**/layer_{}",
-        stacks: Mapping[str, int] | None = None,
+        layers: Mapping[str, int] | None = None,
         encode: Callable[[str], Sequence[int]] | None = None,
     ) -> Recipe:
         """Builds the recipe.
 
         Args:
             head: path of the task's head, which always trains.
-            num_layers: number of layers of the model, for methods that count layers.
-            layer: pattern of one layer of the model, with `{}` for its number.
-            stacks: where stacks of a model have different numbers of layers, the number of each by
-                the pattern of its layers, in place of both.
+            layers: how many layers the model has, for methods that count them, by the pattern of a
+                layer, with `{}` for its number: one entry, or one for each stack where they differ.
             encode: gives the tokens of a text, where a tokenizer is there.
 
         Raises:
@@ -336,9 +334,9 @@ class MethodOptions:
             fields["invocation"] = _tokens(self.invocation, encode)
         if self.method not in BY_NUMBER:
             return _startable(preset.make(**fields, head=head))
-        counts = {layer: num_layers} if stacks is None else stacks
         made = [
-            preset.make(**fields, layer=each, num_layers=n, head=head) for each, n in counts.items()
+            preset.make(**fields, layer=layer, num_layers=count, head=head)
+            for layer, count in (layers or {"**/layer_{}": 0}).items()
         ]
         return _startable(_joined(made))
 

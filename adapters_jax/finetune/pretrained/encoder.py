@@ -64,6 +64,11 @@ class Encoder:
     prompt: PromptTuning | None = None
 
     @property
+    def layers(self) -> dict[str, int]:
+        """How many layers it has, as `MethodOptions.build` takes them."""
+        return {"**/layer_{}": self.config.num_layers}
+
+    @property
     def example(self) -> Any:
         """The least input of the model."""
         shape = self.config.inputs(1, 1)

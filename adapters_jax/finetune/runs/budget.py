@@ -70,8 +70,7 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
     if name is None or name == "layers":
         known = ", ".join(each for each, size in SIZES.items() if size != "layers")
         raise UserError(
-            f"--budget {budget}: {method.title} has no rank or width to choose; expected one of "
-            f"{known}, or a time"
+            f"--budget {budget} chooses no size of {method.title}; expected one of {known}, or a time"
         )
     if method.reduction_factor is not None:
         raise UserError(

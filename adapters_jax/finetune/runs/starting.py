@@ -76,10 +76,10 @@ class Start:
         labels = tuple(source.labels)
         return cls(name, source.recipe, source.leaves, pooling, labels, task, own)
 
-    def recipe(self, *, head: str | None = None, **layers: Any) -> Recipe:
+    def recipe(self, *, head: str | None = None, **more: Any) -> Recipe:
         """The recipe of the run: that of its flags or of the adapter, with a head that trains."""
         if self.own is not None:
-            return self.own(head=head, **layers)
+            return self.own(head=head, **more)
         recipe = self.adapted
         if head is None:  # a base with a head of its own keeps it
             return Recipe([each for each in recipe if Recipe(each) != head_only()])

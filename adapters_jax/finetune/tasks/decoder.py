@@ -130,7 +130,7 @@ def recipe_for(setup: Setup, decoder: PretrainedDecoder) -> Recipe:
         # Not `decoder.encode`, for which control tokens that a text spells are text.
         return decoder.tokenizer.encode(text, add_special_tokens=False).ids
 
-    return setup.recipe(**decoder.family.layers(decoder.config), encode=encode)
+    return setup.recipe(layers=decoder.family.layers(decoder.config), encode=encode)
 
 
 def length_of(setup: Setup, decoder: PretrainedDecoder) -> int:

@@ -94,7 +94,7 @@ class EncoderTask(Task):
         pooling = readout.pooling or setup.pooling
         encoder = load_encoder(setup.model, pooling, setup.dtype, setup.quantize, setup.attention)
         if self.kind == "encoder":
-            encoder = encoder.prompted(setup.recipe(num_layers=encoder.config.num_layers))
+            encoder = encoder.prompted(setup.recipe(layers=encoder.layers))
         # The default length is at most what the model has positions for.
         length = setup.max_length or min(readout.max_length, encoder.longest)
         inputs: dict[str, Inputs] = {}
@@ -148,9 +148,7 @@ class EncoderTask(Task):
     ) -> tuple[Adapted, Any]:
         """The encoder with its head and the adapters of the recipe, and all parameters."""
         trains_head = readout.has_head and encoder.head is None
-        recipe = setup.recipe(
-            head=HEAD if trains_head else None, num_layers=encoder.config.num_layers
-        )
+        recipe = setup.recipe(head=HEAD if trains_head else None, layers=encoder.layers)
         if not readout.has_head and recipe == head_only():
             raise UserError(f"--task {self.name} has no head to train; give another --method")
         if not readout.has_head:
