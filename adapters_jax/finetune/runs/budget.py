@@ -70,7 +70,8 @@ def sized(method: MethodOptions, model: str, budget: str) -> MethodOptions | Non
     if name is None or name == "layers":
         known = ", ".join(each for each, size in SIZES.items() if size != "layers")
         raise UserError(
-            f"--budget {budget} chooses no size of {method.title}; expected one of {known}, or a time"
+            f"--budget {budget} chooses no size of {method.title}; expected one of {known}, or a "
+            "time"
         )
     if method.reduction_factor is not None:
         raise UserError(
