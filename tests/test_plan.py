@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import adapters_jax as aj
 from adapters_jax.distributed.plan import Plan, abstract_state, plan
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.options.method import MethodOptions
-from adapters_jax.finetune.planning import largest_batch
+from adapters_jax.finetune.planning import Job, largest_batch
 from adapters_jax.finetune.shapes import count_parameters
 
 WIDTH, RANK = 64, 4
@@ -253,6 +254,12 @@ def test_a_method_that_numbers_layers_plans_unrolled_ones(method, trained, tmp_p
     assert status == 0, err
     found = json.loads(out)["plans"][method]
     assert found["trainable_parameters"] == 2 * trained
+
+
+@pytest.mark.parametrize(("model", "scans"), [("large-v3", True), ("large-v3-turbo", False)])
+def test_stacks_of_different_numbers_of_layers_are_not_scanned(model, scans):
+    options = {field.name: None for field in fields(Job)} | {"method": MethodOptions("lora")}
+    assert Job(**options | {"model": f"openai/whisper-{model}"}).scans == scans
 
 
 def test_a_plan_that_cannot_be_made_is_one_line():

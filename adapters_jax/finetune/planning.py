@@ -63,8 +63,12 @@ class Job:
 
     @functools.cached_property
     def scans(self) -> bool:
-        """Whether the layers are scanned: they are alike, and the recipe has no numbers of them."""
-        alike = find_shape(self.model)[0].scans
+        """Whether the layers are scanned: they are alike, and the recipe has no numbers of them.
+
+        Stacks of different numbers of layers are not: `costs` knows what one layer of all adds.
+        """
+        family, config = find_shape(self.model)
+        alike = family.scans and len(family.layers(config)) == 1
         return alike and self.method.recipe is None and self.method.method not in BY_NUMBER
 
     @functools.cached_property
