@@ -191,6 +191,19 @@ def test_a_seed_draws_the_head_the_adapters_and_the_order(directory):
     assert (orders[0] != orders[1]).any()
 
 
+def test_a_run_saves_the_leaves_of_vera_that_do_not_train(directory):
+    data = DataOptions((directory / "reviews.jsonl",), text="review")
+    method = MethodOptions("vera", rank=4)
+    model, place = str(directory / "tiny"), {"runs": directory, "name": "vera"}
+    job = Finetune(model, data, method=method, **place).prepare(Console(json=True))
+    problem = job.problem
+    key, tx = jax.random.key(0), optax.sgd(0.1)
+    job.save(aj.TrainState.create(problem.model, problem.params, tx=tx, key=key))
+    assert job.config["ways_out"]["peft"].startswith("yes")
+    leaves = aj.read_adapter(job.run.adapter)[1]
+    np.testing.assert_array_equal(leaves["vera/left"], problem.params["vera"]["left"])
+
+
 @pytest.mark.weekly
 def test_numbers_are_learnt_and_predicted_on_their_own_scale(directory):
     flags = ("--task", "regression", "--label", "stars", "--text-pair", "topic")

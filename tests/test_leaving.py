@@ -50,6 +50,7 @@ def place(tmp_path, monkeypatch):
         pytest.param(encoder_run, "--method houlsby --layer-norms=", marks=weekly),
         pytest.param(encoder_run, "--method compacter --reduction-factor 4", marks=weekly),
         pytest.param(encoder_run, "--method loreft --suffix-positions 1", marks=weekly),
+        pytest.param(encoder_run, "--method vera --rank 4", marks=weekly),
         pytest.param(encoder_run, "--method head-only", marks=weekly),
         pytest.param(encoder_run, "--method layer-norms", marks=weekly),
         pytest.param(encoder_run, "--method prefix-tuning", marks=weekly),

@@ -347,7 +347,7 @@ def sentences(ways: Sequence[Way]) -> list[str]:
 def _shapes(
     problem: Problem, family: Family, config: Mapping[str, Any], identity: BaseIdentity
 ) -> tuple[BaseModel, dict[str, Any]]:
-    """The base and the trained leaves of a problem, as stand-ins of their shapes."""
+    """The base and the adapter of a problem, as stand-ins of their shapes."""
     whole = problem.params
     if whole is None:
         whole = nnx.to_pure_dict(nnx.state(problem.model, nnx.Param))
@@ -366,7 +366,7 @@ def _shapes(
     )
     names = replace(base.names, keys=getattr(problem.model, "attention_keys", ""))
     base = replace(base, names=names)  # stand-ins do not say how their keys turn
-    return base, {path: x for path, x in arrays.items() if recipe.trains(path)}
+    return base, {path: x for path, x in arrays.items() if recipe.keeps(path)}
 
 
 def _in_format(

@@ -35,7 +35,7 @@ from adapters_jax.recipe import Recipe
 from adapters_jax.texts import bytes_text
 from adapters_jax.trace.inputs import is_abstract
 from adapters_jax.training.optimizers import check_optimizer
-from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition
+from adapters_jax.trees import Tree, check_params, flatten, merge_trees, partition, unflatten
 from adapters_jax.weights.fingerprints import check_unmoved, remember
 from adapters_jax.weights.quantized import bits_of, is_quantized, unboxed
 
@@ -204,6 +204,12 @@ class TrainState:
             leaves = [x if scale is None else x * scale for x, scale in pairs]
         cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
         return jax.tree.unflatten(structure, cast)
+
+    @property
+    def kept(self) -> Tree:
+        """All that an adapter's file holds: the trained leaves, and the frozen ones of methods."""
+        whole = {**flatten(self.trained), **flatten(self.base)}
+        return unflatten({path: x for path, x in whole.items() if self.recipe.keeps(path)})
 
     @property
     def params(self) -> Tree:

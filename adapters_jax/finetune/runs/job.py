@@ -292,7 +292,7 @@ class Job:
     def save(self, state: TrainState) -> None:
         """Saves the adapter of a state as the adapter of the run."""
         with self.run.writing():
-            save_adapter(self.run.adapter, state.trained, state.recipe, base=self.identity)
+            save_adapter(self.run.adapter, state.kept, state.recipe, base=self.identity)
 
     def train(
         self,
