@@ -278,6 +278,20 @@ def test_a_bank_of_stacked_adapters_has_each_rows_own(api, tmp_path):
     np.testing.assert_allclose(y[2], bare[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.witness("linen")
+def test_a_bank_takes_a_state_with_its_frozen_adapter(api, tmp_path):
+    api.save(tmp_path / "sw", api.drawn(api.adapt(SW)))
+    both = api.drawn(api.adapt(NER, on=api.load(tmp_path / "sw", train=False)))
+    bank = aj.Bank(*both) if isinstance(both, tuple) else aj.Bank(both)
+    bank = bank.put("ner", api.state(both))
+    rows = bank.rows(["ner"] * 3)
+    if isinstance(both, tuple):
+        y = bank.model.apply({"params": bank.params}, X, adapters=rows)
+    else:
+        y = bank.model(X, adapters=rows)
+    np.testing.assert_allclose(y, api(both), rtol=1e-5, atol=1e-5)
+
+
 def test_json_has_a_name_and_train_where_they_say_something():
     recipe = Recipe(SW).frozen() + NER + aj.LoRA("up_0", 2)
     assert Recipe.from_json(recipe.to_json()) == recipe

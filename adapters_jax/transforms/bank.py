@@ -262,7 +262,7 @@ class Bank:
             RecipeError, MismatchError, TypeError: as for `put`.
         """
         if isinstance(adapter, TrainState):
-            adapter = adapter.recipe, adapter.trained
+            adapter = adapter.recipe, adapter.kept
         recipe, flat = adapter_leaves(adapter, "Bank.put")
         return fitted(f"Bank.put({name!r})", recipe, flat, self.recipe, self._idle)
 
