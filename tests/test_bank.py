@@ -21,7 +21,7 @@ from adapters_jax.testing.linen_model import LinenNet
 from adapters_jax.testing.nnx_model import NnxNet
 from adapters_jax.testing.subjects import drawn, ids, shaken
 from adapters_jax.transforms.fitting import fitted
-from adapters_jax.trees import flatten, merge_trees, partition
+from adapters_jax.trees import flatten, merge_trees, split_adapters
 
 
 @nnx.jit
@@ -56,11 +56,11 @@ class Case:
         """An adapter with noise on every leaf: its tree, and what it computes alone."""
         model, *params = self.adapted(aj.Recipe(recipe))
         if self.api == "linen":
-            tree, rest = partition(params[0], model.recipe)
+            tree, rest = split_adapters(params[0], model.recipe)
             tree = shaken(tree, seed)
             whole = {"params": merge_trees(tree, rest)}
             return (recipe, tree), partial(jax.jit(model.apply), whole)
-        graphdef, tree, rest = nnx.split(model, aj.nnx.AdapterParam, ...)
+        graphdef, tree, rest = nnx.split(model, aj.nnx.ADAPTERS, ...)
         tree = shaken(tree, seed)
         return (recipe, tree), partial(called, nnx.merge(graphdef, tree, rest))
 
@@ -131,6 +131,7 @@ UNEQUAL = {
         ],
     ),
     "ia3": ("mlp", aj.IA3("**/mlp/*"), [aj.IA3("**/mlp/*"), aj.IA3("**/up")]),
+    "vera": ("mlp", aj.VeRA("**/mlp/*", 4), [aj.VeRA("**/mlp/*", 4), aj.VeRA("**/up", 4)]),
     "llama_adapter": (
         "attention",
         aj.LlamaAdapter("**/attention", prompt_length=5),

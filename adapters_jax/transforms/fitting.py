@@ -136,7 +136,8 @@ def fitted(
         if is_prompt(owner):
             lengths[owner.path] = size or 0
         for n, leaf in owner.method.fitted(leaves, owner.path, mine.method).items():
-            made[paths[n]] = _padded(caller, paths[n], leaf, room[paths[n]], size, most)
+            cut = n in owner.method.cut_leaves
+            made[paths[n]] = _padded(caller, paths[n], leaf, room[paths[n]], size, most, cut)
     for path in flat:
         if recipe.owner(path) is None:
             if whole.owner(path):
@@ -228,13 +229,19 @@ def _no_room(caller: str, path: str, recipe: Recipe, whole: Recipe) -> Exception
 
 
 def _padded(
-    caller: str, path: str, leaf: Any, room: Any, size: int | None, most: int | None
+    caller: str, path: str, leaf: Any, room: Any, size: int | None, most: int | None, cut: bool
 ) -> np.ndarray:
-    """A leaf with zeros behind its entries on the one axis that is a size of its method."""
+    """A leaf with zeros behind its entries on the one axis that is a size of its method.
+
+    Of leaves that modules cut, any axis may be shorter, as where the largest module has no adapter.
+    """
     pairs = list(zip(leaf.shape, room.shape, strict=False))
     # Only the axis of the method's size may differ; by its lengths in both, since leaves do not
     # name their axes.
-    known = [own == other or (own, other) == (size, most) for own, other in pairs]
+    known = [
+        own == other or (own, other) == (size, most) or (cut and own < other)
+        for own, other in pairs
+    ]
     if leaf.ndim != len(room.shape) or not all(known):
         raise MismatchError(
             f"{caller}: {path} is {list(leaf.shape)}, expected {list(room.shape)}; is it an "
