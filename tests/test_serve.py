@@ -590,6 +590,12 @@ def test_the_description_names_every_path(served):
     ].keys()
 
 
+def test_room_for_vera_has_the_factors_that_modules_share(tmp_path):
+    base = DecoderBase(str(write_llama(tmp_path / "llama", num_hidden_layers=1)))
+    targets = ("layers/0/attention/query", "layers/0/attention/value")
+    assert covering([base.planned(aj.vera(4))]) == Recipe(aj.VeRA(targets, 4))
+
+
 def test_covering_has_room_for_every_adapter(served):
     (method,) = served.recipe
     assert (method.rank, len(method.targets)) == (3, 7)

@@ -29,7 +29,7 @@ from adapters_jax.finetune.run_directory import Run, check_finished
 from adapters_jax.finetune.tasks import read_run
 from adapters_jax.methods.base import Method
 from adapters_jax.methods.unfreeze import Unfreeze
-from adapters_jax.nnx import AdapterParam
+from adapters_jax.nnx import ADAPTERS
 from adapters_jax.recipe import Owner, Recipe
 from adapters_jax.transforms.fitting import owners_of
 from adapters_jax.transforms.prompting import virtual_tokens
@@ -149,7 +149,7 @@ class DecoderBase:
         graphdef, state = nnx.split(self.decoder.model)
         shapes = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
         adapted = adapt(shapes, recipe, rngs=nnx.Rngs(0), example_inputs=(_EXAMPLE,))
-        return Read(recipe, flatten(nnx.state(adapted, AdapterParam)))
+        return Read(recipe, flatten(nnx.state(adapted, ADAPTERS)))
 
     def adapted(self, recipe: Recipe) -> nnx.Module:
         """The model of a bank."""
