@@ -13,6 +13,8 @@ from helpers.errors import raises
 import adapters_jax as aj
 from adapters_jax.errors import MismatchError, RecipeError, UserError
 from adapters_jax.finetune.models.decoder import Decoder, DecoderConfig
+from adapters_jax.finetune.models.t5.config import T5Config
+from adapters_jax.finetune.models.t5.model import abstract_t5
 from adapters_jax.finetune.tenants.engine import Tenants
 from adapters_jax.finetune.tenants.losses import KINDS, LOSSES, THRESHOLDS, token_losses
 from adapters_jax.finetune.tenants.programs import Batch
@@ -447,6 +449,12 @@ def test_bad_tenants_and_bad_steps_are_errors_of_the_call(tenants, caplog):
 def test_a_prompt_that_no_row_has_placeholders_for_is_refused():
     with raises(RecipeError, "PromptTuning", "placeholders"):
         Tenants(BASE, aj.PromptTuning("embeddings", 2))
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with raises(UserError, "T5 is no decoder"):
+        Tenants(abstract_t5(config), aj.lora(1))
 
 
 @pytest.mark.slow
