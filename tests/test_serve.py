@@ -596,6 +596,13 @@ def test_room_for_vera_has_the_factors_that_modules_share(tmp_path):
     assert covering([base.planned(aj.vera(4))]) == Recipe(aj.VeRA(targets, 4))
 
 
+def test_one_entry_has_room_for_vera_of_several_starts_and_dropouts():
+    leaves = {"q/vera/d": np.ones(2), "q/vera/b": np.ones(6)}
+    leaves |= {"vera/left": np.ones((4, 2)), "vera/right": np.ones((2, 6))}
+    recipes = aj.VeRA("q", 2), aj.VeRA("q", 2, d_initial=0.5), aj.VeRA("q", 2, dropout=0.1)
+    assert covering([Read(Recipe(each), leaves) for each in recipes]) == Recipe(recipes[0])
+
+
 def test_covering_has_room_for_every_adapter(served):
     (method,) = served.recipe
     assert (method.rank, len(method.targets)) == (3, 7)

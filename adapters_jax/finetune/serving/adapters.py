@@ -186,7 +186,8 @@ def covering(adapters: Iterable[Read]) -> Recipe:
             kind = wider.get(type(method), type(method))
             paths = owner.paths() if owner else {}
             size = method.size({n: each.leaves[path] for n, path in paths.items()})
-            free = ("targets", "train", *(method.size_fields if size is not None else ()))
+            # What says where a method acts is no size; IA3's `feed_forward` does.
+            free = {"targets", "train", *method.size_fields} - {*method.subset_fields}
             names = [f.name for f in dataclasses.fields(method) if f.name not in free]
             kept = {name: getattr(method, name) for name in names}
             key = (kind, repr(kept))
