@@ -101,7 +101,8 @@ class Tenants:
         group: int = 4,
         lengths: Sequence[int] = (64, 128, 256, 512),
     ) -> None:
-        if not hasattr(model, "empty_cache"):  # an encoder would read the targets, too
+        # An encoder would read the targets, too.
+        if not hasattr(model, "hidden") or hasattr(model, "encoder"):
             raise UserError(f"Tenants: {type(model).__name__} is no decoder, which is what trains")
         self.recipe = Recipe(recipe)
         for name, value in (("places", places), ("rows", rows), ("group", group)):
