@@ -23,6 +23,7 @@ from test_gguf import tensors_of, write
 import adapters_jax as aj
 from adapters_jax.errors import BaseFileError, RecipeError, TargetError, UserError
 from adapters_jax.finetune.cli.finetune import Finetune
+from adapters_jax.finetune.cli.generate import Generate
 from adapters_jax.finetune.cli.main import main
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.batches import NOTHING, Batches
@@ -484,6 +485,13 @@ def test_a_decoder_without_eos_token_or_tokenizer_is_an_error(directory, fails, 
 def test_a_row_without_prompt_or_completion_is_an_error(command, fails):
     Path("blank.csv").write_text("mr,ref\na,b\nc, \n")
     fails(TRAIN.replace("rows.", "blank."), DataError, "blank.csv", "mr", "ref", "line 3")
+
+
+def test_a_file_without_the_column_of_prompts_names_the_flag_of_generate(tmp_path):
+    path = tmp_path / "asked.csv"
+    path.write_text("mr\nfood\n")
+    with raises(DataError, "--column COLUMN"):
+        Generate("run", file=path)._read("prompt")
 
 
 def test_an_adapter_that_changes_no_weight_is_not_merged(command, fails, tmp_path):

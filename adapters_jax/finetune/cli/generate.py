@@ -138,7 +138,11 @@ class Generate(Command):
             name = self.column or column
             if name is None:
                 raise DataError("--file: the run was trained without a prompt column; add --column")
-            return [text for text, _ in read_rows(self.file, name, None, label=None).texts]
+            try:
+                table = read_rows(self.file, name, None, label=None)
+            except DataError as error:  # which names the flag of `finetune`
+                raise DataError(str(error).replace("--prompt COLUMN", "--column COLUMN")) from None
+            return [text for text, _ in table.texts]
         if self.column is not None:
             raise DataError("--column names a column of a file; add --file")
         given = list(stdin_lines()) if self.prompt == ("-",) else self.prompt
