@@ -75,7 +75,7 @@ def test_layers_are_counted_in_each_stack(method, encoder, decoder):
     config = T5Config(16, 8, 4, 12, num_layers=1, num_decoder_layers=4, num_heads=2)
     family = FAMILIES["t5"]
     model, inputs = family.shape(config)
-    recipe = method.build(**family.layers(config))
+    recipe = method.build(layers=family.layers(config))
     adapted = aj.adapt(model, recipe, rngs=nnx.Rngs(0), example_inputs=inputs)
     trained = recipe.trained(list(flatten(nnx.state(adapted, nnx.Param))))
     parts = [path.split("/") for path in trained]

@@ -148,7 +148,7 @@ class Tagging(Task):
         rows = {p: _rows(encoder, getattr(data, p), names, setup) for p in ("train", "dev", "test")}
         batches = Batches(rows["train"], None, setup.batch_size, setup.seed, (LENGTH,))
         tagger = Tagger(encoder.config, len(names))
-        model = aj.adapt(tagger, setup.recipe(head="head", num_layers=1))
+        model = aj.adapt(tagger, setup.recipe(head="head", layers={"**/layer_{}": 1}))
         params = init_adapters(
             model,
             _params(tagger, encoder, setup.seed),
