@@ -118,6 +118,34 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_last_bit(api, tmp_pa
     assert bits(advance(api, found.state, 3, 7)) == bits(straight)
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_frozen_factors_of_a_method_are_those_of_the_checkpoint(api, tmp_path):
+    def new(seed, x=jnp.ones((1, 4))):  # VeRA's modules share frozen factors, which are drawn
+        recipe, tx, key = aj.vera(2, targets="dense"), optax.sgd(0.1), jax.random.key(3)
+        if api == "nnx":
+            model = aj.adapt(nnx.Dict(dense=nnx.Linear(4, 8, rngs=nnx.Rngs(0))), recipe,
+                             rngs=nnx.Rngs(seed))  # fmt: skip
+            return aj.TrainState.create(model, tx=tx, key=key)
+        base = Linen()
+        params = base.init(jax.random.key(0), x, train=False)["params"]
+        model = aj.adapt(base, recipe)
+        params = aj.init_adapters(model, params, jax.random.key(seed), x, train=False)
+        return aj.TrainState.create(model, params, tx=tx, key=key)
+
+    def factors(state):
+        return {p: x for p, x in flatten(state.kept).items() if p not in flatten(state.trained)}
+
+    first, other = new(1), new(2)
+    expected, before = factors(first), factors(other)
+    assert expected and all(np.abs(x[...] - before[p][...]).max() > 0 for p, x in expected.items())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, first)
+        got = checkpoints.restore(other).state
+    assert all((x[...] == expected[path][...]).all() for path, x in factors(got).items())
+    kernel = flatten(got.base)["dense/kernel"][...]
+    assert (kernel == flatten(first.base)["dense/kernel"][...]).all()
+
+
 def saved(directory, scores, api="linen"):
     """Checkpoints of a few steps with these scores; the state after each, as bits."""
     state, found = new_state(api), []

@@ -1,8 +1,9 @@
 """Training checkpoints: the trained part, the optimiser, statistics and keys, for an exact resume.
 
-orbax writes them; the base is never saved. A save copies the trained part on its device, which is
-all that a step waits for, and writes the copy in a thread. A file beside what orbax wrote has the
-SHA-256 checksums of its files, so that a damaged checkpoint is detected and the one before it used.
+orbax writes them; the base is never saved, only the frozen leaves of methods. A save copies the
+trained part on its device, which is all that a step waits for, and writes the copy in a thread. A
+file beside what orbax wrote has the SHA-256 checksums of its files, so that a damaged checkpoint is
+detected and the one before it used.
 """
 
 from __future__ import annotations

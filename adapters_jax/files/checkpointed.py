@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from adapters_jax.files.identity import tree_sha256
 from adapters_jax.training.state import TrainState
-from adapters_jax.trees import Tree, leaves_by_path, path_of
+from adapters_jax.trees import Tree, leaves_by_path, path_of, with_leaves
 
 
 def identity_of(state: TrainState) -> dict[str, Any]:
@@ -21,8 +21,13 @@ def identity_of(state: TrainState) -> dict[str, Any]:
 
 
 def kept_of(state: TrainState, best: Tree | None) -> dict[str, Any]:
-    """What a checkpoint keeps of a state."""
-    return {**state.checkpointed, "best": best}
+    """What a checkpoint keeps of a state.
+
+    The frozen leaves of methods are among it, since a new state may have drawn others, such as the
+    factors that VeRA's modules share.
+    """
+    frozen = {p: x for p, x in leaves_by_path(state.base).items() if state.recipe.keeps(p)}
+    return {**state.checkpointed, "frozen": frozen, "best": best}
 
 
 def plain_arrays(kept: dict[str, Any]) -> dict[str, jax.Array]:
@@ -44,6 +49,7 @@ def rebuilt(
     kept = jax.tree_util.tree_map_with_path(
         leaf, kept_of(state, state.adapters if with_best else None)
     )
+    kept["base"] = with_leaves(state.base, kept.pop("frozen"))
     return kept, kept.pop("best")
 
 
