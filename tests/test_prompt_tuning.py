@@ -279,7 +279,9 @@ CONFIG_OF_PEFT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": K, "task_t
     ("fields", "tensors", "names", "data"),
     [
         ({"num_virtual_tokens": 4}, {}, {}, ["num_virtual_tokens=4", [3, 4]]),
-        ({"num_transformer_submodules": 2}, {}, {}, ["num_transformer_submodules=2"]),
+        ({"num_transformer_submodules": 2}, {}, {}, ["num_transformer_submodules=2", "CAUSAL_LM"]),
+        ({"num_transformer_submodules": 3}, {}, {}, ["num_transformer_submodules=3"]),
+        ({"task_type": "SEQ_2_SEQ_LM"}, {}, {}, [[3, 4], "twice"]),
         ({}, {"prompt_embeddings": None}, {}, ["no prompt_embeddings"]),
         ({}, {"x.weight": np.ones(2)}, {}, ["x.weight", "base_model."]),
         ({}, {}, {"other.embed_tokens": "position"}, ["other.embed_tokens", "one"]),

@@ -15,7 +15,7 @@ from test_peft_methods_live import (
 import adapters_jax as aj
 from adapters_jax.errors import UserError
 from adapters_jax.files.peft import load_peft, save_peft
-from adapters_jax.finetune.models import bert
+from adapters_jax.finetune.models import bert, t5
 from adapters_jax.finetune.models.decoder import (
     ARCHITECTURES,
     load_decoder,
@@ -91,13 +91,31 @@ def test_a_classifier_has_its_head_beside_it(tmp_path):
     np.testing.assert_allclose(logits(again, IDS, attention_mask=MASK), expected, atol=1e-6)
 
 
-def test_the_decoders_prompt_of_an_encoder_and_decoder_is_refused(tmp_path):
-    config = transformers.T5Config(
-        **{"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 2, "num_heads": 4}
+@pytest.mark.parametrize("submodules", [None, 1])
+def test_the_prompt_of_an_encoder_decoder_is_the_encoders(submodules, tmp_path):
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 2}
+    kind = transformers.T5ForConditionalGeneration
+    noisy(
+        kind(transformers.T5Config(**sizes, num_heads=4, decoder_start_token_id=0)), 0.3
+    ).save_pretrained(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base")
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_transformer_submodules=submodules, **CONFIG
     )
-    theirs = prompted(transformers.T5ForConditionalGeneration(config), "SEQ_2_SEQ_LM")
+    theirs = noisy(peft.get_peft_model(base, config), 0.5)
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(aj.AdapterFileError, match="num_transformer_submodules=2"):
-        load_peft(
-            tmp_path / "theirs", {"shared": "embed"}, {"embed": {"embedding": np.ones((40, 16))}}
-        )
+    decoded = {"decoder_input_ids": np.array([[0, 3, 8, 2], [0, 5, 1, 6]])}
+    expected = logits(theirs, IDS, attention_mask=MASK, **decoded)
+    _, model = t5.load_t5(tmp_path / "base")
+    recipe, adapters = load_peft(tmp_path / "theirs", t5.NAMES, model)
+    ids, mask, _ = aj.with_prompt(recipe, IDS, MASK)
+    native = aj.save_adapter(tmp_path / "native", adapters, recipe)
+    own = aj.load_adapter(native, model, example_inputs=(ids, mask, *decoded.values()))
+    got = own(ids, mask, *decoded.values())
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(model(IDS, MASK, *decoded.values()) - expected).max() > 0.05
+    ours = save_peft(tmp_path / "ours", recipe, adapters, t5.NAMES, model, task_type="SEQ_2_SEQ_LM")
+    again = reloaded(kind.from_pretrained(tmp_path / "base"), ours)
+    np.testing.assert_allclose(
+        logits(again, IDS, attention_mask=MASK, **decoded), expected, atol=1e-5
+    )

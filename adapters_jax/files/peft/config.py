@@ -252,6 +252,7 @@ KINDS = {
         *("prompt_tuning", ("prompt_tuning",)),
         rules={
             **_VIRTUAL,
+            "num_transformer_submodules": one_of(1, 2),
             **dict.fromkeys(
                 ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"), of(str)
             ),

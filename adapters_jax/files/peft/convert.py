@@ -32,7 +32,7 @@ from adapters_jax.files.peft.applied import differences
 from adapters_jax.files.peft.checks import doubts, twice_spelt, unsaved, with_targets
 from adapters_jax.files.peft.config import KINDS, ROOT, Kind, config_problems
 from adapters_jax.files.peft.trained import IN_WRAPPER, read_folded, read_trained, write_trained
-from adapters_jax.methods import Method, Unfreeze
+from adapters_jax.methods import Method, PromptTuning, Unfreeze
 from adapters_jax.placement import Placements
 from adapters_jax.recipe import Recipe
 from adapters_jax.trees import Tree
@@ -214,7 +214,8 @@ def from_peft(
                 methods.append(Unfreeze(shortest(trained, module_map.base)))
             leaves |= trained
             # PEFT gives the rows of tokens of a tied embedding to all modules that hold it.
-            problems += _held_twice(leaves.keys() - (folded if module_map.tied else {}), module_map)
+            replacing = leaves.keys() - (folded if module_map.tied else {})
+            problems += _held_twice(methods, replacing, module_map)
             problems += [] if problems else unsaved(config, plain, module_map)
             if config.get("task_type") == CLASSIFIES:
                 problems += unpooled(leaves, module_map)
@@ -279,7 +280,7 @@ def to_peft(
     own = own or {}
     module_map = find_modules(names, base, prefix)
     recipe, leaves = as_in_file(recipe, leaves, module_map)
-    problems = _held_twice(leaves, module_map)
+    problems = _held_twice(recipe.attached, leaves, module_map)
     added, trained = placed(recipe, leaves, module_map, problems)
     found = {method.kind for method in recipe.attached}
     kinds = [name for name, k in KINDS.items() if len(found) == 1 and found <= set(k.methods)]
@@ -388,15 +389,19 @@ def _once(plain: Mapping[str, Array], problems: list[str]) -> dict[str, Array]:
     return found
 
 
-def _held_twice(leaves: Iterable[str], module_map: ModuleMap) -> list[str]:
+def _held_twice(
+    methods: Iterable[Method], leaves: Iterable[str], module_map: ModuleMap
+) -> list[str]:
     """The problems of leaves at modules whose replacement by PEFT changes nothing."""
     theirs = module_map.table.held_twice
+    prompts = {method.slot for method in methods if isinstance(method, PromptTuning)}
+    replacing = [leaf for leaf in leaves if prompts.isdisjoint(leaf.split("/"))]
     ours = {reference.path: name for name in theirs for reference in module_map.at(name)}
     return [
         f"{path}: PEFT's adapter of {name!r} has no effect, since the model calls that module "
         "under another name; adapt other modules"
         for path, name in ours.items()
-        if any(leaf.startswith(f"{path}/") for leaf in leaves)
+        if any(leaf.startswith(f"{path}/") for leaf in replacing)
     ]
 
 

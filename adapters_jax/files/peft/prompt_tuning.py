@@ -2,6 +2,8 @@
 
 PEFT puts the prompt in front of what the embedding of tokens returns. It finds that embedding by
 its name or by the size of the vocabulary; here it is the one that the names of the base call so.
+An encoder-decoder has the prompt in front of what its encoder reads. By default PEFT stores another
+one for its decoder (`num_transformer_submodules=2`), which it neither trains nor reads.
 
 Reference: https://huggingface.co/docs/peft/package_reference/prompt_tuning
 """
@@ -36,13 +38,22 @@ def read(
     if path is None or prompt is None:
         problems += [] if prompt is not None else [f"the file has no {_KEY}"]
         return [], {}
-    width = module_map.base[f"{path}/embedding"].shape[-1]
-    if prompt.shape != (length, width):
+    width, prompts = module_map.base[f"{path}/embedding"].shape[-1], 1
+    if config.get("task_type") == "SEQ_2_SEQ_LM":
+        prompts = config.get("num_transformer_submodules") or 2
+    elif config.get("num_transformer_submodules") == 2:
         problems.append(
-            f"{_KEY} is {list(prompt.shape)}, expected num_virtual_tokens={length} by the {width} "
-            f"of {path}"
+            "num_transformer_submodules=2 belongs to task_type='SEQ_2_SEQ_LM', but this is "
+            f"{config.get('task_type')!r}; expected 1"
         )
         return [], {}
+    if prompt.shape != (prompts * length, width):
+        problems.append(
+            f"{_KEY} is {list(prompt.shape)}, expected num_virtual_tokens={length}"
+            f"{' twice' if prompts == 2 else ''} by the {width} of {path}"
+        )
+        return [], {}
+    prompt = prompt[:length]
     method = PromptTuning(shortest([path], module_map.paths), length=length)
     return [method], {f"{path}/{method.slot}/{_LEAF}": prompt.astype(np.float32)}
 
