@@ -118,13 +118,16 @@ def test_rows_shared_with_the_first_file(data):
     assert "layout text/label" in out and "--task classification" in out
 
 
-def test_images_of_one_name_in_two_directories_are_not_shared(data):
+def test_images_of_one_name_in_two_directories_are_not_shared(data, capsys):
     for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/1.png", "test/dog/2.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(name.encode())
     Path("train.csv").write_text("image,label\ntrain/cat/1.png,cat\ntest/dog/2.png,dog\n")
     shared = [rows.get("shared") for rows in data("train test train.csv --json")]
     assert shared == [None, 0, 1]
+    assert "--model" not in data("train")
+    assert main(["data", "train", "--model", "tiny"]) == 2
+    assert "have images" in capsys.readouterr().err
 
 
 def test_conversations_as_a_decoder_sees_them(data):

@@ -8,6 +8,7 @@ import tokenizers
 from adapters_jax.errors import UserError
 from adapters_jax.finetune.data.conversations import read_conversations
 from adapters_jax.finetune.data.files import Rows
+from adapters_jax.finetune.data.images import IMAGE
 from adapters_jax.finetune.data.layouts import layout_of
 from adapters_jax.finetune.data.packing import Example, Marked
 from adapters_jax.finetune.data.preferences import read_preferences
@@ -67,6 +68,9 @@ def see(
         UserError: the base does not learn these rows, or they have no prompts to format.
         DataError: a column is missing, or a row cannot be encoded.
     """
+    layout = layout_of(rows.header)
+    if layout is not None and IMAGE in layout.inputs:
+        raise UserError("these rows have images, not texts, and --model shows tokens; leave it out")
     if kind_of(model) == "decoder":
         reader = load_decoder_tokenizer(model)
         found = _by_decoder(reader, model, rows, columns, learnt, prompts)

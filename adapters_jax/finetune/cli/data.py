@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapters_jax.finetune.console import Console
 from adapters_jax.finetune.data.files import DataError, Rows
+from adapters_jax.finetune.data.images import IMAGE
 from adapters_jax.finetune.data.prompts import Prompts
 from adapters_jax.finetune.data.readers import read_file
 from adapters_jax.finetune.data.splits import spread
@@ -137,7 +138,7 @@ class DescribeData(Command):
             )
         if described.seen is not None:
             self._show_seen(described, described.seen, console)
-        elif layout is not None and layout.task:
+        elif layout is not None and layout.task and IMAGE not in layout.inputs:
             console.say("--model NAME shows rows as a model sees them")
         console.say()
 
