@@ -20,28 +20,26 @@ HERE = Path(__file__).parent
 LAYOUTS = ("data=4,model=2", "data=2,fsdp=2,model=2")
 
 
-@pytest.fixture(scope="module")
-def found():
-    """What `helpers.served_mesh` finds on one device, and on each layout of eight."""
+@pytest.fixture(scope="module", params=LAYOUTS)
+def found(request):
+    """A layout of eight devices, and what `helpers.served_mesh` finds on one device and there."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path, "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, HERE / "helpers" / "served_mesh.py", json.dumps([None, *LAYOUTS])],
+        [sys.executable, HERE / "helpers" / "served_mesh.py", json.dumps([None, request.param])],
         env={**os.environ, **quick},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(
-        zip((None, *LAYOUTS), map(json.loads, done.stdout.strip().splitlines()), strict=True)
-    )
+    alone, mesh = map(json.loads, done.stdout.strip().splitlines())
+    return request.param, alone, mesh
 
 
 @pytest.mark.weekly
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tenants_and_samples_are_those_of_one_device(found, layout):
-    alone, mesh = found[None], found[layout]
+def test_tenants_and_samples_are_those_of_one_device(found):
+    _, alone, mesh = found
     for name, numbers in alone["trained"].items():  # losses and norms
         np.testing.assert_allclose(mesh["trained"][name], numbers, rtol=1e-5)
     for mine, own in zip(mesh["adapters"], alone["adapters"], strict=True):
@@ -54,9 +52,9 @@ def test_tenants_and_samples_are_those_of_one_device(found, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_base_and_the_rows_are_split_and_nothing_compiles_again(found, layout):
-    alone, mesh = found[None], found[layout]
+@pytest.mark.witness("data=2,fsdp=2,model=2")
+def test_the_base_and_the_rows_are_split_and_nothing_compiles_again(found):
+    layout, alone, mesh = found
     assert set(alone["parts"].values()) == {1}
     assert min(mesh["parts"].values()) >= 2  # every leaf, norms too
     axes = "('data', 'fsdp')" if "fsdp" in layout else "'data'"
