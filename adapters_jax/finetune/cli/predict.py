@@ -1,4 +1,4 @@
-"""`adapters-jax predict`: labels texts of the command line, a file or stdin with a run."""
+"""`adapters-jax predict`: labels texts or images of the command line, a file or stdin."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class Predict(Command):
 
     Args:
         run: directory of the run or of an adapter, or the id of one on the Hugging Face Hub.
-        texts: texts; two by two for a run on pairs, and likewise for more; - reads one row per line
-            from stdin.
-        file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow.
+        texts: texts, or paths of images for a run on them; two by two for a run on pairs, and
+            likewise for more; - reads one row per line from stdin.
+        file: file of texts: CSV, TSV, JSON, JSON lines or Parquet; .gz may follow. For a run on
+            images, one with a column of their paths, or a directory of images.
         text: the file's column of the text; by default the training column.
         text_pair: the file's column of the second text; by default the training column.
         out: write the predictions to this .csv, .tsv or .jsonl file, which must not exist. The
@@ -56,7 +57,8 @@ class Predict(Command):
   adapters-jax predict their-adapter --model minilm "A joy."
   adapters-jax predict runs/reviews --file new.csv --text review \\
     --out predictions.csv
-  head -3 texts.txt | adapters-jax predict runs/reviews - --json"""
+  head -3 texts.txt | adapters-jax predict runs/reviews - --json
+  adapters-jax predict runs/pets new/1.jpg new/2.jpg"""
     positional = ("run", "texts")
 
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
