@@ -169,8 +169,12 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
     of = {recipe: cells for (*shared, recipe), cells in found.items()
           if shared == [BASE, "e2e", BATCH, 1.0]}  # fmt: skip
     rates = {recipe: cells[0]["learning_rate"] for recipe, cells in of.items()}
+    for data in SETS:
+        ours, full = (found.get((BASE, data, BATCH, 1.0, recipe)) for recipe in (ALL, FULL))
+        if ours and full:
+            both = ours[0]["learning_rate"], full[0]["learning_rate"]
+            _ratio(report, f"{data}, SmolLM2-135M, rank 16", *both)
     if {ALL, FULL} <= of.keys():
-        _ratio(report, "SmolLM2-135M, rank 16", rates[ALL], rates[FULL])
         what = f"{BLOG}: LoRA's loss is that of full fine-tuning"
         _compare(report, what, _losses(of[ALL]), _losses(of[FULL]), "0")
     small, large = BATCHES
@@ -202,10 +206,10 @@ def judge(report: Report, found: Mapping[Key, Sequence[Row]], rows: Sequence[Row
             report.verdict(what, published, shown, f"ranks {ranks}", verdict)
 
 
-def _ratio(report: Report, base: str, lora: float, full: float) -> None:
+def _ratio(report: Report, where: str, lora: float, full: float) -> None:
     """Reports whether LoRA's best rate is 10 times that of full fine-tuning."""
     verdict: Verdict = "reproduced" if 5 <= lora / full <= 20 else "not reproduced"
-    how = f"E2E, {base}, {lora:g} and {full:g}; rates in factors of 2"
+    how = f"{where}, {lora:g} and {full:g}; rates in factors of 2"
     what = f"{BLOG}: the best rate is 10 times that of full fine-tuning"
     report.verdict(what, "10", f"{lora / full:g}", how, verdict)
 
@@ -231,7 +235,7 @@ def _judge_widths(report: Report, found: Mapping[Key, Sequence[Row]]) -> None:
         if recipe in rates:
             best[width] = rates[recipe]
         if rates.keys() == NARROW.keys():
-            _ratio(report, f"a Llama of {width}, rank 8", rates[recipe], rates[full])
+            _ratio(report, f"e2e, a Llama of {width}, rank 8", rates[recipe], rates[full])
     least, most = min(WIDTHS), max(WIDTHS)
     if {least, most} <= best.keys():
         falls, law = best[least] / best[most], (most / least) ** EXPONENT

@@ -529,6 +529,20 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
     }
 
 
+def test_the_ratio_of_best_rates_is_judged_on_each_data_set(tmp_path):
+    report = Report("regret", "", tmp_path)
+    rates = {("e2e", regret.ALL): 2e-3, ("e2e", regret.FULL): 2e-4, ("gsm8k", regret.ALL): 4e-3}
+    rates |= {("wikitext2", regret.ALL): 2e-3, ("wikitext2", regret.FULL): 4e-4}
+    regret.judge(report, {
+        (regret.BASE, data, regret.BATCH, 1.0, recipe): [
+            {"learning_rate": rate, "seed": 0, "score": {"dev": -1.0}}
+        ]
+        for (data, recipe), rate in rates.items()
+    })  # fmt: skip
+    found = [(row["how"].split(", ")[0], row["ours"], row["verdict"]) for row in report.rows]
+    assert found == [("e2e", "10", "reproduced"), ("wikitext2", "5", "reproduced")]
+
+
 def test_the_rule_of_the_batch_compares_gaps_of_the_same_seeds(tmp_path):
     def judged(lora, full):
         report = Report("regret", "", tmp_path)
@@ -570,7 +584,7 @@ def test_the_rules_of_the_width_are_judged_on_the_narrow_llamas(tmp_path):
     assert judged(w64=(8e-3,), w512=(2e-3,)) == [(widths, "4 times: 0.008, 0.002", "reproduced")]
     assert judged(w64=(8e-3,), w512=(4e-3,))[0][2] == "not reproduced"  # of 5.1 times
     (ratio,) = judged(w128=(8e-3, 4e-3))
-    assert ratio[0].startswith("E2E, a Llama of 128, rank 8,")
+    assert ratio[0].startswith("e2e, a Llama of 128, rank 8,")
     assert ratio[1:] == ("2", "not reproduced")
 
 
