@@ -284,40 +284,54 @@ def _compare(
 
 
 def draw(report: Report, rows: Sequence[Row]) -> None:
-    """Draws the loss on E2E against the learning rate, and against steps, a curve a recipe."""
+    """Draws the loss on E2E against the learning rate, and against steps, a curve a recipe.
+
+    The curves are those of the first seed; where there are more, bars show the mean and its
+    interval at the best rate.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
     ranks = {f"r = {rank}": lora(rank) for rank in RANKS} | {"all weights": FULL}
     panels = {"By rank, alpha = 32": ranks, "About 4.9 million parameters": EQUAL}
-    of = {
-        recipe: [
-            row
-            for row in rows
-            if [row[name] for name in (*NAMES, "seed")] == [BASE, "e2e", BATCH, 1.0, recipe, 0]
-            and math.isfinite(row["score"]["dev"])
-        ]
-        for recipes in panels.values()
-        for recipe in recipes.values()
-    }
+    asked = [row for row in rows if [row[name] for name in NAMES[:-1]] == [BASE, "e2e", BATCH, 1.0]
+             and math.isfinite(row["score"]["dev"])]  # fmt: skip
+    seeds = {recipe: [row for row in asked if row["recipe"] == recipe]
+             for recipes in panels.values() for recipe in recipes.values()}  # fmt: skip
+    of = {recipe: [row for row in found if row["seed"] == 0] for recipe, found in seeds.items()}
+    best = {recipe: max(found, key=lambda row: row["score"]["dev"], default={})
+            for recipe, found in of.items()}  # fmt: skip
     *axes, last = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
     for axis, (title, recipes) in zip(axes, panels.items(), strict=True):
         for name, recipe in recipes.items():
             points = sorted((row["learning_rate"], -row["score"]["dev"]) for row in of[recipe])
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+                (line,) = axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, label=name
+                )
+                rate = best[recipe]["learning_rate"]
+                losses = _losses([r for r in seeds[recipe] if r["learning_rate"] == rate])
+                if len(losses) > 1:
+                    bar = {"color": line.get_color(), "marker": "_", "capsize": 4, "alpha": 0.6}
+                    axis.errorbar(rate, statistics.fmean(losses), half_interval(losses), **bar)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        _name(axis, title, "learning rate", "loss on dev")
+        _name(axis, title, "learning rate", "loss on dev; bars: 95 % over seeds, at the best rate")
     for recipe, name in {recipe: name for name, recipe in (ranks | EQUAL).items()}.items():
-        best = max(of[recipe], key=lambda row: row["score"]["dev"], default={})
-        if losses := best.get("losses"):
-            x = (np.arange(len(losses)) + 0.5) / len(losses)
-            last.plot(x, losses, label=f"{name}, rate {best['learning_rate']:g}")
+        if parts := best[recipe].get("losses"):
+            x = (np.arange(len(parts)) + 0.5) / len(parts)
+            last.plot(x, parts, label=f"{name}, rate {best[recipe]['learning_rate']:g}")
     _name(last, "Each at its best rate", "part of the steps", "loss of training")
     figure.savefig(report.directory / f"{report.name}.png")
+
+
+def half_interval(losses: Sequence[float]) -> float:
+    """Half of the interval of 95 % of the mean, by Student's t."""
+    from scipy.stats import sem, t
+
+    return float(sem(losses) * t.ppf(0.975, len(losses) - 1))
 
 
 def _name(axis: Any, title: str, x: str, y: str) -> None:

@@ -529,6 +529,11 @@ def test_rules_of_lora_are_judged_by_losses_and_best_rates(tmp_path):
     }
 
 
+def test_the_bars_of_the_picture_are_students_interval():
+    # t at 97.5 % with two degrees of freedom, by a table; the deviation of 1, 2 and 3 is 1.
+    assert regret.half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, 1e-5)
+
+
 def test_the_ratio_of_best_rates_is_judged_on_each_data_set(tmp_path):
     report = Report("regret", "", tmp_path)
     rates = {("e2e", regret.ALL): 2e-3, ("e2e", regret.FULL): 2e-4, ("gsm8k", regret.ALL): 4e-3}
