@@ -149,6 +149,25 @@ def test_a_merged_run_is_a_classifier_of_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_peft_gets_the_head_on_a_whole_clip_but_not_on_its_image_tower_alone(alone):
+    tiny = write_vit(Path("tiny"), "clip")
+    if alone:
+        values = json.loads((tiny / "config.json").read_text())["vision_config"]
+        values |= {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+        (tiny / "config.json").write_text(json.dumps(values))
+    write_digits(Path("digits"), 40)
+    assert main(f"{TRAIN} --method lora --no-baselines".split()) == 0
+    config = Run(Path("runs/run")).read_config()
+    why = "its head: transformers has no classifier of CLIP's image tower alone"
+    assert config["ways_out"]["peft"].startswith(f"yes, without {why}" if alone else "yes")
+    assert (why in config["ways_out"]["peft"]) == alone
+    assert main(["convert", "runs/run", "out", "--to", "peft"]) == 0
+    kind = "AutoModel" if alone else "AutoModelForImageClassification"
+    assert f"from transformers import {kind}\n" in Path("out/README.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
 def test_other_image_encoders_have_heads_on_what_transformers_reads(name):
     encoder = load_encoder(str(write_vit(Path("tiny"), name)))

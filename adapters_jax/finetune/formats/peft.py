@@ -102,6 +102,8 @@ class Peft(AdapterFormat):
 
     def head_problem(self, base: BaseModel) -> str:
         """PEFT has our head, one layer on the pooler, for some architectures only."""
+        if base.model_type == "clip_vision_model":
+            return "transformers has no classifier of CLIP's image tower alone, only of a whole CLIP"
         if base.kind == "vision":
             return ""  # the heads of images read the same there
         if not base.one_layer:
