@@ -97,7 +97,9 @@ def test_it_trains_predicts_and_comes_back_from_its_files(method, capsys):
     images = ["digits/zero/0.png", "digits/one/1.png"]
     assert main(["predict", "runs/run", *images, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == images
     assert [row["label"] for row in rows] == ["zero", "one"]
+    assert [row.keys() for row in rows] == [{"image", "label", "probabilities"}] * 2
     Path("digits/some.csv").write_text("image\nzero/0.png\none/1.png\n")
     assert main(["predict", "runs/run", "--file", "digits/some.csv", "--json"]) == 0
     assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == [
@@ -159,7 +161,7 @@ def test_peft_gets_the_head_on_a_whole_clip_but_not_on_its_image_tower_alone(alo
     write_digits(Path("digits"), 40)
     assert main(f"{TRAIN} --method lora --no-baselines".split()) == 0
     config = Run(Path("runs/run")).read_config()
-    why = "its head: transformers has no classifier of CLIP's image tower alone"
+    why = "its head: transformers has a classifier of a whole CLIP, not of its image tower alone"
     assert config["ways_out"]["peft"].startswith(f"yes, without {why}" if alone else "yes")
     assert (why in config["ways_out"]["peft"]) == alone
     assert main(["convert", "runs/run", "out", "--to", "peft"]) == 0

@@ -103,7 +103,7 @@ class Peft(AdapterFormat):
     def head_problem(self, base: BaseModel) -> str:
         """PEFT has our head, one layer on the pooler, for some architectures only."""
         if base.model_type == "clip_vision_model":
-            return "transformers has no classifier of CLIP's image tower alone, only of a whole CLIP"
+            return "transformers has a classifier of a whole CLIP, not of its image tower alone"
         if base.kind == "vision":
             return ""  # the heads of images read the same there
         if not base.one_layer:

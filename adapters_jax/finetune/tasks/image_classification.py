@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adapters_jax.errors import needed
 from adapters_jax.finetune.data.datasets import TaskData
@@ -21,11 +22,21 @@ from adapters_jax.finetune.data.pixels import ImageBatches, ImageRow, checked
 from adapters_jax.finetune.data.readers import DataError
 from adapters_jax.finetune.data.tables import Table
 from adapters_jax.finetune.tasks.base import PARTS, Batch, Columns, Files, listed
-from adapters_jax.finetune.tasks.classification import Classes
+from adapters_jax.finetune.tasks.classification import Classes, ClassPrediction
 from adapters_jax.finetune.tasks.labelled import LabelledTask
+from adapters_jax.finetune.tasks.prediction import Prediction
 from adapters_jax.finetune.tasks.readout import Inputs
 
 MARGIN = 8  # a crop moves an image by at most 1 / 8 of its side
+
+
+@dataclass(frozen=True)
+class ImagePrediction(ClassPrediction):
+    """The class of an image, whose path is `text`."""
+
+    def texts(self) -> dict[str, str]:
+        """The path, as "image"."""
+        return {"image": self.text}
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,10 @@ class ImageClasses(Classes):
     def named(self, texts: Sequence[Any]) -> dict[str, str]:
         """The image's name and its folder's."""
         return {"image": "/".join(Path(texts[0]).parts[-2:])}
+
+    def predictions(self, texts: Any, outputs: np.ndarray, where: Any = None) -> list[Prediction]:
+        """The class of each image."""
+        return [ImagePrediction(**vars(x)) for x in super().predictions(texts, outputs, where)]
 
     def batches(
         self, encoder: Any, rows: Sequence[Any], labels: Any, *plan: Any, mix: Mixture | None = None
