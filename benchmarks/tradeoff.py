@@ -8,10 +8,10 @@ score is shown. The difference is between the means over the seeds, with Welch's
 Where adapters are behind, more recipes are treated in the same way, to find out why: all layers
 without the tables of embeddings, adapters with the dropout and the head's rate of full fine-tuning,
 and adapters of four times the width. The other recipes have the default rate of their method and
-one seed. A part "whole" trains the two for fewer passes over the whole set of a task of GLUE, as
-the paper does. The paper reaches 80.0 on GLUE with 3.6 % of the parameters for each task; full
-fine-tuning of BERT-large reaches 80.4. An interrupted run reports the finished cells, and the same
-command resumes it.
+one seed. A part "whole" trains the two with twenty seeds, for fewer passes over the whole set of a
+task of GLUE, as the paper does. The paper reaches 80.0 on GLUE with 3.6 % of the parameters for
+each task; full fine-tuning of BERT-large reaches 80.4. An interrupted run reports the finished
+cells, and the same command resumes it.
 """
 
 import contextlib
