@@ -30,7 +30,8 @@ def adapted(model, *inputs, method=LORA, **kwargs):
 def shaken(model):
     """An NNX model with noise in all its parameters."""
     state = nnx.state(model, nnx.Param)
-    nnx.update(model, drawn_like(jax.tree.map(lambda x: x, state)))
+    # Not NumPy's arrays: it multiplies them itself, with another last bit on some processors.
+    nnx.update(model, jax.tree.map(jnp.asarray, drawn_like(state)))
     return model
 
 
