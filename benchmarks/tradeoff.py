@@ -127,7 +127,8 @@ def summary(recipe: str, cells: Sequence[Row], tried: Sequence[Row]) -> Row:
     rates = [row["learning_rate"] for row in same]
     scores = [100 * row["score"]["test"] for row in cells]
     ended = [row for row in cells if "stopped" not in row]
-    of_pass = -(-cells[0]["rows"] // BATCH)  # steps
+    # A pass has up to a few steps more than this: the last batch of each length can be small.
+    of_pass = cells[0]["rows"] / BATCH
     return {
         "recipe": recipe,
         "trainable": ended[0]["trainable_parameters"] if ended else None,
@@ -138,7 +139,7 @@ def summary(recipe: str, cells: Sequence[Row], tried: Sequence[Row]) -> Row:
         "diverged": len(cells) - len(ended),
         "mean": statistics.fmean(scores),
         "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
-        "best pass": _mean([row["best_step"] / of_pass for row in ended]),
+        "best pass": _mean([round(row["best_step"] / of_pass) for row in ended]),
         "minutes each": _mean([row["seconds"] / 60 for row in ended]),
     }
 
