@@ -90,13 +90,14 @@ class Cells:
         return replace(self, rates=rates).of(rows) if rates else []
 
     def best(self, rows: Sequence[Row]) -> list[Row]:
-        """Those with the rate that is the best on dev so far, with the first seed."""
+        """Those with the rate that is the best on dev with the first seed, by their seeds."""
         any_rate = self.with_any_rate(rows)
         tried = [row for row in any_rate if row["seed"] == self.seeds[0]]
         if not tried:
             return []
         rate = max(tried, key=lambda row: row["score"]["dev"])["learning_rate"]
-        return [row for row in any_rate if row["learning_rate"] == rate]
+        found = [row for row in any_rate if row["learning_rate"] == rate]
+        return sorted(found, key=lambda row: row["seed"])  # the first one names the rates tried
 
     @property
     def shared(self) -> Row:

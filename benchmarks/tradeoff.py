@@ -94,7 +94,8 @@ def run(report: Report, quick: bool, data: str, part: str = "") -> None:
 def tuned(store: Store, cells: Cells) -> float:
     """The learning rate that is best on dev with the first seed, and worse at half and twice of it.
 
-    If there is none within `MOST` rates, the best one.
+    If there is none within `MOST` rates, the best one. Finished cells of other rates count too:
+    scores can have a second peak beyond a rate that both its neighbours are worse than.
 
     Args:
         store: the finished cells.
@@ -102,6 +103,7 @@ def tuned(store: Store, cells: Cells) -> float:
     """
     (middle,) = cells.rates
     rates = {middle / 2, middle, 2 * middle}
+    rates |= {row["learning_rate"] for row in cells.with_any_rate(store.rows)}
     while True:
         tried = store.train(replace(cells, rates=tuple(sorted(rates))))
         best = max(tried, key=lambda row: row["score"]["dev"])["learning_rate"]

@@ -204,6 +204,25 @@ def test_rates_end_where_each_further_one_is_better(tmp_path, monkeypatch):
     assert len(first.of(store.rows)) == 1
 
 
+def test_a_second_peak_of_the_rates_is_the_best_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    scores = {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2, 4e-3: 0.4, 8e-3: 0.0}
+    _trained(lambda recipe, rate, seed: (scores[rate], 0.5, 9), monkeypatch)
+    store = cells.Store(Report("tradeoff-cola", "", tmp_path))
+    first = cells.Cells("cola", 9, "lora", (1e-3,), 1.0)
+    assert tradeoff.tuned(store, first) == 1e-3
+    store.train(replace(first, rates=(4e-3,)))  # asked for by hand
+    assert tradeoff.tuned(store, first) == 4e-3
+    assert len(store.rows) == len(scores)
+
+
+def test_the_best_cells_are_in_the_order_of_their_seeds(tmp_path):
+    asked = cells.Cells("cola", 9, "lora", (1e-3,), 1.0, (0, 1))
+    row = {"data": "cola", "rows": 9, "passes": 1.0, "recipe": "lora", "learning_rate": 1e-3}
+    found = [row | {"seed": seed, "score": {"dev": 0.5}} for seed in (1, 0)]
+    assert [each["seed"] for each in asked.best(found)] == [0, 1]
+
+
 def test_a_finished_cell_is_read_and_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.subprocess, "run", lambda *words, **options: 1 / 0)
     cell = baselines.Cell("regression", "stsb", "--train {}/rows.tsv", "--limit 9")

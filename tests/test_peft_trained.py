@@ -268,6 +268,21 @@ def test_a_vocabulary_that_grew_is_named(tmp_path):
         read(tmp_path, QUERY | larger, **fields)
 
 
+def test_a_parameter_that_peft_cannot_train_is_named_by_both(tmp_path):
+    recipe = aj.Recipe(LORA, aj.Unfreeze("{experts|other}/bias"))
+    base = tree(layer__query__kernel=(4, 4), experts__bias=(3, 4), other__bias=(4,))
+    base["experts"]["kernel"] = drawn((3, 4, 4))
+    names = {"q": "layer/query", "experts.up_bias": "experts/bias"}
+    leaves = {
+        f"layer/query/lora/{name}": drawn((4, 2)[:: 1 if name == "a" else -1]) for name in "ab"
+    }
+    leaves |= {"experts/bias": drawn((3, 4)), "other/bias": drawn((4,))}
+    with raises(UserError, "experts/bias", "experts.up_bias", "leave it out") as caught:
+        save_peft(tmp_path / "a", recipe, unflatten(leaves), names, base)
+    assert "names has no module name for other/bias; add it" in str(caught.value)
+    assert "no module name for experts" not in str(caught.value)
+
+
 def test_norms_alone_go_both_ways(tmp_path):
     own = {"norm/scale": drawn((4,), seed=7), "norm/bias": drawn((4,), seed=8)}
     recipe = aj.Recipe(aj.Unfreeze("norm/scale"))

@@ -103,6 +103,17 @@ class ModuleMap:
         five = any(self.table.renamed(name, back=True) != name for name in plain)
         return replace(self, table=self.table.of_version(5 if five else 4))
 
+    def unnamed(self, path: str) -> str:
+        """What to do about a parameter or module of ours that is none of their modules."""
+        every = (*self.parameters.items(), *self.stacked.items())
+        theirs = next((name for name, own in every if path in (each.path for each in own)), "")
+        if not theirs:
+            return f"names has no module name for {path}; add it"
+        return (
+            f"PEFT's files have no place for {path}, their parameter {theirs}; leave it out of "
+            "the recipe, or keep the adapter in a file of ours"
+        )
+
     @cached_property
     def rows(self) -> dict[str, list[str]]:
         """Their modules, one for each row of a parameter of ours, such as experts, by its path."""

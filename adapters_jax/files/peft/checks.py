@@ -55,7 +55,7 @@ def adapted(
         mine = [here.pop(reference.path, None) for reference in parts]
         if any(mine):
             yield bare, parts, mine
-    problems += [f"names has no module name for {path}; add it" for path in sorted(here)]
+    problems += [*map(module_map.unnamed, sorted(here))]
 
 
 def twice_spelt(added: Iterable[str], plain: Iterable[str], module_map: ModuleMap) -> list[str]:

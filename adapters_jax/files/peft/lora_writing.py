@@ -59,7 +59,7 @@ def write(
     parameters = sorted(writer.parameters, key=in_order)
     modules = writer.ranks.keys() - set(parameters)
     unknown = sorted(pair.target for pair in pairs.values())
-    problems += [f"names has no name for {path}; add it" for path in unknown]
+    problems += [*map(module_map.unnamed, unknown)]
     fields = _fields(methods, writer, sorted(modules, key=in_order))
     if methods[0].gated:
         # PEFT looks for the invocation in the calls of its class of this task alone.

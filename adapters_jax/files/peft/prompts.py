@@ -61,7 +61,7 @@ def write(
     if any(_word(names[path]) == _OTHER for path in known):
         problems.append(_UNLIKE)
     for path in sorted(here.keys() - known, key=in_order):
-        problems.append(f"names has no module name for {path}; add it")
+        problems.append(module_map.unnamed(path))
     last = sorted(names, key=in_order)[len(names) - len(known) :]
     unlike = sorted(known ^ set(last), key=in_order)
     if unlike:

@@ -234,7 +234,7 @@ def write_trained(
             tied = module_map.full(module_map.tied[0])
             saved.append(tied)
             tensors[f"{ROOT}{tied}.weight"] = tensors[f"{ROOT}{name}.weight"]
-    problems += [f"names has no module name for {path}; add it" for path in sorted(unknown)]
+    problems += [*map(module_map.unnamed, sorted(unknown))]
     bias = "none" if not biases else "all" if False in biases else "lora_only"
     fields: dict[str, Any] = {"bias": bias, "modules_to_save": sorted(saved, key=in_order) or None}
     if module_map.tied and module_map.full(module_map.tied[0]) in saved:
