@@ -26,7 +26,7 @@ SHOWN = {  # the files of results by the page that shows their claims and figure
     "memory": ("memory", "methods", "plan", "parameters", "files"),
     "accuracy": (
         *("tradeoff-movies", "tradeoff-cola", "tradeoff-cola-whole", "tradeoff-stsb"),
-        *("tradeoff-stsb-whole", "tradeoff-wnut17", "ablations"),
+        *("tradeoff-stsb-whole", "tradeoff-wnut17", "tradeoff-wnut17-whole", "ablations"),
     ),
     "training": ("defaults", "fusion", "tasks", "regret"),
     "latency": ("latency", "switch"),
